@@ -1,0 +1,76 @@
+"""Frames on a byte stream: a four-byte big-endian length, then one MessagePack message.
+
+Both directions are bounded: a peer that announces more is not read further.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from tui_trainer.protocol.messages import ToRun, ToViewer
+
+MAX_TO_RUN_BYTES = 64 * 1024
+"""A viewer only ever sends small messages."""
+MAX_TO_VIEWER_BYTES = 16 * 1024 * 1024
+
+_HEADER = struct.Struct(">I")
+_encoder = msgspec.msgpack.Encoder()
+_to_run: msgspec.msgpack.Decoder[ToRun] = msgspec.msgpack.Decoder(ToRun)
+_to_viewer: msgspec.msgpack.Decoder[ToViewer] = msgspec.msgpack.Decoder(ToViewer)
+
+M = TypeVar("M")
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not a message of this protocol."""
+
+
+class ConnectionClosed(Exception):
+    """The stream ended, between two frames or inside one."""
+
+
+def encode(message: ToRun | ToViewer, limit: int = MAX_TO_VIEWER_BYTES) -> bytes:
+    """One frame. Raises ProtocolError when it would be over `limit` bytes."""
+    payload = _encoder.encode(message)
+    if len(payload) > limit:
+        raise ProtocolError(f"a message of {len(payload):,} bytes is over the limit of {limit:,}")
+    return _HEADER.pack(len(payload)) + payload
+
+
+def read_to_run(read: Callable[[int], bytes]) -> ToRun:
+    """The next message for the run. `read(n)` returns 1 to n bytes, or b"" at the end."""
+    return _decode(_read_payload(read, MAX_TO_RUN_BYTES), _to_run)
+
+
+def read_to_viewer(read: Callable[[int], bytes]) -> ToViewer:
+    """The next message for a viewer."""
+    return _decode(_read_payload(read, MAX_TO_VIEWER_BYTES), _to_viewer)
+
+
+def _decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
+        raise ProtocolError(f"not a message of this protocol: {fault}") from fault
+
+
+def _read_payload(read: Callable[[int], bytes], limit: int) -> bytes:
+    (length,) = _HEADER.unpack(_read_exactly(read, _HEADER.size))
+    if length > limit:
+        raise ProtocolError(f"a frame of {length:,} bytes was announced, over the limit of {limit:,}")
+    return _read_exactly(read, length)
+
+
+def _read_exactly(read: Callable[[int], bytes], length: int) -> bytes:
+    parts: list[bytes] = []
+    while length:
+        part = read(min(length, 1 << 16))
+        if not part:
+            raise ConnectionClosed
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
