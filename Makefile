@@ -1,0 +1,75 @@
+# make run      a small GPT, live in the terminal (installs what is needed first)
+# make test     make check, then every test
+# make check    ruff, mypy --strict and the import contracts
+#
+# TORCH says which build of PyTorch to install, PYTHON which interpreter makes the environment:
+#   make run TORCH=torch PYTHON=python3.12
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/installed.stamp
+DEVELOPED := $(VENV)/developed.stamp
+SOURCES := tui_trainer models tests benchmarks screenshots
+
+.PHONY: run test check lint types contracts format bench screenshots clean
+
+run: $(INSTALLED)
+	$(BIN)/tui-trainer gpt
+
+test: check
+	$(BIN)/python -m pytest $(TESTS)
+
+check: lint types contracts
+
+lint: $(DEVELOPED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# mypy and import-linter look for packages on disk, where models/ is not inside tui_trainer/ as it is
+# once installed: they are shown the installed shape, made of links.
+CHECKED := build/checked
+types: $(DEVELOPED) link-tree
+	cd $(CHECKED) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+contracts: $(DEVELOPED) link-tree
+	cd $(CHECKED) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+.PHONY: link-tree
+link-tree:
+	@rm -rf $(CHECKED) && mkdir -p $(CHECKED)/tui_trainer
+	@for entry in tui_trainer/*; do ln -s ../../../$$entry $(CHECKED)/$$entry; done
+	@ln -s ../../../models $(CHECKED)/tui_trainer/models
+
+format: $(DEVELOPED)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(DEVELOPED)
+	@set -e; for benchmark in benchmarks/*.py; do \
+	    [ -e "$$benchmark" ] || continue; echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+
+screenshots: $(DEVELOPED)
+	$(BIN)/python screenshots/make.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(INSTALLED) $(DEVELOPED)
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch comes first and alone: once the build that was asked for is there, the rest takes it as it is.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(DEVELOPED): pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable ".[test,check]"
+	@touch $@ $(INSTALLED)
