@@ -1,0 +1,139 @@
+"""What the command line tells the run process: one `RunSpec`, kept as `run.json` in the run's directory.
+
+Torch-free and quick to import: the app reads and writes it before anything is painted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from tui_trainer.config.names import random_name
+from tui_trainer.protocol.describe import Scalar
+
+SPEC_FILE = "run.json"
+SOCKET_FILE = "run.sock"
+SOCKET_POINTER_FILE = "socket"
+LOG_FILE = "log.txt"
+RUNS_DIR_VARIABLE = "TUI_TRAINER_RUNS_DIR"
+MAX_SOCKET_PATH_BYTES = 100
+"""sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included."""
+
+
+class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the run process needs to know to train."""
+
+    name: str
+    directory: str
+    """The run's directory, absolute."""
+    task: str
+    """`gpt`, `vit`, a third party's task, or `script`."""
+    title: str = ""
+    """One line for the header; "" lets the run make one up from task and preset or script."""
+    configuration: dict[str, Scalar] = {}
+    """The resolved fields of the task's typed configuration; empty for a script."""
+    script: str | None = None
+    """Path of the script, or the module's dotted name when `module` is set."""
+    module: bool = False
+    """Run `script` as `python -m` would."""
+    arguments: tuple[str, ...] = ()
+    """The script's own arguments, without its name."""
+    working_directory: str = ""
+    """Where the command was given; "" is the process's own."""
+    command: tuple[str, ...] = ()
+    """The command line as given, for people and for the record."""
+    start_paused: bool = False
+    budget: float = 0.01
+    """Share of step time that measuring may cost; 0 measures everything at every step."""
+    attention_pattern: str | None = None
+    """Regular expression that names the query, key and value parameters where names mislead."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None: at the end, when asked, and at the best validation loss."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept, the best one besides."""
+    resume: str | None = None
+    """Directory of the checkpoint to go on from."""
+
+
+def runs_directory(override: str | os.PathLike[str] | None = None) -> Path:
+    """Where runs are kept: `override`, else $TUI_TRAINER_RUNS_DIR, else the user's data directory."""
+    if override:
+        return Path(override).expanduser().absolute()
+    if chosen := os.environ.get(RUNS_DIR_VARIABLE):
+        return Path(chosen).expanduser().absolute()
+    return Path(platformdirs.user_data_dir("tui-trainer", appauthor=False)) / "runs"
+
+
+def create_run_directory(task: str, runs: str | os.PathLike[str] | None = None) -> tuple[str, Path]:
+    """Make the private directory (0700) of a new run; returns its name and its path.
+
+    The name is readable, such as `gpt-quiet-otter`, and unique among the runs kept there, because
+    the directory itself is made exclusively. Raises OSError when it cannot be made.
+    """
+    parent = runs_directory(runs)
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for attempt in range(100):
+        name = f"{task}-{random_name()}"
+        if attempt >= 20:
+            name += f"-{secrets.token_hex(2)}"
+        try:
+            (parent / name).mkdir(mode=0o700)
+        except FileExistsError:
+            continue
+        return name, parent / name
+    raise FileExistsError(f"no free run name in {parent}")
+
+
+def write_spec(spec: RunSpec) -> Path:
+    """Write `run.json` into the run's directory, whole or not at all; returns its path."""
+    directory = Path(spec.directory)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / SPEC_FILE
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")
+    temporary.replace(path)
+    return path
+
+
+def read_spec(directory: str | os.PathLike[str]) -> RunSpec:
+    """The spec kept in a run's directory.
+
+    Raises FileNotFoundError, or ValueError (msgspec.DecodeError) when it is not such a file.
+    """
+    return msgspec.json.decode((Path(directory) / SPEC_FILE).read_bytes(), type=RunSpec)
+
+
+def new_socket_path(directory: str | os.PathLike[str]) -> Path:
+    """Where the run in `directory` shall listen: the run process calls this once, before binding.
+
+    It is in the run's directory when the path fits a socket address; otherwise in a new private
+    (0700) directory under $XDG_RUNTIME_DIR or the temporary directory, noted in a pointer file.
+    """
+    path = Path(directory).absolute() / SOCKET_FILE
+    pointer = Path(directory) / SOCKET_POINTER_FILE
+    if len(os.fsencode(path)) < MAX_SOCKET_PATH_BYTES:
+        pointer.unlink(missing_ok=True)
+        return path
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not (base and os.path.isdir(base) and len(os.fsencode(base)) < MAX_SOCKET_PATH_BYTES - 40):
+        base = tempfile.gettempdir()
+    elsewhere = Path(tempfile.mkdtemp(prefix="tui-trainer-", dir=base)) / SOCKET_FILE
+    pointer.write_text(str(elsewhere), encoding="utf-8", errors="surrogateescape")
+    return elsewhere
+
+
+def find_socket(directory: str | os.PathLike[str]) -> Path | None:
+    """The socket of the run in `directory`, or None when it listens on none (yet, or any more)."""
+    with contextlib.suppress(OSError):
+        named = (Path(directory) / SOCKET_POINTER_FILE).read_text(
+            encoding="utf-8", errors="surrogateescape"
+        )
+        return Path(named) if Path(named).exists() else None
+    path = Path(directory) / SOCKET_FILE
+    return path if path.exists() else None
