@@ -1,4 +1,4 @@
-"""What the command line tells the run process: one `RunSpec`, kept as `run.json` in the run's directory.
+"""What the command line tells the run process: a `RunSpec`, kept as `run.json` beside the run.
 
 Torch-free and quick to import: the app reads and writes it before anything is painted.
 """
@@ -62,7 +62,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def runs_directory(override: str | os.PathLike[str] | None = None) -> Path:
-    """Where runs are kept: `override`, else $TUI_TRAINER_RUNS_DIR, else the user's data directory."""
+    """Where runs are kept: `override`, $TUI_TRAINER_RUNS_DIR, or the user's data directory."""
     if override:
         return Path(override).expanduser().absolute()
     if chosen := os.environ.get(RUNS_DIR_VARIABLE):

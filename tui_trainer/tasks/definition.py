@@ -1,7 +1,8 @@
 """What a task is: the shipped GPT and ViT, and any third party's, through one entry-point group.
 
-A package registers `name = "package.module:task"` in the group `tui_trainer.tasks`. The module that
-holds the `TaskDefinition` must import fast (no torch): the command line and the start screen read it.
+A package registers `name = "package.module:task"` in the group `tui_trainer.tasks`. The module
+that holds the `TaskDefinition` must import fast (no torch): the command line and the start screen
+read it.
 What trains is imported only in the training process, from `build`.
 """
 
@@ -47,7 +48,7 @@ class Evaluation:
 
     name: str
     every: int
-    """Steps between two runs; it also runs before the first step when `at_start`, and at the end."""
+    """Steps between two runs; it also runs before the first step if `at_start`, and at the end."""
     run: Callable[[], tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]]
     at_start: bool = False
 

@@ -1,0 +1,14 @@
+"""The vision transformer task. Importing this must stay fast: no torch here."""
+
+from __future__ import annotations
+
+from tui_trainer.tasks.definition import TaskDefinition
+from tui_trainer.tasks.vit.config import PRESETS, VitConfig
+
+task = TaskDefinition(
+    name="vit",
+    summary="a small vision transformer on images",
+    config=VitConfig,
+    presets=PRESETS,
+    build="tui_trainer.tasks.vit.training:build",
+)
