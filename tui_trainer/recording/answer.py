@@ -1,0 +1,103 @@
+"""Answering a viewer's poll: everything since its cursor, within its budget."""
+
+from __future__ import annotations
+
+import time
+
+from tui_trainer.history import History
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.protocol.messages import PhaseReport, Poll, Rows, Status, Update
+from tui_trainer.recording.telling import Tellings
+
+EVENTS_AT_ONCE = 2_000
+LOG_LINES_AT_ONCE = 2_000
+LOG_CHARACTERS_AT_ONCE = 1_000_000
+ARTIFACT_BYTES_AT_ONCE = 2_000_000
+MIN_BUDGET_BYTES = 4 * 1024
+MAX_BUDGET_BYTES = 4 * 1024 * 1024
+WATCH_LASTS_S = 10.0
+"""A viewer that has not polled for so long watches nothing any more."""
+TOPICS = frozenset(tables.TABLE_NAMES)
+
+
+class Answerer:
+    """Makes `Update`s; remembers what each viewer watches."""
+
+    def __init__(self, history: History, told: Tellings) -> None:
+        self._history = history
+        self._told = told
+        self._watchers: dict[int, tuple[frozenset[str], float]] = {}
+        self._reported: dict[int, PhaseReport] = {}
+        self.watched: frozenset[str] = frozenset()
+        self.report: PhaseReport | None = None
+
+    def answer(self, poll: Poll, viewer: int, status: Status, info: RunInfo) -> Update:
+        """Everything that `viewer` lacks, called under the recorder's lock."""
+        self._watch(viewer, frozenset(poll.watch) & TOPICS)
+        events, more_events = self._told.events.since(poll.event, EVENTS_AT_ONCE)
+        log, more_log = self._told.log.since(poll.log, LOG_LINES_AT_ONCE, LOG_CHARACTERS_AT_ONCE)
+        artifacts, more_artifacts = self._told.artifacts.since(
+            poll.artifact, limit=50, weight=ARTIFACT_BYTES_AT_ONCE
+        )
+        return Update(
+            status=status,
+            info=None if poll.revision == info.revision else info,
+            rows=self._rows(poll),
+            events=events,
+            log=log,
+            artifacts=artifacts,
+            report=self._report_for(poll, viewer),
+            more=more_events or more_log or more_artifacts,
+        )
+
+    def expire(self) -> None:
+        """Drop what viewers watched who have fallen silent."""
+        horizon = time.monotonic() - WATCH_LASTS_S
+        if any(seen < horizon for _, seen in self._watchers.values()):
+            self._watchers = {k: w for k, w in self._watchers.items() if w[1] >= horizon}
+            self._gather()
+
+    def forget(self, viewer: int) -> None:
+        """This viewer has gone."""
+        self._reported.pop(viewer, None)
+        if self._watchers.pop(viewer, None) is not None:
+            self._gather()
+
+    def _watch(self, viewer: int, topics: frozenset[str]) -> None:
+        before = self._watchers.get(viewer)
+        self._watchers[viewer] = (topics, time.monotonic())
+        if before is None or before[0] != topics:
+            self._gather()
+
+    def _gather(self) -> None:
+        watchers = list(self._watchers.values())
+        self.watched = frozenset().union(*(topics for topics, _ in watchers))
+
+    def _report_for(self, poll: Poll, viewer: int) -> PhaseReport | None:
+        report = self.report
+        if report is None:
+            return None
+        known = poll.report == (report.step, report.phase)
+        if known and self._reported.get(viewer) is report:
+            return None
+        self._reported[viewer] = report
+        return report
+
+    def _rows(self, poll: Poll) -> tuple[Rows, ...]:
+        """Rows of all tables within the budget: small needs are met in full, the rest shared."""
+        needs: list[tuple[int, int, int]] = []  # (bytes if sent raw, table id, cursor)
+        for number, table in self._history.tables.items():
+            cursor = poll.rows[number] if number < len(poll.rows) else 0
+            cursor = min(max(cursor, 0), table.rows)
+            if cursor < table.rows:
+                row_bytes = 8 + 4 * len(table.table.columns)
+                needs.append(((table.rows - cursor) * row_bytes, number, cursor))
+        budget = min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
+        answer: list[Rows] = []
+        for index, (need, number, cursor) in enumerate(sorted(needs)):
+            share = min(need, budget // (len(needs) - index))
+            rows = self._history.tables[number].rows_since(cursor, share)
+            answer.append(rows)
+            budget -= min(budget, share)
+        return tuple(answer)

@@ -1,0 +1,64 @@
+"""A bounded list whose entries are numbered densely from 0, so that a viewer can ask for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Journal(Generic[T]):
+    """Keeps the newest entries, at most `limit` of them and at most `weight` units in all."""
+
+    def __init__(
+        self, limit: int, weight: int = 0, weigh: Callable[[T], int] = lambda entry: 0
+    ) -> None:
+        self._limit = limit
+        self._weight_limit = weight
+        self._weigh = weigh
+        self._entries: list[T] = []
+        self._first = 0
+        self._weight = 0
+
+    @property
+    def next_id(self) -> int:
+        """The number that the next entry gets."""
+        return self._first + len(self._entries)
+
+    def append(self, entry: T) -> None:
+        """Keep `entry`, which carries the number `next_id`; the oldest make room, in batches."""
+        self._entries.append(entry)
+        self._weight += self._weigh(entry)
+        over_weight = self._weight_limit and self._weight > self._weight_limit
+        if len(self._entries) > self._limit + self._limit // 4 or over_weight:
+            self._trim()
+
+    def since(self, number: int, limit: int, weight: int = 0) -> tuple[tuple[T, ...], bool]:
+        """Entries from `number` on, oldest first, and whether there are more than these.
+
+        At most `limit` entries; with `weight`, as many as weigh no more than that (at least one).
+        Numbers that are no longer held are skipped.
+        """
+        start = max(0, number - self._first)
+        found = self._entries[start : start + limit]
+        if weight:
+            total = 0
+            for index, entry in enumerate(found):
+                total += self._weigh(entry)
+                if total > weight and index:
+                    found = found[:index]
+                    break
+        return tuple(found), start + len(found) < len(self._entries)
+
+    def _trim(self) -> None:
+        surplus = max(0, len(self._entries) - self._limit)
+        weight = self._weight - sum(map(self._weigh, self._entries[:surplus]))
+        while self._weight_limit and weight > self._weight_limit * 3 // 4:
+            if surplus == len(self._entries) - 1:
+                break
+            weight -= self._weigh(self._entries[surplus])
+            surplus += 1
+        del self._entries[:surplus]
+        self._first += surplus
+        self._weight = weight

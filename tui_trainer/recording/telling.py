@@ -1,0 +1,104 @@
+"""Events, log lines and artifacts of a run: numbered densely, kept within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from tui_trainer.history.records import StepRecord
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import Table
+from tui_trainer.protocol.messages import (
+    Artifact,
+    Clip,
+    ConfusionMatrix,
+    Event,
+    ImageSample,
+    LogLine,
+    NonFinite,
+    Notice,
+    TextSample,
+)
+from tui_trainer.recording.journal import Journal
+
+EVENTS_KEPT = 20_000
+LOG_LINES_KEPT = 20_000
+LOG_CHARACTERS_KEPT = 8_000_000
+ARTIFACTS_KEPT = 200
+ARTIFACT_BYTES_KEPT = 32_000_000
+
+
+def artifact_bytes(artifact: Artifact) -> int:
+    """About how many bytes an artifact takes on the wire."""
+    match artifact:
+        case ImageSample():
+            return len(artifact.pixels) + 40 * len(artifact.predictions) + 100
+        case TextSample():
+            return 4 * (len(artifact.prompt) + len(artifact.text)) + 100
+        case ConfusionMatrix():
+            return 5 * len(artifact.labels) ** 2 + 40 * len(artifact.labels) + 100
+
+
+class Tellings:
+    """What a run has told in words and pictures. Used under the recorder's lock."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.events: Journal[Event] = Journal(EVENTS_KEPT)
+        self.log: Journal[LogLine] = Journal(
+            LOG_LINES_KEPT, LOG_CHARACTERS_KEPT, lambda line: len(line.text)
+        )
+        self.artifacts: Journal[Artifact] = Journal(
+            ARTIFACTS_KEPT, ARTIFACT_BYTES_KEPT, artifact_bytes
+        )
+
+    def notice(self, kind: str, text: str, level: str, step: int, who: str, when: float) -> Notice:
+        """Keep and return a notice."""
+        notice = Notice(self.events.next_id, step, when, kind, text, level, who)
+        self.events.append(notice)
+        return notice
+
+    def artifact(self, artifact: Artifact) -> Artifact:
+        """Number, keep and return an artifact."""
+        numbered = msgspec.structs.replace(artifact, id=self.artifacts.next_id)
+        self.artifacts.append(numbered)
+        return numbered
+
+    def events_of(self, record: StepRecord) -> list[Event]:
+        """Keep and return the events that a step's record holds."""
+        made: list[Event] = []
+        if record.clip is not None and record.clip.scale < 1.0:
+            clip = record.clip
+            self._keep(
+                made,
+                Clip(
+                    self.events.next_id,
+                    record.step,
+                    record.time,
+                    clip.max_norm,
+                    clip.norm_before,
+                    clip.scale,
+                    clip.parameters,
+                    clip.shares,
+                    clip.kind,
+                ),
+            )
+        for quantity, parameter, value in record.nonfinite:
+            identity = self.events.next_id
+            self._keep(
+                made, NonFinite(identity, record.step, record.time, quantity, parameter, value)
+            )
+        return made
+
+    def _keep(self, made: list[Event], event: Event) -> None:
+        self.events.append(event)
+        made.append(event)
+
+    @staticmethod
+    def clip_in_force(record: StepRecord, declared: Sequence[Table]) -> bool | None:
+        """Whether the step's gradient was clipped; None when no clip was in force."""
+        if record.clip is not None and record.clip.scale < 1.0:
+            return True
+        in_force = any(declared[table].name == tables.CLIP for table, _ in record.rows)
+        return False if in_force else None
