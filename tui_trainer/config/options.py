@@ -5,11 +5,9 @@ The command line makes its flags, the start screen its form and `resolve` its ch
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import typing
-from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, cast
 
@@ -71,10 +69,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-@functools.cache
-def options_of(config: Hashable) -> tuple[Option, ...]:
+def options_of(config: type) -> tuple[Option, ...]:
     """The options of a configuration class, in order of declaration, base class first."""
-    assert isinstance(config, type)
     hints = typing.get_type_hints(config)
     return tuple(
         Option(

@@ -1,4 +1,4 @@
-"""From a preset and a person's changes to one checked configuration, and to plain values and back."""
+"""From a preset and a person's changes to one checked configuration; to plain values and back."""
 
 from __future__ import annotations
 

@@ -1,0 +1,85 @@
+"""Which device trains, in which precision, with how many threads."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import psutil
+import torch
+
+from tui_trainer.config.errors import ConfigurationError, near_miss
+from tui_trainer.config.training import TrainingConfig
+
+_PREFERRED = ("cuda", "mps", "xpu", "cpu")
+_SMALL_WORK = 5e8
+"""Parameters × items per step below which more than four threads only wait for each other."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto`: CUDA, then MPS, XPU, CPU. Raises ConfigurationError."""
+    there = {kind: _count(kind) for kind in _PREFERRED}
+    if name == "auto":
+        return torch.device(next(kind for kind in _PREFERRED if there[kind]))
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not index.isdigit()):
+        raise ConfigurationError(
+            f"there is no kind of device {name!r}", near_miss(kind, ("auto", *_PREFERRED))
+        )
+    found = [f"{kind}:{number}" for kind in there for number in range(there[kind])]
+    listing = ", ".join("cpu" if device == "cpu:0" else device for device in found)
+    if not there[kind] or int(index or 0) >= there[kind]:
+        hint = f"there is {listing}; --device auto takes the best"
+        raise ConfigurationError(f"there is no device {name} here", hint)
+    return torch.device(name)
+
+
+def _count(kind: str) -> int:
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "xpu":
+        return torch.xpu.device_count() if torch.xpu.is_available() else 0
+    return int(torch.backends.mps.is_available()) if kind == "mps" else 1
+
+
+def choose_threads(requested: int, work: float = 0.0) -> int:
+    """Threads for PyTorch: as requested, or (0) all cores but one, which the screen and the rest
+    of the machine need; with all of them taken, OpenMP's barriers wait for whoever else runs.
+
+    `work` is parameters × items per step: small work gets four at most.
+    """
+    if requested:
+        return requested
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(allowed or 1, psutil.cpu_count(logical=False) or 1)
+    free = max(1, cores - 1)
+    return min(free, 4) if work < _SMALL_WORK else free
+
+
+def prepare(config: TrainingConfig) -> torch.device:
+    """Choose the device and seed everything random. Raises ConfigurationError."""
+    device = choose_device(config.device)
+    if config.deterministic:
+        if device.type == "cuda":
+            # what cuBLAS asks for; it must be there before the first CUDA call
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # filling fresh memory is for finding bugs in kernels, and dear
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(config.seed)
+    return device
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to the configured precision; nothing for float32. May be entered again and again."""
+    if config.dtype == "float32":
+        return nullcontext()
+    precision = torch.bfloat16 if config.dtype == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=precision)
+
+
+def make_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling, which fp16 needs and which does nothing for the others."""
+    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
