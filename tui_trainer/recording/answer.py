@@ -40,15 +40,16 @@ class Answerer:
         artifacts, more_artifacts = self._told.artifacts.since(
             poll.artifact, limit=50, weight=ARTIFACT_BYTES_AT_ONCE
         )
+        rows, more_rows = self._rows(poll)
         return Update(
             status=status,
             info=None if poll.revision == info.revision else info,
-            rows=self._rows(poll),
+            rows=rows,
             events=events,
             log=log,
             artifacts=artifacts,
             report=self._report_for(poll, viewer),
-            more=more_events or more_log or more_artifacts,
+            more=more_rows or more_events or more_log or more_artifacts,
         )
 
     def expire(self) -> None:
@@ -84,20 +85,10 @@ class Answerer:
         self._reported[viewer] = report
         return report
 
-    def _rows(self, poll: Poll) -> tuple[Rows, ...]:
-        """Rows of all tables within the budget: small needs are met in full, the rest shared."""
-        needs: list[tuple[int, int, int]] = []  # (bytes if sent raw, table id, cursor)
-        for number, table in self._history.tables.items():
-            cursor = poll.rows[number] if number < len(poll.rows) else 0
-            cursor = min(max(cursor, 0), table.rows)
-            if cursor < table.rows:
-                row_bytes = 8 + 4 * len(table.table.columns)
-                needs.append(((table.rows - cursor) * row_bytes, number, cursor))
+    def _rows(self, poll: Poll) -> tuple[tuple[Rows, ...], bool]:
+        cursors = []
+        for number, held in enumerate(self._history.cursors()):
+            given = poll.rows[number] if number < len(poll.rows) else 0
+            cursors.append(min(max(given, 0), held))
         budget = min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
-        answer: list[Rows] = []
-        for index, (need, number, cursor) in enumerate(sorted(needs)):
-            share = min(need, budget // (len(needs) - index))
-            rows = self._history.tables[number].rows_since(cursor, share)
-            answer.append(rows)
-            budget -= min(budget, share)
-        return tuple(answer)
+        return self._history.rows_since(cursors, budget)

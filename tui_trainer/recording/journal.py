@@ -1,4 +1,4 @@
-"""A bounded list whose entries are numbered densely from 0, so that a viewer can ask for the rest."""
+"""A bounded list whose entries are numbered densely from 0: a viewer asks for the rest."""
 
 from __future__ import annotations
 

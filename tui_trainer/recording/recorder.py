@@ -26,8 +26,6 @@ from tui_trainer.protocol.describe import Column, RunInfo, Table
 from tui_trainer.protocol.messages import (
     Artifact,
     LogLine,
-    NonFinite,
-    Notice,
     PhaseReport,
     Poll,
     Status,
@@ -42,6 +40,7 @@ from tui_trainer.recording.telling import Tellings
 DRAIN_EVERY_S = 0.05
 QUEUE_STEPS = 4096
 QUEUE_BYTES = 64 * 1024 * 1024
+FAULTS_SAID = 200
 
 
 class Recorder:
@@ -60,7 +59,7 @@ class Recorder:
         self._described = False
         self._status = Status()
         self._live_status: Callable[[], dict[str, Any]] = dict
-        self._faults: set[tuple[str, str]] = set()
+        self._faults: set[str] = set()
         self._out: list[Item] = []
         self._feeds: list[Feed] = []
         self.history = History()
@@ -98,10 +97,15 @@ class Recorder:
 
     def fault(self, where: str, fault: BaseException) -> None:
         """Say once that something of ours failed; training goes on."""
-        text = f"{where}: {type(fault).__name__}: {fault}"
-        if (where, text) not in self._faults and len(self._faults) < 200:
-            self._faults.add((where, text))
+        if text := self._new_fault(where, fault):
             self.notice("fault", text, "error")
+
+    def _new_fault(self, where: str, fault: BaseException) -> str:
+        text = f"{where}: {type(fault).__name__}: {fault}"
+        if text in self._faults or len(self._faults) >= FAULTS_SAID:
+            return ""
+        self._faults.add(text)
+        return text
 
     def log(self, stream: str, text: str) -> None:
         """Take a line that the script or a library printed."""
@@ -225,7 +229,8 @@ class Recorder:
         with self._lock:
             self._drain()
             feeds = list(self._feeds)
-        return all([feed.flush(timeout) for feed in feeds])
+        done = [feed.flush(timeout) for feed in feeds]
+        return all(done)
 
     def close(self, timeout: float | None = None) -> bool:
         """Flush, close the sinks and stop the recorder's threads."""
@@ -233,7 +238,8 @@ class Recorder:
         with self._lock:
             self._drain()
             feeds, self._feeds = self._feeds, []
-        return all([feed.close(timeout) for feed in feeds])
+        done = [feed.close(timeout) for feed in feeds]
+        return all(done)
 
     # ------------------------------------------------------------ taking in, under the lock
 
@@ -249,12 +255,13 @@ class Recorder:
 
     def _drain(self) -> None:
         incoming = self._incoming
-        while incoming:
+        for _ in range(len(incoming)):
             take, arguments = incoming.popleft()
             try:
                 take(*arguments)
             except Exception as fault:
-                self.fault("recorder", fault)
+                if text := self._new_fault("recorder", fault):
+                    self._take_notice("fault", text, "error")
         if self._overflow > self._overflow_said:
             lost, self._overflow_said = self._overflow - self._overflow_said, self._overflow
             self._out.append(Lost(lost))
@@ -383,6 +390,3 @@ def _after_fork(recorder: Recorder) -> None:
             found._forget_parent()
 
     os.register_at_fork(after_in_child=forget)
-
-
-__all__ = ["NonFinite", "Notice", "Recorder"]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from tui_trainer.recording.journal import Journal
+from tui_trainer.recording.pace import Pace
+
+
+def run(pace, steps, each=0.1, start=1000.0, first=1, own_ms=0.0):
+    now = start
+    for number in range(first, first + steps):
+        now += each
+        pace.add(number, now, each * 1e3, own_ms, pace.paused_s + pace.aside_s)
+    return now
+
+
+def test_speed_and_cost():
+    pace = Pace()
+    now = run(pace, 50, own_ms=1.0)
+    assert pace.steps_per_second(now) == pytest.approx(10.0)
+    assert pace.elapsed_s(now) == pytest.approx(5.0)
+    assert pace.cost_share() == pytest.approx(0.01)
+    assert pace.remaining_s(100, now) == pytest.approx(10.0)
+
+
+def test_pauses_do_not_count():
+    pace = Pace()
+    now = run(pace, 20)
+    pace.pause(now)
+    assert pace.elapsed_s(now + 3600) == pytest.approx(2.0)
+    assert pace.steps_per_second(now + 3600) == pytest.approx(10.0)
+    pace.resume(now + 3600)
+    now = run(pace, 20, start=now + 3600, first=21)
+    assert pace.steps_per_second(now) == pytest.approx(10.0)
+    assert pace.elapsed_s(now) == pytest.approx(4.0)
+
+
+def test_evaluations_do_not_slow_the_speed_but_lengthen_what_remains():
+    pace = Pace()
+    now = run(pace, 20)
+    pace.aside_s += 2.0
+    now = run(pace, 20, start=now + 2.0, first=21)
+    assert pace.steps_per_second(now) == pytest.approx(10.0)
+    assert pace.remaining_s(10, now) == pytest.approx(1.5)
+
+
+def test_a_step_that_hangs_shows():
+    pace = Pace()
+    now = run(pace, 20)
+    assert pace.steps_per_second(now + 60) < 0.5
+
+
+def test_two_optimizers_in_one_step_count_once():
+    pace = Pace()
+    for number in range(1, 11):
+        pace.add(number, number * 0.1, 100.0, 1.0, 0.0)
+        pace.add(number, number * 0.1, 100.0, 1.0, 0.0)
+    assert pace.steps_per_second(1.0) == pytest.approx(10.0)
+    assert pace.cost_share() == pytest.approx(0.02)
+
+
+def test_old_steps_leave_the_window():
+    pace = Pace()
+    now = run(pace, 100, each=0.1, own_ms=5.0)
+    now = run(pace, 100, each=1.0, start=now, first=101, own_ms=5.0)
+    assert pace.steps_per_second(now) == pytest.approx(1.0)
+    assert pace.cost_share() == pytest.approx(0.005)
+
+
+def test_journal_by_weight():
+    journal = Journal(1000, weight=100, weigh=len)
+    for number in range(100):
+        journal.append("x" * 10 + str(number % 10))
+    kept, more = journal.since(0, 1000)
+    assert not more
+    assert sum(map(len, kept)) <= 100
+    assert journal.next_id == 100
+    assert journal.since(100, 10) == ((), False)
+    newest, _ = journal.since(99, 10)
+    assert newest == ("x" * 10 + "9",)
+    some, more = journal.since(0, 1000, weight=25)
+    assert len(some) == 2
+    assert more
