@@ -1,0 +1,44 @@
+"""The screens, their keys and where they live: modules are imported when first shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from textual.screen import Screen
+
+
+@dataclass(frozen=True)
+class Place:
+    """One screen of the app."""
+
+    mode: str
+    key: str
+    title: str
+    where: str
+    """`module:class` below `tui_trainer.ui.screens`."""
+    tooltip: str
+
+    def factory(self) -> Callable[[], Screen[Any]]:
+        """What makes the screen, importing its module only then."""
+
+        def make() -> Screen[Any]:
+            module, _, name = self.where.partition(":")
+            made: Screen[Any] = getattr(import_module(f"tui_trainer.ui.screens.{module}"), name)()
+            return made
+
+        return make
+
+
+PLACES = (
+    Place("dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"),
+    Place("attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"),
+    Place("parameters", "3", "Parameters", "parameters:ParametersScreen", "Every parameter, every column"),
+    Place("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
+    Place("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
+    Place("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),
+    Place("start", "7", "Start", "start:StartScreen", "Choose what to train"),
+)

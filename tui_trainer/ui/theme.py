@@ -1,0 +1,203 @@
+"""Colours: one meaning each, derived from the Textual theme in force.
+
+The two themes of our own name every meaning; under any other theme (Textual's, a user's) the
+meanings take the nearest of its colours, and in 16-colour terminals the sixteen named ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rich.style import Style
+from textual.color import Color
+from textual.theme import Theme
+
+DARK = Theme(
+    name="tui-trainer",
+    primary="#6ab0c9",
+    secondary="#8796b0",
+    accent="#7cc4c4",
+    warning="#e3c75f",
+    error="#f0717a",
+    success="#6cc08b",
+    foreground="#d3d9e3",
+    background="#11151c",
+    surface="#161b24",
+    panel="#1d242f",
+    dark=True,
+    variables={
+        "tt-faint": "#3a4453",
+        "tt-dim": "#7f8b9d",
+        "tt-loss": "#eef2f8",
+        "tt-loss-raw": "#5c7391",
+        "tt-validation": "#d495e0",
+        "tt-norm": "#93a5dd",
+        "tt-clip": "#f0717a",
+        "tt-q": "#5cb3f2",
+        "tt-k": "#f2a65a",
+        "tt-v": "#57c99b",
+        "footer-background": "#161b24",
+        "footer-key-foreground": "#7cc4c4",
+        "footer-description-foreground": "#8d99ab",
+        "border": "#3a4453",
+        "block-cursor-background": "#26404a",
+        "block-cursor-foreground": "#eef2f8",
+    },
+)
+
+LIGHT = Theme(
+    name="tui-trainer-light",
+    primary="#1f6f8b",
+    secondary="#59677d",
+    accent="#0f7173",
+    warning="#8a6a00",
+    error="#c0303c",
+    success="#1f7a45",
+    foreground="#1f2733",
+    background="#fbfbf8",
+    surface="#f2f2ee",
+    panel="#e8e8e3",
+    dark=False,
+    variables={
+        "tt-faint": "#c9cdd3",
+        "tt-dim": "#667182",
+        "tt-loss": "#10151d",
+        "tt-loss-raw": "#9db0c8",
+        "tt-validation": "#9a3fa8",
+        "tt-norm": "#4759a8",
+        "tt-clip": "#c0303c",
+        "tt-q": "#0a6ebd",
+        "tt-k": "#b85c00",
+        "tt-v": "#0b7d54",
+        "footer-background": "#f2f2ee",
+        "footer-key-foreground": "#0f7173",
+        "footer-description-foreground": "#59677d",
+        "border": "#c9cdd3",
+        "block-cursor-background": "#cfe6e6",
+        "block-cursor-foreground": "#10151d",
+    },
+)
+
+THEMES = (DARK, LIGHT)
+
+
+@dataclass(frozen=True)
+class Palette:
+    """A style for each meaning, to be put on segments."""
+
+    text: Style
+    strong: Style
+    dim: Style
+    """Labels and units."""
+    faint: Style
+    """Rules, axes and tracks."""
+    title: Style
+    accent: Style
+    """What can be acted on: the cursor, keys, the current phase."""
+    good: Style
+    warning: Style
+    error: Style
+    loss: Style
+    loss_raw: Style
+    validation: Style
+    norm: Style
+    clip: Style
+    q: Style
+    k: Style
+    v: Style
+    cursor: Style
+    """The row under the cursor, laid over its own styles."""
+    current: Style
+    """The phase that runs now."""
+    provisional: Style
+    """Values of a step in the making."""
+
+    def series(self, letter: str) -> Style:
+        """The colour of `q`, `k` or `v`; of a pair (`qk`) the text colour."""
+        return {"q": self.q, "k": self.k, "v": self.v}.get(letter, self.text)
+
+
+def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
+    """The palette of the theme whose CSS variables these are."""
+    return _palette(tuple(sorted((k, v) for k, v in variables.items() if k in _WANTED)), ansi)
+
+
+_WANTED = frozenset(
+    ["foreground", "background", "primary", "secondary", "accent", "warning", "error", "success"]
+    + ["block-cursor-background", "block-cursor-foreground", *DARK.variables]
+)
+
+
+@lru_cache(maxsize=16)
+def _palette(items: tuple[tuple[str, str], ...], ansi: bool) -> Palette:
+    return _ansi() if ansi else _truecolor(dict(items))
+
+
+def _truecolor(variables: dict[str, str]) -> Palette:
+    background = Color.parse(variables["background"])
+    foreground = Color.parse(variables["foreground"])
+    if foreground.a < 1:
+        foreground = background.blend(foreground.with_alpha(1), foreground.a)
+    dark = background.brightness < 0.5
+    ours = (DARK if dark else LIGHT).variables
+
+    def style(name: str, otherwise: Color | str, **attributes: bool) -> Style:
+        color = variables.get(name) or otherwise
+        color = color if isinstance(color, Color) else Color.parse(color)
+        solid = background.blend(color.with_alpha(1), color.a)
+        return Style(color=solid.rich_color, bgcolor=background.rich_color, **attributes)
+
+    mixed = lambda share: background.blend(foreground, share)  # noqa: E731
+    accent = style("accent", ours["footer-key-foreground"])
+    cursor = background.blend(Color.parse(variables["accent"]), 0.24)
+    return Palette(
+        text=style("", foreground),
+        strong=style("", foreground, bold=True),
+        dim=style("tt-dim", mixed(0.55)),
+        faint=style("tt-faint", mixed(0.24)),
+        title=style("", mixed(0.85), bold=True),
+        accent=accent,
+        good=style("success", "green"),
+        warning=style("warning", "yellow"),
+        error=style("error", "red"),
+        loss=style("tt-loss", foreground),
+        loss_raw=style("tt-loss-raw", mixed(0.4)),
+        validation=style("tt-validation", ours["tt-validation"]),
+        norm=style("tt-norm", ours["tt-norm"]),
+        clip=style("tt-clip", variables["error"]),
+        q=style("tt-q", ours["tt-q"]),
+        k=style("tt-k", ours["tt-k"]),
+        v=style("tt-v", ours["tt-v"]),
+        cursor=Style(bgcolor=cursor.rich_color, bold=True),
+        current=Style(color=background.rich_color, bgcolor=accent.color, bold=True),
+        provisional=style("warning", "yellow", italic=True),
+    )
+
+
+def _ansi() -> Palette:
+    """The sixteen named colours: whatever the user's terminal makes of them."""
+    plain = Style()
+    return Palette(
+        text=plain,
+        strong=Style(bold=True),
+        dim=Style(dim=True),
+        faint=Style(dim=True),
+        title=Style(bold=True),
+        accent=Style(color="cyan"),
+        good=Style(color="green"),
+        warning=Style(color="yellow"),
+        error=Style(color="red", bold=True),
+        loss=Style(bold=True),
+        loss_raw=Style(color="blue"),
+        validation=Style(color="magenta"),
+        norm=Style(color="cyan"),
+        clip=Style(color="red"),
+        q=Style(color="blue"),
+        k=Style(color="yellow"),
+        v=Style(color="green"),
+        cursor=Style(reverse=True),
+        current=Style(reverse=True, bold=True),
+        provisional=Style(color="yellow", italic=True),
+    )
