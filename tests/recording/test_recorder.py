@@ -126,7 +126,7 @@ def test_events_are_dense_and_typed(recorder):
     assert isinstance(events[1], Clip)
     assert isinstance(events[2], NonFinite)
     assert recorder.update_for(Poll(event=2)).events == events[2:]
-    assert recorder.status.clipped_share == pytest.approx(1 / 3)
+    assert recorder.state.clipped_share == pytest.approx(1 / 3)
 
 
 def test_memory_of_logs_is_bounded_and_numbers_stay_dense(recorder):
@@ -171,7 +171,7 @@ def test_a_blocked_sink_costs_nothing_and_its_loss_is_said(recorder):
     feed._limit = 20_000
     for number in range(1, 1001):
         recorder.record(step(number))
-    assert recorder.status.step == 1000  # the recorder itself went on
+    assert recorder.state.step == 1000  # the recorder itself went on
     sink.gate.set()
     recorder.end("finished")
     assert recorder.flush(10)
@@ -251,10 +251,10 @@ def test_changing_the_cadence_of_a_table_keeps_its_history(recorder):
 
 
 def test_new_tables_get_free_ids(recorder):
-    assert recorder.new_table("validation", (Column("loss"),)) == 3
-    assert recorder.reserve_table() == 4
+    (validation,) = recorder.declare([Table(-1, "validation", (Column("loss"),))])
+    assert validation.id == 3
     recorder.declare([Table(7, "memory", (Column("a"),))])
-    assert recorder.new_table("x", (Column("loss"),)) == 8
+    assert [t.id for t in recorder.declare([Table(-1, "x", ()), Table(-1, "y", ())])] == [8, 9]
     recorder.row(3, 5, np.array([1.5], np.float32))
     assert [r.table for r in recorder.update_for(Poll()).rows] == [3]
 
@@ -263,7 +263,7 @@ def test_nothing_counts_after_the_end(recorder):
     recorder.record(step(1))
     recorder.end("crashed", "it broke", "mend it")
     recorder.end("finished")
-    status = recorder.status
+    status = recorder.state
     assert (status.state, status.reason, status.hint) == ("crashed", "it broke", "mend it")
     assert status.ended
 
@@ -288,4 +288,4 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
         time.sleep(0.01)
     assert done
     assert os.waitstatus_to_exitcode(code) == 0
-    assert not recorder.status.ended
+    assert not recorder.state.ended

@@ -70,6 +70,11 @@ class Pace:
             self.paused_s += max(0.0, now - self._paused_since)
             self._paused_since = None
 
+    @property
+    def paused(self) -> bool:
+        """Whether a pause lasts."""
+        return self._paused_since is not None
+
     def _paused_until(self, now: float) -> float:
         lasting = now - self._paused_since if self._paused_since is not None else 0.0
         return self.paused_s + lasting

@@ -22,7 +22,7 @@ import msgspec
 
 from tui_trainer.history import History
 from tui_trainer.history.records import Floats, StepRecord
-from tui_trainer.protocol.describe import Column, RunInfo, Table
+from tui_trainer.protocol.describe import RunInfo, Table
 from tui_trainer.protocol.messages import (
     Artifact,
     LogLine,
@@ -59,6 +59,7 @@ class Recorder:
         self._described = False
         self._status = Status()
         self._live_status: Callable[[], dict[str, Any]] = dict
+        self._paused_s: Callable[[], float] | None = None
         self._faults: set[str] = set()
         self._out: list[Item] = []
         self._feeds: list[Feed] = []
@@ -82,7 +83,8 @@ class Recorder:
         if len(self._incoming) >= self._capacity:
             self._overflow += 1
             return
-        excluded = self.pace.paused_s + self.pace.aside_s
+        paused = self._paused_s() if self._paused_s else self.pace.paused_s
+        excluded = paused + self.pace.aside_s
         self._incoming.append((self._take_step, (record, excluded)))
 
     def row(self, table: int, step: int, values: Floats) -> None:
@@ -115,25 +117,18 @@ class Recorder:
         """Take a sample to show; its id is set here."""
         self._enqueue(self._take_artifact, artifact)
 
-    def new_table(
-        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
-    ) -> int:
-        """Declare a table under the next free id, and return the id."""
-        table = Table(self.reserve_table(), name, tuple(columns), every, optimizer)
-        self.declare([table])
-        return table.id
-
-    def reserve_table(self) -> int:
-        """The next free table id, for `declare`."""
+    def declare(self, tables: Sequence[Table]) -> tuple[Table, ...]:
+        """Announce tables before their first rows and return them as numbered: one with id -1 is
+        new and gets the next id, one with a known id changes its cadence."""
+        numbered = []
         with self._ids:
-            self._next_table += 1
-            return self._next_table - 1
-
-    def declare(self, tables: Sequence[Table]) -> None:
-        """Announce tables before their first rows, or change the cadence of known ones."""
-        with self._ids:
-            self._next_table = max([self._next_table, *(table.id + 1 for table in tables)])
-        self._enqueue(self._take_tables, tuple(tables))
+            for table in tables:
+                if table.id < 0:
+                    table = msgspec.structs.replace(table, id=self._next_table)
+                self._next_table = max(self._next_table, table.id + 1)
+                numbered.append(table)
+        self._enqueue(self._take_tables, tuple(numbered))
+        return tuple(numbered)
 
     def describe(self, **changes: Any) -> None:
         """Change fields of the `RunInfo`; its revision grows by itself."""
@@ -150,7 +145,8 @@ class Recorder:
         try:
             yield
         finally:
-            self.pace.aside_s += max(0.0, self._clock() - began)
+            if not self.pace.paused:
+                self.pace.aside_s += max(0.0, self._clock() - began)
 
     def pause_began(self) -> None:
         """The training thread has stopped at a gate."""
@@ -169,17 +165,19 @@ class Recorder:
             self._drain()
             return self._info
 
-    def on_status(self, source: Callable[[], dict[str, Any]]) -> None:
-        """Ask `source` for the fields of `Status` that change by themselves (state, phase, …)."""
-        self._live_status = source
+    def follow(self, status: Callable[[], dict[str, Any]], paused_s: Callable[[], float]) -> None:
+        """Ask `status` for the fields of `Status` that change by themselves (state, phase, …),
+        and `paused_s` for the seconds that the training thread has been paused."""
+        self._live_status = status
+        self._paused_s = paused_s
 
-    def set_status(self, **changes: Any) -> None:
+    def status(self, **changes: Any) -> None:
         """Change fields of the status."""
         with self._lock:
             self._status = msgspec.structs.replace(self._status, **changes)
 
     @property
-    def status(self) -> Status:
+    def state(self) -> Status:
         """The state of the run now."""
         with self._lock:
             self._drain()
@@ -201,7 +199,7 @@ class Recorder:
 
     def subscribe(self, sink: Sink) -> Feed:
         """Hand this sink everything from now on, in order, on a thread of its own."""
-        feed = Feed(sink, lambda: self.status, self._sink_failed)
+        feed = Feed(sink, lambda: self.state, self._sink_failed)
         with self._lock:
             self._drain()
             if self._described:
@@ -219,7 +217,7 @@ class Recorder:
             self._answerer.report = None
             self._ended_at = self._clock()
             self._live_status = dict
-            self.set_status(state=state, reason=reason, hint=hint, waiting_for="", run_to=None)
+            self.status(state=state, reason=reason, hint=hint, waiting_for="", run_to=None)
             self._say_description()
             self._out.append(Ended(self._status_now()))
             self._hand_out()
@@ -359,7 +357,9 @@ class Recorder:
             items_per_second=speed * info.items_per_step if speed and info.items_per_step else None,
             elapsed_s=pace.elapsed_s(now),
             remaining_s=pace.remaining_s(left, now) if left and left > 0 else left and 0.0,
-            cost_share=pace.cost_share(),
+            cost_share=pace.cost_share()
+            if self._status.cost_share is None
+            else self._status.cost_share,
             clipped_share=pace.clipped_share(),
         )
         try:
