@@ -114,7 +114,9 @@ class Rows(msgspec.Struct, frozen=True):
     `steps` is int64 of shape (n,). `values` is float32 of shape (n, columns), C order: the last
     value of each bucket. Where a row stands for several steps, `low` and `high` (same shape) are
     the extremes over them and `spans` (int64, (n,)) the first step of each; they are empty for raw
-    rows, where every row is one step and nothing was left out.
+    rows, where every row is one step and nothing was left out. Extremes are of finite values (low
+    +Inf and high -Inf where there is none); `flags` (uint8, same shape) says what else there was:
+    1 a NaN, 2 a +Inf, 4 a -Inf.
     """
 
     table: int
@@ -127,6 +129,7 @@ class Rows(msgspec.Struct, frozen=True):
     low: bytes = b""
     high: bytes = b""
     spans: bytes = b""
+    flags: bytes = b""
 
 
 # ---------------------------------------------------------------- events, logs, artifacts
