@@ -24,15 +24,15 @@ from tui_trainer.protocol.messages import Rows
 
 MOST_ENTRIES = 8_192
 LEAST_ENTRIES = 64
-TABLE_BYTES = 48 * 2**20
-"""What one table may grow to, before LEAST_ENTRIES is reached (at about 9,000 columns)."""
+TABLE_BYTES = 64 * 2**20
+"""What one table may grow to, before LEAST_ENTRIES is reached (at about 15,000 columns)."""
 LEVELS_RECKONED = 5
 """Full levels of a run of a hundred million rows, for the reckoning of sizes."""
 
 
 def ring_entries(columns: int) -> int:
     """Entries per ring for a table of so many columns: a power of two, so that a table stays
-    within TABLE_BYTES. 8,192 up to 75 columns, 2,048 at 200, 64 from 9,000 on."""
+    within TABLE_BYTES. 8,192 up to 118 columns, 4,096 at 200, 64 from 7,600 on."""
     entry_bytes = max(1, columns) * (4 + 13 * LEVELS_RECKONED)
     fitting = max(1, TABLE_BYTES // entry_bytes)
     return int(min(MOST_ENTRIES, max(LEAST_ENTRIES, 1 << (fitting.bit_length() - 1))))
@@ -43,8 +43,8 @@ class TableHistory:
 
     `ring_entries(columns)` raw rows (4 bytes a value) and as many buckets of each level (13 bytes a
     value: low, high, last, flags) are kept, so memory grows with the logarithm of the run's length:
-    at most 48 MB a table (75 MB at 10,000 columns), 0.56 MB a series; 10 million steps of 200
-    series in tables of any width stay under 120 MB.
+    at most 67 MB a table up to 15,000 columns (97 MB at 22,000) and 0.57 MB a series; 10 million
+    steps of 200 series, in tables of any width, take less than 115 MB.
 
     Row numbers count this table's rows from 0; steps never decrease but may leave gaps. Not safe
     for use from several threads.
