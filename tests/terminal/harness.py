@@ -1,11 +1,11 @@
 """A real pseudo-terminal: the command runs in it, its bytes are drawn by a terminal emulator (pyte).
 
-    with Terminal(["tui-trainer", "gpt"], columns=120, rows=40) as terminal:
-        terminal.wait_for("step")
-        terminal.press("space")
-        ...
-        terminal.press("q"); terminal.wait_for_exit()
-        terminal.assert_restored()
+with Terminal(["tui-trainer", "gpt"], columns=120, rows=40) as terminal:
+    terminal.wait_for("step")
+    terminal.press("space")
+    ...
+    terminal.press("q"); terminal.wait_for_exit()
+    terminal.assert_restored()
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class Terminal:
         """What is on the screen now, one line a row."""
         return "\n".join(self.screen.display)
 
-    def wait_until(self, holds: Callable[[str], Any], what: str, timeout: float | None = None) -> Any:
+    def wait_until(
+        self, holds: Callable[[str], Any], what: str, timeout: float | None = None
+    ) -> Any:
         """Wait until `holds(text on the screen)` is true and return what it returned."""
         deadline = time.monotonic() + (timeout or self.timeout)
         while True:

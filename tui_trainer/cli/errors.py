@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import os
 import sys
 from collections.abc import Iterable
+
+from tui_trainer.config.errors import near_miss
 
 FAULT, USAGE = 1, 2
 """Exit statuses: something failed; the command line was not understood."""
@@ -29,15 +32,21 @@ class UsageError(CommandError):
         super().__init__(message, hint, USAGE)
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest of `known`, or lists them all when none is near."""
-    names = list(known)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there is: {', '.join(names)}"
+def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
+    """There is no `kind` (command, task, …) called `given`; the hint is the near one."""
+    return UsageError(f"there is no {kind} {given}", near_miss(given, known))
 
 
 def say(message: str, hint: str = "") -> None:
     """Print `tui-trainer: message` and the hint on its own line, to stderr."""
-    print(f"tui-trainer: {message}", file=sys.stderr)
-    if hint:
-        print(f"  hint: {hint}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"tui-trainer: {message}", file=sys.stderr)
+        if hint:
+            print(f"  hint: {hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def leave_pipe_quietly() -> None:
+    """After a broken pipe: point stdout elsewhere, so that its last flush does not complain too."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

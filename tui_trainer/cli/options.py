@@ -8,12 +8,15 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-SHOWING = Group("Showing", sort_key=1)
-RUNNING = Group("The run", sort_key=2)
+RUNNING = Group("The run", sort_key=100)
+SHOWING = Group("Showing", sort_key=101)
+"""Both come after the groups of a task's own configuration."""
 
 
-def _flag(help: str, group: Group, *names: str, metavar: str | None = None) -> Parameter:
-    return Parameter(name=names or None, help=help, group=group, negative=(), metavar=metavar)
+def _flag(
+    help: str, group: Group, *, metavar: str | None = None, default: bool = False
+) -> Parameter:
+    return Parameter(help=help, group=group, negative=(), metavar=metavar, show_default=default)
 
 
 @Parameter(name="*")
@@ -21,40 +24,63 @@ def _flag(help: str, group: Group, *names: str, metavar: str | None = None) -> P
 class RunOptions:
     """How to show a run, where to keep it and what measuring it may cost."""
 
-    plain: Annotated[bool, _flag("Print progress lines instead of opening the screen.", SHOWING)] = (
+    plain: Annotated[bool, _flag("print progress lines instead of opening the screen", SHOWING)] = (
         False
     )
     json: Annotated[
-        bool, _flag("Print one JSON object a line: the run, every step, the end.", SHOWING)
+        bool, _flag("print one JSON object a line: the run, every step, the end", SHOWING)
     ] = False
-    ascii: Annotated[bool, _flag("Draw with ASCII characters alone.", SHOWING)] = False
-    paused: Annotated[bool, _flag("Stop before the first step and wait for keys.", RUNNING)] = False
+    ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    paused: Annotated[bool, _flag("stop before the first step and wait for keys", RUNNING)] = False
     name: Annotated[
-        str | None, _flag("What to call the run (default: a free name, made up).", RUNNING)
+        str | None,
+        _flag("what to call the run (default: a name is made up)", RUNNING, metavar="NAME"),
     ] = None
     runs_dir: Annotated[
         Path | None,
-        _flag("Where runs are kept (also $TUI_TRAINER_RUNS_DIR).", RUNNING, metavar="DIR"),
+        _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
     ] = None
     budget: Annotated[
         float,
         _flag(
-            "Share of the step time that measuring may take; 0 measures all at every step.", RUNNING
+            "share of the step time that measuring may take; 0 measures all at every step",
+            RUNNING,
+            metavar="SHARE",
+            default=True,
         ),
     ] = 0.01
     attention_pattern: Annotated[
         str | None,
         _flag(
-            "Regular expression naming the query, key and value parameters, where their names "
-            "do not say it.",
+            "regular expression naming the query, key and value parameters, where their names "
+            "do not say it",
             RUNNING,
             metavar="REGEX",
         ),
     ] = None
     checkpoint_every: Annotated[
         int | None,
-        _flag("Steps between checkpoints (default: at the end and when asked).", RUNNING),
+        _flag(
+            "steps between checkpoints (default: at the end and when asked)", RUNNING, metavar="N"
+        ),
     ] = None
     keep_checkpoints: Annotated[
-        int, _flag("How many of the newest checkpoints to keep, the best one besides.", RUNNING)
+        int,
+        _flag(
+            "how many of the newest checkpoints to keep, the best one besides",
+            RUNNING,
+            metavar="N",
+            default=True,
+        ),
     ] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """The flags of the start screen: what does not depend on the run that is going to be made."""
+
+    ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    runs_dir: Annotated[
+        Path | None,
+        _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
+    ] = None

@@ -1,0 +1,77 @@
+"""What is imported where, seen in a fresh interpreter: the contracts on paper are not enough, for an
+import inside a function or by a library does the same harm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+VIEWING = (
+    "tui_trainer.ui.app",
+    "tui_trainer.session.api",
+    "tui_trainer.session.launch",
+    "tui_trainer.protocol.messages",
+    "tui_trainer.history",
+    "tui_trainer.config",
+    "tui_trainer.config.spec",
+    "tui_trainer.recording.recorder",
+    "tui_trainer.tasks.definition",
+    "tui_trainer.tasks.gpt",
+    "tui_trainer.tasks.vit",
+    "tui_trainer.cli.main",
+    "tui_trainer.cli.start",
+)
+TRAINING = (
+    "tui_trainer.run.host",
+    "tui_trainer.tracing.tracer",
+    "tui_trainer.probes",
+    "tui_trainer.tasks.gpt.training",
+    "tui_trainer.tasks.vit.training",
+    "tui_trainer.models.gpt",
+    "tui_trainer.models.vit",
+)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names of the top-level packages in `sys.modules` after `code` ran in a new interpreter."""
+    report = (
+        "\nimport sys, json\n"
+        "sys.__stderr__.write('\\n' + json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", VIEWING)
+def test_the_viewing_side_never_brings_torch(module: str) -> None:
+    loaded = loaded_after(f"import {module}")
+    assert "tui_trainer" in loaded
+    assert not loaded & {"torch", "sklearn", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("module", TRAINING)
+def test_the_training_side_never_brings_textual(module: str) -> None:
+    loaded = loaded_after(f"import {module}")
+    assert "tui_trainer" in loaded
+    assert not loaded & {"textual", "plotext", "cyclopts"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["gpt", "--help"], ["run", "-h"]])
+def test_asking_for_help_brings_neither(arguments: list[str]) -> None:
+    code = f"from tui_trainer.cli.main import run\nassert run({arguments!r}) == 0"
+    assert not loaded_after(code) & {"torch", "textual", "numpy", "sklearn"}
+
+
+def test_a_model_brings_nothing_of_ours() -> None:
+    code = (
+        "import tui_trainer.models.gpt, tui_trainer.models.vit, sys\n"
+        "ours = {m for m in sys.modules if m.startswith('tui_trainer.')}\n"
+        "assert all(m.startswith('tui_trainer.models') for m in ours), ours"
+    )
+    assert "torch" in loaded_after(code)

@@ -1,0 +1,123 @@
+"""The wheel, installed in a clean environment, works away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.xdist_group("wheel"), pytest.mark.timeout(300)]
+
+
+def checked(command: Sequence[str | Path], **options: object) -> str:
+    done = subprocess.run(  # type: ignore[call-overload]
+        [str(part) for part in command], capture_output=True, text=True, timeout=240, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return str(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, so that neither leftovers nor the checkout take part."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("tui_trainer", "models"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    checked([sys.executable, "-m", "build", "--wheel", "--outdir", out, source])
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment that holds the wheel and, of this one, the dependencies alone.
+
+    The dependencies (gigabytes, some of them) are lent by path; this environment's own editable
+    tui-trainer is not: its `.pth` files are not read there, and the wheel's files come first.
+    """
+    where = tmp_path_factory.mktemp("clean")
+    venv.create(where, with_pip=False, symlinks=True)
+    purelib = Path(
+        checked(
+            [where / "bin/python", "-c", "import sysconfig as s; print(s.get_path('purelib'))"]
+        ).strip()
+    )
+    checked(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--python",
+            where / "bin/python",
+        ]
+        + ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    )
+    (purelib / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return where / "bin"
+
+
+def away(tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "2"}
+
+
+def test_it_holds_what_it_must_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    here = {str(each.relative_to(ROOT)) for each in (ROOT / "tui_trainer").rglob("*.py")}
+    here |= {f"tui_trainer/models/{each.name}" for each in (ROOT / "models").glob("*.py")}
+    here |= {str(each.relative_to(ROOT)) for each in (ROOT / "tui_trainer").rglob("*.tcss")}
+    here |= {"tui_trainer/py.typed"}
+    packed = {name for name in names if ".dist-info/" not in name}
+    assert packed == here
+    assert {"tui_trainer/models/gpt.py", "tui_trainer/models/vit.py"} <= packed
+
+
+def test_the_command_the_tasks_and_the_models_are_found(clean: Path, tmp_path: Path) -> None:
+    code = (
+        "import tui_trainer, tui_trainer.models.gpt, tui_trainer.models.vit\n"
+        "from importlib.metadata import entry_points\n"
+        "found = {e.name: e.load().name for e in entry_points(group='tui_trainer.tasks')}\n"
+        "assert found['gpt'] == 'gpt' and found['vit'] == 'vit', found\n"
+        "print(tui_trainer.__file__)"
+    )
+    where = checked([clean / "python", "-c", code], cwd=tmp_path, env=away(tmp_path))
+    assert str(clean.parent) in where
+    assert str(ROOT) not in where
+    version = checked([clean / "tui-trainer", "--version"], cwd=tmp_path, env=away(tmp_path))
+    assert version.strip()[0].isdigit()
+
+
+def test_it_trains_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
+    command = [clean / "tui-trainer", "gpt", "--steps", "3", "--json", "--device", "cpu"]
+    lines = checked(command, cwd=tmp_path, env=away(tmp_path)).splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records[0]["type"] == "run"
+    assert [each["step"] for each in records if each["type"] == "step"] == [1, 2, 3]
+    assert records[-1]["type"] == "end"
+    assert records[-1]["steps"] == 3
+
+
+def test_the_screen_opens_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
+    from tests.terminal.harness import Terminal
+
+    command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", "--device", "cpu"]
+    with Terminal(command, cwd=tmp_path, env=away(tmp_path), timeout=90) as terminal:
+        terminal.find(r"(?i)finished")
+        terminal.press("q")
+        assert terminal.wait_for_exit() == 0
+        terminal.assert_restored()

@@ -1,0 +1,100 @@
+"""From the flags to a run's directory and its `run.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.options import RunOptions
+from tui_trainer.cli.script import Script
+from tui_trainer.config.spec import RunSpec, create_run_directory, runs_directory, write_spec
+from tui_trainer.protocol.describe import Scalar
+
+_NAME = re.compile(r"[\w][\w.+-]{0,99}")
+
+
+def check_options(options: RunOptions) -> None:
+    """Refuse what cannot work before anything is made. Raises UsageError."""
+    if options.json and options.plain:
+        raise UsageError("both --json and --plain are given", "choose one of them")
+    if not 0 <= options.budget <= 1:
+        raise UsageError(
+            f"--budget cannot be {options.budget:g}", "it is a share of step time, such as 0.01"
+        )
+    if options.checkpoint_every is not None and options.checkpoint_every < 1:
+        raise UsageError("--checkpoint-every must be at least 1", "leave it out for the end alone")
+    if options.keep_checkpoints < 1:
+        raise UsageError("--keep-checkpoints must be at least 1")
+    if options.name is not None and not _NAME.fullmatch(options.name):
+        raise UsageError(
+            f"--name cannot be {options.name!r}", "letters, digits and . _ + - make a name"
+        )
+    if options.attention_pattern is not None:
+        try:
+            re.compile(options.attention_pattern)
+        except re.error as fault:
+            raise UsageError(f"--attention-pattern is no regular expression: {fault}") from fault
+
+
+def prepare(
+    task: str,
+    options: RunOptions,
+    configuration: Mapping[str, Scalar] | None = None,
+    script: Script | None = None,
+) -> RunSpec:
+    """Make the run's directory and write its spec. Raises CommandError, leaving nothing behind."""
+    check_options(options)
+    stem = re.sub(r"[^\w.+-]+", "-", Path(script.target).stem).strip("-.") if script else task
+    try:
+        name, directory = _make_directory(stem or task, options)
+        spec = RunSpec(
+            name=name,
+            directory=str(directory),
+            task=task,
+            configuration=dict(configuration or {}),
+            script=script.target if script else None,
+            module=script.module if script else False,
+            arguments=script.arguments if script else (),
+            working_directory=os.getcwd(),
+            command=("tui-trainer", *sys.argv[1:]),
+            start_paused=options.paused,
+            budget=options.budget,
+            attention_pattern=options.attention_pattern,
+            checkpoint_every=options.checkpoint_every,
+            keep_checkpoints=options.keep_checkpoints,
+        )
+        write_spec(spec)
+    except FileExistsError as fault:
+        raise UsageError(
+            f"a run called {options.name} exists already in {runs_directory(options.runs_dir)}",
+            "choose another --name, or leave it out",
+        ) from fault
+    except OSError as fault:
+        raise CommandError(
+            f"cannot make a run in {runs_directory(options.runs_dir)}: {fault.strerror or fault}",
+            "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
+        ) from fault
+    return spec
+
+
+def _make_directory(stem: str, options: RunOptions) -> tuple[str, Path]:
+    if options.name is None:
+        return create_run_directory(stem, options.runs_dir)
+    parent = runs_directory(options.runs_dir)
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory = parent / options.name
+    directory.mkdir(mode=0o700)
+    return options.name, directory
+
+
+def discard(spec: RunSpec) -> None:
+    """Take away the directory of a run that never began, unless something else is in it."""
+    directory = Path(spec.directory)
+    with contextlib.suppress(OSError):
+        (directory / "run.json").unlink(missing_ok=True)
+        directory.rmdir()

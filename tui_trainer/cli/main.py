@@ -1,0 +1,148 @@
+"""The command line: which command, with which flags; each error is one message and a status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
+from cyclopts.exceptions import UnusedCliTokensError
+
+from tui_trainer import __version__
+from tui_trainer.cli.errors import (
+    FAULT,
+    INTERRUPTED,
+    USAGE,
+    CommandError,
+    UsageError,
+    leave_pipe_quietly,
+    say,
+    unknown,
+)
+from tui_trainer.cli.options import RunOptions, StartOptions
+from tui_trainer.config.errors import ConfigurationError
+
+ABOUT = (
+    "The debugger for neural-network training, in the terminal.\n\n"
+    "Without a command it opens the start screen. `tui-trainer gpt` trains a small GPT and shows it "
+    "live; `tui-trainer run train.py` does so with your own script. Off a terminal the same "
+    "commands print plain progress lines. `tui-trainer gpt --help` lists the options of a command."
+)
+TASKS = Group("Train", sort_key=0)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the command line asks; returns the exit status. Raises nothing but SystemExit."""
+    given = list(arguments)
+    try:
+        return _dispatch(given)
+    except CommandError as fault:
+        say(fault.message, fault.hint)
+        return fault.status
+    except ConfigurationError as fault:
+        say(fault.message, fault.hint)
+        return USAGE
+    except CycloptsError as fault:
+        message, hint = _in_our_words(fault)
+        say(message, hint or _where_help_is(given))
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        leave_pipe_quietly()
+        return FAULT
+
+
+def _in_our_words(fault: CycloptsError) -> tuple[str, str]:
+    """Message and hint of one of cyclopts' errors."""
+    if isinstance(fault, UnusedCliTokensError):
+        extra = " ".join(fault.unused_tokens or [])
+        return f"unexpected argument {extra}", "options begin with --"
+    if isinstance(fault, MissingArgumentError) and fault.argument is not None:
+        return f"{fault.argument.name} needs a value", ""
+    message, _, suggestion = str(fault).strip().partition(" Did you mean ")
+    message = message[:1].lower() + message[1:]
+    return message.rstrip("."), f"did you mean {suggestion}" if suggestion else ""
+
+
+def _where_help_is(given: Sequence[str]) -> str:
+    command = f" {given[0]}" if given and not given[0].startswith("-") else ""
+    return f"tui-trainer{command} --help lists the options"
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from tui_trainer.cli.registry import task_names
+
+    names = task_names()
+    first = arguments[0] if arguments else ""
+    if first == "run":
+        return _run_script(arguments[1:])
+    if first and not first.startswith("-"):
+        if first not in names:
+            raise _unknown_command(first, [*names, "run"])
+        names = [first]
+    result = _call(_app(names), arguments)
+    return result if isinstance(result, int) else 0
+
+
+def _call(app: App, arguments: list[str]) -> object:
+    return app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def _unknown_command(given: str, known: list[str]) -> UsageError:
+    if given.endswith(".py") or Path(given).is_file():
+        return UsageError(f"there is no command {given}", f"try: tui-trainer run {given}")
+    if given == "help":
+        return UsageError("there is no command help", "try: tui-trainer --help")
+    return unknown("command", given, known)
+
+
+def _app(names: Sequence[str]) -> App:
+    """The commands, of which only the tasks called `names` are loaded."""
+    from tui_trainer.cli.flags import task_command
+    from tui_trainer.cli.registry import load_task, usable_tasks
+    from tui_trainer.cli.start import start_screen, start_task
+
+    app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="rich")
+    tasks = [load_task(names[0])] if len(names) == 1 else usable_tasks(names)
+    for task in tasks:
+        app.command(task_command(task, start_task), name=task.name, group=TASKS)
+    usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
+    app.command(_script_command, name="run", group=TASKS, usage=usage)
+
+    @app.default
+    def without_a_command(
+        *,
+        options: Annotated[StartOptions, Parameter(name="*")] = StartOptions(),  # noqa: B008
+    ) -> int:
+        return start_screen(options)
+
+    return app
+
+
+def _script_command(
+    *script: Annotated[
+        str,
+        Parameter(
+            help="the script, or -m and a module; everything after it is the script's own",
+            show_default=False,
+        ),
+    ],
+    options: Annotated[RunOptions, Parameter(name="*")] = RunOptions(),  # noqa: B008
+) -> RunOptions:
+    """your own PyTorch script, unmodified"""
+    return options
+
+
+def _run_script(arguments: list[str]) -> int:
+    from tui_trainer.cli.script import split
+    from tui_trainer.cli.start import start_script
+
+    ours, script = split(arguments)
+    options = _call(_app(()), ["run", *ours])
+    if not isinstance(options, RunOptions):  # help was asked for, and given
+        return 0
+    if script is None:
+        raise UsageError("run needs a script", "tui-trainer run train.py, or run -m package.train")
+    return start_script(script, options)
