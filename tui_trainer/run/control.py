@@ -1,0 +1,179 @@
+"""Who may command the run, and what each command does."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tui_trainer.protocol.messages import (
+    Action,
+    Checkpoint,
+    Mark,
+    Pause,
+    Resume,
+    RunToEpochEnd,
+    Step,
+    StepPhase,
+    Stop,
+    TakeControl,
+    Throttle,
+)
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.tracing.gate import Gate, Refusal
+
+MOST_STEPS = 10**12
+MOST_STEPS_PER_SECOND = 1e6
+MARK_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """One connected viewer."""
+
+    id: int
+    name: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a command was accepted, and what to say about it."""
+
+    ok: bool
+    message: str = ""
+    hint: str = ""
+
+
+class Control:
+    """Keeps the viewers apart and maps what the controlling one says to the gate."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        recorder: Recorder,
+        stop: Callable[[bool], None],
+        checkpoint: Callable[[], None],
+    ) -> None:
+        self._gate = gate
+        self._recorder = recorder
+        self._stop = stop
+        self._checkpoint = checkpoint
+        self._lock = threading.RLock()
+        self._viewers: dict[int, Viewer] = {}
+        self._controller: int | None = None
+
+    def joined(self, viewer: Viewer) -> None:
+        """A viewer has been welcomed; the first that may control does."""
+        with self._lock:
+            self._viewers[viewer.id] = viewer
+            if self._controller is None and not viewer.read_only:
+                self._controller = viewer.id
+            self._tell()
+
+    def left(self, viewer: Viewer) -> None:
+        """A viewer has gone; control falls to nobody until somebody uses or takes it."""
+        with self._lock:
+            self._viewers.pop(viewer.id, None)
+            if self._controller == viewer.id:
+                self._controller = None
+            self._tell()
+        self._recorder.viewer_gone(viewer.id)
+
+    def perform(self, viewer: Viewer, action: Action) -> Verdict:
+        """Do what this viewer asks, or say why not."""
+        refusal = self._refusal(viewer, action)
+        if refusal is not None:
+            return refusal
+        try:
+            said = self._do(viewer, action)
+        except Refusal as refused:
+            return Verdict(False, str(refused))
+        if not isinstance(action, Mark):
+            self._recorder.notice("command", said, who=viewer.name)
+        return Verdict(True, said)
+
+    def _refusal(self, viewer: Viewer, action: Action) -> Verdict | None:
+        if viewer.read_only:
+            return Verdict(
+                False, "this viewer is read-only", "attach again without --read-only to control"
+            )
+        state = self._recorder.state
+        if state.ended and not isinstance(action, TakeControl):
+            return Verdict(False, f"the run has {_ended(state.state)}: nothing is left to control")
+        if isinstance(action, (TakeControl, Mark)):
+            return None
+        with self._lock:
+            if self._controller is None:
+                self._take(viewer)
+            if self._controller != viewer.id:
+                holder = self._viewers[self._controller].name if self._controller else "nobody"
+                return Verdict(False, f"{holder} holds control", "take control first")
+        return None
+
+    def _take(self, viewer: Viewer) -> None:
+        self._controller = viewer.id
+        self._tell()
+
+    def _tell(self) -> None:
+        names = tuple(viewer.name for viewer in self._viewers.values())
+        self._recorder.status(viewers=names, controller=self._controller)
+
+    def _do(self, viewer: Viewer, action: Action) -> str:
+        gate = self._gate
+        match action:
+            case Pause():
+                gate.pause()
+                return "pause"
+            case Resume():
+                gate.resume()
+                return "resume"
+            case Step(count=count):
+                return self._step(count)
+            case StepPhase():
+                gate.step_phase()
+                return "one phase"
+            case RunToEpochEnd():
+                gate.run_to_epoch_end()
+                return "run to the end of the epoch"
+            case Throttle(steps_per_second=rate):
+                return self._throttle(rate)
+            case Stop(checkpoint=checkpoint):
+                self._stop(checkpoint)
+                return "stop, with a checkpoint" if checkpoint else "stop"
+            case Checkpoint():
+                self._checkpoint()
+                return "checkpoint"
+            case TakeControl():
+                with self._lock:
+                    self._take(viewer)
+                return "take control"
+            case Mark(text=text):
+                said = printable(text, MARK_CHARACTERS)
+                if not said:
+                    raise Refusal("a mark needs some text")
+                self._recorder.notice("mark", said, who=viewer.name)
+                return said
+
+    def _step(self, count: int) -> str:
+        if not 1 <= count <= MOST_STEPS:
+            raise Refusal(f"cannot run {count} steps: give a number from 1 on")
+        self._gate.step(count)
+        return "one step" if count == 1 else f"{count} steps"
+
+    def _throttle(self, rate: float | None) -> str:
+        if rate is not None and not (math.isfinite(rate) and 0 < rate <= MOST_STEPS_PER_SECOND):
+            raise Refusal(f"cannot hold {rate} steps a second: give a number above 0")
+        self._gate.throttle(rate)
+        return "full speed" if rate is None else f"at most {rate:g} steps a second"
+
+
+def _ended(state: str) -> str:
+    return {"stopped": "been stopped"}.get(state, state)
+
+
+def printable(text: str, limit: int) -> str:
+    """One line of at most `limit` characters without anything that could move a cursor."""
+    kept = "".join(char if char.isprintable() else " " for char in text[: 4 * limit])
+    return " ".join(kept.split())[:limit]

@@ -1,0 +1,154 @@
+"""Serving viewers: a Unix socket that only its owner can reach, one thread a connection."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import threading
+import time
+import weakref
+from pathlib import Path
+
+from tui_trainer.protocol.framing import encode
+from tui_trainer.protocol.messages import Refused
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.run.connection import Connection
+from tui_trainer.run.control import Control
+
+MAX_CONNECTIONS = 64
+DROPS_SAID = 20
+"""So many dropped connections get a line in the log; a flood of them gets no more."""
+
+
+class Server:
+    """Accepts viewers until closed. Nothing that a viewer does can stop or slow the training."""
+
+    def __init__(self, run: str, recorder: Recorder, control: Control) -> None:
+        self._run = run
+        self._recorder = recorder
+        self._control = control
+        self._lock = threading.Lock()
+        self._connections: dict[int, Connection] = {}
+        self._identities = itertools.count(1)
+        self._listening: socket.socket | None = None
+        self._path: Path | None = None
+        self._drops = 0
+        self._served_any = threading.Event()
+        self._closed = False
+        _after_fork(self)
+
+    def listen(self, path: Path) -> None:
+        """Listen on a Unix socket at `path` (mode 0600). Raises OSError."""
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            listening.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        listening.listen(16)
+        self._listening, self._path = listening, path
+        threading.Thread(target=self._accept, name="tui-trainer accept", daemon=True).start()
+
+    def serve(self, stream: socket.socket) -> threading.Thread:
+        """Serve one viewer over a connected socket, on a new thread."""
+        identity = next(self._identities)
+        connection = Connection(stream, identity, self._run, self._recorder, self._control)
+        with self._lock:
+            self._connections[identity] = connection
+        thread = threading.Thread(
+            target=self._work,
+            args=(identity, connection),
+            name=f"tui-trainer viewer {identity}",
+            daemon=True,
+        )
+        thread.start()
+        return thread
+
+    def wait_until_seen(self, timeout: float, first_within: float = 0.0) -> bool:
+        """After the end: wait until every viewer was sent all of it, at most `timeout` seconds.
+
+        When no viewer has ever come, wait `first_within` seconds for one: an app that has just
+        started this process is still connecting.
+        """
+        deadline = time.monotonic() + timeout
+        self._served_any.wait(min(timeout, first_within))
+        with self._lock:
+            waiting = list(self._connections.values())
+        return all(c.seen_end.wait(max(0.0, deadline - time.monotonic())) for c in waiting)
+
+    def close(self) -> None:
+        """Stop listening, end all connections and remove the socket."""
+        self._closed = True
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)
+            listening.close()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            if self._path.parent.name.startswith("tui-trainer-"):
+                with contextlib.suppress(OSError):
+                    self._path.parent.rmdir()  # made for nothing but a short socket path
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            connection.close()
+
+    def _accept(self) -> None:
+        while (listening := self._listening) is not None:
+            try:
+                stream, _ = listening.accept()
+            except OSError as fault:
+                if self._closed:
+                    return
+                self._recorder.fault("accepting viewers", fault)
+                time.sleep(0.5)  # such as: too many open files; it may pass
+                continue
+            if len(self._connections) >= MAX_CONNECTIONS:
+                with contextlib.suppress(OSError), stream:
+                    stream.settimeout(0.1)
+                    stream.send(encode(Refused(f"{MAX_CONNECTIONS} viewers look at this run")))
+                continue
+            self.serve(stream)
+
+    def _work(self, identity: int, connection: Connection) -> None:
+        self._served_any.set()
+        try:
+            connection.serve(self._drop)
+        except Exception as fault:
+            self._recorder.fault("serving a viewer", fault)
+        finally:
+            with self._lock:
+                self._connections.pop(identity, None)
+
+    def _drop(self, why: str) -> None:
+        self._drops += 1
+        if self._drops <= DROPS_SAID:
+            self._recorder.notice("viewer", f"a viewer was dropped: {why}", "warning")
+
+    def _let_go(self) -> None:
+        """In a forked child (a data-loader worker): our sockets are the parent's alone."""
+        listening, self._listening = self._listening, None
+        self._path = None
+        if listening is not None:
+            with contextlib.suppress(OSError):
+                os.close(listening.detach())
+        for connection in self._connections.values():
+            connection.close_descriptor()
+        self._connections = {}
+        self._lock = threading.Lock()
+
+
+def _after_fork(server: Server) -> None:
+    reference = weakref.ref(server)
+
+    def let_go() -> None:
+        found = reference()
+        if found is not None:
+            found._let_go()
+
+    os.register_at_fork(after_in_child=let_go)
