@@ -1,0 +1,287 @@
+"""A chart of steps against values, on cells: bands that lose no spike, lines, points and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+from rich.style import Style
+
+from tui_trainer.history.window import Window
+from tui_trainer.ui import formatting
+from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.theme import Palette
+from tui_trainer.ui.widgets import dots, plot
+from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.scale import Scale, fit
+
+GUTTER = 9
+"""Cells left of the plot: a label of 8, right-aligned, and the axis."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Band:
+    """The smallest to the largest value of each dot column (two to a cell), NaN where there is none."""
+
+    style: Style
+    low: Floats
+    high: Floats
+    bad: NDArray[np.bool_] | None = None
+    """Dot columns in which a NaN or an infinity was measured: marked on the axis."""
+
+    @staticmethod
+    def of(window: Window, column: int, style: Style) -> Band:
+        """A band from a column of a history window of two buckets a cell."""
+        low, high = window.low[:, column], window.high[:, column]
+        bad = window.nonfinite[:, column]
+        return Band(style, *bridge(low, high, window.filled), bad)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through one value a dot column, NaN where there is none; drawn by plotext."""
+
+    style: Style
+    values: Floats
+    bad: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Points:
+    """Single values, each a sign in its cell."""
+
+    style: Style
+    columns: NDArray[np.int64]
+    """Dot columns."""
+    values: Floats
+    sign: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A dashed level, such as the threshold of clipping."""
+
+    style: Style
+    value: float
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Dot columns to mark on the axis: clip events, notes."""
+
+    style: Style
+    columns: NDArray[np.int64]
+    sign: str
+
+
+Layer = Band | Line | Points | Rule | Marks
+
+
+def bridge(
+    low: Floats, high: Floats, filled: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Dot columns without a measurement between two that have one (fewer steps than dots) take
+    values between theirs; a measured NaN stays a gap."""
+    at = np.flatnonzero(filled)
+    if len(at) < 2 or len(at) == at[-1] - at[0] + 1:
+        return low, high
+    inner = np.arange(at[0], at[-1] + 1)
+    low, high = low.copy(), high.copy()
+    for values in (low, high):
+        values[inner] = np.interp(inner, at, values[at]).astype(np.float32)
+    return low, high
+
+
+@dataclass
+class Chart:
+    """Draws layers on cells and remembers its scale, so that the axis stands still while it can."""
+
+    log: bool = False
+    zero: bool = False
+    """Whether 0 belongs on the (linear) axis."""
+    _scale: Scale | None = field(default=None, repr=False)
+    _lines: dict[int, tuple[object, dots.Dots]] = field(default_factory=dict, repr=False)
+
+    def plot_width(self, width: int) -> int:
+        """Cells across the plot in a chart `width` cells wide: twice as many dot columns."""
+        return max(1, width - GUTTER)
+
+    def rows(
+        self,
+        width: int,
+        height: int,
+        steps: tuple[int, int],
+        layers: Sequence[Layer],
+        palette: Palette,
+        glyphs: Glyphs,
+    ) -> list[Row]:
+        """`height` rows: the plot, and below it the axis with its steps (start <= step < stop)."""
+        cells, tall = self.plot_width(width), max(1, height - 1)
+        scale = self._scale = _fit(layers, self.log, self.zero, self._scale)
+        codes = np.full((tall, cells), 0x20, np.uint32)
+        styles = np.zeros((tall, cells), np.int64)
+        table: list[Style] = [palette.text]
+        self._rules(layers, scale, codes, styles, table, glyphs)
+        self._dots(layers, scale, codes, styles, table, glyphs)
+        self._points(layers, scale, codes, styles, table)
+        labels = _labels(scale, tall)
+        plotted = dots.segments(codes, styles, table)
+        out = []
+        for y, row in enumerate(plotted):
+            label = labels.get(y)
+            edge = glyphs.tick if label is not None else glyphs.vertical
+            text = formatting.number(label, GUTTER - 1, 3) if label is not None else " " * (GUTTER - 1)
+            out.append([Segment(text, palette.dim), Segment(edge, palette.faint), *row])
+        out.append(_axis(cells, steps, layers, palette, glyphs))
+        return out
+
+    def _rules(
+        self,
+        layers: Sequence[Layer],
+        scale: Scale,
+        codes: NDArray[np.uint32],
+        styles: NDArray[np.int64],
+        table: list[Style],
+        glyphs: Glyphs,
+    ) -> None:
+        for layer in layers:
+            if isinstance(layer, Rule):
+                place = scale.place(np.array([layer.value], np.float64))[0]
+                if 0 <= place <= 1:
+                    y = int(round((1 - place) * (4 * len(codes) - 1))) // 4
+                    table.append(layer.style)
+                    codes[y], styles[y] = ord(glyphs.dash), len(table) - 1
+
+    def _dots(
+        self,
+        layers: Sequence[Layer],
+        scale: Scale,
+        codes: NDArray[np.uint32],
+        styles: NDArray[np.int64],
+        table: list[Style],
+        glyphs: Glyphs,
+    ) -> None:
+        height, width = codes.shape
+        patterns = np.zeros(codes.shape, np.uint8)
+        for number, layer in enumerate(layers):
+            if isinstance(layer, Band):
+                grid = dots.blank(width, height)
+                top, bottom = (scale.dot_rows(v, 4 * height) for v in (layer.high, layer.low))
+                dots.extents(grid, top, bottom)
+            elif isinstance(layer, Line):
+                grid = self._line(number, layer, scale, width, height)
+            else:
+                continue
+            mask = dots.masks(grid)
+            table.append(layer.style)
+            styles[mask > 0] = len(table) - 1
+            patterns |= mask
+        drawn = patterns > 0
+        codes[drawn] = dots.characters(patterns, glyphs.ascii)[drawn]
+
+    def _line(self, number: int, layer: Line, scale: Scale, width: int, height: int) -> dots.Dots:
+        """Through plotext, unless the very same line was drawn the last time."""
+        places = scale.place(layer.values)
+        key = (places.tobytes(), width, height)
+        known = self._lines.get(number)
+        if known is not None and known[0] == key:
+            return known[1]
+        x = np.arange(len(places), dtype=np.float64)
+        grid = plot.line(x, places, width, height, (0.0, 2.0 * width - 1, 0.0, 1.0))
+        self._lines[number] = (key, grid)
+        return grid
+
+    def _points(
+        self,
+        layers: Sequence[Layer],
+        scale: Scale,
+        codes: NDArray[np.uint32],
+        styles: NDArray[np.int64],
+        table: list[Style],
+    ) -> None:
+        height, width = codes.shape
+        for layer in layers:
+            if not isinstance(layer, Points):
+                continue
+            table.append(layer.style)
+            rows = scale.dot_rows(layer.values, 4 * height)
+            for column, row in zip(layer.columns // 2, rows, strict=True):
+                if 0 <= column < width and row == row:
+                    y = min(max(int(round(row)) // 4, 0), height - 1)
+                    codes[y, column], styles[y, column] = ord(layer.sign), len(table) - 1
+
+
+def _fit(layers: Sequence[Layer], log: bool, zero: bool, old: Scale | None) -> Scale:
+    values: list[NDArray[np.floating]] = []
+    for layer in layers:
+        if isinstance(layer, Band):
+            values += [layer.low, layer.high]
+        elif isinstance(layer, Line | Points):
+            values.append(layer.values)
+        elif isinstance(layer, Rule):
+            values.append(np.array([layer.value]))
+    every = np.concatenate([np.asarray(v, np.float64) for v in values]) if values else np.empty(0)
+    every = every[np.isfinite(every) & (every > 0)] if log else every[np.isfinite(every)]
+    if not len(every):
+        return fit(np.nan, np.nan, log, zero, old)
+    return fit(float(every.min()), float(every.max()), log, zero, old)
+
+
+def _labels(scale: Scale, rows: int) -> dict[int, float]:
+    """Row to the value written beside it: round values, never two in touching rows."""
+    wanted = max(2, min(6, rows // 2 + 1))
+    labels: dict[int, float] = {}
+    for value in scale.ticks(wanted):
+        place = float(scale.place(np.array([value], np.float64))[0])
+        y = int(round((1 - place) * (4 * rows - 1))) // 4
+        if 0 <= y < rows and y - 1 not in labels and y + 1 not in labels:
+            labels[y] = value
+    return labels
+
+
+def _axis(
+    cells: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
+) -> Row:
+    """The rule under the plot with step numbers in it, and marks where something is to be seen."""
+    start, stop = steps
+    line = [(glyphs.axis, palette.faint)] * cells
+    ticks = _step_ticks(start, stop, max(1, cells // 10))
+    for tick in ticks:
+        text = f"{tick:,}"
+        at = int((tick - start) * cells / max(1, stop - start)) - len(text) // 2
+        at = min(max(at, 0), cells - len(text))
+        if at > 0 and any(style is palette.dim for _, style in line[at - 1 : at + len(text) + 1]):
+            continue
+        if at >= 0:
+            line[at : at + len(text)] = [(sign, palette.dim) for sign in text]
+    for layer in layers:
+        bad = getattr(layer, "bad", None)
+        if isinstance(layer, Marks):
+            for column in np.unique(layer.columns // 2):
+                if 0 <= column < cells:
+                    line[column] = (layer.sign, layer.style)
+        elif bad is not None and bad.any():
+            for column in np.unique(np.flatnonzero(bad) // 2):
+                line[column] = (glyphs.failed, palette.error)
+    row: Row = [Segment("step ".rjust(GUTTER - 1), palette.dim), Segment(glyphs.corner, palette.faint)]
+    text, style = "", line[0][1]
+    for sign, kind in line:
+        if kind is not style:
+            row.append(Segment(text, style))
+            text, style = "", kind
+        text += sign
+    row.append(Segment(text, style))
+    return row
+
+
+def _step_ticks(start: int, stop: int, count: int) -> list[int]:
+    every = max(1, -(-(stop - start) // max(1, count)))
+    power = 10 ** (len(str(every)) - 1)
+    every = next(n * power for n in (1, 2, 5, 10) if n * power >= every)
+    first = -(-start // every) * every
+    return list(range(first, stop + 1, every))
