@@ -27,9 +27,15 @@ class Definition(Protocol):
     def presets(self) -> Mapping[str, Mapping[str, Scalar]]:
         """Preset name to the fields it sets; the first is the default."""
 
+    @property
+    def preset_for_data(self) -> str:
+        """The default preset once `--data` is given, or ""."""
 
-def default_preset(definition: Definition) -> str:
+
+def default_preset(definition: Definition, data: str | None = None) -> str:
     """The preset used when none is named; "" when the task has none."""
+    if data and definition.preset_for_data:
+        return definition.preset_for_data
     return next(iter(definition.presets), "")
 
 
@@ -42,7 +48,9 @@ def resolve(
     """
     changed = dict(overrides or {})
     given = changed.pop("preset", None)
-    name = preset or (str(given) if given else default_preset(definition))
+    data = changed.get("data")
+    default = default_preset(definition, str(data) if data else None)
+    name = preset or (str(given) if given else default)
     if name and name not in definition.presets:
         raise ConfigurationError(
             f"{definition.name} has no preset {name!r}", near_miss(name, definition.presets)

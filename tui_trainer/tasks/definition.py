@@ -35,6 +35,8 @@ class TaskDefinition:
     """Preset name to the fields it sets; the first is the default."""
     build: str
     """`module:function` with signature `(config) -> Training`, imported where torch is."""
+    preset_for_data: str = ""
+    """The default preset once `--data` is given, where it is another one."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 
 from tui_trainer.config.errors import ConfigurationError, near_miss
@@ -65,7 +66,7 @@ def prepare(config: TrainingConfig) -> torch.device:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # filling fresh memory is for finding bugs in kernels, and dear
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
@@ -80,6 +81,37 @@ def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision)
 
 
-def make_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler:
+class GradScaler(torch.amp.GradScaler):
+    """PyTorch's, whose state may be taken between its `step` and its `update` as well.
+
+    A checkpoint is taken when the optimizer has stepped, which is inside `step`; a run that goes on
+    from it has not to make that step's `update` any more. A step that was skipped for infinite
+    gradients never gets there, so the update to come is always that of a good step.
+    """
+
+    _stepping = False
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As PyTorch's."""
+        self._stepping = True
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """As PyTorch's."""
+        super().update(new_scale)
+        self._stepping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as it is after the update of the step that is being made."""
+        state = super().state_dict()
+        if state and self._stepping:
+            state["_growth_tracker"] += 1
+            if state["_growth_tracker"] == state["growth_interval"]:
+                state["scale"] *= state["growth_factor"]
+                state["_growth_tracker"] = 0
+        return state
+
+
+def make_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:
     """Loss scaling, which fp16 needs and which does nothing for the others."""
-    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+    return GradScaler(device.type, enabled=config.dtype == "fp16")

@@ -10,5 +10,6 @@ task = TaskDefinition(
     summary="a small vision transformer on images",
     config=VitConfig,
     presets=PRESETS,
+    preset_for_data="images",
     build="tui_trainer.tasks.vit.training:build",
 )

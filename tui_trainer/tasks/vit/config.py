@@ -54,6 +54,12 @@ class VitConfig(TrainingConfig):
         """Refuse what no single field can see. Raises ConfigurationError."""
         super().check()
         check_heads(self.width, self.heads)
+        if self.data is None and self.channels == "3":
+            who = f"preset {self.preset}" if self.preset else "a ViT on colour images"
+            raise ConfigurationError(
+                f"{who} learns from your own images",
+                "say where they are: --data FOLDER, with one sub-folder per class",
+            )
         rest = self.image_size % self.patch_size
         if rest:
             fits = [size for size in range(1, self.image_size + 1) if self.image_size % size == 0]
@@ -89,6 +95,27 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "shift": 1,
         "eval_every": 100,
     },
+    "images": {
+        # the default for a folder of images: small enough to learn something without a GPU
+        "epochs": 30,
+        "batch_size": 64,
+        "image_size": 64,
+        "channels": "3",
+        "patch_size": 8,
+        "layers": 6,
+        "heads": 6,
+        "width": 192,
+        "pooling": "mean",
+        "validation_share": 0.1,
+        "learning_rate": 5e-4,
+        "min_learning_rate": 1e-6,
+        "warmup_steps": 100,
+        "weight_decay": 0.05,
+        "beta2": 0.999,
+        "flip": True,
+        "shift": 4,
+        "eval_every": 200,
+    },
     "face-s14": {
         "epochs": 40,
         "batch_size": 128,
@@ -108,5 +135,6 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "beta2": 0.999,
         "flip": True,
         "eval_every": 1000,
+        "eval_batches": 8,
     },
 }

@@ -1,0 +1,107 @@
+"""What is looked at between the steps of a ViT: loss, accuracy, images and confusions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tui_trainer.models.vit import ViT
+from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.tasks.devices import autocast
+from tui_trainer.tasks.evaluating import evaluating
+from tui_trainer.tasks.vit.batches import Decoder, Loaded, collate, normalise
+from tui_trainer.tasks.vit.config import VitConfig
+from tui_trainer.tasks.vit.images import Images
+
+Result = tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]
+
+SHOWN = 12
+"""Images of a sample."""
+THUMBNAIL = 64
+"""Their largest side, in pixels."""
+MOST_CLASSES = 64
+"""Classes of a confusion matrix at most."""
+
+
+class Classification:
+    """Loss and accuracy over the same images each time, some of them to see, and the confusions."""
+
+    def __init__(
+        self, model: ViT, images: Images, config: VitConfig, device: torch.device, prefix: str = ""
+    ) -> None:
+        """`prefix`: put before the metrics' names, where the images are not held out ones."""
+        self.model = model
+        self.images = images
+        self.config = config
+        self.device = device
+        self.prefix = prefix
+        self.skipped: dict[str, str] = {}
+        self._batches: list[Loaded] = []
+
+    def __call__(self) -> Result:
+        """{"loss": nats, "accuracy": share}, an ImageSample and a ConfusionMatrix."""
+        batches = self._load()
+        with evaluating(self.model), autocast(self.config, self.device):
+            outputs = [self.model(normalise(batch.pixels.to(self.device))) for batch in batches]
+        logits = torch.cat(outputs).float().cpu()  # (images, classes)
+        labels = torch.cat([batch.label for batch in batches])  # (images,)
+        predictions = logits.argmax(dim=1)
+        metrics = {
+            f"{self.prefix}loss": F.cross_entropy(logits, labels).item(),
+            f"{self.prefix}accuracy": (predictions == labels).float().mean().item(),
+        }
+        return metrics, [self._sample(batches, logits, labels), self._matrix(labels, predictions)]
+
+    def _load(self) -> list[Loaded]:
+        """The images, decoded at first use and kept: at most `eval_batches` batches of them."""
+        if not self._batches:
+            size = self.config.batch_size
+            decoder = Decoder(self.images)
+            count = min(len(self.images), size * self.config.eval_batches)
+            for start in range(0, count, size):
+                picks = range(start, min(start + size, count))
+                self._batches.append(collate([decoder[index, 0] for index in picks]))
+                self.skipped.update(self._batches[-1].skipped)
+        return self._batches
+
+    def _sample(self, batches: list[Loaded], logits: Tensor, labels: Tensor) -> ImageSample:
+        pixels = torch.cat([batch.pixels for batch in batches[:SHOWN]])[:SHOWN]
+        if pixels.shape[-1] > THUMBNAIL:
+            small = F.interpolate(
+                pixels.float(), size=(THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True
+            )
+            pixels = small.round().clamp(0, 255).to(torch.uint8)
+        rgb = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # -> (n, S, S, 3)
+        confidences, predictions = logits[: len(rgb)].softmax(dim=1).max(dim=1)
+        names = self.images.classes
+        return ImageSample(
+            id=0,
+            step=0,
+            width=rgb.shape[2],
+            height=rgb.shape[1],
+            pixels=rgb.numpy().tobytes(),
+            predictions=tuple(names[index] for index in predictions.tolist()),
+            confidences=tuple(confidences.tolist()),
+            truths=tuple(names[index] for index in labels[: len(rgb)].tolist()),
+        )
+
+    def _matrix(self, labels: Tensor, predictions: Tensor) -> ConfusionMatrix:
+        """Counts among the most frequent classes; what was taken for another class is left out."""
+        classes = len(self.images.classes)
+        frequent = torch.bincount(labels, minlength=classes).argsort(descending=True, stable=True)
+        shown = frequent[:MOST_CLASSES].sort().values  # (k,)
+        place = torch.full((classes,), -1)
+        place[shown] = torch.arange(len(shown))
+        truth, guess = place[labels], place[predictions]
+        both = (truth >= 0) & (guess >= 0)
+        cells = truth[both] * len(shown) + guess[both]
+        counts = torch.bincount(cells, minlength=len(shown) ** 2).view(len(shown), len(shown))
+        return ConfusionMatrix(
+            id=0,
+            step=0,
+            labels=tuple(self.images.classes[index] for index in shown.tolist()),
+            counts=tuple(tuple(row) for row in counts.tolist()),
+        )
