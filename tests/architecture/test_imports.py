@@ -1,5 +1,5 @@
-"""What is imported where, seen in a fresh interpreter: the contracts on paper are not enough, for an
-import inside a function or by a library does the same harm."""
+"""What is imported where, seen in a fresh interpreter: the contracts on paper are not enough, for
+an import inside a function or by a library does the same harm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def loaded_after(code: str) -> set[str]:
     """Names of the top-level packages in `sys.modules` after `code` ran in a new interpreter."""
     report = (
         "\nimport sys, json\n"
-        "sys.__stderr__.write('\\n' + json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+        "found = sorted({m.partition('.')[0] for m in sys.modules})\n"
+        "sys.__stderr__.write('\\n' + json.dumps(found))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120

@@ -56,17 +56,8 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             [where / "bin/python", "-c", "import sysconfig as s; print(s.get_path('purelib'))"]
         ).strip()
     )
-    checked(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--python",
-            where / "bin/python",
-        ]
-        + ["install", "--quiet", "--no-deps", "--no-index", wheel]
-    )
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    checked([*pip, "--python", where / "bin/python", "install", "--no-deps", "--no-index", wheel])
     (purelib / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return where / "bin"
 

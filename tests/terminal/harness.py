@@ -1,4 +1,4 @@
-"""A real pseudo-terminal: the command runs in it, its bytes are drawn by a terminal emulator (pyte).
+"""A real pseudo-terminal: the command runs in it, an emulator (pyte) draws its bytes.
 
 with Terminal(["tui-trainer", "gpt"], columns=120, rows=40) as terminal:
     terminal.wait_for("step")
@@ -134,7 +134,7 @@ class Terminal:
         return found
 
     def settle(self, seconds: float = 0.5) -> str:
-        """Draw for `seconds` more and return the screen: for showing that something does not change."""
+        """Draw for `seconds` more and return the screen: to show that something stays."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.pump():
             pass

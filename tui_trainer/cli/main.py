@@ -25,8 +25,8 @@ from tui_trainer.config.errors import ConfigurationError
 
 ABOUT = (
     "The debugger for neural-network training, in the terminal.\n\n"
-    "Without a command it opens the start screen. `tui-trainer gpt` trains a small GPT and shows it "
-    "live; `tui-trainer run train.py` does so with your own script. Off a terminal the same "
+    "Without a command it opens the start screen. `tui-trainer gpt` trains a small GPT and shows "
+    "it live; `tui-trainer run train.py` does so with your own script. Off a terminal the same "
     "commands print plain progress lines. `tui-trainer gpt --help` lists the options of a command."
 )
 TASKS = Group("Train", sort_key=0)

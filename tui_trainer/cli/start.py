@@ -2,26 +2,75 @@
 
 from __future__ import annotations
 
-from tui_trainer.cli.directory import prepare
+from typing import TYPE_CHECKING
+
+from tui_trainer.cli.directory import check_options, prepare
+from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.script import Script
-from tui_trainer.cli.showing import Showing, showing_for
+from tui_trainer.cli.showing import showing_for, why_no_screen
 from tui_trainer.config.resolve import resolve, to_flat
+from tui_trainer.config.spec import RunSpec
 from tui_trainer.protocol.describe import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
+
+if TYPE_CHECKING:
+    from tui_trainer.ui.launch import LaunchRequest
 
 
 def start_task(
     task: TaskDefinition, preset: str | None, overrides: dict[str, Scalar], options: RunOptions
 ) -> int:
     """Train a task; returns the exit status. Raises ConfigurationError and CommandError."""
-    configuration = resolve(task, preset, overrides)
-    return 0
+    check_options(options)
+    configuration = to_flat(resolve(task, preset, overrides))
+    return _show(prepare(task.name, options, configuration), options)
 
 
 def start_script(script: Script, options: RunOptions) -> int:
-    return 0
+    """Train with a script; returns the exit status, its own if it ended. Raises CommandError."""
+    check_options(options)
+    script.check()
+    return _show(prepare("script", options, script=script), options)
+
+
+def _show(spec: RunSpec, options: RunOptions) -> int:
+    showing = showing_for(options)
+    if showing.note:
+        say(showing.note)
+    if showing.kind == "screen":
+        from tui_trainer.cli.screen import show_run
+
+        return show_run(spec, options.ascii)
+    from tui_trainer.cli.lines import show_lines
+
+    return show_lines(spec, showing.kind)
 
 
 def start_screen(options: StartOptions) -> int:
-    return 0
+    """The start screen, for those who gave no command. Raises UsageError off a terminal."""
+    if reason := why_no_screen():
+        raise UsageError(reason, "say what to train: tui-trainer gpt, or tui-trainer --help")
+    from tui_trainer.cli.registry import task_names, usable_tasks
+    from tui_trainer.cli.screen import show_start
+
+    tasks = {task.name: task for task in usable_tasks(task_names())}
+
+    def make(request: LaunchRequest) -> RunSpec:
+        return spec_for(request, tasks, options)
+
+    return show_start(make, tuple(tasks.values()), options.ascii)
+
+
+def spec_for(
+    request: LaunchRequest, tasks: dict[str, TaskDefinition], options: StartOptions
+) -> RunSpec:
+    """The run that was asked for on the start screen, made. Raises ConfigurationError and
+    CommandError."""
+    wanted = RunOptions(runs_dir=options.runs_dir, paused=request.start_paused)
+    if request.script:
+        script = Script(request.script, tuple(request.arguments))
+        script.check()
+        return prepare("script", wanted, script=script)
+    configuration = resolve(tasks[request.task], request.preset, request.overrides)
+    return prepare(request.task, wanted, to_flat(configuration))

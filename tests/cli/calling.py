@@ -1,0 +1,48 @@
+"""Calling the command as a shell does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "tui_trainer"]
+
+
+def call(
+    *arguments: str | Path,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str = "",
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run `tui-trainer arguments…` in `cwd`, its runs kept there too; never on a terminal."""
+    environment = {
+        **os.environ,
+        "TUI_TRAINER_RUNS_DIR": str(cwd / "runs"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+        **(env or {}),
+    }
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def assert_refused(
+    done: subprocess.CompletedProcess[str], *said: str, status: int | None = None
+) -> None:
+    """One clear message on stderr, a non-zero exit, and no traceback of ours."""
+    assert done.returncode == status if status is not None else done.returncode > 0, done
+    for text in said:
+        assert text in done.stderr, f"{text!r} is not said:\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "tui-trainer: " in done.stderr, done.stderr

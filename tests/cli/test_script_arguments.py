@@ -1,0 +1,41 @@
+"""Which argument is ours and which is the script's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.script import Script, split
+
+CASES = [
+    (["train.py"], [], Script("train.py", ())),
+    (["train.py", "--help", "--json"], [], Script("train.py", ("--help", "--json"))),
+    (["--json", "train.py", "-x"], ["--json"], Script("train.py", ("-x",))),
+    (["--name", "a", "t.py"], ["--name", "a"], Script("t.py", ())),
+    (["--name=a", "t.py", "b"], ["--name=a"], Script("t.py", ("b",))),
+    (["--paused", "t.py"], ["--paused"], Script("t.py", ())),
+    (["--", "t.py", "--", "a"], [], Script("t.py", ("--", "a"))),
+    (["--", "--odd.py"], [], Script("--odd.py", ())),
+    (["-m", "pkg.train", "-m", "x"], [], Script("pkg.train", ("-m", "x"), module=True)),
+    (["--ascii", "-m", "pkg"], ["--ascii"], Script("pkg", (), module=True)),
+    (["--budget", "0.5"], ["--budget", "0.5"], None),
+    (["--help"], ["--help"], None),
+    ([], [], None),
+]
+
+
+@pytest.mark.parametrize(("arguments", "ours", "script"), CASES)
+def test_split(arguments: list[str], ours: list[str], script: Script | None) -> None:
+    assert split(arguments) == (ours, script)
+
+
+def test_a_module_needs_its_name() -> None:
+    with pytest.raises(UsageError):
+        split(["--json", "-m"])
+
+
+@given(st.lists(st.text()))
+def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> None:
+    assert split(["--json", "t.py", *arguments]) == (["--json"], Script("t.py", tuple(arguments)))

@@ -1,0 +1,104 @@
+"""After the screen has closed: what became of the run, in one line, and the exit status."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from dataclasses import dataclass
+
+from tui_trainer.cli.errors import FAULT
+from tui_trainer.config.spec import RunSpec
+from tui_trainer.config.state import RunState, read_state
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.messages import Status
+from tui_trainer.session.api import Snapshot
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stood when its screen closed."""
+
+    state: str
+    """As `Status.state`."""
+    step: int = 0
+    loss: float | None = None
+    reason: str = ""
+    hint: str = ""
+    pid: int = 0
+    exit_status: int | None = None
+    """Of the run process; None while it lives."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further step will come."""
+        return self.state in ("finished", "stopped", "crashed")
+
+
+def outcome_of(
+    snapshot: Snapshot, kept: RunState | None, process: subprocess.Popen[bytes]
+) -> Outcome:
+    """The newest of what the session showed last and what the run left on disk; a process that is
+    gone without having said so has crashed."""
+    status = snapshot.status
+    pid = process.pid
+    code = process.poll()
+    seen = Outcome(status.state, status.step, _last_loss(snapshot), status.reason, status.hint, pid)
+    told = seen
+    if kept is not None and (kept.ended or kept.step > seen.step) and not seen.ended:
+        told = Outcome(kept.state, kept.step, kept.loss, kept.reason, kept.hint, pid)
+    if code is not None and not told.ended:
+        died = f"its process ended without a word ({_ending(code)})"
+        told = Outcome("crashed", told.step, told.loss, told.reason or died, told.hint, pid)
+    return Outcome(told.state, told.step, told.loss, told.reason, told.hint, pid, _as_status(code))
+
+
+def _last_loss(snapshot: Snapshot) -> float | None:
+    table = snapshot.history.table(tables.STEP)
+    latest = table.latest() if table is not None else None
+    return float(latest[1][0]) if latest is not None else None
+
+
+def _ending(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _as_status(code: int | None) -> int | None:
+    return 128 - code if code is not None and code < 0 else code
+
+
+def exit_status(spec: RunSpec, outcome: Outcome) -> int:
+    """The script's own for `run`; otherwise 0, or 1 for a run that crashed."""
+    if spec.task == "script" and outcome.ended and outcome.exit_status is not None:
+        return outcome.exit_status
+    return FAULT if outcome.state == "crashed" else 0
+
+
+def farewell(spec: RunSpec, outcome: Outcome) -> str:
+    """One line for the shell's screen."""
+    at = f"step {outcome.step:,}"
+    if outcome.loss is not None:
+        at += (
+            f", loss {outcome.loss:.4g}"
+            if math.isfinite(outcome.loss)
+            else f", loss {outcome.loss}"
+        )
+    match outcome.state:
+        case "finished" | "stopped":
+            said = f"{outcome.state} at {at}"
+        case "crashed":
+            said = f"crashed at {at}" + (f": {outcome.reason}" if outcome.reason else "")
+        case "paused":
+            said = f"still paused at {at}, as process {outcome.pid}"
+        case _:
+            said = f"still training at {at}, as process {outcome.pid}"
+    return f"{spec.name} {' '.join(said.split())} · {spec.directory}"
+
+
+def has_ended(status: Status) -> bool:
+    """Whether waiting for the run's process makes sense: it ended, or is about to."""
+    return status.ended or status.state == "stopping"
+
+
+def last_told(spec: RunSpec) -> RunState | None:
+    """What the run last left on disk about itself."""
+    return read_state(spec.directory)
