@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from rich.segment import Segment
 from textual import events
@@ -16,15 +17,15 @@ from textual.widget import Widget
 class Choice(Widget, can_focus=True):
     """Radio buttons in a row; where the row is too narrow it scrolls to the chosen one."""
 
-    COMPONENT_CLASSES = {"choice--chosen", "choice--other", "choice--focused"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--chosen", "choice--other", "choice--focused"}
     DEFAULT_CSS = """
     Choice { height: 1; width: 1fr; }
     Choice > .choice--chosen { color: $text-accent; text-style: bold; }
-    Choice > .choice--focused { color: $block-cursor-foreground; background: $block-cursor-background;
-        text-style: bold; }
+    Choice > .choice--focused { color: $block-cursor-foreground;
+        background: $block-cursor-background; text-style: bold; }
     Choice > .choice--other { color: $text-muted; }
     """
-    BINDINGS: list[BindingType] = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "previous", id="choice.previous", show=False,
                 tooltip="Choose the one before"),
         Binding("right,space", "move(1)", "next", id="choice.next", show=False,
@@ -46,12 +47,9 @@ class Choice(Widget, can_focus=True):
             """The choice, for `@on(…, selector)`."""
             return self.choice
 
-    def __init__(
-        self, choices: Sequence[str], value: str, *, ascii_only: bool = False, id: str | None = None
-    ) -> None:
+    def __init__(self, choices: Sequence[str], value: str, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.choices = tuple(choices)
-        self.signs = ("(*)", "( )") if ascii_only else ("●", "○")
         self.set_reactive(Choice.value, value)
 
     def action_move(self, by: int) -> None:
@@ -67,7 +65,7 @@ class Choice(Widget, can_focus=True):
 
     def _pieces(self) -> list[tuple[str, str]]:
         """(text, value) of each choice, with the gap that follows it."""
-        chosen, other = self.signs
+        chosen, other = "●", "○"
         return [(f"{chosen if c == self.value else other} {c}  ", c) for c in self.choices]
 
     def _left(self) -> int:
@@ -108,5 +106,5 @@ class Choice(Widget, can_focus=True):
 class Toggle(Choice):
     """On or off."""
 
-    def __init__(self, value: bool, *, ascii_only: bool = False, id: str | None = None) -> None:
-        super().__init__(("off", "on"), "on" if value else "off", ascii_only=ascii_only, id=id)
+    def __init__(self, value: bool, *, id: str | None = None) -> None:
+        super().__init__(("off", "on"), "on" if value else "off", id=id)

@@ -36,26 +36,16 @@ class ConfusionView(LinesView):
     """Truth down, prediction across. The diagonal in one colour, mistakes in the colour of errors,
     each the stronger the larger its share of the row; zeros are dots."""
 
-    COMPONENT_CLASSES = {
-        *("confusion--muted", "confusion--right", "confusion--wrong", "confusion--label"),
-    }
-    DEFAULT_CSS = """
-    ConfusionView > .confusion--muted { color: $text-muted; }
-    ConfusionView > .confusion--label { color: $text; text-style: bold; }
-    ConfusionView > .confusion--right { color: $success; }
-    ConfusionView > .confusion--wrong { color: $error; }
-    """
     fits = False
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.matrix: ConfusionMatrix | None = None
-        self.ascii_only = False
 
-    def show_matrix(self, matrix: ConfusionMatrix | None, ascii_only: bool = False) -> None:
+    def show_matrix(self, matrix: ConfusionMatrix | None) -> None:
         """Show `matrix`; nothing is drawn again when it is shown already."""
-        if (matrix, ascii_only) != (self.matrix, self.ascii_only):
-            self.matrix, self.ascii_only = matrix, ascii_only
+        if matrix != self.matrix:
+            self.matrix = matrix
             self.changed()
 
     # ------------------------------------------------------------ layout
@@ -84,13 +74,13 @@ class ConfusionView(LinesView):
         """The heading, or the row of a class."""
         assert self.matrix is not None
         label, column = self._label_width(), self._column_width()
-        across = "predicted ->" if self.ascii_only else "predicted →"
+        across = f"predicted {self.glyphs.arrow}"
         down = "truth" if label > 5 else ""
         if index == 0:
-            return [(down.ljust(label) + across, "confusion--muted")]
+            return [(down.ljust(label) + across, "dim")]
         if index == 1:
             names = "".join(name[: column - 1].rjust(column) for name in self.matrix.labels)
-            return [(" " * label, ""), (names, "confusion--label"), ("  recall", "confusion--muted")]
+            return [(" " * label, ""), (names, "strong"), ("  recall", "dim")]
         return self._row(index - 2, label, column)
 
     def _row(self, truth: int, label: int, column: int) -> Strip:
@@ -98,21 +88,21 @@ class ConfusionView(LinesView):
         counts, name = self.matrix.counts[truth], self.matrix.labels[truth]
         total = sum(counts)
         if len(name) >= label:
-            name = name[: label - 2] + ("~" if self.ascii_only else "…")
-        segments = [Segment(name.ljust(label), self.style("confusion--label"))]
+            name = name[: label - 2] + self.glyphs.ellipsis
+        segments = [Segment(name.ljust(label), self.style("strong"))]
         for predicted, count in enumerate(counts):
             share = count / total if total else 0.0
             segments.append(self._cell(count, share, truth == predicted, column))
         recall = f"{counts[truth] / total:8.1%}" if total else "     n/a"
-        return Strip([*segments, Segment(recall, self.style("confusion--muted"))])
+        return Strip([*segments, Segment(recall, self.style("dim"))])
 
     def _cell(self, count: int, share: float, right: bool, column: int) -> Segment:
-        empty = "." if self.ascii_only else "·"
+        empty = self.glyphs.separator
         if not count:
-            return Segment(empty.rjust(column - 1) + " ", self.style("confusion--muted"))
-        style = self.style("confusion--right" if right else "confusion--wrong")
+            return Segment(empty.rjust(column - 1) + " ", self.style("dim"))
+        style = self.style("good" if right else "error")
         text = str(count)
-        if not right and self.ascii_only:
+        if not right and self.glyphs.ascii:
             text = text + "!"
         return Segment(text.rjust(column - 1) + " ", _heat(style, self.style(""), share))
 

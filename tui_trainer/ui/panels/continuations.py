@@ -15,25 +15,16 @@ COMFORTABLE = 100
 class Continuations(LinesView):
     """Samples under each other, each with the step at which it was drawn."""
 
-    COMPONENT_CLASSES = {"text--step", "text--prompt", "text--muted", "text--new"}
-    DEFAULT_CSS = """
-    Continuations > .text--step { color: $text-muted; text-style: bold; }
-    Continuations > .text--new { color: $text-accent; text-style: bold; }
-    Continuations > .text--prompt { color: $text-accent; text-style: bold underline; }
-    Continuations > .text--muted { color: $text-muted; }
-    """
-
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.samples: tuple[TextSample, ...] = ()
-        self.ascii_only = False
         self._rows: list[Line] = []
 
-    def show_samples(self, samples: Sequence[TextSample], ascii_only: bool = False) -> None:
+    def show_samples(self, samples: Sequence[TextSample]) -> None:
         """Show `samples` (oldest first, as they came); nothing is done when they are shown."""
         newest_first = tuple(reversed(samples))
-        if newest_first != self.samples or ascii_only != self.ascii_only:
-            self.samples, self.ascii_only = newest_first, ascii_only
+        if newest_first != self.samples:
+            self.samples = newest_first
             self.changed()
 
     def changed(self, first: int = 0) -> None:
@@ -51,12 +42,11 @@ class Continuations(LinesView):
 
     def _lay_out(self, width: int) -> list[Line]:
         rows: list[Line] = []
-        rule = "-" if self.ascii_only else "─"
         for place, sample in enumerate(self.samples):
             title = f"step {sample.step:,}" + ("  newest" if place == 0 else "")
-            name = "text--new" if place == 0 else "text--step"
-            rest = " " + rule * max(0, width - len(title) - 1)
-            rows.append([(title, name), (rest, "text--muted")])
+            name = "accent bold" if place == 0 else "title"
+            rest = " " + self.glyphs.rule * max(0, width - len(title) - 1)
+            rows.append([(title, name), (rest, "faint")])
             rows += self._text(sample, width)
             rows.append([])
         return rows[:-1]
@@ -71,10 +61,10 @@ class Continuations(LinesView):
         if not prompt:
             return [[(row, "")] for row in wrap((sample.prompt + body).strip("\n"), width)]
         *whole, last = prompt
-        rows: list[Line] = [[(row, "text--prompt")] for row in whole]
+        rows: list[Line] = [[(row, "accent bold underline")] for row in whole]
         joined = wrap(last + body, width)
         for row in joined:
             known = min(len(last), len(row))
-            rows.append([(row[:known], "text--prompt"), (row[known:], "")])
+            rows.append([(row[:known], "accent bold underline"), (row[known:], "")])
             last = last[known:].lstrip(" ") if known < len(last) else ""
         return rows

@@ -7,6 +7,7 @@ to mend it. A value that differs from the preset is marked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 from textual import events
 from textual.app import ComposeResult
@@ -19,7 +20,6 @@ from textual.widgets import Input, Static
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option
-from tui_trainer.protocol.describe import Scalar
 from tui_trainer.ui.panels.choice import Choice, Toggle
 
 EMPTY_MEANS: Mapping[str, str] = {"data": "built in"}
@@ -34,7 +34,9 @@ class FormRow(Vertical):
     FormRow > Horizontal { height: 1; }
     FormRow .label { width: 20; color: $text-muted; }
     FormRow.-changed .label { color: $text-accent; text-style: bold; }
-    FormRow Input { width: 1fr; max-width: 48; }
+    FormRow Input { width: 14; background: $surface; }
+    FormRow Input:focus { background: $panel; }
+    FormRow Input.-text { width: 1fr; max-width: 60; }
     FormRow .unit { width: auto; color: $text-muted; padding: 0 1; }
     FormRow .error { display: none; height: auto; color: $text-error; padding-left: 20; }
     FormRow.-wrong .error { display: block; }
@@ -44,16 +46,13 @@ class FormRow(Vertical):
     class Changed(Message):
         """A value was changed by the person."""
 
-    def __init__(
-        self, name: str, editor: Widget, *, unit: str = "", help: str = "", ascii_only: bool = False
-    ) -> None:
-        super().__init__(id=f"row-{name}")
+    def __init__(self, name: str, editor: Widget, *, unit: str = "", help: str = "") -> None:
+        super().__init__(id="row-" + name.replace(" ", "-"))
         self.option_name = name
         self.editor = editor
         self.help = help
         self.preset_value: str = self.value
         self._unit = unit
-        self._marks = ("*", "x") if ascii_only else ("•", "✗")
 
     def compose(self) -> ComposeResult:
         """Label, editor, unit; the error below."""
@@ -71,6 +70,11 @@ class FormRow(Vertical):
             return self.editor.value
         return ""
 
+    @property
+    def changed(self) -> bool:
+        """Whether it differs from the preset's."""
+        return self.value.strip() != self.preset_value
+
     def set_value(self, value: str, preset_value: str) -> None:
         """Put a value in, and say what the preset's is."""
         self.preset_value = preset_value
@@ -84,14 +88,13 @@ class FormRow(Vertical):
         self.set_class(error is not None, "-wrong")
         if error is not None:
             hint = f" ({error.hint})" if error.hint else ""
-            self.query_one(".error", Static).update(f"{self._marks[1]} {error.message}{hint}")
+            self.query_one(".error", Static).update(f"✗ {error.message}{hint}")
 
     def _label(self) -> str:
-        changed = self.value.strip() != self.preset_value
-        return (self._marks[0] if changed else " ") + " " + self.option_name.replace("_", " ")
+        return ("•" if self.changed else " ") + " " + self.option_name.replace("_", " ")
 
     def _mark(self) -> None:
-        self.set_class(self.value.strip() != self.preset_value, "-changed")
+        self.set_class(self.changed, "-changed")
         if self.is_mounted:
             self.query_one(".label", Static).update(self._label())
 
@@ -118,61 +121,61 @@ class Fold(Widget, can_focus=True):
     Fold { height: 1; width: 1fr; color: $text; text-style: bold; }
     Fold:focus { color: $block-cursor-foreground; background: $block-cursor-background; }
     """
-    BINDINGS: list[BindingType] = [
-        Binding("space", "toggle", "fold", id="fold.toggle", show=False,
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "fold", "fold", id="fold.toggle", show=False,
                 tooltip="Show or hide the options of this group"),
-        Binding("right", "set(True)", "unfold", id="fold.open", show=False,
+        Binding("right", "unfold(True)", "unfold", id="fold.open", show=False,
                 tooltip="Show the options of this group"),
-        Binding("left", "set(False)", "fold", id="fold.close", show=False,
+        Binding("left", "unfold(False)", "fold", id="fold.close", show=False,
                 tooltip="Hide the options of this group"),
     ]  # fmt: skip
 
     open: reactive[bool] = reactive(False)
 
-    def __init__(self, title: str, rows: Vertical, count: int, *, ascii_only: bool = False) -> None:
+    def __init__(self, title: str, rows: Vertical, count: int) -> None:
         super().__init__(id="fold-" + title.lower().replace(" ", "-"))
         self.title, self.rows, self.count = title, rows, count
-        self._signs = ("-", "+") if ascii_only else ("▾", "▸")
         self.help = f"{count} options: space shows or hides them"
 
     def render(self) -> str:
         """The heading."""
-        sign = self._signs[0] if self.open else self._signs[1]
+        sign = "▾" if self.open else "▸"
         return f"{sign} {self.title}  ({self.count})"
 
     def watch_open(self, open: bool) -> None:
         """Show or hide."""
         self.rows.display = open
 
-    def action_toggle(self) -> None:
+    def action_fold(self) -> None:
         """The other way."""
         self.open = not self.open
 
-    def action_set(self, open: bool) -> None:
+    def action_unfold(self, open: bool) -> None:
         """Open or close."""
         self.open = open
 
     def on_click(self, event: events.Click) -> None:
         """As the key."""
-        self.action_toggle()
+        self.action_fold()
 
 
-def editor_for(option: Option, value: str, *, ascii_only: bool = False) -> Widget:
+def editor_for(option: Option, value: str) -> Widget:
     """What an option is edited with."""
     name = f"option-{option.name}"
     if option.kind == "bool":
-        return Toggle(value == "on", ascii_only=ascii_only, id=name)
+        return Toggle(value == "on", id=name)
     if option.choices:
-        return Choice(option.choices, value, ascii_only=ascii_only, id=name)
+        return Choice(option.choices, value, id=name)
     empty = EMPTY_MEANS.get(option.name, "automatic") if option.optional else ""
-    return Input(value, placeholder=empty, compact=True, select_on_focus=True, id=name)
+    classes = "-text" if option.kind == "str" else ""
+    return Input(value, placeholder=empty, compact=True, id=name, classes=classes)
 
 
-def row_for(option: Option, value: Scalar, written: str, *, ascii_only: bool = False) -> FormRow:
-    """The row of an option whose preset value is `value`."""
-    editor = editor_for(option, written, ascii_only=ascii_only)
+def row_for(option: Option, value: str) -> FormRow:
+    """The row of an option whose preset value is written `value`."""
+    editor = editor_for(option, value)
     unit = option.unit if not option.choices and option.kind != "bool" else ""
-    return FormRow(option.name, editor, unit=unit, help=option.help, ascii_only=ascii_only)
+    return FormRow(option.name, editor, unit=unit, help=option.help)
 
 
 def open_faulty(rows: Iterable[FormRow], folds: Iterable[Fold]) -> FormRow | None:

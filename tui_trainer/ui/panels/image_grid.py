@@ -35,14 +35,16 @@ class Tile:
 
 
 def tiles_of(sample: ImageSample, wrong_first: bool) -> list[Tile]:
-    """The images in the order in which they are shown; wrong ones first, the surest of them first."""
+    """The images in the order in which they are shown; the surest of the wrong ones first."""
     count = min(len(sample.predictions), len(sample.truths), len(sample.confidences))
     tiles = [
         Tile(i, sample.predictions[i], sample.truths[i], sample.confidences[i])
         for i in range(count)
     ]
     if wrong_first:
-        tiles.sort(key=lambda tile: (not tile.wrong, -tile.confidence if tile.wrong else tile.index))
+        tiles.sort(
+            key=lambda tile: (not tile.wrong, -tile.confidence if tile.wrong else tile.index)
+        )
     return tiles
 
 
@@ -57,27 +59,19 @@ def pixels_of(sample: ImageSample) -> Pixels:
 class ImageGrid(LinesView):
     """As many images in a row as fit; wrong ones are marked by sign, reverse video and colour."""
 
-    COMPONENT_CLASSES = {"images--right", "images--wrong", "images--muted"}
-    DEFAULT_CSS = """
-    ImageGrid > .images--right { color: $text-success; }
-    ImageGrid > .images--wrong { color: $text-error; text-style: bold reverse; }
-    ImageGrid > .images--muted { color: $text-muted; }
-    """
-
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.sample: ImageSample | None = None
         self.wrong_first = True
-        self.ascii_only = False
         self._tiles: list[Tile] = []
         self._pixels: Pixels = np.zeros((0, 1, 1, 3), np.uint8)
         self._drawn: dict[int, list[list[Segment]]] = {}
 
-    def show_sample(self, sample: ImageSample | None, wrong_first: bool, ascii_only: bool) -> None:
+    def show_sample(self, sample: ImageSample | None, wrong_first: bool) -> None:
         """Show `sample`; nothing is drawn again when it is shown already."""
-        if (sample, wrong_first, ascii_only) == (self.sample, self.wrong_first, self.ascii_only):
+        if (sample, wrong_first) == (self.sample, self.wrong_first):
             return
-        self.sample, self.wrong_first, self.ascii_only = sample, wrong_first, ascii_only
+        self.sample, self.wrong_first = sample, wrong_first
         self._tiles = tiles_of(sample, wrong_first) if sample else []
         self._pixels = pixels_of(sample) if sample else self._pixels[:0]
         self.changed()
@@ -90,7 +84,7 @@ class ImageGrid(LinesView):
     # ------------------------------------------------------------ layout
 
     def _image_size(self) -> tuple[int, int]:
-        """Pixels (width, height) of a thumbnail on screen: one cell a pixel wide, half a cell high."""
+        """Pixels (width, height) of a thumbnail; a cell shows one beside and two above another."""
         assert self.sample is not None
         columns = max(8, min(LARGEST, self.width - GAP))
         wanted = columns if self.sample.width > TILE_COLUMNS else TILE_COLUMNS - GAP
@@ -138,20 +132,22 @@ class ImageGrid(LinesView):
                 return []
             width, height = self._image_size()
             image = resize(self._pixels[index], width, height)
-            drawn = self._drawn[index] = half_blocks(image, self.ascii_only)
+            drawn = self._drawn[index] = half_blocks(image, self.glyphs.ascii)
         return drawn
 
     def _verdict(self, tile: Tile, cells: int) -> list[Segment]:
         sure = f"{tile.confidence:4.0%}" if 0 <= tile.confidence <= 1 else "   ?"
-        right, wrong = ("+", "x") if self.ascii_only else ("✓", "✗")
-        said = f"{wrong} {tile.prediction} is {tile.truth}" if tile.wrong else f"{right} {tile.truth}"
+        right, wrong = ("+", "x") if self.glyphs.ascii else ("✓", "✗")
+        said = (
+            f"{wrong} {tile.prediction} is {tile.truth}" if tile.wrong else f"{right} {tile.truth}"
+        )
         room = cells - GAP - len(sure) - 1
         if len(said) > room:
-            said = said[: max(0, room - 1)] + ("~" if self.ascii_only else "…")
-        name = "images--wrong" if tile.wrong else "images--right"
+            said = said[: max(0, room - 1)] + self.glyphs.ellipsis
+        name = "error reverse" if tile.wrong else "good"
         return [
             Segment(said, self.style(name)),
             Segment(set_cell_size("", max(0, room - len(said))) + " ", self.style("")),
-            Segment(sure, self.style("images--muted")),
+            Segment(sure, self.style("dim")),
             Segment(" " * GAP, self.style("")),
         ]

@@ -6,21 +6,30 @@ what is visible, not what is there. Lines are cached as `Strip`s; `changed(first
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.theme import Palette
+
+if TYPE_CHECKING:
+    from tui_trainer.ui.app import TuiTrainerApp
+
 Line = list[tuple[str, str]]
-"""Pieces of text, each with the name of a component class ("" is the plain style of the view)."""
+"""Pieces of text, each with a meaning of the palette and perhaps `bold`, `reverse` or `underline`
+after it: `("✗ 3 is 8", "error reverse")`; "" is plain text."""
 
 
 class LinesView(ScrollView, can_focus=True):
     """Base of the line views. A subclass says `count()` and `line(index)`."""
 
     DEFAULT_CSS = """
-    LinesView { background: transparent; scrollbar-size-vertical: 1; scrollbar-size-horizontal: 1; }
+    LinesView { background: $background; scrollbar-size-vertical: 1; scrollbar-size-horizontal: 1; }
     """
 
     fits = True
@@ -30,6 +39,7 @@ class LinesView(ScrollView, can_focus=True):
         super().__init__(id=id, classes=classes)
         self._strips: dict[int, Strip] = {}
         self._styles: dict[str, Style] = {}
+        self._styled: Palette | None = None
 
     # ------------------------------------------------------------ to be said by the subclass
 
@@ -57,15 +67,24 @@ class LinesView(ScrollView, can_focus=True):
         """Lines in sight."""
         return max(1, self.scrollable_content_region.height)
 
+    @property
+    def palette(self) -> Palette:
+        """The styles of the theme in force."""
+        return cast("TuiTrainerApp", self.app).palette
+
+    @property
+    def glyphs(self) -> Glyphs:
+        """The signs in force."""
+        return cast("TuiTrainerApp", self.app).glyphs
+
     def style(self, name: str) -> Style:
-        """The style of a component class, over the background of the view."""
+        """The style of a meaning, such as `dim` or `error reverse`."""
         found = self._styles.get(name)
         if found is None:
-            if name:
-                found = self.get_component_rich_style(name, partial=True)
-            else:
-                found = Style()
-            self._styles[name] = found = self.rich_style + found
+            meaning, *attributes = name.split() or ["text"]
+            found = getattr(self.palette, meaning)
+            found += Style.parse(" ".join(attributes)) if attributes else Style()
+            self._styles[name] = found
         return found
 
     def changed(self, first: int = 0) -> None:
@@ -92,26 +111,24 @@ class LinesView(ScrollView, can_focus=True):
 
     # ------------------------------------------------------------ Textual
 
-    def notify_style_update(self) -> None:
-        """The theme changed."""
-        super().notify_style_update()
-        self._styles.clear()
-        self._strips.clear()
-
     def on_resize(self) -> None:
         """Lay the lines out again."""
         self.changed()
 
     def render_line(self, y: int) -> Strip:
         """One visible row."""
+        if self._styled is not self.palette:  # another theme
+            self._styled = self.palette
+            self._styles.clear()
+            self._strips.clear()
         left, top = self.scroll_offset
         index = y + top
         if not 0 <= index < self.count():
-            return Strip.blank(self.size.width, self.rich_style)
+            return Strip.blank(self.size.width, self.palette.text)
         strip = self._strips.get(index)
         if strip is None:
             made = self.line(index)
             if not isinstance(made, Strip):
                 made = Strip([Segment(text, self.style(name)) for text, name in made if text])
             self._strips[index] = strip = made
-        return strip.crop_extend(left, left + self.size.width, self.rich_style)
+        return strip.crop_extend(left, left + self.size.width, self.palette.text)

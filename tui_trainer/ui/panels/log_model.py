@@ -1,7 +1,7 @@
 """The log as one list in time: what the script printed and what happened to the run.
 
-Kept apart from its view, so that merging and filtering are tested without a screen. A snapshot holds
-the newest lines and events; `Log.take` picks those it has not seen, by their dense ids.
+Kept apart from its view, so that merging and filtering are tested without a screen. A snapshot
+holds the newest lines and events; `Log.take` picks those it has not seen, by their dense ids.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class Log:
         self._next_line = 0
         self._next_event = 0
 
-    def take(self, lines: Sequence[LogLine], events: Sequence[Event], info: RunInfo | None) -> int | None:
+    def take(
+        self, lines: Sequence[LogLine], events: Sequence[Event], info: RunInfo | None
+    ) -> int | None:
         """Take in what is new. Returns the first place of `shown` that changed, or None."""
         fresh = [from_line(line) for line in _unseen(lines, self._next_line)]
         fresh += [from_event(event, info) for event in _unseen(events, self._next_event)]
@@ -108,7 +110,11 @@ class Log:
         return 0 if self._forget_oldest() else first
 
     def filter(
-        self, *, kinds: Iterable[str] | None = None, text: str | None = None, worst_only: bool | None = None
+        self,
+        *,
+        kinds: Iterable[str] | None = None,
+        text: str | None = None,
+        worst_only: bool | None = None,
     ) -> None:
         """Change what is shown."""
         self.kinds = self.kinds if kinds is None else frozenset(kinds)

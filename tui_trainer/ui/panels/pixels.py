@@ -6,6 +6,8 @@ as wide, shows two square pixels.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 from rich.color import Color
@@ -61,7 +63,7 @@ def _blocks(line: Pixels) -> list[Segment]:
     segments: list[Segment] = []
     starts = np.flatnonzero(np.any(line[1:] != line[:-1], axis=1)) + 1
     edges = [0, *starts.tolist(), len(line)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         segments.append(Segment("▀" * (stop - start), _style(line[start].tobytes())))
     return segments
 

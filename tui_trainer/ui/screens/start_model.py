@@ -1,24 +1,25 @@
 """What the start screen is given of the tasks, and what it hands back: plain values, no torch.
 
-The ui may not import the tasks, so the command line hands it their definitions (a `TaskDefinition`
-is a `TaskForm` as it is) and a `Launcher`, which starts the run and raises `LaunchError`, or the
-configuration's own error, where it cannot.
+The ui may not import the tasks, so the command line hands it their definitions: a `TaskDefinition`
+is a `TaskForm` as it is, and a `Launcher` goes with them.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
 from tui_trainer.config.resolve import Definition, resolve
+from tui_trainer.config.training import GROUPS
 from tui_trainer.protocol.describe import Scalar
 from tui_trainer.session.api import Session
+from tui_trainer.ui.launch import LaunchRequest, OnLaunch
 
 SCRIPT = "script"
 SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
@@ -35,32 +36,20 @@ class TaskForm(Definition, Protocol):
 
 
 @dataclass(frozen=True)
-class LaunchRequest:
-    """What the person asked for: a task with its preset and changes, or a script."""
+class Launcher:
+    """What the command line gives the app as `on_launch`: the tasks to offer, and what starts them.
 
-    task: str
-    """Name of a task, or `script`."""
-    preset: str = ""
-    overrides: Mapping[str, Scalar] = field(default_factory=dict)
-    """Only the fields that differ from the preset, already parsed."""
-    script: str = ""
-    arguments: tuple[str, ...] = ()
-    start_paused: bool = False
+    run_app(None, start_mode="start", on_launch=Launcher(tuple(definitions), start))
+    """
 
+    tasks: tuple[TaskForm, ...]
+    """In the order in which they are offered; the script comes after them by itself."""
+    start: OnLaunch
+    """Raises LaunchError or ConfigurationError: shown on the form, at the field it speaks of."""
 
-class LaunchError(Exception):
-    """A run could not be started: shown on the form, at `field` where it is that field's fault."""
-
-    def __init__(self, message: str, hint: str = "", field: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.field = field
-
-
-Launcher = Callable[[LaunchRequest], Session]
-"""Starts the run and returns the session that looks at it. Called on a worker thread, so it may take
-a moment. Raises LaunchError or ConfigurationError."""
+    def __call__(self, request: LaunchRequest) -> Session:
+        """Start what was asked for."""
+        return self.start(request)
 
 
 def common_options(form: TaskForm) -> tuple[Option, ...]:
@@ -70,12 +59,13 @@ def common_options(form: TaskForm) -> tuple[Option, ...]:
 
 
 def folded_options(form: TaskForm) -> dict[str, tuple[Option, ...]]:
-    """The other options by group, in order of declaration."""
+    """The other options by group, in the order in which people see the groups."""
     groups: dict[str, list[Option]] = {}
     for option in options_of(form.config):
         if option.name not in COMMON:
             groups.setdefault(option.group, []).append(option)
-    return {name: tuple(options) for name, options in groups.items()}
+    ordered = sorted(groups, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
+    return {name: tuple(groups[name]) for name in ordered}
 
 
 def preset_value(form: TaskForm, preset: str, option: Option) -> Scalar:
@@ -96,7 +86,7 @@ def written(value: Scalar) -> str:
 
 
 def typed(option: Option, text: str | bool) -> str | bool:
-    """What was typed, with `\\n` as a line break in the texts that may hold one, such as a prompt."""
+    """What was typed; `\\n` is a line break in texts that may hold one, such as a prompt."""
     if isinstance(text, str) and "\n" in str(option.default):
         return text.replace("\\n", "\n")
     return text
@@ -105,7 +95,7 @@ def typed(option: Option, text: str | bool) -> str | bool:
 def request_for(
     form: TaskForm, preset: str, entered: Mapping[str, str | bool], start_paused: bool = False
 ) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
-    """The request that the form stands for, or what is wrong by field name ("" for no one field)."""
+    """The request that the form stands for, or what is wrong by field ("" for no one field)."""
     overrides: dict[str, Scalar] = {}
     errors: dict[str, ConfigurationError] = {}
     for option in options_of(form.config):
@@ -125,7 +115,8 @@ def request_for(
         resolve(form, preset, overrides)
     except ConfigurationError as error:
         return None, {blamed(form, error): error}
-    return LaunchRequest(form.name, preset, overrides, start_paused=start_paused), {}
+    settings: dict[str, Scalar] = {"preset": preset} if preset else {}
+    return LaunchRequest(form.name, {**settings, **overrides}, paused=start_paused), {}
 
 
 def _one_length(form: TaskForm, preset: str, overrides: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -145,18 +136,28 @@ def blamed(form: TaskForm, error: ConfigurationError) -> str:
     return ""
 
 
-def script_request(path: str, arguments: str, start_paused: bool = False) -> LaunchRequest:
-    """The request to run a script. Raises LaunchError, with the field at fault."""
-    if not path.strip():
-        raise LaunchError("which script?", "the path of a Python file, such as train.py", "script")
-    file = Path(path.strip()).expanduser()
-    if file.is_dir():
-        raise LaunchError(f"{path} is a folder", "give the Python file that trains", "script")
-    if not file.exists():
-        raise LaunchError(f"{path} does not exist", f"looked in {Path.cwd()}", "script")
+def script_request(
+    path: str, arguments: str, start_paused: bool = False
+) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
+    """The request to run a script, or what is wrong by field (`script`, `arguments`)."""
+    wrong = _script_fault(path.strip())
+    if wrong is not None:
+        return None, {"script": wrong}
     try:
         words = tuple(shlex.split(arguments))
     except ValueError as error:
         hint = "quotes come in pairs, as in a shell"
-        raise LaunchError(f"the arguments cannot be read: {error}", hint, "arguments") from None
-    return LaunchRequest(SCRIPT, script=str(file), arguments=words, start_paused=start_paused)
+        return None, {"arguments": ConfigurationError(f"cannot be read: {error}", hint)}
+    file = str(Path(path.strip()).expanduser())
+    return LaunchRequest(SCRIPT, script=file, arguments=words, paused=start_paused), {}
+
+
+def _script_fault(path: str) -> ConfigurationError | None:
+    file = Path(path).expanduser()
+    if not path:
+        return ConfigurationError("which script?", "the path of a Python file, such as train.py")
+    if file.is_dir():
+        return ConfigurationError(f"{path} is a folder", "give the Python file that trains")
+    if not file.exists():
+        return ConfigurationError(f"{path} does not exist", f"looked in {Path.cwd()}")
+    return None

@@ -1,0 +1,313 @@
+"""What `tui-trainer` alone opens: choose a task or a script, change what should differ, Enter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from textual import events, on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.widgets import Footer, Input, Static
+
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.options import Option, options_of
+from tui_trainer.session.api import Session, Snapshot
+from tui_trainer.ui.launch import LaunchError, LaunchRequest
+from tui_trainer.ui.panels.choice import Choice, Toggle
+from tui_trainer.ui.panels.form import Fold, FormRow, open_faulty, row_for
+from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.start_model import (
+    SCRIPT,
+    SCRIPT_SUMMARY,
+    Launcher,
+    TaskForm,
+    blamed,
+    common_options,
+    folded_options,
+    preset_value,
+    request_for,
+    script_request,
+    written,
+)
+
+WIDE = 110
+"""From this width on the folded groups stand beside the common options, unfolded."""
+
+
+class StartScreen(RunScreen):
+    """The form. Nothing typed is lost when a start fails or another task is looked at."""
+
+    CSS = """
+    StartScreen #title { height: 1; padding: 0 1; }
+    StartScreen #what { height: auto; padding: 1 1 0 1; }
+    StartScreen #form { padding: 1 1 0 1; height: 1fr; overflow-y: auto;
+        scrollbar-size-vertical: 1; }
+    StartScreen #presets { height: auto; }
+    StartScreen #columns { height: auto; }
+    StartScreen #common { height: auto; }
+    StartScreen #folded { height: auto; margin-top: 1; }
+    StartScreen .group { height: auto; padding-left: 2; }
+    StartScreen #summary { padding-left: 20; color: $text-muted; }
+    StartScreen #fault { display: none; height: auto; padding: 0 1; color: $text-error; }
+    StartScreen.-faulty #fault { display: block; }
+    StartScreen #help { height: 1; padding: 0 1; color: $text-muted; }
+    StartScreen.-beside #columns { layout: grid; grid-size: 2; grid-columns: 1fr 1fr;
+        grid-rows: auto; grid-gutter: 0 4; height: auto; }
+    StartScreen.-beside #folded { margin-top: 0; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "start", "Start", id="start.start", priority=True,
+                tooltip="Start the training with what the form says"),
+        Binding("down", "app.focus_next", "Next field", id="start.next", key_display="↓",
+                tooltip="Go to the next field (tab too)"),
+        Binding("up", "app.focus_previous", "Previous field", id="start.previous", show=False,
+                tooltip="Go to the field before (shift+tab too)"),
+        Binding("ctrl+r", "reset", "Reset", id="start.reset",
+                tooltip="Put every field back to what the preset says"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._chosen = ""
+        self._preset: dict[str, str] = {}
+        self._entered: dict[str, dict[str, str]] = {}
+        self._starting = False
+
+    # ------------------------------------------------------------ the form
+
+    @property
+    def tasks(self) -> tuple[TaskForm, ...]:
+        """The tasks on offer."""
+        launcher = self.trainer.on_launch
+        return launcher.tasks if isinstance(launcher, Launcher) else ()
+
+    @property
+    def form(self) -> TaskForm | None:
+        """The chosen task; None for a script."""
+        return next((task for task in self.tasks if task.name == self._chosen), None)
+
+    def compose(self) -> ComposeResult:
+        """Title, task, form, help, keys."""
+        names = [*(task.name for task in self.tasks), SCRIPT]
+        self._chosen = names[0]
+        yield Static(
+            "[b $accent]tui-trainer[/] [$text-muted]· the debugger for neural-network training[/]",
+            id="title",
+        )
+        with Vertical(id="what"):
+            yield FormRow("train", Choice(names, names[0], id="task"), help="What to train")
+            yield Static("", id="summary", markup=False)
+            yield Vertical(id="presets")
+        yield Vertical(id="form")
+        yield Static("", id="fault", markup=False)
+        yield Static("", id="help", markup=False)
+        yield Footer(show_command_palette=False)
+
+    async def on_mount(self) -> None:
+        """The first task's form."""
+        await self._show_task()
+        self.query_one("#task").focus()
+
+    async def _show_task(self) -> None:
+        task = self.form
+        summary = task.summary if task else SCRIPT_SUMMARY
+        self.query_one("#summary", Static).update(summary)
+        body, presets = (
+            self.query_one("#form", Vertical),
+            self.query_one("#presets", Vertical),
+        )
+        with self.app.batch_update():
+            await presets.remove_children()
+            if task and task.presets:
+                await presets.mount(self._preset_row(task))
+            await body.remove_children()
+            await body.mount(*(self._task_rows(task) if task else self._script_rows()))
+        self._fill()
+        self._say_fault(None)
+
+    def _preset_row(self, task: TaskForm) -> FormRow:
+        preset = self._preset.setdefault(task.name, next(iter(task.presets)))
+        chooser = Choice(tuple(task.presets), preset, id="preset")
+        return FormRow("preset", chooser, help="A set of defaults: size, length, schedule")
+
+    def _task_rows(self, task: TaskForm) -> list[Vertical]:
+        common = [self._row(task, option) for option in common_options(task)]
+        common.append(self._paused_row())
+        folded: list[Fold | Vertical] = []
+        for name, options in folded_options(task).items():
+            rows = Vertical(*(self._row(task, option) for option in options), classes="group")
+            fold = Fold(name, rows, len(options))
+            fold.open = self._beside()
+            rows.display = fold.open
+            folded += [fold, rows]
+        columns = Vertical(
+            Vertical(*common, id="common"), Vertical(*folded, id="folded"), id="columns"
+        )
+        return [columns]
+
+    def _script_rows(self) -> list[Vertical]:
+        path = Input(placeholder="train.py", compact=True, id="option-script", classes="-text")
+        arguments = Input(placeholder="none", compact=True, id="option-arguments", classes="-text")
+        return [
+            FormRow(
+                "script", path, help="The Python file that trains, as you would give it to python"
+            ),
+            FormRow("arguments", arguments, help="Its own arguments, quoted as in a shell"),
+            self._paused_row(),
+        ]
+
+    def _paused_row(self) -> FormRow:
+        row = FormRow(
+            "start paused", Toggle(False, id="paused"), help="Stop before the first phase"
+        )
+        return row
+
+    def _row(self, task: TaskForm, option: Option) -> FormRow:
+        value = preset_value(task, self._preset.get(task.name, ""), option)
+        return row_for(option, written(value))
+
+    def _fill(self) -> None:
+        """Put in what was typed before, else what the preset says."""
+        entered = self._entered.get(self._chosen, {})
+        task = self.form
+        known = {option.name: option for option in options_of(task.config)} if task else {}
+        for row in self.query(FormRow):
+            if row.option_name in ("train", "preset"):
+                continue
+            default = "off" if row.option_name == "start paused" else ""
+            if task and row.option_name in known:
+                option = known[row.option_name]
+                default = written(preset_value(task, self._preset.get(task.name, ""), option))
+            row.set_value(entered.get(row.option_name, default), default)
+
+    def _beside(self) -> bool:
+        return self.app.size.width >= WIDE
+
+    # ------------------------------------------------------------ what the person does
+
+    @on(Choice.Changed, "#task")
+    async def choose_task(self, event: Choice.Changed) -> None:
+        """Another form; what was typed in this one is kept."""
+        self._remember()
+        self._chosen = event.value
+        await self._show_task()
+
+    @on(Choice.Changed, "#preset")
+    def choose_preset(self, event: Choice.Changed) -> None:
+        """Other defaults; what was changed by hand stays changed."""
+        self._remember()
+        self._preset[self._chosen] = event.value
+        self._fill()
+        self._say_fault(None)
+
+    def _remember(self) -> None:
+        self._entered[self._chosen] = {
+            row.option_name: row.value
+            for row in self.query(FormRow)
+            if row.option_name not in ("train", "preset") and row.changed
+        }
+
+    def on_form_row_changed(self, event: FormRow.Changed) -> None:
+        """Something was typed: an old complaint no longer holds."""
+        event.stop()
+        self._say_fault(None)
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """Say what the field is."""
+        for node in event.widget.ancestors_with_self:
+            if isinstance(node, FormRow | Fold):
+                self.query_one("#help", Static).update(node.help)
+                return
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Two columns where there is room."""
+        self.set_class(self._beside(), "-beside")
+
+    def action_reset(self) -> None:
+        """Forget the changes."""
+        self._entered.pop(self._chosen, None)
+        for row in self.query(FormRow):
+            row.fault(None)
+        self._fill()
+        self._say_fault(None)
+
+    def action_start(self) -> None:
+        """Check the form; start if nothing is wrong."""
+        if self._starting:
+            return
+        request, errors = self._request()
+        for row in self.query(FormRow):
+            row.fault(errors.get(row.option_name))
+        if request is None:
+            self._blame(errors)
+            return
+        if self.trainer.on_launch is None:
+            self._say_fault(ConfigurationError("nothing can be started from here"))
+            return
+        self._say_fault(None)
+        self._set_starting(True)
+        self.run_worker(partial(self._launch, request), thread=True, exclusive=True)
+
+    def _request(self) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
+        entered = {row.option_name: row.value for row in self.query(FormRow)}
+        paused = self.query_one("#paused", Toggle).value == "on"
+        task = self.form
+        if task is None:
+            return script_request(entered["script"], entered["arguments"], paused)
+        return request_for(task, self._preset.get(task.name, ""), entered, paused)
+
+    def _blame(self, errors: dict[str, ConfigurationError]) -> None:
+        first = open_faulty(self.query(FormRow), self.query(Fold))
+        if first is not None:
+            first.editor.focus()
+        shown = {row.option_name for row in self.query(FormRow)}
+        for name, error in errors.items():
+            if name not in shown:
+                self._say_fault(error)
+
+    # ------------------------------------------------------------ starting
+
+    def _launch(self, request: LaunchRequest) -> None:
+        """On a worker thread: the run process takes a moment to start."""
+        assert self.trainer.on_launch is not None
+        try:
+            session = self.trainer.on_launch(request)
+        except (LaunchError, ConfigurationError) as error:
+            told = ConfigurationError(error.args[0], error.hint)
+            self.app.call_from_thread(self._failed, told)
+        except Exception as error:  # said on the form: what was typed must not be lost
+            told = ConfigurationError(f"{type(error).__name__}: {error}")
+            self.app.call_from_thread(self._failed, told)
+        else:
+            self.app.call_from_thread(self._launched, session)
+
+    def _launched(self, session: Session) -> None:
+        self._set_starting(False)
+        self.trainer.attach(session)
+        self.trainer.action_go("dashboard")
+
+    def _failed(self, error: ConfigurationError) -> None:
+        self._set_starting(False)
+        name = blamed(self.form, error) if self.form else ""
+        rows = [row for row in self.query(FormRow) if row.option_name == name]
+        for row in rows:
+            row.fault(error)
+        if rows:
+            self._blame({name: error})
+        else:
+            self._say_fault(error)
+
+    def _set_starting(self, starting: bool) -> None:
+        self._starting = starting
+        self.query_one("#help", Static).update("starting …" if starting else "")
+
+    def _say_fault(self, error: ConfigurationError | None) -> None:
+        self.set_class(error is not None, "-faulty")
+        if error is not None:
+            hint = f"\n  {error.hint}" if error.hint else ""
+            self.query_one("#fault", Static).update(f"✗ {error.message}{hint}")
+
+    def show(self, snapshot: Snapshot) -> None:
+        """No run is shown here."""
