@@ -69,11 +69,6 @@ def prepare(
             keep_checkpoints=options.keep_checkpoints,
         )
         write_spec(spec)
-    except FileExistsError as fault:
-        raise UsageError(
-            f"a run called {options.name} exists already in {runs_directory(options.runs_dir)}",
-            "choose another --name, or leave it out",
-        ) from fault
     except OSError as fault:
         raise CommandError(
             f"cannot make a run in {runs_directory(options.runs_dir)}: {fault.strerror or fault}",
@@ -88,7 +83,13 @@ def _make_directory(stem: str, options: RunOptions) -> tuple[str, Path]:
     parent = runs_directory(options.runs_dir)
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     directory = parent / options.name
-    directory.mkdir(mode=0o700)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError as fault:
+        raise UsageError(
+            f"a run called {options.name} exists already in {parent}",
+            "choose another --name, or leave it out",
+        ) from fault
     return options.name, directory
 
 

@@ -67,10 +67,10 @@ def spec_for(
 ) -> RunSpec:
     """The run that was asked for on the start screen, made. Raises ConfigurationError and
     CommandError."""
-    wanted = RunOptions(runs_dir=options.runs_dir, paused=request.start_paused)
+    wanted = RunOptions(runs_dir=options.runs_dir, paused=request.paused)
     if request.script:
         script = Script(request.script, tuple(request.arguments))
         script.check()
         return prepare("script", wanted, script=script)
-    configuration = resolve(tasks[request.task], request.preset, request.overrides)
+    configuration = resolve(tasks[request.task], overrides=request.settings)
     return prepare(request.task, wanted, to_flat(configuration))

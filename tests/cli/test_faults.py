@@ -1,0 +1,167 @@
+"""Bad data and failing scripts, off a terminal: stderr says it once, the exit status is right."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.calling import assert_refused, call
+
+SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1"]
+
+LOOP = """
+import sys, torch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(1, {steps} + 1):
+    optimizer.zero_grad()
+    loss = model(torch.ones(2, 4)).pow(2).mean(){spoil}
+    loss.backward()
+    optimizer.step()
+    {then}
+{last}
+"""
+
+
+def script(to: Path, steps: int = 10, then: str = "pass", last: str = "", spoil: str = "") -> Path:
+    path = to / "train.py"
+    path.write_text(LOOP.format(steps=steps, then=then, last=textwrap.dedent(last), spoil=spoil))
+    return path
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ---------------------------------------------------------------- data and settings
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    done = call("gpt", "--data", "nowhere.txt", *SHORT, cwd=tmp_path)
+    assert_refused(done, "nowhere.txt")
+
+
+def test_an_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    assert_refused(call("gpt", "--data", "empty.txt", *SHORT, cwd=tmp_path), "empty")
+
+
+def test_a_corpus_shorter_than_a_block(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("to be or not")
+    assert_refused(call("gpt", "--data", "short.txt", *SHORT, cwd=tmp_path), "block")
+
+
+def test_a_folder_without_classes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    assert_refused(call("vit", "--data", "images", *SHORT, cwd=tmp_path), "images")
+
+
+def test_a_single_class(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images" / "only"
+    folder.mkdir(parents=True)
+    for index in range(4):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.png")
+    assert_refused(call("vit", "--data", "images", *SHORT, cwd=tmp_path), "class")
+
+
+def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        (folder / "broken.png").write_bytes(b"no image")
+    assert_refused(call("vit", "--data", "images", *SHORT, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    done = call("gpt", "--steps", "3", "--device", device, cwd=tmp_path)
+    assert_refused(done, device)
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def test_a_syntax_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("for step in range(3)\n    pass\n")
+    done = call("run", "bad.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "bad.py" in done.stderr
+    assert "line 1" in done.stderr
+    assert "tui_trainer" not in done.stderr
+
+
+def test_an_exception_at_step_7(tmp_path: Path) -> None:
+    path = script(tmp_path, then="if step == 7: raise ValueError('the seventh')")
+    done = call("run", "--json", path, cwd=tmp_path)
+    assert done.returncode == 1
+    told = records(done.stdout)
+    assert [each["step"] for each in told if each["type"] == "step"] == [*range(1, 8)]
+    assert told[-1]["type"] == "end"
+    assert told[-1]["steps"] == 7
+    assert "the seventh" in done.stderr
+    assert "/tui_trainer/" not in done.stderr, "our frames are in its traceback"
+
+
+@pytest.mark.parametrize(
+    ("leave", "status"),
+    [
+        ("sys.exit()", 0),
+        ("sys.exit(0)", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('no more')", 1),
+        ("raise SystemExit(42)", 42),
+    ],
+)
+def test_leaving_early(leave: str, status: int, tmp_path: Path) -> None:
+    done = call("run", "--json", script(tmp_path, then=f"if step == 4: {leave}"), cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert records(done.stdout)[-1]["steps"] == 4
+
+
+def test_a_megabyte_of_output_keeps_out_of_the_json(tmp_path: Path) -> None:
+    path = script(tmp_path, then="sys.stdout.write('x' * 99 + '\\n'); print('y' * 100_000)")
+    done = call("run", "--json", path, cwd=tmp_path)
+    assert done.returncode == 0
+    told = records(done.stdout)
+    assert (told[0]["type"], told[-1]["type"], told[-1]["steps"]) == ("run", "end", 10)
+    assert done.stderr.count("y") >= 1_000_000
+
+
+def test_the_script_sees_what_python_would_give_it(tmp_path: Path) -> None:
+    last = """
+        import os
+        print(sys.argv, os.getcwd(), __name__, file=sys.stderr)
+        """
+    path = script(tmp_path, steps=1, last=last)
+    done = call("run", "--plain", path, "--json", "a b", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"{[str(path), '--json', 'a b']} {tmp_path} __main__" in done.stderr
+
+
+def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    path = script(tmp_path, spoil=" * (float('nan') if step == 5 else 1)")
+    done = call("run", "--json", path, cwd=tmp_path)
+    assert done.returncode == 0
+    losses = [each["loss"] for each in records(done.stdout) if each["type"] == "step"]
+    assert losses[4] in (None, "nan", "NaN")
+    assert isinstance(losses[3], float)
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    import subprocess
+
+    from tests.cli.calling import COMMAND
+
+    command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
