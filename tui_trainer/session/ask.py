@@ -1,4 +1,4 @@
-"""A short conversation with a run, for commands that ask once and leave, waiting for each answer."""
+"""A short conversation with a run, for commands that ask and leave: each answer is waited for."""
 
 from __future__ import annotations
 
