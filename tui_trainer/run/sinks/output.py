@@ -1,0 +1,27 @@
+"""Writing to a file descriptor, whole lines, however long the reader takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+
+class Output:
+    """A descriptor of our own. `write` blocks while a pipe is full and raises OSError: a
+    BrokenPipeError when the reader has gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`."""
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+
+    def close(self) -> None:
+        """Close the descriptor, unless it is one of the process's standard streams."""
+        if self._descriptor > 2:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,166 @@
+"""Plain progress lines, for pipes, batch systems and terminals that cannot show more."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from tui_trainer import __version__
+from tui_trainer.history.records import StepRecord
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.protocol.messages import NonFinite, Notice, Status, TextSample
+from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
+from tui_trainer.run.sinks.output import Output
+
+EVERY_S = 1.0
+_QUIET = ("evaluation", "state")
+"""Kinds of notices that another line says already."""
+
+
+class PlainLines:
+    """A header, a line about once a second, and a line for whatever else is worth one."""
+
+    def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._info: RunInfo | None = None
+        self._headed = False
+        self._waiting_for = ""
+        self._last: StepRecord | None = None
+        self._said: StepRecord | None = None
+        self._due = 0.0
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        """Write what is due."""
+        lines: list[str] = []
+        if status.waiting_for != self._waiting_for:
+            self._waiting_for = status.waiting_for
+            if status.waiting_for:
+                lines.append(f"{status.waiting_for} …")
+        for item in items:
+            self._one(item, status, lines)
+        if self._last is not self._said and self._clock() >= self._due:
+            self._progress(status, lines)
+        if lines:
+            text = "\n".join(lines) + "\n"
+            self._output.write(text.encode("utf-8", "backslashreplace"))
+
+    def close(self) -> None:
+        """Close the output."""
+        self._output.close()
+
+    def _one(self, item: Item, status: Status, lines: list[str]) -> None:
+        match item:
+            case Described():
+                self._info = item.info
+            case Stepped():
+                self._head(lines)
+                self._last = item.record
+            case Rowed():
+                self._validation(item, lines)
+            case NonFinite():
+                where = f" in {item.parameter}" if item.parameter else ""
+                lines.append(f"step {item.step}: the {item.quantity} is {item.value}{where}")
+            case Notice() if item.kind not in _QUIET:
+                lines.append(f"step {item.step}: {item.level}: {item.text}")
+            case TextSample():
+                lines.append(f"step {item.step}: sample: {item.prompt}{item.text}")
+            case Lost():
+                lines.append(f"{item.steps} steps are not shown: the output is too slow")
+            case Ended():
+                self._head(lines)
+                if self._last is not self._said:
+                    self._progress(item.status, lines)
+                lines.append(ending(item.status))
+
+    def _head(self, lines: list[str]) -> None:
+        if self._headed or self._info is None:
+            return
+        self._headed = True
+        lines += header(self._info)
+
+    def _progress(self, status: Status, lines: list[str]) -> None:
+        if self._last is not None and self._info is not None:
+            self._said, self._due = self._last, self._clock() + EVERY_S
+            lines.append(progress(self._info, self._last, status))
+
+    def _validation(self, row: Rowed, lines: list[str]) -> None:
+        if self._info is None or self._info.tables[row.table].name != tables.VALIDATION:
+            return
+        columns = self._info.tables[row.table].columns
+        said = "  ".join(
+            f"{column.name} {number(float(value))}"
+            for column, value in zip(columns, row.values, strict=True)
+            if not math.isnan(value) or column.name == "loss"
+        )
+        lines.append(f"step {row.step}: validation: {said}")
+
+
+def header(info: RunInfo) -> list[str]:
+    """Two lines: what is trained, and on what."""
+    trained = sum(parameter.numel for parameter in info.parameters)
+    device = info.device
+    facts = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
+    if device is not None:
+        threads = f", {device.threads} threads" if device.threads else ""
+        facts.append(f"{device.kind} ({device.name}{threads})")
+    if info.optimizers:
+        facts.append(", ".join(info.optimizers))
+    title = info.title or info.task
+    return [f"tui-trainer {__version__} · {title} · run {info.name}", " · ".join(facts)]
+
+
+def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
+    """One line about the newest step."""
+    values: dict[str, float] = {}
+    for table, row in record.rows:
+        if info.tables[table].name == tables.STEP:
+            names = (column.name for column in info.tables[table].columns)
+            values = dict(zip(names, map(float, row), strict=True))
+    total = info.total_steps
+    width = len(str(total)) if total else 7
+    parts = [f"step {record.step:>{width}}" + (f"/{total}" if total else "")]
+    for name, label in (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm_preclip", "grad")):
+        if name in values:
+            parts.append(f"{label} {number(values[name])}")
+    if status.clipped_share is not None:
+        parts.append(f"clipped {status.clipped_share:.0%}")
+    if status.steps_per_second:
+        speed = f"{status.steps_per_second:.3g} steps/s"
+        if status.items_per_second:
+            speed += f" ({count(status.items_per_second)} {info.item_unit}/s)"
+        parts.append(speed)
+    if status.remaining_s:
+        parts.append(f"ETA {duration(status.remaining_s)}")
+    return "  ".join(parts)
+
+
+def ending(status: Status) -> str:
+    """The last line."""
+    said = f"{status.state} after {status.step} steps in {duration(status.elapsed_s)}"
+    if status.reason:
+        said += f": {status.reason}"
+    return f"{said}\nhint: {status.hint}" if status.hint else said
+
+
+def number(value: float) -> str:
+    """Four significant digits, in a width that stays."""
+    small = value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5)
+    return f"{value:.3e}" if small else f"{value:#.5g}"
+
+
+def count(value: float) -> str:
+    """A rounded count, such as `98.7k`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Such as `1:18` or `2:03:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
