@@ -51,6 +51,39 @@ def read_to_viewer(read: Callable[[int], bytes]) -> ToViewer:
     return _decode(_read_payload(read, MAX_TO_VIEWER_BYTES), _to_viewer)
 
 
+class FrameBuffer:
+    """Cuts messages for a viewer out of a stream that arrives in pieces, for readers that must
+    not wait inside a frame."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+        self._wanted: int | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether a frame has begun and not ended."""
+        return bool(self._held)
+
+    def feed(self, data: bytes) -> list[ToViewer]:
+        """The messages that `data` completes. Raises ProtocolError."""
+        self._held += data
+        messages: list[ToViewer] = []
+        while (payload := self._next()) is not None:
+            messages.append(_decode(payload, _to_viewer))
+        return messages
+
+    def _next(self) -> bytes | None:
+        if self._wanted is None and len(self._held) >= _HEADER.size:
+            (self._wanted,) = _HEADER.unpack_from(self._held)
+            _check_length(self._wanted, MAX_TO_VIEWER_BYTES)
+        if self._wanted is None or len(self._held) < _HEADER.size + self._wanted:
+            return None
+        payload = bytes(self._held[_HEADER.size : _HEADER.size + self._wanted])
+        del self._held[: _HEADER.size + self._wanted]
+        self._wanted = None
+        return payload
+
+
 def _decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
     try:
         return decoder.decode(payload)
@@ -60,9 +93,13 @@ def _decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
 
 def _read_payload(read: Callable[[int], bytes], limit: int) -> bytes:
     (length,) = _HEADER.unpack(_read_exactly(read, _HEADER.size))
-    if length > limit:
-        raise ProtocolError(f"a frame of {length:,} bytes was announced, over the limit of {limit:,}")
+    _check_length(length, limit)
     return _read_exactly(read, length)
+
+
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise ProtocolError(f"a frame of {length:,} bytes is over the limit of {limit:,}")
 
 
 def _read_exactly(read: Callable[[int], bytes], length: int) -> bytes:

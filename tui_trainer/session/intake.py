@@ -1,0 +1,93 @@
+"""The ui's side of a session: what arrived becomes the next snapshot, on the thread that polls."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import TypeVar
+
+from tui_trainer.history import History
+from tui_trainer.protocol.messages import Artifact, Event, LogLine, Status, Update
+from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
+
+T = TypeVar("T", Event, LogLine)
+
+
+class Intake:
+    """Grows one `Snapshot` out of updates. Used from one thread."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._log: deque[LogLine] = deque(maxlen=LOG_LINES_KEPT)
+        self._artifacts: dict[str, deque[Artifact]] = {}
+
+    @property
+    def history(self) -> History:
+        """The history that grows."""
+        return self.snapshot.history
+
+    def apply(self, update: Update) -> None:
+        """Take in one answer. Raises ValueError when its rows do not fit; what came before the
+        faulty rows is kept."""
+        known = self.snapshot
+        changes: dict[str, object] = {}
+        if update.info is not None:
+            for table in update.info.tables:
+                self.history.declare(table)
+            changes["info"] = update.info
+        if update.status != known.status:
+            changes["status"] = update.status
+        if _extend(self._events, update.events):
+            changes["events"] = tuple(self._events)
+        if _extend(self._log, update.log):
+            changes["log"] = tuple(self._log)
+        if update.artifacts:
+            changes["artifacts"] = self._keep(update.artifacts)
+        if update.report is not None:
+            changes["report"] = update.report
+        elif update.status.state != "paused" and known.report is not None:
+            changes["report"] = None
+        if update.rows or changes:
+            self.snapshot = replace(known, version=known.version + 1, **changes)  # type: ignore[arg-type]
+        for rows in update.rows:
+            self.history.apply(rows)
+
+    def show_status(self, status: Status) -> None:
+        """Take in a state that came without an update."""
+        known = self.snapshot
+        if status != known.status:
+            report = known.report if status.state == "paused" else None
+            self.snapshot = replace(known, status=status, report=report, version=known.version + 1)
+
+    def show_link(self, link: Link) -> None:
+        """Take in how the connection is; figures that always change are no reason to draw."""
+        known = self.snapshot
+        if link != known.link:
+            told = (link.state, link.message, link.hint, link.viewer_id, link.read_only)
+            before = known.link
+            same = told == (
+                before.state,
+                before.message,
+                before.hint,
+                before.viewer_id,
+                before.read_only,
+            )
+            self.snapshot = replace(known, link=link, version=known.version + (not same))
+
+    def _keep(self, artifacts: tuple[Artifact, ...]) -> tuple[Artifact, ...]:
+        for artifact in artifacts:
+            kind = type(artifact).__name__
+            held = self._artifacts.setdefault(kind, deque(maxlen=ARTIFACTS_KEPT))
+            if not held or artifact.id > held[-1].id:
+                held.append(artifact)
+        kept = [artifact for held in self._artifacts.values() for artifact in held]
+        return tuple(sorted(kept, key=lambda artifact: artifact.id))
+
+
+def _extend(held: deque[T], new: tuple[T, ...]) -> bool:
+    """Add what is newer than what is held; whether there was any."""
+    newest = held[-1].id if held else -1
+    fresh = [item for item in new if item.id > newest]
+    held.extend(fresh)
+    return bool(fresh)

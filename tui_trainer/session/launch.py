@@ -1,0 +1,87 @@
+"""Starting a run in a process of its own, which outlives the terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tui_trainer.config.spec import RunSpec, find_socket, write_spec
+from tui_trainer.config.state import read_state
+from tui_trainer.session.local import connect_unix
+from tui_trainer.session.stream import NotYet, RunGone, Stream, Unreachable
+
+BOOT_LOG = "boot.log"
+"""Holds what the run process prints before it takes its output over, and what kills it."""
+_TAIL_BYTES = 4_000
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run process that was started here."""
+
+    spec: RunSpec
+    process: subprocess.Popen[bytes]
+
+    def connect(self) -> Stream:
+        """For `LiveSession`: one attempt to connect. Raises NotYet while the process boots and
+        RunGone, with the end of what it printed, when it died."""
+        # Asked before the socket is tried: a process seen dead cannot start to listen.
+        status = self.process.poll()
+        path = find_socket(self.spec.directory)
+        try:
+            if path is None:
+                raise NotYet("starting the run process")
+            return connect_unix(path)
+        except (NotYet, Unreachable):
+            if status is None:
+                raise
+            said = read_state(self.spec.directory)
+            if said is not None and said.ended:
+                raise RunGone(f"the run has {said.state}", said.reason, said.state) from None
+            message = f"the run process died: {_ending(status)}"
+            raise RunGone(message, self.last_words(), "crashed") from None
+
+    def last_words(self) -> str:
+        """The end of what the process printed, for people; "" when it printed nothing."""
+        try:
+            with open(Path(self.spec.directory) / BOOT_LOG, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode("utf-8", "replace").strip()
+        except OSError as fault:
+            return f"cannot read {BOOT_LOG}: {fault.strerror}"
+
+
+def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched:
+    """Write the spec and start its run process: its own session, so that a hang-up of this terminal
+    does not reach it, and no terminal. Raises OSError."""
+    write_spec(spec)
+    log = os.open(
+        Path(spec.directory) / BOOT_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+    )
+    try:
+        process = subprocess.Popen(
+            # -P: a random.py in the user's directory must not stand in for Python's own.
+            [sys.executable, "-P", "-m", "tui_trainer.run", spec.directory],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=spec.working_directory or None,
+            env=environment,
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    return Launched(spec, process)
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
