@@ -1,0 +1,91 @@
+"""The last line and the exit status, from what the session saw and what the run left on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tui_trainer.cli.farewell import exit_status, farewell, outcome_of
+from tui_trainer.config.spec import RunSpec
+from tui_trainer.config.state import RunState
+from tui_trainer.protocol.messages import Status
+from tui_trainer.session.api import Snapshot
+
+TASK = RunSpec(name="gpt-quiet-otter", directory="/runs/gpt-quiet-otter", task="gpt")
+SCRIPT = RunSpec(name="script-tame-ibex", directory="/runs/script-tame-ibex", task="script")
+
+
+@contextmanager
+def process(code: str | None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ended with `code` run, or (None) one that lives."""
+    sleeping = "import time; time.sleep(60)"
+    command = [sys.executable, "-c", sleeping if code is None else code]
+    started = subprocess.Popen(command)
+    if code is not None:
+        started.wait()
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def seen(state: str, step: int = 5, reason: str = "") -> Snapshot:
+    return Snapshot(status=Status(state=state, step=step, reason=reason))
+
+
+def told(state: str, step: int, loss: float | None = None) -> RunState:
+    return RunState(name="x", state=state, step=step, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "kept", "code", "line", "statuses"),
+    [
+        (seen("finished", 3000), None, "", "finished at step 3,000", (0, 0)),
+        (seen("running", 7), told("finished", 9, 1.5), "", "finished at step 9, loss 1.5", (0, 0)),
+        (seen("stopping", 7), told("stopped", 8), "", "stopped at step 8", (0, 0)),
+        (
+            seen("crashed", 7, "ValueError: the seventh"),
+            None,
+            "raise SystemExit(1)",
+            "crashed at step 7: ValueError: the seventh",
+            (1, 1),
+        ),
+        (
+            seen("running", 7),
+            told("running", 6),
+            "import os; os.kill(os.getpid(), 9)",
+            "crashed at step 7: its process ended without a word (killed by signal 9)",
+            (1, 137),
+        ),
+        (seen("finished", 4), None, "raise SystemExit(3)", "finished at step 4", (0, 3)),
+    ],
+)
+def test_a_run_that_has_ended(
+    snapshot: Snapshot, kept: RunState | None, code: str, line: str, statuses: tuple[int, int]
+) -> None:
+    with process(code) as ended:
+        outcome = outcome_of(snapshot, kept, ended)
+    assert outcome.ended
+    assert farewell(TASK, outcome) == f"gpt-quiet-otter {line} · /runs/gpt-quiet-otter"
+    assert (exit_status(TASK, outcome), exit_status(SCRIPT, outcome)) == statuses
+
+
+@pytest.mark.parametrize(("state", "word"), [("running", "training"), ("paused", "paused")])
+def test_a_run_that_goes_on(state: str, word: str) -> None:
+    with process(None) as living:
+        outcome = outcome_of(seen(state, 12), told(state, 14, 2.0), living)
+        line = farewell(TASK, outcome)
+        assert f"still {word} at step 14, loss 2, as process {living.pid}" in line
+    assert not outcome.ended
+    assert exit_status(TASK, outcome) == exit_status(SCRIPT, outcome) == 0
+
+
+def test_a_reason_of_many_lines_stays_one_line() -> None:
+    with process("raise SystemExit(1)") as ended:
+        outcome = outcome_of(seen("crashed", 1, "one\n  two\n"), None, ended)
+    assert "\n" not in farewell(TASK, outcome)

@@ -1,0 +1,61 @@
+"""Screen or lines: what was asked for, and what the terminal can do."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tui_trainer.cli.options import RunOptions
+from tui_trainer.cli.showing import showing_for, why_no_screen
+
+
+class Stream:
+    def __init__(self, terminal: bool) -> None:
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch):
+    def arrange(stdin: bool, stdout: bool, term: str | None) -> None:
+        monkeypatch.setattr(sys, "stdin", Stream(stdin))
+        monkeypatch.setattr(sys, "stdout", Stream(stdout))
+        if term is None:
+            monkeypatch.delenv("TERM", raising=False)
+        else:
+            monkeypatch.setenv("TERM", term)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("stdin", "stdout", "term", "kind", "noted"),
+    [
+        (True, True, "xterm-256color", "screen", False),
+        (True, True, "linux", "screen", False),
+        (True, True, "dumb", "plain", True),
+        (True, True, None, "plain", True),
+        (False, True, "xterm", "plain", True),
+        (True, False, "xterm", "plain", False),
+        (False, False, "xterm", "plain", False),
+    ],
+)
+def test_what_the_terminal_can_do(on, stdin, stdout, term, kind, noted) -> None:
+    on(stdin, stdout, term)
+    showing = showing_for(RunOptions())
+    assert (showing.kind, bool(showing.note)) == (kind, noted)
+    assert bool(why_no_screen()) == (kind != "screen")
+
+
+def test_what_was_asked_for_comes_first(on) -> None:
+    on(True, True, "xterm")
+    assert showing_for(RunOptions(json=True)).kind == "json"
+    assert showing_for(RunOptions(plain=True)).kind == "plain"
+
+
+def test_no_streams_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert showing_for(RunOptions()).kind == "plain"
