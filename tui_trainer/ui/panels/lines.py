@@ -91,6 +91,7 @@ class LinesView(ScrollView, can_focus=True):
         """Lines from `first` on are new, or gone; those before are as they were."""
         if first <= 0:
             self._strips.clear()
+            self._styles.clear()
         else:
             for index in [index for index in self._strips if index >= first]:
                 del self._strips[index]
@@ -110,6 +111,10 @@ class LinesView(ScrollView, can_focus=True):
         self.refresh(Region(0, y, self.size.width, 1))
 
     # ------------------------------------------------------------ Textual
+
+    def on_mount(self) -> None:
+        """Draw anew when the theme changes."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self.call_later(self.changed))
 
     def on_resize(self) -> None:
         """Lay the lines out again."""

@@ -11,6 +11,7 @@ from textual.widgets import Footer
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.panels.chips import Chip, Chips
 from tui_trainer.ui.panels.empty import EmptyState, awaited
+from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.log_model import CLIPS, EVENTS, STDERR, STDOUT, Log
 from tui_trainer.ui.panels.log_view import LogView
 from tui_trainer.ui.panels.prompt import PromptLine
@@ -65,6 +66,7 @@ class LogScreen(RunScreen):
 
     def compose(self) -> ComposeResult:
         """Switches, lines, prompt, keys."""
+        yield HeaderLine()
         yield Chips()
         yield EmptyState()
         yield LogView(self.lines, id="lines")
@@ -82,6 +84,7 @@ class LogScreen(RunScreen):
 
     def show(self, snapshot: Snapshot) -> None:
         """Take in what is new."""
+        self.query_one(HeaderLine).show(snapshot)
         info = snapshot.info
         if info is not None and info.name != self._run:
             if self._run:  # the app was attached to another run

@@ -1,0 +1,206 @@
+"""Every column of every parameter: sorted, filtered, and drawn only where it is in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+from rich.style import Style
+
+from tui_trainer.protocol import tables
+from tui_trainer.ui import formatting
+from tui_trainer.ui.panels.parameter_values import ParameterValues, Values
+from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.sparkline import sparklines
+from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
+
+TREND = 14
+NAME_SHARE = 0.42
+"""Of the width, at most, for names."""
+NAME = TableColumn("name", "parameter", 0, left=True, tooltip="Name, as the model has it")
+COLUMNS = (
+    TableColumn("grad", "grad norm", 9, tooltip="‖∂L/∂p‖₂ before clipping"),
+    TableColumn("trend", "trend", TREND, left=True, tooltip="Largest gradient norm over the run"),
+    TableColumn("share", "share", 6, tooltip="‖g‖² as a share of the total norm²"),
+    TableColumn("update", "update", 8, tooltip="‖Δw‖ / ‖w‖ of a step; healthy near 1e-3"),
+    TableColumn("weight", "‖w‖", 9, tooltip="Norm of the weights"),
+    TableColumn("bad", "non-finite", 10, tooltip="NaN or infinity: now, or at which step last"),
+    TableColumn("numel", "numel", 7, tooltip="Number of elements"),
+    TableColumn("shape", "shape", 15, left=True, tooltip="Shape of the tensor"),
+    TableColumn("dtype", "dtype", 8, left=True, tooltip="Type of its elements"),
+    TableColumn("optimizer", "optimizer", 10, left=True, tooltip="Which optimizer updates it"),
+)
+SORTABLE = ("order", "name", *(column.key for column in COLUMNS if column.key != "trend"))
+"""What the table can be sorted by; `order` is the model's own."""
+
+
+class ParameterTable(VirtualTable):
+    """Rows are parameters, numbered as in `RunInfo.parameters`."""
+
+    def __init__(self, values: ParameterValues, *, id: str | None = None) -> None:
+        super().__init__((NAME, *COLUMNS), id=id)
+        self.values = values
+        self.filter = ""
+        self.sorted_by = "order"
+        self.first_column = 0
+        """Columns after the name that are shifted out to the left."""
+        self._names: tuple[str, ...] = ()
+        self._trends: dict[int, str] = {}
+        self._shares: Values = np.empty(0, np.float32)
+
+    # ------------------------------------------------------------ order
+
+    def take_names(self) -> None:
+        """The parameters are others."""
+        info = self.values.info
+        self._names = tuple(p.name.casefold() for p in info.parameters) if info else ()
+
+    def rearrange(self) -> None:
+        """Filter and sort anew; the cursor stays on its parameter."""
+        words = self.filter.casefold().split()
+        found = [i for i, name in enumerate(self._names) if all(word in name for word in words)]
+        order = np.array(found, np.int64)
+        if self.sorted_by != "order" and len(order):
+            order = order[_argsort(self._keys(order), self.descending)]
+        elif self.sorted_by == "order" and not self.descending:
+            order = order[::-1]
+        self.set_order(order)
+
+    def _keys(self, order: Ids) -> NDArray[np.generic]:
+        values, info = self.values, self.values.info
+        assert info is not None
+        parameters = info.parameters
+        match self.sorted_by:
+            case "grad":
+                return values.latest[tables.GRAD_NORM][order]
+            case "share":
+                return values.shares[order]
+            case "update":
+                return values.latest[tables.UPDATE_RATIO][order]
+            case "weight":
+                return values.latest[tables.WEIGHT_NORM][order]
+            case "bad":
+                return np.array([self._badness(int(i)) for i in order])
+            case "numel":
+                return np.array([parameters[i].numel for i in order])
+            case "shape":
+                return np.array([str(parameters[i].shape) for i in order])
+            case "dtype":
+                return np.array([parameters[i].dtype for i in order])
+            case "optimizer":
+                return np.array([parameters[i].optimizer for i in order])
+        return np.array([parameters[i].name for i in order])
+
+    def _badness(self, parameter: int) -> float:
+        """Infinite while something is not finite, else the step at which it last was; 0: never."""
+        if self._bad_now(parameter):
+            return float("inf")
+        event = self.values.first_bad.get(parameter)
+        return float(event.step) if event else 0.0
+
+    def _bad_now(self, parameter: int) -> str:
+        for quantity in (tables.GRAD_NORM, tables.WEIGHT_NORM, tables.UPDATE_RATIO):
+            value = float(self.values.latest[quantity][parameter])
+            if not np.isfinite(value) and self.values.measured(quantity, parameter):
+                return "nan" if value != value else "inf"
+        return ""
+
+    def shift(self, by: int) -> None:
+        """Show columns further right, or back."""
+        self.first_column = min(max(self.first_column + by, 0), len(COLUMNS) - 1)
+        self.columns = (NAME, *COLUMNS[self.first_column :])
+        self.update_rows()
+
+    # ------------------------------------------------------------ drawing
+
+    def prepare(self, visible: Ids) -> None:
+        """Trends of the rows in sight, in one look at the history."""
+        info = self.values.info
+        total = info.total_steps if info else None
+        high, bad = self.values.trends(tables.GRAD_NORM, visible, TREND, total)
+        lines = sparklines(high, bad, self.glyphs)
+        self._trends = dict(zip(visible.tolist(), lines, strict=True))
+        self._shares = self.values.shares
+
+    def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
+        """The name first: names differ in their middle, so it has the room it needs if there is."""
+        name = min(max(map(len, self._names), default=12), max(20, int(width * NAME_SHARE)))
+        columns, widths, left = [self.columns[0]], [name], width - 2 - name
+        for column in self.columns[1:]:
+            if column.width < left:
+                columns.append(column)
+                widths.append(column.width)
+                left -= column.width + 1
+        return columns, widths
+
+    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
+        """One parameter."""
+        return [
+            self._cell(column.key, row, width)
+            for column, width in zip(columns, widths, strict=True)
+        ]
+
+    def _cell(self, key: str, row: int, width: int) -> Segment:
+        info, palette = self.values.info, self.palette
+        assert info is not None
+        parameter = info.parameters[row]
+        match key:
+            case "name":
+                style = palette.text if parameter.trainable else palette.dim
+                return Segment(fitted(parameter.name, width, left=True), style)
+            case "grad":
+                return self._value(tables.GRAD_NORM, row, width, formatting.number)
+            case "update":
+                return self._value(tables.UPDATE_RATIO, row, width, formatting.scientific)
+            case "weight":
+                return self._value(tables.WEIGHT_NORM, row, width, formatting.number)
+            case "share":
+                share = float(self._shares[row]) if row < len(self._shares) else None
+                return Segment(formatting.percent(share, width), palette.text)
+            case "trend":
+                return Segment(self._trends.get(row, "").ljust(width), palette.norm)
+            case "bad":
+                return self._bad_cell(row, width)
+            case "numel":
+                return Segment(formatting.count(parameter.numel, width), palette.dim)
+            case "shape":
+                shape = f" {self.glyphs.times} ".join(map(str, parameter.shape)) or "scalar"
+                return Segment(fitted(shape, width, left=True), palette.dim)
+            case "dtype":
+                return Segment(fitted(parameter.dtype, width, left=True), palette.dim)
+        frozen = "" if parameter.trainable else "frozen"
+        return Segment(fitted(parameter.optimizer or frozen, width, left=True), palette.dim)
+
+    def _value(
+        self, quantity: str, row: int, width: int, show: Callable[[float | None, int], str]
+    ) -> Segment:
+        value = float(self.values.latest[quantity][row])
+        if not np.isfinite(value):
+            if not self.values.measured(quantity, row):
+                return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
+            return Segment(show(value, width), self.palette.error)
+        style: Style = self.palette.text
+        if self.values.provisional.get(quantity):
+            style = self.palette.provisional
+        return Segment(show(value, width), style)
+
+    def _bad_cell(self, row: int, width: int) -> Segment:
+        if now := self._bad_now(row):
+            return Segment(now.rjust(width), self.palette.error)
+        event = self.values.first_bad.get(row)
+        if event is None:
+            return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
+        return Segment(fitted(f"at {event.step:,}", width), self.palette.warning)
+
+
+def _argsort(keys: NDArray[np.generic], descending: bool) -> Ids:
+    """Stable; what is not known comes last either way, and infinity is the largest."""
+    if keys.dtype.kind == "f":
+        numbers = keys.astype(np.float64)
+        unknown = np.isnan(numbers)
+        numbers = np.where(unknown, np.inf, -numbers if descending else numbers)
+        return np.lexsort((numbers, unknown)).astype(np.int64)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    return order[::-1] if descending else order

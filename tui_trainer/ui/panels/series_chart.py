@@ -1,0 +1,105 @@
+"""A titled chart of one to three series of a table: what detail views are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.segment import Segment
+from rich.style import Style
+from textual.geometry import Size
+
+from tui_trainer.history.table import TableHistory
+from tui_trainer.ui import formatting
+from tui_trainer.ui.panels.base import Item, note, title_row
+from tui_trainer.ui.widgets.chart import Band, Chart, Layer
+from tui_trainer.ui.widgets.lines import Lines, Row
+from tui_trainer.ui.widgets.scale import window
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve."""
+
+    label: str
+    style: str
+    """A meaning of the palette: always `q`, `k` or `v` for what belongs to Wq, Wk, Wv."""
+    column: int
+    """Of the table's history."""
+
+
+class SeriesChart(Lines):
+    """Title with the newest values, then the curves; why there are none, where there are none."""
+
+    DEFAULT_CSS = "SeriesChart { width: 1fr; height: 1fr; }"
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self.chart = Chart()
+        self.name_shown = ""
+        self._series: tuple[Series, ...] = ()
+        self._history: TableHistory | None = None
+        self._why = ""
+        self._total: int | None = None
+        self._selected = False
+
+    def draw(
+        self,
+        name: str,
+        history: TableHistory | None,
+        series: Sequence[Series],
+        *,
+        why: str = "",
+        total: int | None = None,
+        log: bool = False,
+        selected: bool = False,
+    ) -> None:
+        """Show `series` of `history` under `name`; `why` stands where there is nothing to draw.
+
+        `total` is the number of steps of the whole run, if known.
+        """
+        if (name, history, tuple(series)) != (self.name_shown, self._history, self._series):
+            self.chart = Chart()
+        self.chart.log = log
+        self.name_shown, self._history, self._series = name, history, tuple(series)
+        self._why, self._total, self._selected = why, total, selected
+        self.update_rows()
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """Title and chart."""
+        history = self._history
+        if history is None or not history.rows or not self._series:
+            return [self._title(size.width, []), [], note(self._why, self.palette.dim)]
+        steps = window(history.last_step or 0, None, self._total)
+        columns = [each.column for each in self._series]
+        buckets = 2 * self.chart.plot_width(size.width)
+        seen = history.window(columns, *steps, buckets)
+        layers: list[Layer] = [
+            Band.of(seen, place, getattr(self.palette, each.style))
+            for place, each in enumerate(self._series)
+        ]
+        latest = history.latest()
+        values = latest[1][columns] if latest else np.full(len(columns), np.nan, np.float32)
+        items: list[Item] = [
+            (each.label, formatting.number(float(value), 9), self._value_style(each, float(value)))
+            for each, value in zip(self._series, values, strict=True)
+        ]
+        title = self._title(size.width, items)
+        if size.height < 4:
+            return [title]
+        return [
+            title,
+            *self.chart.rows(size.width, size.height - 1, steps, layers, self.palette, self.glyphs),
+        ]
+
+    def _title(self, width: int, items: list[Item]) -> Row:
+        row = title_row(self, width, self.name_shown, items)
+        if self._selected:
+            row[0] = Segment(row[0].text, self.palette.accent)
+        return row
+
+    def _value_style(self, series: Series, value: float) -> Style:
+        finite = value == value and abs(value) != float("inf")
+        style: Style = getattr(self.palette, series.style)
+        return style if finite else self.palette.error

@@ -1,0 +1,236 @@
+"""Every column of every parameter, and the history of the one under the cursor."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.widgets import Footer
+
+from tui_trainer.protocol import tables
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui import formatting
+from tui_trainer.ui.panels.caption import Caption, Piece
+from tui_trainer.ui.panels.empty import EmptyState, awaited
+from tui_trainer.ui.panels.header import HeaderLine
+from tui_trainer.ui.panels.parameter_table import SORTABLE, ParameterTable
+from tui_trainer.ui.panels.parameter_values import ParameterValues
+from tui_trainer.ui.panels.prompt import PromptLine
+from tui_trainer.ui.panels.series_chart import Series, SeriesChart
+from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.widgets.table import VirtualTable
+
+RESORT_SECONDS = 2.0
+"""Rows sorted by a value that changes move at most this often: they must be readable."""
+CHART_WIDTH = 38
+
+_CHARTS = (
+    (tables.GRAD_NORM, "gradient norm", "norm"),
+    (tables.UPDATE_RATIO, "update ratio", "good"),
+    (tables.WEIGHT_NORM, "weight norm", "loss"),
+)
+
+
+class ParametersScreen(RunScreen):
+    """A table that stays fast with 10,000 rows, and a strip with the selected one's charts."""
+
+    CSS = """
+    ParametersScreen #summary { margin: 0 1; }
+    ParametersScreen ParameterTable { margin: 0 0 0 1; }
+    ParametersScreen #selected { margin: 0 1; }
+    ParametersScreen #charts { height: 7; margin: 0 1; }
+    ParametersScreen.-tall #charts { height: 12; }
+    ParametersScreen.-very-tall #charts { height: 18; }
+    ParametersScreen SeriesChart { margin-right: 2; }
+    ParametersScreen SeriesChart.-last { margin-right: 0; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "filter", "Filter", key_display="/", id="parameters.filter",
+                tooltip="Show only parameters whose name has these words; escape clears it"),
+        Binding("o", "order(1)", "Sort", id="parameters.order",
+                tooltip="Sort by the next column (or click on its title)"),
+        Binding("O", "order(-1)", "Sort back", id="parameters.order_back", show=False,
+                tooltip="Sort by the column before"),
+        Binding("r", "reverse", "Reverse", id="parameters.reverse",
+                tooltip="Turn the order round"),
+        Binding("left", "shift(-1)", "Columns left", id="parameters.left", show=False,
+                tooltip="Show the columns further left"),
+        Binding("right", "shift(1)", "Columns right", id="parameters.right", show=False,
+                tooltip="Show the columns further right"),
+        Binding("l", "log", "Log scale", id="parameters.log",
+                tooltip="Logarithmic or linear charts"),
+        Binding("escape", "clear", "Clear", id="parameters.clear", show=False,
+                tooltip="Clear the filter"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = ParameterValues()
+        self._log = False
+        self._sorted_at = 0.0
+
+    def compose(self) -> ComposeResult:
+        """Header, figures, table, the selected one's strip, keys."""
+        yield HeaderLine()
+        yield Caption(id="summary")
+        yield EmptyState()
+        yield ParameterTable(self.values)
+        yield PromptLine()
+        yield Caption(id="selected")
+        with Horizontal(id="charts"):
+            for _ in _CHARTS:
+                yield SeriesChart()
+        yield Footer(show_command_palette=False)
+
+    @property
+    def table(self) -> ParameterTable:
+        """The table."""
+        return self.query_one(ParameterTable)
+
+    def on_mount(self) -> None:
+        """Keys go to the table."""
+        self.query(SeriesChart).last().add_class("-last")
+        self.table.focus()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Take in the newest values."""
+        self.query_one(HeaderLine).show(snapshot)
+        anew = self.values.take(snapshot)
+        table, info = self.table, snapshot.info
+        known = info is not None and bool(info.parameters)
+        empty = self.query_one(EmptyState)
+        if known:
+            empty.say("")
+        else:
+            empty.say(*awaited(snapshot, "no parameter is known yet", "parameters", "grad_norm"))
+        for part in (table, self.query_one("#charts"), self.query_one("#selected")):
+            part.display = known
+        if not known:
+            return
+        if anew:
+            table.take_names()
+        due = time.monotonic() - self._sorted_at > RESORT_SECONDS
+        if anew or (due and table.sorted_by not in ("order", "name")):
+            self._arrange()
+        table.update_rows()
+        self._say_summary()
+        self._show_selected()
+
+    def _arrange(self) -> None:
+        self.table.rearrange()
+        self._sorted_at = time.monotonic()
+
+    def _say_summary(self) -> None:
+        info, table = self.values.info, self.table
+        assert info is not None
+        elements = sum(parameter.numel for parameter in info.parameters)
+        count, shown = len(info.parameters), len(table.order)
+        pieces: list[Piece] = [("Parameters", "title")]
+        pieces.append((f"{shown:,} of {count:,}" if shown != count else f"{count:,}", "text"))
+        pieces.append((f"{formatting.count(elements, 0)} elements", "dim"))
+        by = "the model's order" if table.sorted_by == "order" else _title(table.sorted_by)
+        pieces.append((f"sorted by {by}", "dim"))
+        if table.filter:
+            pieces.append((f"filter “{table.filter}”", "accent"))
+        self.query_one("#summary", Caption).say(pieces)
+        table.empty = f"no name has “{table.filter}”: escape clears the filter"
+
+    def _show_selected(self) -> None:
+        info, row = self.values.info, self.table.current
+        if info is None or row is None:
+            self.query_one("#selected", Caption).say(())
+            return
+        parameter, times = info.parameters[row], self.trainer.glyphs.times
+        shape = f" {times} ".join(map(str, parameter.shape)) or "scalar"
+        facts = f"{shape}  {parameter.dtype}  {parameter.numel:,} elements"
+        by = f"updated by {parameter.optimizer}" if parameter.optimizer else "not updated"
+        pieces: list[Piece] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
+        self.query_one("#selected", Caption).say(pieces)
+        room = max(1, self.size.width // CHART_WIDTH)
+        for place, (chart, (quantity, name, style)) in enumerate(
+            zip(self.query(SeriesChart), _CHARTS, strict=True)
+        ):
+            chart.display = place < room
+            found = self.values.series(quantity, row)
+            why = info.unseen.get(quantity, "") or "not measured yet"
+            history, column = found if found else (None, 0)
+            series = [Series("", style, column)] if found else []
+            chart.draw(name, history, series, why=why, total=info.total_steps, log=self._log)
+
+    # ------------------------------------------------------------ actions
+
+    def action_filter(self) -> None:
+        """Type words."""
+        self.query_one(PromptLine).ask("filter", "filter")
+
+    def on_prompt_line_typed(self, event: PromptLine.Typed) -> None:
+        """Filter as it is typed."""
+        self._set_filter(event.text)
+        if event.done:
+            self.table.focus()
+
+    def action_clear(self) -> None:
+        """All of them again."""
+        self.query_one(PromptLine).clear("filter")
+        self._set_filter("")
+
+    def _set_filter(self, text: str) -> None:
+        self.table.filter = text
+        self._rearranged()
+
+    def action_order(self, by: int) -> None:
+        """Sort by the next column."""
+        place = SORTABLE.index(self.table.sorted_by)
+        self._sort(SORTABLE[(place + by) % len(SORTABLE)])
+
+    def on_virtual_table_sort_asked(self, event: VirtualTable.SortAsked) -> None:
+        """A click on a title; a second one turns the order round."""
+        if event.key == self.table.sorted_by:
+            self.action_reverse()
+        elif event.key in SORTABLE:
+            self._sort(event.key)
+
+    def _sort(self, key: str) -> None:
+        self.table.sorted_by = key
+        self.table.descending = key not in ("name", "shape", "dtype", "optimizer")
+        self._rearranged(to_top=True)
+
+    def action_reverse(self) -> None:
+        """The other way round."""
+        self.table.descending = not self.table.descending
+        self._rearranged(to_top=True)
+
+    def _rearranged(self, *, to_top: bool = False) -> None:
+        if self.values.info is None:
+            return
+        self._arrange()
+        if to_top:
+            self.table.move_to(0)
+        self.table.update_rows()
+        self._say_summary()
+        self._show_selected()
+
+    def action_shift(self, by: int) -> None:
+        """Other columns."""
+        self.table.shift(by)
+
+    def action_log(self) -> None:
+        """The other scale."""
+        self._log = not self._log
+        self._show_selected()
+
+    def on_virtual_table_highlighted(self, event: VirtualTable.Highlighted) -> None:
+        """Another parameter."""
+        self._show_selected()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """More or fewer charts."""
+        self.call_after_refresh(self._show_selected)
+
+
+def _title(key: str) -> str:
+    return {"grad": "gradient norm", "bad": "non-finite", "weight": "weight norm"}.get(key, key)
