@@ -1,0 +1,98 @@
+"""The main job as a person does it: watch a GPT learn, pause it, step it, let it go, leave."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.terminal.harness import COMMAND, Terminal
+from tui_trainer.protocol import PHASES
+
+GPT = [*COMMAND, "gpt", "--steps", "100000", "--device", "cpu", "--threads", "1"]
+
+
+def step_on(screen: str) -> int | None:
+    """The number of steps made, as the progress line says it."""
+    found = re.search(r"step +([\d,]+)/", screen)
+    return int(found[1].replace(",", "")) if found else None
+
+
+def paused_after(screen: str) -> str:
+    """The phase after which the run stands, "" while it does not."""
+    found = re.search(r"paused +after (\w+)", screen)
+    return found[1] if found else ""
+
+
+def wait_for_step(terminal: Terminal, least: int) -> int:
+    """Wait until the run has made so many steps; how many it has."""
+    return int(
+        terminal.wait_until(
+            lambda screen: (made := step_on(screen)) is not None and made >= least and made,
+            f"step {least} or more",
+        )
+    )
+
+
+def wait_for_phase(terminal: Terminal, phase: str) -> None:
+    terminal.wait_until(lambda screen: paused_after(screen) == phase, f"a pause after {phase}")
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(120, 40), (80, 24)])
+def test_watch_pause_step_go_on_and_leave(runs: Path, columns: int, rows: int) -> None:
+    with Terminal(GPT, columns, rows, timeout=90) as terminal:
+        wait_for_step(terminal, 5)
+
+        terminal.press("space")
+        terminal.wait_for("paused")
+        terminal.settle(1.0)
+        stood = step_on(terminal.text())
+        assert stood is not None
+        assert step_on(terminal.settle(1.5)) == stood, "the step count does not stand still"
+
+        # From the middle of a step, `s` completes that one; from then on each is a whole one.
+        terminal.press("s")
+        wait_for_step(terminal, stood + 1)
+        for made in (2, 3):
+            terminal.press("s")
+            wait_for_step(terminal, stood + made)
+        assert step_on(terminal.settle(1.0)) == stood + 3, "three keys, three steps"
+        wait_for_phase(terminal, "step")
+
+        for phase in PHASES:
+            terminal.press("p")
+            wait_for_phase(terminal, phase)
+        assert step_on(terminal.settle(0.7)) == stood + 4
+
+        terminal.press("space")
+        wait_for_step(terminal, stood + 10)
+        assert not paused_after(terminal.text())
+
+        terminal.press("q")
+        terminal.wait_for("Leave this run?")
+        terminal.press("s")
+        assert terminal.wait_for_exit() == 0
+        terminal.assert_restored()
+        last = terminal.output.decode(errors="replace").splitlines()[-1]
+        assert re.search(r"stopped at step [\d,]+, loss [\d.]+ · ", last), last
+
+
+def test_it_starts_paused_when_asked(runs: Path) -> None:
+    with Terminal([*GPT, "--paused"], timeout=90) as terminal:
+        terminal.wait_for("paused")
+        assert step_on(terminal.settle(1.0)) in (0, None)
+        terminal.press("s")
+        wait_for_step(terminal, 1)
+        assert step_on(terminal.settle(1.0)) == 1
+
+
+def test_a_run_to_its_end(runs: Path) -> None:
+    command = [*COMMAND, "gpt", "--steps", "20", "--device", "cpu", "--name", "short"]
+    with Terminal(command, timeout=90) as terminal:
+        terminal.wait_for("finished")
+        assert step_on(terminal.text()) == 20
+        terminal.press("q")
+        assert terminal.wait_for_exit() == 0
+        terminal.assert_restored()
+        assert "short finished at step 20" in terminal.output.decode(errors="replace")
