@@ -9,10 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
+from rich.console import Console
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.theme import BUILTIN_THEMES
 
 from tui_trainer.protocol.messages import Ack, Action
 from tui_trainer.session.api import Session, Snapshot
@@ -73,6 +75,7 @@ class TuiTrainerApp(App[int]):
         start_mode: str = "dashboard",
         on_launch: OnLaunch | None = None,
         frames_per_second: float = FRAMES_PER_SECOND,
+        theme_name: str = theme.DARK.name,
     ) -> None:
         super().__init__()
         self.session = session
@@ -91,16 +94,9 @@ class TuiTrainerApp(App[int]):
             self.add_mode(place.mode, place.factory())
         for ours in theme.THEMES:
             self.register_theme(ours)
-        self.theme = self._choose_theme()
+        self.theme = theme_name
 
     # ------------------------------------------------------------ life
-
-    def _choose_theme(self) -> str:
-        """Ours, or Textual's sixteen-colour theme where the terminal has no more."""
-        asked = os.environ.get("TEXTUAL_THEME", "")
-        if asked in self.available_themes:
-            return asked
-        return "ansi-dark" if self.console.color_system == "standard" else theme.DARK.name
 
     def on_mount(self) -> None:
         """Paint the first screen at once; everything else comes when it comes."""
@@ -259,6 +255,16 @@ class TuiTrainerApp(App[int]):
                 screen.show(self.snapshot)
 
 
+def choose_theme() -> str:
+    """The theme asked for by `TEXTUAL_THEME`; else Textual's sixteen-colour one where the terminal
+    has no more, and ours everywhere else."""
+    asked = os.environ.get("TEXTUAL_THEME", "")
+    if asked in {*BUILTIN_THEMES, *(ours.name for ours in theme.THEMES)}:
+        return asked
+    sixteen = Console(force_terminal=True).color_system == "standard"
+    return "ansi-dark" if sixteen else theme.DARK.name
+
+
 def run_app(
     session: Session | None,
     *,
@@ -268,7 +274,13 @@ def run_app(
 ) -> int:
     """Show `session` (or the start screen) until the user leaves; the terminal is restored on every
     exit. Returns the exit code: 0, or 1 when the app itself failed."""
-    app = TuiTrainerApp(session, ascii=ascii, start_mode=start_mode, on_launch=on_launch)
+    app = TuiTrainerApp(
+        session,
+        ascii=ascii,
+        start_mode=start_mode,
+        on_launch=on_launch,
+        theme_name=choose_theme(),
+    )
     code: Any = app.run()
     return app.return_code or (code if isinstance(code, int) else 0)
 

@@ -47,6 +47,11 @@ class NameTree:
             while isinstance(child, dict) and len(child) == 1:
                 ((below, child),) = child.items()
                 label = f"{label}.{below}" if below else label
+            if isinstance(child, dict) and all(name.isdigit() for name in child):
+                # A list of blocks is no level of its own: `blocks.0`, `blocks.1`, …
+                numbered = {f"{label}.{name}": block for name, block in child.items()}
+                leaves += self._add(numbered, depth)
+                continue
             if isinstance(child, int):
                 self.labels[child], self.depths[child] = label, depth
                 self._walk.append(child)
@@ -101,7 +106,7 @@ class NameTree:
             ends = np.cumsum([len(m) for m in self.members.values()])
             joined = self._joined()
             sums = np.add.reduceat(squares[joined], np.concatenate([[0], ends[:-1]]))
-            every[self.leaves :] = sums
+            every[list(self.members)] = sums
         return np.sqrt(every)
 
     def _joined(self) -> Ids:

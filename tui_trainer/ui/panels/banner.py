@@ -1,0 +1,61 @@
+"""One line across the screen when the run has ended, crashed, or cannot be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.segment import Segment
+from textual.geometry import Size
+
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.formatting import shorten
+from tui_trainer.ui.panels.base import Panel
+from tui_trainer.ui.widgets.lines import Row
+
+
+class Banner(Panel):
+    """Hidden while all is well. The history stays visible below it."""
+
+    DEFAULT_CSS = """
+    Banner { height: 1; display: none; }
+    Banner.-shown { display: block; }
+    Banner.-hinted { height: 2; }
+    """
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Appear when there is something to say."""
+        self.snapshot = snapshot
+        kind, _, hint = self._said()
+        self.set_class(bool(kind), "-shown")
+        self.set_class(bool(hint), "-hinted")
+        self.update_rows()
+
+    def _said(self) -> tuple[str, str, str]:
+        """(kind, what happened, what to do)."""
+        status, link = self.snapshot.status, self.snapshot.link
+        if status.state == "crashed":
+            return "error", f"crashed at step {status.step:,}: {status.reason}", status.hint
+        if status.ended:
+            reason = f": {status.reason}" if status.reason else ""
+            return "end", f"{status.state} after {status.step:,} steps{reason}", status.hint
+        if link.state == "lost":
+            return "warning", link.message or "connection lost", link.hint
+        if link.state == "closed":
+            return "error", link.message or "the connection was closed", link.hint
+        if status.recording:
+            return "warning", f"not recorded to disk: {status.recording}", ""
+        return "", "", ""
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """The sentence, and the hint below it."""
+        kind, text, hint = self._said()
+        palette = self.palette
+        style = {"error": palette.error, "warning": palette.warning}.get(kind, palette.accent)
+        sign = self.glyphs.ended if kind == "end" else self.glyphs.failed
+        # An error's first line is what a person must read; the log has the rest.
+        first = text.splitlines()[0] if text else ""
+        room = size.width - 4
+        rows: list[Row] = [[Segment(f" {sign} {shorten(first, room)}", style + palette.strong)]]
+        if hint:
+            rows.append([Segment(f"   {shorten(' '.join(hint.split()), room)}", palette.dim)])
+        return rows

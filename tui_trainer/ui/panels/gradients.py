@@ -1,0 +1,219 @@
+"""Gradient norms as a module tree: the norm of each parameter and module, its share, its trend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+from rich.style import Style
+
+from tui_trainer.history.table import TableHistory
+from tui_trainer.protocol import tables
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.base import Item, provisional, title_row, unseen, waiting_text
+from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.scale import window
+from tui_trainer.ui.widgets.sparkline import sparklines
+from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
+from tui_trainer.ui.widgets.tree import NameTree
+
+ORDERS = ("model", "norm", "name")
+TREND_STEPS = 200
+AVERAGED = 20
+SETTLE_FRAMES = 8
+"""Frames between two sortings by norm: rows that change places all the time cannot be read."""
+MOST_MEMBERS = 256
+"""Modules with more parameters than this have no trend: it would have to read them all."""
+
+COLUMNS = (
+    TableColumn("name", "", 0, left=True),
+    TableColumn("norm", "‖∂L/∂p‖", 9, tooltip="Norm of the gradient before clipping"),
+    TableColumn("share", "share", 5, tooltip="Part of the squared total norm"),
+    TableColumn("trend", "last 200 steps", 14, left=True),
+)
+
+
+class GradientsPanel(VirtualTable):
+    """A tree while in model order and unfiltered, else a flat list of parameters."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(COLUMNS, id=id)
+        self.snapshot = Snapshot()
+        self.modules = NameTree(())
+        self.sorting = "model"
+        self.filter = ""
+        self.heading = 1
+        self._norms: NDArray[np.float64] = np.empty(0)
+        self._total = 0.0
+        self._provisional = False
+        self._trends: dict[int, str] = {}
+        self._frames = 0
+        self._history: TableHistory | None = None
+
+    # ------------------------------------------------------------ what is shown
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Take the snapshot and redraw the visible rows."""
+        self.snapshot = snapshot
+        self._history = snapshot.history.table(tables.GRAD_NORM)
+        self._take_names()
+        self._take_norms()
+        self.empty = unseen(snapshot, "grad_norm") or (
+            f"nothing matches “{self.filter}”"
+            if self.filter and self.modules.leaves
+            else waiting_text(snapshot)
+        )
+        self._frames += 1
+        if self.sorting == "norm" and self._frames % SETTLE_FRAMES == 1:
+            self._arrange()
+        self.update_rows()
+
+    def _take_names(self) -> None:
+        names = [c.name for c in self._history.table.columns] if self._history else []
+        if len(names) == self.modules.leaves and tuple(names) == self.modules.names:
+            return
+        self.modules = NameTree(names)
+        self.modules.fold_deeper_than(1 if len(names) <= 64 else 0)
+        self._arrange()
+
+    def _take_norms(self) -> None:
+        if self._history is None or not self._history.rows:
+            self._norms = np.full(len(self.modules.labels), np.nan)
+            return
+        fresh = provisional(self.snapshot, self._history)
+        self._provisional = fresh is not None
+        latest = self._history.latest()
+        values = fresh if fresh is not None else latest[1] if latest is not None else None
+        if values is not None:
+            self._norms = self.modules.root_sum_squares(values)
+            self._total = float(np.sqrt(np.square(self._norms[: self.modules.leaves]).sum()))
+
+    def _arrange(self) -> None:
+        tree = self.modules
+        if self.sorting == "model" and not self.filter:
+            self.set_order(tree.visible())
+            return
+        found = tree.matching(self.filter)
+        if self.sorting == "norm" and self._history is not None and self._history.rows:
+            recent = self._history.tail(AVERAGED)[1].mean(0)
+            found = found[np.argsort(-np.nan_to_num(recent[found], nan=np.inf), kind="stable")]
+        elif self.sorting == "name":
+            found = found[np.argsort(np.array(tree.names)[found], kind="stable")]
+        self.set_order(found)
+
+    def set_filter(self, text: str) -> None:
+        """Show only parameters whose names hold these words."""
+        self.filter = text.strip()
+        self._arrange()
+        self.show(self.snapshot)
+
+    def sort(self, order: str | None = None) -> str:
+        """Sort by `order`, or by the next one."""
+        following = ORDERS[(ORDERS.index(self.sorting) + 1) % len(ORDERS)]
+        self.sorting = order if order in ORDERS else following
+        self.sorted_by = {"norm": "norm", "name": "name"}.get(self.sorting, "")
+        self.descending = self.sorting == "norm"
+        self._arrange()
+        self.update_rows()
+        return self.sorting
+
+    def toggle(self, node: int) -> None:
+        """Fold or unfold a module."""
+        self.modules.toggle(node)
+        self._arrange()
+        self.update_rows()
+
+    # ------------------------------------------------------------ drawing
+
+    def head(self, width: int) -> list[Row]:
+        """The title."""
+        count = self.modules.leaves
+        items: list[Item] = []
+        if count and len(self._norms):
+            style = self.palette.provisional if self._provisional else self.palette.norm
+            items = [("total", f.number(self._total, 7), style)]
+            items.append(("of", f"{count:,} parameters", self.palette.dim))
+        if self._provisional:
+            items.insert(1, ("", "this step, before its update", self.palette.provisional))
+        if self.filter:
+            items.insert(0, ("/", self.filter, self.palette.accent))
+        right = "" if self.sorting == "model" else f"by {self.sorting}"
+        return [title_row(self, width, "Gradients", items, right)]
+
+    def prepare(self, visible: Ids) -> None:
+        """The trends of the visible rows, in one read of the history."""
+        self._trends = {}
+        history = self._history
+        if history is None or not history.rows:
+            return
+        cells = COLUMNS[-1].width
+        start, stop = window(history.last_step or 1, TREND_STEPS)
+        wanted: list[int] = []
+        parts: list[tuple[int, int]] = []
+        for node in visible.tolist():
+            members = self.modules.members[node] if self.modules.is_branch(node) else np.array([node])
+            if len(members) <= MOST_MEMBERS:
+                parts.append((node, len(members)))
+                wanted += members.tolist()
+        if not wanted:
+            return
+        seen = history.window(wanted, start, stop, cells)
+        squares = np.square(seen.high.T.astype(np.float64))
+        starts = np.concatenate([[0], np.cumsum([count for _, count in parts])[:-1]])
+        values = np.sqrt(np.add.reduceat(squares, starts, axis=0)).astype(np.float32)
+        bad = np.logical_or.reduceat(seen.nonfinite.T, starts, axis=0)
+        drawn = sparklines(values, bad, self.glyphs)
+        self._trends = {node: line for (node, _), line in zip(parts, drawn, strict=True)}
+
+    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
+        """Name, norm, share, trend."""
+        palette, glyphs, tree = self.palette, self.glyphs, self.modules
+        branch = tree.is_branch(row)
+        norm = float(self._norms[row]) if row < len(self._norms) else float("nan")
+        finite = np.isfinite(norm)
+        flat = self.sorting != "model" or bool(self.filter)
+        style = palette.provisional if self._provisional else palette.text
+        out: Row = []
+        for column, width in zip(columns, widths, strict=True):
+            if column.key == "name":
+                out.append(Segment(self._label_of(row, branch, flat, width), _named(self, row, branch)))
+            elif column.key == "norm":
+                measured = self._history is not None and self._history.rows
+                text = f.number(norm, width) if measured else glyphs.missing.rjust(width)
+                out.append(Segment(text, style if finite or not measured else palette.error))
+            elif column.key == "share":
+                share = (norm / self._total) ** 2 if finite and self._total > 0 else None
+                out.append(Segment(f.percent(share, width, 0), palette.dim))
+            else:
+                trend = self._trends.get(row, "").ljust(width)[:width]
+                out.append(Segment(trend, palette.norm if not branch else palette.loss_raw))
+        return out
+
+    def _label_of(self, row: int, branch: bool, flat: bool, width: int) -> str:
+        tree, glyphs = self.modules, self.glyphs
+        if flat:
+            return fitted(f" {tree.names[row]}", width, left=True)
+        sign = (glyphs.folded if row in tree.folded else glyphs.unfolded) if branch else " "
+        count = f" {len(tree.members[row])}" if row in tree.folded else ""
+        indent = "  " * tree.depths[row]
+        label = tree.labels[row].removesuffix(".weight")
+        return fitted(f"{indent}{sign} {label}{count}", width, left=True)
+
+
+def _named(panel: GradientsPanel, row: int, branch: bool) -> Style:
+    """Names of Wq, Wk and Wv wear their colours everywhere."""
+    palette = panel.palette
+    if branch:
+        return palette.strong
+    name = panel.modules.names[row]
+    info = panel.snapshot.info
+    for layer in info.attention if info and len(info.attention) <= 128 else ():
+        if layer.kind in ("fused", "multihead"):
+            continue
+        for letter, part in (("q", layer.query), ("k", layer.key), ("v", layer.value)):
+            if name == part:
+                return palette.series(letter)
+    return palette.text

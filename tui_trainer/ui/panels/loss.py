@@ -1,0 +1,113 @@
+"""Training loss with its smoothed line, and the validation points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from textual.geometry import Size
+
+from tui_trainer.protocol import tables
+from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.base import Item, Panel, column, note, title_row
+from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, Points
+from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.scale import window
+
+SHOWN: tuple[int | None, ...] = (None, 1000, 200)
+"""Steps that the window may hold: the whole run, or the last so many."""
+SMOOTHED_SHARE = 1 / 24
+"""The smoothed line averages over about this share of the window."""
+
+
+class LossPanel(Panel):
+    """The chart that everything else explains."""
+
+    quantity = "loss"
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.chart = Chart()
+        self.shown: int | None = None
+
+    def toggle_log(self) -> bool:
+        """Switch between a linear and a logarithmic axis; whether it is logarithmic now."""
+        self.chart.log = not self.chart.log
+        self.update_rows()
+        return self.chart.log
+
+    def cycle_window(self) -> int | None:
+        """The next choice of window."""
+        self.shown = SHOWN[(SHOWN.index(self.shown) + 1) % len(SHOWN)]
+        self.update_rows()
+        return self.shown
+
+    def title(self, width: int, items: Sequence[Item] = (), right: str = "") -> Row:
+        """`Loss` and its figures."""
+        return title_row(self, width, "Loss", items, right)
+
+    def content(self, size: Size) -> Sequence[Row]:
+        """Title and chart; the chart's frame is there before the first value."""
+        palette, glyphs = self.palette, self.glyphs
+        step = self.snapshot.history.table(tables.STEP)
+        info = self.snapshot.info
+        last = step.last_step if step is not None and step.rows else 0
+        steps = window(last, self.shown, info.total_steps if info else None)
+        layers: list[Layer] = []
+        items: list[Item] = []
+        buckets = 2 * self.chart.plot_width(size.width)
+        if step is not None and step.rows:
+            seen = step.window([0], *steps, buckets)
+            layers.append(Band.of(seen, 0, palette.loss_raw))
+            smooth = smoothed(layers[0].low, layers[0].high, max(2.0, buckets * SMOOTHED_SHARE))  # type: ignore[union-attr]
+            latest = step.latest()
+            value = float(latest[1][0]) if latest is not None else None
+            bad = value is not None and not np.isfinite(value)
+            items.append(("train", f.loss(value, 7), palette.error if bad else palette.loss))
+            if last > 3:
+                layers.append(Line(palette.loss, smooth))
+        layers += self._validation(steps, buckets, items)
+        scale = "log" if self.chart.log else "linear"
+        shown = "whole run" if self.shown is None else f"last {self.shown:,}"
+        right = f"{scale} {glyphs.separator} {shown}"
+        rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, glyphs)
+        if not last:
+            rows[max(0, len(rows) // 2 - 1)] = note(self.waiting(), palette.dim)
+        return [self.title(size.width, items, right), *rows]
+
+    def _validation(self, steps: tuple[int, int], buckets: int, items: list[Item]) -> list[Layer]:
+        history = self.snapshot.history.table(tables.VALIDATION)
+        if history is None or not history.rows or (at := column(history, "loss")) < 0:
+            return []
+        palette = self.palette
+        seen = history.window([at], *steps, buckets)
+        columns = np.flatnonzero(seen.filled)
+        latest = history.latest()
+        if latest is not None:
+            items.append(("validation", f.loss(float(latest[1][at]), 7), palette.validation))
+            accuracy = column(history, "accuracy")
+            if accuracy >= 0:
+                share = f.percent(float(latest[1][accuracy]), 6, 2)
+                items.append(("accuracy", share, palette.validation))
+        values = seen.last[columns, 0]
+        return [Points(palette.validation, columns, values, self.glyphs.point)]
+
+
+def smoothed(
+    low: NDArray[np.float32], high: NDArray[np.float32], width: float
+) -> NDArray[np.float32]:
+    """The middle of each column's extent, averaged over a Gaussian of `width` columns; NaN where
+    nothing was measured."""
+    middle = low / 2 + high / 2
+    known = np.isfinite(middle)
+    if not known.any():
+        return middle
+    reach = int(2 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 2)) ** 2)
+    largest = float(np.abs(middle[known]).max()) or 1.0
+    filled = np.where(known, middle / largest, 0.0)
+    total = np.convolve(filled, kernel)[reach : reach + len(middle)]
+    weight = np.convolve(known.astype(float), kernel)[reach : reach + len(middle)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, total / weight * largest, np.nan).astype(np.float32)

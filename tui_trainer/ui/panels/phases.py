@@ -1,0 +1,123 @@
+"""The phase strip: what one optimizer step is made of, where it stands, and what that produced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+from textual.geometry import Size
+
+from tui_trainer.protocol import PHASES, tables
+from tui_trainer.protocol.messages import PhaseReport, Quantity
+from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.base import Panel, unseen
+from tui_trainer.ui.widgets.lines import Row
+
+AVERAGED = 20
+"""Steps over which the times are averaged, so that they can be read."""
+SLOW_STEPS_PER_SECOND = 2.0
+"""Below this the running phase is highlighted; above it would only flicker."""
+
+
+class PhaseStrip(Panel):
+    """Names, times, and below them either the proportions or, while paused, what came out."""
+
+    DEFAULT_CSS = "PhaseStrip { height: 3; }"
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """Three rows, or two where the terminal is short."""
+        times = self._times()
+        names, values = self._columns(size.width, times)
+        report = self._report()
+        if report is not None:
+            last = self._produced(report, size.width)
+            return [names, values, last] if size.height > 2 else [names, last]
+        return [names, values, self._proportions(size.width, times)]
+
+    def _report(self) -> PhaseReport | None:
+        return self.snapshot.report if self.snapshot.status.state == "paused" else None
+
+    def _times(self) -> NDArray[np.float64]:
+        """Milliseconds of each phase: the mean of the last steps, or, where the run stands
+        inside a step, the one just measured. NaN: there is no such phase."""
+        history = self.snapshot.history.table(tables.PHASE_MS)
+        times = np.full(len(PHASES), np.nan)
+        if history is not None and history.rows:
+            values = history.tail(AVERAGED)[1]
+            known = np.isfinite(values)
+            counts = known.sum(0)
+            sums = np.where(known, values, 0).sum(0, dtype=np.float64)
+            times = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        report = self._report()
+        if report is not None and report.phase in PHASES:
+            times[PHASES.index(report.phase)] = report.duration_ms
+        return times
+
+    def _current(self) -> str:
+        status = self.snapshot.status
+        if status.state == "paused":
+            return status.phase
+        slow = (status.steps_per_second or 0.0) < SLOW_STEPS_PER_SECOND
+        return status.phase if status.state == "running" and slow and status.step else ""
+
+    def _columns(self, width: int, times: NDArray[np.float64]) -> tuple[Row, Row]:
+        palette = self.palette
+        each = (width - 1) // len(PHASES)
+        whole = float(np.nansum(times))
+        names: Row = [Segment(" ", palette.text)]
+        values: Row = [Segment(" ", palette.text)]
+        current = self._current()
+        for phase, time in zip(PHASES, times, strict=True):
+            there = time == time
+            style = palette.current if phase == current else palette.text if there else palette.dim
+            names += (Segment(f" {phase}".ljust(each - 1), style), Segment(" ", palette.text))
+            shown = f.milliseconds(float(time), 8) if there else self._absent(phase).rjust(8)
+            values.append(Segment(shown, palette.text if there else palette.faint))
+            share = f" {100 * time / whole:3.0f}%" if there and whole else ""
+            values.append(Segment(share[: each - 8].ljust(each - 8), palette.dim))
+        return names, values
+
+    def _absent(self, phase: str) -> str:
+        return "none" if unseen(self.snapshot, phase) else self.glyphs.missing
+
+    def _proportions(self, width: int, times: NDArray[np.float64]) -> Row:
+        """A bar as long as the strip, each phase its share; neighbours differ in tone."""
+        palette, glyphs = self.palette, self.glyphs
+        each = (width - 1) // len(PHASES)
+        room = each * len(PHASES) - 1
+        whole = float(np.nansum(times))
+        if not whole:
+            return [Segment(" ", palette.text), Segment(glyphs.track * room, palette.faint)]
+        edges = np.rint(np.nancumsum(times) / whole * room).astype(int).tolist()
+        row: Row = [Segment(" ", palette.text)]
+        start = 0
+        for number, edge in enumerate(edges):
+            style = palette.accent if number % 2 == 0 else palette.loss_raw
+            row.append(Segment(glyphs.bar * (edge - start), style))
+            start = edge
+        return row
+
+    def _produced(self, report: PhaseReport, width: int) -> Row:
+        palette = self.palette
+        row: Row = [
+            Segment(f" {self.glyphs.arrow} ", palette.warning),
+            Segment(f"step {report.step:,} after {report.phase}: ", palette.warning),
+            Segment(report.summary, palette.strong),
+        ]
+        left = width - sum(len(segment.text) for segment in row)
+        for quantity in report.quantities:
+            text = f"  {quantity.name} "
+            value = _value(quantity)
+            if len(text) + len(value) > left:
+                break
+            row += (Segment(text, palette.dim), Segment(value, palette.text))
+            left -= len(text) + len(value)
+        return row
+
+
+def _value(quantity: Quantity) -> str:
+    value = quantity.value
+    shown = value if isinstance(value, str) else f.number(value, 0)
+    return f"{shown} {quantity.unit}" if quantity.unit else shown

@@ -1,0 +1,205 @@
+"""The dashboard: everything at a glance, and the controls of the run."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widget import Widget
+from textual.widgets import Footer, Input
+
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
+from tui_trainer.ui.panels.banner import Banner
+from tui_trainer.ui.panels.clipping import ClippingPanel
+from tui_trainer.ui.panels.gradients import GradientsPanel
+from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
+from tui_trainer.ui.panels.loss import LossPanel
+from tui_trainer.ui.panels.phases import PhaseStrip
+from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
+from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.widgets.table import VirtualTable
+from tui_trainer.ui.widgets.tabs import TabLine
+from tui_trainer.ui.widgets.too_small import TooSmall
+
+TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
+TAB_PANELS = ("loss", "gradients", "clipping", "attention")
+ROOM = (40, 10)
+"""Columns and rows below which nothing can be shown sensibly."""
+FULL = (100, 30)
+"""Columns and rows from which all panels stand side by side."""
+
+
+class DashboardScreen(ControlActions, RunScreen):
+    """Panels side by side, or folded into tabs where there is little room."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *CONTROL_BINDINGS,
+        Binding("slash", "filter", "Filter", key_display="/", id="dashboard.filter",
+                tooltip="Show only parameters whose name holds these words"),
+        Binding("o", "sort", "Sort", id="dashboard.sort",
+                tooltip="Order of the gradients: of the model, by norm, by name"),
+        Binding("l", "log('loss')", "Log", id="dashboard.log_loss",
+                tooltip="Logarithmic axis of the loss"),
+        Binding("L", "log('clipping')", "Log of the norm", show=False, id="dashboard.log_norm",
+                tooltip="Logarithmic axis of the gradient norm"),
+        Binding("w", "window", "Window", id="dashboard.window",
+                tooltip="Steps in the charts: the whole run, the last 1,000, the last 200"),
+        Binding("m", "trend", "Trend", id="dashboard.trend",
+                tooltip="Statistic in the chart of Wq, Wk, Wv"),
+        Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left", tooltip="Panel before"),
+        Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right", tooltip="Panel after"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folded = False
+        self._tab = 0
+
+    def compose(self) -> ComposeResult:
+        """Every panel is there from the first paint on."""
+        yield TooSmall(*ROOM)
+        yield HeaderLine()
+        yield ProgressLine()
+        yield PhaseStrip()
+        yield Banner()
+        yield TabLine(TABS)
+        with Horizontal(id="body"):
+            with Vertical(id="left"):
+                yield LossPanel(id="loss")
+                yield ClippingPanel(id="clipping")
+            yield GradientsPanel(id="gradients")
+            with Vertical(id="attention"):
+                yield LayersTable(id="layers")
+                yield TrendPanel(id="trend")
+        yield Input(placeholder="names that hold these words", id="filter", compact=True)
+        yield Footer(compact=True, show_command_palette=False)
+
+    # ------------------------------------------------------------ frames
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Hand the snapshot to the panels that can be seen."""
+        self.query_one(LayersTable).styles.max_height = (
+            min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
+        )
+        for panel in self.query(".panel, HeaderLine, ProgressLine, PhaseStrip, Banner").results():
+            show = getattr(panel, "show", None)
+            if show is not None and panel.is_on_screen:
+                show(snapshot)
+        self.refresh_bindings()
+
+    def on_mount(self) -> None:
+        """Show what is known."""
+        for name in ("#loss", "#clipping", "#gradients", "#layers", "#trend"):
+            self.query_one(name).add_class("panel")
+        self.query_one("#gradients").focus()
+
+    # ------------------------------------------------------------ room
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Fold or unfold."""
+        width, height = event.size
+        self.set_class(width < ROOM[0] or height < ROOM[1], "-too-small")
+        self._folded = width < FULL[0] or height < FULL[1]
+        self.set_class(self._folded, "-folded")
+        self._show_tab()
+
+    def _show_tab(self) -> None:
+        for number, name in enumerate(TAB_PANELS):
+            self.query_one(f"#{name}").display = not self._folded or number == self._tab
+        left = not self._folded or TAB_PANELS[self._tab] in ("loss", "clipping")
+        self.query_one("#left").display = left
+        self.query_one(TabLine).choose(self._tab)
+        self.call_after_refresh(self._shown)
+
+    def _shown(self) -> None:
+        self.show(self.trainer.snapshot)
+
+    # ------------------------------------------------------------ keys
+
+    def action_tab(self, by: int) -> None:
+        """Another tab."""
+        self._tab = (self._tab + by) % len(TABS)
+        self._show_tab()
+        self._focus_shown()
+
+    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
+        """A tab was clicked."""
+        self._tab = message.number
+        self._show_tab()
+        self._focus_shown()
+
+    def _focus_shown(self) -> None:
+        target = {"gradients": "#gradients", "attention": "#layers"}.get(TAB_PANELS[self._tab])
+        self.set_focus(self.query_one(target) if target else None)
+
+    def action_log(self, name: str) -> None:
+        """Logarithmic or linear."""
+        panel: Widget = self.query_one(f"#{name}")
+        assert isinstance(panel, LossPanel | ClippingPanel)
+        panel.toggle_log()
+
+    def action_window(self) -> None:
+        """Other steps in the charts."""
+        shown = self.query_one(LossPanel).cycle_window()
+        clipping = self.query_one(ClippingPanel)
+        clipping.shown = shown
+        clipping.update_rows()
+
+    def action_sort(self) -> None:
+        """Other order of the gradients."""
+        self.query_one(GradientsPanel).sort()
+
+    def action_trend(self) -> None:
+        """Another statistic of Wq, Wk, Wv."""
+        self.query_one(TrendPanel).cycle()
+
+    def action_filter(self) -> None:
+        """Open the filter."""
+        field = self.query_one("#filter", Input)
+        field.add_class("-open")
+        if self._folded and TAB_PANELS[self._tab] != "gradients":
+            self._tab = TAB_PANELS.index("gradients")
+            self._show_tab()
+        field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter as it is typed."""
+        self.query_one(GradientsPanel).set_filter(event.value)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Keep the filter and go back to the table."""
+        self._close_filter()
+
+    def on_key(self, event: events.Key) -> None:
+        """Escape gives the filter up."""
+        field = self.query_one("#filter", Input)
+        if event.key == "escape" and (field.has_class("-open") or field.value):
+            field.value = ""
+            self._close_filter()
+            event.stop()
+
+    def _close_filter(self) -> None:
+        self.query_one("#filter").remove_class("-open")
+        self.query_one(GradientsPanel).focus()
+
+    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
+        """Enter on a module folds it."""
+        if isinstance(message.table, GradientsPanel):
+            message.table.toggle(message.row)
+
+    def on_virtual_table_sort_asked(self, message: VirtualTable.SortAsked) -> None:
+        """A click on a title sorts by it."""
+        if isinstance(message.table, GradientsPanel):
+            key = message.key if message.key in ("norm", "name") else "norm"
+            message.table.sort("model" if message.table.sorting == key else key)
+
+    def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
+        """The chart follows the layer under the cursor."""
+        if isinstance(message.table, LayersTable):
+            trend = self.query_one(TrendPanel)
+            trend.shown_layer = message.row
+            trend.update_rows()
