@@ -7,7 +7,7 @@ the run, the coarser the finest level that still has it, and the coarsest level 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,26 @@ class Buckets(NamedTuple):
         )
 
 
+class Entries(Protocol):
+    """A sequence of entries that each stand for `size` rows, in memory or on disk: where windows
+    are drawn from. Index: row number // size."""
+
+    size: int
+    start: int
+    """Oldest index held."""
+    stop: int
+    """One past the newest."""
+
+    def find(self, step: int) -> int:
+        """Index of the first entry held whose last step is `step` or later; `stop` for none."""
+
+    def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
+        """First and last step of entries start..stop."""
+
+    def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
+        """Entries start..stop as buckets, of all columns or of some."""
+
+
 class Ring:
     """The newest `capacity` of a growing sequence, addressed by absolute index."""
 
@@ -114,13 +134,22 @@ class Ring:
         self.start = self.stop = at
 
 
-class Raw(Ring):
-    """The newest rows as they were measured. Index: row number."""
+class _Searched(Ring):
+    def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
+        raise NotImplementedError
 
-    size = 1
+    def find(self, step: int) -> int:
+        """See `Entries.find`."""
+        _, last = self.bounds(self.start, self.stop)
+        return self.start + int(np.searchsorted(last, step, "left"))
+
+
+class Raw(_Searched):
+    """The newest rows as they were measured. Index: row number."""
 
     def __init__(self, capacity: int, columns: int) -> None:
         super().__init__(capacity)
+        self.size = 1
         self.steps: Steps = np.empty(capacity, np.int64)
         self.values: Floats = np.empty((capacity, columns), np.float32)
 
@@ -151,7 +180,7 @@ class Raw(Ring):
         return Buckets(steps, steps, low, high, last, flags_of(values))
 
 
-class Level(Ring):
+class Level(_Searched):
     """Buckets of `size` rows. Index: row number // size."""
 
     def __init__(self, capacity: int, columns: int, size: int) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-
-import numpy as np
 
 from tui_trainer.history import wire
 from tui_trainer.history.levels import (
     FACTOR,
     Buckets,
+    Entries,
     Level,
     Raw,
     Steps,
     summarise,
     summarise_rows,
 )
+from tui_trainer.history.reading import Reading
 from tui_trainer.history.records import Floats
-from tui_trainer.history.window import Window, draw, nominal_edges
 from tui_trainer.protocol.describe import Table
 from tui_trainer.protocol.messages import Rows
 
@@ -38,7 +36,7 @@ def ring_entries(columns: int) -> int:
     return int(min(MOST_ENTRIES, max(LEAST_ENTRIES, 1 << (fitting.bit_length() - 1))))
 
 
-class TableHistory:
+class TableHistory(Reading):
     """All rows of one table in bounded memory.
 
     `ring_entries(columns)` raw rows (4 bytes a value) and as many buckets of each level (13 bytes a
@@ -63,8 +61,8 @@ class TableHistory:
         # Summaries are made of several buckets at once: the cost of numpy calls is shared.
         self._batch = FACTOR * FACTOR if self._entries > FACTOR * FACTOR else FACTOR
 
-    def rings(self) -> list[Raw | Level]:
-        """Where rows are held, finest first."""
+    def entries(self) -> list[Entries]:
+        """See `Reading.entries`."""
         return [self.raw, *self.levels]
 
     # ------------------------------------------------------------ taking in
@@ -127,16 +125,17 @@ class TableHistory:
         """Forget every row from number `rows` on."""
         self.settle()
         self.rows = min(self.rows, rows)
-        for ring in self.rings():
+        rings: list[Raw | Level] = [self.raw, *self.levels]
+        for ring in rings:
             ring.cut(self.rows // ring.size)
-        newest = self._newest()
-        self.last_step = None if newest is None else int(newest[0])
+        newest = self.latest()
+        self.last_step = None if newest is None else newest[0]
         if newest is None:
             self.first_step = None
 
     def whole(self, level: int) -> bool:
         """Whether the rings from `level` on lack no row: false after a cut inside a summary."""
-        rings = self.rings()[level:]
+        rings = self.entries()[level:]
         joined = all(
             fine.start * fine.size <= coarse.stop * coarse.size <= fine.stop * fine.size
             for fine, coarse in itertools.pairwise(rings)
@@ -171,89 +170,3 @@ class TableHistory:
             done = coarse_stop * FACTOR
             self.levels[level].push(summarise(fine.buckets(done, done + ready)))
             self._cascade(level + 1)
-
-    # ------------------------------------------------------------ giving out
-
-    def latest(self) -> tuple[int, Floats] | None:
-        """Step and values (columns,) of the newest row; None before the first."""
-        newest = self._newest()
-        return None if newest is None else (int(newest[0]), newest[1].copy())
-
-    def _newest(self) -> tuple[int, Floats] | None:
-        if self.raw.stop > self.raw.start:
-            slot = (self.raw.stop - 1) % self._entries
-            return int(self.raw.steps[slot]), self.raw.values[slot]
-        for level in self.levels:
-            if level.stop > level.start:
-                slot = (level.stop - 1) % self._entries
-                return int(level.held.last[slot]), level.held.value[slot]
-        return None
-
-    def at(self, step: int) -> Floats | None:
-        """Values (columns,) of the last row at or before `step`; None when there is none.
-
-        In a part of the run of which only summaries are left: of the last summary that ends at or
-        before it."""
-        for ring in self.rings():
-            _, last = ring.bounds(ring.start, ring.stop)
-            found = int(np.searchsorted(last, step, "right")) - 1
-            if found >= 0:
-                index = ring.start + found
-                values: Floats = ring.buckets(index, index + 1).value[0]
-                return values.copy()
-        return None
-
-    def tail(self, count: int) -> tuple[Steps, Floats]:
-        """Steps (n,) and values (n, columns) of the newest rows still held raw, n <= count."""
-        start = max(self.raw.start, self.raw.stop - count)
-        steps, _ = self.raw.bounds(start, self.raw.stop)
-        return steps.copy(), self.raw.take(start, self.raw.stop).copy()
-
-    def window(self, columns: Sequence[int], start: int, stop: int, buckets: int) -> Window:
-        """The chosen columns over steps start <= step < stop in `buckets` stretches."""
-        chosen = np.asarray(columns, np.intp)
-        edges = nominal_edges(start, max(start, stop), max(1, buckets))
-        first, last = self._row_near(start), self._row_near(stop) + 1
-        parts = [
-            ring.buckets(low, high, chosen)
-            for ring, low, high in self._pieces(first, last, max(1, buckets))
-        ]
-        return draw(parts, edges, len(chosen))
-
-    def rows_since(self, row: int, budget: int) -> Rows:
-        """What a viewer that has `row` rows lacks, in about `budget` bytes: raw when it fits, else
-        summarised; perhaps not all of it, then ask again from `first + count`. A piece may begin
-        before `row`, at the boundary of a summary that replaces what the viewer had."""
-        return wire.rows_since(self, row, budget)
-
-    def _row_near(self, step: int) -> int:
-        """First row at or after `step`, or that of the summary which has it."""
-        row = 0
-        for ring in self.rings():
-            if ring.stop == ring.start:
-                continue
-            first, last = ring.bounds(ring.start, ring.stop)
-            if step >= first[0] or ring.start == 0:
-                row = (ring.start + int(np.searchsorted(last, step, "left"))) * ring.size
-                return min(row, self.rows)
-        return row
-
-    def _pieces(self, first: int, last: int, buckets: int) -> list[tuple[Raw | Level, int, int]]:
-        """Rings and index ranges that together cover rows first..last, oldest first: two to
-        sixteen entries a stretch where the levels held allow it."""
-        rings = self.rings()
-        wanted = 0
-        while wanted + 1 < len(rings) and rings[wanted + 1].size * buckets * 2 <= last - first:
-            wanted += 1
-        pieces, row = [], first
-        for k in range(len(rings) - 1, -1, -1):
-            ring = rings[k]
-            low, high = max(row // ring.size, ring.start), min(ring.stop, -(-last // ring.size))
-            if k > wanted:
-                # A coarser level only for what the finer ones no longer have.
-                finer = rings[k - 1]
-                high = min(high, -(-finer.start * finer.size // ring.size))
-            if low < high:
-                pieces.append((ring, low, high))
-                row = high * ring.size
-        return pieces

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tui_trainer.history.levels import FACTOR, Buckets, Level, Raw, Steps
+from tui_trainer.history.levels import FACTOR, Buckets, Entries, Steps
 from tui_trainer.protocol.messages import Rows
 
 if TYPE_CHECKING:
+    from tui_trainer.history.reading import Reading
     from tui_trainer.history.table import TableHistory
 
 CATCH_UP_VALUES = 65_536
@@ -21,7 +22,7 @@ LARGEST_PIECE = 8 * 2**20
 """Bytes; half of the largest frame."""
 
 
-def rows_since(history: TableHistory, row: int, budget: int) -> Rows:
+def rows_since(history: Reading, row: int, budget: int) -> Rows:
     """See `TableHistory.rows_since`."""
     if row > history.rows or row < 0:
         row = 0  # the viewer knows another run: all of it again
@@ -31,21 +32,20 @@ def rows_since(history: TableHistory, row: int, budget: int) -> Rows:
     first = row // ring.size
     most = max(1, min(budget, LARGEST_PIECE) // _entry_bytes(ring, history.columns))
     last = min(ring.stop, first + most)
-    if isinstance(ring, Raw):
-        steps, _ = ring.bounds(first, last)
-        values = ring.take(first, last)
-        return Rows(history.table.id, first, last - first, _bytes(steps), _bytes(values))
+    if ring.size == 1:
+        raw = ring.buckets(first, last)
+        return Rows(history.table.id, first, last - first, _bytes(raw.last), _bytes(raw.value))
     return _summary(history.table.id, ring, first, last)
 
 
-def _choose(history: TableHistory, row: int, budget: int) -> Raw | Level:
+def _choose(history: Reading, row: int, budget: int) -> Entries:
     """The finest ring that has `row` and whose entries from there on fit."""
     backlog = history.rows - row
     low, high = CATCH_UP_BUCKETS
     whole = min(high, max(low, CATCH_UP_VALUES // max(1, history.columns)))
     floor = whole * backlog / history.rows
-    chosen: Raw | Level | None = None
-    for ring in history.rings():
+    chosen: Entries | None = None
+    for ring in history.entries():
         if not ring.start <= row // ring.size < ring.stop:
             continue
         chosen = ring
@@ -56,11 +56,11 @@ def _choose(history: TableHistory, row: int, budget: int) -> Raw | Level:
     return chosen
 
 
-def _entry_bytes(ring: Raw | Level, columns: int) -> int:
-    return 8 + 4 * columns if isinstance(ring, Raw) else 16 + 13 * columns
+def _entry_bytes(ring: Entries, columns: int) -> int:
+    return 8 + 4 * columns if ring.size == 1 else 16 + 13 * columns
 
 
-def _summary(table: int, level: Level, first: int, last: int) -> Rows:
+def _summary(table: int, level: Entries, first: int, last: int) -> Rows:
     buckets = level.buckets(first, last)
     return Rows(
         table,
