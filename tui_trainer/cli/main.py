@@ -18,6 +18,7 @@ from tui_trainer.cli.errors import (
     UsageError,
     leave_pipe_quietly,
     say,
+    say_our_fault,
     unknown,
 )
 from tui_trainer.cli.options import RunOptions, StartOptions
@@ -52,6 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         leave_pipe_quietly()
         return FAULT
+    except Exception as fault:
+        say_our_fault(fault)
+        return FAULT
 
 
 def _in_our_words(fault: CycloptsError) -> tuple[str, str]:
@@ -73,15 +77,17 @@ def _where_help_is(given: Sequence[str]) -> str:
 
 def _dispatch(arguments: list[str]) -> int:
     from tui_trainer.cli.registry import task_names
+    from tui_trainer.cli.runs import COMMANDS, HIDDEN
 
     names = task_names()
     first = arguments[0] if arguments else ""
     if first == "run":
         return _run_script(arguments[1:])
     if first and not first.startswith("-"):
-        if first not in names:
-            raise _unknown_command(first, [*names, "run"])
-        names = [first]
+        known = (*COMMANDS, *HIDDEN)
+        if first not in names and first not in known:
+            raise _unknown_command(first, [*names, "run", *COMMANDS])
+        names = [] if first in known else [first]
     result = _call(_app(names), arguments)
     return result if isinstance(result, int) else 0
 
@@ -102,6 +108,7 @@ def _app(names: Sequence[str]) -> App:
     """The commands, of which only the tasks called `names` are loaded."""
     from tui_trainer.cli.flags import task_command
     from tui_trainer.cli.registry import load_task, usable_tasks
+    from tui_trainer.cli.runs import register
     from tui_trainer.cli.start import start_screen, start_task
 
     app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="rich")
@@ -110,6 +117,7 @@ def _app(names: Sequence[str]) -> App:
         app.command(task_command(task, start_task), name=task.name, group=TASKS)
     usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
     app.command(_script_command, name="run", group=TASKS, usage=usage)
+    register(app)
 
     @app.default
     def without_a_command(

@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.cli.directory import discard
 from tui_trainer.cli.errors import FAULT, INTERRUPTED, CommandError, say
@@ -29,6 +29,17 @@ _END_WITHIN_S = 15.0
 """How long the last line waits for a run that is ending: a step and a checkpoint to finish."""
 
 
+class Shown(Protocol):
+    """A run that was on the screen."""
+
+    @property
+    def directory(self) -> Path:
+        """Where to leave the traceback of a crash of the app."""
+
+    def say_goodbye(self) -> int:
+        """Print the last line; returns the exit status."""
+
+
 class Opened:
     """A run that was started from this terminal, and the session that shows it."""
 
@@ -42,6 +53,11 @@ class Opened:
         from tui_trainer.session.live import LiveSession
 
         self.session: Session = LiveSession(self.launched.connect)
+
+    @property
+    def directory(self) -> Path:
+        """Of the run."""
+        return Path(self.spec.directory)
 
     def abandon(self) -> None:
         """End a run whose screen never opened: nobody has seen it, nobody would look for it."""
@@ -79,7 +95,7 @@ def show_run(spec: RunSpec, ascii: bool) -> int:
     except KeyboardInterrupt:
         opened.abandon()
         raise
-    return _until_left(lambda: run_app(opened.session, ascii=ascii), lambda: opened)
+    return until_left(lambda: run_app(opened.session, ascii=ascii), lambda: opened)
 
 
 def show_start(
@@ -99,13 +115,13 @@ def show_start(
         return opened[-1].session
 
     launcher = Launcher(tuple(tasks), open_run)
-    return _until_left(
+    return until_left(
         lambda: run_app(None, ascii=ascii, start_mode="start", on_launch=launcher),
         lambda: opened[-1] if opened else None,
     )
 
 
-def _until_left(run: Callable[[], int], opened: Callable[[], Opened | None]) -> int:
+def until_left(run: Callable[[], int], opened: Callable[[], Shown | None]) -> int:
     """Run the app in a terminal that is given back, then say what became of the run.
 
     An interrupt from outside (SIGINT, SIGTERM) ends the app alone: the run goes on, as it does when
@@ -120,7 +136,7 @@ def _until_left(run: Callable[[], int], opened: Callable[[], Opened | None]) -> 
     shown = opened()
     status = shown.say_goodbye() if shown else 0
     if crash:
-        return _report(crash, Path(shown.spec.directory if shown else tempfile.gettempdir()))
+        return _report(crash, shown.directory if shown else Path(tempfile.gettempdir()))
     return INTERRUPTED if interrupted else status
 
 

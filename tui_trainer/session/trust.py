@@ -11,7 +11,6 @@ import os
 import socket
 import stat
 import struct
-import sys
 from pathlib import Path
 
 CONNECT_TIMEOUT_S = 5.0
@@ -82,12 +81,11 @@ def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
 
 def peer_user(connection: socket.socket) -> int | None:
     """The user id of the process at the other end, where the system tells it."""
-    if sys.platform == "linux":
-        size = struct.calcsize("3i")
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        _, user, _ = struct.unpack("3i", credentials)
-        return int(user)
-    return None
+    option = getattr(socket, "SO_PEERCRED", None)  # Linux
+    if option is None:
+        return None
+    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _user(number: int) -> str:

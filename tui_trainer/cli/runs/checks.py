@@ -1,0 +1,195 @@
+"""What the doctor looks at. Nothing here imports torch: a process of its own is asked about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import locale
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from tui_trainer import __version__
+from tui_trainer.cli.showing import why_no_screen
+from tui_trainer.config.spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
+from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.session.registry import list_runs
+from tui_trainer.session.trust import RunError, check_directory
+
+LIBRARIES = (
+    "textual",
+    "rich",
+    "plotext",
+    "msgspec",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+)
+TORCH_TIMEOUT_S = 120.0
+_ASK_TORCH = """
+import json, torch
+found = {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": []}
+if torch.cuda.is_available():
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found["devices"].append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.1f} GiB")
+if torch.backends.mps.is_available():
+    found["devices"].append("mps")
+if hasattr(torch, "xpu") and torch.xpu.is_available():
+    found["devices"].append("xpu: " + torch.xpu.get_device_name(0))
+torch.ones(2) @ torch.ones(2)
+print(json.dumps(found))
+"""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at."""
+
+    group: str
+    name: str
+    level: str
+    """`good`, `note`, `warning` or `bad` (tui-trainer cannot work so)."""
+    value: str
+    hint: str = ""
+
+
+def examine(runs_dir: Path | None = None) -> list[Finding]:
+    """Look at everything; takes as long as importing torch does."""
+    return [*_versions(), *_training(), *_terminal(), *_storage(runs_dir), *_ssh()]
+
+
+def _versions() -> Iterator[Finding]:
+    group = "Versions"
+    yield Finding(group, "tui-trainer", "good", f"{__version__}, protocol {PROTOCOL_VERSION}")
+    python = f"{platform.python_version()} ({sys.executable})"
+    yield Finding(group, "python", "good", python)
+    yield Finding(group, "system", "good", platform.platform())
+    for name in LIBRARIES:
+        try:
+            yield Finding(group, name, "good", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(group, name, "bad", "missing", f"pip install {name}")
+
+
+def _training() -> Iterator[Finding]:
+    group = "Training"
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-P", "-c", _ASK_TORCH],
+            capture_output=True,
+            text=True,
+            timeout=TORCH_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        yield Finding(group, "torch", "bad", f"importing it does not end: {fault}")
+        return
+    try:
+        found = json.loads(asked.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        last = (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[-1]
+        yield Finding(group, "torch", "bad", last, "pip install torch, for your device")
+        return
+    yield Finding(group, "torch", "good", found["version"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(group, "processor", "good", f"{cores} cores, {found['threads']} torch threads")
+    for device in found["devices"]:
+        yield Finding(group, "device", "good", device)
+    if not found["devices"]:
+        hint = ""
+        if shutil.which("nvidia-smi"):
+            hint = (
+                "there is an NVIDIA driver, but this torch does not see a GPU: which build is it?"
+            )
+        yield Finding(group, "device", "warning" if hint else "note", "cpu alone", hint)
+
+
+def _terminal() -> Iterator[Finding]:
+    group = "Terminal"
+    if reason := why_no_screen():
+        yield Finding(group, "screen", "note", f"{reason}: runs print plain lines here")
+    else:
+        size = shutil.get_terminal_size()
+        small = size.columns < 80 or size.lines < 24
+        yield Finding(
+            group,
+            "size",
+            "warning" if small else "good",
+            f"{size.columns}×{size.lines}",
+            "80×24 is the least that shows a dashboard" if small else "",
+        )
+    term, depth = os.environ.get("TERM", "not set"), os.environ.get("COLORTERM", "")
+    yield Finding(group, "TERM", "good", term + (f", {depth}" if depth else ""), _colour_hint(term))
+    if os.environ.get("NO_COLOR"):
+        yield Finding(group, "NO_COLOR", "note", "set: no colour is used")
+    encoding = locale.getpreferredencoding(False)
+    if encoding.lower().replace("-", "") == "utf8":
+        yield Finding(group, "encoding", "good", encoding)
+    else:
+        yield Finding(group, "encoding", "warning", encoding, "--ascii, or LC_ALL=C.UTF-8")
+    for name in ("TMUX", "STY"):
+        if os.environ.get(name):
+            yield Finding(group, "inside", "note", "tmux" if name == "TMUX" else "screen")
+    if os.environ.get("SSH_CONNECTION"):
+        hint = "tui-trainer attach ssh://this-host, from where you sit, draws there instead"
+        yield Finding(group, "inside", "note", "an ssh login", hint)
+
+
+def _colour_hint(term: str) -> str:
+    many = "256color" in term or os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    known = ("kitty", "ghostty", "alacritty", "wezterm", "foot")
+    return "" if many or any(name in term for name in known) else "16 colours will be used"
+
+
+def _storage(runs_dir: Path | None) -> Iterator[Finding]:
+    group = "Runs"
+    directory = runs_directory(runs_dir)
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    move = "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere"
+    if not writable:
+        yield Finding(group, "directory", "bad", f"cannot write to {existing}", move)
+    else:
+        there = "" if directory.exists() else " (made with the first run)"
+        yield Finding(group, "directory", "good", f"{directory}{there}")
+    try:
+        if directory.exists():
+            check_directory(directory)
+            runs = list_runs(runs_dir)
+            live = sum(run.live for run in runs)
+            yield Finding(group, "runs", "good", f"{len(runs)}, {live} of them live")
+    except RunError as fault:
+        yield Finding(group, "permissions", "bad", fault.message, fault.hint)
+    free = shutil.disk_usage(existing).free
+    low = free < 2**30
+    yield Finding(
+        group,
+        "disk",
+        "warning" if low else "good",
+        f"{free / 2**30:,.1f} GiB free",
+        move if low else "",
+    )
+    longest = len(os.fsencode(directory / ("x" * 24) / SOCKET_FILE))
+    if longest >= MAX_SOCKET_PATH_BYTES:
+        yield Finding(
+            group, "sockets", "note", "the directory's path is long: sockets go elsewhere"
+        )
+
+
+def _ssh() -> Iterator[Finding]:
+    group = "Other machines"
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        yield Finding(
+            group, "ssh", "warning", "missing", "attach ssh://host needs OpenSSH's client"
+        )
+        return
+    asked = subprocess.run([ssh, "-V"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    yield Finding(group, "ssh", "good", (asked.stderr or asked.stdout).strip())

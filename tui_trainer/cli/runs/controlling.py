@@ -1,0 +1,172 @@
+"""`pause`, `resume`, `step`, `stop` and `checkpoint`: for scripts, and for hands without a screen.
+
+Each takes control of the run if another viewer holds it (all viewers are told), waits until what
+was asked for has come about, and says in one line how the run is then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.runs.common import (
+    RunName,
+    RunsDir,
+    duration,
+    flag,
+    number,
+    one_message,
+    the_only_one,
+)
+from tui_trainer.protocol import messages, tables
+from tui_trainer.protocol.messages import Action, Event, Notice, Status
+from tui_trainer.session.ask import Conversation
+from tui_trainer.session.registry import Run, look_at
+from tui_trainer.session.trust import RunError
+
+LOOK_EVERY_S = 0.05
+SMALL = 4 * 1024
+"""Bytes of rows that are wanted with each look."""
+NoWait = Annotated[bool, flag("return as soon as the run has accepted it")]
+
+Reached = Callable[[Status, "list[Event]"], bool]
+"""Whether what was asked for has come about, from the status and the events since."""
+
+
+def pause(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+    """stop a run at its next phase boundary; resume goes on"""
+    return _do("pause", messages.Pause(), _paused, run, no_wait, runs_dir)
+
+
+def resume(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+    """let a paused run go on"""
+    return _do("resume", messages.Resume(), _running, run, no_wait, runs_dir)
+
+
+def step(
+    run: Annotated[
+        str | None, Parameter(help="the run, and how many steps: in any order", show_default=False)
+    ] = None,
+    count: Annotated[str | None, Parameter(show=False)] = None,
+    /,
+    *,
+    no_wait: NoWait = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """make one optimizer step, or so many, then pause"""
+    name, wanted = _run_and_count([each for each in (run, count) if each is not None])
+    return _do("step", messages.Step(wanted), _paused, name, no_wait, runs_dir)
+
+
+def stop(
+    run: RunName = None,
+    *,
+    checkpoint: Annotated[bool, flag("write a checkpoint first")] = False,
+    no_wait: NoWait = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """finish the running step, then end the run"""
+    action = messages.Stop(checkpoint=checkpoint)
+    return _do("stop", action, _ended, run, no_wait, runs_dir)
+
+
+def checkpoint(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+    """write a checkpoint at the next step boundary and go on"""
+    return _do("checkpoint", messages.Checkpoint(), _written, run, no_wait, runs_dir)
+
+
+# ---------------------------------------------------------------- doing
+
+
+def _do(
+    name: str, action: Action, reached: Reached, run: str | None, no_wait: bool, runs: Path | None
+) -> int:
+    with one_message():
+        found = the_only_one(run, runs)
+        with Conversation.with_run(found, f"tui-trainer {name}", read_only=False) as talk:
+            _catch_up(talk)
+            known = len(talk.events)
+            ack = talk.insist(action)
+            if not ack.ok:
+                raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
+            status = ack.status if no_wait else _wait(talk, reached, known, found)
+            failed = [e for e in talk.events[known:] if isinstance(e, Notice) and _failed(e, name)]
+            print(_sentence(found.name, status, talk, no_wait), flush=True)
+    if failed:
+        raise CommandError(failed[-1].text)
+    return 0
+
+
+def _catch_up(talk: Conversation) -> None:
+    while talk.poll(SMALL).more:
+        pass
+
+
+def _wait(talk: Conversation, reached: Reached, known: int, run: Run) -> Status:
+    status = Status()
+    while True:
+        try:
+            update = talk.poll(SMALL)
+        except RunError:
+            if (ended := _end_on_disk(run)) is not None:
+                return ended
+            raise
+        status = update.status
+        if not update.more and (status.ended or reached(status, talk.events[known:])):
+            return status
+        time.sleep(LOOK_EVERY_S)
+
+
+def _end_on_disk(run: Run) -> Status | None:
+    """How the run ended, where it left before it could tell us."""
+    now = look_at(run.directory)
+    if now is None or now.live:
+        return None
+    return Status(state=now.state, step=now.said.step, reason=now.note, hint=now.said.hint)
+
+
+def _paused(status: Status, _: list[Event]) -> bool:
+    return status.state == "paused"
+
+
+def _running(status: Status, _: list[Event]) -> bool:
+    return status.state == "running"
+
+
+def _ended(status: Status, _: list[Event]) -> bool:
+    return status.ended
+
+
+def _written(_: Status, events: list[Event]) -> bool:
+    return any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
+
+
+def _failed(notice: Notice, command: str) -> bool:
+    return command == "checkpoint" and notice.kind == "checkpoint" and notice.level == "error"
+
+
+def _sentence(name: str, status: Status, talk: Conversation, early: bool) -> str:
+    table = talk.history.table(tables.STEP)
+    latest = table.latest() if table is not None else None
+    loss = f", loss {number(float(latest[1][0]))}" if latest is not None else ""
+    state = "accepted" if early else status.state
+    elapsed = f", {duration(status.elapsed_s)}" if status.elapsed_s else ""
+    reason = f" ({status.reason})" if status.reason and not early else ""
+    return f"{name} {state} at step {status.step:,}{loss}{elapsed}{reason}"
+
+
+def _run_and_count(given: list[str]) -> tuple[str | None, int]:
+    """From `RUN`, `N`, `RUN N` or `N RUN`."""
+    counts = [each for each in given if each.isascii() and each.isdigit()]
+    names = [each for each in given if each not in counts]
+    if len(counts) > 1 or len(names) > 1:
+        raise UsageError("step takes one run and one number", "tui-trainer step RUN 10")
+    count = int(counts[0]) if counts else 1
+    if count < 1:
+        raise UsageError("step needs a number from 1 on")
+    return (names[0] if names else None), count

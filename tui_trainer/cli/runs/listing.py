@@ -1,0 +1,113 @@
+"""`tui-trainer ls`: the runs, how each is and how far."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from tui_trainer.cli.runs.common import RunsDir, duration, flag, number, one_message, steps
+from tui_trainer.config.spec import runs_directory
+from tui_trainer.session.registry import Run, list_runs
+
+STYLES = {
+    "live": "green",
+    "paused": "yellow",
+    "finished": "",
+    "stopped": "dim",
+    "crashed": "red",
+}
+_GAP = "  "
+
+
+def ls(
+    *,
+    json: Annotated[bool, flag("print a list of objects instead of a table")] = False,
+    live: Annotated[bool, flag("only the runs whose process is there")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """the runs: live, paused, finished, stopped, crashed"""
+    with one_message():
+        runs = [run for run in list_runs(runs_dir) if run.live or not live]
+    if json:
+        print(msgspec.json.encode([as_object(run) for run in runs]).decode())
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    if not runs:
+        console.print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
+    for line in table(runs, time.time()):
+        console.print(line)
+    return 0
+
+
+def as_object(run: Run) -> dict[str, Any]:
+    """A run as JSON: the names are documented in docs/runs.md and do not change."""
+    said = run.said
+    return {
+        "name": run.name,
+        "state": run.state,
+        "step": said.step,
+        "total_steps": said.total_steps,
+        "loss": said.loss,
+        "loss_text": said.loss_text or None,
+        "steps_per_second": said.steps_per_second if run.live else None,
+        "items_per_second": said.items_per_second if run.live else None,
+        "item_unit": said.item_unit,
+        "directory": str(run.directory),
+        "task": said.task,
+        "title": said.title,
+        "started_at": said.started_at,
+        "ended_at": said.ended_at,
+        "age_s": max(0.0, time.time() - said.started_at),
+        "elapsed_s": said.elapsed_s,
+        "remaining_s": said.remaining_s if run.live else None,
+        "device": said.device,
+        "host": said.host,
+        "pid": said.pid or None,
+        "note": run.note,
+    }
+
+
+def table(runs: list[Run], now: float) -> list[Text]:
+    """One line a run under a line of headings, numbers to the right."""
+    rows = [_cells(run, now) for run in runs]
+    if not rows:
+        return []
+    headings = ("RUN", "STATE", "STEP", "LOSS", "SPEED", "AGE", "WHAT")
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    lines = [Text(_line(headings, widths), "bold")]
+    for run, row in zip(runs, rows, strict=True):
+        line = Text(_line(row, widths))
+        start = widths[0] + len(_GAP)
+        line.stylize(STYLES.get(run.state, ""), start, start + widths[1])
+        lines.append(line)
+    return lines
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    left = {0, 1, 6}
+    padded = [
+        cell.ljust(width) if i in left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return _GAP.join(padded).rstrip()
+
+
+def _cells(run: Run, now: float) -> tuple[str, ...]:
+    said = run.said
+    speed = f"{number(said.steps_per_second, 3)}/s" if said.steps_per_second and run.live else "–"
+    what = said.title or said.task
+    if run.state == "crashed" and run.note:
+        what = f"{what} · {run.note}" if what else run.note
+    return (
+        run.name,
+        run.state,
+        steps(said.step, said.total_steps),
+        {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}.get(said.loss_text) or number(said.loss),
+        speed,
+        duration(now - said.started_at),
+        " ".join(what.split()),
+    )

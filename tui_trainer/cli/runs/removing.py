@@ -1,0 +1,81 @@
+"""`tui-trainer rm RUN`: a run's directory, with its records and checkpoints, for good."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.runs.common import RunsDir, duration, one_message
+from tui_trainer.config.spec import SOCKET_POINTER_FILE
+from tui_trainer.session.registry import Run, resolve
+
+
+def rm(
+    *runs: Annotated[
+        str,
+        Parameter(help="the runs: names, beginnings of names, or directories", show_default=False),
+    ],
+    yes: Annotated[
+        bool,
+        Parameter(name=("--yes", "-y"), help="do not ask", negative=(), show_default=False),
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """remove runs that have ended, with all that was recorded"""
+    if not runs:
+        raise UsageError("rm needs a run", "tui-trainer ls lists them")
+    with one_message():
+        found = list(
+            {run.directory: run for run in (resolve(each, runs_dir) for each in runs)}.values()
+        )
+    for run in found:
+        if run.live:
+            raise CommandError(f"{run.name} is {run.state}", f"tui-trainer stop {run.name} ends it")
+    if not yes and not _agreed(found):
+        return 1
+    for run in found:
+        _remove(run)
+        print(f"removed {run.name}")
+    return 0
+
+
+def _agreed(runs: list[Run]) -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError("rm asks before it removes, and nobody can answer here", "say --yes")
+    for run in runs:
+        said = run.said
+        print(
+            f"{run.name}: {run.state} at step {said.step:,} after {duration(said.elapsed_s)}, "
+            f"{_size(run.directory) / 1e6:,.1f} MB in {run.directory}"
+        )
+    what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
+    try:
+        return input(f"remove {what} for good? [y/N] ").strip().casefold() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _size(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def _remove(run: Run) -> None:
+    with contextlib.suppress(OSError):
+        pointed = Path((run.directory / SOCKET_POINTER_FILE).read_text(encoding="utf-8"))
+        if pointed.parent.name.startswith("tui-trainer-"):
+            pointed.unlink(missing_ok=True)
+            pointed.parent.rmdir()
+    try:
+        shutil.rmtree(run.directory)
+    except OSError as fault:
+        raise CommandError(f"cannot remove {run.directory}: {fault.strerror or fault}") from fault
