@@ -53,7 +53,7 @@ bench: $(DEVELOPED)
 	    [ -e "$$benchmark" ] || continue; echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 screenshots: $(DEVELOPED)
-	$(BIN)/python screenshots/make.py
+	$(BIN)/python screenshots/make.py $(ONLY)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(INSTALLED) $(DEVELOPED)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterable
 
 from tui_trainer.config.errors import near_miss
@@ -44,6 +46,20 @@ def say(message: str, hint: str = "") -> None:
         if hint:
             print(f"  hint: {hint}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def say_our_fault(fault: Exception) -> None:
+    """One line for a fault of ours that nothing else has caught; its traceback goes to a file."""
+    message = f"this is a fault of tui-trainer itself: {type(fault).__name__}: {fault}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tui-trainer-fault-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write("".join(traceback.format_exception(fault)))
+    except OSError:
+        say(message, "please report it")
+    else:
+        say(message, f"please report it, with {file.name}")
 
 
 def leave_pipe_quietly() -> None:

@@ -6,11 +6,10 @@ import math
 import subprocess
 from dataclasses import dataclass
 
-from tui_trainer.cli.errors import FAULT
+from tui_trainer.cli.errors import FAULT, USAGE
 from tui_trainer.config.spec import RunSpec
 from tui_trainer.config.state import RunState, read_state
 from tui_trainer.protocol import tables
-from tui_trainer.protocol.messages import Status
 from tui_trainer.session.api import Snapshot
 
 
@@ -67,10 +66,13 @@ def _as_status(code: int | None) -> int | None:
 
 
 def exit_status(spec: RunSpec, outcome: Outcome) -> int:
-    """The script's own for `run`; otherwise 0, or 1 for a run that crashed."""
+    """The script's own for `run`. For a task 0, 1 where it crashed, 2 where it could not be run as
+    asked."""
     if spec.task == "script" and outcome.ended and outcome.exit_status is not None:
         return outcome.exit_status
-    return FAULT if outcome.state == "crashed" else 0
+    if outcome.state != "crashed":
+        return 0
+    return USAGE if outcome.exit_status == USAGE else FAULT
 
 
 def farewell(spec: RunSpec, outcome: Outcome) -> str:
@@ -92,11 +94,6 @@ def farewell(spec: RunSpec, outcome: Outcome) -> str:
         case _:
             said = f"still training at {at}, as process {outcome.pid}"
     return f"{spec.name} {' '.join(said.split())} · {spec.directory}"
-
-
-def has_ended(status: Status) -> bool:
-    """Whether waiting for the run's process makes sense: it ended, or is about to."""
-    return status.ended or status.state == "stopping"
 
 
 def last_told(spec: RunSpec) -> RunState | None:

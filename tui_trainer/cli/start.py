@@ -44,7 +44,7 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
         return show_run(spec, options.ascii)
     from tui_trainer.cli.lines import show_lines
 
-    return show_lines(spec, showing.kind)
+    return show_lines(spec, "json" if showing.kind == "json" else "plain")
 
 
 def start_screen(options: StartOptions) -> int:

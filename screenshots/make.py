@@ -1,0 +1,138 @@
+"""Makes the pictures here, each from a real run: `make screenshots [ONLY=dashboard-80x24]`.
+
+A run process is started as `tui-trainer` would start it, the app looks at it through its session,
+and what the app shows is written as SVG (and as PNG, where rsvg-convert is installed).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from textual.pilot import Pilot
+
+from tui_trainer.config.resolve import resolve, to_flat
+from tui_trainer.config.spec import RunSpec, create_run_directory
+from tui_trainer.protocol.describe import Scalar
+from tui_trainer.session.launch import launch
+from tui_trainer.session.live import LiveSession
+from tui_trainer.tasks.definition import find_task
+from tui_trainer.ui.app import TuiTrainerApp
+
+HERE = Path(__file__).resolve().parent
+LONGEST_S = 300.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to train, how far, and which screen to show of it at which size."""
+
+    name: str
+    task: str = "gpt"
+    preset: str | None = None
+    settings: dict[str, Scalar] = field(default_factory=dict)
+    step: int = 400
+    size: tuple[int, int] = (120, 40)
+    keys: tuple[str, ...] = ()
+    paused_after: str = ""
+    """Pause, and go phase by phase to the end of this one."""
+
+
+EXPLODING: dict[str, Scalar] = {
+    "learning_rate": 0.5,
+    "min_learning_rate": 0.5,
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "warmup_steps": 0,
+    "clip": "off",
+}
+
+PICTURES = (
+    Picture("dashboard-80x24", size=(80, 24)),
+    Picture("dashboard-120x40"),
+    Picture("dashboard-200x60", size=(200, 60)),
+    Picture("attention", keys=("2",)),
+    Picture("parameters", keys=("3",)),
+    Picture("samples-gpt", keys=("4",), step=1000),
+    Picture("samples-vit", "vit", keys=("4",), step=300),
+    Picture("dashboard-vit", "vit", step=300),
+    Picture("paused-after-backward", paused_after="backward", step=200),
+    Picture("exploding", settings=EXPLODING, step=150),
+)
+
+
+async def make(picture: Picture, runs: Path) -> None:
+    """Train as far as the picture needs, show it, and write it down."""
+    definition = find_task(picture.task)
+    configuration = to_flat(resolve(definition, picture.preset, picture.settings))
+    name, directory = create_run_directory(picture.task, runs)
+    spec = RunSpec(
+        name=name, directory=str(directory), task=picture.task, configuration=configuration
+    )
+    launched = launch(spec)
+    app = TuiTrainerApp(LiveSession(launched.connect))
+    try:
+        async with app.run_test(size=picture.size) as pilot:
+            await until(pilot, app, lambda: app.snapshot.status.step >= picture.step)
+            if picture.paused_after:
+                await pause_after(pilot, app, picture.paused_after)
+            for key in picture.keys:
+                await pilot.press(key)
+            await pilot.pause(1.0)
+            write(picture.name, app.export_screenshot(title="tui-trainer"))
+    finally:
+        launched.process.terminate()
+        launched.process.wait(60)
+
+
+async def until(pilot: Pilot[int], app: TuiTrainerApp, holds: Callable[[], bool]) -> None:
+    """Wait until `holds()`, or until the run has ended. Raises TimeoutError after `LONGEST_S`."""
+    async with asyncio.timeout(LONGEST_S):
+        while not holds() and not app.snapshot.status.ended:
+            await pilot.pause(0.1)
+
+
+async def pause_after(pilot: Pilot[int], app: TuiTrainerApp, phase: str) -> None:
+    """Pause, then go on by single phases."""
+
+    def stands() -> bool:
+        return app.snapshot.status.state == "paused" and app.snapshot.report is not None
+
+    await pilot.press("space")
+    await until(pilot, app, stands)
+    while app.snapshot.status.phase != phase:
+        before = app.snapshot.status.phase
+        await pilot.press("p")
+        await until(pilot, app, lambda: stands() and app.snapshot.status.phase != before)  # noqa: B023
+    await until(pilot, app, lambda: stands() and app.snapshot.report.phase == phase)  # type: ignore[union-attr]
+
+
+def write(name: str, svg: str) -> None:
+    """Write the SVG, and the PNG beside it where it can be made."""
+    path = HERE / f"{name}.svg"
+    path.write_text(svg, encoding="utf-8")
+    if converter := shutil.which("rsvg-convert"):
+        subprocess.run([converter, "-z", "1.0", "-o", path.with_suffix(".png"), path], check=True)
+    print(f"{path.name} written", flush=True)
+
+
+def main() -> None:
+    """Make all pictures, or those that are named."""
+    wanted = sys.argv[1:]
+    unknown = set(wanted) - {picture.name for picture in PICTURES}
+    if unknown:
+        sys.exit(f"no picture is called {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as runs:
+        for picture in PICTURES:
+            if not wanted or picture.name in wanted:
+                asyncio.run(make(picture, Path(runs)))
+
+
+if __name__ == "__main__":
+    main()
