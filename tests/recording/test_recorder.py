@@ -251,10 +251,9 @@ def test_changing_the_cadence_of_a_table_keeps_its_history(recorder):
 
 
 def test_new_tables_get_free_ids(recorder):
-    (validation,) = recorder.declare([Table(-1, "validation", (Column("loss"),))])
-    assert validation.id == 3
+    assert recorder.new_table("validation", (Column("loss"),)) == 3
     recorder.declare([Table(7, "memory", (Column("a"),))])
-    assert [t.id for t in recorder.declare([Table(-1, "x", ()), Table(-1, "y", ())])] == [8, 9]
+    assert recorder.new_table("x", ()) == 8
     recorder.row(3, 5, np.array([1.5], np.float32))
     assert [r.table for r in recorder.update_for(Poll()).rows] == [3]
 

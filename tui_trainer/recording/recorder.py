@@ -22,10 +22,11 @@ import msgspec
 
 from tui_trainer.history import History
 from tui_trainer.history.records import Floats, StepRecord
-from tui_trainer.protocol.describe import RunInfo, Table
+from tui_trainer.protocol.describe import Column, RunInfo, Table
 from tui_trainer.protocol.messages import (
     Artifact,
     LogLine,
+    NonFinite,
     PhaseReport,
     Poll,
     Status,
@@ -65,6 +66,8 @@ class Recorder:
         self._feeds: list[Feed] = []
         self.history = History()
         self.pace = Pace()
+        self.first_nonfinite: NonFinite | None = None
+        """The first NaN or infinity of the run."""
         self._told = Tellings(clock)
         self._answerer = Answerer(self.history, self._told)
         self._ended_at: float | None = None
@@ -117,18 +120,21 @@ class Recorder:
         """Take a sample to show; its id is set here."""
         self._enqueue(self._take_artifact, artifact)
 
-    def declare(self, tables: Sequence[Table]) -> tuple[Table, ...]:
-        """Announce tables before their first rows and return them as numbered: one with id -1 is
-        new and gets the next id, one with a known id changes its cadence."""
-        numbered = []
+    def new_table(
+        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
+    ) -> int:
+        """Declare a table under the next free id; returns the id."""
         with self._ids:
-            for table in tables:
-                if table.id < 0:
-                    table = msgspec.structs.replace(table, id=self._next_table)
-                self._next_table = max(self._next_table, table.id + 1)
-                numbered.append(table)
-        self._enqueue(self._take_tables, tuple(numbered))
-        return tuple(numbered)
+            number = self._next_table
+            self._next_table += 1
+        self._enqueue(self._take_tables, (Table(number, name, tuple(columns), every, optimizer),))
+        return number
+
+    def declare(self, tables: Sequence[Table]) -> None:
+        """Announce tables before their first rows, or change the cadence of known ones."""
+        with self._ids:
+            self._next_table = max([self._next_table, *(table.id + 1 for table in tables)])
+        self._enqueue(self._take_tables, tuple(tables))
 
     def describe(self, **changes: Any) -> None:
         """Change fields of the `RunInfo`; its revision grows by itself."""
@@ -290,7 +296,10 @@ class Recorder:
         if clip is not None:
             self.pace.add_clip(clip)
         self._out.append(Stepped(record))
-        self._out.extend(self._told.events_of(record))
+        events = self._told.events_of(record)
+        self._out.extend(events)
+        if self.first_nonfinite is None:
+            self.first_nonfinite = next((e for e in events if isinstance(e, NonFinite)), None)
 
     def _step_ms(self, record: StepRecord) -> float:
         for table, values in record.rows:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+
+NOBODY_READS = "tui-trainer: nobody reads the output any more; the training goes on without it"
 
 
 class Output:
@@ -16,8 +19,14 @@ class Output:
     def write(self, data: bytes) -> None:
         """Write all of `data`."""
         left = memoryview(data)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except BrokenPipeError:
+            # A batch job is worth more than its pipe: `| head` ends the lines, not the training.
+            with contextlib.suppress(OSError, ValueError):
+                print(NOBODY_READS, file=sys.stderr, flush=True)
+            raise
 
     def close(self) -> None:
         """Close the descriptor, unless it is one of the process's standard streams."""

@@ -1,0 +1,196 @@
+"""The run process: serves viewers, trains on the main thread, and says how it ended.
+
+Viewers are served before torch is imported, so that an app has something to show at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tui_trainer import __version__
+from tui_trainer.config.spec import RunSpec, new_socket_path
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.recording.items import Sink
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.recording.state import StateSink
+from tui_trainer.run.control import Control
+from tui_trainer.run.outcome import Outcome, judge
+from tui_trainer.run.server import Server
+from tui_trainer.run.signals import Signals
+from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
+
+LINGER_S = 5.0
+"""How long an ended run stays for its viewers to fetch the end."""
+FIRST_VIEWER_S = 3.0
+"""How long a run that ends at once waits for the app that started it."""
+
+
+class Host:
+    """One run and all that surrounds its training."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        self.recorder = Recorder(first_description(spec))
+        self.gate = Gate(paused=spec.start_paused)
+        self.signals = Signals(self.gate)
+        self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
+        self.server = Server(spec.name, self.recorder, self.control)
+        self.save: Callable[[int], object] | None = None
+        """Writes a checkpoint of the step given; on the training thread, between steps."""
+        self.gate.on_change = self._gate_changed
+        self.gate.on_fault = self.recorder.fault
+        self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
+
+    def open(self, sink: Sink | None) -> None:
+        """Make what is known visible: to viewers, on disk, and to `sink`."""
+        try:
+            self.server.listen(new_socket_path(self.spec.directory))
+        except OSError as fault:
+            self.recorder.fault("no viewer can attach", fault)
+        self.recorder.subscribe(StateSink(self.spec.directory, self.recorder.info))
+        if sink is not None:
+            self.recorder.subscribe(sink)
+
+    def train(self) -> Outcome:
+        """Train on this thread; returns how it ended and raises nothing."""
+        from tui_trainer.run.training import run_script, train_task
+
+        try:
+            outcome = run_script(self) if self.spec.task == "script" else train_task(self)
+        except BaseException as fault:
+            outcome = judge(fault)
+            tell(fault, outcome)
+        finally:
+            self.signals.over()
+        if outcome.state == "stopped" and self.signals.asked and not self.signals.exit_status:
+            outcome = Outcome("stopped", "stopped on request")
+        if self.signals.exit_status is not None and outcome.state == "stopped":
+            outcome = Outcome("stopped", outcome.reason, outcome.hint, self.signals.exit_status)
+        return outcome
+
+    def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
+        """Say the end to everybody, wait until it was taken, and leave nothing behind."""
+        self.gate.end()
+        self.recorder.end(outcome.state, outcome.reason, outcome.hint or self._hint())
+        with contextlib.suppress(KeyboardInterrupt):
+            self.server.wait_until_seen(LINGER_S, first_viewer_s)
+            self.recorder.close()
+        self.server.close()
+
+    def waiting_for(self, what: str) -> None:
+        """What a run that makes no steps is busy with."""
+        self.recorder.status(waiting_for=what)
+
+    def _hint(self) -> str:
+        found = self.recorder.first_nonfinite
+        if found is None or found.quantity != "loss":
+            return ""
+        return (
+            f"the loss was {found.value} from step {found.step} on: try a lower learning rate, "
+            "clipping or float32"
+        )
+
+    def _ask_checkpoint(self) -> None:
+        if self.save is None:
+            raise Refusal("there is nothing to save yet")
+        self.gate.call_soon(lambda: self.save and self.save(self.gate.completed))
+
+    def _gate_changed(self) -> None:
+        if self.gate.mode == "paused":
+            self.recorder.pause_began()
+        else:
+            self.recorder.pause_ended()
+            self.recorder.report(None)
+
+    def _live_status(self) -> dict[str, Any]:
+        gate = self.gate
+        mode = gate.mode
+        changes: dict[str, Any] = {
+            "phase": gate.phase,
+            "run_to": gate.run_to,
+            "throttle": gate.rate,
+        }
+        if mode in ("stopping", "ended"):
+            changes["state"] = "stopping"
+        elif not gate.phase:
+            changes["state"] = "starting"
+        else:
+            changes["state"] = mode
+        return changes
+
+
+def first_description(spec: RunSpec) -> RunInfo:
+    """What is known of a run before anything of it is imported."""
+    title = spec.title
+    if not title and spec.task == "script":
+        name = f"-m {spec.script}" if spec.module else os.path.basename(spec.script or "")
+        title = " ".join((name, *spec.arguments))[:200]
+    elif not title:
+        preset = spec.configuration.get("preset")
+        title = f"{spec.task} · {preset}" if preset else spec.task
+    return RunInfo(
+        name=spec.name,
+        task=spec.task,
+        title=title,
+        command=spec.command,
+        directory=spec.directory,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started_at=time.time(),
+        versions={
+            "tui-trainer": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        configuration=dict(spec.configuration),
+    )
+
+
+def tell(fault: BaseException, outcome: Outcome) -> None:
+    """Say on stderr what ended the training: one message where that is enough, else a traceback."""
+    from tui_trainer.config.errors import ConfigurationError
+    from tui_trainer.run.script import print_exception
+
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        if isinstance(fault, (StopTraining, SystemExit)):
+            return
+        if not isinstance(fault, ConfigurationError):
+            print_exception(fault)
+        elif outcome.reason:
+            print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
+        if outcome.hint and outcome.hint != "the traceback is in the log":
+            print(f"  hint: {outcome.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def main(spec: RunSpec, sink: Sink | None = None, own_session: bool = False) -> int:
+    """Do the run that `spec` describes, on the main thread; returns the exit status.
+
+    `sink` is given the run's story (see `run.sinks`). `own_session`: this process was started for
+    the run alone, by an app that is about to connect.
+    """
+    Path(spec.directory).mkdir(parents=True, exist_ok=True, mode=0o700)
+    return finish(Host(spec), sink, own_session)
+
+
+def finish(
+    host: Host,
+    sink: Sink | None,
+    own_session: bool = False,
+    before_end: Callable[[], None] = lambda: None,
+) -> int:
+    """Open, train and close; `before_end()` is called when nothing more will be printed."""
+    host.open(sink)
+    host.signals.install(host.spec.task != "script", own_session)
+    outcome = host.train()
+    before_end()
+    host.close(outcome, FIRST_VIEWER_S if own_session else 0.0)
+    return outcome.status

@@ -1,0 +1,52 @@
+"""Doing something right after torch has been imported, by whoever imports it first.
+
+A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
+PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported for it beforehand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class _Watcher:
+    """A finder that finds torch the usual way, and calls back around its import, once."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before = before
+        self._after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        self._before()
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # the class's own shows again
+            execute(module)
+            self._after()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before()` when torch is about to be imported and `after()` when it has been; both at
+    once when it is there already. Neither may raise."""
+    if "torch" in sys.modules:
+        before()
+        after()
+    else:
+        sys.meta_path.insert(0, _Watcher(before, after))

@@ -1,0 +1,101 @@
+"""Signals that end a run: finish the step, leave a checkpoint, go.
+
+A script may replace all of these handlers with its own, as it could without us.
+"""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import sys
+import threading
+from types import FrameType
+
+from tui_trainer.run.outcome import INTERRUPTED, TERMINATED
+from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
+
+GRACE_S = 20.0
+"""After a request to stop that no step boundary has answered, the program is interrupted."""
+
+
+class Signals:
+    """What asks the run to stop, however it comes: a signal or a viewer's command."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.exit_status: int | None = None
+        """What the process leaves with when a signal has stopped it."""
+        self._requests = 0
+        self._over = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has asked the run to stop."""
+        return self._requests > 0
+
+    def install(self, task: bool, own_session: bool) -> None:
+        """On the main thread. A task finishes its step on Ctrl-C; a script has Python's own
+        `KeyboardInterrupt`. A process with its own session does not mind a hang-up."""
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        if own_session:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Started in the background (`&`, nohup) it is ignored, and stays so.
+        if task and (own_session or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN):
+            signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def stop(self, checkpoint: bool) -> None:
+        """Stop at the end of the running step. When there is none yet, or when asked a second
+        time, at once, as Ctrl-C would."""
+        self._requests += 1
+        waits_for_a_step = self._ask(checkpoint)
+        if self._over:
+            return
+        if not waits_for_a_step or self._requests > 1:
+            _thread.interrupt_main(signal.SIGINT)
+        else:
+            self._insist_later()
+
+    def over(self) -> None:
+        """The training has ended: nothing is to be interrupted any more."""
+        self._over = True
+
+    def _ask(self, checkpoint: bool) -> bool:
+        try:
+            self._gate.stop(checkpoint)
+        except Refusal:
+            return False
+        return bool(self._gate.phase)
+
+    def _insist_later(self) -> None:
+        """A script may have made its last step long ago: then no boundary will come."""
+        step = self._gate.completed
+
+        def insist() -> None:
+            if not self._over and self._gate.mode == "stopping" and self._gate.completed == step:
+                _thread.interrupt_main(signal.SIGINT)
+
+        timer = threading.Timer(GRACE_S, insist)
+        timer.daemon = True
+        timer.start()
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self.exit_status = TERMINATED
+        self._from_signal()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._gate.mode == "stopping" and self._requests and self.exit_status is None:
+            raise StopTraining  # a viewer's second request
+        self.exit_status = self.exit_status or INTERRUPTED
+        if not self._requests:
+            print("\nfinishing the step; Ctrl-C again breaks it off", file=sys.stderr)
+        self._from_signal()
+
+    def _from_signal(self) -> None:
+        """On the main thread, wherever it is."""
+        self._requests += 1
+        waits_for_a_step = self._ask(checkpoint=True)
+        if self._over:
+            return
+        if not waits_for_a_step or self._requests > 1:
+            raise StopTraining
+        self._insist_later()
