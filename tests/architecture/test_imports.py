@@ -66,7 +66,7 @@ def test_the_training_side_never_brings_textual(module: str) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["gpt", "--help"], ["run", "-h"]])
 def test_asking_for_help_brings_neither(arguments: list[str]) -> None:
     code = f"from tui_trainer.cli.main import run\nassert run({arguments!r}) == 0"
-    assert not loaded_after(code) & {"torch", "textual", "numpy", "sklearn"}
+    assert not loaded_after(code) & {"torch", "textual", "sklearn"}
 
 
 def test_a_model_brings_nothing_of_ours() -> None:

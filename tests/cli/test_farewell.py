@@ -80,7 +80,7 @@ def test_a_run_that_goes_on(state: str, word: str) -> None:
     with process(None) as living:
         outcome = outcome_of(seen(state, 12), told(state, 14, 2.0), living)
         line = farewell(TASK, outcome)
-        assert f"still {word} at step 14, loss 2, as process {living.pid}" in line
+        assert f"still {word} at step 14, loss 2; tui-trainer attach gpt-quiet-otter" in line
     assert not outcome.ended
     assert exit_status(TASK, outcome) == exit_status(SCRIPT, outcome) == 0
 

@@ -90,9 +90,9 @@ def farewell(spec: RunSpec, outcome: Outcome) -> str:
         case "crashed":
             said = f"crashed at {at}" + (f": {outcome.reason}" if outcome.reason else "")
         case "paused":
-            said = f"still paused at {at}, as process {outcome.pid}"
+            said = f"still paused at {at}; tui-trainer attach {spec.name} comes back to it"
         case _:
-            said = f"still training at {at}, as process {outcome.pid}"
+            said = f"still training at {at}; tui-trainer attach {spec.name} comes back to it"
     return f"{spec.name} {' '.join(said.split())} · {spec.directory}"
 
 

@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 from cyclopts.exceptions import UnusedCliTokensError
 
 from tui_trainer import __version__
+from tui_trainer.cli import runs
 from tui_trainer.cli.errors import (
     FAULT,
     INTERRUPTED,
@@ -22,6 +23,7 @@ from tui_trainer.cli.errors import (
     unknown,
 )
 from tui_trainer.cli.options import RunOptions, StartOptions
+from tui_trainer.cli.registry import load_task, task_names, usable_tasks
 from tui_trainer.config.errors import ConfigurationError
 
 ABOUT = (
@@ -31,6 +33,7 @@ ABOUT = (
     "commands print plain progress lines. `tui-trainer gpt --help` lists the options of a command."
 )
 TASKS = Group("Train", sort_key=0)
+OTHERWISE = Group("Otherwise", sort_key=200)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -76,19 +79,18 @@ def _where_help_is(given: Sequence[str]) -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from tui_trainer.cli.registry import task_names
-    from tui_trainer.cli.runs import COMMANDS, HIDDEN
-
-    names = task_names()
     first = arguments[0] if arguments else ""
     if first == "run":
         return _run_script(arguments[1:])
-    if first and not first.startswith("-"):
-        known = (*COMMANDS, *HIDDEN)
-        if first not in names and first not in known:
-            raise _unknown_command(first, [*names, "run", *COMMANDS])
-        names = [] if first in known else [first]
-    result = _call(_app(names), arguments)
+    if first in runs.COMMANDS or first in runs.HIDDEN:
+        result = _call(_app((), with_runs=True), arguments)
+    elif first and not first.startswith("-"):
+        names = task_names()
+        if first not in names:
+            raise _unknown_command(first, [*names, "run", *runs.COMMANDS])
+        result = _call(_app([first]), arguments)
+    else:
+        result = _call(_app(task_names(), with_runs=True), arguments)
     return result if isinstance(result, int) else 0
 
 
@@ -104,20 +106,20 @@ def _unknown_command(given: str, known: list[str]) -> UsageError:
     return unknown("command", given, known)
 
 
-def _app(names: Sequence[str]) -> App:
-    """The commands, of which only the tasks called `names` are loaded."""
+def _app(names: Sequence[str], with_runs: bool = False) -> App:
+    """The commands, of which only the tasks called `names` are loaded: the rest costs time."""
     from tui_trainer.cli.flags import task_command
-    from tui_trainer.cli.registry import load_task, usable_tasks
-    from tui_trainer.cli.runs import register
     from tui_trainer.cli.start import start_screen, start_task
 
     app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="rich")
+    app["--help"].group = app["--version"].group = OTHERWISE
     tasks = [load_task(names[0])] if len(names) == 1 else usable_tasks(names)
     for task in tasks:
         app.command(task_command(task, start_task), name=task.name, group=TASKS)
     usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
     app.command(_script_command, name="run", group=TASKS, usage=usage)
-    register(app)
+    if with_runs:
+        runs.register(app)
 
     @app.default
     def without_a_command(
