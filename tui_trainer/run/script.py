@@ -58,9 +58,10 @@ def load_script(path: str, arguments: tuple[str, ...]) -> Program:
         raise ConfigurationError(f"there is no script {path}", _hint_for_missing(path)) from None
     except OSError as fault:
         raise ConfigurationError(f"cannot read {path}: {fault.strerror or fault}") from None
-    code = compile(source, path, "exec", dont_inherit=True)
-    loader = importlib.machinery.SourceFileLoader("__main__", os.path.abspath(path))
-    module = _main_module(code, path, loader)
+    absolute = os.path.abspath(path)  # as python itself does; argv keeps what was typed
+    code = compile(source, absolute, "exec", dont_inherit=True)
+    loader = importlib.machinery.SourceFileLoader("__main__", absolute)
+    module = _main_module(absolute, loader)
     folder = os.path.dirname(os.path.realpath(path))
     return Program(code, module, (path, *arguments), folder)
 
@@ -78,14 +79,14 @@ def load_module(name: str, arguments: tuple[str, ...]) -> Program:
     finally:
         if sys.flags.safe_path:
             del sys.path[0]
-    module = _main_module(code, spec.origin, spec.loader)
+    module = _main_module(spec.origin, spec.loader)
     module.__spec__ = spec
     module.__package__ = spec.parent
     module.__dict__["__cached__"] = spec.cached
     return Program(code, module, (spec.origin, *arguments), os.getcwd())
 
 
-def _main_module(code: types.CodeType, path: str, loader: Any) -> types.ModuleType:
+def _main_module(path: str, loader: Any) -> types.ModuleType:
     module = types.ModuleType("__main__")
     module.__dict__.update(
         __file__=path,
