@@ -162,7 +162,7 @@ def _sentence(name: str, status: Status, talk: Conversation, early: bool) -> str
 
 def _run_and_count(given: list[str]) -> tuple[str | None, int]:
     """From `RUN`, `N`, `RUN N` or `N RUN`."""
-    counts = [each for each in given if each.isascii() and each.isdigit()]
+    counts = [each for each in given if each.isascii() and each.removeprefix("-").isdigit()]
     names = [each for each in given if each not in counts]
     if len(counts) > 1 or len(names) > 1:
         raise UsageError("step takes one run and one number", "tui-trainer step RUN 10")

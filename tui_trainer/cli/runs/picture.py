@@ -39,8 +39,9 @@ class Look(msgspec.Struct, frozen=True):
 
     run: dict[str, Any]
     """As `tui-trainer ls --json` has it."""
-    loss: Curve = Curve()
-    grad_norm_preclip: Curve = Curve()
+    loss_curve: Curve = Curve()
+    grad_norm_curve: Curve = Curve()
+    grad_norm_preclip: float | None = None
     learning_rate: float | None = None
     validation: dict[str, float | None] = {}
     clipped_share: float | None = None
@@ -104,6 +105,7 @@ def _put_together(
         seen,
         msgspec.structs.replace(loss, last=_finite(loss.last)),
         _curve(step, "grad_norm_preclip"),
+        _newest(step).get("grad_norm_preclip"),
         _newest(step).get("learning_rate"),
         _newest(history.table(tables.VALIDATION)),
         status.clipped_share,

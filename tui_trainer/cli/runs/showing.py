@@ -89,9 +89,9 @@ def picture(seen: Look, console: Console) -> RenderableType:
         lines.append(Text(" ".join(str(run["note"]).split()), STYLES.get(run["state"], "")))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
     loss = number(run["loss"]) if run["loss"] is not None else (run["loss_text"] or "–")
-    lines.append(_row("loss", loss, _sparkline(seen.loss, bars), _extremes(seen.loss)))
-    if seen.grad_norm_preclip.steps:
-        curve = seen.grad_norm_preclip
+    lines.append(_row("loss", loss, _sparkline(seen.loss_curve, bars), _extremes(seen.loss_curve)))
+    if seen.grad_norm_curve.steps:
+        curve = seen.grad_norm_curve
         lines.append(
             _row("grad norm", number(curve.last), _sparkline(curve, bars), _extremes(curve))
         )

@@ -1,0 +1,105 @@
+"""Starting fake runs in processes of their own, and calling the command about them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tui_trainer.config.spec import LOG_FILE, RunSpec, find_socket, write_spec
+from tui_trainer.config.state import RunState, read_state
+
+T = TypeVar("T")
+
+
+def until(found: Callable[[], T], what: str, seconds: float = 60.0) -> T:
+    """Wait until `found()` is true; returns it."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Runs:
+    """A runs directory with fake runs in it."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True)
+        self.directory = directory
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            **os.environ,
+            "TUI_TRAINER_RUNS_DIR": str(directory),
+            "COLUMNS": "160",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+
+    def made(self, name: str, **fields: Any) -> Path:
+        """The directory of a run that was made and not started."""
+        path = self.directory / name
+        write_spec(RunSpec(name=name, directory=str(path), task="gpt", title="fake", **fields))
+        return path
+
+    def start(
+        self, name: str, steps: int = 1_000_000, seconds: float = 0.01, **fields: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start one and wait until it listens and has made a step (or waits for its first)."""
+        path = self.made(name, **fields)
+        with open(path / LOG_FILE, "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.runs.fake_host", path, str(steps), str(seconds)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes[name] = process
+        until(
+            lambda: (
+                process.poll() is not None
+                or self.said(name).step > 0
+                or (find_socket(path) and fields.get("start_paused"))
+            ),
+            f"{name} runs",
+        )
+        return process
+
+    def said(self, name: str) -> RunState:
+        return read_state(self.directory / name) or RunState(name=name)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL: it says nothing more."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def call(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """`tui-trainer arguments…` about these runs."""
+        return subprocess.run(
+            [sys.executable, "-m", "tui_trainer", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=options.pop("timeout", 90),
+            stdin=subprocess.DEVNULL,
+            **options,
+        )
+
+    def ls(self) -> dict[str, dict[str, Any]]:
+        """`ls --json`, by name."""
+        done = self.call("ls", "--json")
+        assert done.returncode == 0, done.stderr
+        return {each["name"]: each for each in json.loads(done.stdout)}
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            with contextlib.suppress(OSError):
+                process.kill()
+            process.wait()

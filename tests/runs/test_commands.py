@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pexpect
+import pytest
+
+from tests.runs.starting import until
+from tui_trainer.protocol.messages import Mark, Notice, Pause
+from tui_trainer.session.ask import Conversation
+from tui_trainer.session.registry import look_at
+
+
+def last_step(done: subprocess.CompletedProcess[str]) -> int:
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("step ")[1].split(",")[0].split()[0].replace(",", ""))
+
+
+def test_pause_step_resume_stop(runs):
+    runs.start("gpt-one")
+    paused = runs.call("pause", "gpt-one")
+    assert "gpt-one paused at step" in paused.stdout
+    here = last_step(paused)
+    until(lambda: runs.ls()["gpt-one"]["state"] == "paused", "ls says paused")
+    one = runs.call("step", "gpt-one")
+    assert last_step(one) == here + 1
+    for order in (("5", "gpt-one"), ("gpt-one", "5"), ("5",)):
+        before = last_step(runs.call("pause"))
+        assert last_step(runs.call("step", *order)) == before + 5
+    assert "running at step" in runs.call("resume", "gpt").stdout
+    stopped = runs.call("stop", "gpt-one")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped at step" in stopped.stdout
+    assert runs.ls()["gpt-one"]["state"] == "stopped"
+    runs.processes["gpt-one"].wait(20)
+    again = runs.call("pause", "gpt-one")
+    assert again.returncode == 1
+    assert "gpt-one has been stopped" in again.stderr
+
+
+def test_commands_do_not_guess_between_several(runs):
+    runs.start("gpt-one")
+    runs.start("gpt-two")
+    refused = runs.call("pause")
+    assert refused.returncode == 1
+    assert "2 runs are live" in refused.stderr
+    assert "gpt-one" in refused.stderr
+    assert look_at(runs.directory / "gpt-one").state == "live"
+
+
+@pytest.mark.parametrize("wrong", [("0",), ("1", "2"), ("a", "b"), ("-3",)])
+def test_step_with_what_is_no_number(runs, wrong):
+    refused = runs.call("step", *wrong)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_command_takes_control_and_all_see_it(runs):
+    runs.start("gpt-held")
+    run = look_at(runs.directory / "gpt-held")
+    with Conversation.with_run(run, "the holder", read_only=False) as holder:
+        assert holder.command(Mark("mine")).ok
+        assert holder.poll().status.controller == holder.viewer_id
+        assert "paused" in runs.call("pause", "gpt-held").stdout
+        until(lambda: holder.poll().status.state == "paused", "the holder sees the pause")
+        said = [e for e in holder.events if isinstance(e, Notice) and e.kind == "command"]
+        assert [e.text for e in said] == ["take control", "pause"]
+        assert all("tui-trainer pause" in e.who for e in said)
+
+
+def test_read_only_cannot_control(runs):
+    runs.start("gpt-watched")
+    run = look_at(runs.directory / "gpt-watched")
+    with Conversation.with_run(run, "watcher", read_only=True) as watcher:
+        ack = watcher.insist(Pause())
+        assert not ack.ok
+        assert "read-only" in ack.message
+        assert watcher.poll().status.state == "running"
+
+
+def test_checkpoint(runs):
+    runs.start("gpt-kept")
+    done = runs.call("checkpoint", "gpt-kept")
+    assert done.returncode == 0, done.stderr
+    assert list((runs.directory / "gpt-kept").glob("checkpoint-*"))
+
+
+def test_show_of_a_live_run(runs):
+    runs.start("gpt-seen")
+    until(lambda: runs.said("gpt-seen").step > 20, "some steps")
+    text = runs.call("show", "gpt-seen", "--once").stdout
+    assert "gpt-seen · fake" in text
+    assert "grad norm" in text
+    assert "█" in text
+    seen = json.loads(runs.call("show", "gpt-seen", "--json").stdout)
+    assert seen["name"] == "gpt-seen"
+    assert seen["state"] == "live"
+    assert seen["step"] > 20
+    assert seen["loss"] == pytest.approx(1 / seen["step"], rel=1e-3)
+    assert seen["grad_norm_preclip"] == pytest.approx(seen["step"] ** 0.5, rel=1e-3)
+    assert seen["loss_curve"]["high"][0] > seen["loss_curve"]["high"][-1]
+    assert seen["parameters"] == 30 * 16
+    assert look_at(runs.directory / "gpt-seen").state == "live"
+
+
+def test_show_of_a_crashed_run(runs):
+    runs.start("gpt-dead")
+    runs.kill("gpt-dead")
+    done = runs.call("show", "gpt-dead")
+    assert done.returncode == 0
+    assert "crashed" in done.stdout
+    assert "gone without an end record" in done.stdout
+    assert json.loads(runs.call("show", "gpt-dead", "--json").stdout)["state"] == "crashed"
+
+
+def test_show_imports_neither_torch_nor_textual(runs):
+    runs.start("gpt-light")
+    code = (
+        "import sys; from tui_trainer.cli.main import run; run(['show', '--once', 'gpt-light']);"
+        "run(['ls']); print(sorted({'torch', 'textual'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=runs.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_logs_and_follow_until_the_end(runs):
+    runs.start("gpt-told", steps=40, seconds=0.02)
+    following = runs.call("logs", "-f", "gpt-told")
+    assert following.returncode == 0, following.stderr
+    lines = following.stdout.splitlines()
+    assert lines == [f"step {i}" for i in range(1, 41)]
+    assert runs.call("logs", "gpt-told").stdout == following.stdout
+    runs.made("gpt-mute")
+    assert "has printed nothing" in runs.call("logs", "gpt-mute").stderr
+
+
+def test_rm(runs):
+    runs.start("gpt-live")
+    refused = runs.call("rm", "--yes", "gpt-live")
+    assert refused.returncode == 1
+    assert "gpt-live is live" in refused.stderr
+    runs.kill("gpt-live")
+    unasked = runs.call("rm", "gpt-live")
+    assert unasked.returncode == 2
+    assert "--yes" in unasked.stderr
+    assert (runs.directory / "gpt-live").is_dir()
+    assert "removed gpt-live" in runs.call("rm", "-y", "gpt-live").stdout
+    assert not (runs.directory / "gpt-live").exists()
+
+
+def test_rm_asks_on_a_terminal(runs):
+    runs.start("gpt-asked", steps=2)
+    until(lambda: runs.said("gpt-asked").ended, "it ends")
+    for answer, left in (("n", True), ("y", False)):
+        asking = pexpect.spawn(
+            sys.executable,
+            ["-m", "tui_trainer", "rm", "gpt-asked"],
+            env=runs.environment,
+            timeout=30,
+        )
+        asking.expect("remove it for good")
+        asking.sendline(answer)
+        asking.expect(pexpect.EOF)
+        assert (runs.directory / "gpt-asked").exists() is left
+
+
+def test_rm_touches_nothing_that_is_no_run(runs, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir(mode=0o700)
+    (precious / "thesis.tex").write_text("x")
+    refused = runs.call("rm", "--yes", str(precious))
+    assert refused.returncode == 1
+    assert "is not a run's directory" in refused.stderr
+    os.symlink(precious, runs.made("gpt-linked") / "link")
+    until(lambda: runs.call("rm", "-y", "gpt-linked") and True, "tried")
+    assert (precious / "thesis.tex").exists()
+
+
+def test_doctor(runs):
+    done = runs.call("doctor", "--json", timeout=170)
+    found = {each["name"]: each for each in json.loads(done.stdout)}
+    assert found["torch"]["level"] == "good"
+    assert found["directory"]["value"].startswith(str(runs.directory))
+    assert done.returncode == 0
+    runs.directory.chmod(0o777)
+    unsafe = runs.call("doctor", timeout=170)
+    assert unsafe.returncode == 1
+    assert "others can write to" in unsafe.stdout
