@@ -1,0 +1,26 @@
+"""What is measured: one file per quantity. `PROBES` lists them in the order in which their rows are
+made, so that later ones can use what earlier ones have found."""
+
+from __future__ import annotations
+
+from tui_trainer.probes.clipping import Clipping
+from tui_trainer.probes.gradients import Gradients
+from tui_trainer.probes.memory import Memory
+from tui_trainer.probes.nonfinite import NonFinite
+from tui_trainer.probes.overhead import Overhead
+from tui_trainer.probes.step import Phases, Step
+from tui_trainer.probes.update_ratio import UpdateRatio
+from tui_trainer.probes.weights import Weights
+from tui_trainer.tracing.probe import Probe
+
+PROBES: tuple[type[Probe], ...] = (
+    Gradients,
+    Weights,
+    UpdateRatio,
+    Step,
+    Clipping,
+    Phases,
+    NonFinite,
+    Memory,
+    Overhead,
+)

@@ -110,9 +110,15 @@ class Gate:
 
     @property
     def armed(self) -> bool:
-        """Whether the thread may stop at a boundary of this step or the next one: what only a
-        phase report needs is worth keeping just then."""
+        """Whether the next boundary may take more time than a look."""
         return self._armed
+
+    @property
+    def stops_soon(self) -> bool:
+        """Whether it is likely to stop within the step in progress: what only a phase report needs
+        is worth keeping just then."""
+        target = self._target
+        return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
 
     def _arrive(self, phase: str, step: int) -> None:
         began = time.perf_counter()
@@ -154,8 +160,9 @@ class Gate:
         # checkpoint would lose.
         if self._stopping and (phase == "step" or (phase == "data" and not self._checkpoint)):
             with self._condition:
+                # Once: a script that catches it, to save or to evaluate, is left to do so.
                 self._ended = True
-                self._waiting = False
+                self._stopping = self._waiting = self._armed = False
             self._tell(self.on_change)
             raise StopTraining(self._checkpoint)
 

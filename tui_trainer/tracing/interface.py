@@ -1,4 +1,4 @@
-"""What the tracer needs from the rest: the recorder it hands its measurements to."""
+"""What the tracer needs from others: the recorder it hands its measurements to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tui_trainer.history.records import StepRecord
-from tui_trainer.protocol.describe import Table
+from tui_trainer.protocol.describe import Column, Table
 from tui_trainer.protocol.messages import PhaseReport
 
 
@@ -14,12 +14,13 @@ class RecorderLike(Protocol):
     """The recorder as the training thread sees it. Every call returns at once and never raises
     because of a viewer, a disk or a socket."""
 
-    def declare(self, tables: Sequence[Table]) -> Sequence[Table]:
-        """Announce tables before their first row, and return them as numbered.
+    def new_table(
+        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
+    ) -> int:
+        """Declare a table under the next free id, before its first row; returns the id."""
 
-        A table with id -1 is new and gets the next dense id; one with a known id replaces its
-        declaration (only `every` may differ).
-        """
+    def declare(self, tables: Sequence[Table]) -> None:
+        """Change the declaration of known tables (only `every` differs)."""
 
     def describe(self, **changes: Any) -> None:
         """Set fields of `RunInfo` (`parameters`, `attention`, `optimizers`, `unseen`, …)."""
@@ -34,9 +35,6 @@ class RecorderLike(Protocol):
 
     def report(self, report: PhaseReport | None) -> None:
         """What the phase at whose end the run is now stopped produced; None: it goes on."""
-
-    def status(self, **changes: Any) -> None:
-        """Set fields of `Status` (`cost_share`, `phase`, …)."""
 
     def watched(self) -> frozenset[str]:
         """Topics that some viewer has on its screen now."""

@@ -1,0 +1,70 @@
+"""What clipping did to the gradient of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tui_trainer.history.records import ClipRecord, Floats
+from tui_trainer.protocol import tables
+from tui_trainer.tracing.probe import ClipSeen, Facts, Options, Probe, TableSpec
+from tui_trainer.tracing.subject import Subject
+
+DOMINANT = 8
+"""How many parameters an event names."""
+
+
+def clip_scale(clip: ClipSeen) -> float:
+    """What the gradient was multiplied by.
+
+    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value the norm after over
+    the norm before. NaN where the norm is.
+    """
+    before = clip.norm_before
+    if clip.kind == "value":
+        return clip.norm_after / before if before else 1.0
+    if np.isnan(before):
+        return float("nan")
+    return min(1.0, clip.max_norm / (before + 1e-6))
+
+
+class Clipping(Probe):
+    """Table `clip`, and an event for every step with scale < 1.
+
+    Of several calls in one step (groups clipped apart) the one that clipped hardest counts. Norms
+    are un-scaled; the scale is the one that was applied.
+    """
+
+    name = tables.CLIP
+    importance = 100
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        self.tables = (TableSpec(tables.CLIP, tables.CLIP_COLUMNS),)
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """None when nothing was clipped or could have been."""
+        if not facts.clips:
+            return (None,)
+        hardest = min(facts.clips, key=lambda c: np.nan_to_num(clip_scale(c), nan=-1.0))
+        scale = clip_scale(hardest)
+        before = hardest.norm_before / facts.gradient_scale
+        # By value single elements may be cut without the norm changing in float32.
+        if scale < 1:
+            facts.clip = self._event(hardest, before, scale, facts)
+        row = (hardest.max_norm, before, before * scale, scale)
+        return (np.array(row, dtype=np.float32),)
+
+    def _event(self, clip: ClipSeen, before: float, scale: float, facts: Facts) -> ClipRecord:
+        norms = facts.gradient_norms
+        parameters: tuple[int, ...] = ()
+        shares: tuple[float, ...] = ()
+        if norms is not None:
+            squares = norms * norms
+            total = float(squares.sum())
+            if total > 0 and np.isfinite(total):
+                largest = np.argsort(-squares, kind="stable")[:DOMINANT]
+                parameters = tuple(self.subject.indices[i] for i in largest)
+                shares = tuple(float(squares[i] / total) for i in largest)
+        return ClipRecord(clip.max_norm, before, scale, parameters, shares, clip.kind)

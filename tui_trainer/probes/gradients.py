@@ -1,0 +1,37 @@
+"""‖∂L/∂p‖₂ of every parameter, before clipping and after un-scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tui_trainer.history.records import Floats
+from tui_trainer.probes.norms import Norms
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import Column
+from tui_trainer.tracing.probe import Facts, Gradient, Options, Probe, Readings, TableSpec
+from tui_trainer.tracing.subject import Subject
+
+
+class Gradients(Probe):
+    """Table `grad_norm`: one column per parameter; 0 where no gradient reached the parameter."""
+
+    name = tables.GRAD_NORM
+    importance = 50
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        self.tables = (TableSpec(tables.GRAD_NORM, tuple(Column(n) for n in subject.names)),)
+        self._norms = Norms(subject.device)
+
+    def gradients(self, gradients: Sequence[Gradient]) -> Readings:
+        """One reading per parameter."""
+        return self._norms.read(gradients)
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """Also tells the other probes the norms, and the total."""
+        norms = self._norms.values(values) / facts.gradient_scale
+        facts.gradient_norms = norms
+        facts.total_norm = float(np.sqrt(np.sum(norms * norms)))
+        return (norms.astype(np.float32),)

@@ -1,0 +1,54 @@
+"""Memory of the device and of the process, by the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+import numpy as np
+import psutil
+import torch
+
+from tui_trainer.history.records import Floats
+from tui_trainer.protocol import tables
+from tui_trainer.tracing.probe import Facts, Options, Probe, TableSpec
+from tui_trainer.tracing.subject import Subject
+
+PERIOD_S = 1.0
+
+
+class Memory(Probe):
+    """Table `memory`, at most once a second, at the end of a step."""
+
+    name = tables.MEMORY
+    importance = 100
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        if subject.key:  # one process: the first optimizer's probe is enough
+            self.unseen = "measured with the first optimizer"
+            return
+        self.tables = (TableSpec(tables.MEMORY, tables.MEMORY_COLUMNS, every=0),)
+        self._process = psutil.Process()
+        self._next = 0.0
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """A row when a second has passed since the last."""
+        now = monotonic()
+        if now < self._next:
+            return (None,)
+        self._next = now + PERIOD_S
+        allocated, peak = device_memory(self.subject.device)
+        row = (allocated, peak, self._process.memory_info().rss)
+        return (np.array(row, dtype=np.float32),)
+
+
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Bytes that torch has allocated on `device` now and at most; NaN where it does not say."""
+    kind = device.type
+    if kind == "mps":
+        return float(torch.mps.current_allocated_memory()), float("nan")
+    if kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        return float(module.memory_allocated(device)), float(module.max_memory_allocated(device))
+    return float("nan"), float("nan")

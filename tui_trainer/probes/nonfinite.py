@@ -1,0 +1,48 @@
+"""NaN and infinities in loss, gradients and weights: said when they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.history.records import Floats
+from tui_trainer.tracing.probe import Facts, Options, Probe
+from tui_trainer.tracing.subject import Subject
+
+
+class NonFinite(Probe):
+    """No table: events. Said once when a quantity turns non-finite, again only after it had gone.
+
+    Costs nothing of its own: a norm is finite exactly when every element is (or its square
+    overflows, which is as bad). Without any backward the loss is unknown, not NaN.
+    """
+
+    name = "nonfinite"
+    importance = 100
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        self._present: set[str] = set()
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """Adds to `facts.nonfinite`."""
+        if facts.loss_known:
+            self._see("loss", np.array([facts.loss]), facts)
+        self._see("gradient", facts.gradient_norms, facts)
+        self._see("weight", facts.weight_norms, facts)
+        return ()
+
+    def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: Facts) -> None:
+        if found is None:
+            return
+        bad = np.flatnonzero(~np.isfinite(found))
+        if not bad.size:
+            self._present.discard(quantity)
+        elif quantity not in self._present:
+            self._present.add(quantity)
+            first = int(bad[0])
+            parameter = "" if quantity == "loss" else self.subject.names[first]
+            value = "nan" if np.isnan(found[first]) else ("inf" if found[first] > 0 else "-inf")
+            facts.nonfinite.append((quantity, parameter, value))

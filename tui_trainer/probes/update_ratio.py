@@ -1,0 +1,98 @@
+"""‖w_after − w_before‖ / ‖w_before‖ of every parameter; healthy near 1e-3."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tui_trainer.history.records import Floats
+from tui_trainer.probes.norms import Norms
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import Column
+from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
+from tui_trainer.tracing.subject import Subject
+
+SHARE_OF_DEVICE = 0.03
+
+
+class UpdateRatio(Probe):
+    """Table `update_ratio`: one column per parameter, NaN for a parameter that was zero before.
+
+    The copies of the weights that this needs are bounded: where they would take more than
+    `Options.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
+    turns, and a row comes when every one of them has had its turn.
+    """
+
+    name = tables.UPDATE_RATIO
+    every = 10
+    importance = 20
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        self.tables = (TableSpec(tables.UPDATE_RATIO, tuple(Column(n) for n in subject.names)),)
+        self.latest: tuple[int, list[float], list[float]] | None = None
+        """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
+        self._turns = in_turns(subject.parameters, copy_budget(subject.device, options))
+        self._turn = 0
+        self._copies: list[torch.Tensor] = []
+        self._under_way: deque[list[int]] = deque()
+        self._norms = Norms(subject.device)
+        self._updates = np.full(len(subject.names), np.nan)
+        self._ratios = np.full(len(subject.names), np.nan)
+
+    def wants(self, step: int) -> bool:
+        """A person about to stop at the end of this step wants to see it."""
+        return len(self._turns) == 1
+
+    def before_update(self) -> None:
+        """Keep the weights of this turn."""
+        self._copies = [
+            self.subject.parameters[i].detach().clone() for i in self._turns[self._turn]
+        ]
+
+    def after_update(self) -> Readings:
+        """Norms before, then norms of the update."""
+        turn = self._turns[self._turn]
+        self._turn = (self._turn + 1) % len(self._turns)
+        copies, self._copies = self._copies, []
+        before = self._norms.read(copies)
+        torch._foreach_sub_(copies, [self.subject.parameters[i].detach() for i in turn])
+        self._under_way.append(turn)
+        return [*before, *self._norms.read(copies)]
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """A row when all parameters have had their turn."""
+        turn = self._under_way.popleft()
+        before, update = np.split(self._norms.values(values), 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(before > 0, update / before, np.where(update > 0, np.nan, 0.0))
+        self._updates[turn], self._ratios[turn] = update, ratios
+        if turn is not self._turns[-1]:
+            return (None,)
+        self.latest = facts.step, self._updates.tolist(), self._ratios.tolist()
+        return (self._ratios.astype(np.float32),)
+
+
+def copy_budget(device: torch.device, options: Options) -> int:
+    """Bytes that copies of weights may take at once on `device`."""
+    if device.type != "cuda":
+        return options.copy_budget_bytes
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1 << 20, min(options.copy_budget_bytes, int(SHARE_OF_DEVICE * memory)))
+
+
+def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]:
+    """Indices of `parameters` in runs of at most `budget` bytes each (or one single parameter)."""
+    turns: list[list[int]] = [[]]
+    used = 0
+    for index, parameter in enumerate(parameters):
+        size = parameter.numel() * parameter.element_size()
+        if turns[-1] and used + size > budget:
+            turns.append([])
+            used = 0
+        turns[-1].append(index)
+        used += size
+    return turns

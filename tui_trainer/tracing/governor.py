@@ -1,0 +1,113 @@
+"""Keeping our own cost within a budget, by measuring dear things less often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+WINDOW = 32
+"""Steps between two decisions."""
+STEADY = 5
+"""First steps, which are slow in every way, do not count."""
+NEVER_STRETCHED = 100
+SLOWEST = 4096
+ROOM = 0.7
+"""A cadence is restored only where the prediction stays below this share of the budget, so that
+cadences do not swing."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Governed:
+    """One thing whose cadence may be stretched."""
+
+    name: str
+    natural: int
+    """Natural cadence in steps; 0: measured on request alone, which is not governed."""
+    every: int
+    """Cadence now: the natural one times a power of two."""
+    importance: int
+    cost_ms: float = math.nan
+    """Smoothed cost of one measurement."""
+
+    def share_ms(self, every: int | None = None) -> float:
+        """Mean cost per step at a cadence (default: the present one)."""
+        every = self.every if every is None else every
+        return self.cost_ms / every if every and not math.isnan(self.cost_ms) else 0.0
+
+
+class Governor:
+    """Stretches and restores cadences. One for a run; the budget is a share of step time."""
+
+    def __init__(self, budget: float, changed: Callable[[Governed, str], None]) -> None:
+        self.budget = budget
+        self._changed = changed
+        """Told of each new cadence, with a sentence for people."""
+        self._steps = 0
+        self._step_ms = 0.0
+        self._counted = 0
+        self._fixed_ms = 0.0
+
+    def step(
+        self, governed: Sequence[Governed], own_ms: Mapping[str, float], step_ms: float, step: int
+    ) -> None:
+        """A step took `step_ms`, of which ours were `own_ms` (by name of what was measured)."""
+        self._steps += 1
+        if self._steps <= STEADY:
+            return
+        for one in governed:
+            spent = own_ms.get(one.name)
+            if spent is not None:
+                # Smoothed, and deaf to one hiccup of the machine.
+                known = one.cost_ms
+                one.cost_ms = (
+                    spent if math.isnan(known) else known + 0.2 * (min(spent, 3 * known) - known)
+                )
+        self._fixed_ms += own_ms.get("tracer", 0.0)
+        self._step_ms += step_ms
+        self._counted += 1
+        if self._counted >= WINDOW:
+            if self.budget > 0:
+                self._decide(governed)
+            self._counted, self._fixed_ms, self._step_ms = 0, 0.0, 0.0
+
+    def _decide(self, governed: Sequence[Governed]) -> None:
+        step_ms = self._step_ms / self._counted
+        allowed = self.budget * step_ms
+        fixed = self._fixed_ms / self._counted
+        total = fixed + sum(one.share_ms() for one in governed)
+        pliable = [one for one in governed if one.natural and one.importance < NEVER_STRETCHED]
+        if total > allowed:
+            self._stretch(pliable, total, allowed, step_ms)
+        else:
+            self._restore(pliable, total, ROOM * allowed)
+
+    def _stretch(
+        self, pliable: list[Governed], total: float, allowed: float, step_ms: float
+    ) -> None:
+        """Double cadences, least important first, dearest first among equals, until it fits."""
+        before = {id(one): one.every for one in pliable}
+        for one in sorted(pliable, key=lambda o: (o.importance, -o.share_ms())):
+            # What hardly costs anything is left alone.
+            while total > allowed and one.share_ms() > 0.02 * allowed and one.every < SLOWEST:
+                total -= one.share_ms() - one.share_ms(2 * one.every)
+                one.every *= 2
+        for one in pliable:
+            if one.every != before[id(one)]:
+                self._changed(
+                    one,
+                    f"{one.name} is now measured every {one.every} steps: it costs "
+                    f"{one.cost_ms:.2f} ms, a step takes {step_ms:.1f} ms, and the budget is "
+                    f"{self.budget:.1%}",
+                )
+
+    def _restore(self, pliable: list[Governed], total: float, allowed: float) -> None:
+        """Halve one cadence, the most important first, where that surely fits."""
+        for one in sorted(pliable, key=lambda o: (-o.importance, o.share_ms())):
+            if one.every > one.natural:
+                faster = max(one.natural, one.every // 2)
+                if total + one.share_ms(faster) - one.share_ms() <= allowed:
+                    one.every = faster
+                    often = "every step" if faster == 1 else f"every {faster} steps"
+                    self._changed(one, f"{one.name} is measured {often} again: there is room")
+                    return

@@ -1,0 +1,143 @@
+"""What a probe is: one quantity, measured on a cadence, as a few tensors per step.
+
+The tracer makes one instance of each registered class for every optimizer it sees. A probe never
+waits for a device: it returns tensors, all of a step's travel to the host in one copy, and `rows`
+is called when they have arrived (at once on the CPU, a step later on an accelerator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tui_trainer.history.records import ClipRecord, Floats
+from tui_trainer.protocol.describe import AttentionInfo, Column
+from tui_trainer.tracing.subject import Subject
+
+Readings = Sequence[torch.Tensor]
+"""0-d or 1-d tensors of any dtype and device."""
+Gradient = torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is to be measured."""
+
+    budget: float = 0.01
+    """Our share of step time on the training thread; 0: every quantity at its natural cadence."""
+    cadences: dict[str, int] = field(default_factory=dict)
+    """Probe name to its natural cadence, in place of the probe's own."""
+    switched_off: frozenset[str] = frozenset()
+    """Names of probes that are not to run."""
+    attention_pattern: str | None = None
+    """Regular expression over parameter names with the groups `layer` and one of `q`, `k`, `v`,
+    `qkv`, where the usual names are not used."""
+    copy_budget_bytes: int = 64 * 1024 * 1024
+    """Most memory that copies of weights for update ratios may take at once."""
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table that a probe fills."""
+
+    name: str
+    columns: tuple[Column, ...]
+    every: int | None = None
+    """What `Table.every` says, where it is not the probe's cadence (0: by the clock)."""
+
+
+@dataclass(frozen=True)
+class ClipSeen:
+    """One call of a clipping function, with its figures on the host."""
+
+    kind: str
+    """`norm` or `value`."""
+    max_norm: float
+    norm_before: float
+    """In the caller's norm type, before un-scaling."""
+    norm_after: float
+    """NaN for clipping by norm: it follows from the scale."""
+    complete: bool
+    """Whether it was the 2-norm over every parameter of the optimizer that has a gradient."""
+
+
+@dataclass
+class Facts:
+    """One step as the host knows it, while its rows are made. Probes run in registry order, so that
+    later ones can use what earlier ones have found."""
+
+    step: int
+    time: float
+    loss: float
+    """NaN also where `loss_known` is false."""
+    learning_rate: float
+    step_ms: float
+    phase_ms: Sequence[float]
+    """Milliseconds of each of `PHASES`."""
+    loss_known: bool = True
+    clips: Sequence[ClipSeen] = ()
+    gradient_scale: float = 1.0
+    """What a GradScaler had multiplied the gradients by when they were measured."""
+    own_ms: dict[str, float] = field(default_factory=dict)
+    """Our own cost on the training thread by probe, `tracer` for the rest."""
+    gradient_norms: NDArray[np.float64] | None = None
+    weight_norms: NDArray[np.float64] | None = None
+    total_norm: float | None = None
+    clip: ClipRecord | None = None
+    nonfinite: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+class Probe:
+    """Base class: measures nothing, at every step."""
+
+    name: ClassVar[str]
+    every: ClassVar[int] = 1
+    """Natural cadence in steps; 0: only while its topic is watched."""
+    topic: ClassVar[str] = ""
+    """Topic of a viewer for which it is measured more often: at `watched_every`."""
+    watched_every: ClassVar[int] = 1
+    importance: ClassVar[int] = 0
+    """The governor stretches those of lesser importance first; 100 and more: never."""
+    tables: tuple[TableSpec, ...] = ()
+    """Set by `__init__`; empty when there is nothing to measure here."""
+    attention: tuple[AttentionInfo, ...] = ()
+    """Attention layers that it found, to be described."""
+    unseen: str = ""
+    """Why nothing is measured, for the panel; "" when something is."""
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        self.subject = subject
+        self.options = options
+
+    def wants(self, step: int) -> bool:
+        """Whether this step needs it although its cadence does not call for it."""
+        return False
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        """The first forward of a step to be measured begins; always followed by `after_forward`."""
+
+    def after_forward(self) -> None:
+        """That forward ended, well or not."""
+
+    def gradients(self, gradients: Sequence[Gradient]) -> Readings:
+        """Gradients are complete and not yet clipped; in the order of `subject.parameters`."""
+        return ()
+
+    def before_update(self) -> None:
+        """The optimizer is about to change the weights."""
+
+    def after_update(self) -> Readings:
+        """The optimizer has changed the weights."""
+        return ()
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """One row per table, or None for a table that has none at this step.
+
+        `values` holds the readings of `gradients` and then of `after_update`, flattened.
+        """
+        return ()

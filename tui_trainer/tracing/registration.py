@@ -1,0 +1,187 @@
+"""Which optimizers a run has, what each of them trains, and the meter that measures its steps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from tui_trainer.protocol.describe import ParameterInfo
+from tui_trainer.tracing.governor import Governed, Governor
+from tui_trainer.tracing.interface import RecorderLike
+from tui_trainer.tracing.meter import Meter, Slot
+from tui_trainer.tracing.probe import Options, Probe
+from tui_trainer.tracing.roots import Roots
+from tui_trainer.tracing.subject import Names, group_sizes, make_subject
+
+Optimizer = torch.optim.Optimizer
+
+
+class Registry:
+    """Optimizers by identity. An optimizer that dies takes its meter with it."""
+
+    def __init__(
+        self,
+        recorder: RecorderLike,
+        roots: Roots,
+        probes: Sequence[type[Probe]],
+        options: Options,
+    ) -> None:
+        self._recorder = recorder
+        self._roots = roots
+        self._probes = probes
+        self._options = options
+        self._names = Names()
+        self._meters: dict[int, tuple[weakref.ref[Optimizer], Meter]] = {}
+        self._pending: list[weakref.ref[Optimizer]] = []
+        self._infos: list[ParameterInfo] = []
+        self._positions: dict[str, int] = {}
+        self._optimizers: list[str] = []
+        self._phases_unseen: dict[str, str] = {}
+
+    @property
+    def meters(self) -> list[Meter]:
+        """Of the optimizers that are alive, in order of their appearance."""
+        return [meter for _, meter in self._meters.values()]
+
+    # ------------------------------------------------------------ finding
+
+    def seen(self, optimizer: Optimizer) -> None:
+        """An optimizer showed itself; it is registered once its model can be named."""
+        if id(optimizer) not in self._meters and not any(r() is optimizer for r in self._pending):
+            self._pending.append(weakref.ref(optimizer))
+
+    def register_pending(self) -> None:
+        """Register those that were seen."""
+        if self._pending:
+            pending, self._pending = self._pending, []
+            for optimizer in (reference() for reference in pending):
+                if optimizer is not None:
+                    self.meter_for(optimizer)
+
+    def search(self, parameter: torch.Tensor | None) -> None:
+        """Look among all objects for the optimizers that update `parameter` (None: any).
+
+        Some 50 ms: for a script whose optimizer has not shown itself before its first clipping.
+        """
+        self.register_pending()
+        if parameter is not None and self.meter_of(parameter) is not None:
+            return
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Optimizer) and hasattr(thing, "param_groups"):
+                own = {id(p) for group in thing.param_groups for p in group["params"]}
+                if own and (parameter is None or id(parameter) in own):
+                    self.meter_for(thing)
+
+    def meter_of(self, parameter: torch.Tensor) -> Meter | None:
+        """The meter of the optimizer that updates this parameter, if it is known."""
+        return next((m for m in self.meters if id(parameter) in m.subject.ids), None)
+
+    def optimizer_of(self, meter: Meter) -> Optimizer | None:
+        """The optimizer that this meter measures."""
+        return next((ref() for ref, m in self._meters.values() if m is meter), None)
+
+    def meter_for(self, optimizer: Optimizer) -> Meter:
+        """The meter of this optimizer: made on its first appearance, and anew when it is given
+        other parameters (then under a further name, since its tables have other columns)."""
+        known = self._meters.get(id(optimizer))
+        if known is not None and known[0]() is optimizer:
+            if known[1].subject.group_sizes == group_sizes(optimizer):
+                return known[1]
+            known[1].drain(everything=True)
+        return self._register(optimizer)
+
+    # ------------------------------------------------------------ registering
+
+    def _register(self, optimizer: Optimizer) -> Meter:
+        name = base = type(optimizer).__name__.lower()
+        number = 2
+        while name in self._optimizers:
+            name, number = f"{base}#{number}", number + 1
+        key = name if self._optimizers else ""
+        self._optimizers.append(name)
+        roots = self._roots.modules
+        subject = make_subject(
+            optimizer, name, key, roots, self._names, lambda n, p: self._index(n, p, name)
+        )
+        for root in roots:
+            for other, parameter in self._names.parameters(root):
+                if id(parameter) not in subject.ids:
+                    self._index(other, parameter, "")
+        rooted = {id(p) for root in roots for p in root.parameters()}
+        if any(key not in rooted for key in subject.ids):
+            self._roots.discover()
+        meter = Meter(
+            subject,
+            self._probes,
+            self._recorder,
+            self._options,
+            Governor(self._options.budget, self._cadence_changed),
+        )
+        key_of = id(optimizer)
+        reference = weakref.ref(optimizer, lambda _: self._meters.pop(key_of, None))
+        self._meters[key_of] = (reference, meter)
+        self._describe()
+        return meter
+
+    def _index(self, name: str, parameter: torch.Tensor, optimizer: str) -> int:
+        """The position of a parameter in `RunInfo.parameters`; positions never change."""
+        position = self._positions.get(name)
+        if position is None:
+            position = self._positions[name] = len(self._infos)
+            self._infos.append(
+                ParameterInfo(
+                    name=name,
+                    shape=tuple(parameter.shape),
+                    dtype=str(parameter.dtype).removeprefix("torch."),
+                    numel=parameter.numel(),
+                    optimizer=optimizer,
+                    trainable=parameter.requires_grad,
+                )
+            )
+        elif optimizer:
+            self._infos[position] = msgspec.structs.replace(
+                self._infos[position], optimizer=optimizer
+            )
+        return position
+
+    def _describe(self) -> None:
+        meters = self.meters
+        self._recorder.describe(
+            parameters=tuple(self._infos),
+            optimizers=tuple(self._optimizers),
+            attention=tuple(a for m in meters for s in m.slots for a in s.probe.attention),
+            unseen=self._unseen(),
+        )
+
+    def _unseen(self) -> dict[str, str]:
+        """What no optimizer's probes can see, and the phases that never come."""
+        unseen = dict(self._phases_unseen)
+        at_work = {slot.name for meter in self.meters for slot in meter.slots}
+        for meter in self.meters:
+            unseen |= {n: why for n, why in meter.unseen.items() if n not in at_work}
+        return unseen
+
+    def phases_unseen(self, reasons: dict[str, str]) -> None:
+        """The phases that this script does not seem to have, and why they cannot be shown."""
+        if reasons != self._phases_unseen:
+            self._phases_unseen = reasons
+            self._recorder.describe(unseen=self._unseen())
+
+    def probe_unseen(self, name: str, reason: str) -> None:
+        """A probe found out while running that there is nothing for it to see."""
+        for meter in self.meters:
+            meter.unseen[name] = reason
+        self._recorder.describe(unseen=self._unseen() | {name: reason})
+
+    def _cadence_changed(self, governed: Governed, text: str) -> None:
+        assert isinstance(governed, Slot)
+        governed.tables = [
+            msgspec.structs.replace(table, every=governed.every) for table in governed.tables
+        ]
+        if governed.tables:
+            self._recorder.declare(governed.tables)
+        self._recorder.notice("cadence", text)

@@ -1,0 +1,283 @@
+"""What the phase that has just ended produced, made only while the run is stopped at its boundary.
+
+A report only reads: no random number is drawn, no gradient is recorded, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tui_trainer.protocol import PHASES, tables
+from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
+
+if TYPE_CHECKING:
+    from tui_trainer.tracing.meter import Meter
+    from tui_trainer.tracing.tracer import Tracer
+
+MOST_TENSORS = 6
+LARGEST = 5
+_OWN_PACKAGE = __name__.rpartition(".")[0]
+
+
+class Reporter:
+    """Makes the phase reports of one tracer."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = weakref.ref(tracer)
+        self._arguments: list[tuple[str, torch.Tensor]] = []
+        self._outputs: list[tuple[str, torch.Tensor]] = []
+        self._before: tuple[Meter, list[float]] | None = None
+        self._shown = False
+
+    # ------------------------------------------------------------ what is kept while stepping
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to be called with these; kept until the boundary is passed."""
+        tracer = self._tracer()
+        if tracer is not None and tracer.gate.armed:
+            named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
+            self._arguments = list(_tensors(named))[:MOST_TENSORS]
+
+    def output(self, result: Any) -> None:
+        """The model returned this."""
+        self._outputs = list(_tensors([("output", result)]))[:MOST_TENSORS]
+
+    def before_clip(self, meter: Meter | None) -> None:
+        """Gradients are about to be clipped."""
+        tracer = self._tracer()
+        self._before = None
+        if meter is not None and tracer is not None and tracer.gate.stops_soon:
+            self._before = (meter, _norms(meter))
+
+    def clear(self) -> None:
+        """The run goes on."""
+        self._arguments, self._outputs = [], []
+        if self._shown:
+            self._shown = False
+            tracer = self._tracer()
+            if tracer is not None:
+                tracer.recorder.report(None)
+
+    # ------------------------------------------------------------ reports
+
+    def make(self, phase: str, step: int) -> None:
+        """Report on `phase`; the training thread is about to wait."""
+        tracer = self._tracer()
+        if tracer is None:
+            return
+        tracer.flush()
+        try:
+            with torch.no_grad():
+                summary, quantities, rows = getattr(self, f"_{phase}")(tracer)
+        except Exception as fault:
+            summary, quantities, rows = f"cannot be shown: {fault}", [], []
+        self._shown = True
+        tracer.recorder.report(
+            PhaseReport(
+                step=step,
+                phase=phase,
+                duration_ms=tracer.duration_ms(PHASES.index(phase)),
+                summary=summary,
+                quantities=tuple(quantities),
+                rows=tuple(rows),
+            )
+        )
+
+    def _data(self, tracer: Tracer) -> Report:
+        found = self._arguments or list(_locals_of_the_loop())
+        if not found:
+            return "the next batch is not in sight before the model is called", [], []
+        shapes = ", ".join(f"{name} {_shape(t)}" for name, t in found)
+        return f"the batch: {shapes}", [q for n, t in found for q in _summary(n, t)], []
+
+    def _zero_grad(self, tracer: Tracer) -> Report:
+        gradients = [g for m in tracer.registry.meters for g in m.subject.gradients()]
+        absent = sum(g is None for g in gradients)
+        present = [g for g in gradients if g is not None]
+        nonzero = int(sum(torch.count_nonzero(g).item() > 0 for g in present))
+        text = f"{absent} gradients are released, {len(present) - nonzero} are zero"
+        if nonzero:
+            text += f", {nonzero} are left from before"
+        return (
+            text,
+            [
+                Quantity("gradients released (None)", float(absent)),
+                Quantity("gradients all zero", float(len(present) - nonzero)),
+                Quantity("gradients not zero", float(nonzero)),
+            ],
+            [],
+        )
+
+    def _forward(self, tracer: Tracer) -> Report:
+        if not self._outputs:
+            return "the model returned no tensor", [], []
+        shapes = ", ".join(f"{name} {_shape(t)}" for name, t in self._outputs)
+        return (
+            f"the model gave {shapes}",
+            [q for name, t in self._outputs for q in _summary(name, t)],
+            [],
+        )
+
+    def _loss(self, tracer: Tracer) -> Report:
+        values = [float(loss) for loss in tracer.losses]
+        if not values:
+            return "backward was called on something that is no scalar", [], []
+        quantities = [Quantity("loss", values[-1])]
+        text = f"the loss is {values[-1]:.4g}"
+        if len(values) > 1:
+            quantities.append(Quantity("sum of the step so far", sum(values)))
+            text += f", {sum(values):.4g} with the {len(values) - 1} before it in this step"
+        return text, quantities, []
+
+    def _backward(self, tracer: Tracer) -> Report:
+        if not tracer.registry.meters:
+            tracer.registry.search(None)
+        quantities: list[Quantity] = []
+        rows: list[Rows] = []
+        count, total = 0, 0.0
+        for meter in tracer.registry.meters:
+            scale = tracer.gradient_scale(meter)
+            norms = [norm / scale for norm in _norms(meter)]
+            rows += _provisional(meter, tables.GRAD_NORM, tracer.step, norms)
+            own = float(np.sqrt(np.sum(np.square(norms))))
+            count += sum(g is not None for g in meter.subject.gradients())
+            total = float(np.hypot(total, own))
+            quantities.append(Quantity(_of(meter, "total norm"), own))
+            quantities += _largest(meter, norms)
+        return f"gradients of {count} parameters, total norm {total:.4g}", quantities, rows
+
+    def _clip(self, tracer: Tracer) -> Report:
+        if self._before is None:
+            return "gradients are clipped", [], []
+        meter, norms = self._before
+        after = _norms(meter)
+        before, now = (float(np.sqrt(np.sum(np.square(n)))) for n in (norms, after))
+        scale = now / before if before else 1.0
+        shares = [(n / before) ** 2 if before else 0.0 for n in norms]
+        order = sorted(range(len(shares)), key=lambda i: -shares[i])[:LARGEST]
+        text = (
+            f"clipped from {before:.4g} to {now:.4g}, to {scale:.1%}"
+            if scale < 1 - 1e-6
+            else f"not clipped: the norm is {before:.4g}"
+        )
+        return (
+            text,
+            [
+                Quantity("norm before", before),
+                Quantity("norm after", now),
+                Quantity("scale", scale),
+                *(Quantity(f"share of {meter.subject.names[i]}", shares[i]) for i in order),
+            ],
+            [],
+        )
+
+    def _step(self, tracer: Tracer) -> Report:
+        quantities: list[Quantity] = []
+        for meter in tracer.registry.meters:
+            probe = meter.probe(tables.UPDATE_RATIO)
+            latest = getattr(probe, "latest", None)
+            if latest is None or latest[0] != tracer.step:
+                continue
+            _, updates, ratios = latest
+            order = sorted(range(len(ratios)), key=lambda i: -ratios[i])[:LARGEST]
+            total = float(np.sqrt(np.sum(np.square(updates))))
+            quantities.append(Quantity(_of(meter, "norm of the update"), total))
+            for i in order:
+                name = meter.subject.names[i]
+                quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
+        return f"step {tracer.step} is made", quantities, []
+
+
+Report = tuple[str, list[Quantity], list[Rows]]
+
+
+def _of(meter: Meter, text: str) -> str:
+    return f"{text} ({meter.subject.name})" if meter.subject.key else text
+
+
+def _norms(meter: Meter) -> list[float]:
+    """‖g‖ of each parameter now, 0 where there is none. Waits for the device."""
+    return [
+        0.0 if g is None else float(torch.linalg.vector_norm(g.detach().float()))
+        for g in meter.subject.gradients()
+    ]
+
+
+def _largest(meter: Meter, norms: Sequence[float]) -> list[Quantity]:
+    order = sorted(range(len(norms)), key=lambda i: -norms[i])[:LARGEST]
+    return [Quantity(f"‖grad‖ of {meter.subject.names[i]}", norms[i]) for i in order]
+
+
+def _provisional(meter: Meter, name: str, step: int, values: Sequence[float]) -> list[Rows]:
+    """One row of the step in the making."""
+    table = meter.table(name)
+    if table is None:
+        return []
+    return [
+        Rows(
+            table=table.id,
+            first=0,
+            count=1,
+            steps=np.array([step], dtype="<i8").tobytes(),
+            values=np.array(values, dtype="<f4").tobytes(),
+        )
+    ]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape)) or '0-d'}"
+
+
+def _summary(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:
+    """Its shape and, over its elements, mean, standard deviation and range."""
+    yield Quantity(name, _shape(tensor))
+    if not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
+        return
+    values = tensor.detach().to(torch.float32)
+    yield Quantity(f"{name} mean", float(values.mean()))
+    if tensor.is_floating_point() and tensor.numel() > 1:
+        yield Quantity(f"{name} std", float(values.std()))
+    yield Quantity(f"{name} min", float(values.min()))
+    yield Quantity(f"{name} max", float(values.max()))
+
+
+def _tensors(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in arguments and results, however they are packed."""
+    for name, thing in named:
+        if isinstance(thing, torch.Tensor):
+            yield name, thing
+        elif isinstance(thing, dict):
+            yield from _tensors((str(key), value) for key, value in thing.items())
+        elif isinstance(thing, (list, tuple)):
+            yield from _tensors((f"{name}[{i}]", value) for i, value in enumerate(thing))
+
+
+def _locals_of_the_loop() -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the variables of the training loop: before `zero_grad` the batch is known
+    to nobody else."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _is_ours_or_torch(frame):
+        frame = frame.f_back
+    if frame is None:
+        return
+    found = 0
+    for name, thing in _tensors(list(frame.f_locals.items())):
+        whole = "[" not in name and not name.startswith("_")
+        data = not thing.requires_grad and thing.dim() > 0
+        if whole and data and not isinstance(thing, torch.nn.Parameter):
+            yield name, thing
+            found += 1
+            if found == MOST_TENSORS:
+                return
+
+
+def _is_ours_or_torch(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))
