@@ -154,17 +154,15 @@ class ViT(nn.Module):
     def _initialise(self, layers: int) -> None:
         """As GPT-2: weights from N(0, 0.02²), residual projections by 1/√(2·layers), biases zero.
 
-        The patch projection and the embedding keep unit scale instead (variance 1 / inputs), as
-        their inputs are pixels and normed tokens, and nothing norms what they make.
+        The embedding keeps unit scale instead (variance 1 / inputs): nothing norms what it makes.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for scaled in (self.patch_embedding.projection, self.embedding):
-            if isinstance(scaled, nn.Linear | nn.Conv2d):
-                nn.init.normal_(scaled.weight, std=scaled.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if isinstance(self.embedding, nn.Linear):
+            nn.init.normal_(self.embedding.weight, std=self.embedding.in_features**-0.5)
         nn.init.normal_(self.position_embedding, std=0.02)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)

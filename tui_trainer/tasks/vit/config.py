@@ -78,7 +78,7 @@ class VitConfig(TrainingConfig):
 
 PRESETS: Mapping[str, Mapping[str, Scalar]] = {
     "digits": {
-        "epochs": 60,
+        "epochs": 80,
         "batch_size": 64,
         "image_size": 8,
         "channels": "1",
@@ -88,11 +88,11 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "width": 64,
         "pooling": "mean",
         "validation_share": 0.2,
-        "learning_rate": 1e-3,
-        "min_learning_rate": 1e-5,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-5,
         "warmup_steps": 50,
-        "weight_decay": 0.05,
-        "shift": 1,
+        "weight_decay": 0.1,
+        "dropout": 0.1,
         "eval_every": 100,
     },
     "images": {
