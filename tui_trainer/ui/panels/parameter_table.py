@@ -133,6 +133,8 @@ class ParameterTable(VirtualTable):
                 columns.append(column)
                 widths.append(column.width)
                 left -= column.width + 1
+        longest = max(map(len, self._names), default=12)
+        widths[0] += max(0, min(left, longest - name))
         return columns, widths
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:

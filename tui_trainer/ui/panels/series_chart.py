@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.segment import Segment
-from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.history.table import TableHistory
 from tui_trainer.ui import formatting
-from tui_trainer.ui.panels.base import Item, note, title_row
+from tui_trainer.ui.panels.base import note
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer
 from tui_trainer.ui.widgets.lines import Lines, Row
 from tui_trainer.ui.widgets.scale import window
@@ -81,11 +80,7 @@ class SeriesChart(Lines):
         ]
         latest = history.latest()
         values = latest[1][columns] if latest else np.full(len(columns), np.nan, np.float32)
-        items: list[Item] = [
-            (each.label, formatting.number(float(value), 9), self._value_style(each, float(value)))
-            for each, value in zip(self._series, values, strict=True)
-        ]
-        title = self._title(size.width, items)
+        title = self._title(size.width, list(zip(self._series, values.tolist(), strict=True)))
         if size.height < 4:
             return [title]
         return [
@@ -93,13 +88,28 @@ class SeriesChart(Lines):
             *self.chart.rows(size.width, size.height - 1, steps, layers, self.palette, self.glyphs),
         ]
 
-    def _title(self, width: int, items: list[Item]) -> Row:
-        row = title_row(self, width, self.name_shown, items)
-        if self._selected:
-            row[0] = Segment(row[0].text, self.palette.accent)
+    def _title(self, width: int, values: Sequence[tuple[Series, float]]) -> Row:
+        """`drift q 0.276 k 0.245 v 0.138 ───`, in exactly `width` cells."""
+        palette = self.palette
+        name = self.name_shown[:width]
+        row: Row = [Segment(name, palette.accent if self._selected else palette.title)]
+        left = width - len(name)
+        for series, value in values:
+            label = f" {series.label}" if series.label else ""
+            text = f" {compact(value, 6 if len(values) > 1 else 9)}"
+            if len(label) + len(text) > left:
+                break
+            style = getattr(palette, series.style) if np.isfinite(value) else palette.error
+            row += (Segment(label, palette.dim), Segment(text, style))
+            left -= len(label) + len(text)
+        row.append(Segment(f" {self.glyphs.rule * (left - 1)}" if left else "", palette.faint))
         return row
 
-    def _value_style(self, series: Series, value: float) -> Style:
-        finite = value == value and abs(value) != float("inf")
-        style: Style = getattr(self.palette, series.style)
-        return style if finite else self.palette.error
+
+def compact(value: float, width: int) -> str:
+    """`value` with as many digits as fit, four at most."""
+    for digits in (4, 3, 2):
+        text = formatting.number(value, width, digits)
+        if "#" not in text:
+            return text
+    return formatting.number(value, width, 1)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.widgets import Footer
+from textual.widget import Widget
 
 from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.chips import Chip, Chips
 from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.log_model import CLIPS, EVENTS, STDERR, STDOUT, Log
 from tui_trainer.ui.panels.log_view import LogView
 from tui_trainer.ui.panels.prompt import PromptLine
-from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.detail import DetailScreen
 
-_KIND_KEYS = ((STDOUT, "o"), (STDERR, "e"), (EVENTS, "v"), (CLIPS, "c"))
+_KIND_KEYS = ((STDOUT, "o"), (STDERR, "r"), (EVENTS, "v"), (CLIPS, "c"))
 
 
-class LogScreen(RunScreen):
+class LogScreen(DetailScreen):
     """One list, filtered by kind and text, that follows the run."""
 
     CSS = """
@@ -40,7 +40,7 @@ class LogScreen(RunScreen):
                 tooltip="Follow new lines, or stand still"),
         Binding("o", f"kind('{STDOUT}')", "stdout", id="log.stdout", show=False,
                 tooltip="Show or hide what was printed"),
-        Binding("e", f"kind('{STDERR}')", "stderr", id="log.stderr", show=False,
+        Binding("r", f"kind('{STDERR}')", "stderr", id="log.stderr", show=False,
                 tooltip="Show or hide what was printed to stderr"),
         Binding("v", f"kind('{EVENTS}')", "Events", id="log.events", show=False,
                 tooltip="Show or hide what happened to the run"),
@@ -48,7 +48,7 @@ class LogScreen(RunScreen):
                 tooltip="Show or hide every step that was clipped"),
         Binding("w", "worst", "Warnings", id="log.warnings", show=False,
                 tooltip="Show only warnings and errors, or everything"),
-        Binding("t", "since", "Time", id="log.time", show=False,
+        Binding("T", "since", "Time", id="log.time", show=False,
                 tooltip="Times by the clock, or since the start of the run"),
         Binding("left", "shift(-1)", "Left", id="log.left", show=False,
                 tooltip="Look further left in long lines"),
@@ -56,6 +56,7 @@ class LogScreen(RunScreen):
                 tooltip="Look further right in long lines"),
         Binding("escape", "clear", "Clear", id="log.clear", show=False,
                 tooltip="Clear filter and search"),
+        *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -64,14 +65,12 @@ class LogScreen(RunScreen):
         self._started_at: float | None = None
         self._run = ""
 
-    def compose(self) -> ComposeResult:
+    def body(self) -> Iterable[Widget]:
         """Switches, lines, prompt, keys."""
-        yield HeaderLine()
         yield Chips()
         yield EmptyState()
         yield LogView(self.lines, id="lines")
         yield PromptLine()
-        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         """Keys go to the lines."""
@@ -82,9 +81,8 @@ class LogScreen(RunScreen):
         """The lines."""
         return self.query_one(LogView)
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show_body(self, snapshot: Snapshot) -> None:
         """Take in what is new."""
-        self.query_one(HeaderLine).show(snapshot)
         info = snapshot.info
         if info is not None and info.name != self._run:
             if self._run:  # the app was attached to another run
@@ -111,7 +109,7 @@ class LogScreen(RunScreen):
             empty.say("")
         elif lines.entries:
             hidden = len(lines.entries)
-            empty.say(f"{hidden:,} lines are hidden", "escape clears the filter; o e v c: kinds")
+            empty.say(f"{hidden:,} lines are hidden", "escape clears the filter; o r v c: kinds")
         else:
             empty.say(*awaited(snapshot, "nothing was printed yet"))
         self.view.display = bool(lines.shown)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import ClassVar
 
 from textual import events
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
-from textual.widgets import Footer
+from textual.widget import Widget
 
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting
+from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.caption import Caption, Piece
 from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.parameter_table import SORTABLE, ParameterTable
 from tui_trainer.ui.panels.parameter_values import ParameterValues
 from tui_trainer.ui.panels.prompt import PromptLine
 from tui_trainer.ui.panels.series_chart import Series, SeriesChart
-from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.detail import DetailScreen
 from tui_trainer.ui.widgets.table import VirtualTable
 
 RESORT_SECONDS = 2.0
@@ -35,7 +35,7 @@ _CHARTS = (
 )
 
 
-class ParametersScreen(RunScreen):
+class ParametersScreen(DetailScreen):
     """A table that stays fast with 10,000 rows, and a strip with the selected one's charts."""
 
     CSS = """
@@ -65,6 +65,7 @@ class ParametersScreen(RunScreen):
                 tooltip="Logarithmic or linear charts"),
         Binding("escape", "clear", "Clear", id="parameters.clear", show=False,
                 tooltip="Clear the filter"),
+        *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -73,18 +74,14 @@ class ParametersScreen(RunScreen):
         self._log = False
         self._sorted_at = 0.0
 
-    def compose(self) -> ComposeResult:
+    def body(self) -> Iterable[Widget]:
         """Header, figures, table, the selected one's strip, keys."""
-        yield HeaderLine()
         yield Caption(id="summary")
         yield EmptyState()
         yield ParameterTable(self.values)
         yield PromptLine()
         yield Caption(id="selected")
-        with Horizontal(id="charts"):
-            for _ in _CHARTS:
-                yield SeriesChart()
-        yield Footer(show_command_palette=False)
+        yield Horizontal(*(SeriesChart() for _ in _CHARTS), id="charts")
 
     @property
     def table(self) -> ParameterTable:
@@ -96,9 +93,8 @@ class ParametersScreen(RunScreen):
         self.query(SeriesChart).last().add_class("-last")
         self.table.focus()
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show_body(self, snapshot: Snapshot) -> None:
         """Take in the newest values."""
-        self.query_one(HeaderLine).show(snapshot)
         anew = self.values.take(snapshot)
         table, info = self.table, snapshot.info
         known = info is not None and bool(info.parameters)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, TypeVar
 
 from textual import events
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.widgets import Footer
+from textual.widget import Widget
 
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.caption import Caption
 from tui_trainer.ui.panels.confusion import ConfusionView, accuracy, worst
 from tui_trainer.ui.panels.continuations import Continuations
 from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.image_grid import ImageGrid, tiles_of
-from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.detail import DetailScreen
 
 BESIDE = 100
 """From this width on images and matrix stand beside each other."""
@@ -26,7 +26,7 @@ BESIDE = 100
 A = TypeVar("A", TextSample, ImageSample, ConfusionMatrix)
 
 
-class SamplesScreen(RunScreen):
+class SamplesScreen(DetailScreen):
     """Only what there is takes room; older samples are kept and can be looked at."""
 
     CSS = """
@@ -49,6 +49,7 @@ class SamplesScreen(RunScreen):
                 tooltip="Wrong images first, the surest of them first; or all as they came"),
         Binding("m", "matrix", "Matrix", id="samples.matrix",
                 tooltip="Images or the confusion matrix, where there is room for one"),
+        *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -57,24 +58,17 @@ class SamplesScreen(RunScreen):
         """How many samples before the newest are looked at."""
         self._wrong_first = False
 
-    def compose(self) -> ComposeResult:
+    def body(self) -> Iterable[Widget]:
         """Texts, images and matrix; those without data are hidden."""
-        yield HeaderLine()
         yield EmptyState()
-        with Horizontal():
-            with Vertical(id="texts"):
-                yield Continuations()
-            with Vertical(id="images"):
-                yield Caption(id="images-caption")
-                yield ImageGrid()
-            with Vertical(id="matrix"):
-                yield Caption(id="matrix-caption")
-                yield ConfusionView()
-        yield Footer(show_command_palette=False)
+        yield Horizontal(
+            Vertical(Continuations(), id="texts"),
+            Vertical(Caption(id="images-caption"), ImageGrid(), id="images"),
+            Vertical(Caption(id="matrix-caption"), ConfusionView(), id="matrix"),
+        )
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show_body(self, snapshot: Snapshot) -> None:
         """Show what there is."""
-        self.query_one(HeaderLine).show(snapshot)
         texts = _of(snapshot, TextSample)
         images, matrices = _of(snapshot, ImageSample), _of(snapshot, ConfusionMatrix)
         nothing = not (texts or images or matrices)
@@ -85,11 +79,12 @@ class SamplesScreen(RunScreen):
         self._there("#texts", bool(texts))
         self._there("#images", bool(images))
         self._there("#matrix", bool(matrices))
-        self.set_class(bool(matrices) and not images, "-matrix") if not images else None
+        if not images:
+            self.set_class(bool(matrices), "-matrix")
         self.query_one(Continuations).show_samples(texts)
         self._show_images(_pick(images, self._back), len(images))
         self._show_matrix(_pick(matrices, self._back))
-        self.refresh_bindings()
+        self.show_keys()
 
     def _there(self, part: str, there: bool) -> None:
         self.query_one(part).set_class(not there, "-none")
@@ -145,12 +140,12 @@ class SamplesScreen(RunScreen):
         if action == "matrix":
             both = bool(_of(snapshot, ImageSample)) and bool(_of(snapshot, ConfusionMatrix))
             return both and not self.has_class("-beside")
-        return True
+        return super().check_action(action, parameters)
 
     def on_resize(self, event: events.Resize) -> None:
         """Both beside each other where there is room."""
         self.set_class(event.size.width >= BESIDE, "-beside")
-        self.refresh_bindings()
+        self.show_keys()
 
 
 def _of(snapshot: Snapshot, kind: type[A]) -> tuple[A, ...]:

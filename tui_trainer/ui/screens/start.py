@@ -9,7 +9,7 @@ from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.widgets import Footer, Input, Static
+from textual.widgets import Input, Static
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of
@@ -31,6 +31,7 @@ from tui_trainer.ui.screens.start_model import (
     script_request,
     written,
 )
+from tui_trainer.ui.widgets.keys import KeyLine
 
 WIDE = 110
 """From this width on the folded groups stand beside the common options, unfolded."""
@@ -103,7 +104,7 @@ class StartScreen(RunScreen):
         yield Vertical(id="form")
         yield Static("", id="fault", markup=False)
         yield Static("", id="help", markup=False)
-        yield Footer(show_command_palette=False)
+        yield KeyLine()
 
     async def on_mount(self) -> None:
         """The first task's form."""
@@ -216,6 +217,7 @@ class StartScreen(RunScreen):
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Say what the field is."""
+        self.call_after_refresh(self.query_one(KeyLine).show)
         for node in event.widget.ancestors_with_self:
             if isinstance(node, FormRow | Fold):
                 self.query_one("#help", Static).update(node.help)

@@ -1,0 +1,247 @@
+"""Layers × one statistic with trends, and the heads of the layer under the cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+from rich.style import Style
+
+from tui_trainer.history.table import TableHistory
+from tui_trainer.protocol import tables
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui import formatting
+from tui_trainer.ui.panels.attention_statistics import STATISTICS, STYLES, Statistic
+from tui_trainer.ui.panels.base import provisional
+from tui_trainer.ui.panels.query_key_value import short_layer
+from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.sparkline import sparklines
+from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
+
+VALUE = 9
+WIDEST_TREND, NARROWEST_TREND = 40, 6
+NOT_COMPARABLE = "n/a"
+_BY_KEY = {statistic.key: statistic for statistic in STATISTICS}
+HEADLINES = (("growth", ""), ("cos", "qk"), ("max_logit", ""), ("entropy", ""), ("grad_cos", "qk"))
+"""What is shown beside the chosen statistic where there is room."""
+
+
+def shown(statistic: Statistic, value: float | None, width: int, comparable: bool = True) -> str:
+    """A value as its statistic is written; n/a where a comparison has no meaning."""
+    if value is not None and value != value and not comparable:
+        return NOT_COMPARABLE.rjust(width)
+    if statistic.signed:
+        return formatting.signed(value, width, 4)
+    return formatting.number(value, width)
+
+
+class StatisticTable(VirtualTable):
+    """Rows are attention layers."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.snapshot = Snapshot()
+        self.statistic = STATISTICS[0]
+        self.filter = ""
+        self.sorted_by = "order"
+        self._latest: dict[str, tuple[NDArray[np.float32], bool]] = {}
+        self._trends: dict[tuple[int, str], str] = {}
+        self._trend_width = 0
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Take the newest values."""
+        self.snapshot = snapshot
+        self._latest = {}
+        for name in (tables.ATTENTION, tables.ATTENTION_SPECTRUM, tables.ATTENTION_HEALTH):
+            history = snapshot.history.table(name)
+            if history is not None and history.rows:
+                fresh, newest = provisional(snapshot, history), history.latest()
+                if fresh is not None or newest is not None:
+                    row = fresh if fresh is not None else newest[1]  # type: ignore[index]
+                    self._latest[name] = (row, fresh is not None)
+        self.rearrange()
+        self.update_rows()
+
+    def choose(self, statistic: Statistic) -> None:
+        """Show another statistic."""
+        self.statistic = statistic
+        if self.sorted_by not in ("order", *statistic.parts):
+            self.sorted_by = "order"
+        self.rearrange()
+        self.update_rows()
+
+    def rearrange(self) -> None:
+        """Filter and sort anew; the cursor stays on its layer."""
+        info = self.snapshot.info
+        names = [layer.layer.casefold() for layer in info.attention] if info else []
+        words = self.filter.casefold().split()
+        found = [i for i, name in enumerate(names) if all(word in name for word in words)]
+        order = np.array(found, np.int64)
+        if self.sorted_by != "order" and len(order):
+            part = self.sorted_by if self.sorted_by in self.statistic.parts else ""
+            values = [self.value(self.statistic, int(layer), part) for layer in order]
+            keys = np.array([np.nan if v is None else v for v in values], np.float64)
+            keys = np.where(np.isnan(keys), np.inf, -keys if self.descending else keys)
+            order = order[np.argsort(keys, kind="stable")]
+        elif not self.descending:
+            order = order[::-1]
+        self.set_order(order)
+
+    def value(self, statistic: Statistic, layer: int, part: str) -> float | None:
+        """The newest value; None before the first."""
+        known = self._latest.get(statistic.table)
+        place = statistic.index(layer, part)
+        if known is None or place >= len(known[0]):
+            return None
+        return float(known[0][place])
+
+    # ------------------------------------------------------------ drawing
+
+    def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
+        """The name, value and trend of each part, then headlines where there is room."""
+        info, parts = self.snapshot.info, self.statistic.parts
+        names = [short_layer(layer.layer) for layer in info.attention] if info else []
+        name = min(max(7, *map(len, names)) + 1 if names else 8, max(12, width // 4))
+        room = width - 2 - name - len(parts) * (VALUE + 2)
+        headlines = [(k, p) for k, p in HEADLINES if k != self.statistic.key]
+        while headlines and room - len(headlines) * 10 < len(parts) * 16:
+            headlines.pop()
+        room -= len(headlines) * 10
+        trend = min(WIDEST_TREND, room // len(parts))
+        self._trend_width = trend if trend >= NARROWEST_TREND else 0
+        columns, widths = [TableColumn("layer", "layer", name, left=True)], [name]
+        for part in parts:
+            title = part or self.statistic.title
+            columns.append(TableColumn(part or "value", title, VALUE, style=STYLES[part]))
+            widths.append(VALUE)
+            if self._trend_width:
+                columns.append(TableColumn(f"trend {part}", "", trend, left=True))
+                widths.append(trend)
+        for key, part in headlines:
+            title = f"{_BY_KEY[key].title[:6]} {part}".strip()
+            columns.append(TableColumn(f"{key} {part}", title, 9))
+            widths.append(9)
+        return columns, widths
+
+    def prepare(self, visible: Ids) -> None:
+        """Trends of the layers in sight, in one look at the history."""
+        self._trends = {}
+        history = self.statistic.history(self.snapshot)
+        if history is None or not self._trend_width:
+            return
+        wanted = [(int(layer), part) for layer in visible for part in self.statistic.parts]
+        places = [self.statistic.index(*each) for each in wanted]
+        start, stop = history.first_step or 0, (history.last_step or 0) + 1
+        seen = history.window(places, start, stop, self._trend_width)
+        lines = sparklines(seen.high.T, seen.nonfinite.T, self.glyphs)
+        self._trends = {
+            each: line if self._comparable(each[0]) else line.replace("!", " ")
+            for each, line in zip(wanted, lines, strict=True)
+        }
+
+    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
+        """One layer."""
+        info, palette = self.snapshot.info, self.palette
+        assert info is not None
+        cells: Row = []
+        for column, width in zip(columns, widths, strict=True):
+            kind, _, part = column.key.partition(" ")
+            if kind == "layer":
+                layer = info.attention[row]
+                name = short_layer(layer.layer) + ("*" if layer.note else "")
+                cells.append(Segment(fitted(name, width, True), palette.text))
+            elif kind == "trend":
+                line = self._trends.get((row, part), "")
+                cells.append(Segment(line.ljust(width), getattr(palette, STYLES[part])))
+            elif part or kind in _BY_KEY:
+                cells.append(self._number(_BY_KEY[kind], row, part, width, palette.dim))
+            else:
+                part = "" if kind == "value" else kind
+                style = getattr(palette, STYLES[part])
+                cells.append(self._number(self.statistic, row, part, width, style))
+        return cells
+
+    def _number(
+        self, statistic: Statistic, row: int, part: str, width: int, style: Style
+    ) -> Segment:
+        value, comparable = self.value(statistic, row, part), self._comparable(row)
+        text = shown(statistic, value, width, comparable)
+        if value is None or (value != value and not comparable):
+            return Segment(text, self.palette.faint)
+        if not np.isfinite(value):
+            return Segment(text, self.palette.error)
+        if self._latest[statistic.table][1]:
+            return Segment(text, self.palette.provisional)
+        return Segment(text, style)
+
+    def _comparable(self, layer: int) -> bool:
+        info = self.snapshot.info
+        return info is None or not info.attention[layer].note
+
+
+HEAD_COLUMNS = (
+    TableColumn("head", "head", 4),
+    *(
+        TableColumn(
+            name,
+            name.replace("norm_", "‖W‖ ").replace("_", " "),
+            7,
+            style=STYLES[name.rpartition("_")[2]],
+        )
+        for name in tables.HEAD_STATISTICS
+    ),
+)
+
+
+class HeadsTable(VirtualTable):
+    """The heads of one layer: norms, cosines and drifts of their parts of Wq, Wk, Wv."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(HEAD_COLUMNS, id=id)
+        self.descending = False
+        self._indexed: TableHistory | None = None
+        self._places: dict[str, list[int]] = {}
+        self._values: NDArray[np.float32] | None = None
+        self._note = ""
+
+    def show_layer(self, snapshot: Snapshot, layer: str, note: str, why: str) -> None:
+        """Show the heads of `layer`; `why` where there are none."""
+        history = snapshot.history.table(tables.ATTENTION_HEADS)
+        if history is not None and history is not self._indexed:
+            self._index(history)
+        latest = history.latest() if history is not None else None
+        places = self._places.get(layer, [])
+        self._note = note
+        self._values = latest[1][places] if latest is not None and places else None
+        heads = len(places) // len(tables.HEAD_STATISTICS) if self._values is not None else 0
+        self.empty = why
+        if len(self.order) != heads:
+            self.set_order(np.arange(heads))
+        self.update_rows()
+
+    def _index(self, history: TableHistory) -> None:
+        """Columns of each layer, in order of head and statistic."""
+        self._indexed, self._places = history, {}
+        for place, column in enumerate(history.table.columns):
+            layer = column.name.rsplit(".", 2)[0]
+            self._places.setdefault(layer, []).append(place)
+
+    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
+        """One head."""
+        assert self._values is not None
+        palette, count = self.palette, len(tables.HEAD_STATISTICS)
+        cells: Row = [Segment(str(row).rjust(widths[0]), palette.text)]
+        values = self._values[row * count : (row + 1) * count]
+        for column, width in zip(columns[1:], widths[1:], strict=True):
+            value = float(values[tables.HEAD_STATISTICS.index(column.key)])
+            signed = column.key.startswith("cos")
+            text = formatting.signed(value, width) if signed else formatting.number(value, width)
+            style = getattr(palette, column.style)
+            if value != value and self._note:
+                text, style = NOT_COMPARABLE.rjust(width), palette.faint
+            elif not np.isfinite(value):
+                style = palette.error
+            cells.append(Segment(text, style))
+        return cells
