@@ -103,7 +103,6 @@ def test_steps_and_epochs_replace_each_other():
         ({"seed": None}, "--seed needs a value", "whole number"),
         ({"min_learning_rate": 1}, "--min-learning-rate 1 is above", "--schedule constant"),
         ({"optimizer": "rmsprop", "implementation": "fused"}, "no fused RMSprop", "foreach"),
-        ({"prompt": ""}, "--prompt is empty", "--prompt"),
         ({"steps": True}, "--steps cannot be True", "whole number"),
     ],
 )
@@ -158,6 +157,12 @@ def test_values_typed_in_a_form_are_understood():
     )
     assert (config.steps, config.learning_rate, config.compile) == (1000, 0.01, False)
     assert (config.data, config.threads) == (None, 2)
+
+
+def test_a_prompt_of_white_space_is_a_prompt():
+    config = resolve(gpt, "light", {"prompt": " "})
+    assert isinstance(config, GptConfig)
+    assert config.prompt == " "
 
 
 def test_every_option_explains_itself():

@@ -56,11 +56,16 @@ def test_a_warm_up_longer_than_the_run_never_falls():
     assert values == sorted(values)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "rmsprop"])
-@pytest.mark.parametrize("implementation", ["auto", "fused", "foreach", "loop"])
+@pytest.mark.parametrize(
+    ("optimizer", "implementation"),
+    [
+        (optimizer, implementation)
+        for optimizer in ("adamw", "adam", "sgd", "rmsprop")
+        for implementation in ("auto", "fused", "foreach", "loop")
+        if (optimizer, implementation) != ("rmsprop", "fused")  # PyTorch has none
+    ],
+)
 def test_every_optimizer_lowers_a_loss_and_decays_matrices_only(optimizer, implementation):
-    if (optimizer, implementation) == ("rmsprop", "fused"):
-        pytest.skip("PyTorch has none")
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     config = TrainingConfig(

@@ -99,7 +99,8 @@ def parse(option: Option, value: Scalar) -> Scalar:
 
     Raises ConfigurationError.
     """
-    if value is None or (isinstance(value, str) and option.optional and not value.strip()):
+    blank = isinstance(value, str) and not (value if option.kind == "str" else value.strip())
+    if value is None or (blank and option.optional):
         if option.optional:
             return None
         raise ConfigurationError(f"{option.flag} needs a value", _expected(option))

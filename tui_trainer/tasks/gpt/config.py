@@ -30,7 +30,9 @@ class GptConfig(TrainingConfig):
         None, "rows of the token embedding; default: the characters of the corpus", group=MODEL,
         minimum=1, maximum=1 << 22,
     )  # fmt: skip
-    prompt: str = option("\n", "what the sampled text continues", group=EVALUATION)
+    prompt: str | None = option(
+        None, "what the sampled text continues; default: the start of a line", group=EVALUATION
+    )
     sample_every: int = option(
         250, "steps between two sampled texts; 0: none", group=EVALUATION, unit="steps", minimum=0
     )
@@ -45,10 +47,6 @@ class GptConfig(TrainingConfig):
         """Refuse what no single field can see. Raises ConfigurationError."""
         super().check()
         check_heads(self.width, self.heads)
-        if not self.prompt:
-            raise ConfigurationError(
-                "--prompt is empty", r"one character is enough: --prompt $'\n'"
-            )
         if self.validation_share == 0:
             raise ConfigurationError(
                 "--validation-share is 0", "the GPT needs some text to validate on: try 0.1"

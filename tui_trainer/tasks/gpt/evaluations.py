@@ -55,14 +55,17 @@ class Continuation:
     device: torch.device
 
     def __post_init__(self) -> None:
-        strange = sorted(set(self.config.prompt) - set(self.corpus.alphabet))
+        alphabet = self.corpus.alphabet
+        start = "\n" if "\n" in alphabet else alphabet[0]
+        self.prompt = start if self.config.prompt is None else self.config.prompt
+        strange = sorted(set(self.prompt) - set(alphabet))
         if strange:
             raise ConfigurationError(
                 f"--prompt has characters that {self.corpus.name} has not: "
                 + " ".join(map(repr, strange)),
                 "use characters of the corpus",
             )
-        self._prompt = self.corpus.encode(self.config.prompt)[None]  # (1, T)
+        self._prompt = self.corpus.encode(self.prompt)[None]  # (1, T)
 
     def __call__(self) -> Result:
         """No metric, one text."""
@@ -76,4 +79,4 @@ class Continuation:
                 generator=generator,
             )[0]
         text = self.corpus.decode(tokens[self._prompt.shape[1] :])
-        return {}, [TextSample(id=0, step=0, prompt=self.config.prompt, text=text)]
+        return {}, [TextSample(id=0, step=0, prompt=self.prompt, text=text)]
