@@ -1,0 +1,113 @@
+"""What the run store costs: bytes and seconds to write, to open, and to draw any zoom, cold.
+
+python benchmarks/store.py [--steps 1000000] [--series 200] [--directory DIR] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tui_trainer.history.store import packing
+from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.history.store.schema import STORE_FILE, open_for_writing
+from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.recording.store_series import SeriesWriter
+
+
+def norms(steps: int, series: int) -> np.ndarray:
+    """Series that look like gradient norms: slow drift, noise of some per cent, spikes."""
+    random = np.random.default_rng(0)
+    drift = np.cumsum(random.standard_normal((steps, series)) * 0.003, axis=0)
+    values = np.exp(drift + random.standard_normal((steps, series)) * 0.1 - 2)
+    values[random.random((steps, series)) < 1e-4] *= 100
+    return values.astype(np.float32)
+
+
+def write(directory: Path, steps: int, series: int) -> float:
+    """Seconds."""
+    values = norms(20_000, series)
+    table = Table(0, "grad_norm", tuple(Column(f"c{i}") for i in range(series)))
+    begin = time.perf_counter()
+    connection = open_for_writing(directory)
+    writer = SeriesWriter(table)
+    for start in range(0, steps, 2_000):
+        for step in range(start, min(steps, start + 2_000)):
+            writer.add(step, values[step % 20_000])
+        connection.execute("BEGIN IMMEDIATE")
+        writer.write(connection)
+        connection.execute("COMMIT")
+        writer.written()
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return time.perf_counter() - begin
+
+
+def draw(directory: Path, steps: int) -> dict[str, float]:
+    """Opening, and windows of 400 stretches of one series; nothing unpacked before."""
+    figures, opened = {}, []
+    for _ in range(5):
+        begin = time.perf_counter()
+        history = RecordedHistory(directory)
+        opened.append(time.perf_counter() - begin)
+        history.close()
+    figures["open, ms"] = statistics.median(opened) * 1e3
+    zooms = {"whole run": (0, steps), "a third": (steps // 3, steps * 2 // 3)}
+    zooms |= {"100,000 steps": (steps // 2, steps // 2 + 100_000)}
+    zooms |= {"1,000 steps": (steps // 2, steps // 2 + 1_000), "last 100": (steps - 100, steps)}
+    for name, (start, stop) in zooms.items():
+        cold, warm = [], []
+        for repeat in range(7):
+            history = RecordedHistory(directory)
+            table = history.tables[0]
+            for times in (cold, warm):
+                begin = time.perf_counter()
+                table.window([repeat % table.columns], start, stop, 400)
+                times.append(time.perf_counter() - begin)
+            history.close()
+        figures[f"draw {name}, first time, ms"] = statistics.median(cold) * 1e3
+        figures[f"draw {name}, again, ms"] = statistics.median(warm) * 1e3
+    return figures
+
+
+def packings() -> dict[str, float]:
+    """Bytes per value of a chunk of rows, packed in different ways."""
+    chunk = np.ascontiguousarray(norms(20_000, packing.GROUP)[: packing.CHUNK].T)
+    return {
+        "rows as they are, bytes a value": chunk.nbytes / chunk.size,
+        "rows, zlib 1, bytes a value": len(zlib.compress(chunk.tobytes(), 1)) / chunk.size,
+        "rows, byte planes + zlib 1, bytes a value": len(packing.pack(chunk)) / chunk.size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--series", type=int, default=200)
+    parser.add_argument("--directory")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    figures = packings()
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        seconds = write(Path(name), options.steps, options.series)
+        size = (Path(name) / STORE_FILE).stat().st_size
+        values = options.steps * options.series
+        figures["all levels, bytes a value"] = size / values
+        figures["file, MB"] = size / 1e6
+        figures["written, million values a second"] = values / seconds / 1e6
+        figures |= draw(Path(name), options.steps)
+    for label, value in figures.items():
+        print(f"{label:50} {value:10.3f}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.history.test_table_history import check_window, series
+from tui_trainer.history.records import StepRecord
+from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
+from tui_trainer.history.table import TableHistory
+from tui_trainer.protocol.describe import Column, RunInfo, Table
+from tui_trainer.protocol.messages import LogLine, Notice, Status, TextSample
+from tui_trainer.recording.items import Described, Ended, Lost, Rowed, Stepped
+from tui_trainer.recording.store import StoreSink
+
+TABLES = (
+    Table(0, "step", tuple(Column(f"c{i}") for i in range(3))),
+    Table(1, "grad_norm", tuple(Column(f"p{i}") for i in range(35))),
+)
+INFO = RunInfo("quiet-otter", "gpt", tables=TABLES)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def stepped(step, *rows, when=0.0):
+    return Stepped(StepRecord(int(step), when, "", tuple(enumerate(rows))))
+
+
+def wide(step):
+    return np.arange(35, dtype=np.float32) + np.float32(step)
+
+
+def write(directory, steps, values, commits=7, close=True):
+    clock = Clock()
+    sink = StoreSink(directory, clock=clock)
+    sink.take([Described(INFO)], Status())
+    for part in np.array_split(np.arange(len(steps)), commits):
+        clock.now += 1
+        items = [stepped(steps[i], values[i], wide(steps[i]), when=float(i)) for i in part]
+        sink.take(items, Status(state="running", step=int(steps[part[-1]]) if len(part) else 0))
+    if close:
+        sink.close()
+    return sink
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 9000),
+    commits=st.integers(1, 40),
+    zooms=st.lists(
+        st.tuples(st.floats(-0.1, 1.1), st.floats(0, 1.1), st.integers(1, 60)),
+        min_size=1,
+        max_size=5,
+    ),
+    cut=st.floats(0, 1),
+)
+def test_no_zoom_loses_an_extreme(tmp_path_factory, seed, count, commits, zooms, cut):
+    directory = tmp_path_factory.mktemp("run")
+    steps, values = series(seed, count)
+    write(directory, steps, values, commits)
+    history = RecordedHistory(directory)
+    table = history.tables[0]
+    assert table.rows == count
+    first, last = int(steps[0]), int(steps[-1])
+    for place, width, buckets in zooms:
+        start = int(first + place * (last - first))
+        check_window(table, steps, values, start, int(start + width * (last - first)), buckets)
+    check_window(table, steps, values, first, last + 1, 40)
+    # As it was at an earlier step: nothing of what came later.
+    now = int(first + cut * (last - first))
+    history.seek(now)
+    seen = steps <= now
+    assert table.rows == seen.sum()
+    check_window(table, steps[seen], values[seen], first, last + 1, 40)
+    newest = table.latest()
+    assert newest is not None
+    np.testing.assert_equal(newest[1], values[seen][-1])
+    np.testing.assert_equal(table.tail(9)[1], values[seen][-9:])
+    np.testing.assert_equal(table.at(int(steps[seen.sum() // 2])), values[seen.sum() // 2])
+    history.close()
+
+
+def test_all_columns_are_read_back(tmp_path):
+    steps, values = series(3, 5000)
+    write(tmp_path, steps, values)
+    table = RecordedHistory(tmp_path).tables[1]
+    window = table.window([34, 0, 16, 15], int(steps[0]), int(steps[-1]) + 1, 1)
+    expected = np.float32([34, 0, 16, 15])
+    np.testing.assert_equal(window.low[0], expected + np.float32(steps[0]))
+    np.testing.assert_equal(window.high[0], expected + np.float32(steps[-1]))
+    np.testing.assert_equal(table.at(int(steps[1000])), wide(steps[1000]))
+
+
+def test_a_recorded_table_serves_viewers(tmp_path):
+    steps, values = series(4, 6000)
+    write(tmp_path, steps, values)
+    recorded = RecordedHistory(tmp_path).tables[0]
+    viewer = TableHistory(TABLES[0])
+    while viewer.rows < recorded.rows:
+        viewer.apply(recorded.rows_since(viewer.rows, 30_000))
+    check_window(viewer, steps, values, int(steps[0]), int(steps[-1]) + 1, 30)
+
+
+def test_what_was_said_is_kept(tmp_path):
+    sink = StoreSink(tmp_path)
+    line = LogLine(0, 1.5, 3, "stdout", "ü\n")
+    notice = Notice(0, 3, 1.5, "mark", "here")
+    sample = TextSample(0, 3, "To", "be")
+    ended = Ended(Status(state="finished", step=9))
+    row = Rowed(0, 5, np.ones(3, np.float32), 0.0)
+    sink.take([Described(INFO), line, notice, sample, row, ended], Status(state="running"))
+    store = RecordedHistory(tmp_path).store
+    assert store.info() == INFO
+    assert store.status() == ended.status
+    assert store.ask("SELECT text FROM log") == [("ü\n",)]
+    assert store.ask("SELECT step, kind FROM event") == [(3, "mark")]
+    assert store.ask("SELECT kind FROM artifact") == [("TextSample",)]
+    sink.close()
+
+
+def test_rows_that_do_not_fit_are_counted(tmp_path):
+    said = []
+    sink = StoreSink(tmp_path, said.append)
+    three = np.ones(3, np.float32)
+    items = [stepped(1, three), stepped(2, np.ones(4, np.float32)), stepped(1, three), Lost(5)]
+    sink.take([Described(INFO), *items, stepped(0, three)], Status())
+    sink.close()
+    assert said == ["7 rows could not be recorded"]
+    assert RecordedHistory(tmp_path).tables[0].rows == 2
+
+
+def test_a_second_writer_goes_on_where_the_first_stopped(tmp_path):
+    steps, values = series(5, 3000)
+    write(tmp_path, steps[:1700], values[:1700])
+    write(tmp_path, steps[1700:], values[1700:])
+    table = RecordedHistory(tmp_path).tables[0]
+    check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 33)
+
+
+def test_the_reader_follows_a_living_run(tmp_path):
+    steps, values = series(6, 4000)
+    clock = Clock()
+    sink = StoreSink(tmp_path, clock=clock)
+    sink.take([Described(INFO)], Status())
+    history = RecordedHistory(tmp_path)
+    for part in np.array_split(np.arange(4000), 11):
+        clock.now += 1
+        sink.take([stepped(steps[i], values[i], wide(steps[i])) for i in part], Status())
+        history.refresh()
+        seen = part[-1] + 1
+        assert history.last_step == steps[part[-1]]
+        check_window(
+            history.tables[0], steps[:seen], values[:seen], int(steps[0]), int(steps[-1]), 20
+        )
+    sink.close()
+
+
+# ---------------------------------------------------------------- faults
+
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+
+
+def check_resumes(tmp_path, break_it, mend):
+    """Whatever `break_it` does, rows that were taken meanwhile are there after `mend`."""
+    steps, values = series(7, 600)
+    said, clock = [], Clock()
+    sink = StoreSink(tmp_path, said.append, clock)
+    sink.take([Described(INFO)], Status())
+    break_it()
+    clock.now += 100
+    sink.take([stepped(s, v) for s, v in zip(steps[:300], values[:300], strict=True)], Status())
+    assert said
+    assert "training goes on" in said[-1]
+    mend()
+    clock.now += 100
+    sink.take([stepped(s, v) for s, v in zip(steps[300:], values[300:], strict=True)], Status())
+    sink.close()
+    assert said[-1] == ""
+    table = RecordedHistory(tmp_path).tables[0]
+    assert table.rows == 600
+    check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 10)
+
+
+def test_a_full_disk_is_said_and_recording_resumes(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    def mend():
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    try:
+        check_resumes(tmp_path, fill, mend)
+    finally:
+        mend()
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_locked_store_is_said_and_recording_resumes(tmp_path):
+    other = []
+
+    def lock():
+        other.append(open_for_writing(tmp_path))
+        other[0].execute("BEGIN EXCLUSIVE")
+
+    check_resumes(tmp_path, lock, lambda: other[0].close())
+
+
+@needs_permissions
+def test_a_read_only_directory_is_said_and_recording_begins_later(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(0o500)
+    said, clock = [], Clock()
+    sink = StoreSink(run, said.append, clock)
+    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    assert "not recording" in said[-1]
+    run.chmod(0o700)
+    clock.now += 100
+    sink.take([], Status())
+    sink.close()
+    assert said[-1] == ""
+    assert RecordedHistory(run).tables[0].rows == 1
+    run.chmod(0o500)
+    assert RecordedHistory(run).tables[0].rows == 1  # readable where nothing can be written
+    run.chmod(0o700)
+
+
+def test_a_directory_that_is_gone_does_not_stop_the_run(tmp_path):
+    said = []
+    sink = StoreSink(tmp_path / "nowhere", said.append)
+    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    sink.close()
+    assert "not recording" in said[-1]
+
+
+def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
+    from tui_trainer.recording import store
+
+    monkeypatch.setattr(store, "MOST_WAITING_BYTES", 10_000)
+    said, clock = [], Clock()
+    sink = StoreSink(tmp_path / "later", said.append, clock)
+    sink.take([Described(INFO)], Status())
+    sink.take([stepped(i, np.ones(3, np.float32)) for i in range(1000)], Status())
+    (tmp_path / "later").mkdir()
+    clock.now += 100
+    sink.take([], Status())
+    sink.close()
+    rows = RecordedHistory(tmp_path / "later").tables[0].rows
+    assert 100 < rows < 200
+    assert said[-1] == f"{1000 - rows} rows could not be recorded"
+
+
+def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
+    steps, values = series(8, 2000)
+    write(tmp_path, steps, values)
+    path = tmp_path / STORE_FILE
+    path.write_bytes(b"not a database at all" * 1000)
+    said = []
+    sink = StoreSink(tmp_path, said.append)
+    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    sink.commit()
+    sink.close()
+    assert "the recording was damaged" in said[-1]
+    assert RecordedHistory(tmp_path).tables[0].rows == 1
+    assert [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
+    steps, values = series(9, 6000)
+    write(tmp_path, steps, values)
+    path = tmp_path / STORE_FILE
+    data = bytearray(path.read_bytes())
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        page = int(random.integers(1, len(data) // 4096)) * 4096
+        data[page : page + 4096] = random.bytes(4096)
+    path.write_bytes(data)
+    try:
+        history = RecordedHistory(tmp_path)
+    except StoreFault:
+        return
+    for table in history.tables.values():
+        for buckets in (1, 50, 400):
+            window = table.window([0], int(steps[0]), int(steps[-1]) + 1, buckets)
+            assert window.low.shape == (buckets, 1)
+        table.latest()
+        table.tail(100)
+
+
+def test_a_newer_store_is_left_alone(tmp_path):
+    open_for_writing(tmp_path).execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreFault, match="newer"):
+        RecordedHistory(tmp_path)
+    said = []
+    sink = StoreSink(tmp_path, said.append)
+    sink.take([Described(INFO)], Status())
+    assert "newer tui-trainer" in said[-1]
+    with pytest.raises(StoreFault, match="nothing was recorded"):
+        RecordedHistory(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- killed
+
+FEEDER = """
+import sys, time
+import numpy as np
+from tests.store.test_store import INFO, stepped, wide
+from tui_trainer.protocol.messages import Status
+from tui_trainer.recording.feed import Feed
+from tui_trainer.recording.items import Described
+from tui_trainer.recording.store import StoreSink
+def fault(sink, fault):
+    print("fault", fault, flush=True)
+feed = Feed(StoreSink(sys.argv[1]), Status, fault)
+feed.put([Described(INFO)])
+print("began", flush=True)
+for step in range(1, 1_000_000):
+    feed.put([stepped(step, np.full(3, step, np.float32), wide(step))])
+    if step % 10 == 0:
+        print(step, time.monotonic(), flush=True)
+    time.sleep(0.001)
+"""
+KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "8"))
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_killed_run_loses_at_most_the_last_second(tmp_path, kill):
+    random = np.random.default_rng(kill)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FEEDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "began\n"
+    time.sleep(random.uniform(0.0, 2.5))
+    killed = time.monotonic()
+    process.kill()
+    lines = [line.split() for line in process.stdout.read().splitlines()]
+    process.wait()
+    assert not [line for line in lines if line[0] == "fault"]
+    made = [
+        int(step) for step, when in (x for x in lines if len(x) == 2) if float(when) < killed - 1
+    ]
+    if not (tmp_path / STORE_FILE).exists() and not made:
+        return
+    try:
+        history = RecordedHistory(tmp_path)
+    except StoreFault:
+        assert not made
+        return
+    for table in history.tables.values():
+        assert table.rows >= max(made, default=0)
+        for step in random.integers(1, table.rows + 1, 20) if table.rows else ():
+            expected = np.full(3, step) if table.columns == 3 else wide(step)
+            np.testing.assert_equal(table.at(int(step)), expected)
+    history.close()
+    with sqlite3.connect(tmp_path / STORE_FILE) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
