@@ -1,4 +1,4 @@
-"""A session without a run: deterministic, pausable, steppable, in every shape that a screen must bear.
+"""A session without a run: deterministic, pausable, in every shape that a screen must bear.
 
     session = fake_gpt(steps=300)          # a GPT after 300 steps, running
     session.advance(10)                    # ten more, as if the run had made them
@@ -238,7 +238,7 @@ class FakeSession:
             if run.info.task == "vit":
                 self.artifacts += [self._images(step), self._confusion(step)]
             else:
-                text = ("def forward(self, x):\n    return self.head(x)  # step %d\n" % step) * 3
+                text = f"def forward(self, x):\n    return self.head(x)  # step {step}\n" * 3
                 self.artifacts.append(TextSample(len(self.artifacts), step, "The ", text))
             self.artifacts = self.artifacts[-20:]
 
@@ -284,7 +284,11 @@ class FakeSession:
             ),
             "clip": (
                 f"norm {norm:.3f} → {float(clip[2]):.3f}, threshold {MAX_NORM:g}",
-                [("before", norm, ""), ("after", float(clip[2]), ""), ("scale", float(clip[3]), "")],
+                [
+                    ("before", norm, ""),
+                    ("after", float(clip[2]), ""),
+                    ("scale", float(clip[3]), ""),
+                ],
                 tables.CLIP,
             ),
             "step": (

@@ -1,4 +1,4 @@
-"""A synthetic run: every number of every table, made from a seed, without torch and without a clock."""
+"""A synthetic run: every number of every table, made from a seed, without torch or a clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_NORM = 1.0
 
 @dataclass
 class FakeRun:
-    """What the run is, and its values: `values[table id]` has one row for each of `steps[table id]`."""
+    """What the run is, and its values: `values[id]` has one row for each of `steps[id]`."""
 
     info: RunInfo
     steps: list[NDArray[np.int64]] = field(default_factory=list)
@@ -43,7 +43,9 @@ def gpt_parameters(layers: int, width: int = 128) -> tuple[ParameterInfo, ...]:
     ]
     for layer in range(layers):
         block = f"blocks.{layer}"
-        shapes += [(f"{block}.attention.W_{x}.weight", (width, width)) for x in ("query", "key", "value")]
+        shapes += [
+            (f"{block}.attention.W_{x}.weight", (width, width)) for x in ("query", "key", "value")
+        ]
         shapes += [
             (f"{block}.attention.project.weight", (width, width)),
             (f"{block}.mlp.up.weight", (4 * width, width)),
@@ -51,7 +53,8 @@ def gpt_parameters(layers: int, width: int = 128) -> tuple[ParameterInfo, ...]:
         ]
     shapes.append(("head.weight", (96, width)))
     return tuple(
-        ParameterInfo(name, shape, "float32", int(np.prod(shape)), "AdamW") for name, shape in shapes
+        ParameterInfo(name, shape, "float32", int(np.prod(shape)), "AdamW")
+        for name, shape in shapes
     )
 
 
@@ -173,7 +176,9 @@ def _gradient_norms(info: RunInfo, steps: NDArray[np.int64], random: np.random.G
     decay = 0.35 + 0.65 * np.exp(-steps / 250.0)
     noise = np.exp(random.normal(0, 0.12, (len(steps), count)))
     common = np.exp(random.normal(0, 0.10, (len(steps), 1)))
-    spikes = np.where(random.random((len(steps), 1)) < 0.03, random.uniform(2, 5, (len(steps), 1)), 1.0)
+    spikes = np.where(
+        random.random((len(steps), 1)) < 0.03, random.uniform(2, 5, (len(steps), 1)), 1.0
+    )
     return (base * decay[:, None] * noise * common * spikes).astype(np.float32)
 
 
@@ -206,7 +211,11 @@ def _attention_values(
         parts += norms
         parts += [noise(1e-4) for _ in range(3)]
         parts += [norm / 128 for norm in norms]
-        parts += [0.05 * gain * t + noise(1e-4), -0.01 * t + noise(1e-4), 0.004 * gain * t + noise(1e-4)]
+        parts += [
+            0.05 * gain * t + noise(1e-4),
+            -0.01 * t + noise(1e-4),
+            0.004 * gain * t + noise(1e-4),
+        ]
         parts += [1 - 0.04 * gain * t, 1 + 0.01 * t, 1 - 0.004 * t]
         parts += [0.62 * gain * t, 0.55 * gain * t, 0.31 * gain * t]
         parts += [0.12 * gain + noise(0.05), noise(0.04), noise(0.04)]

@@ -13,18 +13,23 @@ from rich.console import Console
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
-from textual.screen import Screen
+from textual.screen import ModalScreen
 from textual.theme import BUILTIN_THEMES
+from textual.timer import Timer
 
+from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import Ack, Action
 from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.launch import LaunchError, LaunchRequest, OnLaunch
 from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.dialogs import QuitDialog
 from tui_trainer.ui.screens.registry import PLACES
 
 FRAMES_PER_SECOND = 4.0
+SAID_S = 4.0
+"""How long the answer to a command stays in the header, in seconds."""
 
 
 class TuiTrainerApp(App[int]):
@@ -33,12 +38,12 @@ class TuiTrainerApp(App[int]):
     TITLE = "tui-trainer"
     CSS_PATH = "app.tcss"
     ENABLE_COMMAND_PALETTE = True
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-narrow"),
         (100, "-medium"),
         (160, "-wide"),
     ]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-short"),
         (32, "-tall"),
         (50, "-very-tall"),
@@ -86,7 +91,12 @@ class TuiTrainerApp(App[int]):
         self.frames_per_second = frames_per_second
         self._start_mode = start_mode
         self._ascii_filter = AsciiFilter() if ascii else None
+        self.said = ""
+        """What the last command did, for a moment."""
+        self._forget: Timer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._leaving = False
+        """The user asked to stop and leave: the app goes when the run has ended."""
         self._drawn_version = -1
         self._last_frame = 0.0
         self._wake_scheduled = False
@@ -139,12 +149,18 @@ class TuiTrainerApp(App[int]):
             return
         self._drawn_version = snapshot.version
         self._show(snapshot)
+        if self._leaving and snapshot.status.ended:
+            self.exit(0)
 
     def _show(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         for screen in self.screen_stack:
             if isinstance(screen, RunScreen) and screen.is_mounted:
                 screen.show(snapshot)
+
+    def redraw(self) -> None:
+        """Draw the present picture again, for a change that is not the run's."""
+        self._show(self.snapshot)
 
     def shown_again(self, screen: RunScreen) -> None:
         """A screen came to the front: it is given the present picture."""
@@ -193,6 +209,7 @@ class TuiTrainerApp(App[int]):
             return
         ack = answer.result()
         if not ack.ok:
+            self._leaving = False
             text = f"{ack.message}\n{ack.hint}" if ack.hint else ack.message
             self.notify(text, title="not done", severity="warning", markup=False)
         elif ack.message:
@@ -202,8 +219,16 @@ class TuiTrainerApp(App[int]):
         self.frame()
 
     def say(self, message: str) -> None:
-        """One short line about what was just done."""
-        self.notify(message, timeout=2, markup=False)
+        """One short line about what was just done, shown in the header for a moment."""
+        self.said = message
+        if self._forget is not None:
+            self._forget.stop()
+        self._forget = self.set_timer(SAID_S, self._unsay)
+        self.redraw()
+
+    def _unsay(self) -> None:
+        self.said = ""
+        self.redraw()
 
     # ------------------------------------------------------------ actions
 
@@ -237,8 +262,23 @@ class TuiTrainerApp(App[int]):
         self.action_go("dashboard")
 
     async def action_quit(self) -> None:
-        """Ask what becomes of the run; without one, or when it has ended, just leave."""
-        self.exit(0)
+        """Ask what becomes of the run; without a living one, just leave."""
+        status, link = self.snapshot.status, self.snapshot.link
+        if isinstance(self.screen, ModalScreen):
+            self.exit(0)  # asked for twice: the run goes on
+        elif self.session is None or status.ended or link.state in ("closed", "replay"):
+            self.exit(0)
+        elif link.read_only or link.state != "live":
+            self.exit(0)  # nothing to decide: the run goes on without us
+        else:
+            self.push_screen(QuitDialog(), self._leave)
+
+    def _leave(self, choice: str | None) -> None:
+        if choice == "detach":
+            self.exit(0)
+        elif choice in ("stop", "checkpoint"):
+            self._leaving = True
+            self.command(messages.Stop(checkpoint=choice == "checkpoint"))
 
     # ------------------------------------------------------------ look
 
@@ -249,10 +289,7 @@ class TuiTrainerApp(App[int]):
 
     def _restyle(self) -> None:
         self.palette = theme.palette(self.theme_variables, self.native_ansi_color)
-        self._drawn_version = -1
-        for screen in self.screen_stack:
-            if isinstance(screen, RunScreen) and screen.is_mounted:
-                screen.show(self.snapshot)
+        self.redraw()
 
 
 def choose_theme() -> str:
@@ -283,6 +320,3 @@ def run_app(
     )
     code: Any = app.run()
     return app.return_code or (code if isinstance(code, int) else 0)
-
-
-__all__ = ["FRAMES_PER_SECOND", "Screen", "TuiTrainerApp", "run_app"]

@@ -10,13 +10,16 @@ from tui_trainer.protocol import messages
 from tui_trainer.ui.screens.dialogs import NumberPrompt
 
 if TYPE_CHECKING:
+    from textual.screen import Screen
+
     from tui_trainer.ui.app import TuiTrainerApp
 
 CONTROL_BINDINGS = (
     Binding("space", "pause", "Pause/resume", key_display="space", id="run.pause",
             tooltip="Pause at the next phase boundary, or go on"),
     Binding("s", "step", "Step", id="run.step", tooltip="One optimizer step, then pause"),
-    Binding("p", "phase", "Phase", id="run.phase", tooltip="To the next phase boundary, then pause"),
+    Binding("p", "phase", "Phase", id="run.phase",
+            tooltip="To the next phase boundary, then pause"),
     Binding("n", "steps", "N steps", id="run.steps", tooltip="So many steps, then pause"),
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
@@ -29,7 +32,7 @@ class ControlActions:
 
     @property
     def _trainer(self) -> TuiTrainerApp:
-        return cast("TuiTrainerApp", self.app)  # type: ignore[attr-defined]
+        return cast("TuiTrainerApp", cast("Screen[object]", self).app)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that steer are dimmed while there is no run that could obey."""

@@ -10,9 +10,20 @@ MISSING = "–"
 def number(value: float | None, width: int = 8, digits: int = 4) -> str:
     """`value` right-aligned in `width` cells with about `digits` significant digits.
 
-    Fixed-point where that shows them, scientific beyond; NaN and infinities are spelt out.
+    Fixed-point where that shows them, scientific beyond; NaN and infinities are spelt out. Where
+    the width is too small for that many digits, fewer are shown.
     """
-    return _fit(_number(value, digits), width)
+    shown = _number(value, digits)
+    while width and len(shown) > width and digits > 1 and value is not None:
+        digits -= 1
+        shown = _number(value, digits) if digits > 1 else _bare(value)
+    return _fit(shown, width)
+
+
+def _bare(value: float) -> str:
+    """The shortest that still says the magnitude: `1e30`."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -132,7 +132,7 @@ def to_ascii(text: str) -> str:
 
 
 class AsciiFilter(LineFilter):
-    """Catches what other widgets draw (scroll bars, toasts, a script's own output) under `--ascii`."""
+    """Catches what other widgets draw (toasts, a script's own output) under `--ascii`."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         """Translate the text of each segment."""

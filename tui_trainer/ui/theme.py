@@ -125,8 +125,7 @@ def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
 
 
 _WANTED = frozenset(
-    ["foreground", "background", "primary", "secondary", "accent", "warning", "error", "success"]
-    + ["block-cursor-background", "block-cursor-foreground", *DARK.variables]
+    ("foreground", "background", "accent", "warning", "error", "success", *DARK.variables)
 )
 
 
@@ -143,13 +142,20 @@ def _truecolor(variables: dict[str, str]) -> Palette:
     dark = background.brightness < 0.5
     ours = (DARK if dark else LIGHT).variables
 
-    def style(name: str, otherwise: Color | str, **attributes: bool) -> Style:
+    def style(name: str, otherwise: Color | str, bold: bool = False, italic: bool = False) -> Style:
         color = variables.get(name) or otherwise
         color = color if isinstance(color, Color) else Color.parse(color)
         solid = background.blend(color.with_alpha(1), color.a)
-        return Style(color=solid.rich_color, bgcolor=background.rich_color, **attributes)
+        return Style(
+            color=solid.rich_color,
+            bgcolor=background.rich_color,
+            bold=bold or None,
+            italic=italic or None,
+        )
 
-    mixed = lambda share: background.blend(foreground, share)  # noqa: E731
+    def mixed(share: float) -> Color:
+        return background.blend(foreground, share)
+
     accent = style("accent", ours["footer-key-foreground"])
     cursor = background.blend(Color.parse(variables["accent"]), 0.24)
     return Palette(

@@ -1,4 +1,4 @@
-"""What the panels share: a title with its figures in one thin line, and how they read a snapshot."""
+"""What the panels share: a title and its figures in one thin line, and how they read."""
 
 from __future__ import annotations
 
@@ -88,6 +88,10 @@ def note(text: str, style: Style) -> Row:
 def unseen(snapshot: Snapshot, quantity: str) -> str:
     """Why `quantity` cannot be seen in this run; "" when it can."""
     return snapshot.info.unseen.get(quantity, "") if snapshot.info and quantity else ""
+
+
+FIRST_STEP = "from the first step on"
+"""What every panel but the first says before there is anything: once is enough."""
 
 
 def waiting_text(snapshot: Snapshot) -> str:

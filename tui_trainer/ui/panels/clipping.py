@@ -11,7 +11,16 @@ from textual.geometry import Size
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.ui import formatting as f
-from tui_trainer.ui.panels.base import Item, Panel, column, note, provisional, title_row, unseen
+from tui_trainer.ui.panels.base import (
+    FIRST_STEP,
+    Item,
+    Panel,
+    column,
+    note,
+    provisional,
+    title_row,
+    unseen,
+)
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Marks, Rule
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
@@ -47,7 +56,7 @@ class ClippingPanel(Panel):
         right = "log" if self.chart.log else ""
         rows = self.chart.rows(size.width, tall, steps, layers, self.palette, self.glyphs)
         if not layers:
-            rows[max(0, len(rows) // 2 - 1)] = note(self.waiting(), self.palette.dim)
+            self.chart.say(rows, FIRST_STEP, self.palette)
         return [self.title(size.width, items, right), *rows, *self._ledger(size.width, ledger)]
 
     def _read(self, width: int) -> tuple[tuple[int, int], list[Layer], list[Item]]:
@@ -55,7 +64,7 @@ class ClippingPanel(Panel):
         step = snapshot.history.table(tables.STEP)
         clip = snapshot.history.table(tables.CLIP)
         info = snapshot.info
-        last = step.last_step if step is not None and step.rows else 0
+        last = (step.last_step or 0) if step is not None else 0
         steps = window(last, self.shown, info.total_steps if info else None)
         if step is None or not step.rows:
             return steps, [], []
@@ -71,18 +80,14 @@ class ClippingPanel(Panel):
         values = fresh if fresh is not None else known[1] if known is not None else None
         style = palette.provisional if fresh is not None else palette.norm
         if values is not None:
-            threshold, before, after, scale = (float(v) for v in values[:4])
+            threshold, before, _, scale = (float(v) for v in values[:4])
             layers.insert(0, Rule(palette.clip, threshold))
             clipped = palette.clip if scale < 1 else style
             items += [
                 ("norm", f.number(before, 6, 3), clipped),
-                ("threshold", f.number(threshold, 4, 3), palette.clip),
+                ("limit", f.number(threshold, 5, 3), palette.clip),
                 ("scale", f.number(scale, 5, 4), clipped),
             ]
-            if snapshot.status.clipped_share is not None:
-                share = f.percent(snapshot.status.clipped_share, 4, 0)
-                text = f"{share} of last {snapshot.status.clip_window}"
-                items.insert(1, ("clipped", text, palette.text))
         else:
             items.append(("norm", f.number(norm, 6, 3), palette.norm))
         events = [e.step for e in snapshot.events if isinstance(e, Clip)]
@@ -99,11 +104,27 @@ class ClippingPanel(Panel):
         palette = self.palette
         reason = unseen(self.snapshot, "clip")
         clips = [event for event in self.snapshot.events if isinstance(event, Clip)]
-        rows = [[Segment("    step     norm  scale  parameters that dominated, share", palette.dim)]]
+        rows = [self._ledger_title(width)]
         if reason or not clips:
-            nothing = "no step was clipped so far" if self.snapshot.status.step else self.waiting()
+            nothing = "no step was clipped so far" if self.snapshot.status.step else ""
             return [*rows, note(reason or nothing, palette.dim)]
-        return rows + [self._event(clip, width) for clip in clips[: -height : -1]]
+        return rows + [self._event(clip, width) for clip in clips[:-height:-1]]
+
+    def _ledger_title(self, width: int) -> Row:
+        """Column titles, and how often the last steps were clipped."""
+        palette, status = self.palette, self.snapshot.status
+        text = "    step     norm  scale  dominated by, share"
+        share = status.clipped_share
+        if share is None:
+            return [Segment(text, palette.dim)]
+        rate = f"{100 * share:3.0f}% of last {status.clip_window}"
+        if len(text) + len(rate) + 2 > width:
+            text = text.removesuffix(", share")
+        gap = max(1, width - len(text) - len(rate))
+        return [
+            Segment(text + " " * gap, palette.dim),
+            Segment(rate, palette.clip if share else palette.dim),
+        ]
 
     def _event(self, clip: Clip, width: int) -> Row:
         palette, info = self.palette, self.snapshot.info

@@ -13,7 +13,14 @@ from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
-from tui_trainer.ui.panels.base import Item, provisional, title_row, unseen, waiting_text
+from tui_trainer.ui.panels.base import (
+    FIRST_STEP,
+    Item,
+    provisional,
+    title_row,
+    unseen,
+    waiting_text,
+)
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
 from tui_trainer.ui.widgets.sparkline import sparklines
@@ -65,6 +72,8 @@ class GradientsPanel(VirtualTable):
             f"nothing matches “{self.filter}”"
             if self.filter and self.modules.leaves
             else waiting_text(snapshot)
+            if snapshot.status.step
+            else FIRST_STEP
         )
         self._frames += 1
         if self.sorting == "norm" and self._frames % SETTLE_FRAMES == 1:
@@ -76,8 +85,16 @@ class GradientsPanel(VirtualTable):
         if len(names) == self.modules.leaves and tuple(names) == self.modules.names:
             return
         self.modules = NameTree(names)
-        self.modules.fold_deeper_than(1 if len(names) <= 64 else 0)
+        self._fold_to_fit()
         self._arrange()
+
+    def _fold_to_fit(self) -> None:
+        """As deep as fits on the screen without scrolling, but never only the outermost names
+        where that is few."""
+        for depth in (9, 2, 1, 0):
+            self.modules.fold_deeper_than(depth)
+            if len(self.modules.visible()) <= max(self.page, 16):
+                return
 
     def _take_norms(self) -> None:
         if self._history is None or not self._history.rows:
@@ -154,7 +171,9 @@ class GradientsPanel(VirtualTable):
         wanted: list[int] = []
         parts: list[tuple[int, int]] = []
         for node in visible.tolist():
-            members = self.modules.members[node] if self.modules.is_branch(node) else np.array([node])
+            members = (
+                self.modules.members[node] if self.modules.is_branch(node) else np.array([node])
+            )
             if len(members) <= MOST_MEMBERS:
                 parts.append((node, len(members)))
                 wanted += members.tolist()
@@ -179,7 +198,9 @@ class GradientsPanel(VirtualTable):
         out: Row = []
         for column, width in zip(columns, widths, strict=True):
             if column.key == "name":
-                out.append(Segment(self._label_of(row, branch, flat, width), _named(self, row, branch)))
+                out.append(
+                    Segment(self._label_of(row, branch, flat, width), _named(self, row, branch))
+                )
             elif column.key == "norm":
                 measured = self._history is not None and self._history.rows
                 text = f.number(norm, width) if measured else glyphs.missing.rjust(width)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel
 from tui_trainer.ui.widgets.lines import Row
+
+if TYPE_CHECKING:
+    from tui_trainer.ui.app import TuiTrainerApp
 
 
 class HeaderLine(Panel):
@@ -58,6 +61,8 @@ class HeaderLine(Panel):
 
     def _about(self) -> str:
         status = self.snapshot.status
+        if said := cast("TuiTrainerApp", self.app).said:
+            return said
         if status.state == "paused":
             return f"after {status.phase}" if status.phase else status.reason
         if status.state == "starting":
@@ -68,6 +73,15 @@ class HeaderLine(Panel):
             return f"at most {status.throttle:g} steps/s"
         return ""
 
+    def _memory(self) -> float | None:
+        """Bytes on the accelerator, or of the training process where there is none."""
+        history = self.snapshot.history.table(tables.MEMORY)
+        latest = history.latest() if history is not None else None
+        if latest is None:
+            return None
+        device, _, host = (float(value) for value in latest[1][:3])
+        return device if device == device else host
+
     def _right(self, room: int) -> Row:
         info, link, palette = self.snapshot.info, self.snapshot.link, self.palette
         dot = f" {self.glyphs.separator} "
@@ -77,6 +91,10 @@ class HeaderLine(Panel):
             parts.append(info.device.name)
             if info.device.threads:
                 parts.append(f"{info.device.threads} threads")
+        if (memory := self._memory()) is not None:
+            parts.append(f.bytes_(memory, 0))
+        if self.snapshot.status.cost_share is not None:
+            parts.append(f"own cost {f.percent(self.snapshot.status.cost_share, 0, 2)}")
         latency = f" {link.latency_ms:.0f} ms" if link.latency_ms and link.latency_ms >= 1 else ""
         viewing = "watching only" if link.read_only else link.state
         parts.append(f"{viewing}{latency}")
@@ -133,13 +151,10 @@ class ProgressLine(Panel):
         steps = f"{status.step:,}".rjust(width) + (f"/{total:,}" if total else "")
         items: list[Item] = [("", f"step {steps}", palette.strong)]
         items.append(("steps/s", self._speed(), palette.text))
-        items.append(("left", f.duration(status.remaining_s, 7), palette.text))
-        items.append(("elapsed", f.duration(status.elapsed_s, 7), palette.text))
+        items.append(("left", _clock(status.remaining_s), palette.text))
+        items.append(("elapsed", _clock(status.elapsed_s), palette.text))
         if info and info.items_per_step:
             items.append((f"{info.item_unit}/s", f.count(status.items_per_second, 6), palette.text))
-        items.append(("own cost", f.percent(status.cost_share, 5, 2), palette.text))
-        if (memory := self._memory()) is not None:
-            items.append((memory[0], f.bytes_(memory[1], 8), palette.text))
         if info and info.steps_per_epoch:
             items.insert(3, ("epoch", f"{status.epoch:6.2f}", palette.text))
         return items
@@ -150,10 +165,7 @@ class ProgressLine(Panel):
             return self.glyphs.missing.rjust(6)
         return f"{speed:6.1f}" if speed >= 1 else f"{speed:6.3f}"
 
-    def _memory(self) -> tuple[str, float] | None:
-        history = self.snapshot.history.table(tables.MEMORY)
-        latest = history.latest() if isinstance(history, TableHistory) else None
-        if latest is None:
-            return None
-        device, _, host = (float(value) for value in latest[1][:3])
-        return ("device", device) if device == device else ("memory", host)
+
+def _clock(seconds: float | None) -> str:
+    """As wide as minutes and seconds, or as hours, days: it grows once, not every minute."""
+    return f.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)

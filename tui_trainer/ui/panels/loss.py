@@ -10,7 +10,7 @@ from textual.geometry import Size
 
 from tui_trainer.protocol import tables
 from tui_trainer.ui import formatting as f
-from tui_trainer.ui.panels.base import Item, Panel, column, note, title_row
+from tui_trainer.ui.panels.base import Item, Panel, column, title_row
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
@@ -52,28 +52,35 @@ class LossPanel(Panel):
         palette, glyphs = self.palette, self.glyphs
         step = self.snapshot.history.table(tables.STEP)
         info = self.snapshot.info
-        last = step.last_step if step is not None and step.rows else 0
+        last = (step.last_step or 0) if step is not None else 0
         steps = window(last, self.shown, info.total_steps if info else None)
         layers: list[Layer] = []
         items: list[Item] = []
         buckets = 2 * self.chart.plot_width(size.width)
         if step is not None and step.rows:
             seen = step.window([0], *steps, buckets)
-            layers.append(Band.of(seen, 0, palette.loss_raw))
-            smooth = smoothed(layers[0].low, layers[0].high, max(2.0, buckets * SMOOTHED_SHARE))  # type: ignore[union-attr]
+            band = Band.of(seen, 0, palette.loss_raw)
+            layers.append(band)
+            smooth = smoothed(band.low, band.high, max(2.0, buckets * SMOOTHED_SHARE))
             latest = step.latest()
             value = float(latest[1][0]) if latest is not None else None
             bad = value is not None and not np.isfinite(value)
             items.append(("train", f.loss(value, 7), palette.error if bad else palette.loss))
             if last > 3:
                 layers.append(Line(palette.loss, smooth))
+            else:  # a dot alone is easily overlooked
+                few = np.flatnonzero(seen.filled)
+                layers.append(Points(palette.loss, few, seen.last[few, 0], glyphs.running))
         layers += self._validation(steps, buckets, items)
-        scale = "log" if self.chart.log else "linear"
+        if step is not None and (rate := column(step, "learning_rate")) >= 0 and last:
+            latest = step.latest()
+            value = float(latest[1][rate]) if latest is not None else None
+            items.append(("lr", f.scientific(value, 8), palette.text))
         shown = "whole run" if self.shown is None else f"last {self.shown:,}"
-        right = f"{scale} {glyphs.separator} {shown}"
+        right = f"log {glyphs.separator} {shown}" if self.chart.log else shown
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, glyphs)
         if not last:
-            rows[max(0, len(rows) // 2 - 1)] = note(self.waiting(), palette.dim)
+            self.chart.say(rows, self.waiting(), palette)
         return [self.title(size.width, items, right), *rows]
 
     def _validation(self, steps: tuple[int, int], buckets: int, items: list[Item]) -> list[Layer]:
@@ -102,7 +109,7 @@ def smoothed(
     middle = low / 2 + high / 2
     known = np.isfinite(middle)
     if not known.any():
-        return middle
+        return np.full(len(low), np.nan, np.float32)
     reach = int(2 * width)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 2)) ** 2)
     largest = float(np.abs(middle[known]).max()) or 1.0
@@ -110,4 +117,4 @@ def smoothed(
     total = np.convolve(filled, kernel)[reach : reach + len(middle)]
     weight = np.convolve(known.astype(float), kernel)[reach : reach + len(middle)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, total / weight * largest, np.nan).astype(np.float32)
+        return np.asarray(np.where(known, total / weight * largest, np.nan), np.float32)

@@ -24,16 +24,16 @@ SLOW_STEPS_PER_SECOND = 2.0
 class PhaseStrip(Panel):
     """Names, times, and below them either the proportions or, while paused, what came out."""
 
-    DEFAULT_CSS = "PhaseStrip { height: 3; }"
+    DEFAULT_CSS = "PhaseStrip { height: 4; }"
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """Three rows, or two where the terminal is short."""
+        """Four rows (the last one only while paused), or two where the terminal is short."""
         times = self._times()
         names, values = self._columns(size.width, times)
         report = self._report()
         if report is not None:
-            last = self._produced(report, size.width)
-            return [names, values, last] if size.height > 2 else [names, last]
+            said, figures = self._produced(report, size.width)
+            return [names, values, said, figures] if size.height > 2 else [names, said]
         return [names, values, self._proportions(size.width, times)]
 
     def _report(self) -> PhaseReport | None:
@@ -75,7 +75,7 @@ class PhaseStrip(Panel):
             names += (Segment(f" {phase}".ljust(each - 1), style), Segment(" ", palette.text))
             shown = f.milliseconds(float(time), 8) if there else self._absent(phase).rjust(8)
             values.append(Segment(shown, palette.text if there else palette.faint))
-            share = f" {100 * time / whole:3.0f}%" if there and whole else ""
+            share = f" {100 * time / whole:3.0f}%" if there and whole and each >= 14 else ""
             values.append(Segment(share[: each - 8].ljust(each - 8), palette.dim))
         return names, values
 
@@ -83,38 +83,36 @@ class PhaseStrip(Panel):
         return "none" if unseen(self.snapshot, phase) else self.glyphs.missing
 
     def _proportions(self, width: int, times: NDArray[np.float64]) -> Row:
-        """A bar as long as the strip, each phase its share; neighbours differ in tone."""
+        """Under each phase a bar as long as its part of the step."""
         palette, glyphs = self.palette, self.glyphs
         each = (width - 1) // len(PHASES)
-        room = each * len(PHASES) - 1
+        room = each - 2
         whole = float(np.nansum(times))
-        if not whole:
-            return [Segment(" ", palette.text), Segment(glyphs.track * room, palette.faint)]
-        edges = np.rint(np.nancumsum(times) / whole * room).astype(int).tolist()
         row: Row = [Segment(" ", palette.text)]
-        start = 0
-        for number, edge in enumerate(edges):
-            style = palette.accent if number % 2 == 0 else palette.loss_raw
-            row.append(Segment(glyphs.bar * (edge - start), style))
-            start = edge
+        for time in times:
+            filled = round(room * time / whole) if time == time and whole else 0
+            row.append(Segment(" " + glyphs.bar * filled, palette.accent))
+            row.append(Segment(glyphs.track * (room - filled), palette.faint))
+            row.append(Segment(" ", palette.text))
         return row
 
-    def _produced(self, report: PhaseReport, width: int) -> Row:
+    def _produced(self, report: PhaseReport, width: int) -> tuple[Row, Row]:
+        """The sentence, and the figures below it."""
         palette = self.palette
-        row: Row = [
+        said: Row = [
             Segment(f" {self.glyphs.arrow} ", palette.warning),
             Segment(f"step {report.step:,} after {report.phase}: ", palette.warning),
             Segment(report.summary, palette.strong),
         ]
-        left = width - sum(len(segment.text) for segment in row)
+        figures: Row = [Segment("  ", palette.text)]
+        left = width - 2
         for quantity in report.quantities:
-            text = f"  {quantity.name} "
-            value = _value(quantity)
-            if len(text) + len(value) > left:
-                break
-            row += (Segment(text, palette.dim), Segment(value, palette.text))
-            left -= len(text) + len(value)
-        return row
+            text, value = f" {quantity.name} ", _value(quantity)
+            if len(text) + len(value) + 2 > left:
+                continue
+            figures += (Segment(text, palette.dim), Segment(f"{value}  ", palette.text))
+            left -= len(text) + len(value) + 2
+        return said, figures
 
 
 def _value(quantity: Quantity) -> str:

@@ -15,14 +15,14 @@ from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
+    FIRST_STEP,
     Item,
     Panel,
-    note,
     provisional,
     title_row,
     unseen,
-    waiting_text,
 )
+from tui_trainer.ui.panels.loss import SMOOTHED_SHARE, smoothed
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line
 from tui_trainer.ui.widgets.lines import Row
@@ -41,9 +41,9 @@ TRENDS = (
 
 COLUMNS = (
     TableColumn("layer", "layer", 0, left=True),
-    TableColumn("cos_qk", "cos qk", 7),
-    TableColumn("cos_qv", "cos qv", 7),
-    TableColumn("cos_kv", "cos kv", 7),
+    TableColumn("cos_qk", "cos qk", 6),
+    TableColumn("cos_qv", "cos qv", 6),
+    TableColumn("cos_kv", "cos kv", 6),
     TableColumn("drift_q", "drift q", 7, style="q"),
     TableColumn("drift_k", "k", 6, style="k"),
     TableColumn("drift_v", "v", 6, style="v"),
@@ -82,7 +82,7 @@ class LayersTable(VirtualTable):
             self.set_order(np.arange(layers))
         nothing = "no attention layer was found in this model"
         self.empty = unseen(snapshot, "attention") or (
-            nothing if snapshot.status.step and not layers else waiting_text(snapshot)
+            nothing if snapshot.status.step and not layers else FIRST_STEP
         )
         self.update_rows()
 
@@ -101,7 +101,7 @@ class LayersTable(VirtualTable):
         items: list[Item] = [("", "Wq", palette.q), ("", "Wk", palette.k), ("", "Wv", palette.v)]
         layers = len(self.order)
         if layers:
-            items.append(("", f"{layers} layers", palette.dim))
+            items.append(("", f"{layers:,} layers", palette.dim))
         return [title_row(self, width, "Attention", items)]
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
@@ -112,7 +112,9 @@ class LayersTable(VirtualTable):
             if column.key == "layer":
                 name = info.attention[row].layer if info else ""
                 note_sign = "*" if info and info.attention[row].note else ""
-                out.append(Segment(fitted(short_layer(name) + note_sign, width, True), palette.text))
+                out.append(
+                    Segment(fitted(short_layer(name) + note_sign, width, True), palette.text)
+                )
                 continue
             value = self._value(row, column.key)
             out.append(Segment(_shown(column.key, value, width), self._style(column, value)))
@@ -139,11 +141,11 @@ class TrendPanel(Panel):
 
     quantity = "attention"
 
-    def __init__(self, *, id: str | None = None) -> None:
+    def __init__(self, trend: int = 0, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.chart = Chart()
         self.shown_layer = 0
-        self.trend = 0
+        self.trend = trend
 
     def cycle(self) -> str:
         """Show the next statistic; its name."""
@@ -154,7 +156,9 @@ class TrendPanel(Panel):
 
     def title(self, width: int, items: Sequence[Item] = (), right: str = "") -> Row:
         """The statistic's name and the newest values."""
-        return title_row(self, width, TRENDS[self.trend][0].replace("grad_cos", "∇cos"), items, right)
+        return title_row(
+            self, width, TRENDS[self.trend][0].replace("grad_cos", "∇cos"), items, right
+        )
 
     def rows(self, size: Size) -> Sequence[Row]:
         """Blank where the reason is already said in the table above."""
@@ -181,15 +185,18 @@ class TrendPanel(Panel):
             for number, part in enumerate(parts):
                 style = pair_style(palette, part)
                 band = Band.of(seen, number, style)
-                line = Line(style, band.low / 2 + band.high / 2, band.bad)
-                layers.append(band if name == "grad_cos" else line)
+                if name == "grad_cos":  # it scatters too much to be read but for its mean
+                    mean = smoothed(band.low, band.high, max(2.0, buckets * SMOOTHED_SHARE))
+                    layers.append(Line(style, mean, band.bad))
+                else:
+                    layers.append(band)
                 if latest is not None:
                     value = float(latest[1][wanted[number]])
                     items.append((part, _shown(f"{name}_{part}", value, 7), style))
         right = short_layer(info.attention[layer].layer) if info and info.attention else ""
+        if right and name == "grad_cos":
+            right = f"{right} {self.glyphs.separator} mean"
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, self.glyphs)
-        if not layers:
-            rows[max(0, len(rows) // 2 - 1)] = note("", palette.dim)
         return [self.title(size.width, items, right), *rows]
 
 

@@ -23,7 +23,7 @@ class RunScreen(Screen[Any]):
         return cast("TuiTrainerApp", self.app)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw `snapshot`. Called on the event loop, at the frame rate, only when something is new."""
+        """Draw `snapshot`. Called on the event loop, only when something is new."""
         raise NotImplementedError
 
     def on_screen_resume(self) -> None:

@@ -9,11 +9,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
-from textual.widgets import Footer, Input
+from textual.widgets import Input
 
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
 from tui_trainer.ui.panels.banner import Banner
+from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
@@ -21,12 +22,15 @@ from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
 from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
 from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.widgets.keys import KeyLine
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 from tui_trainer.ui.widgets.too_small import TooSmall
 
 TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "attention")
+SHOWN_TRENDS = (0, 1, 4)
+"""Statistics of Wq, Wk, Wv (numbers in TRENDS): the first everywhere, all where there is room."""
 ROOM = (40, 10)
 """Columns and rows below which nothing can be shown sensibly."""
 FULL = (100, 30)
@@ -50,14 +54,17 @@ class DashboardScreen(ControlActions, RunScreen):
                 tooltip="Steps in the charts: the whole run, the last 1,000, the last 200"),
         Binding("m", "trend", "Trend", id="dashboard.trend",
                 tooltip="Statistic in the chart of Wq, Wk, Wv"),
-        Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left", tooltip="Panel before"),
-        Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right", tooltip="Panel after"),
+        Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left",
+                tooltip="Panel before"),
+        Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
+                tooltip="Panel after"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self._folded = False
         self._tab = 0
+        self._panels: list[Panel | GradientsPanel | LayersTable] = []
 
     def compose(self) -> ComposeResult:
         """Every panel is there from the first paint on."""
@@ -74,9 +81,10 @@ class DashboardScreen(ControlActions, RunScreen):
             yield GradientsPanel(id="gradients")
             with Vertical(id="attention"):
                 yield LayersTable(id="layers")
-                yield TrendPanel(id="trend")
+                for number in range(len(SHOWN_TRENDS)):
+                    yield TrendPanel(SHOWN_TRENDS[number], id=f"trend-{number}")
         yield Input(placeholder="names that hold these words", id="filter", compact=True)
-        yield Footer(compact=True, show_command_palette=False)
+        yield KeyLine()
 
     # ------------------------------------------------------------ frames
 
@@ -85,16 +93,20 @@ class DashboardScreen(ControlActions, RunScreen):
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
-        for panel in self.query(".panel, HeaderLine, ProgressLine, PhaseStrip, Banner").results():
-            show = getattr(panel, "show", None)
-            if show is not None and panel.is_on_screen:
-                show(snapshot)
-        self.refresh_bindings()
+        for panel in self._panels:
+            if panel.is_on_screen or isinstance(panel, Banner):
+                panel.show(snapshot)
+        keys = self.query_one(KeyLine)
+        keys.renamed["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"
+        keys.show()
 
     def on_mount(self) -> None:
         """Show what is known."""
-        for name in ("#loss", "#clipping", "#gradients", "#layers", "#trend"):
-            self.query_one(name).add_class("panel")
+        self._panels = [
+            widget
+            for widget in self.query("*").results()
+            if isinstance(widget, Panel | GradientsPanel | LayersTable)
+        ]
         self.query_one("#gradients").focus()
 
     # ------------------------------------------------------------ room
@@ -155,7 +167,7 @@ class DashboardScreen(ControlActions, RunScreen):
 
     def action_trend(self) -> None:
         """Another statistic of Wq, Wk, Wv."""
-        self.query_one(TrendPanel).cycle()
+        self.query_one("#trend-0", TrendPanel).cycle()
 
     def action_filter(self) -> None:
         """Open the filter."""
@@ -200,6 +212,6 @@ class DashboardScreen(ControlActions, RunScreen):
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
         """The chart follows the layer under the cursor."""
         if isinstance(message.table, LayersTable):
-            trend = self.query_one(TrendPanel)
-            trend.shown_layer = message.row
-            trend.update_rows()
+            for trend in self.query(TrendPanel):
+                trend.shown_layer = message.row
+                trend.update_rows()

@@ -54,7 +54,9 @@ class QuitDialog(ModalScreen[str | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Stay", id="quit.stay", tooltip="Go on watching"),
-        Binding("d,q,x", "dismiss('detach')", "Detach", id="quit.detach", tooltip="The run goes on"),
+        Binding(
+            "d,q,x", "dismiss('detach')", "Detach", id="quit.detach", tooltip="The run goes on"
+        ),
         Binding("s", "dismiss('stop')", "Stop", id="quit.stop", tooltip="End the run"),
         Binding("c", "dismiss('checkpoint')", "Checkpoint, stop", id="quit.checkpoint"),
     ]

@@ -35,8 +35,16 @@ class Place:
 
 PLACES = (
     Place("dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"),
-    Place("attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"),
-    Place("parameters", "3", "Parameters", "parameters:ParametersScreen", "Every parameter, every column"),
+    Place(
+        "attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"
+    ),
+    Place(
+        "parameters",
+        "3",
+        "Parameters",
+        "parameters:ParametersScreen",
+        "Every parameter, every column",
+    ),
     Place("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
     Place("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
     Place("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),

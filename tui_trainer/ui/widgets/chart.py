@@ -1,4 +1,4 @@
-"""A chart of steps against values, on cells: bands that lose no spike, lines, points and thresholds."""
+"""A chart of steps against values: bands that lose no spike, lines, points and thresholds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Band:
-    """The smallest to the largest value of each dot column (two to a cell), NaN where there is none."""
+    """The smallest to the largest value of each dot column (two to a cell); NaN: there is none."""
 
     style: Style
     low: Floats
@@ -129,16 +129,22 @@ class Chart:
         self._rules(layers, scale, codes, styles, table, glyphs)
         self._dots(layers, scale, codes, styles, table, glyphs)
         self._points(layers, scale, codes, styles, table)
-        labels = _labels(scale, tall)
+        labels = _labels(scale, tall) if len(layers) else {}
         plotted = dots.segments(codes, styles, table)
         out = []
         for y, row in enumerate(plotted):
             label = labels.get(y)
             edge = glyphs.tick if label is not None else glyphs.vertical
-            text = formatting.number(label, GUTTER - 1, 3) if label is not None else " " * (GUTTER - 1)
+            text = (label or "").rjust(GUTTER - 1)
             out.append([Segment(text, palette.dim), Segment(edge, palette.faint), *row])
         out.append(_axis(cells, steps, layers, palette, glyphs))
         return out
+
+    @staticmethod
+    def say(rows: list[Row], text: str, palette: Palette) -> None:
+        """Put a sentence in the middle of a plot that has nothing to show yet."""
+        y = max(0, len(rows) // 2 - 1)
+        rows[y] = [*rows[y][:2], Segment(f"  {text}", palette.dim)]
 
     def _rules(
         self,
@@ -153,7 +159,7 @@ class Chart:
             if isinstance(layer, Rule):
                 place = scale.place(np.array([layer.value], np.float64))[0]
                 if 0 <= place <= 1:
-                    y = int(round((1 - place) * (4 * len(codes) - 1))) // 4
+                    y = round((1 - place) * (4 * len(codes) - 1)) // 4
                     table.append(layer.style)
                     codes[y], styles[y] = ord(glyphs.dash), len(table) - 1
 
@@ -168,6 +174,7 @@ class Chart:
     ) -> None:
         height, width = codes.shape
         patterns = np.zeros(codes.shape, np.uint8)
+        banded = any(isinstance(layer, Band) for layer in layers)
         for number, layer in enumerate(layers):
             if isinstance(layer, Band):
                 grid = dots.blank(width, height)
@@ -180,7 +187,10 @@ class Chart:
             mask = dots.masks(grid)
             table.append(layer.style)
             styles[mask > 0] = len(table) - 1
-            patterns |= mask
+            # A line stands alone in its cells, or it would drown in the band that it sums up;
+            # what reaches beyond them is still drawn, so a spike is never hidden.
+            keep = mask == 0 if isinstance(layer, Line) and banded else True
+            patterns = np.where(keep, patterns, 0).astype(np.uint8) | mask
         drawn = patterns > 0
         codes[drawn] = dots.characters(patterns, glyphs.ascii)[drawn]
 
@@ -191,8 +201,11 @@ class Chart:
         known = self._lines.get(number)
         if known is not None and known[0] == key:
             return known[1]
+        # One point a cell says all that a smooth line has to say, at half the cost of two.
         x = np.arange(len(places), dtype=np.float64)
-        grid = plot.line(x, places, width, height, (0.0, 2.0 * width - 1, 0.0, 1.0))
+        last = np.flatnonzero(np.isfinite(places))[-1:]
+        few = np.unique(np.concatenate([x[::2], last])).astype(np.int64)
+        grid = plot.line(x[few], places[few], width, height, (0.0, 2.0 * width - 1, 0.0, 1.0))
         self._lines[number] = (key, grid)
         return grid
 
@@ -212,7 +225,7 @@ class Chart:
             rows = scale.dot_rows(layer.values, 4 * height)
             for column, row in zip(layer.columns // 2, rows, strict=True):
                 if 0 <= column < width and row == row:
-                    y = min(max(int(round(row)) // 4, 0), height - 1)
+                    y = min(max(round(row) // 4, 0), height - 1)
                     codes[y, column], styles[y, column] = ord(layer.sign), len(table) - 1
 
 
@@ -232,43 +245,61 @@ def _fit(layers: Sequence[Layer], log: bool, zero: bool, old: Scale | None) -> S
     return fit(float(every.min()), float(every.max()), log, zero, old)
 
 
-def _labels(scale: Scale, rows: int) -> dict[int, float]:
-    """Row to the value written beside it: round values, never two in touching rows."""
-    wanted = max(2, min(6, rows // 2 + 1))
-    labels: dict[int, float] = {}
-    for value in scale.ticks(wanted):
+def _labels(scale: Scale, rows: int) -> dict[int, str]:
+    """Row to what is written beside it: round values, never two in touching rows."""
+    labels: dict[int, str] = {}
+    ticks = scale.ticks(max(2, min(6, rows // 2 + 1)))
+    texts = _texts(ticks, scale.log)
+    for value, text in zip(ticks, texts, strict=True):
         place = float(scale.place(np.array([value], np.float64))[0])
-        y = int(round((1 - place) * (4 * rows - 1))) // 4
+        y = round((1 - place) * (4 * rows - 1)) // 4
         if 0 <= y < rows and y - 1 not in labels and y + 1 not in labels:
-            labels[y] = value
+            labels[y] = text
     return labels
+
+
+def _texts(ticks: Sequence[float], log: bool) -> list[str]:
+    """The ticks with as many decimals as tell them apart."""
+    room = GUTTER - 1
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    if log or len(ticks) < 2 or not 1e-5 < largest < 1e6:
+        return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
+    for decimals in range(7):
+        texts = [f"{tick:.{decimals}f}" for tick in ticks]
+        exact = all(
+            abs(float(t) - tick) < 1e-3 * largest for t, tick in zip(texts, ticks, strict=True)
+        )
+        if exact and len(set(texts)) == len(texts):
+            break
+    return [
+        text if len(text) <= room else formatting.number(float(text), room, 3) for text in texts
+    ]
 
 
 def _axis(
     cells: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
 ) -> Row:
-    """The rule under the plot with step numbers in it, and marks where something is to be seen."""
-    start, stop = steps
+    """The rule under the plot with step numbers in it, and marks where something is to be seen.
+
+    A NaN's mark drives a step number away; an event's colours the digit that it falls on.
+    """
     line = [(glyphs.axis, palette.faint)] * cells
-    ticks = _step_ticks(start, stop, max(1, cells // 10))
-    for tick in ticks:
-        text = f"{tick:,}"
-        at = int((tick - start) * cells / max(1, stop - start)) - len(text) // 2
-        at = min(max(at, 0), cells - len(text))
-        if at > 0 and any(style is palette.dim for _, style in line[at - 1 : at + len(text) + 1]):
-            continue
-        if at >= 0:
-            line[at : at + len(text)] = [(sign, palette.dim) for sign in text]
     for layer in layers:
         bad = getattr(layer, "bad", None)
-        if isinstance(layer, Marks):
-            for column in np.unique(layer.columns // 2):
-                if 0 <= column < cells:
-                    line[column] = (layer.sign, layer.style)
-        elif bad is not None and bad.any():
+        if bad is not None and bad.any():
             for column in np.unique(np.flatnonzero(bad) // 2):
                 line[column] = (glyphs.failed, palette.error)
-    row: Row = [Segment("step ".rjust(GUTTER - 1), palette.dim), Segment(glyphs.corner, palette.faint)]
+    _number_axis(line, steps, palette)
+    for layer in layers:
+        if isinstance(layer, Marks):
+            for column in np.unique(layer.columns // 2):
+                if 0 <= column < cells and line[column][1] is not palette.error:
+                    digit = line[column][1] is palette.dim
+                    line[column] = (line[column][0] if digit else layer.sign, layer.style)
+    row: Row = [
+        Segment("step ".rjust(GUTTER - 1), palette.dim),
+        Segment(glyphs.corner, palette.faint),
+    ]
     text, style = "", line[0][1]
     for sign, kind in line:
         if kind is not style:
@@ -277,6 +308,17 @@ def _axis(
         text += sign
     row.append(Segment(text, style))
     return row
+
+
+def _number_axis(line: list[tuple[str, Style]], steps: tuple[int, int], palette: Palette) -> None:
+    (start, stop), cells = steps, len(line)
+    for tick in _step_ticks(start, stop, max(1, cells // 10)):
+        text = f"{tick:,}"
+        at = int((tick - start) * cells / max(1, stop - start)) - len(text) // 2
+        at = min(max(at, 0), cells - len(text))
+        around = line[max(0, at - 1) : at + len(text) + 1]
+        if at >= 0 and all(style is palette.faint for _, style in around):
+            line[at : at + len(text)] = [(sign, palette.dim) for sign in text]
 
 
 def _step_ticks(start: int, stop: int, count: int) -> list[int]:

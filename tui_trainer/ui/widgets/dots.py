@@ -7,6 +7,7 @@ smallest and the largest value of each column, so that no spike is ever lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ def blank(width: int, height: int) -> Dots:
 
 
 def extents(grid: Dots, top: NDArray[np.float64], bottom: NDArray[np.float64]) -> None:
-    """Set, in every dot column, the dots from `top` to `bottom` (dot rows, 0 at the top; NaN: none),
+    """Set in every dot column the dots from `top` to `bottom` (dot rows, 0 at the top; NaN: none)
     and join each column to its neighbour so that a curve has no holes."""
     rows = grid.shape[0]
     known = ~(np.isnan(top) | np.isnan(bottom))
@@ -66,7 +67,7 @@ def masks(grid: Dots) -> NDArray[np.uint8]:
     """The braille pattern of each cell, (height, width)."""
     height, width = grid.shape[0] // 4, grid.shape[1] // 2
     cells = grid.reshape(height, 4, width, 2)
-    return (cells * _WEIGHTS[None, :, None, :]).sum((1, 3), dtype=np.uint8)
+    return np.asarray((cells * _WEIGHTS[None, :, None, :]).sum((1, 3)), np.uint8)
 
 
 def characters(patterns: NDArray[np.uint8], ascii: bool = False) -> NDArray[np.uint32]:
@@ -77,7 +78,7 @@ def characters(patterns: NDArray[np.uint8], ascii: bool = False) -> NDArray[np.u
 
 
 def _ascii_table() -> NDArray[np.uint32]:
-    """For each pattern the ASCII sign that looks most like it: `|` tall, `'` high, `-` middle, `.` low."""
+    """The ASCII sign most like each pattern: `|` tall, `'` high, `-` middle, `.` low."""
     signs = []
     for pattern in _PATTERNS:
         rows = np.flatnonzero(pattern.any(1))
@@ -101,7 +102,5 @@ def segments(
     for line, kinds in zip(codes, styles, strict=True):
         text = line.tobytes().decode("utf-32-le")
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(text)]
-        rows.append(
-            [Segment(text[a:b], table[kinds[a]]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        )
+        rows.append([Segment(text[a:b], table[kinds[a]]) for a, b in pairwise(cuts)])
     return rows

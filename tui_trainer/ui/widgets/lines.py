@@ -1,4 +1,4 @@
-"""The base of every widget that changes each frame: rows of segments, redrawn only where they differ."""
+"""The base of what changes each frame: rows of segments, redrawn only where they differ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Lines(Widget):
     ) -> None:
         super().__init__(name=name, id=id, classes=classes)
         self._rows: list[Row] = []
-        self._blank: Strip | None = None
+        self._drawn_with: Palette | None = None
 
     @property
     def palette(self) -> Palette:
@@ -66,6 +66,10 @@ class Lines(Widget):
             return
         new = list(self.rows(size))[: size.height]
         old, self._rows = self._rows, new
+        if self._drawn_with is not self.palette:  # another theme: blank cells change as well
+            self._drawn_with = self.palette
+            self.refresh()
+            return
         regions = [
             Region(x, y, width, 1)
             for y in range(max(len(new), len(old)))
@@ -73,12 +77,6 @@ class Lines(Widget):
         ]
         if regions:
             self.refresh(*regions)
-
-    def restyle(self) -> None:
-        """Another theme: everything is drawn anew."""
-        self._rows = []
-        self.refresh()
-        self.update_rows()
 
     def on_resize(self, event: events.Resize) -> None:
         """Another size: other rows."""

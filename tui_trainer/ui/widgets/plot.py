@@ -13,7 +13,7 @@ from tui_trainer.ui.widgets.dots import Dots, blank, from_braille
 
 @lru_cache(maxsize=1)
 def _figure() -> Any:
-    """plotext's figure, freed from the size of the terminal. Imported when a chart is first drawn."""
+    """plotext's figure, freed from the terminal's size; imported when a chart is first drawn."""
     import plotext
 
     plotext.terminal.limit(False, False)
@@ -29,7 +29,8 @@ def line(
 ) -> Dots:
     """The dots of a line through (x, y) on `width` × `height` cells; NaN in y interrupts it.
 
-    `limits` are (left, right, bottom, top). Costs about 10 µs a point: hand it at most two a column.
+    `limits` are (left, right, bottom, top). Costs about 10 µs a point: hand it at most two
+    a column.
     """
     known = np.isfinite(y)
     if not known.any() or width < 1 or height < 1:

@@ -1,4 +1,4 @@
-"""Axes: the window of steps and the range of values, both moving in jumps rather than all the time."""
+"""Axes: the window of steps and the range of values; both move in jumps, not all the time."""
 
 from __future__ import annotations
 
@@ -63,19 +63,23 @@ class Scale:
     def ticks(self, count: int) -> list[float]:
         """Round values inside the range, about `count` of them."""
         if self.log:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            first, last = (
+                math.ceil(math.log10(self.low) - 1e-9),
+                math.floor(math.log10(self.high) + 1e-9),
+            )
             every = max(1, math.ceil((last - first + 1) / max(1, count)))
             decades = [10.0**e for e in range(first, last + 1, every)]
             return decades if len(decades) > 1 else [self.low, self.high]
         width = self.high - self.low
         if width <= 0 or not math.isfinite(width):
             return [self.low, self.high]
-        every = width / max(1, count)
-        power = 10.0 ** math.floor(math.log10(every))
-        every = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= every * (1 - 1e-9))
-        first = math.ceil(self.low / every - 1e-9)
-        last = math.floor(self.high / every + 1e-9)
-        return [n * every for n in range(first, last + 1)]
+        wanted = width / max(1, count)
+        power = 10.0 ** math.floor(math.log10(wanted))
+        steps = (n * power for n in (1, 2, 2.5, 5, 10) if n * power >= wanted * (1 - 1e-9))
+        spacing = next(steps)
+        first = math.ceil(self.low / spacing - 1e-9)
+        last = math.floor(self.high / spacing + 1e-9)
+        return [n * spacing for n in range(first, last + 1)]
 
 
 def fit(low: float, high: float, log: bool, zero: bool = False, old: Scale | None = None) -> Scale:

@@ -1,4 +1,4 @@
-"""A virtual table on the line API: it builds only the rows on screen, so 10,000 cost as much as 50."""
+"""A virtual table on the line API: only the rows on screen are built, so 10,000 cost as 50 do."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ class VirtualTable(Lines, can_focus=True):
         key: str
 
     def __init__(
-        self, columns: Sequence[TableColumn] = (), *, id: str | None = None, classes: str | None = None
+        self,
+        columns: Sequence[TableColumn] = (),
+        *,
+        id: str | None = None,
+        classes: str | None = None,
     ) -> None:
         super().__init__(id=id, classes=classes)
         self.columns: tuple[TableColumn, ...] = tuple(columns)
@@ -109,7 +113,7 @@ class VirtualTable(Lines, can_focus=True):
         """Other rows, or another order; the cursor stays on its row where that is still there."""
         current = self.current
         self.order = order
-        found = np.flatnonzero(order == current) if current is not None else ()
+        found = np.flatnonzero(order == current) if current is not None else order[:0]
         self.cursor = int(found[0]) if len(found) else min(self.cursor, max(0, len(order) - 1))
         self._keep_visible(0)
 
@@ -126,7 +130,7 @@ class VirtualTable(Lines, can_focus=True):
         return max(1, self.size.height - 1 - self.heading)
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The columns that fit, leftmost first, and their widths; one cell stays for the scroll bar."""
+        """The columns that fit, leftmost first, and their widths; the scroll bar keeps one cell."""
         columns, left = [], width - 1
         flexible = max((12 for column in self.columns if not column.width), default=0)
         left -= flexible
@@ -152,7 +156,9 @@ class VirtualTable(Lines, can_focus=True):
                 cells += (segment, Segment(" ", self.palette.text))
             cells.append(self._scroll_bar(place - self.top))
             if focused and place == self.cursor:
-                cells = [Segment(text, _under(style, self.palette.cursor)) for text, style, _ in cells]
+                cells = [
+                    Segment(text, _under(style, self.palette.cursor)) for text, style, _ in cells
+                ]
             rows.append(cells)
         return rows
 
@@ -199,7 +205,9 @@ class VirtualTable(Lines, can_focus=True):
         """Scroll without the cursor, unless it would leave the screen."""
         last = max(0, len(self.order) - self.page)
         self.top = min(max(self.top + rows, 0), last)
-        self.cursor = min(max(self.cursor, self.top), min(self.top + self.page, len(self.order)) - 1)
+        self.cursor = min(
+            max(self.cursor, self.top), min(self.top + self.page, len(self.order)) - 1
+        )
         self.cursor = max(self.cursor, 0)
         self.update_rows()
 
