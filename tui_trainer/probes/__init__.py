@@ -3,6 +3,7 @@ made, so that later ones can use what earlier ones have found."""
 
 from __future__ import annotations
 
+from tui_trainer.probes.attention import Attention
 from tui_trainer.probes.clipping import Clipping
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
@@ -17,6 +18,7 @@ PROBES: tuple[type[Probe], ...] = (
     Gradients,
     Weights,
     UpdateRatio,
+    Attention,
     Step,
     Clipping,
     Phases,

@@ -6,17 +6,22 @@ from typing import Any
 
 import torch
 
-from tui_trainer.tracing.meter import ClipCall
+from tui_trainer.tracing.meter import ClipCall, Meter
 
 
 def clip_call(
-    kind: str, parameters: Any, limit: Any, norm_type: Any, readings: tuple[torch.Tensor, ...]
+    kind: str,
+    parameters: Any,
+    limit: Any,
+    norm_type: Any,
+    readings: tuple[torch.Tensor, ...],
+    meters: list[Meter],
 ) -> ClipCall:
-    """The record of a call that clipped `parameters` to `limit`."""
+    """The record of a call that clipped `parameters`, which `meters` measure, to `limit`."""
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     return ClipCall(
         kind=kind,
-        first=id(given[0]) if given else 0,
+        meters=meters,
         max_norm=float(limit),
         readings=tuple(reading.detach().reshape(()) for reading in readings),
         parameters=sum(p.grad is not None for p in given),

@@ -39,13 +39,13 @@ class Slot(Governed):
     """Seconds on the training thread in this step."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClipCall:
     """A call of a clipping function, its figures still where they were computed."""
 
     kind: str
-    first: int
-    """id of the first parameter it was given: tells whose gradients it clipped."""
+    meters: list[Meter]
+    """Of the optimizers whose gradients it clipped and that have not stepped since."""
     max_norm: float
     readings: tuple[torch.Tensor, ...]
     """Norm before; for clipping by value also the norm after."""
@@ -153,7 +153,7 @@ class Meter:
 
     def prepare(self, step: int, wanted: bool) -> None:
         """Decide once per step which probes measure it. `wanted`: somebody is about to look."""
-        if self._prepared == step:
+        if self._prepared == step or self.fresh:  # read at the clipping, before another's step
             return
         self._prepared = step
         watched = self._recorder.watched()
@@ -320,7 +320,7 @@ def _clip_seen(call: ClipCall, values: Any, with_gradient: int) -> ClipSeen:
         max_norm=call.max_norm,
         norm_before=before,
         norm_after=after[0] if after else float("nan"),
-        complete=call.two_norm and call.parameters >= with_gradient,
+        complete=call.two_norm and call.parameters == with_gradient,
     )
 
 

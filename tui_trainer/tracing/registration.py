@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -79,6 +80,16 @@ class Registry:
     def meter_of(self, parameter: torch.Tensor) -> Meter | None:
         """The meter of the optimizer that updates this parameter, if it is known."""
         return next((m for m in self.meters if id(parameter) in m.subject.ids), None)
+
+    def meters_of(self, parameters: Any) -> list[Meter]:
+        """The meters of the optimizers that update any of these, looked for if none is known."""
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for _ in range(2):
+            found = [m for m in self.meters if any(id(p) in m.subject.ids for p in given)]
+            if found or not given:
+                return found
+            self.search(given[0])
+        return []
 
     def optimizer_of(self, meter: Meter) -> Optimizer | None:
         """The optimizer that this meter measures."""

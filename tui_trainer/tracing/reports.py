@@ -49,12 +49,12 @@ class Reporter:
         """The model returned this."""
         self._outputs = list(_tensors([("output", result)]))[:MOST_TENSORS]
 
-    def before_clip(self, meter: Meter | None) -> None:
+    def before_clip(self, meters: Sequence[Meter]) -> None:
         """Gradients are about to be clipped."""
         tracer = self._tracer()
         self._before = None
-        if meter is not None and tracer is not None and tracer.gate.stops_soon:
-            self._before = (meter, _norms(meter))
+        if meters and tracer is not None and tracer.gate.stops_soon:
+            self._before = (meters[0], _norms(meters[0]))
 
     def clear(self) -> None:
         """The run goes on."""

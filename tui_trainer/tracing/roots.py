@@ -70,6 +70,12 @@ class Roots:
             self._discovering = False
             self._patches.restore(torch.nn.Module, "__call__")
 
+    def forget(self) -> None:
+        """See no calls any more, of any module: the patches are about to be restored."""
+        self._discovering = False
+        self._known.clear()
+        self._classes.clear()
+
     def adopt(self, module: torch.nn.Module) -> None:
         """`module` is a root: see its calls from now on."""
         self.found_enough()

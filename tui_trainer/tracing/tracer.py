@@ -22,7 +22,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -125,6 +125,7 @@ class Tracer:
         self.losses: list[torch.Tensor] = []
         self._last_losses: list[torch.Tensor] = []
         self._clips: list[ClipCall] = []
+        self._clipping: list[Meter] = []
         self._own_s = 0.0
         self._last_end = 0.0
         self._idle_before = 0.0
@@ -158,7 +159,7 @@ class Tracer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._roots.found_enough()
+        self._roots.forget()
         self._patches.restore()
         self.flush()
 
@@ -412,16 +413,13 @@ class Tracer:
         """Gradients are about to be clipped: read them first."""
         if not self._enter(CLIP):
             return False
-        given = _first(parameters)
-        meter = self.registry.meter_of(given) if given is not None else None
-        if meter is None and given is not None:
-            self.registry.search(given)
-            meter = self.registry.meter_of(given)
-        if meter is not None and not meter.fresh:
-            self._read_gradients(meter)
+        self._clipping = self.registry.meters_of(parameters)
+        for meter in self._clipping:
+            if not meter.fresh:
+                self._read_gradients(meter)
         if kind == "value":
             self._value_norm = total_norm(parameters)
-        self._reporter.before_clip(meter)
+        self._reporter.before_clip(self._clipping)
         self._run()
         return True
 
@@ -432,7 +430,8 @@ class Tracer:
         found = [self._value_norm, total_norm(parameters)] if kind == "value" else [total]
         readings = tuple(r for r in found if isinstance(r, torch.Tensor))
         if len(readings) == len(found):
-            self._clips.append(clip_call(kind, parameters, limit, norm_type, readings))
+            meters = list(self._clipping)
+            self._clips.append(clip_call(kind, parameters, limit, norm_type, readings, meters))
             del self._clips[:-MOST_LOSSES]
         self._leave(OUTSIDE)
         self._go_on()
@@ -498,8 +497,10 @@ class Tracer:
         if self.losses:
             self._last_losses, self.losses = self.losses, []
         self.scaling.step_over()
-        mine = [c for c in self._clips if c.first in meter.subject.ids]
-        self._clips = [c for c in self._clips if c.first not in meter.subject.ids]
+        mine = [call for call in self._clips if meter in call.meters]
+        for call in mine:
+            call.meters.remove(meter)
+        self._clips = [call for call in self._clips if call.meters]
         rate = optimizer.param_groups[0].get("lr", float("nan"))
         self._batch_due = True
         self._seen_ever |= self._seen
@@ -544,13 +545,6 @@ class Tracer:
             self._said = set(self._seen_ever)
             missing = {PHASES[p]: why for p, why in WHY_UNSEEN.items() if p not in self._said}
             self.registry.phases_unseen(missing)
-
-
-def _first(parameters: Any) -> torch.Tensor | None:
-    """The first parameter of what a clipping function was given."""
-    if isinstance(parameters, torch.Tensor):
-        return parameters
-    return next(iter(parameters), None) if isinstance(parameters, Iterable) else None
 
 
 def _silence(tracer: Tracer | None) -> None:

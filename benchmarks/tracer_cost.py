@@ -1,0 +1,92 @@
+"""What tracing costs: the same training, bare and traced in turn, in one process.
+
+    python benchmarks/tracer_cost.py [--blocks 12] [--steps 40] [--threads 2] [--budget 0.01]
+
+nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks of
+steps alternate (bare, traced, bare, traced, …), so that whatever else the machine does strikes both;
+printed are the median step of each, the median of the pairwise ratios with its quartiles, and our
+own account of the cost by probe. `--profile` prints where our time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tui_trainer.models.gpt import GPT
+from tui_trainer.probes import PROBES
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.tracing.gate import Gate
+from tui_trainer.tracing.probe import Options
+from tui_trainer.tracing.tracer import Tracer
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Milliseconds of each step."""
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        tokens = torch.randint(0, 65, (12, 65))
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        taken.append((time.perf_counter() - began) * 1e3)
+    return taken
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--blocks", type=int, default=12)
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--budget", type=float, default=0.0, help="0: every natural cadence")
+    options.add_argument("--profile", action="store_true")
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    model = GPT(vocabulary=65, block_size=64, layers=4, heads=4, width=128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    recorder = Recorder(RunInfo(name="benchmark", task="gpt"))
+    tracer = Tracer(recorder, Gate(), PROBES, Options(budget=chosen.budget))
+    with tracer:
+        train(model, optimizer, 20)
+    bare: list[float] = []
+    traced: list[float] = []
+    ratios: list[float] = []
+    for _ in range(chosen.blocks):
+        plain = train(model, optimizer, chosen.steps)
+        with tracer:
+            train(model, optimizer, 2)
+            watched = train(model, optimizer, chosen.steps)
+        bare += plain
+        traced += watched
+        ratios.append(statistics.median(watched) / statistics.median(plain))
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    print(f"bare {statistics.median(bare):.2f} ms, traced {statistics.median(traced):.2f} ms a step")
+    print(f"ratio {middle:.4f} (quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs)")
+    time.sleep(0.2)
+    table = next(t for t in recorder.info.tables if t.name == "overhead_ms")
+    _, values = recorder.history.tables[table.id].tail(10_000)
+    for column, value in zip(table.columns, np.median(values, axis=0), strict=True):
+        print(f"  {column.name:20s} {value:7.4f} ms")
+    print(f"  {'all':20s} {float(np.median(values.sum(axis=1))):7.4f} ms")
+    if chosen.profile:
+        with tracer, cProfile.Profile() as profile:
+            train(model, optimizer, 200)
+        pstats.Stats(profile).sort_stats("tottime").print_stats("tui_trainer|built-in", 40)
+    recorder.close()
+
+
+if __name__ == "__main__":
+    main()
