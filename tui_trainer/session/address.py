@@ -42,6 +42,8 @@ class SshAddress:
 
 def parse_address(given: str) -> SshAddress:
     """The parts of an `ssh://` address. Raises RunError when it is none."""
+    if not given.isprintable() or " " in given:
+        raise RunError(f"{given!r} is no address", FORM)
     try:
         parts = urlsplit(given)
         host, port = parts.hostname or "", parts.port

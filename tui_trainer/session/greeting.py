@@ -41,6 +41,8 @@ class RelayGreeting(msgspec.Struct, frozen=True):
     run: str = ""
     message: str = ""
     hint: str = ""
+    state: str = ""
+    """Of a run that has ended: `finished`, `stopped` or `crashed`."""
     runs: tuple[RemoteRun, ...] = ()
 
 

@@ -129,13 +129,19 @@ class SshConnector:
         except RunError as fault:
             raise RunGone(fault.message, fault.hint) from fault
         try:
-            self._check(process.greeting(time.monotonic() + RECONNECT_S))
+            greeting = process.greeting(time.monotonic() + RECONNECT_S)
+            if greeting.state:
+                raise RunGone(greeting.message, greeting.hint, greeting.state)
+            self._check(greeting)
         except SshEnded as ended:
             process.close()
             raise self._why_not_again(ended) from ended
         except (RunError, NoGreeting) as fault:
             process.close()
             raise RunGone(str(fault), getattr(fault, "hint", "")) from fault
+        except BaseException:
+            process.close()
+            raise
         return process
 
     def _why_not_again(self, ended: SshEnded) -> Unreachable:

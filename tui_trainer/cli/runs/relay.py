@@ -27,11 +27,13 @@ _BLOCK = 1 << 16
 
 def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
     """connect standard input and output to a run (for ssh)"""
+    found = None
     try:
         found = _find(run, runs_dir)
         connection = connect_unix(live_socket(found))
     except RunError as fault:
-        _greet(RelayGreeting("error", message=fault.message, hint=fault.hint))
+        ended = found.state if found and not found.live else ""
+        _greet(RelayGreeting("error", message=fault.message, hint=fault.hint, state=ended))
         return 1
     except (OSError, EOFError):
         return 1

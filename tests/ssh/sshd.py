@@ -1,0 +1,126 @@
+"""A real sshd on loopback, with its own keys, and an ssh that knows it."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin:/usr/local/sbin")
+MISSING = next(
+    (
+        f"{name} is not installed"
+        for name, found in (
+            ("sshd", SSHD),
+            ("ssh", shutil.which("ssh")),
+            ("ssh-keygen", shutil.which("ssh-keygen")),
+        )
+        if not found
+    ),
+    "",
+)
+
+
+class Sshd:
+    """Listens on 127.0.0.1; logins get `home` as their home and `environment`."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        directory.mkdir(parents=True, mode=0o700)
+        self.directory = directory
+        self.home = directory / "home"
+        self.home.mkdir()
+        self.environment = environment
+        for name in ("host", "user", "stranger"):
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)],
+                check=True,
+            )
+        (directory / "authorized").write_text((directory / "user.pub").read_text())
+        (directory / "authorized").chmod(0o600)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._configure()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def _configure(self) -> None:
+        environment = {"HOME": str(self.home), **self.environment}
+        settings = " ".join(f'"{name}={value}"' for name, value in environment.items())
+        (self.directory / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.directory}/host\n"
+            f"AuthorizedKeysFile {self.directory}/authorized\nPidFile none\nUsePAM no\n"
+            "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            f"PermitRootLogin yes\nPrintMotd no\nSetEnv {settings}\n"
+        )
+        host = (self.directory / "host.pub").read_text().split()[:2]
+        (self.directory / "known").write_text(f"[127.0.0.1]:{self.port} {' '.join(host)}\n")
+        (self.directory / "ssh_config").write_text(
+            f"Host *\n  Port {self.port}\n  User {getpass.getuser()}\n"
+            f"  IdentityFile {self.directory}/user\n  IdentitiesOnly yes\n  IdentityAgent none\n"
+            f"  UserKnownHostsFile {self.directory}/known\n  GlobalKnownHostsFile none\n"
+            "Host Box\n  HostName 127.0.0.1\n"
+        )
+
+    @property
+    def command(self) -> str:
+        """For $TUI_TRAINER_SSH: the user's ssh, with a config that knows this host as `Box`."""
+        return f"ssh -F {self.directory}/ssh_config"
+
+    def start(self) -> None:
+        """Listen, and wait until that can be seen."""
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+        assert SSHD
+        self.process = subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", str(self.directory / "sshd_config")],
+            stdin=subprocess.DEVNULL,
+            stderr=open(self.directory / "sshd.log", "ab"),  # noqa: SIM115
+        )
+        deadline = time.monotonic() + 20
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 1),
+            ):
+                return
+            said = (self.directory / "sshd.log").read_text()
+            assert self.process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Stop listening and cut every connection."""
+        if self.process is None:
+            return
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def login_shell(self, text: str) -> None:
+        """What the login shell does first: bash reads .bashrc when sshd starts it."""
+        (self.home / ".bashrc").write_text(text)
+
+
+def our_ssh() -> list[psutil.Process]:
+    """The ssh processes that this one has started and that live."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "ssh" and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
+PATH_WITH_US = f"{Path(sys.executable).parent}:/usr/bin:/bin"
