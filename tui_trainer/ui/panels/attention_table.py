@@ -26,6 +26,7 @@ NOT_COMPARABLE = "n/a"
 _BY_KEY = {statistic.key: statistic for statistic in STATISTICS}
 HEADLINES = (("growth", ""), ("cos", "qk"), ("max_logit", ""), ("entropy", ""), ("grad_cos", "qk"))
 """What is shown beside the chosen statistic where there is room."""
+SHORT = {"cos": "cos", "grad_cos": "∇ cos"}
 
 
 def shown(statistic: Statistic, value: float | None, width: int, comparable: bool = True) -> str:
@@ -120,7 +121,7 @@ class StatisticTable(VirtualTable):
                 columns.append(TableColumn(f"trend {part}", "", trend, left=True))
                 widths.append(trend)
         for key, part in headlines:
-            title = f"{_BY_KEY[key].title[:6]} {part}".strip()
+            title = f"{SHORT.get(key, _BY_KEY[key].title)} {part}".strip()
             columns.append(TableColumn(f"{key} {part}", title, 9))
             widths.append(9)
         return columns, widths

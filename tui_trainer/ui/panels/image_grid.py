@@ -84,12 +84,19 @@ class ImageGrid(LinesView):
     # ------------------------------------------------------------ layout
 
     def _image_size(self) -> tuple[int, int]:
-        """Pixels (width, height) of a thumbnail; a cell shows one beside and two above another."""
+        """Pixels (width, height) of a thumbnail; a cell shows one beside and two above another.
+
+        As large as lets all images be seen at once, within reason; the least is a tile's width.
+        """
         assert self.sample is not None
-        columns = max(8, min(LARGEST, self.width - GAP))
-        wanted = columns if self.sample.width > TILE_COLUMNS else TILE_COLUMNS - GAP
-        rows = max(3, min(LARGEST // 2, self.height - 2))
-        return fit(self.sample.width, self.sample.height, min(columns, wanted), rows)
+        smallest = TILE_COLUMNS - GAP if self.sample.width <= TILE_COLUMNS else 28
+        for columns in range(LARGEST, smallest, -4):
+            width, height = fit(self.sample.width, self.sample.height, columns, self.height)
+            across = (self.width + GAP) // max(TILE_COLUMNS, width + GAP)
+            if across and -(-len(self._tiles) // across) * (-(-height // 2) + 2) - 1 <= self.height:
+                return width, height
+        room = max(8, min(smallest, self.width - GAP))
+        return fit(self.sample.width, self.sample.height, room, max(3, self.height - 2))
 
     def _layout(self) -> tuple[int, int, int]:
         """(tiles in a row, cells of a tile, lines of a tile with its verdict and a gap)."""

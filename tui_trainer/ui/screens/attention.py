@@ -18,10 +18,10 @@ from tui_trainer.ui.panels.attention_table import HeadsTable, StatisticTable
 from tui_trainer.ui.panels.caption import Caption, Piece
 from tui_trainer.ui.panels.empty import EmptyState, awaited
 from tui_trainer.ui.panels.prompt import PromptLine
+from tui_trainer.ui.panels.scrolling_tabs import ScrollingTabs
 from tui_trainer.ui.panels.series_chart import SeriesChart
 from tui_trainer.ui.screens.detail import DetailScreen
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.tabs import TabLine
 
 CHART = (39, 9)
 """Cells that a chart needs, with the gap beside it, so that its axis can be read."""
@@ -38,7 +38,6 @@ class AttentionScreen(DetailScreen):
 
     CSS = """
     AttentionScreen Caption { margin: 0 1; }
-    AttentionScreen TabLine { margin: 0; }
     AttentionScreen #upper { height: auto; margin: 0 1; layout: vertical; }
     AttentionScreen HeadsTable { display: none; }
     AttentionScreen #charts { height: 1fr; margin: 0 1; layout: grid; grid-gutter: 0 2; }
@@ -75,7 +74,7 @@ class AttentionScreen(DetailScreen):
 
     def body(self) -> Iterable[Widget]:
         """Statistics, what the chosen one means, layers and heads, charts."""
-        yield TabLine([statistic.title for statistic in STATISTICS])
+        yield ScrollingTabs([statistic.title for statistic in STATISTICS])
         yield Caption(id="means")
         yield Caption(id="healthy")
         yield EmptyState()
@@ -166,7 +165,7 @@ class AttentionScreen(DetailScreen):
 
     def _explain(self) -> None:
         statistic = self.statistic
-        self.query_one(TabLine).choose(self._chosen)
+        self.query_one(ScrollingTabs).choose(self._chosen)
         self.query_one("#means", Caption).say([(statistic.means, "text")])
         self.query_one("#healthy", Caption).say([("healthy", "good"), (statistic.healthy, "dim")])
 
@@ -176,7 +175,7 @@ class AttentionScreen(DetailScreen):
         """Another statistic."""
         self._choose((self._chosen + by) % len(STATISTICS))
 
-    def on_tab_line_chosen(self, event: TabLine.Chosen) -> None:
+    def on_tab_line_chosen(self, event: ScrollingTabs.Chosen) -> None:
         """A click on its name."""
         self._choose(event.number)
 

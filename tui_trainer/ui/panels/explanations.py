@@ -1,0 +1,36 @@
+"""What a step is made of and what is measured, in a sentence each, for people who learn."""
+
+from __future__ import annotations
+
+from tui_trainer.ui.panels.attention_statistics import STATISTICS
+
+PHASES = (
+    ("data", "the next batch of inputs and targets is fetched"),
+    ("zero_grad", "the gradients of the step before are thrown away"),
+    ("forward", "the model turns inputs into predictions"),
+    ("loss", "one number says how wrong they are"),
+    ("backward", "from it, the gradient of every parameter: where to go to make it smaller"),
+    ("clip", "a gradient that is too long is shortened, its direction kept"),
+    ("step", "the optimizer moves the parameters, a little, against the gradient"),
+)
+
+QUANTITIES = (
+    ("loss", "what training makes smaller; validation: the same on data never trained on"),
+    ("gradient norm", "‖∂L/∂p‖₂ of a parameter, before clipping and after un-scaling"),
+    ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its threshold"),
+    ("clip scale", "min(1, max_norm / (norm + 1e-6)): below 1 the step was clipped"),
+    ("share", "‖gᵢ‖² / Σ‖g‖²: how much of the total norm is this parameter's"),
+    ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, above 1e-2 too fast"),
+    ("weight norm", "‖w‖₂; without weight decay it mostly grows"),
+    ("non-finite", "NaN or infinity: usually a step too large, or a number too big for its type"),
+    ("own cost", "what watching costs the training thread, as a share of its step time"),
+)
+
+ATTENTION = tuple((each.title, f"{each.means}. Healthy: {each.healthy}") for each in STATISTICS)
+
+SIGNS = (
+    ("* value", "provisional: of the step in the making, while paused inside it"),
+    ("–", "not measured yet"),
+    ("n/a", "a comparison that has no meaning here; the screen says why"),
+    ("! in a trend", "something was not finite there"),
+)

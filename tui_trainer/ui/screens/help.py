@@ -1,0 +1,81 @@
+"""Every key of every screen, the phases of a step, and what the quantities mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.widget import Widget
+
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.controls import CONTROL_BINDINGS
+from tui_trainer.ui.key_map import key_groups
+from tui_trainer.ui.panels.help_view import Block, HelpView, blocks
+from tui_trainer.ui.panels.prompt import PromptLine
+from tui_trainer.ui.screens.detail import DetailScreen
+
+
+class HelpScreen(DetailScreen):
+    """Made from the bindings when it is opened, so it says what the keys really do."""
+
+    CSS = """
+    HelpScreen HelpView { height: 1fr; margin: 0 0 0 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "filter", "Filter", key_display="/", id="help.filter",
+                tooltip="Show only entries with a word; escape clears it"),
+        Binding("escape", "back", "Back", id="help.back",
+                tooltip="Clear the filter, or back to the dashboard"),
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
+
+    def body(self) -> Iterable[Widget]:
+        """The text, and the line for the filter."""
+        yield HelpView()
+        yield PromptLine()
+
+    def on_mount(self) -> None:
+        """Show all of it."""
+        self._show("")
+        self.query_one(HelpView).focus()
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        """Nothing here depends on the run."""
+
+    def _show(self, text: str) -> None:
+        every = blocks(key_groups(self.app))
+        words = text.casefold().split()
+        found = [
+            Block(
+                block.title,
+                tuple(
+                    entry
+                    for entry in block.entries
+                    if all(w in f"{block.title} {entry[0]} {entry[1]}".casefold() for w in words)
+                ),
+                block.style,
+            )
+            for block in every
+        ]
+        nothing = Block("Nothing found", (("", f"no entry has “{text}”: escape shows all"),))
+        self.query_one(HelpView).show_blocks([b for b in found if b.entries] or [nothing])
+
+    def action_filter(self) -> None:
+        """Type words."""
+        self.query_one(PromptLine).ask("filter", "filter")
+
+    def on_prompt_line_typed(self, event: PromptLine.Typed) -> None:
+        """Filter as it is typed."""
+        self._show(event.text)
+        if event.done:
+            self.query_one(HelpView).focus()
+
+    def action_back(self) -> None:
+        """All of it again; when it is all there, leave."""
+        prompt = self.query_one(PromptLine)
+        if prompt.text("filter"):
+            prompt.clear("filter")
+            self._show("")
+        else:
+            self.trainer.action_go("dashboard")
