@@ -114,7 +114,8 @@ class StoredLevel:
     """One level of one measured table: whole chunks on disk, the tail in memory."""
 
     def __init__(self, store: Store, series: int, level: int, columns: int) -> None:
-        self.start, self.stop, self.size = 0, 0, FACTOR**level
+        self.start, self.stop = 0, 0
+        self.size: int = FACTOR**level
         self._store, self._series, self._level, self._columns = store, series, level, columns
         self._chunks = 0
         self._tail: Buckets | None = None
