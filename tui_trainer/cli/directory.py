@@ -22,6 +22,8 @@ def check_options(options: RunOptions) -> None:
     """Refuse what cannot work before anything is made. Raises UsageError."""
     if options.json and options.plain:
         raise UsageError("both --json and --plain are given", "choose one of them")
+    if options.detach and (options.json or options.plain or options.in_app):
+        raise UsageError("--detach shows nothing and outlives this terminal", "leave out the other")
     if not 0 <= options.budget <= 1:
         raise UsageError(
             f"--budget cannot be {options.budget:g}", "it is a share of step time, such as 0.01"

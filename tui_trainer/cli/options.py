@@ -32,6 +32,13 @@ class RunOptions:
     ] = False
     ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
     paused: Annotated[bool, _flag("stop before the first step and wait for keys", RUNNING)] = False
+    detach: Annotated[
+        bool, _flag("start it without a screen and print its name; attach shows it", RUNNING)
+    ] = False
+    in_app: Annotated[
+        bool,
+        _flag("train on a thread of the app, so that it ends with the terminal", RUNNING),
+    ] = False
     name: Annotated[
         str | None,
         _flag("what to call the run (default: a name is made up)", RUNNING, metavar="NAME"),

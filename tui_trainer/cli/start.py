@@ -30,14 +30,26 @@ def start_task(
 def start_script(script: Script, options: RunOptions) -> int:
     """Train with a script; returns the exit status, its own if it ended. Raises CommandError."""
     check_options(options)
+    if options.in_app:
+        raise UsageError(
+            "--in-app cannot train with a script", "a script has the main thread of a process"
+        )
     script.check()
     return _show(prepare("script", options, script=script), options)
 
 
 def _show(spec: RunSpec, options: RunOptions) -> int:
+    if options.detach:
+        from tui_trainer.cli.runs.detaching import start_detached
+
+        return start_detached(spec)
     showing = showing_for(options)
     if showing.note:
         say(showing.note)
+    if showing.kind == "screen" and options.in_app:
+        from tui_trainer.cli.runs.in_app import show_in_app
+
+        return show_in_app(spec, options.ascii)
     if showing.kind == "screen":
         from tui_trainer.cli.screen import show_run
 

@@ -36,11 +36,11 @@ FIRST_VIEWER_S = 3.0
 class Host:
     """One run and all that surrounds its training."""
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, signals: Callable[[Gate], Signals] = Signals) -> None:
         self.spec = spec
         self.recorder = Recorder(first_description(spec))
         self.gate = Gate(paused=spec.start_paused)
-        self.signals = Signals(self.gate)
+        self.signals = signals(self.gate)
         self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
         self.server = Server(spec.name, self.recorder, self.control)
         self.save: Callable[[int], object] | None = None

@@ -10,7 +10,7 @@ from tui_trainer.session.trust import RunError
 
 SCHEME = "ssh://"
 FORM = "the form is ssh://[user@]host[:port][/RUN]"
-# ssh hands names on to shells (ProxyCommand, Match exec), so nothing that a shell would read passes,
+# ssh hands names to shells (ProxyCommand, Match exec), so nothing passes that a shell would read,
 # nor anything that begins with a dash, which would be an option.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}")
 _ADDRESS = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]{1,15})?")

@@ -150,8 +150,8 @@ class SshConnector:
             self._denied_at = time.monotonic()
             return Unreachable(
                 f"{self.address.host} refuses: {said}",
-                "ssh cannot ask for a password while the app is on the screen: attach again, or use "
-                "a key with an agent",
+                "ssh cannot ask for a password while the app is on the screen: attach again, or "
+                "use a key with an agent",
             )
         if ended.status is None:
             said = f"no answer within {RECONNECT_S:.0f} s"
