@@ -111,7 +111,7 @@ def test_facts_and_lengths():
     assert facts["training characters"] + facts["validation characters"] == facts["characters"]
     assert facts["training characters"] == int(0.9 * facts["characters"])
     assert training.items_per_step == 32
-    assert training.steps_per_epoch == facts["training characters"] // 32
+    assert training.steps_per_epoch == (facts["training characters"] - 8) // 8 // 4
     assert training.total_steps == 2 * training.steps_per_epoch
 
 
@@ -145,13 +145,30 @@ def test_targets_are_the_next_characters():
     assert targets.tolist() == [[1, 2, 3, 4], [18, 19, 20, 21]]
 
 
-def test_batches_reach_the_last_character_and_go_on_from_a_state():
+def test_an_epoch_takes_every_piece_once():
+    options = {"batch_size": 2, "block_size": 4, "total": 15, "seed": 3}
+    batches = TextBatches(torch.arange(45), **options, device=torch.device("cpu"))
+    assert batches.per_epoch == 5
+    targets = [targets for _, targets in batches]
+    offsets = set()
+    for epoch in range(3):
+        seen = torch.cat(targets[5 * epoch : 5 * epoch + 5]).flatten().sort().values
+        assert torch.equal(seen, torch.arange(seen[0], seen[0] + 40))
+        offsets.add(int(seen[0]))
+    assert len(offsets) > 1
+    assert not torch.equal(targets[0], targets[5])
+
+
+def test_a_text_of_less_than_a_batch_is_drawn_from_anywhere():
     options = {"batch_size": 2, "block_size": 4, "total": 50, "seed": 3}
     batches = TextBatches(torch.arange(6), **options, device=torch.device("cpu"))
     seen = [targets for _, targets in batches]
     assert len(seen) == 50
     assert max(int(targets.max()) for targets in seen) == 5
 
+
+def test_batches_go_on_from_a_state():
+    options = {"batch_size": 2, "block_size": 4, "total": 50, "seed": 3}
     first = TextBatches(torch.arange(1000), **options, device=torch.device("cpu"))
     sequence = iter(first)
     for _ in range(20):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -247,3 +250,31 @@ def test_data_that_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         tiny("images", data=str(tmp_path / "file"), **FOLDER)
+
+
+def test_workers_end_when_the_training_is_killed(folder):
+    code = f"""
+import torch, psutil
+from tui_trainer.config import resolve
+from tui_trainer.tasks.definition import find_task
+from tui_trainer.tasks.vit.arithmetic import EpochPlan
+from tui_trainer.tasks.vit.batches import Decoder, ImageBatches
+from tui_trainer.tasks.vit.folder import load_images
+images, _ = load_images(resolve(find_task("vit"), "images", {{"data": {str(folder)!r}}}))
+batches = iter(ImageBatches(Decoder(images), EpochPlan(32, 4, steps=10**6), 0,
+                            torch.device("cpu"), 2))
+next(batches)
+print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+while True:
+    next(batches)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as training:
+        assert training.stdout is not None
+        children = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
+        assert len(children) >= 3  # the fork server and two workers
+        training.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    for child in alive:
+        child.kill()
+    assert not alive

@@ -29,16 +29,15 @@ def build(config: GptConfig) -> Training:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     torch.set_num_threads(choose_threads(config.threads, parameters * tokens_per_step))
 
-    steps_per_epoch = max(1, len(training) // tokens_per_step)
-    total = config.steps or (config.epochs or 1) * steps_per_epoch
     batches = TextBatches(
         training,
         batch_size=config.batch_size,
         block_size=config.block_size,
-        total=total,
+        total=config.steps or 0,
         seed=config.seed,
         device=device,
     )
+    batches.total = total = config.steps or (config.epochs or 1) * batches.per_epoch
     optimizer = make_optimizer(model, config, device)
     scaler = make_scaler(config, device)
     evaluations = [
@@ -59,7 +58,7 @@ def build(config: GptConfig) -> Training:
         model=model,
         loop=functools.partial(train, model, batches, optimizer, rate, scaler, config),
         total_steps=total,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=batches.per_epoch,
         items_per_step=tokens_per_step,
         item_unit="tokens",
         evaluations=tuple(evaluations),

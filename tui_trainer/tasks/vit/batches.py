@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -189,10 +191,18 @@ def worker_options(workers: int) -> dict[str, Any]:
         "num_workers": workers,
         "multiprocessing_context": context,
         "prefetch_factor": 4,
-        "worker_init_fn": _ignore_interrupts,
+        "worker_init_fn": _start_worker,
     }
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C is for the training process, which ends its workers."""
+def _start_worker(_: int) -> None:
+    """Ctrl-C is for the training process, which ends its workers; if it is killed, they end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_training, daemon=True).start()
+
+
+def _end_with_training() -> None:
+    training = multiprocessing.parent_process()  # not the fork server, which outlives it for us
+    if training is not None:
+        training.join()
+        os._exit(1)
