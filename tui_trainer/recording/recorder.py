@@ -9,7 +9,9 @@ never stale. Everything but `record`, `row`, `notice`, `log`, `artifact`, `decla
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -208,8 +210,7 @@ class Recorder:
         feed = Feed(sink, lambda: self.state, self._sink_failed)
         with self._lock:
             self._drain()
-            if self._described:
-                feed.put([Described(self._info)])
+            feed.put([Described(self._info)])
             self._feeds.append(feed)
         return feed
 
@@ -304,7 +305,8 @@ class Recorder:
     def _step_ms(self, record: StepRecord) -> float:
         for table, values in record.rows:
             if self._info.tables[table].name == "step":
-                return float(values[3])
+                # A step cannot have begun before the run did.
+                return min(float(values[3]), (record.time - self._info.started_at) * 1e3)
         return 0.0
 
     def _take_row(self, row: Rowed) -> None:
@@ -379,8 +381,12 @@ class Recorder:
             return status
 
     def _sink_failed(self, sink: Sink, fault: Exception) -> None:
-        if not isinstance(fault, BrokenPipeError):  # the reader went away: no fault of anybody
-            self.fault(type(sink).__name__, fault)
+        if isinstance(fault, BrokenPipeError):
+            return  # the reader went away: no fault of anybody
+        self.fault(type(sink).__name__, fault)
+        with contextlib.suppress(OSError, ValueError):
+            said = f"tui-trainer: {type(sink).__name__} has failed, the training goes on: {fault}"
+            print(said, file=sys.stderr, flush=True)
 
     def _forget_parent(self) -> None:
         """In a forked child: the threads are not here and the lock may be held for ever."""

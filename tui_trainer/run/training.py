@@ -135,7 +135,7 @@ def _resume(host: Host, checkpoint: Checkpoint, training: Training) -> None:
 def _versions(host: Host) -> dict[str, str]:
     import torch
 
-    versions = {**host.recorder.info.versions, "torch": torch.__version__}
+    versions = {**host.recorder.info.versions, "torch": str(torch.__version__)}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     return versions

@@ -35,7 +35,9 @@ class PlainLines:
     def take(self, items: Sequence[Item], status: Status) -> None:
         """Write what is due."""
         lines: list[str] = []
-        if status.waiting_for != self._waiting_for:
+        if self._info is None:
+            lines += [title(item.info) for item in items[:1] if isinstance(item, Described)]
+        if status.waiting_for != self._waiting_for and not self._headed:
             self._waiting_for = status.waiting_for
             if status.waiting_for:
                 lines.append(f"{status.waiting_for} …")
@@ -59,14 +61,15 @@ class PlainLines:
                 self._head(lines)
                 self._last = item.record
             case Rowed():
-                self._validation(item, lines)
+                self._validation(item, status, lines)
             case NonFinite():
                 where = f" in {item.parameter}" if item.parameter else ""
                 lines.append(f"step {item.step}: the {item.quantity} is {item.value}{where}")
             case Notice() if item.kind not in _QUIET:
                 lines.append(f"step {item.step}: {item.level}: {item.text}")
             case TextSample():
-                lines.append(f"step {item.step}: sample: {item.prompt}{item.text}")
+                sample = (item.prompt + item.text).strip().splitlines()
+                lines += [f"step {item.step}: sample:", *(f"    {line}" for line in sample)]
             case Lost():
                 lines.append(f"{item.steps} steps are not shown: the output is too slow")
             case Ended():
@@ -79,16 +82,19 @@ class PlainLines:
         if self._headed or self._info is None:
             return
         self._headed = True
-        lines += header(self._info)
+        if self._info.parameters:
+            lines.append(header(self._info))
 
     def _progress(self, status: Status, lines: list[str]) -> None:
         if self._last is not None and self._info is not None:
             self._said, self._due = self._last, self._clock() + EVERY_S
             lines.append(progress(self._info, self._last, status))
 
-    def _validation(self, row: Rowed, lines: list[str]) -> None:
+    def _validation(self, row: Rowed, status: Status, lines: list[str]) -> None:
         if self._info is None or self._info.tables[row.table].name != tables.VALIDATION:
             return
+        if self._last is not self._said and self._last is not None:
+            self._progress(status, lines)
         columns = self._info.tables[row.table].columns
         said = "  ".join(
             f"{column.name} {number(float(value))}"
@@ -98,8 +104,13 @@ class PlainLines:
         lines.append(f"step {row.step}: validation: {said}")
 
 
-def header(info: RunInfo) -> list[str]:
-    """Two lines: what is trained, and on what."""
+def title(info: RunInfo) -> str:
+    """What this is, said at once."""
+    return f"tui-trainer {__version__} · {info.title or info.task} · run {info.name}"
+
+
+def header(info: RunInfo) -> str:
+    """What is trained, and on what: known once the first step was made."""
     trained = sum(parameter.numel for parameter in info.parameters)
     device = info.device
     facts = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
@@ -108,8 +119,7 @@ def header(info: RunInfo) -> list[str]:
         facts.append(f"{device.kind} ({device.name}{threads})")
     if info.optimizers:
         facts.append(", ".join(info.optimizers))
-    title = info.title or info.task
-    return [f"tui-trainer {__version__} · {title} · run {info.name}", " · ".join(facts)]
+    return " · ".join(facts)
 
 
 def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
