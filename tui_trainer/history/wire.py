@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from tui_trainer.history.reading import Reading
     from tui_trainer.history.table import TableHistory
 
-CATCH_UP_VALUES = 65_536
+CATCH_UP_VALUES = 32_768
 """Values (buckets × columns) in which a viewer that comes late gets the whole run at least, where
 its budget would give it less."""
-CATCH_UP_BUCKETS = (32, 512)
+CATCH_UP_BUCKETS = (32, 4_096)
 """The fewest and the most buckets for that."""
 LARGEST_PIECE = 8 * 2**20
 """Bytes; half of the largest frame."""

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
+from tui_trainer.protocol.messages import Ack, Status, Update, Welcome
+
+MESSAGES = (
+    Welcome(1, "0", "quiet-otter", 3),
+    Update(Status(step=3, reason="x" * 500)),
+    Ack(1, True, Status()),
+)
+
+
+@given(cuts=st.lists(st.integers(0, 2000)))
+def test_messages_come_out_whole_however_the_stream_is_cut(cuts):
+    stream = b"".join(encode(message) for message in MESSAGES)
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    frames, heard = FrameBuffer(), []
+    for low, high in zip(places, places[1:], strict=False):
+        heard += frames.feed(stream[low:high])
+    assert tuple(heard) == MESSAGES
+    assert not frames.inside
+
+
+@given(st.lists(st.binary(max_size=80), max_size=10))
+def test_noise_is_refused_or_awaited(pieces):
+    frames = FrameBuffer()
+    try:
+        for piece in pieces:
+            assert all(message is not None for message in frames.feed(piece))
+    except ProtocolError:
+        return
+    assert frames.inside == bool(b"".join(pieces)) or not frames.inside
+
+
+def test_a_frame_over_the_limit_is_refused_before_it_is_read():
+    with pytest.raises(ProtocolError, match="over the limit"):
+        FrameBuffer().feed(b"\xff\xff\xff\xff")
