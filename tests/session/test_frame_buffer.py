@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
-from tui_trainer.protocol.messages import Ack, Status, Update, Welcome
+from tui_trainer.protocol.messages import Ack, Refused, Status, Update, Welcome
 
 MESSAGES = (
     Welcome(1, "0", "quiet-otter", 3),
@@ -19,7 +21,7 @@ def test_messages_come_out_whole_however_the_stream_is_cut(cuts):
     stream = b"".join(encode(message) for message in MESSAGES)
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     frames, heard = FrameBuffer(), []
-    for low, high in zip(places, places[1:], strict=False):
+    for low, high in itertools.pairwise(places):
         heard += frames.feed(stream[low:high])
     assert tuple(heard) == MESSAGES
     assert not frames.inside
@@ -30,10 +32,10 @@ def test_noise_is_refused_or_awaited(pieces):
     frames = FrameBuffer()
     try:
         for piece in pieces:
-            assert all(message is not None for message in frames.feed(piece))
+            for message in frames.feed(piece):
+                assert isinstance(message, Welcome | Update | Ack | Refused)
     except ProtocolError:
-        return
-    assert frames.inside == bool(b"".join(pieces)) or not frames.inside
+        assert len(b"".join(pieces)) >= 4
 
 
 def test_a_frame_over_the_limit_is_refused_before_it_is_read():
