@@ -96,8 +96,9 @@ class FakeSession:
         """Answered at once."""
         self.sent.append(action)
         answer: Future[Ack] = Future()
-        if self.refuse or self.status.ended:
-            reason = self.refuse or "the run has ended"
+        if self.refuse or self.status.ended or self.run is None:
+            ended = "the run has ended" if self.status.ended else "the training has not begun"
+            reason = self.refuse or ended
             ack = Ack(len(self.sent), False, self.status, reason, "take control first")
         else:
             message = self._obey(action)

@@ -26,6 +26,7 @@ from tui_trainer.ui.launch import LaunchError, LaunchRequest, OnLaunch
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog
 from tui_trainer.ui.screens.registry import PLACES
+from tui_trainer.ui.widgets import plot
 
 FRAMES_PER_SECOND = 4.0
 SAID_S = 4.0
@@ -115,8 +116,15 @@ class TuiTrainerApp(App[int]):
         self._restyle()
         self.switch_mode(self._start_mode)
         self.set_interval(1 / self.frames_per_second, self.frame)
+        self.run_worker(self._load_plot, thread=True, group="load")
         if self.session is not None:
             self.attach(self.session)
+
+    def _load_plot(self) -> None:
+        """The plotting library comes after the first paint, off the event loop."""
+        if not plot.ready():
+            plot.load()
+            self.call_from_thread(self.redraw)
 
     def attach(self, session: Session) -> None:
         """Show this run from now on."""

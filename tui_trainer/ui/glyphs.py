@@ -83,7 +83,7 @@ ASCII = Glyphs(
 
 _STAND_INS = str.maketrans(
     {
-        **dict.fromkeys("─━╌┄┈═▔▁▂▃–—−‾⎯", "-"),
+        **dict.fromkeys("─━╌┄┈═▔▁▂▃–—‾⎯", "-"),
         **dict.fromkeys("│┃┆║▏▎▌▍▐▕‖", "|"),
         **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯╔╗╚╝┏┓┗┛", "+"),
         **dict.fromkeys("█▓▉▊▋▇▆■▅▄▀", "#"),
@@ -104,6 +104,9 @@ _STAND_INS = str.maketrans(
         "σ": "s",
         "Δ": "D",
         "∞": "8",
+        "∂": "d",
+        "∇": "V",
+        "−": "-",
         "≤": "<",
         "≥": ">",
         "≈": "~",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.segment import Segment
+from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.formatting import shorten
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.lines import Row
+
+BOLD = Style(bold=True)
 
 
 class Banner(Panel):
@@ -55,7 +58,7 @@ class Banner(Panel):
         # An error's first line is what a person must read; the log has the rest.
         first = text.splitlines()[0] if text else ""
         room = size.width - 4
-        rows: list[Row] = [[Segment(f" {sign} {shorten(first, room)}", style + palette.strong)]]
+        rows: list[Row] = [[Segment(f" {sign} {shorten(first, room)}", style + BOLD)]]
         if hint:
             rows.append([Segment(f"   {shorten(' '.join(hint.split()), room)}", palette.dim)])
         return rows

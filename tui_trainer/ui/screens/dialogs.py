@@ -62,7 +62,7 @@ class QuitDialog(ModalScreen[str | None]):
     ]
 
     CHOICES = (
-        ("detach", "Detach", "the run goes on; come back with tui-trainer attach", "d"),
+        ("detach", "Detach", "the run goes on; attach again any time", "d"),
         ("stop", "Stop", "finish the running step, then end", "s"),
         ("checkpoint", "Checkpoint and stop", "write a checkpoint, then end", "c"),
     )

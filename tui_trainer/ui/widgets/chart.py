@@ -104,7 +104,8 @@ class Chart:
     log: bool = False
     zero: bool = False
     """Whether 0 belongs on the (linear) axis."""
-    _scale: Scale | None = field(default=None, repr=False)
+    scale: Scale | None = field(default=None, repr=False)
+    """The axis as drawn last."""
     _lines: dict[int, tuple[object, dots.Dots]] = field(default_factory=dict, repr=False)
 
     def plot_width(self, width: int) -> int:
@@ -122,7 +123,7 @@ class Chart:
     ) -> list[Row]:
         """`height` rows: the plot, and below it the axis with its steps (start <= step < stop)."""
         cells, tall = self.plot_width(width), max(1, height - 1)
-        scale = self._scale = _fit(layers, self.log, self.zero, self._scale)
+        scale = self.scale = _fit(layers, self.log, self.zero, self.scale)
         codes = np.full((tall, cells), 0x20, np.uint32)
         styles = np.zeros((tall, cells), np.int64)
         table: list[Style] = [palette.text]
@@ -206,7 +207,8 @@ class Chart:
         last = np.flatnonzero(np.isfinite(places))[-1:]
         few = np.unique(np.concatenate([x[::2], last])).astype(np.int64)
         grid = plot.line(x[few], places[few], width, height, (0.0, 2.0 * width - 1, 0.0, 1.0))
-        self._lines[number] = (key, grid)
+        if plot.ready():
+            self._lines[number] = (key, grid)
         return grid
 
     def _points(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,22 @@ from numpy.typing import NDArray
 
 from tui_trainer.ui.widgets.dots import Dots, blank, from_braille
 
+_figure: Any = None
 
-@lru_cache(maxsize=1)
-def _figure() -> Any:
-    """plotext's figure, freed from the terminal's size; imported when a chart is first drawn."""
+
+def load() -> None:
+    """Import plotext (0.1 s: on a thread, so that no frame waits for it) and free its figure from
+    the size of the terminal."""
+    global _figure
     import plotext
 
     plotext.terminal.limit(False, False)
-    return plotext.figure
+    _figure = plotext.figure
+
+
+def ready() -> bool:
+    """Whether lines can be drawn yet."""
+    return _figure is not None
 
 
 def line(
@@ -27,16 +34,17 @@ def line(
     height: int,
     limits: tuple[float, float, float, float],
 ) -> Dots:
-    """The dots of a line through (x, y) on `width` × `height` cells; NaN in y interrupts it.
+    """The dots of a line through (x, y) on `width` × `height` cells; NaN in y interrupts it;
+    none before plotext is loaded.
 
     `limits` are (left, right, bottom, top). Costs about 10 µs a point: hand it at most two
     a column.
     """
     known = np.isfinite(y)
-    if not known.any() or width < 1 or height < 1:
+    if not ready() or not known.any() or width < 1 or height < 1:
         return blank(width, height)
     left, right, bottom, top = limits
-    figure = _figure()
+    figure = _figure
     figure.clear.all()
     figure.plot_size(width, height)
     figure.canvas("default")

@@ -25,7 +25,7 @@ def window(step: int, shown: int | None, total: int | None = None) -> tuple[int,
     `shown` None: the whole run, in a window that grows in jumps of at most a quarter. Otherwise the
     last `shown` steps or a few less: the right edge fills up, then the window jumps by an eighth.
     """
-    if shown is None or step < shown:
+    if shown is None or step <= shown:
         size = int(nice_above(max(step, 40)))
         if total is not None and step <= total:
             size = min(size, max(total, 2))

@@ -13,11 +13,7 @@ from tui_trainer.ui.widgets.lines import Lines, Row
 class TooSmall(Lines):
     """One clear line; the screen comes back when the terminal is made larger."""
 
-    DEFAULT_CSS = """
-    TooSmall { display: none; }
-    .-too-small > * { display: none; }
-    .-too-small > TooSmall { display: block; }
-    """
+    DEFAULT_CSS = "TooSmall { display: none; }"  # the rest is in app.tcss: it concerns siblings
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__()

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from rich.style import Style
+
+from tui_trainer.history.table import TableHistory
+from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.ui import theme
+from tui_trainer.ui.glyphs import ASCII, UNICODE, to_ascii
+from tui_trainer.ui.widgets import dots, plot
+from tui_trainer.ui.widgets.chart import GUTTER, Band, Chart, Line, Marks, Points, Rule
+from tui_trainer.ui.widgets.scale import Scale, fit, window
+from tui_trainer.ui.widgets.sparkline import sparkline, sparklines
+
+PALETTE = theme.palette(theme.DARK.to_color_system().generate())
+STYLE = Style(color="red")
+LIMIT = float(np.float32(1e30))
+finite = st.floats(-LIMIT, LIMIT, width=32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plotext():
+    plot.load()
+
+
+def text_of(rows):
+    return ["".join(segment.text for segment in row) for row in rows]
+
+
+def plotted(rows):
+    """The dots of the plot itself."""
+    lines = [line[GUTTER:] for line in text_of(rows)[:-1]]
+    return dots.from_braille("\n".join(lines), max(map(len, lines)), len(lines))
+
+
+@given(
+    values=hnp.arrays(np.float32, st.integers(1, 700), elements=finite),
+    width=st.integers(GUTTER + 4, 120),
+    height=st.integers(3, 30),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, width, height):
+    history = TableHistory(Table(0, "step", (Column("loss"),)))
+    for step, value in enumerate(values, 1):
+        history.append(step, np.array([value], np.float32))
+    chart = Chart()
+    steps = window(len(values), None)
+    buckets = 2 * chart.plot_width(width)
+    seen = history.window([0], *steps, buckets)
+    rows = chart.rows(width, height, steps, [Band.of(seen, 0, STYLE)], PALETTE, UNICODE)
+    grid = plotted(rows)
+    scale = chart.scale
+    assert scale is not None
+    assert scale.low <= values.min()
+    assert values.max() <= scale.high
+    for column in np.flatnonzero(seen.filled):
+        inside = values[seen.edges[column] - 1 : seen.edges[column + 1] - 1]
+        expected = scale.dot_rows(np.array([inside.max(), inside.min()], np.float32), len(grid))
+        set_rows = np.flatnonzero(grid[:, column])
+        assert set_rows[0] <= round(expected[0]) <= set_rows[-1]
+        assert set_rows[0] <= round(expected[1]) <= set_rows[-1]
+
+
+def test_one_spike_in_ten_thousand_steps_is_drawn_to_its_full_height():
+    history = TableHistory(Table(0, "step", (Column("loss"),)))
+    for step in range(1, 10_001):
+        history.append(step, np.array([100.0 if step == 4567 else 1.0], np.float32))
+    chart = Chart()
+    seen = history.window([0], 1, 10_001, 2 * chart.plot_width(80))
+    grid = plotted(chart.rows(80, 12, (1, 10_001), [Band.of(seen, 0, STYLE)], PALETTE, UNICODE))
+    top = round(chart.scale.dot_rows(np.array([100.0], np.float32), len(grid))[0])
+    assert grid[top].sum() == 1
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [1.0],
+        [0.0, 0.0],
+        [math.nan, math.nan],
+        [1.0, math.nan, math.inf, -math.inf, 2.0],
+        [1e-30, 1e30],
+        [-3e38, 3e38],
+        [1e-45, 1e-44],
+        [5.0] * 40,
+        [-1.0, -2.0],
+    ],
+)
+def test_every_value_a_float_can_have_is_drawn_in_the_given_size(values, log):
+    numbers = np.full(2 * Chart().plot_width(60), np.nan, np.float32)
+    numbers[: len(values)] = values
+    finite_only = np.where(np.isfinite(numbers), numbers, np.nan)
+    bad = ~np.isfinite(numbers)
+    bad[len(values) :] = False
+    layers = [
+        Band(STYLE, finite_only, finite_only, bad),
+        Line(STYLE, finite_only),
+        Points(STYLE, np.arange(len(numbers)), finite_only, "o"),
+        Rule(STYLE, 1.0),
+        Marks(STYLE, np.arange(len(values)), "|"),
+    ]
+    lines = text_of(Chart(log=log).rows(60, 10, (1, 41), layers, PALETTE, UNICODE))
+    assert len(lines) == 10
+    assert {len(line) for line in lines} == {60}
+
+
+def test_a_value_that_is_not_finite_is_marked_on_the_axis():
+    values = np.linspace(1, 2, 40, dtype=np.float32)
+    bad = np.zeros(40, bool)
+    bad[20] = True
+    rows = Chart().rows(29, 6, (1, 41), [Band(STYLE, values, values, bad)], PALETTE, UNICODE)
+    assert text_of(rows)[-1][GUTTER + 10] == UNICODE.failed
+
+
+def test_the_same_points_give_the_same_dots_through_plotext_and_by_hand():
+    width, height = 30, 8
+    x = np.array([0.0, 59.0])
+    by_plotext = plot.line(x, np.array([0.0, 1.0]), width, height, (0, 59, 0, 1))
+    assert by_plotext[-1, 0]
+    assert by_plotext[0, -1]
+    assert by_plotext.any(0).all()
+
+
+def test_braille_survives_the_way_to_text_and_back():
+    grid = np.random.default_rng(1).random((12, 20)) < 0.4
+    codes = dots.characters(dots.masks(grid))
+    text = "\n".join("".join(map(chr, row)) for row in codes)
+    assert (dots.from_braille(text, 10, 3) == grid).all()
+
+
+def test_ascii_charts_hold_nothing_but_ascii():
+    values = np.sin(np.arange(2 * Chart().plot_width(60)) / 7).astype(np.float32)
+    layers = [Band(STYLE, values, values), Line(STYLE, values), Rule(STYLE, 0.5)]
+    rows = Chart().rows(60, 12, (1, 101), layers, PALETTE, ASCII)
+    assert "".join(text_of(rows)).isascii()
+    assert to_ascii("‖W−W₀‖ · ▶ é").isascii()
+    assert len(to_ascii("‖W−W₀‖ · ▶ é")) == len("‖W−W₀‖ · ▶ é")
+
+
+@given(st.integers(0, 10**8), st.sampled_from([None, 200, 1000]))
+def test_the_window_holds_the_newest_step_and_moves_in_jumps(step, shown):
+    start, stop = window(step, shown)
+    assert start <= max(step, 1) < stop
+    assert (start, stop) == window(max(start, stop - 1), shown)
+    if shown is not None:
+        assert stop - start <= shown
+
+
+@given(finite, finite, st.booleans())
+def test_a_scale_holds_what_it_was_made_for_and_stands_still(a, b, log):
+    low, high = min(a, b), max(a, b)
+    scale = fit(low, high, log)
+    if not log:
+        assert scale.low <= low
+        assert high <= scale.high
+        assert fit(low, high, log, old=scale) == scale
+    assert scale.low < scale.high
+    assert all(math.isfinite(tick) for tick in scale.ticks(5))
+
+
+def test_log_places_decades_evenly():
+    places = Scale(1.0, 100.0, log=True).place(np.array([1, 10, 100, 0, -1], np.float32))
+    assert np.allclose(places[:3], [0, 0.5, 1])
+    assert np.isnan(places[3:]).all()
+
+
+def test_sparklines_show_the_range_the_gaps_and_what_is_not_finite():
+    values = np.array([0, 1, 2, 7, np.nan, 3], np.float32)
+    bad = np.array([False] * 4 + [True, False])
+    assert sparkline(values, bad) == "▁▂▃█!▄"
+    assert sparkline(np.full(4, 2.0, np.float32)) == "▁▁▁▁"
+    assert sparkline(values[:5]) == "▁▂▃█ "
+    assert sparklines(np.empty((2, 0), np.float32)) == ["", ""]
+    extreme = np.array([-3e38, 0, 3e38], np.float32)
+    assert sparkline(extreme)[0] == "▁"
+    assert sparkline(extreme)[-1] == "█"

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tui_trainer.ui import formatting as f
+
+
+@given(st.floats(), st.integers(5, 12), st.integers(2, 5))
+def test_a_number_is_always_exactly_as_wide_as_its_column(value, width, digits):
+    assert len(f.number(value, width, digits)) == width
+    assert len(f.loss(value, max(width, 7))) == max(width, 7)
+    assert len(f.signed(value, 7, 3)) == 7
+    assert len(f.percent(value, 6)) == 6
+    assert len(f.count(value, 7)) == 7
+    assert len(f.bytes_(value, 9)) == 9
+    assert len(f.scientific(value, 9)) == 9
+
+
+@given(st.floats(1e-38, 1e38, allow_subnormal=False))
+def test_a_number_that_fits_says_what_it_is(value):
+    shown = f.number(value, 10, 4)
+    assert float(shown) == pytest.approx(value, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1.42034, "1.420"), (0.0123, "0.012"), (1234.5, "1234"), (1e-30, "1.00e-30"), (0, "0.000"),
+     (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (None, "–")],
+)  # fmt: skip
+def test_numbers_as_people_write_them(value, expected):
+    assert f.number(value).strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0:00"), (185, "3:05"), (7384, "2:03:04"), (273_900, "3d 04:05"), (None, "–"), (-1, "–")],
+)
+def test_durations(seconds, expected):
+    assert f.duration(seconds).strip() == expected
+
+
+def test_units():
+    assert f.count(154_400).strip() == "154.4k"
+    assert f.count(494_149_000).strip() == "494.1M"
+    assert f.bytes_(611 * 2**20).strip() == "611.0 MB"
+    assert f.milliseconds(46.12).strip() == "46.1 ms"
+    assert f.milliseconds(1530).strip() == "1.53 s"
+    assert f.rate(0.1, "steps") == "10.0 s/step"
+
+
+@given(st.text(), st.integers(0, 30))
+def test_shortened_names_fit(text, width):
+    assert len(f.shorten(text, width)) <= max(width, 0) or len(text) <= width

@@ -1,0 +1,59 @@
+"""The dashboard, held cell by cell; `pytest --snapshot-update` after a wanted change."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ui import fake
+from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.widgets import plot
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plotext():
+    plot.load()
+
+
+def still(session, **options):
+    """An app that draws only what it is asked to draw."""
+    return TuiTrainerApp(session, frames_per_second=0.01, **options)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_dashboard(snap_compare, size):
+    assert snap_compare(still(fake.fake_gpt(700)), terminal_size=size)
+
+
+def test_dashboard_before_the_first_data(snap_compare):
+    assert snap_compare(still(fake.fake_empty()), terminal_size=(120, 40))
+
+
+def test_dashboard_paused_after_backward(snap_compare):
+    session = fake.fake_gpt(700)
+    for _ in range(5):
+        session.phase()
+    assert snap_compare(still(session), terminal_size=(120, 40))
+
+
+def test_dashboard_not_a_number(snap_compare):
+    assert snap_compare(still(fake.fake_non_finite()), terminal_size=(120, 40))
+
+
+def test_dashboard_crashed(snap_compare):
+    session = fake.fake_gpt(700)
+    session.end("crashed", "RuntimeError: loss is nan", "try a lower learning rate")
+    assert snap_compare(still(session), terminal_size=(80, 24))
+
+
+def test_dashboard_light(snap_compare):
+    app = still(fake.fake_gpt(700), theme_name="tui-trainer-light")
+    assert snap_compare(app, terminal_size=(120, 40))
+
+
+def test_dashboard_in_sixteen_colours(snap_compare):
+    app = still(fake.fake_gpt(700), theme_name="ansi-dark")
+    assert snap_compare(app, terminal_size=(80, 24))
+
+
+def test_dashboard_in_ascii(snap_compare):
+    assert snap_compare(still(fake.fake_gpt(700), ascii=True), terminal_size=(120, 40))
