@@ -29,7 +29,10 @@ def start(arguments: list[str]) -> int:
     host = Host(spec)
     capture = Capture(host.recorder.log, Path(spec.directory) / LOG_FILE)
     capture.start()
-    return finish(host, None, own_session=True, before_end=capture.stop)
+    try:
+        return finish(host, None, own_session=True, before_end=capture.stop)
+    finally:
+        capture.stop()  # a fault of our own is then said where we were started
 
 
 if __name__ == "__main__":

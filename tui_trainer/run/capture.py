@@ -43,6 +43,10 @@ class Capture:
         if self._log_path is not None:
             with contextlib.suppress(OSError):
                 self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115 - closed in stop
+        # Before the exchange: a stream opened on a file would seek in what is a pipe then.
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # a pipe is block buffered; here somebody is reading along
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
         _flush()
         for number in STREAMS:
             self._saved[number] = os.dup(number)
@@ -51,9 +55,6 @@ class Capture:
             os.dup2(write_end, number)
             os.close(write_end)
             self._pipes[read_end] = number
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # a pipe is block buffered; here somebody is reading along
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
         self._thread.start()
 
     def stop(self) -> None:

@@ -5,7 +5,6 @@ A script may replace all of these handlers with its own, as it could without us.
 
 from __future__ import annotations
 
-import _thread
 import signal
 import sys
 import threading
@@ -51,7 +50,7 @@ class Signals:
         if self._over:
             return
         if not waits_for_a_step or self._requests > 1:
-            _thread.interrupt_main(signal.SIGINT)
+            _interrupt()
         else:
             self._insist_later()
 
@@ -72,7 +71,7 @@ class Signals:
 
         def insist() -> None:
             if not self._over and self._gate.mode == "stopping" and self._gate.completed == step:
-                _thread.interrupt_main(signal.SIGINT)
+                _interrupt()
 
         timer = threading.Timer(GRACE_S, insist)
         timer.daemon = True
@@ -99,3 +98,10 @@ class Signals:
         if not waits_for_a_step or self._requests > 1:
             raise StopTraining
         self._insist_later()
+
+
+def _interrupt() -> None:
+    """As Ctrl-C would: a real signal, which wakes a main thread that sleeps or waits in C."""
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
