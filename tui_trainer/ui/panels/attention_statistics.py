@@ -73,12 +73,12 @@ STATISTICS = (
     Statistic(
         "norm", "norm", tables.ATTENTION, MATRICES,
         "‖W‖ (Frobenius): the size of each projection",
-        "grows slowly, held by weight decay; q and k that run away blow up the logits",
+        "grows slowly; q and k that run away blow up the logits",
     ),
     Statistic(
         "grad_cos", "∇ cosine", tables.ATTENTION, PAIRS,
         "the cosine between the gradients of two projections: why they part or align",
-        "noise around 0; a lasting sign moves the two together (+) or apart (−)", True,
+        "noise around 0; a lasting + moves the two together, a − apart", True,
     ),
     Statistic(
         "growth", "growth", tables.ATTENTION, ("",),
@@ -93,22 +93,22 @@ STATISTICS = (
     Statistic(
         "stable_rank", "stable rank", tables.ATTENTION_SPECTRUM, MATRICES,
         "‖W‖²/σ_max²: how many directions carry the matrix, robust to small ones",
-        "falls as structure is learned; near 1 means that one direction does it all",
+        "falls as structure is learned; near 1 one direction does it all",
     ),
     Statistic(
         "effective_rank", "effective rank", tables.ATTENTION_SPECTRUM, MATRICES,
-        "exp of the entropy of σ/Σσ (Roy & Vetterli 2007): how many directions are in use",
+        "exp(entropy of σ/Σσ), Roy & Vetterli 2007: how many directions are in use",
         "stays a good share of the width; a collapse loses capacity",
     ),
     Statistic(
         "max_logit", "max logit", tables.ATTENTION_HEALTH, ("",),
         "the largest attention logit q·k/√d of a sampled batch",
-        "below about 50; beyond it softmax saturates, and bf16 overflows before that hurts",
+        "below about 50; beyond it softmax saturates and gradients vanish",
     ),
     Statistic(
         "entropy", "entropy", tables.ATTENTION_HEALTH, ("",),
         "mean entropy of the attention rows in nats: how spread the attention is",
-        "between 0 (one token) and ln of the context; stuck at either end learns nothing",
+        "above 0 (one token alone), below ln of the context (all alike)",
     ),
     Statistic(
         "cos_qk_activations", "cos(q, k)", tables.ATTENTION_HEALTH, ("",),

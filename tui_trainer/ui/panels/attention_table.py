@@ -135,7 +135,8 @@ class StatisticTable(VirtualTable):
         wanted = [(int(layer), part) for layer in visible for part in self.statistic.parts]
         places = [self.statistic.index(*each) for each in wanted]
         start, stop = history.first_step or 0, (history.last_step or 0) + 1
-        seen = history.window(places, start, stop, self._trend_width)
+        buckets = min(self._trend_width, history.rows)  # no gaps between rare measurements
+        seen = history.window(places, start, stop, buckets)
         lines = sparklines(seen.high.T, seen.nonfinite.T, self.glyphs)
         self._trends = {
             each: line if self._comparable(each[0]) else line.replace("!", " ")

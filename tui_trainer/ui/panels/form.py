@@ -104,8 +104,7 @@ class FormRow(Vertical):
         self._edited()
 
     def on_choice_changed(self, event: Choice.Changed) -> None:
-        """Chosen."""
-        event.stop()
+        """Chosen; the screen hears of it too."""
         self._edited()
 
     def _edited(self) -> None:

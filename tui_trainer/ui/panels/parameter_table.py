@@ -117,9 +117,7 @@ class ParameterTable(VirtualTable):
 
     def prepare(self, visible: Ids) -> None:
         """Trends of the rows in sight, in one look at the history."""
-        info = self.values.info
-        total = info.total_steps if info else None
-        high, bad = self.values.trends(tables.GRAD_NORM, visible, TREND, total)
+        high, bad = self.values.trends(tables.GRAD_NORM, visible, TREND)
         lines = sparklines(high, bad, self.glyphs)
         self._trends = dict(zip(visible.tolist(), lines, strict=True))
         self._shares = self.values.shares

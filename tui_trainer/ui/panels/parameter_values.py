@@ -118,10 +118,10 @@ class ParameterValues:
         return np.asarray(squares / total, np.float32)
 
     def trends(
-        self, quantity: str, parameters: Sequence[int] | Places, buckets: int, total: int | None
+        self, quantity: str, parameters: Sequence[int] | Places, buckets: int
     ) -> tuple[Values, NDArray[np.bool_]]:
         """Highest value and whether something was not finite, in each of `buckets` stretches of the
-        run so far; both (parameters, buckets)."""
+        run so far; both (parameters, buckets). Fewer stretches are filled by fewer rows."""
         wanted = np.asarray(parameters, np.int64)
         high = np.full((len(wanted), buckets), np.nan, np.float32)
         bad = np.zeros((len(wanted), buckets), np.bool_)
@@ -136,7 +136,8 @@ class ParameterValues:
             if not len(here):
                 continue
             start, stop = history.first_step or 0, (history.last_step or 0) + 1
-            seen = history.window(columns[here].tolist(), start, stop, buckets)
-            high[here] = seen.high.T
-            bad[here] = seen.nonfinite.T
+            filled = min(buckets, history.rows)  # no gaps between rare measurements
+            seen = history.window(columns[here].tolist(), start, stop, filled)
+            high[here, :filled] = seen.high.T
+            bad[here, :filled] = seen.nonfinite.T
         return high, bad

@@ -263,11 +263,15 @@ class StartScreen(RunScreen):
     def _blame(self, errors: dict[str, ConfigurationError]) -> None:
         first = open_faulty(self.query(FormRow), self.query(Fold))
         if first is not None:
-            first.editor.focus()
+            self.call_after_refresh(self._go_to, first)  # once its group is laid out
         shown = {row.option_name for row in self.query(FormRow)}
         for name, error in errors.items():
             if name not in shown:
                 self._say_fault(error)
+
+    def _go_to(self, row: FormRow) -> None:
+        row.editor.focus(scroll_visible=False)
+        row.scroll_visible(animate=False)  # with what is said below it
 
     # ------------------------------------------------------------ starting
 

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
+from tests.ui.fake_run import describe, synthesise, with_unseen
+from tests.ui.screens import app_on, settle, text_of
+from tui_trainer.protocol import tables
+from tui_trainer.ui.panels.attention_statistics import COLUMNS, STATISTICS
+from tui_trainer.ui.panels.attention_table import HeadsTable, StatisticTable
+
+
+def test_every_measured_statistic_is_on_offer() -> None:
+    offered = {(s.table, s.column(part)) for s in STATISTICS for part in s.parts}
+    measured = {(table, name) for table, names in COLUMNS.items() for name in names}
+    assert offered == measured
+
+
+def test_explanations_fit_the_narrow_screen() -> None:
+    for statistic in STATISTICS:
+        assert len(statistic.means) <= 78
+        assert len("healthy  " + statistic.healthy) <= 78
+
+
+def test_columns_are_those_that_the_protocol_names() -> None:
+    for statistic in STATISTICS:
+        columns = tables.attention_columns(("a", "b"), COLUMNS[statistic.table])
+        for part in statistic.parts:
+            place = statistic.index(1, part)
+            assert columns[place].name == f"b.{statistic.column(part)}"
+
+
+async def test_the_run_is_told_what_is_watched_only_while_it_is_shown() -> None:
+    session = fake_gpt()
+    app = app_on("attention", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        assert session.topics == {
+            tables.ATTENTION_HEADS,
+            tables.ATTENTION_SPECTRUM,
+            tables.ATTENTION_HEALTH,
+        }
+        await pilot.press("5")
+        await settle(pilot)
+        assert session.topics == frozenset()
+
+
+async def test_every_statistic_shows_its_newest_values() -> None:
+    session = fake_gpt()
+    app = app_on("attention", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        for statistic in STATISTICS:
+            text = text_of(app)
+            assert statistic.means in text
+            history = session.history.table(statistic.table)
+            assert history is not None
+            value = history.latest()[1][statistic.index(0, statistic.parts[0])]  # type: ignore[index]
+            row = next(line for line in text.split("\n") if line.strip().startswith("blocks.0"))
+            shown = float(row.split()[1])
+            assert np.isclose(shown, value, rtol=1e-2, atol=1e-3)
+            await pilot.press("m")
+            await settle(pilot)
+
+
+async def test_the_heads_are_those_of_the_layer_under_the_cursor() -> None:
+    session = fake_gpt()
+    app = app_on("attention", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("down", "down")
+        await settle(pilot)
+        assert "blocks.2.attention" in text_of(app)
+        heads = app.screen.query_one(HeadsTable)
+        latest = session.history.table(tables.ATTENTION_HEADS).latest()  # type: ignore[union-attr]
+        count = len(tables.HEAD_STATISTICS)
+        assert heads._values is not None
+        assert np.array_equal(heads._values, latest[1][8 * count : 12 * count])  # type: ignore[index]
+
+
+async def test_heads_replace_the_layers_where_there_is_little_room() -> None:
+    app = app_on("attention", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "head " not in text_of(app)
+        await pilot.press("h")
+        await settle(pilot)
+        assert "drift v" in text_of(app)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert "blocks.3" in text_of(app)
+
+
+async def test_the_chosen_tab_stays_in_sight_and_tabs_are_clicked() -> None:
+    app = app_on("attention", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("M")
+        await settle(pilot)
+        assert " mean " in text_of(app).split("\n")[1]
+        await pilot.press("m")
+        await settle(pilot)
+        line = text_of(app).split("\n")[1]
+        await pilot.click("ScrollingTabs", offset=(line.index("norm") + 1, 0))
+        await settle(pilot)
+        assert "Frobenius" in text_of(app)
+
+
+async def test_layers_sort_by_the_statistic() -> None:
+    app = app_on("attention", fake_gpt())
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        table = app.screen.query_one(StatisticTable)
+        await pilot.press("o")
+        await settle(pilot)
+        assert table.order.tolist() == [3, 2, 1, 0]
+        await pilot.press("slash", *"blocks.1", "enter")
+        await settle(pilot)
+        assert table.order.tolist() == [1]
+
+
+async def test_a_comparison_without_meaning_is_na_with_its_reason() -> None:
+    info = describe()
+    first = msgspec.structs.replace(
+        info.attention[0], kind="grouped", key_value_heads=2, note="K and V are smaller than Q"
+    )
+    run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
+    values = run.values[run.table(tables.ATTENTION)]
+    values[:, tables.ATTENTION_STATISTICS.index("cos_qk")] = np.nan
+    app = app_on("attention", FakeSession(run, 300))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("m")
+        await settle(pilot)
+        text = text_of(app)
+        assert "n/a: K and V are smaller than Q" in text
+        assert "2 for keys and values" in text
+        row = next(line for line in text.split("\n") if "blocks.0*" in line)
+        assert "n/a" in row
+        assert "nan" not in row
+
+
+async def test_a_measured_nan_is_said() -> None:
+    app = app_on("attention", fake_non_finite(steps=202))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("m", "m", "m")
+        await settle(pilot)
+        row = next(line for line in text_of(app).split("\n") if line.strip().startswith("blocks.0"))
+        assert "nan" in row
+
+
+async def test_says_why_there_is_nothing() -> None:
+    run = synthesise(describe())
+    run.info = msgspec.structs.replace(
+        with_unseen(run.info, attention="this model has no attention"), attention=()
+    )
+    app = app_on("attention", FakeSession(run, 10))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "this model has no attention" in text_of(app)
+
+
+async def test_before_the_first_data_every_key_is_safe() -> None:
+    app = app_on("attention", fake_empty())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "importing torch" in text_of(app)
+        await pilot.press("m", "M", "h", "h", "o", "l", "down", "end", "slash", "a", "escape")
+        await settle(pilot)
+
+
+async def test_a_thousand_layers() -> None:
+    app = app_on("attention", fake_large(6_000))
+    async with app.run_test(size=(200, 60)) as pilot:
+        await settle(pilot)
+        await pilot.press("end")
+        await settle(pilot)
+        assert "blocks.998" in text_of(app)
+        assert len(app.screen.query_one(StatisticTable)._trends) < 200
+
+
+async def test_other_sizes_are_drawn_without_fault() -> None:
+    app = app_on("attention", fake_gpt(steps=1))
+    async with app.run_test(size=(120, 40)) as pilot:
+        for size in ((20, 5), (40, 10), (300, 90), (80, 24)):
+            await pilot.resize_terminal(*size)
+            await settle(pilot)
+        assert "drift" in text_of(app)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+from textual.binding import Binding
+
+from tests.ui.fake import fake_empty, fake_gpt
+from tests.ui.screens import SIZES, app_on, settle, text_of
+from tui_trainer.protocol import PHASES
+from tui_trainer.ui.key_map import key_groups
+from tui_trainer.ui.palette import ActionProvider
+from tui_trainer.ui.panels import explanations
+from tui_trainer.ui.screens.registry import PLACES
+
+
+def screens() -> list[type]:
+    found = []
+    for place in PLACES:
+        module, _, name = place.where.partition(":")
+        found.append(getattr(import_module(f"tui_trainer.ui.screens.{module}"), name))
+    return found
+
+
+def test_every_binding_of_every_screen_is_in_the_help() -> None:
+    app = app_on("help", None)
+    listed = {key.action for group in key_groups(app) for key in group.keys}
+    for screen in screens():
+        for binding in Binding.make_bindings(screen.BINDINGS):  # type: ignore[attr-defined]
+            assert binding.action in listed
+    for binding in Binding.make_bindings(type(app).BINDINGS):
+        assert binding.action in listed
+
+
+def test_every_binding_has_an_id_and_a_tooltip() -> None:
+    for screen in screens():
+        for binding in Binding.make_bindings(screen.BINDINGS):  # type: ignore[attr-defined]
+            assert binding.id, binding
+            assert binding.tooltip, binding
+
+
+def test_no_screen_binds_a_key_twice() -> None:
+    for screen in screens():
+        keys = [b.key for b in Binding.make_bindings(screen.BINDINGS)]  # type: ignore[attr-defined]
+        assert len(keys) == len(set(keys)), screen
+
+
+def test_every_phase_is_explained() -> None:
+    assert tuple(name for name, _ in explanations.PHASES) == PHASES
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_all_of_it_can_be_read(size: tuple[int, int]) -> None:
+    app = app_on("help", fake_gpt())
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        seen = text_of(app)
+        for _ in range(20):
+            await pilot.press("pagedown")
+            await settle(pilot)
+            seen += text_of(app)
+        for word in ("Steering the run", "zero_grad", "update ratio", "effective rank", "n/a"):
+            assert word in seen
+
+
+async def test_filter_and_back() -> None:
+    app = app_on("help", fake_empty())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("slash", *"wrong", "enter")
+        await settle(pilot)
+        assert "Wrong images first" in text_of(app)
+        assert "Steering" not in text_of(app)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert "Steering" in text_of(app)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert app.current_mode == "dashboard"
+
+
+async def test_the_palette_has_every_action_with_its_help() -> None:
+    app = app_on("parameters", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        found = list(ActionProvider(app.screen).commands())
+        helps = " ".join(help for _, help, _ in found)
+        for binding in Binding.make_bindings(type(app.screen).BINDINGS):
+            if app.screen.check_action(binding.action.split("(")[0], ()):
+                assert str(binding.tooltip) in helps
+        names = [name for name, _, _ in found]
+        assert "Show attention" in names
+        assert "Write a checkpoint" in names
+        assert all(help for _, help, _ in found)
+
+
+async def test_an_action_of_the_palette_acts() -> None:
+    session = fake_gpt()
+    app = app_on("log", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        commands = {name: run for name, _, run in ActionProvider(app.screen).commands()}
+        commands["Stop the run"]()
+        await settle(pilot)
+        assert session.status.state == "stopped"
+        after = [name for name, _, _ in ActionProvider(app.screen).commands()]
+        assert "Stop the run" not in after

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from textual.widgets import Input
+
+from tests.ui.fake import fake_gpt
+from tests.ui.screens import settle, text_of
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.options import options_of
+from tui_trainer.session.api import Session
+from tui_trainer.tasks.gpt import task as gpt
+from tui_trainer.tasks.vit import task as vit
+from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.launch import LaunchError, LaunchRequest
+from tui_trainer.ui.panels.choice import Choice
+from tui_trainer.ui.screens.start import StartScreen
+from tui_trainer.ui.screens.start_model import (
+    Launcher,
+    common_options,
+    folded_options,
+    preset_value,
+    request_for,
+    script_request,
+    written,
+)
+
+
+class Started:
+    """A launcher that remembers, and refuses when told to."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.requests: list[LaunchRequest] = []
+        self.refusal = refusal
+        self.done = threading.Event()
+
+    def __call__(self, request: LaunchRequest) -> Session:
+        self.requests.append(request)
+        self.done.set()
+        if self.refusal:
+            raise self.refusal
+        return fake_gpt()
+
+
+def app_with(start: Started) -> TuiTrainerApp:
+    return TuiTrainerApp(None, start_mode="start", on_launch=Launcher((gpt, vit), start))
+
+
+@pytest.mark.parametrize("task", [gpt, vit], ids=lambda task: task.name)
+def test_every_option_is_on_the_form_once(task: object) -> None:
+    every = [option.name for option in options_of(task.config)]  # type: ignore[attr-defined]
+    on_form = [option.name for option in common_options(task)]  # type: ignore[arg-type]
+    for options in folded_options(task).values():  # type: ignore[arg-type]
+        on_form += [option.name for option in options]
+    assert sorted(on_form) == sorted(every)
+
+
+@pytest.mark.parametrize("task", [gpt, vit], ids=lambda task: task.name)
+def test_every_preset_starts_as_it_is(task: object) -> None:
+    for preset in task.presets:  # type: ignore[attr-defined]
+        entered = {
+            option.name: written(preset_value(task, preset, option))  # type: ignore[arg-type]
+            for option in options_of(task.config)  # type: ignore[attr-defined]
+        }
+        if preset not in ("digits", *gpt.presets):
+            entered["data"] = "/some/images"
+        request, errors = request_for(task, preset, entered)  # type: ignore[arg-type]
+        assert errors == {}
+        assert request is not None
+        assert set(request.settings) <= {"preset", "data"}
+
+
+def test_what_differs_is_an_override() -> None:
+    entered = {"steps": "1e3", "learning_rate": "3e-4", "compile": "on", "data": ""}
+    request, errors = request_for(gpt, "light", entered, start_paused=True)
+    assert errors == {}
+    assert request is not None
+    assert request.paused
+    assert dict(request.settings) == {
+        "preset": "light",
+        "steps": 1000,
+        "learning_rate": 3e-4,
+        "compile": True,
+    }
+
+
+def test_epochs_replace_the_steps_of_the_preset() -> None:
+    request, errors = request_for(gpt, "light", {"steps": "", "epochs": "2"})
+    assert errors == {}
+    assert request is not None
+    assert dict(request.settings) == {"preset": "light", "epochs": 2}
+
+
+def test_errors_are_told_at_their_fields() -> None:
+    _, errors = request_for(gpt, "light", {"steps": "many", "batch_size": "0"})
+    assert set(errors) == {"steps", "batch_size"}
+    _, errors = request_for(gpt, "light", {"width": "65"})
+    assert set(errors) == {"width"}
+    assert "--heads" in errors["width"].hint
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "field"),
+    [("", "", "script"), ("/nowhere.py", "", "script"), ("/tmp", "", "script")],
+)
+def test_a_script_that_cannot_be_is_told(path: str, arguments: str, field: str) -> None:
+    request, errors = script_request(path, arguments)
+    assert request is None
+    assert set(errors) == {field}
+
+
+def test_arguments_are_quoted_as_in_a_shell(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("")
+    request, _ = script_request(str(script), "--name 'two words' -v")
+    assert request is not None
+    assert request.arguments == ("--name", "two words", "-v")
+    _, errors = script_request(str(script), "'open")
+    assert set(errors) == {"arguments"}
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+async def test_enter_starts_the_defaults(size: tuple[int, int]) -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+        await settle(pilot)
+        assert app.current_mode == "dashboard"
+    assert dict(start.requests[0].settings) == {"preset": "light"}
+    assert start.requests[0].task == "gpt"
+
+
+async def test_keys_alone_choose_task_preset_and_values() -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("right", "right", "left", "left", "down", "right", "down", "down")
+        await settle(pilot)
+        field = app.focused
+        assert isinstance(field, Input)
+        assert field.id == "option-steps"
+        await pilot.press("end", *["backspace"] * 6, *"77", "enter")
+        await app.workers.wait_for_complete()
+    assert dict(start.requests[0].settings) == {"preset": "nanogpt-cpu", "steps": 77}
+
+
+async def test_mouse_chooses_task_and_preset() -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        task = app.screen.query_one("#task", Choice)
+        await pilot.click("#task", offset=(task.choices[0].__len__() + 5, 0))
+        await settle(pilot)
+        assert task.value == "vit"
+        assert "digits" in text_of(app)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+    assert start.requests[0].task == "vit"
+
+
+async def test_a_wrong_value_is_told_below_its_field_and_nothing_starts() -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        app.screen.query_one("#option-batch_size", Input).value = "none"
+        await settle(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        text = text_of(app)
+        assert "--batch-size cannot be 'none'" in text
+        assert app.focused is app.screen.query_one("#option-batch_size")
+        await pilot.press("end", *["backspace"] * 4, "8")
+        await settle(pilot)
+        assert "cannot be" not in text_of(app)
+    assert start.requests == []
+
+
+async def test_an_error_in_a_folded_group_unfolds_it() -> None:
+    app = app_with(Started())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        app.screen.query_one("#option-width", Input).value = "65"
+        await settle(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "cannot be divided among" in text_of(app)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        LaunchError("the device cuda is not there", "try --device cpu"),
+        ConfigurationError("the corpus has 3 characters", "try a longer one"),
+        OSError("disk full"),
+    ],
+    ids=lambda refusal: type(refusal).__name__,
+)
+async def test_a_refused_start_is_told_and_nothing_typed_is_lost(refusal: Exception) -> None:
+    start = Started(refusal)
+    app = app_with(start)
+    async with app.run_test(size=(100, 40)) as pilot:
+        await settle(pilot)
+        app.screen.query_one("#option-steps", Input).value = "123"
+        await settle(pilot)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+        await settle(pilot)
+        text = text_of(app)
+        assert str(refusal.args[0]) in text
+        assert app.current_mode == "start"
+        assert app.screen.query_one("#option-steps", Input).value == "123"
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+    assert len(start.requests) == 2
+
+
+async def test_what_was_typed_is_there_again_after_a_look_at_another_task() -> None:
+    app = app_with(Started())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        app.screen.query_one("#option-steps", Input).value = "123"
+        await settle(pilot)
+        await pilot.press("right")
+        await settle(pilot)
+        await pilot.press("left")
+        await settle(pilot)
+        assert app.screen.query_one("#option-steps", Input).value == "123"
+        await pilot.press("ctrl+r")
+        await settle(pilot)
+        assert app.screen.query_one("#option-steps", Input).value == "3000"
+
+
+async def test_a_script_with_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("")
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("left")
+        await settle(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "which script?" in text_of(app)
+        app.screen.query_one("#option-script", Input).value = str(script)
+        app.screen.query_one("#option-arguments", Input).value = "--fast"
+        await settle(pilot)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+    assert start.requests[0].script == str(script)
+    assert start.requests[0].arguments == ("--fast",)
+
+
+async def test_without_a_launcher_it_says_so() -> None:
+    app = TuiTrainerApp(None, start_mode="start")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert isinstance(app.screen, StartScreen)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "which script?" in text_of(app)
