@@ -4,6 +4,9 @@ made, so that later ones can use what earlier ones have found."""
 from __future__ import annotations
 
 from tui_trainer.probes.attention import Attention
+from tui_trainer.probes.attention_heads import AttentionHeads
+from tui_trainer.probes.attention_health import AttentionHealth
+from tui_trainer.probes.attention_spectrum import AttentionSpectrum
 from tui_trainer.probes.clipping import Clipping
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
@@ -19,6 +22,9 @@ PROBES: tuple[type[Probe], ...] = (
     Weights,
     UpdateRatio,
     Attention,
+    AttentionSpectrum,
+    AttentionHealth,
+    AttentionHeads,
     Step,
     Clipping,
     Phases,

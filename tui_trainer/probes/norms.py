@@ -30,6 +30,8 @@ class Norms:
     def __init__(self, device: torch.device) -> None:
         self._squares = device.type == "cpu"
         self._zero = torch.zeros((), device=device)
+        self._where: list[int] = []
+        self._flat: list[torch.Tensor] = []
 
     def read(self, tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
         """One 0-d tensor for each; of an absent one zero."""
@@ -42,6 +44,20 @@ class Norms:
         norms = torch._foreach_norm(present, 2, torch.float32) if low else _norms(present)
         found = iter(norms)
         return [self._zero if t is None else next(found) for t in tensors]
+
+    def read_kept(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The same for tensors that stay where they are from step to step, such as weights."""
+        if not self._squares:
+            return self.read(tensors)
+        where = [tensor.data_ptr() for tensor in tensors]
+        if where != self._where:
+            self._where = where
+            flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
+            plain = all(t.dtype in (torch.float32, torch.float64) for t in tensors)
+            self._flat = flat if plain and len(flat) == len(tensors) else []
+        if self._flat:
+            return [torch.dot(flat, flat) for flat in self._flat]
+        return self.read([tensor.detach() for tensor in tensors])
 
     def values(self, read: Floats) -> NDArray[np.float64]:
         """The norms, from what `read` gave once it is on the host."""

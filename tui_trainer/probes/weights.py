@@ -27,7 +27,7 @@ class Weights(Probe):
 
     def after_update(self) -> Readings:
         """One reading per parameter."""
-        return self._norms.read(self.subject.parameters)
+        return self._norms.read_kept(self.subject.parameters)
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """Also tells the other probes the norms."""

@@ -22,6 +22,7 @@ from tui_trainer.tracing.readout import Arrival
 from tui_trainer.tracing.subject import Subject
 from tui_trainer.tracing.timing import Times
 
+HOOKS = ("before_forward", "after_forward", "gradients", "before_update", "after_update", "rows")
 MOST_ON_THEIR_WAY = 4
 """Steps whose values may be under way to the host before we wait for the oldest."""
 
@@ -37,6 +38,12 @@ class Slot(Governed):
     readings: list[Readings] = field(default_factory=list)
     spent: float = 0.0
     """Seconds on the training thread in this step."""
+
+    def __post_init__(self) -> None:
+        self.does = frozenset(
+            name for name in HOOKS if getattr(type(self.probe), name) is not getattr(Probe, name)
+        )
+        """Which of the hooks it has: the others need not be called."""
 
 
 @dataclass
@@ -171,13 +178,13 @@ class Meter:
     def forward_begins(self, root: torch.nn.Module) -> None:
         """The first forward of the step begins."""
         for slot in self.slots:
-            if slot.due:
+            if slot.due and "before_forward" in slot.does:
                 self._guard(slot, slot.probe.before_forward, root)
 
     def forward_ends(self) -> None:
         """It has ended."""
         for slot in self.slots:
-            if slot.due:
+            if slot.due and "after_forward" in slot.does:
                 self._guard(slot, slot.probe.after_forward)
 
     def read_gradients(self, scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
@@ -187,14 +194,14 @@ class Meter:
         self._with_gradient = sum(gradient is not None for gradient in gradients)
         with plain_arithmetic(self.subject.device):
             for slot in self.slots:
-                if slot.due:
+                if slot.due and "gradients" in slot.does:
                     slot.readings = [self._guard(slot, slot.probe.gradients, gradients) or ()]
         self.fresh = True
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
         for slot in self.slots:
-            if slot.due:
+            if slot.due and "before_update" in slot.does:
                 self._guard(slot, slot.probe.before_update)
 
     def after_update(self, finished: Finished, own_s: Callable[[], float]) -> None:
@@ -205,7 +212,8 @@ class Meter:
         slots = [slot for slot in self.slots if slot.due and not slot.off]
         with plain_arithmetic(self.subject.device):
             for slot in slots:
-                slot.readings.append(self._guard(slot, slot.probe.after_update) or ())
+                if "after_update" in slot.does:
+                    slot.readings.append(self._guard(slot, slot.probe.after_update) or ())
         slots = [slot for slot in slots if not slot.off]
         for slot in slots:
             slot.due = False

@@ -6,7 +6,7 @@ waiting, and an event says later that it has arrived.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,24 +37,34 @@ class Arrival:
     """Readings on their way to the host."""
 
     def __init__(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        self._sizes = [sum(reading.numel() for reading in part) for part in parts]
+        self._parts = parts
+        self._values: list[Floats] | None = None
+        self._copies: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
+        self._events: list[torch.cuda.Event] = []
+        if all(reading.device.type == "cpu" for part in parts for reading in part):
+            # At once: what a probe reads may be a buffer that it uses again.
+            self._values = [_on_host(part) for part in parts]
+        else:
+            self._send()
+
+    def _send(self) -> None:
+        """One vector per device, copied without waiting."""
         by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
         position = 0
-        for part in parts:
+        for part in self._parts:
             for reading in part:
                 by_device.setdefault(reading.device, []).append((position, reading))
                 position += reading.numel()
-        self._length = position
-        self._copies: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
-        self._ready: list[Callable[[bool], bool]] = []
         for device, placed in by_device.items():
             vector = flattened([reading for _, reading in placed])
             spans = [(start, reading.numel()) for start, reading in placed]
             self._copies.append((spans, self._fetch(device, vector)))
+        self._sizes = [sum(reading.numel() for reading in part) for part in self._parts]
+        self._parts = ()
 
     def _fetch(self, device: torch.device, vector: torch.Tensor) -> torch.Tensor:
         if device.type == "cpu":
-            return vector
+            return vector.clone()
         if device.type != "cuda":
             return vector.cpu()  # no events on other devices that could tell of an arrival
         with torch.cuda.device(device):
@@ -62,33 +72,40 @@ class Arrival:
             host.copy_(vector, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-
-        def ready(wait: bool) -> bool:
-            if wait:
-                event.synchronize()
-            return bool(event.query())  # type: ignore[no-untyped-call]
-
-        self._ready.append(ready)
+        self._events.append(event)
         return host
 
     def arrived(self, wait: bool = False) -> bool:
         """Whether all is on the host; `wait` until it is."""
-        return all(ready(wait) for ready in self._ready)
+        for event in self._events:
+            if wait:
+                event.synchronize()
+            elif not event.query():  # type: ignore[no-untyped-call]
+                return False
+        return True
 
     def values(self) -> list[Floats]:
         """The values of each part, flattened. Only when `arrived`."""
-        if len(self._copies) == 1:
-            flat = self._copies[0][1].numpy()
+        if self._values is not None:
+            return self._values
+        flat = np.empty(sum(self._sizes), dtype=np.float32)
+        for spans, host in self._copies:
+            source, offset = host.numpy(), 0
+            for start, count in spans:
+                flat[start : start + count] = source[offset : offset + count]
+                offset += count
+        return np.split(flat, np.cumsum(self._sizes)[:-1])
+
+
+def _on_host(part: Sequence[torch.Tensor]) -> Floats:
+    """Readings that are on the host already.
+
+    Here `item()` waits for nothing, and takes half as long as stacking.
+    """
+    values: list[float] = []
+    for reading in part:
+        if reading.dim():
+            values += reading.tolist()
         else:
-            flat = np.empty(self._length, dtype=np.float32)
-            for spans, host in self._copies:
-                source, offset = host.numpy(), 0
-                for start, count in spans:
-                    flat[start : start + count] = source[offset : offset + count]
-                    offset += count
-        parts: list[Floats] = []
-        position = 0
-        for size in self._sizes:
-            parts.append(flat[position : position + size])
-            position += size
-        return parts
+            values.append(reading.item())
+    return np.array(values, dtype=np.float32)

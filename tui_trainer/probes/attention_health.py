@@ -1,0 +1,162 @@
+"""What attention does with its queries and keys, on sampled steps: logits, entropy, alignment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tui_trainer.history.records import Floats
+from tui_trainer.probes.attention import NO_LAYERS
+from tui_trainer.probes.attention_layers import find_layers
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.tables import HEALTH_STATISTICS, attention_columns
+from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
+from tui_trainer.tracing.subject import Subject
+
+EXAMPLES = 2
+ROWS = 32
+"""Of each call the first examples and evenly spaced query rows are looked at, with every key."""
+
+Attend = Callable[..., torch.Tensor]
+
+
+class AttentionHealth(Probe):
+    """Table `attention_health`: largest logit, mean entropy of the attention rows (nats), mean
+    cosine between queries and keys, over a sample of the first forward of the step.
+
+    `scaled_dot_product_attention` is replaced for just that forward; its n-th call is the n-th
+    layer. Where it is called otherwise than once per layer, nothing is seen; in a compiled model it
+    is not replaced, which would have the model compiled anew.
+    """
+
+    name = tables.ATTENTION_HEALTH
+    every = 20
+    topic = tables.ATTENTION_HEALTH
+    watched_every = 5
+    importance = 15
+
+    def __init__(self, subject: Subject, options: Options) -> None:
+        super().__init__(subject, options)
+        self._layers = find_layers(subject, options.attention_pattern)
+        if not self._layers:
+            self.unseen = NO_LAYERS
+            return
+        if any(is_compiled(module) for module in subject.modules.values()):
+            self.unseen = "the model is compiled: attention inside it cannot be looked at"
+            return
+        paths = tuple(layer.path for layer in self._layers)
+        self.tables = (TableSpec(self.name, attention_columns(paths, HEALTH_STATISTICS)),)
+        self._original: Attend | None = None
+        self._ours: Attend | None = None
+        self._seen: list[torch.Tensor] = []
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        """Listen to the calls of this forward."""
+        self._seen = []
+        if is_compiled(root):
+            return
+        original = self._original = functional.scaled_dot_product_attention
+
+        def attend(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(self._seen) <= len(self._layers) and not torch.compiler.is_compiling():
+                self._look(query, key, args, kwargs)
+            return original(query, key, *args, **kwargs)
+
+        self._ours = attend
+        functional.scaled_dot_product_attention = attend
+
+    def after_forward(self) -> None:
+        """Put the function back."""
+        if self._original is not None:
+            if functional.scaled_dot_product_attention is self._ours:
+                functional.scaled_dot_product_attention = self._original
+            self._original = self._ours = None
+
+    def _look(
+        self, query: torch.Tensor, key: torch.Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        try:
+            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+                self._seen.append(health(query, key, *_settings(args, kwargs)))
+        except Exception:  # shapes that we do not understand: the layer is not seen
+            self._seen.append(query.new_full((3,), torch.nan, dtype=torch.float32))
+
+    def after_update(self) -> Readings:
+        """Three readings per layer, when there was one call for each."""
+        seen, self._seen = self._seen, []
+        return seen if len(seen) == len(self._layers) else ()
+
+    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+        """As they were read."""
+        return (values.copy() if values.size else None,)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile has, or will have, to do with it."""
+    return (
+        type(module).__name__ == "OptimizedModule"  # by name: importing dynamo takes seconds
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def _settings(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | None, bool, float | None]:
+    """(mask, causal, scale) of a call scaled_dot_product_attention(query, key, value, mask,
+    dropout_p, is_causal, *, scale, enable_gqa)."""
+    mask = args[1] if len(args) > 1 else kwargs.get("attn_mask")
+    causal = args[3] if len(args) > 3 else kwargs.get("is_causal", False)
+    return mask, bool(causal), kwargs.get("scale")
+
+
+def health(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """(3,): largest logit, mean row entropy, mean cosine of allowed query-key pairs.
+
+    query (…, H, T, D), key (…, Hkv, S, D); with fewer key heads each serves a group of queries.
+    """
+    rows = _sample(query.shape[-2], query.device)
+    q = _few(query)[..., rows, :].float()
+    k = _few(key).float()
+    if q.dim() >= 3 and k.shape[-3] != q.shape[-3]:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    products = q @ k.transpose(-1, -2)  # (…, H, rows, S)
+    logits = products * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
+    allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+    if causal:
+        allowed = rows[:, None] >= torch.arange(k.shape[-2], device=rows.device)[None]
+    if mask is not None:
+        seen = _few(mask.expand(*query.shape[:-1], k.shape[-2]))[..., rows, :]
+        if seen.dtype == torch.bool:
+            allowed = allowed & seen
+        else:
+            logits = logits + seen
+            allowed = allowed & torch.isfinite(seen)
+    hidden = ~allowed
+    logits = logits.masked_fill(hidden, -math.inf)
+    log_p = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(hidden, 0.0)).sum(-1)
+    lengths = q.norm(dim=-1, keepdim=True) * k.norm(dim=-1).unsqueeze(-2)
+    cosine = (products / lengths.clamp_min(1e-30)).masked_fill(hidden, 0.0)
+    pairs = allowed.expand_as(cosine).sum().clamp_min(1)
+    return torch.stack([logits.amax(), entropy.mean(), cosine.sum() / pairs])
+
+
+def _few(tensor: torch.Tensor) -> torch.Tensor:
+    """The first examples of a batch."""
+    return tensor.detach()[:EXAMPLES] if tensor.dim() > 3 else tensor.detach()
+
+
+def _sample(rows: int, device: torch.device) -> torch.Tensor:
+    """Up to ROWS evenly spaced row numbers, the last one among them."""
+    count = min(rows, ROWS)
+    return torch.linspace(0, rows - 1, count, device=device).round().long()

@@ -1,0 +1,204 @@
+"""Inner products between the Wq, Wk and Wv of every attention layer, in few large operations.
+
+Layers whose three matrices have one shape are copied side by side into one float32 block of shape
+(layers, 3, elements), so that a single batched product gives all norms and inner products of a
+model: at nanoGPT's CPU size 0.07 ms, where one call per quantity takes 0.3 ms. Blocks are bounded,
+and kept between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tui_trainer.probes.attention_layers import Layer
+
+BLOCK_BYTES = 32 * 1024 * 1024
+Source = Callable[[int], torch.Tensor | None]
+"""Gives a parameter, or its gradient, by position."""
+Values = NDArray[np.float64]
+Products = Values
+"""(layers, 3, 3): ⟨Wa, Wb⟩; NaN for a pair that cannot be compared."""
+
+
+@dataclass
+class Block:
+    """Layers that are computed together."""
+
+    layers: list[int]
+    """Their positions among all layers."""
+    work: torch.Tensor
+    """(layers, 3, elements), float32: overwritten at each use."""
+    start: torch.Tensor
+    """The same of the weights at the start."""
+
+
+class EvenLayers:
+    """The layers in which Wq, Wk and Wv have one shape."""
+
+    def __init__(self, layers: Sequence[Layer], weight: Source, device: torch.device) -> None:
+        self._layers = layers
+        self._by_product = device.type == "cpu"
+        self.blocks: list[Block] = []
+        by_size: dict[int, list[int]] = {}
+        for index, layer in enumerate(layers):
+            if layer.even:
+                by_size.setdefault(layer.q.rows * layer.q.columns, []).append(index)
+        for size, members in by_size.items():
+            at_once = max(1, BLOCK_BYTES // (12 * size))
+            for first in range(0, len(members), at_once):
+                self.blocks.append(self._block(members[first : first + at_once], size, device))
+        for block in self.blocks:
+            self._fill(block, weight)
+            block.start.copy_(block.work)
+
+    def _block(self, members: list[int], size: int, device: torch.device) -> Block:
+        shape = (len(members), 3, size)
+        work = torch.empty(shape, dtype=torch.float32, device=device)
+        return Block(members, work, torch.empty_like(work))
+
+    def _fill(self, block: Block, source: Source) -> bool:
+        views = [
+            None if (tensor := source(part.parameter)) is None else part.flat(tensor)
+            for index in block.layers
+            for part in self._layers[index].parts
+        ]
+        present = [view for view in views if view is not None]
+        if len(present) < len(views):
+            return False
+        target = block.work.view(-1, block.work.shape[-1])
+        if present[0].dtype == torch.float32:
+            torch.stack(present, out=target)
+        else:
+            torch._foreach_copy_(list(target.unbind(0)), present)
+        return True
+
+    def read_weights(self, weight: Source) -> list[torch.Tensor]:
+        """For each block Σ⟨a,b⟩ (9 per layer), Σw (3) and ‖W−W₀‖ (3), each a vector."""
+        readings: list[torch.Tensor] = []
+        for block in self.blocks:
+            self._fill(block, weight)
+            readings.append(self._products(block.work))
+            readings.append(block.work.sum(-1).view(-1))
+            # Subtracted directly: from norms and products the small difference would cancel.
+            torch.sub(block.work, block.start, out=block.work)
+            readings.append(torch.linalg.vector_norm(block.work, dim=-1).view(-1))
+        return readings
+
+    def read_gradients(self, gradient: Source) -> list[torch.Tensor]:
+        """For each block ⟨a,b⟩ (9 per layer), NaN where a gradient is absent."""
+        return [
+            self._products(block.work)
+            if self._fill(block, gradient)
+            else block.work.new_full((9 * len(block.layers),), torch.nan)
+            for block in self.blocks
+        ]
+
+    def read_start(self) -> list[torch.Tensor]:
+        """The products of the weights at the start."""
+        return [self._products(block.start) for block in self.blocks]
+
+    def _products(self, matrices: torch.Tensor) -> torch.Tensor:
+        """(layers, 3, n) → (9 · layers,), in full float32 precision.
+
+        A matrix product is fastest on a CPU, but may be told to compute in less than float32.
+        """
+        if self._by_product and torch.get_float32_matmul_precision() == "highest":
+            return torch.bmm(matrices, matrices.transpose(1, 2)).view(-1)
+        products = [
+            (matrices[:, a] * matrices[:, b]).sum(-1) for a in range(3) for b in range(a, 3)
+        ]
+        full = [products[_UPPER[a][b]] for a in range(3) for b in range(3)]
+        return torch.stack(full, dim=-1).view(-1)
+
+
+_UPPER = ((0, 1, 2), (1, 3, 4), (2, 4, 5))
+
+
+class UnevenLayers:
+    """The others (grouped queries, other input widths), one by one.
+
+    With grouped queries Wk stands once for each query head that shares it: ⟨Wq, Wk⟩ is summed over
+    query heads.
+    """
+
+    def __init__(self, layers: Sequence[Layer], weight: Source, device: torch.device) -> None:
+        self._layers = [layer for layer in layers if not layer.even]
+        self.indices = [index for index, layer in enumerate(layers) if not layer.even]
+        self._nan = torch.full((), torch.nan, device=device)
+        self._start = [
+            [part.view(weight(part.parameter)).float().clone() for part in layer.parts]  # type: ignore[arg-type]
+            for layer in self._layers
+        ]
+
+    def read_weights(self, weight: Source) -> list[torch.Tensor]:
+        """For each layer ⟨a,b⟩ (6: qq qk qv kk kv vv), Σw (3), ‖W−W₀‖ (3)."""
+        readings: list[torch.Tensor] = []
+        for layer, start in zip(self._layers, self._start, strict=True):
+            matrices = self._matrices(layer, weight)
+            readings += self._six(layer, matrices)
+            readings += [self._nan if m is None else m.sum() for m in matrices]
+            readings += [
+                self._nan if m is None else torch.linalg.vector_norm(m - before)
+                for m, before in zip(matrices, start, strict=True)
+            ]
+        return readings
+
+    def read_gradients(self, gradient: Source) -> list[torch.Tensor]:
+        """For each layer ⟨a,b⟩ (6)."""
+        return [
+            r for layer in self._layers for r in self._six(layer, self._matrices(layer, gradient))
+        ]
+
+    def read_start(self) -> list[torch.Tensor]:
+        """The products of the weights at the start."""
+        return [
+            r
+            for layer, start in zip(self._layers, self._start, strict=True)
+            for r in self._six(layer, list(start))
+        ]
+
+    def _matrices(self, layer: Layer, source: Source) -> list[torch.Tensor | None]:
+        tensors = [source(part.parameter) for part in layer.parts]
+        return [
+            None if t is None else part.view(t).float()
+            for t, part in zip(tensors, layer.parts, strict=True)
+        ]
+
+    def _six(self, layer: Layer, m: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        q, k, v = m
+        summed = None
+        if q is not None and layer.query_comparable:
+            summed = _sum_over_group(layer, q)
+
+        def dot(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+            return self._nan if a is None or b is None or a.shape != b.shape else (a * b).sum()
+
+        return [dot(q, q), dot(summed, k), dot(summed, v), dot(k, k), dot(k, v), dot(v, v)]
+
+
+def _sum_over_group(layer: Layer, q: torch.Tensor) -> torch.Tensor:
+    """Wq (heads · d, in) summed over the query heads of each key/value head."""
+    if layer.group == 1 or not layer.heads or not layer.key_value_heads:
+        return q
+    each = q.shape[0] // layer.heads
+    grouped = q.reshape(layer.key_value_heads, layer.group, each, -1)
+    return grouped.sum(1).reshape(layer.key_value_heads * each, -1)
+
+
+def even_products(values: Values, even: EvenLayers, into: Products) -> None:
+    """Put what `_products` of every block gave into its place."""
+    position = 0
+    for block in even.blocks:
+        count = 9 * len(block.layers)
+        into[block.layers] = values[position : position + count].reshape(-1, 3, 3)
+        position += count
+
+
+def six_products(values: Values, index: int, into: Products) -> None:
+    """Put the six products of an uneven layer into its place, symmetrically."""
+    into[index] = values[[0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(3, 3)
