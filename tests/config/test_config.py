@@ -56,7 +56,12 @@ def test_nanogpt_cpu_is_that_of_the_readme():
         1e-4,
         100,
     )
-    assert (config.beta1, config.beta2, config.weight_decay, config.max_norm) == (0.9, 0.99, 0.1, 1)
+    assert (config.beta1, config.beta2, config.weight_decay, config.max_norm) == (
+        0.9,
+        0.99,
+        0.01,
+        1,
+    )
 
 
 def test_nanogpt_gpu_is_that_of_the_configuration_file():

@@ -119,15 +119,25 @@ def test_validation_loss_is_the_mean_over_its_batches():
     training = tiny()
     evaluation = training.evaluations[0].run
     assert isinstance(evaluation, ValidationLoss)
-    generator = torch.Generator().manual_seed(evaluation.config.seed)
-    places = torch.randint(len(evaluation.tokens) - 8, (3, 4), generator=generator)
+    places = evaluation.starts().tolist()
+    assert len(places) == 12
+    assert places[0] == 0
+    assert places[-1] + 9 == len(evaluation.tokens)
     losses = []
     training.model.eval()
-    for start in places.flatten().tolist():
+    for start in places:
         piece = evaluation.tokens[start : start + 9].long()
         chances = training.model(piece[None, :-1]).log_softmax(-1)[0]
         losses += [-chances[place, piece[place + 1]].item() for place in range(8)]
     assert evaluation()[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_a_short_validation_text_is_taken_whole(tmp_path):
+    file = tmp_path / "text"
+    file.write_text("".join(chr(97 + number % 26) for number in range(410)))
+    evaluation = tiny(data=str(file), eval_batches=100).evaluations[0].run
+    assert isinstance(evaluation, ValidationLoss)
+    assert evaluation.starts().tolist() == [0, 8, 16, 24, 32]
 
 
 def test_sample_continues_the_prompt_and_repeats():

@@ -86,8 +86,10 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "sample_length": 160,
     },
     "nanogpt-cpu": {
-        # the README's line for a machine without a GPU
+        # The README's line for a machine without a GPU. Its 1.88 is from when the default weight
+        # decay was 0.01, which is a little better at so few steps; it is 0.1 today.
         **_NANOGPT,
+        "weight_decay": 0.01,
         "steps": 2000,
         "batch_size": 12,
         "block_size": 64,
@@ -95,7 +97,7 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "heads": 4,
         "width": 128,
         "dropout": 0.0,
-        "eval_batches": 20,
+        "eval_batches": 150,  # all of tiny Shakespeare's validation text: no noise
         "device": "cpu",
     },
     "nanogpt-gpu": {

@@ -23,26 +23,32 @@ Result = tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMat
 
 @dataclass
 class ValidationLoss:
-    """Mean cross-entropy, in nats per character, over the same batches each time."""
+    """Mean cross-entropy, in nats per character, over the same pieces of the validation text each
+    time: `eval_batches` batches of them, spread evenly over it, or all of it where that is less."""
 
     model: GPT
     tokens: Tensor
     config: GptConfig
     device: torch.device
 
+    def starts(self) -> Tensor:
+        """Where the pieces start, int64 of shape (pieces,)."""
+        last = len(self.tokens) - 1 - self.config.block_size  # its last target is the last token
+        wanted = self.config.eval_batches * self.config.batch_size
+        pieces = min(wanted, 1 + last // self.config.block_size)
+        return torch.arange(pieces) * last // max(1, pieces - 1)
+
     def __call__(self) -> Result:
         """{"loss": nats}."""
-        generator = torch.Generator().manual_seed(self.config.seed)
         total = torch.zeros((), device=self.device)
-        size = (self.config.eval_batches, self.config.batch_size)
-        places = len(self.tokens) - self.config.block_size
+        starts = self.starts()
         with evaluating(self.model), autocast(self.config, self.device):
-            for starts in torch.randint(places, size, generator=generator):  # (B,)
-                inputs, targets = cut(self.tokens, starts, self.config.block_size)
-                logits = self.model(inputs.to(self.device))  # (B, T, V)
+            for some in starts.split(self.config.batch_size):  # (≤ B,)
+                inputs, targets = cut(self.tokens, some, self.config.block_size)
+                logits = self.model(inputs.to(self.device)).float()  # (B, T, V)
                 targets = targets.to(self.device)
-                total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return {"loss": total.item() / self.config.eval_batches}, []
+                total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return {"loss": total.item() / (len(starts) * self.config.block_size)}, []
 
 
 @dataclass
