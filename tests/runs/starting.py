@@ -27,6 +27,12 @@ def until(found: Callable[[], T], what: str, seconds: float = 60.0) -> T:
     return value
 
 
+def last_step(done: subprocess.CompletedProcess[str]) -> int:
+    """The step in what a command printed, which went well."""
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("step ")[1].split(",")[0].split()[0].replace(",", ""))
+
+
 class Runs:
     """A runs directory with fake runs in it."""
 
@@ -37,7 +43,6 @@ class Runs:
         self.environment = {
             **os.environ,
             "TUI_TRAINER_RUNS_DIR": str(directory),
-            "COLUMNS": "160",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 
@@ -84,7 +89,7 @@ class Runs:
         """`tui-trainer arguments…` about these runs."""
         return subprocess.run(
             [sys.executable, "-m", "tui_trainer", *arguments],
-            env=self.environment,
+            env={**self.environment, "COLUMNS": "160"},
             capture_output=True,
             text=True,
             timeout=options.pop("timeout", 90),

@@ -8,15 +8,10 @@ import sys
 import pexpect
 import pytest
 
-from tests.runs.starting import until
+from tests.runs.starting import last_step, until
 from tui_trainer.protocol.messages import Mark, Notice, Pause
 from tui_trainer.session.ask import Conversation
 from tui_trainer.session.registry import look_at
-
-
-def last_step(done: subprocess.CompletedProcess[str]) -> int:
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("step ")[1].split(",")[0].split()[0].replace(",", ""))
 
 
 def test_pause_step_resume_stop(runs):

@@ -1,0 +1,114 @@
+"""Runs and terminals: closing the one does not end the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+from tests.runs.starting import last_step, until
+from tests.terminal.harness import Terminal
+
+GPT = ("--threads", "1", "--steps", "100000")
+
+
+@pytest.fixture
+def terminal(runs):
+    """Open the command in a pseudo-terminal."""
+    opened = []
+
+    def begin(*arguments, **options):
+        command = [sys.executable, "-m", "tui_trainer", *arguments]
+        opened.append(Terminal(command, env=runs.environment, timeout=40, **options))
+        return opened[-1]
+
+    yield begin
+    for each in opened:
+        each.__exit__()
+    for state in runs.ls().values():
+        if state["state"] in ("live", "paused"):
+            os.kill(state["pid"], signal.SIGKILL)
+
+
+def test_detach_prints_the_name_and_the_run_goes_on(runs):
+    done = runs.call("gpt", "--detach", *GPT)
+    assert done.returncode == 0, done.stderr
+    name = done.stdout.strip()
+    assert re.fullmatch(r"gpt-[a-z]+-[a-z]+", name)
+    until(lambda: runs.said(name).step > 5, "it trains")
+    assert runs.ls()[name]["state"] == "live"
+    assert os.getsid(runs.ls()[name]["pid"]) == runs.ls()[name]["pid"]
+    stopped = runs.call("stop", "--checkpoint", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert runs.ls()[name]["state"] == "stopped"
+
+
+def test_detach_shows_nothing_else(runs):
+    refused = runs.call("gpt", "--detach", "--json")
+    assert refused.returncode == 2
+    assert "--detach" in refused.stderr
+    assert runs.ls() == {}
+
+
+def test_hang_up_leaves_the_run_going(runs, terminal):
+    first = terminal("gpt", "--name", "gpt-kept", *GPT)
+    first.wait_for("running")
+    until(lambda: runs.said("gpt-kept").step > 5, "it trains")
+    first.hang_up()
+    first.wait_for_exit()
+    before = runs.said("gpt-kept").step
+    until(lambda: runs.said("gpt-kept").step > before + 20, "it trains on")
+    assert runs.ls()["gpt-kept"]["state"] == "live"
+    second = terminal("attach")
+    second.wait_for("running")
+    second.press("space")
+    until(lambda: runs.said("gpt-kept").state == "paused", "the new screen controls it")
+    second.press("space")
+    until(lambda: runs.said("gpt-kept").state == "running", "and lets it go on")
+
+
+def test_read_only_attach_cannot_pause(runs, terminal):
+    runs.start("gpt-watched")
+    screen = terminal("attach", "--read-only", "gpt-watched")
+    screen.wait_for("running")
+    screen.press("space")
+    before = runs.said("gpt-watched").step
+    until(lambda: runs.said("gpt-watched").step > before + 50, "it goes on")
+    assert runs.said("gpt-watched").state == "running"
+
+
+def test_in_app_trains_and_ends_with_the_app(runs, terminal):
+    screen = terminal("gpt", "--in-app", "--name", "gpt-inside", *GPT)
+    screen.wait_for("running")
+    until(lambda: runs.said("gpt-inside").step > 5, "it trains")
+    assert runs.ls()["gpt-inside"]["pid"] == screen.child.pid
+    here = last_step(runs.call("pause", "gpt-inside"))
+    assert last_step(runs.call("step", "2", "gpt-inside")) == here + 2
+    os.kill(screen.child.pid, signal.SIGTERM)
+    screen.wait_for_exit()
+    screen.assert_restored()
+    assert runs.ls()["gpt-inside"]["state"] == "stopped"
+
+
+def test_in_app_is_not_for_scripts(runs, tmp_path):
+    (tmp_path / "train.py").write_text("print('x')\n")
+    refused = runs.call("run", "--in-app", str(tmp_path / "train.py"))
+    assert refused.returncode == 2
+    assert "a script has the main thread" in refused.stderr
+
+
+def test_attach_without_a_terminal(runs):
+    refused = runs.call("attach")
+    assert refused.returncode == 2
+    assert "not a terminal" in refused.stderr
+
+
+def test_show_keeps_showing_on_a_terminal(runs, terminal):
+    runs.start("gpt-short", steps=150, seconds=0.02)
+    shown = terminal("show", "gpt-short")
+    shown.wait_for("live")
+    shown.wait_for("finished")
+    assert shown.wait_for_exit() == 0
