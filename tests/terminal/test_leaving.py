@@ -129,7 +129,7 @@ def test_a_terminal_that_is_far_too_small(runs: Path, train: Path) -> None:
 
 
 def test_a_dumb_terminal_gets_lines(runs: Path) -> None:
-    command = [*COMMAND, "gpt", "--steps", "3", "--device", "cpu"]
+    command = [*COMMAND, "gpt", "--steps", "3", "--threads", "1"]
     with Terminal(command, env={"TERM": "dumb"}, timeout=60) as terminal:
         assert terminal.wait_for_exit() == 0
         said = terminal.output.decode(errors="replace")

@@ -20,9 +20,9 @@ def step_on(screen: str) -> int | None:
 
 
 def paused_after(screen: str) -> str:
-    """The phase after which the run stands, "" while it does not."""
-    found = re.search(r"paused +after (\w+)", screen)
-    return found[1] if found else ""
+    """The phase after which the run stands, as the phase strip says it, "" while it does not."""
+    found = re.search(r"step [\d,]+ after (\w+):", screen)
+    return found[1] if found and "paused" in screen else ""
 
 
 def wait_for_step(terminal: Terminal, least: int) -> int:
@@ -88,7 +88,7 @@ def test_it_starts_paused_when_asked(runs: Path) -> None:
 
 
 def test_a_run_to_its_end(runs: Path) -> None:
-    command = [*COMMAND, "gpt", "--steps", "20", "--device", "cpu", "--name", "short"]
+    command = [*COMMAND, "gpt", "--steps", "20", "--threads", "1", "--name", "short"]
     with Terminal(command, timeout=90) as terminal:
         terminal.wait_for("finished")
         assert step_on(terminal.text()) == 20
