@@ -47,6 +47,7 @@ class Host:
         """Writes a checkpoint of the step given; on the training thread, between steps."""
         self.gate.on_change = self._gate_changed
         self.gate.on_fault = self.recorder.fault
+        self.recorder.status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
     def open(self, sink: Sink | None) -> None:
@@ -91,10 +92,10 @@ class Host:
 
     def _hint(self) -> str:
         found = self.recorder.first_nonfinite
-        if found is None or found.quantity != "loss":
+        if found is None:
             return ""
         return (
-            f"the loss was {found.value} from step {found.step} on: try a lower learning rate, "
+            f"the {found.quantity} was {found.value} at step {found.step}: try a lower learning rate, "
             "clipping or float32"
         )
 

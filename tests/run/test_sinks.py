@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tui_trainer.history.records import ClipRecord, StepRecord
+from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo
+from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.tables import CLIP_COLUMNS, STEP_COLUMNS
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.run.sinks.jsonlines import JsonLines
+from tui_trainer.run.sinks.output import Output
+from tui_trainer.run.sinks.plain import PlainLines, count, duration, number
+
+_spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")
+schema = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(schema)
+
+NAN, INF = float("nan"), float("inf")
+
+
+def tell(sink_class, path):
+    """A short story with one of everything."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    recorder = Recorder(RunInfo(name="r", task="gpt", configuration={"a": None}))
+    recorder.subscribe(sink_class(Output(descriptor)))
+    columns = (Column("b.0.cos_qk"), Column("b.0.drift_q"), Column("b.1.cos_qk"))
+    tables = [
+        recorder.new_table("step", STEP_COLUMNS),
+        recorder.new_table("clip", CLIP_COLUMNS),
+        recorder.new_table("grad_norm", (Column("a.weight"), Column("b.weight"))),
+        recorder.new_table("attention", columns),
+        recorder.new_table("phase_ms", (Column("data"), Column("clip"))),
+        recorder.new_table("validation", (Column("loss"), Column("accuracy"))),
+        recorder.new_table("attention_spectrum", (Column("b.0.sigma_max_q"),)),
+    ]
+    recorder.row(5, 0, np.array([4.5, NAN], np.float32))
+    recorder.describe(
+        parameters=tuple(ParameterInfo(n, (2, 3), "float32", 6) for n in ("a.weight", "b.weight")),
+        attention=(
+            AttentionInfo("b.0", "separate", "q", "k", "v"),
+            AttentionInfo("b.1", "grouped", "q", "k", "v", note="K is smaller than Q"),
+        ),
+        optimizers=("adamw",),
+    )
+    rows = [
+        [0.1, 3e-4, 2.0, 12.5],
+        [1.0, 2.0, 1.0, 0.5],
+        [INF, 1e-30],
+        [0.25, NAN, NAN],
+        [1.5, NAN],
+    ]
+    made = [(i, np.array(row, np.float32)) for i, row in zip(tables, rows, strict=False)]
+    clip = ClipRecord(1.0, 2.0, 0.5, (1, 0), (0.75, 0.25))
+    recorder.record(StepRecord(1, 10.0, "", tuple(made), clip, (("gradient", "a.weight", "inf"),)))
+    spectrum = (6, np.array([3.0], np.float32))
+    recorder.record(StepRecord(2, 11.0, "", (made[0], spectrum)))
+    recorder.notice("mark", "a\nnote", who="me")
+    recorder.artifact(TextSample(0, 2, "To", " be\n"))
+    recorder.artifact(ImageSample(0, 2, 1, 1, b"abc", ("7",), (0.5,), ("1",)))
+    recorder.artifact(ConfusionMatrix(0, 2, ("a", "b"), ((1, 0), (0, 2))))
+    recorder.log("stdout", "a line of the script")
+    recorder.end("crashed", "it broke", "mend it")
+    assert recorder.close(20)
+    return path.read_text()
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in
+            tell(JsonLines, tmp_path / "out").splitlines()]  # fmt: skip
+
+
+def test_every_line_fits_the_schema(lines):
+    assert [fault for line in lines for fault in schema.faults(line)] == []
+
+
+def test_the_schema_refuses_what_is_wrong(lines):
+    for line in lines:
+        assert schema.faults({**line, "type": "other"})
+        assert schema.faults({k: v for k, v in line.items() if k not in ("type",)})
+    step = next(line for line in lines if line["type"] == "step")
+    assert schema.faults({**step, "loss": "nan"})
+    assert schema.faults({**step, "unheard": 1})
+
+
+def test_the_header_comes_first_and_nothing_is_lost(lines):
+    assert [line["type"] for line in lines] == [
+        *("run", "validation", "step", "event", "step", "event", "sample", "sample", "sample"),
+        "end",
+    ]
+    assert [p["name"] for p in lines[0]["parameters"]] == ["a.weight", "b.weight"]
+    assert lines[-1]["steps"] == 2
+
+
+def test_a_step_has_its_values_in_the_fewest_digits(lines):
+    step = lines[2]
+    assert (step["loss"], step["lr"], step["grad_norm_preclip"]) == (0.1, 3e-4, 2.0)
+    assert step["clip"]["clipped"] is True
+    assert step["clip"]["dominant"][0] == {"parameter": "b.weight", "share": 0.75}
+    assert step["grad_norm"] == {"a.weight": None, "b.weight": 1e-30}
+    assert step["phase_ms"] == {"data": 1.5}
+    assert step["attention"] == [
+        {"layer": "b.0", "cos_qk": 0.25, "drift_q": None},
+        {"layer": "b.1", "cos_qk": None},
+    ]
+    # b.1's comparison has no meaning, which is no non-finite value
+    assert step["nonfinite"] == {"grad_norm.a.weight": "inf", "attention.b.0.drift_q": "nan"}
+    later = lines[4]
+    assert later["clip"] is None
+    assert later["attention"] == [{"layer": "b.0", "sigma_max_q": 3.0}]
+    assert "nonfinite" not in later
+
+
+def test_plain_lines(tmp_path):
+    text = tell(PlainLines, tmp_path / "out")
+    assert text.splitlines()[0].endswith("gpt · run r")
+    assert "2 parameter tensors, 12 numbers" in text
+    assert "step 1: the gradient is inf in a.weight" in text
+    assert "step       2  loss 0.10000  lr 3.000e-04  grad 2.0000  clipped 100%" in text
+    assert text.endswith("it broke\nhint: mend it\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0000"), (1e-30, "1.000e-30"), (1e30, "1.000e+30"), (NAN, "nan"), (INF, "inf")],
+)
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def test_counts_and_durations():
+    assert [count(v) for v in (12.0, 98_700, 3e6, 2e12)] == ["12", "98.7k", "3M", "2e+03G"]
+    assert [duration(v) for v in (5, 78, 7380)] == ["0:05", "1:18", "2:03:00"]
