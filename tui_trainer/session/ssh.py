@@ -34,6 +34,8 @@ OPTIONS = (
     *("-o", "ServerAliveInterval=5"),
     *("-o", "ServerAliveCountMax=3"),
     *("-o", "ConnectTimeout=10"),
+    # Measurements shrink to a quarter or less, at no cost that could be felt.
+    *("-o", "Compression=yes"),
     # As scp does: what the user's config asks for interactive logins would be in the way.
     *("-o", "RemoteCommand=none"),
     *("-o", "RequestTTY=no"),

@@ -1,0 +1,155 @@
+"""What crosses an ssh connection while a run is watched: bytes a second, and of what.
+
+A real run of the GPT is started detached and polled as the app polls, through `tui-trainer relay`,
+whose standard streams are what ssh carries. ssh itself adds about 40 bytes to a packet.
+
+    python benchmarks/link_bytes.py [--preset nanogpt-cpu] [--rate 4] [--seconds 30]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+
+import msgspec
+
+from tui_trainer import __version__
+from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.framing import encode
+from tui_trainer.protocol.messages import Command, Hello, Throttle, ToViewer, Update
+from tui_trainer.session.cursor import Cursor
+
+BUDGET = 64 * 1024
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--preset", default="nanogpt-cpu")
+    options.add_argument("--rate", type=float, default=4.0, help="polls a second")
+    options.add_argument("--seconds", type=float, default=30.0)
+    options.add_argument("--threads", default="2")
+    options.add_argument("--budget", default="0.01", help="0: every quantity at every step")
+    options.add_argument(
+        "--steps-per-second",
+        type=float,
+        help="hold this speed, with tensors so small that any machine reaches it; what crosses "
+        "depends on how many they are, not on their size",
+    )
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": directory}
+        command = [sys.executable, "-m", "tui_trainer"]
+        start = [*command, "gpt", "--preset", given.preset, "--threads", given.threads]
+        start += ["--budget", given.budget, "--detach"]
+        if given.steps_per_second:
+            start += ["--width", "16", "--block-size", "8", "--batch-size", "1"]
+        name = subprocess.check_output(start, env=environment, text=True).strip()
+        try:
+            link = Link([*command, "relay", name], environment)
+            if given.steps_per_second:
+                link.hold(given.steps_per_second)
+            link.wait_for_steps(20)
+            measure(link, given.rate, given.seconds)
+        finally:
+            subprocess.run([*command, "stop", name], env=environment, check=False)
+
+
+class Link:
+    """Polls through a relay and counts what comes."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        pipe = subprocess.PIPE
+        self._relay = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe)
+        assert self._relay.stdin is not None
+        assert self._relay.stdout is not None
+        self._send, self._receive = self._relay.stdin, self._relay.stdout
+        while b"TUI-TRAINER-RELAY" not in self._receive.readline():
+            pass
+        self._cursor = Cursor()
+        self._decoder = msgspec.msgpack.Decoder(ToViewer)
+        self._compressor = zlib.compressobj(6)
+        self.tables: dict[int, tuple[str, int]] = {}
+        self.parameters = 0
+        self.forget()
+        self._exchange(encode(Hello(PROTOCOL_VERSION, __version__, "benchmark")))
+
+    def forget(self) -> None:
+        """Count from nothing."""
+        self.by_kind: Counter[str] = Counter()
+        self.received = self.sent = self.compressed = self.polls = 0
+        self.step = 0
+
+    def _exchange(self, frame: bytes) -> ToViewer:
+        self._send.write(frame)
+        self._send.flush()
+        self.sent += len(frame)
+        header = self._receive.read(4)
+        payload = self._receive.read(struct.unpack(">I", header)[0])
+        self.received += 4 + len(payload)
+        self.compressed += len(self._compressor.compress(header + payload))
+        self.compressed += len(self._compressor.flush(zlib.Z_SYNC_FLUSH))
+        return self._decoder.decode(payload)
+
+    def hold(self, steps_per_second: float) -> None:
+        """Make the run go so fast and no faster."""
+        self._exchange(encode(Command(1, Throttle(steps_per_second))))
+
+    def poll(self) -> Update:
+        """One poll, as the app sends it."""
+        update = self._exchange(encode(self._cursor.poll(frozenset(), BUDGET)))
+        assert isinstance(update, Update)
+        self._cursor.advance(update)
+        self.polls += 1
+        self._count(update)
+        self.step = update.status.step
+        return update
+
+    def _count(self, update: Update) -> None:
+        if update.info is not None:
+            tables = update.info.tables
+            self.tables = {each.id: (each.name, len(each.columns)) for each in tables}
+            self.parameters = len(update.info.parameters)
+        for name in ("status", "info", "events", "log", "artifacts", "report"):
+            self.by_kind[name] += len(msgspec.msgpack.encode(getattr(update, name)))
+        for rows in update.rows:
+            name, columns = self.tables[rows.table]
+            self.by_kind[f"table {name} ({columns})"] += len(msgspec.msgpack.encode(rows))
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until the run has made so many and nothing more is waiting."""
+        while self.poll().status.step < count:
+            time.sleep(0.2)
+        while self.poll().more:
+            pass
+
+
+def measure(link: Link, rate: float, seconds: float) -> None:
+    """Poll for so long; print what came."""
+    attaching = link.received
+    first = link.poll().status.step
+    link.forget()
+    began = time.monotonic()
+    while (now := time.monotonic()) < began + seconds:
+        link.poll()
+        time.sleep(max(0.0, now + 1 / rate - time.monotonic()))
+    took = time.monotonic() - began
+    steps = link.step - first
+    print(f"{link.parameters} parameter tensors, {steps / took:.1f} steps/s, {rate:g} polls/s")
+    print(f"on attaching, with the first steps: {attaching:,} bytes")
+    print(f"received {link.received / took:,.0f} bytes/s; sent {link.sent / took:,.0f} bytes/s")
+    print(f"         {link.received / max(1, steps):,.0f} bytes a step, all of it")
+    print(f"with ssh's Compression yes it would be about {link.compressed / took:,.0f} bytes/s")
+    for name, size in link.by_kind.most_common():
+        if size / took >= 1:
+            print(f"  {size / took:9,.0f} bytes/s  {size / link.received:5.1%}  {name}")
+
+
+if __name__ == "__main__":
+    main()
