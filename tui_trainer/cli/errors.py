@@ -13,8 +13,8 @@ from tui_trainer.config.errors import near_miss
 
 FAULT, USAGE = 1, 2
 """Exit statuses: something failed; the command line was not understood."""
-INTERRUPTED = 130
-"""As a shell reports Ctrl-C: 128 + SIGINT."""
+INTERRUPTED, TERMINATED = 130, 143
+"""As a shell reports Ctrl-C and a request to end: 128 + SIGINT, 128 + SIGTERM."""
 
 
 class CommandError(Exception):

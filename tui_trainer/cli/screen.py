@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.cli.directory import discard
-from tui_trainer.cli.errors import FAULT, INTERRUPTED, CommandError, say
+from tui_trainer.cli.errors import FAULT, INTERRUPTED, TERMINATED, CommandError, say
 from tui_trainer.cli.farewell import exit_status, farewell, last_told, outcome_of
 from tui_trainer.cli.terminal import given_back
 from tui_trainer.config.spec import RunSpec
@@ -127,17 +127,19 @@ def until_left(run: Callable[[], int], opened: Callable[[], Shown | None]) -> in
     An interrupt from outside (SIGINT, SIGTERM) ends the app alone: the run goes on, as it does when
     the terminal is closed.
     """
-    interrupted, crash = False, ""
+    outside, crash = 0, ""
     try:
-        with given_back():
+        with given_back() as terminated:
             crash = _guarded(run)
     except KeyboardInterrupt:
-        interrupted = True
+        outside = INTERRUPTED
+    if terminated():
+        outside = TERMINATED
     shown = opened()
     status = shown.say_goodbye() if shown else 0
     if crash:
         return _report(crash, shown.directory if shown else Path(tempfile.gettempdir()))
-    return INTERRUPTED if interrupted else status
+    return outside or status
 
 
 def _guarded(run: Callable[[], int]) -> str:

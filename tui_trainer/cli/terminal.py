@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,15 +26,23 @@ LEAVE = (
 
 
 @contextlib.contextmanager
-def given_back() -> Iterator[None]:
+def given_back() -> Iterator[Callable[[], bool]]:
     """Around everything that draws: on a fault, modes are reset; settings are restored always.
 
-    A polite request to end (SIGTERM) becomes a KeyboardInterrupt, so that it too leaves in order.
+    A polite request to end (SIGTERM) becomes an interrupt, so that it too leaves in order; what is
+    yielded says whether there was one.
     """
     settings = _settings()
-    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    terminated = False
+
+    def as_interrupt(_: int, __: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, as_interrupt)
     try:
-        yield
+        yield lambda: terminated
     except BaseException:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.write(sys.__stdout__.fileno(), LEAVE.encode())  # type: ignore[union-attr]
@@ -42,10 +50,6 @@ def given_back() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         _restore(settings)
-
-
-def _as_interrupt(_: int, __: FrameType | None) -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 def _settings() -> list[Any] | None:
