@@ -11,6 +11,7 @@ from rich.style import Style
 
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.attention_statistics import STATISTICS, STYLES, Statistic
@@ -50,6 +51,7 @@ class StatisticTable(VirtualTable):
         self._latest: dict[str, tuple[NDArray[np.float32], bool]] = {}
         self._trends: dict[tuple[int, str], str] = {}
         self._trend_width = 0
+        self._matched: tuple[str, tuple[AttentionInfo, ...], Ids, int] | None = None
 
     def show(self, snapshot: Snapshot) -> None:
         """Take the newest values."""
@@ -75,11 +77,7 @@ class StatisticTable(VirtualTable):
 
     def rearrange(self) -> None:
         """Filter and sort anew; the cursor stays on its layer."""
-        info = self.snapshot.info
-        names = [layer.layer.casefold() for layer in info.attention] if info else []
-        words = self.filter.casefold().split()
-        found = [i for i, name in enumerate(names) if all(word in name for word in words)]
-        order = np.array(found, np.int64)
+        order = self._matching()
         if self.sorted_by != "order" and len(order):
             part = self.sorted_by if self.sorted_by in self.statistic.parts else ""
             values = [self.value(self.statistic, int(layer), part) for layer in order]
@@ -89,6 +87,18 @@ class StatisticTable(VirtualTable):
         elif not self.descending:
             order = order[::-1]
         self.set_order(order)
+
+    def _matching(self) -> Ids:
+        """The layers whose name has all words of the filter."""
+        info = self.snapshot.info
+        layers = info.attention if info else ()
+        if self._matched is None or self._matched[:2] != (self.filter, layers):
+            words = self.filter.casefold().split()
+            names = [layer.layer.casefold() for layer in layers]
+            found = [i for i, name in enumerate(names) if all(word in name for word in words)]
+            longest = max((len(short_layer(layer.layer)) for layer in layers), default=7)
+            self._matched = (self.filter, layers, np.array(found, np.int64), longest)
+        return self._matched[2]
 
     def value(self, statistic: Statistic, layer: int, part: str) -> float | None:
         """The newest value; None before the first."""
@@ -102,9 +112,9 @@ class StatisticTable(VirtualTable):
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
         """The name, value and trend of each part, then headlines where there is room."""
-        info, parts = self.snapshot.info, self.statistic.parts
-        names = [short_layer(layer.layer) for layer in info.attention] if info else []
-        name = min(max(7, *map(len, names)) + 1 if names else 8, max(12, width // 4))
+        parts = self.statistic.parts
+        longest = self._matched[3] if self._matched else 7
+        name = min(max(7, longest) + 1, max(12, width // 4))
         room = width - 2 - name - len(parts) * (VALUE + 2)
         headlines = [(k, p) for k, p in HEADLINES if k != self.statistic.key]
         while headlines and room - len(headlines) * 10 < len(parts) * 16:

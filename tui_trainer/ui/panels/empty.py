@@ -42,7 +42,10 @@ def awaited(snapshot: Snapshot, otherwise: str, *topics: str) -> tuple[str, str]
     if status.ended:
         return _ended(status), status.hint
     if snapshot.info is None or status.step == 0:
-        return f"waiting for {status.waiting_for or 'the first step'} …", ""
+        doing = (
+            f"waiting: {status.waiting_for}" if status.waiting_for else "waiting for the first step"
+        )
+        return f"{doing} …", ""
     return otherwise, ""
 
 

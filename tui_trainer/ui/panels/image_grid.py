@@ -139,7 +139,7 @@ class ImageGrid(LinesView):
                 return []
             width, height = self._image_size()
             image = resize(self._pixels[index], width, height)
-            drawn = self._drawn[index] = half_blocks(image, self.glyphs.ascii)
+            drawn = self._drawn[index] = half_blocks(image, self.glyphs.ascii, self.style(""))
         return drawn
 
     def _verdict(self, tile: Tile, cells: int) -> list[Segment]:

@@ -20,9 +20,12 @@ TREND = 14
 NAME_SHARE = 0.42
 """Of the width, at most, for names."""
 NAME = TableColumn("name", "parameter", 0, left=True, tooltip="Name, as the model has it")
+TREND_COLUMN = TableColumn(
+    "trend", "trend", TREND, left=True, tooltip="Largest gradient norm over the run"
+)
 COLUMNS = (
     TableColumn("grad", "grad norm", 9, tooltip="‖∂L/∂p‖₂ before clipping"),
-    TableColumn("trend", "trend", TREND, left=True, tooltip="Largest gradient norm over the run"),
+    TREND_COLUMN,
     TableColumn("share", "share", 6, tooltip="‖g‖² as a share of the total norm²"),
     TableColumn("update", "update", 8, tooltip="‖Δw‖ / ‖w‖ of a step; healthy near 1e-3"),
     TableColumn("weight", "‖w‖", 9, tooltip="Norm of the weights"),
@@ -46,8 +49,13 @@ class ParameterTable(VirtualTable):
         self.sorted_by = "order"
         self.first_column = 0
         """Columns after the name that are shifted out to the left."""
+        self.elements = 0
+        """Of all parameters together."""
         self._names: tuple[str, ...] = ()
+        self._longest = 12
+        self._matched: tuple[str, Ids] | None = None
         self._trends: dict[int, str] = {}
+        self._trend_width = TREND
         self._shares: Values = np.empty(0, np.float32)
 
     # ------------------------------------------------------------ order
@@ -56,17 +64,27 @@ class ParameterTable(VirtualTable):
         """The parameters are others."""
         info = self.values.info
         self._names = tuple(p.name.casefold() for p in info.parameters) if info else ()
+        self._longest = max(map(len, self._names), default=12)
+        self.elements = sum(parameter.numel for parameter in info.parameters) if info else 0
+        self._matched = None
 
     def rearrange(self) -> None:
         """Filter and sort anew; the cursor stays on its parameter."""
-        words = self.filter.casefold().split()
-        found = [i for i, name in enumerate(self._names) if all(word in name for word in words)]
-        order = np.array(found, np.int64)
+        order = self._matching()
         if self.sorted_by != "order" and len(order):
             order = order[_argsort(self._keys(order), self.descending)]
         elif self.sorted_by == "order" and not self.descending:
             order = order[::-1]
         self.set_order(order)
+
+    def _matching(self) -> Ids:
+        """The parameters whose name has all words of the filter."""
+        if self._matched is None or self._matched[0] != self.filter:
+            words = self.filter.casefold().split()
+            names = self._names
+            found = [i for i, name in enumerate(names) if all(word in name for word in words)]
+            self._matched = (self.filter, np.array(found, np.int64))
+        return self._matched[1]
 
     def _keys(self, order: Ids) -> NDArray[np.generic]:
         values, info = self.values, self.values.info
@@ -117,22 +135,26 @@ class ParameterTable(VirtualTable):
 
     def prepare(self, visible: Ids) -> None:
         """Trends of the rows in sight, in one look at the history."""
-        high, bad = self.values.trends(tables.GRAD_NORM, visible, TREND)
+        high, bad = self.values.trends(tables.GRAD_NORM, visible, self._trend_width)
         lines = sparklines(high, bad, self.glyphs)
         self._trends = dict(zip(visible.tolist(), lines, strict=True))
         self._shares = self.values.shares
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
         """The name first: names differ in their middle, so it has the room it needs if there is."""
-        name = min(max(map(len, self._names), default=12), max(20, int(width * NAME_SHARE)))
+        name = min(self._longest, max(20, int(width * NAME_SHARE)))
         columns, widths, left = [self.columns[0]], [name], width - 2 - name
         for column in self.columns[1:]:
             if column.width < left:
                 columns.append(column)
                 widths.append(column.width)
                 left -= column.width + 1
-        longest = max(map(len, self._names), default=12)
-        widths[0] += max(0, min(left, longest - name))
+        more = max(0, min(left, self._longest - name))
+        widths[0] += more
+        if TREND_COLUMN in columns:
+            place = columns.index(TREND_COLUMN)
+            widths[place] += max(0, min(left - more, 2 * TREND))
+            self._trend_width = widths[place]
         return columns, widths
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:

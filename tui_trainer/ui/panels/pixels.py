@@ -46,14 +46,17 @@ def resize(image: Pixels, width: int, height: int) -> Pixels:
     return np.clip(np.rint(averaged), 0, 255).astype(np.uint8)
 
 
-def half_blocks(image: Pixels, ascii_only: bool = False) -> list[list[Segment]]:
-    """Lines of segments for `image` (h, w, 3): ⌈h/2⌉ of them, each `w` cells wide."""
+def half_blocks(
+    image: Pixels, ascii_only: bool = False, plain: Style | None = None
+) -> list[list[Segment]]:
+    """Lines of segments for `image` (h, w, 3): ⌈h/2⌉ of them, each `w` cells wide. `plain` is the
+    style of characters under `ascii_only`."""
     rows = image.shape[0]
     if rows % 2:
         image = np.concatenate([image, image[-1:]])
     upper, lower = image[0::2], image[1::2]
     if ascii_only:
-        return [_ramp(line) for line in _luminance(upper, lower)]
+        return [_ramp(line, plain) for line in _luminance(upper, lower)]
     pairs = np.concatenate([upper, lower], axis=2)  # (h/2, w, 6)
     return [_blocks(line) for line in pairs]
 
@@ -84,9 +87,9 @@ def _luminance(upper: Pixels, lower: Pixels) -> NDArray[np.float32]:
     return np.asarray(mean @ weights, dtype=np.float32)
 
 
-def _ramp(line: NDArray[np.float32]) -> list[Segment]:
+def _ramp(line: NDArray[np.float32], plain: Style | None) -> list[Segment]:
     places = np.clip(line / 256 * len(RAMP), 0, len(RAMP) - 1).astype(int)
-    return [Segment("".join(RAMP[place] for place in places))]
+    return [Segment("".join(RAMP[place] for place in places), plain)]
 
 
 def _nearest(old: int, new: int) -> NDArray[np.int64]:

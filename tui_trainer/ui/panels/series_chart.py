@@ -107,7 +107,9 @@ class SeriesChart(Lines):
 
 
 def compact(value: float, width: int) -> str:
-    """`value` with as many digits as fit, four at most."""
+    """`value` with as many digits as fit, four at most; small ones scientific if there is room."""
+    if 0 < abs(value) < 0.01 and width >= 9:
+        return formatting.scientific(value, width)
     for digits in (4, 3, 2):
         text = formatting.number(value, width, digits)
         if "#" not in text:

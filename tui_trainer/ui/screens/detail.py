@@ -10,6 +10,7 @@ from textual.widget import Widget
 
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import ControlActions
+from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.keys import KeyLine
@@ -22,6 +23,8 @@ ROOM = (40, 10)
 class DetailScreen(ControlActions, RunScreen):
     """A screen from which the run can be steered as from the dashboard: its bindings end with
     `CONTROL_BINDINGS`."""
+
+    COMMANDS = RunScreen.COMMANDS | {ActionProvider}
 
     def compose(self) -> ComposeResult:
         """Header, body, footer."""

@@ -10,6 +10,7 @@ from textual.widget import Widget
 
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
+from tui_trainer.ui.formatting import count
 from tui_trainer.ui.panels.chips import Chip, Chips
 from tui_trainer.ui.panels.empty import EmptyState, awaited
 from tui_trainer.ui.panels.log_model import CLIPS, EVENTS, STDERR, STDOUT, Log
@@ -17,7 +18,12 @@ from tui_trainer.ui.panels.log_view import LogView
 from tui_trainer.ui.panels.prompt import PromptLine
 from tui_trainer.ui.screens.detail import DetailScreen
 
-_KIND_KEYS = ((STDOUT, "o"), (STDERR, "r"), (EVENTS, "v"), (CLIPS, "c"))
+_KIND_KEYS = (
+    (STDOUT, "o", "out"),
+    (STDERR, "r", "err"),
+    (EVENTS, "v", EVENTS),
+    (CLIPS, "c", CLIPS),
+)
 
 
 class LogScreen(DetailScreen):
@@ -96,11 +102,11 @@ class LogScreen(DetailScreen):
     def _show_state(self, snapshot: Snapshot) -> None:
         lines = self.lines
         chips = [
-            Chip(kind, key, f"{kind} {lines.counts[kind]:,}", kind in lines.kinds)
-            for kind, key in _KIND_KEYS
+            Chip(kind, key, f"{name} {count(lines.counts[kind], 0)}", kind in lines.kinds)
+            for kind, key, name in _KIND_KEYS
         ]
-        chips.append(Chip("worst", "w", "warnings", lines.worst_only))
         chips.append(Chip("follow", "f", "follow", self.view.follow))
+        chips.append(Chip("worst", "w", "warnings", lines.worst_only))
         if lines.text:
             chips.append(Chip("filter", "/", f"filter “{lines.text}”", True))
         self.query_one(Chips).show_chips(tuple(chips))

@@ -123,11 +123,10 @@ class ParametersScreen(DetailScreen):
     def _say_summary(self) -> None:
         info, table = self.values.info, self.table
         assert info is not None
-        elements = sum(parameter.numel for parameter in info.parameters)
         count, shown = len(info.parameters), len(table.order)
         pieces: list[Piece] = [("Parameters", "title")]
         pieces.append((f"{shown:,} of {count:,}" if shown != count else f"{count:,}", "text"))
-        pieces.append((f"{formatting.count(elements, 0)} elements", "dim"))
+        pieces.append((f"{formatting.count(table.elements, 0)} elements", "dim"))
         by = "the model's order" if table.sorted_by == "order" else _title(table.sorted_by)
         pieces.append((f"sorted by {by}", "dim"))
         if table.filter:
