@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,9 @@ from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
 from tui_trainer.protocol.messages import Command, Hello, Pause, Poll, Resume, Step, StepPhase, Stop
 
+_spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")
+schema = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(schema)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 IN_PROCESS = """
 import sys
@@ -165,6 +170,7 @@ def test_gpt_in_json(place):
     assert lines[-1] == {**lines[-1], "type": "end", "reason": "finished", "steps": 20}
     steps = of("step", lines)
     assert [one["step"] for one in steps] == list(range(1, 21))
+    assert [fault for line in lines for fault in schema.faults(line)] == []
     names = {one["name"] for one in lines[0]["parameters"]}
     assert all(set(one["grad_norm"]) == names for one in steps)
     assert all(one["clip"]["max_norm"] == 1.0 for one in steps)
@@ -253,6 +259,9 @@ def test_a_script_in_json_keeps_stdout_pure(place):
     assert err.count("text") == 20
     assert err.count("from a child") == 20
     assert len(of("step", lines)) == 20
+    (header,) = of("run", lines)
+    assert header["device"]["kind"] == "cpu"
+    assert [p["name"] for p in header["parameters"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert all(one["clip"]["clipped"] for one in of("step", lines))
 
 
@@ -403,8 +412,9 @@ def test_a_script_that_crashes_at_once_is_still_told(place):
     place.script("print('before')\nraise RuntimeError('at once')")
     process = place.process()
     viewer = place.viewer()
-    viewer.wait(lambda status: status.ended)
-    update = viewer.ask(Poll())
+    updates = []
+    wait_for(lambda: updates.append(viewer.ask(Poll())) or updates[-1].status.ended)
+    update = updates[-1]  # the run is gone once it has told its end
     text = [line.text for line in update.log]
     assert update.status.reason == "RuntimeError: at once (train.py, line 2)"
     assert text[0] == "before"

@@ -68,8 +68,9 @@ class Recorder:
         self._feeds: list[Feed] = []
         self.history = History()
         self.pace = Pace()
-        self.first_nonfinite: NonFinite | None = None
-        """The first NaN or infinity of the run."""
+        self.describe_along: Callable[[], dict[str, Any]] = dict
+        """What more to describe when the parameters are described, asked on the training thread."""
+        self._first_nonfinite: NonFinite | None = None
         self._told = Tellings(clock)
         self._answerer = Answerer(self.history, self._told)
         self._ended_at: float | None = None
@@ -140,6 +141,8 @@ class Recorder:
 
     def describe(self, **changes: Any) -> None:
         """Change fields of the `RunInfo`; its revision grows by itself."""
+        if "parameters" in changes:
+            changes = {**self.describe_along(), **changes}
         self._enqueue(self._take_description, changes)
 
     def watched(self) -> frozenset[str]:
@@ -172,6 +175,13 @@ class Recorder:
         with self._lock:
             self._drain()
             return self._info
+
+    @property
+    def first_nonfinite(self) -> NonFinite | None:
+        """The first NaN or infinity of the run."""
+        with self._lock:
+            self._drain()
+            return self._first_nonfinite
 
     def follow(self, status: Callable[[], dict[str, Any]], paused_s: Callable[[], float]) -> None:
         """Ask `status` for the fields of `Status` that change by themselves (state, phase, …),
@@ -299,8 +309,8 @@ class Recorder:
         self._out.append(Stepped(record))
         events = self._told.events_of(record)
         self._out.extend(events)
-        if self.first_nonfinite is None:
-            self.first_nonfinite = next((e for e in events if isinstance(e, NonFinite)), None)
+        if self._first_nonfinite is None:
+            self._first_nonfinite = next((e for e in events if isinstance(e, NonFinite)), None)
 
     def _step_ms(self, record: StepRecord) -> float:
         for table, values in record.rows:

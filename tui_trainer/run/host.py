@@ -95,8 +95,8 @@ class Host:
         if found is None:
             return ""
         return (
-            f"the {found.quantity} was {found.value} at step {found.step}: try a lower learning rate, "
-            "clipping or float32"
+            f"the {found.quantity} was {found.value} at step {found.step}: "
+            "try a lower learning rate, clipping or float32"
         )
 
     def _ask_checkpoint(self) -> None:
@@ -125,6 +125,8 @@ class Host:
             changes["state"] = "starting"
         else:
             changes["state"] = mode
+            if self.spec.task == "script":
+                changes["waiting_for"] = ""  # its first phase has come
         return changes
 
 

@@ -213,22 +213,17 @@ def _trace_script(host: Host, traced: list[Tracer]) -> None:
         host.recorder.describe(versions=_versions(host))
         saver = Saver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
-        host.gate.between_steps += [_describe_device(host, tracer), saver.between_steps]
+        host.gate.between_steps.append(saver.between_steps)
+        host.recorder.describe_along = lambda: _device_of_script(tracer)
     except Exception as fault:
         host.recorder.fault("tracing the script", fault)
 
 
-def _describe_device(host: Host, tracer: Tracer) -> Any:
-    """Says once, after the first step, where the script trains."""
-
-    def describe(step: int) -> None:
-        host.gate.between_steps.remove(describe)
-        host.waiting_for("")
-        torch = sys.modules["torch"]
-        for model in tracer.roots[:1]:
-            host.recorder.describe(device=_device(model, torch.get_num_threads()))
-
-    return describe
+def _device_of_script(tracer: Tracer) -> dict[str, Any]:
+    """Where the script trains, as soon as its model is known."""
+    torch = sys.modules["torch"]
+    devices = (_device(model, torch.get_num_threads()) for model in tracer.roots)
+    return {"device": next(devices, None)}
 
 
 def _contents_of_script(
