@@ -205,7 +205,9 @@ class Gate:
     def _keep_rate(self) -> None:
         """Sleep until the next step may begin; any control cuts it short."""
         with self._condition:
-            while self._rate is not None and not (self._stopping or self._boundaries_left):
+            while self._rate is not None and not (
+                self._stopping or self._ended or self._boundaries_left
+            ):
                 now = time.monotonic()
                 # Never "catch up" after a pause: the next step is one interval after this one.
                 due = min(self._next_step_at, now + 1.0 / self._rate)
@@ -286,7 +288,8 @@ class Gate:
             raise Refusal("the number of steps a second must be above 0")
         with self._changing():
             self._rate = steps_per_second
-            self._next_step_at = time.monotonic()
+            if steps_per_second is not None:
+                self._next_step_at = time.monotonic() + 1.0 / steps_per_second
 
     def stop(self, checkpoint: bool = False) -> None:
         """Finish the running step, then raise `StopTraining` on the training thread."""

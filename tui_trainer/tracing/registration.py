@@ -118,8 +118,8 @@ class Registry:
         subject = make_subject(
             optimizer, name, key, roots, self._names, lambda n, p: self._index(n, p, name)
         )
-        for root in roots:
-            for other, parameter in self._names.parameters(root):
+        for model in subject.models:
+            for other, parameter in self._names.parameters(model):
                 if id(parameter) not in subject.ids:
                     self._index(other, parameter, "")
         rooted = {id(p) for root in roots for p in root.parameters()}
@@ -132,6 +132,8 @@ class Registry:
             self._options,
             Governor(self._options.budget, self._cadence_changed),
         )
+        subject.models.clear()  # a meter keeps parameters alive, not the models around them
+        subject.modules.clear()
         key_of = id(optimizer)
         reference = weakref.ref(optimizer, lambda _: self._meters.pop(key_of, None))
         self._meters[key_of] = (reference, meter)

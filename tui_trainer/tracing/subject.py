@@ -46,6 +46,8 @@ class Subject:
     """Their positions in `RunInfo.parameters`."""
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Module path to module, for the models that own these parameters."""
+    models: list[torch.nn.Module] = field(default_factory=list)
+    """Those models."""
     ids: dict[int, int] = field(default_factory=dict)
     """id(parameter) to its position here."""
     group_sizes: tuple[int, ...] = ()
@@ -167,12 +169,14 @@ def make_subject(
         for found_name, parameter in found:
             ordered.setdefault(id(parameter), (found_name, parameter))
 
-    for root in roots:
-        take(root)
-    missing = [p for p in own if id(p) not in ordered]
-    if missing:
-        for root in owners_of(missing):
-            take(root)
+    models = [root for root in roots if any(id(p) in wanted for p in root.parameters())]
+    called = {id(p) for model in models for p in model.parameters()}
+    if len(models) > 1 or not wanted <= called:
+        # Not all of it was called from outside, or only in parts (a bare `model.forward`): there may
+        # be a module around them, whose names are the ones to show.
+        models = owners_of(own)
+    for model in models:
+        take(model)
     for position, parameter in enumerate(own):
         ordered.setdefault(id(parameter), (f"param_{position}", parameter))
     pairs = list(ordered.values())
@@ -183,5 +187,6 @@ def make_subject(
         names=[n for n, _ in pairs],
         indices=[index_of(n, p) for n, p in pairs],
         modules=modules,
+        models=models,
         group_sizes=group_sizes(optimizer),
     )
