@@ -1,4 +1,4 @@
-"""Attaching changes nothing: no result, no saved model, no compiled graph; detaching restores all."""
+"""Attaching changes nothing: no result, saved model or compiled graph; detaching restores all."""
 
 from __future__ import annotations
 
@@ -121,12 +121,9 @@ PATCHED = [
 
 
 def standing() -> list[object]:
-    from torch.optim import optimizer
+    from torch.optim import optimizer as o
 
-    hooks = [
-        len(optimizer._global_optimizer_pre_hooks),
-        len(optimizer._global_optimizer_post_hooks),
-    ]
+    hooks = [len(o._global_optimizer_pre_hooks), len(o._global_optimizer_post_hooks)]
     return [vars(owner).get(name) for owner, name in PATCHED] + hooks
 
 

@@ -172,10 +172,7 @@ def test_two_optimizers_of_one_model_clipped_together():
             first.step()
 
     recorder, _ = trace(loop)
-    by_layer = {
-        tuple(c.name for c in recorder.table("grad_norm", key).columns)[0]: key
-        for key in ("", "sgd#2")
-    }
+    by_layer = {recorder.table("grad_norm", key).columns[0].name: key for key in ("", "sgd#2")}
     # Both were read before they were clipped, although one stepped after the other.
     for position, layer in enumerate(("0.weight", "2.weight")):
         close(

@@ -26,8 +26,6 @@ def reports_of(
     def drive() -> None:
         for _ in range(7 * steps):
             gate.call_soon(lambda: None, mid_step=True).result(20)
-            with gate._condition:
-                assert gate._condition.wait_for(lambda: True)
             while gate.mode != "paused":
                 if gate.mode == "ended":
                     return

@@ -172,8 +172,8 @@ def make_subject(
     models = [root for root in roots if any(id(p) in wanted for p in root.parameters())]
     called = {id(p) for model in models for p in model.parameters()}
     if len(models) > 1 or not wanted <= called:
-        # Not all of it was called from outside, or only in parts (a bare `model.forward`): there may
-        # be a module around them, whose names are the ones to show.
+        # Not all of it was called from outside, or only in parts (a bare `model.forward`): there
+        # may be a module around them, whose names are the ones to show.
         models = owners_of(own)
     for model in models:
         take(model)

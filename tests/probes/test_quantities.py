@@ -1,0 +1,316 @@
+"""Every quantity against a slow, plain reference that is computed apart, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from tests.tracing.support import (
+    EVERYTHING,
+    KeepingRecorder,
+    SmallGpt,
+    batch,
+    close,
+    gpt_loop,
+    mlp,
+    plain_loop,
+    trace,
+)
+from tui_trainer.probes.update_ratio import in_turns
+from tui_trainer.tracing.probe import Options
+
+
+class Reference:
+    """Does the steps of `plain_loop` by itself and notes what should have been measured."""
+
+    def __init__(self, steps: int, max_norm: float) -> None:
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.names = [name for name, _ in model.named_parameters()]
+        self.steps: list[dict] = []
+        for _ in range(steps):
+            inputs, targets = batch()
+            loss = F.cross_entropy(model(inputs), targets)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            norms = [float(g.double().norm()) for g in gradients]
+            total = float(np.sqrt(sum(n * n for n in norms)))
+            before = [p.detach().double().clone() for p in model.parameters()]
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+            after = [p.detach().double() for p in model.parameters()]
+            self.steps.append(
+                {
+                    "loss": loss.item(),
+                    "norms": norms,
+                    "total": total,
+                    "scale": min(1.0, max_norm / (total + 1e-6)),
+                    "weights": [float(p.norm()) for p in after],
+                    "ratios": [
+                        float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)
+                    ],
+                }
+            )
+
+
+def traced(steps: int, max_norm: float, options: Options = EVERYTHING) -> KeepingRecorder:
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recorder, _ = trace(lambda: plain_loop(model, optimizer, steps, max_norm), options=options)
+    return recorder
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 100.0])
+def test_step_norms_clips_and_updates(max_norm):
+    truth = Reference(12, max_norm)
+    options = Options(budget=0.0, cadences={"update_ratio": 1})
+    recorder = traced(12, max_norm, options)
+    assert [c.name for c in recorder.table("grad_norm").columns] == truth.names
+    for number, expected in enumerate(truth.steps, start=1):
+        step = recorder.rows("step")[number]
+        close(step["loss"], expected["loss"])
+        close(step["grad_norm_preclip"], expected["total"])
+        assert step["learning_rate"] == pytest.approx(1e-2)
+        close(list(recorder.rows("grad_norm")[number].values()), expected["norms"])
+        close(list(recorder.rows("weight_norm")[number].values()), expected["weights"])
+        close(list(recorder.rows("update_ratio")[number].values()), expected["ratios"], 1e-4)
+        clip = recorder.rows("clip")[number]
+        close(clip["max_norm"], max_norm)
+        close(clip["norm_before"], expected["total"])
+        close(clip["scale"], expected["scale"])
+        close(clip["norm_after"], expected["total"] * expected["scale"])
+
+
+def test_clip_event_names_the_parameters_that_dominate():
+    truth = Reference(1, 0.1).steps[0]
+    event = traced(1, 0.1).records[0].clip
+    assert event is not None
+    shares = [n * n / truth["total"] ** 2 for n in truth["norms"]]
+    order = sorted(range(4), key=lambda i: -shares[i])
+    assert event.parameters == tuple(order)
+    close(event.shares, [shares[i] for i in order])
+    assert traced(1, 1e3).records[0].clip is None
+
+
+def test_clip_by_value():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+
+    def total() -> float:
+        return float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+
+    def loop():
+        for _ in range(3):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            before = total()
+            nn.utils.clip_grad_value_(model.parameters(), 0.05)
+            norms.append((before, total()))
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("clip", "norm_before"), [before for before, _ in norms])
+    close(recorder.series("clip", "norm_after"), [after for _, after in norms])
+    close(recorder.series("clip", "scale"), [after / before for before, after in norms])
+    close(recorder.series("step", "grad_norm_preclip"), [before for before, _ in norms])
+    assert recorder.records[0].clip.kind == "value"
+
+
+def test_groups_clipped_apart_show_the_hardest():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scales = []
+
+    def loop():
+        inputs, targets = batch()
+        F.cross_entropy(model(inputs), targets).backward()
+        for layer, limit in ((model[0], 1e-1), (model[2], 1e-3)):
+            norm = nn.utils.clip_grad_norm_(layer.parameters(), limit)
+            scales.append(min(1.0, limit / (norm.item() + 1e-6)))
+        optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("clip", "scale"), [min(scales)])
+    norms = list(recorder.rows("grad_norm")[1].values())
+    close(recorder.series("step", "grad_norm_preclip"), [np.linalg.norm(norms)])
+
+
+def test_infinity_norm_clipping():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    largest = []
+
+    def loop():
+        inputs, targets = batch()
+        F.cross_entropy(model(inputs), targets).backward()
+        largest.append(max(p.grad.abs().max().item() for p in model.parameters()))
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2, norm_type=float("inf"))
+        optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("clip", "norm_before"), largest)
+    norms = list(recorder.rows("grad_norm")[1].values())
+    close(recorder.series("step", "grad_norm_preclip"), [np.linalg.norm(norms)])
+
+
+def test_parameter_without_gradient_has_norm_zero():
+    model = mlp()
+    model.unused = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loop():
+        for _ in range(2):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model[2](model[1](model[0](inputs))), targets).backward()
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert recorder.rows("grad_norm")[2]["unused.weight"] == 0.0
+    assert recorder.records[1].nonfinite == ()
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    embedding = nn.Embedding(9, 4, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    norms = []
+
+    def loop():
+        for _ in range(2):
+            optimizer.zero_grad()
+            embedding(torch.tensor([1, 1, 3])).square().sum().backward()
+            norms.append(embedding.weight.grad.to_dense().norm().item())
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("grad_norm", "weight"), norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_accumulated_in_full(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 200, bias=False).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    norms = []
+
+    def loop():
+        layer(torch.randn(4, 300, dtype=dtype)).sum().backward()
+        norms.append(layer.weight.grad.double().norm().item())
+        optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("grad_norm", "weight"), norms, 1e-4)
+    close(recorder.series("weight_norm", "weight"), [layer.weight.double().norm().item()], 1e-4)
+
+
+def test_update_ratios_in_turns_come_when_all_have_had_theirs():
+    truth = Reference(12, 0.3)
+    options = Options(budget=0.0, cadences={"update_ratio": 1}, copy_budget_bytes=200)
+    recorder = traced(12, 0.3, options)
+    rows = recorder.rows("update_ratio")
+    turns = in_turns([p for p in mlp().parameters()], 200)
+    assert len(turns) == 2
+    assert list(rows) == [2, 4, 6, 8, 10, 12]
+    for step, row in rows.items():
+        for offset, turn in enumerate(turns):
+            ratios = truth.steps[step - len(turns) + offset]["ratios"]
+            close([list(row.values())[i] for i in turn], [ratios[i] for i in turn], 1e-4)
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(4, 400))
+@settings(max_examples=50, deadline=None)
+def test_turns_hold_every_parameter_once_within_the_budget(sizes, budget):
+    parameters = [torch.empty(size) for size in sizes]
+    turns = in_turns(parameters, budget)
+    assert [i for turn in turns for i in turn] == list(range(len(sizes)))
+    assert all(sum(4 * sizes[i] for i in turn) <= budget or len(turn) == 1 for turn in turns)
+
+
+def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_gone():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    poison = {3: float("nan"), 4: float("nan"), 6: float("inf")}
+
+    def loop():
+        for step in range(1, 8):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            if step in poison:
+                model[2].weight.grad[0, 0] = poison[step]
+            if step == 7:
+                with torch.no_grad():
+                    model[0].bias[1] = float("nan")
+            optimizer.step()
+
+    # lr 0: a NaN gradient would still make NaN weights, so those are put back
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.register_step_post_hook(lambda *_: None)
+
+    def healing_loop():
+        hook = optimizer.register_step_post_hook(
+            lambda o, a, k: (
+                model.load_state_dict(kept) if torch.isnan(model[2].weight).any() else None
+            )
+        )
+        loop()
+        hook.remove()
+
+    recorder, _ = trace(healing_loop)
+    said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
+    gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in said.items()}
+    assert gradients[3] == [("gradient", "2.weight", "nan")]
+    assert 4 not in gradients or gradients[4] == []
+    assert gradients[6] == [("gradient", "2.weight", "inf")]
+    assert ("weight", "0.bias", "nan") in said[7]
+
+
+def test_loss_that_is_not_finite():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loop():
+        inputs, targets = batch()
+        (F.cross_entropy(model(inputs), targets) * float("inf")).backward()
+        optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert ("loss", "", "inf") in recorder.records[0].nonfinite
+
+
+def test_memory_by_the_clock():
+    recorder = traced(5, 1.0)
+    rows = recorder.rows("memory")
+    assert list(rows) == [1]
+    assert recorder.table("memory").every == 0
+    assert rows[1]["host_bytes"] > 1e7
+    assert np.isnan(rows[1]["device_bytes"])
+
+
+def test_own_cost_is_told_by_probe():
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder, _ = trace(lambda: gpt_loop(model, optimizer, 20))
+    rows = recorder.rows("overhead_ms")
+    assert list(rows) == [10, 20]
+    assert rows[20]["attention"] > 0
+    assert rows[20]["tracer"] > 0
+    assert all(value >= 0 for value in rows[20].values())
+    assert all(record.own_ms > 0 for record in recorder.records)
