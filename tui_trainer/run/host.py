@@ -21,6 +21,7 @@ from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.recording.items import Sink
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.recording.state import StateSink
+from tui_trainer.recording.store import StoreSink
 from tui_trainer.run.control import Control
 from tui_trainer.run.outcome import Outcome, judge
 from tui_trainer.run.server import Server
@@ -57,6 +58,10 @@ class Host:
         except OSError as fault:
             self.recorder.fault("no viewer can attach", fault)
         self.recorder.subscribe(StateSink(self.spec.directory, self.recorder.info))
+        store = StoreSink(
+            self.spec.directory, lambda trouble: self.recorder.status(recording=trouble)
+        )
+        self.recorder.subscribe(store)
         if sink is not None:
             self.recorder.subscribe(sink)
 
