@@ -7,6 +7,7 @@ import os
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -37,7 +38,7 @@ class TuiTrainerApp(App[int]):
     """Shows one run. Its exit code is that of the command."""
 
     TITLE = "tui-trainer"
-    CSS_PATH = "app.tcss"
+    CSS_PATH = Path(__file__).with_name("app.tcss")
     ENABLE_COMMAND_PALETTE = True
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-narrow"),

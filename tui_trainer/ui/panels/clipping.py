@@ -133,6 +133,8 @@ class ClippingPanel(Panel):
             Segment(f.number(clip.norm_before, 8, 3), palette.clip),
             Segment(f" {f.number(clip.scale, 6, 3)} ", palette.text),
         ]
+        if not clip.parameters:  # the norms of the parameters are measured less often
+            return [*row, Segment(f" {self.glyphs.missing}", palette.faint)]
         left = width - 25
         each = 30 if left >= 60 else max(18, left)
         for index, share in zip(clip.parameters, clip.shares, strict=False):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
+from textual import events
 
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
@@ -22,7 +24,7 @@ from tui_trainer.ui.panels.base import (
     waiting_text,
 )
 from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.scale import window
+from tui_trainer.ui.widgets.scale import nice_above, window
 from tui_trainer.ui.widgets.sparkline import sparklines
 from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
 from tui_trainer.ui.widgets.tree import NameTree
@@ -39,7 +41,7 @@ COLUMNS = (
     TableColumn("name", "", 0, left=True),
     TableColumn("norm", "‖∂L/∂p‖", 9, tooltip="Norm of the gradient before clipping"),
     TableColumn("share", "share", 5, tooltip="Part of the squared total norm"),
-    TableColumn("trend", "last 200 steps", 14, left=True),
+    TableColumn("trend", "trend", 14, left=True),
 )
 
 
@@ -58,6 +60,7 @@ class GradientsPanel(VirtualTable):
         self._provisional = False
         self._trends: dict[int, str] = {}
         self._frames = 0
+        self._folded_by_hand = False
         self._history: TableHistory | None = None
 
     # ------------------------------------------------------------ what is shown
@@ -88,12 +91,18 @@ class GradientsPanel(VirtualTable):
         self._fold_to_fit()
         self._arrange()
 
+    def on_resize(self, event: events.Resize) -> None:
+        """As many modules unfold as there is room for now."""
+        if not self._folded_by_hand and self.modules.leaves:
+            self._fold_to_fit()
+            self._arrange()
+
     def _fold_to_fit(self) -> None:
-        """As deep as fits on the screen without scrolling, but never only the outermost names
-        where that is few."""
+        """As deep as fits on the screen and half of it again: a little scrolling is better than
+        rows that stay empty."""
         for depth in (9, 2, 1, 0):
             self.modules.fold_deeper_than(depth)
-            if len(self.modules.visible()) <= max(self.page, 16):
+            if 2 * len(self.modules.visible()) <= 3 * max(self.page, 12):
                 return
 
     def _take_norms(self) -> None:
@@ -138,7 +147,8 @@ class GradientsPanel(VirtualTable):
         return self.sorting
 
     def toggle(self, node: int) -> None:
-        """Fold or unfold a module."""
+        """Fold or unfold a module; from then on nothing folds by itself."""
+        self._folded_by_hand = True
         self.modules.toggle(node)
         self._arrange()
         self.update_rows()
@@ -153,6 +163,11 @@ class GradientsPanel(VirtualTable):
             style = self.palette.provisional if self._provisional else self.palette.norm
             items = [("total", f.number(self._total, 7), style)]
             items.append(("of", f"{count:,} parameters", self.palette.dim))
+        latest = self._history.latest() if self._history is not None else None
+        step = self.snapshot.history.table(tables.STEP)
+        newest = step.last_step if step is not None else None
+        if latest is not None and not self._provisional and newest not in (None, latest[0]):
+            items.insert(1, ("at step", f"{latest[0]:,}", self.palette.dim))
         if self._provisional:
             items.insert(1, ("", "this step, before its update", self.palette.provisional))
         if self.filter:
@@ -167,7 +182,7 @@ class GradientsPanel(VirtualTable):
         if history is None or not history.rows:
             return
         cells = COLUMNS[-1].width
-        start, stop = window(history.last_step or 1, TREND_STEPS)
+        start, stop = window(history.last_step or 1, self._trend_steps())
         wanted: list[int] = []
         parts: list[tuple[int, int]] = []
         for node in visible.tolist():
@@ -186,6 +201,9 @@ class GradientsPanel(VirtualTable):
         bad = np.logical_or.reduceat(seen.nonfinite.T, starts, axis=0)
         drawn = sparklines(values, bad, self.glyphs)
         self._trends = {node: line for (node, _), line in zip(parts, drawn, strict=True)}
+        title = f"last {self._trend_steps():,}"
+        if self.columns[-1].title != title:
+            self.columns = (*COLUMNS[:-1], replace(COLUMNS[-1], title=title))
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
         """Name, norm, share, trend."""
@@ -212,6 +230,12 @@ class GradientsPanel(VirtualTable):
                 trend = self._trends.get(row, "").ljust(width)[:width]
                 out.append(Segment(trend, palette.norm if not branch else palette.loss_raw))
         return out
+
+    def _trend_steps(self) -> int:
+        """Steps that a trend covers: more where the norms are measured less often, so that every
+        cell has a value."""
+        every = self._history.table.every if self._history is not None else 1
+        return max(TREND_STEPS, int(nice_above(2 * every * COLUMNS[-1].width)))
 
     def _label_of(self, row: int, branch: bool, flat: bool, width: int) -> str:
         tree, glyphs = self.modules, self.glyphs

@@ -34,9 +34,10 @@ class HeaderLine(Panel):
             Segment(f"{sign} {word:<8}", style),
         ]
         used = sum(len(segment.text) for segment in left)
-        right = self._right(size.width - used - 2)
+        about = self._about()
+        right = self._right(size.width - used - 2 - min(len(about) + 2, 24))
         room = size.width - used - sum(len(segment.text) for segment in right) - 1
-        about = f.shorten(self._about(), max(0, room - 1), self.glyphs.ellipsis)
+        about = f.shorten(about, max(0, room - 2), self.glyphs.ellipsis)
         left.append(Segment(f" {about}".ljust(max(0, room)), palette.dim))
         return [[*left, *right, Segment(" ", palette.text)]]
 
@@ -90,7 +91,8 @@ class HeaderLine(Panel):
             parts.append(info.device.kind)
             parts.append(info.device.name)
             if info.device.threads:
-                parts.append(f"{info.device.threads} threads")
+                many = "" if info.device.threads == 1 else "s"
+                parts.append(f"{info.device.threads} thread{many}")
         if (memory := self._memory()) is not None:
             parts.append(f.bytes_(memory, 0))
         if self.snapshot.status.cost_share is not None:

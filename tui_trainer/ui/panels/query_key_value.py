@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from tui_trainer.ui.panels.base import (
 )
 from tui_trainer.ui.panels.loss import SMOOTHED_SHARE, smoothed
 from tui_trainer.ui.theme import Palette
-from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line
+from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
 from tui_trainer.ui.widgets.table import TableColumn, VirtualTable, fitted
@@ -170,10 +171,12 @@ class TrendPanel(Panel):
         info, palette = self.snapshot.info, self.palette
         if size.height < 5:
             return []
-        last = history.last_step if history is not None and history.rows else 0
-        steps = window(last or 0, None, info.total_steps if info else None)
+        step = self.snapshot.history.table(tables.STEP)  # the same window as the loss has
+        last = (step.last_step or 0) if step is not None else 0
+        steps = window(last, None, info.total_steps if info else None)
         name, _, parts = TRENDS[self.trend]
         layers: list[Layer] = []
+        names: list[Layer] = []
         items: list[Item] = []
         layer = min(self.shown_layer, max(0, len(info.attention) - 1)) if info else 0
         buckets = 2 * self.chart.plot_width(size.width)
@@ -188,12 +191,18 @@ class TrendPanel(Panel):
                 if name == "grad_cos":  # it scatters too much to be read but for its mean
                     mean = smoothed(band.low, band.high, max(2.0, buckets * SMOOTHED_SHARE))
                     layers.append(Line(style, mean, band.bad))
+                    band = replace(band, high=mean)
                 else:
                     layers.append(band)
+                ends = np.flatnonzero(np.isfinite(band.high))
+                if len(ends):
+                    end = int(ends[-1])
+                    names.append(Label(style, end, float(band.high[end]), part))
                 if latest is not None:
                     value = float(latest[1][wanted[number]])
                     items.append((part, _shown(f"{name}_{part}", value, 7), style))
         right = short_layer(info.attention[layer].layer) if info and info.attention else ""
+        layers += names
         if right and name == "grad_cos":
             right = f"{right} {self.glyphs.separator} mean"
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, self.glyphs)

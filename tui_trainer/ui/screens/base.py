@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from textual.screen import Screen
 
 from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.compositor import TightCompositor
 
 if TYPE_CHECKING:
     from tui_trainer.ui.app import TuiTrainerApp
@@ -16,6 +17,10 @@ class RunScreen(Screen[Any]):
     """A screen of the app; `topics` are the on-request tables that it needs while it is shown."""
 
     topics: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compositor = TightCompositor()
 
     @property
     def trainer(self) -> TuiTrainerApp:

@@ -63,6 +63,17 @@ class Points:
 
 
 @dataclass(frozen=True)
+class Label:
+    """A name at the end of a curve, so that curves can be told apart without colour too."""
+
+    style: Style
+    column: int
+    """Dot column of the curve's end: the name stands right of it."""
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """A dashed level, such as the threshold of clipping."""
 
@@ -79,7 +90,7 @@ class Marks:
     sign: str
 
 
-Layer = Band | Line | Points | Rule | Marks
+Layer = Band | Line | Points | Label | Rule | Marks
 
 
 def bridge(
@@ -130,6 +141,7 @@ class Chart:
         self._rules(layers, scale, codes, styles, table, glyphs)
         self._dots(layers, scale, codes, styles, table, glyphs)
         self._points(layers, scale, codes, styles, table)
+        self._names(layers, scale, codes, styles, table)
         labels = _labels(scale, tall) if len(layers) else {}
         plotted = dots.segments(codes, styles, table)
         out = []
@@ -229,6 +241,30 @@ class Chart:
                 if 0 <= column < width and row == row:
                     y = min(max(round(row) // 4, 0), height - 1)
                     codes[y, column], styles[y, column] = ord(layer.sign), len(table) - 1
+
+    def _names(
+        self,
+        layers: Sequence[Layer],
+        scale: Scale,
+        codes: NDArray[np.uint32],
+        styles: NDArray[np.int64],
+        table: list[Style],
+    ) -> None:
+        height, width = codes.shape
+        for layer in layers:
+            if not isinstance(layer, Label):
+                continue
+            row = float(scale.dot_rows(np.array([layer.value], np.float32), 4 * height)[0])
+            start = min(layer.column // 2 + 2, width - len(layer.text))
+            if not np.isfinite(row) or start < 0:
+                continue
+            table.append(layer.style)
+            middle = min(max(round(row) // 4, 0), height - 1)
+            cells = slice(start, start + len(layer.text))
+            free = (y for y in (middle, middle + 1, middle - 1) if 0 <= y < height)
+            y = next((y for y in free if (codes[y, cells] == 0x20).all()), middle)
+            codes[y, cells] = [ord(sign) for sign in layer.text]
+            styles[y, cells] = len(table) - 1
 
 
 def _fit(layers: Sequence[Layer], log: bool, zero: bool, old: Scale | None) -> Scale:
