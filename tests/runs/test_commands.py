@@ -148,6 +148,9 @@ def test_rm(runs):
     assert unasked.returncode == 2
     assert "--yes" in unasked.stderr
     assert (runs.directory / "gpt-live").is_dir()
+    shortened = runs.call("rm", "--yes", "gpt-l")
+    assert shortened.returncode == 2
+    assert "it is gpt-live" in shortened.stderr
     assert "removed gpt-live" in runs.call("rm", "-y", "gpt-live").stdout
     assert not (runs.directory / "gpt-live").exists()
 

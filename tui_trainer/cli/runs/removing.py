@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -37,12 +38,24 @@ def rm(
     for run in found:
         if run.live:
             raise CommandError(f"{run.name} is {run.state}", f"tui-trainer stop {run.name} ends it")
-    if not yes and not _agreed(found):
+    if yes:
+        _refuse_abbreviations(runs, found)
+    elif not _agreed(found):
         return 1
     for run in found:
         _remove(run)
         print(f"removed {run.name}")
     return 0
+
+
+def _refuse_abbreviations(given: tuple[str, ...], found: list[Run]) -> None:
+    """What is removed unasked must have been named in full: the beginning of a name may mean
+    another run tomorrow."""
+    names = {run.name for run in found}
+    for name in set(given) - names:
+        for full in names:
+            if full.startswith(name):
+                raise UsageError(f"{name} is not the whole name of a run", f"it is {full}")
 
 
 def _agreed(runs: list[Run]) -> bool:
