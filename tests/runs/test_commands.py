@@ -103,12 +103,17 @@ def test_show_of_a_live_run(runs):
 
 def test_show_of_a_crashed_run(runs):
     runs.start("gpt-dead")
+    until(lambda: runs.said("gpt-dead").step > 50, "some steps")
     runs.kill("gpt-dead")
     done = runs.call("show", "gpt-dead")
     assert done.returncode == 0
+    assert "grad norm" in done.stdout
     assert "crashed" in done.stdout
     assert "gone without an end record" in done.stdout
-    assert json.loads(runs.call("show", "gpt-dead", "--json").stdout)["state"] == "crashed"
+    seen = json.loads(runs.call("show", "gpt-dead", "--json").stdout)
+    assert seen["state"] == "crashed"
+    assert seen["loss"] == pytest.approx(1 / seen["step"], rel=1e-3)
+    assert len(seen["loss_curve"]["steps"]) > 20
 
 
 def test_show_imports_neither_torch_nor_textual(runs):

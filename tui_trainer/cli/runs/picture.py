@@ -11,12 +11,14 @@ import numpy as np
 
 from tui_trainer.cli.runs.listing import as_object
 from tui_trainer.history import History
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.reading import Reading
+from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
 from tui_trainer.session.ask import Conversation
 from tui_trainer.session.registry import Run
+from tui_trainer.session.replay import ReplaySession
 from tui_trainer.session.trust import RunError
 
 CURVE_POINTS = 60
@@ -56,16 +58,35 @@ class Look(msgspec.Struct, frozen=True):
 
 
 def look(run: Run) -> Look:
-    """Ask a live run; of one that has ended, or does not answer, what its directory says."""
+    """Ask a live run; of one that has ended, or does not answer, what it has recorded."""
     if not run.live:
-        return Look(as_object(run))
+        return look_at_record(run)
     try:
         with Conversation.with_run(run, "tui-trainer show", read_only=True) as talk:
             return look_through(run, talk)
     except RunError as fault:
-        seen = as_object(run)
-        seen["note"] = seen["note"] or fault.message
-        return Look(seen)
+        seen = look_at_record(run)
+        seen.run["note"] = seen.run["note"] or fault.message
+        return seen
+
+
+def look_at_record(run: Run) -> Look:
+    """What a run has recorded, or, where that cannot be read, what it last said of itself."""
+    try:
+        replay = ReplaySession(run.directory)
+    except (StoreFault, OSError):
+        return Look(as_object(run))
+    try:
+        snapshot = replay.poll()
+        if snapshot.info is None:
+            return Look(as_object(run))
+        seen = _put_together(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
+    finally:
+        replay.close()
+    # How it is now, its directory knows: a run that was killed did not record that.
+    seen.run.update(state=run.state, note=run.note)
+    seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
+    return msgspec.structs.replace(seen, viewers=())
 
 
 def look_through(run: Run, talk: Conversation) -> Look:
@@ -122,7 +143,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _newest(table: TableHistory | None) -> dict[str, float | None]:
+def _newest(table: Reading | None) -> dict[str, float | None]:
     latest = table.latest() if table is not None else None
     if table is None or latest is None:
         return {}
@@ -130,7 +151,7 @@ def _newest(table: TableHistory | None) -> dict[str, float | None]:
     return {n: _finite(float(v)) for n, v in zip(names, latest[1], strict=True)}
 
 
-def _curve(table: TableHistory | None, name: str) -> Curve:
+def _curve(table: Reading | None, name: str) -> Curve:
     names = [column.name for column in table.table.columns] if table is not None else []
     if table is None or name not in names or table.first_step is None or table.last_step is None:
         return Curve()
