@@ -7,8 +7,9 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_no
 from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.protocol import tables
+from tui_trainer.ui.panels.attention_heads import HeadsTable
 from tui_trainer.ui.panels.attention_statistics import COLUMNS, STATISTICS
-from tui_trainer.ui.panels.attention_table import HeadsTable, StatisticTable
+from tui_trainer.ui.panels.attention_table import StatisticTable
 
 
 def test_every_measured_statistic_is_on_offer() -> None:

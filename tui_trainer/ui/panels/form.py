@@ -167,7 +167,13 @@ def editor_for(option: Option, value: str) -> Widget:
         return Choice(option.choices, value, id=name)
     empty = EMPTY_MEANS.get(option.name, "automatic") if option.optional else ""
     classes = "-text" if option.kind == "str" else ""
-    return Input(value, placeholder=empty, compact=True, id=name, classes=classes)
+    return still(Input(value, placeholder=empty, compact=True, id=name, classes=classes))
+
+
+def still(field: Input) -> Input:
+    """`field` with a cursor that does not blink: each blink would be bytes on an SSH line."""
+    field.cursor_blink = False
+    return field
 
 
 def row_for(option: Option, value: str) -> FormRow:

@@ -10,6 +10,8 @@ from textual.containers import Horizontal
 from textual.message import Message
 from textual.widgets import Input, Static
 
+from tui_trainer.ui.panels.form import still
+
 
 class PromptLine(Horizontal):
     """Hidden until `ask`; Enter keeps what was typed, Escape gives it up."""
@@ -39,7 +41,7 @@ class PromptLine(Horizontal):
     def compose(self) -> ComposeResult:
         """What is asked, and the input."""
         yield Static("", markup=False)
-        yield Input(compact=True)
+        yield still(Input(compact=True))
 
     def ask(self, purpose: str, label: str) -> None:
         """Open for `purpose` (`filter`, `find`), with what was typed for it last."""

@@ -13,8 +13,9 @@ from textual.widget import Widget
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
+from tui_trainer.ui.panels.attention_heads import HeadsTable
 from tui_trainer.ui.panels.attention_statistics import STATISTICS, Statistic, why_nothing
-from tui_trainer.ui.panels.attention_table import HeadsTable, StatisticTable
+from tui_trainer.ui.panels.attention_table import StatisticTable
 from tui_trainer.ui.panels.caption import Caption, Piece
 from tui_trainer.ui.panels.empty import EmptyState, awaited
 from tui_trainer.ui.panels.prompt import PromptLine

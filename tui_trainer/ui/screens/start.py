@@ -9,15 +9,15 @@ from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.options import Option, options_of
+from tui_trainer.config.options import options_of
 from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.panels.choice import Choice, Toggle
-from tui_trainer.ui.panels.form import Fold, FormRow, open_faulty, row_for
+from tui_trainer.ui.panels.form import Fold, FormRow, open_faulty
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.start_model import (
     SCRIPT,
@@ -25,13 +25,12 @@ from tui_trainer.ui.screens.start_model import (
     Launcher,
     TaskForm,
     blamed,
-    common_options,
-    folded_options,
     preset_value,
     request_for,
     script_request,
     written,
 )
+from tui_trainer.ui.screens.start_rows import preset_row, script_rows, task_rows
 from tui_trainer.ui.widgets.keys import KeyLine
 
 WIDE = 110
@@ -117,6 +116,11 @@ class StartScreen(RunScreen):
         task = self.form
         summary = task.summary if task else SCRIPT_SUMMARY
         self.query_one("#summary", Static).update(summary)
+        if task:
+            preset = self._preset.setdefault(task.name, next(iter(task.presets), ""))
+            rows = task_rows(task, preset, unfolded=self._beside())
+        else:
+            rows = script_rows()
         body, presets = (
             self.query_one("#form", Vertical),
             self.query_one("#presets", Vertical),
@@ -124,52 +128,11 @@ class StartScreen(RunScreen):
         with self.app.batch_update():
             await presets.remove_children()
             if task and task.presets:
-                await presets.mount(self._preset_row(task))
+                await presets.mount(preset_row(task, self._preset[task.name]))
             await body.remove_children()
-            await body.mount(*(self._task_rows(task) if task else self._script_rows()))
+            await body.mount(*rows)
         self._fill()
         self._say_fault(None)
-
-    def _preset_row(self, task: TaskForm) -> FormRow:
-        preset = self._preset.setdefault(task.name, next(iter(task.presets)))
-        chooser = Choice(tuple(task.presets), preset, id="preset")
-        return FormRow("preset", chooser, help="A set of defaults: size, length, schedule")
-
-    def _task_rows(self, task: TaskForm) -> list[Vertical]:
-        common = [self._row(task, option) for option in common_options(task)]
-        common.append(self._paused_row())
-        folded: list[Fold | Vertical] = []
-        for name, options in folded_options(task).items():
-            rows = Vertical(*(self._row(task, option) for option in options), classes="group")
-            fold = Fold(name, rows, len(options))
-            fold.open = self._beside()
-            rows.display = fold.open
-            folded += [fold, rows]
-        columns = Vertical(
-            Vertical(*common, id="common"), Vertical(*folded, id="folded"), id="columns"
-        )
-        return [columns]
-
-    def _script_rows(self) -> list[Vertical]:
-        path = Input(placeholder="train.py", compact=True, id="option-script", classes="-text")
-        arguments = Input(placeholder="none", compact=True, id="option-arguments", classes="-text")
-        return [
-            FormRow(
-                "script", path, help="The Python file that trains, as you would give it to python"
-            ),
-            FormRow("arguments", arguments, help="Its own arguments, quoted as in a shell"),
-            self._paused_row(),
-        ]
-
-    def _paused_row(self) -> FormRow:
-        row = FormRow(
-            "start paused", Toggle(False, id="paused"), help="Stop before the first phase"
-        )
-        return row
-
-    def _row(self, task: TaskForm, option: Option) -> FormRow:
-        value = preset_value(task, self._preset.get(task.name, ""), option)
-        return row_for(option, written(value))
 
     def _fill(self) -> None:
         """Put in what was typed before, else what the preset says."""
