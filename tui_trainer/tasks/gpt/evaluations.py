@@ -43,7 +43,8 @@ class ValidationLoss:
         total = torch.zeros((), device=self.device)
         starts = self.starts()
         with evaluating(self.model), autocast(self.config, self.device):
-            for some in starts.split(self.config.batch_size):  # (≤ B,)
+            for first in range(0, len(starts), self.config.batch_size):
+                some = starts[first : first + self.config.batch_size]  # (≤ B,)
                 inputs, targets = cut(self.tokens, some, self.config.block_size)
                 logits = self.model(inputs.to(self.device)).float()  # (B, T, V)
                 targets = targets.to(self.device)
