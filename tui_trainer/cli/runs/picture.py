@@ -85,6 +85,9 @@ def look_at_record(run: Run) -> Look:
         replay.close()
     # How it is now, its directory knows: a run that was killed did not record that.
     seen.run.update(state=run.state, note=run.note)
+    if run.said.step > seen.run["step"]:
+        last = as_object(run)
+        seen.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
     seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
     return msgspec.structs.replace(seen, viewers=())
 
