@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,8 @@ def clip_scale(clip: ClipSeen) -> float:
     before = clip.norm_before
     if clip.kind == "value":
         return clip.norm_after / before if before else 1.0
-    if np.isnan(before):
-        return float("nan")
+    if math.isnan(before):
+        return before
     return min(1.0, clip.max_norm / (before + 1e-6))
 
 
@@ -47,8 +48,10 @@ class Clipping(Probe):
         """None when nothing was clipped or could have been."""
         if not facts.clips:
             return (None,)
-        hardest = min(facts.clips, key=lambda c: np.nan_to_num(clip_scale(c), nan=-1.0))
-        scale = clip_scale(hardest)
+        hardest, scale = facts.clips[0], clip_scale(facts.clips[0])
+        for clip in facts.clips[1:]:
+            if not clip_scale(clip) >= scale:  # also where it is NaN
+                hardest, scale = clip, clip_scale(clip)
         before = hardest.norm_before / facts.gradient_scale
         # By value single elements may be cut without the norm changing in float32.
         if scale < 1:
@@ -63,7 +66,7 @@ class Clipping(Probe):
         if norms is not None:
             squares = norms * norms
             total = float(squares.sum())
-            if total > 0 and np.isfinite(total):
+            if 0 < total < math.inf:
                 largest = np.argsort(-squares, kind="stable")[:DOMINANT]
                 parameters = tuple(self.subject.indices[i] for i in largest)
                 shares = tuple(float(squares[i] / total) for i in largest)

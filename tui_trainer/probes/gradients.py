@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from tui_trainer.history.records import Floats
 from tui_trainer.probes.norms import Norms
@@ -23,15 +25,19 @@ class Gradients(Probe):
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
         self.tables = (TableSpec(tables.GRAD_NORM, tuple(Column(n) for n in subject.names)),)
-        self._norms = Norms(subject.device)
+        self._norms = Norms(subject.parameters, subject.device)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
-        """One reading per parameter."""
-        return self._norms.read(gradients)
+        """One reading per parameter, and 0."""
+        return [*self._norms.read(gradients), self._norms.zero]
+
+    def borrowed(self, norms: Sequence[torch.Tensor | None]) -> Readings:
+        """The same from the clipping, and 1."""
+        return [*self._norms.borrow(norms), self._norms.one]
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """Also tells the other probes the norms, and the total."""
-        norms = self._norms.values(values) / facts.gradient_scale
+        norms = self._norms.values(values[:-1], bool(values[-1])) / facts.gradient_scale
         facts.gradient_norms = norms
-        facts.total_norm = float(np.sqrt(np.sum(norms * norms)))
+        facts.total_norm = math.sqrt(np.dot(norms, norms))
         return (norms.astype(np.float32),)

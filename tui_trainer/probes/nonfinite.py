@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,12 +38,11 @@ class NonFinite(Probe):
     def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: Facts) -> None:
         if found is None:
             return
-        bad = np.flatnonzero(~np.isfinite(found))
-        if not bad.size:
+        if math.isfinite(found.sum()):
             self._present.discard(quantity)
         elif quantity not in self._present:
             self._present.add(quantity)
-            first = int(bad[0])
+            first = int(np.argmin(np.isfinite(found)))
             parameter = "" if quantity == "loss" else self.subject.names[first]
             value = "nan" if np.isnan(found[first]) else ("inf" if found[first] > 0 else "-inf")
             facts.nonfinite.append((quantity, parameter, value))

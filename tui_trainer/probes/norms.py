@@ -27,23 +27,31 @@ class Norms:
     foreach norm. Low precision is accumulated in float32.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, like: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._plain = all(t.dtype in (torch.float32, torch.float64) for t in like)
         self._squares = device.type == "cpu"
-        self._zero = torch.zeros((), device=device)
+        self.zero = torch.zeros((), device=device)
+        self.one = torch.ones((), device=device)
         self._where: list[int] = []
         self._flat: list[torch.Tensor] = []
 
     def read(self, tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
         """One 0-d tensor for each; of an absent one zero."""
         if self._squares:
-            return [self._zero if t is None else _sum_of_squares(t) for t in tensors]
+            if self._plain:
+                try:
+                    dot = torch.dot
+                    return [dot(flat := t.view(-1), flat) for t in tensors]  # type: ignore[union-attr]
+                except (AttributeError, RuntimeError):  # absent, not contiguous, sparse, …
+                    pass
+            return [self.zero if t is None else _sum_of_squares(t) for t in tensors]
         present = [_dense(t) for t in tensors if t is not None]
         if not present:
-            return [self._zero] * len(tensors)
+            return [self.zero] * len(tensors)
         low = any(t.dtype in (torch.bfloat16, torch.float16) for t in present)
         norms = torch._foreach_norm(present, 2, torch.float32) if low else _norms(present)
         found = iter(norms)
-        return [self._zero if t is None else next(found) for t in tensors]
+        return [self.zero if t is None else next(found) for t in tensors]
 
     def read_kept(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The same for tensors that stay where they are from step to step, such as weights."""
@@ -53,16 +61,19 @@ class Norms:
         if where != self._where:
             self._where = where
             flat = [tensor.detach().view(-1) for tensor in tensors if tensor.is_contiguous()]
-            plain = all(t.dtype in (torch.float32, torch.float64) for t in tensors)
-            self._flat = flat if plain and len(flat) == len(tensors) else []
+            self._flat = flat if self._plain and len(flat) == len(tensors) else []
         if self._flat:
             return [torch.dot(flat, flat) for flat in self._flat]
         return self.read([tensor.detach() for tensor in tensors])
 
-    def values(self, read: Floats) -> NDArray[np.float64]:
-        """The norms, from what `read` gave once it is on the host."""
+    def borrow(self, norms: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
+        """Readings of norms that somebody else has computed."""
+        return [self.zero if norm is None else norm for norm in norms]
+
+    def values(self, read: Floats, borrowed: bool = False) -> NDArray[np.float64]:
+        """The norms, from what `read` or `borrow` gave once it is on the host."""
         values = read.astype(np.float64)
-        return np.sqrt(values) if self._squares else values
+        return np.sqrt(values) if self._squares and not borrowed else values
 
 
 def _norms(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -39,7 +39,7 @@ class UpdateRatio(Probe):
         self._turn = 0
         self._copies: list[torch.Tensor] = []
         self._under_way: deque[list[int]] = deque()
-        self._norms = Norms(subject.device)
+        self._norms = Norms(subject.parameters, subject.device)
         self._updates = np.full(len(subject.names), np.nan)
         self._ratios = np.full(len(subject.names), np.nan)
 

@@ -23,7 +23,7 @@ class Weights(Probe):
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
         self.tables = (TableSpec(tables.WEIGHT_NORM, tuple(Column(n) for n in subject.names)),)
-        self._norms = Norms(subject.device)
+        self._norms = Norms(subject.parameters, subject.device)
 
     def after_update(self) -> Readings:
         """One reading per parameter."""

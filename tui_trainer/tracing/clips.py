@@ -29,6 +29,33 @@ def clip_call(
     )
 
 
+class Captured:
+    """The 2-norms of single gradients that a clipping function computes for its total, caught on
+    the way: reading all gradients once more would cost as much as everything else we do."""
+
+    def __init__(self) -> None:
+        self.norms: dict[int, torch.Tensor] = {}
+        """id(gradient) to its norm (0-d), in float32 or better."""
+
+    def __enter__(self) -> Captured:
+        original = self._original = torch._foreach_norm
+
+        def foreach_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(tensors, *args, **kwargs)
+            if not kwargs and (not args or (len(args) == 1 and float(args[0]) == 2.0)):
+                for tensor, norm in zip(tensors, result, strict=True):
+                    if norm.dtype in (torch.float32, torch.float64):
+                        self.norms[id(tensor)] = norm
+            return result
+
+        torch._foreach_norm = self._ours = foreach_norm
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if torch._foreach_norm is self._ours:
+            torch._foreach_norm = self._original
+
+
 def total_norm(parameters: Any) -> torch.Tensor:
     """√Σ‖gᵢ‖² over the gradients of `parameters` (0-d)."""
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tui_trainer.tracing.clips import Captured
 from tui_trainer.tracing.patching import Patches, same_face
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def _clipping(
         if not tracer.clip_begins(parameters, kind):
             return original(*args, **kwargs)
         try:
-            result = original(*args, **kwargs)
+            with Captured() as captured:
+                result = original(*args, **kwargs)
         except BaseException:
             tracer.phase_failed()
             raise
@@ -152,7 +154,7 @@ def _clipping(
             total = args[2] if len(args) > 2 else kwargs.get("total_norm")
         elif kind == "norm":
             norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
-        tracer.clip_ends(kind, parameters, limit, norm_type, total)
+        tracer.clip_ends(kind, parameters, limit, norm_type, total, captured)
         return result
 
     return same_face(clip, original)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -22,7 +22,15 @@ from tui_trainer.tracing.readout import Arrival
 from tui_trainer.tracing.subject import Subject
 from tui_trainer.tracing.timing import Times
 
-HOOKS = ("before_forward", "after_forward", "gradients", "before_update", "after_update", "rows")
+HOOKS = (
+    "before_forward",
+    "after_forward",
+    "gradients",
+    "borrowed",
+    "before_update",
+    "after_update",
+    "rows",
+)
 MOST_ON_THEIR_WAY = 4
 """Steps whose values may be under way to the host before we wait for the oldest."""
 
@@ -106,6 +114,9 @@ class Meter:
         self._scale: torch.Tensor | None = None
         self._found_inf: torch.Tensor | None = None
         self._with_gradient = 0
+        self._gradients: list[Gradient] | None = None
+        self._lending = False
+        self._trusted = False
         self.rows_s = 0.0
         """Seconds spent in making rows, of whatever steps, since the tracer last asked."""
         for kind in probes:
@@ -161,6 +172,8 @@ class Meter:
     def prepare(self, step: int, wanted: bool) -> None:
         """Decide once per step which probes measure it. `wanted`: somebody is about to look."""
         if self._prepared == step or self.fresh:  # read at the clipping, before another's step
+            if wanted:
+                self._add_wanted(step)
             return
         self._prepared = step
         watched = self._recorder.watched()
@@ -175,6 +188,12 @@ class Meter:
             slot.spent = 0.0
             slot.readings = []
 
+    def _add_wanted(self, step: int) -> None:
+        """Somebody is about to look after all: what needs no gradients can still be measured."""
+        for slot in self.slots:
+            if not (slot.due or slot.off or "gradients" in slot.does) and slot.probe.wants(step):
+                slot.due, slot.spent, slot.readings = True, 0.0, []
+
     def forward_begins(self, root: torch.nn.Module) -> None:
         """The first forward of the step begins."""
         for slot in self.slots:
@@ -187,16 +206,52 @@ class Meter:
             if slot.due and "after_forward" in slot.does:
                 self._guard(slot, slot.probe.after_forward)
 
-    def read_gradients(self, scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-        """Gradients are complete and not yet clipped. `scale`: a factor still on them."""
+    def read_gradients(
+        self,
+        scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        at_clipping: bool = False,
+    ) -> None:
+        """Gradients are complete and not yet clipped. `scale`: a factor still on them.
+
+        `at_clipping`: they are about to be clipped by norm, and `lend` follows.
+        """
+        self._lending = at_clipping and self._trusted
         gradients: list[Gradient] = self.subject.gradients()
         self._scale, self._found_inf = scale, found_inf
         self._with_gradient = sum(gradient is not None for gradient in gradients)
         with plain_arithmetic(self.subject.device):
             for slot in self.slots:
-                if slot.due and "gradients" in slot.does:
+                if not slot.due or "gradients" not in slot.does:
+                    continue
+                if self._lending and "borrowed" in slot.does:
+                    self._gradients = gradients
+                else:
                     slot.readings = [self._guard(slot, slot.probe.gradients, gradients) or ()]
         self.fresh = True
+
+    def lend(self, norms: Mapping[int, torch.Tensor], limit: Any, total: Any) -> None:
+        """The clipping has computed `norms` (by id of the gradient), and a `total` of all.
+
+        They are relied on once a first clipping has shown that it gives every one of them.
+        """
+        gradients, self._gradients = self._gradients or self.subject.gradients(), None
+        complete = all(g is None or id(g) in norms for g in gradients)
+        lending, self._lending = self._lending, False
+        self._trusted = complete
+        if not lending:
+            return
+        if complete:
+            found = [None if g is None else norms[id(g)] for g in gradients]
+        else:  # this time not, and they are clipped by now: undo that by PyTorch's own formula
+            factor = torch.clamp(float(limit) / (total + 1e-6), max=1.0)
+            found = [
+                None if g is None else torch.linalg.vector_norm(g.float()) / factor
+                for g in gradients
+            ]
+        for slot in self.slots:
+            if slot.due and "borrowed" in slot.does:
+                slot.readings = [self._guard(slot, slot.probe.borrowed, found) or ()]
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""

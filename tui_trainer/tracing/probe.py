@@ -128,6 +128,11 @@ class Probe:
         """Gradients are complete and not yet clipped; in the order of `subject.parameters`."""
         return ()
 
+    def borrowed(self, norms: Sequence[torch.Tensor | None]) -> Readings | None:
+        """In place of `gradients`, for a probe that wants nothing but the 2-norm of each gradient
+        (0-d; None without a gradient): they come from `clip_grad_norm_`, which needs them too."""
+        return None
+
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
 

@@ -30,7 +30,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from tui_trainer.protocol import PHASES
-from tui_trainer.tracing.clips import clip_call, total_norm
+from tui_trainer.tracing.clips import Captured, clip_call, total_norm
 from tui_trainer.tracing.gate import Gate
 from tui_trainer.tracing.hooks import install
 from tui_trainer.tracing.interface import RecorderLike
@@ -265,8 +265,9 @@ class Tracer:
 
     def phase_failed(self) -> None:
         """What the script called raised: the phase is over, and it is no boundary."""
-        if self._open:
-            self._open.pop()
+        if self._open and self._open.pop() == CLIP:
+            for meter in self._clipping:
+                meter.fresh = False
         self._go_on()
 
     def _data_ends(self) -> None:
@@ -416,7 +417,7 @@ class Tracer:
         self._clipping = self.registry.meters_of(parameters)
         for meter in self._clipping:
             if not meter.fresh:
-                self._read_gradients(meter)
+                self._read_gradients(meter, at_clipping=kind == "norm")
         if kind == "value":
             self._value_norm = total_norm(parameters)
         self._reporter.before_clip(self._clipping)
@@ -424,9 +425,19 @@ class Tracer:
         return True
 
     @_guarded
-    def clip_ends(self, kind: str, parameters: Any, limit: Any, norm_type: Any, total: Any) -> None:
+    def clip_ends(
+        self,
+        kind: str,
+        parameters: Any,
+        limit: Any,
+        norm_type: Any,
+        total: Any,
+        captured: Captured,
+    ) -> None:
         """They are clipped; `total` is their norm before, as the function gave it."""
         self.clock.switch(OUTSIDE)
+        for meter in self._clipping:
+            meter.lend(captured.norms, limit, total)
         found = [self._value_norm, total_norm(parameters)] if kind == "value" else [total]
         readings = tuple(r for r in found if isinstance(r, torch.Tensor))
         if len(readings) == len(found):
@@ -436,11 +447,13 @@ class Tracer:
         self._leave(OUTSIDE)
         self._go_on()
 
-    def _read_gradients(self, meter: Meter) -> None:
+    def _read_gradients(self, meter: Meter, at_clipping: bool = False) -> None:
         optimizer = self.registry.optimizer_of(meter)
         meter.prepare(self.step, self.gate.stops_soon)
         meter.read_gradients(
-            self.scaling.gradient_scale(optimizer), getattr(optimizer, "found_inf", None)
+            self.scaling.gradient_scale(optimizer),
+            getattr(optimizer, "found_inf", None),
+            at_clipping,
         )
 
     @_guarded
