@@ -24,6 +24,7 @@ from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.launch import LaunchError, LaunchRequest, OnLaunch
+from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog
 from tui_trainer.ui.screens.registry import PLACES
@@ -40,6 +41,7 @@ class TuiTrainerApp(App[int]):
     TITLE = "tui-trainer"
     CSS_PATH = Path(__file__).with_name("app.tcss")
     ENABLE_COMMAND_PALETTE = True
+    COMMANDS = App.COMMANDS | {ActionProvider}
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012
         (0, "-narrow"),
         (100, "-medium"),

@@ -10,7 +10,6 @@ from textual.widget import Widget
 
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import ControlActions
-from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.keys import KeyLine
@@ -24,7 +23,6 @@ class DetailScreen(ControlActions, RunScreen):
     """A screen from which the run can be steered as from the dashboard: its bindings end with
     `CONTROL_BINDINGS`."""
 
-    COMMANDS = RunScreen.COMMANDS | {ActionProvider}
 
     def compose(self) -> ComposeResult:
         """Header, body, footer."""

@@ -15,7 +15,6 @@ from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
 from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui.launch import LaunchError, LaunchRequest
-from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.panels.choice import Choice, Toggle
 from tui_trainer.ui.panels.form import Fold, FormRow, open_faulty
 from tui_trainer.ui.screens.base import RunScreen
@@ -40,7 +39,6 @@ WIDE = 110
 class StartScreen(RunScreen):
     """The form. Nothing typed is lost when a start fails or another task is looked at."""
 
-    COMMANDS = RunScreen.COMMANDS | {ActionProvider}
     CSS = """
     StartScreen #title { height: 1; padding: 0 1; }
     StartScreen #what { height: auto; padding: 1 1 0 1; }
