@@ -94,7 +94,7 @@ def test_the_command_the_tasks_and_the_models_are_found(clean: Path, tmp_path: P
 
 
 def test_it_trains_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
-    command = [clean / "tui-trainer", "gpt", "--steps", "3", "--json", "--device", "cpu"]
+    command = [clean / "tui-trainer", "gpt", "--steps", "3", "--json", "--threads", "1"]
     lines = checked(command, cwd=tmp_path, env=away(tmp_path)).splitlines()
     records = [json.loads(line) for line in lines]
     assert records[0]["type"] == "run"
@@ -106,7 +106,7 @@ def test_it_trains_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
 def test_the_screen_opens_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
     from tests.terminal.harness import Terminal
 
-    command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", "--device", "cpu"]
+    command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", "--threads", "1"]
     with Terminal(command, cwd=tmp_path, env=away(tmp_path), timeout=90) as terminal:
         terminal.find(r"(?i)finished")
         terminal.press("q")
