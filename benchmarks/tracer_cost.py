@@ -2,10 +2,10 @@
 
     python benchmarks/tracer_cost.py [--blocks 12] [--steps 40] [--threads 2] [--budget 0.01]
 
-nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks of
-steps alternate (bare, traced, bare, traced, …), so that whatever else the machine does strikes both;
-printed are the median step of each, the median of the pairwise ratios with its quartiles, and our
-own account of the cost by probe. `--profile` prints where our time goes.
+nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks
+of steps alternate (bare, traced, bare, traced, …), so that whatever else the machine does strikes
+both; printed are the median step of each, the median of the pairwise ratios with its quartiles, and
+our own account of the cost by probe. `--profile` prints where our time goes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 import numpy as np
 import torch
 from torch.nn import functional as F
-
 from tui_trainer.models.gpt import GPT
+
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.recording.recorder import Recorder
@@ -65,15 +65,16 @@ def main() -> None:
     traced: list[float] = []
     ratios: list[float] = []
     for _ in range(chosen.blocks):
-        plain = train(model, optimizer, chosen.steps)
+        plain_steps = train(model, optimizer, chosen.steps)
         with tracer:
             train(model, optimizer, 2)
-            watched = train(model, optimizer, chosen.steps)
-        bare += plain
-        traced += watched
-        ratios.append(statistics.median(watched) / statistics.median(plain))
+            watched_steps = train(model, optimizer, chosen.steps)
+        bare += plain_steps
+        traced += watched_steps
+        ratios.append(statistics.median(watched_steps) / statistics.median(plain_steps))
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    print(f"bare {statistics.median(bare):.2f} ms, traced {statistics.median(traced):.2f} ms a step")
+    plain, watched = statistics.median(bare), statistics.median(traced)
+    print(f"bare {plain:.2f} ms, traced {watched:.2f} ms a step")
     print(f"ratio {middle:.4f} (quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs)")
     time.sleep(0.2)
     table = next(t for t in recorder.info.tables if t.name == "overhead_ms")

@@ -222,7 +222,7 @@ def test_update_ratios_in_turns_come_when_all_have_had_theirs():
     options = Options(budget=0.0, cadences={"update_ratio": 1}, copy_budget_bytes=200)
     recorder = traced(12, 0.3, options)
     rows = recorder.rows("update_ratio")
-    turns = in_turns([p for p in mlp().parameters()], 200)
+    turns = in_turns(list(mlp().parameters()), 200)
     assert len(turns) == 2
     assert list(rows) == [2, 4, 6, 8, 10, 12]
     for step, row in rows.items():

@@ -60,6 +60,10 @@ class Part:
     first: int | None = None
     """Where it begins in a contiguous parameter, when it lies there in one piece."""
 
+    def lies_in(self, tensor: torch.Tensor) -> bool:
+        """Whether `flat` is a view."""
+        return self.first is not None and tensor.is_contiguous()
+
     def flat(self, tensor: torch.Tensor) -> torch.Tensor:
         """Its elements (rows · columns,), a view where possible; their order is that of `view`."""
         if self.first is not None and tensor.is_contiguous():

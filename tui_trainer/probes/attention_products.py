@@ -9,7 +9,7 @@ and kept between steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from tui_trainer.probes.attention_layers import Layer
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
 """Gives a parameter, or its gradient, by position."""
-Values = NDArray[np.float64]
-Products = Values
-"""(layers, 3, 3): ⟨Wa, Wb⟩; NaN for a pair that cannot be compared."""
+SQUARES = [0, 4, 8]
+"""‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
 
 
 @dataclass
@@ -35,13 +34,17 @@ class Block:
     """(layers, 3, elements), float32: overwritten at each use."""
     start: torch.Tensor
     """The same of the weights at the start."""
+    positions: list[int]
+    """The parameters in it."""
+    where: list[int] = field(default_factory=list)
+    views: list[torch.Tensor] = field(default_factory=list)
 
 
 class EvenLayers:
     """The layers in which Wq, Wk and Wv have one shape."""
 
     def __init__(self, layers: Sequence[Layer], weight: Source, device: torch.device) -> None:
-        self._layers = layers
+        self.layers = layers
         self._by_product = device.type == "cpu"
         self.blocks: list[Block] = []
         by_size: dict[int, list[int]] = {}
@@ -53,35 +56,51 @@ class EvenLayers:
             for first in range(0, len(members), at_once):
                 self.blocks.append(self._block(members[first : first + at_once], size, device))
         for block in self.blocks:
-            self._fill(block, weight)
+            self._fill_weights(block, weight)
             block.start.copy_(block.work)
 
     def _block(self, members: list[int], size: int, device: torch.device) -> Block:
         shape = (len(members), 3, size)
         work = torch.empty(shape, dtype=torch.float32, device=device)
-        return Block(members, work, torch.empty_like(work))
+        positions = [p.parameter for index in members for p in self.layers[index].parts]
+        return Block(members, work, torch.empty_like(work), positions)
+
+    def _fill_weights(self, block: Block, weight: Source) -> None:
+        """Through views that are kept for as long as the weights stay where they are."""
+        weights = [weight(position) for position in block.positions]
+        where = [0 if tensor is None else tensor.data_ptr() for tensor in weights]
+        if where != block.where:
+            parts = [part for index in block.layers for part in self.layers[index].parts]
+            pairs = [(p, t) for p, t in zip(parts, weights, strict=True) if t is not None]
+            block.views = [part.flat(tensor) for part, tensor in pairs]
+            views = all(part.lies_in(tensor) for part, tensor in pairs)
+            block.where = where if views else []  # copies would not follow the weights
+        self._copy(block, block.views)
 
     def _fill(self, block: Block, source: Source) -> bool:
         views = [
             None if (tensor := source(part.parameter)) is None else part.flat(tensor)
             for index in block.layers
-            for part in self._layers[index].parts
+            for part in self.layers[index].parts
         ]
         present = [view for view in views if view is not None]
         if len(present) < len(views):
             return False
-        target = block.work.view(-1, block.work.shape[-1])
-        if present[0].dtype == torch.float32:
-            torch.stack(present, out=target)
-        else:
-            torch._foreach_copy_(list(target.unbind(0)), present)
+        self._copy(block, present)
         return True
+
+    def _copy(self, block: Block, views: list[torch.Tensor]) -> None:
+        target = block.work.view(-1, block.work.shape[-1])
+        if views[0].dtype == torch.float32:
+            torch.stack(views, out=target)
+        else:
+            torch._foreach_copy_(list(target.unbind(0)), views)
 
     def read_weights(self, weight: Source) -> list[torch.Tensor]:
         """For each block Σ⟨a,b⟩ (9 per layer), Σw (3) and ‖W−W₀‖ (3), each a vector."""
         readings: list[torch.Tensor] = []
         for block in self.blocks:
-            self._fill(block, weight)
+            self._fill_weights(block, weight)
             readings.append(self._products(block.work))
             readings.append(block.work.sum(-1).view(-1))
             # Subtracted directly: from norms and products the small difference would cancel.
@@ -97,10 +116,6 @@ class EvenLayers:
             else block.work.new_full((9 * len(block.layers),), torch.nan)
             for block in self.blocks
         ]
-
-    def read_start(self) -> list[torch.Tensor]:
-        """The products of the weights at the start."""
-        return [self._products(block.start) for block in self.blocks]
 
     def _products(self, matrices: torch.Tensor) -> torch.Tensor:
         """(layers, 3, n) → (9 · layers,), in full float32 precision.
@@ -154,14 +169,6 @@ class UnevenLayers:
             r for layer in self._layers for r in self._six(layer, self._matrices(layer, gradient))
         ]
 
-    def read_start(self) -> list[torch.Tensor]:
-        """The products of the weights at the start."""
-        return [
-            r
-            for layer, start in zip(self._layers, self._start, strict=True)
-            for r in self._six(layer, list(start))
-        ]
-
     def _matrices(self, layer: Layer, source: Source) -> list[torch.Tensor | None]:
         tensors = [source(part.parameter) for part in layer.parts]
         return [
@@ -190,15 +197,32 @@ def _sum_over_group(layer: Layer, q: torch.Tensor) -> torch.Tensor:
     return grouped.sum(1).reshape(layer.key_value_heads * each, -1)
 
 
-def even_products(values: Values, even: EvenLayers, into: Products) -> None:
-    """Put what `_products` of every block gave into its place."""
+def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
+    """(layers, 24): where each layer's values lie among the readings of gradients and weights.
+
+    For each layer nine products of gradients, nine of weights (both rows of a 3×3 matrix over q, k,
+    v), three sums, three drifts.
+    """
+    order = np.empty((len(even.layers), 24), dtype=np.intp)
     position = 0
+
+    def take(layers: list[int], columns: slice, pick: list[int]) -> None:
+        nonlocal position
+        for layer in layers:
+            order[layer, columns] = position + np.array(pick)
+            position += max(pick) + 1
+
+    nine, six, three = list(range(9)), [0, 1, 2, 1, 3, 4, 2, 4, 5], [0, 1, 2]
     for block in even.blocks:
-        count = 9 * len(block.layers)
-        into[block.layers] = values[position : position + count].reshape(-1, 3, 3)
-        position += count
-
-
-def six_products(values: Values, index: int, into: Products) -> None:
-    """Put the six products of an uneven layer into its place, symmetrically."""
-    into[index] = values[[0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(3, 3)
+        take(block.layers, slice(0, 9), nine)
+    for index in uneven.indices:
+        take([index], slice(0, 9), six)
+    for block in even.blocks:
+        take(block.layers, slice(9, 18), nine)
+        take(block.layers, slice(18, 21), three)
+        take(block.layers, slice(21, 24), three)
+    for index in uneven.indices:
+        take([index], slice(9, 18), six)
+        take([index], slice(18, 21), three)
+        take([index], slice(21, 24), three)
+    return order

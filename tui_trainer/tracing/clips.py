@@ -38,7 +38,8 @@ class Captured:
         """id(gradient) to its norm (0-d), in float32 or better."""
 
     def __enter__(self) -> Captured:
-        original = self._original = torch._foreach_norm
+        original: Any = torch._foreach_norm
+        self._original = original
 
         def foreach_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(tensors, *args, **kwargs)
@@ -48,12 +49,13 @@ class Captured:
                         self.norms[id(tensor)] = norm
             return result
 
-        torch._foreach_norm = self._ours = foreach_norm
+        self._ours: Any = foreach_norm
+        vars(torch)["_foreach_norm"] = self._ours
         return self
 
     def __exit__(self, *exc: object) -> None:
         if torch._foreach_norm is self._ours:
-            torch._foreach_norm = self._original
+            vars(torch)["_foreach_norm"] = self._original
 
 
 def total_norm(parameters: Any) -> torch.Tensor:
