@@ -116,7 +116,8 @@ async def pause_after(pilot: Pilot[int], app: TuiTrainerApp, phase: str) -> None
 def write(name: str, svg: str) -> None:
     """Write the SVG, and the PNG beside it where it can be made."""
     path = HERE / f"{name}.svg"
-    path.write_text(svg, encoding="utf-8")
+    # Without it rsvg-convert, and with it what is aligned, loses the spaces at the left.
+    path.write_text(svg.replace("<svg ", '<svg xml:space="preserve" ', 1), encoding="utf-8")
     if converter := shutil.which("rsvg-convert"):
         subprocess.run([converter, "-z", "1.0", "-o", path.with_suffix(".png"), path], check=True)
     print(f"{path.name} written", flush=True)
