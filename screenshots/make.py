@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cells import redraw
 from textual.pilot import Pilot
 
 from tui_trainer.config.resolve import resolve, to_flat
@@ -117,7 +118,7 @@ def write(name: str, svg: str) -> None:
     """Write the SVG, and the PNG beside it where it can be made."""
     path = HERE / f"{name}.svg"
     # Without it rsvg-convert, and with it what is aligned, loses the spaces at the left.
-    path.write_text(svg.replace("<svg ", '<svg xml:space="preserve" ', 1), encoding="utf-8")
+    path.write_text(redraw(svg), encoding="utf-8")
     if converter := shutil.which("rsvg-convert"):
         subprocess.run([converter, "-z", "1.0", "-o", path.with_suffix(".png"), path], check=True)
     print(f"{path.name} written", flush=True)
