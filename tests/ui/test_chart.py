@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tui_trainer.protocol.describe import Column, Table
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, to_ascii
 from tui_trainer.ui.widgets import dots, plot
+from tui_trainer.ui.widgets.axes import value_labels
 from tui_trainer.ui.widgets.chart import GUTTER, Band, Chart, Line, Marks, Points, Rule
 from tui_trainer.ui.widgets.scale import Scale, fit, window
 from tui_trainer.ui.widgets.sparkline import sparkline, sparklines
@@ -182,3 +184,27 @@ def test_sparklines_show_the_range_the_gaps_and_what_is_not_finite():
     extreme = np.array([-3e38, 0, 3e38], np.float32)
     assert sparkline(extreme)[0] == "▁"
     assert sparkline(extreme)[-1] == "█"
+
+
+@given(
+    low=st.floats(-1e6, 1e6),
+    size=st.floats(1e-3, 1e6),
+    rows=st.integers(2, 40),
+    log=st.booleans(),
+)
+def test_no_label_of_an_axis_is_missing_between_two_others(low, size, rows, log):
+    low = max(abs(low), 1e-3) if log else low
+    scale = fit(low, low + size, log)
+    ticks = scale.ticks(rows)
+    labels = value_labels(scale, rows)
+    assert len(labels) == len(ticks) >= 2  # every tick has a row of its own
+    if rows > 2:
+        assert min(abs(a - b) for a, b in pairwise(labels)) >= 2
+    if not log and ticks != [scale.low, scale.high]:
+        assert np.ptp(np.diff(ticks)) < 1e-6 * np.diff(ticks).mean()
+
+
+def test_a_log_axis_has_labels_within_a_decade():
+    labels = value_labels(Scale(0.3, 30.0, log=True), 20)
+    assert list(labels.values()) == ["0.3", "1", "3", "10", "30"]
+    assert "1e-10" in value_labels(Scale(1e-30, 1e30, log=True), 20).values()

@@ -10,102 +10,15 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 
-from tui_trainer.history.window import Window
-from tui_trainer.ui import formatting
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import dots, plot
+from tui_trainer.ui.widgets.axes import GUTTER, step_axis, value_labels
+from tui_trainer.ui.widgets.layers import Band, Label, Layer, Line, Marks, Points, Rule
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import Scale, fit
 
-GUTTER = 9
-"""Cells left of the plot: a label of 8, right-aligned, and the axis."""
-
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Band:
-    """The smallest to the largest value of each dot column (two to a cell); NaN: there is none."""
-
-    style: Style
-    low: Floats
-    high: Floats
-    bad: NDArray[np.bool_] | None = None
-    """Dot columns in which a NaN or an infinity was measured: marked on the axis."""
-
-    @staticmethod
-    def of(window: Window, column: int, style: Style) -> Band:
-        """A band from a column of a history window of two buckets a cell."""
-        low, high = window.low[:, column], window.high[:, column]
-        bad = window.nonfinite[:, column]
-        return Band(style, *bridge(low, high, window.filled), bad)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line through one value a dot column, NaN where there is none; drawn by plotext."""
-
-    style: Style
-    values: Floats
-    bad: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class Points:
-    """Single values, each a sign in its cell."""
-
-    style: Style
-    columns: NDArray[np.int64]
-    """Dot columns."""
-    values: Floats
-    sign: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """A name at the end of a curve, so that curves can be told apart without colour too."""
-
-    style: Style
-    column: int
-    """Dot column of the curve's end: the name stands right of it."""
-    value: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A dashed level, such as the threshold of clipping."""
-
-    style: Style
-    value: float
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Dot columns to mark on the axis: clip events, notes."""
-
-    style: Style
-    columns: NDArray[np.int64]
-    sign: str
-
-
-Layer = Band | Line | Points | Label | Rule | Marks
-
-
-def bridge(
-    low: Floats, high: Floats, filled: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Dot columns without a measurement between two that have one (fewer steps than dots) take
-    values between theirs; a measured NaN stays a gap."""
-    at = np.flatnonzero(filled)
-    if len(at) < 2 or len(at) == at[-1] - at[0] + 1:
-        return low, high
-    inner = np.arange(at[0], at[-1] + 1)
-    low, high = low.copy(), high.copy()
-    for values in (low, high):
-        values[inner] = np.interp(inner, at, values[at]).astype(np.float32)
-    return low, high
+__all__ = ["GUTTER", "Band", "Chart", "Label", "Layer", "Line", "Marks", "Points", "Rule"]
 
 
 @dataclass
@@ -142,7 +55,7 @@ class Chart:
         self._dots(layers, scale, codes, styles, table, glyphs)
         self._points(layers, scale, codes, styles, table)
         self._names(layers, scale, codes, styles, table)
-        labels = _labels(scale, tall) if len(layers) else {}
+        labels = value_labels(scale, tall) if len(layers) else {}
         plotted = dots.segments(codes, styles, table)
         out = []
         for y, row in enumerate(plotted):
@@ -150,7 +63,7 @@ class Chart:
             edge = glyphs.tick if label is not None else glyphs.vertical
             text = (label or "").rjust(GUTTER - 1)
             out.append([Segment(text, palette.dim), Segment(edge, palette.faint), *row])
-        out.append(_axis(cells, steps, layers, palette, glyphs))
+        out.append(step_axis(cells, steps, layers, palette, glyphs))
         return out
 
     @staticmethod
@@ -281,87 +194,3 @@ def _fit(layers: Sequence[Layer], log: bool, zero: bool, old: Scale | None) -> S
     if not len(every):
         return fit(np.nan, np.nan, log, zero, old)
     return fit(float(every.min()), float(every.max()), log, zero, old)
-
-
-def _labels(scale: Scale, rows: int) -> dict[int, str]:
-    """Row to what is written beside it: round values, never two in touching rows."""
-    labels: dict[int, str] = {}
-    ticks = scale.ticks(max(2, min(6, rows // 2 + 1)))
-    texts = _texts(ticks, scale.log)
-    for value, text in zip(ticks, texts, strict=True):
-        place = float(scale.place(np.array([value], np.float64))[0])
-        y = round((1 - place) * (4 * rows - 1)) // 4
-        if 0 <= y < rows and y - 1 not in labels and y + 1 not in labels:
-            labels[y] = text
-    return labels
-
-
-def _texts(ticks: Sequence[float], log: bool) -> list[str]:
-    """The ticks with as many decimals as tell them apart."""
-    room = GUTTER - 1
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    if log or len(ticks) < 2 or not 1e-5 < largest < 1e6:
-        return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
-    for decimals in range(7):
-        texts = [f"{tick:.{decimals}f}" for tick in ticks]
-        exact = all(
-            abs(float(t) - tick) < 1e-3 * largest for t, tick in zip(texts, ticks, strict=True)
-        )
-        if exact and len(set(texts)) == len(texts):
-            break
-    return [
-        text if len(text) <= room else formatting.number(float(text), room, 3) for text in texts
-    ]
-
-
-def _axis(
-    cells: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
-) -> Row:
-    """The rule under the plot with step numbers in it, and marks where something is to be seen.
-
-    A NaN's mark drives a step number away; an event's colours the digit that it falls on.
-    """
-    line = [(glyphs.axis, palette.faint)] * cells
-    for layer in layers:
-        bad = getattr(layer, "bad", None)
-        if bad is not None and bad.any():
-            for column in np.unique(np.flatnonzero(bad) // 2):
-                line[column] = (glyphs.failed, palette.error)
-    _number_axis(line, steps, palette)
-    for layer in layers:
-        if isinstance(layer, Marks):
-            for column in np.unique(layer.columns // 2):
-                if 0 <= column < cells and line[column][1] is not palette.error:
-                    digit = line[column][1] is palette.dim
-                    line[column] = (line[column][0] if digit else layer.sign, layer.style)
-    row: Row = [
-        Segment("step ".rjust(GUTTER - 1), palette.dim),
-        Segment(glyphs.corner, palette.faint),
-    ]
-    text, style = "", line[0][1]
-    for sign, kind in line:
-        if kind is not style:
-            row.append(Segment(text, style))
-            text, style = "", kind
-        text += sign
-    row.append(Segment(text, style))
-    return row
-
-
-def _number_axis(line: list[tuple[str, Style]], steps: tuple[int, int], palette: Palette) -> None:
-    (start, stop), cells = steps, len(line)
-    for tick in _step_ticks(start, stop, max(1, cells // 10)):
-        text = f"{tick:,}"
-        at = int((tick - start) * cells / max(1, stop - start)) - len(text) // 2
-        at = min(max(at, 0), cells - len(text))
-        around = line[max(0, at - 1) : at + len(text) + 1]
-        if at >= 0 and all(style is palette.faint for _, style in around):
-            line[at : at + len(text)] = [(sign, palette.dim) for sign in text]
-
-
-def _step_ticks(start: int, stop: int, count: int) -> list[int]:
-    every = max(1, -(-(stop - start) // max(1, count)))
-    power = 10 ** (len(str(every)) - 1)
-    every = next(n * power for n in (1, 2, 5, 10) if n * power >= every)
-    first = -(-start // every) * every
-    return list(range(first, stop + 1, every))

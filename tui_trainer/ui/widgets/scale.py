@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+APART_ROWS = 2
+"""Rows from one label of an axis to the next, at least."""
+MOST_TICKS = 6
+
 _NICE = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
@@ -60,26 +64,37 @@ class Scale:
         """The dot row (0 at the top) of each value, on a grid of `rows` dots."""
         return (1.0 - self.place(values)) * (rows - 1)
 
-    def ticks(self, count: int) -> list[float]:
-        """Round values inside the range, about `count` of them."""
-        if self.log:
-            first, last = (
-                math.ceil(math.log10(self.low) - 1e-9),
-                math.floor(math.log10(self.high) + 1e-9),
-            )
-            every = max(1, math.ceil((last - first + 1) / max(1, count)))
-            decades = [10.0**e for e in range(first, last + 1, every)]
-            return decades if len(decades) > 1 else [self.low, self.high]
+    def ticks(self, rows: int) -> list[float]:
+        """Round values inside the range, evenly spaced (on a log axis: 1, 2, 5 of each decade, or
+        decades alone), as many as can be told apart on `rows` rows of cells; at most 6."""
+        apart = APART_ROWS / max(rows - 0.25, APART_ROWS)
+        found = self._log_ticks(apart) if self.log else self._linear_ticks(apart)
+        return found if len(found) > 1 else [self.low, self.high]
+
+    def _linear_ticks(self, apart: float) -> list[float]:
+        """At least `apart` of the range between two of them."""
         width = self.high - self.low
-        if width <= 0 or not math.isfinite(width):
-            return [self.low, self.high]
-        wanted = width / max(1, count)
+        wanted = width * max(apart, 1 / MOST_TICKS)
+        if wanted <= 0 or not math.isfinite(wanted):
+            return []
         power = 10.0 ** math.floor(math.log10(wanted))
-        steps = (n * power for n in (1, 2, 2.5, 5, 10) if n * power >= wanted * (1 - 1e-9))
-        spacing = next(steps)
+        spacing = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= wanted * (1 - 1e-9))
         first = math.ceil(self.low / spacing - 1e-9)
         last = math.floor(self.high / spacing + 1e-9)
         return [n * spacing for n in range(first, last + 1)]
+
+    def _log_ticks(self, apart: float) -> list[float]:
+        """The densest choice that leaves `apart` of the range between any two of them."""
+        low, high = math.log10(self.low), math.log10(self.high)
+        wanted = (high - low) * max(apart, 1 / MOST_TICKS)
+        first, last = math.floor(low), math.ceil(high)
+        for mantissas, closest in (((1, 2, 5), math.log10(2)), ((1, 3), math.log10(3))):
+            if closest >= wanted:
+                values = [m * 10.0**e for e in range(first, last + 1) for m in mantissas]
+                return [v for v in values if low - 1e-9 <= math.log10(v) <= high + 1e-9]
+        every = max(1, math.ceil(wanted))
+        first, last = math.ceil((low - 1e-9) / every), math.floor((high + 1e-9) / every)
+        return [10.0 ** (n * every) for n in range(first, last + 1)]
 
 
 def fit(low: float, high: float, log: bool, zero: bool = False, old: Scale | None = None) -> Scale:
