@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+from tui_trainer.history.records import Floats
+from tui_trainer.history.store import told
 from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import (
@@ -29,6 +31,7 @@ from tui_trainer.protocol.messages import (
 )
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
 from tui_trainer.recording.store_series import SeriesWriter
+from tui_trainer.recording.store_told import ToldWriter
 
 COMMIT_EVERY_S = 0.4
 LONGEST_BACK_OFF_S = 30.0
@@ -56,6 +59,7 @@ class StoreSink:
         self._info_written = False
         self._status = Status()
         self._series: dict[int, SeriesWriter] = {}
+        self._told = ToldWriter()
         self._sayings: list[tuple[str, tuple[object, ...]]] = []
         self._moment: tuple[int, float] | None = None
         self._waiting_bytes = 0
@@ -107,22 +111,29 @@ class StoreSink:
             case Stepped():
                 record = item.record
                 self._moment = (record.step, record.time)
-                for table, values in record.rows:
-                    self._row(table, record.step, values)
+                taken = tuple(t for t, values in record.rows if self._row(t, record.step, values))
+                if taken:
+                    self._told.stepped(
+                        record.step, record.time, record.own_ms, record.optimizer, taken
+                    )
             case Rowed():
-                self._row(item.table, item.step, item.values)
+                if self._row(item.table, item.step, item.values):
+                    self._told.add(told.ROWED, item.table, item.step, item.time)
             case Described():
                 self._describe(item.info)
             case Ended():
                 self._status = item.status
             case Lost():
                 self._lost += item.steps
+                self._told.add(told.LOST, item.steps)
             case _:
                 if len(self._sayings) < MOST_WAITING_SAYINGS:
                     self._sayings.append(_statement(item))
+                    self._told.add(_kind(item), item.id)
 
     def _describe(self, info: RunInfo) -> None:
         self._info, self._info_written = info, False
+        self._told.described(info)
         for table in info.tables:
             known = self._series.get(table.id)
             if known is None or known.table.columns != table.columns:
@@ -130,20 +141,23 @@ class StoreSink:
             else:
                 known.table = table
 
-    def _row(self, table: int, step: int, values: object) -> None:
+    def _row(self, table: int, step: int, values: Floats) -> bool:
+        """Keep a row; whether it was taken."""
         series = self._series.get(table)
         if series is None or self._waiting_bytes > MOST_WAITING_BYTES:
             self._lost += 1
-            return
-        taken = series.add(step, values)  # type: ignore[arg-type]
+            return False
+        taken = series.add(step, values)
         self._waiting_bytes += taken
         self._lost += not taken
+        return bool(taken)
 
     # ------------------------------------------------------------ the disk
 
     def _connect(self) -> None:
         self._connection = open_for_writing(self._directory)
         self._info_written = False
+        self._told.forget_place()
         for series in self._series.values():
             series.forget_place()
 
@@ -156,6 +170,7 @@ class StoreSink:
                 _put(connection, "info", self._info)
             for series in self._series.values():
                 series.write(connection)
+            self._told.write(connection)
             for statement, values in self._sayings:
                 connection.execute(statement, values)
             if self._moment is not None:
@@ -166,6 +181,7 @@ class StoreSink:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._told.written()
         for series in self._series.values():
             series.written()
         self._sayings.clear()
@@ -218,9 +234,20 @@ def _put(connection: sqlite3.Connection, key: str, value: RunInfo | Status) -> N
     )
 
 
-def _statement(
-    item: Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix,
-) -> tuple[str, tuple[object, ...]]:
+Saying = Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix
+
+
+def _kind(item: Saying) -> int:
+    match item:
+        case LogLine():
+            return told.LOG
+        case Clip() | NonFinite() | Notice():
+            return told.EVENT
+        case _:
+            return told.ARTIFACT
+
+
+def _statement(item: Saying) -> tuple[str, tuple[object, ...]]:
     match item:
         case LogLine():
             return (

@@ -34,9 +34,9 @@ class _Part(NamedTuple):
 class Store:
     """One open database. Not safe for use from several threads."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Raises StoreFault."""
-        self.connection = open_for_reading(directory)
+    def __init__(self, directory: str | os.PathLike[str], ended: bool = False) -> None:
+        """`ended`: nobody writes to it any more. Raises StoreFault."""
+        self.connection = open_for_reading(directory, ended)
         self.fault = ""
         """What could not be read, for people; the rest is shown all the same."""
         self._steps: OrderedDict[tuple[int, int, int], tuple[Steps, Steps]] = OrderedDict()
@@ -285,11 +285,14 @@ class _Cut:
 
 
 class RecordedHistory(History):
-    """The history of a recorded run. Raises StoreFault when it cannot be opened."""
+    """The history of a recorded run. Raises StoreFault when it cannot be opened.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    `ended`: nobody writes to it any more, and reading shall leave no trace in its directory.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], ended: bool = False) -> None:
         super().__init__()
-        self.store = Store(directory)
+        self.store = Store(directory, ended)
         self.refresh()
 
     def refresh(self) -> None:

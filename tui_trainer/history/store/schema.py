@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1": `file` and other tools tell our databases by it
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _VERSION_1 = """
 CREATE TABLE meta (
@@ -67,7 +67,14 @@ CREATE INDEX artifact_by_kind ON artifact (kind, step);
 CREATE TABLE clock (step INTEGER PRIMARY KEY, time REAL NOT NULL);
 """
 
-MIGRATIONS = (_VERSION_1,)
+_VERSION_2 = """
+-- What came after what, and when: pieces of the thread that joins rows, events, output and samples.
+CREATE TABLE told (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- MessagePack, packed columns
+-- The description of the run as it was at a moment of the story.
+CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- JSON
+"""
+
+MIGRATIONS = (_VERSION_1, _VERSION_2)
 """What makes version n+1 out of version n."""
 
 
@@ -110,19 +117,27 @@ def schema_version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def open_for_reading(directory: str | os.PathLike[str]) -> sqlite3.Connection:
-    """The store of a run, read-only, while it is written or after. Raises StoreFault."""
+def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> sqlite3.Connection:
+    """The store of a run, read-only, while it is written or after. Raises StoreFault.
+
+    `ended`: nobody writes to it any more. Then nothing is written beside it either, neither a
+    journal nor the index of one that a killed writer has left (SQLite's own way of reading a
+    journal is through a shared index in a file, which it makes and changes).
+    """
     path = Path(directory) / STORE_FILE
     if not path.exists():
         raise StoreFault(f"nothing was recorded in {directory}")
+    journal = path.with_name(path.name + "-wal").exists()
     # Where neither the journal nor the right to make one is there, the file alone is all there is.
-    journal = path.with_name(path.name + "-wal")
-    alone = not os.access(directory, os.W_OK) and not journal.exists()
-    address = f"file:{quote(str(path))}?mode=ro" + ("&immutable=1" if alone else "")
+    alone = not journal and (ended or not os.access(directory, os.W_OK))
+    ending = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
+    address = f"file:{quote(str(path))}?mode=ro{ending}"
     try:
         connection = sqlite3.connect(
             address, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
         )
+        if ended:  # the index of the journal is then kept in memory
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)
     except sqlite3.Error as fault:
         raise StoreFault(f"{path} cannot be read: {fault}") from fault

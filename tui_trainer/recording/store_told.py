@@ -1,0 +1,72 @@
+"""The thread of the story in the store: which row, event or sample came after which."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from tui_trainer.history.store import told
+from tui_trainer.history.store.told import Entry, Shape
+from tui_trainer.protocol.describe import RunInfo
+
+
+class ToldWriter:
+    """Entries wait here until `write` and, when that was committed, `written`."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+        self._shapes: dict[Shape, int] = {}
+        self._said: RunInfo | None = None
+        self._number = -1
+        self._descriptions: dict[int, RunInfo] = {}
+
+    def described(self, info: RunInfo) -> None:
+        """A description, unless only the cadence of tables is another: that is not told."""
+        tables = tuple(msgspec.structs.replace(table, every=1) for table in info.tables)
+        said = msgspec.structs.replace(info, revision=0, tables=tables)
+        if said == self._said:
+            return
+        self._said = said
+        self._number += 1
+        self._descriptions[self._number] = info
+        self.add(told.DESCRIBED, self._number)
+
+    def stepped(
+        self, step: int, time: float, own_ms: float, optimizer: str, tables: tuple[int, ...]
+    ) -> None:
+        """A step, of which rows of these tables were taken."""
+        shape = self._shapes.setdefault(Shape(optimizer, tables), len(self._shapes))
+        self.add(told.STEPPED, shape, step, time, own_ms)
+
+    def add(
+        self, kind: int, ref: int, step: int = 0, time: float = 0.0, own_ms: float = 0.0
+    ) -> None:
+        """Anything else."""
+        if not step and self._entries:
+            step = self._entries[-1].step
+        self._entries.append(Entry(kind, ref, step, time, own_ms))
+
+    def forget_place(self) -> None:
+        """The database may be another one now: it shall know what the rows to come mean."""
+        if self._said is not None:
+            self._descriptions.setdefault(self._number, self._said)
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        """Add what waits, inside the caller's transaction. Raises sqlite3.Error."""
+        for number, info in self._descriptions.items():
+            connection.execute(
+                "INSERT OR IGNORE INTO description VALUES (?, ?)",
+                (number, msgspec.json.encode(info)),
+            )
+        if self._entries:
+            connection.execute(
+                "INSERT INTO told (data) VALUES (?)",
+                (told.pack(self._entries, tuple(self._shapes)),),
+            )
+
+    def written(self) -> None:
+        """What `write` added was committed."""
+        self._entries.clear()
+        self._shapes.clear()
+        self._descriptions.clear()
