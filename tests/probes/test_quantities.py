@@ -147,6 +147,56 @@ def test_groups_clipped_apart_show_the_hardest():
     close(recorder.series("step", "grad_norm_preclip"), [np.linalg.norm(norms)])
 
 
+@pytest.mark.parametrize("foreach", [None, False])
+def test_clipping_that_no_longer_gives_every_norm(foreach):
+    """First all at once, then one layer alone, then in another way."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+
+    def loop():
+        for step in range(6):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            norms.append([p.grad.norm().item() for p in model.parameters()])
+            clipped = model[0] if step in (2, 3) else model
+            nn.utils.clip_grad_norm_(
+                clipped.parameters(), 1e-2, foreach=foreach if step > 4 else None
+            )
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    for row, expected in zip(recorder.rows("grad_norm").values(), norms, strict=True):
+        close(list(row.values()), expected, 1e-4)
+
+
+def test_clipping_that_refuses_what_is_not_finite():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+
+    def loop():
+        for step in range(4):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            if step == 2:
+                model[0].weight.grad[0, 0] = float("inf")
+                with pytest.raises(RuntimeError):
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+                model[0].weight.grad.zero_()
+            norms.append([p.grad.norm().item() for p in model.parameters()])
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2, error_if_nonfinite=True)
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    for row, expected in zip(recorder.rows("grad_norm").values(), norms, strict=True):
+        close(list(row.values()), expected, 1e-4)
+
+
 def test_infinity_norm_clipping():
     torch.manual_seed(0)
     model = mlp()

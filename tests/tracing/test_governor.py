@@ -27,7 +27,7 @@ def run(
             for one in governed
             if one.name in costs and one.every and step % one.every == 0
         }
-        governor.step(governed, own | {"tracer": costs.get("tracer", 0.0)}, 10.0, step)
+        governor.step(governed, own | {"tracer": costs.get("tracer", 0.0)}, 10.0)
 
 
 def cost(governed: list[Governed], costs: dict[str, float]) -> float:
@@ -53,6 +53,14 @@ def test_everything_stays_as_it_is_when_off_or_cheap():
         governor = Governor(budget, lambda one, text: None)
         run(governor, governed, {"dear": price, "dearer": price}, 3)
         assert [one.every for one in governed] == [1, 1, 1, 0]
+
+
+def test_something_is_measured_even_where_the_fixed_part_is_over_the_budget():
+    governed = things()
+    costs = {"dear": 0.4, "dearer": 0.2, "tracer": 3.0}
+    run(Governor(0.01, lambda one, text: None), governed, costs, 10)
+    assert cost(governed, costs) <= 0.05
+    assert max(one.every for one in governed) <= 32
 
 
 def test_is_restored_when_it_becomes_cheap_and_does_not_swing():

@@ -11,7 +11,10 @@ WINDOW = 32
 STEADY = 5
 """First steps, which are slow in every way, do not count."""
 NEVER_STRETCHED = 100
-SLOWEST = 4096
+LIMITS = (32, 256, 1024)
+"""How far (times its natural cadence) one thing is stretched before more important ones are."""
+FIXED_AT_MOST = 0.5
+"""Most of the budget that goes to what cannot be stretched."""
 ROOM = 0.7
 """A cadence is restored only where the prediction stays below this share of the budget, so that
 cadences do not swing."""
@@ -49,7 +52,7 @@ class Governor:
         self._fixed_ms = 0.0
 
     def step(
-        self, governed: Sequence[Governed], own_ms: Mapping[str, float], step_ms: float, step: int
+        self, governed: Sequence[Governed], own_ms: Mapping[str, float], step_ms: float
     ) -> None:
         """A step took `step_ms`, of which ours were `own_ms` (by name of what was measured)."""
         self._steps += 1
@@ -64,6 +67,9 @@ class Governor:
                     spent if math.isnan(known) else known + 0.2 * (min(spent, 3 * known) - known)
                 )
         self._fixed_ms += own_ms.get("tracer", 0.0)
+        self._fixed_ms += sum(
+            own_ms.get(one.name, 0.0) for one in governed if one.importance >= NEVER_STRETCHED
+        )
         self._step_ms += step_ms
         self._counted += 1
         if self._counted >= WINDOW:
@@ -74,9 +80,11 @@ class Governor:
     def _decide(self, governed: Sequence[Governed]) -> None:
         step_ms = self._step_ms / self._counted
         allowed = self.budget * step_ms
-        fixed = self._fixed_ms / self._counted
-        total = fixed + sum(one.share_ms() for one in governed)
+        # What cannot be stretched may be over the budget by itself, where steps are very short:
+        # something is measured all the same.
+        fixed = min(self._fixed_ms / self._counted, FIXED_AT_MOST * allowed)
         pliable = [one for one in governed if one.natural and one.importance < NEVER_STRETCHED]
+        total = fixed + sum(one.share_ms() for one in pliable)
         if total > allowed:
             self._stretch(pliable, total, allowed, step_ms)
         else:
@@ -87,11 +95,17 @@ class Governor:
     ) -> None:
         """Double cadences, least important first, dearest first among equals, until it fits."""
         before = {id(one): one.every for one in pliable}
-        for one in sorted(pliable, key=lambda o: (o.importance, -o.share_ms())):
-            # What hardly costs anything is left alone.
-            while total > allowed and one.share_ms() > 0.02 * allowed and one.every < SLOWEST:
-                total -= one.share_ms() - one.share_ms(2 * one.every)
-                one.every *= 2
+        order = sorted(pliable, key=lambda o: (o.importance, -o.share_ms()))
+        for most in LIMITS:
+            for one in order:
+                # What hardly costs anything is left alone.
+                while (
+                    total > allowed
+                    and one.every < most * one.natural
+                    and one.share_ms() > 0.02 * allowed
+                ):
+                    total -= one.share_ms() - one.share_ms(2 * one.every)
+                    one.every *= 2
         for one in pliable:
             if one.every != before[id(one)]:
                 self._changed(

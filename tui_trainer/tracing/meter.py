@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol.describe import Table
 from tui_trainer.tracing.governor import Governed, Governor
 from tui_trainer.tracing.interface import RecorderLike
+from tui_trainer.tracing.outbox import Outbox
 from tui_trainer.tracing.probe import ClipSeen, Facts, Gradient, Options, Probe, Readings
 from tui_trainer.tracing.readout import Arrival
 from tui_trainer.tracing.subject import Subject
@@ -31,8 +31,6 @@ HOOKS = (
     "after_update",
     "rows",
 )
-MOST_ON_THEIR_WAY = 4
-"""Steps whose values may be under way to the host before we wait for the oldest."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,7 +79,10 @@ class Finished:
 
 
 @dataclass
-class _OnItsWay:
+class _Made:
+    """A step that is made."""
+
+    meter: Meter
     arrival: Arrival
     slots: list[Slot]
     finished: Finished
@@ -89,6 +90,10 @@ class _OnItsWay:
     own_ms: dict[str, float]
     scaled: bool
     with_gradient: int
+
+    def record(self) -> float:
+        """See `outbox.Step`."""
+        return self.meter.record(self)
 
 
 class Meter:
@@ -101,13 +106,14 @@ class Meter:
         recorder: RecorderLike,
         options: Options,
         governor: Governor,
+        outbox: Outbox,
     ) -> None:
         self.subject = subject
         self._recorder = recorder
         self._governor = governor
+        self._outbox = outbox
         self.slots: list[Slot] = []
         self.unseen: dict[str, str] = {}
-        self._pending: deque[_OnItsWay] = deque()
         self._prepared = -1
         self.fresh = False
         """Whether the gradients of this step have been read since the last backward."""
@@ -117,8 +123,6 @@ class Meter:
         self._gradients: list[Gradient] | None = None
         self._lending = False
         self._trusted = False
-        self.rows_s = 0.0
-        """Seconds spent in making rows, of whatever steps, since the tracer last asked."""
         for kind in probes:
             if kind.name not in options.switched_off:
                 self._install(kind, options)
@@ -230,10 +234,11 @@ class Meter:
                     slot.readings = [self._guard(slot, slot.probe.gradients, gradients) or ()]
         self.fresh = True
 
-    def lend(self, norms: Mapping[int, torch.Tensor], limit: Any, total: Any) -> None:
-        """The clipping has computed `norms` (by id of the gradient), and a `total` of all.
+    def lend(self, norms: Mapping[int, torch.Tensor], clipped: Any, limit: Any, total: Any) -> None:
+        """The clipping of the parameters `clipped` has computed `norms` (by id of the gradient),
+        and a `total` of all.
 
-        They are relied on once a first clipping has shown that it gives every one of them.
+        They are relied on once a clipping has shown that it gives every one of them.
         """
         gradients, self._gradients = self._gradients or self.subject.gradients(), None
         complete = all(g is None or id(g) in norms for g in gradients)
@@ -241,17 +246,36 @@ class Meter:
         self._trusted = complete
         if not lending:
             return
+        found: list[torch.Tensor | None]
         if complete:
             found = [None if g is None else norms[id(g)] for g in gradients]
-        else:  # this time not, and they are clipped by now: undo that by PyTorch's own formula
-            factor = torch.clamp(float(limit) / (total + 1e-6), max=1.0)
-            found = [
-                None if g is None else torch.linalg.vector_norm(g.float()) / factor
-                for g in gradients
-            ]
+        else:
+            found = self._norms_before(gradients, norms, clipped, limit, total)
         for slot in self.slots:
             if slot.due and "borrowed" in slot.does:
                 slot.readings = [self._guard(slot, slot.probe.borrowed, found) or ()]
+
+    def _norms_before(
+        self,
+        gradients: list[Gradient],
+        norms: Mapping[int, torch.Tensor],
+        clipped: Any,
+        limit: Any,
+        total: Any,
+    ) -> list[torch.Tensor | None]:
+        """Norms before a clipping that, against expectation, did not give them all: what it has
+        clipped is divided again by the factor of PyTorch's own formula."""
+        given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
+        scaled = {id(p.grad) for p in given}
+        factor = torch.clamp(float(limit) / (total + 1e-6), max=1.0)
+        found: list[torch.Tensor | None] = []
+        for gradient in gradients:
+            if gradient is None or id(gradient) in norms:
+                found.append(None if gradient is None else norms[id(gradient)])
+                continue
+            norm = torch.linalg.vector_norm(gradient.float())
+            found.append(norm / factor if id(gradient) in scaled else norm)
+        return found
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
@@ -259,10 +283,13 @@ class Meter:
             if slot.due and "before_update" in slot.does:
                 self._guard(slot, slot.probe.before_update)
 
-    def after_update(self, finished: Finished, own_s: Callable[[], float]) -> None:
+    def after_update(
+        self, finished: Finished, own_s: Callable[[], float], at_once: bool = False
+    ) -> None:
         """The optimizer has changed the weights: read them, and send everything to the host.
 
-        `own_s()`: what all of ours, probes included, has cost in this step until now.
+        `own_s()`: what all of ours, probes included, has cost in this step until now. `at_once`:
+        record what has arrived, since somebody may look.
         """
         slots = [slot for slot in self.slots if slot.due and not slot.off]
         with plain_arithmetic(self.subject.device):
@@ -282,34 +309,26 @@ class Meter:
         own = {slot.name: slot.spent * 1e3 for slot in slots}
         own["tracer"] = max(0.0, own_s() * 1e3 - sum(own.values()))
         self.fresh = False
-        self._pending.append(
-            _OnItsWay(
-                arrival,
-                slots,
-                finished,
-                time.time(),
-                own,
-                self._scale is not None,
-                self._with_gradient,
-            )
+        made = _Made(
+            meter=self,
+            arrival=arrival,
+            slots=slots,
+            finished=finished,
+            time=time.time(),
+            own_ms=own,
+            scaled=self._scale is not None,
+            with_gradient=self._with_gradient,
         )
-        self.drain(len(self._pending) > MOST_ON_THEIR_WAY)
-        self._governor.step(self.slots, own, finished.step_ms, finished.step)
-
-    def take_rows_s(self) -> float:
-        """Seconds spent in making rows since the last call."""
-        spent, self.rows_s = self.rows_s, 0.0
-        return spent
-
-    def drain(self, wait: bool = False, everything: bool = False) -> None:
-        """Record the steps whose values are here; `wait` for the oldest, or for `everything`."""
-        while self._pending and self._pending[0].arrival.arrived(wait or everything):
-            wait = False
-            self._record(self._pending.popleft())
+        self._outbox.put(made, at_once)
 
     # ------------------------------------------------------------ on the host
 
-    def _record(self, arrived: _OnItsWay) -> None:
+    def record(self, arrived: _Made) -> float:
+        """Make the rows of a step whose values have arrived, and record them.
+
+        Returns the seconds that the probes took.
+        """
+        accounted = 0.0
         header, *parts = arrived.arrival.values()
         facts = self._facts(header, arrived)
         rows: list[tuple[int, Floats]] = []
@@ -322,7 +341,7 @@ class Meter:
                 if row is not None
             ]
             spent = perf_counter() - began
-            self.rows_s += spent
+            accounted += spent
             facts.own_ms[slot.name] += spent * 1e3
         self._recorder.record(
             StepRecord(
@@ -335,8 +354,10 @@ class Meter:
                 own_ms=sum(arrived.own_ms.values()),
             )
         )
+        self._governor.step(self.slots, arrived.own_ms, facts.step_ms)
+        return accounted
 
-    def _facts(self, header: Floats, arrived: _OnItsWay) -> Facts:
+    def _facts(self, header: Floats, arrived: _Made) -> Facts:
         finished = arrived.finished
         values = iter(header.tolist())
         losses = [next(values) for _ in finished.losses]

@@ -14,6 +14,7 @@ from tui_trainer.protocol.describe import ParameterInfo
 from tui_trainer.tracing.governor import Governed, Governor
 from tui_trainer.tracing.interface import RecorderLike
 from tui_trainer.tracing.meter import Meter, Slot
+from tui_trainer.tracing.outbox import Outbox
 from tui_trainer.tracing.probe import Options, Probe
 from tui_trainer.tracing.roots import Roots
 from tui_trainer.tracing.subject import Names, group_sizes, make_subject
@@ -37,6 +38,7 @@ class Registry:
         self._options = options
         self._names = Names()
         self._meters: dict[int, tuple[weakref.ref[Optimizer], Meter]] = {}
+        self.outbox = Outbox()
         self._pending: list[weakref.ref[Optimizer]] = []
         self._infos: list[ParameterInfo] = []
         self._positions: dict[str, int] = {}
@@ -99,10 +101,12 @@ class Registry:
         """The meter of this optimizer: made on its first appearance, and anew when it is given
         other parameters (then under a further name, since its tables have other columns)."""
         known = self._meters.get(id(optimizer))
-        if known is not None and known[0]() is optimizer:
-            if known[1].subject.group_sizes == group_sizes(optimizer):
-                return known[1]
-            known[1].drain(everything=True)
+        if (
+            known is not None
+            and known[0]() is optimizer
+            and known[1].subject.group_sizes == group_sizes(optimizer)
+        ):
+            return known[1]
         return self._register(optimizer)
 
     # ------------------------------------------------------------ registering
@@ -131,6 +135,7 @@ class Registry:
             self._recorder,
             self._options,
             Governor(self._options.budget, self._cadence_changed),
+            self.outbox,
         )
         subject.models.clear()  # a meter keeps parameters alive, not the models around them
         subject.modules.clear()

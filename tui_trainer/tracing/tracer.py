@@ -188,11 +188,11 @@ class Tracer:
 
     def flush(self) -> None:
         """Record every step already made, waiting for its values if need be."""
-        for meter in self.registry.meters:
-            try:
-                meter.drain(everything=True)
-            except Exception as fault:
-                self._fault("flush", fault)
+        try:
+            with torch.no_grad():
+                self.registry.outbox.drain(everything=True)
+        except Exception as fault:
+            self._fault("flush", fault)
 
     def duration_ms(self, phase: int) -> float:
         """What a phase has taken in this step so far. Only while stopped."""
@@ -437,7 +437,7 @@ class Tracer:
         """They are clipped; `total` is their norm before, as the function gave it."""
         self.clock.switch(OUTSIDE)
         for meter in self._clipping:
-            meter.lend(captured.norms, limit, total)
+            meter.lend(captured.norms, parameters, limit, total)
         found = [self._value_norm, total_norm(parameters)] if kind == "value" else [total]
         readings = tuple(r for r in found if isinstance(r, torch.Tensor))
         if len(readings) == len(found):
@@ -495,9 +495,9 @@ class Tracer:
             counted = perf_counter()
             return self._own_s + counted - began
 
-        meter.after_update(self._finish(optimizer, meter), own_s)
+        meter.after_update(self._finish(optimizer, meter), own_s, self.gate.armed)
         # `_guarded` adds the whole of this call; what is counted above does not count again.
-        self._own_s = began - counted - meter.take_rows_s()
+        self._own_s = began - counted - self.registry.outbox.take_accounted_s()
         self._say_unseen()
         self._pass(STEP)
         self.step += 1
