@@ -33,6 +33,9 @@ LINGER_S = 5.0
 FIRST_VIEWER_S = 3.0
 """How long a run that ends at once waits for the app that started it."""
 
+SPIN_COUNT = "10000"
+"""Turns that an OpenMP thread spins at a barrier before it sleeps; GNU's default is 300,000."""
+
 
 class Host:
     """One run and all that surrounds its training."""
@@ -69,7 +72,7 @@ class Host:
         """Train on this thread; returns how it ended and raises nothing."""
         from tui_trainer.run.training import run_script, train_task
 
-        let_openmp_sleep()
+        bound_openmp_spinning()
         try:
             outcome = run_script(self) if self.spec.task == "script" else train_task(self)
         except BaseException as fault:
@@ -136,16 +139,17 @@ class Host:
         return changes
 
 
-def let_openmp_sleep() -> None:
-    """Let OpenMP's threads sleep at barriers rather than spin, unless the user chose otherwise.
+def bound_openmp_spinning() -> None:
+    """Let OpenMP's threads sleep soon at barriers, unless the user chose otherwise.
 
-    Spinning wins a little on an idle machine; with any other load the spinners hold the cores that
-    the thread they wait for needs, and steps take several times as long. Results do not change.
+    GNU's runtime spins for about a millisecond at each barrier. With any other load the spinners
+    hold the cores that the thread they wait for needs, and steps take ten times as long and more;
+    a shorter spin costs a few percent on an idle machine (docs/decisions.md). Results do not change.
     It must be said before torch is imported.
     """
-    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     if not chosen:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def first_description(spec: RunSpec) -> RunInfo:
