@@ -1,7 +1,8 @@
 """The static description of a run: what is trained, on what, and which quantities are measured.
 
 A description is discovered piece by piece (the parameters are known only once the first optimizer
-steps), so `RunInfo.revision` grows with every change and viewers are sent it again when theirs is old.
+steps), so `RunInfo.revision` grows with every change and viewers are sent it again when theirs is
+old.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class AttentionInfo(msgspec.Struct, frozen=True):
     layer: str
     """Module path, such as `blocks.0.attention`."""
     kind: str
-    """`separate`, `fused`, `grouped` (K and V smaller than Q) or `multihead` (nn.MultiheadAttention)."""
+    """`separate`, `fused`, `grouped` (K and V smaller than Q) or `multihead`
+    (nn.MultiheadAttention)."""
     query: str
     key: str
     value: str
@@ -54,8 +56,8 @@ class Column(msgspec.Struct, frozen=True):
 class Table(msgspec.Struct, frozen=True):
     """A set of series that are measured together, so that they share one column of step numbers.
 
-    A table has rows only for the steps at which it was measured: a NaN in it is a measured NaN (or a
-    comparison that has no meaning, said in `AttentionInfo.note`), never a missing value.
+    A table has rows only for the steps at which it was measured: a NaN in it is a measured NaN (or
+    a comparison that has no meaning, said in `AttentionInfo.note`), never a missing value.
     """
 
     id: int
@@ -78,6 +80,16 @@ class DeviceInfo(msgspec.Struct, frozen=True):
     memory_bytes: int | None = None
     threads: int | None = None
     """torch's intra-op threads."""
+
+
+class SourceInfo(msgspec.Struct, frozen=True):
+    """The version of the code in the working directory, as git knows it."""
+
+    commit: str
+    dirty: bool | None = None
+    """Whether tracked files differ from the commit; None: git did not say in time."""
+    branch: str = ""
+    """"" when no branch is checked out."""
 
 
 class RunInfo(msgspec.Struct, frozen=True):
@@ -112,3 +124,11 @@ class RunInfo(msgspec.Struct, frozen=True):
     unseen: dict[str, str] = {}
     """Panel or quantity name to the reason why it cannot be seen in this run (`clip`: "this script
     never clips"). The panel shows the reason in place of its values."""
+    working_directory: str = ""
+    """Where the command was given."""
+    source: SourceInfo | None = None
+    """The code's version, once git has said it; None outside of a git working tree."""
+    parent: str = ""
+    """Directory of the run that this one goes on from: the history of runs is a tree."""
+    branch_step: int | None = None
+    """The parent's step that this run went on from: its own first step is the one after."""

@@ -172,7 +172,8 @@ class Notice(msgspec.Struct, tag="notice", frozen=True):
     step: int
     time: float
     kind: str
-    """`command`, `evaluation`, `checkpoint`, `skipped_step`, `fault`, `cadence`, `mark`, `state`, …"""
+    """`command`, `evaluation`, `checkpoint`, `skipped_step`, `fault`, `cadence`, `mark`, `state`,
+    …"""
     text: str
     level: str = "info"
     """`info`, `warning` or `error`."""

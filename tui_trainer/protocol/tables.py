@@ -42,7 +42,7 @@ STEP_COLUMNS = (
     Column("loss", "", "lower"),
     Column("learning_rate"),
     Column("grad_norm_preclip"),  # √Σ‖gᵢ‖² over the optimizer's parameters
-    Column("step_ms", "ms", "lower"),  # wall clock from the end of the previous step to the end of this
+    Column("step_ms", "ms", "lower"),  # wall clock, from the end of the previous step to this one's
 )
 
 CLIP_COLUMNS = (
