@@ -24,7 +24,7 @@ def check_options(options: RunOptions) -> None:
         raise UsageError("both --json and --plain are given", "choose one of them")
     if options.detach and (options.json or options.plain or options.in_app):
         raise UsageError("--detach shows nothing and outlives this terminal", "leave out the other")
-    if not 0 <= options.budget <= 1:
+    if options.budget is not None and not 0 <= options.budget <= 1:
         raise UsageError(
             f"--budget cannot be {options.budget:g}", "it is a share of step time, such as 0.01"
         )
@@ -65,7 +65,7 @@ def prepare(
             working_directory=os.getcwd(),
             command=("tui-trainer", *sys.argv[1:]),
             start_paused=options.paused,
-            budget=options.budget,
+            budget=options.measuring_budget,
             attention_pattern=options.attention_pattern,
             checkpoint_every=options.checkpoint_every,
             keep_checkpoints=options.keep_checkpoints,

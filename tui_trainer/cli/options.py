@@ -12,6 +12,9 @@ RUNNING = Group("The run", sort_key=100)
 SHOWING = Group("Showing", sort_key=101)
 """Both come after the groups of a task's own configuration."""
 
+DEFAULT_BUDGET = 0.01
+"""Share of the step time that measuring may take."""
+
 
 def _flag(
     help: str, group: Group, *, metavar: str | None = None, default: bool = False
@@ -48,14 +51,14 @@ class RunOptions:
         _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
     ] = None
     budget: Annotated[
-        float,
+        float | None,
         _flag(
-            "share of the step time that measuring may take; 0 measures all at every step",
+            "share of the step time that measuring may take; 0 measures all at its own cadence, "
+            "whatever it costs (default: 0.01, under --json 0)",
             RUNNING,
             metavar="SHARE",
-            default=True,
         ),
-    ] = 0.01
+    ] = None
     attention_pattern: Annotated[
         str | None,
         _flag(
@@ -80,6 +83,14 @@ class RunOptions:
             default=True,
         ),
     ] = 3
+
+
+    @property
+    def measuring_budget(self) -> float:
+        """The budget in force: a program that reads every step is promised every step."""
+        if self.budget is not None:
+            return self.budget
+        return 0.0 if self.json else DEFAULT_BUDGET
 
 
 @dataclass(frozen=True, kw_only=True)
