@@ -370,7 +370,8 @@ class Tracer:
 
     @_guarded
     def _forward_ends(self, result: Any) -> None:
-        self._forward_sampled()
+        if self._sampling:
+            self._forward_sampled()
         if self.gate.armed:
             self._reporter.output(result)
         self._leave(LOSS)
