@@ -14,6 +14,7 @@ from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
 from tui_trainer.config.spec import RunSpec, create_run_directory, runs_directory, write_spec
 from tui_trainer.protocol.describe import Scalar
+from tui_trainer.session.branching import Branch
 
 _NAME = re.compile(r"[\w][\w.+-]{0,99}")
 
@@ -48,6 +49,7 @@ def prepare(
     options: RunOptions,
     configuration: Mapping[str, Scalar] | None = None,
     script: Script | None = None,
+    branch: Branch | None = None,
 ) -> RunSpec:
     """Make the run's directory and write its spec. Raises CommandError, leaving nothing behind."""
     check_options(options)
@@ -69,6 +71,9 @@ def prepare(
             attention_pattern=options.attention_pattern,
             checkpoint_every=options.checkpoint_every,
             keep_checkpoints=options.keep_checkpoints,
+            resume=str(branch.checkpoint) if branch else None,
+            parent=str(branch.run.directory) if branch else "",
+            branch_step=branch.step if branch else None,
         )
         write_spec(spec)
     except OSError as fault:

@@ -46,6 +46,15 @@ class RunOptions:
         str | None,
         _flag("what to call the run (default: a name is made up)", RUNNING, metavar="NAME"),
     ] = None
+    resume: Annotated[
+        str | None,
+        _flag(
+            "go on from the newest checkpoint of a run, or from that of a step: a new run, which "
+            "takes over the other's options",
+            RUNNING,
+            metavar="RUN[@STEP]",
+        ),
+    ] = None
     runs_dir: Annotated[
         Path | None,
         _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
@@ -83,7 +92,6 @@ class RunOptions:
             default=True,
         ),
     ] = 3
-
 
     @property
     def measuring_budget(self) -> float:

@@ -23,6 +23,11 @@ def start_task(
 ) -> int:
     """Train a task; returns the exit status. Raises ConfigurationError and CommandError."""
     check_options(options)
+    if options.resume is not None:
+        from tui_trainer.cli.resuming import resumed
+
+        configuration, branch = resumed(task, preset, overrides, options)
+        return _show(prepare(task.name, options, configuration, branch=branch), options)
     configuration = to_flat(resolve(task, preset, overrides))
     return _show(prepare(task.name, options, configuration), options)
 
@@ -30,6 +35,10 @@ def start_task(
 def start_script(script: Script, options: RunOptions) -> int:
     """Train with a script; returns the exit status, its own if it ended. Raises CommandError."""
     check_options(options)
+    if options.resume is not None:
+        raise UsageError(
+            "--resume cannot go on with a script", "give the script its own option for it"
+        )
     if options.in_app:
         raise UsageError(
             "--in-app cannot train with a script", "a script has the main thread of a process"

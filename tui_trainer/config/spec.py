@@ -59,6 +59,10 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How many of the newest checkpoints are kept, the best one besides."""
     resume: str | None = None
     """Directory of the checkpoint to go on from."""
+    parent: str = ""
+    """Directory of the run whose checkpoint that is."""
+    branch_step: int | None = None
+    """The step of that checkpoint."""
 
 
 def runs_directory(override: str | os.PathLike[str] | None = None) -> Path:

@@ -26,6 +26,7 @@ from tui_trainer.run.control import Control
 from tui_trainer.run.outcome import Outcome, judge
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
+from tui_trainer.run.source import look_up_source
 from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
 
 LINGER_S = 5.0
@@ -67,6 +68,10 @@ class Host:
         self.recorder.subscribe(store)
         if sink is not None:
             self.recorder.subscribe(sink)
+        look_up_source(
+            self.recorder.info.working_directory,
+            lambda source: self.recorder.describe(source=source),
+        )
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and raises nothing."""
@@ -176,6 +181,9 @@ def first_description(spec: RunSpec) -> RunInfo:
             "platform": platform.platform(),
         },
         configuration=dict(spec.configuration),
+        working_directory=spec.working_directory or os.getcwd(),
+        parent=spec.parent,
+        branch_step=spec.branch_step,
     )
 
 

@@ -1,0 +1,75 @@
+"""`--resume`: a new run goes on from a checkpoint of another, bit for bit, and names its parent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli.calling import assert_refused, call
+from tui_trainer.run.checkpoints import all_steps
+from tui_trainer.session.branching import checkpoint_steps
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run of 12 steps with a checkpoint of its seventh."""
+    here = tmp_path_factory.mktemp("resume")
+    options = ("--steps", "12", "--threads", "1", "--json", "--name", "whole")
+    done = call("gpt", *options, "--checkpoint-every", "7", cwd=here)
+    assert done.returncode == 0, done.stderr
+    (here / "whole.jsonl").write_text(done.stdout)
+    return here
+
+
+def steps_in(text):
+    lines = [json.loads(line) for line in text.splitlines()]
+    measured = ("loss", "lr", "grad_norm_preclip", "clip")
+    return lines[0], {
+        line["step"]: {name: line[name] for name in measured}
+        for line in lines
+        if line["type"] == "step"
+    }
+
+
+def files_of(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_going_on_equals_never_having_stopped(place):
+    _, whole = steps_in((place / "whole.jsonl").read_text())
+    parent = place / "runs" / "whole"
+    before = files_of(parent)
+    done = call("gpt", "--resume", "whole@7", "--json", "--name", "rest", cwd=place)
+    assert done.returncode == 0, done.stderr
+    header, rest = steps_in(done.stdout)
+    assert list(rest) == list(range(8, 13))
+    assert rest == {step: whole[step] for step in rest}
+    assert header["parent"] == str(parent)
+    assert header["branch_step"] == 7
+    assert files_of(parent) == before
+    # And on from there, longer than was planned.
+    more = call("gpt", "--resume", "rest", "--steps", "14", "--json", cwd=place)
+    assert more.returncode == 0, more.stderr
+    assert list(steps_in(more.stdout)[1]) == [13, 14]
+
+
+def test_checkpoints_are_found_as_they_are_written(place):
+    directory = place / "runs" / "whole"
+    assert checkpoint_steps(directory) == sorted(all_steps(directory / "checkpoints")) == [7, 12]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gpt", "--resume", "whole"), "has made all of its 12 steps"),
+        (("gpt", "--resume", "whole@8"), "no checkpoint of step 8"),
+        (("gpt", "--resume", "who@7", "--preset", "nanogpt-cpu"), "--preset cannot be given"),
+        (("vit", "--resume", "whole"), "tui-trainer gpt --resume whole"),
+        (("gpt", "--resume", "nowhere"), "there is no run nowhere"),
+        (("run", "--resume", "whole", "x.py"), "script"),
+    ],
+)
+def test_what_cannot_go_on(place, arguments, said):
+    (place / "x.py").write_text("")
+    assert_refused(call(*arguments, cwd=place), said)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+
+import pytest
+
+from tui_trainer.protocol.describe import SourceInfo
+from tui_trainer.run import source
+from tui_trainer.run.source import find_source, look_up_source
+
+
+def git(directory, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=directory, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    place = tmp_path / "project"
+    place.mkdir()
+    git(place, "init", "-q", "-b", "trunk")
+    (place / "train.py").write_text("a = 1\n")
+    git(place, "add", "train.py")
+    git(place, "commit", "-qm", "begin")
+    return place
+
+
+def test_commit_branch_and_dirty(repository):
+    commit = git(repository, "rev-parse", "HEAD")
+    assert find_source(str(repository)) == SourceInfo(commit, False, "trunk")
+    (repository / "notes.txt").write_text("of no weight")
+    assert find_source(str(repository)).dirty is False
+    (repository / "train.py").write_text("a = 2\n")
+    below = repository / "below"
+    below.mkdir()
+    assert find_source(str(below)) == SourceInfo(commit, True, "trunk")
+    git(repository, "checkout", "-q", "--detach")
+    assert find_source(str(repository)) == SourceInfo(commit, True, "")
+
+
+def test_looking_does_not_write(repository):
+    os.utime(repository / "train.py", (1, 1))  # makes git wish to refresh its index
+    index = repository / ".git" / "index"
+    before = (index.read_bytes(), index.stat().st_mtime_ns)
+    assert find_source(str(repository)) is not None
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
+
+
+def test_no_repository_no_git_no_directory(repository, tmp_path, monkeypatch):
+    assert find_source(str(tmp_path)) is None
+    assert find_source(str(tmp_path / "nowhere")) is None
+    assert find_source("\0") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_source(str(repository)) is None
+
+
+def test_a_slow_git_is_given_up(repository, tmp_path, monkeypatch):
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    (slow / "git").write_text("#!/bin/sh\nexec sleep 100\n")
+    (slow / "git").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+    assert find_source(str(repository), timeout_s=0.2) is None
+
+
+def test_nobody_waits_for_it(repository, monkeypatch):
+    gate, told = threading.Event(), []
+
+    def wait(directory):
+        gate.wait(30)
+        return find_source(directory)
+
+    monkeypatch.setattr(source, "find_source", wait)
+    thread = look_up_source(str(repository), told.append)
+    assert thread.daemon
+    assert not told
+    gate.set()
+    thread.join(30)
+    assert told[0].branch == "trunk"
