@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import os
-from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
+from textual import events
 from textual.app import App
 from textual.binding import Binding, BindingType
+from textual.driver import Driver
 from textual.filter import LineFilter
-from textual.screen import ModalScreen
 from textual.theme import BUILTIN_THEMES
-from textual.timer import Timer
 
-from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Ack, Action
 from tui_trainer.session.api import Session, Snapshot
-from tui_trainer.ui import theme
+from tui_trainer.ui import output, theme
+from tui_trainer.ui.commands import CommandingApp
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.launch import LaunchError, LaunchRequest, OnLaunch
+from tui_trainer.ui.pace import FAST, SLOW, Pace
 from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.screens.dialogs import QuitDialog
 from tui_trainer.ui.screens.registry import PLACES
 from tui_trainer.ui.widgets import plot
 
-FRAMES_PER_SECOND = 4.0
-SAID_S = 4.0
-"""How long the answer to a command stays in the header, in seconds."""
+TICKS_PER_SECOND = 4.0
+"""How often it is looked whether a frame is due."""
+HELD_WRITES = 3
+"""Pieces of output that may wait for the terminal before drawing stops: a frame is three."""
 
 
-class TuiTrainerApp(App[int]):
+class TuiTrainerApp(CommandingApp):
     """Shows one run. Its exit code is that of the command."""
 
     TITLE = "tui-trainer"
@@ -83,27 +83,34 @@ class TuiTrainerApp(App[int]):
         ascii: bool = False,
         start_mode: str = "dashboard",
         on_launch: OnLaunch | None = None,
-        frames_per_second: float = FRAMES_PER_SECOND,
+        frames_per_second: float | None = None,
         theme_name: str = theme.DARK.name,
+        slow_link: bool = False,
+        ends_with_app: bool = False,
     ) -> None:
+        """`slow_link`: send the terminal little. `ends_with_app`: the run is trained by this very
+        process, so leaving ends it. `frames_per_second` overrules the pace, for tests."""
         super().__init__()
+        self.link = SLOW if slow_link else FAST
+        if frames_per_second is not None:
+            self.link = replace(self.link, frames_per_second=frames_per_second)
+        self.pace = Pace(self.link)
+        if slow_link:
+            self.animation_level = "none"
         self.session = session
         self.glyphs: Glyphs = ASCII if ascii else UNICODE
         self.snapshot = Snapshot()
         self.palette: theme.Palette = theme.palette(self.theme_variables)
         self.on_launch = on_launch
-        self.frames_per_second = frames_per_second
+        self.ends_with_app = ends_with_app
         self._start_mode = start_mode
+        self._rate = 0.0
+        """Polls a second that the session was told."""
         self._ascii_filter = AsciiFilter() if ascii else None
-        self.said = ""
-        """What the last command did, for a moment."""
-        self._forget: Timer | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._leaving = False
-        """The user asked to stop and leave: the app goes when the run has ended."""
         self._drawn_version = -1
-        self._last_frame = 0.0
         self._wake_scheduled = False
+        self._held: ExitStack | None = None
+        """While the terminal takes nothing, nothing is drawn."""
         for place in PLACES:
             self.add_mode(place.mode, place.factory())
         for ours in theme.THEMES:
@@ -118,7 +125,8 @@ class TuiTrainerApp(App[int]):
         self.theme_changed_signal.subscribe(self, lambda _: self._restyle())
         self._restyle()
         self.switch_mode(self._start_mode)
-        self.set_interval(1 / self.frames_per_second, self.frame)
+        self.pace.touched(self._now())
+        self.set_interval(1 / max(self.link.frames_per_second, TICKS_PER_SECOND), self._tick)
         self.run_worker(self._load_plot, thread=True, group="load")
         if self.session is not None:
             self.attach(self.session)
@@ -136,7 +144,8 @@ class TuiTrainerApp(App[int]):
             self.session.close()
         self.session = session
         self._drawn_version = -1
-        session.set_rate(self.frames_per_second)
+        self._rate = 0.0
+        self._set_rate()
         session.on_arrival(self._arrived)
         self._watch_topics()
         self.frame()
@@ -149,21 +158,53 @@ class TuiTrainerApp(App[int]):
 
     # ------------------------------------------------------------ frames
 
+    def _tick(self) -> None:
+        """Draw if a frame is due and the terminal has taken the one before."""
+        behind = output.waiting(self._driver)
+        if behind:
+            self.pace.waits()
+        if behind >= HELD_WRITES and self._held is None:
+            self._held = ExitStack()
+            self._held.enter_context(self.batch_update())
+        elif not behind and self._held is not None:
+            self._held.close()  # what changed meanwhile is drawn in one piece
+            self._held = None
+        self._set_rate()
+        if not behind and self._due() <= 0.002:
+            self.frame()
+
+    def _due(self) -> float:
+        return self.pace.due(self._now(), output.written(self._driver))
+
+    def _set_rate(self) -> None:
+        rate = self.pace.polls_per_second(self._now())
+        if self.session is not None and rate != self._rate:
+            self._rate = rate
+            self.session.set_rate(rate)
+
+    async def on_event(self, event: events.Event) -> None:
+        """Every key and click on its way in: somebody is there."""
+        if isinstance(event, events.Key | events.MouseDown | events.MouseScrollDown | events.Paste):
+            self.pace.touched(self._now())
+            self._set_rate()
+        await super().on_event(event)
+
     def frame(self) -> None:
         """Pull, and draw if anything is new."""
         self._wake_scheduled = False
-        self._last_frame = self._now()
         if self.session is None:
             return
         snapshot = self.session.poll()
         if snapshot.version == self._drawn_version:
             return
+        self.pace.drawn(self._now(), output.written(self._driver))
         self._drawn_version = snapshot.version
-        self._show(snapshot)
+        self.draw(snapshot)
         if self._leaving and snapshot.status.ended:
             self.exit(0)
 
-    def _show(self, snapshot: Snapshot) -> None:
+    def draw(self, snapshot: Snapshot) -> None:
+        """Hand the picture to the screens that are open."""
         self.snapshot = snapshot
         for screen in self.screen_stack:
             if isinstance(screen, RunScreen) and screen.is_mounted:
@@ -171,7 +212,7 @@ class TuiTrainerApp(App[int]):
 
     def redraw(self) -> None:
         """Draw the present picture again, for a change that is not the run's."""
-        self._show(self.snapshot)
+        self.draw(self.snapshot)
 
     def shown_again(self, screen: RunScreen) -> None:
         """A screen came to the front: it is given the present picture."""
@@ -186,11 +227,8 @@ class TuiTrainerApp(App[int]):
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        due = self._last_frame + 1 / self.frames_per_second - self._now()
-        if due <= 0.002:
-            self.call_next(self.frame)
-        else:
-            self._wake_scheduled = False  # the timer's next tick takes it
+        self._wake_scheduled = False
+        self.call_next(self._tick)  # not due yet: a later tick takes it
 
     def _now(self) -> float:
         return self._loop.time() if self._loop is not None else 0.0
@@ -199,47 +237,6 @@ class TuiTrainerApp(App[int]):
         if self.session is not None:
             screens = [s for s in self.screen_stack if isinstance(s, RunScreen)]
             self.session.watch(frozenset().union(*(screen.topics for screen in screens)))
-
-    # ------------------------------------------------------------ commands
-
-    def command(self, action: Action) -> None:
-        """Send a command; its answer is shown the moment it comes, refused or not."""
-        if self.session is None:
-            self.notify("no run is open yet", severity="warning")
-            return
-        self.session.send(action).add_done_callback(partial(self._answered, action))
-
-    def _answered(self, action: Action, answer: Future[Ack]) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.call_next, self._acknowledge, action, answer)
-
-    def _acknowledge(self, action: Action, answer: Future[Ack]) -> None:
-        fault = answer.exception() if not answer.cancelled() else None
-        if answer.cancelled() or fault is not None:
-            self.notify(str(fault or "not sent"), title="not done", severity="error")
-            return
-        ack = answer.result()
-        if not ack.ok:
-            self._leaving = False
-            text = f"{ack.message}\n{ack.hint}" if ack.hint else ack.message
-            self.notify(text, title="not done", severity="warning", markup=False)
-        elif ack.message:
-            self.say(ack.message)
-        if self.snapshot.status != ack.status:
-            self._show(replace(self.snapshot, status=ack.status))
-        self.frame()
-
-    def say(self, message: str) -> None:
-        """One short line about what was just done, shown in the header for a moment."""
-        self.said = message
-        if self._forget is not None:
-            self._forget.stop()
-        self._forget = self.set_timer(SAID_S, self._unsay)
-        self.redraw()
-
-    def _unsay(self) -> None:
-        self.said = ""
-        self.redraw()
 
     # ------------------------------------------------------------ actions
 
@@ -272,26 +269,11 @@ class TuiTrainerApp(App[int]):
         self.attach(session)
         self.action_go("dashboard")
 
-    async def action_quit(self) -> None:
-        """Ask what becomes of the run; without a living one, just leave."""
-        status, link = self.snapshot.status, self.snapshot.link
-        if isinstance(self.screen, ModalScreen):
-            self.exit(0)  # asked for twice: the run goes on
-        elif self.session is None or status.ended or link.state in ("closed", "replay"):
-            self.exit(0)
-        elif link.read_only or link.state != "live":
-            self.exit(0)  # nothing to decide: the run goes on without us
-        else:
-            self.push_screen(QuitDialog(), self._leave)
-
-    def _leave(self, choice: str | None) -> None:
-        if choice == "detach":
-            self.exit(0)
-        elif choice in ("stop", "checkpoint"):
-            self._leaving = True
-            self.command(messages.Stop(checkpoint=choice == "checkpoint"))
-
     # ------------------------------------------------------------ look
+
+    def get_driver_class(self) -> type[Driver]:
+        """Textual's, with its output counted."""
+        return output.metered(super().get_driver_class())
 
     def get_line_filters(self) -> list[LineFilter]:
         """Textual's, and the translation to ASCII under `--ascii`."""
@@ -319,15 +301,20 @@ def run_app(
     ascii: bool = False,
     start_mode: str = "dashboard",
     on_launch: OnLaunch | None = None,
+    slow_link: bool = False,
+    ends_with_app: bool = False,
 ) -> int:
     """Show `session` (or the start screen) until the user leaves; the terminal is restored on every
-    exit. Returns the exit code: 0, or 1 when the app itself failed."""
+    exit. `slow_link`: send the terminal little; `ends_with_app`: leaving ends the run. Returns the
+    exit code: 0, or 1 when the app itself failed."""
     app = TuiTrainerApp(
         session,
         ascii=ascii,
         start_mode=start_mode,
         on_launch=on_launch,
         theme_name=choose_theme(),
+        slow_link=slow_link,
+        ends_with_app=ends_with_app,
     )
     code: Any = app.run()
     return app.return_code or (code if isinstance(code, int) else 0)

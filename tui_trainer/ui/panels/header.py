@@ -19,27 +19,50 @@ if TYPE_CHECKING:
 
 
 class HeaderLine(Panel):
-    """Title, state, what the run is doing or why it stands still; device and link at the right."""
+    """Title, name, state, what the run is doing or why it stands still; device and link at the
+    right."""
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """One row."""
+        """One row. Where there is little room the device goes first, then the name, and last the
+        words that say what the run does; title, state and link stay."""
         info, palette = self.snapshot.info, self.palette
         title = (info.title or info.name) if info else "tui-trainer"
         sign, word, style = self._state()
-        left: Row = [
-            Segment(f" {title} ", palette.strong),
-            Segment(" ", palette.text),
-            Segment(f"{sign} {word:<8}", style),
-        ]
-        used = sum(len(segment.text) for segment in left)
+        state = f"{sign} {word:<8}"
         about = self._about()
-        right = self._right(size.width - used - 2 - min(len(about) + 2, 24))
-        room = size.width - used - sum(len(segment.text) for segment in right) - 1
-        about = f.shorten(about, max(0, room - 2), self.glyphs.ellipsis)
-        left.append(Segment(f" {about}".ljust(max(0, room)), palette.dim))
-        return [[*left, *right, Segment(" ", palette.text)]]
+        left = size.width - 2 - len(title) - 2 - len(state)
+        link, link_style = self._link()
+        left -= len(link)
+        said = len(about) + 2 if about else 0
+        name = self._run_name(left - min(said, 24))
+        left -= len(name)
+        facts = self._facts(left - max(said, 2))
+        about = f.shorten(about, max(0, left - len(facts) - 2), self.glyphs.ellipsis)
+        gap = max(1, left - len(facts) - len(about))
+        return [
+            [
+                Segment(f" {title}", palette.strong),
+                Segment(name, palette.dim),
+                Segment("  ", palette.text),
+                Segment(state, style),
+                Segment(f" {about}", palette.text),
+                Segment(" " * (gap - 1), palette.text),
+                Segment(facts, palette.dim),
+                Segment(f"{link} ", link_style),
+            ]
+        ]
+
+    def _run_name(self, room: int) -> str:
+        """What to call the run by, for `tui-trainer attach`; unless the title says it."""
+        info = self.snapshot.info
+        if info is None or not info.name or info.name == info.title:
+            return ""
+        whole = f"  {info.name}"
+        if len(whole) <= room:
+            return whole
+        return f"  {f.shorten(info.name, room - 2, self.glyphs.ellipsis)}" if room >= 14 else ""
 
     def _state(self) -> tuple[str, str, Style]:
         status, link, palette, glyphs = (
@@ -83,28 +106,32 @@ class HeaderLine(Panel):
         device, _, host = (float(value) for value in latest[1][:3])
         return device if device == device else host
 
-    def _right(self, room: int) -> Row:
-        info, link, palette = self.snapshot.info, self.snapshot.link, self.palette
-        dot = f" {self.glyphs.separator} "
-        parts: list[str] = []
-        if info and info.device:
-            parts.append(info.device.kind)
-            parts.append(info.device.name)
-            if info.device.threads:
-                many = "" if info.device.threads == 1 else "s"
-                parts.append(f"{info.device.threads} thread{many}")
-        if (memory := self._memory()) is not None:
-            parts.append(f.bytes_(memory, 0))
-        if self.snapshot.status.cost_share is not None:
-            parts.append(f"own cost {f.percent(self.snapshot.status.cost_share, 0, 2)}")
+    def _link(self) -> tuple[str, Style]:
+        link = self.snapshot.link
         latency = f" {link.latency_ms:.0f} ms" if link.latency_ms and link.latency_ms >= 1 else ""
-        viewing = "watching only" if link.read_only else link.state
-        parts.append(f"{viewing}{latency}")
-        while len(parts) > 1 and len(dot.join(parts)) > room:
-            parts.pop(-2)
-        text = dot.join(parts)
-        style = palette.error if link.state in ("lost", "closed") else palette.dim
-        return [Segment(text, style)] if len(text) <= room else []
+        style = self.palette.error if link.state in ("lost", "closed") else self.palette.dim
+        if link.state == "closed" and self.snapshot.status.ended:
+            style = self.palette.dim  # nothing is wrong: the run is over
+        slow = " slow link" if cast("TuiTrainerApp", self.app).link.frugal else ""
+        return f"{'watching only' if link.read_only else link.state}{slow}{latency}", style
+
+    def _facts(self, room: int) -> str:
+        """Device, memory and own cost, as many as fit: those that matter least go first."""
+        info, dot = self.snapshot.info, f" {self.glyphs.separator} "
+        facts: list[tuple[int, str]] = []
+        if info and info.device:
+            device = info.device
+            facts.append((3, device.kind))
+            facts.append((5 if device.kind == "cpu" else 2, device.name))
+            if device.threads:
+                facts.append((4, f"{device.threads} thread{'' if device.threads == 1 else 's'}"))
+        if (memory := self._memory()) is not None:
+            facts.append((1, f.bytes_(memory, 0)))
+        if self.snapshot.status.cost_share is not None:
+            facts.append((0, f"own cost {f.percent(self.snapshot.status.cost_share, 0, 2)}"))
+        while facts and len(dot.join(text for _, text in facts)) + len(dot) > room:
+            facts.remove(max(facts))
+        return "".join(f"{text}{dot}" for _, text in facts)
 
 
 class ProgressLine(Panel):

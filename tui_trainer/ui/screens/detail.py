@@ -23,7 +23,6 @@ class DetailScreen(ControlActions, RunScreen):
     """A screen from which the run can be steered as from the dashboard: its bindings end with
     `CONTROL_BINDINGS`."""
 
-
     def compose(self) -> ComposeResult:
         """Header, body, footer."""
         yield TooSmall(*ROOM)

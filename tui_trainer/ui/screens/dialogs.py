@@ -54,30 +54,42 @@ class QuitDialog(ModalScreen[str | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Stay", id="quit.stay", tooltip="Go on watching"),
-        Binding(
-            "d,q,x", "dismiss('detach')", "Detach", id="quit.detach", tooltip="The run goes on"
-        ),
+        Binding("d,q,x", "first", "Detach", id="quit.detach",
+                tooltip="Leave: the run goes on, unless it trains inside the app"),
         Binding("s", "dismiss('stop')", "Stop", id="quit.stop", tooltip="End the run"),
-        Binding("c", "dismiss('checkpoint')", "Checkpoint, stop", id="quit.checkpoint"),
-    ]
+        Binding("c", "dismiss('checkpoint')", "Checkpoint, stop", id="quit.checkpoint",
+                tooltip="Write a checkpoint, then end the run"),
+    ]  # fmt: skip
 
-    CHOICES = (
-        ("detach", "Detach", "the run goes on; attach again any time", "d"),
-        ("stop", "Stop", "finish the running step, then end", "s"),
+    DETACH = ("detach", "Detach", "the run goes on; attach again any time", "d")
+    STOPS = (
         ("checkpoint", "Checkpoint and stop", "write a checkpoint, then end", "c"),
+        ("stop", "Stop", "finish the running step, then end", "s"),
     )
 
+    def __init__(self, ends_with_app: bool = False) -> None:
+        """`ends_with_app`: the run cannot outlive the screen, so detaching is no choice."""
+        super().__init__()
+        self._ends = ends_with_app
+        self.choices = self.STOPS if ends_with_app else (self.DETACH, *self.STOPS[::-1])
+
     def compose(self) -> ComposeResult:
-        """The question and its three answers."""
+        """The question and its answers."""
         with Vertical(classes="dialog"):
             yield Static("Leave this run?", classes="question")
+            if self._ends:
+                yield Static("[dim]It trains inside this app (--in-app), so leaving ends it.[/dim]")
             yield OptionList(
                 *(
                     Option(f"[b]{key}[/b]  {title}  [dim]{what}[/dim]", id=choice)
-                    for choice, title, what, key in self.CHOICES
+                    for choice, title, what, key in self.choices
                 )
             )
             yield Static("[dim]enter chooses, escape stays[/dim]")
+
+    def action_first(self) -> None:
+        """The gentlest way to leave."""
+        self.dismiss(self.choices[0][0])
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Give the answer."""

@@ -1,0 +1,109 @@
+"""The half of the app that speaks to the run: commands, their answers, and leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+
+from textual.app import App
+from textual.screen import ModalScreen
+from textual.timer import Timer
+
+from tui_trainer.protocol import messages
+from tui_trainer.protocol.messages import Ack, Action
+from tui_trainer.session.api import Session, Snapshot
+from tui_trainer.ui.screens.dialogs import QuitDialog
+
+SAID_S = 4.0
+"""How long the answer to a command stays in the header, in seconds."""
+
+
+class CommandingApp(App[int]):
+    """Base of the app: what it shows is the other half's."""
+
+    session: Session | None = None
+    snapshot: Snapshot
+    ends_with_app = False
+    """Whether the run is trained by this process, so that leaving ends it."""
+    said = ""
+    """What the last command did, for a moment."""
+    _forget: Timer | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+    _leaving = False
+    """The user asked to stop and leave: the app goes when the run has ended."""
+
+    def frame(self) -> None:
+        """Pull, and draw if anything is new."""
+        raise NotImplementedError
+
+    def redraw(self) -> None:
+        """Draw the present picture again, for a change that is not the run's."""
+        raise NotImplementedError
+
+    def draw(self, snapshot: Snapshot) -> None:
+        """Draw this picture."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ commands
+
+    def command(self, action: Action) -> None:
+        """Send a command; its answer is shown the moment it comes, refused or not."""
+        if self.session is None:
+            self.notify("no run is open yet", severity="warning")
+            return
+        self.session.send(action).add_done_callback(partial(self._answered, action))
+
+    def _answered(self, action: Action, answer: Future[Ack]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.call_next, self._acknowledge, action, answer)
+
+    def _acknowledge(self, action: Action, answer: Future[Ack]) -> None:
+        fault = answer.exception() if not answer.cancelled() else None
+        if answer.cancelled() or fault is not None:
+            self.notify(str(fault or "not sent"), title="not done", severity="error")
+            return
+        ack = answer.result()
+        if not ack.ok:
+            self._leaving = False
+            text = f"{ack.message}\n{ack.hint}" if ack.hint else ack.message
+            self.notify(text, title="not done", severity="warning", markup=False)
+        elif ack.message:
+            self.say(ack.message)
+        if self.snapshot.status != ack.status:
+            self.draw(replace(self.snapshot, status=ack.status))
+        self.frame()
+
+    def say(self, message: str) -> None:
+        """One short line about what was just done, shown in the header for a moment."""
+        self.said = message
+        if self._forget is not None:
+            self._forget.stop()
+        self._forget = self.set_timer(SAID_S, self._unsay)
+        self.redraw()
+
+    def _unsay(self) -> None:
+        self.said = ""
+        self.redraw()
+
+    # ------------------------------------------------------------ leaving
+
+    async def action_quit(self) -> None:
+        """Ask what becomes of the run; without a living one, just leave."""
+        status, link = self.snapshot.status, self.snapshot.link
+        if isinstance(self.screen, ModalScreen):
+            self.exit(0)  # asked for twice
+        elif self.session is None or status.ended or link.state in ("closed", "replay"):
+            self.exit(0)
+        elif link.read_only or link.state != "live":
+            self.exit(0)  # nothing to decide: the run goes on without us
+        else:
+            self.push_screen(QuitDialog(self.ends_with_app), self._leave)
+
+    def _leave(self, choice: str | None) -> None:
+        if choice == "detach":
+            self.exit(0)
+        elif choice in ("stop", "checkpoint"):
+            self._leaving = True
+            self.command(messages.Stop(checkpoint=choice == "checkpoint"))
