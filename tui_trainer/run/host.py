@@ -149,8 +149,8 @@ def bound_openmp_spinning() -> None:
 
     GNU's runtime spins for about a millisecond at each barrier. With any other load the spinners
     hold the cores that the thread they wait for needs, and steps take ten times as long and more;
-    a shorter spin costs a few percent on an idle machine (docs/decisions.md). Results do not change.
-    It must be said before torch is imported.
+    a shorter spin costs a few percent on an idle machine (docs/decisions.md). Results do not
+    change. It must be said before torch is imported.
     """
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     if not chosen:
