@@ -34,6 +34,9 @@ class RunOptions:
         bool, _flag("print one JSON object a line: the run, every step, the end", SHOWING)
     ] = False
     ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    slow_link: Annotated[
+        bool, _flag("send the terminal little: a frame in 2 s or less, at once on a key", SHOWING)
+    ] = False
     paused: Annotated[bool, _flag("stop before the first step and wait for keys", RUNNING)] = False
     detach: Annotated[
         bool, _flag("start it without a screen and print its name; attach shows it", RUNNING)
@@ -106,6 +109,9 @@ class StartOptions:
     """The flags of the start screen: what does not depend on the run that is going to be made."""
 
     ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    slow_link: Annotated[
+        bool, _flag("send the terminal little: a frame in 2 s or less, at once on a key", SHOWING)
+    ] = False
     runs_dir: Annotated[
         Path | None,
         _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),

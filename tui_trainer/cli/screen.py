@@ -83,7 +83,7 @@ class Opened:
         return bool(states & {"stopping", "finished", "stopped", "crashed"})
 
 
-def show_run(spec: RunSpec, ascii: bool) -> int:
+def show_run(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
     """Start the run and show it until the user leaves; returns the exit status.
 
     The run process is started before Textual is imported: it needs seconds to import torch, and the
@@ -95,11 +95,16 @@ def show_run(spec: RunSpec, ascii: bool) -> int:
     except KeyboardInterrupt:
         opened.abandon()
         raise
-    return until_left(lambda: run_app(opened.session, ascii=ascii), lambda: opened)
+    return until_left(
+        lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link), lambda: opened
+    )
 
 
 def show_start(
-    start: Callable[[LaunchRequest], RunSpec], tasks: Sequence[TaskForm], ascii: bool
+    start: Callable[[LaunchRequest], RunSpec],
+    tasks: Sequence[TaskForm],
+    ascii: bool,
+    slow_link: bool = False,
 ) -> int:
     """The start screen, and then the run that is started on it."""
     from tui_trainer.ui.app import run_app
@@ -116,7 +121,9 @@ def show_start(
 
     launcher = Launcher(tuple(tasks), open_run)
     return until_left(
-        lambda: run_app(None, ascii=ascii, start_mode="start", on_launch=launcher),
+        lambda: run_app(
+            None, ascii=ascii, start_mode="start", on_launch=launcher, slow_link=slow_link
+        ),
         lambda: opened[-1] if opened else None,
     )
 

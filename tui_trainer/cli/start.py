@@ -58,11 +58,11 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
     if showing.kind == "screen" and options.in_app:
         from tui_trainer.cli.runs.in_app import show_in_app
 
-        return show_in_app(spec, options.ascii)
+        return show_in_app(spec, options.ascii, options.slow_link)
     if showing.kind == "screen":
         from tui_trainer.cli.screen import show_run
 
-        return show_run(spec, options.ascii)
+        return show_run(spec, options.ascii, options.slow_link)
     from tui_trainer.cli.lines import show_lines
 
     return show_lines(spec, "json" if showing.kind == "json" else "plain")
@@ -80,7 +80,7 @@ def start_screen(options: StartOptions) -> int:
     def make(request: LaunchRequest) -> RunSpec:
         return spec_for(request, tasks, options)
 
-    return show_start(make, tuple(tasks.values()), options.ascii)
+    return show_start(make, tuple(tasks.values()), options.ascii, options.slow_link)
 
 
 def spec_for(

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -36,13 +37,16 @@ def attach(
         str | None,
         Parameter(
             help="the run: its name, the beginning of it, or its directory (default: the newest "
-            "live one); or ssh://[user@]host[:port][/RUN], through your own ssh",
+            "live one); or ssh://\\[user@]host\\[:port]\\[/RUN], through your own ssh",
             show_default=False,
         ),
     ] = None,
     *,
     read_only: Annotated[bool, flag("watch; never control")] = False,
     ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    slow_link: Annotated[
+        bool, flag("send the terminal little: a frame in 2 s or less, at once on a key")
+    ] = False,
     remote_command: Annotated[
         str,
         Parameter(
@@ -57,19 +61,27 @@ def attach(
     """open the screen over a live run, here or over ssh"""
     if reason := why_no_screen():
         raise UsageError(reason, "tui-trainer show RUN prints a picture, --json an object")
+    look = _Look(read_only, ascii, slow_link)
     with one_message():
         if run is not None and run.startswith(SCHEME):
-            return _attach_remote(run, read_only, ascii, remote_command, runs_dir)
+            return _attach_remote(run, look, remote_command, runs_dir)
         found = chosen(run, runs_dir)
         live_socket(found)
     from tui_trainer.session.local import connector
 
-    return _open(connector(found.directory), read_only, ascii, found.name, found)
+    return _open(connector(found.directory), look, found.name, found)
 
 
-def _attach_remote(
-    address: str, read_only: bool, ascii: bool, command: str, runs_dir: Path | None
-) -> int:
+@dataclass(frozen=True)
+class _Look:
+    """How to watch."""
+
+    read_only: bool
+    ascii: bool
+    slow_link: bool
+
+
+def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | None) -> int:
     where = parse_address(address)
     connect = SshConnector(where, command, str(runs_dir) if runs_dir else "")
     print(f"connecting to {where.destination} …", end="\r", file=sys.stderr, flush=True)
@@ -77,17 +89,19 @@ def _attach_remote(
         name = connect.begin(choose_run)
     finally:
         print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
-    return _open(connect, read_only, ascii, f"{name} on {where.destination}", None)
+    return _open(connect, look, f"{name} on {where.destination}", None)
 
 
-def _open(connect: Connect, read_only: bool, ascii: bool, name: str, run: Run | None) -> int:
+def _open(connect: Connect, look: _Look, name: str, run: Run | None) -> int:
     from tui_trainer.cli.screen import until_left
     from tui_trainer.session.live import LiveSession
     from tui_trainer.ui.app import run_app
 
-    session = LiveSession(connect, read_only=read_only)
+    session = LiveSession(connect, read_only=look.read_only)
     attached = Attached(session, name, run)
-    return until_left(lambda: run_app(session, ascii=ascii), lambda: attached)
+    return until_left(
+        lambda: run_app(session, ascii=look.ascii, slow_link=look.slow_link), lambda: attached
+    )
 
 
 class Attached:

@@ -53,10 +53,13 @@ class InApp:
         return FAULT if said.state == "crashed" else 0
 
 
-def show_in_app(spec: RunSpec, ascii: bool) -> int:
+def show_in_app(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
     """Train on a worker thread and show it until the user leaves; returns the exit status."""
     from tui_trainer.cli.screen import until_left
     from tui_trainer.ui.app import run_app
 
     opened = InApp(spec)
-    return until_left(lambda: run_app(opened.session, ascii=ascii), lambda: opened)
+    return until_left(
+        lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link, ends_with_app=True),
+        lambda: opened,
+    )

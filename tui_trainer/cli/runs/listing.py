@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tui_trainer.cli.runs.common import RunsDir, duration, flag, number, one_message, steps
 from tui_trainer.config.spec import runs_directory
+from tui_trainer.protocol.text import harmless
 from tui_trainer.session.registry import Run, list_runs
 
 STYLES = {
@@ -103,11 +104,11 @@ def _cells(run: Run, now: float) -> tuple[str, ...]:
     if run.state == "crashed" and run.note:
         what = f"{what} · {run.note}" if what else run.note
     return (
-        run.name,
+        harmless(run.name),
         run.state,
         steps(said.step, said.total_steps),
         {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}.get(said.loss_text) or number(said.loss),
         speed,
         duration(now - said.started_at),
-        " ".join(what.split()),
+        " ".join(harmless(what).split()),
     )

@@ -81,5 +81,5 @@ def _harmless(block: bytes) -> bytes:
     colours (which end in `m`) pass."""
     import re
 
-    passed = re.sub(rb"\x1b(?!\[[\d;:]*m)", b"\xef\xbf\xbd", block)
+    passed = re.sub(rb"\x1b(?!\[[\d;:]*m)|\xc2[\x80-\x9f]", b"\xef\xbf\xbd", block)
     return re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]", b"", passed)
