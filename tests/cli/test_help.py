@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.calling import call
 from tui_trainer import __version__
+from tui_trainer.cli import runs
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.registry import load_task
 from tui_trainer.config.options import options_of
@@ -76,3 +77,25 @@ def test_a_task_that_cannot_be_loaded_does_not_take_the_others_with_it(tmp_path:
     assert named.returncode == 1
     assert "nowhere:task of broken" in named.stderr
     assert "Traceback" not in named.stderr
+
+
+@pytest.mark.parametrize("command", runs.COMMANDS)
+def test_every_command_for_runs_has_help_of_one_voice(command: str, tmp_path: Path) -> None:
+    done = call(command, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = call("--help", cwd=tmp_path).stdout
+    about = done.stdout.split("\n\n")[1].strip()
+    assert re.search(rf"│ {command} +{re.escape(about)} +│", listed)
+
+
+def test_addresses_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    text = re.sub(r"[│\s]+", "", call("attach", "--help", cwd=tmp_path).stdout)
+    assert "ssh://[user@]host[:port][/RUN]" in text
+
+
+def test_help_imports_no_numbers(tmp_path: Path) -> None:
+    """What a command needs is imported when it is called for: help is there at once."""
+    done = call("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "cyclopts" in imported
+    assert not imported & {"numpy", "sqlite3", "textual", "torch", "psutil"}

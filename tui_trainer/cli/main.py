@@ -111,7 +111,7 @@ def _app(names: Sequence[str], with_runs: bool = False) -> App:
     from tui_trainer.cli.flags import task_command
     from tui_trainer.cli.start import start_screen, start_task
 
-    app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="rich")
+    app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="plaintext")
     app["--help"].group = app["--version"].group = OTHERWISE
     tasks = [load_task(names[0])] if len(names) == 1 else usable_tasks(names)
     for task in tasks:

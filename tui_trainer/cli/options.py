@@ -55,7 +55,7 @@ class RunOptions:
             "go on from the newest checkpoint of a run, or from that of a step: a new run, which "
             "takes over the other's options",
             RUNNING,
-            metavar="RUN[@STEP]",
+            metavar="RUN\\[@STEP]",
         ),
     ] = None
     runs_dir: Annotated[

@@ -37,7 +37,7 @@ def attach(
         str | None,
         Parameter(
             help="the run: its name, the beginning of it, or its directory (default: the newest "
-            "live one); or ssh://\\[user@]host\\[:port]\\[/RUN], through your own ssh",
+            "live one); or ssh://[user@]host[:port][/RUN], through your own ssh",
             show_default=False,
         ),
     ] = None,
