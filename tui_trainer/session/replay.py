@@ -11,11 +11,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
+import numpy as np
 
+from tui_trainer.config.state import process_identity, this_place
+from tui_trainer.history.spikes import Spike, find_spikes
 from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import (
     Ack,
@@ -29,9 +34,12 @@ from tui_trainer.protocol.messages import (
     Throttle,
 )
 from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
+from tui_trainer.session.registry import look_at
 
 REFRESH_S = 1.0
 """How often a run that may still be living is looked at again."""
+SPEED_ROWS = 20
+"""Steps before the cursor that the speed there is taken over."""
 
 
 class ReplaySession:
@@ -43,13 +51,16 @@ class ReplaySession:
     def __init__(
         self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._history = RecordedHistory(directory)
+        self._directory = Path(directory)
+        self._over, end = _how_it_is(self._directory)
+        self._history = RecordedHistory(directory, ended=self._over)
         store = self._history.store
         self.moments = Moments(store)
         """Where something happened: what to jump to."""
         self._clock = clock
         self._info = store.info() or RunInfo(os.path.basename(os.fspath(directory)), "script")
-        self._recorded = store.status() or Status()
+        self._recorded = _with_end(store.status() or Status(), end)
+        self._spikes: tuple[int, list[Spike]] = (-1, [])
         self._speed: float | None = None
         self._playing = False
         self._played_at = self._refreshed_at = clock()
@@ -68,49 +79,99 @@ class ReplaySession:
         """The newest step recorded."""
         return self._history.last_step
 
+    @property
+    def first_step(self) -> int:
+        """Where the cursor can begin: before the first step recorded."""
+        return self._info.branch_step or 0
+
     def seek(self, step: int) -> None:
         """Show the run as it was when `step` had been made (or the nearest step there is)."""
-        self.cursor = min(max(step, 0), self.last_step)
+        self.cursor = min(max(step, self.first_step), self.last_step)
+        self._fraction = 0.0
         self._follows = self.cursor == self.last_step
         self._show()
 
     def play(self, steps_per_second: float | None = None) -> None:
-        """Let the cursor run, at the recorded speed or at this one."""
+        """Let the cursor run, at the recorded speed or at this one. At the end of a living run it
+        follows that, at the end of one that is over it begins anew."""
         self._speed, self._playing, self._played_at = steps_per_second, True, self._clock()
-        if self.cursor >= self.last_step and not self._living:
-            self.cursor, self._follows = 0, False
+        if self.cursor >= self.last_step:
+            if self.living:
+                self._follows, self._playing = True, False
+            else:
+                self.cursor, self._follows = self.first_step, False
         self._show()
 
     def stand(self) -> None:
         """Let the cursor stand."""
-        self._playing = False
+        self._playing = self._follows = False
         self._show()
+
+    @property
+    def playing(self) -> bool:
+        """Whether the cursor runs, by itself or because it follows the end."""
+        return self._playing or self.follows
+
+    @property
+    def follows(self) -> bool:
+        """Whether the cursor stays at the end of a run that grows."""
+        return self._follows and self.living and not self._playing
+
+    @property
+    def recorded_speed(self) -> float:
+        """Steps a second that the run made, pauses included."""
+        return self.moments.steps_per_second() or self._recorded.steps_per_second or 10.0
 
     @property
     def speed(self) -> float:
         """Steps a second at which the cursor runs when it plays."""
-        recorded = self._recorded.steps_per_second or self.moments.steps_per_second()
-        return self._speed or recorded or 10.0
+        return self._speed or self.recorded_speed
 
     @property
-    def _living(self) -> bool:
-        return not self._recorded.ended
+    def factor(self) -> float:
+        """How many times the recorded speed that is."""
+        return self.speed / self.recorded_speed
+
+    @factor.setter
+    def factor(self, times: float) -> None:
+        self._speed = times * self.recorded_speed
+        self._show()
+
+    def spikes(self) -> list[Spike]:
+        """The worst spikes of the loss over the whole run, worst first (see `find_spikes`)."""
+        if self._spikes[0] != self.last_step:
+            found: list[Spike] = []
+            table = self._history.table(tables.STEP)
+            if table is not None:
+                self._history.seek(self.last_step)
+                found = find_spikes(table, 0)
+                self._history.seek(self.cursor)
+            self._spikes = (self.last_step, found)
+        return self._spikes[1]
+
+    @property
+    def living(self) -> bool:
+        """Whether more may come."""
+        return not self._over and not self._recorded.ended
 
     # ------------------------------------------------------------ the session
 
     def poll(self) -> Snapshot:
         """See `Session.poll`."""
         now = self._clock()
-        if self._living and now - self._refreshed_at >= REFRESH_S:
+        if self.living and now - self._refreshed_at >= REFRESH_S:
             self._refresh(now)
         if self._playing:
             self._fraction += (now - self._played_at) * self.speed
             self._played_at = now
             whole, self._fraction = int(self._fraction), self._fraction % 1
             if whole and self.cursor < self.last_step:
+                fraction = self._fraction
                 self.seek(self.cursor + whole)
-            elif self.cursor >= self.last_step and not self._living:
-                self.stand()
+                self._fraction = fraction
+            elif self.cursor >= self.last_step:
+                self._playing = False  # and goes on with the run, if that lives
+                self._show()
         return self._snapshot
 
     def send(self, action: Action) -> Future[Ack]:
@@ -159,8 +220,9 @@ class ReplaySession:
         self._refreshed_at = now
         self._history.refresh()
         store = self._history.store
+        self._over, end = _how_it_is(self._directory)
         self._info = store.info() or self._info
-        self._recorded = store.status() or self._recorded
+        self._recorded = _with_end(store.status() or self._recorded, end)
         if self._follows and not self._playing:
             self.cursor = self.last_step
         self._show()
@@ -191,10 +253,12 @@ class ReplaySession:
     def _status(self) -> Status:
         cursor, recorded = self.cursor, self._recorded
         at_end = cursor >= self.last_step
-        if at_end and not self._playing:
-            state = recorded.state if recorded.ended else "paused"
+        if at_end and recorded.ended and not self._playing:
+            state = recorded.state
         else:
-            state = "running" if self._playing else "paused"
+            state = "running" if self.playing else "paused"
+        speed = self._speed_at_cursor()
+        items = self._info.items_per_step
         length = self._info.steps_per_epoch
         return msgspec.structs.replace(
             recorded,
@@ -205,9 +269,53 @@ class ReplaySession:
             reason=recorded.reason if at_end else "",
             hint=recorded.hint if at_end else "",
             run_to=None,
-            throttle=self._speed,
+            throttle=None,
+            waiting_for="",
+            steps_per_second=speed,
+            items_per_second=speed * items if speed and items else None,
+            clipped_share=self._clipped_share(recorded.clip_window),
+            cost_share=recorded.cost_share if at_end else None,
             elapsed_s=recorded.elapsed_s if at_end else self.moments.elapsed_s(cursor),
             remaining_s=None,
             viewers=(),
             controller=None,
         )
+
+    def _speed_at_cursor(self) -> float | None:
+        """Steps a second around the cursor, pauses not counted."""
+        table = self._history.table(tables.STEP)
+        if table is None or not table.rows:
+            return None
+        times = [c.name for c in table.table.columns]
+        if "step_ms" not in times:
+            return None
+        _, values = table.tail(SPEED_ROWS)
+        took = values[:, times.index("step_ms")]
+        took = took[np.isfinite(took) & (took > 0)]
+        return float(1000 / np.median(took)) if len(took) else None
+
+    def _clipped_share(self, window: int) -> float | None:
+        """Of the steps before the cursor that could be clipped, those that were."""
+        table = self._history.table(tables.CLIP)
+        if table is None or not table.rows:
+            return None
+        _, values = table.tail(window)
+        return float((values[:, 3] < 1).mean())
+
+
+def _how_it_is(directory: Path) -> tuple[bool, Status | None]:
+    """Whether nobody writes to a run's store any more, and how it ended if it could not say so."""
+    run = look_at(directory)
+    if run is None or run.live:
+        return False, None
+    said = run.said
+    if said.place == this_place() and said.began and process_identity(said.pid) == said.began:
+        return False, None  # it has ended, and is writing down the last of it
+    return True, Status(state=run.state, step=said.step, reason=run.note or said.reason)
+
+
+def _with_end(recorded: Status, end: Status | None) -> Status:
+    """A killed run could not record how it ended."""
+    if end is None or recorded.ended:
+        return recorded
+    return msgspec.structs.replace(recorded, state=end.state, reason=end.reason)

@@ -40,8 +40,10 @@ class ControlActions:
             return True
         snapshot = self._trainer.snapshot
         status, link = snapshot.status, snapshot.link
-        able = link.state == "live" and not link.read_only
-        if not able or status.ended or status.state == "stopping":
+        if link.state == "replay":  # they move the cursor, at its end too
+            if action == "phase":
+                return None
+        elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
         if action == "epoch" and (snapshot.info is None or not snapshot.info.steps_per_epoch):
             return None
@@ -49,7 +51,8 @@ class ControlActions:
 
     def action_pause(self) -> None:
         """Pause, or resume when paused."""
-        paused = self._trainer.snapshot.status.state == "paused"
+        status = self._trainer.snapshot.status
+        paused = status.state == "paused" or status.ended  # a recording can be played from its end
         self._trainer.command(messages.Resume() if paused else messages.Pause())
 
     def action_step(self) -> None:

@@ -41,10 +41,15 @@ class Group:
 def key_groups(app: App[Any]) -> tuple[Group, ...]:
     """Everything that has a binding: the app, the run, each screen, tables, forms, dialogs."""
     steering = {binding.id for binding in CONTROL_BINDINGS}
+    bound = list(Binding.make_bindings(type(app).BINDINGS))
+    through_time = [binding for binding in bound if (binding.id or "").startswith("replay.")]
+    everywhere = [binding for binding in bound if binding not in through_time]
     groups = [
         Group("Steering the run", _keys(app, CONTROL_BINDINGS)),
-        Group("Everywhere", _keys(app, [*type(app).BINDINGS, *_textual(app)])),
+        Group("Everywhere", _keys(app, [*everywhere, *_textual(app)])),
     ]
+    if through_time:
+        groups.insert(1, Group("Looking back", _keys(app, through_time)))
     for place in PLACES:
         module, _, name = place.where.partition(":")
         screen = getattr(import_module(f"tui_trainer.ui.screens.{module}"), name)

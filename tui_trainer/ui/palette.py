@@ -44,7 +44,8 @@ class ActionProvider(Provider):
             if self._app.check_action("go", (place.mode,)):
                 go = partial(self._app.action_go, place.mode)
                 yield f"Show {place.title.lower()}", f"{place.tooltip} (key {place.key})", go
-        if self._app.session is not None and not self._app.snapshot.status.ended:
+        replayed = self._app.snapshot.link.state == "replay"
+        if self._app.session is not None and not replayed and not self._app.snapshot.status.ended:
             for name, help, action in KEYLESS:
                 yield name, help, partial(self._app.command, action)
         for name in sorted(self._app.available_themes):

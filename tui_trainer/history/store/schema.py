@@ -72,6 +72,7 @@ _VERSION_2 = """
 CREATE TABLE told (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- MessagePack, packed columns
 -- The description of the run as it was at a moment of the story.
 CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- JSON
+CREATE INDEX event_by_kind ON event (kind, step);
 """
 
 MIGRATIONS = (_VERSION_1, _VERSION_2)

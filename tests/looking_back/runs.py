@@ -1,0 +1,42 @@
+"""Real short runs to look back at, made once for each test process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tempfile
+from pathlib import Path
+
+from tests.cli.calling import call
+
+STEPS = 30
+
+
+@functools.cache
+def home() -> Path:
+    """A directory with two finished runs of different learning rates, and what --json printed."""
+    place = Path(tempfile.mkdtemp(prefix="tui-trainer-looking-back-"))
+    for name, rate in (("calm", "0.001"), ("eager", "0.02")):
+        options = ("--steps", str(STEPS), "--threads", "1", "--learning-rate", rate)
+        done = call("gpt", *options, "--name", name, "--json", cwd=place)
+        assert done.returncode == 0, done.stderr
+        (place / f"{name}.jsonl").write_text(done.stdout, encoding="utf-8")
+    return place
+
+
+def directory(name: str) -> Path:
+    """Of one of the two runs."""
+    return home() / "runs" / name
+
+
+def fingerprint(place: Path) -> dict[str, tuple[str, int, int]]:
+    """Every file below: digest, size, time of the last change."""
+    return {
+        str(path.relative_to(place)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_size,
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }

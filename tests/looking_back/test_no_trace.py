@@ -1,0 +1,97 @@
+"""Looking back changes nothing in a run's directory, however the run ended, or if it lives."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from tests.looking_back.runs import directory, fingerprint
+from tests.runs.conftest import runs  # noqa: F401
+from tests.runs.starting import until
+from tests.ui.screens import settle
+from tui_trainer.history.store.schema import STORE_FILE
+from tui_trainer.session.replay import ReplaySession
+from tui_trainer.ui.replay import ReplayApp
+
+
+async def look_through(path):
+    """Every screen, and the cursor everywhere; returns the last step seen."""
+    replay = ReplaySession(path)
+    app = ReplayApp(replay)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        for key in ("home", "space", ">", "end", "2", "3", "4", "5", "left", "c", "i", "z", "b"):
+            await pilot.press(key)
+            await settle(pilot)
+        assert app.snapshot.link.message == ""
+        return replay.last_step
+
+
+async def test_a_finished_run(tmp_path):
+    path = tmp_path / "calm"
+    shutil.copytree(directory("calm"), path)
+    before = fingerprint(path)
+    assert await look_through(path) == 30
+    assert fingerprint(path) == before
+    path.chmod(0o500)
+    try:
+        assert await look_through(path) == 30
+    finally:
+        path.chmod(0o700)
+
+
+async def test_a_killed_run(runs):  # noqa: F811
+    runs.start("gpt-killed", seconds=0.002)
+    path = runs.directory / "gpt-killed"
+    until(lambda: runs.said("gpt-killed").step > 300, "it trains")
+    runs.kill("gpt-killed")
+    assert (path / f"{STORE_FILE}-wal").stat().st_size  # what it did not live to put in order
+    before = fingerprint(path)
+    assert await look_through(path) > 200
+    assert fingerprint(path) == before
+    replay = ReplaySession(path)
+    assert replay.poll().status.state == "crashed"
+    assert not replay.living
+    replay.close()
+    assert fingerprint(path) == before
+    (path / f"{STORE_FILE}-shm").unlink()
+    del before[f"{STORE_FILE}-shm"]
+    assert await look_through(path) > 200
+    assert fingerprint(path) == before
+
+
+async def test_a_living_run(runs):  # noqa: F811
+    """A paused run writes nothing but, each second, its state; so what else changed, we changed.
+    The index of the journal is shared memory by design, and no part of what is recorded."""
+    runs.start("gpt-living", seconds=0.002)
+    path = runs.directory / "gpt-living"
+    until(lambda: runs.said("gpt-living").step > 100, "it trains")
+    assert runs.call("pause", "gpt-living").returncode == 0
+    names = (STORE_FILE, "run.json", "log.txt")
+
+    def kept():
+        return {name: found for name, found in fingerprint(path).items() if name in names}
+
+    time.sleep(1.5)
+    before = kept()
+    assert await look_through(path) > 90
+    assert kept() == before
+    assert runs.call("resume", "gpt-living").returncode == 0
+    here = runs.said("gpt-living").step
+    until(lambda: runs.said("gpt-living").step > here + 50, "it trains on")
+    replay = ReplaySession(path)
+    assert replay.living
+    first = replay.poll().status.step
+    until(lambda: replay.poll().status.step > first, "its replay follows")
+    replay.close()
+
+
+def test_nothing_recorded_is_said(tmp_path, runs):  # noqa: F811
+    runs.made("gpt-empty")
+    done = runs.call("replay", "gpt-empty")
+    assert done.returncode == 2  # no terminal here
+    assert "not a terminal" in done.stderr
+    with pytest.raises(Exception, match="nothing was recorded"):
+        ReplaySession(runs.directory / "gpt-empty")

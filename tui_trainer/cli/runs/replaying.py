@@ -1,0 +1,59 @@
+"""`tui-trainer replay RUN`: the screens over what was recorded, with a cursor in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message
+from tui_trainer.cli.showing import why_no_screen
+from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.session.replay import ReplaySession
+
+
+def replay(
+    run: RunName = None,
+    *,
+    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    slow_link: Annotated[
+        bool, flag("send the terminal little: a frame in 2 s or less, at once on a key")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """look back at a run, step by step; read-only, live ones too"""
+    if reason := why_no_screen():
+        raise UsageError(reason, "tui-trainer report RUN writes a page, export RUN the numbers")
+    with one_message():
+        found = chosen(run, runs_dir, live=False)
+    session = open_recording(found.directory)
+    from tui_trainer.cli.screen import until_left
+    from tui_trainer.ui.replay import run_replay
+
+    seen = Replayed(session, found.name, found.directory)
+    return until_left(lambda: run_replay(session, ascii=ascii, slow_link=slow_link), lambda: seen)
+
+
+def open_recording(directory: Path) -> ReplaySession:
+    """The recording of a run. Raises CommandError when there is none."""
+    try:
+        return ReplaySession(directory)
+    except (StoreFault, OSError) as fault:
+        raise CommandError(
+            str(fault), f"tui-trainer show {directory} says what is known"
+        ) from fault
+
+
+class Replayed:
+    """What was on the screen, for the last line after it has closed."""
+
+    def __init__(self, session: ReplaySession, name: str, directory: Path) -> None:
+        self._session = session
+        self._name = name
+        self.directory = directory
+
+    def say_goodbye(self) -> int:
+        """Say where the cursor stood; returns the exit status."""
+        session = self._session
+        print(f"{self._name} seen at step {session.cursor:,} of {session.last_step:,}", flush=True)
+        return 0
