@@ -8,6 +8,9 @@ import numpy as np
 from tui_trainer.history.store.reader import Store
 from tui_trainer.protocol.messages import Artifact, Event, LogLine
 
+EVENTS_PLACED = 200_000
+"""Events of a kind that are looked at to mark where there are some: the first so many."""
+
 
 class Moments:
     """Answers about the time line of one store."""
@@ -53,6 +56,15 @@ class Moments:
         )
         found = self._store.ask(question, kind, step)
         return int(found[0][0]) if found else None
+
+    def places(self, kind: str, last_step: int, cells: int) -> list[int]:
+        """Which of `cells` equal stretches of steps 0..last_step hold an event of a kind."""
+        question = (
+            "SELECT DISTINCT min(step * ?1 / (?2 + 1), ?1 - 1) FROM "
+            "(SELECT step FROM event WHERE kind = ?3 AND step <= ?2 LIMIT ?4)"
+        )
+        found = self._store.ask(question, cells, max(0, last_step), kind, EVENTS_PLACED)
+        return sorted(int(cell) for (cell,) in found)
 
     # ------------------------------------------------------------ time
 
