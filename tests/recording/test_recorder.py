@@ -245,7 +245,11 @@ def test_changing_the_cadence_of_a_table_keeps_its_history(recorder):
     recorder.record(step(1))
     before = recorder.info.revision
     recorder.declare([Table(1, "grad_norm", tuple(Column(f"p{i}") for i in range(3)), every=10)])
-    assert recorder.info.revision == before + 1
+    assert recorder.info.revision == before  # a viewer is told the cadences alone
+    update = recorder.update_for(Poll(revision=before))
+    assert update.info is None
+    assert update.cadences == tuple(table.every for table in recorder.info.tables)
+    assert update.cadences[1] == 10
     assert recorder.info.tables[1].every == 10
     assert recorder.history.tables[1].rows == 1
 

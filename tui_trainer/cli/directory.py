@@ -15,6 +15,7 @@ from tui_trainer.cli.script import Script
 from tui_trainer.config.spec import RunSpec, create_run_directory, runs_directory, write_spec
 from tui_trainer.protocol.describe import Scalar
 from tui_trainer.session.branching import Branch
+from tui_trainer.session.trust import RunError, check_directory
 
 _NAME = re.compile(r"[\w][\w.+-]{0,99}")
 
@@ -53,8 +54,10 @@ def prepare(
 ) -> RunSpec:
     """Make the run's directory and write its spec. Raises CommandError, leaving nothing behind."""
     check_options(options)
+    _check_text(script)
     stem = re.sub(r"[^\w.+-]+", "-", Path(script.target).stem).strip("-.") if script else task
     try:
+        _check_parent(options)
         name, directory = _make_directory(stem or task, options)
         spec = RunSpec(
             name=name,
@@ -82,6 +85,28 @@ def prepare(
             "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
         ) from fault
     return spec
+
+
+def _check_text(script: Script | None) -> None:
+    """What is kept of a run, and shown, is text: bytes that are none are refused at once."""
+    for given in (*sys.argv, os.getcwd(), *(script.arguments if script else ())):
+        try:
+            given.encode()
+        except UnicodeEncodeError as fault:
+            raise CommandError(
+                f"{ascii(given)} is not valid UTF-8", "rename the file or directory"
+            ) from fault
+
+
+def _check_parent(options: RunOptions) -> None:
+    """Where others can write, they could answer in a run's place: `ls` and `attach` trust no such
+    directory, so no run is begun there. Raises CommandError."""
+    parent = runs_directory(options.runs_dir)
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        check_directory(parent)
+    except RunError as fault:
+        raise CommandError(fault.message, fault.hint) from fault
 
 
 def _make_directory(stem: str, options: RunOptions) -> tuple[str, Path]:

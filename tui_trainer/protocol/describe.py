@@ -66,7 +66,8 @@ class Table(msgspec.Struct, frozen=True):
     """One of `tables.TABLE_NAMES`."""
     columns: tuple[Column, ...]
     every: int = 1
-    """Its cadence now: measured every so many steps. 0: on request or by the clock."""
+    """Its cadence now: measured every so many steps. 0: on request or by the clock. It changes
+    while the run goes on, told by `Update.cadences`."""
     optimizer: str = ""
     """Set when a run has several optimizers and each has its own such table."""
 
@@ -132,3 +133,13 @@ class RunInfo(msgspec.Struct, frozen=True):
     """Directory of the run that this one goes on from: the history of runs is a tree."""
     branch_step: int | None = None
     """The parent's step that this run went on from: its own first step is the one after."""
+
+    def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
+        """The same with these `Table.every`, by table id; this very object where they are known."""
+        if len(cadences) != len(self.tables):
+            return self
+        pairs = list(zip(self.tables, cadences, strict=True))
+        if all(table.every == every for table, every in pairs):
+            return self
+        changed = (msgspec.structs.replace(table, every=every) for table, every in pairs)
+        return msgspec.structs.replace(self, tables=tuple(changed))

@@ -3,6 +3,9 @@
 The viewer leads: it greets (`Hello`), then *pulls* (`Poll` → `Update`) at its own rate and sends
 `Command`s, each answered by one `Ack`. The run never sends what was not asked for, so a viewer that
 stops reading costs it nothing, and a reconnecting viewer goes on from its own cursor without a gap.
+
+What crosses all the time is sent by place and not by name (`array_like`), a third of the bytes: a
+new field of such a struct goes to its end, with a default, and no field is ever taken away.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from tui_trainer.protocol.describe import RunInfo
 # ---------------------------------------------------------------- greeting
 
 
-class Hello(msgspec.Struct, tag="hello", frozen=True):
+class Hello(msgspec.Struct, tag="hello", frozen=True, array_like=True):
     """First frame from a viewer."""
 
     protocol: int
@@ -25,7 +28,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     read_only: bool = False
 
 
-class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
     """The run accepts the viewer."""
 
     protocol: int
@@ -34,7 +37,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     viewer_id: int
 
 
-class Refused(msgspec.Struct, tag="refused", frozen=True):
+class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
     """The run does not talk to this viewer, and why; the connection closes after it."""
 
     reason: str
@@ -44,7 +47,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 # ---------------------------------------------------------------- state
 
 
-class Status(msgspec.Struct, frozen=True):
+class Status(msgspec.Struct, frozen=True, array_like=True):
     """The state of the run at one moment: the little that changes all the time."""
 
     state: str = "starting"
@@ -85,7 +88,7 @@ class Status(msgspec.Struct, frozen=True):
         return self.state in ("finished", "stopped", "crashed")
 
 
-class Quantity(msgspec.Struct, frozen=True):
+class Quantity(msgspec.Struct, frozen=True, array_like=True):
     """One line of what a phase has just produced, ready to show."""
 
     name: str
@@ -93,7 +96,7 @@ class Quantity(msgspec.Struct, frozen=True):
     unit: str = ""
 
 
-class PhaseReport(msgspec.Struct, frozen=True):
+class PhaseReport(msgspec.Struct, frozen=True, array_like=True):
     """What the phase that has just ended produced: made only while stopped at its boundary."""
 
     step: int
@@ -108,7 +111,7 @@ class PhaseReport(msgspec.Struct, frozen=True):
     the panels while paused, not part of the history; the final ones come with the step."""
 
 
-class Rows(msgspec.Struct, frozen=True):
+class Rows(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive rows of one table, column-compressed as raw little-endian arrays.
 
     `steps` is int64 of shape (n,). `values` is float32 of shape (n, columns), C order: the last
@@ -135,7 +138,7 @@ class Rows(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- events, logs, artifacts
 
 
-class Clip(msgspec.Struct, tag="clip", frozen=True):
+class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
     """A step whose gradient was clipped, with the parameters that dominated."""
 
     id: int
@@ -152,7 +155,7 @@ class Clip(msgspec.Struct, tag="clip", frozen=True):
     """`norm` or `value`."""
 
 
-class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True):
+class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
     """A NaN or infinity appeared (said once when it appears, again only after it had gone)."""
 
     id: int
@@ -165,7 +168,7 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True):
     value: str = "nan"
 
 
-class Notice(msgspec.Struct, tag="notice", frozen=True):
+class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     """Anything else worth a line in the log and perhaps a mark on the charts."""
 
     id: int
@@ -184,7 +187,7 @@ class Notice(msgspec.Struct, tag="notice", frozen=True):
 Event = Clip | NonFinite | Notice
 
 
-class LogLine(msgspec.Struct, frozen=True):
+class LogLine(msgspec.Struct, frozen=True, array_like=True):
     """A line that the script or a library printed."""
 
     id: int
@@ -233,7 +236,7 @@ Artifact = TextSample | ImageSample | ConfusionMatrix
 # ---------------------------------------------------------------- pull
 
 
-class Poll(msgspec.Struct, tag="poll", frozen=True):
+class Poll(msgspec.Struct, tag="poll", frozen=True, array_like=True):
     """The viewer asks for everything since its cursor."""
 
     revision: int = -1
@@ -253,7 +256,7 @@ class Poll(msgspec.Struct, tag="poll", frozen=True):
     """Bytes of rows it wants at most; the run summarises what does not fit."""
 
 
-class Update(msgspec.Struct, tag="update", frozen=True):
+class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
     """The answer to a `Poll`."""
 
     status: Status
@@ -266,6 +269,9 @@ class Update(msgspec.Struct, tag="update", frozen=True):
     report: PhaseReport | None = None
     more: bool = False
     """Whether the viewer should poll again at once: there was more than one answer holds."""
+    cadences: tuple[int, ...] = ()
+    """`Table.every` of each table as it is now, by table id. The governor changes them often, which
+    is no reason to send the whole description again: its revision does not grow with them."""
 
 
 # ---------------------------------------------------------------- commands
@@ -333,14 +339,14 @@ Action = (
 )
 
 
-class Command(msgspec.Struct, tag="command", frozen=True):
+class Command(msgspec.Struct, tag="command", frozen=True, array_like=True):
     """One action, numbered by the viewer so that its answer can be told apart."""
 
     id: int
     action: Action
 
 
-class Ack(msgspec.Struct, tag="ack", frozen=True):
+class Ack(msgspec.Struct, tag="ack", frozen=True, array_like=True):
     """The answer to one command, sent as soon as it is accepted or refused."""
 
     id: int

@@ -50,6 +50,7 @@ class Answerer:
             artifacts=artifacts,
             report=self._report_for(poll, viewer),
             more=more_rows or more_events or more_log or more_artifacts,
+            cadences=tuple(table.every for table in info.tables),
         )
 
     def expire(self) -> None:

@@ -34,6 +34,7 @@ from tui_trainer.protocol.messages import (
     Status,
     Update,
 )
+from tui_trainer.protocol.text import harmless, harmless_all
 from tui_trainer.recording.answer import Answerer
 from tui_trainer.recording.feed import Feed
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Sink, Stepped
@@ -58,8 +59,9 @@ class Recorder:
         self._capacity = QUEUE_STEPS
         self._overflow = 0
         self._overflow_said = 0
-        self._info = info
+        self._info = harmless_all(info)
         self._described = False
+        self._cadences_said = True
         self._status = Status()
         self._live_status: Callable[[], dict[str, Any]] = dict
         self._paused_s: Callable[[], float] | None = None
@@ -101,7 +103,8 @@ class Recorder:
         self, kind: str, text: str, level: str = "info", step: int | None = None, who: str = ""
     ) -> None:
         """Say something worth a line in the log; `kind` as in `Notice`."""
-        self._enqueue(self._take_notice, kind, text, level, step, who, self._clock())
+        said = harmless(text)
+        self._enqueue(self._take_notice, kind, said, level, step, harmless(who), self._clock())
 
     def fault(self, where: str, fault: BaseException) -> None:
         """Say once that something of ours failed; training goes on."""
@@ -117,11 +120,11 @@ class Recorder:
 
     def log(self, stream: str, text: str) -> None:
         """Take a line that the script or a library printed."""
-        self._enqueue(self._take_log, stream, text, self._clock())
+        self._enqueue(self._take_log, stream, harmless(text), self._clock())
 
     def artifact(self, artifact: Artifact) -> None:
         """Take a sample to show; its id is set here."""
-        self._enqueue(self._take_artifact, artifact)
+        self._enqueue(self._take_artifact, harmless_all(artifact))
 
     def new_table(
         self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
@@ -192,7 +195,7 @@ class Recorder:
     def status(self, **changes: Any) -> None:
         """Change fields of the status."""
         with self._lock:
-            self._status = msgspec.structs.replace(self._status, **changes)
+            self._status = harmless_all(msgspec.structs.replace(self._status, **changes))
 
     @property
     def state(self) -> Status:
@@ -203,7 +206,7 @@ class Recorder:
 
     def report(self, report: PhaseReport | None) -> None:
         """What the phase that has just ended produced; None once the training goes on."""
-        self._answerer.report = report
+        self._answerer.report = harmless_all(report)
 
     def update_for(self, poll: Poll, viewer: int = 0) -> Update:
         """The answer to a viewer's poll, its rows within `poll.budget` bytes."""
@@ -235,6 +238,7 @@ class Recorder:
             self._ended_at = self._clock()
             self._live_status = dict
             self.status(state=state, reason=reason, hint=hint, waiting_for="", run_to=None)
+            self._described = self._described and self._cadences_said
             self._say_description()
             self._out.append(Ended(self._status_now()))
             self._hand_out()
@@ -276,7 +280,7 @@ class Recorder:
                 take(*arguments)
             except Exception as fault:
                 if text := self._new_fault("recorder", fault):
-                    self._take_notice("fault", text, "error")
+                    self._take_notice("fault", harmless(text), "error")
         if self._overflow > self._overflow_said:
             lost, self._overflow_said = self._overflow - self._overflow_said, self._overflow
             self._out.append(Lost(lost))
@@ -351,14 +355,22 @@ class Recorder:
             while table.id >= len(tables):  # ids reserved but not declared yet
                 tables.append(Table(len(tables), "", ()))
             known = tables[table.id]
+            if table.columns is not known.columns:
+                table = harmless_all(table)
             tables[table.id] = table
             if not known.name or known.columns != table.columns:
                 self.history.declare(table)
-        self._take_description({"tables": tuple(tables)})
+        cadences = tuple(table.every for table in tables)
+        if self._info.with_cadences(cadences).tables == tuple(tables):
+            self._info = self._info.with_cadences(cadences)
+            self._cadences_said = False
+        else:
+            self._take_description({"tables": tuple(tables)})
         row_bytes = sum(4 * len(table.columns) + 64 for table in tables)
         self._capacity = max(64, min(QUEUE_STEPS, QUEUE_BYTES // max(1, row_bytes)))
 
     def _take_description(self, changes: dict[str, Any]) -> None:
+        changes = {name: harmless_all(value) for name, value in changes.items()}
         changed = msgspec.structs.replace(self._info, **changes)
         if changed != self._info:
             self._info = msgspec.structs.replace(changed, revision=self._info.revision + 1)

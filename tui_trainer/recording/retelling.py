@@ -12,6 +12,7 @@ import msgspec
 
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.history.store import told
+from tui_trainer.history.store.objects import decode_event
 from tui_trainer.history.store.packing import CHUNK
 from tui_trainer.history.store.reader import RecordedHistory, RecordedTable, Store
 from tui_trainer.history.store.schema import StoreFault, schema_version
@@ -125,8 +126,7 @@ def _clip_after(step: Entry, store: Store, ahead: _Ahead) -> ClipRecord | None:
 
 def _event(store: Store, number: int) -> Event | None:
     for (data,) in store.ask("SELECT data FROM event WHERE id = ?", number):
-        event: Event = msgspec.json.decode(data, type=Event)
-        return event
+        return decode_event(data)
     return None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tui_trainer.history.records import Floats
-from tui_trainer.history.store import told
+from tui_trainer.history.store import objects, told
 from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import (
@@ -229,9 +229,8 @@ class StoreSink:
 
 
 def _put(connection: sqlite3.Connection, key: str, value: RunInfo | Status) -> None:
-    connection.execute(
-        "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, msgspec.json.encode(value))
-    )
+    data = objects.encode(value) if isinstance(value, Status) else msgspec.json.encode(value)
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, data))
 
 
 Saying = Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix
@@ -258,7 +257,7 @@ def _statement(item: Saying) -> tuple[str, tuple[object, ...]]:
             kind = item.kind if isinstance(item, Notice) else type(item).__name__.lower()
             return (
                 "INSERT OR REPLACE INTO event VALUES (?, ?, ?, ?)",
-                (item.id, item.step, kind, msgspec.json.encode(item)),
+                (item.id, item.step, kind, objects.encode(item)),
             )
         case _:
             return (

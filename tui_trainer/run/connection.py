@@ -24,25 +24,38 @@ from tui_trainer.protocol.messages import (
     Update,
     Welcome,
 )
+from tui_trainer.protocol.text import printable
 from tui_trainer.recording.recorder import Recorder
-from tui_trainer.run.control import Control, Viewer, printable
+from tui_trainer.run.control import Control, Viewer
 
 GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
+FRAME_TIMEOUT_S = 10.0
+"""A message that has begun must have come whole by then."""
+SILENT_S = 300.0
+"""A viewer that has asked nothing for so long is frozen or forgotten; the app polls at least once
+a minute, and one that wakes up later connects again."""
 VIEWER_NAME_CHARACTERS = 80
 
 
 class Stuck(Exception):
-    """The viewer does not read what it asked for."""
+    """The viewer does not read what it asked for, or says nothing more."""
 
 
 class Connection:
     """Speaks the protocol over one connected socket. Only `run` touches the stream."""
 
     def __init__(
-        self, stream: socket.socket, identity: int, run: str, recorder: Recorder, control: Control
+        self,
+        stream: socket.socket,
+        identity: int,
+        run: str,
+        recorder: Recorder,
+        control: Control,
+        silent_s: float | None = None,
     ) -> None:
         self._stream = stream
+        self._silent_s = silent_s
         self._identity = identity
         self._run = run
         self._recorder = recorder
@@ -56,13 +69,13 @@ class Connection:
         try:
             self._greet()
             while self.viewer is not None:
-                self._answer(read_to_run(self._stream.recv))
+                self._answer(self._next())
         except (ConnectionClosed, ConnectionError):
             pass
         except (ProtocolError, Stuck) as fault:
             drop(str(fault))
         except TimeoutError:
-            drop(f"no greeting in {GREETING_TIMEOUT_S:.0f} s")
+            drop(f"it did not greet within {GREETING_TIMEOUT_S:.0f} s")
         except OSError as fault:
             if self._stream.fileno() >= 0:
                 drop(str(fault))
@@ -112,6 +125,27 @@ class Connection:
         self.viewer = Viewer(self._identity, name, hello.read_only)
         self._control.joined(self.viewer)
         self._send(Welcome(PROTOCOL_VERSION, __version__, self._run, self._identity))
+
+    def _next(self) -> Hello | Poll | Command:
+        """What the viewer says next; it may think, but not stop in the middle of a message."""
+        deadline: float | None = None
+
+        def read(size: int) -> bytes:
+            nonlocal deadline
+            left = self._silent_s if deadline is None else deadline - time.monotonic()
+            self._stream.settimeout(left if left is None else max(0.001, left))
+            part = self._stream.recv(size)
+            deadline = deadline or time.monotonic() + FRAME_TIMEOUT_S
+            return part
+
+        try:
+            return read_to_run(read)
+        except TimeoutError:
+            if deadline is not None:
+                raise Stuck("it stopped in the middle of a message") from None
+            raise Stuck(f"it asked nothing for {self._silent_s:.0f} s") from None
+        finally:
+            self._stream.settimeout(None)
 
     def _answer(self, message: Hello | Poll | Command) -> None:
         assert self.viewer is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ from tui_trainer.protocol.messages import (
     TakeControl,
     Throttle,
 )
+from tui_trainer.protocol.text import printable
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.tracing.gate import Gate, Refusal
 
 MOST_STEPS = 10**12
-MOST_STEPS_PER_SECOND = 1e6
+LEAST_STEPS_PER_SECOND, MOST_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
 
 
@@ -157,23 +157,20 @@ class Control:
                 return said
 
     def _step(self, count: int) -> str:
-        if not 1 <= count <= MOST_STEPS:
-            raise Refusal(f"cannot run {count} steps: give a number from 1 on")
+        if not 1 <= count <= MOST_STEPS - (self._gate.run_to or 0):
+            raise Refusal(f"cannot run {count:,} steps: give a number from 1 to {MOST_STEPS:,}")
         self._gate.step(count)
         return "one step" if count == 1 else f"{count} steps"
 
     def _throttle(self, rate: float | None) -> str:
-        if rate is not None and not (math.isfinite(rate) and 0 < rate <= MOST_STEPS_PER_SECOND):
-            raise Refusal(f"cannot hold {rate} steps a second: give a number above 0")
+        least, most = LEAST_STEPS_PER_SECOND, MOST_STEPS_PER_SECOND
+        if rate is not None and not least <= rate <= most:  # as NaN is not either
+            raise Refusal(
+                f"cannot hold {rate:g} steps a second: give a number from {least:g} to {most:,.0f}"
+            )
         self._gate.throttle(rate)
         return "full speed" if rate is None else f"at most {rate:g} steps a second"
 
 
 def _ended(state: str) -> str:
     return {"stopped": "been stopped"}.get(state, state)
-
-
-def printable(text: str, limit: int) -> str:
-    """One line of at most `limit` characters without anything that could move a cursor."""
-    kept = "".join(char if char.isprintable() else " " for char in text[: 4 * limit])
-    return " ".join(kept.split())[:limit]

@@ -9,17 +9,21 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from pathlib import Path
 
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import Refused
+from tui_trainer.protocol.text import printable
 from tui_trainer.recording.recorder import Recorder
+from tui_trainer.run import connection as connections
 from tui_trainer.run.connection import Connection
 from tui_trainer.run.control import Control
 
 MAX_CONNECTIONS = 64
-DROPS_SAID = 20
-"""So many dropped connections get a line in the log; a flood of them gets no more."""
+DROPS_SAID, DROPS_SAID_EVERY_S = 20, 600.0
+"""So many dropped connections get a line in the log within so many seconds; of a flood of them the
+rest is counted in one line."""
 
 
 class Server:
@@ -34,7 +38,8 @@ class Server:
         self._identities = itertools.count(1)
         self._listening: socket.socket | None = None
         self._path: Path | None = None
-        self._drops = 0
+        self._drops: deque[float] = deque()
+        self._drops_unsaid = 0
         self._served_any = threading.Event()
         self._closed = False
         _after_fork(self)
@@ -54,8 +59,13 @@ class Server:
 
     def serve(self, stream: socket.socket) -> threading.Thread:
         """Serve one viewer over a connected socket, on a new thread."""
+        return self._serve(stream, None)
+
+    def _serve(self, stream: socket.socket, silent_s: float | None) -> threading.Thread:
         identity = next(self._identities)
-        connection = Connection(stream, identity, self._run, self._recorder, self._control)
+        connection = Connection(
+            stream, identity, self._run, self._recorder, self._control, silent_s
+        )
         with self._lock:
             self._connections[identity] = connection
         thread = threading.Thread(
@@ -113,7 +123,7 @@ class Server:
                     stream.settimeout(0.1)
                     stream.send(encode(Refused(f"{MAX_CONNECTIONS} viewers look at this run")))
                 continue
-            self.serve(stream)
+            self._serve(stream, connections.SILENT_S)
 
     def _work(self, identity: int, connection: Connection) -> None:
         self._served_any.set()
@@ -126,9 +136,18 @@ class Server:
                 self._connections.pop(identity, None)
 
     def _drop(self, why: str) -> None:
-        self._drops += 1
-        if self._drops <= DROPS_SAID:
-            self._recorder.notice("viewer", f"a viewer was dropped: {why}", "warning")
+        with self._lock:
+            now = time.monotonic()
+            while self._drops and self._drops[0] < now - DROPS_SAID_EVERY_S:
+                self._drops.popleft()
+            if len(self._drops) >= DROPS_SAID:
+                self._drops_unsaid += 1
+                return
+            self._drops.append(now)
+            unsaid, self._drops_unsaid = self._drops_unsaid, 0
+        more = f" (and {unsaid:,} before it)" if unsaid else ""
+        text = f"a viewer was dropped: {printable(why, 300)}{more}"
+        self._recorder.notice("viewer", text, "warning")
 
     def _let_go(self) -> None:
         """In a forked child (a data-loader worker): our sockets are the parent's alone."""

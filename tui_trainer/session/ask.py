@@ -29,6 +29,7 @@ from tui_trainer.protocol.messages import (
     Update,
     Welcome,
 )
+from tui_trainer.protocol.text import harmless_all
 from tui_trainer.session.registry import Run, live_socket
 from tui_trainer.session.trust import RunError, connect_unix
 
@@ -146,7 +147,7 @@ class Conversation:
 
     def _receive(self) -> ToViewer:
         try:
-            return read_to_viewer(self._connection.recv)
+            return harmless_all(read_to_viewer(self._connection.recv))
         except TimeoutError as fault:
             raise RunError(f"the run gave no answer within {ANSWER_TIMEOUT_S:.0f} s") from fault
         except ConnectionClosed as fault:

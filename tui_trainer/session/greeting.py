@@ -10,6 +10,7 @@ import msgspec
 
 from tui_trainer import __version__
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.text import harmless_all
 
 MARK = b"TUI-TRAINER-RELAY "
 MISSING = b"missing"
@@ -73,6 +74,6 @@ def find_greeting(received: bytes) -> RelayGreeting | None:
     if line.strip() == MISSING:
         return RelayGreeting("missing")
     try:
-        return msgspec.json.decode(line, type=RelayGreeting)
+        return harmless_all(msgspec.json.decode(line, type=RelayGreeting))
     except msgspec.DecodeError as fault:
         raise NoGreeting(f"its greeting cannot be read: {fault}") from fault

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from tui_trainer.history import History
 from tui_trainer.protocol.messages import Artifact, Event, LogLine, Status, Update
+from tui_trainer.protocol.text import harmless, harmless_all
 from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
 
 T = TypeVar("T", Event, LogLine)
@@ -30,12 +31,19 @@ class Intake:
     def apply(self, update: Update) -> None:
         """Take in one answer. Raises ValueError when its rows do not fit; what came before the
         faulty rows is kept."""
+        update = harmless_all(update)
         known = self.snapshot
         changes: dict[str, object] = {}
         if update.info is not None:
             for table in update.info.tables:
                 self.history.declare(table)
             changes["info"] = update.info
+        elif known.info is not None and update.cadences:
+            info = known.info.with_cadences(update.cadences)
+            if info is not known.info:
+                for table in info.tables:
+                    self.history.declare(table)
+                changes["info"] = info
         if update.status != known.status:
             changes["status"] = update.status
         if _extend(self._events, update.events):
@@ -55,6 +63,7 @@ class Intake:
 
     def show_status(self, status: Status) -> None:
         """Take in a state that came without an update."""
+        status = harmless_all(status)
         known = self.snapshot
         if status != known.status:
             report = known.report if status.state == "paused" else None
@@ -62,6 +71,7 @@ class Intake:
 
     def show_link(self, link: Link) -> None:
         """Take in how the connection is; figures that always change are no reason to draw."""
+        link = replace(link, message=harmless(link.message), hint=harmless(link.hint))
         known = self.snapshot
         if link != known.link:
             told = (link.state, link.message, link.hint, link.viewer_id, link.read_only)

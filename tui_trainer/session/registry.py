@@ -17,6 +17,7 @@ from tui_trainer.config.state import (
     read_state,
     this_place,
 )
+from tui_trainer.protocol.text import harmless, harmless_all
 from tui_trainer.session.trust import RunError, check_directory
 
 STARTING_S = 30.0
@@ -77,7 +78,7 @@ def look_at(directory: Path) -> Run | None:
     said = read_state(directory)
     if said is not None:
         state, note = judge(said)
-        return Run(directory.name, directory, state, said, note)
+        return Run(directory.name, directory, state, harmless_all(said), harmless(note))
     try:
         made = (directory / SPEC_FILE).stat().st_mtime
         spec = read_spec(directory)

@@ -70,6 +70,8 @@ def _copy(path: Path, position: int) -> int:
     with open(path, "rb") as file:
         file.seek(position)
         while block := file.read(_BLOCK):
+            if block.endswith(b"\xc2"):  # with what follows it may be a control character
+                block += file.read(1)
             sys.stdout.buffer.write(_harmless(block) if terminal else block)
             position += len(block)
     sys.stdout.flush()

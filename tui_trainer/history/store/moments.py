@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from tui_trainer.history.store.objects import decode_event
 from tui_trainer.history.store.reader import Store
 from tui_trainer.protocol.messages import Artifact, Event, LogLine
 
@@ -22,7 +23,7 @@ class Moments:
         """The last `count` events up to a step, oldest first."""
         question = "SELECT data FROM event WHERE step <= ? ORDER BY id DESC LIMIT ?"
         rows = self._store.ask(question, step, count)
-        return tuple(msgspec.json.decode(data, type=Event) for (data,) in reversed(rows))
+        return tuple(decode_event(data) for (data,) in reversed(rows))
 
     def log(self, step: int, count: int) -> tuple[LogLine, ...]:
         """The last `count` lines printed up to a step, oldest first."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tui_trainer.history.history import History
 from tui_trainer.history.levels import FACTOR, Buckets, Entries, Steps, T, extremes, flags_of
 from tui_trainer.history.store import packing
+from tui_trainer.history.store.objects import decode_status
 from tui_trainer.history.store.packing import CHUNK, GROUP
 from tui_trainer.history.store.schema import StoreFault, open_for_reading
 from tui_trainer.history.table import TableHistory
@@ -61,8 +62,7 @@ class Store:
     def status(self) -> Status | None:
         """The last state that was recorded."""
         for (value,) in self.ask("SELECT value FROM meta WHERE key = 'status'"):
-            status: Status = msgspec.json.decode(value, type=Status)
-            return status
+            return decode_status(value)
         return None
 
     def close(self) -> None:

@@ -1,0 +1,322 @@
+"""Anybody who may connect may send anything: the run goes on, and others are served."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.run.test_server import Rig, wait_for
+from tui_trainer.history.records import StepRecord
+from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
+from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
+from tui_trainer.protocol.messages import (
+    Ack,
+    Action,
+    Command,
+    Hello,
+    Mark,
+    Poll,
+    Refused,
+    Step,
+    Throttle,
+    Update,
+    Welcome,
+)
+from tui_trainer.run import connection as connections
+from tui_trainer.run.control import Control
+from tui_trainer.tracing.gate import StopTraining
+
+HELLO = encode(Hello(PROTOCOL_VERSION, "0", "fuzz"))
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[5n\x9b31m"
+
+
+class Trained(Rig):
+    """A rig whose gate a thread passes without end, as a training does."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.control = Control(self.gate, self.recorder, self.gate_stop, lambda: None)
+        self.server._control = self.control
+        self.gate.steps_per_epoch = 10
+        self.recorder.declare([Table(0, "step", (Column("loss"),))])
+        self.fault = None
+        self.steps = 0
+        self.ending = False
+        self.thread = threading.Thread(target=self.train, daemon=True)
+        self.thread.start()
+
+    def gate_stop(self, checkpoint):
+        """Stopping is what a viewer may do; the fuzz shall not end with it."""
+
+    def train(self):
+        try:
+            while not self.ending:
+                self.steps += 1
+                for phase in PHASES:
+                    self.gate.reached(phase, self.steps)
+                row = (0, np.ones(1, np.float32))
+                self.recorder.record(StepRecord(self.steps, time.time(), "", (row,)))
+                time.sleep(0.0005)
+        except StopTraining:
+            pass
+        except BaseException as fault:
+            self.fault = fault
+
+    def goes_on(self):
+        """Set free of whatever it was told, it trains."""
+        self.gate.throttle(None)
+        self.gate.resume()
+        before = self.steps
+        wait_for(lambda: self.fault or self.steps > before + 3)
+        return self.fault is None
+
+    def end(self):
+        self.ending = True
+        self.gate.resume()
+        self.thread.join(10)
+        self.server.close()
+        self.recorder.close(5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    made = Trained(tmp_path_factory.mktemp("hostile") / "run.sock")
+    yield made
+    made.end()
+
+
+def send(rig, data):
+    """All that the run answers before it or we end the connection."""
+    stream = rig.connect()
+    frames, answers = FrameBuffer(), []
+    with contextlib.suppress(OSError), stream:
+        sender = threading.Thread(target=_send_all, args=(stream, data), daemon=True)
+        sender.start()
+        while received := stream.recv(1 << 16):
+            answers += frames.feed(received)
+        sender.join(10)
+    return answers
+
+
+def _send_all(stream, data):
+    with contextlib.suppress(OSError):
+        stream.sendall(data)
+        stream.shutdown(socket.SHUT_WR)
+
+
+def check(rig):
+    assert rig.goes_on(), repr(rig.fault)
+    assert rig.alive()
+    assert rig.thread.is_alive()
+    wait_for(lambda: not rig.server._connections)
+
+
+SETTINGS = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+big = st.integers(-(2**63), 2**64 - 1)
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
+leaves = st.none() | st.booleans() | big | st.floats() | words | st.binary(max_size=50)
+anything = st.recursive(
+    leaves, lambda kids: st.lists(kids, max_size=6) | st.dictionaries(words, kids, max_size=4)
+)
+tags = st.sampled_from(["hello", "poll", "command", "update", "ack", "step", "throttle", "mark"])
+
+
+def framed(payload):
+    return struct.pack(">I", len(payload)) + payload
+
+
+shapes = st.one_of(
+    st.binary(max_size=200),
+    st.builds(lambda n, tail: struct.pack(">I", n) + tail, st.integers(0, 2**32 - 1), st.binary()),
+    st.builds(lambda value: framed(msgspec.msgpack.encode(value)), anything),
+    st.builds(
+        lambda tag, rest: framed(msgspec.msgpack.encode([tag, *rest])),
+        tags,
+        st.lists(anything, max_size=9),
+    ),
+)
+
+
+@SETTINGS
+@given(greets=st.booleans(), parts=st.lists(shapes, min_size=1, max_size=5), cut=st.integers(0, 99))
+def test_bytes_that_are_no_protocol(trained, greets, parts, cut):
+    data = (HELLO if greets else b"") + b"".join(parts)
+    answers = send(trained, data[: len(data) - cut] if cut < 20 else data)
+    assert all(isinstance(each, (Welcome, Refused, Update, Ack)) for each in answers)
+    check(trained)
+
+
+@SETTINGS
+@given(
+    polls=st.lists(
+        st.builds(
+            Poll,
+            revision=st.integers(-(2**63), 2**63),
+            rows=st.lists(st.integers(-(2**63), 2**64 - 1), max_size=50).map(tuple),
+            event=big,
+            log=big,
+            artifact=big,
+            report=st.none() | st.tuples(big, words),
+            watch=st.lists(words | st.just("attention_heads"), max_size=20).map(tuple),
+            budget=big,
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_polls_that_are_valid_but_absurd(trained, polls):
+    data = HELLO + b"".join(map(encode, polls))
+    answers = send(trained, data)
+    assert len(answers) == 1 + len(polls)
+    check(trained)
+
+
+@SETTINGS
+@given(
+    actions=st.lists(
+        st.one_of(
+            st.builds(Step, big),
+            st.builds(Throttle, st.none() | st.floats()),
+            st.builds(Mark, words),
+            *(st.builds(kind) for kind in Action.__args__ if kind not in (Step, Throttle, Mark)),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    identity=big,
+)
+def test_commands_that_are_valid_but_absurd(trained, actions, identity):
+    data = HELLO + b"".join(encode(Command(identity, action)) for action in actions)
+    answers = send(trained, data)
+    assert [type(each) for each in answers] == [Welcome] + [Ack] * len(actions)
+    check(trained)
+
+
+def test_a_million_cursors_and_topics(trained):
+    for poll in (
+        Poll(rows=(2**40,) * 1_000_000),
+        Poll(watch=("x" * 1000,) * 100_000),
+        Poll(watch=("\x00" * 60_000,)),
+        Poll(rows=(0,) * 60_000, budget=2**60),
+    ):
+        answers = send(trained, HELLO + encode(poll, 1 << 30))
+        dropped = len(encode(poll, 1 << 30)) > MAX_TO_RUN_BYTES
+        assert len(answers) == (1 if dropped else 2)
+    check(trained)
+
+
+@pytest.mark.parametrize("rate", [1e-300, 5e-324, 1e-9, -0.0, 1e300])
+def test_no_rate_stops_the_training_for_good(trained, rate):
+    with trained.viewer() as peer:
+        assert not peer.do(Throttle(rate)).ok
+    check(trained)
+
+
+def test_steps_never_add_up_to_what_no_number_holds(trained):
+    with trained.viewer() as peer:
+        assert peer.do(Step(10**12 - trained.steps - 1000)).ok
+        assert not peer.do(Step(10**12)).ok
+        assert not peer.do(Step(10**18)).ok
+    check(trained)
+
+
+def test_no_escape_sequence_gets_through(rig):
+    hostile = (ESCAPES + "\r\n" + "\x00" * 10) * 3000
+    with rig.viewer(ESCAPES + "me", read_only=False) as peer:
+        assert peer.do(Mark(hostile[:60_000])).ok
+        for data in (
+            framed(msgspec.msgpack.encode([ESCAPES])),
+            encode(Hello(99, ESCAPES, ESCAPES)),
+            HELLO + framed(msgspec.msgpack.encode(["command", 1, {"type": ESCAPES}])),
+        ):
+            send(rig, data)
+        rig.recorder.log("stdout", ESCAPES)
+        rig.recorder.fault(ESCAPES, ValueError(ESCAPES + "\udcff"))
+        rig.recorder.status(reason=ESCAPES)
+        rig.recorder.describe(title=ESCAPES, facts={ESCAPES: ESCAPES})
+        update = peer.ask(Poll())
+    said = msgspec.json.encode(msgspec.to_builtins(update), enc_hook=str).decode()
+    for escaped in ("\\u001b", "\\u0007", "\\u0000", "\x9b", "\x7f"):
+        assert escaped not in said
+    assert len([e for e in update.events if e.kind == "viewer"]) == 3
+    assert "owned" in said
+
+
+@pytest.fixture
+def rig(tmp_path):
+    made = Rig(tmp_path / "run.sock")
+    yield made
+    made.server.close()
+    made.recorder.close(5)
+
+
+def test_half_a_message_and_a_viewer_that_fell_silent(rig, monkeypatch):
+    monkeypatch.setattr(connections, "FRAME_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connections, "SILENT_S", 1.0)
+    half = rig.viewer("half")
+    half.stream.sendall(encode(Poll())[:3])
+    wait_for(lambda: any("middle of a message" in text for text in rig.dropped()))
+    silent = rig.viewer("silent")
+    wait_for(lambda: any("asked nothing for 1 s" in text for text in rig.dropped()))
+    wait_for(lambda: rig.recorder.state.viewers == ())
+    assert rig.recorder.state.controller is None
+    for peer in (half, silent):
+        peer.stream.close()
+
+
+def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):
+    from tui_trainer.run import server
+
+    for _ in range(50):
+        send(rig, b"\xff" * 8)
+    assert len(rig.dropped()) == 20
+    monkeypatch.setattr(server, "DROPS_SAID_EVERY_S", 0.0)
+    send(rig, b"\xff" * 8)
+    assert len(rig.dropped()) == 21
+    assert "(and 30 before it)" in rig.dropped()[-1]
+
+
+def test_the_viewer_trusts_no_run_either(tmp_path):
+    """What a run sends is made harmless before a screen or a command shows it."""
+    from tui_trainer.protocol.messages import LogLine, Notice, Status
+    from tui_trainer.session.intake import Intake
+
+    intake = Intake()
+    intake.apply(
+        Update(
+            Status(reason=ESCAPES, viewers=(ESCAPES,)),
+            events=(Notice(0, 1, 0.0, "mark", ESCAPES, who=ESCAPES),),
+            log=(LogLine(0, 0.0, 1, "stdout", ESCAPES),),
+        )
+    )
+    seen = intake.snapshot
+    for text in (seen.status.reason, seen.events[0].text, seen.events[0].who, seen.log[0].text):
+        assert "\x1b" not in text
+        assert "owned" in text
+
+
+def test_peers_are_independent(rig):
+    """One that sends nonsense, one that reads nothing, one that only looks, one in control."""
+    with rig.viewer("holder") as holder, rig.viewer("watcher", read_only=True) as watcher:
+        send(rig, HELLO + b"\x00\x00\x00\x05nonsense")
+        assert holder.do(Step(1)).ok
+        update = watcher.ask(Poll())
+        assert update.status.viewers == ("holder", "watcher")
+        said = [e for e in update.events if e.kind == "command"]
+        assert [(e.text, e.who) for e in said] == [("one step", "holder")]
+        assert said[0].time == pytest.approx(time.time(), abs=60)
