@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rich.color import ColorSystem
 from rich.console import Console
 from textual import events
 from textual.app import App
@@ -97,6 +98,8 @@ class TuiTrainerApp(CommandingApp):
         self.pace = Pace(self.link)
         if slow_link:
             self.animation_level = "none"
+            if self.console._color_system is ColorSystem.TRUECOLOR:  # half the bytes of a colour
+                self.console._color_system = ColorSystem.EIGHT_BIT
         self.session = session
         self.glyphs: Glyphs = ASCII if ascii else UNICODE
         self.snapshot = Snapshot()
