@@ -1,15 +1,18 @@
 """What crosses an ssh connection while a run is watched: bytes a second, and of what.
 
 A real run of the GPT is started detached and polled as the app polls, through `tui-trainer relay`,
-whose standard streams are what ssh carries. ssh itself adds about 40 bytes to a packet.
+whose standard streams are what ssh carries. With `--ssh` it is reached through a real sshd on
+loopback, with the options that the app gives to ssh, and what ssh reads from and writes to its
+socket is counted as well: compressed, encrypted and in packets.
 
-    python benchmarks/link_bytes.py [--preset nanogpt-cpu] [--rate 4] [--seconds 30]
+    python benchmarks/link_bytes.py [--ssh] [--preset nanogpt-cpu] [--rate 4] [--seconds 30]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -17,14 +20,20 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import msgspec
+import psutil
 
 from tui_trainer import __version__
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import Command, Hello, Throttle, ToViewer, Update
 from tui_trainer.session.cursor import Cursor
+from tui_trainer.session.ssh import OPTIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.ssh.sshd import PATH_WITH_US, Sshd
 
 BUDGET = 64 * 1024
 
@@ -35,6 +44,7 @@ def main() -> None:
     options.add_argument("--rate", type=float, default=4.0, help="polls a second")
     options.add_argument("--seconds", type=float, default=30.0)
     options.add_argument("--threads", default="2")
+    options.add_argument("--ssh", action="store_true", help="through a real sshd on loopback")
     options.add_argument("--budget", default="0.01", help="0: every quantity at every step")
     options.add_argument(
         "--steps-per-second",
@@ -51,13 +61,21 @@ def main() -> None:
         if given.steps_per_second:
             start += ["--width", "16", "--block-size", "8", "--batch-size", "1"]
         name = subprocess.check_output(start, env=environment, text=True).strip()
+        relay = [*command, "relay", name]
+        sshd = None
         try:
-            link = Link([*command, "relay", name], environment)
+            if given.ssh:
+                passed = {"PATH": PATH_WITH_US, "TUI_TRAINER_RUNS_DIR": directory}
+                sshd = Sshd(Path(directory) / "sshd", passed)
+                relay = [*shlex.split(sshd.command), *OPTIONS, "--", "Box", shlex.join(relay)]
+            link = Link(relay, environment)
             if given.steps_per_second:
                 link.hold(given.steps_per_second)
             link.wait_for_steps(20)
-            measure(link, given.rate, given.seconds)
+            measure(link, given.rate, given.seconds, given.ssh)
         finally:
+            if sshd is not None:
+                sshd.stop()
             subprocess.run([*command, "stop", name], env=environment, check=False)
 
 
@@ -70,6 +88,7 @@ class Link:
         assert self._relay.stdin is not None
         assert self._relay.stdout is not None
         self._send, self._receive = self._relay.stdin, self._relay.stdout
+        self._process = psutil.Process(self._relay.pid)
         while b"TUI-TRAINER-RELAY" not in self._receive.readline():
             pass
         self._cursor = Cursor()
@@ -85,6 +104,13 @@ class Link:
         self.by_kind: Counter[str] = Counter()
         self.received = self.sent = self.compressed = self.polls = 0
         self.step = 0
+        self._before = self._process.io_counters()
+
+    def on_the_socket(self) -> tuple[int, int]:
+        """Bytes that ssh has read from its socket and written to it: all but what it copies."""
+        now = self._process.io_counters()
+        read = now.read_chars - self._before.read_chars - self.sent
+        return read, now.write_chars - self._before.write_chars - self.received
 
     def _exchange(self, frame: bytes) -> ToViewer:
         self._send.write(frame)
@@ -130,7 +156,7 @@ class Link:
             pass
 
 
-def measure(link: Link, rate: float, seconds: float) -> None:
+def measure(link: Link, rate: float, seconds: float, through_ssh: bool) -> None:
     """Poll for so long; print what came."""
     attaching = link.received
     first = link.poll().status.step
@@ -144,6 +170,9 @@ def measure(link: Link, rate: float, seconds: float) -> None:
     print(f"{link.parameters} parameter tensors, {steps / took:.1f} steps/s, {rate:g} polls/s")
     print(f"on attaching, with the first steps: {attaching:,} bytes")
     print(f"received {link.received / took:,.0f} bytes/s; sent {link.sent / took:,.0f} bytes/s")
+    if through_ssh:
+        read, written = link.on_the_socket()
+        print(f"over ssh {read / took:,.0f} bytes/s; sent {written / took:,.0f} bytes/s")
     print(f"         {link.received / max(1, steps):,.0f} bytes a step, all of it")
     print(f"with ssh's Compression yes it would be about {link.compressed / took:,.0f} bytes/s")
     for name, size in link.by_kind.most_common():

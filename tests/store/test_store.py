@@ -324,57 +324,76 @@ def test_a_newer_store_is_left_alone(tmp_path):
 
 # ---------------------------------------------------------------- killed
 
-FEEDER = """
-import sys, time
+NURSERY = """
+import os, sys, time
 import numpy as np
 from tests.store.test_store import INFO, stepped, wide
 from tui_trainer.protocol.messages import Status
 from tui_trainer.recording.feed import Feed
 from tui_trainer.recording.items import Described
 from tui_trainer.recording.store import StoreSink
-def fault(sink, fault):
-    print("fault", fault, flush=True)
-feed = Feed(StoreSink(sys.argv[1]), Status, fault)
-feed.put([Described(INFO)])
-print("began", flush=True)
-for step in range(1, 1_000_000):
-    feed.put([stepped(step, np.full(3, step, np.float32), wide(step))])
-    if step % 10 == 0:
-        print(step, time.monotonic(), flush=True)
-    time.sleep(0.001)
+
+def work(place):
+    told = open(os.path.join(place, "told"), "w", buffering=1)
+    feed = Feed(StoreSink(place), Status, lambda sink, fault: print("fault", fault, file=told))
+    feed.put([Described(INFO)])
+    for step in range(1, 1_000_000):
+        feed.put([stepped(step, np.full(3, step, np.float32), wide(step))])
+        if step % 5 == 0:
+            print(step, time.monotonic(), file=told)
+        time.sleep(0.004)
+
+for place in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        work(place)
+    print(child, flush=True)
+for _ in sys.argv[1:]:
+    os.wait()
 """
-KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "200"))
+AT_ONCE = 25
 
 
-@pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_run_loses_at_most_the_last_second(tmp_path, kill):
-    random = np.random.default_rng(kill)
-    process = subprocess.Popen(
-        [sys.executable, "-c", FEEDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "began\n"
-    time.sleep(random.uniform(0.0, 2.5))
-    killed = time.monotonic()
-    process.kill()
-    lines = [line.split() for line in process.stdout.read().splitlines()]
-    process.wait()
+@pytest.mark.parametrize("batch", range(-(-KILLS // AT_ONCE)))
+def test_a_killed_run_loses_at_most_the_last_second(tmp_path, batch):
+    """Writers are killed at random moments, hundreds of them, many at a time."""
+    random = np.random.default_rng(batch)
+    places = [tmp_path / str(number) for number in range(AT_ONCE)]
+    for place in places:
+        place.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", NURSERY, *map(str, places)], stdout=subprocess.PIPE, text=True
+    ) as nursery:
+        assert nursery.stdout is not None
+        children = [int(nursery.stdout.readline()) for _ in places]
+        moments = time.monotonic() + np.sort(random.uniform(0.0, 2.5, AT_ONCE))
+        killed = []
+        for child, moment in zip(children, moments, strict=True):
+            time.sleep(max(0.0, moment - time.monotonic()))
+            killed.append(time.monotonic())
+            os.kill(child, signal.SIGKILL)
+    for place, moment in zip(places, killed, strict=True):
+        check_killed(place, moment, random)
+
+
+def check_killed(place, moment, random):
+    """The store of a writer killed at `moment` lacks nothing of more than a second before."""
+    told = place / "told"
+    lines = [line.split() for line in told.read_text().splitlines()] if told.exists() else []
     assert not [line for line in lines if line[0] == "fault"]
-    made = [
-        int(step) for step, when in (x for x in lines if len(x) == 2) if float(when) < killed - 1
-    ]
-    if not (tmp_path / STORE_FILE).exists() and not made:
-        return
+    pairs = [(int(line[0]), float(line[1])) for line in lines[:-1]]
+    made = max((step for step, when in pairs if when < moment - 1), default=0)
     try:
-        history = RecordedHistory(tmp_path)
+        history = RecordedHistory(place)
     except StoreFault:
         assert not made
         return
     for table in history.tables.values():
-        assert table.rows >= max(made, default=0)
+        assert table.rows >= made
         for step in random.integers(1, table.rows + 1, 20) if table.rows else ():
             expected = np.full(3, step) if table.columns == 3 else wide(step)
             np.testing.assert_equal(table.at(int(step)), expected)
     history.close()
-    with sqlite3.connect(tmp_path / STORE_FILE) as connection:
+    with sqlite3.connect(place / STORE_FILE) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -94,7 +94,7 @@ def _check_text(script: Script | None) -> None:
             given.encode()
         except UnicodeEncodeError as fault:
             raise CommandError(
-                f"{ascii(given)} is not valid UTF-8", "rename the file or directory"
+                f"{given!a} is not valid UTF-8", "arguments and paths must be text"
             ) from fault
 
 
