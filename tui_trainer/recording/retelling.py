@@ -21,14 +21,15 @@ from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import Artifact, Clip, Event, LogLine
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
 
-AT_ONCE = 256
-"""Pieces of the story, events or samples read in one question."""
+AT_ONCE = 16
+"""Pieces of the story read in one question."""
 
 
 class RowReader:
     """The rows of one table, first to last."""
 
     def __init__(self, table: RecordedTable) -> None:
+        self._store = table.store
         self._level = table.entries()[0]
         self._place = self._start = 0
         self._values: Floats | None = None
@@ -41,6 +42,7 @@ class RowReader:
             self._start = self._place // CHUNK * CHUNK
             stop = min(self._start + CHUNK, self._level.stop)
             values = self._level.buckets(self._start, stop).value
+            self._store.forget()
             # Of a damaged chunk nothing is left, and none of its rows can be told from the others.
             self._values = values if len(values) == stop - self._start else values[:0]
         at = self._place - self._start

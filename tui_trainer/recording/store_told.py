@@ -10,6 +10,9 @@ from tui_trainer.history.store import told
 from tui_trainer.history.store.told import Entry, Shape
 from tui_trainer.protocol.describe import RunInfo
 
+MOST_ENTRIES = 512
+"""Of a piece, so that whoever reads the story holds little of it at a time."""
+
 
 class ToldWriter:
     """Entries wait here until `write` and, when that was committed, `written`."""
@@ -59,11 +62,10 @@ class ToldWriter:
                 "INSERT OR IGNORE INTO description VALUES (?, ?)",
                 (number, msgspec.json.encode(info)),
             )
-        if self._entries:
-            connection.execute(
-                "INSERT INTO told (data) VALUES (?)",
-                (told.pack(self._entries, tuple(self._shapes)),),
-            )
+        shapes = tuple(self._shapes)
+        for start in range(0, len(self._entries), MOST_ENTRIES):
+            piece = told.pack(self._entries[start : start + MOST_ENTRIES], shapes)
+            connection.execute("INSERT INTO told (data) VALUES (?)", (piece,))
 
     def written(self) -> None:
         """What `write` added was committed."""

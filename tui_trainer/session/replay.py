@@ -303,6 +303,11 @@ class ReplaySession:
         return float((values[:, 3] < 1).mean())
 
 
+def open_history(directory: Path) -> RecordedHistory:
+    """What a run has recorded, opened so that reading leaves no trace. Raises StoreFault."""
+    return RecordedHistory(directory, ended=_how_it_is(directory)[0])
+
+
 def _how_it_is(directory: Path) -> tuple[bool, Status | None]:
     """Whether nobody writes to a run's store any more, and how it ended if it could not say so."""
     run = look_at(directory)

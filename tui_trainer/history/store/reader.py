@@ -65,6 +65,12 @@ class Store:
             return decode_status(value)
         return None
 
+    def forget(self) -> None:
+        """Let unpacked chunks go: who reads once from front to back comes to none of them again."""
+        self._steps.clear()
+        self._parts.clear()
+        self._cached_bytes = 0
+
     def close(self) -> None:
         """Give the file back."""
         self.connection.close()
@@ -233,7 +239,7 @@ class RecordedTable(TableHistory):
 
     def __init__(self, store: Store, table: Table) -> None:
         super().__init__(table, entries=1)
-        self._store = store
+        self.store = store
         self._stored: list[StoredLevel] = []
         self.all_rows = 0
         self.all_last_step: int | None = None
@@ -243,7 +249,7 @@ class RecordedTable(TableHistory):
         """See what is stored now, all of it."""
         levels: list[StoredLevel] = []
         while not levels or levels[-1].stop:
-            level = StoredLevel(self._store, self.table.id, len(levels), self.columns)
+            level = StoredLevel(self.store, self.table.id, len(levels), self.columns)
             level.refresh()
             levels.append(level)
         self._stored = levels[:-1] if len(levels) > 1 else levels
