@@ -160,11 +160,11 @@ def test_what_cannot_be_exported(arguments, said):
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """Two optimizers, cadences, infinities; 3,000 steps."""
+    """Two optimizers, cadences, infinities; 6,000 steps."""
     place = tmp_path_factory.mktemp("long")
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     recorder.subscribe(StoreSink(place))
-    train(recorder, 3000)
+    train(recorder, 6000)
     recorder.end("finished")
     assert recorder.close(60)
     return place
@@ -183,7 +183,7 @@ def test_joining_loses_nothing(long):
         for place, row in rows.items():
             seen[place].append((step, row))
     for place, table in enumerate(chosen):
-        steps, values = table.tail(10_000)
+        steps, values = table.tail(20_000)
         assert [step for step, _ in seen[place]] == steps.tolist()
         np.testing.assert_equal(np.stack([row for _, row in seen[place]]), values)
     assert {t.table.optimizer for t in measured(history)} == {"", "second"}
@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_the_run(long, tmp_path, tmp_path_factory):
     short = tmp_path_factory.mktemp("short")
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     recorder.subscribe(StoreSink(short))
-    train(recorder, 600)
+    train(recorder, 1200)
     recorder.end("finished")
     assert recorder.close(60)
     peaks = []
