@@ -57,3 +57,11 @@ def test_a_filter_needs_every_word():
     ]
     assert len(tree.matching("")) == len(NAMES)
     assert len(tree.matching("nothing like it")) == 0
+
+
+def test_how_much_a_depth_leaves_in_sight_is_known_before_folding():
+    names = [f"blocks.{i}.{part}.{x}" for i in range(3) for part in ("a.q", "m") for x in "wb"]
+    tree = NameTree([*names, "head.weight", "norm"])
+    for depth in range(5):
+        tree.fold_deeper_than(depth)
+        assert tree.rows_folded_at(depth) == len(tree.visible())

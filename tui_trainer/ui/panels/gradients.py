@@ -32,6 +32,8 @@ from tui_trainer.ui.widgets.tree import NameTree
 ORDERS = ("model", "norm", "name")
 TREND_STEPS = 200
 AVERAGED = 20
+FRUGAL_FRAMES = 5
+"""On a slow line trends are drawn anew only every so many frames."""
 SETTLE_FRAMES = 8
 """Frames between two sortings by norm: rows that change places all the time cannot be read."""
 MOST_MEMBERS = 256
@@ -59,6 +61,8 @@ class GradientsPanel(VirtualTable):
         self._total = 0.0
         self._provisional = False
         self._trends: dict[int, str] = {}
+        self._trending: list[int] = []
+        """The rows that the trends are of."""
         self._frames = 0
         self._folded_by_hand = False
         self._history: TableHistory | None = None
@@ -94,16 +98,17 @@ class GradientsPanel(VirtualTable):
     def on_resize(self, event: events.Resize) -> None:
         """As many modules unfold as there is room for now."""
         if not self._folded_by_hand and self.modules.leaves:
+            before = self.modules.folded
             self._fold_to_fit()
-            self._arrange()
+            if self.modules.folded != before:
+                self._arrange()
 
     def _fold_to_fit(self) -> None:
         """As deep as fits on the screen and half of it again: a little scrolling is better than
         rows that stay empty."""
-        for depth in (9, 2, 1, 0):
-            self.modules.fold_deeper_than(depth)
-            if 2 * len(self.modules.visible()) <= 3 * max(self.page, 12):
-                return
+        room = 3 * max(self.page, 12) // 2
+        fitting = (depth for depth in (9, 2, 1) if self.modules.rows_folded_at(depth) <= room)
+        self.modules.fold_deeper_than(next(fitting, 0))
 
     def _take_norms(self) -> None:
         if self._history is None or not self._history.rows:
@@ -177,12 +182,15 @@ class GradientsPanel(VirtualTable):
 
     def prepare(self, visible: Ids) -> None:
         """The trends of the visible rows, in one read of the history."""
-        self._trends = {}
         history = self._history
         if history is None or not history.rows:
+            self._trends = {}
             return
+        if self.frugal and self._frames % FRUGAL_FRAMES and visible.tolist() == self._trending:
+            return
+        self._trends, self._trending = {}, visible.tolist()
         cells = COLUMNS[-1].width
-        start, stop = window(history.last_step or 1, self._trend_steps())
+        start, stop = window(history.last_step or 1, self._trend_steps(), coarse=self.frugal)
         wanted: list[int] = []
         parts: list[tuple[int, int]] = []
         for node in visible.tolist():

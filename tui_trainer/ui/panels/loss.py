@@ -53,7 +53,7 @@ class LossPanel(Panel):
         step = self.snapshot.history.table(tables.STEP)
         info = self.snapshot.info
         last = (step.last_step or 0) if step is not None else 0
-        steps = window(last, self.shown, info.total_steps if info else None)
+        steps = window(last, self.shown, info.total_steps if info else None, self.frugal)
         layers: list[Layer] = []
         items: list[Item] = []
         buckets = 2 * self.chart.plot_width(size.width)

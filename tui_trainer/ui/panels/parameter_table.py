@@ -100,7 +100,7 @@ class ParameterTable(VirtualTable):
             case "weight":
                 return values.latest[tables.WEIGHT_NORM][order]
             case "bad":
-                return np.array([self._badness(int(i)) for i in order])
+                return self._badness()[order]
             case "numel":
                 return np.array([parameters[i].numel for i in order])
             case "shape":
@@ -111,12 +111,16 @@ class ParameterTable(VirtualTable):
                 return np.array([parameters[i].optimizer for i in order])
         return np.array([parameters[i].name for i in order])
 
-    def _badness(self, parameter: int) -> float:
-        """Infinite while something is not finite, else the step at which it last was; 0: never."""
-        if self._bad_now(parameter):
-            return float("inf")
-        event = self.values.first_bad.get(parameter)
-        return float(event.step) if event else 0.0
+    def _badness(self) -> NDArray[np.float32]:
+        """Of each parameter: infinite while something is not finite, else the step at which it
+        last was; 0: never."""
+        worst = np.zeros(len(self._names), np.float32)
+        for parameter, event in self.values.first_bad.items():
+            worst[parameter] = event.step
+        for quantity in (tables.GRAD_NORM, tables.WEIGHT_NORM, tables.UPDATE_RATIO):
+            measured = self.values.all_measured(quantity)
+            worst[measured & ~np.isfinite(self.values.latest[quantity])] = np.inf
+        return worst
 
     def _bad_now(self, parameter: int) -> str:
         for quantity in (tables.GRAD_NORM, tables.WEIGHT_NORM, tables.UPDATE_RATIO):

@@ -100,6 +100,14 @@ class ParameterValues:
         """Whether `quantity` of `parameter` has been measured at all."""
         return self.series(quantity, parameter) is not None
 
+    def all_measured(self, quantity: str) -> NDArray[np.bool_]:
+        """Of each parameter, whether `quantity` has been measured at all."""
+        known = np.zeros(len(self.latest[quantity]), np.bool_)
+        for source in self.sources.get(quantity, ()):
+            if source.history.rows:
+                known[source.parameters[source.parameters >= 0]] = True
+        return known
+
     def series(self, quantity: str, parameter: int) -> tuple[TableHistory, int] | None:
         """History and column of `quantity` of `parameter`; None before its first value."""
         for source in self.sources.get(quantity, ()):

@@ -55,6 +55,11 @@ class Lines(Widget):
         """The signs in force."""
         return cast("TuiTrainerApp", self.app).glyphs
 
+    @property
+    def frugal(self) -> bool:
+        """Whether the line to the terminal is slow: what changes all the time should not."""
+        return cast("TuiTrainerApp", self.app).link.frugal
+
     def rows(self, size: Size) -> Sequence[Row]:
         """The rows for a widget of this size, top first."""
         raise NotImplementedError

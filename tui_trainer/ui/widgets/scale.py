@@ -12,31 +12,36 @@ APART_ROWS = 2
 """Rows from one label of an axis to the next, at least."""
 MOST_TICKS = 6
 
+_COARSE = (1.0, 2.0, 4.0, 10.0)
 _NICE = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
-def nice_above(value: float) -> float:
-    """The next round number, at most a quarter above `value` (for positive, finite values)."""
+def nice_above(value: float, nice: tuple[float, ...] = _NICE) -> float:
+    """The next round number, at most a quarter above `value` (for positive, finite values), or
+    the next that begins as one of `nice`."""
     if value <= 0 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next((n * power for n in _NICE if n * power >= value * (1 - 1e-9)), 10 * power)
+    return next((n * power for n in nice if n * power >= value * (1 - 1e-9)), 10 * power)
 
 
-def window(step: int, shown: int | None, total: int | None = None) -> tuple[int, int]:
+def window(
+    step: int, shown: int | None, total: int | None = None, coarse: bool = False
+) -> tuple[int, int]:
     """(start, stop) of the steps to show, start <= step < stop, when the run is at `step`.
 
     `shown` None: the whole run, in a window that grows in jumps of at most a quarter. Otherwise the
     last `shown` steps or a few less: the right edge fills up, then the window jumps by an eighth.
+    `coarse`: it jumps less often and further, since with each jump all of a chart is sent anew.
     """
     if shown is None or step <= shown:
-        size = int(nice_above(max(step, 40)))
+        size = int(nice_above(max(step, 40), _COARSE if coarse else _NICE))
         if total is not None and step <= total:
             size = min(size, max(total, 2))
         if shown is not None:
             size = min(size, shown)
         return 1, size + 1
-    jump = max(1, shown // 8)
+    jump = max(1, shown // (3 if coarse else 8))
     stop = (step // jump + 1) * jump
     return max(1, stop - shown), stop
 

@@ -80,6 +80,10 @@ class NameTree:
         """Fold every branch at `depth` and below."""
         self.folded = {node for node in self.members if self.depths[node] >= depth}
 
+    def rows_folded_at(self, depth: int) -> int:
+        """How many nodes `fold_deeper_than(depth)` leaves in sight, without folding anything."""
+        return int((np.asarray(self.depths) <= depth).sum())
+
     def visible(self) -> Ids:
         """The nodes to show, in order."""
         shown: list[int] = []
