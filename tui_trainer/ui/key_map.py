@@ -56,6 +56,8 @@ def key_groups(app: App[Any]) -> tuple[Group, ...]:
         own = [b for b in Binding.make_bindings(screen.BINDINGS) if b.id not in steering]
         if own:
             groups.append(Group(place.title, _keys(app, own)))
+    for title, screen in getattr(app, "OWN_SCREENS", ()):
+        groups.insert(1, Group(title, _keys(app, screen.BINDINGS)))
     groups.append(Group("In tables", _keys(app, VirtualTable.BINDINGS)))
     forms = [*Choice.BINDINGS, *Fold.BINDINGS, *PromptLine.BINDINGS]
     groups.append(Group("In forms and prompts", _keys(app, forms)))

@@ -9,7 +9,6 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.session.api import Snapshot
-from tui_trainer.ui.formatting import shorten
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.lines import Row
 
@@ -49,6 +48,10 @@ class Banner(Panel):
             return "warning", f"not recorded to disk: {status.recording}", ""
         return "", "", ""
 
+    def _cut(self, text: str, room: int) -> str:
+        """A sentence is told from its beginning."""
+        return text if len(text) <= room else f"{text[: max(0, room - 1)]}{self.glyphs.ellipsis}"
+
     def rows(self, size: Size) -> Sequence[Row]:
         """The sentence, and the hint below it."""
         kind, text, hint = self._said()
@@ -58,7 +61,7 @@ class Banner(Panel):
         # An error's first line is what a person must read; the log has the rest.
         first = text.splitlines()[0] if text else ""
         room = size.width - 4
-        rows: list[Row] = [[Segment(f" {sign} {shorten(first, room)}", style + BOLD)]]
+        rows: list[Row] = [[Segment(f" {sign} {self._cut(first, room)}", style + BOLD)]]
         if hint:
-            rows.append([Segment(f"   {shorten(' '.join(hint.split()), room)}", palette.dim)])
+            rows.append([Segment(f"   {self._cut(' '.join(hint.split()), room)}", palette.dim)])
         return rows
