@@ -26,6 +26,21 @@ for step in range(1, {steps} + 1):
 {last}
 """
 
+GAN = """
+import torch
+first, second = torch.nn.Linear(4, 1), torch.nn.Linear(4, 4)
+slow = torch.optim.RMSprop(first.parameters())
+fast = torch.optim.Adam(second.parameters())
+for step in range(3):
+    made = second(torch.ones(2, 4))
+    for optimizer, loss in (
+        (slow, lambda: first(made.detach()).mean()), (fast, lambda: first(made).square().mean())
+    ):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+"""
+
 
 def script(to: Path, steps: int = 10, then: str = "pass", last: str = "", spoil: str = "") -> Path:
     path = to / "train.py"
@@ -84,6 +99,27 @@ def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
     assert_refused(done, device)
 
 
+def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
+    done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env={"CXX": "/nonexistent/g++"})
+    assert_refused(done, "C++ compiler", "--no-compile", status=2)
+
+
+def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
+    done = call("gpt", "--width", "131072", "--layers", "100", *SHORT, cwd=tmp_path)
+    assert_refused(done, "out of memory: 64 GiB could not be had", "--batch-size", status=1)
+
+
+def test_a_task_whose_loss_ends_as_nan_has_failed(tmp_path: Path) -> None:
+    explosive = ["--learning-rate", "1e9", "--warmup-steps", "0", "--clip", "off"]
+    explosive += ["--schedule", "constant", "--optimizer", "sgd", "--sample-every", "0"]
+    done = call("gpt", "--json", *explosive, *SHORT, cwd=tmp_path)
+    assert_refused(done, "the loss is nan", "lower learning rate", status=1)
+    told = records(done.stdout)
+    assert (told[-1]["reason"], told[-1]["steps"]) == ("finished", 3)
+    assert [each["step"] for each in told if each["type"] == "step"] == [1, 2, 3]
+    assert any(each["type"] == "event" and each["kind"] == "nonfinite" for each in told)
+
+
 # ---------------------------------------------------------------- scripts
 
 
@@ -106,6 +142,43 @@ def test_an_exception_at_step_7(tmp_path: Path) -> None:
     assert told[-1]["steps"] == 7
     assert "the seventh" in done.stderr
     assert "/tui_trainer/" not in done.stderr, "our frames are in its traceback"
+
+
+@pytest.mark.parametrize(
+    ("allocate", "said"),
+    [("torch.empty(10**15)", "out of memory: 4 PiB"), ("bytearray(10**18)", "out of memory")],
+)
+def test_memory_that_is_not_there(allocate: str, said: str, tmp_path: Path) -> None:
+    path = script(tmp_path, then=f"if step == 7: {allocate}")
+    done = call("run", "--json", path, cwd=tmp_path)
+    assert done.returncode == 1
+    told = records(done.stdout)
+    assert told[-1]["reason"] == "crashed"
+    assert said in told[-1]["message"]
+    assert "train.py, line 10" in told[-1]["message"]
+    assert "smaller batch" in told[-1]["hint"]
+    assert "--batch-size" not in told[-1]["hint"], "the script has not our options"
+    assert [each["step"] for each in told if each["type"] == "step"] == [*range(1, 8)]
+    assert allocate in done.stderr, "the script's own traceback is missing"
+
+
+def test_plain_lines_come_between_whole_lines_of_the_script(tmp_path: Path) -> None:
+    """Python writes the text and its newline apart when it does not buffer."""
+    then = "import time; time.sleep(0.01); print('x' * 20)"
+    path = script(tmp_path, steps=250, then=then)
+    done = call("run", "--plain", path, cwd=tmp_path, env={"PYTHONUNBUFFERED": "1"})
+    lines = done.stdout.splitlines()
+    assert sum(line == "x" * 20 for line in lines) == 250
+    assert sum(line.startswith("step ") for line in lines) >= 3
+
+
+def test_several_optimizers_are_each_named(tmp_path: Path) -> None:
+    (tmp_path / "gan.py").write_text(GAN)
+    done = call("run", "--json", "gan.py", cwd=tmp_path)
+    steps = [each for each in records(done.stdout) if each["type"] == "step"]
+    assert [each["optimizer"] for each in steps] == ["rmsprop", "adam"] * 3
+    assert all("clip" not in each["phase_ms"] for each in steps), "it never clips"
+    assert all({"forward", "backward", "step"} <= each["phase_ms"].keys() for each in steps)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tui_trainer.config import (
     resolve,
     to_flat,
 )
+from tui_trainer.config.errors import near_miss
 from tui_trainer.config.training import GROUPS
 from tui_trainer.tasks.gpt import GptConfig
 from tui_trainer.tasks.gpt import task as gpt
@@ -203,3 +204,9 @@ def test_tasks_and_configuration_do_not_import_torch():
         "sys.exit(int(any(name in sys.modules for name in ('torch', 'numpy', 'textual'))))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_near_name_is_told_apart_from_all_there_are():
+    assert near_miss("lite", ["light", "large"]) == "did you mean light? there are light, large"
+    assert near_miss("lop.py", ["loop.py"]) == "did you mean loop.py?"
+    assert near_miss("x", ["loop.py"]) == "there is only loop.py"

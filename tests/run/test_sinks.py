@@ -10,12 +10,12 @@ import pytest
 
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
 from tui_trainer.protocol.tables import CLIP_COLUMNS, STEP_COLUMNS
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.run.sinks.output import Output
-from tui_trainer.run.sinks.plain import PlainLines, count, duration, number
+from tui_trainer.run.sinks.plain import PlainLines, count, duration, ending, facts, notice, number
 
 _spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")
 schema = importlib.util.module_from_spec(_spec)
@@ -123,7 +123,26 @@ def test_plain_lines(tmp_path):
     assert "2 parameter tensors, 12 numbers" in text
     assert "step 1: the gradient is inf in a.weight" in text
     assert "step       2  loss 0.10000  lr 3.000e-04  grad 2.0000  clipped 100%" in text
-    assert text.endswith("it broke\nhint: mend it\n")
+    assert text.endswith(": it broke\nhint: tui-trainer show r shows what was measured\n")
+
+
+def test_the_last_plain_line():
+    could_not = Status(state="crashed", step=0, reason="no data", hint="find some")
+    assert ending(could_not, "r") == "it could not start: no data"  # stderr has the hint
+    nan = Status(state="finished", step=1, elapsed_s=78, hint="the loss was nan")
+    assert ending(nan, "r") == "finished after 1 step in 1:18\nhint: the loss was nan"
+
+
+def test_a_notice_of_many_lines_is_one_plain_line():
+    said = Notice(0, 3, 10.0, "fault", "evaluation:\n\n  it " + "broke " * 100, "error")
+    assert notice(said).startswith("step 3: error: evaluation: it broke broke")
+    assert len(notice(said)) < 330
+    assert notice(Notice(0, 3, 10.0, "checkpoint", "saved")) == "step 3: saved"
+
+
+def test_facts_are_said_once():
+    info = RunInfo(name="r", task="vit", facts={"images": 494_149, "device": "cpu", "data": "x"})
+    assert facts(info) == "images 494,149 · data x"
 
 
 @pytest.mark.parametrize(

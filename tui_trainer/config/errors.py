@@ -23,9 +23,8 @@ def near_miss(given: str, known: Iterable[str]) -> str:
     names = list(known)
     folded = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(given.casefold(), folded, n=1, cutoff=0.5)
-    listing = "there are " if len(names) > 1 else "there is only "
-    everything = listing + ", ".join(names)
+    everything = ("there are " if len(names) > 1 else "there is only ") + ", ".join(names)
     if not near:
         return everything
     guess = f"did you mean {folded[near[0]]}?"
-    return guess if len(names) > 8 else f"{guess} {everything}"
+    return f"{guess} {everything}" if 1 < len(names) <= 8 else guess

@@ -7,6 +7,7 @@ caught as well.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
@@ -31,6 +32,8 @@ class Capture:
         self._log_path = log_file
         self._log: IO[bytes] | None = None
         self._log_bytes = 0
+        self._missing = 0
+        """Bytes that the file lacks since it last took any."""
         self._saved: dict[int, int] = {}
         self._pipes: dict[int, int] = {}
         """Read end to the descriptor that it stands for."""
@@ -44,9 +47,7 @@ class Capture:
             with contextlib.suppress(OSError):
                 self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115 - closed in stop
         # Before the exchange: a stream opened on a file would seek in what is a pipe then.
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # a pipe is block buffered; here somebody is reading along
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        whole_lines()
         _flush()
         for number in STREAMS:
             self._saved[number] = os.dup(number)
@@ -92,14 +93,31 @@ class Capture:
             os.close(end)
 
     def _take(self, number: int, data: bytes) -> None:
-        if self._log is not None and self._log_bytes < LOG_FILE_BYTES:
-            try:
-                self._log.write(data)
-                self._log_bytes += len(data)
-            except OSError:
-                self._log_bytes = LOG_FILE_BYTES  # disk full: viewers still get every line
+        if self._log is not None and data and self._log_bytes < LOG_FILE_BYTES:
+            self._keep(self._log, data)
         for line in self._splitters[number].feed(data):
             self._on_line(STREAMS[number], line)
+
+    def _keep(self, log: IO[bytes], data: bytes) -> None:
+        """Append to the file. A disk that refuses is tried again with every output: viewers get
+        each line meanwhile, and the file says how much of it is missing."""
+        try:
+            if self._missing:
+                log.write(f"\n… ({self._missing:,} bytes could not be written)\n".encode())
+                self._missing = 0
+            written = log.write(data)
+        except OSError:
+            written = 0
+        self._log_bytes += written
+        self._missing += len(data) - written
+
+
+def whole_lines() -> None:
+    """Let Python print line by line, each in one piece: somebody is reading along, and our own
+    lines come in between."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False, errors="backslashreplace")
 
 
 def _flush() -> None:

@@ -6,6 +6,7 @@ Viewers are served before torch is imported, so that an app has something to sho
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import socket
@@ -17,13 +18,14 @@ from typing import Any
 
 from tui_trainer import __version__
 from tui_trainer.config.spec import RunSpec, new_socket_path
+from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.recording.items import Sink
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.recording.state import StateSink
 from tui_trainer.recording.store import StoreSink
 from tui_trainer.run.control import Control
-from tui_trainer.run.outcome import Outcome, judge
+from tui_trainer.run.outcome import FAULT, Outcome, judge, no_compiler, out_of_memory
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
 from tui_trainer.run.source import look_up_source
@@ -81,15 +83,29 @@ class Host:
         try:
             outcome = run_script(self) if self.spec.task == "script" else train_task(self)
         except BaseException as fault:
-            outcome = judge(fault)
-            tell(fault, outcome)
+            script = self.spec.task == "script"
+            outcome = judge(fault, script)
+            tell(fault, outcome, script)
         finally:
             self.signals.over()
         if outcome.state == "stopped" and self.signals.asked and not self.signals.exit_status:
             outcome = Outcome("stopped", "stopped on request")
+        if outcome.state == "finished":
+            outcome = self._judge_loss(outcome)
         if self.signals.exit_status is not None and outcome.state == "stopped":
             outcome = Outcome("stopped", outcome.reason, outcome.hint, self.signals.exit_status)
         return outcome
+
+    def _judge_loss(self, outcome: Outcome) -> Outcome:
+        """A task that ended with no finite loss has learnt nothing: a batch system shall see it. A
+        script has its own exit status."""
+        table = self.recorder.info and self.recorder.history.table(tables.STEP)
+        latest = table.latest() if table else None
+        if self.spec.task == "script" or latest is None or math.isfinite(latest[1][0]):
+            return outcome
+        failed = Outcome("finished", f"the loss is {latest[1][0]}", self._hint(), FAULT)
+        say(failed)
+        return failed
 
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
         """Say the end to everybody, wait until it was taken, and leave nothing behind."""
@@ -187,19 +203,30 @@ def first_description(spec: RunSpec) -> RunInfo:
     )
 
 
-def tell(fault: BaseException, outcome: Outcome) -> None:
-    """Say on stderr what ended the training: one message where that is enough, else a traceback."""
+def tell(fault: BaseException, outcome: Outcome, script: bool = True) -> None:
+    """Say on stderr what ended the training: one message where that is enough, else a traceback,
+    which a script always has."""
     from tui_trainer.config.errors import ConfigurationError
     from tui_trainer.run.script import print_exception
 
     with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
         if isinstance(fault, (StopTraining, SystemExit)):
             return
-        if not isinstance(fault, ConfigurationError):
-            print_exception(fault)
-        elif outcome.reason:
-            print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
+        enough = out_of_memory(fault) or no_compiler(fault)
+        if isinstance(fault, ConfigurationError) or (enough and not script):
+            say(outcome)
+            return
+        print_exception(fault)
         if outcome.hint and outcome.hint != "the traceback is in the log":
+            print(f"  hint: {outcome.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def say(outcome: Outcome) -> None:
+    """Print one message and its hint to stderr."""
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
+        if outcome.hint:
             print(f"  hint: {outcome.hint}", file=sys.stderr)
         sys.stderr.flush()
 

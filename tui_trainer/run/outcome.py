@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class Outcome:
     """Exit status of the process."""
 
 
-def judge(fault: BaseException) -> Outcome:
-    """What an exception that ended the training means."""
+def judge(fault: BaseException, script: bool = True) -> Outcome:
+    """What an exception that ended the training means; `script`: of somebody's own program, which
+    has not our options."""
     match fault:
         case StopTraining():
             return Outcome("stopped", "stopped on request")
@@ -46,8 +48,18 @@ def judge(fault: BaseException) -> Outcome:
             hint = f"install it for this Python: {sys.executable}"
             return Outcome("crashed", _said(fault), hint, FAULT)
     if out_of_memory(fault):
-        hint = "try a smaller batch (--batch-size), a smaller model or --dtype bf16"
-        return Outcome("crashed", f"out of memory: {_first_line(fault)}", hint, FAULT)
+        hint = (
+            "try a smaller batch, a smaller model or a lower precision"
+            if script
+            else "try a smaller --batch-size, a smaller model (--width, --layers) or --dtype bf16"
+        )
+        return Outcome("crashed", f"out of memory{_what_was_asked(fault)}", hint, FAULT)
+    if no_compiler(fault):
+        hint = "install one, such as g++, or " + (
+            "train without" if script else "give --no-compile"
+        )
+        reason = "torch.compile found no working C++ compiler"
+        return Outcome("crashed", reason, hint, FAULT if script else USAGE)
     return Outcome("crashed", _said(fault), _hint(fault), FAULT)
 
 
@@ -69,6 +81,29 @@ def out_of_memory(fault: BaseException) -> bool:
     return isinstance(fault, RuntimeError) and any(word in text for word in words)
 
 
+def no_compiler(fault: BaseException) -> bool:
+    """Whether torch.compile failed for want of a C++ compiler."""
+    return "InvalidCxxCompiler" in str(fault) or type(fault).__name__ == "InvalidCxxCompiler"
+
+
+def _what_was_asked(fault: BaseException) -> str:
+    """Such as `: 4 TiB could not be had (train.py, line 3)`, in the allocator's own unit."""
+    asked = re.search(r"tried to allocate ([\d.]+) ?([A-Za-z]+)", str(fault), re.IGNORECASE)
+    said = f": {_amount(asked[1], asked[2])} could not be had" if asked else ""
+    return said + _place(fault)
+
+
+def _amount(number: str, unit: str) -> str:
+    if unit != "bytes":
+        return f"{number} {unit}"
+    size = float(number)
+    for name in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            return f"{size:.3g} {name}"
+        size /= 1024
+    return f"{size:,.0f} PiB"
+
+
 def _hint(fault: BaseException) -> str:
     text = str(fault)
     if "CUDA error: device-side assert" in text:
@@ -79,16 +114,20 @@ def _hint(fault: BaseException) -> str:
 
 
 def _said(fault: BaseException) -> str:
-    said = f"{type(fault).__name__}: {_first_line(fault)}".rstrip(": ")
+    return f"{type(fault).__name__}: {_first_line(fault)}".rstrip(": ") + _place(fault)
+
+
+def _place(fault: BaseException) -> str:
+    """Such as ` (train.py, line 3)`: where in the user's own files it was raised."""
     frames = [
         frame
         for frame in traceback.extract_tb(fault.__traceback__)
         if not frame.filename.startswith((OUR_DIRECTORY, "<"))
         and "site-packages" not in frame.filename
     ]
-    if frames:
-        said += f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
-    return said
+    if not frames:
+        return ""
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
 
 
 def _first_line(fault: BaseException) -> str:

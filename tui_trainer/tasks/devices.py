@@ -60,6 +60,8 @@ def choose_threads(requested: int, work: float = 0.0) -> int:
 def prepare(config: TrainingConfig) -> torch.device:
     """Choose the device and seed everything random. Raises ConfigurationError."""
     device = choose_device(config.device)
+    if config.compile and device.type == "cpu":
+        _check_compiler()
     if config.deterministic:
         if device.type == "cuda":
             # what cuBLAS asks for; it must be there before the first CUDA call
@@ -71,6 +73,21 @@ def prepare(config: TrainingConfig) -> torch.device:
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
     return device
+
+
+def _check_compiler() -> None:
+    """torch.compile makes C++ of a model for the CPU. Raises ConfigurationError."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:  # not public: then the first forward pass will say it
+        return
+    try:
+        get_cpp_compiler()
+    except Exception:
+        raise ConfigurationError(
+            "--compile needs a C++ compiler, and none is found here",
+            "install one, such as g++ (or name it in $CXX), or give --no-compile",
+        ) from None
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:

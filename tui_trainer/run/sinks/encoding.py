@@ -110,7 +110,7 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
         "type": "step",
         "step": record.step,
         "time": record.time,
-        "optimizer": record.optimizer,
+        "optimizer": record.optimizer or next(iter(info.optimizers), ""),
         **dict.fromkeys(("loss", "lr", "grad_norm_preclip", "step_ms", "clip")),
         "grad_norm": {},
         "attention": [],
@@ -132,7 +132,10 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
                 _by_layer(layers, info, table, values, nonfinite)
             case tables.ATTENTION_HEADS:
                 pass  # measured only while somebody looks at them
-            case tables.PHASE_MS | tables.MEMORY | tables.OVERHEAD:
+            case tables.PHASE_MS:
+                named = _named(table.columns, values)  # a phase that did not happen took no time
+                made[table.name] = {k: v for k, v in named.items() if v > 0}
+            case tables.MEMORY | tables.OVERHEAD:
                 named = _named(table.columns, values)  # what does not exist here is NaN
                 made[table.name] = {k: v for k, v in named.items() if math.isfinite(v)}
             case _:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from tui_trainer.recording.items import Sink
-from tui_trainer.run.capture import stdout_to_stderr
+from tui_trainer.run.capture import stdout_to_stderr, whole_lines
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.run.sinks.output import Output
 from tui_trainer.run.sinks.plain import PlainLines
@@ -17,5 +17,6 @@ def open_sink(kind: str) -> Sink:
     if kind == "json":
         return JsonLines(Output(stdout_to_stderr()))
     if kind == "plain":
+        whole_lines()
         return PlainLines(Output(os.dup(1)))
     raise ValueError(f"no sink is called {kind}")

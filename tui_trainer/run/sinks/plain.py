@@ -15,8 +15,11 @@ from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Ste
 from tui_trainer.run.sinks.output import Output
 
 EVERY_S = 1.0
-_QUIET = ("evaluation", "state")
-"""Kinds of notices that another line says already."""
+NOTICE_CHARACTERS = 300
+_IN_HEADER = ("parameters", "device", "threads")
+"""Facts of a task that the header has in its own words."""
+_QUIET = ("evaluation", "state", "cadence")
+"""Kinds of notices that another line says already, or that concern nothing shown here."""
 
 
 class PlainLines:
@@ -66,7 +69,7 @@ class PlainLines:
                 where = f" in {item.parameter}" if item.parameter else ""
                 lines.append(f"step {item.step}: the {item.quantity} is {item.value}{where}")
             case Notice() if item.kind not in _QUIET:
-                lines.append(f"step {item.step}: {item.level}: {item.text}")
+                lines.append(notice(item))
             case TextSample():
                 sample = (item.prompt + item.text).strip().splitlines()
                 lines += [f"step {item.step}: sample:", *(f"    {line}" for line in sample)]
@@ -76,7 +79,7 @@ class PlainLines:
                 self._head(lines)
                 if self._last is not self._said:
                     self._progress(item.status, lines)
-                lines.append(ending(item.status))
+                lines.append(ending(item.status, self._info.name if self._info else ""))
 
     def _head(self, lines: list[str]) -> None:
         if self._headed or self._info is None:
@@ -84,6 +87,8 @@ class PlainLines:
         self._headed = True
         if self._info.parameters:
             lines.append(header(self._info))
+            if self._info.facts:
+                lines.append(facts(self._info))
 
     def _progress(self, status: Status, lines: list[str]) -> None:
         if self._last is not None and self._info is not None:
@@ -113,13 +118,31 @@ def header(info: RunInfo) -> str:
     """What is trained, and on what: known once the first step was made."""
     trained = sum(parameter.numel for parameter in info.parameters)
     device = info.device
-    facts = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
+    said = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
     if device is not None:
-        threads = f", {device.threads} threads" if device.threads else ""
-        facts.append(f"{device.kind} ({device.name}{threads})")
+        plural = "" if device.threads == 1 else "s"
+        threads = f", {device.threads} thread{plural}" if device.threads else ""
+        said.append(f"{device.kind} ({device.name}{threads})")
     if info.optimizers:
-        facts.append(", ".join(info.optimizers))
-    return " · ".join(facts)
+        said.append(", ".join(info.optimizers))
+    return " · ".join(said)
+
+
+def facts(info: RunInfo) -> str:
+    """What is known of the data, less what the header says already."""
+    return " · ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in info.facts.items()
+        if name not in _IN_HEADER
+    )
+
+
+def notice(item: Notice) -> str:
+    """One line; a text of many lines is folded into it."""
+    text = " ".join(item.text.split())
+    if len(text) > NOTICE_CHARACTERS:
+        text = text[:NOTICE_CHARACTERS] + " …"
+    return f"step {item.step}: {text if item.level == 'info' else f'{item.level}: {text}'}"
 
 
 def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
@@ -147,11 +170,15 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
     return "  ".join(parts)
 
 
-def ending(status: Status) -> str:
-    """The last line."""
-    said = f"{status.state} after {status.step} steps in {duration(status.elapsed_s)}"
-    if status.reason:
-        said += f": {status.reason}"
+def ending(status: Status, name: str) -> str:
+    """The last line, and a hint where stderr has not given it. `name` is the run's."""
+    reason = f": {status.reason}" if status.reason else ""
+    if status.state == "crashed" and not status.step:
+        return f"it could not start{reason}"
+    steps = "1 step" if status.step == 1 else f"{status.step} steps"
+    said = f"{status.state} after {steps} in {duration(status.elapsed_s)}{reason}"
+    if status.state == "crashed":
+        return f"{said}\nhint: tui-trainer show {name} shows what was measured"
     return f"{said}\nhint: {status.hint}" if status.hint else said
 
 

@@ -87,12 +87,14 @@ def _read(path: Path) -> tuple[str, str]:
             return str(path), _read_folder(path)
         return str(path), _decode(path)
     except FileNotFoundError:
-        raise ConfigurationError(f"there is no {path}", "check --data") from None
+        raise ConfigurationError(
+            f"there is no file or folder {path}", "--data takes a text file, or a folder of them"
+        ) from None
     except _NotTextError as fault:
         raise ConfigurationError(f"{path} is not text: {fault}", "it must be UTF-8") from None
     except OSError as fault:
         raise ConfigurationError(
-            f"{path} cannot be read: {fault.strerror}", "check --data"
+            f"{path} cannot be read: {fault.strerror}", "--data takes a file that you may read"
         ) from None
 
 

@@ -90,11 +90,13 @@ def find_images(
 
 def _require_folder(root: Path) -> None:
     if not root.exists():
-        raise ConfigurationError(f"there is no {root}", "check --data")
+        raise ConfigurationError(f"there is no folder {root}", f"--data takes {_LAYOUT}")
     if not root.is_dir():
         raise ConfigurationError(f"{root} is a file", f"--data is {_LAYOUT}")
     if not os.access(root, os.R_OK | os.X_OK):
-        raise ConfigurationError(f"{root} cannot be read: permission denied", "check --data")
+        raise ConfigurationError(
+            f"{root} cannot be read: permission denied", "--data takes a folder that you may read"
+        )
 
 
 def _require_readable(images: FolderImages) -> None:

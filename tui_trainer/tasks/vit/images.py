@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = frozenset(
@@ -124,7 +124,13 @@ def decode(path: Path | str, size: int, channels: int) -> Tensor:
             upright = ImageOps.exif_transpose(opened).convert(mode)
             square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     except Exception as fault:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = str(fault) or type(fault).__name__
-        raise UnreadableImageError(reason.replace(os.fspath(path), "it")) from None
+        raise UnreadableImageError(_reason(fault, path)) from None
     array = np.array(square, dtype=np.uint8).reshape(size, size, channels)  # (S, S, channels)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()  # -> (channels, S, S)
+
+
+def _reason(fault: Exception, path: Path | str) -> str:
+    """In words that stand after the file's name."""
+    if isinstance(fault, UnidentifiedImageError):
+        return "it is no image" if os.path.getsize(path) else "it is empty"
+    return (str(fault) or type(fault).__name__).replace(os.fspath(path), "it")
