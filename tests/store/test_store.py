@@ -287,6 +287,43 @@ def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
     assert [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered(
+    tmp_path, monkeypatch, whole
+):
+    from tui_trainer.recording import store
+
+    if not whole:
+        monkeypatch.setattr(store, "KEPT_BYTES", 300_000)
+    steps, values = series(11, 3000)
+    said, clock = [], Clock()
+    sink = StoreSink(tmp_path, said.append, clock)
+    sink.take([Described(INFO)], Status())
+    for part in np.array_split(np.arange(3000), 30):
+        clock.now += 1
+        items = [stepped(steps[i], values[i], wide(steps[i]), when=float(i)) for i in part]
+        sink.take(items, Status(state="running", step=int(steps[part[-1]])))
+        if part[0] == 1500:
+            noise = np.random.default_rng(1).bytes
+            for name in (STORE_FILE, STORE_FILE + "-wal"):
+                path = tmp_path / name
+                path.write_bytes(noise(path.stat().st_size))
+            sink._disconnect()  # as a page that is no longer in SQLite's own memory
+    sink.close()
+    assert "the recording was damaged" in said[-1]
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]) >= 1
+    held = RecordedHistory(tmp_path)
+    table = held.tables[0]
+    assert (table.rows == 3000) is whole
+    assert table.rows > 1500  # more than what came after
+    kept = slice(3000 - table.rows, None)
+    check_window(table, steps[kept], values[kept], table.first_step, int(steps[-1]) + 1, 20)
+    from tui_trainer.recording.retelling import retell
+
+    told = [item.record.step for item in retell(held) if isinstance(item, Stepped)]
+    assert told == [int(step) for step in steps[kept]]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
     steps, values = series(9, 6000)

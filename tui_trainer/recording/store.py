@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,15 +30,20 @@ from tui_trainer.protocol.messages import (
     Status,
     TextSample,
 )
+from tui_trainer.recording.feed import size_of
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
 from tui_trainer.recording.store_series import SeriesWriter
 from tui_trainer.recording.store_told import ToldWriter
+from tui_trainer.recording.telling import artifact_bytes
 
 COMMIT_EVERY_S = 0.4
 LONGEST_BACK_OFF_S = 30.0
 MOST_WAITING_BYTES = 64 * 2**20
 """Rows that wait for a disk that refuses; with more, the newest are given up and counted."""
 MOST_WAITING_SAYINGS = 100_000
+KEPT_BYTES = 32 * 2**20
+"""The newest of what was written is remembered, so that a database that takes the place of a
+damaged one does not begin empty."""
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -55,12 +61,18 @@ class StoreSink:
         self._say = say
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
+        self._place = (0, 0)
         self._info: RunInfo | None = None
         self._info_written = False
         self._status = Status()
         self._series: dict[int, SeriesWriter] = {}
         self._told = ToldWriter()
+        self._kept: deque[tuple[Item, int]] = deque()
+        self._kept_bytes = 0
+        self._kept_info: RunInfo | None = None
+        """The description in force before what is kept."""
         self._sayings: list[tuple[str, tuple[object, ...]]] = []
+        self._sayings_bytes = 0
         self._moment: tuple[int, float] | None = None
         self._waiting_bytes = 0
         self._lost = 0
@@ -76,6 +88,7 @@ class StoreSink:
         self._status = status
         for item in items:
             self._take(item)
+            self._keep(item)
         if self._clock() >= self._next_commit or any(isinstance(i, Ended) for i in items):
             self.commit()
 
@@ -92,6 +105,10 @@ class StoreSink:
     def commit(self) -> bool:
         """Write all that waits; whether the disk took it."""
         try:
+            if self._connection is not None and self._identity() != self._place:
+                self._disconnect()
+                self._damaged = "the recording was removed or replaced by somebody else"
+                self._begin_anew()
             if self._connection is None:
                 self._connect()
             self._write()
@@ -127,7 +144,9 @@ class StoreSink:
                 self._lost += item.steps
                 self._told.add(told.LOST, item.steps)
             case _:
-                if len(self._sayings) < MOST_WAITING_SAYINGS:
+                roomy = self._sayings_bytes < MOST_WAITING_BYTES
+                if roomy and len(self._sayings) < MOST_WAITING_SAYINGS:
+                    self._sayings_bytes += _bytes_of(item)
                     self._sayings.append(_statement(item))
                     self._told.add(_kind(item), item.id)
 
@@ -152,14 +171,43 @@ class StoreSink:
         self._lost += not taken
         return bool(taken)
 
+    def _keep(self, item: Item) -> None:
+        size = _bytes_of(item)
+        self._kept.append((item, size))
+        self._kept_bytes += size
+        while self._kept_bytes > KEPT_BYTES:
+            oldest, size = self._kept.popleft()
+            self._kept_bytes -= size
+            if isinstance(oldest, Described):
+                self._kept_info = oldest.info
+
+    def _begin_anew(self) -> None:
+        """Into an empty database goes all that is remembered, in its order."""
+        self._series, self._told = {}, ToldWriter()
+        self._sayings.clear()
+        self._sayings_bytes = self._waiting_bytes = self._lost = 0
+        if self._kept_info is not None:
+            self._describe(self._kept_info)
+        for item, _ in self._kept:
+            self._take(item)
+
     # ------------------------------------------------------------ the disk
 
     def _connect(self) -> None:
         self._connection = open_for_writing(self._directory)
+        self._place = self._identity()
         self._info_written = False
         self._told.forget_place()
         for series in self._series.values():
             series.forget_place()
+
+    def _identity(self) -> tuple[int, int]:
+        """Which file the name leads to. Raises OSError where the directory is gone as well."""
+        try:
+            found = os.stat(self._directory / STORE_FILE)
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_dev, found.st_ino
 
     def _write(self) -> None:
         connection = self._connection
@@ -185,6 +233,7 @@ class StoreSink:
         for series in self._series.values():
             series.written()
         self._sayings.clear()
+        self._sayings_bytes = 0
         self._info_written, self._moment, self._waiting_bytes = True, None, 0
 
     def _refused(self, fault: Exception) -> None:
@@ -210,8 +259,11 @@ class StoreSink:
                     part.rename(kept.with_name(kept.name + ending))
         except OSError:
             return False
-        self._damaged = f"the recording was damaged: its earlier part is in {kept.name}"
+        steps = [item.record.step for item, _ in self._kept if isinstance(item, Stepped)]
+        since = f" (what is before step {steps[0]:,})" if steps and steps[0] > 1 else ""
+        self._damaged = f"the recording was damaged{since}: its old file is {kept.name}"
         self._tell(self._damaged)
+        self._begin_anew()
         return True
 
     def _disconnect(self) -> None:
@@ -234,6 +286,17 @@ def _put(connection: sqlite3.Connection, key: str, value: RunInfo | Status) -> N
 
 
 Saying = Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix
+
+
+def _bytes_of(item: Item) -> int:
+    """About what an item holds in memory."""
+    match item:
+        case LogLine():
+            return 200 + 2 * len(item.text)
+        case TextSample() | ImageSample() | ConfusionMatrix():
+            return artifact_bytes(item)
+        case _:
+            return size_of(item)
 
 
 def _kind(item: Saying) -> int:

@@ -53,6 +53,8 @@ class Look(msgspec.Struct, frozen=True):
     parameters: int | None = None
     """Numbers in all trainable parameters."""
     viewers: tuple[str, ...] = ()
+    recording: str = ""
+    """What is wrong with recording to disk; "" while all is well."""
     events: tuple[dict[str, Any], ...] = ()
     """The newest, oldest of them first."""
 
@@ -138,6 +140,7 @@ def _put_together(
         status.phase,
         trainable or None,
         status.viewers,
+        status.recording,
         tuple(_as_object(event) for event in events[-EVENTS_SHOWN:]),
     )
 

@@ -87,6 +87,8 @@ def picture(seen: Look, console: Console) -> RenderableType:
     lines = [_heading(seen), Text(_progress(seen))]
     if run["note"]:
         lines.append(Text(" ".join(str(run["note"]).split()), STYLES.get(run["state"], "")))
+    if seen.recording:
+        lines.append(Text(seen.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
     loss = number(run["loss"]) if run["loss"] is not None else (run["loss_text"] or "–")
     lines.append(_row("loss", loss, _sparkline(seen.loss_curve, bars), _extremes(seen.loss_curve)))

@@ -1,0 +1,121 @@
+"""A run whose disk refuses: training goes on, the screen says so, recording resumes by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.runs.starting import until
+from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.session.ask import Conversation
+from tui_trainer.session.registry import look_at
+
+NOBODY = 65534
+SMALL = 8192
+"""Bytes a file may have: enough for what the run prints in the meantime, not for a commit."""
+
+
+def seen(runs, name):
+    """The status that a viewer is told."""
+    with Conversation.with_run(look_at(runs.directory / name), "test") as talk:
+        return talk.poll().status
+
+
+def goes_on(runs, name):
+    before = seen(runs, name).step
+    until(lambda: seen(runs, name).step > before + 20, "training goes on")
+
+
+def assert_whole(runs, name, at_least):
+    """Every step is in the store, those from the time of the trouble as well."""
+    table = RecordedHistory(runs.directory / name).tables[0]
+    steps = [int(step) for step in table.tail(table.rows)[0]]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] >= at_least
+
+
+def test_a_full_disk(runs):
+    process = runs.start("gpt-full", seconds=0.02)
+    hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
+    until(lambda: "not recording" in seen(runs, "gpt-full").recording, "it is said")
+    goes_on(runs, "gpt-full")
+    shown = json.loads(runs.call("show", "gpt-full", "--json").stdout)
+    assert "training goes on" in shown["recording"]
+    assert shown["state"] == "live"
+    assert "not recording" in runs.call("show", "gpt-full", "--once").stdout
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    until(lambda: not seen(runs, "gpt-full").recording, "recording resumes")
+    step = seen(runs, "gpt-full").step
+    until(lambda: runs.said("gpt-full").step > step + 50, "more steps")
+    runs.kill("gpt-full")
+    assert_whole(runs, "gpt-full", step)
+
+
+def test_pages_that_became_noise(runs):
+    process = runs.start("gpt-noise", seconds=0.01)
+    until(lambda: runs.said("gpt-noise").step > 100, "some rows")
+    place = runs.directory / "gpt-noise"
+    # What SQLite holds in memory hides the damage until it has to read again.
+    hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
+    until(lambda: "not recording" in seen(runs, "gpt-noise").recording, "it is closed")
+    for name in ("history.sqlite", "history.sqlite-wal"):
+        if (place / name).exists():
+            (place / name).write_bytes(os.urandom((place / name).stat().st_size))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    until(lambda: "damaged" in seen(runs, "gpt-noise").recording, "it is said")
+    goes_on(runs, "gpt-noise")
+    assert list(place.glob("damaged-*"))
+    step = seen(runs, "gpt-noise").step
+    until(lambda: runs.said("gpt-noise").step > step + 50, "more steps")
+    runs.kill("gpt-noise")
+    assert_whole(runs, "gpt-noise", step)  # what was damaged came from memory
+
+
+def test_a_store_that_somebody_removed(runs):
+    runs.start("gpt-bereft", seconds=0.002)
+    until(lambda: runs.said("gpt-bereft").step > 600, "some chunks")
+    for path in (runs.directory / "gpt-bereft").glob("history.sqlite*"):
+        path.unlink()
+    until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "it is said")
+    step = seen(runs, "gpt-bereft").step
+    until(lambda: runs.said("gpt-bereft").step > step + 500, "more steps")
+    runs.kill("gpt-bereft")
+    assert_whole(runs, "gpt-bereft", step)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root may become another user"
+)
+def test_permissions_as_a_user_for_whom_they_count():
+    """Root may write anywhere, so the tests of refusals are done by nobody."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        os.mkdir(f"{place}/own")
+        os.chown(f"{place}/own", NOBODY, NOBODY)
+        done = subprocess.run(
+            [
+                *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+                *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+                *("-o", "addopts=-q", f"--basetemp={place}/own/tmp", "-rA"),
+                *("-k", "read_only", "tests/store/test_store.py"),
+            ],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "HOME": f"{place}/own", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if "Permission denied" in done.stderr and not done.stdout:
+            pytest.skip("another user cannot read this checkout")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "PASSED" in done.stdout
