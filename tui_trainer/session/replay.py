@@ -75,6 +75,11 @@ class ReplaySession:
     # ------------------------------------------------------------ the cursor
 
     @property
+    def history(self) -> RecordedHistory:
+        """What was recorded, as it was at the cursor."""
+        return self._history
+
+    @property
     def last_step(self) -> int:
         """The newest step recorded."""
         return self._history.last_step

@@ -22,11 +22,17 @@ _ABOUT_RUNS = {
 }
 """Command to its module and its line in the help. The modules are imported when they are called
 for: together they take longer than the help takes to print."""
+_ABOUT_THE_PAST = {
+    "replay": ("replaying", "look back at a run, step by step; read-only, live ones too"),
+    "compare": ("comparing", "overlay losses and norms of runs, and how their options differ"),
+    "report": ("reporting", "one page with a run's charts, configuration and events"),
+    "export": ("exporting", "a run as CSV, JSON lines, Parquet or TensorBoard files"),
+}
 _ABOUT_MACHINE = {
     "doctor": ("diagnosing", "versions, device, terminal, permissions, and what is missing"),
 }
 
-COMMANDS = (*_ABOUT_RUNS, *_ABOUT_MACHINE)
+COMMANDS = (*_ABOUT_RUNS, *_ABOUT_THE_PAST, *_ABOUT_MACHINE)
 HIDDEN = ("relay",)
 """For the far end of an ssh connection, not for people."""
 
@@ -37,6 +43,7 @@ def register(app: App) -> None:
 
     for about, group in (
         (_ABOUT_RUNS, Group("Runs", sort_key=1)),
+        (_ABOUT_THE_PAST, Group("Looking back", sort_key=2)),
         (_ABOUT_MACHINE, Group("This machine", sort_key=3)),
     ):
         for name, (module, line) in about.items():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.history import History
 from tui_trainer.history.levels import FACTOR, Buckets, Entries, Steps, T, extremes, flags_of
-from tui_trainer.history.store import packing
+from tui_trainer.history.store import packing, told
 from tui_trainer.history.store.objects import decode_status
 from tui_trainer.history.store.packing import CHUNK, GROUP
 from tui_trainer.history.store.schema import StoreFault, open_for_reading
@@ -63,6 +63,18 @@ class Store:
         """The last state that was recorded."""
         for (value,) in self.ask("SELECT value FROM meta WHERE key = 'status'"):
             return decode_status(value)
+        return None
+
+    def first_moment(self) -> tuple[int, float] | None:
+        """The first step recorded, and when it was made; None where that was not kept."""
+        for (data,) in self.ask("SELECT data FROM told ORDER BY id LIMIT 8"):
+            try:
+                entries, _ = told.unpack(data)
+            except (ValueError, msgspec.DecodeError):
+                return None
+            for entry in entries:
+                if entry.kind == told.STEPPED:
+                    return entry.step, entry.time
         return None
 
     def forget(self) -> None:

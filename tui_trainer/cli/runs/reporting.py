@@ -1,0 +1,64 @@
+"""`tui-trainer report RUN`: one page about a run, to keep or to send."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.errors import CommandError
+from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, one_message
+from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.session.replay import ReplaySession
+
+
+def report(
+    run: RunName = None,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            help="the file to write (default: <run>.html here; - is standard output)",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ] = None,
+    runs_dir: RunsDir = None,
+) -> int:
+    """one page with a run's charts, configuration and events"""
+    from tui_trainer.report.page import render
+    from tui_trainer.report.read import Recorded
+
+    with one_message():
+        found = chosen(run, runs_dir, live=False)
+    path = output or Path(f"{found.name}.html")
+    try:
+        session = ReplaySession(found.directory)
+    except (StoreFault, OSError) as fault:
+        raise CommandError(str(fault)) from fault
+    try:
+        snapshot = session.poll()
+        info = snapshot.info or RunInfo(found.name, found.said.task)
+        pieces = render(Recorded(session.history, info, snapshot.status))
+        if str(path) == "-":
+            sys.stdout.writelines(pieces)
+            return 0
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "w", encoding="utf-8", errors="replace") as file:
+                file.writelines(pieces)
+            partial.replace(path)
+        except OSError as fault:
+            reason = fault.strerror or str(fault)
+            raise CommandError(f"cannot write {path}: {reason}") from fault
+        finally:
+            partial.unlink(missing_ok=True)
+    finally:
+        session.close()
+    print(f"wrote {path}")
+    return 0

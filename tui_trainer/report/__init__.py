@@ -1,0 +1,1 @@
+"""One page about a run: self-contained HTML with charts drawn here as SVG."""

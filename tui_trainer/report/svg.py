@@ -1,0 +1,207 @@
+"""Charts as inline SVG: bands from the smallest to the largest value, so that no spike is lost.
+
+Colours are CSS classes, so that one picture serves a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.history.window import Window
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 12, 10, 26
+BUCKETS = 560
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve, over stretches of steps."""
+
+    style: str
+    """A CSS class: what colour it has is the page's business."""
+    label: str
+    steps: NDArray[np.float64]
+    """The middle of each stretch, (n,)."""
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    last: float
+    bad: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Steps at which something not finite was measured."""
+    points: bool = False
+    """Single measurements, joined by a thin line."""
+
+    @staticmethod
+    def of(style: str, label: str, window: Window, column: int, points: bool = False) -> Series:
+        """A column of a window of a run's history."""
+        kept = np.flatnonzero(window.filled)
+        middle = (window.edges[kept] + window.edges[kept + 1] - 1) / 2
+        return Series(
+            style,
+            label,
+            middle.astype(np.float64),
+            window.low[kept, column].astype(np.float64),
+            window.high[kept, column].astype(np.float64),
+            float(window.last[kept[-1], column]) if len(kept) else math.nan,
+            middle[window.nonfinite[kept, column]].astype(np.float64),
+            points,
+        )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What to draw."""
+
+    series: Sequence[Series]
+    stop: int
+    """The last step."""
+    height: int = 220
+    unit: str = ""
+    log: bool = False
+    zero: bool = False
+    """Whether 0 belongs on the axis."""
+    rule: float | None = None
+    """A dashed level, such as the threshold of clipping."""
+    marks: Sequence[int] = ()
+    """Steps to mark on the axis."""
+    start: int = 1
+
+
+def draw(chart: Chart, title: str) -> str:
+    """The chart as an <svg> element."""
+    low, high = _range(chart)
+    place = _Placing(chart, low, high)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {chart.height}" role="img" '
+        f'aria-label="{escape(title, quote=True)}">',
+        f"<title>{escape(title)}</title>",
+    ]
+    parts += _axes(chart, place)
+    if chart.rule is not None and low <= chart.rule <= high:
+        y = place.y(np.array([chart.rule]))[0]
+        parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+    for series in chart.series:
+        parts += _points(series, place) if series.points else _band(series, place)
+    parts += _marks(chart, place)
+    return "".join([*parts, "</svg>"])
+
+
+class _Placing:
+    """Steps and values to coordinates."""
+
+    def __init__(self, chart: Chart, low: float, high: float) -> None:
+        self._chart, self.low, self.high = chart, low, high
+        self._span = max(1, chart.stop - chart.start)
+
+    def x(self, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+        return LEFT + (steps - self._chart.start) / self._span * (WIDTH - LEFT - RIGHT)
+
+    def y(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        low, high = self.low, self.high
+        if self._chart.log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0, np.log10(values), math.log10(low))
+            low, high = math.log10(low), math.log10(high)
+        share = (values - low) / ((high - low) or 1.0)
+        return TOP + (1 - share) * (self._chart.height - TOP - BOTTOM)
+
+
+def _range(chart: Chart) -> tuple[float, float]:
+    every = [values for series in chart.series for values in (series.low, series.high)]
+    if chart.rule is not None:
+        every.append(np.array([chart.rule]))
+    joined = np.concatenate(every) if every else np.zeros(0)
+    joined = joined[np.isfinite(joined) & ((joined > 0) | (not chart.log))]
+    if not len(joined):
+        return (0.1, 1.0) if chart.log else (0.0, 1.0)
+    low, high = float(joined.min()), float(joined.max())
+    if chart.log:
+        return 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9)
+    low = min(low, 0.0) if chart.zero else low
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return low if chart.zero and low == 0 else low - margin, high + margin
+
+
+def _band(series: Series, place: _Placing) -> list[str]:
+    """The extent of every stretch as an area, at least as thick as a line."""
+    known = np.isfinite(series.low) & np.isfinite(series.high)
+    parts = []
+    for part in _runs(known):
+        x = place.x(series.steps[part])
+        top, bottom = place.y(series.high[part]), place.y(series.low[part])
+        there = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, top, strict=True))
+        back = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[::-1], bottom[::-1], strict=True))
+        parts.append(f'<polygon class="{series.style}" points="{there} {back}"/>')
+    return parts
+
+
+def _runs(known: NDArray[np.bool_]) -> list[slice]:
+    """Stretches without a gap."""
+    edges = np.flatnonzero(np.diff(np.r_[False, known, False].astype(np.int8)))
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _points(series: Series, place: _Placing) -> list[str]:
+    known = np.isfinite(series.high)
+    x, y = place.x(series.steps[known]), place.y(series.high[known])
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    parts = [f'<polyline class="{series.style} thin" points="{line}"/>']
+    if len(x) <= 80:
+        parts += [
+            f'<circle class="{series.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+            for a, b in zip(x, y, strict=True)
+        ]
+    return parts
+
+
+def _marks(chart: Chart, place: _Placing) -> list[str]:
+    base = chart.height - BOTTOM
+    columns = np.unique(np.round(place.x(np.asarray(chart.marks, np.float64)), 0))
+    ticks = "".join(f"M{x:.0f} {base}v-7" for x in columns)
+    parts = [f'<path class="mark" d="{ticks}"/>'] if ticks else []
+    bad = [steps for series in chart.series for steps in series.bad.tolist()]
+    crosses = np.unique(np.round(place.x(np.asarray(bad, np.float64)), 0))
+    return parts + [
+        f'<path class="bad" d="M{x - 4:.0f} {base - 4}l8 8m0 -8l-8 8"/>' for x in crosses
+    ]
+
+
+def _axes(chart: Chart, place: _Placing) -> list[str]:
+    base = chart.height - BOTTOM
+    parts = []
+    for value in ticks(place.low, place.high, chart.log):
+        y = place.y(np.array([value]))[0]
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        text = f"{value:g}{chart.unit}"
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    for step in ticks(chart.start, chart.stop, False, 8):
+        if step == int(step):
+            x = place.x(np.array([step]))[0]
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{chart.height - 8}" text-anchor="middle">'
+                f"{int(step):,}</text>"
+            )
+    parts.append(f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
+    return parts
+
+
+def ticks(low: float, high: float, log: bool, count: int = 5) -> list[float]:
+    """Round values in low … high."""
+    if log:
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        every = max(1, (last - first) // count + 1)
+        return [10.0**power for power in range(first, last + 1, every)]
+    wanted = (high - low) / count
+    if wanted <= 0 or not math.isfinite(wanted):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(wanted))
+    spacing = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= wanted * (1 - 1e-9))
+    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    return [round(n * spacing, 12) for n in range(first, last + 1)]
