@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import msgspec
 import pexpect
 import pytest
 
 from tests.runs.starting import last_step, until
+from tui_trainer.config.state import write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
 from tui_trainer.session.ask import Conversation
 from tui_trainer.session.registry import look_at
@@ -186,6 +190,54 @@ def test_rm_touches_nothing_that_is_no_run(runs, tmp_path):
     os.symlink(precious, runs.made("gpt-linked") / "link")
     until(lambda: runs.call("rm", "-y", "gpt-linked") and True, "tried")
     assert (precious / "thesis.tex").exists()
+
+
+def removal_refused(runs, what, why):
+    done = runs.call("rm", "-y", str(what))
+    assert done.returncode == 1, done.stdout
+    assert why in done.stderr
+
+
+def test_rm_never_takes_a_run_that_may_live(runs):
+    place = runs.directory / "gpt-quiet"
+    runs.start("gpt-quiet")
+    lost = (place / "status.json").read_bytes()
+    os.kill(runs.processes["gpt-quiet"].pid, signal.SIGSTOP)  # it says nothing more
+    (place / "status.json").write_bytes(b"")
+    os.utime(place / "run.json", (1, 1))
+    assert look_at(place).state == "crashed"  # as far as its files tell
+    removal_refused(runs, "gpt-quiet", "still answers on its socket")
+    (place / "status.json").write_bytes(lost)
+    runs.kill("gpt-quiet")
+    elsewhere = msgspec.structs.replace(
+        runs.said("gpt-quiet"), place="far", host="far", written_at=time.time() - 60
+    )
+    write_state(place, elsewhere)
+    assert look_at(place).state == "crashed"
+    removal_refused(runs, "gpt-quiet", "far was heard of")
+    write_state(place, msgspec.structs.replace(elsewhere, written_at=time.time() - 7200))
+    assert runs.call("rm", "-y", "gpt-quiet").returncode == 0
+    assert not place.exists()
+
+
+def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir(mode=0o700)
+    (project / "status.json").write_text('{"name": "my deployment"}')
+    (project / "thesis.tex").write_text("x")
+    removal_refused(runs, project, "is not surely a run's directory")
+    linked = runs.directory / "linked"
+    linked.symlink_to(runs.made("gpt-kept"))
+    os.utime(runs.directory / "gpt-kept" / "run.json", (1, 1))
+    removal_refused(runs, "linked", "is a link")
+    inside = runs.made("gpt-outer") / "gpt-inner"
+    os.utime(runs.directory / "gpt-outer" / "run.json", (1, 1))
+    inside.mkdir()
+    (inside / "run.json").write_bytes((runs.directory / "gpt-outer" / "run.json").read_bytes())
+    removal_refused(runs, "gpt-outer", "other runs are kept within")
+    assert (project / "thesis.tex").exists()
+    assert (runs.directory / "gpt-kept" / "run.json").exists()
+    assert (inside / "run.json").exists()
 
 
 def test_doctor(runs):

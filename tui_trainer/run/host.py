@@ -31,6 +31,7 @@ from tui_trainer.run.signals import Signals
 from tui_trainer.run.source import look_up_source
 from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
 
+TROUBLES_SAID = 20
 LINGER_S = 5.0
 """How long an ended run stays for its viewers to fetch the end."""
 FIRST_VIEWER_S = 3.0
@@ -50,6 +51,7 @@ class Host:
         self.signals = signals(self.gate)
         self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
         self.server = Server(spec.name, self.recorder, self.control)
+        self._troubles: set[str] = set()
         self.save: Callable[[int], object] | None = None
         """Writes a checkpoint of the step given; on the training thread, between steps."""
         self.gate.on_change = self._gate_changed
@@ -64,10 +66,7 @@ class Host:
         except OSError as fault:
             self.recorder.fault("no viewer can attach", fault)
         self.recorder.subscribe(StateSink(self.spec.directory, self.recorder.info))
-        store = StoreSink(
-            self.spec.directory, lambda trouble: self.recorder.status(recording=trouble)
-        )
-        self.recorder.subscribe(store)
+        self.recorder.subscribe(StoreSink(self.spec.directory, self._say_recording))
         if sink is not None:
             self.recorder.subscribe(sink)
         look_up_source(
@@ -115,6 +114,13 @@ class Host:
             self.server.wait_until_seen(LINGER_S, first_viewer_s)
             self.recorder.close()
         self.server.close()
+
+    def _say_recording(self, trouble: str) -> None:
+        """What is wrong with the store: on every screen while it is, and once in the story."""
+        self.recorder.status(recording=trouble)
+        if trouble and trouble not in self._troubles and len(self._troubles) < TROUBLES_SAID:
+            self._troubles.add(trouble)
+            self.recorder.notice("recording", trouble, "warning")
 
     def waiting_for(self, what: str) -> None:
         """What a run that makes no steps is busy with."""

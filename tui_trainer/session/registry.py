@@ -18,12 +18,14 @@ from tui_trainer.config.state import (
     this_place,
 )
 from tui_trainer.protocol.text import harmless, harmless_all
-from tui_trainer.session.trust import RunError, check_directory
+from tui_trainer.session.trust import RunError, answers, check_directory
 
 STARTING_S = 30.0
 """A run that was made so recently may not have said anything yet."""
 SILENT_S = 15.0
 """A run elsewhere, whose process cannot be looked up, is taken for dead after so long a silence."""
+LONG_SILENT_S = 3600.0
+"""Before its records may be removed from here, such a run must have been silent for so long."""
 LIVE = ("live", "paused")
 
 
@@ -88,6 +90,20 @@ def look_at(directory: Path) -> Run | None:
     if 0 <= time.time() - made < STARTING_S:
         return Run(directory.name, directory, "live", said, "starting")
     return Run(directory.name, directory, "crashed", said, "it ended before its first word")
+
+
+def may_live(run: Run) -> str:
+    """Why this run is not surely over, though it may be said to be; "" when it is. For what cannot
+    be undone: a status that is lost or late is no proof of an end."""
+    if run.live:
+        return f"it is {run.state}"
+    if answers(find_socket(run.directory)):
+        return "a process still answers on its socket"
+    silence = time.time() - run.said.written_at
+    if not run.said.ended and run.said.place not in ("", this_place()) and silence < LONG_SILENT_S:
+        host = run.said.host or "another machine"
+        return f"{host} was heard of {silence:,.0f} s ago, and it cannot be seen from here"
+    return ""
 
 
 def judge(said: RunState) -> tuple[str, str]:

@@ -79,6 +79,17 @@ def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
     return connection
 
 
+def answers(path: str | os.PathLike[str] | None) -> bool:
+    """Whether some process listens at this socket, whoever it is."""
+    if path is None:
+        return False
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.connect(os.fspath(path))
+        return True
+    return False
+
+
 def peer_user(connection: socket.socket) -> int | None:
     """The user id of the process at the other end, where the system tells it."""
     option = getattr(socket, "SO_PEERCRED", None)  # Linux

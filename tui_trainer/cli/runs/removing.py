@@ -12,8 +12,8 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.runs.common import RunsDir, duration, one_message
-from tui_trainer.config.spec import SOCKET_POINTER_FILE
-from tui_trainer.session.registry import Run, resolve
+from tui_trainer.config.spec import SOCKET_POINTER_FILE, SPEC_FILE, read_spec
+from tui_trainer.session.registry import Run, may_live, resolve
 
 
 def rm(
@@ -37,6 +37,7 @@ def rm(
     for run in found:
         if run.live:
             raise CommandError(f"{run.name} is {run.state}", f"tui-trainer stop {run.name} ends it")
+        _check(run)
     if yes:
         _refuse_abbreviations(runs, found)
     elif not _agreed(found):
@@ -45,6 +46,29 @@ def rm(
         _remove(run)
         print(f"removed {run.name}")
     return 0
+
+
+def _check(run: Run) -> None:
+    """Only what is surely a run, and surely over. Raises CommandError."""
+    try:
+        read_spec(run.directory)
+    except (OSError, ValueError) as fault:
+        raise CommandError(
+            f"{run.directory} is not surely a run's directory: it holds no {SPEC_FILE} of one",
+            "remove it by hand, if that is what you mean",
+        ) from fault
+    if run.directory.is_symlink():
+        raise CommandError(f"{run.directory} is a link to another directory", "remove it by hand")
+    if why := may_live(run):
+        raise CommandError(f"{run.name} may still live: {why}", "end it first, where it runs")
+    within = [
+        path.parent for path in run.directory.rglob(SPEC_FILE) if path.parent != run.directory
+    ]
+    if within:
+        raise CommandError(
+            f"other runs are kept within {run.directory}, such as {within[0].name}",
+            "remove or move those first",
+        )
 
 
 def _refuse_abbreviations(given: tuple[str, ...], found: list[Run]) -> None:
