@@ -1,0 +1,99 @@
+"""What people log by today, as their manuals show it, every step: for the same table as ours.
+
+Each is called after `backward`, when the gradients are there and not yet clipped.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Log = Callable[[int, Tensor], None]
+
+
+def start(name: str, model: nn.Module) -> Log:
+    """Start logging `model` the way of that name. ImportError where it is not installed."""
+    return RIVALS[name](model)
+
+
+def item(model: nn.Module) -> Log:
+    """Norm of every gradient and weight, each fetched by `.item()` as it is computed."""
+    kept: list[tuple[float, dict[str, tuple[float, float]]]] = []
+
+    def log(step: int, loss: Tensor) -> None:
+        with torch.no_grad():
+            norms = {
+                name: (p.grad.norm().item(), p.norm().item())
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
+        kept.append((loss.item(), norms))
+        del kept[:-1000]
+
+    return log
+
+
+def tensorboard_scalars(model: nn.Module) -> Log:
+    """The loss and the norm of every gradient and weight as TensorBoard scalars."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tempfile.mkdtemp(prefix="benchmark-"))
+
+    def log(step: int, loss: Tensor) -> None:
+        writer.add_scalar("loss", loss.item(), step)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    writer.add_scalar(f"gradient/{name}", p.grad.norm().item(), step)
+                    writer.add_scalar(f"weight/{name}", p.norm().item(), step)
+
+    return log
+
+
+def tensorboard_histograms(model: nn.Module) -> Log:
+    """The loss, and every gradient and weight as a TensorBoard histogram."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tempfile.mkdtemp(prefix="benchmark-"))
+
+    def log(step: int, loss: Tensor) -> None:
+        writer.add_scalar("loss", loss.item(), step)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                writer.add_histogram(f"gradient/{name}", p.grad, step)
+                writer.add_histogram(f"weight/{name}", p.detach(), step)
+
+    return log
+
+
+def wandb_watch(model: nn.Module) -> Log:
+    """`wandb.watch(log="all", log_freq=1)`, offline."""
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    run = wandb.init(project="benchmark", dir=tempfile.mkdtemp(prefix="benchmark-"))
+    run.watch(model, log="all", log_freq=1)
+
+    def log(step: int, loss: Tensor) -> None:
+        run.log({"loss": loss.item()})
+
+    return log
+
+
+RIVALS: dict[str, Callable[[nn.Module], Log]] = {
+    "item": item,
+    "tensorboard-scalars": tensorboard_scalars,
+    "tensorboard-histograms": tensorboard_histograms,
+    "wandb-watch": wandb_watch,
+}
+NEEDS = {
+    "tensorboard-scalars": "tensorboard",
+    "tensorboard-histograms": "tensorboard",
+    "wandb-watch": "wandb",
+}
+"""What must be installed (`pip install tui-trainer[bench]`)."""

@@ -1,0 +1,103 @@
+"""How much slower training gets by being watched: ours beside what people use today.
+
+    python -m benchmarks.slowdown [--rounds 3] [--seconds 0.5] [--shapes gpt vit] [--json FILE]
+
+The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
+that trains. `bare again` is a second process with the same bare loop: what it differs by is the
+noise. `--rounds` is the number of pairs of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import loaded, machine, write_json
+from rivals import NEEDS, RIVALS
+from turns import IN_APP, RUN, Way, compare, trainees
+
+SPIN = "10000"
+BARE = Way("bare")
+HOMES = (
+    Way("bare again"),
+    Way("bare, GOMP_SPINCOUNT as ours", env={"GOMP_SPINCOUNT": SPIN}),
+    Way("tui-trainer, no viewer", home=RUN),
+    Way("tui-trainer, viewer", home=RUN, viewer=True),
+    Way("tui-trainer, in the app", home=IN_APP, viewer=True),
+)
+EVERYTHING = (
+    Way("all at every step, viewer", home=RUN, viewer=True, flags=("--budget", "0")),
+)  # fmt: skip
+
+
+def rivals() -> list[Way]:
+    """Those that are installed; a line for each that is not."""
+    found = []
+    for name in RIVALS:
+        package = NEEDS.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name}: skipped, {package} is not installed (pip install tui-trainer[bench])")
+        else:
+            found.append(Way(name, script=("--rival", name)))
+    return found
+
+
+def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of one shape: homes for each number of threads, then the rest for the middle."""
+    rows = []
+    loop = ("--shape", shape, "--threads", str(max(threads)))
+    turn = {"rounds": options.rounds, "seconds": options.seconds, "warm": options.warm}
+    with trainees([BARE, *HOMES], loop) as (bare, *others):
+        for count in threads:
+            if count == 1:
+                chosen = [each for each in others if "GOMP_SPINCOUNT" not in each.way.env]
+            else:
+                chosen = others
+            found = compare(bare, chosen, threads=count, **turn)
+            rows += tell(shape, count, found)
+    with trainees([BARE, *EVERYTHING, *rivals()], loop) as (bare, *others):
+        count = threads[len(threads) // 2]
+        found = compare(bare, others, threads=count, **turn)
+        rows += tell(shape, count, found)
+    return rows
+
+
+def tell(shape: str, threads: int, found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Print them."""
+    rows = []
+    for name, one in found.items():
+        rows.append({"shape": shape, "threads": threads, "way": name, **one})
+        text = f"{shape:6}{threads:3}  {name:30}{one['step_ms']:9.2f}"
+        if "ratio" in one:
+            text += f"{one['ratio']:9.3f}   {one['low']:.3f} to {one['high']:.3f}"
+            text += f"{one['pairs']:6}"
+        print(text, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Print the table; write it as JSON when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
+    parser.add_argument("--warm", type=float, default=0.2, help="seconds first, not counted")
+    parser.add_argument("--shapes", nargs="+", default=["gpt", "vit"])
+    parser.add_argument("--threads", nargs="+", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    threads = options.threads or sorted({1, max(1, cores // 2), cores})
+    print(machine(), loaded(), sep="\n")
+    print(f"{'shape':6}{'thr':>3}  {'':30}{'ms/step':>9}{'ratio':>9}   quartiles       pairs")
+    rows = [row for shape in options.shapes for row in measure(shape, threads, options)]
+    write_json(options.json, {"machine": machine(), "load": loaded(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
