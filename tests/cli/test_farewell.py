@@ -62,7 +62,14 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
             "crashed at step 7: its process ended without a word (killed by signal 9)",
             (1, 137),
         ),
-        (seen("finished", 4), None, "raise SystemExit(3)", "finished at step 4", (0, 3)),
+        (seen("finished", 4), None, "raise SystemExit(3)", "finished at step 4", (3, 3)),
+        (
+            seen("crashed", 0, "there is no file"),
+            None,
+            "raise SystemExit(2)",
+            "could not start: there is no file",
+            (2, 2),
+        ),
     ],
 )
 def test_a_run_that_has_ended(

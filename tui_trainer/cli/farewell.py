@@ -66,10 +66,12 @@ def _as_status(code: int | None) -> int | None:
 
 
 def exit_status(spec: RunSpec, outcome: Outcome) -> int:
-    """The script's own for `run`. For a task 0, 1 where it crashed, 2 where it could not be run as
-    asked."""
+    """The script's own for `run`. For a task 0, 1 where it crashed or its last loss was not finite,
+    2 where it could not be run as asked."""
     if spec.task == "script" and outcome.ended and outcome.exit_status is not None:
         return outcome.exit_status
+    if outcome.state == "finished":
+        return outcome.exit_status or 0  # its loss may not have been finite
     if outcome.state != "crashed":
         return 0
     return USAGE if outcome.exit_status == USAGE else FAULT
@@ -87,6 +89,8 @@ def farewell(spec: RunSpec, outcome: Outcome) -> str:
     match outcome.state:
         case "finished" | "stopped":
             said = f"{outcome.state} at {at}"
+        case "crashed" if not outcome.step and outcome.reason:
+            said = f"could not start: {outcome.reason}"
         case "crashed":
             said = f"crashed at {at}" + (f": {outcome.reason}" if outcome.reason else "")
         case "paused":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,14 @@ from tui_trainer.session.stream import NotYet, RunGone, Stream, Unreachable
 
 BOOT_LOG = "boot.log"
 """Holds what the run process prints before it takes its output over, and what kills it."""
-_TAIL_BYTES = 4_000
+_READ_BYTES = 64_000
+_TAIL_CHARACTERS = 4_000
+_FATAL = re.compile(r"^Fatal Python error: .+$", re.MULTILINE)
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in ', re.MULTILINE)
+_MEMORY = (
+    "if nobody did that, memory ran out and the kernel did (dmesg says so): try a smaller batch, "
+    "a smaller model or fewer workers"
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,18 @@ class Launched:
             if said is not None and said.ended:
                 raise RunGone(f"the run has {said.state}", said.reason, said.state) from None
             message = f"the run process died: {_ending(status)}"
-            raise RunGone(message, self.last_words(), "crashed") from None
+            hint = self.last_words() or (_MEMORY if status == -signal.SIGKILL else "")
+            raise RunGone(message, hint, "crashed") from None
 
     def last_words(self) -> str:
         """The end of what the process printed, for people; "" when it printed nothing."""
         try:
             with open(Path(self.spec.directory) / BOOT_LOG, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                return file.read().decode("utf-8", "replace").strip()
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _READ_BYTES))
+                printed = file.read().decode("utf-8", "replace").strip()
         except OSError as fault:
             return f"cannot read {BOOT_LOG}: {fault.strerror}"
+        return _fatal(printed) or printed[-_TAIL_CHARACTERS:]
 
 
 def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched:
@@ -76,6 +86,16 @@ def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched
     finally:
         os.close(log)
     return Launched(spec, process)
+
+
+def _fatal(printed: str) -> str:
+    """What killed the interpreter and where, of the pages that faulthandler prints; "" for none."""
+    fatal = _FATAL.search(printed)
+    if fatal is None:
+        return ""
+    # Of several threads it is the current one that died; its newest frame comes first.
+    frame = _FRAME.search(printed, max(fatal.end(), printed.find("Current thread")))
+    return fatal[0] + (f" ({os.path.basename(frame[1])}, line {frame[2]})" if frame else "")
 
 
 def _ending(status: int) -> str:

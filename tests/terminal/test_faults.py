@@ -1,0 +1,116 @@
+"""Bad input and faults in the app: a screen that says it and keeps what was measured, a way out
+that leaves the terminal as it was, and an exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.terminal.harness import COMMAND, Terminal
+from tui_trainer.config.state import read_state
+
+SHORT = ["--steps", "3", "--threads", "1", "--device", "cpu", "--sample-every", "0"]
+EXPLOSIVE = ["--learning-rate", "1e9", "--warmup-steps", "0", "--schedule", "constant"]
+EXPLOSIVE += ["--clip", "off", "--optimizer", "sgd"]
+
+
+def shown(command: list[str], *said: str, status: int) -> str:
+    """Run it in the app until all of `said` is on the screen and leave; what was on the screen."""
+    with Terminal([*COMMAND, *command], columns=120, rows=36, timeout=90) as terminal:
+        for text in said:
+            terminal.wait_for(text)
+        terminal.find(r"crashed|finished|stopped")
+        seen = terminal.settle(0.5)
+        terminal.press("q")
+        assert terminal.wait_for_exit() == status
+        terminal.assert_restored()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["gpt", "--data", "nowhere.txt"], ["there is no file or folder nowhere.txt", "--data"]),
+        (["gpt", "--data", "short.txt"], ["short.txt is too short", "--block-size"]),
+        (["vit", "--data", "one"], ["only one class", "two classes or more"]),
+        (["gpt", "--device", "cuda:99"], ["there is no device cuda:99", "--device auto"]),
+    ],
+    ids=["missing", "short", "class", "device"],
+)
+def test_what_cannot_start(
+    options: list[str],
+    said: list[str],
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("to be or not to be")
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    (tmp_path / "one" / "cat" / "1.png").write_bytes(b"")
+    rest = ["--steps", "3", "--threads", "1"]
+    shown([*options, *rest], *said, status=2)
+
+
+def test_no_memory_for_the_model(runs: Path) -> None:
+    command = ["gpt", "--width", "131072", "--layers", "100", *SHORT]
+    shown(command, "out of memory: 64 GiB could not be had", "--batch-size", status=1)
+
+
+def test_no_memory_at_step_7_keeps_what_was_measured(runs: Path, train: Path) -> None:
+    then = "if step == 7: torch.empty(10**15)"
+    train.write_text(train.read_text().replace("# then", then))
+    said = ["crashed at step 7", "out of memory: 4 PiB could not be had", "a smaller batch"]
+    seen = shown(["run", "--name", "mine", str(train)], *said, status=1)
+    assert "weight" in seen, "the gradients measured so far are gone"
+    state = read_state(runs / "mine")
+    assert state is not None
+    assert (state.state, state.step) == ("crashed", 7)
+
+
+def test_a_loss_that_is_not_a_number(runs: Path) -> None:
+    said = ["the loss is nan", "the loss was nan at step 2", "a lower learning rate"]
+    shown(["gpt", *EXPLOSIVE, *SHORT], *said, status=1)
+
+
+def test_a_script_that_is_not_python(runs: Path, train: Path) -> None:
+    train.write_text("for step in range(3)\n    pass\n")
+    shown(["run", str(train)], "train.py, line 1", status=1)
+
+
+def test_a_megabyte_on_one_line_and_control_sequences(runs: Path, train: Path) -> None:
+    noise = r"'x' * 1_000_000 + '\n\x1b[2J\x1b[31mred\x07\x1b]0;title\x07\n'"
+    then = f"sys.stdout.write({noise}) if step == 5 else step == 9 and sys.exit()"
+    train.write_text(train.read_text().replace("# then", then))
+    seen = shown(["run", str(train)], "finished after 9 steps", status=0)
+    assert "Gradients" in seen
+    assert "xxxx" not in seen
+
+
+def test_a_script_with_signal_handlers_of_its_own(runs: Path, train: Path) -> None:
+    then = "if step == 4: os.kill(os.getpid(), 15); os.kill(os.getpid(), 2)\n"
+    then += "    if step == 9: sys.exit(len(got))\n"
+    own = "import os, signal\ngot = []\n"
+    own += "signal.signal(signal.SIGTERM, lambda *a: got.append(a))\n"
+    own += "signal.signal(signal.SIGINT, lambda *a: got.append(a))\n"
+    train.write_text(own + train.read_text().replace("# then", then))
+    shown(["run", str(train)], "at step 9", "exit status 2", status=2)
+
+
+@pytest.mark.parametrize(
+    ("death", "said", "status"),
+    [
+        ("os.kill(os.getpid(), 9)", ["killed by SIGKILL", "memory ran out"], 137),
+        ("ctypes.string_at(0)", ["killed by SIGSEGV", "Segmentation fault (__init__.py"], 139),
+        ("os._exit(7)", ["exit status 7"], 7),
+    ],
+    ids=["killed", "segmentation", "exit"],
+)
+def test_a_process_that_dies_at_once(
+    death: str, said: list[str], status: int, runs: Path, train: Path
+) -> None:
+    then = f"import os, ctypes; time.sleep(0.3 * (step % 10 == 0)); step == 60 and {death}"
+    train.write_text(train.read_text().replace("# then", then))
+    seen = shown(["run", str(train)], "crashed at step", *said, status=status)
+    assert "weight" in seen, "the gradients measured so far are gone"
