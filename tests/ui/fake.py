@@ -19,6 +19,7 @@ import numpy as np
 from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesise
 from tui_trainer.history import History
 from tui_trainer.protocol import PHASES, messages, tables
+from tui_trainer.protocol.describe import Column
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -377,6 +378,32 @@ def fake_extremes(steps: int = 300) -> FakeSession:
         values = run.values[run.table(name)]
         values[:] = fall[: len(values)]
     return FakeSession(run, steps)
+
+
+def fake_two_optimizers(steps: int = 300) -> FakeSession:
+    """A GAN, say: `sgd` and `adam`, each with a loss and parameters of its own."""
+    run = synthesise(describe())
+    tables_of_adam = []
+    for name in (tables.STEP, tables.GRAD_NORM):
+        first = run.info.tables[run.table(name)]
+        columns = first.columns
+        if name == tables.GRAD_NORM:
+            columns = tuple(replace_name(column, f"generator.{column.name}") for column in columns)
+        number = len(run.info.tables) + len(tables_of_adam)
+        tables_of_adam.append(
+            msgspec.structs.replace(first, id=number, columns=columns, optimizer="adam")
+        )
+        run.steps.append(run.steps[first.id])
+        run.values.append(run.values[first.id] * np.float32(0.5))
+    run.info = msgspec.structs.replace(
+        run.info, tables=(*run.info.tables, *tables_of_adam), optimizers=("sgd", "adam")
+    )
+    return FakeSession(run, steps)
+
+
+def replace_name(column: Column, name: str) -> Column:
+    """The column, called otherwise."""
+    return msgspec.structs.replace(column, name=name)
 
 
 def fake_large(parameters: int = 10_000, steps: int = 60) -> FakeSession:

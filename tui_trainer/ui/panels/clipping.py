@@ -53,7 +53,11 @@ class ClippingPanel(Panel):
         ledger = max(3, int((size.height - 1) * LEDGER_SHARE)) if size.height > 9 else 0
         tall = size.height - 1 - ledger
         steps, layers, items = self._read(size.width)
-        right = "log" if self.chart.log else ""
+        info = self.snapshot.info
+        # With several optimizers this is the first one's norm: the ledger has the clips of all.
+        whose = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
+        dot = f" {self.glyphs.separator} "
+        right = dot.join(word for word in ("log" if self.chart.log else "", whose) if word)
         rows = self.chart.rows(size.width, tall, steps, layers, self.palette, self.glyphs)
         if not layers:
             self.chart.say(rows, FIRST_STEP, self.palette)

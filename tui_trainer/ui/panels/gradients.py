@@ -11,18 +11,16 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 
-from tui_trainer.history.table import TableHistory
-from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,
-    provisional,
     title_row,
     unseen,
     waiting_text,
 )
+from tui_trainer.ui.panels.gradient_values import GradientNorms
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import nice_above, window
 from tui_trainer.ui.widgets.sparkline import sparklines
@@ -65,14 +63,14 @@ class GradientsPanel(VirtualTable):
         """The rows that the trends are of."""
         self._frames = 0
         self._folded_by_hand = False
-        self._history: TableHistory | None = None
+        self._values = GradientNorms(Snapshot())
 
     # ------------------------------------------------------------ what is shown
 
     def show(self, snapshot: Snapshot) -> None:
         """Take the snapshot and redraw the visible rows."""
         self.snapshot = snapshot
-        self._history = snapshot.history.table(tables.GRAD_NORM)
+        self._values = GradientNorms(snapshot)
         self._take_names()
         self._take_norms()
         self.empty = unseen(snapshot, "grad_norm") or (
@@ -88,7 +86,7 @@ class GradientsPanel(VirtualTable):
         self.update_rows()
 
     def _take_names(self) -> None:
-        names = [c.name for c in self._history.table.columns] if self._history else []
+        names = self._values.names
         if len(names) == self.modules.leaves and tuple(names) == self.modules.names:
             return
         self.modules = NameTree(names)
@@ -111,16 +109,12 @@ class GradientsPanel(VirtualTable):
         self.modules.fold_deeper_than(next(fitting, 0))
 
     def _take_norms(self) -> None:
-        if self._history is None or not self._history.rows:
+        self._provisional = self._values.fresh()
+        if not self._values.measured and not self._provisional:
             self._norms = np.full(len(self.modules.labels), np.nan)
             return
-        fresh = provisional(self.snapshot, self._history)
-        self._provisional = fresh is not None
-        latest = self._history.latest()
-        values = fresh if fresh is not None else latest[1] if latest is not None else None
-        if values is not None:
-            self._norms = self.modules.root_sum_squares(values)
-            self._total = float(np.sqrt(np.square(self._norms[: self.modules.leaves]).sum()))
+        self._norms = self.modules.root_sum_squares(self._values.latest())
+        self._total = float(np.sqrt(np.square(self._norms[: self.modules.leaves]).sum()))
 
     def _arrange(self) -> None:
         tree = self.modules
@@ -128,8 +122,8 @@ class GradientsPanel(VirtualTable):
             self.set_order(tree.visible())
             return
         found = tree.matching(self.filter)
-        if self.sorting == "norm" and self._history is not None and self._history.rows:
-            recent = self._history.tail(AVERAGED)[1].mean(0)
+        if self.sorting == "norm" and self._values.measured:
+            recent = self._values.recent(AVERAGED)
             found = found[np.argsort(-np.nan_to_num(recent[found], nan=np.inf), kind="stable")]
         elif self.sorting == "name":
             found = found[np.argsort(np.array(tree.names)[found], kind="stable")]
@@ -168,11 +162,10 @@ class GradientsPanel(VirtualTable):
             style = self.palette.provisional if self._provisional else self.palette.norm
             items = [("total", f.number(self._total, 7), style)]
             items.append(("of", f"{count:,} parameters", self.palette.dim))
-        latest = self._history.latest() if self._history is not None else None
-        step = self.snapshot.history.table(tables.STEP)
-        newest = step.last_step if step is not None else None
-        if latest is not None and not self._provisional and newest not in (None, latest[0]):
-            items.insert(1, ("at step", f"{latest[0]:,}", self.palette.dim))
+        behind = self.snapshot.status.step - self._values.last_step
+        if items and self._values.measured and not self._provisional and behind > 0:
+            # Measuring was stretched to stay within the budget: say how old this is.
+            items.insert(1, ("", _age(behind, self._values.every), self.palette.dim))
         if self._provisional:
             items.insert(1, ("", "this step, before its update", self.palette.provisional))
         if self.filter:
@@ -182,15 +175,14 @@ class GradientsPanel(VirtualTable):
 
     def prepare(self, visible: Ids) -> None:
         """The trends of the visible rows, in one read of the history."""
-        history = self._history
-        if history is None or not history.rows:
+        if not self._values.measured:
             self._trends = {}
             return
         if self.frugal and self._frames % FRUGAL_FRAMES and visible.tolist() == self._trending:
             return
         self._trends, self._trending = {}, visible.tolist()
         cells = COLUMNS[-1].width
-        start, stop = window(history.last_step or 1, self._trend_steps(), coarse=self.frugal)
+        start, stop = window(self._values.last_step, self._trend_steps(), coarse=self.frugal)
         wanted: list[int] = []
         parts: list[tuple[int, int]] = []
         for node in visible.tolist():
@@ -202,11 +194,11 @@ class GradientsPanel(VirtualTable):
                 wanted += members.tolist()
         if not wanted:
             return
-        seen = history.window(wanted, start, stop, cells)
-        squares = np.square(seen.high.T.astype(np.float64))
+        high, nonfinite = self._values.highest(wanted, start, stop, cells)
+        squares = np.square(high.astype(np.float64))
         starts = np.concatenate([[0], np.cumsum([count for _, count in parts])[:-1]])
         values = np.sqrt(np.add.reduceat(squares, starts, axis=0)).astype(np.float32)
-        bad = np.logical_or.reduceat(seen.nonfinite.T, starts, axis=0)
+        bad = np.logical_or.reduceat(nonfinite, starts, axis=0)
         drawn = sparklines(values, bad, self.glyphs)
         self._trends = {node: line for (node, _), line in zip(parts, drawn, strict=True)}
         title = f"last {self._trend_steps():,}"
@@ -228,7 +220,7 @@ class GradientsPanel(VirtualTable):
                     Segment(self._label_of(row, branch, flat, width), _named(self, row, branch))
                 )
             elif column.key == "norm":
-                measured = self._history is not None and self._history.rows
+                measured = self._values.measured or self._provisional
                 text = f.number(norm, width) if measured else glyphs.missing.rjust(width)
                 out.append(Segment(text, style if finite or not measured else palette.error))
             elif column.key == "share":
@@ -242,8 +234,7 @@ class GradientsPanel(VirtualTable):
     def _trend_steps(self) -> int:
         """Steps that a trend covers: more where the norms are measured less often, so that every
         cell has a value."""
-        every = self._history.table.every if self._history is not None else 1
-        return max(TREND_STEPS, int(nice_above(2 * every * COLUMNS[-1].width)))
+        return max(TREND_STEPS, int(nice_above(2 * self._values.every * COLUMNS[-1].width)))
 
     def _label_of(self, row: int, branch: bool, flat: bool, width: int) -> str:
         tree, glyphs = self.modules, self.glyphs
@@ -254,6 +245,12 @@ class GradientsPanel(VirtualTable):
         indent = "  " * tree.depths[row]
         label = tree.labels[row].removesuffix(".weight")
         return fitted(f"{indent}{sign} {label}{count}", width, left=True)
+
+
+def _age(behind: int, every: int) -> str:
+    """How old the values are, and, where that is so by design, how often they are measured."""
+    ago = f"{behind:,} step{'' if behind == 1 else 's'} ago"
+    return f"{ago}, every {every:,}" if every > 1 else ago
 
 
 def _named(panel: GradientsPanel, row: int, branch: bool) -> Style:

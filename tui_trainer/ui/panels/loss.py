@@ -11,7 +11,8 @@ from textual.geometry import Size
 from tui_trainer.protocol import tables
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel, column, title_row
-from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, Points
+from tui_trainer.ui.panels.gradient_values import of_every_optimizer
+from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
 
@@ -71,6 +72,7 @@ class LossPanel(Panel):
             else:  # a dot alone is easily overlooked
                 few = np.flatnonzero(seen.filled)
                 layers.append(Points(palette.loss, few, seen.last[few, 0], glyphs.running))
+        layers += self._others(steps, buckets, items)
         layers += self._validation(steps, buckets, items)
         if step is not None and (rate := column(step, "learning_rate")) >= 0 and last:
             latest = step.latest()
@@ -82,6 +84,30 @@ class LossPanel(Panel):
         if not last:
             self.chart.say(rows, self.waiting(), palette)
         return [self.title(size.width, items, right), *rows]
+
+    def _others(self, steps: tuple[int, int], buckets: int, items: list[Item]) -> list[Layer]:
+        """With several optimizers (a GAN's, say) each minimises a loss of its own: the smoothed
+        lines of the others, named at their ends."""
+        info, palette = self.snapshot.info, self.palette
+        histories = of_every_optimizer(self.snapshot.history, tables.STEP)
+        if info is None or len(histories) < 2:
+            return []
+        items[0] = (info.optimizers[0] if info.optimizers else "train", *items[0][1:])
+        styles = (palette.accent, palette.warning, palette.good)
+        layers: list[Layer] = []
+        for number, history in enumerate(histories[1:]):
+            latest = history.latest()
+            if latest is None:
+                continue
+            style, name = styles[number % len(styles)], history.table.optimizer
+            band = Band.of(history.window([0], *steps, buckets), 0, style)
+            line = smoothed(band.low, band.high, max(2.0, buckets * SMOOTHED_SHARE))
+            layers.append(Line(style, line, band.bad))
+            ends = np.flatnonzero(np.isfinite(line))
+            if len(ends):
+                layers.append(Label(style, int(ends[-1]), float(line[ends[-1]]), name))
+            items.append((name, f.loss(float(latest[1][0]), 7), style))
+        return layers
 
     def _validation(self, steps: tuple[int, int], buckets: int, items: list[Item]) -> list[Layer]:
         history = self.snapshot.history.table(tables.VALIDATION)

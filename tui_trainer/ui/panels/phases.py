@@ -77,6 +77,9 @@ class PhaseStrip(Panel):
             counts = known.sum(0)
             sums = np.where(known, values, 0).sum(0, dtype=np.float64)
             times = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        for number, phase in enumerate(PHASES):
+            if unseen(self.snapshot, phase) and not times[number] > 0:
+                times[number] = np.nan  # there is no such phase, rather than one of 0 ms
         if self._report() is not None:
             for phase, duration in self._made[1].items():
                 times[PHASES.index(phase)] = duration

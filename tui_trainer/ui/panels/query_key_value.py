@@ -102,7 +102,7 @@ class LayersTable(VirtualTable):
         items: list[Item] = [("", "Wq", palette.q), ("", "Wk", palette.k), ("", "Wv", palette.v)]
         layers = len(self.order)
         if layers:
-            items.append(("", f"{layers:,} layers", palette.dim))
+            items.append(("", f"{layers:,} layer{'' if layers == 1 else 's'}", palette.dim))
         return [title_row(self, width, "Attention", items)]
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:

@@ -14,7 +14,7 @@ from textual.widgets import Input
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
 from tui_trainer.ui.panels.banner import Banner
-from tui_trainer.ui.panels.base import Panel
+from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
@@ -93,6 +93,7 @@ class DashboardScreen(ControlActions, RunScreen):
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
+        self.set_class(bool(unseen(snapshot, "attention")), "-no-attention")
         for panel in self._panels:
             if panel.is_on_screen or isinstance(panel, Banner):
                 panel.show(snapshot)

@@ -1,0 +1,104 @@
+"""The dashboard over runs of other kinds: several optimizers, no attention, inside the app."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from tests.ui import fake
+from tests.ui.screens import text_of
+from tests.ui.test_dashboard import drawn
+from tui_trainer.protocol import messages
+from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.panels.gradients import GradientsPanel
+from tui_trainer.ui.panels.header import HeaderLine
+from tui_trainer.ui.panels.phases import PhaseStrip
+from tui_trainer.ui.widgets import plot
+from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.tabs import TabLine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plotext():
+    plot.load()
+
+
+async def test_every_optimizer_is_shown_with_its_loss_and_its_gradients():
+    session = fake.fake_two_optimizers(60)
+    app = TuiTrainerApp(session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.pause()
+        seen = text_of(app)
+        assert "sgd" in seen
+        assert "adam" in seen
+        assert f"of {2 * len(fake.fake_gpt(1).run.info.parameters)} parameters" in seen
+        assert len(app.screen.query_one(GradientsPanel).modules.names) == 54
+
+
+async def test_where_there_is_no_attention_the_gradients_have_its_room():
+    session = fake.fake_gpt(60)
+    reason = "no attention layer was found"
+    info = msgspec.structs.replace(session.run.info, attention=(), unseen={"attention": reason})
+    session.run.info = info
+    session.advance(1)
+    app = TuiTrainerApp(session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.pause()
+        assert reason in text_of(app)
+        assert app.screen.query_one(GradientsPanel).size.height > 20
+
+
+async def test_the_header_says_by_which_name_to_attach():
+    for size in ((80, 24), (120, 40)):
+        app = TuiTrainerApp(fake.fake_gpt(10))
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause()
+            assert app.snapshot.info.name in drawn(app, HeaderLine)
+            assert app.snapshot.link.state in drawn(app, HeaderLine)
+
+
+async def test_phases_of_the_step_in_the_making_stand_out():
+    session = fake.fake_gpt(60)
+    app = TuiTrainerApp(session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("space")
+        for _ in range(3):  # data, zero_grad, forward
+            await pilot.press("p")
+            await pilot.pause()
+        strip = app.screen.query_one(PhaseStrip)
+        names, times = strip._rows[:2]
+        style = {segment.text.strip(): segment.style for segment in names}
+        assert style["forward"] == app.palette.current
+        assert style["data"] == style["zero_grad"] == app.palette.text
+        assert style["backward"] == style["step"] == app.palette.dim
+        measured = [s.text for s in times if s.style == app.palette.provisional]
+        assert len(measured) == 3
+        assert "its answer to the batch" in drawn(app, PhaseStrip)
+
+
+async def test_a_run_inside_the_app_cannot_be_detached_from():
+    app = TuiTrainerApp(fake.fake_gpt(60), ends_with_app=True)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("q")
+        await pilot.pause()
+        assert "leaving ends it" in text_of(app)
+        assert "Detach" not in text_of(app)
+        await pilot.press("q")
+        await pilot.pause()
+    assert messages.Stop(checkpoint=True) in app.session.sent
+
+
+async def test_a_click_on_every_key_of_the_footer_and_every_tab_does_what_it_says():
+    session = fake.fake_gpt(60)
+    app = TuiTrainerApp(session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        for number, name in enumerate(("Loss", "Gradients", "Clipping", "Wq Wk Wv")):
+            at = drawn(app, TabLine).index(name)
+            await pilot.click(TabLine, offset=(at + 1, 0))
+            assert app.screen.query_one(TabLine).current == number
+        for word, action in (("Pause", messages.Pause()), ("Step", messages.Step(1))):
+            at = drawn(app, KeyLine).index(word)
+            await pilot.click(KeyLine, offset=(at, 0))
+            await pilot.pause()
+            assert session.sent[-1] == action
