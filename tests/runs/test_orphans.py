@@ -1,0 +1,90 @@
+"""No run is left behind where nobody finds it, and none is taken for another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from tests.runs.starting import until
+from tests.terminal.harness import Terminal
+from tui_trainer.config.spec import find_socket, new_socket_path
+from tui_trainer.config.state import process_identity
+from tui_trainer.session.registry import list_runs, look_at
+
+GPT = ("--threads", "1", "--steps", "100000")
+
+
+def test_killing_the_app_leaves_a_run_that_is_found_and_ended_cleanly(runs):
+    command = [sys.executable, "-m", "tui_trainer", "gpt", "--name", "gpt-kept", *GPT]
+    with Terminal(command, env=runs.environment, timeout=60) as screen:
+        until(lambda: screen.pump(0.05) and runs.said("gpt-kept").step > 3, "it trains")
+        os.kill(screen.child.pid, signal.SIGKILL)
+    found = runs.ls()["gpt-kept"]
+    try:
+        assert found["state"] == "live"
+        assert process_identity(found["pid"])
+        before = runs.said("gpt-kept").step
+        until(lambda: runs.said("gpt-kept").step > before + 5, "it trains on")
+        os.kill(found["pid"], signal.SIGTERM)
+        until(lambda: runs.said("gpt-kept").ended, "it ends on SIGTERM")
+        until(lambda: not process_identity(found["pid"]), "nothing is left of it")
+    finally:
+        if process_identity(found["pid"]):
+            os.kill(found["pid"], signal.SIGKILL)
+    ended = runs.ls()["gpt-kept"]
+    assert ended["state"] == "stopped"
+    place = runs.directory / "gpt-kept"
+    assert list((place / "checkpoints").glob(f"step-{ended['step']:08}"))
+    assert find_socket(place) is None
+
+
+def test_only_one_of_two_gets_a_name(runs):
+    (runs.directory.parent / "t.py").write_text("print('x')\n")
+    command = [sys.executable, "-m", "tui_trainer", "run", "--name", "same"]
+    both = [
+        subprocess.Popen(
+            [*command, str(runs.directory.parent / "t.py")],
+            env=runs.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=90)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert sum("exists already" in text for text in said) == 1
+    assert len(list_runs(runs.directory)) == 1
+
+
+def test_a_stale_socket_misleads_nobody(runs):
+    runs.start("gpt-dead")
+    runs.kill("gpt-dead")
+    place = runs.directory / "gpt-dead"
+    assert find_socket(place) is not None  # SIGKILL leaves it
+    refused = runs.call("pause", "gpt-dead")
+    assert refused.returncode == 1
+    assert "gpt-dead has crashed" in refused.stderr
+    assert look_at(place).socket is None
+    # Whoever listens in this directory again is not held up by it.
+    again = new_socket_path(place)
+    again.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(again))
+
+
+def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
+    """Another process may have the number by then, and even the same age in clock ticks."""
+    from tui_trainer.config import state
+
+    runs.start("gpt-before")
+    place = runs.directory / "gpt-before"
+    assert look_at(place).state == "live"
+    monkeypatch.setattr(state, "_boot", lambda: "another-boot")
+    seen = look_at(place)
+    assert seen.state == "crashed"
+    assert "gone without an end record" in seen.note
