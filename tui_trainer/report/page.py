@@ -120,7 +120,7 @@ def _events(events: list[Event], count: int) -> Iterator[str]:
     """All but clips, which are on the chart."""
     if not events:
         return
-    yield '<h2>Events</h2>\n<div class="panel"><table>\n'
+    yield '<h2>Events</h2>\n<div class="panel"><table class="events">\n'
     yield '<tr><th class="n">step</th><th>what</th><th></th></tr>\n'
     for event in events:
         if isinstance(event, Notice):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.window import Window
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 12, 10, 26
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 22, 10, 26
 BUCKETS = 560
 
 

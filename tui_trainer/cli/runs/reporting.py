@@ -25,6 +25,7 @@ def report(
             help="the file to write (default: <run>.html here; - is standard output)",
             show_default=False,
             metavar="FILE",
+            allow_leading_hyphen=True,
         ),
     ] = None,
     runs_dir: RunsDir = None,

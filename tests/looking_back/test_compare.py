@@ -1,0 +1,180 @@
+"""Runs over each other: charts that can be told apart, and what was set up differently."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.cli.calling import assert_refused, call
+from tests.looking_back.runs import STEPS, directory, fingerprint, home
+from tests.ui.screens import SIZES, settle, text_of
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.session import comparing
+from tui_trainer.session.comparing import Compared, Line, differences, outcome
+from tui_trainer.session.registry import look_at
+from tui_trainer.ui.comparison import CompareApp
+from tui_trainer.ui.panels.overlay import ASCII_SIGNS, SIGNS
+
+
+def losses(name):
+    lines = [json.loads(line) for line in (home() / f"{name}.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["type"] == "step"}
+
+
+def compared(*names):
+    return [Compared(look_at(directory(name))) for name in names]
+
+
+def by_name(lines):
+    return {line.name: line.values for line in lines}
+
+
+def test_only_what_differs_is_listed():
+    runs = compared("calm", "eager")
+    assert by_name(differences(runs)) == {"learning_rate": (0.001, 0.02)}
+    ends = by_name(outcome(runs))
+    assert ends["steps"] == (STEPS, STEPS)
+    assert ends["state"] == ("finished", "finished")
+    for place, name in enumerate(("calm", "eager")):
+        measured = [line["loss"] for line in losses(name).values()]
+        assert np.float32(ends["loss, last"][place]) == np.float32(measured[-1])
+        assert np.float32(ends["loss, best"][place]) == np.float32(min(measured))
+        norms = [line["grad_norm_preclip"] for line in losses(name).values()]
+        assert np.float32(ends["gradient norm, highest"][place]) == np.float32(max(norms))
+
+
+def test_kinds_of_values_are_not_mixed_up(monkeypatch):
+    infos = [RunInfo("a", "gpt", configuration={"x": 1}), RunInfo("b", "gpt")]
+    infos.append(RunInfo("c", "gpt", configuration={"x": True}))
+    runs = compared("calm", "calm", "calm")
+    for run, info in zip(runs, infos, strict=True):
+        run.info = info
+    assert differences(runs) == [Line("x", (1, None, True))]
+
+
+def test_curves_by_step_and_by_time_hold_the_same_extremes():
+    (run,) = compared("calm")
+    measured = np.float32([line["loss"] for line in losses("calm").values()])
+    steps, seconds = run.length
+    for stop, by_time in ((steps, False), (seconds, True)):
+        for buckets in (1, 7, 200):
+            curve = run.curve("loss", stop, buckets, by_time)
+            assert np.nanmin(curve.low) == measured.min()
+            assert np.nanmax(curve.high) == measured.max()
+            assert len(curve.low) == buckets
+    times = run.seconds_at(np.arange(1, STEPS + 1))
+    assert times[0] == 0
+    assert (np.diff(times) >= 0).all()
+    assert run.curve("loss", steps, 10).filled.all()
+
+
+def test_off_a_terminal_it_is_a_table_or_json():
+    before = [fingerprint(directory(name)) for name in ("calm", "eager")]
+    done = call("compare", "calm", "eager", cwd=home())
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert rows["learning_rate"].split() == ["learning_rate", "0.001", "0.02"]
+    assert "loss, last" in rows
+    made = json.loads(call("compare", "calm", "eager", "--json", cwd=home()).stdout)
+    assert made["runs"] == ["calm", "eager"]
+    assert made["differences"] == {"learning_rate": [0.001, 0.02]}
+    assert [fingerprint(directory(name)) for name in ("calm", "eager")] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "two runs or more"),
+        (("calm",), "two runs or more"),
+        (("calm", "calm"), "two runs or more"),
+        (("calm", "nobody"), "there is no run nobody"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, said):
+    assert_refused(call("compare", *arguments, cwd=home()), said)
+
+
+def test_too_many(tmp_path):
+    for number in range(comparing.MOST + 1):
+        shutil.copytree(directory("calm"), tmp_path / "runs" / f"run{number}")
+    (tmp_path / "runs").chmod(0o700)
+    names = [f"run{number}" for number in range(comparing.MOST + 1)]
+    assert_refused(call("compare", *names, cwd=tmp_path), "cannot be told apart")
+    fewer = call("compare", *names[1:], cwd=tmp_path)
+    assert fewer.returncode == 0
+    assert "set up alike" not in fewer.stdout or "differently" not in fewer.stdout
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_runs_are_told_apart_without_colour(size):
+    app = CompareApp(compared("calm", "eager"))
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        text = text_of(app)
+        assert "● calm" in text
+        assert "◆ eager" in text
+        assert "by step" in text
+        chart = "\n".join(text.splitlines()[3:])
+        assert chart.count(SIGNS[0]) > 2
+        assert chart.count(SIGNS[1]) > 2
+        await pilot.press("left" if size[0] < 100 else "down")
+        await settle(pilot)
+        text = text_of(app)
+        assert "learning_rate" in text
+        assert "0.02" in text
+        assert "set up differently" in text
+
+
+async def test_keys_align_smooth_and_scale():
+    app = CompareApp(compared("calm", "eager"))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        seen = {text_of(app)}
+        for key, said in (("t", "seconds"), ("m", "by time"), ("l", "log"), ("t", "by step")):
+            await pilot.press(key)
+            await settle(pilot)
+            assert said in text_of(app)
+            assert text_of(app) not in seen
+            seen.add(text_of(app))
+        await pilot.press("question_mark")
+        await settle(pilot)
+        assert "Align the runs by step or by time" in text_of(app)
+        await pilot.press("1")  # of one run there is no dashboard here
+        await pilot.press("escape")
+        await settle(pilot)
+        assert app.current_mode == "compare"
+        await pilot.press("q")
+        await settle(pilot)
+    assert app.return_code == 0
+
+
+async def test_ascii_alone():
+    app = CompareApp(compared("calm", "eager"), ascii=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert text_of(app).isascii()
+        assert f"{ASCII_SIGNS[1]} eager" in text_of(app)
+
+
+async def test_runs_without_a_series(tmp_path):
+    from tui_trainer.recording.recorder import Recorder
+    from tui_trainer.recording.store import StoreSink
+
+    recorder = Recorder(RunInfo("empty", "script"))
+    recorder.subscribe(StoreSink(tmp_path))
+    recorder.end("crashed", "at once")
+    assert recorder.close(20)
+    (calm,) = compared("calm")
+    run = look_at(directory("calm"))
+    empty = Compared(run.__class__("empty", tmp_path, "crashed", run.said))
+    app = CompareApp([calm, empty])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        assert "◆ empty" in text_of(app)
+        assert "–" in text_of(app)
