@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ async def measure(session: FakeSession, frames: int, size: tuple[int, int]) -> d
         while not plot.ready():
             await pilot.pause(0.01)
         await _frame(app)
+        gc.freeze()  # as the app does on a terminal
         changed, building, still = [], [], []
         for _ in range(frames):
             session.advance(1)

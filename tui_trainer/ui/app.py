@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -138,7 +139,14 @@ class TuiTrainerApp(CommandingApp):
         """The plotting library comes after the first paint, off the event loop."""
         if not plot.ready():
             plot.load()
-            self.call_from_thread(self.redraw)
+        self.call_from_thread(self._loaded)
+
+    def _loaded(self) -> None:
+        self.redraw()
+        if not self.is_headless:
+            # What there is now stays: going through all of it again would hold up a frame now and
+            # then for 40 ms, whenever the garbage collector makes a full round.
+            gc.freeze()
 
     def attach(self, session: Session) -> None:
         """Show this run from now on."""
