@@ -29,6 +29,10 @@ from typing import Any
 import pexpect
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from processes import processes_of
+
 HERE = Path(__file__).resolve().parent
 PLAIN, RUN, IN_APP = "plain python", "own process", "thread in the app"
 COLUMNS, ROWS = 120, 40
@@ -150,7 +154,7 @@ class Trainee:
     def _gone(self) -> bool:
         if self.pid:
             return not psutil.pid_exists(self.pid)
-        return time.monotonic() - self._began > 5.0 and not self._left_over()
+        return time.monotonic() - self._began > 5.0 and not processes_of(str(self.folder))
 
     def ask(self, timeout: float = 120.0, **order: Any) -> dict[str, Any]:
         """Give an order, and its answer; the process runs for so long and no longer."""
@@ -191,7 +195,7 @@ class Trainee:
 
     def close(self) -> None:
         """End it at once: what it has made goes with its folder."""
-        for process in [*self._tree(), *self._left_over()]:
+        for process in [*self._tree(), *processes_of(str(self.folder))]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if self._screen is not None:
@@ -200,15 +204,6 @@ class Trainee:
             self._process.wait(10)
         os.close(self._to)
         os.close(self._from)
-
-    def _left_over(self) -> list[psutil.Process]:
-        """Processes that name this trainee's own folder and were started by it, still there."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or ()
-            if any(str(self.folder) in word for word in words) and process.pid != os.getpid():
-                found.append(process)
-        return found
 
 
 def register_loop_as_task(folder: Path) -> str:
