@@ -39,3 +39,15 @@ def test_a_module_needs_its_name() -> None:
 @given(st.lists(st.text()))
 def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> None:
     assert split(["--json", "t.py", *arguments]) == (["--json"], Script("t.py", tuple(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("script", "stem"),
+    [
+        (Script("work/train.py", ()), "train"),
+        (Script("package.train", (), module=True), "train"),
+        (Script("train", (), module=True), "train"),
+    ],
+)
+def test_what_a_run_is_called_after(script: Script, stem: str) -> None:
+    assert script.stem == stem

@@ -129,6 +129,8 @@ def test_plain_lines(tmp_path):
 def test_the_last_plain_line():
     could_not = Status(state="crashed", step=0, reason="no data", hint="find some")
     assert ending(could_not, "r") == "it could not start: no data"  # stderr has the hint
+    idle = Status(state="finished", step=0)
+    assert ending(idle, "r") == "finished; it made no step of a torch optimizer"
     nan = Status(state="finished", step=1, elapsed_s=78, hint="the loss was nan")
     assert ending(nan, "r") == "finished after 1 step in 1:18\nhint: the loss was nan"
 

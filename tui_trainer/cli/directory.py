@@ -55,7 +55,7 @@ def prepare(
     """Make the run's directory and write its spec. Raises CommandError, leaving nothing behind."""
     check_options(options)
     _check_text(script)
-    stem = re.sub(r"[^\w.+-]+", "-", Path(script.target).stem).strip("-.") if script else task
+    stem = re.sub(r"[^\w+-]+", "-", script.stem).strip("-") if script else task
     try:
         _check_parent(options)
         name, directory = _make_directory(stem or task, options)

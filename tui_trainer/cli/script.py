@@ -26,6 +26,11 @@ class Script:
         """As its user would have typed it for python, less its arguments."""
         return f"-m {self.target}" if self.module else Path(self.target).name
 
+    @property
+    def stem(self) -> str:
+        """What a run of it is called after: the file or module, less its folders or packages."""
+        return self.target.rpartition(".")[2] if self.module else Path(self.target).stem
+
     def check(self) -> None:
         """Raises UsageError when it is not there. Whether it is good Python, the run will say."""
         if self.module:

@@ -175,6 +175,8 @@ def ending(status: Status, name: str) -> str:
     reason = f": {status.reason}" if status.reason else ""
     if status.state == "crashed" and not status.step:
         return f"it could not start{reason}"
+    if status.state == "finished" and not status.step:
+        return f"finished{reason}; it made no step of a torch optimizer"
     steps = "1 step" if status.step == 1 else f"{status.step} steps"
     said = f"{status.state} after {steps} in {duration(status.elapsed_s)}{reason}"
     if status.state == "crashed":
