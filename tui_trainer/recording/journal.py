@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
+RARE_KEPT = 5_000
+
+
 class Journal(Generic[T]):
-    """Keeps the newest entries, at most `limit` of them and at most `weight` units in all."""
+    """Keeps the newest entries, at most `limit` of them and at most `weight` units in all; of
+    those that must make room, the newest RARE_KEPT that are `rare` stay."""
 
     def __init__(
-        self, limit: int, weight: int = 0, weigh: Callable[[T], int] = lambda entry: 0
+        self,
+        limit: int,
+        weight: int = 0,
+        weigh: Callable[[T], int] = lambda entry: 0,
+        rare: Callable[[T], bool] = lambda entry: False,
     ) -> None:
         self._limit = limit
+        self._is_rare = rare
+        self._rare: deque[tuple[int, T]] = deque(maxlen=RARE_KEPT)
+        """(number, entry) of what stays from before the first of `_entries`."""
         self._weight_limit = weight
         self._weigh = weigh
         self._entries: list[T] = []
@@ -40,8 +52,10 @@ class Journal(Generic[T]):
         At most `limit` entries; with `weight`, as many as weigh no more than that (at least one).
         Numbers that are no longer held are skipped.
         """
+        before = [entry for place, entry in self._rare if place >= number]
         start = max(0, number - self._first)
-        found = self._entries[start : start + limit]
+        all_there = len(before) + max(0, len(self._entries) - start)
+        found = [*before, *self._entries[start : start + limit]][:limit]
         if weight:
             total = 0
             for index, entry in enumerate(found):
@@ -49,7 +63,7 @@ class Journal(Generic[T]):
                 if total > weight and index:
                     found = found[:index]
                     break
-        return tuple(found), start + len(found) < len(self._entries)
+        return tuple(found), len(found) < all_there
 
     def _trim(self) -> None:
         surplus = max(0, len(self._entries) - self._limit)
@@ -59,6 +73,9 @@ class Journal(Generic[T]):
                 break
             weight -= self._weigh(self._entries[surplus])
             surplus += 1
+        for place, entry in enumerate(self._entries[:surplus], self._first):
+            if self._is_rare(entry):
+                self._rare.append((place, entry))
         del self._entries[:surplus]
         self._first += surplus
         self._weight = weight

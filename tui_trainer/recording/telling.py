@@ -45,7 +45,11 @@ class Tellings:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.events: Journal[Event] = Journal(EVENTS_KEPT)
+        self.events: Journal[Event] = Journal(
+            # A run may clip at every step; what somebody did must not be lost among that.
+            EVENTS_KEPT,
+            rare=lambda event: not isinstance(event, Clip),
+        )
         self.log: Journal[LogLine] = Journal(
             LOG_LINES_KEPT, LOG_CHARACTERS_KEPT, lambda line: len(line.text)
         )

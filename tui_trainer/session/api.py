@@ -49,7 +49,7 @@ class Snapshot:
     info: RunInfo | None = None
     history: History = field(default_factory=History)
     events: tuple[Event, ...] = ()
-    """The last `EVENTS_KEPT` events, oldest first."""
+    """The last `EVENTS_KEPT` clips and as many of the other events, oldest first."""
     log: tuple[LogLine, ...] = ()
     """The last `LOG_LINES_KEPT` lines, oldest first."""
     artifacts: tuple[Artifact, ...] = ()

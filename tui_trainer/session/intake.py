@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TypeVar
 
 from tui_trainer.history import History
-from tui_trainer.protocol.messages import Artifact, Event, LogLine, Status, Update
+from tui_trainer.protocol.messages import Artifact, Clip, Event, LogLine, Status, Update
 from tui_trainer.protocol.text import harmless, harmless_all
 from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
-
-T = TypeVar("T", Event, LogLine)
 
 
 class Intake:
@@ -19,7 +16,10 @@ class Intake:
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
-        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        # Apart: a run may clip at every step, and what somebody did must not be lost among that.
+        self._clips: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._others: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._newest_event = -1
         self._log: deque[LogLine] = deque(maxlen=LOG_LINES_KEPT)
         self._artifacts: dict[str, deque[Artifact]] = {}
 
@@ -46,8 +46,9 @@ class Intake:
                 changes["info"] = info
         if update.status != known.status:
             changes["status"] = update.status
-        if _extend(self._events, update.events):
-            changes["events"] = tuple(self._events)
+        if self._take_events(update.events):
+            both = (*self._others, *self._clips)
+            changes["events"] = tuple(sorted(both, key=lambda event: event.id))
         if _extend(self._log, update.log):
             changes["log"] = tuple(self._log)
         if update.artifacts:
@@ -85,6 +86,13 @@ class Intake:
             )
             self.snapshot = replace(known, link=link, version=known.version + (not same))
 
+    def _take_events(self, events: tuple[Event, ...]) -> bool:
+        fresh = [event for event in events if event.id > self._newest_event]
+        for event in fresh:
+            (self._clips if isinstance(event, Clip) else self._others).append(event)
+            self._newest_event = event.id
+        return bool(fresh)
+
     def _keep(self, artifacts: tuple[Artifact, ...]) -> tuple[Artifact, ...]:
         for artifact in artifacts:
             kind = type(artifact).__name__
@@ -95,7 +103,7 @@ class Intake:
         return tuple(sorted(kept, key=lambda artifact: artifact.id))
 
 
-def _extend(held: deque[T], new: tuple[T, ...]) -> bool:
+def _extend(held: deque[LogLine], new: tuple[LogLine, ...]) -> bool:
     """Add what is newer than what is held; whether there was any."""
     newest = held[-1].id if held else -1
     fresh = [item for item in new if item.id > newest]

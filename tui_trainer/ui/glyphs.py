@@ -32,6 +32,7 @@ class Glyphs:
     arrow: str = "→"
     point: str = "◆"
     mark: str = "╵"
+    deed: str = "▴"
     current: str = "▶"
     ellipsis: str = "…"
     separator: str = "·"
@@ -67,6 +68,7 @@ ASCII = Glyphs(
     arrow=">",
     point="o",
     mark="'",
+    deed="^",
     current=">",
     ellipsis="~",
     separator="-",

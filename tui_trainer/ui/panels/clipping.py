@@ -21,6 +21,7 @@ from tui_trainer.ui.panels.base import (
     title_row,
     unseen,
 )
+from tui_trainer.ui.panels.deeds import deeds
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Marks, Rule
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
@@ -100,6 +101,7 @@ class ClippingPanel(Panel):
             inside = (at >= steps[0]) & (at < steps[1])
             places = (at[inside] - steps[0]) * buckets // max(1, steps[1] - steps[0])
             layers.append(Marks(palette.clip, places, self.glyphs.mark))
+        layers += deeds(snapshot, steps, buckets, palette, self.glyphs)
         return steps, layers, items
 
     def _ledger(self, width: int, height: int) -> list[Row]:

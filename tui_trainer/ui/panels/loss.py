@@ -11,6 +11,7 @@ from textual.geometry import Size
 from tui_trainer.protocol import tables
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel, column, title_row
+from tui_trainer.ui.panels.deeds import deeds
 from tui_trainer.ui.panels.gradient_values import of_every_optimizer
 from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row
@@ -74,6 +75,7 @@ class LossPanel(Panel):
                 layers.append(Points(palette.loss, few, seen.last[few, 0], glyphs.running))
         layers += self._others(steps, buckets, items)
         layers += self._validation(steps, buckets, items)
+        layers += deeds(self.snapshot, steps, buckets, palette, glyphs)
         if step is not None and (rate := column(step, "learning_rate")) >= 0 and last:
             latest = step.latest()
             value = float(latest[1][rate]) if latest is not None else None
