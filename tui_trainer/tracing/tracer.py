@@ -183,7 +183,8 @@ class Tracer:
         finally:
             self.owner = owner
             if not self._in_gate:
-                self._last_end += perf_counter() - began
+                if self._last_end:  # 0 until the first phase has begun
+                    self._last_end += perf_counter() - began
                 self.clock.switch(current)
 
     def flush(self) -> None:
