@@ -3,7 +3,8 @@
 Spoken over two FIFOs in a directory, `to` and `from`, one JSON object a line:
 
     {"do": "train", "seconds": 0.5, "warm": 0.2, "threads": 2}
-        → {"steps": 13, "seconds": 0.51, "median_ms": 38.9, "longest_ms": 44.0}
+        → {"steps": 13, "seconds": 0.51, "median_ms": 38.9, "longest_ms": 44.0,
+           "thread_s": 0.5, "process_s": 0.9}
     {"do": "profile", "steps": 10}     → {"steps": 10, "counts": {"cudaStreamSynchronize": 0, …}}
     {"do": "memory"}                   → {"peak_bytes": …, "held_bytes": …}
     {"do": "quit"}
@@ -42,6 +43,7 @@ class Clock:
         self._steps_left = steps
         self._device = device
         self._ends: list[float] = []
+        self._cpu = 0.0, 0.0
         self._warm_until = self._until = 0.0
         self._profiler: torch.profiler.profile | None = None
         self._profiled = 0
@@ -64,6 +66,7 @@ class Clock:
                 if not self._ends:
                     self._synchronise()  # what is still under way is no part of what comes
                     now = time.perf_counter()
+                    self._cpu = time.thread_time(), time.process_time()
                 self._ends.append(now)
             return False
         return self._turn_over()
@@ -84,6 +87,8 @@ class Clock:
                     "seconds": seconds,
                     "median_ms": median,
                     "longest_ms": longest,
+                    "thread_s": time.thread_time() - self._cpu[0],
+                    "process_s": time.process_time() - self._cpu[1],
                 }
             )
         return self._obey()

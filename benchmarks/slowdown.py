@@ -4,7 +4,9 @@
 
 The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
 that trains. `bare again` is a second process with the same bare loop: what it differs by is the
-noise. `--rounds` is the number of pairs of each row.
+noise. `--rounds` is the number of pairs of each row. `CPU` is the ratio of the CPU time of the
+training thread alone, which other load on the machine does not touch; `others` the CPU milliseconds
+a step of all other threads of the process (OpenMP's, and those that record, store and serve).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def tell(shape: str, threads: int, found: dict[str, dict[str, float]]) -> list[d
         text = f"{shape:6}{threads:3}  {name:30}{one['step_ms']:9.2f}"
         if "ratio" in one:
             text += f"{one['ratio']:9.3f}   {one['low']:.3f} to {one['high']:.3f}"
-            text += f"{one['pairs']:6}"
+            text += f"{one['pairs']:6}{one['cpu_ratio']:9.3f}{one['others_ms']:9.3f}"
         print(text, flush=True)
     return rows
 
@@ -94,7 +96,10 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     threads = options.threads or sorted({1, max(1, cores // 2), cores})
     print(machine(), loaded(), sep="\n")
-    print(f"{'shape':6}{'thr':>3}  {'':30}{'ms/step':>9}{'ratio':>9}   quartiles       pairs")
+    print(
+        f"{'shape':6}{'thr':>3}  {'':30}{'ms/step':>9}{'ratio':>9}   quartiles       pairs", end=""
+    )
+    print(f"{'CPU':>9}{'others':>9}")
     rows = [row for shape in options.shapes for row in measure(shape, threads, options)]
     write_json(options.json, {"machine": machine(), "load": loaded(), "rows": rows})
 

@@ -3,8 +3,8 @@
     python -m benchmarks.startup [--times 5] [--json FILE]
 
 `tui-trainer gpt` in a pseudo-terminal of 120×40. First paint: the first bytes after which the
-screen (drawn by pyte) shows the frame of the dashboard. First step: when the recorded step was made,
-by the run's own store. `import torch` is timed in a process of its own between two of ours, since
+screen (drawn by pyte) shows the frame of the dashboard. First step: when it was made, as recorded
+by the run itself. `import torch` is timed in a process of its own between two of ours, since
 half of what a start takes is that, and varies with the state of the disk's cache.
 """
 

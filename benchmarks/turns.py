@@ -62,6 +62,10 @@ class Turn:
     median_ms: float
     longest_ms: float
     steps: int
+    thread_ms: float
+    """CPU of the training thread alone, per step: what other load does to it is not in it."""
+    others_ms: float
+    """CPU of all other threads of the process, per step: OpenMP's, and ours."""
 
 
 class Trainee:
@@ -170,7 +174,9 @@ class Trainee:
         if not said["steps"]:
             return self.turn(4 * seconds, warm, threads)
         mean = 1e3 * said["seconds"] / said["steps"]
-        return Turn(mean, said["median_ms"], said["longest_ms"], said["steps"])
+        thread = 1e3 * said["thread_s"] / said["steps"]
+        others = 1e3 * said["process_s"] / said["steps"] - thread
+        return Turn(mean, said["median_ms"], said["longest_ms"], said["steps"], thread, others)
 
     # ------------------------------------------------------------ stopping
 
@@ -238,6 +244,8 @@ class Compared:
     name: str
     ratios: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    cpu_ratios: list[float] = field(default_factory=list)
+    others_ms: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
         """Median of the pairs, with quartiles."""
@@ -251,6 +259,8 @@ class Compared:
             "high": high,
             "step_ms": statistics.median(self.step_ms),
             "pairs": len(ratios),
+            "cpu_ratio": statistics.median(self.cpu_ratios),
+            "others_ms": statistics.median(self.others_ms),
         }
 
 
@@ -268,14 +278,17 @@ def compare(
         trainee.turn(0.05, settle, threads)
     found = {each.way.name: Compared(each.way.name) for each in others}
     bare_ms = []
-    before = bare.turn(seconds, warm, threads).mean_ms
+    before = bare.turn(seconds, warm, threads)
     for _ in range(rounds):
         for each in others:
-            took = each.turn(seconds, warm, threads).mean_ms
-            after = bare.turn(seconds, warm, threads).mean_ms
-            found[each.way.name].ratios.append(took / ((before + after) / 2))
-            found[each.way.name].step_ms.append(took)
-            bare_ms.append(after)
+            took = each.turn(seconds, warm, threads)
+            after = bare.turn(seconds, warm, threads)
+            one = found[each.way.name]
+            one.ratios.append(2 * took.mean_ms / (before.mean_ms + after.mean_ms))
+            one.cpu_ratios.append(2 * took.thread_ms / (before.thread_ms + after.thread_ms))
+            one.others_ms.append(took.others_ms)
+            one.step_ms.append(took.mean_ms)
+            bare_ms.append(after.mean_ms)
             before = after
     figures = {bare.way.name: {"step_ms": statistics.median(bare_ms), "pairs": len(bare_ms)}}
     return figures | {name: one.figures() for name, one in found.items()}
