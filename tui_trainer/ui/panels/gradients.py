@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 
+from tui_trainer.protocol.describe import Table
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
@@ -64,6 +66,7 @@ class GradientsPanel(VirtualTable):
         self._frames = 0
         self._folded_by_hand = False
         self._values = GradientNorms(Snapshot())
+        self._described: list[Table] = []
 
     # ------------------------------------------------------------ what is shown
 
@@ -86,6 +89,10 @@ class GradientsPanel(VirtualTable):
         self.update_rows()
 
     def _take_names(self) -> None:
+        described = [each.table for each in self._values.histories]
+        if len(described) == len(self._described) and all(map(is_, described, self._described)):
+            return  # the usual case: 10,000 names need not be compared each frame
+        self._described = described
         names = self._values.names
         if len(names) == self.modules.leaves and tuple(names) == self.modules.names:
             return

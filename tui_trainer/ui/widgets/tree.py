@@ -27,6 +27,7 @@ class NameTree:
         """Every node, parents before their children."""
         self._ends: dict[int, int] = {}
         """Branch to the place in `_walk` after its last descendant."""
+        self._sums: tuple[Ids, Ids, Ids] | None = None
         self._lower = tuple(name.lower() for name in names)
         root: dict[str, object] = {}
         for leaf, name in enumerate(names):
@@ -107,13 +108,16 @@ class NameTree:
         every = np.empty(len(self.labels))
         every[: self.leaves] = squares
         if self.members:
-            ends = np.cumsum([len(m) for m in self.members.values()])
-            joined = self._joined()
-            sums = np.add.reduceat(squares[joined], np.concatenate([[0], ends[:-1]]))
-            every[list(self.members)] = sums
+            branches, joined, starts = self._joined()
+            every[branches] = np.add.reduceat(squares[joined], starts)
         return np.sqrt(every)
 
-    def _joined(self) -> Ids:
-        if not hasattr(self, "_joined_members"):
-            self._joined_members = np.concatenate(list(self.members.values()))
-        return self._joined_members
+    def _joined(self) -> tuple[Ids, Ids, Ids]:
+        """The branches, the leaves of all of them in one, and where those of each begin."""
+        if self._sums is None:
+            members = list(self.members.values())
+            ends = np.cumsum([len(leaves) for leaves in members])
+            starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+            branches = np.array(list(self.members), np.int64)
+            self._sums = (branches, np.concatenate(members), starts)
+        return self._sums
