@@ -55,15 +55,15 @@ def retell(history: RecordedHistory) -> Iterator[Item]:
     store = history.store
     if schema_version(store.connection) < 2:
         raise StoreFault("this run was recorded by a tui-trainer that did not keep its story")
-    # Asked for before the rows: of a living run they may then be more than is told, never less.
-    last = store.ask("SELECT coalesce(max(id), 0) FROM told")[0][0]
+    # Read before the rows: of a living run they may then be more than is told, never less.
+    newest = store.ask("SELECT id, data FROM told ORDER BY id DESC LIMIT 1")
     history.refresh()
     tables = history.tables.items()
     rows = {n: RowReader(table) for n, table in tables if isinstance(table, RecordedTable)}
     descriptions = dict(_described(store))
     if descriptions:
         yield Described(descriptions[min(descriptions)])
-    ahead = _Ahead(_joined(store, last))
+    ahead = _Ahead(_joined(store, newest))
     for entry, shape in ahead:
         if entry.kind == told.DESCRIBED:
             if entry.ref in descriptions:
@@ -137,14 +137,16 @@ def _described(store: Store) -> Iterator[tuple[int, RunInfo]]:
         yield int(number), msgspec.json.decode(data, type=RunInfo)
 
 
-def _joined(store: Store, last: int) -> Iterator[tuple[Entry, Shape | None]]:
+def _joined(store: Store, newest: list[tuple[int, bytes]]) -> Iterator[tuple[Entry, Shape | None]]:
     def pieces() -> Iterator[bytes]:
         done = 0
-        question = "SELECT id, data FROM told WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
-        while found := store.ask(question, done, last, AT_ONCE):
-            for number, data in found:
-                done = int(number)
-                yield data
+        question = "SELECT id, data FROM told WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+        for last, newest_data in newest:
+            while found := store.ask(question, done, last, AT_ONCE):
+                for number, data in found:
+                    done = int(number)
+                    yield data
+            yield newest_data
 
     try:
         yield from told.join(pieces())

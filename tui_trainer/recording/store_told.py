@@ -11,7 +11,8 @@ from tui_trainer.history.store.told import Entry, Shape
 from tui_trainer.protocol.describe import RunInfo
 
 MOST_ENTRIES = 512
-"""Of a piece, so that whoever reads the story holds little of it at a time."""
+"""Of a piece, so that whoever reads the story holds little of it at a time. Until it has so many,
+the newest piece is written anew with each commit: many small ones would be mostly overhead."""
 
 
 class ToldWriter:
@@ -19,7 +20,12 @@ class ToldWriter:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        """Those of the newest piece, and after them those that wait."""
         self._shapes: dict[Shape, int] = {}
+        self._committed = 0
+        """How many of the entries are in the database already, in row `_row`."""
+        self._row: int | None = None
+        self._row_after: int | None = None
         self._said: RunInfo | None = None
         self._number = -1
         self._descriptions: dict[int, RunInfo] = {}
@@ -51,7 +57,10 @@ class ToldWriter:
         self._entries.append(Entry(kind, ref, step, time, own_ms))
 
     def forget_place(self) -> None:
-        """The database may be another one now: it shall know what the rows to come mean."""
+        """The database may be another one now: what is not in it yet makes a piece of its own, and
+        it shall know what the rows to come mean."""
+        del self._entries[: self._committed]
+        self._committed, self._row = 0, None
         if self._said is not None:
             self._descriptions.setdefault(self._number, self._said)
 
@@ -62,13 +71,22 @@ class ToldWriter:
                 "INSERT OR IGNORE INTO description VALUES (?, ?)",
                 (number, msgspec.json.encode(info)),
             )
+        self._row_after = self._row
+        if len(self._entries) == self._committed:
+            return
         shapes = tuple(self._shapes)
         for start in range(0, len(self._entries), MOST_ENTRIES):
             piece = told.pack(self._entries[start : start + MOST_ENTRIES], shapes)
-            connection.execute("INSERT INTO told (data) VALUES (?)", (piece,))
+            row = self._row if start == 0 else None  # the newest piece so far is replaced
+            question = "INSERT OR REPLACE INTO told (id, data) VALUES (?, ?)"
+            self._row_after = connection.execute(question, (row, piece)).lastrowid
 
     def written(self) -> None:
         """What `write` added was committed."""
-        self._entries.clear()
-        self._shapes.clear()
         self._descriptions.clear()
+        full = len(self._entries) // MOST_ENTRIES * MOST_ENTRIES
+        del self._entries[:full]
+        self._committed = len(self._entries)
+        self._row = self._row_after if self._entries else None
+        if not self._entries:
+            self._shapes.clear()
