@@ -71,7 +71,7 @@ def traced(steps: int, max_norm: float, options: Options = EVERYTHING) -> Keepin
 @pytest.mark.parametrize("max_norm", [0.3, 100.0])
 def test_step_norms_clips_and_updates(max_norm):
     truth = Reference(12, max_norm)
-    options = Options(budget=0.0, cadences={"update_ratio": 1})
+    options = Options(budget=0.0, cadences={"update_ratio": 1, "weight_norm": 1})
     recorder = traced(12, max_norm, options)
     assert [c.name for c in recorder.table("grad_norm").columns] == truth.names
     for number, expected in enumerate(truth.steps, start=1):
@@ -321,7 +321,7 @@ def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_
         loop()
         hook.remove()
 
-    recorder, _ = trace(healing_loop)
+    recorder, _ = trace(healing_loop, options=Options(budget=0.0, cadences={"weight_norm": 1}))
     said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
     gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in said.items()}
     assert gradients[3] == [("gradient", "2.weight", "nan")]
@@ -344,7 +344,8 @@ def test_loss_that_is_not_finite():
     assert ("loss", "", "inf") in recorder.records[0].nonfinite
 
 
-def test_memory_by_the_clock():
+def test_memory_by_the_clock(monkeypatch):
+    monkeypatch.setattr("tui_trainer.probes.memory.monotonic", lambda: 100.0)
     recorder = traced(5, 1.0)
     rows = recorder.rows("memory")
     assert list(rows) == [1]

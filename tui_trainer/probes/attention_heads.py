@@ -31,6 +31,7 @@ class AttentionHeads(Probe):
     topic = tables.ATTENTION_HEADS
     watched_every = 1
     importance = 10
+    lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from tui_trainer.history.records import Floats
 from tui_trainer.probes.norms import Norms
@@ -21,6 +20,8 @@ class Gradients(Probe):
 
     name = tables.GRAD_NORM
     importance = 50
+    furthest = 4
+    lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
@@ -31,9 +32,9 @@ class Gradients(Probe):
         """One reading per parameter, and 0."""
         return [*self._norms.read(gradients), self._norms.zero]
 
-    def borrowed(self, norms: Sequence[torch.Tensor | None]) -> Readings:
+    def borrowed(self, norms: Readings) -> Readings:
         """The same from the clipping, and 1."""
-        return [*self._norms.borrow(norms), self._norms.one]
+        return [*norms, self._norms.one]
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """Also tells the other probes the norms, and the total."""

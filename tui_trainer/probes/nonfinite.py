@@ -15,6 +15,7 @@ from tui_trainer.tracing.subject import Subject
 
 class NonFinite(Probe):
     """No table: events. Said once when a quantity turns non-finite, again only after it had gone.
+    Each is looked at whenever it is measured: the loss at every step, weights more seldom.
 
     Costs nothing of its own: a norm is finite exactly when every element is (or its square
     overflows, which is as bad). Without any backward the loss is unknown, not NaN.
@@ -30,8 +31,14 @@ class NonFinite(Probe):
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """Adds to `facts.nonfinite`."""
         if facts.loss_known:
-            self._see("loss", np.array([facts.loss]), facts)
-        self._see("gradient", facts.gradient_norms, facts)
+            if math.isfinite(facts.loss):
+                self._present.discard("loss")
+            else:
+                self._see("loss", np.array([facts.loss]), facts)
+        if facts.gradient_norms is not None and math.isfinite(facts.total_norm or 0.0):
+            self._present.discard("gradient")
+        else:
+            self._see("gradient", facts.gradient_norms, facts)
         self._see("weight", facts.weight_norms, facts)
         return ()
 

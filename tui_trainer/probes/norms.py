@@ -66,12 +66,8 @@ class Norms:
             return [torch.dot(flat, flat) for flat in self._flat]
         return self.read([tensor.detach() for tensor in tensors])
 
-    def borrow(self, norms: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
-        """Readings of norms that somebody else has computed."""
-        return [self.zero if norm is None else norm for norm in norms]
-
     def values(self, read: Floats, borrowed: bool = False) -> NDArray[np.float64]:
-        """The norms, from what `read` or `borrow` gave once it is on the host."""
+        """The norms, from what `read` gave; those that were `borrowed` are norms already."""
         values = read.astype(np.float64)
         return np.sqrt(values) if self._squares and not borrowed else values
 

@@ -29,6 +29,7 @@ class UpdateRatio(Probe):
     name = tables.UPDATE_RATIO
     every = 10
     importance = 20
+    lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
@@ -38,6 +39,9 @@ class UpdateRatio(Probe):
         self._turns = in_turns(subject.parameters, copy_budget(subject.device, options))
         self._turn = 0
         self._copies: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
+        """Memory for copies of all parameters, where one turn takes them all: fresh memory for each
+        measurement would take as long as the measurement."""
         self._under_way: deque[list[int]] = deque()
         self._norms = Norms(subject.parameters, subject.device)
         self._updates = np.full(len(subject.names), np.nan)
@@ -49,9 +53,14 @@ class UpdateRatio(Probe):
 
     def before_update(self) -> None:
         """Keep the weights of this turn."""
-        self._copies = [
-            self.subject.parameters[i].detach().clone() for i in self._turns[self._turn]
-        ]
+        weights = [self.subject.parameters[i].detach() for i in self._turns[self._turn]]
+        if len(self._turns) > 1:
+            self._copies = [weight.clone() for weight in weights]
+            return
+        if not all(map(_alike, self._kept, weights)) or not self._kept:
+            self._kept = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(self._kept, weights)
+        self._copies = self._kept
 
     def after_update(self) -> Readings:
         """Norms before, then norms of the update."""
@@ -74,6 +83,12 @@ class UpdateRatio(Probe):
             return (None,)
         self.latest = facts.step, self._updates.tolist(), self._ratios.tolist()
         return (self._ratios.astype(np.float32),)
+
+
+def _alike(kept: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        kept.shape == weight.shape and kept.dtype == weight.dtype and kept.device == weight.device
+    )
 
 
 def copy_budget(device: torch.device, options: Options) -> int:

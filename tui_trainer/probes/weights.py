@@ -1,4 +1,4 @@
-"""‖p‖₂ of every parameter, after the update."""
+"""‖p‖₂ of every parameter, after the update: it moves by some thousandth a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class Weights(Probe):
     """Table `weight_norm`: one column per parameter."""
 
     name = tables.WEIGHT_NORM
+    every = 10
     importance = 30
+    lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)

@@ -93,7 +93,8 @@ class Gate:
         self._target_is_epoch = False
         self._rate: float | None = None
         self._next_step_at = 0.0
-        self._armed = paused
+        self.armed = paused
+        """Whether the next boundary may take more time than a look. Set here alone."""
 
     # ------------------------------------------------------------ the training thread
 
@@ -103,15 +104,10 @@ class Gate:
         self.step_in_progress = step
         if phase == "step":
             self.completed = step
-            if self.between_steps or self._armed:
+            if self.between_steps or self.armed:
                 self._arrive(phase, step)
-        elif self._armed:
+        elif self.armed:
             self._arrive(phase, step)
-
-    @property
-    def armed(self) -> bool:
-        """Whether the next boundary may take more time than a look."""
-        return self._armed
 
     @property
     def stops_soon(self) -> bool:
@@ -162,7 +158,7 @@ class Gate:
             with self._condition:
                 # Once: a script that catches it, to save or to evaluate, is left to do so.
                 self._ended = True
-                self._stopping = self._waiting = self._armed = False
+                self._stopping = self._waiting = self.armed = False
             self._tell(self.on_change)
             raise StopTraining(self._checkpoint)
 
@@ -188,7 +184,7 @@ class Gate:
                 self._rearm()
                 return
             self._waiting = True
-            self._armed = True
+            self.armed = True
         self._tell(self.on_change)
         began = time.perf_counter()
         while self._waiting:
@@ -315,7 +311,7 @@ class Gate:
         """The training is over: nothing waits here any more, and no control is taken."""
         with self._condition:
             self._ended = True
-            self._waiting = self._armed = False
+            self._waiting = self.armed = False
             left = list(self._requests)
             self._requests.clear()
             self._condition.notify_all()
@@ -334,7 +330,7 @@ class Gate:
 
     def _rearm(self) -> None:
         """With the condition held: whether the next boundary needs more than a look."""
-        self._armed = bool(
+        self.armed = bool(
             self._boundaries_left
             or self._target is not None
             or self._stopping

@@ -13,10 +13,11 @@ STEADY = 5
 NEVER_STRETCHED = 100
 LIMITS = (32, 256, 1024)
 """How far (times its natural cadence) one thing is stretched before more important ones are."""
-FIXED_AT_MOST = 0.5
-"""Most of the budget that goes to what cannot be stretched."""
+LEAST_ROOM = 0.1
+"""Share of the budget for what can be stretched, even where the rest is over it by itself (steps
+are very short): something is measured all the same."""
 ROOM = 0.7
-"""A cadence is restored only where the prediction stays below this share of the budget, so that
+"""A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not swing."""
 
 
@@ -30,6 +31,11 @@ class Governed:
     every: int
     """Cadence now: the natural one times a power of two."""
     importance: int
+    furthest: int = LIMITS[-1]
+    """How many times its natural cadence it may be stretched."""
+    held: bool = False
+    """Due at every step at present, whatever the budget: it comes with something that the training
+    does anyway."""
     cost_ms: float = math.nan
     """Smoothed cost of one measurement."""
 
@@ -37,6 +43,11 @@ class Governed:
         """Mean cost per step at a cadence (default: the present one)."""
         every = self.every if every is None else every
         return self.cost_ms / every if every and not math.isnan(self.cost_ms) else 0.0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its cost is no matter of choice at present."""
+        return self.held or self.importance >= NEVER_STRETCHED
 
 
 class Governor:
@@ -52,47 +63,56 @@ class Governor:
         self._fixed_ms = 0.0
 
     def step(
-        self, governed: Sequence[Governed], own_ms: Mapping[str, float], step_ms: float
-    ) -> None:
-        """A step took `step_ms`, of which ours were `own_ms` (by name of what was measured)."""
+        self,
+        measured: Sequence[Governed],
+        governed: Sequence[Governed],
+        own_ms: Mapping[str, float],
+        step_ms: float,
+    ) -> bool:
+        """A step took `step_ms`, of which ours were `own_ms` (by name of what was measured).
+
+        `measured`: those of all the `governed` that were measured in it. Whether cadences may have
+        changed.
+        """
         self._steps += 1
         if self._steps <= STEADY:
-            return
-        for one in governed:
-            spent = own_ms.get(one.name)
-            if spent is not None:
-                # Smoothed, and deaf to one hiccup of the machine.
-                known = one.cost_ms
-                one.cost_ms = (
-                    spent if math.isnan(known) else known + 0.2 * (min(spent, 3 * known) - known)
-                )
+            return False
         self._fixed_ms += own_ms.get("tracer", 0.0)
-        self._fixed_ms += sum(
-            own_ms.get(one.name, 0.0) for one in governed if one.importance >= NEVER_STRETCHED
-        )
+        for one in measured:
+            spent = own_ms.get(one.name)
+            if spent is None:
+                continue
+            if one.held or one.importance >= NEVER_STRETCHED:
+                self._fixed_ms += spent
+            # Smoothed, and deaf to one hiccup of the machine.
+            known = one.cost_ms
+            one.cost_ms = spent if known != known else known + 0.2 * (min(spent, 3 * known) - known)
         self._step_ms += step_ms
         self._counted += 1
-        if self._counted >= WINDOW:
-            if self.budget > 0:
-                self._decide(governed)
-            self._counted, self._fixed_ms, self._step_ms = 0, 0.0, 0.0
+        if self._counted < WINDOW:
+            return False
+        if self.budget > 0:
+            self._decide(governed)
+        self._counted, self._fixed_ms, self._step_ms = 0, 0.0, 0.0
+        return True
 
     def _decide(self, governed: Sequence[Governed]) -> None:
         step_ms = self._step_ms / self._counted
         allowed = self.budget * step_ms
-        # What cannot be stretched may be over the budget by itself, where steps are very short:
-        # something is measured all the same.
-        fixed = min(self._fixed_ms / self._counted, FIXED_AT_MOST * allowed)
-        pliable = [one for one in governed if one.natural and one.importance < NEVER_STRETCHED]
-        total = fixed + sum(one.share_ms() for one in pliable)
-        if total > allowed:
-            self._stretch(pliable, total, allowed, step_ms)
+        for one in governed:
+            if one.held and one.every != one.natural:
+                one.every = one.natural
+                self._changed(one, f"{one.name} is measured at every step that clips gradients")
+        pliable = [one for one in governed if one.natural and not one.fixed]
+        least = sum(one.share_ms(one.furthest * one.natural) for one in pliable)
+        room = max(allowed - self._fixed_ms / self._counted, least + LEAST_ROOM * allowed)
+        total = sum(one.share_ms() for one in pliable)
+        if total > room:
+            self._stretch(pliable, total, room, step_ms)
         else:
-            self._restore(pliable, total, ROOM * allowed)
+            self._restore(pliable, total, ROOM * room)
 
-    def _stretch(
-        self, pliable: list[Governed], total: float, allowed: float, step_ms: float
-    ) -> None:
+    def _stretch(self, pliable: list[Governed], total: float, room: float, step_ms: float) -> None:
         """Double cadences, least important first, dearest first among equals, until it fits."""
         before = {id(one): one.every for one in pliable}
         order = sorted(pliable, key=lambda o: (o.importance, -o.share_ms()))
@@ -100,9 +120,9 @@ class Governor:
             for one in order:
                 # What hardly costs anything is left alone.
                 while (
-                    total > allowed
-                    and one.every < most * one.natural
-                    and one.share_ms() > 0.02 * allowed
+                    total > room
+                    and one.every < min(most, one.furthest) * one.natural
+                    and one.share_ms() > 0.02 * room
                 ):
                     total -= one.share_ms() - one.share_ms(2 * one.every)
                     one.every *= 2
@@ -115,12 +135,12 @@ class Governor:
                     f"{self.budget:.1%}",
                 )
 
-    def _restore(self, pliable: list[Governed], total: float, allowed: float) -> None:
+    def _restore(self, pliable: list[Governed], total: float, room: float) -> None:
         """Halve one cadence, the most important first, where that surely fits."""
         for one in sorted(pliable, key=lambda o: (-o.importance, o.share_ms())):
             if one.every > one.natural:
                 faster = max(one.natural, one.every // 2)
-                if total + one.share_ms(faster) - one.share_ms() <= allowed:
+                if total + one.share_ms(faster) - one.share_ms() <= room:
                     one.every = faster
                     often = "every step" if faster == 1 else f"every {faster} steps"
                     self._changed(one, f"{one.name} is measured {often} again: there is room")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tui_trainer.tracing.readout import Arrival
 
-RECORD_EVERY_S = 0.1
+RECORD_EVERY_S = 0.25
 AT_ONCE = 16
 """Steps are recorded together, so many or so often: the host's part of it costs a third when its
 code is still in the processor's caches, which every forward and backward empties."""

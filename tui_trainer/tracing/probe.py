@@ -103,6 +103,11 @@ class Probe:
     watched_every: ClassVar[int] = 1
     importance: ClassVar[int] = 0
     """The governor stretches those of lesser importance first; 100 and more: never."""
+    furthest: ClassVar[int] = 1024
+    """How many times its natural cadence the governor may stretch it."""
+    lasting: ClassVar[bool] = False
+    """Its readings are tensors of their own that nobody writes to: they need not be fetched to the
+    host at once."""
     tables: tuple[TableSpec, ...] = ()
     """Set by `__init__`; empty when there is nothing to measure here."""
     attention: tuple[AttentionInfo, ...] = ()
@@ -128,9 +133,12 @@ class Probe:
         """Gradients are complete and not yet clipped; in the order of `subject.parameters`."""
         return ()
 
-    def borrowed(self, norms: Sequence[torch.Tensor | None]) -> Readings | None:
+    def borrowed(self, norms: Readings) -> Readings | None:
         """In place of `gradients`, for a probe that wants nothing but the 2-norm of each gradient
-        (0-d; None without a gradient): they come from `clip_grad_norm_`, which needs them too."""
+        (flattened, one for each; 0 without a gradient): they come from `clip_grad_norm_`, which
+        needs them too.
+
+        A probe that has this hook measures every step whose gradients are clipped."""
         return None
 
     def before_update(self) -> None:

@@ -7,6 +7,7 @@ waiting, and an event says later that it has arrived.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,33 +34,45 @@ def flattened(readings: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([piece.to(torch.float32) for piece in pieces])
 
 
-class Arrival:
-    """Readings on their way to the host."""
+class Part(NamedTuple):
+    """Readings that belong together."""
 
-    def __init__(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
+    readings: Sequence[torch.Tensor]
+    lasting: bool
+    """See `Probe.lasting`."""
+
+
+class Arrival:
+    """Readings on their way to the host. `on_host`: lasting ones are known to be there already."""
+
+    def __init__(self, parts: Sequence[Part], on_host: bool) -> None:
         self._parts = parts
-        self._values: list[Floats] | None = None
+        self._values: list[list[float] | None] | None = None
         self._copies: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
         self._events: list[torch.cuda.Event] = []
-        if all(reading.device.type == "cpu" for part in parts for reading in part):
-            # At once: what a probe reads may be a buffer that it uses again.
-            self._values = [_on_host(part) for part in parts]
-        else:
-            self._send()
+        for part in parts:
+            if not (part.lasting and on_host):
+                for reading in part.readings:
+                    if not reading.is_cpu:
+                        self._send()
+                        return
+        # What nobody writes to is fetched later, many steps at once, and not by numpy yet: its code
+        # has been driven out of the processor's caches.
+        self._values = [None if part.lasting else _on_host(part.readings) for part in parts]
 
     def _send(self) -> None:
         """One vector per device, copied without waiting."""
         by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
         position = 0
         for part in self._parts:
-            for reading in part:
+            for reading in part.readings:
                 by_device.setdefault(reading.device, []).append((position, reading))
                 position += reading.numel()
         for device, placed in by_device.items():
             vector = flattened([reading for _, reading in placed])
             spans = [(start, reading.numel()) for start, reading in placed]
             self._copies.append((spans, self._fetch(device, vector)))
-        self._sizes = [sum(reading.numel() for reading in part) for part in self._parts]
+        self._sizes = [sum(reading.numel() for reading in part.readings) for part in self._parts]
         self._parts = ()
 
     def _fetch(self, device: torch.device, vector: torch.Tensor) -> torch.Tensor:
@@ -87,7 +100,10 @@ class Arrival:
     def values(self) -> list[Floats]:
         """The values of each part, flattened. Only when `arrived`."""
         if self._values is not None:
-            return self._values
+            return [
+                _vector(part.readings if values is None else values)
+                for part, values in zip(self._parts, self._values, strict=True)
+            ]
         flat = np.empty(sum(self._sizes), dtype=np.float32)
         for spans, host in self._copies:
             source, offset = host.numpy(), 0
@@ -97,15 +113,24 @@ class Arrival:
         return np.split(flat, np.cumsum(self._sizes)[:-1])
 
 
-def _on_host(part: Sequence[torch.Tensor]) -> Floats:
+def _on_host(readings: Sequence[torch.Tensor]) -> list[float]:
     """Readings that are on the host already.
 
     Here `item()` waits for nothing, and takes half as long as stacking.
     """
     values: list[float] = []
-    for reading in part:
+    for reading in readings:
         if reading.dim():
             values += reading.tolist()
         else:
             values.append(reading.item())
-    return np.array(values, dtype=np.float32)
+    return values
+
+
+def _vector(readings: Sequence[torch.Tensor] | Sequence[float]) -> Floats:
+    first = readings[0] if readings else None
+    if isinstance(first, torch.Tensor):
+        if len(readings) == 1 and first.dim() == 1 and first.is_cpu:
+            return first.to(torch.float32).numpy()
+        readings = _on_host(readings)  # type: ignore[arg-type]
+    return np.array(readings, dtype=np.float32)

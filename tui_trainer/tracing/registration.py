@@ -13,10 +13,11 @@ import torch
 from tui_trainer.protocol.describe import ParameterInfo
 from tui_trainer.tracing.governor import Governed, Governor
 from tui_trainer.tracing.interface import RecorderLike
-from tui_trainer.tracing.meter import Meter, Slot
+from tui_trainer.tracing.meter import Meter
 from tui_trainer.tracing.outbox import Outbox
 from tui_trainer.tracing.probe import Options, Probe
 from tui_trainer.tracing.roots import Roots
+from tui_trainer.tracing.slots import Slot
 from tui_trainer.tracing.subject import Names, group_sizes, make_subject
 
 Optimizer = torch.optim.Optimizer
@@ -135,7 +136,6 @@ class Registry:
             self._recorder,
             self._options,
             Governor(self._options.budget, self._cadence_changed),
-            self.outbox,
         )
         subject.models.clear()  # a meter keeps parameters alive, not the models around them
         subject.modules.clear()

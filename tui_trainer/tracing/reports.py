@@ -35,6 +35,8 @@ class Reporter:
         self._outputs: list[tuple[str, torch.Tensor]] = []
         self._before: tuple[Meter, list[float]] | None = None
         self._shown = False
+        self.holds = False
+        """Whether there is something to `clear` once the run goes on."""
 
     # ------------------------------------------------------------ what is kept while stepping
 
@@ -44,10 +46,12 @@ class Reporter:
         if tracer is not None and tracer.gate.armed:
             named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
             self._arguments = list(_tensors(named))[:MOST_TENSORS]
+            self.holds = True
 
     def output(self, result: Any) -> None:
         """The model returned this."""
         self._outputs = list(_tensors([("output", result)]))[:MOST_TENSORS]
+        self.holds = True
 
     def before_clip(self, meters: Sequence[Meter]) -> None:
         """Gradients are about to be clipped."""
@@ -58,6 +62,7 @@ class Reporter:
 
     def clear(self) -> None:
         """The run goes on."""
+        self.holds = False
         self._arguments, self._outputs = [], []
         if self._shown:
             self._shown = False
@@ -78,7 +83,7 @@ class Reporter:
                 summary, quantities, rows = getattr(self, f"_{phase}")(tracer)
         except Exception as fault:
             summary, quantities, rows = f"cannot be shown: {fault}", [], []
-        self._shown = True
+        self._shown = self.holds = True
         tracer.recorder.report(
             PhaseReport(
                 step=step,

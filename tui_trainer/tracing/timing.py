@@ -6,7 +6,6 @@ that timing never makes the host wait for the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from time import perf_counter
 
@@ -45,7 +44,8 @@ class HostClock:
 
     def take(self) -> Times:
         """The times of the step that ends here; the next one starts from nothing."""
-        taken = [seconds * 1e3 for seconds in self._totals[:OUTSIDE]]
+        taken = [seconds * 1e3 for seconds in self._totals]
+        del taken[OUTSIDE:]
         self._totals = [0.0] * (OUTSIDE + 1)
         return lambda: taken
 
@@ -88,8 +88,12 @@ class CudaClock:
         if self._start is not None and used and used[-1] is self._start:
             self._events.append(used.pop())  # it also begins the next step's first phase
 
+        taken: list[float] = []
+
         def times() -> list[float]:
-            taken = [0.0] * OUTSIDE
+            if taken:  # asked again
+                return taken
+            taken.extend([0.0] * OUTSIDE)
             for phase, start, end in spans:
                 taken[phase] += start.elapsed_time(end)
             self._pool.extend(used)
@@ -100,11 +104,6 @@ class CudaClock:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def once(times: Times) -> Times:
-    """Read the times when first asked, and know them from then on."""
-    return functools.cache(times)
 
 
 Clock = HostClock | CudaClock

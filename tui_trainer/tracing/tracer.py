@@ -30,18 +30,20 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from tui_trainer.protocol import PHASES
-from tui_trainer.tracing.clips import Captured, clip_call, total_norm
+from tui_trainer.tracing.clips import Captured, ClipCall, clip_call, scalar, total_norm
+from tui_trainer.tracing.faults import describe, skipped_text
 from tui_trainer.tracing.gate import Gate
 from tui_trainer.tracing.hooks import install
 from tui_trainer.tracing.interface import RecorderLike
-from tui_trainer.tracing.meter import ClipCall, Finished, Meter, describe, skipped_text
+from tui_trainer.tracing.made import Finished
+from tui_trainer.tracing.meter import Meter
 from tui_trainer.tracing.patching import Patches
 from tui_trainer.tracing.probe import Options, Probe
 from tui_trainer.tracing.registration import Registry
 from tui_trainer.tracing.reports import Reporter
 from tui_trainer.tracing.roots import Roots
 from tui_trainer.tracing.scaling import Scaling
-from tui_trainer.tracing.timing import OUTSIDE, Clock, HostClock, Times, clock_for, once
+from tui_trainer.tracing.timing import OUTSIDE, Clock, HostClock, Times, clock_for
 
 DATA, ZERO_GRAD, FORWARD, LOSS, BACKWARD, CLIP, STEP = range(len(PHASES))
 MOST_LOSSES = 64
@@ -62,7 +64,7 @@ R = TypeVar("R")
 def _guarded(
     method: Callable[Concatenate[Tracer, P], R],
 ) -> Callable[Concatenate[Tracer, P], R]:
-    """Count our own time, compute without gradients, and let no fault of ours reach the training.
+    """Count our own time, and let no fault of ours reach the training.
 
     Only `StopTraining` and other non-`Exception`s pass.
     """
@@ -70,15 +72,12 @@ def _guarded(
     @functools.wraps(method)
     def guarded(self: Tracer, *args: P.args, **kwargs: P.kwargs) -> R:
         began, idle = perf_counter(), self.gate.idle_s
-        gradients = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
             return method(self, *args, **kwargs)
         except Exception as fault:
             self._fault(method.__name__, fault)
             return False  # type: ignore[return-value] # "pass by" for those that answer
         finally:
-            torch._C._set_grad_enabled(gradients)
             self._own_s += perf_counter() - began - (self.gate.idle_s - idle)
 
     return guarded  # type: ignore[return-value] # functools.wraps names `self`
@@ -126,6 +125,7 @@ class Tracer:
         self._last_losses: list[torch.Tensor] = []
         self._clips: list[ClipCall] = []
         self._clipping: list[Meter] = []
+        self._stepping: Meter | None = None
         self._own_s = 0.0
         self._last_end = 0.0
         self._idle_before = 0.0
@@ -252,13 +252,16 @@ class Tracer:
         """Through the gate at the end of `phase`; nothing is timed there."""
         self.clock.switch(OUTSIDE)
         self._in_gate = True
-        torch._C._set_grad_enabled(True)  # for what others have the gate do here
         try:
-            self.gate.reached(PHASES[phase], self.step)
+            if self.gate.armed or (phase == STEP and self.gate.between_steps):
+                with torch.enable_grad():  # for what others have the gate do here
+                    self.gate.reached(PHASES[phase], self.step)
+            else:
+                self.gate.reached(PHASES[phase], self.step)
         finally:
-            torch._C._set_grad_enabled(False)
             self._in_gate = False
-            self._reporter.clear()
+            if self._reporter.holds:
+                self._reporter.clear()
 
     def _go_on(self) -> None:
         """Back to the script."""
@@ -336,11 +339,17 @@ class Tracer:
     ) -> Any:
         if self._open:
             return original(module, *args, **kwargs)
+        self._show_all_made()
         self.clock.switch(OUTSIDE)
         try:
             return original(module, *args, **kwargs)
         finally:
             self.clock.switch(self._gap)
+
+    @_guarded
+    def _show_all_made(self) -> None:
+        """Record what has arrived: no step comes for a while."""
+        self.registry.outbox.drain()
 
     @_guarded
     def _forward_begins(
@@ -351,20 +360,24 @@ class Tracer:
             return False
         if self._zeroes_first is None:
             self._zeroes_first = False
-        self._reporter.inputs(args, kwargs)
+        if self.gate.armed:
+            self._reporter.inputs(args, kwargs)
         self.registry.register_pending()
         self._choose_clock(module)
         self._data_ends()
         if first:
-            self._sampling = self.registry.meters
-            for meter in self._sampling:
+            for meter in self.registry.meters:
                 meter.prepare(self.step, self.gate.stops_soon)
-                meter.forward_begins(module)
+                if meter.forward_begins(module):
+                    self._sampling.append(meter)
         self._run()
         return True
 
     @_guarded
     def _forward_sampled(self) -> None:
+        self._end_sampling()
+
+    def _end_sampling(self) -> None:
         sampling, self._sampling = self._sampling, []
         for meter in sampling:
             meter.forward_ends()
@@ -372,7 +385,7 @@ class Tracer:
     @_guarded
     def _forward_ends(self, result: Any) -> None:
         if self._sampling:
-            self._forward_sampled()
+            self._end_sampling()
         if self.gate.armed:
             self._reporter.output(result)
         self._leave(LOSS)
@@ -400,7 +413,7 @@ class Tracer:
         if self._closure and self.losses:
             return  # the first evaluation of the closure is the one at the step's own weights
         scalars = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel() == 1]
-        self.losses += [self.scaling.original(t).detach().reshape(()) for t in scalars]
+        self.losses += [scalar(self.scaling.original(t)) for t in scalars]
         if len(self.losses) > MOST_LOSSES:
             self.losses = [torch.stack([t.float() for t in self.losses]).sum()]
 
@@ -419,10 +432,11 @@ class Tracer:
         self._clipping = self.registry.meters_of(parameters)
         for meter in self._clipping:
             if not meter.fresh:
-                self._read_gradients(meter, at_clipping=kind == "norm")
+                self._read_gradients(meter, kind)
         if kind == "value":
             self._value_norm = total_norm(parameters)
-        self._reporter.before_clip(self._clipping)
+        if self.gate.armed:
+            self._reporter.before_clip(self._clipping)
         self._run()
         return True
 
@@ -439,23 +453,25 @@ class Tracer:
         """They are clipped; `total` is their norm before, as the function gave it."""
         self.clock.switch(OUTSIDE)
         for meter in self._clipping:
-            meter.lend(captured.norms, parameters, limit, total)
+            meter.lend(captured, parameters, limit, total)
         found = [self._value_norm, total_norm(parameters)] if kind == "value" else [total]
         readings = tuple(r for r in found if isinstance(r, torch.Tensor))
         if len(readings) == len(found):
             meters = list(self._clipping)
-            self._clips.append(clip_call(kind, parameters, limit, norm_type, readings, meters))
+            self._clips.append(
+                clip_call(kind, parameters, limit, norm_type, readings, meters, captured)
+            )
             del self._clips[:-MOST_LOSSES]
         self._leave(OUTSIDE)
         self._go_on()
 
-    def _read_gradients(self, meter: Meter, at_clipping: bool = False) -> None:
+    def _read_gradients(self, meter: Meter, clipping: str = "") -> None:
         optimizer = self.registry.optimizer_of(meter)
         meter.prepare(self.step, self.gate.stops_soon)
         meter.read_gradients(
             self.scaling.gradient_scale(optimizer),
             getattr(optimizer, "found_inf", None),
-            at_clipping,
+            clipping,
         )
 
     @_guarded
@@ -467,7 +483,7 @@ class Tracer:
             return
         self._closure = closure
         self._nested = 0
-        meter = self.registry.meter_for(optimizer)
+        meter = self._stepping = self.registry.meter_for(optimizer)
         meter.prepare(self.step, self.gate.stops_soon)
         if not closure and not meter.fresh:
             self._read_gradients(meter)
@@ -486,18 +502,17 @@ class Tracer:
         self._open.pop()
         self._gap = DATA
         self.clock.switch(OUTSIDE)
-        meter = self.registry.meter_for(optimizer)
+        meter, self._stepping = self._stepping, None
+        if meter is None:
+            return
         if self._closure and not meter.fresh:
             self._read_gradients(meter)
         self._closure = False
-        counted = began
-
-        def own_s() -> float:
-            nonlocal counted
-            counted = perf_counter()
-            return self._own_s + counted - began
-
-        meter.after_update(self._finish(optimizer, meter), own_s, self.gate.armed)
+        made = meter.after_update(self._finish(optimizer, meter))
+        counted = perf_counter()
+        own_ms = (self._own_s + counted - began) * 1e3
+        made.own_ms["tracer"] = max(0.0, own_ms - sum(made.own_ms.values()))
+        self.registry.outbox.put(made, self.gate.armed)
         # `_guarded` adds the whole of this call; what is counted above does not count again.
         self._own_s = began - counted - self.registry.outbox.take_accounted_s()
         self._say_unseen()
@@ -512,15 +527,17 @@ class Tracer:
         if self.losses:
             self._last_losses, self.losses = self.losses, []
         self.scaling.step_over()
-        mine = [call for call in self._clips if meter in call.meters]
-        for call in mine:
-            call.meters.remove(meter)
-        self._clips = [call for call in self._clips if call.meters]
+        mine: list[ClipCall] = []
+        if self._clips:
+            mine = [call for call in self._clips if meter in call.meters]
+            for call in mine:
+                call.meters.remove(meter)
+            self._clips = [call for call in self._clips if call.meters]
         rate = optimizer.param_groups[0].get("lr", float("nan"))
         self._batch_due = True
         self._seen_ever |= self._seen
         self._seen = set()
-        self._times = once(self.clock.take())
+        self._times = self.clock.take()
         return Finished(
             step=self.step,
             losses=self._last_losses,

@@ -1,0 +1,181 @@
+"""Probes at work: their tables, their cadence, their cost, and which of them measure a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tui_trainer.protocol.describe import Table
+from tui_trainer.tracing.governor import Governed
+from tui_trainer.tracing.interface import RecorderLike
+from tui_trainer.tracing.probe import Options, Probe, Readings
+from tui_trainer.tracing.subject import Subject
+
+READING = (
+    "before_forward",
+    "after_forward",
+    "gradients",
+    "borrowed",
+    "before_update",
+    "after_update",
+)
+"""The hooks that are called in the course of a step; a probe may have none of them."""
+MOST_PLANS = 64
+
+
+@dataclass(eq=False, kw_only=True)
+class Slot(Governed):
+    """A probe at work."""
+
+    probe: Probe
+    tables: list[Table]
+    off: bool = False
+    readings: list[Readings] = field(default_factory=list)
+    spent: float = 0.0
+    """Seconds on the training thread in this step."""
+
+    def __post_init__(self) -> None:
+        self.does = frozenset(
+            name for name in READING if getattr(type(self.probe), name) is not getattr(Probe, name)
+        )
+        """Which of the hooks it has: the others need not be called."""
+
+    def reset(self) -> None:
+        """A step begins."""
+        self.spent = 0.0
+        self.readings = []
+
+
+def install(
+    kind: type[Probe], subject: Subject, options: Options, recorder: RecorderLike
+) -> Slot | str:
+    """Set a probe to work and declare its tables; or why there is nothing for it to see."""
+    with torch.no_grad():
+        probe = kind(subject, options)
+    if probe.unseen:
+        return probe.unseen
+    natural = max(0, options.cadences.get(kind.name, kind.every))
+    tables: list[Table] = []
+    for spec in probe.tables:
+        every = natural if spec.every is None else spec.every
+        number = recorder.new_table(spec.name, spec.columns, every, subject.key)
+        tables.append(Table(number, spec.name, spec.columns, every, subject.key))
+    return Slot(
+        name=kind.name,
+        natural=natural,
+        every=natural,
+        importance=kind.importance,
+        furthest=kind.furthest,
+        probe=probe,
+        tables=tables,
+    )
+
+
+class Plan:
+    """The slots of one step, by the moments at which they are called."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        def those_with(hook: str) -> tuple[Slot, ...]:
+            return tuple(slot for slot in slots if hook in slot.does)
+
+        self.slots = tuple(slots)
+        self.reading = tuple(slot for slot in slots if slot.does)
+        self.before_forward = those_with("before_forward")
+        self.after_forward = those_with("after_forward")
+        self.gradients = those_with("gradients")
+        self.borrowed = those_with("borrowed")
+        self.own_gradients = tuple(s for s in self.gradients if "borrowed" not in s.does)
+        """Those that need the gradients even where their norms can be borrowed."""
+        self.before_update = those_with("before_update")
+        self.after_update = those_with("after_update")
+
+
+NOTHING = Plan(())
+
+
+class Schedule:
+    """Decides which slots measure a step.
+
+    Few different sets of them ever come: each has its plan, made once, so that a step runs through
+    the probes that it needs and no others.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self.plan = NOTHING
+        """Of the step in the making."""
+        self._chosen = 0
+        self._plans: dict[int, Plan] = {}
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Cadences have changed, or a probe was switched off."""
+        self._always = 0
+        self._sometimes: list[tuple[int, Slot]] = []
+        self._with_clipping = 0
+        self.borrowers: list[Slot] = []
+        """Those that measure every step whose gradients are clipped."""
+        self._plans.clear()
+        for position, slot in enumerate(self.slots):
+            bit = 1 << position
+            if slot.off:
+                continue
+            if slot.every == 1:
+                self._always |= bit
+            else:
+                self._sometimes.append((bit, slot))
+            if "borrowed" in slot.does and slot.natural == 1:
+                self._with_clipping |= bit
+                self.borrowers.append(slot)
+
+    def decide(self, step: int, watched: Collection[str], wanted: bool) -> None:
+        """For a step that begins. `wanted`: somebody is about to look at it."""
+        chosen = self._always
+        for bit, slot in self._sometimes:
+            every = slot.every
+            if watched and slot.probe.topic in watched:
+                fastest = slot.probe.watched_every
+                every = min(every, fastest) if every else fastest
+            if (every and (step - 1) % every == 0) or (wanted and slot.probe.wants(step)):
+                chosen |= bit
+        self._choose(chosen)
+        for slot in self.plan.reading:
+            slot.reset()
+
+    def add_wanted(self, step: int) -> None:
+        """Somebody is about to look after all: what needs no gradients can still be measured."""
+        self._add(
+            sum(
+                bit
+                for bit, slot in self._sometimes
+                if "gradients" not in slot.does and slot.probe.wants(step)
+            )
+        )
+
+    def add_clipping(self) -> None:
+        """Gradients are about to be clipped."""
+        if self._with_clipping & ~self._chosen:
+            self._add(self._with_clipping)
+
+    def _add(self, bits: int) -> None:
+        known = self.plan.slots
+        self._choose(self._chosen | bits)
+        for slot in self.plan.reading:
+            if slot not in known:
+                slot.reset()
+
+    def _choose(self, chosen: int) -> None:
+        self._chosen = chosen
+        plan = self._plans.get(chosen)
+        if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            slots = [s for i, s in enumerate(self.slots) if chosen >> i & 1 and not s.off]
+            plan = self._plans[chosen] = Plan(slots)
+        self.plan = plan
+
+    def over(self) -> None:
+        """The step is made."""
+        self.plan, self._chosen = NOTHING, 0
