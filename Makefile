@@ -1,6 +1,7 @@
 # make run      a small GPT, live in the terminal (installs what is needed first)
 # make test     make check, then every test
 # make check    ruff, mypy --strict and the import contracts
+# make bench    what watching costs, measured; see docs/performance.md
 #
 # TORCH says which build of PyTorch to install, PYTHON which interpreter makes the environment:
 #   make run TORCH=torch PYTHON=python3.12
@@ -13,6 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/installed.stamp
 DEVELOPED := $(VENV)/developed.stamp
+BENCHED := $(VENV)/benched.stamp
 SOURCES := tui_trainer models tests benchmarks screenshots
 
 .PHONY: run test check lint types contracts format bench screenshots clean
@@ -48,15 +50,21 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(DEVELOPED)
-	@set -e; for benchmark in benchmarks/*.py; do \
-	    [ -e "$$benchmark" ] || continue; echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+# What the tables of docs/performance.md are made with, in its order; each takes a minute or two. On
+# a quiet machine: every table says so when it was not. RESULTS keeps the figures as JSON.
+RESULTS ?= build/benchmarks
+MEASURED := slowdown gpu frames keys terminal_bytes startup scale history
+bench: $(BENCHED)
+	@mkdir -p $(RESULTS)
+	@failed=; for each in $(MEASURED); do echo; echo "== $$each"; \
+	    $(BIN)/python -m benchmarks.$$each --json $(RESULTS)/$$each.json || failed="$$failed $$each"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 screenshots: $(DEVELOPED)
 	$(BIN)/python screenshots/make.py $(ONLY)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(INSTALLED) $(DEVELOPED)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(INSTALLED) $(DEVELOPED) $(BENCHED)
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -73,3 +81,8 @@ $(DEVELOPED): pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet "$(TORCH)"
 	$(PIP) install --quiet --editable ".[test,check]"
 	@touch $@ $(INSTALLED)
+
+# Without what we are compared with (TensorBoard, wandb) its rows are left out, and the rest is measured.
+$(BENCHED): pyproject.toml | $(DEVELOPED)
+	-$(PIP) install --quiet --editable ".[bench]"
+	@touch $@
