@@ -47,6 +47,9 @@ def test_going_on_equals_never_having_stopped(place):
     assert rest == {step: whole[step] for step in rest}
     assert header["parent"] == str(parent)
     assert header["branch_step"] == 7
+    assert header["working_directory"] == str(place)
+    assert header["host"]
+    assert {"tui-trainer", "python", "torch"} <= set(header["versions"])
     assert files_of(parent) == before
     # And on from there, longer than was planned.
     more = call("gpt", "--resume", "rest", "--steps", "14", "--json", cwd=place)

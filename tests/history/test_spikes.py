@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tui_trainer.history import spikes
+from tui_trainer.history.spikes import FEWEST, LEAST, SPAN, deviations, find_spikes
+from tui_trainer.history.table import TableHistory
+from tui_trainer.protocol.describe import Column, Table
+
+
+def held(values):
+    table = TableHistory(Table(0, "step", (Column("loss"),)))
+    for step, value in enumerate(values, 1):
+        table.append(step, np.float32([value]))
+    return table
+
+
+def naive(values):
+    """The definition, one loss at a time."""
+    found = []
+    for i, value in enumerate(values):
+        before = values[max(0, i - SPAN) : i]
+        if len(before) < FEWEST:
+            found.append(0.0)
+            continue
+        m = np.median(before)
+        s = max(1.4826 * np.median(np.abs(before - m)), 1e-3 * abs(m), 1e-300)
+        found.append((value - m) / s)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_deviations_are_those_of_the_definition(seed):
+    values = np.random.default_rng(seed).standard_normal(300).cumsum()
+    np.testing.assert_allclose(deviations(values, values), naive(values), rtol=1e-9)
+
+
+def test_the_worst_comes_first():
+    random = np.random.default_rng(2)
+    losses = 3 / (1 + np.arange(1500) / 100) + 0.01 * random.standard_normal(1500)
+    losses[400] += 0.5
+    losses[900] += 2.0
+    losses[901] += 1.0
+    losses[1200] = np.nan
+    losses[1201] = np.inf
+    found = find_spikes(held(losses), 0)
+    assert [spike.step for spike in found[:2]] == [901, 401]
+    assert found[0].loss == pytest.approx(losses[900])
+    assert all(spike.deviations >= LEAST for spike in found)
+    assert len(find_spikes(held(losses), 0, 1)) == 1
+
+
+def test_of_a_long_run_the_very_step_is_found(monkeypatch):
+    monkeypatch.setattr(spikes, "STRETCHES", 64)
+    losses = 1 + 0.01 * np.random.default_rng(3).standard_normal(5000)
+    losses[3141] = 4.0
+    worst = find_spikes(held(losses), 0)[0]
+    assert (worst.step, worst.loss) == (3142, 4.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [2.0] * 500, [np.nan] * 50, list(range(300, 0, -1))])
+def test_where_there_is_none(values):
+    assert find_spikes(held(values), 0) == []
