@@ -114,6 +114,17 @@ async def test_n_asks_for_a_count_and_throttle_for_a_speed():
         assert session.sent[-1] == messages.Throttle(None)
 
 
+async def test_a_note_at_this_step():
+    session = fake.fake_gpt(300)
+    async with app_of(session).run_test(size=(120, 40)) as pilot:
+        await pilot.press("k", *"odd", "enter")
+        await pilot.pause()
+        assert session.sent == [messages.Mark("odd")]
+        await pilot.press("k", "enter")
+        await pilot.pause()
+        assert session.sent == [messages.Mark("odd")]
+
+
 async def test_run_to_the_end_of_the_epoch():
     session = fake.fake_gpt(300)
     async with app_of(session).run_test(size=(120, 40)) as pilot:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from textual.binding import Binding
 
 from tui_trainer.protocol import messages
-from tui_trainer.ui.screens.dialogs import NumberPrompt
+from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 
 if TYPE_CHECKING:
     from textual.screen import Screen
@@ -24,6 +24,8 @@ CONTROL_BINDINGS = (
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="At most so many steps a second, for watching"),
+    Binding("k", "mark", "Mark", show=False, id="run.mark",
+            tooltip="Put a note at this step: in the log, on the charts, in its replay"),
 )  # fmt: skip
 
 
@@ -36,12 +38,12 @@ class ControlActions:
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that steer are dimmed while there is no run that could obey."""
-        if action not in ("pause", "step", "phase", "steps", "epoch", "throttle"):
+        if action not in ("pause", "step", "phase", "steps", "epoch", "throttle", "mark"):
             return True
         snapshot = self._trainer.snapshot
         status, link = snapshot.status, snapshot.link
         if link.state == "replay":  # they move the cursor, at its end too
-            if action == "phase":
+            if action in ("phase", "mark"):
                 return None
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
@@ -75,6 +77,15 @@ class ControlActions:
                 self._trainer.command(messages.Step(int(count)))
 
         self._trainer.push_screen(NumberPrompt("Steps to run, then pause", "10", whole=True), run)
+
+    def action_mark(self) -> None:
+        """Ask for a few words and put them at the present step."""
+
+        def mark(text: str | None) -> None:
+            if text is not None:
+                self._trainer.command(messages.Mark(text))
+
+        self._trainer.push_screen(TextPrompt("A note at this step"), mark)
 
     def action_throttle(self) -> None:
         """Ask for a speed; an empty answer lifts the limit."""

@@ -49,6 +49,28 @@ class NumberPrompt(ModalScreen[float | None]):
             self.query_one("#prompt-fault", Static).update("a number above 0, or escape")
 
 
+class TextPrompt(ModalScreen[str | None]):
+    """Asks for a few words; escape or an empty answer gives None."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Cancel", id="text.cancel", tooltip="Leave as it is")
+    ]
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self._question = question
+
+    def compose(self) -> ComposeResult:
+        """The question and a field."""
+        with Vertical(classes="dialog"):
+            yield Static(self._question, markup=False)
+            yield Input(max_length=200, compact=True)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Give the answer."""
+        self.dismiss(event.value.strip() or None)
+
+
 class QuitDialog(ModalScreen[str | None]):
     """What becomes of a living run: `detach`, `stop`, `checkpoint` or None (stay)."""
 
