@@ -117,10 +117,10 @@ async def test_n_asks_for_a_count_and_throttle_for_a_speed():
 async def test_a_note_at_this_step():
     session = fake.fake_gpt(300)
     async with app_of(session).run_test(size=(120, 40)) as pilot:
-        await pilot.press("k", *"odd", "enter")
+        await pilot.press("a", *"odd", "enter")
         await pilot.pause()
         assert session.sent == [messages.Mark("odd")]
-        await pilot.press("k", "enter")
+        await pilot.press("a", "enter")
         await pilot.pause()
         assert session.sent == [messages.Mark("odd")]
 

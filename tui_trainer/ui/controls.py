@@ -24,7 +24,7 @@ CONTROL_BINDINGS = (
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="At most so many steps a second, for watching"),
-    Binding("k", "mark", "Mark", show=False, id="run.mark",
+    Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Put a note at this step: in the log, on the charts, in its replay"),
 )  # fmt: skip
 
