@@ -66,6 +66,7 @@ def test_hang_up_leaves_the_run_going(runs, terminal):
     second.wait_for("running")
     second.press("space")
     until(lambda: runs.said("gpt-kept").state == "paused", "the new screen controls it")
+    second.wait_for("‖ paused")  # space means resume to whoever sees that it is paused
     second.press("space")
     until(lambda: runs.said("gpt-kept").state == "running", "and lets it go on")
 

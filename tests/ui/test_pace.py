@@ -105,3 +105,13 @@ async def test_the_run_is_asked_less_on_a_slow_line():
         await pilot.pause(0.8)
         assert session.rate == SLOW.frames_per_second
         assert app.animation_level == "none"
+
+
+def test_what_must_not_wait_is_due_at_once() -> None:
+    pace = Pace(FAST, 0.0)
+    pace.drawn(100.0, 0)
+    assert pace.due(100.1, 50_000) > 0
+    pace.at_once()
+    assert pace.due(100.1, 50_000) == 0
+    pace.drawn(100.1, 50_000)
+    assert pace.due(100.2, 90_000) > 0

@@ -239,6 +239,10 @@ class TuiTrainerApp(CommandingApp):
 
     def _wake(self) -> None:
         self._wake_scheduled = False
+        if self.session is not None:
+            now, drawn = self.session.poll(), self.snapshot
+            if (now.link.state, now.status.state) != (drawn.link.state, drawn.status.state):
+                self.pace.at_once()  # a link that was lost for a moment is said to have been
         self.call_next(self._tick)  # not due yet: a later tick takes it
 
     def _now(self) -> float:

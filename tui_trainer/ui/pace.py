@@ -52,6 +52,10 @@ class Pace:
         self._at_once = True
         self._back_off = 1.0
 
+    def at_once(self) -> None:
+        """What is known now must not wait: the next frame is due."""
+        self._at_once = True
+
     def drawn(self, now: float, written: int) -> None:
         """A frame begins; `written` bytes have gone to the terminal before it."""
         self._last, self._mark = now, written
