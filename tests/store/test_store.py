@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.history.test_table_history import check_window, series
 from tui_trainer.history.records import StepRecord
+from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
 from tui_trainer.history.table import TableHistory
@@ -135,6 +138,43 @@ def test_what_was_said_is_kept(tmp_path):
     assert store.ask("SELECT step, kind FROM event") == [(3, "mark")]
     assert store.ask("SELECT kind FROM artifact") == [("TextSample",)]
     sink.close()
+
+
+def test_commands_are_found_among_thousands_of_clips(tmp_path):
+    from tui_trainer.protocol.messages import Clip
+
+    sink = StoreSink(tmp_path)
+    sink.take([Described(INFO), Notice(0, 1, 0.0, "command", "pause", who="me")], Status())
+    sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(1, 9000)], Status())
+    sink.take([Notice(9000, 9000, 0.0, "mark", "here"), Ended(Status())], Status())
+    sink.close()
+    moments = Moments(RecordedHistory(tmp_path).store)
+    events = moments.events(10_000, 2000)
+    assert [e.text for e in events if isinstance(e, Notice)] == ["pause", "here"]
+    assert [e.id for e in events] == [0, *range(7000, 9001)]
+    assert [e.id for e in moments.events(3, 2000)] == [0, 1, 2, 3]
+
+
+def test_a_store_from_anywhere_holds_no_escape_sequence_when_read(tmp_path):
+    hostile = "\x1b]0;owned\x07\x9b2J\x7f"
+    sink = StoreSink(tmp_path)  # not through a recorder, which would have made it harmless
+    info = msgspec.structs.replace(INFO, title=hostile)
+    said = [
+        Notice(0, 1, 0.0, "mark", hostile, who=hostile),
+        LogLine(0, 0.0, 1, "stdout", hostile),
+        TextSample(0, 1, hostile, hostile),
+        Ended(Status(reason=hostile)),
+    ]
+    sink.take([Described(info), *said], Status())
+    sink.close()
+    store = RecordedHistory(tmp_path).store
+    moments = Moments(store)
+    read = [store.info(), store.status()]
+    read += [*moments.events(9, 9), *moments.log(9, 9), *moments.artifacts(9, 9)]
+    assert len(read) == 5
+    for each in read:
+        assert "owned" in repr(each)
+        assert not {"\\x1b", "\\x07", "\\x9b", "\\x7f"} & set(re.findall(r"\\x..", repr(each)))
 
 
 def test_rows_that_do_not_fit_are_counted(tmp_path):

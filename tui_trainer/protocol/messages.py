@@ -4,8 +4,8 @@ The viewer leads: it greets (`Hello`), then *pulls* (`Poll` → `Update`) at its
 `Command`s, each answered by one `Ack`. The run never sends what was not asked for, so a viewer that
 stops reading costs it nothing, and a reconnecting viewer goes on from its own cursor without a gap.
 
-What crosses all the time is sent by place and not by name (`array_like`), a third of the bytes: a
-new field of such a struct goes to its end, with a default, and no field is ever taken away.
+What crosses all the time is sent by place and not by name (`array_like`): a new field of such a
+struct goes to its end, with a default, and no field is ever taken away.
 """
 
 from __future__ import annotations

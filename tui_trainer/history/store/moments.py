@@ -8,6 +8,7 @@ import numpy as np
 from tui_trainer.history.store.objects import decode_event
 from tui_trainer.history.store.reader import Store
 from tui_trainer.protocol.messages import Artifact, Event, LogLine
+from tui_trainer.protocol.text import harmless, harmless_all
 
 EVENTS_PLACED = 200_000
 """Events of a kind that are looked at to mark where there are some: the first so many."""
@@ -20,17 +21,30 @@ class Moments:
         self._store = store
 
     def events(self, step: int, count: int) -> tuple[Event, ...]:
-        """The last `count` events up to a step, oldest first."""
-        question = "SELECT data FROM event WHERE step <= ? ORDER BY id DESC LIMIT ?"
-        rows = self._store.ask(question, step, count)
-        return tuple(decode_event(data) for (data,) in reversed(rows))
+        """The last `count` clips up to a step and as many of the other events, oldest first: what
+        somebody did is not lost among thousands of clips."""
+        rows = [
+            row
+            for which in ("kind = 'clip'", "kind <> 'clip'")
+            for row in self._store.ask(
+                f"SELECT id, data FROM event WHERE {which} AND step <= ? "
+                "ORDER BY step DESC, id DESC LIMIT ?",
+                step,
+                count,
+            )
+        ]
+        return tuple(decode_event(data) for _, data in sorted(rows))
 
     def log(self, step: int, count: int) -> tuple[LogLine, ...]:
         """The last `count` lines printed up to a step, oldest first."""
         question = (
             "SELECT id, time, step, stream, text FROM log WHERE step <= ? ORDER BY id DESC LIMIT ?"
         )
-        return tuple(LogLine(*row) for row in reversed(self._store.ask(question, step, count)))
+        rows = reversed(self._store.ask(question, step, count))
+        return tuple(
+            LogLine(number, when, made, stream, harmless(text))
+            for number, when, made, stream, text in rows
+        )
 
     def artifacts(self, step: int, count: int) -> tuple[Artifact, ...]:
         """The last `count` artifacts of each kind up to a step, oldest first."""
@@ -43,7 +57,8 @@ class Moments:
             for (kind,) in self._store.ask("SELECT DISTINCT kind FROM artifact")
             for row in self._store.ask(question, kind, step, count)
         ]
-        return tuple(msgspec.msgpack.decode(data, type=Artifact) for _, data in sorted(rows))
+        found = (msgspec.msgpack.decode(data, type=Artifact) for _, data in sorted(rows))
+        return tuple(map(harmless_all, found))
 
     # ------------------------------------------------------------ jumping
 

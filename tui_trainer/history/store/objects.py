@@ -6,11 +6,13 @@ people look into with `sqlite3`, names are worth theirs.
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
+from tui_trainer.protocol.text import harmless_all
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -40,6 +42,8 @@ _NAMED: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
     Status: _STATUS,
 }
 _BY_PLACE = {named: kind for kind, named in _NAMED.items()}
+_SUSPICIOUS = re.compile(rb"\\u|\\b|\\f|\\r|\x7f|\xc2")
+"""As JSON has control characters: escaped, DEL, and the first byte of those above it in UTF-8."""
 _events: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_CLIP | _NONFINITE | _NOTICE)
 _status: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_STATUS)
 assert set(get_args(Event)) | {Status} == set(_NAMED)
@@ -53,13 +57,14 @@ def encode(message: Event | Status) -> bytes:
 def decode_event(data: bytes) -> Event:
     """What `encode` made. Raises msgspec.DecodeError."""
     event: Event = _by_place(_events.decode(data))
-    return event
+    # A store may come from anywhere; only what can hold a control character is looked through.
+    return harmless_all(event) if _SUSPICIOUS.search(data) else event
 
 
 def decode_status(data: bytes) -> Status:
     """What `encode` made. Raises msgspec.DecodeError."""
     status: Status = _by_place(_status.decode(data))
-    return status
+    return harmless_all(status)
 
 
 def _by_place(named: msgspec.Struct) -> Any:

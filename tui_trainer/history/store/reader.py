@@ -20,6 +20,7 @@ from tui_trainer.history.store.schema import StoreFault, open_for_reading
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol.describe import RunInfo, Table
 from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.text import harmless_all
 
 CACHE_BYTES = 64 * 2**20
 """What unpacked chunks may take, so that moving a window is cheap."""
@@ -56,7 +57,7 @@ class Store:
         """The description of the run."""
         for (value,) in self.ask("SELECT value FROM meta WHERE key = 'info'"):
             info: RunInfo = msgspec.json.decode(value, type=RunInfo)
-            return info
+            return harmless_all(info)
         return None
 
     def status(self) -> Status | None:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1": `file` and other tools tell our databases by it
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _VERSION_1 = """
 CREATE TABLE meta (
@@ -75,7 +75,12 @@ CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- JSON
 CREATE INDEX event_by_kind ON event (kind, step);
 """
 
-MIGRATIONS = (_VERSION_1, _VERSION_2)
+_VERSION_3 = """
+-- A run may clip at every step: what else happened is found without looking at all of those.
+CREATE INDEX event_but_clips ON event (step) WHERE kind <> 'clip';
+"""
+
+MIGRATIONS = (_VERSION_1, _VERSION_2, _VERSION_3)
 """What makes version n+1 out of version n."""
 
 
