@@ -49,6 +49,8 @@ LEFT_OFF = {
     2026: "synchronised output",
 }
 """Private modes that must be off once the program has left; mode 25, the cursor, must be on."""
+QUIET_S, WHOLE_FRAME_S = 0.02, 0.3
+"""A frame has come when nothing follows for so long, or so long after its first byte."""
 
 
 class Terminal:
@@ -95,13 +97,18 @@ class Terminal:
     # ------------------------------------------------------------ looking
 
     def pump(self, seconds: float = 0.05) -> bool:
-        """Draw what arrives within `seconds`; False once the terminal's other side is closed."""
+        """Draw what arrives within `seconds`, to the end of a frame, which may come in pieces;
+        False once the terminal's other side is closed."""
+        received, last = b"", time.monotonic() + WHOLE_FRAME_S
         try:
             received = self.child.read_nonblocking(65536, timeout=seconds)
+            while time.monotonic() < last:
+                received += self.child.read_nonblocking(65536, timeout=QUIET_S)
         except pexpect.TIMEOUT:
-            return True
+            pass
         except pexpect.EOF:
-            return False
+            if not received:
+                return False
         self.output += received
         # pyte draws the private parameters of some sequences ("\x1b[>1u", "\x1b[=5;1u") as text.
         self.stream.feed(re.sub(rb"\x1b\[[>=<][\d;]*[a-zA-Z]", b"", received))

@@ -13,6 +13,9 @@ from pathlib import Path
 from tests.terminal.harness import COMMAND, Terminal
 from tui_trainer.config.state import RunState, process_identity, read_state
 
+STEPS = r"step +[1-9][\d,]* +[\d.]+ steps/s"
+"""The progress line of a run that has made steps."""
+
 
 def change(script: Path, then: str) -> list[str]:
     """The command that trains with `script`, which does `then` after each step."""
@@ -62,7 +65,7 @@ def test_the_exit_status_is_the_scripts(runs: Path, train: Path) -> None:
 
 def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
     with Terminal(change(train, ""), timeout=60) as terminal:
-        terminal.find(r"step +[1-9]")
+        terminal.find(STEPS)
         terminal.press("q")
         terminal.wait_for("Leave this run?")
         terminal.press("d")
@@ -79,7 +82,7 @@ def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
 
 def test_a_closed_terminal_does_not_end_the_run(runs: Path, train: Path) -> None:
     with Terminal(change(train, ""), timeout=60) as terminal:
-        terminal.find(r"step +[1-9]")
+        terminal.find(STEPS)
         terminal.hang_up()
         terminal.wait_for_exit()
     was = read_state(runs / "mine")
@@ -89,7 +92,7 @@ def test_a_closed_terminal_does_not_end_the_run(runs: Path, train: Path) -> None
 
 def test_a_polite_request_to_end_closes_the_screen_alone(runs: Path, train: Path) -> None:
     with Terminal(change(train, ""), timeout=60) as terminal:
-        terminal.find(r"step +[1-9]")
+        terminal.find(STEPS)
         os.kill(terminal.child.pid, signal.SIGTERM)
         assert terminal.wait_for_exit() == 143
         terminal.assert_restored()
@@ -120,7 +123,7 @@ def test_a_terminal_that_is_far_too_small(runs: Path, train: Path) -> None:
         terminal.settle(3.0)
         assert terminal.text().strip(), "nothing at all is on the screen"
         terminal.resize(80, 24)
-        terminal.find(r"step +[1-9]")
+        terminal.find(STEPS)
         terminal.press("q")
         terminal.wait_for("Leave this run?")
         terminal.press("s")

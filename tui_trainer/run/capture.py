@@ -73,15 +73,16 @@ class Capture:
             self._log.close()
 
     def _read(self) -> None:
-        open_ends = set(self._pipes)
+        # Where both have something, stdout goes first: a traceback follows what the program said.
+        open_ends = list(self._pipes)
         while open_ends:
-            readable, _, _ = select.select(list(open_ends), [], [], 0.1)
+            readable, _, _ = select.select(open_ends, [], [], 0.1)
             for end in readable:
                 data = b""
                 with contextlib.suppress(BlockingIOError):
                     data = os.read(end, READ_BYTES)
                     if not data:
-                        open_ends.discard(end)
+                        open_ends.remove(end)
                 self._take(self._pipes[end], data)
             # A child process may hold the write end for ever, so the end of file may never come.
             if self._stopping.is_set() and not readable:

@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +53,11 @@ class Host:
         self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
         self.server = Server(spec.name, self.recorder, self.control)
         self._troubles: set[str] = set()
+        self._changing = threading.Lock()
         self.save: Callable[[int], object] | None = None
         """Writes a checkpoint of the step given; on the training thread, between steps."""
         self.gate.on_change = self._gate_changed
+        self.gate.on_go_on = lambda: self.recorder.report(None)
         self.gate.on_fault = self.recorder.fault
         self.recorder.status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
@@ -141,11 +144,11 @@ class Host:
         self.gate.call_soon(lambda: self.save and self.save(self.gate.completed))
 
     def _gate_changed(self) -> None:
-        if self.gate.mode == "paused":
-            self.recorder.pause_began()
-        else:
-            self.recorder.pause_ended()
-            self.recorder.report(None)
+        with self._changing:  # two threads may tell at once: the later must see what is so now
+            if self.gate.mode == "paused":
+                self.recorder.pause_began()
+            else:
+                self.recorder.pause_ended()
 
     def _live_status(self) -> dict[str, Any]:
         gate = self.gate

@@ -178,8 +178,8 @@ class Conversation:
             case Update() if self._asked is not None:
                 self._hear_update(message)
             case Ack() if message.id in self._waiting:
+                self._box.deliver(message.status)  # first: who is answered may look at once
                 answer(self._waiting.pop(message.id), message)
-                self._box.deliver(message.status)
                 self._next_poll = self._heard
             case _:
                 raise ProtocolError(f"a {type(message).__name__} that was not asked for")

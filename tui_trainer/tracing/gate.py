@@ -77,6 +77,8 @@ class Gate:
         (evaluations, periodic checkpoints). An exception in one goes to `on_fault`."""
         self.on_stop_here: Callable[[str, int], None] = _nothing
         """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
+        self.on_go_on: Callable[[], None] = _nothing
+        """Training thread: it goes on from where it stopped; the report is of the past."""
         self.on_change: Callable[[], None] = _nothing
         """Any thread: mode, target or throttle changed."""
         self.on_fault: Callable[[str, BaseException], None] = _nothing
@@ -178,6 +180,11 @@ class Gate:
 
     def _stop_here(self, phase: str, step: int) -> None:
         self._tell(self.on_stop_here, phase, step)
+        self._wait(phase)
+        self._tell(self.on_go_on)
+        self._raise_if_stopping(phase)
+
+    def _wait(self, phase: str) -> None:
         with self._condition:
             # A control that came while the report was made has already set us going again.
             if self._boundaries_left or self._target is not None or self._stopping or self._ended:
@@ -193,7 +200,6 @@ class Gate:
                 if self._waiting and not self._servable(phase):
                     self._condition.wait()
         self.paused_s += time.perf_counter() - began
-        self._raise_if_stopping(phase)
 
     def _servable(self, phase: str) -> bool:
         return any(request.mid_step or phase == "step" for request in self._requests)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 
 from textual.app import App
@@ -71,8 +70,8 @@ class CommandingApp(App[int]):
             self.notify(text, title="not done", severity="warning", markup=False)
         elif ack.message:
             self.say(ack.message)
-        if self.snapshot.status != ack.status:
-            self.draw(replace(self.snapshot, status=ack.status))
+        # The session has the answer's status among what arrived, in its order: drawn from here it
+        # could overwrite a newer one.
         self.frame()
 
     def say(self, message: str) -> None:
