@@ -1,13 +1,18 @@
-"""The whole story of a run that outlives everything that looks at it."""
+"""The whole story of a run that outlives everything that looks at it: started without a screen,
+watched and hung up on, reached over ssh, cut off, killed, looked back at, and gone on with."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.runs.starting import last_step, until
 from tests.ssh.sshd import our_ssh
@@ -29,8 +34,28 @@ def terminal(runs):
         each.__exit__()
 
 
+SMALL = ("--width", "16", "--heads", "2", "--layers", "1", "--block-size", "16")
+OPTIONS = (*SMALL, "--threads", "1", "--schedule", "constant", "--eval-every", "1000000")
+
+
+def steps_in(lines: str) -> dict[int, tuple[object, ...]]:
+    """What `--json` or `export` printed: step to loss, learning rate, norm and clip scale."""
+    told = [json.loads(line) for line in lines.splitlines()]
+    return {
+        line["step"]: (line["loss"], line["lr"], line["grad_norm_preclip"], line["clip"]["scale"])
+        for line in told
+        if line["type"] == "step"
+    }
+
+
+def newest(run: Path) -> tuple[int, Path]:
+    found = max((run / "checkpoints").glob("step-*"))
+    return int(found.name.removeprefix("step-")), found
+
+
 def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
-    started = runs.call("gpt", "--detach", "--threads", "1", "--steps", "100000")
+    endless = (*OPTIONS, "--steps", "10000000", "--checkpoint-every", "100")
+    started = runs.call("gpt", "--detach", *endless)
     assert started.returncode == 0, started.stderr
     name = started.stdout.strip()
     until(lambda: runs.said(name).step > 5, "it trains")
@@ -66,7 +91,31 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     shown = json.loads(runs.call("show", name, "--json").stdout)
     assert shown["state"] == "crashed"
     assert shown["step"] >= said.step
-    # The store misses at most the last second, here taken threefold.
-    drawn = shown["loss_curve"]["steps"]
-    assert drawn[0] == 1
-    assert drawn[-1] + (drawn[1] - drawn[0]) >= said.step - 3 * said.steps_per_second
+
+    # Replay: every step, up to the last second (here taken threefold).
+    kept = steps_in(runs.call("export", name, "--format", "jsonl").stdout)
+    assert list(kept) == list(range(1, max(kept) + 1))
+    assert max(kept) >= said.step - 3 * said.steps_per_second
+    back = terminal("replay", name)
+    back.wait_until(lambda text: re.search(rf"step +{max(kept):,}/{max(kept):,}", text), "its end")
+    back.press("q")
+    assert back.wait_for_exit() == 0
+
+    # Going on ends where a run ends that nobody ever interrupted.
+    branched, _ = newest(runs.directory / name)
+    last = branched + 60
+    rest = runs.call("gpt", "--resume", name, "--steps", str(last), "--name", "rest", "--json")
+    assert rest.returncode == 0, rest.stderr
+    whole = runs.call("gpt", *OPTIONS, "--steps", str(last), "--name", "whole", "--json")
+    assert whole.returncode == 0, whole.stderr
+    expected = steps_in(whole.stdout)
+    before = min(branched, max(kept))  # the checkpoint may be of the second that the store misses
+    assert {step: kept[step] for step in range(1, before + 1)} == {
+        step: expected[step] for step in range(1, before + 1)
+    }
+    assert steps_in(rest.stdout) == {step: expected[step] for step in range(branched + 1, last + 1)}
+    ends = [newest(runs.directory / each) for each in ("rest", "whole")]
+    assert [step for step, _ in ends] == [last, last]
+    resumed, uninterrupted = (load_file(path / "weights.safetensors") for _, path in ends)
+    assert list(resumed) == list(uninterrupted)
+    assert all(torch.equal(resumed[each], uninterrupted[each]) for each in resumed)
