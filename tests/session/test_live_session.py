@@ -45,7 +45,18 @@ def start(tmp_path):
 
 
 def until_has(session, run):
-    until(lambda: session.poll().history.cursors() == run.history.cursors())
+    """Until the newest row, line and event are there."""
+
+    def has_all():
+        seen = session.poll()
+        newest = [
+            len(seen.log) and seen.log[-1].id + 1,
+            len(seen.events) and seen.events[-1].id + 1,
+        ]
+        whole = [len(run.log), len(run.events)]
+        return newest == whole and seen.history.cursors() == run.history.cursors()
+
+    until(has_all)
 
 
 def check_same(session, run):
