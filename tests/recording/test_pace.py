@@ -23,6 +23,16 @@ def test_speed_and_cost():
     assert pace.remaining_s(100, now) == pytest.approx(10.0)
 
 
+def test_the_first_steps_do_not_stand_for_what_watching_costs():
+    pace = Pace()
+    now = run(pace, 5, own_ms=40.0)
+    assert pace.cost_share() == pytest.approx(0.4)
+    now = run(pace, 3, start=now, first=6, own_ms=1.0)
+    assert pace.cost_share() == pytest.approx(0.01)
+    run(pace, 300, start=now, first=9, own_ms=2.0)
+    assert pace.cost_share() == pytest.approx(0.02)
+
+
 def test_pauses_do_not_count():
     pace = Pace()
     now = run(pace, 20)

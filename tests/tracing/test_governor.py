@@ -7,7 +7,8 @@ import itertools
 import torch
 
 from tests.tracing.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_loop, trace
-from tui_trainer.tracing.governor import STEADY, WINDOW, Governed, Governor
+from tui_trainer.probes import PROBES
+from tui_trainer.tracing.governor import NEVER_STRETCHED, STEADY, WINDOW, Governed, Governor
 from tui_trainer.tracing.probe import Options
 
 
@@ -91,6 +92,23 @@ def test_what_comes_with_the_training_is_due_at_every_step_and_no_matter_of_choi
     governed[1].held = True
     run(Governor(0.01, lambda one, text: None), governed, costs, 5)
     assert governed[1].every == 1
+
+
+def test_steps_that_waited_for_something_else_make_no_room():
+    governed = things()
+    governor = Governor(0.01, lambda one, text: None)
+    for step in range(STEADY + 5 * WINDOW):
+        due = [one for one in governed[:1] if step % one.every == 0]
+        took = 700.0 if step % 13 == 0 else 10.0
+        governor.step(due, governed, {"dear": 0.4}, took)
+    assert governed[0].every >= 4
+
+
+def test_nothing_is_stretched_out_of_sight():
+    """However short the steps are."""
+    for probe in PROBES:
+        if probe.every and probe.importance < NEVER_STRETCHED:
+            assert probe.every * probe.furthest <= 512, probe.name
 
 
 def test_is_restored_when_it_becomes_cheap_and_does_not_swing():

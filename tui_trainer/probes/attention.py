@@ -29,6 +29,7 @@ class Attention(Probe):
 
     name = tables.ATTENTION
     importance = 40
+    furthest = 64
     lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:

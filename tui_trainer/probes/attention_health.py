@@ -38,6 +38,7 @@ class AttentionHealth(Probe):
     topic = tables.ATTENTION_HEALTH
     watched_every = 5
     importance = 15
+    furthest = 16
     lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:

@@ -34,6 +34,7 @@ class AttentionSpectrum(Probe):
     topic = tables.ATTENTION_SPECTRUM
     watched_every = 2
     importance = 10
+    furthest = 64
     lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Step(Probe):
 
 
 class Phases(Probe):
-    """Table `phase_ms`: time in the step of each phase; 0 for one that the step did not have."""
+    """Table `phase_ms`: time in the step of each phase; NaN for one that the step did not have."""
 
     name = tables.PHASE_MS
     importance = 100
@@ -52,4 +53,4 @@ class Phases(Probe):
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """From the tracer's clock."""
-        return (np.array(facts.phase_ms, dtype=np.float32),)
+        return (np.array([took or nan for took in facts.phase_ms], dtype=np.float32),)

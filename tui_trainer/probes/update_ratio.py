@@ -29,6 +29,7 @@ class UpdateRatio(Probe):
     name = tables.UPDATE_RATIO
     every = 10
     importance = 20
+    furthest = 32
     lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:

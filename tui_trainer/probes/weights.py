@@ -20,6 +20,7 @@ class Weights(Probe):
     name = tables.WEIGHT_NORM
     every = 10
     importance = 30
+    furthest = 32
     lasting = True
 
     def __init__(self, subject: Subject, options: Options) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 WINDOW_S = 10.0
 """Speed is a mean over so much training time …"""
 WINDOW_STEPS = 5
 """… and over at least so many steps."""
 CLIP_WINDOW = 100
+WARM_UP = 5
+"""First steps, whose own cost is that of beginning and not of going on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class Pace:
     def __init__(self) -> None:
         self._points: deque[_Point] = deque(maxlen=4096)
         self._own_ms = 0.0
+        self._warming = 0
+        """How many of the points are of the first steps."""
+        self._made = 0
         self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
         self.first_began: float | None = None
         """When the first step began."""
@@ -48,12 +54,15 @@ class Pace:
             self._drop_oldest()
         self._points.append(_Point(step, time - excluded_s, own_ms))
         self._own_ms += own_ms
+        self._made += 1
+        self._warming += self._made <= WARM_UP
         newest = self._points[-1].time
         while len(self._points) > WINDOW_STEPS and newest - self._points[0].time > WINDOW_S:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         self._own_ms -= self._points.popleft().own_ms
+        self._warming = max(0, self._warming - 1)
 
     def add_clip(self, clipped: bool) -> None:
         """Count a step at which a clip was in force, whether it changed anything or not."""
@@ -108,11 +117,13 @@ class Pace:
         return steps / speed * max(1.0, min(10.0, elapsed / training))
 
     def cost_share(self) -> float | None:
-        """Our own time on the training thread over all time, in the window."""
+        """Our own time on the training thread over all time, in the window; of a run's first steps
+        only as long as there are no others."""
         if len(self._points) < 2:
             return None
-        duration = self._points[-1].time - self._points[0].time
-        spent = self._own_ms - self._points[0].own_ms
+        before = max(0, self._warming - 1) if len(self._points) > self._warming else 0
+        duration = self._points[-1].time - self._points[before].time
+        spent = self._own_ms - sum(point.own_ms for point in islice(self._points, before + 1))
         return spent / 1e3 / duration if duration > 0 else None
 
     def clipped_share(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,7 @@ class Governor:
         self._changed = changed
         """Told of each new cadence, with a sentence for people."""
         self._steps = 0
-        self._step_ms = 0.0
-        self._counted = 0
+        self._step_ms: list[float] = []
         self._fixed_ms = 0.0
 
     def step(
@@ -87,17 +87,18 @@ class Governor:
             # Smoothed, and deaf to one hiccup of the machine.
             known = one.cost_ms
             one.cost_ms = spent if known != known else known + 0.2 * (min(spent, 3 * known) - known)
-        self._step_ms += step_ms
-        self._counted += 1
-        if self._counted < WINDOW:
+        self._step_ms.append(step_ms)
+        if len(self._step_ms) < WINDOW:
             return False
         if self.budget > 0:
             self._decide(governed)
-        self._counted, self._fixed_ms, self._step_ms = 0, 0.0, 0.0
+        self._fixed_ms = 0.0
+        self._step_ms.clear()
         return True
 
     def _decide(self, governed: Sequence[Governed]) -> None:
-        step_ms = self._step_ms / self._counted
+        # The median: a step that waited for data or for another program pays for no measuring.
+        step_ms = statistics.median(self._step_ms)
         allowed = self.budget * step_ms
         for one in governed:
             if one.held and one.every != one.natural:
@@ -105,7 +106,7 @@ class Governor:
                 self._changed(one, f"{one.name} is measured at every step that clips gradients")
         pliable = [one for one in governed if one.natural and not one.fixed]
         least = sum(one.share_ms(one.furthest * one.natural) for one in pliable)
-        room = max(allowed - self._fixed_ms / self._counted, least + LEAST_ROOM * allowed)
+        room = max(allowed - self._fixed_ms / len(self._step_ms), least + LEAST_ROOM * allowed)
         total = sum(one.share_ms() for one in pliable)
         if total > room:
             self._stretch(pliable, total, room, step_ms)

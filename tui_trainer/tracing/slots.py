@@ -106,6 +106,8 @@ class Schedule:
         self.slots = slots
         self.plan = NOTHING
         """Of the step in the making."""
+        self._made = 0
+        """Steps of this optimizer so far."""
         self._chosen = 0
         self._plans: dict[int, Plan] = {}
         self.arrange()
@@ -131,14 +133,18 @@ class Schedule:
                 self.borrowers.append(slot)
 
     def decide(self, step: int, watched: Collection[str], wanted: bool) -> None:
-        """For a step that begins. `wanted`: somebody is about to look at it."""
+        """For a step that begins. `wanted`: somebody is about to look at it.
+
+        Cadences count the steps of this optimizer: where two take turns, the run's own count would
+        meet one of them at even steps alone.
+        """
         chosen = self._always
         for bit, slot in self._sometimes:
             every = slot.every
             if watched and slot.probe.topic in watched:
                 fastest = slot.probe.watched_every
                 every = min(every, fastest) if every else fastest
-            if (every and (step - 1) % every == 0) or (wanted and slot.probe.wants(step)):
+            if (every and self._made % every == 0) or (wanted and slot.probe.wants(step)):
                 chosen |= bit
         self._choose(chosen)
         for slot in self.plan.reading:
@@ -178,4 +184,5 @@ class Schedule:
 
     def over(self) -> None:
         """The step is made."""
+        self._made += 1
         self.plan, self._chosen = NOTHING, 0

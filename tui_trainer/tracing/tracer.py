@@ -111,6 +111,8 @@ class Tracer:
         self.registry = Registry(recorder, self._roots, probes, options or Options())
         self._reporter = Reporter(self)
         self.clock: Clock = HostClock()
+        self._clock_due = True
+        """Where the models are is not known before the first of them is called."""
         self._times: Times = lambda: [0.0] * OUTSIDE
         self.scaling = Scaling()
         self._open: list[int] = []
@@ -392,7 +394,7 @@ class Tracer:
         self._go_on()
 
     def _choose_clock(self, module: torch.nn.Module) -> None:
-        if isinstance(self.clock, HostClock) and self.step == 1:
+        if self._clock_due and isinstance(self.clock, HostClock):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device.type == "cuda":
                 self.clock = clock_for(parameter.device)
@@ -535,6 +537,7 @@ class Tracer:
             self._clips = [call for call in self._clips if call.meters]
         rate = optimizer.param_groups[0].get("lr", float("nan"))
         self._batch_due = True
+        self._clock_due = False
         self._seen_ever |= self._seen
         self._seen = set()
         self._times = self.clock.take()
