@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -57,6 +57,7 @@ class Registry:
         """An optimizer showed itself; it is registered once its model can be named."""
         if id(optimizer) not in self._meters and not any(r() is optimizer for r in self._pending):
             self._pending.append(weakref.ref(optimizer))
+            self._look_for_roots(id(p) for group in optimizer.param_groups for p in group["params"])
 
     def register_pending(self) -> None:
         """Register those that were seen."""
@@ -110,6 +111,12 @@ class Registry:
             return known[1]
         return self._register(optimizer)
 
+    def _look_for_roots(self, trained: Iterable[int]) -> None:
+        """Look for a further model if none that is known holds all of these (identities)."""
+        rooted = {id(p) for root in self._roots.modules for p in root.parameters()}
+        if any(key not in rooted for key in trained):
+            self._roots.discover()
+
     # ------------------------------------------------------------ registering
 
     def _register(self, optimizer: Optimizer) -> Meter:
@@ -127,9 +134,7 @@ class Registry:
             for other, parameter in self._names.parameters(model):
                 if id(parameter) not in subject.ids:
                     self._index(other, parameter, "")
-        rooted = {id(p) for root in roots for p in root.parameters()}
-        if any(key not in rooted for key in subject.ids):
-            self._roots.discover()
+        self._look_for_roots(subject.ids)
         meter = Meter(
             subject,
             self._probes,

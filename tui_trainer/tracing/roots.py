@@ -50,19 +50,22 @@ class Roots:
         original = torch.nn.Module.__call__
 
         def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if (
-                torch.compiler.is_compiling()
-                or get_ident() != self._owner()
-                or self._busy()
-                or not torch.is_grad_enabled()
-                or id(module) in self._known
-                or not any(p.requires_grad for p in module.parameters())
-            ):
+            if torch.compiler.is_compiling() or not self._is_root(module):
                 return original(module, *args, **kwargs)
             self.adopt(module)
             return type(module).__call__(module, *args, **kwargs)
 
         self._patches.replace(torch.nn.Module, "__call__", same_face(__call__, original))
+
+    def _is_root(self, module: torch.nn.Module) -> bool:
+        """Whether a module that is called now is a root that is not known yet."""
+        return (
+            get_ident() == self._owner()
+            and not self._busy()
+            and torch.is_grad_enabled()
+            and id(module) not in self._known
+            and any(p.requires_grad for p in module.parameters())
+        )
 
     def found_enough(self) -> None:
         """Stop looking."""
@@ -90,8 +93,13 @@ class Roots:
         known, owner, call = self._known, self._owner, self._call
 
         def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or get_ident() != owner() or id(module) not in known:
+            if torch.compiler.is_compiling() or get_ident() != owner():
                 return original(module, *args, **kwargs)
+            if id(module) not in known:
+                # A further model of the same class: the call that discovers is hidden behind us.
+                if not (self._discovering and self._is_root(module)):
+                    return original(module, *args, **kwargs)
+                self.adopt(module)
             return call(original, module, args, kwargs)
 
         self._patches.replace(cls, "__call__", same_face(__call__, original))
