@@ -174,6 +174,14 @@ def test_log_places_decades_evenly():
     assert np.isnan(places[3:]).all()
 
 
+def test_what_is_measured_now_and_then_is_held_between():
+    nan = np.nan
+    values = np.array([[nan, 0, nan, nan, 7, nan, nan, nan]], np.float32)
+    bad = np.array([[0, 0, 0, 0, 0, 0, 1, 0]], bool)
+    assert sparklines(values, bad, hold=True) == [" ▁▁▁██! "]
+    assert sparklines(values, bad) == [" ▁  █ ! "]
+
+
 def test_sparklines_show_the_range_the_gaps_and_what_is_not_finite():
     values = np.array([0, 1, 2, 7, np.nan, 3], np.float32)
     bad = np.array([False] * 4 + [True, False])

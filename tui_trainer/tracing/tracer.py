@@ -50,11 +50,11 @@ MOST_LOSSES = 64
 STEPS_BEFORE_UNSEEN = 5
 
 WHY_UNSEEN = {
-    ZERO_GRAD: "this script never calls zero_grad",
+    ZERO_GRAD: "this run never calls zero_grad",
     FORWARD: "the model is never called from outside in a way that can be seen: the whole step may "
     "be compiled, or `model.forward` called directly",
     BACKWARD: "backward is never called: gradients are made in another way",
-    CLIP: "this script never clips its gradients by torch.nn.utils",
+    CLIP: "this run never clips its gradients by torch.nn.utils",
 }
 
 P = ParamSpec("P")

@@ -146,7 +146,7 @@ class StatisticTable(VirtualTable):
         start, stop = history.first_step or 0, (history.last_step or 0) + 1
         buckets = min(self._trend_width, history.rows)  # no gaps between rare measurements
         seen = history.window(places, start, stop, buckets)
-        lines = sparklines(seen.high.T, seen.nonfinite.T, self.glyphs)
+        lines = sparklines(seen.high.T, seen.nonfinite.T, self.glyphs, hold=True)
         self._trends = {
             each: line if self._comparable(each[0]) else line.replace("!", " ")
             for each, line in zip(wanted, lines, strict=True)

@@ -206,7 +206,7 @@ class GradientsPanel(VirtualTable):
         starts = np.concatenate([[0], np.cumsum([count for _, count in parts])[:-1]])
         values = np.sqrt(np.add.reduceat(squares, starts, axis=0)).astype(np.float32)
         bad = np.logical_or.reduceat(nonfinite, starts, axis=0)
-        drawn = sparklines(values, bad, self.glyphs)
+        drawn = sparklines(values, bad, self.glyphs, hold=True)
         self._trends = {node: line for (node, _), line in zip(parts, drawn, strict=True)}
         title = f"last {self._trend_steps():,}"
         if self.columns[-1].title != title:

@@ -140,7 +140,7 @@ class ParameterTable(VirtualTable):
     def prepare(self, visible: Ids) -> None:
         """Trends of the rows in sight, in one look at the history."""
         high, bad = self.values.trends(tables.GRAD_NORM, visible, self._trend_width)
-        lines = sparklines(high, bad, self.glyphs)
+        lines = sparklines(high, bad, self.glyphs, hold=True)
         self._trends = dict(zip(visible.tolist(), lines, strict=True))
         self._shares = self.values.shares
 

@@ -29,11 +29,21 @@ def sparklines(
     bad: NDArray[np.bool_] | None = None,
     glyphs: Glyphs = UNICODE,
     floor: float | None = None,
+    hold: bool = False,
 ) -> list[str]:
-    """One sparkline for each row of `values`, (rows, cells)."""
+    """One sparkline for each row of `values`, (rows, cells). With `hold`, what is measured now and
+    then stays as it was until it is measured again, instead of leaving gaps."""
     if values.size == 0:
         return [""] * len(values)
     numbers = np.asarray(values, np.float64)
+    if hold:
+        seen = ~np.isnan(numbers) if bad is None else ~np.isnan(numbers) | bad
+        cells = np.arange(numbers.shape[1])
+        newest = np.maximum.accumulate(np.where(seen, cells, 0), axis=1)
+        last = np.where(seen, cells, -1).max(1, keepdims=True)
+        newest = np.where(cells <= last, newest, cells)  # what is to come stays empty
+        numbers = np.take_along_axis(numbers, newest, axis=1)
+        bad = None if bad is None else np.take_along_axis(bad, newest, axis=1)
     known = np.isfinite(numbers)
     low = np.where(known, numbers, np.inf).min(1, keepdims=True)
     high = np.where(known, numbers, -np.inf).max(1, keepdims=True)
