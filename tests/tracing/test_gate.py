@@ -303,17 +303,3 @@ def test_end_lets_a_paused_thread_go_and_cancels_work():
         work = gate.call_soon(lambda: None)
         gate.end()
         assert work.cancelled()
-
-
-def test_it_goes_on_by_its_own_word_after_it_has_stopped():
-    gate = Gate(paused=True)
-    told = []
-    gate.on_stop_here = lambda phase, step: told.append((phase, threading.current_thread().name))
-    gate.on_go_on = lambda: told.append(("on", threading.current_thread().name))
-    with running(gate) as loop:
-        thread = loop.thread.name
-        loop.until("paused")
-        assert told == [("data", thread)]
-        gate.step_phase()
-        loop.until("paused")
-    assert told[:3] == [("data", thread), ("on", thread), ("zero_grad", thread)]

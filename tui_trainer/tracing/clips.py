@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from tui_trainer.tracing.meter import Meter
 
 
 @dataclass
@@ -18,7 +15,7 @@ class ClipCall:
     """A call of a clipping function, its figures still where they were computed."""
 
     kind: str
-    meters: list[Meter]
+    meters: list[object]
     """Of the optimizers whose gradients it clipped and that have not stepped since."""
     max_norm: float
     readings: tuple[torch.Tensor, ...]
@@ -33,7 +30,7 @@ def clip_call(
     limit: Any,
     norm_type: Any,
     readings: tuple[torch.Tensor, ...],
-    meters: list[Meter],
+    meters: list[object],
     captured: Captured,
 ) -> ClipCall:
     """The record of a call that clipped `parameters`, which `meters` measure, to `limit`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -19,15 +19,13 @@ from torch.optim.optimizer import (
 )
 
 from tui_trainer.tracing.clips import Captured
+from tui_trainer.tracing.hearing import Hearing
 from tui_trainer.tracing.patching import Patches, same_face
-
-if TYPE_CHECKING:
-    from tui_trainer.tracing.tracer import Tracer
 
 Handles = list[Any]
 
 
-def install(tracer: Tracer, patches: Patches) -> Handles:
+def install(tracer: Hearing, patches: Patches) -> Handles:
     """Listen everywhere. Returns the handles of what torch itself can remove again."""
     _wrap_zero_grad(tracer, patches)
     _wrap_backward(tracer, patches)
@@ -36,11 +34,11 @@ def install(tracer: Tracer, patches: Patches) -> Handles:
     return _hook_optimizers(tracer)
 
 
-def _passes_by(tracer: Tracer) -> bool:
+def _passes_by(tracer: Hearing) -> bool:
     return torch.compiler.is_compiling() or get_ident() != tracer.owner
 
 
-def _hook_optimizers(tracer: Tracer) -> Handles:
+def _hook_optimizers(tracer: Hearing) -> Handles:
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _passes_by(tracer):
             # Bound methods are called as step(optimizer, closure): args begins with the optimizer.
@@ -58,7 +56,7 @@ def _hook_optimizers(tracer: Tracer) -> Handles:
     ]
 
 
-def _wrap_zero_grad(tracer: Tracer, patches: Patches) -> None:
+def _wrap_zero_grad(tracer: Hearing, patches: Patches) -> None:
     for owner in (Optimizer, torch.nn.Module):
         original = owner.zero_grad
 
@@ -78,7 +76,7 @@ def _wrap_zero_grad(tracer: Tracer, patches: Patches) -> None:
         patches.replace(owner, "zero_grad", same_face(zero_grad, original))
 
 
-def _wrap_backward(tracer: Tracer, patches: Patches) -> None:
+def _wrap_backward(tracer: Hearing, patches: Patches) -> None:
     tensor_backward: Callable[..., Any] = torch.Tensor.backward
     autograd_backward: Callable[..., Any] = torch.autograd.backward
 
@@ -116,7 +114,7 @@ CLIPPING = {
 """Functions of torch.nn.utils to the kind of clipping that they do."""
 
 
-def _wrap_clipping(tracer: Tracer, patches: Patches) -> None:
+def _wrap_clipping(tracer: Hearing, patches: Patches) -> None:
     for name, kind in CLIPPING.items():
         original = getattr(torch.nn.utils, name, None)
         if original is None:
@@ -128,7 +126,7 @@ def _wrap_clipping(tracer: Tracer, patches: Patches) -> None:
 
 
 def _clipping(
-    tracer: Tracer, original: Callable[..., Any], name: str, kind: str
+    tracer: Hearing, original: Callable[..., Any], name: str, kind: str
 ) -> Callable[..., Any]:
     def clip(*args: Any, **kwargs: Any) -> Any:
         if _passes_by(tracer):
@@ -160,7 +158,7 @@ def _clipping(
     return same_face(clip, original)  # type: ignore[no-any-return]
 
 
-def _wrap_scaler(tracer: Tracer, patches: Patches) -> None:
+def _wrap_scaler(tracer: Hearing, patches: Patches) -> None:
     scale, step, update = GradScaler.scale, GradScaler.step, GradScaler.update
     unscale = GradScaler.unscale_
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from tui_trainer.tracing.probe import ClipSeen, Facts
 from tui_trainer.tracing.readout import Arrival
 from tui_trainer.tracing.slots import Slot
 from tui_trainer.tracing.timing import Times
-
-if TYPE_CHECKING:
-    from tui_trainer.tracing.meter import Meter
 
 NO_READINGS: Floats = np.empty(0, dtype=np.float32)
 
@@ -40,7 +36,10 @@ class Made:
     """A step that is made, its values on their way to the host: header, then one part for each of
     the slots that read something."""
 
-    meter: Meter
+    optimizer: str
+    """Its key: "" for the run's first."""
+    recorded_by: Callable[[Made], float]
+    """Makes its rows and records them; returns the seconds that the probes took."""
     arrival: Arrival
     slots: Sequence[Slot]
     finished: Finished
@@ -51,7 +50,7 @@ class Made:
 
     def record(self) -> float:
         """See `outbox.Step`."""
-        return self.meter.record(self)
+        return self.recorded_by(self)
 
     def facts(self, header: Floats, skipped: Callable[[float], None]) -> Facts:
         """What its rows are made of. `skipped` is told the loss scale of a step that a fused
@@ -123,7 +122,7 @@ def record_of(
     record = StepRecord(
         step=facts.step,
         time=facts.time,
-        optimizer=made.meter.subject.key,
+        optimizer=made.optimizer,
         rows=tuple(rows),
         clip=facts.clip,
         nonfinite=tuple(facts.nonfinite),

@@ -175,7 +175,8 @@ class Meter:
             own[slot.name] = slot.spent * 1e3
         self.fresh = False
         return Made(
-            meter=self,
+            optimizer=self.subject.key,
+            recorded_by=self.record,
             arrival=Arrival(parts, self._on_host),
             slots=plan.slots,
             finished=finished,

@@ -5,64 +5,86 @@ A report only reads: no random number is drawn, no gradient is recorded, nothing
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from tui_trainer.protocol import PHASES, tables
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
+from tui_trainer.tracing.interface import RecorderLike
+from tui_trainer.tracing.meter import Meter
+from tui_trainer.tracing.registration import Registry
+from tui_trainer.tracing.tensors import (
+    MOST_TENSORS,
+    locals_of_the_loop,
+    shape,
+    summary,
+    tensors_in,
+)
 
-if TYPE_CHECKING:
-    from tui_trainer.tracing.meter import Meter
-    from tui_trainer.tracing.tracer import Tracer
-
-MOST_TENSORS = 6
 LARGEST = 5
-_OWN_PACKAGE = __name__.rpartition(".")[0]
+
+
+class Stopped(Protocol):
+    """What is reported on: a tracer whose training thread is about to wait."""
+
+    recorder: RecorderLike
+    registry: Registry
+
+    @property
+    def step(self) -> int:
+        """The optimizer step in the making."""
+
+    @property
+    def losses(self) -> list[torch.Tensor]:
+        """Its losses so far, 0-d each."""
+
+    def flush(self) -> None:
+        """Record every step already made."""
+
+    def duration_ms(self, phase: int) -> float:
+        """What a phase has taken in this step so far."""
+
+    def gradient_scale(self, meter: Meter) -> float:
+        """The factor that a GradScaler still has on this optimizer's gradients."""
 
 
 class Reporter:
-    """Makes the phase reports of one tracer."""
+    """Makes the phase reports of one tracer, given as a weak reference."""
 
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = weakref.ref(tracer)
+    def __init__(self, tracer: Callable[[], Stopped | None]) -> None:
+        self._tracer = tracer
         self._arguments: list[tuple[str, torch.Tensor]] = []
         self._outputs: list[tuple[str, torch.Tensor]] = []
         self._before: tuple[Meter, list[float]] | None = None
         self._shown = False
-        self.holds = False
-        """Whether there is something to `clear` once the run goes on."""
+        self._holds = False
+        """Whether there is something to let go of once the run goes on."""
 
     # ------------------------------------------------------------ what is kept while stepping
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be called with these; kept until the boundary is passed."""
-        tracer = self._tracer()
-        if tracer is not None and tracer.gate.armed:
-            named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
-            self._arguments = list(_tensors(named))[:MOST_TENSORS]
-            self.holds = True
+        named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
+        self._arguments = list(tensors_in(named))[:MOST_TENSORS]
+        self._holds = True
 
     def output(self, result: Any) -> None:
         """The model returned this."""
-        self._outputs = list(_tensors([("output", result)]))[:MOST_TENSORS]
-        self.holds = True
+        self._outputs = list(tensors_in([("output", result)]))[:MOST_TENSORS]
+        self._holds = True
 
-    def before_clip(self, meters: Sequence[Meter]) -> None:
-        """Gradients are about to be clipped."""
-        tracer = self._tracer()
-        self._before = None
-        if meters and tracer is not None and tracer.gate.stops_soon:
-            self._before = (meters[0], _norms(meters[0]))
+    def before_clip(self, meters: Sequence[Meter], stops_soon: bool) -> None:
+        """Gradients are about to be clipped; somebody may look at that."""
+        self._before = (meters[0], _norms(meters[0])) if meters and stops_soon else None
 
-    def clear(self) -> None:
+    def passed(self) -> None:
         """The run goes on."""
-        self.holds = False
+        if not self._holds:
+            return
+        self._holds = False
         self._arguments, self._outputs = [], []
         if self._shown:
             self._shown = False
@@ -83,7 +105,7 @@ class Reporter:
                 summary, quantities, rows = getattr(self, f"_{phase}")(tracer)
         except Exception as fault:
             summary, quantities, rows = f"cannot be shown: {fault}", [], []
-        self._shown = self.holds = True
+        self._shown = self._holds = True
         tracer.recorder.report(
             PhaseReport(
                 step=step,
@@ -95,14 +117,14 @@ class Reporter:
             )
         )
 
-    def _data(self, tracer: Tracer) -> Report:
-        found = self._arguments or list(_locals_of_the_loop())
+    def _data(self, tracer: Stopped) -> Report:
+        found = self._arguments or list(locals_of_the_loop())
         if not found:
             return "the next batch is not in sight before the model is called", [], []
-        shapes = ", ".join(f"{name} {_shape(t)}" for name, t in found)
-        return f"the batch: {shapes}", [q for n, t in found for q in _summary(n, t)], []
+        shapes = ", ".join(f"{name} {shape(t)}" for name, t in found)
+        return f"the batch: {shapes}", [q for n, t in found for q in summary(n, t)], []
 
-    def _zero_grad(self, tracer: Tracer) -> Report:
+    def _zero_grad(self, tracer: Stopped) -> Report:
         gradients = [g for m in tracer.registry.meters for g in m.subject.gradients()]
         absent = sum(g is None for g in gradients)
         present = [g for g in gradients if g is not None]
@@ -120,17 +142,17 @@ class Reporter:
             [],
         )
 
-    def _forward(self, tracer: Tracer) -> Report:
+    def _forward(self, tracer: Stopped) -> Report:
         if not self._outputs:
             return "the model returned no tensor", [], []
-        shapes = ", ".join(f"{name} {_shape(t)}" for name, t in self._outputs)
+        shapes = ", ".join(f"{name} {shape(t)}" for name, t in self._outputs)
         return (
             f"the model gave {shapes}",
-            [q for name, t in self._outputs for q in _summary(name, t)],
+            [q for name, t in self._outputs for q in summary(name, t)],
             [],
         )
 
-    def _loss(self, tracer: Tracer) -> Report:
+    def _loss(self, tracer: Stopped) -> Report:
         values = [float(loss) for loss in tracer.losses]
         if not values:
             return "backward was called on something that is no scalar", [], []
@@ -141,7 +163,7 @@ class Reporter:
             text += f", {sum(values):.4g} with the {len(values) - 1} before it in this step"
         return text, quantities, []
 
-    def _backward(self, tracer: Tracer) -> Report:
+    def _backward(self, tracer: Stopped) -> Report:
         if not tracer.registry.meters:
             tracer.registry.search(None)
         quantities: list[Quantity] = []
@@ -158,7 +180,7 @@ class Reporter:
             quantities += _largest(meter, norms)
         return f"gradients of {count} parameters, total norm {total:.4g}", quantities, rows
 
-    def _clip(self, tracer: Tracer) -> Report:
+    def _clip(self, tracer: Stopped) -> Report:
         if self._before is None:
             return "gradients are clipped", [], []
         meter, norms = self._before
@@ -183,7 +205,7 @@ class Reporter:
             [],
         )
 
-    def _step(self, tracer: Tracer) -> Report:
+    def _step(self, tracer: Stopped) -> Report:
         quantities: list[Quantity] = []
         for meter in tracer.registry.meters:
             probe = meter.probe(tables.UPDATE_RATIO)
@@ -234,55 +256,3 @@ def _provisional(meter: Meter, name: str, step: int, values: Sequence[float]) ->
             values=np.array(values, dtype="<f4").tobytes(),
         )
     ]
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape)) or '0-d'}"
-
-
-def _summary(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:
-    """Its shape and, over its elements, mean, standard deviation and range."""
-    yield Quantity(name, _shape(tensor))
-    if not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
-        return
-    values = tensor.detach().to(torch.float32)
-    yield Quantity(f"{name} mean", float(values.mean()))
-    if tensor.is_floating_point() and tensor.numel() > 1:
-        yield Quantity(f"{name} std", float(values.std()))
-    yield Quantity(f"{name} min", float(values.min()))
-    yield Quantity(f"{name} max", float(values.max()))
-
-
-def _tensors(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in arguments and results, however they are packed."""
-    for name, thing in named:
-        if isinstance(thing, torch.Tensor):
-            yield name, thing
-        elif isinstance(thing, dict):
-            yield from _tensors((str(key), value) for key, value in thing.items())
-        elif isinstance(thing, (list, tuple)):
-            yield from _tensors((f"{name}[{i}]", value) for i, value in enumerate(thing))
-
-
-def _locals_of_the_loop() -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among the variables of the training loop: before `zero_grad` the batch is known
-    to nobody else."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and _is_ours_or_torch(frame):
-        frame = frame.f_back
-    if frame is None:
-        return
-    found = 0
-    for name, thing in _tensors(list(frame.f_locals.items())):
-        whole = "[" not in name and not name.startswith("_")
-        data = not thing.requires_grad and thing.dim() > 0
-        if whole and data and not isinstance(thing, torch.nn.Parameter):
-            yield name, thing
-            found += 1
-            if found == MOST_TENSORS:
-                return
-
-
-def _is_ours_or_torch(frame: FrameType) -> bool:
-    name = str(frame.f_globals.get("__name__", ""))
-    return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))

@@ -1,0 +1,233 @@
+"""What any thread may ask of the one that trains: pause, go on, steps, a rate, an end, work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+
+class Refusal(ValueError):
+    """A control that cannot be obeyed now, and why, for people."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    work: Callable[[], Any]
+    future: Future[Any]
+    mid_step: bool
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.work())
+        except Exception as fault:
+            self.future.set_exception(fault)
+
+
+class Controls:
+    """The half of the gate that is spoken to; the other half is passed by the training thread.
+
+    Every control returns at once and may be called from any thread; it raises `Refusal` when it
+    has no meaning now.
+    """
+
+    def __init__(self, paused: bool = False, steps_per_epoch: int | None = None) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.phase = ""
+        """The phase whose end was reached last."""
+        self.step_in_progress = 1
+        """The optimizer step that phase belongs to, counted from 1."""
+        self.completed = 0
+        """Optimizer steps completed."""
+        self.idle_s = 0.0
+        """Seconds the training thread spent here instead of training: paused, throttled, and at
+        work for others. Phase and step times leave it out."""
+        self.paused_s = 0.0
+        """The part of `idle_s` in which it was paused."""
+        self.between_steps: list[Callable[[int], None]] = []
+        """Called on the training thread after every step with the number of steps completed
+        (evaluations, periodic checkpoints). An exception in one goes to `on_fault`."""
+        self.on_stop_here: Callable[[str, int], None] = _nothing
+        """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
+        self.on_change: Callable[[], None] = _nothing
+        """Any thread: mode, target or throttle changed."""
+        self.on_fault: Callable[[str, BaseException], None] = _nothing
+        self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """What to enter around work for others (the tracer's `suspended`)."""
+        self._condition = threading.Condition()
+        self._requests: deque[_Request] = deque()
+        self._waiting = False
+        self._ended = False
+        self._stopping = False
+        self._checkpoint = False
+        self._boundaries_left = 1 if paused else 0
+        self._target: int | None = None
+        self._target_is_epoch = False
+        self._rate: float | None = None
+        self._next_step_at = 0.0
+        self.armed = paused
+        """Whether the next boundary may take more time than a look. Set here alone."""
+
+    @property
+    def mode(self) -> str:
+        """`running`, `paused`, `stopping` (finishing its last step) or `ended`."""
+        if self._ended:
+            return "ended"
+        if self._stopping:
+            return "stopping"
+        return "paused" if self._waiting else "running"
+
+    @property
+    def pausing(self) -> bool:
+        """Running, but told to pause at the next boundary."""
+        return not self._waiting and self._boundaries_left > 0
+
+    @property
+    def run_to(self) -> int | None:
+        """The step after which it pauses by itself; None: none is set."""
+        return self._target
+
+    @property
+    def rate(self) -> float | None:
+        """At most so many steps a second; None: full speed."""
+        return self._rate
+
+    def pause(self) -> None:
+        """Stop at the next phase boundary. Does nothing when paused."""
+        with self._changing():
+            self._target = None
+            if not self._waiting:
+                self._boundaries_left = 1
+
+    def resume(self) -> None:
+        """Run freely; forgets any target."""
+        with self._changing():
+            self._target = None
+            self._go(boundaries=0)
+
+    def step(self, count: int = 1) -> None:
+        """Pause after the `step` phase of exactly `count` more optimizer steps, from whatever phase
+        this is. While such steps are still being made, `count` more are added to them."""
+        if count < 1:
+            raise Refusal("the number of steps must be at least 1")
+        with self._changing():
+            stepping = self._target is not None and not self._target_is_epoch
+            first = self._target if stepping and self._target is not None else self.completed
+            self._target, self._target_is_epoch = first + count, False
+            self._go(boundaries=0)
+
+    def step_phase(self) -> None:
+        """Go to the next phase boundary; each further call before it is reached goes one on."""
+        with self._changing():
+            self._target = None
+            self._go(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
+
+    def run_to_epoch_end(self) -> None:
+        """Pause after the last step of the epoch that the next completed step belongs to."""
+        if not self.steps_per_epoch:
+            raise Refusal("this run has no epochs")
+        with self._changing():
+            epoch = self.completed // self.steps_per_epoch
+            self._target = (epoch + 1) * self.steps_per_epoch
+            self._target_is_epoch = True
+            self._go(boundaries=0)
+
+    def throttle(self, steps_per_second: float | None) -> None:
+        """At most so many steps a second; None lifts it."""
+        if steps_per_second is not None and not 0 < steps_per_second < float("inf"):
+            raise Refusal("the number of steps a second must be above 0")
+        with self._changing():
+            self._rate = steps_per_second
+            if steps_per_second is not None:
+                self._next_step_at = time.monotonic() + 1.0 / steps_per_second
+
+    def stop(self, checkpoint: bool = False) -> None:
+        """Finish the running step, then raise `StopTraining` on the training thread."""
+        with self._changing():
+            self._stopping = True
+            self._checkpoint = checkpoint or self._checkpoint
+            self._target = None
+            self._go(boundaries=0)
+
+    def call_soon(self, work: Callable[[], Any], mid_step: bool = False) -> Future[Any]:
+        """Run `work()` on the training thread: between two steps, or with `mid_step` at the next
+        boundary of any phase; also while paused there. The future has its result."""
+        future: Future[Any] = Future()
+        with self._condition:
+            if self._ended:
+                raise Refusal("the training has ended")
+            self._requests.append(_Request(work, future, mid_step))
+            self._rearm()
+            self._condition.notify_all()
+        return future
+
+    def end(self) -> None:
+        """The training is over: nothing waits here any more, and no control is taken."""
+        with self._condition:
+            self._ended = True
+            self._waiting = self.armed = False
+            left = list(self._requests)
+            self._requests.clear()
+            self._condition.notify_all()
+        for request in left:
+            request.future.cancel()
+        self._tell(self.on_change)
+
+    # ------------------------------------------------------------ within
+
+    def _changing(self) -> _Change:
+        return _Change(self)
+
+    def _go(self, boundaries: int) -> None:
+        self._boundaries_left = boundaries
+        self._waiting = False
+
+    def _rearm(self) -> None:
+        """With the condition held: whether the next boundary needs more than a look."""
+        self.armed = bool(
+            self._boundaries_left
+            or self._target is not None
+            or self._stopping
+            or self._waiting
+            or self._rate is not None
+            or self._requests
+        )
+
+    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call what others registered; their faults never reach the training."""
+        try:
+            callback(*args)
+        except Exception as fault:
+            if callback is not self.on_fault:
+                self._tell(self.on_fault, "gate", fault)
+
+
+class _Change:
+    """Holds the condition while a control is applied, then wakes the thread and tells."""
+
+    def __init__(self, gate: Controls) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate._condition.acquire()
+        if self._gate._ended:
+            self._gate._condition.release()
+            raise Refusal("the training has ended")
+
+    def __exit__(self, *exc: object) -> None:
+        gate = self._gate
+        gate._rearm()
+        gate._condition.notify_all()
+        gate._condition.release()
+        gate._tell(gate.on_change)
+
+
+def _nothing(*_: Any) -> None:
+    """The default of every callback."""
