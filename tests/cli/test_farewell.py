@@ -70,6 +70,13 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
             "could not start: there is no file",
             (2, 2),
         ),
+        (
+            seen("starting", 60),
+            RunState(name="x", state="crashed", step=60, reason="no such device", refused=True),
+            "raise SystemExit(2)",
+            "could not start: no such device",
+            (2, 2),
+        ),
     ],
 )
 def test_a_run_that_has_ended(
@@ -78,7 +85,8 @@ def test_a_run_that_has_ended(
     with process(code) as ended:
         outcome = outcome_of(snapshot, kept, ended)
     assert outcome.ended
-    assert farewell(TASK, outcome) == f"gpt-quiet-otter {line} · /runs/gpt-quiet-otter"
+    place = "" if outcome.refused else " · /runs/gpt-quiet-otter"
+    assert farewell(TASK, outcome) == f"gpt-quiet-otter {line}{place}"
     assert (exit_status(TASK, outcome), exit_status(SCRIPT, outcome)) == statuses
 
 

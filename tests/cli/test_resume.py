@@ -48,6 +48,14 @@ def test_going_on_equals_never_having_stopped(place):
     assert header["parent"] == str(parent)
     assert header["branch_step"] == 7
     assert header["working_directory"] == str(place)
+    listed = {run["name"]: run for run in json.loads(call("ls", "--json", cwd=place).stdout)}
+    assert (listed["rest"]["parent"], listed["rest"]["branch_step"]) == (str(parent), 7)
+    assert (listed["whole"]["parent"], listed["whole"]["branch_step"]) == (None, None)
+    shown = json.loads(call("show", "rest", "--json", cwd=place).stdout)
+    assert (shown["parent"], shown["branch_step"]) == (str(parent), 7)
+    assert "from whole@7" in call("ls", cwd=place).stdout
+    assert "goes on from whole@7" in call("show", "rest", cwd=place).stdout
+    assert "goes on" not in call("show", "whole", cwd=place).stdout
     assert header["host"]
     assert {"tui-trainer", "python", "torch"} <= set(header["versions"])
     assert files_of(parent) == before

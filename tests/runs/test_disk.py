@@ -119,3 +119,27 @@ def test_permissions_as_a_user_for_whom_they_count():
             pytest.skip("another user cannot read this checkout")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "PASSED" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone may become another user")
+def test_a_directory_that_the_user_may_not_write_to():
+    """Training goes on, the status says so, and what was made meanwhile is recorded later."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chown(place, NOBODY, NOBODY)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.runs.as_nobody", place],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen = json.loads(done.stdout.splitlines()[-1])
+        assert "not recording" in seen["said"]
+        assert "training goes on" in seen["said"]
+        assert seen["files meanwhile"] == ["run.json"]
+        run = Path(place) / "gpt-shut"
+        steps = RecordedHistory(run).tables[0].tail(10**6)[0].tolist()
+        assert steps == list(range(1, len(steps) + 1)), "steps from before are missing"
+        assert len(steps) == seen["ended at"] > seen["resumed at"] + 50
+        assert look_at(run).state == "stopped"

@@ -94,6 +94,16 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     assert runs.ls()["gpt-inside"]["state"] == "stopped"
 
 
+def test_in_app_ends_in_order_when_its_terminal_is_closed(runs, terminal):
+    screen = terminal("gpt", "--in-app", "--threads", "1", "--steps", "100000", "--name", "inside")
+    until(lambda: screen.pump(0.01) and runs.said("inside").step > 3, "it trains")
+    screen.hang_up()
+    screen.wait_for_exit()
+    said = runs.said("inside")
+    assert said.state == "stopped"
+    assert (runs.directory / "inside" / "checkpoints" / f"step-{said.step:08}").is_dir()
+
+
 def test_in_app_is_not_for_scripts(runs, tmp_path):
     (tmp_path / "train.py").write_text("print('x')\n")
     refused = runs.call("run", "--in-app", str(tmp_path / "train.py"))
@@ -113,3 +123,15 @@ def test_show_keeps_showing_on_a_terminal(runs, terminal):
     shown.wait_for("live")
     shown.wait_for("finished")
     assert shown.wait_for_exit() == 0
+
+
+@pytest.mark.parametrize("home", [(), ("--in-app",)])
+def test_a_start_that_is_refused_is_told_and_leaves_nothing(runs, terminal, home):
+    opened = terminal("gpt", "--device", "cuda:99", "--name", "gpt-nowhere", *home)
+    opened.wait_for("crashed")
+    opened.press("q")
+    assert opened.wait_for_exit() == 2
+    said = opened.text()
+    assert "could not start: " in said
+    assert "cuda:99" in said
+    assert list(runs.directory.iterdir()) == []

@@ -385,6 +385,10 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
             assert window.low.shape == (buckets, 1)
         table.latest()
         table.tail(100)
+        for step in range(0, int(steps[-1]), 97):
+            table.at(step)
+        for row in range(0, table.rows, 500):
+            table.rows_since(row, 10_000)
 
 
 def test_a_newer_store_is_left_alone(tmp_path):
@@ -428,8 +432,8 @@ for place in sys.argv[1:]:
 for _ in sys.argv[1:]:
     os.wait()
 """
-KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "200"))
-AT_ONCE = 25
+KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "400"))
+AT_ONCE = 40
 
 
 @pytest.mark.parametrize("batch", range(-(-KILLS // AT_ONCE)))

@@ -12,9 +12,18 @@ from pathlib import Path
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
-from tui_trainer.config.spec import RunSpec, create_run_directory, runs_directory, write_spec
+from tui_trainer.config.spec import (
+    SPEC_FILE,
+    RunSpec,
+    create_run_directory,
+    remove_run,
+    runs_directory,
+    write_spec,
+)
+from tui_trainer.config.state import read_state
 from tui_trainer.protocol.describe import Scalar
 from tui_trainer.session.branching import Branch
+from tui_trainer.session.launch import BOOT_LOG
 from tui_trainer.session.trust import RunError, check_directory
 
 _NAME = re.compile(r"[\w][\w.+-]{0,99}")
@@ -129,5 +138,15 @@ def discard(spec: RunSpec) -> None:
     """Take away the directory of a run that never began, unless something else is in it."""
     directory = Path(spec.directory)
     with contextlib.suppress(OSError):
-        (directory / "run.json").unlink(missing_ok=True)
+        for name in (SPEC_FILE, BOOT_LOG):
+            (directory / name).unlink(missing_ok=True)
         directory.rmdir()
+
+
+def discard_refused(spec: RunSpec) -> None:
+    """Take away what is left of a run that could not start, once its reason was told: nothing was
+    measured, and `ls` is for runs. Of every other run nothing is touched."""
+    said = read_state(spec.directory)
+    if said is not None and said.state == "crashed" and said.refused:
+        with contextlib.suppress(OSError):
+            remove_run(Path(spec.directory))

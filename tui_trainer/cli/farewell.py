@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tui_trainer.cli.errors import FAULT, USAGE
 from tui_trainer.config.spec import RunSpec
@@ -24,6 +24,8 @@ class Outcome:
     reason: str = ""
     hint: str = ""
     pid: int = 0
+    refused: bool = False
+    """As `Status.refused`."""
     exit_status: int | None = None
     """Of the run process; None while it lives."""
 
@@ -39,16 +41,16 @@ def outcome_of(
     """The newest of what the session showed last and what the run left on disk; a process that is
     gone without having said so has crashed."""
     status = snapshot.status
-    pid = process.pid
     code = process.poll()
-    seen = Outcome(status.state, status.step, _last_loss(snapshot), status.reason, status.hint, pid)
-    told = seen
-    if kept is not None and (kept.ended or kept.step > seen.step) and not seen.ended:
-        told = Outcome(kept.state, kept.step, kept.loss, kept.reason, kept.hint, pid)
+    told = Outcome(status.state, status.step, _last_loss(snapshot))
+    told = replace(told, reason=status.reason, hint=status.hint, refused=status.refused)
+    if kept is not None and (kept.ended or kept.step > told.step) and not told.ended:
+        told = Outcome(kept.state, kept.step, kept.loss)
+        told = replace(told, reason=kept.reason, hint=kept.hint, refused=kept.refused)
     if code is not None and not told.ended:
         died = f"its process ended without a word ({_ending(code)})"
-        told = Outcome("crashed", told.step, told.loss, told.reason or died, told.hint, pid)
-    return Outcome(told.state, told.step, told.loss, told.reason, told.hint, pid, _as_status(code))
+        told = replace(told, state="crashed", reason=told.reason or died)
+    return replace(told, pid=process.pid, exit_status=_as_status(code))
 
 
 def _last_loss(snapshot: Snapshot) -> float | None:
@@ -89,7 +91,7 @@ def farewell(spec: RunSpec, outcome: Outcome) -> str:
     match outcome.state:
         case "finished" | "stopped":
             said = f"{outcome.state} at {at}"
-        case "crashed" if not outcome.step and outcome.reason:
+        case "crashed" if outcome.refused or (not outcome.step and outcome.reason):
             said = f"could not start: {outcome.reason}"
         case "crashed":
             said = f"crashed at {at}" + (f": {outcome.reason}" if outcome.reason else "")
@@ -97,7 +99,8 @@ def farewell(spec: RunSpec, outcome: Outcome) -> str:
             said = f"still paused at {at}; tui-trainer attach {spec.name} comes back to it"
         case _:
             said = f"still training at {at}; tui-trainer attach {spec.name} comes back to it"
-    return f"{spec.name} {' '.join(said.split())} · {spec.directory}"
+    kept = "" if outcome.refused else f" · {spec.directory}"
+    return f"{spec.name} {' '.join(said.split())}{kept}"
 
 
 def last_told(spec: RunSpec) -> RunState | None:

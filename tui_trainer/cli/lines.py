@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from tui_trainer.cli.directory import discard_refused
 from tui_trainer.config.spec import RunSpec
 
 
@@ -12,4 +13,6 @@ def show_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
     from tui_trainer.run.host import main
     from tui_trainer.run.sinks.opening import open_sink
 
-    return main(spec, open_sink(kind))
+    status = main(spec, open_sink(kind))
+    discard_refused(spec)
+    return status

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tui_trainer.cli.directory import discard
-from tui_trainer.cli.errors import FAULT, INTERRUPTED, TERMINATED, CommandError, say
+from tui_trainer.cli.directory import discard, discard_refused
+from tui_trainer.cli.errors import FAULT, INTERRUPTED, CommandError, say
 from tui_trainer.cli.farewell import exit_status, farewell, last_told, outcome_of
 from tui_trainer.cli.terminal import given_back
 from tui_trainer.config.spec import RunSpec
@@ -75,6 +75,7 @@ class Opened:
         print(farewell(self.spec, outcome), flush=True)
         if outcome.state == "crashed" and outcome.hint:
             print(f"  hint: {outcome.hint}", file=sys.stderr)
+        discard_refused(self.spec)
         return exit_status(self.spec, outcome)
 
     def _is_ending(self, snapshot: Snapshot) -> bool:
@@ -131,17 +132,17 @@ def show_start(
 def until_left(run: Callable[[], int], opened: Callable[[], Shown | None]) -> int:
     """Run the app in a terminal that is given back, then say what became of the run.
 
-    An interrupt from outside (SIGINT, SIGTERM) ends the app alone: the run goes on, as it does when
-    the terminal is closed.
+    An interrupt from outside (SIGINT, SIGTERM, SIGHUP) ends the app alone: the run goes on, unless
+    it is trained by the app.
     """
     outside, crash = 0, ""
     try:
-        with given_back() as terminated:
+        with given_back() as signalled:
             crash = _guarded(run)
     except KeyboardInterrupt:
         outside = INTERRUPTED
-    if terminated():
-        outside = TERMINATED
+    if signalled():
+        outside = 128 + signalled()
     shown = opened()
     status = shown.say_goodbye() if shown else 0
     if crash:

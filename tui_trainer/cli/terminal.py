@@ -26,30 +26,46 @@ LEAVE = (
 
 
 @contextlib.contextmanager
-def given_back() -> Iterator[Callable[[], bool]]:
+def given_back() -> Iterator[Callable[[], int]]:
     """Around everything that draws: on a fault, modes are reset; settings are restored always.
 
-    A polite request to end (SIGTERM) becomes an interrupt, so that it too leaves in order; what is
-    yielded says whether there was one.
+    A request to end (SIGTERM) and a hang-up (SIGHUP, unless it is ignored) become an interrupt, so
+    that they too leave in order; what is yielded gives the signal that came, 0 for none. After a
+    hang-up there is nobody to print to, and printing goes nowhere.
     """
     settings = _settings()
-    terminated = False
+    came = 0
 
-    def as_interrupt(_: int, __: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
+    def as_interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal came
+        came = number
+        if number == signal.SIGHUP:
+            _print_to_nobody()
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, as_interrupt)
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, as_interrupt) for number in heard}
     try:
-        yield lambda: terminated
+        yield lambda: came
     except BaseException:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.write(sys.__stdout__.fileno(), LEAVE.encode())  # type: ignore[union-attr]
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _restore(settings)
+
+
+def _print_to_nobody() -> None:
+    """Writing to a terminal that is gone would raise where the run is still to be ended."""
+    with contextlib.suppress(OSError):
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nobody, descriptor)
+        os.close(nobody)
 
 
 def _settings() -> list[Any] | None:

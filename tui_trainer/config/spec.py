@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ SPEC_FILE = "run.json"
 SOCKET_FILE = "run.sock"
 SOCKET_POINTER_FILE = "socket"
 LOG_FILE = "log.txt"
+ELSEWHERE = "tui-trainer-"
+"""How the directory of a socket begins that is not in its run's."""
 RUNS_DIR_VARIABLE = "TUI_TRAINER_RUNS_DIR"
 MAX_SOCKET_PATH_BYTES = 100
 """sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included."""
@@ -113,6 +116,16 @@ def read_spec(directory: str | os.PathLike[str]) -> RunSpec:
     return msgspec.json.decode((Path(directory) / SPEC_FILE).read_bytes(), type=RunSpec)
 
 
+def remove_run(directory: Path) -> None:
+    """Remove a run's directory with all that is in it, and its socket elsewhere. Raises OSError."""
+    with contextlib.suppress(OSError):
+        pointed = Path((directory / SOCKET_POINTER_FILE).read_text(encoding="utf-8"))
+        if pointed.parent.name.startswith(ELSEWHERE):
+            pointed.unlink(missing_ok=True)
+            pointed.parent.rmdir()
+    shutil.rmtree(directory)
+
+
 def new_socket_path(directory: str | os.PathLike[str]) -> Path:
     """Where the run in `directory` shall listen: the run process calls this once, before binding.
 
@@ -127,7 +140,7 @@ def new_socket_path(directory: str | os.PathLike[str]) -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if not (base and os.path.isdir(base) and len(os.fsencode(base)) < MAX_SOCKET_PATH_BYTES - 40):
         base = tempfile.gettempdir()
-    elsewhere = Path(tempfile.mkdtemp(prefix="tui-trainer-", dir=base)) / SOCKET_FILE
+    elsewhere = Path(tempfile.mkdtemp(prefix=ELSEWHERE, dir=base)) / SOCKET_FILE
     pointer.write_text(str(elsewhere), encoding="utf-8", errors="surrogateescape")
     return elsewhere
 

@@ -52,6 +52,12 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     waiting_for: str = ""
     reason: str = ""
     hint: str = ""
+    refused: bool = False
+    """As `Status.refused`."""
+    parent: str = ""
+    """Directory of the run whose checkpoint this one goes on from; "" for a new beginning."""
+    branch_step: int | None = None
+    """The step of that checkpoint."""
 
     @property
     def ended(self) -> bool:

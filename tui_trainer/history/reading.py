@@ -29,23 +29,26 @@ class Reading:
         raise NotImplementedError
 
     def latest(self) -> tuple[int, Floats] | None:
-        """Step and values (columns,) of the newest row; None before the first."""
+        """Step and values (columns,) of the newest row; None before the first. Where that cannot be
+        read, of the newest summary that can."""
         for held in self.entries():
             if held.stop > held.start:
                 newest = held.buckets(held.stop - 1, held.stop)
-                return int(newest.last[0]), newest.value[0].copy()
+                if len(newest.last):
+                    return int(newest.last[-1]), newest.value[-1].copy()
         return None
 
     def at(self, step: int) -> Floats | None:
         """Values (columns,) of the last row at or before `step`; None when there is none.
 
-        In a part of the run of which only summaries are left: of the last summary that ends at or
-        before it."""
+        In a part of the run of which only summaries are left, or can be read: of the last summary
+        that ends at or before it."""
         for held in self.entries():
             index = held.find(step + 1) - 1
             if held.start <= index:
-                values: Floats = held.buckets(index, index + 1).value[0]
-                return values.copy()
+                values = held.buckets(index, index + 1).value
+                if len(values):
+                    return values[-1].copy()
         return None
 
     def tail(self, count: int) -> tuple[Steps, Floats]:

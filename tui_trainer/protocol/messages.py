@@ -81,6 +81,9 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     """`viewer_id` of the viewer that holds control; None: nobody."""
     recording: str = ""
     """What is wrong with recording to disk, "" while all is well."""
+    refused: bool = False
+    """It crashed because it could not start as asked, with nothing measured; `reason` and `hint`
+    say all there is to say."""
 
     @property
     def ended(self) -> bool:

@@ -180,6 +180,14 @@ class Recorder:
             return self._info
 
     @property
+    def measured(self) -> bool:
+        """Whether there is anything that somebody might look back at."""
+        with self._lock:
+            self._drain()
+            rows = any(table.rows for table in self.history.tables.values())
+            return rows or self._told.artifacts.next_id > 0
+
+    @property
     def first_nonfinite(self) -> NonFinite | None:
         """The first NaN or infinity of the run."""
         with self._lock:
@@ -227,8 +235,9 @@ class Recorder:
             self._feeds.append(feed)
         return feed
 
-    def end(self, state: str, reason: str = "", hint: str = "") -> None:
-        """The run has ended as `finished`, `stopped` or `crashed`. Only the first call counts."""
+    def end(self, state: str, reason: str = "", hint: str = "", refused: bool = False) -> None:
+        """The run has ended as `finished`, `stopped` or `crashed`; `refused` as in `Status`. Only
+        the first call counts."""
         with self._lock:
             self._drain()
             if self._status.ended or self._forked:
@@ -237,7 +246,8 @@ class Recorder:
             self._answerer.report = None
             self._ended_at = self._clock()
             self._live_status = dict
-            self.status(state=state, reason=reason, hint=hint, waiting_for="", run_to=None)
+            said = {"state": state, "reason": reason, "hint": hint, "refused": refused}
+            self.status(**said, waiting_for="", run_to=None)
             self._described = self._described and self._cadences_said
             self._say_description()
             self._out.append(Ended(self._status_now()))

@@ -88,6 +88,9 @@ class StateSink:
             waiting_for=status.waiting_for,
             reason=status.reason,
             hint=status.hint,
+            refused=status.refused,
+            parent=info.parent,
+            branch_step=info.branch_step,
         )
         self._next = now + EVERY_S
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tui_trainer.recording.recorder import Recorder
 from tui_trainer.recording.state import StateSink
 from tui_trainer.recording.store import StoreSink
 from tui_trainer.run.control import Control
-from tui_trainer.run.outcome import FAULT, Outcome, judge, no_compiler, out_of_memory
+from tui_trainer.run.outcome import FAULT, Outcome, judge, no_compiler, out_of_memory, told_in_full
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
 from tui_trainer.run.source import look_up_source
@@ -56,8 +57,9 @@ class Host:
         self._changing = threading.Lock()
         self.save: Callable[[int], object] | None = None
         """Writes a checkpoint of the step given; on the training thread, between steps."""
+        self.script_runs = False
+        """Whether a script has begun: it was found, and is Python."""
         self.gate.on_change = self._gate_changed
-        self.gate.on_go_on = lambda: self.recorder.report(None)
         self.gate.on_fault = self.recorder.fault
         self.recorder.status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
@@ -88,6 +90,9 @@ class Host:
             script = self.spec.task == "script"
             outcome = judge(fault, script)
             tell(fault, outcome, script)
+            if outcome.state == "crashed" and not self.recorder.measured:
+                refused = told_in_full(fault, script_runs=self.script_runs)
+                outcome = replace(outcome, refused=refused)
         finally:
             self.signals.over()
         if outcome.state == "stopped" and self.signals.asked and not self.signals.exit_status:
@@ -112,7 +117,8 @@ class Host:
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
         """Say the end to everybody, wait until it was taken, and leave nothing behind."""
         self.gate.end()
-        self.recorder.end(outcome.state, outcome.reason, outcome.hint or self._hint())
+        hint = outcome.hint or self._hint()
+        self.recorder.end(outcome.state, outcome.reason, hint, outcome.refused)
         with contextlib.suppress(KeyboardInterrupt):
             self.server.wait_until_seen(LINGER_S, first_viewer_s)
             self.recorder.close()

@@ -27,6 +27,8 @@ class Outcome:
     hint: str = ""
     status: int = 0
     """Exit status of the process."""
+    refused: bool = False
+    """As `Status.refused`."""
 
 
 def judge(fault: BaseException, script: bool = True) -> Outcome:
@@ -70,6 +72,14 @@ def _left(leaving: SystemExit) -> Outcome:
     if status == 0:
         return Outcome("finished")
     return Outcome("crashed", f"it left with exit status {status}", "", status)
+
+
+def told_in_full(fault: BaseException, script_runs: bool) -> bool:
+    """Whether one message says all that there is to say of `fault`. A script that has begun may
+    have printed anything, and its traceback is worth keeping."""
+    if isinstance(fault, (ConfigurationError, SyntaxError)):
+        return not script_runs
+    return not script_runs and bool(out_of_memory(fault) or no_compiler(fault))
 
 
 def out_of_memory(fault: BaseException) -> bool:

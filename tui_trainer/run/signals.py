@@ -34,10 +34,13 @@ class Signals:
 
     def install(self, task: bool, own_session: bool) -> None:
         """On the main thread. A task finishes its step on Ctrl-C; a script has Python's own
-        `KeyboardInterrupt`. A process with its own session does not mind a hang-up."""
+        `KeyboardInterrupt`. A process with its own session does not mind a hang-up; for one that
+        stands or falls with its terminal it is a request to end (not under nohup)."""
         signal.signal(signal.SIGTERM, self._on_terminate)
         if own_session:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self._on_terminate)
         # Started in the background (`&`, nohup) it is ignored, and stays so.
         if task and (own_session or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN):
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -78,7 +81,7 @@ class Signals:
         timer.start()
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        self.exit_status = TERMINATED
+        self.exit_status = TERMINATED if number == signal.SIGTERM else 128 + number
         self._from_signal()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -189,6 +189,7 @@ def run_script(host: Host) -> Outcome:
         lambda: host.waiting_for("importing torch"), lambda: _trace_script(host, traced)
     )
     host.waiting_for("the script's first step")
+    host.script_runs = True
     try:
         program.run()
     except StopTraining as stopped:

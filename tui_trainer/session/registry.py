@@ -48,6 +48,14 @@ class Run:
         return self.state in LIVE
 
     @property
+    def branched_from(self) -> str:
+        """The checkpoint that it goes on from, as `--resume` takes it; "" for a new beginning."""
+        if not self.said.parent:
+            return ""
+        name = Path(self.said.parent).name
+        return name if self.said.branch_step is None else f"{name}@{self.said.branch_step}"
+
+    @property
     def socket(self) -> Path | None:
         """Where it listens, or None."""
         return find_socket(self.directory) if self.live else None
@@ -86,7 +94,14 @@ def look_at(directory: Path) -> Run | None:
         spec = read_spec(directory)
     except (OSError, ValueError):
         return None
-    said = RunState(name=spec.name, task=spec.task, title=spec.title, started_at=made)
+    said = RunState(
+        name=spec.name,
+        task=spec.task,
+        title=spec.title,
+        started_at=made,
+        parent=spec.parent,
+        branch_step=spec.branch_step,
+    )
     if 0 <= time.time() - made < STARTING_S:
         return Run(directory.name, directory, "live", said, "starting")
     return Run(directory.name, directory, "crashed", said, "it ended before its first word")
@@ -109,7 +124,7 @@ def may_live(run: Run) -> str:
 def judge(said: RunState) -> tuple[str, str]:
     """(state, why) of a run that last said this of itself."""
     if said.ended:
-        return said.state, said.reason
+        return said.state, f"could not start: {said.reason}" if said.refused else said.reason
     alive = "paused" if said.state == "paused" else "live"
     if said.place == this_place():
         if said.began and process_identity(said.pid) == said.began:

@@ -123,7 +123,10 @@ class Attached:
         said = _waited_for(self._run) if self._run and status.state == "stopping" else None
         state, step = (said.state, said.step) if said else (status.state, status.step)
         still = "still " if state in ("running", "paused", "starting") else ""
-        print(f"{self._name} {still}{state} at step {step:,}", flush=True)
+        if status.refused:
+            print(f"{self._name} could not start: {status.reason}", flush=True)
+        else:
+            print(f"{self._name} {still}{state} at step {step:,}", flush=True)
         return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 
+from tui_trainer.cli.directory import discard
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.spec import RunSpec, find_socket
 from tui_trainer.session.launch import Launched, launch
@@ -20,6 +21,7 @@ def start_detached(spec: RunSpec) -> int:
     try:
         launched = launch(spec)
     except OSError as fault:
+        discard(spec)
         raise CommandError(f"cannot start the run process: {fault}") from fault
     _wait(launched)
     print(spec.name, flush=True)
@@ -33,9 +35,9 @@ def _wait(launched: Launched) -> None:
     while find_socket(launched.spec.directory) is None:
         status = launched.process.poll()
         if status is not None:
-            raise CommandError(
-                f"the run process ended at once (exit status {status})", launched.last_words()
-            )
+            said = launched.last_words()
+            discard(launched.spec)
+            raise CommandError(f"the run process ended at once (exit status {status})", said)
         if time.monotonic() > deadline:
             with contextlib.suppress(OSError):
                 launched.process.terminate()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tui_trainer.cli.errors import FAULT
+from tui_trainer.cli.directory import discard_refused
+from tui_trainer.cli.errors import FAULT, USAGE
 from tui_trainer.cli.farewell import last_told
 from tui_trainer.cli.runs.common import number
 from tui_trainer.config.spec import RunSpec
@@ -44,6 +45,12 @@ class InApp:
         said = last_told(self._spec)
         if said is None:
             return FAULT
+        if said.refused:
+            print(f"{said.name} could not start: {said.reason}", flush=True)
+            if said.hint:
+                print(f"  hint: {said.hint}", file=sys.stderr)
+            discard_refused(self._spec)
+            return USAGE
         reason = f": {said.reason}" if said.state == "crashed" and said.reason else ""
         print(
             f"{said.name} {said.state} at step {said.step:,}, loss {number(said.loss)}{reason} · "

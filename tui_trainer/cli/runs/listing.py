@@ -68,6 +68,8 @@ def as_object(run: Run) -> dict[str, Any]:
         "device": said.device,
         "host": said.host,
         "pid": said.pid or None,
+        "parent": said.parent or None,
+        "branch_step": said.branch_step,
         "note": run.note,
     }
 
@@ -100,7 +102,8 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 def _cells(run: Run, now: float) -> tuple[str, ...]:
     said = run.said
     speed = f"{number(said.steps_per_second, 3)}/s" if said.steps_per_second and run.live else "–"
-    what = said.title or said.task
+    origin = f"from {run.branched_from}" if run.branched_from else ""
+    what = " · ".join(part for part in (said.title or said.task, origin) if part)
     if run.state == "crashed" and run.note:
         what = f"{what} · {run.note}" if what else run.note
     return (

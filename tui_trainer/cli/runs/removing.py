@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.runs.common import RunsDir, duration, one_message
-from tui_trainer.config.spec import SOCKET_POINTER_FILE, SPEC_FILE, read_spec
+from tui_trainer.config.spec import SPEC_FILE, read_spec, remove_run
 from tui_trainer.session.registry import Run, may_live, resolve
 
 
@@ -106,12 +105,7 @@ def _size(directory: Path) -> int:
 
 
 def _remove(run: Run) -> None:
-    with contextlib.suppress(OSError):
-        pointed = Path((run.directory / SOCKET_POINTER_FILE).read_text(encoding="utf-8"))
-        if pointed.parent.name.startswith("tui-trainer-"):
-            pointed.unlink(missing_ok=True)
-            pointed.parent.rmdir()
     try:
-        shutil.rmtree(run.directory)
+        remove_run(run.directory)
     except OSError as fault:
         raise CommandError(f"cannot remove {run.directory}: {fault.strerror or fault}") from fault

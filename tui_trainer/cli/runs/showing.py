@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -85,6 +86,9 @@ def picture(seen: Look, console: Console) -> RenderableType:
     """The run on a dozen lines."""
     run = seen.run
     lines = [_heading(seen), Text(_progress(seen))]
+    if run["parent"]:
+        step = "" if run["branch_step"] is None else f"@{run['branch_step']}"
+        lines.append(Text(f"goes on from {Path(run['parent']).name}{step}"))
     if run["note"]:
         lines.append(Text(" ".join(str(run["note"]).split()), STYLES.get(run["state"], "")))
     if seen.recording:

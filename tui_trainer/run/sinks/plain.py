@@ -173,7 +173,7 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
 def ending(status: Status, name: str) -> str:
     """The last line, and a hint where stderr has not given it. `name` is the run's."""
     reason = f": {status.reason}" if status.reason else ""
-    if status.state == "crashed" and not status.step:
+    if status.refused or (status.state == "crashed" and not status.step):
         return f"it could not start{reason}"
     if status.state == "finished" and not status.step:
         return f"finished{reason}; it made no step of a torch optimizer"

@@ -1,0 +1,63 @@
+"""A run by a user for whom permissions count, whose directory cannot be written to for a while.
+
+python -m tests.runs.as_nobody RUNS_DIRECTORY    prints one JSON object
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+
+NOBODY = 65534
+
+
+def until(found, what):
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+def main(parent):
+    from tests.runs.fake_host import FakeHost
+    from tui_trainer.config.spec import RunSpec, write_spec
+    from tui_trainer.run.worker import WorkerSignals
+
+    # What was imported by now was readable to whoever started this; the run alone is nobody's.
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    place = os.path.join(parent, "gpt-shut")
+    write_spec(RunSpec(name="gpt-shut", directory=place, task="gpt"))
+    os.chmod(place, 0o500)
+    with contextlib.suppress(PermissionError):
+        open(os.path.join(place, "probe"), "w").close()
+        raise SystemExit("this user may write anywhere")
+    host = FakeHost(place, 1_000_000, 0.005)
+    host.signals = WorkerSignals(host.gate)
+    seen = {}
+    host.open(None)
+    threading.Thread(target=host.train, daemon=True).start()
+    recorder = host.recorder
+    until(lambda: "not recording" in recorder.state.recording, "it is said")
+    seen["said"] = recorder.state.recording
+    before = recorder.state.step
+    until(lambda: recorder.state.step > before + 50, "training goes on")
+    seen["files meanwhile"] = sorted(os.listdir(place))
+    os.chmod(place, 0o700)
+    until(lambda: not recorder.state.recording, "recording resumes")
+    seen["resumed at"] = recorder.state.step
+    until(lambda: recorder.state.step > seen["resumed at"] + 50, "it goes on recording")
+    recorder.end("stopped")
+    recorder.close(20)
+    seen["ended at"] = recorder.state.step
+    print(json.dumps(seen), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
