@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.calling import assert_refused, call
+from tests.cli.calling import COMMAND, assert_refused, call
+from tests.runs.starting import until
+from tui_trainer.config.state import read_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1"]
 
@@ -239,3 +244,21 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_a_run_without_a_screen_ends_in_order(number: int, status: int, tmp_path: Path) -> None:
+    command = [*COMMAND, "gpt", "--plain", "--threads", "1", "--steps", "100000", "--name", "it"]
+    environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs" / "it"
+    try:
+        until(lambda: (said := read_state(run)) and said.step > 3, "it trains")
+        process.send_signal(number)
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+    said = read_state(run)
+    assert said is not None
+    assert said.state == "stopped"
+    assert (run / "checkpoints" / f"step-{said.step:08}").is_dir()
