@@ -1,4 +1,4 @@
-"""A start that was refused is told once and leaves nothing; whatever else crashed stays to be seen."""
+"""A start that was refused is told once and leaves nothing; what else crashed stays to be seen."""
 
 from __future__ import annotations
 

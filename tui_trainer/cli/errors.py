@@ -14,8 +14,8 @@ from tui_trainer.protocol.text import harmless
 
 FAULT, USAGE = 1, 2
 """Exit statuses: something failed; the command line was not understood."""
-INTERRUPTED, TERMINATED = 130, 143
-"""As a shell reports Ctrl-C and a request to end: 128 + SIGINT, 128 + SIGTERM."""
+INTERRUPTED = 130
+"""As a shell reports Ctrl-C: 128 + SIGINT."""
 
 
 class CommandError(Exception):
