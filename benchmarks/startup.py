@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from processes import kill_all_of
 from report import loaded, machine, write_json
 
-from tui_trainer.history.store.reader import Store
+from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.schema import StoreFault
 
 PAINTED_CELLS = 200

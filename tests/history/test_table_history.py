@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tui_trainer.history import History, TableHistory
-from tui_trainer.history.levels import NAN, NEGATIVE, POSITIVE
+from tui_trainer.history.buckets import NAN, NEGATIVE, POSITIVE
 from tui_trainer.protocol.describe import Column, Table
 
 

@@ -292,3 +292,16 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
     assert done
     assert os.waitstatus_to_exitcode(code) == 0
     assert not recorder.state.ended
+
+
+@pytest.mark.parametrize("share", [1 / 3, float("nan"), float("inf")])
+def test_a_clip_is_told_with_the_digits_that_were_measured(recorder, share):
+    clip = ClipRecord(1.0, 1 / 3, share, (1, 0), (share, 0.0))
+    collector = Collector()
+    recorder.subscribe(collector)
+    recorder.record(step(1, clip=clip))
+    assert recorder.flush(5)
+    (told,) = [item.record.clip for item in collector.items if isinstance(item, Stepped)]
+    assert told.norm_before == np.float32(1 / 3)
+    assert told.shares == pytest.approx((share, 0.0), abs=1 / 8192, nan_ok=True)
+    assert told.scale == pytest.approx(share, rel=1e-7, nan_ok=True)

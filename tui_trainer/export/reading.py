@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui_trainer.history.levels import Steps
+from tui_trainer.history.buckets import Steps
 from tui_trainer.history.records import Floats
 from tui_trainer.history.store import told
 from tui_trainer.history.store.packing import CHUNK

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history import wire
-from tui_trainer.history.levels import Entries, Steps
+from tui_trainer.history import sending
+from tui_trainer.history.buckets import Entries, Steps
 from tui_trainer.history.records import Floats
 from tui_trainer.history.window import Window, draw, nominal_edges
 from tui_trainer.protocol.describe import Table
@@ -46,9 +46,10 @@ class Reading:
         for held in self.entries():
             index = held.find(step + 1) - 1
             if held.start <= index:
-                values = held.buckets(index, index + 1).value
+                values: Floats = held.buckets(index, index + 1).value
                 if len(values):
-                    return values[-1].copy()
+                    newest: Floats = values[-1].copy()
+                    return newest
         return None
 
     def tail(self, count: int) -> tuple[Steps, Floats]:
@@ -72,7 +73,7 @@ class Reading:
         """What a viewer that has `row` rows lacks, in about `budget` bytes: raw when it fits, else
         summarised; perhaps not all of it, then ask again from `first + count`. A piece may begin
         before `row`, at the boundary of a summary that replaces what the viewer had."""
-        return wire.rows_since(self, row, budget)
+        return sending.rows_since(self, row, budget)
 
     def _row_near(self, step: int) -> int:
         """First row at or after `step`, or that of the summary which has it."""

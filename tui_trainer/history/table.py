@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-from tui_trainer.history import wire
-from tui_trainer.history.levels import (
+from tui_trainer.history import receiving
+from tui_trainer.history.buckets import (
     FACTOR,
     Buckets,
     Entries,
-    Level,
-    Raw,
     Steps,
     summarise,
     summarise_rows,
 )
 from tui_trainer.history.reading import Reading
 from tui_trainer.history.records import Floats
+from tui_trainer.history.rings import Level, Raw
 from tui_trainer.protocol.describe import Table
 from tui_trainer.protocol.messages import Rows
 
@@ -91,7 +90,7 @@ class TableHistory(Reading):
     def apply(self, rows: Rows) -> None:
         """Take in what `rows_since` gave on the other side. Raises ValueError when it does not fit
         (wrong sizes, or a gap after the last row held)."""
-        wire.apply(self, rows)
+        receiving.apply(self, rows)
 
     def extend(self, steps: Steps, values: Floats) -> None:
         """Add n raw rows, values (n, columns)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.levels import Buckets, Flags, Steps
+from tui_trainer.history.buckets import Buckets, Flags, Steps
 from tui_trainer.history.records import Floats
 
 
@@ -33,7 +33,7 @@ class Window:
     nonfinite: NDArray[np.bool_]
     """(buckets, columns): whether a NaN or an infinity was measured there."""
     flags: Flags
-    """(buckets, columns): which, as levels.NAN, POSITIVE, NEGATIVE."""
+    """(buckets, columns): which, as buckets.NAN, POSITIVE, NEGATIVE."""
 
 
 def nominal_edges(start: int, stop: int, buckets: int) -> Steps:

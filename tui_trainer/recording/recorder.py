@@ -39,7 +39,7 @@ from tui_trainer.recording.answer import Answerer
 from tui_trainer.recording.feed import Feed
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Sink, Stepped
 from tui_trainer.recording.pace import Pace
-from tui_trainer.recording.telling import Tellings
+from tui_trainer.recording.telling import Tellings, in_short
 
 DRAIN_EVERY_S = 0.05
 QUEUE_STEPS = 4096
@@ -309,6 +309,7 @@ class Recorder:
             self._out.append(Described(self._info))
 
     def _take_step(self, record: StepRecord, excluded_s: float) -> None:
+        record = in_short(record)
         self._say_description()
         tables = self.history.tables
         for table, values in record.rows:

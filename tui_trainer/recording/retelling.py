@@ -12,9 +12,10 @@ import msgspec
 
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.history.store import told
+from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.objects import decode_event
 from tui_trainer.history.store.packing import CHUNK
-from tui_trainer.history.store.reader import RecordedHistory, RecordedTable, Store
+from tui_trainer.history.store.reader import RecordedHistory, RecordedTable
 from tui_trainer.history.store.schema import StoreFault, schema_version
 from tui_trainer.history.store.told import Entry, Shape
 from tui_trainer.protocol.describe import RunInfo

@@ -7,7 +7,7 @@ import sqlite3
 import msgspec
 import numpy as np
 
-from tui_trainer.history.levels import FACTOR, Buckets, summarise, summarise_rows
+from tui_trainer.history.buckets import FACTOR, Buckets, summarise, summarise_rows
 from tui_trainer.history.records import Floats
 from tui_trainer.history.store import packing
 from tui_trainer.history.store.packing import CHUNK, GROUP

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
+import numpy as np
 
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import tables
@@ -27,6 +29,8 @@ LOG_LINES_KEPT = 20_000
 LOG_CHARACTERS_KEPT = 8_000_000
 ARTIFACTS_KEPT = 200
 ARTIFACT_BYTES_KEPT = 32_000_000
+SHARE_PARTS = 4096
+"""A parameter's share of a clipped gradient is told in so many parts, 0.02 % each."""
 
 
 def artifact_bytes(artifact: Artifact) -> int:
@@ -38,6 +42,18 @@ def artifact_bytes(artifact: Artifact) -> int:
             return 4 * (len(artifact.prompt) + len(artifact.text)) + 100
         case ConfusionMatrix():
             return 5 * len(artifact.labels) ** 2 + 40 * len(artifact.labels) + 100
+
+
+def in_short(record: StepRecord) -> StepRecord:
+    """The record with no more digits in its clip than were measured and are ever shown: a run may
+    clip at every step, and digits of noise are most of what that costs on a thin line."""
+    clip = record.clip
+    if clip is None:
+        return record
+    parts = np.round(np.array(clip.shares) * SHARE_PARTS)  # a share may be no number
+    shares = tuple((parts / SHARE_PARTS).tolist())
+    before, scale = (float(np.float32(value)) for value in (clip.norm_before, clip.scale))
+    return replace(record, clip=replace(clip, norm_before=before, scale=scale, shares=shares))
 
 
 class Tellings:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.objects import decode_event
-from tui_trainer.history.store.reader import Store
 from tui_trainer.protocol.messages import Artifact, Event, LogLine
 from tui_trainer.protocol.text import harmless, harmless_all
 

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.levels import Buckets, Flags, Steps
+from tui_trainer.history.buckets import Buckets, Flags, Steps
 from tui_trainer.history.records import Floats
 
 CHUNK = 512

@@ -1,85 +1,40 @@
-"""Between a table's history here and there: what to send a viewer, and how it takes it in."""
+"""How a viewer takes in what it is sent of a table, and refuses what does not fit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from tui_trainer.history.levels import FACTOR, Buckets, Entries, Steps
+from tui_trainer.history.buckets import FACTOR, Buckets, Steps
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol.messages import Rows
 
-if TYPE_CHECKING:
-    from tui_trainer.history.reading import Reading
-    from tui_trainer.history.table import TableHistory
 
-CATCH_UP_VALUES = 32_768
-"""Values (buckets × columns) in which a viewer that comes late gets the whole run at least, where
-its budget would give it less."""
-CATCH_UP_BUCKETS = (32, 4_096)
-"""The fewest and the most buckets for that."""
-LARGEST_PIECE = 8 * 2**20
-"""Bytes; half of the largest frame."""
+class Growing(Protocol):
+    """A table's history that can be added to, as `TableHistory` is."""
 
+    columns: int
+    rows: int
+    last_step: int | None
 
-def rows_since(history: Reading, row: int, budget: int) -> Rows:
-    """See `TableHistory.rows_since`."""
-    if row > history.rows or row < 0:
-        row = 0  # the viewer knows another run: all of it again
-    if row == history.rows:
-        return Rows(history.table.id, row, 0, b"", b"")
-    ring = _choose(history, row, budget)
-    first = row // ring.size
-    most = max(1, min(budget, LARGEST_PIECE) // _entry_bytes(ring, history.columns))
-    last = min(ring.stop, first + most)
-    if ring.size == 1:
-        raw = ring.buckets(first, last)
-        return Rows(history.table.id, first, last - first, _bytes(raw.last), _bytes(raw.value))
-    return _summary(history.table.id, ring, first, last)
+    def settle(self) -> None:
+        """Bring the summaries up to date."""
+
+    def cut(self, rows: int) -> None:
+        """Forget every row from number `rows` on."""
+
+    def whole(self, level: int) -> bool:
+        """Whether no row is missing from `level` on."""
+
+    def extend(self, steps: Steps, values: Floats) -> None:
+        """Add raw rows."""
+
+    def append_summary(self, level: int, buckets: Buckets) -> None:
+        """Add buckets of 8**level rows each."""
 
 
-def _choose(history: Reading, row: int, budget: int) -> Entries:
-    """The finest ring that has `row` and whose entries from there on fit."""
-    backlog = history.rows - row
-    low, high = CATCH_UP_BUCKETS
-    whole = min(high, max(low, CATCH_UP_VALUES // max(1, history.columns)))
-    floor = whole * backlog / history.rows
-    chosen: Entries | None = None
-    for ring in history.entries():
-        if not ring.start <= row // ring.size < ring.stop:
-            continue
-        chosen = ring
-        fitting = max(budget / _entry_bytes(ring, history.columns), floor)
-        if backlog / ring.size <= fitting:
-            break
-    assert chosen is not None, "every row is in some ring"
-    return chosen
-
-
-def _entry_bytes(ring: Entries, columns: int) -> int:
-    return 8 + 4 * columns if ring.size == 1 else 16 + 13 * columns
-
-
-def _summary(table: int, level: Entries, first: int, last: int) -> Rows:
-    buckets = level.buckets(first, last)
-    return Rows(
-        table,
-        first * level.size,
-        (last - first) * level.size,
-        _bytes(buckets.last),
-        _bytes(buckets.value),
-        _bytes(buckets.low),
-        _bytes(buckets.high),
-        _bytes(buckets.first),
-        _bytes(buckets.flags),
-    )
-
-
-def _bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytes:
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def apply(history: TableHistory, rows: Rows) -> None:
+def apply(history: Growing, rows: Rows) -> None:
     """See `TableHistory.apply`."""
     if rows.first > history.rows or rows.first < 0:
         raise ValueError(f"rows from {rows.first} on do not follow the {history.rows} held")

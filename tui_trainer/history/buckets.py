@@ -1,0 +1,133 @@
+"""Summaries of rows: what a bucket is, and how rows and finer buckets are folded into one.
+
+Level k summarises 8ᵏ rows in one bucket, aligned to the row number, so that both ends of a
+connection cut the same buckets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.history.records import Floats
+
+FACTOR = 8
+"""Rows (or buckets of the level below) that one bucket stands for."""
+
+NAN, POSITIVE, NEGATIVE = 1, 2, 4
+"""Flags of a bucket: it holds a NaN, a +Inf, a -Inf."""
+
+Steps = NDArray[np.int64]
+Flags = NDArray[np.uint8]
+
+
+class Buckets(NamedTuple):
+    """n buckets of some columns. Without a finite value `low` is +Inf and `high` is -Inf."""
+
+    first: Steps
+    """Step of the first row of each, (n,)."""
+    last: Steps
+    low: Floats
+    """Smallest finite value, (n, columns)."""
+    high: Floats
+    value: Floats
+    """Value of the last row, finite or not, (n, columns)."""
+    flags: Flags
+
+    def part(self, chosen: slice) -> Buckets:
+        """Some of these buckets, as views."""
+        return Buckets(
+            self.first[chosen],
+            self.last[chosen],
+            self.low[chosen],
+            self.high[chosen],
+            self.value[chosen],
+            self.flags[chosen],
+        )
+
+    def of_columns(self, columns: NDArray[np.intp]) -> Buckets:
+        """Some columns of these buckets."""
+        return self._replace(
+            low=self.low.take(columns, axis=1),
+            high=self.high.take(columns, axis=1),
+            value=self.value.take(columns, axis=1),
+            flags=self.flags.take(columns, axis=1),
+        )
+
+    @staticmethod
+    def join(parts: list[Buckets]) -> Buckets:
+        """One after the other; without a copy where there is only one."""
+        if len(parts) == 1:
+            return parts[0]
+        return Buckets(
+            np.concatenate([part.first for part in parts]),
+            np.concatenate([part.last for part in parts]),
+            np.concatenate([part.low for part in parts]),
+            np.concatenate([part.high for part in parts]),
+            np.concatenate([part.value for part in parts]),
+            np.concatenate([part.flags for part in parts]),
+        )
+
+
+class Entries(Protocol):
+    """A sequence of entries that each stand for `size` rows, in memory or on disk: where windows
+    are drawn from. Index: row number // size."""
+
+    size: int
+    start: int
+    """Oldest index held."""
+    stop: int
+    """One past the newest."""
+
+    def find(self, step: int) -> int:
+        """Index of the first entry held whose last step is `step` or later; `stop` for none."""
+
+    def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
+        """First and last step of entries start..stop."""
+
+    def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
+        """Entries start..stop as buckets, of all columns or of some."""
+
+
+def extremes(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Lowest and highest finite value and last value of (n, rows, columns) along the rows."""
+    last = values[:, -1]
+    finite = np.isfinite(values)
+    if finite.all():
+        return values.min(axis=1), values.max(axis=1), last
+    low = np.where(finite, values, np.float32(np.inf)).min(axis=1)
+    high = np.where(finite, values, np.float32(-np.inf)).max(axis=1)
+    return low, high, last
+
+
+def flags_of(values: Floats) -> Flags:
+    """Flags of each value, same shape."""
+    flags = np.zeros(values.shape, np.uint8)
+    if not np.isfinite(values).all():
+        flags[np.isnan(values)] = NAN
+        flags[np.isposinf(values)] = POSITIVE
+        flags[np.isneginf(values)] = NEGATIVE
+    return flags
+
+
+def summarise_rows(steps: Steps, values: Floats) -> Buckets:
+    """Buckets of FACTOR rows each; the number of rows is a multiple of FACTOR."""
+    grouped = values.reshape(-1, FACTOR, values.shape[1])
+    flags = np.bitwise_or.reduce(flags_of(grouped), axis=1)
+    return Buckets(steps[::FACTOR], steps[FACTOR - 1 :: FACTOR], *extremes(grouped), flags)
+
+
+def summarise(fine: Buckets) -> Buckets:
+    """Buckets of the next level from a multiple of FACTOR of this one."""
+    columns = fine.low.shape[1]
+    shape = (-1, FACTOR, columns)
+    return Buckets(
+        fine.first[::FACTOR],
+        fine.last[FACTOR - 1 :: FACTOR],
+        fine.low.reshape(shape).min(axis=1),
+        fine.high.reshape(shape).max(axis=1),
+        fine.value[FACTOR - 1 :: FACTOR],
+        np.bitwise_or.reduce(fine.flags.reshape(shape), axis=1),
+    )
