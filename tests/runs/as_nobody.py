@@ -52,9 +52,9 @@ def main(parent):
     until(lambda: not recorder.state.recording, "recording resumes")
     seen["resumed at"] = recorder.state.step
     until(lambda: recorder.state.step > seen["resumed at"] + 50, "it goes on recording")
+    seen["ended at"] = recorder.state.step
     recorder.end("stopped")
     recorder.close(20)
-    seen["ended at"] = recorder.state.step
     print(json.dumps(seen), flush=True)
     os._exit(0)
 

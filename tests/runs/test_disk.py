@@ -141,5 +141,5 @@ def test_a_directory_that_the_user_may_not_write_to():
         run = Path(place) / "gpt-shut"
         steps = RecordedHistory(run).tables[0].tail(10**6)[0].tolist()
         assert steps == list(range(1, len(steps) + 1)), "steps from before are missing"
-        assert len(steps) == seen["ended at"] > seen["resumed at"] + 50
+        assert len(steps) >= seen["ended at"] > seen["resumed at"] + 50
         assert look_at(run).state == "stopped"

@@ -7,40 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import platform
-import socket
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tui_trainer import __version__
 from tui_trainer.config.spec import RunSpec, new_socket_path
 from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.recording.items import Sink
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.recording.state import StateSink
 from tui_trainer.recording.store import StoreSink
+from tui_trainer.run.beginning import bound_openmp_spinning, first_description
 from tui_trainer.run.control import Control
-from tui_trainer.run.outcome import FAULT, Outcome, judge, no_compiler, out_of_memory, told_in_full
+from tui_trainer.run.outcome import FAULT, Outcome, judge, told_in_full
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
 from tui_trainer.run.source import look_up_source
-from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
+from tui_trainer.run.telling import say, tell
+from tui_trainer.tracing.gate import Gate, Refusal
 
 TROUBLES_SAID = 20
 LINGER_S = 5.0
 """How long an ended run stays for its viewers to fetch the end."""
 FIRST_VIEWER_S = 3.0
 """How long a run that ends at once waits for the app that started it."""
-
-SPIN_COUNT = "10000"
-"""Turns that an OpenMP thread spins at a barrier before it sleeps; GNU's default is 300,000."""
 
 
 class Host:
@@ -81,11 +73,9 @@ class Host:
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and raises nothing."""
-        from tui_trainer.run.training import run_script, train_task
-
         bound_openmp_spinning()
         try:
-            outcome = run_script(self) if self.spec.task == "script" else train_task(self)
+            outcome = self._train()
         except BaseException as fault:
             script = self.spec.task == "script"
             outcome = judge(fault, script)
@@ -102,6 +92,15 @@ class Host:
         if self.signals.exit_status is not None and outcome.state == "stopped":
             outcome = Outcome("stopped", outcome.reason, outcome.hint, self.signals.exit_status)
         return outcome
+
+    def _train(self) -> Outcome:
+        if self.spec.task == "script":
+            from tui_trainer.run.script_training import run_script
+
+            return run_script(self)
+        from tui_trainer.run.task_training import train_task
+
+        return train_task(self)
 
     def _judge_loss(self, outcome: Outcome) -> Outcome:
         """A task that ended with no finite loss has learnt nothing: a batch system shall see it. A
@@ -173,77 +172,6 @@ class Host:
             if self.spec.task == "script":
                 changes["waiting_for"] = ""  # its first phase has come
         return changes
-
-
-def bound_openmp_spinning() -> None:
-    """Let OpenMP's threads sleep soon at barriers, unless the user chose otherwise.
-
-    GNU's runtime spins for about a millisecond at each barrier. With any other load the spinners
-    hold the cores that the thread they wait for needs, and steps take ten times as long and more;
-    a shorter spin costs a few percent on an idle machine (docs/decisions.md). Results do not
-    change. It must be said before torch is imported.
-    """
-    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not chosen:
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-
-
-def first_description(spec: RunSpec) -> RunInfo:
-    """What is known of a run before anything of it is imported."""
-    title = spec.title
-    if not title and spec.task == "script":
-        name = f"-m {spec.script}" if spec.module else os.path.basename(spec.script or "")
-        title = " ".join((name, *spec.arguments))[:200]
-    elif not title:
-        preset = spec.configuration.get("preset")
-        title = f"{spec.task} · {preset}" if preset else spec.task
-    return RunInfo(
-        name=spec.name,
-        task=spec.task,
-        title=title,
-        command=spec.command,
-        directory=spec.directory,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        started_at=time.time(),
-        versions={
-            "tui-trainer": __version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        configuration=dict(spec.configuration),
-        working_directory=spec.working_directory or os.getcwd(),
-        parent=spec.parent,
-        branch_step=spec.branch_step,
-    )
-
-
-def tell(fault: BaseException, outcome: Outcome, script: bool = True) -> None:
-    """Say on stderr what ended the training: one message where that is enough, else a traceback,
-    which a script always has."""
-    from tui_trainer.config.errors import ConfigurationError
-    from tui_trainer.run.script import print_exception
-
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        if isinstance(fault, (StopTraining, SystemExit)):
-            return
-        enough = out_of_memory(fault) or no_compiler(fault)
-        if isinstance(fault, ConfigurationError) or (enough and not script):
-            say(outcome)
-            return
-        print_exception(fault)
-        if outcome.hint and outcome.hint != "the traceback is in the log":
-            print(f"  hint: {outcome.hint}", file=sys.stderr)
-        sys.stderr.flush()
-
-
-def say(outcome: Outcome) -> None:
-    """Print one message and its hint to stderr."""
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
-        if outcome.hint:
-            print(f"  hint: {outcome.hint}", file=sys.stderr)
-        sys.stderr.flush()
 
 
 def main(spec: RunSpec, sink: Sink | None = None, own_session: bool = False) -> int:

@@ -1,0 +1,49 @@
+"""What a run is made of: versions, and the device that it trains on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tui_trainer.protocol.describe import DeviceInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+def with_torch(versions: dict[str, str]) -> dict[str, str]:
+    """`versions`, with those of torch and what it was built for. Imports torch."""
+    import torch
+
+    versions = {**versions, "torch": str(torch.__version__)}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def device_of(model: torch.nn.Module, threads: int) -> DeviceInfo | None:
+    """Where a model's parameters are; None when it has none."""
+    import torch
+
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return None
+    device = parameter.device
+    if device.type != "cuda":
+        return DeviceInfo(device.type, _processor(device.type), threads=threads)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo("cuda", properties.name, properties.total_memory, threads)
+
+
+def _processor(kind: str) -> str:
+    import platform
+
+    if kind != "cpu":
+        return kind
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
