@@ -15,8 +15,8 @@ from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo, Scalar
+from tui_trainer.session.recorded import open_history
 from tui_trainer.session.registry import Run, look_at
-from tui_trainer.session.replay import open_history
 from tui_trainer.session.trust import RunError
 
 MOST = 8

@@ -13,10 +13,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-import numpy as np
-
-from tui_trainer.config.state import process_identity, this_place
 from tui_trainer.history.spikes import Spike, find_spikes
 from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.reader import RecordedHistory
@@ -34,12 +30,11 @@ from tui_trainer.protocol.messages import (
     Throttle,
 )
 from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
-from tui_trainer.session.registry import look_at
+from tui_trainer.session.recorded import how_it_is, with_end
+from tui_trainer.session.standing import status_at
 
 REFRESH_S = 1.0
 """How often a run that may still be living is looked at again."""
-SPEED_ROWS = 20
-"""Steps before the cursor that the speed there is taken over."""
 
 
 class ReplaySession:
@@ -52,14 +47,14 @@ class ReplaySession:
         self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._directory = Path(directory)
-        self._over, end = _how_it_is(self._directory)
+        self._over, end = how_it_is(self._directory)
         self._history = RecordedHistory(directory, ended=self._over)
         store = self._history.store
         self.moments = Moments(store)
         """Where something happened: what to jump to."""
         self._clock = clock
         self._info = store.info() or RunInfo(os.path.basename(os.fspath(directory)), "script")
-        self._recorded = _with_end(store.status() or Status(), end)
+        self._recorded = with_end(store.status() or Status(), end)
         self._spikes: tuple[int, list[Spike]] = (-1, [])
         self._speed: float | None = None
         self._playing = False
@@ -225,9 +220,9 @@ class ReplaySession:
         self._refreshed_at = now
         self._history.refresh()
         store = self._history.store
-        self._over, end = _how_it_is(self._directory)
+        self._over, end = how_it_is(self._directory)
         self._info = store.info() or self._info
-        self._recorded = _with_end(store.status() or self._recorded, end)
+        self._recorded = with_end(store.status() or self._recorded, end)
         if self._follows and not self._playing:
             self.cursor = self.last_step
         self._show()
@@ -247,85 +242,18 @@ class ReplaySession:
         self._snapshot = replace(
             self._snapshot,
             link=Link("replay", fault, read_only=True),
-            status=self._status(),
+            status=status_at(
+                cursor,
+                self._history,
+                self._info,
+                self._recorded,
+                playing=self.playing,
+                at_end=cursor >= self.last_step,
+                elapsed_s=moments.elapsed_s(cursor),
+            ),
             info=self._info,
             events=moments.events(cursor, EVENTS_KEPT),
             log=moments.log(cursor, LOG_LINES_KEPT),
             artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
             version=self._snapshot.version + 1,
         )
-
-    def _status(self) -> Status:
-        cursor, recorded = self.cursor, self._recorded
-        at_end = cursor >= self.last_step
-        if at_end and recorded.ended and not self._playing:
-            state = recorded.state
-        else:
-            state = "running" if self.playing else "paused"
-        speed = self._speed_at_cursor()
-        items = self._info.items_per_step
-        length = self._info.steps_per_epoch
-        return msgspec.structs.replace(
-            recorded,
-            state=state,
-            step=cursor,
-            epoch=cursor / length if length else recorded.epoch,
-            phase="step",
-            reason=recorded.reason if at_end else "",
-            hint=recorded.hint if at_end else "",
-            run_to=None,
-            throttle=None,
-            waiting_for="",
-            steps_per_second=speed,
-            items_per_second=speed * items if speed and items else None,
-            clipped_share=self._clipped_share(recorded.clip_window),
-            cost_share=recorded.cost_share if at_end else None,
-            elapsed_s=recorded.elapsed_s if at_end else self.moments.elapsed_s(cursor),
-            remaining_s=None,
-            viewers=(),
-            controller=None,
-        )
-
-    def _speed_at_cursor(self) -> float | None:
-        """Steps a second around the cursor, pauses not counted."""
-        table = self._history.table(tables.STEP)
-        if table is None or not table.rows:
-            return None
-        times = [c.name for c in table.table.columns]
-        if "step_ms" not in times:
-            return None
-        _, values = table.tail(SPEED_ROWS)
-        took = values[:, times.index("step_ms")]
-        took = took[np.isfinite(took) & (took > 0)]
-        return float(1000 / np.median(took)) if len(took) else None
-
-    def _clipped_share(self, window: int) -> float | None:
-        """Of the steps before the cursor that could be clipped, those that were."""
-        table = self._history.table(tables.CLIP)
-        if table is None or not table.rows:
-            return None
-        _, values = table.tail(window)
-        return float((values[:, 3] < 1).mean())
-
-
-def open_history(directory: Path) -> RecordedHistory:
-    """What a run has recorded, opened so that reading leaves no trace. Raises StoreFault."""
-    return RecordedHistory(directory, ended=_how_it_is(directory)[0])
-
-
-def _how_it_is(directory: Path) -> tuple[bool, Status | None]:
-    """Whether nobody writes to a run's store any more, and how it ended if it could not say so."""
-    run = look_at(directory)
-    if run is None or run.live:
-        return False, None
-    said = run.said
-    if said.place == this_place() and said.began and process_identity(said.pid) == said.began:
-        return False, None  # it has ended, and is writing down the last of it
-    return True, Status(state=run.state, step=said.step, reason=run.note or said.reason)
-
-
-def _with_end(recorded: Status, end: Status | None) -> Status:
-    """A killed run could not record how it ended."""
-    if end is None or recorded.ended:
-        return recorded
-    return msgspec.structs.replace(recorded, state=end.state, reason=end.reason)

@@ -16,8 +16,8 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.session.recorded import open_history
 from tui_trainer.session.registry import Run
-from tui_trainer.session.replay import open_history
 
 PACKAGES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
 """What a format needs beyond what is always installed."""
