@@ -344,3 +344,16 @@ def test_a_slow_link_makes_updates_smaller(start, monkeypatch):
     until(lambda: session.poll() and run.polls and run.polls[-1].budget < 10_000)
     until_has(session, run)
     check_same(session, run)
+
+
+def test_silence_is_said_while_the_link_still_stands(start, monkeypatch):
+    monkeypatch.setattr(live, "SAY_SILENT_S", 0.1)
+
+    def quiet(run, connection):
+        greet(run, connection)
+        answer_one(run, connection)
+        time.sleep(30)
+
+    _, session = start(quiet)
+    until(lambda: "no answer for" in session.poll().link.message)
+    assert session.poll().link.state == "live"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import app_on, frame, settle
-from tui_trainer.protocol.messages import Ack, Action, StepPhase
+from tests.ui.screens import app_on, frame, settle, text_of
+from tui_trainer.protocol.messages import TAKEN, Ack, Action, Notice, StepPhase, TakeControl
 
 
 async def test_an_answer_that_comes_late_does_not_undo_what_was_shown_since() -> None:
@@ -30,3 +31,35 @@ async def test_an_answer_that_comes_late_does_not_undo_what_was_shown_since() ->
         answers[0].set_result(Ack(1, True, then, "one phase"))
         await settle(pilot)
         assert app.snapshot.status.state == "paused"
+
+
+async def test_who_steers_is_said_where_several_look() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        assert "live" in text_of(app).splitlines()[0]
+        session._status(viewers=("me", "them"), controller=1)
+        session._changed()
+        await frame(pilot)
+        assert "in control" in text_of(app).splitlines()[0]
+        session.events.append(Notice(10_000, 20, 0.0, "command", TAKEN, who="them@there"))
+        session._status(controller=2)
+        session._changed()
+        await frame(pilot)
+        assert "watching" in text_of(app).splitlines()[0]
+        assert any("them@there has taken control" in each.message for each in app._notifications)
+        await pilot.press("ctrl+t")
+        assert session.sent == [TakeControl()]
+
+
+async def test_an_answer_that_does_not_come_is_said_before_the_link_is_given_up() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        session.link = replace(session.link, message="no answer for 3 s")
+        session._changed()
+        await frame(pilot)
+        first = text_of(app).splitlines()[0]
+        assert "no answer for 3 s" in first
+        assert "live" not in first

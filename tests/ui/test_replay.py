@@ -277,3 +277,28 @@ async def test_the_help_lists_the_keys_of_time(recorded):
         await settle(pilot)
         assert "Looking back" in text_of(app)
         assert "To the next non-finite value" in text_of(app)
+
+
+async def test_the_keys_of_time_come_first_and_those_of_training_not_at_all(recorded):
+    app = ReplayApp(ReplaySession(recorded))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        last = text_of(app).splitlines()[-1]
+        for key in ("c Clip", "i NaN/Inf", "z Spike", "b Mark"):
+            assert key in last
+        for key in ("p Phase", "t Throttle"):
+            assert key not in last
+        await pilot.press("t")
+        await settle(pilot)
+        assert len(app.screen_stack) == 1, "it asks for a speed of training"
+
+
+async def test_before_the_first_step_nothing_is_left_of_a_later_one(recorded):
+    app = ReplayApp(ReplaySession(recorded))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        assert "Gradients  total" in text_of(app)
+        await pilot.press("home")
+        await settle(pilot)
+        assert "Gradients  total" not in text_of(app)
+        assert "of 6 parameters" in text_of(app)

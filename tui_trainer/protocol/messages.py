@@ -318,6 +318,10 @@ class Checkpoint(msgspec.Struct, tag="checkpoint", frozen=True):
     """Write a checkpoint at the next step boundary and go on."""
 
 
+TAKEN = "take control"
+"""What is said of it in the log, with who."""
+
+
 class TakeControl(msgspec.Struct, tag="take_control", frozen=True):
     """Become the viewer that may command; the others are told."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tui_trainer.protocol.messages import (
+    TAKEN,
     Action,
     Checkpoint,
     Mark,
@@ -109,7 +110,9 @@ class Control:
                 self._take(viewer)
             if self._controller != viewer.id:
                 holder = self._viewers[self._controller].name if self._controller else "nobody"
-                return Verdict(False, f"{holder} holds control", "take control first")
+                return Verdict(
+                    False, f"{holder} holds control", "take control first: ctrl+t on a screen"
+                )
         return None
 
     def _take(self, viewer: Viewer) -> None:
@@ -148,7 +151,7 @@ class Control:
             case TakeControl():
                 with self._lock:
                     self._take(viewer)
-                return "take control"
+                return TAKEN
             case Mark(text=text):
                 said = printable(text, MARK_CHARACTERS)
                 if not said:

@@ -142,6 +142,8 @@ class Conversation:
     def _send(self, message: ToRun) -> None:
         try:
             self._connection.sendall(encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # closed at the other end: what it said before that is still to be read
         except OSError as fault:
             raise RunError(f"the run no longer answers: {fault.strerror or fault}") from fault
 

@@ -200,6 +200,12 @@ class Conversation:
         self._box.deliver(Delivery(update, self._generation))
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since an answer that has not come was asked for; 0 when none is owed."""
+        asked = self._asked  # another thread is asking
+        return time.monotonic() - asked if asked is not None else 0.0
+
+    @property
     def said_end(self) -> bool:
         """Whether the run has said that it ended and gave all it had."""
         return self._said_end

@@ -28,6 +28,8 @@ FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 8.0
 STEADY_S = 5.0
 """A connection that lasted so long was a good one: the next attempt follows soon."""
 NOT_YET_S = 0.05
+SAY_SILENT_S = 2.5
+"""An answer that takes longer is said to be missing; long before the link is given up."""
 
 
 class LiveSession:
@@ -135,6 +137,9 @@ class _Speaker(threading.Thread):
         if talk is None:
             return replace(link, bytes_received=self._received)
         received = self._received + talk.received
+        silent = talk.silent_s
+        if silent > SAY_SILENT_S and link.state == "live":
+            return replace(link, bytes_received=received, message=f"no answer for {silent:.0f} s")
         return replace(link, bytes_received=received, latency_ms=talk.latency_ms)
 
     def run(self) -> None:

@@ -216,6 +216,7 @@ class TuiTrainerApp(CommandingApp):
 
     def draw(self, snapshot: Snapshot) -> None:
         """Hand the picture to the screens that are open."""
+        self.tell_of_control(snapshot)
         self.snapshot = snapshot
         for screen in self.screen_stack:
             if isinstance(screen, RunScreen) and screen.is_mounted:

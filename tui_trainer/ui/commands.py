@@ -11,7 +11,7 @@ from textual.screen import ModalScreen
 from textual.timer import Timer
 
 from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Ack, Action
+from tui_trainer.protocol.messages import TAKEN, Ack, Action, Notice
 from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui.screens.dialogs import QuitDialog
 
@@ -73,6 +73,17 @@ class CommandingApp(App[int]):
         # The session has the answer's status among what arrived, in its order: drawn from here it
         # could overwrite a newer one.
         self.frame()
+
+    def tell_of_control(self, seen: Snapshot) -> None:
+        """Say when somebody else begins to steer the run that was steered from here."""
+        mine, holder = seen.link.viewer_id, seen.status.controller
+        if mine is None or holder in (None, mine) or self.snapshot.status.controller != mine:
+            return
+        taken = (e for e in reversed(seen.events) if isinstance(e, Notice) and e.kind == "command")
+        who = next((event.who for event in taken if event.text == TAKEN), "") or "another viewer"
+        self.notify(
+            f"{who} has taken control\nctrl+t takes it back", severity="warning", markup=False
+        )
 
     def say(self, message: str) -> None:
         """One short line about what was just done, shown in the header for a moment."""

@@ -24,9 +24,12 @@ CONTROL_BINDINGS = (
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="At most so many steps a second, for watching"),
+    Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
+            tooltip="Steer the run from this screen; whoever did so watches from then on"),
     Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Put a note at this step: in the log, on the charts, in its replay"),
 )  # fmt: skip
+STEERING = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
 class ControlActions:
@@ -38,13 +41,13 @@ class ControlActions:
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that steer are dimmed while there is no run that could obey."""
-        if action not in ("pause", "step", "phase", "steps", "epoch", "throttle", "mark"):
+        if action not in STEERING:
             return True
         snapshot = self._trainer.snapshot
         status, link = snapshot.status, snapshot.link
         if link.state == "replay":  # they move the cursor, at its end too
-            if action in ("phase", "mark"):
-                return None
+            if action in ("phase", "mark", "throttle", "take_control"):
+                return False
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
         if action == "epoch" and (snapshot.info is None or not snapshot.info.steps_per_epoch):
@@ -68,6 +71,10 @@ class ControlActions:
     def action_epoch(self) -> None:
         """To the end of the epoch."""
         self._trainer.command(messages.RunToEpochEnd())
+
+    def action_take_control(self) -> None:
+        """Steer from here."""
+        self._trainer.command(messages.TakeControl())
 
     def action_steps(self) -> None:
         """Ask how many steps, then run them."""

@@ -10,7 +10,8 @@ MISSING = "–"
 def number(value: float | None, width: int = 8, digits: int = 4) -> str:
     """`value` right-aligned in `width` cells with about `digits` significant digits.
 
-    Fixed-point where that shows them, scientific beyond; NaN and infinities are spelt out. Where
+    Fixed-point, with the decimals in line below 1 (so that columns are calm), down to 0.001, and
+    scientific beyond; NaN and infinities are spelt out. Where
     the width is too small for that many digits, fewer are shown.
     """
     shown = _number(value, digits)

@@ -119,6 +119,7 @@ class GradientsPanel(VirtualTable):
         self._provisional = self._values.fresh()
         if not self._values.measured and not self._provisional:
             self._norms = np.full(len(self.modules.labels), np.nan)
+            self._total = np.nan
             return
         self._norms = self.modules.root_sum_squares(self._values.latest())
         self._total = float(np.sqrt(np.square(self._norms[: self.modules.leaves]).sum()))
@@ -167,7 +168,8 @@ class GradientsPanel(VirtualTable):
         items: list[Item] = []
         if count and len(self._norms):
             style = self.palette.provisional if self._provisional else self.palette.norm
-            items = [("total", f.number(self._total, 7), style)]
+            known = self._values.measured or self._provisional
+            items = [("total", f.number(self._total, 7), style)] if known else []
             items.append(("of", f"{count:,} parameters", self.palette.dim))
         behind = self.snapshot.status.step - self._values.last_step
         if items and self._values.measured and not self._provisional and behind > 0:

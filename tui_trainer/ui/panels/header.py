@@ -113,7 +113,18 @@ class HeaderLine(Panel):
         if link.state == "closed" and self.snapshot.status.ended:
             style = self.palette.dim  # nothing is wrong: the run is over
         slow = " slow link" if cast("TuiTrainerApp", self.app).link.frugal else ""
-        return f"{'watching only' if link.read_only else link.state}{slow}{latency}", style
+        if link.state == "live" and link.message:  # nothing has come for a while
+            return f"{link.message}{slow}", self.palette.warning
+        return f"{self._role()}{slow}{latency}", style
+
+    def _role(self) -> str:
+        """Whether this screen steers: worth a word where there is more than one."""
+        link, status = self.snapshot.link, self.snapshot.status
+        if link.read_only:
+            return "watching only"
+        if link.state != "live" or status.controller is None or len(status.viewers) < 2:
+            return link.state
+        return "in control" if status.controller == link.viewer_id else "watching"
 
     def _facts(self, room: int) -> str:
         """Device, memory and own cost, as many as fit: those that matter least go first."""

@@ -12,6 +12,8 @@ from tui_trainer.ui.widgets.lines import Lines, Row
 
 LAST = ("?", "q")
 """Keys that stay however narrow the screen."""
+FIRST = "replay."
+"""Bindings whose identity begins so come before all others."""
 
 
 class KeyLine(Lines):
@@ -59,9 +61,12 @@ class KeyLine(Lines):
         return [row]
 
     def _entries(self) -> list[tuple[str, str, str, bool]]:
-        """(key as shown, name, action, whether it can be used now) in order of declaration."""
+        """(key as shown, name, key, whether it can be used now) in order of declaration; keys that
+        move through a recording first, since there they are what one came for."""
         entries: dict[str, tuple[str, str, str, bool]] = {}
-        for active in self.screen.active_bindings.values():
+        active_ones = list(self.screen.active_bindings.values())
+        active_ones.sort(key=lambda one: not (one.binding.id or "").startswith(FIRST))
+        for active in active_ones:
             binding = active.binding
             if not binding.show or binding.system or binding.action in entries:
                 continue
