@@ -331,10 +331,10 @@ def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
 def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered(
     tmp_path, monkeypatch, whole
 ):
-    from tui_trainer.recording import store
+    from tui_trainer.recording import store_memory
 
     if not whole:
-        monkeypatch.setattr(store, "KEPT_BYTES", 300_000)
+        monkeypatch.setattr(store_memory, "KEPT_BYTES", 300_000)
     steps, values = series(11, 3000)
     said, clock = [], Clock()
     sink = StoreSink(tmp_path, said.append, clock)

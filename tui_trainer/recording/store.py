@@ -10,41 +10,27 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from tui_trainer.history.records import Floats
-from tui_trainer.history.store import objects, told
-from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
+from tui_trainer.history.store import told
+from tui_trainer.history.store.schema import StoreFault, open_for_writing
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import (
-    Clip,
-    ConfusionMatrix,
-    ImageSample,
-    LogLine,
-    NonFinite,
-    Notice,
     Status,
-    TextSample,
 )
-from tui_trainer.recording.feed import size_of
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
+from tui_trainer.recording.store_file import identity, is_damage, put, set_aside
+from tui_trainer.recording.store_memory import Memory
+from tui_trainer.recording.store_sayings import SayingsWriter, kind_of
 from tui_trainer.recording.store_series import SeriesWriter
 from tui_trainer.recording.store_told import ToldWriter
-from tui_trainer.recording.telling import artifact_bytes
 
 COMMIT_EVERY_S = 0.4
 LONGEST_BACK_OFF_S = 30.0
 MOST_WAITING_BYTES = 64 * 2**20
 """Rows that wait for a disk that refuses; with more, the newest are given up and counted."""
-MOST_WAITING_SAYINGS = 100_000
-KEPT_BYTES = 32 * 2**20
-"""The newest of what was written is remembered, so that a database that takes the place of a
-damaged one does not begin empty."""
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class StoreSink:
@@ -67,12 +53,8 @@ class StoreSink:
         self._status = Status()
         self._series: dict[int, SeriesWriter] = {}
         self._told = ToldWriter()
-        self._kept: deque[tuple[Item, int]] = deque()
-        self._kept_bytes = 0
-        self._kept_info: RunInfo | None = None
-        """The description in force before what is kept."""
-        self._sayings: list[tuple[str, tuple[object, ...]]] = []
-        self._sayings_bytes = 0
+        self._sayings = SayingsWriter(MOST_WAITING_BYTES)
+        self._memory = Memory()
         self._moment: tuple[int, float] | None = None
         self._waiting_bytes = 0
         self._lost = 0
@@ -88,7 +70,7 @@ class StoreSink:
         self._status = status
         for item in items:
             self._take(item)
-            self._keep(item)
+            self._memory.keep(item)
         if self._clock() >= self._next_commit or any(isinstance(i, Ended) for i in items):
             self.commit()
 
@@ -105,7 +87,7 @@ class StoreSink:
     def commit(self) -> bool:
         """Write all that waits; whether the disk took it."""
         try:
-            if self._connection is not None and self._identity() != self._place:
+            if self._connection is not None and identity(self._directory) != self._place:
                 self._disconnect()
                 self._damaged = "the recording was removed or replaced by somebody else"
                 self._begin_anew()
@@ -144,11 +126,8 @@ class StoreSink:
                 self._lost += item.steps
                 self._told.add(told.LOST, item.steps)
             case _:
-                roomy = self._sayings_bytes < MOST_WAITING_BYTES
-                if roomy and len(self._sayings) < MOST_WAITING_SAYINGS:
-                    self._sayings_bytes += _bytes_of(item)
-                    self._sayings.append(_statement(item))
-                    self._told.add(_kind(item), item.id)
+                if self._sayings.add(item):
+                    self._told.add(kind_of(item), item.id)
 
     def _describe(self, info: RunInfo) -> None:
         self._info, self._info_written = info, False
@@ -171,43 +150,25 @@ class StoreSink:
         self._lost += not taken
         return bool(taken)
 
-    def _keep(self, item: Item) -> None:
-        size = _bytes_of(item)
-        self._kept.append((item, size))
-        self._kept_bytes += size
-        while self._kept_bytes > KEPT_BYTES:
-            oldest, size = self._kept.popleft()
-            self._kept_bytes -= size
-            if isinstance(oldest, Described):
-                self._kept_info = oldest.info
-
     def _begin_anew(self) -> None:
         """Into an empty database goes all that is remembered, in its order."""
         self._series, self._told = {}, ToldWriter()
-        self._sayings.clear()
-        self._sayings_bytes = self._waiting_bytes = self._lost = 0
-        if self._kept_info is not None:
-            self._describe(self._kept_info)
-        for item, _ in self._kept:
+        self._sayings = SayingsWriter(MOST_WAITING_BYTES)
+        self._waiting_bytes = self._lost = 0
+        if self._memory.info_before is not None:
+            self._describe(self._memory.info_before)
+        for item in self._memory:
             self._take(item)
 
     # ------------------------------------------------------------ the disk
 
     def _connect(self) -> None:
         self._connection = open_for_writing(self._directory)
-        self._place = self._identity()
+        self._place = identity(self._directory)
         self._info_written = False
         self._told.forget_place()
         for series in self._series.values():
             series.forget_place()
-
-    def _identity(self) -> tuple[int, int]:
-        """Which file the name leads to. Raises OSError where the directory is gone as well."""
-        try:
-            found = os.stat(self._directory / STORE_FILE)
-        except FileNotFoundError:
-            return 0, 0
-        return found.st_dev, found.st_ino
 
     def _write(self) -> None:
         connection = self._connection
@@ -215,15 +176,14 @@ class StoreSink:
         connection.execute("BEGIN IMMEDIATE")
         try:
             if self._info is not None and not self._info_written:
-                _put(connection, "info", self._info)
+                put(connection, "info", self._info)
             for series in self._series.values():
                 series.write(connection)
             self._told.write(connection)
-            for statement, values in self._sayings:
-                connection.execute(statement, values)
+            self._sayings.write(connection)
             if self._moment is not None:
                 connection.execute("INSERT OR REPLACE INTO clock VALUES (?, ?)", self._moment)
-            _put(connection, "status", self._status)
+            put(connection, "status", self._status)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -232,15 +192,12 @@ class StoreSink:
         self._told.written()
         for series in self._series.values():
             series.written()
-        self._sayings.clear()
-        self._sayings_bytes = 0
+        self._sayings.written()
         self._info_written, self._moment, self._waiting_bytes = True, None, 0
 
     def _refused(self, fault: Exception) -> None:
         self._disconnect()
-        code = getattr(fault, "sqlite_errorcode", 0)
-        damaged = isinstance(fault, ValueError) or code & 0xFF in _CORRUPT
-        if damaged and self._set_aside():
+        if is_damage(fault) and self._set_aside():
             self._next_commit = self._clock()
             return
         reason = getattr(fault, "strerror", None) or str(fault)
@@ -250,17 +207,12 @@ class StoreSink:
 
     def _set_aside(self) -> bool:
         """Keep a damaged database under another name and begin a new one."""
-        path = self._directory / STORE_FILE
-        kept = path.with_name(f"damaged-{time.strftime('%Y%m%d-%H%M%S')}-{STORE_FILE}")
         try:
-            for ending in ("", "-wal", "-shm"):
-                part = path.with_name(path.name + ending)
-                if part.exists():
-                    part.rename(kept.with_name(kept.name + ending))
+            kept = set_aside(self._directory)
         except OSError:
             return False
-        steps = [item.record.step for item, _ in self._kept if isinstance(item, Stepped)]
-        since = f" (what is before step {steps[0]:,})" if steps and steps[0] > 1 else ""
+        step = self._memory.first_step
+        since = f" (what is before step {step:,})" if step and step > 1 else ""
         self._damaged = f"the recording was damaged{since}: its old file is {kept.name}"
         self._tell(self._damaged)
         self._begin_anew()
@@ -278,52 +230,3 @@ class StoreSink:
         if trouble != self._trouble:
             self._trouble = trouble
             self._say(trouble)
-
-
-def _put(connection: sqlite3.Connection, key: str, value: RunInfo | Status) -> None:
-    data = objects.encode(value) if isinstance(value, Status) else msgspec.json.encode(value)
-    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, data))
-
-
-Saying = Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix
-
-
-def _bytes_of(item: Item) -> int:
-    """About what an item holds in memory."""
-    match item:
-        case LogLine():
-            return 200 + 2 * len(item.text)
-        case TextSample() | ImageSample() | ConfusionMatrix():
-            return artifact_bytes(item)
-        case _:
-            return size_of(item)
-
-
-def _kind(item: Saying) -> int:
-    match item:
-        case LogLine():
-            return told.LOG
-        case Clip() | NonFinite() | Notice():
-            return told.EVENT
-        case _:
-            return told.ARTIFACT
-
-
-def _statement(item: Saying) -> tuple[str, tuple[object, ...]]:
-    match item:
-        case LogLine():
-            return (
-                "INSERT OR REPLACE INTO log VALUES (?, ?, ?, ?, ?)",
-                (item.id, item.step, item.time, item.stream, item.text),
-            )
-        case Clip() | NonFinite() | Notice():
-            kind = item.kind if isinstance(item, Notice) else type(item).__name__.lower()
-            return (
-                "INSERT OR REPLACE INTO event VALUES (?, ?, ?, ?)",
-                (item.id, item.step, kind, objects.encode(item)),
-            )
-        case _:
-            return (
-                "INSERT OR REPLACE INTO artifact VALUES (?, ?, ?, ?)",
-                (item.id, item.step, type(item).__name__, msgspec.msgpack.encode(item)),
-            )
