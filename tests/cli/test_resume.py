@@ -63,6 +63,8 @@ def test_going_on_equals_never_having_stopped(place):
     more = call("gpt", "--resume", "rest", "--steps", "14", "--json", cwd=place)
     assert more.returncode == 0, more.stderr
     assert list(steps_in(more.stdout)[1]) == [13, 14]
+    assert "schedule has another end" in more.stderr
+    assert "schedule" not in done.stderr
 
 
 def test_checkpoints_are_found_as_they_are_written(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,7 +52,20 @@ def resumed(
             f"{branch.run.name} has made all of its {branch.step:,} steps",
             f"--steps {branch.step * 2} lets it go on",
         )
+    _tell_of_another_schedule(parent.configuration, configuration)
     return configuration, branch
+
+
+def _tell_of_another_schedule(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
+    """A learning rate that falls towards the end falls otherwise when the end is moved."""
+    schedule = now.get("schedule")
+    moved = any(before.get(name) != now.get(name) for name in _LENGTH)
+    if moved and schedule != "constant":
+        print(
+            f"note: the {schedule} schedule has another end than before, so learning rates differ "
+            "from those of a run that was this long from the start",
+            file=sys.stderr,
+        )
 
 
 def _found_from(directory: str, data: Scalar) -> Scalar:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 
@@ -72,6 +74,8 @@ def prepare(config: TrainingConfig) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
     return device
 
 
