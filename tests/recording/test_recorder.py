@@ -305,3 +305,12 @@ def test_a_clip_is_told_with_the_digits_that_were_measured(recorder, share):
     assert told.norm_before == np.float32(1 / 3)
     assert told.shares == pytest.approx((share, 0.0), abs=1 / 8192, nan_ok=True)
     assert told.scale == pytest.approx(share, rel=1e-7, nan_ok=True)
+
+
+def test_own_cost_has_the_digits_that_the_store_keeps(recorder):
+    collector = Collector()
+    recorder.subscribe(collector)
+    recorder.record(step(1, own_ms=1.42335))
+    assert recorder.flush(5)
+    (told,) = [item.record.own_ms for item in collector.items if isinstance(item, Stepped)]
+    assert told == float(np.float32(1.42335)) != 1.42335

@@ -45,8 +45,10 @@ def artifact_bytes(artifact: Artifact) -> int:
 
 
 def in_short(record: StepRecord) -> StepRecord:
-    """The record with no more digits in its clip than were measured and are ever shown: a run may
+    """The record with no more digits than were measured, are kept and are ever shown: a run may
     clip at every step, and digits of noise are most of what that costs on a thin line."""
+    # As the store keeps it, so that a run's story told again is the same to the last digit.
+    record = replace(record, own_ms=float(np.float32(record.own_ms)))
     clip = record.clip
     if clip is None:
         return record
