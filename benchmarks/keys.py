@@ -49,6 +49,7 @@ class Screen:
         self._stream = pyte.ByteStream(self.pyte)
         self._arrived: queue.Queue[tuple[float, bytes]] = queue.Queue()
         self.child = pexpect.spawn(command[0], command[1:], dimensions=(40, 120))
+        self.child.delaybeforesend = None  # or every key would be 50 ms late
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:

@@ -20,6 +20,9 @@ SILENCE_S = 10.0
 """A peer that owes an answer and sends not one byte for so long is lost."""
 FRAME_S = 120.0
 """A frame that takes longer is lost too, though bytes trickle."""
+OBEYING_S, OBEYING_TIMES = 0.6, 10
+"""So long after a command was acknowledged the run is asked so many times as often: a pause comes
+about only at the end of the running phase."""
 SMALLEST_BUDGET, LARGEST_BUDGET = 4 * 1024, 256 * 1024
 SLOW_UPDATE_S, QUICK_UPDATE_S = 0.3, 0.1
 """An update that takes longer makes the next ones smaller: a command waits behind at most one."""
@@ -40,6 +43,7 @@ class Conversation:
         self._asked: float | None = None
         self._next_poll = self._heard = self._frame_began = time.monotonic()
         self._interval = box.interval
+        self._obeying_until = 0.0
         self._topics: frozenset[str] = frozenset()
         self._budget = LARGEST_BUDGET // 4
         self.welcome: Welcome | None = None
@@ -181,6 +185,7 @@ class Conversation:
                 self._box.deliver(message.status)  # first: who is answered may look at once
                 answer(self._waiting.pop(message.id), message)
                 self._next_poll = self._heard
+                self._obeying_until = self._heard + OBEYING_S
             case _:
                 raise ProtocolError(f"a {type(message).__name__} that was not asked for")
 
@@ -195,7 +200,10 @@ class Conversation:
         # Once more after the end was said: what was printed last.
         self.ended = update.status.ended and not update.more and self._said_end
         self._said_end = update.status.ended and not update.more
-        self._next_poll = self._heard + (0.0 if update.more else self._interval)
+        wait = self._interval
+        if self._heard < self._obeying_until:
+            wait /= OBEYING_TIMES
+        self._next_poll = self._heard + (0.0 if update.more else wait)
         self._cursor.advance(update)
         self._box.deliver(Delivery(update, self._generation))
 
