@@ -35,6 +35,8 @@ class Banner(Panel):
     def _said(self) -> tuple[str, str, str]:
         """(kind, what happened, what to do)."""
         status, link = self.snapshot.status, self.snapshot.link
+        if status.state == "crashed" and status.refused:
+            return "error", f"could not start: {status.reason}", status.hint
         if status.state == "crashed":
             return "error", f"crashed at step {status.step:,}: {status.reason}", status.hint
         if status.ended:
@@ -45,7 +47,7 @@ class Banner(Panel):
         if link.state == "closed":
             return "error", link.message or "the connection was closed", link.hint
         if status.recording:
-            return "warning", f"not recorded to disk: {status.recording}", ""
+            return "warning", status.recording, ""
         return "", "", ""
 
     def _cut(self, text: str, room: int) -> str:
