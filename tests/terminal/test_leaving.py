@@ -100,6 +100,16 @@ def test_a_polite_request_to_end_closes_the_screen_alone(runs: Path, train: Path
     soon(runs, lives)
 
 
+def test_a_hang_up_while_it_is_leaving_does_not_keep_it(runs: Path, train: Path) -> None:
+    """As when a terminal emulator ends its child and closes: the kernel adds a SIGCONT."""
+    with Terminal(change(train, ""), timeout=60) as terminal:
+        terminal.find(STEPS)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT, signal.SIGHUP):
+            os.kill(terminal.child.pid, number)
+        assert terminal.wait_for_exit(20) == 143
+    soon(runs, lives)
+
+
 def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> None:
     spoilt = (
         "import tui_trainer.ui.app as app\n"

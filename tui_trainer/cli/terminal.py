@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -23,6 +24,8 @@ LEAVE = (
     "\x1b[<u"  # the keyboard protocol that was pushed, popped
     "\x1b[?25h\x1b[0m"  # the cursor back, no colour
 )
+LEAVES_WITHIN_S = 10.0
+"""An app that was asked to end and is still there after so long is ended."""
 
 
 @contextlib.contextmanager
@@ -38,10 +41,22 @@ def given_back() -> Iterator[Callable[[], int]]:
 
     def as_interrupt(number: int, _: FrameType | None) -> None:
         nonlocal came
-        came = number
         if number == signal.SIGHUP:
             _print_to_nobody()
+        if came:
+            return  # it is leaving: a second interrupt would break off the leaving itself
+        came = number
+        # A hang-up comes with SIGCONT, on which the app would take the terminal anew.
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        insist.start()
         signal.raise_signal(signal.SIGINT)
+
+    def break_off() -> None:
+        _restore(settings)
+        os._exit(128 + came)
+
+    insist = threading.Timer(LEAVES_WITHIN_S, break_off)
+    insist.daemon = True
 
     heard = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
@@ -54,6 +69,7 @@ def given_back() -> Iterator[Callable[[], int]]:
             os.write(sys.__stdout__.fileno(), LEAVE.encode())  # type: ignore[union-attr]
         raise
     finally:
+        insist.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
         _restore(settings)
