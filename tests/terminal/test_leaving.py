@@ -106,7 +106,7 @@ def test_a_hang_up_while_it_is_leaving_does_not_keep_it(runs: Path, train: Path)
         terminal.find(STEPS)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT, signal.SIGHUP):
             os.kill(terminal.child.pid, number)
-        assert terminal.wait_for_exit(20) == 143
+        assert terminal.wait_for_exit(20) in (129, 143)  # pending signals come in any order
     soon(runs, lives)
 
 
