@@ -273,8 +273,8 @@ def compare(
     threads: int,
     settle: float = 8.0,
 ) -> dict[str, dict[str, float]]:
-    """Turns A B A C A D …, `rounds` times over, after a first one each that does not count: `settle`
-    seconds, some hundred steps, in which the governor finds the cadences that it then keeps."""
+    """Turns A B A C A D …, `rounds` times over, after a first one each that does not count:
+    `settle` seconds, some hundred steps, in which the governor finds the cadences it then keeps."""
     for trainee in (bare, *others):
         trainee.turn(0.05, settle, threads)
     found = {each.way.name: Compared(each.way.name) for each in others}
