@@ -10,6 +10,7 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import settle, text_of
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
+from tui_trainer.config.resolve import resolve
 from tui_trainer.session.api import Session
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import task as vit
@@ -163,6 +164,49 @@ async def test_mouse_chooses_task_and_preset() -> None:
         await pilot.press("enter")
         await app.workers.wait_for_complete()
     assert start.requests[0].task == "vit"
+
+
+async def test_a_folder_of_images_takes_the_preset_of_the_command_line(tmp_path: Path) -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("right")
+        await settle(pilot)
+        app.screen.query_one("#option-steps", Input).value = "77"
+        app.screen.query_one("#option-data", Input).focus()
+        await settle(pilot)
+        assert app.screen.query_one("#preset", Choice).value == "digits"
+        await pilot.press(*"/x")
+        await settle(pilot)
+        assert app.screen.query_one("#preset", Choice).value == "images"
+        assert app.screen.query_one("#option-image_size", Input).value == "64"
+        await pilot.press("backspace", "backspace")
+        await settle(pilot)
+        assert app.screen.query_one("#preset", Choice).value == "digits"
+        assert app.screen.query_one("#option-image_size", Input).value == "8"
+        app.screen.query_one("#option-data", Input).value = str(tmp_path)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+    settings = dict(start.requests[0].settings)
+    assert settings == {"preset": "images", "data": str(tmp_path), "steps": 77}
+    config = resolve(vit, None, settings)
+    assert config == resolve(vit, None, {"data": str(tmp_path), "steps": 77})
+
+
+async def test_a_preset_chosen_by_hand_stays_when_data_is_typed(tmp_path: Path) -> None:
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("right", "down", "left")
+        await settle(pilot)
+        assert app.screen.query_one("#preset", Choice).value == "face-s14"
+        app.screen.query_one("#option-data", Input).value = str(tmp_path)
+        await settle(pilot)
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+    assert start.requests[0].settings["preset"] == "face-s14"
 
 
 async def test_a_wrong_value_is_told_below_its_field_and_nothing_starts() -> None:

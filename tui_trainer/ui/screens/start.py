@@ -13,6 +13,7 @@ from textual.widgets import Static
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
+from tui_trainer.config.resolve import default_preset
 from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.panels.choice import Choice, Toggle
@@ -72,6 +73,8 @@ class StartScreen(RunScreen):
         super().__init__()
         self._chosen = ""
         self._preset: dict[str, str] = {}
+        self._preset_by_hand: set[str] = set()
+        """Tasks whose preset the person chose: it no longer follows the data."""
         self._entered: dict[str, dict[str, str]] = {}
         self._starting = False
 
@@ -161,10 +164,25 @@ class StartScreen(RunScreen):
     @on(Choice.Changed, "#preset")
     def choose_preset(self, event: Choice.Changed) -> None:
         """Other defaults; what was changed by hand stays changed."""
-        self._remember()
-        self._preset[self._chosen] = event.value
-        self._fill()
+        self._preset_by_hand.add(self._chosen)
+        self._use_preset(event.value)
         self._say_fault(None)
+
+    def _use_preset(self, preset: str) -> None:
+        self._remember()
+        self._preset[self._chosen] = preset
+        self._fill()
+
+    def _follow_data(self) -> None:
+        """Where no preset was chosen by hand it is the one that the command line would take."""
+        task = self.form
+        if task is None or task.name in self._preset_by_hand:
+            return
+        data = next((row.value for row in self.query(FormRow) if row.option_name == "data"), "")
+        preset = default_preset(task, data.strip())
+        if preset != self._preset.get(task.name, ""):
+            self.query_one("#preset", Choice).value = preset
+            self._use_preset(preset)
 
     def _remember(self) -> None:
         self._entered[self._chosen] = {
@@ -176,6 +194,7 @@ class StartScreen(RunScreen):
     def on_form_row_changed(self, event: FormRow.Changed) -> None:
         """Something was typed: an old complaint no longer holds."""
         event.stop()
+        self._follow_data()
         self._say_fault(None)
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
@@ -196,12 +215,14 @@ class StartScreen(RunScreen):
         for row in self.query(FormRow):
             row.fault(None)
         self._fill()
+        self._follow_data()
         self._say_fault(None)
 
     def action_start(self) -> None:
         """Check the form; start if nothing is wrong."""
         if self._starting:
             return
+        self._follow_data()  # Enter may overtake the news of the last letter typed
         request, errors = self._request()
         for row in self.query(FormRow):
             row.fault(errors.get(row.option_name))
