@@ -7,7 +7,6 @@ import gc
 import os
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from tui_trainer.session.api import Session, Snapshot
 from tui_trainer.ui import output, theme
 from tui_trainer.ui.commands import CommandingApp
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
-from tui_trainer.ui.launch import LaunchError, LaunchRequest, OnLaunch
+from tui_trainer.ui.launch import OnLaunch
 from tui_trainer.ui.pace import FAST, SLOW, Pace
 from tui_trainer.ui.palette import ActionProvider
 from tui_trainer.ui.screens.base import RunScreen
@@ -266,24 +265,6 @@ class TuiTrainerApp(CommandingApp):
         if action == "go" and parameters == ("start",):
             return self.on_launch is not None and self.session is None
         return True
-
-    def launch(self, request: LaunchRequest) -> None:
-        """Start a training off the event loop, then show its dashboard."""
-        self.run_worker(partial(self._launch, request), thread=True, exclusive=True, group="launch")
-
-    def _launch(self, request: LaunchRequest) -> None:
-        assert self.on_launch is not None
-        try:
-            session = self.on_launch(request)
-        except LaunchError as fault:
-            text = f"{fault}\n{fault.hint}" if fault.hint else str(fault)
-            self.call_from_thread(self.notify, text, title="not started", severity="error")
-        else:
-            self.call_from_thread(self._launched, session)
-
-    def _launched(self, session: Session) -> None:
-        self.attach(session)
-        self.action_go("dashboard")
 
     # ------------------------------------------------------------ look
 
