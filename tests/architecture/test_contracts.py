@@ -80,3 +80,20 @@ def test_every_package_is_in_the_wheel_and_under_a_contract() -> None:
     )
     for package in found - {"tui_trainer"}:
         assert ".".join(package.split(".")[:2]) in text, f"{package} is under no contract"
+
+
+def test_models_may_import_none_of_our_packages() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (
+        c for c in settings["contracts"] if c.get("source_modules") == ["tui_trainer.models"]
+    )
+    assert set(contract["forbidden_modules"]) == {f"tui_trainer.{name}" for name in rooms()}
+
+
+def test_the_map_of_the_house_has_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [name for name in rooms() if f"| `tui_trainer/{name}/` |" not in text] == []
+
+
+def rooms() -> list[str]:
+    return sorted(each.parent.name for each in (ROOT / "tui_trainer").glob("*/__init__.py"))
