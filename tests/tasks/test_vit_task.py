@@ -170,7 +170,7 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, caplog, workers):
         decoder = Decoder(images, flip=True, shift=2)
         batches = ImageBatches(decoder, plan, 1, torch.device("cpu"), count)
         found.append(list(batches))
-        assert set(batches.skipped) == {"bee/0.png", "cat/4.JPG"}
+        assert set(batches.skipped.reasons) == {"bee/0.png", "cat/4.JPG"}
     assert "bee/0.png" in caplog.text
     assert "(2 so far)" in caplog.text
     assert all(images.shape == (4, 3, 16, 16) for images, _ in found[0])
@@ -178,6 +178,48 @@ def test_corrupt_images_are_skipped_counted_and_named(folder, caplog, workers):
     for (some, labels), (other, other_labels) in zip(*found, strict=True):
         assert torch.equal(some, other)
         assert torch.equal(labels, other_labels)
+
+
+def test_corrupt_held_out_images_are_named_once_and_count_for_nothing(folder, caplog):
+    options = {**FOLDER, "data": str(folder), "validation_share": 1 / 3, "eval_batches": 99}
+    _, validation = load_images(resolve(find_task("vit"), "images", options))
+    held_out = [validation.name_of(index) for index in range(len(validation))]
+    for name in held_out[:3]:
+        (folder / name).write_bytes(b"not an image any more")
+    damaged = {*held_out[:3], *({"bee/0.png", "cat/4.JPG"} & set(held_out))}
+    assert len(held_out) == 12
+    evaluation = tiny("images", **options).evaluations[0]
+    for _ in range(2):
+        metrics, (_, matrix) = evaluation.run()
+    counts = np.array(matrix.counts)
+    assert counts.sum() == 12 - len(damaged)  # the next image does not stand in
+    assert metrics["accuracy"] == pytest.approx(np.trace(counts) / counts.sum())
+    for name in damaged:
+        assert caplog.text.count(name) == 1
+    assert f"{len(damaged)} of 12 images cannot be read" in caplog.text
+    assert f"over the other {12 - len(damaged)}" in caplog.text
+
+
+def test_corrupt_images_of_the_training_sample_are_named_once_with_those_of_the_batches(
+    folder, caplog
+):
+    options = {**FOLDER, "data": str(folder), "validation_share": 0.0, "eval_batches": 99}
+    training = tiny("images", **options)
+    metrics, _ = training.evaluations[0].run()
+    assert metrics["training_sample_accuracy"] <= 1
+    training.loop()
+    for name in ("bee/0.png", "cat/4.JPG"):
+        assert caplog.text.count(name) == 1
+
+
+def test_nothing_is_measured_on_images_none_of_which_can_be_read(folder, caplog):
+    options = {**FOLDER, "data": str(folder), "validation_share": 1 / 3}
+    _, validation = load_images(resolve(find_task("vit"), "images", options))
+    evaluation = tiny("images", **options).evaluations[0]
+    for index in range(len(validation)):
+        (folder / validation.name_of(index)).write_bytes(b"")
+    assert evaluation.run() == ({}, [])
+    assert "accuracy is not measured" in caplog.text
 
 
 def test_decoding_brings_to_size_and_keeps_the_middle(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import random
@@ -19,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.tasks.vit.arithmetic import EpochPlan
 from tui_trainer.tasks.vit.images import Images, UnreadableImageError
-
-logger = logging.getLogger(__name__)
+from tui_trainer.tasks.vit.skipped import Skipped
 
 Pick = tuple[int, int]
 """(index of the image, key of its random changes)."""
@@ -136,8 +134,7 @@ class ImageBatches:
         self.workers = workers
         self.position = 0
         """Batches handed out so far."""
-        self.skipped: dict[str, str] = {}
-        """Unreadable images met so far, and why."""
+        self.skipped = Skipped()
 
     def __len__(self) -> int:
         return self.plan.updates
@@ -152,21 +149,13 @@ class ImageBatches:
             **worker_options(self.workers),
         )
         for pixels, labels, skipped in loader:
-            self.note(skipped)
+            for name, reason in skipped:
+                self.skipped.note(name, reason)
             self.position += 1
             yield (
                 normalise(pixels.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
-
-    def note(self, skipped: list[tuple[str, str]]) -> None:
-        """Count and name unreadable images, each once."""
-        for name, reason in skipped:
-            if name not in self.skipped:
-                self.skipped[name] = reason
-                logger.warning(
-                    "skipped unreadable image %s: %s (%d so far)", name, reason, len(self.skipped)
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -12,9 +13,12 @@ from tui_trainer.models.vit import ViT
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.tasks.devices import autocast
 from tui_trainer.tasks.evaluating import evaluating
-from tui_trainer.tasks.vit.batches import Decoder, Loaded, collate, normalise
+from tui_trainer.tasks.vit.batches import Loaded, collate, normalise
 from tui_trainer.tasks.vit.config import VitConfig
-from tui_trainer.tasks.vit.images import Images
+from tui_trainer.tasks.vit.images import Images, UnreadableImageError
+from tui_trainer.tasks.vit.skipped import Skipped
+
+logger = logging.getLogger(__name__)
 
 Result = tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]
 
@@ -27,10 +31,19 @@ MOST_CLASSES = 64
 
 
 class Classification:
-    """Loss and accuracy over the same images each time, some of them to see, and the confusions."""
+    """Loss and accuracy over the same images each time, some of them to see, and the confusions.
+
+    An image that cannot be read is left out: nothing stands in for it.
+    """
 
     def __init__(
-        self, model: ViT, images: Images, config: VitConfig, device: torch.device, prefix: str = ""
+        self,
+        model: ViT,
+        images: Images,
+        config: VitConfig,
+        device: torch.device,
+        skipped: Skipped,
+        prefix: str = "",
     ) -> None:
         """`prefix`: put before the metrics' names, where the images are not held out ones."""
         self.model = model
@@ -38,12 +51,16 @@ class Classification:
         self.config = config
         self.device = device
         self.prefix = prefix
-        self.skipped: dict[str, str] = {}
+        self._skipped = skipped
+        self._loaded = False
         self._batches: list[Loaded] = []
 
     def __call__(self) -> Result:
-        """{"loss": nats, "accuracy": share}, an ImageSample and a ConfusionMatrix."""
+        """{"loss": nats, "accuracy": share}, an ImageSample and a ConfusionMatrix; nothing where
+        no image can be read."""
         batches = self._load()
+        if not batches:
+            return {}, []
         with evaluating(self.model), autocast(self.config, self.device):
             outputs = [self.model(normalise(batch.pixels.to(self.device))) for batch in batches]
         logits = torch.cat(outputs).float().cpu()  # (images, classes)
@@ -57,15 +74,26 @@ class Classification:
 
     def _load(self) -> list[Loaded]:
         """The images, decoded at first use and kept: at most `eval_batches` batches of them."""
-        if not self._batches:
+        if not self._loaded:
             size = self.config.batch_size
-            decoder = Decoder(self.images)
             count = min(len(self.images), size * self.config.eval_batches)
-            for start in range(0, count, size):
-                picks = range(start, min(start + size, count))
-                self._batches.append(collate([decoder[index, 0] for index in picks]))
-                self.skipped.update(self._batches[-1].skipped)
+            readable = [image for index in range(count) if (image := self._image(index))]
+            starts = range(0, len(readable), size)
+            self._batches = [collate(readable[start : start + size]) for start in starts]
+            self._loaded = True
+            if len(readable) < count:
+                missing = f"{count - len(readable)} of {count} images"
+                rest = f"over the other {len(readable)}" if readable else "not measured"
+                logger.warning("%s cannot be read: accuracy is %s", missing, rest)
         return self._batches
+
+    def _image(self, index: int) -> Loaded | None:
+        try:
+            pixels = self.images.load(index)
+        except UnreadableImageError as fault:
+            self._skipped.note(self.images.name_of(index), str(fault))
+            return None
+        return Loaded(pixels, self.images.labels[index], [])
 
     def _sample(self, batches: list[Loaded], logits: Tensor, labels: Tensor) -> ImageSample:
         pixels = torch.cat([batch.pixels for batch in batches[:SHOWN]])[:SHOWN]

@@ -19,6 +19,7 @@ from tui_trainer.tasks.vit.evaluations import Classification
 from tui_trainer.tasks.vit.folder import load_images
 from tui_trainer.tasks.vit.images import Images
 from tui_trainer.tasks.vit.loop import train
+from tui_trainer.tasks.vit.skipped import Skipped
 
 
 def build(config: VitConfig) -> Training:
@@ -45,7 +46,7 @@ def build(config: VitConfig) -> Training:
         steps_per_epoch=plan.batches_per_epoch,
         items_per_step=config.batch_size,
         item_unit="images",
-        evaluations=(_evaluation(config, model, training, validation, device),),
+        evaluations=(_evaluation(config, model, training, validation, batches),),
         facts={
             **_facts(training, validation, plan),
             "parameters": parameters,
@@ -74,16 +75,17 @@ def make_model(config: VitConfig, classes: int) -> ViT:
 
 
 def _evaluation(
-    config: VitConfig, model: ViT, training: Images, validation: Images, device: torch.device
+    config: VitConfig, model: ViT, training: Images, validation: Images, batches: ImageBatches
 ) -> Evaluation:
     """On the held out images; where there are none, on a fixed sample of the training images,
     which the metrics' names then say."""
+    device = batches.device
     if len(validation):
-        run = Classification(model, validation, config, device)
+        run = Classification(model, validation, config, device, Skipped("held out image"))
         return Evaluation("validation", config.eval_every, run, at_start=True)
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(1))
     some = training.subset(order[: config.batch_size * config.eval_batches])
-    run = Classification(model, some, config, device, prefix="training_sample_")
+    run = Classification(model, some, config, device, batches.skipped, prefix="training_sample_")
     return Evaluation("training sample", config.eval_every, run, at_start=True)
 
 
