@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "value": {"clip": "value", "clip_value": 0.05, "optimizer": "sgd"},
     "fp16": {"dtype": "fp16", "clip": "off", "implementation": "foreach"},
+    "fp16 fused": {"dtype": "fp16", "clip": "norm", "implementation": "fused"},
 }
 
 SCRIPT = """
@@ -57,6 +58,9 @@ def train_task(name: str, variant: str) -> Outcome:
         **SMALL[name] | VARIANTS[variant],
     )  # fmt: skip
     training = build(definition, config)
+    if config.dtype == "fp16":  # so high that the first steps are skipped
+        scaler = training.stateful["scaler"]
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**24})
     training.loop()
     return training.model.state_dict(), [torch.get_rng_state()]
 
@@ -101,6 +105,9 @@ def test_tasks(task, variant):
     finally:
         torch.set_num_threads(threads)
     skipped = len(recorder.said("skipped_step"))
+    assert bool(skipped) == (VARIANTS[variant].get("dtype") == "fp16")
+    if VARIANTS[variant].get("implementation") == "fused":
+        skipped = 0  # it is called, and skips the update itself
     assert [r.step for r in recorder.records] == list(range(1, 51 - skipped))
     assert len(recorder.info["attention"]) == 2
     assert len(recorder.rows("attention")) == 50 - skipped

@@ -46,8 +46,12 @@ def test_losses_and_norms_are_unscaled(unscale, clip, fused):
         close(recorder.series("clip", "norm_before"), totals)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("clip", [None, "norm", "value"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipped_step_is_said(fused):
+def test_skipped_step_is_said(unscale, clip, fused):
+    if clip and not unscale:
+        pytest.skip("clipping scaled gradients is a mistake of the script's")
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
@@ -61,16 +65,49 @@ def test_skipped_step_is_said(fused):
             if number == 1:
                 loss = loss * float("inf")
             scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            if clip == "norm":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            elif clip == "value":
+                torch.nn.utils.clip_grad_value_(model.parameters(), 1e-2)
             scaler.step(optimizer)
             scaler.update()
 
     recorder, gate = trace(loop)
     (said,) = recorder.said("skipped_step")
-    assert "1024" in said
-    if not fused:  # a fused optimizer is called, and skips the update itself
+    assert said.endswith("loss scale 1024")
+    losses = recorder.series("step", "loss")
+    if fused:  # it is called, and skips the update itself: a step that changes nothing
+        assert [record.step for record in recorder.records] == [1, 2, 3, 4]
+        assert [abs(loss) < 10 for loss in losses] == [True, False, True, True]
+    else:
         assert [record.step for record in recorder.records] == [1, 2, 3]
-        assert all(abs(loss) < 10 for loss in recorder.series("step", "loss"))
+        assert all(abs(loss) < 10 for loss in losses)
         assert gate.phases(2).count("step") == 1
+
+
+def test_two_optimizers_skip_by_themselves():
+    torch.manual_seed(0)
+    models = [mlp(), mlp()]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2, fused=True) for m in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    def loop():
+        for number in range(3):
+            for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                inputs, targets = batch()
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), targets)
+                scaler.scale(loss * (float("inf") if number == index == 1 else 1)).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+            scaler.update()
+
+    recorder, _ = trace(loop)
+    assert [text for text in recorder.said("skipped_step") if text.endswith("scale 64")]
+    assert len(recorder.said("skipped_step")) == 1
 
 
 def test_disabled_scaler_is_no_scaler():

@@ -140,11 +140,7 @@ class Hearing(HearsCalls):
     def _read_gradients(self, meter: Meter, clipping: str = "") -> None:
         optimizer = self.registry.optimizer_of(meter)
         meter.prepare(self.phases.step, self.gate.stops_soon)
-        meter.read_gradients(
-            self.scaling.gradient_scale(optimizer),
-            getattr(optimizer, "found_inf", None),
-            clipping,
-        )
+        meter.read_gradients(self.scaling.gradient_scale(optimizer), clipping)
 
     # ------------------------------------------------------------ the optimizer's step
 
@@ -161,6 +157,9 @@ class Hearing(HearsCalls):
         meter.prepare(self.phases.step, self.gate.stops_soon)
         if not closure and not meter.fresh:
             self._read_gradients(meter)
+        # A GradScaler gives it to an optimizer that skips by itself, for the time of its step.
+        found_inf = getattr(optimizer, "found_inf", None)
+        meter.skip = None if found_inf is None else (found_inf, self.scaling.loss_scale())
         meter.before_update()
         self.phases.run()
 
@@ -207,7 +206,7 @@ class Hearing(HearsCalls):
 
     @guarded
     def step_skipped(self, optimizer: Optimizer) -> None:
-        """A GradScaler did not let the optimizer step."""
+        """A GradScaler did not call `optimizer.step`: the step in the making begins anew."""
         text = skipped_text(self.scaling.last_scale())
         self.recorder.notice("skipped_step", text, "warning", self.phases.step)
         self.making.forget()

@@ -62,8 +62,8 @@ class Made:
         learning_rate = next(values) if isinstance(rate, torch.Tensor) else rate
         clips = [_clip_seen(call, values, self.with_gradient) for call in finished.clips]
         scale = next(values) if self.scaled else 1.0
-        if next(values, 0.0) > 0:  # found_inf, where there is one
-            skipped(scale)
+        if next(values, 0.0) > 0:  # `Meter.skip`, where there is one
+            skipped(next(values))
         return Facts(
             step=finished.step,
             time=self.time,

@@ -41,8 +41,10 @@ class Meter:
         self._prepared = -1
         self.fresh = False
         """Whether the gradients of this step have been read since the last backward."""
+        self.skip: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Where the optimizer itself skips a step whose gradients are not finite: whether it does
+        (above 0) and the loss scale (0-d each). Set when its step begins."""
         self._scale: torch.Tensor | None = None
-        self._found_inf: torch.Tensor | None = None
         self._with_gradient = 0
         self._lending = False
         self._trusted = False
@@ -98,16 +100,14 @@ class Meter:
             for slot in self._schedule.plan.after_forward:
                 self._call(slot, slot.probe.after_forward)
 
-    def read_gradients(
-        self, scale: torch.Tensor | None, found_inf: torch.Tensor | None, clipping: str = ""
-    ) -> None:
+    def read_gradients(self, scale: torch.Tensor | None, clipping: str = "") -> None:
         """Gradients are complete and not yet clipped. `scale`: a factor still on them.
 
         `clipping`: the kind of clipping that is about to come; by norm, `lend` follows.
         """
         if clipping:
             self._schedule.add_clipping()
-        self._scale, self._found_inf = scale, found_inf
+        self._scale = scale
         self._lending = clipping == "norm" and self._trusted
         plan = self._schedule.plan
         reading = plan.own_gradients if self._lending else plan.gradients
@@ -164,8 +164,8 @@ class Meter:
             header += call.readings
         if self._scale is not None:
             header.append(scalar(self._scale))
-        if self._found_inf is not None:
-            header.append(scalar(self._found_inf))
+        if self.skip is not None:
+            header += [scalar(value) for value in self.skip]
         parts = [Part(header, False)]
         own: dict[str, float] = {}
         for slot in plan.reading:

@@ -47,6 +47,12 @@ class Scaling:
         scale = scaler._scale
         return scale if isinstance(scale, torch.Tensor) else None
 
+    def loss_scale(self) -> torch.Tensor:
+        """The factor (0-d) that losses are scaled by now; NaN where that is not known."""
+        scaler = self._scaler() if self._scaler is not None else None
+        scale = scaler._scale if scaler is not None else None
+        return scale if isinstance(scale, torch.Tensor) else torch.tensor(float("nan"))
+
     def last_scale(self) -> float:
         """The loss scale now, for people. Waits for the device: the scaler itself just did."""
         scaler = self._scaler() if self._scaler is not None else None

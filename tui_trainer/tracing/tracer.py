@@ -5,7 +5,10 @@ training thread, and makes of them the phases data → zero_grad → forward →
 step, in whatever order and number a script has them. Rules:
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
-* Evaluations (without gradients) are no phase; a step that a GradScaler skips is no step.
+* Evaluations (without gradients) are no phase.
+* A step for which a GradScaler does not call the optimizer is no step: the next batch belongs to
+  the same one. An optimizer that heeds `found_inf` itself (PyTorch's fused ones) is called all the
+  same and leaves the weights as they are: that is a step. Both are announced as skipped.
 * What a step's loss is, is said in `making.py`; where one phase ends and the next begins, in
   `phases.py`.
 
