@@ -32,6 +32,15 @@ def steps_in(text):
     }
 
 
+def drifts_in(text):
+    """Step to what every layer's matrices have moved, where that was measured."""
+    return {
+        line["step"]: [[layer[f"drift_{m}"] for m in "qkv"] for layer in line["attention"]]
+        for line in map(json.loads, text.splitlines())
+        if line["type"] == "step" and line["attention"]
+    }
+
+
 def files_of(directory):
     return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
@@ -45,6 +54,10 @@ def test_going_on_equals_never_having_stopped(place):
     header, rest = steps_in(done.stdout)
     assert list(rest) == list(range(8, 13))
     assert rest == {step: whole[step] for step in rest}
+    # Drift is from the weights that the whole run began with.
+    drifts, of_whole = drifts_in(done.stdout), drifts_in((place / "whole.jsonl").read_text())
+    assert drifts
+    assert drifts == {step: of_whole[step] for step in drifts}
     assert header["parent"] == str(parent)
     assert header["branch_step"] == 7
     assert header["working_directory"] == str(place)

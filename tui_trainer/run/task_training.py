@@ -44,6 +44,8 @@ def train_task(host: Surroundings) -> Outcome:
             with tracer.suspended():
                 evaluations.at_start(0)
         else:
+            # Built from the same seed, so these are the weights that the run began with.
+            tracer.expect(training.model, _optimizers(training))
             _resume(host, checkpoint, training)
         host.waiting_for("")
         outcome = Outcome("finished")
@@ -101,6 +103,13 @@ def _checkpoint_to_resume(spec: RunSpec) -> Checkpoint | None:
     from tui_trainer.run.checkpoints import load
 
     return load(spec.resume)
+
+
+def _optimizers(training: Training) -> list[torch.optim.Optimizer]:
+    import torch
+
+    held = training.stateful.values()
+    return [each for each in held if isinstance(each, torch.optim.Optimizer)]
 
 
 def _resume(host: Surroundings, checkpoint: Checkpoint, training: Training) -> None:

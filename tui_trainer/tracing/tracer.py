@@ -106,6 +106,16 @@ class Tracer(Hearing):
         except Exception as fault:
             self.fault("flush", fault)
 
+    def expect(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take `model` as it is now for the start of its training, before its weights are set to
+        those of a checkpoint: drift counts from here."""
+        try:
+            self._roots.adopt(model)
+            for optimizer in optimizers:
+                self.registry.meter_for(optimizer)
+        except Exception as fault:
+            self.fault("expect", fault)
+
     # ------------------------------------------------------------ where it is
 
     @property
