@@ -14,6 +14,7 @@ from tui_trainer.run import checkpoints as checkpointing
 from tui_trainer.run.checkpoints import Checkpoints, load, restore
 from tui_trainer.run.flatten import CannotFlatten, flatten, unflatten
 from tui_trainer.run.randomness import random_state, restore_random_state
+from tui_trainer.tasks.devices import GradScaler
 
 
 def same(a, b):
@@ -110,6 +111,63 @@ def test_sixty_and_forty_are_a_hundred(tmp_path):
         assert torch.equal(one, other)
     assert (checkpoint.step, checkpoint.facts) == (60, {"why": "test"})
     assert second_parts["position"].position == 100
+
+
+def make_scaled(implementation):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.01, **{implementation: True} if implementation else {}
+    )
+    scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    return model, {"optimizer": optimizer, "scaler": scaler, "position": Position()}
+
+
+def train_scaled(model, parts, until, infinite=frozenset()):
+    """As the loops of the tasks, with gradients that are not finite at some steps."""
+    optimizer, scaler, position = parts.values()
+    scales = {}
+    while position.position < until:
+        position.position += 1
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 4)).square().mean()
+        if position.position in infinite:
+            loss = loss * math.inf
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        scales[position.position] = scaler.get_scale()
+    return scales
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach", None])
+@pytest.mark.parametrize("at", [59, 60, 61, 62, 63])
+def test_sixty_and_forty_are_a_hundred_under_a_scaler(tmp_path, at, implementation):
+    infinite = {60, 80} if implementation == "fused" else {80}
+    model, parts = make_scaled(implementation)
+    scales = train_scaled(model, parts, 100, infinite)
+
+    first, first_parts = make_scaled(implementation)
+
+    def write(*_):  # as the gate does: inside the optimizer's step
+        if first_parts["position"].position == at:
+            Checkpoints(tmp_path).write(at, first.state_dict(), first_parts)
+
+    first_parts["optimizer"].register_step_post_hook(write)
+    train_scaled(first, first_parts, at + 2, infinite)
+
+    second, second_parts = make_scaled(implementation)
+    checkpoint = load(tmp_path)
+    restore(checkpoint, second, second_parts)
+    restore_random_state(checkpoint.random)
+    if implementation == "fused" and at == 60:
+        assert second_parts["scaler"].state_dict()["scale"] == scales[60] == scales[59] / 2
+    rest = train_scaled(second, second_parts, 100, infinite)
+    assert rest == {step: scale for step, scale in scales.items() if step > at}
+    for one, other in zip(model.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_writing_draws_no_random_number(tmp_path):

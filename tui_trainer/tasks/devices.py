@@ -106,8 +106,8 @@ class GradScaler(torch.amp.GradScaler):
     """PyTorch's, whose state may be taken between its `step` and its `update` as well.
 
     A checkpoint is taken when the optimizer has stepped, which is inside `step`; a run that goes on
-    from it has not to make that step's `update` any more. A step that was skipped for infinite
-    gradients never gets there, so the update to come is always that of a good step.
+    from it has not to make that step's `update` any more. It may be the update of a step that was
+    skipped for infinite gradients: a fused optimizer is called for it too, and skips by itself.
     """
 
     _stepping = False
@@ -124,13 +124,30 @@ class GradScaler(torch.amp.GradScaler):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as it is after the update of the step that is being made."""
-        state = super().state_dict()
-        if state and self._stepping:
-            state["_growth_tracker"] += 1
-            if state["_growth_tracker"] == state["growth_interval"]:
-                state["scale"] *= state["growth_factor"]
-                state["_growth_tracker"] = 0
-        return state
+        found = self._found_infinite() if self._stepping else []
+        if not found or self._scale is None or self._growth_tracker is None:
+            return super().state_dict()
+        held = self._scale, self._growth_tracker
+        self._scale, self._growth_tracker = held[0].clone(), held[1].clone()
+        try:
+            torch._amp_update_scale_(
+                self._scale,
+                self._growth_tracker,
+                torch.stack(found).sum(),
+                self._growth_factor,
+                self._backoff_factor,
+                self._growth_interval,
+            )
+            return super().state_dict()
+        finally:
+            self._scale, self._growth_tracker = held
+
+    def _found_infinite(self) -> list[torch.Tensor]:
+        """Of each optimizer and device, whether gradients of this step are not finite (0-d, above 0
+        where so): what PyTorch's `update` goes by."""
+        states = self._per_optimizer_states.values()
+        device = self._scale.device if self._scale is not None else None
+        return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]
 
 
 def make_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:
