@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 
 from tests.tracing.support import KeepingRecorder, SmallGpt, close, gpt_loop, trace
 from tui_trainer.probes.attention_health import health
+from tui_trainer.probes.attention_spectrum import AttentionSpectrum
+from tui_trainer.probes.decomposing import Decomposer
 from tui_trainer.protocol.tables import ATTENTION_STATISTICS
 from tui_trainer.tracing.probe import Options
 
@@ -281,15 +285,64 @@ def test_spectrum_against_the_singular_values(make):
     recorder, _, seen = run(Stack(MAKES[make][0]), steps=6)
     ((step, row),) = recorder.rows("attention_spectrum").items()
     assert step == 6
+    compare_spectrum(recorder, row, lambda turn: seen[turn])
+
+
+def compare_spectrum(recorder, row, seen_at, relative=1e-3):
     for turn in range(6):
         layer, which = turn // 3, turn % 3
-        sigma = torch.linalg.svdvals(seen[turn][1][layer][which])
+        sigma = torch.linalg.svdvals(seen_at(turn)[1][layer][which])
         share = sigma / sigma.sum()
         at, name = recorder.info["attention"][layer].layer, "qkv"[which]
         close(row[f"{at}.sigma_max_{name}"], float(sigma.max()))
         close(row[f"{at}.stable_rank_{name}"], float(sigma.square().sum() / sigma.max() ** 2), 1e-4)
         entropy = -(share * share.log()).sum()
-        close(row[f"{at}.effective_rank_{name}"], float(entropy.exp()), 1e-3)
+        close(row[f"{at}.effective_rank_{name}"], float(entropy.exp()), relative)
+
+
+def test_spectrum_of_an_accelerators_weights_is_computed_beside_the_training(monkeypatch):
+    """What is done for weights that are not on the CPU, on some that are."""
+    made, put, measure = AttentionSpectrum.__init__, Decomposer.put, AttentionSpectrum.after_update
+    sent_at: list[int] = []
+    calls = 0
+
+    def elsewhere(self, subject, options):
+        made(self, subject, options)
+        self._decomposer = Decomposer()
+
+    def after_update(self):
+        nonlocal calls
+        found = measure(self)
+        if found:
+            sent_at.append(calls)
+        calls += 1
+        return found
+
+    def put_and_wait(self, key, matrix):
+        put(self, key, matrix)
+        while self._done.empty():
+            time.sleep(0.001)
+
+    monkeypatch.setattr(AttentionSpectrum, "__init__", elsewhere)
+    monkeypatch.setattr(AttentionSpectrum, "after_update", after_update)
+    monkeypatch.setattr(Decomposer, "put", put_and_wait)
+    torch.manual_seed(0)
+    recorder, _, seen = run(Stack(MAKES["grouped"][0]), steps=150)
+    row = next(iter(recorder.rows("attention_spectrum").values()))
+    compare_spectrum(recorder, row, lambda turn: seen[sent_at[turn]])
+    assert any(thread.name == "tui-trainer spectra" for thread in threading.enumerate())
+
+
+def test_a_spectrum_that_is_not_finite_is_nan_beside_the_training():
+    decomposer, found = Decomposer(), {}
+    decomposer.put(1, np.array([[np.nan, 1.0], [2.0, 3.0]]))
+    decomposer.put(2, np.diag([3.0, 4.0]))
+    deadline = time.monotonic() + 20
+    while decomposer.under_way and time.monotonic() < deadline:
+        decomposer.take(lambda key, values: found.update({key: values}))
+        time.sleep(0.001)
+    assert np.isnan(found[1]).all()
+    np.testing.assert_allclose(found[2], [3.0, 4.0])
 
 
 def slow_health(q, k, mask, scale):
