@@ -324,10 +324,33 @@ def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_
     recorder, _ = trace(healing_loop, options=Options(budget=0.0, cadences={"weight_norm": 1}))
     said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
     gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in said.items()}
-    assert gradients[3] == [("gradient", "2.weight", "nan")]
+    assert gradients[3] == [("gradient", "2.weight", "nan", 2)]
     assert 4 not in gradients or gradients[4] == []
-    assert gradients[6] == [("gradient", "2.weight", "inf")]
-    assert ("weight", "0.bias", "nan") in said[7]
+    assert gradients[6] == [("gradient", "2.weight", "inf", 5)]
+    assert ("weight", "0.bias", "nan", 6) in said[7]
+
+
+def test_what_is_seen_late_says_when_it_was_last_finite():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loop():
+        for step in range(1, 10):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            if step >= 6:
+                model[2].weight.grad[0, 0] = float("nan")
+            optimizer.step()
+
+    cadences = {"grad_norm": 4, "weight_norm": 4}
+    recorder, _ = trace(loop, options=Options(budget=0.0, cadences=cadences))
+    said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
+    assert said == {
+        7: (("loss", "", "nan", 6),),  # the weights are NaN by then: seen at once
+        9: (("gradient", "0.weight", "nan", 5), ("weight", "0.weight", "nan", 5)),
+    }
 
 
 def test_loss_that_is_not_finite():
@@ -341,7 +364,7 @@ def test_loss_that_is_not_finite():
         optimizer.step()
 
     recorder, _ = trace(loop)
-    assert ("loss", "", "inf") in recorder.records[0].nonfinite
+    assert ("loss", "", "inf", None) in recorder.records[0].nonfinite
 
 
 def test_memory_by_the_clock(monkeypatch):

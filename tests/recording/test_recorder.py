@@ -9,11 +9,14 @@ import pytest
 
 from tui_trainer.history import History
 from tui_trainer.history.records import ClipRecord, StepRecord
+from tui_trainer.history.store.objects import decode_event, encode
 from tui_trainer.protocol.describe import Column, RunInfo, Table
 from tui_trainer.protocol.messages import Clip, NonFinite, PhaseReport, Poll, Status, TextSample
 from tui_trainer.protocol.tables import CLIP_COLUMNS, STEP_COLUMNS
 from tui_trainer.recording.items import Described, Ended, Lost, Stepped
 from tui_trainer.recording.recorder import Recorder
+from tui_trainer.run.sinks.encoding import event_object
+from tui_trainer.ui.panels.log_model import from_event
 
 
 class Collector:
@@ -119,7 +122,7 @@ def test_absurd_polls_are_answered(recorder, poll):
 def test_events_are_dense_and_typed(recorder):
     recorder.notice("mark", "hello", who="me")
     recorder.record(step(1, clip=ClipRecord(1.0, 2.0, 0.5, (0,), (0.9,))))
-    recorder.record(step(2, nonfinite=(("loss", "", "nan"),)))
+    recorder.record(step(2, nonfinite=(("loss", "", "nan", 1),)))
     recorder.record(step(3, clip=ClipRecord(1.0, 0.5, 1.0, (), ())))
     events = recorder.update_for(Poll()).events
     assert [event.id for event in events] == [0, 1, 2]
@@ -127,6 +130,23 @@ def test_events_are_dense_and_typed(recorder):
     assert isinstance(events[2], NonFinite)
     assert recorder.update_for(Poll(event=2)).events == events[2:]
     assert recorder.state.clipped_share == pytest.approx(1 / 3)
+
+
+def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
+    late, at_once, never = (
+        ("gradient", "a", "inf", 4),
+        ("loss", "", "nan", 6),
+        ("weight", "", "nan", None),
+    )
+    recorder.record(step(7, nonfinite=(late, at_once, never)))
+    events = recorder.update_for(Poll()).events
+    assert [event.seen for event in events] == [", seen at step 7, finite at step 4", "", ""]
+    assert from_event(events[0], None).text.endswith("in a, seen at step 7, finite at step 4")
+    assert from_event(events[1], None).text == "loss became nan"
+    said = event_object(events[0])
+    assert said["text"] == "gradient is inf, seen at step 7, finite at step 4"
+    assert said["finite_at"] == 4
+    assert decode_event(encode(events[0])) == events[0]
 
 
 def test_memory_of_logs_is_bounded_and_numbers_stay_dense(recorder):

@@ -82,6 +82,7 @@ def _write_events(history: RecordedHistory, folder: Path) -> Path:
                     writer.writerow([item.step, repr(item.time), "clip", "info", text, ""])
                 case NonFinite():
                     text = " ".join(("the", item.quantity, item.parameter, "is", item.value))
+                    text += item.seen
                     line = [item.step, repr(item.time), "nonfinite", "warning"]
                     writer.writerow([*line, " ".join(text.split()), ""])
                 case Notice():

@@ -34,7 +34,8 @@ class StepRecord:
     rows: tuple[tuple[int, Floats], ...]
     """(table id, values of its columns) for each table measured in this step."""
     clip: ClipRecord | None = None
-    nonfinite: tuple[tuple[str, str, str], ...] = field(default=())
-    """(quantity, first parameter, value) of what was found to be NaN or infinite."""
+    nonfinite: tuple[tuple[str, str, str, int | None], ...] = field(default=())
+    """(quantity, first parameter, value, last step at which it was seen to be finite) of what was
+    found to be NaN or infinite."""
     own_ms: float = 0.0
     """What tracing this step cost on the training thread."""

@@ -15,7 +15,8 @@ from tui_trainer.tracing.subject import Subject
 
 class NonFinite(Probe):
     """No table: events. Said once when a quantity turns non-finite, again only after it had gone.
-    Each is looked at whenever it is measured: the loss at every step, weights more seldom.
+    Each is looked at whenever it is measured: the loss at every step, the others more seldom. So it
+    is said, too, at which step the quantity was last seen to be finite.
 
     Costs nothing of its own: a norm is finite exactly when every element is (or its square
     overflows, which is as bad). Without any backward the loss is unknown, not NaN.
@@ -27,29 +28,34 @@ class NonFinite(Probe):
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
         self._present: set[str] = set()
+        self._finite_at: dict[str, int] = {}
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """Adds to `facts.nonfinite`."""
         if facts.loss_known:
             if math.isfinite(facts.loss):
-                self._present.discard("loss")
+                self._finite("loss", facts)
             else:
                 self._see("loss", np.array([facts.loss]), facts)
         if facts.gradient_norms is not None and math.isfinite(facts.total_norm or 0.0):
-            self._present.discard("gradient")
+            self._finite("gradient", facts)
         else:
             self._see("gradient", facts.gradient_norms, facts)
         self._see("weight", facts.weight_norms, facts)
         return ()
 
+    def _finite(self, quantity: str, facts: Facts) -> None:
+        self._present.discard(quantity)
+        self._finite_at[quantity] = facts.step
+
     def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: Facts) -> None:
         if found is None:
             return
         if math.isfinite(found.sum()):
-            self._present.discard(quantity)
+            self._finite(quantity, facts)
         elif quantity not in self._present:
             self._present.add(quantity)
             first = int(np.argmin(np.isfinite(found)))
             parameter = "" if quantity == "loss" else self.subject.names[first]
             value = "nan" if np.isnan(found[first]) else ("inf" if found[first] > 0 else "-inf")
-            facts.nonfinite.append((quantity, parameter, value))
+            facts.nonfinite.append((quantity, parameter, value, self._finite_at.get(quantity)))

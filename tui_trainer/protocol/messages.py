@@ -169,6 +169,16 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
     parameter: str = ""
     """The first parameter in which it was seen."""
     value: str = "nan"
+    finite_at: int | None = None
+    """The last step at which the quantity was measured and finite; None: at none. Between that step
+    and this one it was not measured."""
+
+    @property
+    def seen(self) -> str:
+        """What to add where it may have appeared before the step at which it was seen; else ""."""
+        if self.finite_at is None or self.finite_at >= self.step - 1:
+            return ""
+        return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
 
 
 class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):

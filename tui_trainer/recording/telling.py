@@ -106,11 +106,8 @@ class Tellings:
                     clip.kind,
                 ),
             )
-        for quantity, parameter, value in record.nonfinite:
-            identity = self.events.next_id
-            self._keep(
-                made, NonFinite(identity, record.step, record.time, quantity, parameter, value)
-            )
+        for found in record.nonfinite:
+            self._keep(made, NonFinite(self.events.next_id, record.step, record.time, *found))
         return made
 
     def _keep(self, made: list[Event], event: Event) -> None:

@@ -129,7 +129,7 @@ def _events(events: list[Event], count: int) -> Iterator[str]:
         elif isinstance(event, NonFinite):
             where = f" in {event.parameter}" if event.parameter else ""
             kind, level = "non-finite", "error"
-            text = f"the {event.quantity}{where} is {event.value}"
+            text = f"the {event.quantity}{where} is {event.value}{event.seen}"
         else:
             continue
         yield (

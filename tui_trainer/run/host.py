@@ -43,6 +43,8 @@ class Host:
         self.recorder = Recorder(first_description(spec))
         self.gate = Gate(paused=spec.start_paused)
         self.signals = signals(self.gate)
+        self.signals.longest_step_s = lambda: self.recorder.longest_step_s
+        self.signals.say = self._say_forced
         self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
         self.server = Server(spec.name, self.recorder, self.control)
         self._troubles: set[str] = set()
@@ -53,6 +55,7 @@ class Host:
         """Whether a script has begun: it was found, and is Python."""
         self.gate.on_change = self._gate_changed
         self.gate.on_fault = self.recorder.fault
+        self.gate.leave_checkpoint = lambda step: self.save and self.save(step)
         self.recorder.status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
@@ -130,6 +133,9 @@ class Host:
             self._troubles.add(trouble)
             self.recorder.notice("recording", trouble, "warning")
 
+    def _say_forced(self, text: str) -> None:
+        self.recorder.notice("state", text, "warning", self.gate.completed)
+
     def waiting_for(self, what: str) -> None:
         """What a run that makes no steps is busy with."""
         self.recorder.status(waiting_for=what)
@@ -139,7 +145,8 @@ class Host:
         if found is None:
             return ""
         return (
-            f"the {found.quantity} was {found.value} at step {found.step}: "
+            f"the {found.quantity} was {found.value} at step {found.step}"
+            f"{found.seen and f' (finite at step {found.finite_at:,})'}: "
             "try a lower learning rate, clipping or float32"
         )
 

@@ -89,7 +89,7 @@ class Facts:
     weight_norms: NDArray[np.float64] | None = None
     total_norm: float | None = None
     clip: ClipRecord | None = None
-    nonfinite: list[tuple[str, str, str]] = field(default_factory=list)
+    nonfinite: list[tuple[str, str, str, int | None]] = field(default_factory=list)
 
 
 class Probe:

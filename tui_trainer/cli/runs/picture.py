@@ -195,7 +195,7 @@ def _as_object(event: Event) -> dict[str, Any]:
             return made | {"kind": "clip", "text": text, "scale": event.scale}
         case NonFinite():
             where = f" in {event.parameter}" if event.parameter else ""
-            text = f"{event.value} in the {event.quantity}{where}"
+            text = f"{event.value} in the {event.quantity}{where}{event.seen}"
             return made | {"kind": "nonfinite", "text": text}
         case Notice():
             who = f" ({event.who})" if event.who else ""

@@ -57,10 +57,11 @@ def event_object(event: NonFinite | Notice) -> Object:
             **shared,
             "kind": "nonfinite",
             "level": "warning",
-            "text": f"{event.quantity} is {event.value}",
+            "text": f"{event.quantity} is {event.value}{event.seen}",
             "quantity": event.quantity,
             "parameter": event.parameter or None,
             "value": event.value,
+            "finite_at": event.finite_at,
         }
     return {
         **shared,

@@ -67,7 +67,8 @@ class PlainLines:
                 self._validation(item, status, lines)
             case NonFinite():
                 where = f" in {item.parameter}" if item.parameter else ""
-                lines.append(f"step {item.step}: the {item.quantity} is {item.value}{where}")
+                text = f"the {item.quantity} is {item.value}{where}{item.seen}"
+                lines.append(f"step {item.step}: {text}")
             case Notice() if item.kind not in _QUIET:
                 lines.append(notice(item))
             case TextSample():

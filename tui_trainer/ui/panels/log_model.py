@@ -51,7 +51,7 @@ def from_event(event: Event, info: RunInfo | None) -> Entry:
         return Entry(event.time, event.step, CLIPS, "clip", "info", _clip(event, info), event.id)
     if isinstance(event, NonFinite):
         where = f" in {event.parameter}" if event.parameter else ""
-        text = f"{event.quantity} became {event.value}{where}"
+        text = f"{event.quantity} became {event.value}{where}{event.seen}"
         return Entry(event.time, event.step, EVENTS, "non-finite", "error", text, event.id)
     return _notice(event)
 
