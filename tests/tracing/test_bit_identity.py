@@ -61,8 +61,20 @@ def train_task(name: str, variant: str) -> Outcome:
     if config.dtype == "fp16":  # so high that the first steps are skipped
         scaler = training.stateful["scaler"]
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**24})
-    training.loop()
-    return training.model.state_dict(), [torch.get_rng_state()]
+    losses: list[torch.Tensor] = []
+    backward = torch.Tensor.backward
+
+    def noting(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        losses.append(self.detach().clone())
+        backward(self, *args, **kwargs)
+
+    torch.Tensor.backward = noting  # type: ignore[method-assign]
+    try:
+        training.loop()
+    finally:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+    assert len(losses) == 50
+    return training.model.state_dict(), [*losses, torch.get_rng_state()]
 
 
 def train_script(path: str) -> Outcome:

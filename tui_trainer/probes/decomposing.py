@@ -72,7 +72,7 @@ def _decompose(matrix: Values) -> Values:
     try:
         wide = matrix.shape[0] <= matrix.shape[1]
         gram = matrix @ matrix.T if wide else matrix.T @ matrix
-        squares: Values = np.linalg.eigvalsh(gram)
+        squares = np.asarray(np.linalg.eigvalsh(gram), dtype=np.float64)
     except np.linalg.LinAlgError:  # NaN or infinities
         return np.full(1, np.nan)
-    return np.sqrt(np.maximum(squares, 0.0)).astype(np.float64)
+    return np.sqrt(np.maximum(squares, 0.0))
