@@ -145,6 +145,17 @@ def test_scaler_state_taken_inside_a_step_is_that_after_its_update(fused, unscal
     assert len(inside) == (8 if fused else 7)
 
 
+def test_a_disabled_scaler_has_no_state():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = GradScaler("cpu", enabled=False)
+    inside: list[dict] = []
+    optimizer.register_step_post_hook(lambda *_: inside.append(scaler.state_dict()))
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    assert inside == [{}]
+
+
 def test_scaler_state_at_the_largest_scale_does_not_grow():
     parameter = torch.nn.Parameter(torch.ones(2) * 1e-38)
     optimizer = torch.optim.SGD([parameter], lr=0.0)
