@@ -1,5 +1,5 @@
-"""What the training frees is free at once: nothing of ours keeps a gradient, an activation or a loss
-until the garbage collector comes by."""
+"""What the training frees is free at once: nothing of ours keeps a gradient, an activation or a
+loss until the garbage collector comes by."""
 
 from __future__ import annotations
 

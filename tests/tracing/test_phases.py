@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -407,3 +408,60 @@ def test_group_added_later_gets_tables_of_its_own():
     assert len(recorder.table("grad_norm").columns) == 2
     assert len(recorder.table("grad_norm", "sgd#2").columns) == 4
     assert list(recorder.rows("grad_norm", "sgd#2")) == [3, 4]
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "kept alive by its scheduler"])
+def test_folds_of_one_model_after_another_go_on_in_the_same_tables(scheduled):
+    def loop():
+        for fold in range(3):
+            torch.manual_seed(fold)
+            model = mlp()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            if scheduled:
+                scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+            plain_loop(model, optimizer, 4)
+            if scheduled:
+                scheduler.step()
+
+    gc.disable()
+    try:
+        recorder, gate = trace(loop)
+    finally:
+        gc.enable()
+    assert list(recorder.rows("grad_norm")) == list(range(1, 13))
+    assert {table.optimizer for table in recorder.tables} == {""}
+    assert len([table for table in recorder.tables if table.name == "grad_norm"]) == 1
+    assert recorder.info["optimizers"] == ("adamw",)
+    assert [p.name for p in recorder.info["parameters"]] == [n for n, _ in mlp().named_parameters()]
+    assert len(recorder.said("state")) == 2
+    assert [gate.phases(step) for step in (2, 6, 10)] == [gate.phases(2)] * 3
+
+
+def test_trials_of_another_size_get_tables_of_their_own():
+    def loop():
+        for width in (8, 16):
+            model = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+            plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+
+    recorder, _ = trace(loop)
+    assert list(recorder.rows("grad_norm")) == [1, 2, 3]
+    assert list(recorder.rows("grad_norm", "sgd#2")) == [4, 5, 6]
+    shapes = {p.name: p.shape for p in recorder.info["parameters"]}
+    assert shapes["0.weight"] == (8, 6)
+    assert shapes["Sequential.0.weight"] == (16, 6)
+
+
+def test_two_models_of_one_shape_side_by_side_stay_two():
+    def loop():
+        pairs = []
+        for _ in range(2):
+            model = mlp()
+            pairs.append((model, torch.optim.SGD(model.parameters(), lr=0.1)))
+        for _ in range(3):
+            for model, optimizer in pairs:
+                plain_loop(model, optimizer, 1)
+
+    recorder, _ = trace(loop)
+    assert list(recorder.rows("grad_norm")) == [1, 3, 5]
+    assert list(recorder.rows("grad_norm", "sgd#2")) == [2, 4, 6]
+    assert recorder.said("state") == []

@@ -52,8 +52,8 @@ class Governed:
 
 
 class Governor:
-    """Stretches and restores cadences. One for each optimizer, whose steps it counts; the budget is a
-    share of step time."""
+    """Stretches and restores cadences. One for each optimizer, whose steps it counts; the budget is
+    a share of step time."""
 
     def __init__(self, budget: float, changed: Callable[[Governed, str], None]) -> None:
         self.budget = budget

@@ -18,6 +18,7 @@ from tui_trainer.tracing.interface import RecorderLike
 from tui_trainer.tracing.made import Finished, Made, record_of
 from tui_trainer.tracing.probe import Gradient, Options, Probe
 from tui_trainer.tracing.readout import Arrival, Part
+from tui_trainer.tracing.roles import Role
 from tui_trainer.tracing.slots import Schedule, Slot, install
 from tui_trainer.tracing.subject import Subject
 
@@ -32,6 +33,7 @@ class Meter:
         recorder: RecorderLike,
         options: Options,
         governor: Governor,
+        role: Role,
     ) -> None:
         self.subject = subject
         self._recorder = recorder
@@ -52,12 +54,12 @@ class Meter:
         self._on_host = all(parameter.is_cpu for parameter in subject.parameters)
         for kind in probes:
             if kind.name not in options.switched_off:
-                self._install(kind, options)
+                self._install(kind, options, role)
         self._schedule = Schedule(self.slots)
 
-    def _install(self, kind: type[Probe], options: Options) -> None:
+    def _install(self, kind: type[Probe], options: Options, role: Role) -> None:
         try:
-            slot = install(kind, self.subject, options, self._recorder)
+            slot = install(kind, self.subject, options, self._recorder, role)
         except Exception as fault:
             self._recorder.notice("fault", f"probe {kind.name}: {describe(fault)}", "error")
             return

@@ -16,6 +16,7 @@ from tui_trainer.tracing.interface import RecorderLike
 from tui_trainer.tracing.meter import Meter
 from tui_trainer.tracing.outbox import Outbox
 from tui_trainer.tracing.probe import Options, Probe
+from tui_trainer.tracing.roles import Role, shapes_of
 from tui_trainer.tracing.roots import Roots
 from tui_trainer.tracing.slots import Slot
 from tui_trainer.tracing.subject import Names, group_sizes, make_subject
@@ -43,7 +44,7 @@ class Registry:
         self._pending: list[weakref.ref[Optimizer]] = []
         self._infos: list[ParameterInfo] = []
         self._positions: dict[str, int] = {}
-        self._optimizers: list[str] = []
+        self._roles: list[Role] = []
         self._phases_unseen: dict[str, str] = {}
 
     @property
@@ -120,16 +121,12 @@ class Registry:
     # ------------------------------------------------------------ registering
 
     def _register(self, optimizer: Optimizer) -> Meter:
-        name = base = type(optimizer).__name__.lower()
-        number = 2
-        while name in self._optimizers:
-            name, number = f"{base}#{number}", number + 1
-        key = name if self._optimizers else ""
-        self._optimizers.append(name)
-        roots = self._roots.modules
+        role = self._take_over(optimizer) or self._new_role(optimizer)
+        name, roots = role.name, self._roots.modules
         subject = make_subject(
-            optimizer, name, key, roots, self._names, lambda n, p: self._index(n, p, name)
+            optimizer, name, role.key, roots, self._names, lambda n, p: self._index(n, p, name)
         )
+        role.trains(subject.models)
         for model in subject.models:
             for other, parameter in self._names.parameters(model):
                 if id(parameter) not in subject.ids:
@@ -141,6 +138,7 @@ class Registry:
             self._recorder,
             self._options,
             Governor(self._options.budget, self._cadence_changed),
+            role,
         )
         subject.models.clear()  # a meter keeps parameters alive, not the models around them
         subject.modules.clear()
@@ -149,6 +147,29 @@ class Registry:
         self._meters[key_of] = (reference, meter)
         self._describe()
         return meter
+
+    def _new_role(self, optimizer: Optimizer) -> Role:
+        names = {role.name for role in self._roles}
+        name = base = type(optimizer).__name__.lower()
+        number = 2
+        while name in names:
+            name, number = f"{base}#{number}", number + 1
+        key = name if names else ""
+        reference = weakref.ref(optimizer)
+        role = Role(name, key, type(optimizer), shapes_of(optimizer), reference)
+        self._roles.append(role)
+        return role
+
+    def _take_over(self, optimizer: Optimizer) -> Role | None:
+        """The role of an optimizer that is gone, where this one comes in its place."""
+        role = next((r for r in self._roles if r.over and r.fits(optimizer)), None)
+        if role is not None:
+            self._meters.pop(id(role.optimizer()), None)
+            role.hand_over(optimizer)
+            self._names.let_go()
+            text = f"{role.name} goes on with another model of the same shapes: the last is gone"
+            self._recorder.notice("state", text)
+        return role
 
     def _index(self, name: str, parameter: torch.Tensor, optimizer: str) -> int:
         """The position of a parameter in `RunInfo.parameters`; positions never change."""
@@ -175,7 +196,7 @@ class Registry:
         meters = self.meters
         self._recorder.describe(
             parameters=tuple(self._infos),
-            optimizers=tuple(self._optimizers),
+            optimizers=tuple(role.name for role in self._roles),
             attention=tuple(a for m in meters for s in m.slots for a in s.probe.attention),
             unseen=self._unseen(),
         )

@@ -11,6 +11,7 @@ from tui_trainer.protocol.describe import Table
 from tui_trainer.tracing.governor import Governed
 from tui_trainer.tracing.interface import RecorderLike
 from tui_trainer.tracing.probe import Options, Probe, Readings
+from tui_trainer.tracing.roles import Role
 from tui_trainer.tracing.subject import Subject
 
 READING = (
@@ -49,7 +50,7 @@ class Slot(Governed):
 
 
 def install(
-    kind: type[Probe], subject: Subject, options: Options, recorder: RecorderLike
+    kind: type[Probe], subject: Subject, options: Options, recorder: RecorderLike, role: Role
 ) -> Slot | str:
     """Set a probe to work and declare its tables; or why there is nothing for it to see."""
     with torch.no_grad():
@@ -60,8 +61,7 @@ def install(
     tables: list[Table] = []
     for spec in probe.tables:
         every = natural if spec.every is None else spec.every
-        number = recorder.new_table(spec.name, spec.columns, every, subject.key)
-        tables.append(Table(number, spec.name, spec.columns, every, subject.key))
+        tables.append(role.table(recorder, spec.name, spec.columns, every))
     return Slot(
         name=kind.name,
         natural=natural,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -116,20 +117,24 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self._prefixes: dict[int, str] = {}
-        self._taken: set[str] = set()
+        self._prefixes: list[tuple[weakref.ref[torch.nn.Module], str]] = []
 
     def prefix_of(self, root: torch.nn.Module) -> str:
         """`""` for the first model, `Class.` or `Class#2.` for the others."""
         root = unwrapped(root)
-        if id(root) not in self._prefixes:
-            name = f"{type(root).__name__}." if self._prefixes else ""
-            number = 2
-            while name in self._prefixes.values():
-                name = f"{type(root).__name__}#{number}."
-                number += 1
-            self._prefixes[id(root)] = name
-        return self._prefixes[id(root)]
+        for model, prefix in self._prefixes:
+            if model() is root:
+                return prefix
+        taken = {prefix for _, prefix in self._prefixes}
+        name, number = "" if "" not in taken else f"{type(root).__name__}.", 2
+        while name in taken:
+            name, number = f"{type(root).__name__}#{number}.", number + 1
+        self._prefixes.append((weakref.ref(root), name))
+        return name
+
+    def let_go(self) -> None:
+        """Models that are gone give their names back: others come in their place."""
+        self._prefixes = [(m, prefix) for m, prefix in self._prefixes if m() is not None]
 
     def parameters(self, root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, parameter) in the model's own order; a shared parameter comes once."""
