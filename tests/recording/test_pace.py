@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tui_trainer.recording.journal import Journal
-from tui_trainer.recording.pace import Pace
+from tui_trainer.recording.pace import RECENT_STEPS, Pace
 
 
 def run(pace, steps, each=0.1, start=1000.0, first=1, own_ms=0.0):
@@ -21,6 +21,17 @@ def test_speed_and_cost():
     assert pace.elapsed_s(now) == pytest.approx(5.0)
     assert pace.cost_share() == pytest.approx(0.01)
     assert pace.remaining_s(100, now) == pytest.approx(10.0)
+
+
+def test_the_longest_of_the_recent_steps():
+    pace = Pace()
+    assert pace.longest_step_s == 0.0
+    now = run(pace, 1, each=8.0)
+    now = run(pace, 10, start=now, first=2)
+    pace.add(12, now + 0.1, float("nan"), 0.0, 0.0)
+    assert pace.longest_step_s == pytest.approx(8.0)
+    run(pace, RECENT_STEPS, start=now, first=13)
+    assert pace.longest_step_s == pytest.approx(0.1)
 
 
 def test_the_first_steps_do_not_stand_for_what_watching_costs():

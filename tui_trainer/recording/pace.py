@@ -11,6 +11,7 @@ WINDOW_S = 10.0
 WINDOW_STEPS = 5
 """… and over at least so many steps."""
 CLIP_WINDOW = 100
+RECENT_STEPS = 1000
 WARM_UP = 5
 """First steps, whose own cost is that of beginning and not of going on."""
 
@@ -32,6 +33,7 @@ class Pace:
         self._warming = 0
         """How many of the points are of the first steps."""
         self._made = 0
+        self._step_ms: deque[float] = deque(maxlen=RECENT_STEPS)
         self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
         self.first_began: float | None = None
         """When the first step began."""
@@ -45,6 +47,8 @@ class Pace:
         """Count a step that ended at `time`; `excluded_s`: paused_s + aside_s at that moment."""
         if self.first_began is None:
             self.first_began = time - (step_ms / 1e3 if step_ms == step_ms else 0.0)
+        if step_ms == step_ms:
+            self._step_ms.append(step_ms)
         if self._points and step <= self._points[-1].step:
             self._own_ms += own_ms  # another optimizer's part of the same step
             last = self._points.pop()
@@ -87,6 +91,12 @@ class Pace:
     def _paused_until(self, now: float) -> float:
         lasting = now - self._paused_since if self._paused_since is not None else 0.0
         return self.paused_s + lasting
+
+    @property
+    def longest_step_s(self) -> float:
+        """Of the last `RECENT_STEPS` steps, and so of an evaluation in a script's loop; 0 before
+        the first."""
+        return max(self._step_ms, default=0.0) / 1e3
 
     def elapsed_s(self, now: float) -> float:
         """Since the first step began, pauses not counted."""

@@ -177,6 +177,13 @@ class Recorder:
             return self._ledger.measured
 
     @property
+    def longest_step_s(self) -> float:
+        """Of the recent ones, as `Pace.longest_step_s`."""
+        with self._lock:
+            self._drain()
+            return self.pace.longest_step_s
+
+    @property
     def first_nonfinite(self) -> NonFinite | None:
         """The first NaN or infinity of the run."""
         with self._lock:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from tui_trainer.run.outcome import INTERRUPTED, TERMINATED
 from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
 
 GRACE_S = 20.0
-"""After a request to stop that no step boundary has answered, the program is interrupted."""
+"""After a request to stop that no step boundary has answered, a script is interrupted …"""
+GRACE_STEPS = 3.0
+"""… or after so many times the longest of its recent steps, where that is more."""
 
 
 class Signals:
@@ -22,10 +25,15 @@ class Signals:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self.longest_step_s: Callable[[], float] = lambda: 0.0
+        """The longest of the recent steps. Asked on a thread of ours."""
+        self.say: Callable[[str], None] = lambda text: None
+        """What people should know of an end that is forced."""
         self.exit_status: int | None = None
         """What the process leaves with when a signal has stopped it."""
         self._requests = 0
         self._over = False
+        self._insists = False
 
     @property
     def asked(self) -> bool:
@@ -36,6 +44,7 @@ class Signals:
         """On the main thread. A task finishes its step on Ctrl-C; a script has Python's own
         `KeyboardInterrupt`. A process with its own session does not mind a hang-up; for one that
         stands or falls with its terminal it is a request to end (not under nohup)."""
+        self._insists = not task
         signal.signal(signal.SIGTERM, self._on_terminate)
         if own_session:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -69,16 +78,29 @@ class Signals:
         return bool(self._gate.phase)
 
     def _insist_later(self) -> None:
-        """A script may have made its last step long ago: then no boundary will come."""
-        step = self._gate.completed
+        """A script may have made its last step long ago: then no boundary will come. A task's loop
+        always comes to one, however long the step or an evaluation takes, and is waited for."""
+        if self._insists:
+            self._insist_after(GRACE_S, 0.0)
 
-        def insist() -> None:
-            if not self._over and self._gate.mode == "stopping" and self._gate.completed == step:
-                _interrupt()
-
-        timer = threading.Timer(GRACE_S, insist)
+    def _insist_after(self, seconds: float, waited: float) -> None:
+        timer = threading.Timer(seconds, self._insist, (self._gate.completed, waited + seconds))
         timer.daemon = True
         timer.start()
+
+    def _insist(self, step: int, waited: float) -> None:
+        if self._over or self._gate.mode != "stopping":
+            return
+        if self._gate.arrived or self._gate.completed != step:  # about to end by itself
+            self._insist_after(GRACE_S, 0.0)
+            return
+        patience = GRACE_STEPS * self.longest_step_s()
+        if waited < patience:
+            self._insist_after(patience - waited, waited)
+            return
+        lost = ", so no checkpoint is written" if self._gate.stops_with_checkpoint else ""
+        self.say(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
+        _interrupt()
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self.exit_status = TERMINATED if number == signal.SIGTERM else 128 + number

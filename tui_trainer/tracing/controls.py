@@ -54,6 +54,9 @@ class Controls:
         self.between_steps: list[Callable[[int], None]] = []
         """Called on the training thread after every step with the number of steps completed
         (evaluations, periodic checkpoints). An exception in one goes to `on_fault`."""
+        self.leave_checkpoint: Callable[[int], object] = _nothing
+        """Training thread, with the number of steps completed: the run stops here, and whoever
+        stopped it has asked for a checkpoint. An exception goes to `on_fault`."""
         self.on_stop_here: Callable[[str, int], None] = _nothing
         """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
         self.on_change: Callable[[], None] = _nothing
@@ -61,6 +64,8 @@ class Controls:
         self.on_fault: Callable[[str, BaseException], None] = _nothing
         self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
         """What to enter around work for others (the tracer's `suspended`)."""
+        self.arrived = False
+        """Whether the training thread is in the gate: waiting, or at work for others."""
         self._condition = threading.Condition()
         self._requests: deque[_Request] = deque()
         self._waiting = False
@@ -88,6 +93,11 @@ class Controls:
     def pausing(self) -> bool:
         """Running, but told to pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0
+
+    @property
+    def stops_with_checkpoint(self) -> bool:
+        """Whether whoever told it to stop has asked for a checkpoint."""
+        return self._checkpoint
 
     @property
     def run_to(self) -> int | None:
@@ -149,7 +159,8 @@ class Controls:
                 self._next_step_at = time.monotonic() + 1.0 / steps_per_second
 
     def stop(self, checkpoint: bool = False) -> None:
-        """Finish the running step, then raise `StopTraining` on the training thread."""
+        """Finish the running step, write the `checkpoint` if asked for, then raise `StopTraining`
+        on the training thread."""
         with self._changing():
             self._stopping = True
             self._checkpoint = checkpoint or self._checkpoint

@@ -9,6 +9,7 @@ training thread here and never run from another thread.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from tui_trainer.tracing.controls import Controls, Refusal
 
@@ -53,6 +54,7 @@ class Gate(Controls):
 
     def _arrive(self, phase: str, step: int) -> None:
         began = time.perf_counter()
+        self.arrived = True
         try:
             if phase == "step":
                 self._work_between_steps(step)
@@ -64,15 +66,19 @@ class Gate(Controls):
                 self._keep_rate()
                 self._raise_if_stopping(phase)
         finally:
+            self.arrived = False
             self.idle_s += time.perf_counter() - began
 
     def _work_between_steps(self, step: int) -> None:
         for work in tuple(self.between_steps):
-            with self.working():
-                try:
-                    work(step)
-                except Exception as fault:
-                    self._tell(self.on_fault, "between steps", fault)
+            self._work("between steps", work, step)
+
+    def _work(self, name: str, work: Callable[[int], object], step: int) -> None:
+        with self.working():
+            try:
+                work(step)
+            except Exception as fault:
+                self._tell(self.on_fault, name, fault)
 
     def _serve(self, phase: str) -> None:
         """Run what was handed to this thread and may run at this boundary."""
@@ -90,6 +96,8 @@ class Gate(Controls):
         # At the end of `data` nothing of the step has happened yet; but a batch is drawn, which a
         # checkpoint would lose.
         if self._stopping and (phase == "step" or (phase == "data" and not self._checkpoint)):
+            if self._checkpoint:  # now: a script may catch what is raised
+                self._work("the last checkpoint", self.leave_checkpoint, self.completed)
             with self._condition:
                 # Once: a script that catches it, to save or to evaluate, is left to do so.
                 self._ended = True
