@@ -41,6 +41,15 @@ class AttentionInfo(msgspec.Struct, frozen=True):
     head_dim: int | None = None
     note: str = ""
     """What cannot be compared or seen in this layer, and why; "" when everything can."""
+    incomparable: tuple[str, ...] = ()
+    """The pairs (`qk`, `qv`, `kv`) that `note` is about: their statistics are NaN."""
+
+    def comparable(self, part: str) -> bool:
+        """Whether a NaN of this part (`q`, `qk`, …; "" for the layer) was measured: false for a
+        pair whose comparison has no meaning."""
+        if self.note and not self.incomparable:  # recorded before the pairs were told
+            return part not in ("qk", "qv")
+        return part not in self.incomparable
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -57,7 +66,7 @@ class Table(msgspec.Struct, frozen=True):
     """A set of series that are measured together, so that they share one column of step numbers.
 
     A table has rows only for the steps at which it was measured: a NaN in it is a measured NaN (or
-    a comparison that has no meaning, said in `AttentionInfo.note`), never a missing value.
+    a comparison that has no meaning, said in `AttentionInfo`), never a missing value.
     """
 
     id: int
@@ -124,7 +133,8 @@ class RunInfo(msgspec.Struct, frozen=True):
     """`tokens`, `images`, `samples`: what speed is counted in."""
     unseen: dict[str, str] = {}
     """Panel or quantity name to the reason why it cannot be seen in this run (`clip`: "this script
-    never clips"). The panel shows the reason in place of its values."""
+    never clips"); `quantity@optimizer` where others of several optimizers show it. The panel shows
+    the reason in place of its values."""
     working_directory: str = ""
     """Where the command was given."""
     source: SourceInfo | None = None

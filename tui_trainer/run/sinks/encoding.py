@@ -171,13 +171,15 @@ def _by_layer(
     values: Floats,
     nonfinite: dict[str, str],
 ) -> None:
-    without_meaning = {found.layer for found in info.attention if found.note}
+    noted = {found.layer: found for found in info.attention if found.note}
     for name, value in _named(table.columns, values).items():
         layer, _, statistic = name.rpartition(".")
         place = layers.setdefault(layer, {"layer": layer})
         place[statistic] = value if math.isfinite(value) else None
-        if not math.isfinite(value) and layer not in without_meaning:
-            nonfinite[f"attention.{name}"] = _word(value)
+        if not math.isfinite(value):
+            part = statistic.rpartition("_")[2]
+            if layer not in noted or noted[layer].comparable(part) or math.isinf(value):
+                nonfinite[f"attention.{name}"] = _word(value)
 
 
 def _named(columns: tuple[Column, ...], values: Floats) -> dict[str, float]:
