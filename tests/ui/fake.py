@@ -18,8 +18,9 @@ import numpy as np
 
 from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesise
 from tui_trainer.history import History
+from tui_trainer.history.layers import STATISTICS
 from tui_trainer.protocol import PHASES, messages, tables
-from tui_trainer.protocol.describe import Column
+from tui_trainer.protocol.describe import Column, Table
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -397,6 +398,35 @@ def fake_two_optimizers(steps: int = 300) -> FakeSession:
         run.values.append(run.values[first.id] * np.float32(0.5))
     run.info = msgspec.structs.replace(
         run.info, tables=(*run.info.tables, *tables_of_adam), optimizers=("sgd", "adam")
+    )
+    return FakeSession(run, steps)
+
+
+def fake_two_transformers(steps: int = 300, layers: int = 3) -> FakeSession:
+    """A GAN of two transformers: `adam` has `layers` attention layers of its own, with half the
+    values of the first ones of `AdamW`."""
+    run = synthesise(describe())
+    own: list[Table] = []
+    names = tuple(f"generator.blocks.{layer}.attention" for layer in range(layers))
+    for name, statistics in STATISTICS.items():
+        first = run.info.tables[run.table(name)]
+        if name == tables.ATTENTION_HEADS:
+            columns = tables.head_columns(tuple((layer, 4) for layer in names))
+        else:
+            columns = tables.attention_columns(names, statistics)
+        number = len(run.info.tables) + len(own)
+        own.append(msgspec.structs.replace(first, id=number, columns=columns, optimizer="adam"))
+        run.steps.append(run.steps[first.id])
+        run.values.append(run.values[first.id][:, : len(columns)] * np.float32(0.5))
+    attention = tuple(
+        msgspec.structs.replace(layer, layer=name)
+        for layer, name in zip(run.info.attention, names, strict=False)
+    )
+    run.info = msgspec.structs.replace(
+        run.info,
+        tables=(*run.info.tables, *own),
+        attention=(*run.info.attention, *attention),
+        optimizers=("AdamW", "adam"),
     )
     return FakeSession(run, steps)
 

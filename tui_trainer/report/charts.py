@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.layers import Place, place_of
 from tui_trainer.protocol import PHASES, tables
 from tui_trainer.report.read import Recorded
 from tui_trainer.report.svg import BUCKETS, Chart, Series, draw
@@ -108,25 +108,23 @@ def _phases(recorded: Recorded) -> str | None:
 
 
 def _attention(recorded: Recorded) -> Iterator[str]:
-    table = recorded.history.table(tables.ATTENTION)
-    if table is None or not table.rows:
-        return
     for layer in recorded.info.attention[:LAYERS_SHOWN]:
+        place = place_of(recorded.history, tables.ATTENTION, layer.layer)
+        if place is None or not place.history.rows:
+            continue
         for title, parts in (("cosines", PAIRS), ("drift from the start", DRIFTS)):
-            chart = _layer(recorded, table, layer.layer, parts)
+            meant = [each for each in parts if layer.comparable(each[2])]
+            chart = _layer(recorded, place, meant)
             if chart is not None:
                 yield panel(f"{layer.layer}: {title}", chart)
 
 
-def _layer(
-    recorded: Recorded, table: TableHistory, layer: str, parts: Sequence[tuple[str, str, str]]
-) -> Chart | None:
-    names = [column.name for column in table.table.columns]
-    wanted = [f"{layer}.{statistic}" for statistic, _, _ in parts]
-    if any(name not in names for name in wanted):
+def _layer(recorded: Recorded, place: Place, parts: Sequence[tuple[str, str, str]]) -> Chart | None:
+    if not parts:
         return None
-    seen = recorded.window(table, [names.index(name) for name in wanted], BUCKETS // 2)
-    series = [Series.of(style, label, seen, place) for place, (_, style, label) in enumerate(parts)]
+    wanted = [place.columns[tables.ATTENTION_STATISTICS.index(name)] for name, _, _ in parts]
+    seen = recorded.window(place.history, wanted, BUCKETS // 2)
+    series = [Series.of(style, label, seen, n) for n, (_, style, label) in enumerate(parts)]
     if not any(np.isfinite(each.high).any() for each in series):
         return None
     return Chart(series, recorded.last_step, 170, start=recorded.first_step)

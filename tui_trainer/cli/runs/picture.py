@@ -11,6 +11,7 @@ import numpy as np
 
 from tui_trainer.cli.runs.listing import as_object
 from tui_trainer.history import History
+from tui_trainer.history.layers import attention_tables
 from tui_trainer.history.reading import Reading
 from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.protocol import tables
@@ -175,7 +176,9 @@ def _curve(table: Reading | None, name: str) -> Curve:
 
 
 def _attention(info: RunInfo, history: History) -> tuple[dict[str, Any], ...]:
-    newest = _newest(history.table(tables.ATTENTION))
+    newest: dict[str, float | None] = {}
+    for table in attention_tables(history, tables.ATTENTION):
+        newest |= _newest(table)
     if not newest:
         return ()
     return tuple(

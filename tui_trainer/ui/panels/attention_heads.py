@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.segment import Segment
 
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.layers import place_of
 from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.attention_statistics import STYLES
-from tui_trainer.ui.panels.attention_table import NOT_COMPARABLE
+from tui_trainer.ui.panels.query_key_value import NOT_COMPARABLE
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.table import TableColumn, VirtualTable
 
@@ -37,36 +38,27 @@ class HeadsTable(VirtualTable):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(HEAD_COLUMNS, id=id)
         self.descending = False
-        self._indexed: TableHistory | None = None
-        self._places: dict[str, list[int]] = {}
         self._values: NDArray[np.float32] | None = None
-        self._note = ""
+        self._layer: AttentionInfo | None = None
 
-    def show_layer(self, snapshot: Snapshot, layer: str, note: str, why: str) -> None:
+    def show_layer(self, snapshot: Snapshot, layer: AttentionInfo, why: str) -> None:
         """Show the heads of `layer`; `why` where there are none."""
-        history = snapshot.history.table(tables.ATTENTION_HEADS)
-        if history is not None and history is not self._indexed:
-            self._index(history)
-        latest = history.latest() if history is not None else None
-        places = self._places.get(layer, [])
-        self._note = note
-        self._values = latest[1][places] if latest is not None and places else None
-        heads = len(places) // len(tables.HEAD_STATISTICS) if self._values is not None else 0
+        self._layer, self._values = layer, None
+        place = place_of(snapshot.history, tables.ATTENTION_HEADS, layer.layer)
+        latest = place.history.latest() if place is not None else None
+        if place is not None and latest is not None:
+            self._values = latest[1][place.columns.start : place.columns.stop]
+        count = len(tables.HEAD_STATISTICS)
+        heads = len(self._values) // count if self._values is not None else 0
         self.empty = why
         if len(self.order) != heads:
             self.set_order(np.arange(heads))
         self.update_rows()
 
-    def _index(self, history: TableHistory) -> None:
-        """Columns of each layer, in order of head and statistic."""
-        self._indexed, self._places = history, {}
-        for place, column in enumerate(history.table.columns):
-            layer = column.name.rsplit(".", 2)[0]
-            self._places.setdefault(layer, []).append(place)
-
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
         """One head."""
         assert self._values is not None
+        assert self._layer is not None
         palette, count = self.palette, len(tables.HEAD_STATISTICS)
         cells: Row = [Segment(str(row).rjust(widths[0]), palette.text)]
         values = self._values[row * count : (row + 1) * count]
@@ -75,7 +67,7 @@ class HeadsTable(VirtualTable):
             signed = column.key.startswith("cos")
             text = formatting.signed(value, width) if signed else formatting.number(value, width)
             style = getattr(palette, column.style)
-            if value != value and self._note:
+            if value != value and not self._layer.comparable(column.key.rpartition("_")[2]):
                 text, style = NOT_COMPARABLE.rjust(width), palette.faint
             elif not np.isfinite(value):
                 style = palette.error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.layers import STATISTICS as COLUMNS
+from tui_trainer.history.layers import Place, place_of
 from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.panels.series_chart import Series
 
@@ -13,11 +15,6 @@ MATRICES = ("q", "k", "v")
 PAIRS = ("qk", "qv", "kv")
 STYLES = {"q": "q", "k": "k", "v": "v", "qk": "v", "qv": "k", "kv": "q", "": "norm"}
 """Wq, Wk and Wv have the same colours everywhere; a pair has that of the one that it lacks."""
-COLUMNS = {
-    tables.ATTENTION: tables.ATTENTION_STATISTICS,
-    tables.ATTENTION_SPECTRUM: tables.SPECTRUM_STATISTICS,
-    tables.ATTENTION_HEALTH: tables.HEALTH_STATISTICS,
-}
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,21 @@ class Statistic:
         """Name of the column within its layer's."""
         return f"{self.key}_{part}" if part else self.key
 
-    def index(self, layer: int, part: str) -> int:
-        """Column of the table for a layer, by its number."""
-        names = COLUMNS[self.table]
-        return layer * len(names) + names.index(self.column(part))
+    def index(self, part: str) -> int:
+        """Its number among a layer's columns."""
+        return COLUMNS[self.table].index(self.column(part))
 
-    def history(self, snapshot: Snapshot) -> TableHistory | None:
-        """Its table, once it has rows that fit the layers."""
-        history = snapshot.history.table(self.table)
-        layers = len(snapshot.info.attention) if snapshot.info else 0
-        if history is None or not history.rows:
-            return None
-        return history if history.columns == layers * len(COLUMNS[self.table]) else None
+    def place(self, snapshot: Snapshot, layer: AttentionInfo) -> Place | None:
+        """Where a layer is: in the table of the optimizer that trains it."""
+        return place_of(snapshot.history, self.table, layer.layer)
 
-    def series(self, layer: int) -> list[Series]:
-        """Its curves for one layer."""
-        return [Series(part, STYLES[part], self.index(layer, part)) for part in self.parts]
+    def series(self, layer: AttentionInfo, place: Place) -> list[Series]:
+        """Its curves for one layer, less those of pairs whose comparison has no meaning."""
+        return [
+            Series(part, STYLES[part], place.columns[self.index(part)])
+            for part in self.parts
+            if layer.comparable(part)
+        ]
 
 
 STATISTICS = (
@@ -129,13 +125,20 @@ STATISTICS = (
 """In the order in which the screen offers them."""
 
 
-def why_nothing(statistic: Statistic, snapshot: Snapshot) -> str:
-    """What to say where `statistic` has no values."""
+def why_nothing(statistic: Statistic, snapshot: Snapshot, optimizer: str = "") -> str:
+    """What to say where `statistic` has no values for the layers that `optimizer` trains (as
+    `Table.optimizer` names it)."""
     info = snapshot.info
     if info is not None:
-        for name in (statistic.table, statistic.column(statistic.parts[0]), "attention"):
-            if name in info.unseen:
-                return info.unseen[name]
+        name = optimizer or next(iter(info.optimizers), "")
+        for key in (
+            statistic.table,
+            f"{statistic.table}@{name}",
+            statistic.column(statistic.parts[0]),
+            "attention",
+        ):
+            if key in info.unseen:
+                return info.unseen[key]
         if snapshot.status.step and not info.attention:
             return "no attention layer was found in this model"
     if snapshot.status.ended:

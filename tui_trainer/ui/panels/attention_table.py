@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 
+from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.attention_statistics import STATISTICS, STYLES, Statistic
-from tui_trainer.ui.panels.base import provisional
-from tui_trainer.ui.panels.query_key_value import short_layer
+from tui_trainer.ui.panels.attention_values import LayerValues, NewestValues
+from tui_trainer.ui.panels.query_key_value import NOT_COMPARABLE, short_layer
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.sparkline import sparklines
 from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
 
 VALUE = 9
 WIDEST_TREND, NARROWEST_TREND = 40, 6
-NOT_COMPARABLE = "n/a"
 _BY_KEY = {statistic.key: statistic for statistic in STATISTICS}
 HEADLINES = (("growth", ""), ("cos", "qk"), ("max_logit", ""), ("entropy", ""), ("grad_cos", "qk"))
 """What is shown beside the chosen statistic where there is room."""
@@ -47,7 +46,11 @@ class StatisticTable(VirtualTable):
         self.statistic = STATISTICS[0]
         self.filter = ""
         self.sorted_by = "order"
-        self._latest: dict[str, tuple[NDArray[np.float32], bool]] = {}
+        self._newest = [
+            NewestValues(name)
+            for name in (tables.ATTENTION, tables.ATTENTION_SPECTRUM, tables.ATTENTION_HEALTH)
+        ]
+        self._latest: dict[str, LayerValues] = {}
         self._trends: dict[tuple[int, str], str] = {}
         self._trend_width = 0
         self._matched: tuple[str, tuple[AttentionInfo, ...], Ids, int] | None = None
@@ -56,13 +59,10 @@ class StatisticTable(VirtualTable):
         """Take the newest values."""
         self.snapshot = snapshot
         self._latest = {}
-        for name in (tables.ATTENTION, tables.ATTENTION_SPECTRUM, tables.ATTENTION_HEALTH):
-            history = snapshot.history.table(name)
-            if history is not None and history.rows:
-                fresh, newest = provisional(snapshot, history), history.latest()
-                if fresh is not None or newest is not None:
-                    row = fresh if fresh is not None else newest[1]  # type: ignore[index]
-                    self._latest[name] = (row, fresh is not None)
+        for newest in self._newest:
+            values = newest.read(snapshot)
+            if values is not None:
+                self._latest[newest.name] = values
         self.rearrange()
         self.update_rows()
 
@@ -102,10 +102,7 @@ class StatisticTable(VirtualTable):
     def value(self, statistic: Statistic, layer: int, part: str) -> float | None:
         """The newest value; None before the first."""
         known = self._latest.get(statistic.table)
-        place = statistic.index(layer, part)
-        if known is None or place >= len(known[0]):
-            return None
-        return float(known[0][place])
+        return known.value(layer, statistic.index(part)) if known else None
 
     # ------------------------------------------------------------ drawing
 
@@ -138,19 +135,29 @@ class StatisticTable(VirtualTable):
     def prepare(self, visible: Ids) -> None:
         """Trends of the layers in sight, in one look at the history."""
         self._trends = {}
-        history = self.statistic.history(self.snapshot)
-        if history is None or not self._trend_width:
+        info = self.snapshot.info
+        if info is None or not self._trend_width:
             return
-        wanted = [(int(layer), part) for layer in visible for part in self.statistic.parts]
-        places = [self.statistic.index(*each) for each in wanted]
+        wanted: dict[TableHistory, list[tuple[int, str, int]]] = {}
+        for layer in visible:
+            place = self.statistic.place(self.snapshot, info.attention[layer])
+            for part in self.statistic.parts:
+                if place is not None and self._comparable(int(layer), part):
+                    column = place.columns[self.statistic.index(part)]
+                    wanted.setdefault(place.history, []).append((int(layer), part, column))
+        for history, cells in wanted.items():
+            self._draw_trends(history, cells)
+
+    def _draw_trends(self, history: TableHistory, cells: Sequence[tuple[int, str, int]]) -> None:
+        """`cells`: layer, part and column."""
         start, stop = history.first_step or 0, (history.last_step or 0) + 1
         buckets = min(self._trend_width, history.rows)  # no gaps between rare measurements
-        seen = history.window(places, start, stop, buckets)
+        if not buckets:
+            return
+        seen = history.window([column for _, _, column in cells], start, stop, buckets)
         lines = sparklines(seen.high.T, seen.nonfinite.T, self.glyphs, hold=True)
-        self._trends = {
-            each: line if self._comparable(each[0]) else line.replace("!", " ")
-            for each, line in zip(wanted, lines, strict=True)
-        }
+        for (layer, part, _), line in zip(cells, lines, strict=True):
+            self._trends[layer, part] = line
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
         """One layer."""
@@ -177,16 +184,16 @@ class StatisticTable(VirtualTable):
     def _number(
         self, statistic: Statistic, row: int, part: str, width: int, style: Style
     ) -> Segment:
-        value, comparable = self.value(statistic, row, part), self._comparable(row)
+        value, comparable = self.value(statistic, row, part), self._comparable(row, part)
         text = shown(statistic, value, width, comparable)
         if value is None or (value != value and not comparable):
             return Segment(text, self.palette.faint)
         if not np.isfinite(value):
             return Segment(text, self.palette.error)
-        if self._latest[statistic.table][1]:
+        if self._latest[statistic.table].provisional[row]:
             return Segment(text, self.palette.provisional)
         return Segment(text, style)
 
-    def _comparable(self, layer: int) -> bool:
+    def _comparable(self, layer: int, part: str) -> bool:
         info = self.snapshot.info
-        return info is None or not info.attention[layer].note
+        return info is None or info.attention[layer].comparable(part)

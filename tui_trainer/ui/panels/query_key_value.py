@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.layers import place_of
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.attention_values import LayerValues, NewestValues
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,
     Panel,
-    provisional,
     title_row,
     unseen,
 )
@@ -39,6 +38,7 @@ TRENDS = (
     ("grad_cos", "cosine between gradients", ("qk", "qv", "kv")),
 )
 """Statistic, its name for people, and its parts."""
+NOT_COMPARABLE = "n/a"
 
 COLUMNS = (
     TableColumn("layer", "layer", 0, left=True),
@@ -70,15 +70,14 @@ class LayersTable(VirtualTable):
         super().__init__(COLUMNS, id=id)
         self.snapshot = Snapshot()
         self.heading = 1
-        self._values: NDArray[np.float32] | None = None
-        self._provisional = False
+        self._newest = NewestValues(tables.ATTENTION)
+        self._values: LayerValues | None = None
 
     def show(self, snapshot: Snapshot) -> None:
         """Take the snapshot and redraw."""
         self.snapshot = snapshot
-        history = snapshot.history.table(tables.ATTENTION)
         layers = len(snapshot.info.attention) if snapshot.info else 0
-        self._values = self._read(history, layers)
+        self._values = self._newest.read(snapshot)
         if len(self.order) != layers:
             self.set_order(np.arange(layers))
         nothing = "no attention layer was found in this model"
@@ -86,15 +85,6 @@ class LayersTable(VirtualTable):
             nothing if snapshot.status.step and not layers else FIRST_STEP
         )
         self.update_rows()
-
-    def _read(self, history: TableHistory | None, layers: int) -> NDArray[np.float32] | None:
-        if history is None or not history.rows or history.columns != layers * len(STATISTICS):
-            return None
-        fresh = provisional(self.snapshot, history)
-        self._provisional = fresh is not None
-        latest = history.latest()
-        values = fresh if fresh is not None else latest[1] if latest is not None else None
-        return None if values is None else values.reshape(layers, len(STATISTICS))
 
     def head(self, width: int) -> list[Row]:
         """The title."""
@@ -118,19 +108,26 @@ class LayersTable(VirtualTable):
                 )
                 continue
             value = self._value(row, column.key)
-            out.append(Segment(_shown(column.key, value, width), self._style(column, value)))
+            out.append(Segment(self._text(row, column, value, width), self._style(row, column)))
         return out
 
     def _value(self, row: int, statistic: str) -> float | None:
         if self._values is None:
             return None
-        return float(self._values[row, STATISTICS.index(statistic)])
+        return self._values.value(row, STATISTICS.index(statistic))
 
-    def _style(self, column: TableColumn, value: float | None) -> Style:
-        palette = self.palette
+    def _text(self, row: int, column: TableColumn, value: float | None, width: int) -> str:
+        info, part = self.snapshot.info, column.key.rpartition("_")[2]
+        missing = value is not None and value != value
+        if missing and info and not info.attention[row].comparable(part):
+            return NOT_COMPARABLE.rjust(width)
+        return _shown(column.key, value, width)
+
+    def _style(self, row: int, column: TableColumn) -> Style:
+        palette, value = self.palette, self._value(row, column.key)
         if value is None or not np.isfinite(value):
             return palette.dim
-        if self._provisional:
+        if self._values is not None and self._values.provisional[row]:
             return palette.provisional
         letter = column.key[-1]
         colored = column.key.startswith(("drift", "norm"))
@@ -167,7 +164,6 @@ class TrendPanel(Panel):
 
     def content(self, size: Size) -> Sequence[Row]:
         """Title and chart."""
-        history = self.snapshot.history.table(tables.ATTENTION)
         info, palette = self.snapshot.info, self.palette
         if size.height < 5:
             return []
@@ -180,13 +176,20 @@ class TrendPanel(Panel):
         items: list[Item] = []
         layer = min(self.shown_layer, max(0, len(info.attention) - 1)) if info else 0
         buckets = 2 * self.chart.plot_width(size.width)
-        if history is not None and history.rows and info and info.attention:
-            first = layer * len(STATISTICS)
-            wanted = [first + STATISTICS.index(f"{name}_{part}") for part in parts]
+        place = None
+        if info and info.attention:
+            shown = info.attention[layer].layer
+            place = place_of(self.snapshot.history, tables.ATTENTION, shown)
+        if place is not None and place.history.rows:
+            history, columns = place
+            wanted = [columns[STATISTICS.index(f"{name}_{part}")] for part in parts]
             seen = history.window(wanted, *steps, buckets)
             latest = history.latest()
             for number, part in enumerate(parts):
                 style = pair_style(palette, part)
+                if info and not info.attention[layer].comparable(part):
+                    items.append((part, NOT_COMPARABLE.rjust(7), palette.faint))
+                    continue
                 band = Band.of(seen, number, style)
                 if name == "grad_cos":  # it scatters too much to be read but for its mean
                     mean = smoothed(band.low, band.high, max(2.0, buckets * SMOOTHED_SHARE))

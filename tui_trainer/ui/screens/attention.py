@@ -11,6 +11,7 @@ from textual.containers import Container
 from textual.widget import Widget
 
 from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.attention_heads import HeadsTable
@@ -135,21 +136,24 @@ class AttentionScreen(DetailScreen):
             pieces.append((f"n/a: {layer.note}", "warning"))
         self.query_one("#layer", Caption).say(piece for piece in pieces if piece[0])
         why = info.unseen.get(tables.ATTENTION_HEADS, "measured while this is open: soon here")
-        self.query_one(HeadsTable).show_layer(snapshot, layer.layer, layer.note, why)
-        self._show_charts(snapshot, row)
+        self.query_one(HeadsTable).show_layer(snapshot, layer, why)
+        self._show_charts(snapshot, layer)
 
-    def _show_charts(self, snapshot: Snapshot, row: int) -> None:
+    def _show_charts(self, snapshot: Snapshot, layer: AttentionInfo) -> None:
         total = snapshot.info.total_steps if snapshot.info else None
         shown = self._ordered()
         charts = list(self.query(SeriesChart))
         for chart, statistic in zip(charts, shown, strict=False):
-            history = statistic.history(snapshot)
-            series = statistic.series(row) if history is not None else []
+            place = statistic.place(snapshot, layer)
+            series = statistic.series(layer, place) if place is not None else []
+            optimizer = place.history.table.optimizer if place is not None else ""
+            measured = place is not None and place.history.rows > 0
+            nothing = why_nothing(statistic, snapshot, optimizer)
             chart.draw(
                 statistic.title,
-                history,
+                place.history if place is not None else None,
                 series,
-                why=why_nothing(statistic, snapshot),
+                why=f"n/a: {layer.note}" if measured and not series else nothing,
                 total=total,
                 log=self._log and not statistic.signed,
                 selected=statistic is self.statistic,
