@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,8 @@ def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> Non
         (Script("work/train.py", ()), "train"),
         (Script("package.train", (), module=True), "train"),
         (Script("train", (), module=True), "train"),
+        (Script("work/", ()), "work"),
+        (Script(".", ()), Path.cwd().stem),
     ],
 )
 def test_what_a_run_is_called_after(script: Script, stem: str) -> None:

@@ -99,6 +99,37 @@ def test_a_module_looks_the_same_from_inside(place):
         assert mine.returncode == 0
 
 
+@pytest.mark.parametrize("name", ["package", "package/", "."])
+def test_a_folder_looks_the_same_from_inside(place, name):
+    write(place, "print('helped')", "package/helper.py")
+    write(
+        place,
+        """
+        import pickle, sys, os, __main__
+        import helper
+        class Thing: pass
+        print(sys.argv, __name__, __file__, __spec__.name, repr(__package__), __loader__.name)
+        print(sys.path[0], os.getcwd(), __main__.Thing is Thing, sorted(globals()))
+        print(type(pickle.loads(pickle.dumps(Thing()))) is Thing, __cached__, __spec__.origin)
+        """,
+        "package/__main__.py",
+    )
+    at = place / "package" if name == "." else place
+    runner = command(place, name, "a", "-m")
+    mine = subprocess.run(runner, cwd=at, capture_output=True, text=True, timeout=100)
+    theirs = pythons(at, name, "a", "-m")
+    assert mine.stdout == theirs.stdout != ""
+    assert mine.returncode == theirs.returncode == 0
+
+
+def test_a_folder_whose_main_is_not_python(place):
+    write(place, "def f(:", "package/__main__.py")
+    done = ours(place, "package")
+    assert done.returncode == 1
+    assert "SyntaxError" in done.stderr
+    assert "tui_trainer" not in done.stderr
+
+
 THREAD = """
 import threading, time
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()

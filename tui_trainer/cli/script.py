@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,8 @@ from tui_trainer.config.errors import near_miss
 
 @dataclass(frozen=True)
 class Script:
-    """A Python program to train with: a file, or a module as `python -m` would find it."""
+    """A Python program to train with: a file, a folder with a `__main__.py`, or a module as
+    `python -m` would find it."""
 
     target: str
     arguments: tuple[str, ...]
@@ -24,12 +26,12 @@ class Script:
     @property
     def title(self) -> str:
         """As its user would have typed it for python, less its arguments."""
-        return f"-m {self.target}" if self.module else Path(self.target).name
+        return f"-m {self.target}" if self.module else _path(self.target).name
 
     @property
     def stem(self) -> str:
         """What a run of it is called after: the file or module, less its folders or packages."""
-        return self.target.rpartition(".")[2] if self.module else Path(self.target).stem
+        return self.target.rpartition(".")[2] if self.module else _path(self.target).stem
 
     def check(self) -> None:
         """Raises UsageError when it is not there. Whether it is good Python, the run will say."""
@@ -75,10 +77,16 @@ def _options_with_a_value() -> frozenset[str]:
     )
 
 
+def _path(target: str) -> Path:
+    return Path(os.path.abspath(target))  # `.` has a name as well
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         if not (path / "__main__.py").is_file():
-            raise UsageError(f"{path} is a folder", "name the script in it that trains")
+            raise UsageError(
+                f"{path} is a folder without a __main__.py", "name the script in it that trains"
+            )
     elif not path.exists():
         siblings = sorted(each.name for each in _listing(path.parent) if each.suffix == ".py")
         raise UsageError(

@@ -32,7 +32,8 @@ def first_description(spec: RunSpec) -> RunInfo:
     """What is known of a run before anything of it is imported."""
     title = spec.title
     if not title and spec.task == "script":
-        name = f"-m {spec.script}" if spec.module else os.path.basename(spec.script or "")
+        path = os.path.abspath(spec.script or "")  # a folder may be called `.` or end in `/`
+        name = f"-m {spec.script}" if spec.module else os.path.basename(path)
         title = " ".join((name, *spec.arguments))[:200]
     elif not title:
         preset = spec.configuration.get("preset")

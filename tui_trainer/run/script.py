@@ -8,6 +8,7 @@ handlers and the process are simply its own.
 from __future__ import annotations
 
 import builtins
+import importlib.abc
 import importlib.machinery
 import io
 import os
@@ -47,10 +48,10 @@ class Program:
 
 
 def load_script(path: str, arguments: tuple[str, ...]) -> Program:
-    """As `python path arguments`. Raises ConfigurationError when there is no such file,
-    SyntaxError when it is not Python."""
+    """As `python path arguments`: of a file, or of a folder with a `__main__.py`. Raises
+    ConfigurationError when there is no such file, SyntaxError when it is not Python."""
     if os.path.isdir(path):
-        raise ConfigurationError(f"{path} is a folder", "name the script inside it")
+        return _load_folder(path, arguments)
     try:
         with io.open_code(os.path.abspath(path)) as file:
             source = file.read()
@@ -66,6 +67,18 @@ def load_script(path: str, arguments: tuple[str, ...]) -> Program:
     return Program(code, module, (path, *arguments), folder)
 
 
+def _load_folder(path: str, arguments: tuple[str, ...]) -> Program:
+    entry = os.getcwd() if path == "." else os.path.join(os.getcwd(), path)
+    spec = importlib.machinery.PathFinder.find_spec("__main__", [entry])
+    if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
+        raise ConfigurationError(
+            f"{path} is a folder without a __main__.py", "name the script in it that trains"
+        )
+    code = spec.loader.get_code("__main__")
+    assert code is not None  # it is Python or there is a SyntaxError
+    return Program(code, _module_of(spec), (path, *arguments), entry)
+
+
 def load_module(name: str, arguments: tuple[str, ...]) -> Program:
     """As `python -m name arguments`. Raises ConfigurationError when it cannot be found."""
     if sys.flags.safe_path:
@@ -79,11 +92,15 @@ def load_module(name: str, arguments: tuple[str, ...]) -> Program:
     finally:
         if sys.flags.safe_path:
             del sys.path[0]
-    module = _main_module(spec.origin, spec.loader)
+    return Program(code, _module_of(spec), (spec.origin, *arguments), os.getcwd())
+
+
+def _module_of(spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+    module = _main_module(spec.origin or "", spec.loader)
     module.__spec__ = spec
     module.__package__ = spec.parent
     module.__dict__["__cached__"] = spec.cached
-    return Program(code, module, (spec.origin, *arguments), os.getcwd())
+    return module
 
 
 def _main_module(path: str, loader: Any) -> types.ModuleType:
