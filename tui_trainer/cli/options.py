@@ -37,7 +37,9 @@ class RunOptions:
     slow_link: Annotated[
         bool, _flag("send the terminal little: a frame in 2 s or less, at once on a key", SHOWING)
     ] = False
-    paused: Annotated[bool, _flag("stop before the first step and wait for keys", RUNNING)] = False
+    paused: Annotated[
+        bool, _flag("stop before the first step and wait for keys, or for `resume`", RUNNING)
+    ] = False
     detach: Annotated[
         bool, _flag("start it without a screen and print its name; attach shows it", RUNNING)
     ] = False

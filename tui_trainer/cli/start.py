@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from tui_trainer.cli.directory import check_options, prepare
@@ -65,7 +66,14 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
         return show_run(spec, options.ascii, options.slow_link)
     from tui_trainer.cli.lines import show_lines
 
+    if spec.start_paused:
+        say(f"paused before the first step; to go on: {_resume_command(spec, options)}")
     return show_lines(spec, "json" if showing.kind == "json" else "plain")
+
+
+def _resume_command(spec: RunSpec, options: RunOptions) -> str:
+    kept = [] if options.runs_dir is None else ["--runs-dir", str(options.runs_dir)]
+    return shlex.join(["tui-trainer", "resume", spec.name, *kept])
 
 
 def start_screen(options: StartOptions) -> int:
