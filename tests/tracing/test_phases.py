@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.tracing.support import CountingGate, SmallGpt, batch, close, mlp, plain_loop, trace
+from tests.tracing.support import (
+    CountingGate,
+    SmallGpt,
+    batch,
+    close,
+    gpt_loop,
+    mlp,
+    plain_loop,
+    trace,
+)
 from tui_trainer.protocol import PHASES
 
 TEXTBOOK = list(PHASES)
@@ -65,6 +74,95 @@ def test_zero_grad_at_the_end_comes_before_the_data_of_the_next_step():
     assert gate.phases(2) == ["zero_grad", "data", "forward", "loss", "backward", "step"]
 
 
+def train_step(model, optimizer, inputs, targets):
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+
+
+BATCH_THERE = ["data", "zero_grad", "forward", "loss", "backward", "step"]
+BATCH_LATER = ["zero_grad", "data", "forward", "loss", "backward", "step"]
+
+
+def test_a_batch_that_is_drawn_after_zero_grad_is_data_after_it():
+    model, optimizer = make()
+    whole, targets = torch.randn(40, 6), torch.randint(0, 3, (40,))
+
+    def loop():
+        for step in range(3):
+            if step % 2 == 0:
+                validation = whole[:4]  # a tensor of this loop, but no batch
+            optimizer.zero_grad()
+            picked = torch.randint(0, 40, (4,))
+            F.cross_entropy(model(whole[picked]), targets[picked]).backward()
+            optimizer.step()
+        assert len(validation) == 4
+
+    _, gate = trace(loop)
+    assert gate.phases(2) == gate.phases(3) == BATCH_LATER
+
+
+def test_zero_grad_once_before_the_loop_and_then_after_each_step():
+    model, optimizer = make()
+
+    def loop():
+        whole, targets = torch.randn(12, 6), torch.randint(0, 3, (12,))
+        optimizer.zero_grad()
+        for first in range(0, 12, 4):
+            F.cross_entropy(model(whole[first : first + 4]), targets[first : first + 4]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    _, gate = trace(loop)
+    for step in (1, 2, 3):
+        assert gate.phases(step) == BATCH_LATER
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_zero_grad_in_a_function_that_is_given_the_batch(optimizers):
+    def loop():
+        for _ in range(optimizers):
+            model, optimizer = make()
+            for _ in range(2):
+                train_step(model, optimizer, *batch())
+
+    _, gate = trace(loop)
+    for step in range(1, 2 * optimizers + 1):
+        assert gate.phases(step) == BATCH_THERE
+
+
+def test_each_optimizer_has_its_own_order():
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 1))
+    of_critic = torch.optim.SGD(critic.parameters(), lr=1e-2)
+    of_generator = torch.optim.SGD(generator.parameters(), lr=1e-2)
+
+    def loop():
+        for _ in range(3):
+            real = torch.randn(8, 6)
+            of_critic.zero_grad()
+            critic(real).mean().backward()
+            of_critic.step()
+            of_generator.zero_grad()
+            noise = torch.randn(8, 4)
+            critic(generator(noise)).mean().backward()
+            of_generator.step()
+
+    _, gate = trace(loop)
+    assert [gate.phases(step)[:2] for step in (1, 2, 3, 4)] == [
+        ["data", "zero_grad"],
+        ["zero_grad", "data"],
+    ] * 2
+
+
+def test_a_view_of_the_batch_is_the_batch():
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    _, gate = trace(lambda: gpt_loop(model, optimizer, 3))
+    assert gate.phases(1) == gate.phases(3) == TEXTBOOK
+
+
 def test_zero_grad_between_loss_and_backward():
     model, optimizer = make()
 
@@ -114,7 +212,7 @@ def test_accumulation_repeats_phases_and_sums_the_losses():
 
     recorder, gate = trace(loop)
     micro = ["data", "forward", "loss", "backward"]
-    assert gate.phases(2) == ["data", "zero_grad", *micro[1:], *micro, *micro, "step"]
+    assert gate.phases(2) == ["zero_grad", *micro, *micro, *micro, "step"]
     close(recorder.series("step", "loss"), sums)
 
 
@@ -322,7 +420,7 @@ def test_parameters_of_no_module_are_numbered():
 
     recorder, gate = trace(loop)
     assert [c.name for c in recorder.table("grad_norm").columns] == ["param_0"]
-    assert gate.phases(6) == ["data", "zero_grad", "loss", "backward", "step"]
+    assert gate.phases(6) == ["zero_grad", "data", "loss", "backward", "step"]
     assert "forward" in recorder.info["unseen"]
 
 

@@ -16,15 +16,11 @@ from tui_trainer.tracing.gate import Gate
 from tui_trainer.tracing.tracer import Tracer
 
 
-def reports_of(
-    steps: int = 2,
-) -> tuple[dict[tuple[int, str], PhaseReport], list[dict], KeepingRecorder]:
-    """Every phase of some steps, one at a time, and what the loop itself saw."""
-    gate, recorder = Gate(paused=True), KeepingRecorder()
-    seen: list[dict] = []
+def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
+    """Somebody who steps through so many phases, and then lets the run go on."""
 
     def drive() -> None:
-        for _ in range(7 * steps):
+        for _ in range(boundaries):
             gate.call_soon(lambda: None, mid_step=True).result(20)
             while gate.mode != "paused":
                 if gate.mode == "ended":
@@ -32,11 +28,22 @@ def reports_of(
             gate.step_phase()
         gate.resume()
 
+    driver = threading.Thread(target=drive)
+    driver.start()
+    return driver
+
+
+def reports_of(
+    steps: int = 2,
+) -> tuple[dict[tuple[int, str], PhaseReport], list[dict], KeepingRecorder]:
+    """Every phase of some steps, one at a time, and what the loop itself saw."""
+    gate, recorder = Gate(paused=True), KeepingRecorder()
+    seen: list[dict] = []
+
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    driver = threading.Thread(target=drive)
-    driver.start()
+    driver = phase_by_phase(gate, 7 * steps)
     with Tracer(recorder, gate, PROBES, EVERYTHING):
         for _ in range(steps):
             inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
@@ -105,3 +112,37 @@ def test_durations_are_those_of_the_phase():
     reports, _, _ = reports_of()
     assert all(0 <= report.duration_ms < 10_000 for report in reports.values())
     assert reports[1, "backward"].duration_ms > 0
+
+
+def test_the_batch_that_is_shown_is_the_one_that_is_trained_on_however_a_loop_zeroes():
+    torch.manual_seed(0)
+    model, recorder, means = mlp(), KeepingRecorder(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(inputs: torch.Tensor) -> None:
+        means.append(inputs.mean().item())
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    def zeroes_first() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            inputs = torch.randn(4, 6)
+            train(inputs)
+
+    def zeroes_last() -> None:
+        optimizer.zero_grad()
+        for _ in range(3):
+            inputs = torch.randn(4, 6)
+            train(inputs)
+            optimizer.zero_grad()
+
+    for loop in (zeroes_first, zeroes_last):
+        gate = Gate(paused=True)
+        driver = phase_by_phase(gate, 17)
+        with Tracer(recorder, gate, PROBES, EVERYTHING):
+            loop()
+        gate.end()
+        driver.join(20)
+    found = [quantity(r, "input 1 mean") for r in recorder.reports if r.phase == "data"]
+    close(found, means)

@@ -97,7 +97,7 @@ class HearsCalls(Guarded):
         if self.gate.armed:
             self.reporter.inputs(args, kwargs)
         self.registry.register_pending()
-        self.phases.forwarding(module)
+        self.phases.forwarding(module, args, kwargs)
         if first:
             for meter in self.registry.meters:
                 meter.prepare(self.phases.step, self.gate.stops_soon)

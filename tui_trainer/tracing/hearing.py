@@ -66,7 +66,7 @@ class Hearing(HearsCalls):
             return False
         if isinstance(thing, Optimizer):
             self.registry.seen(thing)
-        self.phases.zeroing()
+        self.phases.zeroing(thing)
         self.phases.run()
         return True
 
@@ -83,6 +83,7 @@ class Hearing(HearsCalls):
         given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
         losses = [self.scaling.original(loss) for loss in scalars]
+        self.phases.losing()
         self.making.add_losses(losses, self.phases.closure)
         self.phases.boundary(LOSS)
         for meter in self.registry.meters:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from tui_trainer.protocol import PHASES
 from tui_trainer.tracing.gate import Gate
+from tui_trainer.tracing.sight import Sight
 from tui_trainer.tracing.timing import OUTSIDE, Clock, HostClock, Times, clock_for
 
 DATA, ZERO_GRAD, FORWARD, LOSS, BACKWARD, CLIP, STEP = range(len(PHASES))
@@ -51,7 +53,7 @@ class Phases:
         self._open: list[int] = []
         self._gap = OUTSIDE
         self._batch_due = True
-        self._zeroes_first: bool | None = None
+        self._sight = Sight()
         self._last_end = 0.0
         self._idle_before = 0.0
         self._in_gate = False
@@ -150,22 +152,29 @@ class Phases:
 
     # ------------------------------------------------------------ the batch
 
-    def zeroing(self) -> None:
-        """`zero_grad` is open: the batch is there already where a script zeroes after it."""
-        if self._zeroes_first is None:
-            self._zeroes_first = FORWARD not in self.seen
-        if self._zeroes_first and self._batch_due and not self.closure:
+    def zeroing(self, thing: Any) -> None:
+        """`zero_grad` of this is open: the batch is there already where a script is known to zero
+        after it has drawn one."""
+        if self._batch_due and not self.closure and self._sight.batch_is_there(thing):
             self._data_ends()
 
-    def forwarding(self, module: torch.nn.Module) -> None:
+    def forwarding(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """`forward` of this model is open: the batch is there."""
-        if self._zeroes_first is None:
-            self._zeroes_first = False
+        if self._sight.waiting:
+            self._sight.called(args, kwargs)
         if self._clock_due and isinstance(self._clock, HostClock):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device.type == "cuda":
                 self._clock = clock_for(parameter.device)
         self._data_ends()
+
+    def losing(self) -> None:
+        """`backward` is open: the batch is there, even where no model was seen to be called."""
+        if self._batch_due and not self.closure and not self.seen & {FORWARD, LOSS}:
+            self._data_ends()
+        self.seen.add(LOSS)
 
     def batch_used(self) -> None:
         """A backward is made: the next forward needs another batch."""

@@ -44,12 +44,18 @@ def tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Te
             yield from tensors_in((f"{name}[{i}]", value) for i, value in enumerate(thing))
 
 
-def locals_of_the_loop() -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among the variables of the training loop: before `zero_grad` the batch is known
-    to nobody else."""
+def frame_of_the_loop() -> FrameType | None:
+    """The innermost call on this thread that is neither ours nor torch's."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and _is_ours_or_torch(frame):
         frame = frame.f_back
+    return frame
+
+
+def locals_of_the_loop() -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the variables of the training loop: before `zero_grad` the batch is known
+    to nobody else."""
+    frame = frame_of_the_loop()
     if frame is None:
         return
     found = 0
