@@ -14,6 +14,7 @@ from PIL import Image
 from tests.cli.calling import call
 from tui_trainer.config import ConfigurationError, resolve
 from tui_trainer.tasks.definition import Training, build, find_task
+from tui_trainer.tasks.vit import digits
 from tui_trainer.tasks.vit.arithmetic import EpochPlan
 from tui_trainer.tasks.vit.batches import Decoder, ImageBatches, Order
 from tui_trainer.tasks.vit.folder import load_images
@@ -68,6 +69,18 @@ def test_epoch_arithmetic():
     assert EpochPlan(images=100, batch_size=10, steps=7).updates == 7
     with pytest.raises(ConfigurationError, match="do not fill one batch"):
         EpochPlan(images=9, batch_size=10, epochs=1)
+
+
+def test_digits_are_those_of_scikit_learn_without_importing_it():
+    code = "import sys; from tui_trainer.tasks.vit.digits import read_digits; read_digits()"
+    code += "; assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    from sklearn.datasets import load_digits
+
+    scans, labels = digits.read_digits()
+    assert np.array_equal(scans, load_digits().images)
+    assert np.array_equal(labels, load_digits().target)
+    assert all(map(np.array_equal, (scans, labels), digits._by_scikit_learn()))
 
 
 def test_digits_facts():

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tui_trainer.tasks.vit.digits import read_digits
+
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 )
@@ -55,16 +57,14 @@ class DigitImages:
     @classmethod
     def bundled(cls, image_size: int, channels: int) -> DigitImages:
         """All of them, brought to the given size."""
-        from sklearn.datasets import load_digits
-
-        found = load_digits()
-        scans = torch.from_numpy(found.images).float()[:, None] * (255 / 16)  # (images, 1, 8, 8)
+        found, labels = read_digits()
+        scans = torch.from_numpy(found).float()[:, None] * (255 / 16)  # (images, 1, 8, 8)
         if image_size != 8:
             scans = torch.nn.functional.interpolate(
                 scans, size=(image_size, image_size), mode="bilinear", antialias=True
             )
         pixels = scans.round().to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
-        return cls(pixels, torch.from_numpy(found.target).long())
+        return cls(pixels, torch.from_numpy(labels))
 
     def __len__(self) -> int:
         return len(self.labels)
