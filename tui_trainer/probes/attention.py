@@ -16,8 +16,6 @@ from tui_trainer.protocol.tables import ATTENTION_STATISTICS, attention_columns
 from tui_trainer.tracing.probe import Facts, Gradient, Options, Probe, Readings, TableSpec
 from tui_trainer.tracing.subject import Subject
 
-NO_LAYERS = "no attention layer was found by its parameters' names"
-
 
 class Attention(Probe):
     """Table `attention`: the statistics of `tables.ATTENTION_STATISTICS` for each layer.
@@ -34,10 +32,11 @@ class Attention(Probe):
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
-        self.layers = find_layers(subject, options.attention_pattern)
-        if not self.layers:
-            self.unseen = NO_LAYERS
+        found = find_layers(subject, options.attention_pattern)
+        self.layers, self.unseen = found.layers, found.nothing
+        if self.unseen:
             return
+        self.left_out = found.remark
         self.attention = tuple(layer.info(subject.names) for layer in self.layers)
         paths = tuple(layer.path for layer in self.layers)
         self.tables = (TableSpec(tables.ATTENTION, attention_columns(paths, ATTENTION_STATISTICS)),)

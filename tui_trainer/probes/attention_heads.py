@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.attention import NO_LAYERS
 from tui_trainer.probes.attention_layers import Layer, find_layers
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.tables import head_columns
@@ -36,9 +35,9 @@ class AttentionHeads(Probe):
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
         found = find_layers(subject, options.attention_pattern)
-        self._layers = [layer for layer in found if layer.heads and layer.key_value_heads]
+        self._layers = [each for each in found.layers if each.heads and each.key_value_heads]
         if not self._layers:
-            self.unseen = "the number of heads is unknown" if found else NO_LAYERS
+            self.unseen = found.nothing or "the number of heads is unknown"
             return
         heads = tuple((layer.path, layer.heads or 0) for layer in self._layers)
         self.tables = (TableSpec(self.name, head_columns(heads)),)
@@ -65,11 +64,13 @@ class AttentionHeads(Probe):
             q, k, v = now = self._matrices(layer)
             readings += [(m * m).sum(-1) for m in now]
             grouped = q.view(k.shape[0], layer.group, -1)
-            if layer.query_comparable:
-                readings += [(grouped * m.unsqueeze(1)).sum(-1).view(-1) for m in (k, v)]
-            else:
-                readings += [torch.full_like(q[:, 0], torch.nan)] * 2
-            readings.append((k * v).sum(-1) if k.shape == v.shape else k[:, 0] * torch.nan)
+            for pair, other in (("qk", k), ("qv", v)):
+                if layer.comparable(pair):
+                    readings.append((grouped * other.unsqueeze(1)).sum(-1).view(-1))
+                else:
+                    readings.append(torch.full_like(q[:, 0], torch.nan))
+            both = layer.comparable("kv")
+            readings.append((k * v).sum(-1) if both else torch.full_like(k[:, 0], torch.nan))
             readings += [
                 torch.linalg.vector_norm(m - before, dim=-1)
                 for m, before in zip(now, start, strict=True)

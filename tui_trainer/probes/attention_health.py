@@ -10,13 +10,20 @@ import torch
 from torch.nn import functional
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.attention import NO_LAYERS
 from tui_trainer.probes.attention_layers import find_layers
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.tables import HEALTH_STATISTICS, attention_columns
 from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
 from tui_trainer.tracing.subject import Subject
 
+FUNCTION = "torch.nn.functional.scaled_dot_product_attention"
+NOT_CALLED = f"no call of {FUNCTION} was seen: attention is computed otherwise, or imported by name"
+NOT_ONCE = f"{FUNCTION} is not called just once for each of these layers"
+ELSEWHERE = "attention is looked at in the first forward of a step, and that is another model's"
+COMPILED = "the model is compiled: attention inside it cannot be looked at"
+NO_FORWARD = "attention is looked at in the model's forward, which was not called from outside"
+PATIENCE = 2
+"""So many samples in a row without what is sought, before it is said."""
 EXAMPLES = 2
 ROWS = 32
 """Of each call the first examples and evenly spaced query rows are looked at, with every key."""
@@ -29,8 +36,8 @@ class AttentionHealth(Probe):
     cosine between queries and keys, over a sample of the first forward of the step.
 
     `scaled_dot_product_attention` is replaced for just that forward; its n-th call is the n-th
-    layer. Where it is called otherwise than once per layer, nothing is seen; in a compiled model it
-    is not replaced, which would have the model compiled anew.
+    layer. Where it is called otherwise than once per layer, nothing is seen, and the panel says why
+    until it is; in a compiled model it is not replaced, which would have the model compiled anew.
     """
 
     name = tables.ATTENTION_HEALTH
@@ -43,24 +50,33 @@ class AttentionHealth(Probe):
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
-        self._layers = find_layers(subject, options.attention_pattern)
-        if not self._layers:
-            self.unseen = NO_LAYERS
+        found = find_layers(subject, options.attention_pattern)
+        self._layers, self.unseen = found.layers, found.nothing
+        if self.unseen:
             return
         if any(is_compiled(module) for module in subject.modules.values()):
-            self.unseen = "the model is compiled: attention inside it cannot be looked at"
+            self.unseen = COMPILED
             return
         paths = tuple(layer.path for layer in self._layers)
         self.tables = (TableSpec(self.name, attention_columns(paths, HEALTH_STATISTICS)),)
         self._original: Attend | None = None
         self._ours: Attend | None = None
         self._seen: list[torch.Tensor] = []
+        self._own = {id(subject.parameters[each.q.parameter]) for each in self._layers}
+        self._reason = NO_FORWARD
+        """Why this step gave nothing, if it did not."""
+        self._missed, self._patience = 0, PATIENCE
 
     def before_forward(self, root: torch.nn.Module) -> None:
         """Listen to the calls of this forward."""
         self._seen = []
         if is_compiled(root):
+            self._reason = COMPILED
             return
+        if not any(id(parameter) in self._own for parameter in root.parameters()):
+            self._reason = ELSEWHERE
+            return
+        self._reason = NOT_CALLED
         original = self._original = functional.scaled_dot_product_attention
 
         def attend(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +106,17 @@ class AttentionHealth(Probe):
     def after_update(self) -> Readings:
         """Three readings per layer, when there was one call for each."""
         seen, self._seen = self._seen, []
-        return seen if len(seen) == len(self._layers) else ()
+        reason, self._reason = self._reason, NO_FORWARD
+        if len(seen) == len(self._layers):
+            self._missed = 0
+            if self.unseen:
+                self._patience *= 2  # it comes and goes
+                self.say_unseen("")
+            return seen
+        self._missed += 1
+        if self._missed == self._patience:
+            self.say_unseen(NOT_ONCE if seen else reason)
+        return ()
 
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """As they were read."""

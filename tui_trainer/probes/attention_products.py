@@ -178,14 +178,18 @@ class UnevenLayers:
 
     def _six(self, layer: Layer, m: list[torch.Tensor | None]) -> list[torch.Tensor]:
         q, k, v = m
+        without = layer.incomparable
         summed = None
-        if q is not None and layer.query_comparable:
+        if q is not None and not {"qk", "qv"} <= set(without):
             summed = _sum_over_group(layer, q)
 
-        def dot(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
-            return self._nan if a is None or b is None or a.shape != b.shape else (a * b).sum()
+        def dot(a: torch.Tensor | None, b: torch.Tensor | None, pair: str = "") -> torch.Tensor:
+            return self._nan if a is None or b is None or pair in without else (a * b).sum()
 
-        return [dot(q, q), dot(summed, k), dot(summed, v), dot(k, k), dot(k, v), dot(v, v)]
+        return [
+            *(dot(q, q), dot(summed, k, "qk"), dot(summed, v, "qv")),
+            *(dot(k, k), dot(k, v, "kv"), dot(v, v)),
+        ]
 
 
 def _sum_over_group(layer: Layer, q: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.attention import NO_LAYERS
 from tui_trainer.probes.attention_layers import find_layers
 from tui_trainer.probes.decomposing import LARGEST_SIDE, Decomposer, Values, singular_values
 from tui_trainer.protocol import tables
@@ -37,9 +36,9 @@ class AttentionSpectrum(Probe):
 
     def __init__(self, subject: Subject, options: Options) -> None:
         super().__init__(subject, options)
-        self._layers = find_layers(subject, options.attention_pattern)
-        if not self._layers:
-            self.unseen = NO_LAYERS
+        found = find_layers(subject, options.attention_pattern)
+        self._layers, self.unseen = found.layers, found.nothing
+        if self.unseen:
             return
         paths = tuple(layer.path for layer in self._layers)
         columns = attention_columns(paths, SPECTRUM_STATISTICS)

@@ -7,7 +7,7 @@ is called when they have arrived (at once on the CPU, a step later on an acceler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -113,14 +113,27 @@ class Probe:
     attention: tuple[AttentionInfo, ...] = ()
     """Attention layers that it found, to be described."""
     unseen: str = ""
-    """Why nothing is measured, for the panel; "" when something is."""
+    """Why nothing is measured, for the panel; "" when something is. It may turn out while the run
+    goes on: see `say_unseen`."""
+    left_out: str = ""
+    """What it cannot see beside what it measures, and why: said in the log."""
+    unseen_changed: Callable[[], None] | None = None
+    """Told by `say_unseen`."""
 
     def __init__(self, subject: Subject, options: Options) -> None:
         self.subject = subject
         self.options = options
 
+    def say_unseen(self, reason: str) -> None:
+        """On the training thread: there turned out to be nothing to see; "": there is after all."""
+        if reason != self.unseen:
+            self.unseen = reason
+            if self.unseen_changed is not None:
+                self.unseen_changed()
+
     def wants(self, step: int) -> bool:
-        """Whether this step needs it although its cadence does not call for it."""
+        """Whether a step that somebody is about to look at needs it, although its cadence may not
+        call for it. Asked of no other step, perhaps several times."""
         return False
 
     def before_forward(self, root: torch.nn.Module) -> None:

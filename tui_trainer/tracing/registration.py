@@ -140,6 +140,10 @@ class Registry:
             Governor(self._options.budget, self._cadence_changed),
             role,
         )
+        for slot in meter.slots:
+            slot.probe.unseen_changed = self._probe_unseen
+            if slot.probe.left_out:
+                self._recorder.notice("unseen", slot.probe.left_out, "warning")
         subject.models.clear()  # a meter keeps parameters alive, not the models around them
         subject.modules.clear()
         key_of = id(optimizer)
@@ -202,11 +206,20 @@ class Registry:
         )
 
     def _unseen(self) -> dict[str, str]:
-        """What no optimizer's probes can see, and the phases that never come."""
+        """What no optimizer's probes can see, or one's alone, and the phases that never come."""
         unseen = dict(self._phases_unseen)
         at_work = {slot.name for meter in self.meters for slot in meter.slots}
         for meter in self.meters:
             unseen |= {n: why for n, why in meter.unseen.items() if n not in at_work}
+        reasons = [
+            (slot.name, meter.subject.name, slot.probe.unseen)
+            for meter in self.meters
+            for slot in meter.slots
+        ]
+        seen = {name for name, _, why in reasons if not why}
+        for name, optimizer, why in reasons:
+            if why:
+                unseen.setdefault(name if name not in seen else f"{name}@{optimizer}", why)
         return unseen
 
     def phases_unseen(self, reasons: dict[str, str]) -> None:
@@ -215,11 +228,9 @@ class Registry:
             self._phases_unseen = reasons
             self._recorder.describe(unseen=self._unseen())
 
-    def probe_unseen(self, name: str, reason: str) -> None:
-        """A probe found out while running that there is nothing for it to see."""
-        for meter in self.meters:
-            meter.unseen[name] = reason
-        self._recorder.describe(unseen=self._unseen() | {name: reason})
+    def _probe_unseen(self) -> None:
+        """A probe found out while running that there is nothing for it to see; or that there is."""
+        self._recorder.describe(unseen=self._unseen())
 
     def _cadence_changed(self, governed: Governed, text: str) -> None:
         assert isinstance(governed, Slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 import numpy as np
 from rich.segment import Segment
@@ -69,7 +70,9 @@ class SeriesChart(Lines):
         """Title and chart."""
         history = self._history
         if history is None or not history.rows or not self._series:
-            return [self._title(size.width, []), [], note(self._why, self.palette.dim)]
+            lines = wrap(self._why, max(1, size.width - 1))
+            said = [note(line, self.palette.dim) for line in lines]
+            return [self._title(size.width, []), [], *said][: max(3, size.height)]
         steps = window(history.last_step or 0, None, self._total)
         columns = [each.column for each in self._series]
         buckets = 2 * self.chart.plot_width(size.width)
