@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from tests.tracing.support import EVERYTHING, KeepingRecorder, close, mlp
-from tui_trainer.probes import PROBES
+from tui_trainer.probes import PROBES, update_ratio
 from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.tracing.gate import Gate
+from tui_trainer.tracing.probe import Options
 from tui_trainer.tracing.tracer import Tracer
 
 
@@ -35,6 +36,7 @@ def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
 
 def reports_of(
     steps: int = 2,
+    options: Options = EVERYTHING,
 ) -> tuple[dict[tuple[int, str], PhaseReport], list[dict], KeepingRecorder]:
     """Every phase of some steps, one at a time, and what the loop itself saw."""
     gate, recorder = Gate(paused=True), KeepingRecorder()
@@ -44,7 +46,7 @@ def reports_of(
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     driver = phase_by_phase(gate, 7 * steps)
-    with Tracer(recorder, gate, PROBES, EVERYTHING):
+    with Tracer(recorder, gate, PROBES, options):
         for _ in range(steps):
             inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
             optimizer.zero_grad()
@@ -101,6 +103,81 @@ def test_every_phase_is_reported_with_what_the_loop_saw():
     largest = max(seen[0]["ratios"])
     found = [q.value for q in update.quantities if q.name.startswith("update ratio")]
     close(max(found), largest, 1e-4)
+
+
+SMALL_COPIES = Options(budget=0.0, copy_budget_bytes=200)
+"""The weights of these models take 332 bytes: at speed they are measured in two turns."""
+
+
+def test_the_update_of_a_single_step_is_measured_whole_whatever_is_copied_at_speed():
+    reports, seen, recorder = reports_of(3, SMALL_COPIES)
+    rows = recorder.rows("update_ratio")
+    for step in (1, 2, 3):
+        report = reports[step, "step"]
+        found = {q.name: q.value for q in report.quantities}
+        ratios = [v for name, v in found.items() if name.startswith("update ratio")]
+        close(sorted(ratios), sorted(seen[step - 1]["ratios"]), 1e-4)
+        close(list(rows[step].values()), seen[step - 1]["ratios"], 1e-4)
+        assert found["norm of the update"] > 0
+        assert report.summary == f"step {step} is made"
+
+
+def test_what_is_too_large_to_copy_even_for_a_single_step_says_so(monkeypatch):
+    monkeypatch.setattr(update_ratio, "MOST_ON_HOST", 300)
+    reports, _, _ = reports_of(2, SMALL_COPIES)
+    summary = reports[2, "step"].summary
+    assert summary.startswith(
+        "step 2 is made; its update is not shown: a copy of the weights takes"
+    )
+    assert not any("update" in q.name for q in reports[2, "step"].quantities)
+
+
+def test_a_copy_that_finds_no_memory_says_so_and_switches_nothing_off(monkeypatch):
+    monkeypatch.setattr(update_ratio, "room_while_stepping", lambda *_: 1 << 60)
+    copied = []
+
+    def no_room(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor)
+        if len(copied) == 4:  # the last parameter of the first step
+            raise torch.OutOfMemoryError("out of memory")
+        return tensor.clone()
+
+    monkeypatch.setattr(update_ratio, "_copy", no_room)
+    reports, seen, recorder = reports_of(2, SMALL_COPIES)
+    assert "found no room: out of memory" in reports[1, "step"].summary
+    assert "update ratio of 0.weight" in {q.name for q in reports[2, "step"].quantities}
+    close(list(recorder.rows("update_ratio")[2].values()), seen[1]["ratios"], 1e-4)
+    assert recorder.said("fault") == []
+
+
+def test_clipping_together_reports_every_optimizer():
+    torch.manual_seed(0)
+    model, recorder, gate = mlp(), KeepingRecorder(), Gate(paused=True)
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    norms = []
+    driver = phase_by_phase(gate, 17)
+    with Tracer(recorder, gate, PROBES, EVERYTHING):
+        for _ in range(2):
+            inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
+            first.zero_grad()
+            second.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            norms.append([p.grad.norm().item() for p in model.parameters()])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            first.step()
+            second.step()
+    gate.end()
+    driver.join(20)
+    report = [r for r in recorder.reports if r.phase == "clip"][-1]
+    total = float(np.linalg.norm(norms[-1]))
+    assert total > 0.1
+    close(quantity(report, "norm before"), total)
+    close(quantity(report, "norm after"), 0.1, 1e-4)
+    close(quantity(report, "scale"), 0.1 / total, 1e-4)
+    close(quantity(report, "norm before (sgd#2)"), float(np.linalg.norm(norms[-1][2:])))
+    shares = {name: quantity(report, f"share of {name}") for name, _ in model.named_parameters()}
+    close(list(shares.values()), [(n / total) ** 2 for n in norms[-1]])
 
 
 def test_zero_grad_report_counts_what_was_released():

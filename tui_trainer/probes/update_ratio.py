@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 import torch
 
 from tui_trainer.history.records import Floats
@@ -16,6 +17,9 @@ from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
 from tui_trainer.tracing.subject import Subject
 
 SHARE_OF_DEVICE = 0.03
+SHARE_OF_FREE = 0.25
+"""Of the free memory: what a single step that somebody looks at may use for a moment."""
+MOST_ON_HOST = 1 << 30
 
 
 class UpdateRatio(Probe):
@@ -23,7 +27,9 @@ class UpdateRatio(Probe):
 
     The copies of the weights that this needs are bounded: where they would take more than
     `Options.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
-    turns, and a row comes when every one of them has had its turn.
+    turns, and a row comes when every one of them has had its turn. A single step that somebody is
+    about to look at may take longer: it is measured whole where memory allows a copy of all weights
+    for its duration.
     """
 
     name = tables.UPDATE_RATIO
@@ -37,6 +43,13 @@ class UpdateRatio(Probe):
         self.tables = (TableSpec(tables.UPDATE_RATIO, tuple(Column(n) for n in subject.names)),)
         self.latest: tuple[int, list[float], list[float]] | None = None
         """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
+        self.missing: tuple[int, str] = (0, "")
+        """(step, why it could not be measured whole), for the phase report."""
+        self._whole = list(range(len(subject.parameters)))
+        self._whole_step = 0
+        """The step that is measured whole."""
+        self._now: list[int] = []
+        """Indices of the parameters that are being measured."""
         self._turns = in_turns(subject.parameters, copy_budget(subject.device, options))
         self._turn = 0
         self._copies: list[torch.Tensor] = []
@@ -49,14 +62,35 @@ class UpdateRatio(Probe):
         self._ratios = np.full(len(subject.names), np.nan)
 
     def wants(self, step: int) -> bool:
-        """A person about to stop at the end of this step wants to see it."""
-        return len(self._turns) == 1
+        """A person about to stop at the end of this step wants to see it, all of it."""
+        if len(self._turns) == 1 or self._whole_step == step:
+            return True
+        if self.missing[0] != step:
+            size = sum(p.numel() * p.element_size() for p in self.subject.parameters)
+            room = room_while_stepping(self.subject.device, self.options)
+            if size <= room:
+                self._whole_step = step
+            else:
+                text = (
+                    f"a copy of the weights takes {_mib(size)}, and there is room for {_mib(room)}"
+                )
+                self.missing = step, text
+        return self._whole_step == step
 
     def before_update(self) -> None:
-        """Keep the weights of this turn."""
-        weights = [self.subject.parameters[i].detach() for i in self._turns[self._turn]]
+        """Keep the weights of this turn, or all of them."""
+        step, self._whole_step = self._whole_step, 0
+        self._now = self._turns[self._turn]
+        if step:
+            try:
+                self._copies = [_copy(p.detach()) for p in self.subject.parameters]
+                self._now = self._whole
+                return
+            except (MemoryError, RuntimeError) as fault:
+                self.missing = step, f"its copy found no room: {fault}"
+        weights = [self.subject.parameters[i].detach() for i in self._now]
         if len(self._turns) > 1:
-            self._copies = [weight.clone() for weight in weights]
+            self._copies = [_copy(weight) for weight in weights]
             return
         if not all(map(_alike, self._kept, weights)) or not self._kept:
             self._kept = [torch.empty_like(weight) for weight in weights]
@@ -65,8 +99,9 @@ class UpdateRatio(Probe):
 
     def after_update(self) -> Readings:
         """Norms before, then norms of the update."""
-        turn = self._turns[self._turn]
-        self._turn = (self._turn + 1) % len(self._turns)
+        turn = self._now
+        if turn is not self._whole:
+            self._turn = (self._turn + 1) % len(self._turns)
         copies, self._copies = self._copies, []
         before = self._norms.read(copies)
         torch._foreach_sub_(copies, [self.subject.parameters[i].detach() for i in turn])
@@ -80,10 +115,14 @@ class UpdateRatio(Probe):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(before > 0, update / before, np.where(update > 0, np.nan, 0.0))
         self._updates[turn], self._ratios[turn] = update, ratios
-        if turn is not self._turns[-1]:
+        if turn is not self._turns[-1] and turn is not self._whole:
             return (None,)
         self.latest = facts.step, self._updates.tolist(), self._ratios.tolist()
         return (self._ratios.astype(np.float32),)
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    return weight.clone()
 
 
 def _alike(kept: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -98,6 +137,21 @@ def copy_budget(device: torch.device, options: Options) -> int:
         return options.copy_budget_bytes
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1 << 20, min(options.copy_budget_bytes, int(SHARE_OF_DEVICE * memory)))
+
+
+def room_while_stepping(device: torch.device, options: Options) -> int:
+    """Bytes that a copy of all weights may take on `device` for the duration of a single step."""
+    if device.type == "cpu":
+        return min(MOST_ON_HOST, int(SHARE_OF_FREE * psutil.virtual_memory().available))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE_OF_FREE * (free + held))
+    return options.copy_budget_bytes
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.0f} MiB"
 
 
 def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]:

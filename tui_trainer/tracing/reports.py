@@ -5,7 +5,8 @@ A report only reads: no random number is drawn, no gradient is recorded, nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +59,7 @@ class Reporter:
         self._tracer = tracer
         self._arguments: list[tuple[str, torch.Tensor]] = []
         self._outputs: list[tuple[str, torch.Tensor]] = []
-        self._before: tuple[Meter, list[float]] | None = None
+        self._before: list[tuple[Meter, list[float]]] = []
         self._shown = False
         self._holds = False
         """Whether there is something to let go of once the run goes on."""
@@ -78,7 +79,7 @@ class Reporter:
 
     def before_clip(self, meters: Sequence[Meter], stops_soon: bool) -> None:
         """Gradients are about to be clipped; somebody may look at that."""
-        self._before = (meters[0], _norms(meters[0])) if meters and stops_soon else None
+        self._before = [(meter, _norms(meter)) for meter in meters] if stops_soon else []
 
     def passed(self) -> None:
         """The run goes on."""
@@ -181,45 +182,53 @@ class Reporter:
         return f"gradients of {count} parameters, total norm {total:.4g}", quantities, rows
 
     def _clip(self, tracer: Stopped) -> Report:
-        if self._before is None:
+        clipped, self._before = self._before, []
+        if not clipped:
             return "gradients are clipped", [], []
-        meter, norms = self._before
-        after = _norms(meter)
-        before, now = (float(np.sqrt(np.sum(np.square(n)))) for n in (norms, after))
+        before = _total(norm for _, norms in clipped for norm in norms)
+        after = [_norms(meter) for meter, _ in clipped]
+        now = _total(norm for norms in after for norm in norms)
         scale = now / before if before else 1.0
-        shares = [(n / before) ** 2 if before else 0.0 for n in norms]
-        order = sorted(range(len(shares)), key=lambda i: -shares[i])[:LARGEST]
+        quantities = [
+            Quantity("norm before", before),
+            Quantity("norm after", now),
+            Quantity("scale", scale),
+        ]
+        shares: list[tuple[float, str]] = []
+        for (meter, norms), own_after in zip(clipped, after, strict=True):
+            if len(clipped) > 1:
+                name = meter.subject.name
+                quantities.append(Quantity(f"norm before ({name})", _total(norms)))
+                quantities.append(Quantity(f"norm after ({name})", _total(own_after)))
+            for name, norm in zip(meter.subject.names, norms, strict=True):
+                shares.append(((norm / before) ** 2 if before else 0.0, name))
+        for share, name in sorted(shares, key=lambda pair: -pair[0])[:LARGEST]:
+            quantities.append(Quantity(f"share of {name}", share))
         text = (
             f"clipped from {before:.4g} to {now:.4g}, to {scale:.1%}"
             if scale < 1 - 1e-6
             else f"not clipped: the norm is {before:.4g}"
         )
-        return (
-            text,
-            [
-                Quantity("norm before", before),
-                Quantity("norm after", now),
-                Quantity("scale", scale),
-                *(Quantity(f"share of {meter.subject.names[i]}", shares[i]) for i in order),
-            ],
-            [],
-        )
+        return text, quantities, []
 
     def _step(self, tracer: Stopped) -> Report:
         quantities: list[Quantity] = []
+        why = "it was not measured in this step"
         for meter in tracer.registry.meters:
             probe = meter.probe(tables.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
             if latest is None or latest[0] != tracer.step:
+                step, missing = getattr(probe, "missing", (0, ""))
+                why = missing if step == tracer.step else why
                 continue
             _, updates, ratios = latest
             order = sorted(range(len(ratios)), key=lambda i: -ratios[i])[:LARGEST]
-            total = float(np.sqrt(np.sum(np.square(updates))))
-            quantities.append(Quantity(_of(meter, "norm of the update"), total))
+            quantities.append(Quantity(_of(meter, "norm of the update"), _total(updates)))
             for i in order:
                 name = meter.subject.names[i]
                 quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
-        return f"step {tracer.step} is made", quantities, []
+        text = f"step {tracer.step} is made"
+        return text if quantities else f"{text}; its update is not shown: {why}", quantities, []
 
 
 Report = tuple[str, list[Quantity], list[Rows]]
@@ -227,6 +236,10 @@ Report = tuple[str, list[Quantity], list[Rows]]
 
 def _of(meter: Meter, text: str) -> str:
     return f"{text} ({meter.subject.name})" if meter.subject.key else text
+
+
+def _total(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(norm * norm for norm in norms))
 
 
 def _norms(meter: Meter) -> list[float]:

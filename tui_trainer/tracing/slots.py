@@ -144,21 +144,24 @@ class Schedule:
             if watched and slot.probe.topic in watched:
                 fastest = slot.probe.watched_every
                 every = min(every, fastest) if every else fastest
-            if (every and self._made % every == 0) or (wanted and slot.probe.wants(step)):
+            if every and self._made % every == 0:
                 chosen |= bit
-        self._choose(chosen)
+        self._choose(chosen | self._wanted(step) if wanted else chosen)
         for slot in self.plan.reading:
             slot.reset()
 
     def add_wanted(self, step: int) -> None:
         """Somebody is about to look after all: what needs no gradients can still be measured."""
-        self._add(
-            sum(
-                bit
-                for bit, slot in self._sometimes
-                if "gradients" not in slot.does and slot.probe.wants(step)
-            )
-        )
+        self._add(self._wanted(step, without="gradients"))
+
+    def _wanted(self, step: int, without: str = "") -> int:
+        """Those that want to measure a step that somebody is about to look at; all are asked, that
+        they may measure more of it than at their cadence."""
+        wanted = 0
+        for position, slot in enumerate(self.slots):
+            if not slot.off and without not in slot.does and slot.probe.wants(step):
+                wanted |= 1 << position
+        return wanted
 
     def add_clipping(self) -> None:
         """Gradients are about to be clipped."""
