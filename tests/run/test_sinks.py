@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo
+from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo, Table
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
 from tui_trainer.protocol.tables import CLIP_COLUMNS, STEP_COLUMNS
 from tui_trainer.recording.recorder import Recorder
+from tui_trainer.run.sinks.encoding import step_object
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.run.sinks.output import Output
 from tui_trainer.run.sinks.plain import PlainLines, count, duration, ending, facts, notice, number
@@ -115,6 +116,31 @@ def test_a_step_has_its_values_in_the_fewest_digits(lines):
     assert later["clip"] is None
     assert later["attention"] == [{"layer": "b.0", "sigma_max_q": 3.0}]
     assert "nonfinite" not in later
+
+
+def test_only_the_pairs_without_meaning_are_left_out_of_what_is_not_finite():
+    names = ("cos_qk", "cos_qv", "grad_cos_kv", "norm_q", "growth")
+    own = tuple(Column(f"decoder.0.{name}") for name in names)
+    info = RunInfo(
+        name="r",
+        task="script",
+        optimizers=("adam", "sgd"),
+        attention=(
+            AttentionInfo("encoder.0", "separate", "q", "k", "v", note="no", incomparable=("qk",)),
+            AttentionInfo(
+                "decoder.0", "separate", "q", "k", "v", note="V", incomparable=("qv", "kv")
+            ),
+        ),
+        tables=(Table(0, "attention", ()), Table(1, "attention", own, optimizer="sgd")),
+    )
+    row = np.array([NAN, NAN, NAN, NAN, INF], np.float32)
+    step = step_object(info, StepRecord(1, 10.0, "sgd", ((1, row),)))
+    assert step["attention"] == [{"layer": "decoder.0", **dict.fromkeys(names)}]
+    assert step["nonfinite"] == {
+        "attention.decoder.0.cos_qk": "nan",
+        "attention.decoder.0.norm_q": "nan",
+        "attention.decoder.0.growth": "inf",
+    }
 
 
 def test_plain_lines(tmp_path):

@@ -10,6 +10,8 @@ from tui_trainer.protocol import tables
 from tui_trainer.ui.panels.attention_heads import HeadsTable
 from tui_trainer.ui.panels.attention_statistics import COLUMNS, STATISTICS
 from tui_trainer.ui.panels.attention_table import StatisticTable
+from tui_trainer.ui.panels.query_key_value import COLUMNS as COLUMNS_OF_LAYERS
+from tui_trainer.ui.panels.query_key_value import LayersTable
 
 
 def test_every_measured_statistic_is_on_offer() -> None:
@@ -145,6 +147,83 @@ async def test_a_comparison_without_meaning_is_na_with_its_reason() -> None:
         row = next(line for line in text.split("\n") if "blocks.0*" in line)
         assert "n/a" in row
         assert "nan" not in row
+
+
+async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> None:
+    info = describe()
+    note = "V is of another shape than Q and K: it cannot be compared with them"
+    first = msgspec.structs.replace(info.attention[0], note=note, incomparable=("qv", "kv"))
+    run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
+    values, heads = (
+        run.values[run.table(name)] for name in (tables.ATTENTION, tables.ATTENTION_HEADS)
+    )
+    for name in ("cos_qv", "cos_kv", "norm_q"):
+        values[:, tables.ATTENTION_STATISTICS.index(name)] = np.nan
+    for name in ("cos_qv", "drift_k"):
+        heads[:, tables.HEAD_STATISTICS.index(name)] = np.nan
+    app = app_on("attention", FakeSession(run, 300))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        table, heads_table = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
+        styles = {}
+        for statistic, part in (("cos", "qk"), ("cos", "qv"), ("cos", "kv"), ("norm", "q")):
+            chosen = next(each for each in STATISTICS if each.key == statistic)
+            cell = table._number(chosen, 0, part, 9, app.palette.text)
+            styles[part] = cell.text.strip(), cell.style
+        assert styles["qv"] == styles["kv"] == ("n/a", app.palette.faint)
+        assert styles["q"] == ("nan", app.palette.error)
+        assert styles["qk"][1] == app.palette.text
+        cells = heads_table.cells(0, heads_table.columns, [7] * len(heads_table.columns))
+        shown = {c.key: s for c, s in zip(heads_table.columns, cells, strict=True)}
+        assert shown["cos_qv"].text.strip() == "n/a"
+        assert (shown["drift_k"].text.strip(), shown["drift_k"].style) == (
+            "nan",
+            app.palette.error,
+        )
+    for size in ((80, 24), (120, 40)):
+        app = app_on("dashboard", FakeSession(run, 300))
+        async with app.run_test(size=size) as pilot:
+            await settle(pilot)
+            layers = app.screen.query_one(LayersTable)
+            layers.show(app.snapshot)
+            row = {
+                c.key: s
+                for c, s in zip(
+                    COLUMNS_OF_LAYERS,
+                    layers.cells(0, COLUMNS_OF_LAYERS, [7] * len(COLUMNS_OF_LAYERS)),
+                    strict=True,
+                )
+            }
+            assert row["cos_qv"].text.strip() == row["cos_kv"].text.strip() == "n/a"
+            assert row["norm_q"].text.strip() == "nan"
+
+
+async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
+    run = synthesise(describe())
+    health = run.table(tables.ATTENTION_HEALTH)
+    run.steps[health], run.values[health] = run.steps[health][:0], run.values[health][:0]
+    reason = (  # the longest that the probe gives
+        "scaled_dot_product_attention is not called as one of torch.nn.functional: attention is "
+        "computed otherwise, or it was imported by itself"
+    )
+    for size in ((80, 24), (120, 40)):
+        waiting = app_on("attention", FakeSession(run, 300))
+        async with waiting.run_test(size=size) as pilot:
+            for _ in range(9):
+                await pilot.press("m")
+            await settle(pilot)
+            assert "on its way" in " ".join(text_of(waiting).split())
+        said = synthesise(with_unseen(run.info, attention_health=reason))
+        said.steps, said.values = run.steps, run.values
+        app = app_on("attention", FakeSession(said, 300))
+        async with app.run_test(size=size) as pilot:
+            for _ in range(9):
+                await pilot.press("m")
+            await settle(pilot)
+            text = text_of(app)
+            assert "on its way" not in text
+            for word in reason.split():
+                assert word in text
 
 
 async def test_a_measured_nan_is_said() -> None:

@@ -16,8 +16,11 @@ from tui_trainer.protocol.tables import HEALTH_STATISTICS, attention_columns
 from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
 from tui_trainer.tracing.subject import Subject
 
-FUNCTION = "torch.nn.functional.scaled_dot_product_attention"
-NOT_CALLED = f"no call of {FUNCTION} was seen: attention is computed otherwise, or imported by name"
+FUNCTION = "scaled_dot_product_attention"
+NOT_CALLED = (
+    f"{FUNCTION} is not called as one of torch.nn.functional: attention is computed otherwise, "
+    "or it was imported by itself"
+)
 NOT_ONCE = f"{FUNCTION} is not called just once for each of these layers"
 ELSEWHERE = "attention is looked at in the first forward of a step, and that is another model's"
 COMPILED = "the model is compiled: attention inside it cannot be looked at"
