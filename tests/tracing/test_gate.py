@@ -271,6 +271,31 @@ def test_between_steps_sees_every_step_and_its_faults_do_not_reach_the_loop():
     assert faults == [ZeroDivisionError] * 3
 
 
+def test_regular_work_is_done_after_multiples_and_costs_nothing_in_between():
+    gate = Gate()
+    gate.completed = 7
+    threes, fours, entered = [], [], []
+
+    @contextmanager
+    def working():
+        entered.append(gate.completed)
+        yield
+
+    gate.working = working
+    gate.work_every([3, 5], threes.append)
+    gate.work_every([4, 0], fours.append)
+    gate.work_every([0], lambda step: 1 / 0)
+    works_after = []
+    for step in range(8, 17):
+        if gate.works_after(step):
+            works_after.append(step)
+        gate.reached("step", step)
+    assert threes == [9, 10, 12, 15]
+    assert fours == [8, 12, 16]
+    assert works_after == [8, 9, 10, 12, 15, 16]
+    assert entered == [8, 9, 10, 12, 12, 15, 16]
+
+
 def test_report_is_made_before_it_counts_as_paused_and_may_fail():
     gate = Gate(paused=True)
     modes = []

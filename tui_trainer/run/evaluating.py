@@ -35,8 +35,13 @@ class Evaluations:
         """Before the first step."""
         self._run([one for one in self._evaluations if one.at_start], step)
 
+    @property
+    def cadences(self) -> tuple[int, ...]:
+        """Multiples of which steps end with `between_steps`."""
+        return tuple(one.every for one in self._evaluations)
+
     def between_steps(self, step: int) -> None:
-        """After each step."""
+        """On the cadence of each."""
         self._run([one for one in self._evaluations if one.every and step % one.every == 0], step)
 
     def at_end(self, step: int) -> None:

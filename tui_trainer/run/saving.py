@@ -32,11 +32,14 @@ class Saver:
         self._checkpoints = Checkpoints(spec.directory, spec.keep_checkpoints)
         self._written: int | None = None
 
+    @property
+    def cadences(self) -> tuple[int, ...]:
+        """Multiples of which steps end with `between_steps`."""
+        return (self._spec.checkpoint_every or 0,)
+
     def between_steps(self, step: int) -> None:
         """On the cadence asked for."""
-        every = self._spec.checkpoint_every
-        if every and step % every == 0:
-            self.write(step)
+        self.write(step)
 
     def validated(self, step: int, loss: float) -> None:
         """Keep the weights with the lowest validation loss; a step of training comes before it."""

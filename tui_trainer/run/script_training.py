@@ -62,7 +62,7 @@ def _trace_script(host: Surroundings, traced: list[Tracer]) -> None:
         host.recorder.describe(versions=with_torch(host.recorder.info.versions))
         saver = Saver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
-        host.gate.between_steps.append(saver.between_steps)
+        host.gate.work_every(saver.cadences, saver.between_steps)
         host.recorder.describe_along = lambda: _where_it_trains(tracer)
     except Exception as fault:
         host.recorder.fault("tracing the script", fault)

@@ -90,7 +90,8 @@ def _between_steps(host: Surroundings, training: Training) -> tuple[Saver, Evalu
 
     saver = Saver(host.spec, host.recorder, contents)
     evaluations = Evaluations(training.evaluations, host.recorder, saver.validated)
-    host.gate.between_steps += [evaluations.between_steps, saver.between_steps]
+    for one in (evaluations, saver):  # the best of the weights are known before they are written
+        host.gate.work_every(one.cadences, one.between_steps)
     host.save = saver.write
     return saver, evaluations
 

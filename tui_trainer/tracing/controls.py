@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ class Controls:
         self.leave_checkpoint: Callable[[int], object] = _nothing
         """Training thread, with the number of steps completed: the run stops here, and whoever
         stopped it has asked for a checkpoint. An exception goes to `on_fault`."""
+        self._regular: list[tuple[Sequence[int], Callable[[int], None]]] = []
+        self._next_regular: float = math.inf
+        """The step after which one of them is due."""
         self.on_stop_here: Callable[[str, int], None] = _nothing
         """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
         self.on_change: Callable[[], None] = _nothing
@@ -79,6 +83,18 @@ class Controls:
         self._next_step_at = 0.0
         self.armed = paused
         """Whether the next boundary may take more time than a look. Set here alone."""
+
+    def work_every(self, cadences: Sequence[int], work: Callable[[int], None]) -> None:
+        """Like `between_steps`, but after multiples of any of the `cadences` (steps) alone; in
+        between it costs a comparison. For the thread that trains, before it does."""
+        wanted = tuple(every for every in cadences if every > 0)
+        if wanted:
+            self._regular.append((wanted, work))
+            self._next_regular = min(self._next_regular, next_multiple(wanted, self.completed))
+
+    def works_after(self, step: int) -> bool:
+        """Whether there is any work to be done after this step."""
+        return step >= self._next_regular or bool(self.between_steps)
 
     @property
     def mode(self) -> str:
@@ -242,3 +258,8 @@ class _Change:
 
 def _nothing(*_: Any) -> None:
     """The default of every callback."""
+
+
+def next_multiple(cadences: Sequence[int], step: int) -> int:
+    """The first step after `step` that is a multiple of any of them."""
+    return min((step // every + 1) * every for every in cadences)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from tui_trainer.tracing.controls import Controls, Refusal
+from tui_trainer.tracing.controls import Controls, Refusal, next_multiple
 
 __all__ = ["Gate", "Refusal", "StopTraining"]
 
@@ -40,7 +40,7 @@ class Gate(Controls):
         self.step_in_progress = step
         if phase == "step":
             self.completed = step
-            if self.between_steps or self.armed:
+            if self.armed or self.works_after(step):
                 self._arrive(phase, step)
         elif self.armed:
             self._arrive(phase, step)
@@ -72,6 +72,12 @@ class Gate(Controls):
     def _work_between_steps(self, step: int) -> None:
         for work in tuple(self.between_steps):
             self._work("between steps", work, step)
+        if step < self._next_regular:
+            return
+        for cadences, work in self._regular:
+            if any(step % every == 0 for every in cadences):
+                self._work("between steps", work, step)
+        self._next_regular = min(next_multiple(cadences, step) for cadences, _ in self._regular)
 
     def _work(self, name: str, work: Callable[[int], object], step: int) -> None:
         with self.working():

@@ -118,7 +118,7 @@ class Phases:
         self._in_gate = True
         gate = self._gate
         try:
-            if gate.armed or (phase == STEP and gate.between_steps):
+            if gate.armed or (phase == STEP and gate.works_after(self.step)):
                 with torch.enable_grad():  # for what others have the gate do here
                     gate.reached(PHASES[phase], self.step)
             else:
