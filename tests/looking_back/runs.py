@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ STEPS = 30
 def home() -> Path:
     """A directory with two finished runs of different learning rates, and what --json printed."""
     place = Path(tempfile.mkdtemp(prefix="tui-trainer-looking-back-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     for name, rate in (("calm", "0.001"), ("eager", "0.02")):
         options = ("--steps", str(STEPS), "--threads", "1", "--learning-rate", rate)
         done = call("gpt", *options, "--name", name, "--json", cwd=place)
