@@ -99,3 +99,11 @@ def test_checkpoints_are_found_as_they_are_written(place):
 def test_what_cannot_go_on(place, arguments, said):
     (place / "x.py").write_text("")
     assert_refused(call(*arguments, cwd=place), said)
+
+
+def test_a_script_goes_on_by_itself_and_no_weights_are_promised_that_are_not_there(place):
+    (place / "empty.py").write_text("import torch")
+    assert call("run", "--name", "bare", "empty.py", cwd=place).returncode == 0
+    refused = call("gpt", "--resume", "bare", cwd=place)
+    assert_refused(refused, "goes on by its own means")
+    assert "weights" not in refused.stderr

@@ -45,12 +45,13 @@ def find_branch(given: str, runs_dir: str | os.PathLike[str] | None = None) -> B
         spec = read_spec(run.directory)
     except (OSError, ValueError) as fault:
         raise RunError(f"{run.name} does not say what it trained: {fault}") from fault
+    steps = checkpoint_steps(run.directory)
     if spec.task == "script":
+        weights = f"; weights are in {run.directory / CHECKPOINTS}" if steps else ""
         raise RunError(
             f"{run.name} ran a script, which goes on by its own means",
-            f"give the script its own option for it; weights are in {run.directory / CHECKPOINTS}",
+            f"give the script its own option for it{weights}",
         )
-    steps = checkpoint_steps(run.directory)
     if not steps:
         raise RunError(
             f"{run.name} has no checkpoint to go on from",
