@@ -61,7 +61,8 @@ def measure(loop: tuple[str, ...], options: argparse.Namespace) -> list[dict[str
     rows = []
     with trainees(WAYS, loop) as started:
         bare, *others = started
-        figures = compare(bare, others, options.rounds, options.seconds, options.warm, 0)
+        found = compare(bare, others, options.rounds, options.seconds, options.warm, 0)
+        figures = {name: one.figures() for name, one in found.items()}
         memory = {each.way.name: each.ask(do="memory")["peak_bytes"] for each in started}
         counted = {each.way.name: waits(each, options.profiled) for each in started}
     for way in WAYS:

@@ -1,12 +1,14 @@
 """How much slower training gets by being watched: ours beside what people use today.
 
-    python -m benchmarks.slowdown [--rounds 3] [--seconds 0.5] [--shapes gpt vit] [--json FILE]
+    python -m benchmarks.slowdown [--launches 2] [--rounds 3] [--shapes gpt vit] [--json FILE]
 
 The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
 that trains. `bare again` is a second process with the same bare loop: what it differs by is the
-noise. `--rounds` is the number of pairs of each row. `CPU` is the ratio of the CPU time of the
-training thread alone, which other load on the machine does not touch; `others` the CPU milliseconds
-a step of all other threads of the process (OpenMP's, and those that record, store and serve).
+noise. `--launches` times `--rounds` is the number of pairs of each row: every process is started
+anew in between, since two of them differ by some percent for as long as they live. `CPU` is the
+ratio of the CPU time of the training thread alone, which other load on the machine does not touch;
+`others` the CPU milliseconds a step of all other threads of the process (OpenMP's, and those that
+record, store and serve).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import loaded, machine, write_json
 from rivals import NEEDS, RIVALS
-from turns import IN_APP, RUN, Way, compare, trainees
+from turns import IN_APP, RUN, Compared, Way, compare, trainees
 
 SPIN = "10000"
 BARE = Way("bare")
@@ -52,28 +54,29 @@ def rivals() -> list[Way]:
 
 def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every row of one shape: homes for each number of threads, then the rest for the middle."""
-    rows = []
     loop = ("--shape", shape, "--threads", str(max(threads)))
     turn = {"rounds": options.rounds, "seconds": options.seconds, "warm": options.warm}
-    with trainees([BARE, *HOMES], loop) as (bare, *others):
-        for count in threads:
-            if count == 1:
-                chosen = [each for each in others if "GOMP_SPINCOUNT" not in each.way.env]
-            else:
-                chosen = others
-            found = compare(bare, chosen, threads=count, **turn)
-            rows += tell(shape, count, found)
-    with trainees([BARE, *EVERYTHING, *rivals()], loop) as (bare, *others):
-        count = threads[len(threads) // 2]
-        found = compare(bare, others, threads=count, **turn)
-        rows += tell(shape, count, found)
+    homes: dict[int, dict[str, Compared]] = {count: {} for count in threads}
+    for _ in range(options.launches):
+        with trainees([BARE, *HOMES], loop) as (bare, *others):
+            settle = options.settle
+            for count in threads:
+                chosen = [each for each in others if count > 1 or not each.way.env]
+                compare(bare, chosen, threads=count, settle=settle, known=homes[count], **turn)
+                settle = options.settle / 3
+    rows = [row for count in threads for row in tell(shape, count, homes[count])]
+    if options.rivals:
+        with trainees([BARE, *EVERYTHING, *rivals()], loop) as (bare, *others):
+            count = threads[len(threads) // 2]
+            rows += tell(shape, count, compare(bare, others, threads=count, **turn))
     return rows
 
 
-def tell(shape: str, threads: int, found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def tell(shape: str, threads: int, found: dict[str, Compared]) -> list[dict[str, Any]]:
     """Print them."""
     rows = []
-    for name, one in found.items():
+    for name, compared in found.items():
+        one = compared.figures()
         rows.append({"shape": shape, "threads": threads, "way": name, **one})
         text = f"{shape:6}{threads:3}  {name:30}{one['step_ms']:9.2f}"
         if "ratio" in one:
@@ -86,7 +89,10 @@ def tell(shape: str, threads: int, found: dict[str, dict[str, float]]) -> list[d
 def main() -> None:
     """Print the table; write it as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--launches", type=int, default=2, help="of every process, anew")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of every row and launch")
+    parser.add_argument("--settle", type=float, default=8.0, help="seconds before the first pair")
+    parser.add_argument("--no-rivals", dest="rivals", action="store_false")
     parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
     parser.add_argument("--warm", type=float, default=0.2, help="seconds first, not counted")
     parser.add_argument("--shapes", nargs="+", default=["gpt", "vit"])

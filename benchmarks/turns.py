@@ -247,8 +247,17 @@ class Compared:
     cpu_ratios: list[float] = field(default_factory=list)
     others_ms: list[float] = field(default_factory=list)
 
+    def add(self, took: Turn, before: Turn, after: Turn) -> None:
+        """A turn, and the bare ones before and after it."""
+        self.ratios.append(2 * took.mean_ms / (before.mean_ms + after.mean_ms))
+        self.cpu_ratios.append(2 * took.thread_ms / (before.thread_ms + after.thread_ms))
+        self.others_ms.append(took.others_ms)
+        self.step_ms.append(took.mean_ms)
+
     def figures(self) -> dict[str, float]:
         """Median of the pairs, with quartiles."""
+        if not self.ratios:
+            return {"step_ms": statistics.median(self.step_ms), "pairs": len(self.step_ms)}
         ratios = sorted(self.ratios)
         low, high = ratios[0], ratios[-1]
         if len(ratios) >= 4:
@@ -272,24 +281,25 @@ def compare(
     warm: float,
     threads: int,
     settle: float = 8.0,
-) -> dict[str, dict[str, float]]:
+    known: dict[str, Compared] | None = None,
+) -> dict[str, Compared]:
     """Turns A B A C A D …, `rounds` times over, after a first one each that does not count:
-    `settle` seconds, some hundred steps, in which the governor finds the cadences it then keeps."""
+    `settle` seconds, some hundred steps, in which the governor finds the cadences it then keeps.
+
+    Added to what is `known` from other processes, by name: two processes of the same program may
+    differ by some percent for as long as they live, by where their memory lies.
+    """
     for trainee in (bare, *others):
         trainee.turn(0.05, settle, threads)
-    found = {each.way.name: Compared(each.way.name) for each in others}
-    bare_ms = []
+    found = known if known is not None else {}
+    for each in (bare, *others):
+        found.setdefault(each.way.name, Compared(each.way.name))
     before = bare.turn(seconds, warm, threads)
     for _ in range(rounds):
         for each in others:
             took = each.turn(seconds, warm, threads)
             after = bare.turn(seconds, warm, threads)
-            one = found[each.way.name]
-            one.ratios.append(2 * took.mean_ms / (before.mean_ms + after.mean_ms))
-            one.cpu_ratios.append(2 * took.thread_ms / (before.thread_ms + after.thread_ms))
-            one.others_ms.append(took.others_ms)
-            one.step_ms.append(took.mean_ms)
-            bare_ms.append(after.mean_ms)
+            found[each.way.name].add(took, before, after)
+            found[bare.way.name].step_ms.append(after.mean_ms)
             before = after
-    figures = {bare.way.name: {"step_ms": statistics.median(bare_ms), "pairs": len(bare_ms)}}
-    return figures | {name: one.figures() for name, one in found.items()}
+    return found
