@@ -143,6 +143,24 @@ def test_only_the_pairs_without_meaning_are_left_out_of_what_is_not_finite():
     }
 
 
+def test_the_header_comes_again_when_something_turns_out_to_be_unseen(tmp_path):
+    descriptor = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    recorder = Recorder(RunInfo(name="r", task="script"))
+    recorder.subscribe(JsonLines(Output(descriptor)))
+    table = recorder.new_table("step", STEP_COLUMNS)
+    recorder.describe(optimizers=("adamw",))
+    row = np.zeros(len(STEP_COLUMNS), np.float32)
+    recorder.record(StepRecord(1, 10.0, "", ((table, row),)))
+    for reason in ("it is computed by hand", "it is computed by hand"):
+        recorder.describe(unseen={"attention_health": reason})
+        recorder.record(StepRecord(2, 11.0, "", ((table, row),)))
+    recorder.end("finished")
+    assert recorder.close(20)
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["run", "step", "run", "step", "step", "end"]
+    assert lines[2]["unseen"] == {"attention_health": "it is computed by hand"}
+
+
 def test_plain_lines(tmp_path):
     text = tell(PlainLines, tmp_path / "out")
     assert text.splitlines()[0].endswith("gpt · run r")

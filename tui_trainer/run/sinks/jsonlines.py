@@ -85,7 +85,10 @@ class JsonLines:
         info = self._info
         if info is None:
             return []
-        said = (info.parameters, info.attention, info.optimizers, info.device, info.total_steps)
+        said = (
+            *(info.parameters, info.attention, info.optimizers, info.device, info.total_steps),
+            info.unseen,
+        )
         if said == self._headed:
             return []
         first, self._headed = self._headed is None, said
