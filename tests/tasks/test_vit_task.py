@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,7 +19,8 @@ from tui_trainer.tasks.vit import digits
 from tui_trainer.tasks.vit.arithmetic import EpochPlan
 from tui_trainer.tasks.vit.batches import Decoder, ImageBatches, Order
 from tui_trainer.tasks.vit.folder import load_images
-from tui_trainer.tasks.vit.images import UnreadableImageError, decode
+from tui_trainer.tasks.vit.images import FolderImages, UnreadableImageError, decode
+from tui_trainer.tasks.vit.training import facts
 
 TINY = {"layers": 1, "heads": 2, "width": 16, "threads": 1, "device": "cpu", "warmup_steps": 5}
 FOLDER = {**TINY, "image_size": 16, "patch_size": 8, "batch_size": 4, "workers": 0, "steps": 10}
@@ -81,6 +83,26 @@ def test_digits_are_those_of_scikit_learn_without_importing_it():
     assert np.array_equal(scans, load_digits().images)
     assert np.array_equal(labels, load_digits().target)
     assert all(map(np.array_equal, (scans, labels), digits._by_scikit_learn()))
+
+
+def test_epoch_arithmetic_is_among_the_facts_of_a_training():
+    plan = EpochPlan(images=494_149, batch_size=128, epochs=40)
+    images = FolderImages(
+        root=Path("faces"),
+        files=("a",) * 494_149,
+        labels=torch.empty(0),
+        classes=("a", "b"),
+        image_size=224,
+        channels=3,
+    )
+    found = facts(images, images.subset(torch.empty(0, dtype=torch.long)), plan)
+    assert list(found.items())[:4] == [
+        ("data", "faces"),
+        ("images", 494_149),
+        ("batches per epoch", 3_860),
+        ("updates", 154_400),
+    ]
+    assert found["left out per epoch"] == 69
 
 
 def test_digits_facts():

@@ -48,7 +48,7 @@ def build(config: VitConfig) -> Training:
         item_unit="images",
         evaluations=(_evaluation(config, model, training, validation, batches),),
         facts={
-            **_facts(training, validation, plan),
+            **facts(training, validation, plan),
             "parameters": parameters,
             "patches per image": config.patches,
             "device": str(device),
@@ -89,16 +89,17 @@ def _evaluation(
     return Evaluation("training sample", config.eval_every, run, at_start=True)
 
 
-def _facts(training: Images, validation: Images, plan: EpochPlan) -> dict[str, Scalar]:
+def facts(training: Images, validation: Images, plan: EpochPlan) -> dict[str, Scalar]:
+    """What to say of the data; the arithmetic of an epoch first."""
     return {
         "data": training.name,
-        "classes": len(training.classes),
         "images": len(training) + len(validation),
+        "batches per epoch": plan.batches_per_epoch,
+        "updates": plan.updates,
+        "classes": len(training.classes),
         "training images": len(training),
         "validation images": len(validation),
-        "batches per epoch": plan.batches_per_epoch,
         "left out per epoch": plan.left_out,
-        "updates": plan.updates,
     }
 
 

@@ -16,6 +16,7 @@ from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
 from tui_trainer.ui.panels.banner import Banner
 from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.panels.clipping import ClippingPanel
+from tui_trainer.ui.panels.facts import FactsLine
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
@@ -71,6 +72,7 @@ class DashboardScreen(ControlActions, RunScreen):
         yield TooSmall(*ROOM)
         yield HeaderLine()
         yield ProgressLine()
+        yield FactsLine()
         yield PhaseStrip()
         yield Banner()
         yield TabLine(TABS)
@@ -95,7 +97,7 @@ class DashboardScreen(ControlActions, RunScreen):
         )
         self.set_class(bool(unseen(snapshot, "attention")), "-no-attention")
         for panel in self._panels:
-            if panel.is_on_screen or isinstance(panel, Banner):
+            if panel.is_on_screen or isinstance(panel, Banner | FactsLine):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
         keys.renamed["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"

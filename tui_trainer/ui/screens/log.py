@@ -13,6 +13,7 @@ from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.formatting import count
 from tui_trainer.ui.panels.chips import Chip, Chips
 from tui_trainer.ui.panels.empty import EmptyState, awaited
+from tui_trainer.ui.panels.facts import FactsLine
 from tui_trainer.ui.panels.log_model import CLIPS, EVENTS, STDERR, STDOUT, Log
 from tui_trainer.ui.panels.log_view import LogView
 from tui_trainer.ui.panels.prompt import PromptLine
@@ -72,7 +73,8 @@ class LogScreen(DetailScreen):
         self._run = ""
 
     def body(self) -> Iterable[Widget]:
-        """Switches, lines, prompt, keys."""
+        """What there is to know of the data; switches, lines, prompt, keys."""
+        yield FactsLine()
         yield Chips()
         yield EmptyState()
         yield LogView(self.lines, id="lines")
@@ -89,6 +91,7 @@ class LogScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         """Take in what is new."""
+        self.query_one(FactsLine).show(snapshot)
         info = snapshot.info
         if info is not None and info.name != self._run:
             if self._run:  # the app was attached to another run
