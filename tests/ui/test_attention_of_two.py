@@ -120,6 +120,26 @@ async def test_what_one_of_them_has_not_measured_is_said_for_its_layers_alone() 
         assert table.value(entropy, 0, "") is not None
 
 
+async def test_a_layer_whose_heads_are_not_known_has_none_on_their_way() -> None:
+    session = fake_two_transformers()
+    run = session.run
+    assert run is not None
+    other = msgspec.structs.replace(
+        run.info.attention[-1], layer="other.attention", heads=None, key_value_heads=None
+    )
+    run.info = msgspec.structs.replace(run.info, attention=(*run.info.attention, other))
+    app = app_on("attention", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        heads = app.screen.query_one(HeadsTable)
+        assert len(heads.order) == 4
+        await pilot.press("end")
+        await settle(pilot)
+        assert len(heads.order) == 0
+        assert "its heads are not known" in text_of(app)
+        assert "soon here" not in text_of(app)
+
+
 def test_the_table_of_an_optimizer_that_was_made_anew_comes_first_once_it_has_rows() -> None:
     session = fake_two_transformers(60)
     history = session.history

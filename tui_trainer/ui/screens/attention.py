@@ -135,8 +135,7 @@ class AttentionScreen(DetailScreen):
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
         self.query_one("#layer", Caption).say(piece for piece in pieces if piece[0])
-        why = info.unseen.get(tables.ATTENTION_HEADS, "measured while this is open: soon here")
-        self.query_one(HeadsTable).show_layer(snapshot, layer, why)
+        self.query_one(HeadsTable).show_layer(snapshot, layer, _why_no_heads(snapshot, layer))
         self._show_charts(snapshot, layer)
 
     def _show_charts(self, snapshot: Snapshot, layer: AttentionInfo) -> None:
@@ -282,3 +281,15 @@ class AttentionScreen(DetailScreen):
             chart.display = place < across * down
         self._laid_out = (len(layers), self.size)
         self.call_after_refresh(self._show_layer)
+
+
+def _why_no_heads(snapshot: Snapshot, layer: AttentionInfo) -> str:
+    """What stands where a layer's heads will be, or would."""
+    unseen = snapshot.info.unseen if snapshot.info else {}
+    if tables.ATTENTION_HEADS in unseen:
+        return unseen[tables.ATTENTION_HEADS]
+    if not (layer.heads and layer.key_value_heads):
+        return "its heads are not known"
+    if snapshot.status.ended:
+        return "the run ended before this was measured"
+    return "measured while this is open: soon here"
