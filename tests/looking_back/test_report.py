@@ -222,3 +222,36 @@ def test_what_cannot_be_reported(tmp_path):
     place = tmp_path / "folder"
     place.mkdir()
     assert_refused(call("report", "calm", "--output", place, cwd=home()), "cannot write")
+
+
+TWO = """
+import torch
+from torch import nn
+
+class Critic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.judge = nn.Linear(3, 1)
+    def forward(self, x):
+        return self.judge(x)
+
+maker, critic = nn.Sequential(nn.Linear(2, 3)), Critic()
+one = torch.optim.Adam(maker.parameters())
+two = torch.optim.SGD(critic.parameters(), lr=0.1)
+for step in range(4):
+    for optimizer in (one, two):
+        optimizer.zero_grad()
+        critic(maker(torch.randn(5, 2))).mean().backward()
+        optimizer.step()
+"""
+
+
+def test_parameters_of_every_optimizer_are_in_it(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    assert call("run", "--name", "two", "two.py", cwd=tmp_path).returncode == 0
+    page = call("report", "two", "--output", "-", cwd=tmp_path).stdout
+    rows = re.findall(r'<tr><td class="m">([^<]+)</td><td class="n">([^<]+)</td>', page)
+    assert {name for name, _ in rows} == {
+        "0.weight", "0.bias", "Critic.judge.weight", "Critic.judge.bias",
+    }  # fmt: skip
+    assert all(float(highest) >= 0 for _, highest in rows)

@@ -46,6 +46,10 @@ class History:
                 return history
         return None
 
+    def of_every_optimizer(self, name: str) -> list[TableHistory]:
+        """The tables of that name: one, or one for each of several optimizers."""
+        return [each for each in self.tables.values() if each.table.name == name]
+
     def cursors(self) -> tuple[int, ...]:
         """Rows held of each table, by table id: `Poll.rows`."""
         if not self.tables:

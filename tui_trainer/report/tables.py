@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import Scalar
 from tui_trainer.report.read import Recorded
@@ -39,14 +40,17 @@ def text_of(value: Scalar) -> str:
 
 def worst_parameters(recorded: Recorded) -> Iterator[str]:
     """The parameters with the highest gradient norm of the whole run, with where they ended."""
-    table = recorded.history.table(tables.GRAD_NORM)
-    if table is None or not table.rows or not table.columns:
+    found = recorded.history.of_every_optimizer(tables.GRAD_NORM)
+    found = [table for table in found if table.rows and table.columns]
+    if not found:
         return
-    highest, seen_bad = _extremes(recorded, tables.GRAD_NORM)
-    last = table.latest()
+    extremes = [_extremes(table) for table in found]
+    highest = np.concatenate([high for high, _ in extremes])
+    seen_bad = np.concatenate([bad for _, bad in extremes])
+    last = _last_by_name(recorded, tables.GRAD_NORM)
     ratios = _last_by_name(recorded, tables.UPDATE_RATIO)
     weights = _last_by_name(recorded, tables.WEIGHT_NORM)
-    names = [column.name for column in table.table.columns]
+    names = [column.name for table in found for column in table.table.columns]
     score = np.where(seen_bad, np.inf, np.nan_to_num(highest, nan=-1.0))
     order = np.argsort(-score, kind="stable")[:WORST_SHOWN]
     yield '<h2>Parameters with the largest gradients</h2>\n<div class="panel"><table>\n'
@@ -54,28 +58,26 @@ def worst_parameters(recorded: Recorded) -> Iterator[str]:
     yield "<tr><th>parameter</th>" + "".join(f'<th class="n">{h}</th>' for h in heads) + "</tr>\n"
     for place in order.tolist():
         name = names[place]
-        value = float(last[1][place]) if last is not None else None
         bad = ' <span class="error">NaN or infinity seen</span>' if seen_bad[place] else ""
-        cells = (float(highest[place]), value, weights.get(name), ratios.get(name))
+        cells = (float(highest[place]), last.get(name), weights.get(name), ratios.get(name))
         row = "".join(f'<td class="n">{_number(cell)}</td>' for cell in cells)
         yield f'<tr><td class="m">{escape(name)}{bad}</td>{row}</tr>\n'
     yield "</table></div>\n"
 
 
-def _extremes(recorded: Recorded, name: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    table = recorded.history.table(name)
-    assert table is not None
+def _extremes(table: TableHistory) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     columns = list(range(table.columns))
     seen = table.window(columns, table.first_step or 0, (table.last_step or 0) + 1, 1)
     return seen.high[0], seen.nonfinite[0]
 
 
 def _last_by_name(recorded: Recorded, name: str) -> dict[str, float]:
-    table = recorded.history.table(name)
-    latest = table.latest() if table is not None else None
-    if table is None or latest is None:
-        return {}
-    return dict(zip((c.name for c in table.table.columns), latest[1].tolist(), strict=True))
+    found: dict[str, float] = {}
+    for table in recorded.history.of_every_optimizer(name):
+        if (latest := table.latest()) is not None:
+            columns = (column.name for column in table.table.columns)
+            found.update(zip(columns, latest[1].tolist(), strict=True))
+    return found
 
 
 def _number(value: float | None) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history import History
-from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.panels.base import provisional
@@ -16,17 +14,12 @@ from tui_trainer.ui.panels.base import provisional
 Values = NDArray[np.float32]
 
 
-def of_every_optimizer(history: History, name: str) -> list[TableHistory]:
-    """The tables of this name: one, or one for each of several optimizers."""
-    return [each for each in history.tables.values() if each.table.name == name]
-
-
 class GradientNorms:
     """The columns of all tables, one after the other."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self.histories = of_every_optimizer(snapshot.history, tables.GRAD_NORM)
+        self.histories = snapshot.history.of_every_optimizer(tables.GRAD_NORM)
         self._starts = np.cumsum([0, *(each.columns for each in self.histories)])
 
     @property

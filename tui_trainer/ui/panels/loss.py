@@ -12,7 +12,6 @@ from tui_trainer.protocol import tables
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel, column, title_row
 from tui_trainer.ui.panels.deeds import deeds
-from tui_trainer.ui.panels.gradient_values import of_every_optimizer
 from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
@@ -91,7 +90,7 @@ class LossPanel(Panel):
         """With several optimizers (a GAN's, say) each minimises a loss of its own: the smoothed
         lines of the others, named at their ends."""
         info, palette = self.snapshot.info, self.palette
-        histories = of_every_optimizer(self.snapshot.history, tables.STEP)
+        histories = self.snapshot.history.of_every_optimizer(tables.STEP)
         if info is None or len(histories) < 2:
             return []
         items[0] = (info.optimizers[0] if info.optimizers else "train", *items[0][1:])
