@@ -39,6 +39,14 @@ WRONG = {
         ["gpt", "--attention-pattern", "(q"],
         ["--attention-pattern is no regular expression"],
     ),
+    "a pattern without a layer": (
+        ["gpt", "--attention-pattern", r"(?P<q>ask)|(?P<k>asked)|(?P<v>told)"],
+        ["--attention-pattern lacks named groups", "(?P<layer>…)", "such as"],
+    ),
+    "a pattern without values": (
+        ["gpt", "--attention-pattern", r"(?P<layer>.*)\.((?P<q>ask)|(?P<k>asked))"],
+        ["--attention-pattern lacks named groups", "(?P<v>…)"],
+    ),
     "run without a script": (["run", "--paused"], ["run needs a script"]),
     "run with half a module": (["run", "-m"], ["-m needs the name of a module"]),
     "a script that is not there": (["run", "nowhere.py"], ["no script nowhere.py"]),

@@ -40,7 +40,7 @@ def check_options(options: RunOptions) -> None:
             f"--budget cannot be {options.budget:g}", "it is a share of step time, such as 0.01"
         )
     if options.checkpoint_every is not None and options.checkpoint_every < 1:
-        raise UsageError("--checkpoint-every must be at least 1", "leave it out for the end alone")
+        raise UsageError("--checkpoint-every must be at least 1", "it counts steps, such as 1000")
     if options.keep_checkpoints < 1:
         raise UsageError("--keep-checkpoints must be at least 1")
     if options.name is not None and not _NAME.fullmatch(options.name):
@@ -48,10 +48,21 @@ def check_options(options: RunOptions) -> None:
             f"--name cannot be {options.name!r}", "letters, digits and . _ + - make a name"
         )
     if options.attention_pattern is not None:
-        try:
-            re.compile(options.attention_pattern)
-        except re.error as fault:
-            raise UsageError(f"--attention-pattern is no regular expression: {fault}") from fault
+        _check_pattern(options.attention_pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    """A pattern without its groups would find no layer, and say so only when torch is there."""
+    try:
+        groups = re.compile(pattern).groupindex.keys()
+    except re.error as fault:
+        raise UsageError(f"--attention-pattern is no regular expression: {fault}") from fault
+    if "layer" not in groups or not (groups >= {"q", "k", "v"} or "qkv" in groups):
+        raise UsageError(
+            "--attention-pattern lacks named groups: (?P<layer>…), and (?P<q>…), (?P<k>…) and "
+            "(?P<v>…), or (?P<qkv>…)",
+            r"such as '(?P<layer>.*)\.((?P<q>asks)|(?P<k>asked)|(?P<v>told))\.weight'",
+        )
 
 
 def prepare(

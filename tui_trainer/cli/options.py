@@ -35,7 +35,8 @@ class RunOptions:
     ] = False
     ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
     slow_link: Annotated[
-        bool, _flag("send the terminal little: a frame in 2 s or less, at once on a key", SHOWING)
+        bool,
+        _flag("send the terminal little: at most one frame in 2 s, but at once on a key", SHOWING),
     ] = False
     paused: Annotated[
         bool, _flag("stop before the first step and wait for keys, or for `resume`", RUNNING)
@@ -76,8 +77,9 @@ class RunOptions:
     attention_pattern: Annotated[
         str | None,
         _flag(
-            "regular expression naming the query, key and value parameters, where their names "
-            "do not say it",
+            "regular expression over parameter names that finds the attention layers, where their "
+            "names do not say it: with a group (?P<layer>…) and either (?P<q>…), (?P<k>…) and "
+            "(?P<v>…), or (?P<qkv>…)",
             RUNNING,
             metavar="REGEX",
         ),
@@ -85,7 +87,10 @@ class RunOptions:
     checkpoint_every: Annotated[
         int | None,
         _flag(
-            "steps between checkpoints (default: at the end and when asked)", RUNNING, metavar="N"
+            "steps between checkpoints (without it: at the lowest validation loss, when asked, and "
+            "at the end; of a script only when asked)",
+            RUNNING,
+            metavar="N",
         ),
     ] = None
     keep_checkpoints: Annotated[
@@ -112,7 +117,8 @@ class StartOptions:
 
     ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
     slow_link: Annotated[
-        bool, _flag("send the terminal little: a frame in 2 s or less, at once on a key", SHOWING)
+        bool,
+        _flag("send the terminal little: at most one frame in 2 s, but at once on a key", SHOWING),
     ] = False
     runs_dir: Annotated[
         Path | None,

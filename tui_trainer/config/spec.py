@@ -53,7 +53,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The command line as given, for people and for the record."""
     start_paused: bool = False
     budget: float = 0.01
-    """Share of step time that measuring may cost; 0 measures everything at every step."""
+    """Share of step time that measuring may cost; 0: each quantity at its natural cadence."""
     attention_pattern: str | None = None
     """Regular expression that names the query, key and value parameters where names mislead."""
     checkpoint_every: int | None = None

@@ -45,7 +45,8 @@ def attach(
     read_only: Annotated[bool, flag("watch; never control")] = False,
     ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
     slow_link: Annotated[
-        bool, flag("send the terminal little: a frame in 2 s or less, at once on a key")
+        bool,
+        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
     ] = False,
     remote_command: Annotated[
         str,
@@ -93,10 +94,10 @@ def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | Non
 
 
 def _open(connect: Connect, look: _Look, name: str, run: Run | None) -> int:
-    from tui_trainer.cli.screen import until_left
+    from tui_trainer.cli.screen import load_app, until_left
     from tui_trainer.session.live import LiveSession
-    from tui_trainer.ui.app import run_app
 
+    run_app = load_app()
     session = LiveSession(connect, read_only=look.read_only)
     attached = Attached(session, name, run)
     return until_left(

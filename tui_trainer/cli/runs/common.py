@@ -14,11 +14,15 @@ from tui_trainer.cli.errors import CommandError
 from tui_trainer.session.registry import Run, list_runs, newest, resolve
 from tui_trainer.session.trust import RunError
 
+NAMED = "the run: its name, the beginning of it, or its directory"
 RunName = Annotated[
     str | None,
+    Parameter(help=f"{NAMED} (default: the newest live one, else the newest)", show_default=False),
+]
+LiveRunName = Annotated[
+    str | None,
     Parameter(
-        help="the run: its name, the beginning of it, or its directory",
-        show_default=False,
+        help=f"{NAMED} (default: the live one, where there is one alone)", show_default=False
     ),
 ]
 RunsDir = Annotated[

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.runs.common import (
-    RunName,
+    LiveRunName,
     RunsDir,
     duration,
     flag,
@@ -38,19 +38,24 @@ Reached = Callable[[Status, "list[Event]"], bool]
 """Whether what was asked for has come about, from the status and the events since."""
 
 
-def pause(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+def pause(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
     """stop a run at its next phase boundary; resume goes on"""
     return _do("pause", messages.Pause(), _paused, run, no_wait, runs_dir)
 
 
-def resume(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+def resume(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
     """let a paused run go on"""
     return _do("resume", messages.Resume(), _running, run, no_wait, runs_dir)
 
 
 def step(
     run: Annotated[
-        str | None, Parameter(help="the run, and how many steps: in any order", show_default=False)
+        str | None,
+        Parameter(
+            help="the run (default: the live one, where there is one alone), and how many steps "
+            "(default: 1): in any order",
+            show_default=False,
+        ),
     ] = None,
     count: Annotated[str | None, Parameter(show=False)] = None,
     /,
@@ -64,7 +69,7 @@ def step(
 
 
 def stop(
-    run: RunName = None,
+    run: LiveRunName = None,
     *,
     checkpoint: Annotated[bool, flag("write a checkpoint first")] = False,
     no_wait: NoWait = False,
@@ -75,7 +80,9 @@ def stop(
     return _do("stop", action, _ended, run, no_wait, runs_dir)
 
 
-def checkpoint(run: RunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+def checkpoint(
+    run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None
+) -> int:
     """write a checkpoint at the next step boundary and go on"""
     return _do("checkpoint", messages.Checkpoint(), _written, run, no_wait, runs_dir)
 

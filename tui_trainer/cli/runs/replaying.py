@@ -17,7 +17,8 @@ def replay(
     *,
     ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
     slow_link: Annotated[
-        bool, flag("send the terminal little: a frame in 2 s or less, at once on a key")
+        bool,
+        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
     ] = False,
     runs_dir: RunsDir = None,
 ) -> int:
