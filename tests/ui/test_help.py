@@ -49,6 +49,20 @@ def test_every_phase_is_explained() -> None:
     assert tuple(name for name, _ in explanations.PHASES) == PHASES
 
 
+@pytest.mark.parametrize(
+    ("ascii", "signs"),
+    [(False, ("◆", "▴", "╵", "×", "▲", "–")), (True, ("o", "^", "'", "x", "^", "-"))],
+)
+async def test_signs_are_those_that_are_drawn(ascii: bool, signs: tuple[str, ...]) -> None:
+    app = app_on("help", fake_gpt(), ascii=ascii)
+    async with app.run_test(size=(120, 60)) as pilot:
+        await settle(pilot)
+        await pilot.press("slash", *"signs", "enter")
+        await settle(pilot)
+        shown = [line.split("  ")[0].strip() for line in text_of(app).splitlines()]
+        assert [sign for sign in shown if sign in signs] == list(signs)
+
+
 @pytest.mark.parametrize("size", SIZES)
 async def test_all_of_it_can_be_read(size: tuple[int, int]) -> None:
     app = app_on("help", fake_gpt())

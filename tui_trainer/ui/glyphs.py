@@ -44,7 +44,6 @@ class Glyphs:
     thumb: str = "┃"
     eighths: str = " ▏▎▍▌▋▊▉█"
     sparks: str = "▁▂▃▄▅▆▇█"
-    provisional: str = "*"
 
 
 UNICODE = Glyphs()
@@ -80,7 +79,6 @@ ASCII = Glyphs(
     thumb="|",
     eighths="  ...:###",
     sparks="_.,-=+*#",
-    provisional="*",
 )
 
 _STAND_INS = str.maketrans(

@@ -144,5 +144,5 @@ def why_nothing(statistic: Statistic, snapshot: Snapshot, optimizer: str = "") -
     if snapshot.status.ended:
         return "the run ended before this was measured"
     if snapshot.status.step and statistic.table != tables.ATTENTION:
-        return "measured now and then while this screen is open: the first value is on its way"
+        return "measured now and then, more often while this is open: a value is on its way"
     return "waiting for the first step"

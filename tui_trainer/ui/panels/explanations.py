@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.attention_statistics import STATISTICS
 
 PHASES = (
@@ -18,7 +19,11 @@ QUANTITIES = (
     ("loss", "what training makes smaller; validation: the same on data never trained on"),
     ("gradient norm", "‖∂L/∂p‖₂ of a parameter, before clipping and after un-scaling"),
     ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its threshold"),
-    ("clip scale", "min(1, max_norm / (norm + 1e-6)): below 1 the step was clipped"),
+    (
+        "clip scale",
+        "by norm min(1, max_norm / (norm + 1e-6)), by value the norm after / the norm before: "
+        "below 1 the step was clipped",
+    ),
     ("share", "‖gᵢ‖² / Σ‖g‖²: how much of the total norm is this parameter's"),
     ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, above 1e-2 too fast"),
     ("weight norm", "‖w‖₂; without weight decay it mostly grows"),
@@ -28,9 +33,18 @@ QUANTITIES = (
 
 ATTENTION = tuple((each.title, f"{each.means}. Healthy: {each.healthy}") for each in STATISTICS)
 
-SIGNS = (
-    ("* value", "provisional: of the step in the making, while paused inside it"),
-    ("–", "not measured yet"),
-    ("n/a", "a comparison that has no meaning here; the screen says why"),
-    ("! in a trend", "something was not finite there"),
-)
+
+def signs(glyphs: Glyphs) -> tuple[tuple[str, str], ...]:
+    """What the signs mean, as `glyphs` has them."""
+    return (
+        (glyphs.point, "on the loss: a validation; on the line of a replay: a note"),
+        (glyphs.deed, "on the axis of a chart: a command or a note was given there"),
+        (glyphs.mark, "on the axis of the clipping, on the line of a replay: a clipped step"),
+        (glyphs.failed, "on the line of a replay: a value that was not finite"),
+        (glyphs.ascending, "on the line of a replay: the worst spike of the loss"),
+        ("yellow, slanted", "a value of the step in the making, while paused inside it"),
+        ("layer*", "there is a note on this layer: screen 2 has it where the cursor is on it"),
+        (glyphs.missing, "not measured yet"),
+        ("n/a", "a comparison that has no meaning here; the screen says why"),
+        ("! in a trend", "something was not finite there"),
+    )

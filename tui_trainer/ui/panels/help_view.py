@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.key_map import Group
 from tui_trainer.ui.panels import explanations
 from tui_trainer.ui.panels.lines import Line, LinesView
@@ -24,7 +25,7 @@ class Block:
     style: str = "accent"
 
 
-def blocks(groups: Sequence[Group]) -> list[Block]:
+def blocks(groups: Sequence[Group], glyphs: Glyphs) -> list[Block]:
     """All of the help, keys first."""
     keys = [
         Block(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))
@@ -35,7 +36,7 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
         Block("The phases of a step", explanations.PHASES, "strong"),
         Block("What is measured", explanations.QUANTITIES, "strong"),
         Block("Attention: Wq, Wk, Wv of every layer", explanations.ATTENTION, "strong"),
-        Block("Signs", explanations.SIGNS, "strong"),
+        Block("Signs", explanations.signs(glyphs), "strong"),
     ]
 
 

@@ -44,7 +44,7 @@ class HelpScreen(DetailScreen):
         """Nothing here depends on the run."""
 
     def _show(self, text: str) -> None:
-        every = blocks(key_groups(self.app))
+        every = blocks(key_groups(self.app), self.trainer.glyphs)
         words = text.casefold().split()
         found = [
             Block(
