@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=30.0)
     options.add_argument("--threads", default="2")
     options.add_argument("--ssh", action="store_true", help="through a real sshd on loopback")
-    options.add_argument("--budget", default="0.01", help="0: every quantity at every step")
+    options.add_argument("--budget", default="0.01", help="0: no cadence is stretched")
     options.add_argument(
         "--steps-per-second",
         type=float,

@@ -36,7 +36,7 @@ HOMES = (
     Way("tui-trainer, in the app", home=IN_APP, viewer=True),
 )
 EVERYTHING = (
-    Way("all at every step, viewer", home=RUN, viewer=True, flags=("--budget", "0")),
+    Way("nothing stretched, viewer", home=RUN, viewer=True, flags=("--budget", "0")),
 )  # fmt: skip
 
 
