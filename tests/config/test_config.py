@@ -63,6 +63,7 @@ def test_nanogpt_cpu_is_that_of_the_readme():
         0.01,
         1,
     )
+    assert (config.optimizer, config.schedule, config.clip) == ("adamw", "cosine", "norm")
 
 
 def test_nanogpt_gpu_is_that_of_the_configuration_file():
@@ -70,7 +71,20 @@ def test_nanogpt_gpu_is_that_of_the_configuration_file():
     assert isinstance(config, GptConfig)
     shape = (config.block_size, config.batch_size, config.layers, config.heads, config.width)
     assert shape == (256, 64, 6, 6, 384)
-    assert (config.steps, config.dropout, config.dtype) == (5000, 0.2, "bf16")
+    assert (config.steps, config.dropout, config.bias) == (5000, 0.2, False)
+    assert (config.learning_rate, config.min_learning_rate, config.warmup_steps) == (
+        1e-3,
+        1e-4,
+        100,
+    )
+    assert (config.beta1, config.beta2, config.weight_decay, config.max_norm) == (
+        0.9,
+        0.99,
+        0.1,
+        1,
+    )
+    assert (config.optimizer, config.schedule, config.clip) == ("adamw", "cosine", "norm")
+    assert (config.dtype, config.compile, config.eval_every) == ("bf16", True, 250)
 
 
 def test_face_s14_is_as_specified():

@@ -83,6 +83,13 @@ def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
+def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
+    mode, session, keys = LOOKS[look]
+    app = app_for(mode, session(), theme_name="ansi-dark")
+    assert snap_compare(app, terminal_size=(80, 24), run_before=pressing(*keys))
+
+
+@pytest.mark.parametrize("look", LOOKS)
 def test_looks_without_colour(
     snap_compare: Compare, look: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,5 +55,11 @@ def test_dashboard_in_sixteen_colours(snap_compare):
     assert snap_compare(app, terminal_size=(80, 24))
 
 
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_dashboard_without_colour(snap_compare, size, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert snap_compare(still(fake.fake_gpt(700)), terminal_size=size)
+
+
 def test_dashboard_in_ascii(snap_compare):
     assert snap_compare(still(fake.fake_gpt(700), ascii=True), terminal_size=(120, 40))

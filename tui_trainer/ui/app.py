@@ -112,6 +112,7 @@ class TuiTrainerApp(CommandingApp):
         self._ascii_filter = AsciiFilter() if ascii else None
         self._drawn_version = -1
         self._wake_scheduled = False
+        self._switching: ExitStack | None = None
         self._held: ExitStack | None = None
         """While the terminal takes nothing, nothing is drawn."""
         for place in PLACES:
@@ -142,6 +143,7 @@ class TuiTrainerApp(CommandingApp):
 
     def _loaded(self) -> None:
         self.redraw()
+        gc.enable()  # whoever has started the app may have put it off until here
         if not self.is_headless:
             # What there is now stays: going through all of it again would hold up a frame now and
             # then for 40 ms, whenever the garbage collector makes a full round.
@@ -230,6 +232,7 @@ class TuiTrainerApp(CommandingApp):
         self._watch_topics()
         if screen.is_mounted:
             screen.show(self.snapshot)
+            self._draw_again()
 
     def _arrived(self) -> None:
         """From any thread: something new is there. Frames are never closer than the frame rate."""
@@ -254,6 +257,20 @@ class TuiTrainerApp(CommandingApp):
             self.session.watch(frozenset().union(*(screen.topics for screen in screens)))
 
     # ------------------------------------------------------------ actions
+
+    def delay_update(self, delay: float = 0.05) -> None:
+        """Draw nothing while one screen makes room for another: for `delay` seconds, as Textual has
+        it, or until the other has been given the present picture, which is sooner."""
+        self._draw_again()
+        self._switching = ExitStack()
+        self._switching.enter_context(self.batch_update())
+        self.set_timer(delay, self._draw_again, name="delay_update")
+
+    def _draw_again(self) -> None:
+        if self._switching is not None:
+            self._switching.close()
+            self._switching = None
+            self.screen.refresh()
 
     def action_go(self, mode: str) -> None:
         """Show another screen."""

@@ -94,10 +94,10 @@ def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | Non
 
 
 def _open(connect: Connect, look: _Look, name: str, run: Run | None) -> int:
-    from tui_trainer.cli.screen import until_left
+    from tui_trainer.cli.screen import load_app, until_left
     from tui_trainer.session.live import LiveSession
-    from tui_trainer.ui.app import run_app
 
+    run_app = load_app()
     session = LiveSession(connect, read_only=look.read_only)
     attached = Attached(session, name, run)
     return until_left(

@@ -62,9 +62,9 @@ class InApp:
 
 def show_in_app(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
     """Train on a worker thread and show it until the user leaves; returns the exit status."""
-    from tui_trainer.cli.screen import until_left
-    from tui_trainer.ui.app import run_app
+    from tui_trainer.cli.screen import load_app, until_left
 
+    run_app = load_app()
     opened = InApp(spec)
     return until_left(
         lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link, ends_with_app=True),
