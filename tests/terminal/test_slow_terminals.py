@@ -53,6 +53,19 @@ def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(runs: 
         terminal.assert_restored()
 
 
+def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(runs: Path) -> None:
+    with Terminal(GPT, 120, 40, timeout=90) as terminal:
+        wait_for_step(terminal, 5)
+        run = the_run(runs)
+        time.sleep(8)  # nobody reads from here on: what the pseudo-terminal holds is full
+        terminal.press("q", "d")
+        deadline = time.monotonic() + 30
+        while terminal.child.isalive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not terminal.child.isalive()
+        assert state_of(run)[0] == "running"
+
+
 def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
     with Terminal([*GPT, "--slow-link"], 120, 40, timeout=90) as terminal:
         wait_for_step(terminal, 5)
