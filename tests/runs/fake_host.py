@@ -32,7 +32,7 @@ class FakeHost(Host):
         self.steps, self.seconds = steps, seconds
         self.save = self.write_checkpoint
 
-    def write_checkpoint(self, step: int) -> object:
+    def write_checkpoint(self, step: int, asked: bool = False) -> object:
         """Leave a file, as a checkpoint would."""
         path = os.path.join(self.spec.directory, f"checkpoint-{step}")
         with open(path, "w") as file:

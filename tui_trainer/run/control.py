@@ -90,7 +90,7 @@ class Control:
         try:
             said = self._do(viewer, action)
         except Refusal as refused:
-            return Verdict(False, str(refused))
+            return Verdict(False, str(refused), refused.hint)
         if not isinstance(action, Mark):
             self._recorder.notice("command", said, who=viewer.name)
         return Verdict(True, said)

@@ -49,13 +49,14 @@ class Host:
         self.server = Server(spec.name, self.recorder, self.control)
         self._troubles: set[str] = set()
         self._changing = threading.Lock()
-        self.save: Callable[[int], object] | None = None
-        """Writes a checkpoint of the step given; on the training thread, between steps."""
+        self.save: Callable[[int, bool], object] | None = None
+        """Writes a checkpoint of the step given, told whether somebody waits for the answer; on the
+        training thread, between steps."""
         self.script_runs = False
         """Whether a script has begun: it was found, and is Python."""
         self.gate.on_change = self._gate_changed
         self.gate.on_fault = self.recorder.fault
-        self.gate.leave_checkpoint = lambda step: self.save and self.save(step)
+        self.gate.leave_checkpoint = lambda step: self.save and self.save(step, False)
         self.recorder.status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
@@ -153,7 +154,10 @@ class Host:
     def _ask_checkpoint(self) -> None:
         if self.save is None:
             raise Refusal("there is nothing to save yet")
-        self.gate.call_soon(lambda: self.save and self.save(self.gate.completed))
+        gate = self.gate
+        if gate.mode == "paused" and gate.phase != "step":
+            raise Refusal(*_no_checkpoint_here(gate.phase, gate.step_in_progress))
+        gate.call_soon(lambda: self.save and self.save(gate.completed, True))
 
     def _gate_changed(self) -> None:
         with self._changing:  # two threads may tell at once: the later must see what is so now
@@ -179,6 +183,16 @@ class Host:
             if self.spec.task == "script":
                 changes["waiting_for"] = ""  # its first phase has come
         return changes
+
+
+def _no_checkpoint_here(phase: str, step: int) -> tuple[str, str]:
+    """Why there can be none while a run is paused after this phase, and what to do."""
+    hint = "finish the step first: s on the screen, or tui-trainer step"
+    if phase == "data":
+        why = "the batch of the step is drawn and would be lost"
+    else:
+        why = "weights in the middle of a step are no checkpoint"
+    return f"paused after {phase} of step {step:,}: {why}", hint
 
 
 def main(spec: RunSpec, sink: Sink | None = None, own_session: bool = False) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tui_trainer.config.spec import RunSpec
@@ -30,7 +31,8 @@ class Saver:
         self._recorder = recorder
         self._contents = contents
         self._checkpoints = Checkpoints(spec.directory, spec.keep_checkpoints)
-        self._written: int | None = None
+        self._written: tuple[int, Path] | None = None
+        """The step and the directory of the last."""
 
     @property
     def cadences(self) -> tuple[int, ...]:
@@ -49,9 +51,13 @@ class Saver:
             except OSError as fault:
                 self._recorder.fault("checkpoint", fault)
 
-    def write(self, step: int) -> bool:
-        """Write one now, unless this step's was written; whether it is there."""
-        if self._written == step:
+    def write(self, step: int, asked: bool = False) -> bool:
+        """Write one now, unless this step's was written; whether it is there. `asked`: somebody
+        waits for the answer, also where there is nothing left to do."""
+        if self._written is not None and self._written[0] == step and self._written[1].is_dir():
+            if asked:
+                text = f"checkpoint {self._written[1].name} is there already"
+                self._recorder.notice("checkpoint", text, step=step)
             return True
         try:
             with self._recorder.aside():
@@ -66,6 +72,6 @@ class Saver:
             text = f"no checkpoint of step {step}: {type(fault).__name__}: {fault}"
             self._recorder.notice("checkpoint", text, "error", step)
             return False
-        self._written = step
+        self._written = step, path
         self._recorder.notice("checkpoint", f"checkpoint {path.name}", step=step)
         return True

@@ -19,8 +19,9 @@ class Surroundings(Protocol):
     spec: RunSpec
     recorder: Recorder
     gate: Gate
-    save: Callable[[int], object] | None
-    """Set by whoever trains: writes a checkpoint of the step given."""
+    save: Callable[[int, bool], object] | None
+    """Set by whoever trains: writes a checkpoint of the step given; told whether somebody asked for
+    it and waits for an answer."""
     script_runs: bool
     """Set once a script has begun."""
 

@@ -16,6 +16,11 @@ from typing import Any
 class Refusal(ValueError):
     """A control that cannot be obeyed now, and why, for people."""
 
+    def __init__(self, why: str, hint: str = "") -> None:
+        super().__init__(why)
+        self.hint = hint
+        """What they could do instead."""
+
 
 @dataclass(frozen=True)
 class _Request:

@@ -29,6 +29,8 @@ CONTROL_BINDINGS = (
     Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Put a note at this step: in the log, on the charts, in its replay"),
 )  # fmt: skip
+MOST_SENT = 10**15
+"""More steps than any run takes, which says so, and no more than a message can hold."""
 STEERING = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
@@ -81,7 +83,7 @@ class ControlActions:
 
         def run(count: float | None) -> None:
             if count is not None:
-                self._trainer.command(messages.Step(int(count)))
+                self._trainer.command(messages.Step(int(min(count, MOST_SENT))))
 
         self._trainer.push_screen(NumberPrompt("Steps to run, then pause", "10", whole=True), run)
 

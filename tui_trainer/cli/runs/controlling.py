@@ -26,10 +26,13 @@ from tui_trainer.cli.runs.common import (
 from tui_trainer.protocol import messages, tables
 from tui_trainer.protocol.messages import Action, Event, Notice, Status
 from tui_trainer.session.ask import Conversation
+from tui_trainer.session.branching import CHECKPOINTS, WHOLE
 from tui_trainer.session.registry import Run, look_at
 from tui_trainer.session.trust import RunError
 
 LOOK_EVERY_S = 0.05
+MOST_STEPS, DIGITS = 10**12, 20
+"""As many steps as a run takes; digits that are read of a number that may be far longer."""
 SMALL = 4 * 1024
 """Bytes of rows that are wanted with each look."""
 NoWait = Annotated[bool, flag("return as soon as the run has accepted it")]
@@ -102,10 +105,10 @@ def _do(
             if not ack.ok:
                 raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
             status = ack.status if no_wait else _wait(talk, reached, known, found)
-            failed = [e for e in talk.events[known:] if isinstance(e, Notice) and _failed(e, name)]
+            since = [e for e in talk.events[known:] if isinstance(e, Notice)]
             print(_sentence(found.name, status, talk, no_wait), flush=True)
-    if failed:
-        raise CommandError(failed[-1].text)
+    if not no_wait:
+        _check_checkpoint(action, found, status, [e for e in since if e.kind == "checkpoint"])
     return 0
 
 
@@ -149,12 +152,34 @@ def _ended(status: Status, _: list[Event]) -> bool:
     return status.ended
 
 
-def _written(_: Status, events: list[Event]) -> bool:
-    return any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
+def _written(status: Status, events: list[Event]) -> bool:
+    """Whether it is written, or cannot be for as long as nobody lets the run go on."""
+    told = any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
+    return told or (status.state == "paused" and status.phase != "step")
 
 
-def _failed(notice: Notice, command: str) -> bool:
-    return command == "checkpoint" and notice.kind == "checkpoint" and notice.level == "error"
+def _check_checkpoint(action: Action, run: Run, status: Status, told: list[Notice]) -> None:
+    """Whether the checkpoint that was asked for is there, and where. Raises CommandError."""
+    failure = next((each.text for each in reversed(told) if each.level == "error"), "")
+    place = run.directory / CHECKPOINTS / f"step-{status.step:08}"
+    match action:
+        case messages.Stop(checkpoint=True):
+            if not (place / WHOLE).is_file():
+                raise CommandError(failure or "it has ended, and no checkpoint was written")
+        case messages.Checkpoint():
+            if not told and status.ended:
+                raise CommandError("the run ended before its step did: no checkpoint was written")
+            if not told:
+                raise CommandError(
+                    f"{run.name} has paused after {status.phase}, in the middle of a step",
+                    "the checkpoint is written as soon as the step is made: tui-trainer step",
+                )
+            if failure:
+                raise CommandError(failure)
+            place = run.directory / CHECKPOINTS / f"step-{told[-1].step:08}"
+        case _:
+            return
+    print(place, flush=True)
 
 
 def _sentence(name: str, status: Status, talk: Conversation, early: bool) -> str:
@@ -173,7 +198,7 @@ def _run_and_count(given: list[str]) -> tuple[str | None, int]:
     names = [each for each in given if each not in counts]
     if len(counts) > 1 or len(names) > 1:
         raise UsageError("step takes one run and one number", "tui-trainer step RUN 10")
-    count = int(counts[0]) if counts else 1
-    if count < 1:
-        raise UsageError("step needs a number from 1 on")
+    count = int(counts[0][:DIGITS]) if counts else 1
+    if not 1 <= count <= MOST_STEPS:
+        raise UsageError(f"step needs a number from 1 to {MOST_STEPS:,}")
     return (names[0] if names else None), count

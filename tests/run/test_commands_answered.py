@@ -1,0 +1,188 @@
+"""Commands about real runs: each is answered, and what it says has come about has."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tui_trainer.cli.errors import CommandError
+from tui_trainer.cli.runs import controlling
+from tui_trainer.config.state import RunState
+from tui_trainer.protocol.messages import Checkpoint, Notice, Pause, Poll, Status, Step, StepPhase
+from tui_trainer.session.registry import Run
+
+_spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
+hosting = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hosting)
+place = hosting.place
+ENDLESS = {"steps": 1_000_000, "eval_every": 1_000_000, "sample_every": 1_000_000}
+
+
+def begin(place, name, *arguments):
+    place.run.chmod(0o700)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tui_trainer", name, str(place.run), *arguments],
+        env=hosting.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def call(place, *arguments):
+    process = begin(place, *arguments)
+    out, err = process.communicate(timeout=90)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def notices(viewer, kind):
+    events = viewer.ask(Poll()).events
+    return [event.text for event in events if isinstance(event, Notice) and event.kind == kind]
+
+
+@pytest.fixture
+def begun(place):
+    """A GPT that trains in a process of its own, and a viewer that holds control."""
+    place.gpt(**ENDLESS)
+    process = place.process()
+    viewer = place.viewer()
+    viewer.wait(lambda status: status.step > 3)
+    yield place, viewer
+    process.kill()
+    process.wait()
+
+
+def pause(viewer, phase=None):
+    """Pause it, at the end of `phase` where one is named."""
+    viewer.do(Pause())
+    viewer.wait(lambda status: status.state == "paused")
+    while phase is not None and viewer.status.phase != phase:
+        before = viewer.ask(Poll()).report
+        viewer.do(StepPhase())
+        viewer.wait(
+            lambda status, old=(before.step, before.phase): (
+                status.state == "paused"
+                and (now := viewer.ask(Poll()).report) is not None
+                and (now.step, now.phase) != old
+            )
+        )
+
+
+def written(place):
+    return sorted(path.name for path in (place.run / "checkpoints").glob("step-*"))
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+@pytest.mark.parametrize("phase", ["data", "backward"])
+def test_a_checkpoint_in_the_middle_of_a_step_is_refused(begun, phase):
+    place, viewer = begun
+    pause(viewer, phase)
+    ack = viewer.do(Checkpoint())
+    assert not ack.ok
+    assert f"paused after {phase} of step {viewer.status.step + 1:,}" in ack.message
+    assert "finish the step" in ack.hint
+    done = call(place, "checkpoint")
+    assert done.returncode == 1
+    assert f"paused after {phase} of step" in done.stderr
+    assert "tui-trainer step" in done.stderr
+    assert written(place) == []
+
+
+def test_a_checkpoint_between_steps_is_written_once_and_answered_twice(begun):
+    place, viewer = begun
+    pause(viewer, "step")
+    step = viewer.status.step
+    path = place.run / "checkpoints" / f"step-{step:08}"
+    for _ in range(2):
+        done = call(place, "checkpoint")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(path)
+        assert (path / "weights.safetensors").is_file()
+    said = notices(viewer, "checkpoint")
+    assert [text for text in said if text.startswith("checkpoint step-")] == [
+        f"checkpoint {path.name}",
+        f"checkpoint {path.name} is there already",
+    ]
+
+
+def test_a_checkpoint_that_a_pause_overtakes_is_not_waited_for():
+    status = Status(state="paused", phase="backward", step=12)
+    assert controlling._written(status, [])
+    run = Run("gpt-one", Path("/none"), "live", RunState(name="gpt-one"), "")
+    with pytest.raises(CommandError, match="paused after backward") as failed:
+        controlling._check_checkpoint(Checkpoint(), run, status, [])
+    assert "as soon as the step is made" in failed.value.hint
+    assert not controlling._written(Status(state="paused", phase="step", step=12), [])
+
+
+def test_a_run_paused_before_its_first_step_has_no_checkpoint(place):
+    place.spec(configuration={**hosting.SMALL_GPT, **ENDLESS}, start_paused=True)
+    process = place.process()
+    viewer = place.viewer()
+    viewer.wait(lambda status: status.state == "paused")
+    done = call(place, "checkpoint")
+    assert done.returncode == 1
+    assert "paused after data of step 1" in done.stderr
+    viewer.do(Step())
+    viewer.wait(lambda status: status.state == "paused" and status.step == 1)
+    viewer.stream.close()
+    done = call(place, "checkpoint")
+    assert done.returncode == 0, done.stderr
+    assert written(place) == ["step-00000001"]
+    process.kill()
+    process.wait()
+
+
+def test_a_checkpoint_of_a_run_that_ends_first_is_no_success(place):
+    place.loop(
+        steps=5, after="import os, time\n    while not os.path.exists('go'): time.sleep(.02)"
+    )
+    process = place.process()
+    viewer = place.viewer()
+    viewer.wait(lambda status: status.phase)
+    viewer.stream.close()
+    asking = begin(place, "checkpoint")
+    viewer = place.viewer()
+    hosting.wait_for(lambda: "checkpoint" in notices(viewer, "command"))
+    (place.folder / "go").touch()
+    _, said = asking.communicate(timeout=60)
+    assert asking.returncode == 1
+    assert "no checkpoint was written" in said
+    assert process.wait(60) == 0
+
+
+# ---------------------------------------------------------------- stop --checkpoint
+
+
+@pytest.mark.parametrize("command", [("checkpoint",), ("stop", "--checkpoint")])
+def test_a_checkpoint_that_cannot_be_written_is_a_failure(begun, command):
+    place, _ = begun
+    (place.run / "checkpoints").write_text("a file is in its place")
+    done = call(place, *command)
+    assert done.returncode == 1
+    assert "no checkpoint of step" in done.stderr
+
+
+def test_stop_with_a_checkpoint_says_where_it_is(begun):
+    place, _ = begun
+    done = call(place, "stop", "--checkpoint")
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.splitlines()[-1]) / "weights.safetensors").is_file()
+
+
+# ---------------------------------------------------------------- step
+
+
+@pytest.mark.parametrize("count", ["99999999999999999999", "9" * 5000, "1000000000001", "0"])
+def test_more_steps_than_a_run_takes_are_a_wrong_use(place, count):
+    place.gpt()
+    done = call(place, "step", count)
+    assert done.returncode == 2
+    assert "from 1 to 1,000,000,000,000" in done.stderr
