@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from tui_trainer.protocol.describe import DeviceInfo
@@ -32,6 +33,21 @@ def device_of(model: torch.nn.Module, threads: int) -> DeviceInfo | None:
         return DeviceInfo(device.type, _processor(device.type), threads=threads)
     properties = torch.cuda.get_device_properties(device)
     return DeviceInfo("cuda", properties.name, properties.total_memory, threads)
+
+
+def no_core_left(threads: int) -> str:
+    """What to say of PyTorch's threads where they take every core; "" where one is left.
+
+    Its own choice is all cores, and whatever else runs, if only the screen, then takes one from a
+    thread that all others wait for (docs/performance.md has figures).
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if allowed is None or not 1 < allowed <= threads:
+        return ""
+    return (
+        f"PyTorch's {threads} threads take all {allowed} cores: where anything else runs, "
+        f"OMP_NUM_THREADS={allowed - 1} is often faster"
+    )
 
 
 def _processor(kind: str) -> str:

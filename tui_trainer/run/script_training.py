@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.run.devices import device_of, with_torch
+from tui_trainer.run.devices import device_of, no_core_left, with_torch
 from tui_trainer.run.importing import around_torch_import
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.saving import Saver
@@ -63,16 +63,30 @@ def _trace_script(host: Surroundings, traced: list[Tracer]) -> None:
         saver = Saver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
         host.gate.work_every(saver.cadences, saver.between_steps)
-        host.recorder.describe_along = lambda: _where_it_trains(tracer)
+        host.recorder.describe_along = _Where(host, tracer).describe
     except Exception as fault:
         host.recorder.fault("tracing the script", fault)
 
 
-def _where_it_trains(tracer: Tracer) -> dict[str, Any]:
+class _Where:
     """Where the script trains, as soon as its model is known."""
-    torch = sys.modules["torch"]
-    devices = (device_of(model, torch.get_num_threads()) for model in tracer.roots)
-    return {"device": next(devices, None)}
+
+    def __init__(self, host: Surroundings, tracer: Tracer) -> None:
+        self._host = host
+        self._tracer = tracer
+        self._said = False
+
+    def describe(self) -> dict[str, Any]:
+        """Fields of the `RunInfo`."""
+        torch = sys.modules["torch"]
+        threads = torch.get_num_threads()
+        devices = (device_of(model, threads) for model in self._tracer.roots)
+        device = next(devices, None)
+        crowded = no_core_left(threads)
+        if device is not None and device.kind == "cpu" and crowded and not self._said:
+            self._said = True
+            self._host.recorder.notice("threads", crowded)
+        return {"device": device}
 
 
 def _contents_of_script(
