@@ -31,10 +31,16 @@ class KeepingRecorder:
         self.topics: frozenset[str] = frozenset()
 
     def new_table(
-        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
+        self,
+        name: str,
+        columns: Sequence[Column],
+        every: int = 1,
+        optimizer: str = "",
+        natural: int = 0,
     ) -> int:
-        self.tables.append(Table(len(self.tables), name, tuple(columns), every, optimizer))
-        return len(self.tables) - 1
+        number = len(self.tables)
+        self.tables.append(Table(number, name, tuple(columns), every, optimizer, natural))
+        return number
 
     def declare(self, tables: Sequence[Table]) -> None:
         for table in tables:

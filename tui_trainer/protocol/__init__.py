@@ -6,7 +6,7 @@ columns of what is measured, `framing` how messages travel over a byte stream.
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised on every change that an older peer cannot read."""
 
 PHASES = ("data", "zero_grad", "forward", "loss", "backward", "clip", "step")

@@ -79,6 +79,14 @@ class Table(msgspec.Struct, frozen=True):
     while the run goes on, told by `Update.cadences`."""
     optimizer: str = ""
     """Set when a run has several optimizers and each has its own such table."""
+    natural: int = 0
+    """Its cadence while nothing is stretched to stay within the budget; of what is measured only
+    while somebody watches: its cadence then. 0: not known, or by the clock."""
+
+    @property
+    def stretched(self) -> bool:
+        """Whether it is measured less often now than it naturally would be."""
+        return self.every > self.natural > 0
 
 
 class DeviceInfo(msgspec.Struct, frozen=True):
@@ -143,6 +151,8 @@ class RunInfo(msgspec.Struct, frozen=True):
     """Directory of the run that this one goes on from: the history of runs is a tree."""
     branch_step: int | None = None
     """The parent's step that this run went on from: its own first step is the one after."""
+    budget: float = 0.0
+    """Share of step time that measuring may take; 0: as much as it takes."""
 
     def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
         """The same with these `Table.every`, by table id; this very object where they are known."""

@@ -63,6 +63,9 @@ class Recorder:
         self.pace = self._ledger.pace
         self.describe_along: Callable[[], dict[str, Any]] = dict
         """What more to describe when the parameters are described, asked on the training thread."""
+        self.meanwhile: Callable[[], None] = _nothing
+        """Called some twenty times a second, on the recorder's thread: to record what waits with
+        whoever measures."""
         self._answerer = Answerer(self.history, self._ledger.told)
         self._forked = False
         self._closing = threading.Event()
@@ -117,13 +120,19 @@ class Recorder:
         self._enqueue(self._ledger.take_artifact, harmless_all(artifact))
 
     def new_table(
-        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
+        self,
+        name: str,
+        columns: Sequence[Column],
+        every: int = 1,
+        optimizer: str = "",
+        natural: int = 0,
     ) -> int:
         """Declare a table under the next free id; returns the id."""
         with self._ids:
             number = self._next_table
             self._next_table += 1
-        self._enqueue(self._take_tables, (Table(number, name, tuple(columns), every, optimizer),))
+        table = Table(number, name, tuple(columns), every, optimizer, natural)
+        self._enqueue(self._take_tables, (table,))
         return number
 
     def declare(self, tables: Sequence[Table]) -> None:
@@ -268,6 +277,10 @@ class Recorder:
 
     def _work(self) -> None:
         while not self._closing.wait(DRAIN_EVERY_S):
+            try:
+                self.meanwhile()
+            except Exception as fault:
+                self.fault("recorder", fault)
             with self._lock:
                 self._drain()
                 self._answerer.expire()
@@ -321,6 +334,10 @@ class Recorder:
         self._lock = threading.RLock()
         self._incoming.clear()
         self._feeds.clear()
+
+
+def _nothing() -> None:
+    """Nobody measures yet."""
 
 
 def _after_fork(recorder: Recorder) -> None:

@@ -56,4 +56,5 @@ def first_description(spec: RunSpec) -> RunInfo:
         working_directory=spec.working_directory or os.getcwd(),
         parent=spec.parent,
         branch_step=spec.branch_step,
+        budget=spec.budget,
     )

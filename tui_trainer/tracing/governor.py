@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 WINDOW = 32
 """Steps between two decisions."""
+EARLIEST = 4
+"""Steps before a decision that does not wait for the end of its window: more than the budget of the
+whole window has been spent."""
 STEADY = 5
 """First steps, which are slow in every way, do not count."""
 NEVER_STRETCHED = 100
 LIMITS = (32, 256, 1024)
 """How far (times its natural cadence) one thing is stretched before more important ones are."""
+WATCHED_LIMIT = 16
+"""How far what somebody watches is stretched, times its cadence while watched: a screen has to stay
+useful."""
 LEAST_ROOM = 0.1
 """Share of the budget for what can be stretched, even where the rest is over it by itself (steps
 are very short): something is measured all the same."""
 ROOM = 0.7
 """A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not swing."""
+AGAIN = 1.5
+"""A budget that cannot be kept is said again once the cost is other by this factor."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -28,21 +37,49 @@ class Governed:
 
     name: str
     natural: int
-    """Natural cadence in steps; 0: measured on request alone, which is not governed."""
+    """Natural cadence in steps; 0: measured only while somebody watches."""
     every: int
-    """Cadence now: the natural one times a power of two."""
+    """Cadence while nobody watches: the natural one times a power of two."""
     importance: int
     furthest: int = LIMITS[-1]
     """How many times its natural cadence it may be stretched."""
+    watched_natural: int = 0
+    """Natural cadence while somebody watches; 0: watching makes no difference."""
+    watched_every: int = 0
+    """Cadence while somebody watches: its natural one times a power of two."""
+    watched: bool = False
+    """Whether somebody watches, and it makes a difference."""
     held: bool = False
     """Due at every step at present, whatever the budget: it comes with something that the training
     does anyway."""
     cost_ms: float = math.nan
     """Smoothed cost of one measurement."""
 
+    @property
+    def now(self) -> int:
+        """Its cadence now; 0: not measured."""
+        return self.watched_every if self.watched else self.every
+
+    @now.setter
+    def now(self, every: int) -> None:
+        if self.watched:
+            self.watched_every = every
+        else:
+            self.every = every
+
+    @property
+    def usual(self) -> int:
+        """Its cadence now if nothing were stretched."""
+        return self.watched_natural if self.watched else self.natural
+
+    @property
+    def longest(self) -> int:
+        """The longest cadence that it may have now."""
+        return self.usual * (WATCHED_LIMIT if self.watched else self.furthest)
+
     def share_ms(self, every: int | None = None) -> float:
         """Mean cost per step at a cadence (default: the present one)."""
-        every = self.every if every is None else every
+        every = self.now if every is None else every
         return self.cost_ms / every if every and not math.isnan(self.cost_ms) else 0.0
 
     @property
@@ -51,17 +88,29 @@ class Governed:
         return self.held or self.importance >= NEVER_STRETCHED
 
 
+Changed = Callable[[Sequence[Governed], str, str], None]
+"""Told of what has another cadence now, with a sentence for people and its level."""
+
+
 class Governor:
     """Stretches and restores cadences. One for each optimizer, whose steps it counts; the budget is
     a share of step time."""
 
-    def __init__(self, budget: float, changed: Callable[[Governed, str], None]) -> None:
+    def __init__(self, budget: float, changed: Changed) -> None:
         self.budget = budget
         self._changed = changed
-        """Told of each new cadence, with a sentence for people."""
         self._steps = 0
-        self._step_ms: list[float] = []
-        self._fixed_ms = 0.0
+        self._step_ms: deque[float] = deque(maxlen=WINDOW)
+        self._fixed_ms: deque[float] = deque(maxlen=WINDOW)
+        """Of the last steps, what was no matter of choice."""
+        self._undecided = 0
+        """Steps since the last decision, and what all the rest has cost in them."""
+        self._spent_ms = 0.0
+        self._watched: tuple[Governed, ...] = ()
+        self._unwatched: dict[Governed, int] = {}
+        """Cadences from before somebody watched."""
+        self._windows_over = 0
+        self._share_said = 0.0
 
     def step(
         self,
@@ -75,75 +124,153 @@ class Governor:
         `measured`: those of all the `governed` that were measured in it. Whether cadences may have
         changed.
         """
+        changed = self._follow_watching(governed)
         self._steps += 1
         if self._steps <= STEADY:
-            return False
-        self._fixed_ms += own_ms.get("tracer", 0.0)
+            return changed
+        fixed_ms = own_ms.get("tracer", 0.0)
         for one in measured:
             spent = own_ms.get(one.name)
             if spent is None:
                 continue
-            if one.held or one.importance >= NEVER_STRETCHED:
-                self._fixed_ms += spent
+            if one.held or one.importance >= NEVER_STRETCHED:  # `fixed`, at every step
+                fixed_ms += spent
+            else:
+                self._spent_ms += spent
             # Smoothed, and deaf to one hiccup of the machine.
             known = one.cost_ms
             one.cost_ms = spent if known != known else known + 0.2 * (min(spent, 3 * known) - known)
+        self._fixed_ms.append(fixed_ms)
         self._step_ms.append(step_ms)
-        if len(self._step_ms) < WINDOW:
-            return False
+        self._undecided += 1
+        complete = self._undecided >= WINDOW
+        if not (complete or self._overdrawn()):
+            return changed
         if self.budget > 0:
-            self._decide(governed)
-        self._fixed_ms = 0.0
-        self._step_ms.clear()
+            self._decide(governed, complete)
+        self._undecided, self._spent_ms = 0, 0.0
         return True
 
-    def _decide(self, governed: Sequence[Governed]) -> None:
+    def _overdrawn(self) -> bool:
+        """Whether more has been spent than the whole window's budget."""
+        if self.budget <= 0 or len(self._step_ms) < EARLIEST:
+            return False
+        most = self._spent_ms / (self.budget * WINDOW)
+        return most > min(self._step_ms) and most > statistics.median(self._step_ms)
+
+    def _decide(self, governed: Sequence[Governed], complete: bool) -> None:
         # The median: a step that waited for data or for another program pays for no measuring.
         step_ms = statistics.median(self._step_ms)
         allowed = self.budget * step_ms
+        fixed = statistics.fmean(self._fixed_ms)
         for one in governed:
             if one.held and one.every != one.natural:
                 one.every = one.natural
-                self._changed(one, f"{one.name} is measured at every step that clips gradients")
-        pliable = [one for one in governed if one.natural and not one.fixed]
-        least = sum(one.share_ms(one.furthest * one.natural) for one in pliable)
-        room = max(allowed - self._fixed_ms / len(self._step_ms), least + LEAST_ROOM * allowed)
+                text = f"{one.name} is measured at every step that clips gradients"
+                self._changed([one], text, "info")
+        pliable = [one for one in governed if one.usual and not one.fixed]
+        least = sum(one.share_ms(one.longest) for one in pliable)
+        room = max(allowed - fixed, least + LEAST_ROOM * allowed)
         total = sum(one.share_ms() for one in pliable)
         if total > room:
             self._stretch(pliable, total, room, step_ms)
-        else:
-            self._restore(pliable, total, ROOM * room)
+        elif complete and fixed + total <= allowed:
+            self._restore(pliable, total, ROOM * (allowed - fixed))
+        if complete:
+            rest = sum(one.share_ms() for one in pliable)
+            self._say_whether_kept(fixed, rest, step_ms)
 
     def _stretch(self, pliable: list[Governed], total: float, room: float, step_ms: float) -> None:
-        """Double cadences, least important first, dearest first among equals, until it fits."""
-        before = {id(one): one.every for one in pliable}
-        order = sorted(pliable, key=lambda o: (o.importance, -o.share_ms()))
+        """Double cadences, least important first, dearest first among equals, until it fits; what
+        somebody watches goes last."""
+        before = {one: one.now for one in pliable}
+        order = sorted(pliable, key=lambda o: (o.watched, o.importance, -o.share_ms()))
         for most in LIMITS:
             for one in order:
                 # What hardly costs anything is left alone.
                 while (
                     total > room
-                    and one.every < min(most, one.furthest) * one.natural
+                    and one.now < min(most * one.usual, one.longest)
                     and one.share_ms() > 0.02 * room
                 ):
-                    total -= one.share_ms() - one.share_ms(2 * one.every)
-                    one.every *= 2
+                    total -= one.share_ms() - one.share_ms(2 * one.now)
+                    one.now *= 2
         for one in pliable:
-            if one.every != before[id(one)]:
-                self._changed(
-                    one,
-                    f"{one.name} is now measured every {one.every} steps: it costs "
+            if one.now != before[one]:
+                text = (
+                    f"{one.name} is now measured every {one.now} steps: it costs "
                     f"{one.cost_ms:.2f} ms, a step takes {step_ms:.1f} ms, and the budget is "
-                    f"{self.budget:.1%}",
+                    f"{_percent(self.budget)}"
                 )
+                self._changed([one], text, "info")
 
     def _restore(self, pliable: list[Governed], total: float, room: float) -> None:
-        """Halve one cadence, the most important first, where that surely fits."""
-        for one in sorted(pliable, key=lambda o: (-o.importance, o.share_ms())):
-            if one.every > one.natural:
-                faster = max(one.natural, one.every // 2)
+        """Halve one cadence, what is watched and the most important first, where that surely
+        fits."""
+        for one in sorted(pliable, key=lambda o: (not o.watched, -o.importance, o.share_ms())):
+            if one.now > one.usual:
+                faster = max(one.usual, one.now // 2)
                 if total + one.share_ms(faster) - one.share_ms() <= room:
-                    one.every = faster
-                    often = "every step" if faster == 1 else f"every {faster} steps"
-                    self._changed(one, f"{one.name} is measured {often} again: there is room")
+                    one.now = faster
+                    text = f"{one.name} is measured {how_often(faster)} again: there is room"
+                    self._changed([one], text, "info")
                     return
+
+    def _say_whether_kept(self, fixed: float, rest: float, step_ms: float) -> None:
+        """Say so where the budget cannot be kept, two windows in a row; not again before it costs
+        much more or less."""
+        allowed, share = self.budget * step_ms, (fixed + rest) / step_ms
+        if fixed + rest <= allowed:
+            self._windows_over = 0
+            if share < ROOM * self.budget:
+                self._share_said = 0.0
+            return
+        self._windows_over += 1
+        said = self._share_said
+        if self._windows_over < 2 or (said and said / AGAIN <= share <= said * AGAIN):
+            return
+        self._share_said = share
+        beside = "" if fixed > allowed else f", the rest, however rarely, {rest:.2f} ms"
+        text = (
+            f"the budget of {_percent(self.budget)} cannot be kept: what is measured at every step "
+            f"takes {fixed:.2f} ms{beside}, a step {step_ms:.1f} ms"
+        )
+        self._changed((), text, "warning")
+
+    def _follow_watching(self, governed: Sequence[Governed]) -> bool:
+        """Say what somebody has begun or ceased to watch. In the end everything else is measured as
+        often again as before, when all of it was within the budget. Whether a cadence changed."""
+        watched = tuple(one for one in governed if one.watched)
+        if watched == self._watched:
+            return False
+        if not self._watched:
+            self._unwatched = {one: one.every for one in governed}
+        begun = [one for one in watched if one not in self._watched]
+        over = [one for one in self._watched if one in governed and one not in watched]
+        self._watched = watched
+        if begun:
+            text = f"measured more often while it is watched: {cadences(begun)}"
+            self._changed(begun, text, "info")
+        if over:
+            for one, every in ({} if watched else self._unwatched).items():
+                if one in governed and one.every > every:
+                    one.every = every
+                    over += [] if one in over else [one]
+            self._changed(over, f"no longer watched: {cadences(over)}", "info")
+        return True
+
+
+def cadences(of: Iterable[Governed]) -> str:
+    """Each by name with how often it is measured now."""
+    return ", ".join(f"{one.name} {how_often(one.now)}" for one in of)
+
+
+def how_often(every: int) -> str:
+    """A cadence in words."""
+    if every <= 1:
+        return "every step" if every else "not at all"
+    return f"every {every} steps"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"

@@ -15,7 +15,12 @@ class RecorderLike(Protocol):
     because of a viewer, a disk or a socket."""
 
     def new_table(
-        self, name: str, columns: Sequence[Column], every: int = 1, optimizer: str = ""
+        self,
+        name: str,
+        columns: Sequence[Column],
+        every: int = 1,
+        optimizer: str = "",
+        natural: int = 0,
     ) -> int:
         """Declare a table under the next free id, before its first row; returns the id."""
 

@@ -56,6 +56,9 @@ class Meter:
             if kind.name not in options.switched_off:
                 self._install(kind, options, role)
         self._schedule = Schedule(self.slots)
+        self._outdated = False
+        """Cadences have changed, or a probe was switched off, perhaps on another thread: to be
+        arranged before the next step."""
 
     def _install(self, kind: type[Probe], options: Options, role: Role) -> None:
         try:
@@ -85,6 +88,9 @@ class Meter:
                 self._schedule.add_wanted(step)
             return
         self._prepared = step
+        if self._outdated:
+            self._outdated = False
+            self._schedule.arrange()
         self._schedule.decide(step, self._recorder.watched(), wanted)
 
     def forward_begins(self, root: torch.nn.Module) -> bool:
@@ -191,7 +197,8 @@ class Meter:
     # ------------------------------------------------------------ on the host
 
     def record(self, made: Made) -> float:
-        """Make the rows of a step whose values have arrived, and record them.
+        """Make the rows of a step whose values have arrived, and record them; on the training
+        thread, or on the recorder's where no further step comes.
 
         Returns the seconds that the probes took.
         """
@@ -201,8 +208,8 @@ class Meter:
         self._recorder.record(record)
         for slot in self._schedule.borrowers:
             slot.held = bool(facts.clips)
-        if self._governor.step(made.slots, self.slots, facts.own_ms, facts.step_ms):
-            self._schedule.arrange()
+        if self._governor.step(made.slots, self._schedule.at_work, facts.own_ms, facts.step_ms):
+            self._outdated = True
         return spent
 
     def _skipped(self, scale: float, step: int) -> None:
@@ -223,7 +230,7 @@ class Meter:
 
     def _switch_off(self, slot: Slot, fault: Exception) -> None:
         slot.off = True
-        self._schedule.arrange()
+        self._outdated = True
         text = f"probe {slot.name} is switched off: {describe(fault)}"
         self._recorder.notice("fault", text, "error")
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tui_trainer.protocol.describe import ParameterInfo
+from tui_trainer.protocol.describe import ParameterInfo, Table
 from tui_trainer.tracing.governor import Governed, Governor
 from tui_trainer.tracing.interface import RecorderLike
 from tui_trainer.tracing.meter import Meter
@@ -50,7 +50,8 @@ class Registry:
     @property
     def meters(self) -> list[Meter]:
         """Of the optimizers that are alive, in order of their appearance."""
-        return [meter for _, meter in self._meters.values()]
+        # A list first: an optimizer may die meanwhile, and a probe's rows ask from another thread.
+        return [meter for _, meter in list(self._meters.values())]
 
     # ------------------------------------------------------------ finding
 
@@ -232,11 +233,12 @@ class Registry:
         """A probe found out while running that there is nothing for it to see; or that there is."""
         self._recorder.describe(unseen=self._unseen())
 
-    def _cadence_changed(self, governed: Governed, text: str) -> None:
-        assert isinstance(governed, Slot)
-        governed.tables = [
-            msgspec.structs.replace(table, every=governed.every) for table in governed.tables
-        ]
-        if governed.tables:
-            self._recorder.declare(governed.tables)
-        self._recorder.notice("cadence", text)
+    def _cadence_changed(self, governed: Sequence[Governed], text: str, level: str) -> None:
+        tables: list[Table] = []
+        for slot in governed:
+            assert isinstance(slot, Slot)
+            slot.tables = [msgspec.structs.replace(t, every=slot.now) for t in slot.tables]
+            tables += slot.tables
+        if tables:
+            self._recorder.declare(tables)
+        self._recorder.notice("cadence", text, level)

@@ -55,17 +55,17 @@ class Role:
         self.models = tuple(weakref.ref(model) for model in models)
 
     def table(
-        self, recorder: RecorderLike, name: str, columns: Sequence[Column], every: int
+        self, recorder: RecorderLike, name: str, columns: Sequence[Column], every: int, natural: int
     ) -> Table:
         """The table of this name: declared anew, or the one that is there with these columns."""
         known = self.tables.get(name)
         if known is not None and known.columns == tuple(columns):
-            table = msgspec.structs.replace(known, every=every)
+            table = msgspec.structs.replace(known, every=every, natural=natural)
             if table != known:
                 recorder.declare((table,))
         else:
-            number = recorder.new_table(name, columns, every, self.key)
-            table = Table(number, name, tuple(columns), every, self.key)
+            number = recorder.new_table(name, columns, every, self.key, natural)
+            table = Table(number, name, tuple(columns), every, self.key, natural)
         self.tables[name] = table
         return table
 

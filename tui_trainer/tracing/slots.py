@@ -58,16 +58,20 @@ def install(
     if probe.unseen:
         return probe.unseen
     natural = max(0, options.cadences.get(kind.name, kind.every))
+    watched = min(kind.watched_every, natural or kind.watched_every) if kind.topic else 0
     tables: list[Table] = []
     for spec in probe.tables:
         every = natural if spec.every is None else spec.every
-        tables.append(role.table(recorder, spec.name, spec.columns, every))
+        usual = natural or watched if spec.every is None else spec.every
+        tables.append(role.table(recorder, spec.name, spec.columns, every, usual))
     return Slot(
         name=kind.name,
         natural=natural,
         every=natural,
         importance=kind.importance,
         furthest=kind.furthest,
+        watched_natural=watched,
+        watched_every=watched,
         probe=probe,
         tables=tables,
     )
@@ -110,12 +114,16 @@ class Schedule:
         """Steps of this optimizer so far."""
         self._chosen = 0
         self._plans: dict[int, Plan] = {}
+        self._watched: Collection[str] = ()
+        """Topics."""
         self.arrange()
 
     def arrange(self) -> None:
         """Cadences have changed, or a probe was switched off."""
+        self.at_work = [slot for slot in self.slots if not slot.off]
         self._always = 0
-        self._sometimes: list[tuple[int, Slot]] = []
+        self._sometimes: list[tuple[int, int]] = []
+        """Cadence and bit."""
         self._with_clipping = 0
         self.borrowers: list[Slot] = []
         """Those that measure every step whose gradients are clipped."""
@@ -124,10 +132,11 @@ class Schedule:
             bit = 1 << position
             if slot.off:
                 continue
-            if slot.every == 1:
+            every = slot.now
+            if every == 1:
                 self._always |= bit
-            else:
-                self._sometimes.append((bit, slot))
+            elif every:
+                self._sometimes.append((every, bit))
             if "borrowed" in slot.does and slot.natural == 1:
                 self._with_clipping |= bit
                 self.borrowers.append(slot)
@@ -138,13 +147,14 @@ class Schedule:
         Cadences count the steps of this optimizer: where two take turns, the run's own count would
         meet one of them at even steps alone.
         """
+        if watched != self._watched:
+            self._watched = watched
+            for slot in self.slots:
+                slot.watched = slot.watched_natural > 0 and slot.probe.topic in watched
+            self.arrange()
         chosen = self._always
-        for bit, slot in self._sometimes:
-            every = slot.every
-            if watched and slot.probe.topic in watched:
-                fastest = slot.probe.watched_every
-                every = min(every, fastest) if every else fastest
-            if every and self._made % every == 0:
+        for every, bit in self._sometimes:
+            if self._made % every == 0:
                 chosen |= bit
         self._choose(chosen | self._wanted(step) if wanted else chosen)
         for slot in self.plan.reading:
