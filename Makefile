@@ -50,8 +50,10 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# What the tables of docs/performance.md are made with, in its order; each takes a minute or two. On
-# a quiet machine: every table says so when it was not. RESULTS keeps the figures as JSON.
+# What the tables of docs/performance.md are made with, in its order: about half an hour in all, of
+# which slowdown takes twenty minutes, keys four, and each of the others half a minute to two.
+# MEASURED="frames startup" takes those alone. On a quiet machine: every table says so when it was
+# not. RESULTS keeps the figures as JSON.
 RESULTS ?= build/benchmarks
 MEASURED := slowdown gpu frames keys terminal_bytes startup scale history
 bench: $(BENCHED)

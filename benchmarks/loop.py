@@ -13,8 +13,10 @@ ViT on scikit-learn's digits, `tiny` something for trying the benchmarks themsel
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -132,10 +134,17 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Clock], Non
     if options.rival:
         import rivals
 
-        log = rivals.start(options.rival, model)
+        log = rivals.start(options.rival, model, options.turns or scratch())
     if options.compile:
         model.compile()
     return model, functools.partial(train, model, batches, optimizer, precision, log)
+
+
+def scratch() -> Path:
+    """A folder that goes when this process does."""
+    folder = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ Each is called after `backward`, when the gradients are there and not yet clippe
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 Log = Callable[[int, Tensor], None]
 
 
-def start(name: str, model: nn.Module) -> Log:
-    """Start logging `model` the way of that name. ImportError where it is not installed."""
-    return RIVALS[name](model)
+def start(name: str, model: nn.Module, folder: Path) -> Log:
+    """Start logging `model` the way of that name, to files in `folder`. ImportError where it is not
+    installed."""
+    return RIVALS[name](model, folder)
 
 
-def item(model: nn.Module) -> Log:
+def item(model: nn.Module, folder: Path) -> Log:
     """Norm of every gradient and weight, each fetched by `.item()` as it is computed."""
     kept: list[tuple[float, dict[str, tuple[float, float]]]] = []
 
@@ -37,11 +38,11 @@ def item(model: nn.Module) -> Log:
     return log
 
 
-def tensorboard_scalars(model: nn.Module) -> Log:
+def tensorboard_scalars(model: nn.Module, folder: Path) -> Log:
     """The loss and the norm of every gradient and weight as TensorBoard scalars."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(tempfile.mkdtemp(prefix="benchmark-"))
+    writer = SummaryWriter(str(folder))
 
     def log(step: int, loss: Tensor) -> None:
         writer.add_scalar("loss", loss.item(), step)
@@ -54,11 +55,11 @@ def tensorboard_scalars(model: nn.Module) -> Log:
     return log
 
 
-def tensorboard_histograms(model: nn.Module) -> Log:
+def tensorboard_histograms(model: nn.Module, folder: Path) -> Log:
     """The loss, and every gradient and weight as a TensorBoard histogram."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(tempfile.mkdtemp(prefix="benchmark-"))
+    writer = SummaryWriter(str(folder))
 
     def log(step: int, loss: Tensor) -> None:
         writer.add_scalar("loss", loss.item(), step)
@@ -70,13 +71,13 @@ def tensorboard_histograms(model: nn.Module) -> Log:
     return log
 
 
-def wandb_watch(model: nn.Module) -> Log:
+def wandb_watch(model: nn.Module, folder: Path) -> Log:
     """`wandb.watch(log="all", log_freq=1)`, offline."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    run = wandb.init(project="benchmark", dir=tempfile.mkdtemp(prefix="benchmark-"))
+    run = wandb.init(project="benchmark", dir=str(folder))
     run.watch(model, log="all", log_freq=1)
 
     def log(step: int, loss: Tensor) -> None:
@@ -85,7 +86,7 @@ def wandb_watch(model: nn.Module) -> Log:
     return log
 
 
-RIVALS: dict[str, Callable[[nn.Module], Log]] = {
+RIVALS: dict[str, Callable[[nn.Module, Path], Log]] = {
     "item": item,
     "tensorboard-scalars": tensorboard_scalars,
     "tensorboard-histograms": tensorboard_histograms,

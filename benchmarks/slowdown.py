@@ -1,14 +1,17 @@
 """How much slower training gets by being watched: ours beside what people use today.
 
-    python -m benchmarks.slowdown [--launches 2] [--rounds 3] [--shapes gpt vit] [--json FILE]
+    python -m benchmarks.slowdown [--launches 2] [--rounds 2] [--shapes gpt vit] [--json FILE]
 
 The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
 that trains. `bare again` is a second process with the same bare loop: what it differs by is the
-noise. `--launches` times `--rounds` is the number of pairs of each row: every process is started
-anew in between, since two of them differ by some percent for as long as they live. `CPU` is the
-ratio of the CPU time of the training thread alone, which other load on the machine does not touch;
-`others` the CPU milliseconds a step of all other threads of the process (OpenMP's, and those that
-record, store and serve).
+noise. `--launches` times `--rounds` is the number of pairs of each row, at least four: every
+process is started anew in between, since two of them differ by some percent for as long as they
+live. `CPU` is the ratio of the CPU time of the training thread alone, which other load on the
+machine does not touch; `others` the CPU milliseconds a step of all other threads of the process
+(OpenMP's, and those that record, store and serve). With a viewer, what it sent to its terminal in
+the counted parts stands behind.
+
+Takes a quarter of an hour on four cores, a third of that without the rivals and with one shape.
 """
 
 from __future__ import annotations
@@ -22,22 +25,32 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from report import loaded, machine, write_json
+from report import begin, finish
 from rivals import NEEDS, RIVALS
-from turns import IN_APP, RUN, Compared, Way, compare, trainees
+from turns import (
+    IN_APP,
+    NOTHING_STRETCHED,
+    RUN,
+    SETTLE_S,
+    TURN_S,
+    WARM_S,
+    Compared,
+    Way,
+    compare,
+    trainees,
+)
 
 SPIN = "10000"
-BARE = Way("bare")
+LEAST_PAIRS = 4
+BARE, AGAIN = Way("bare"), Way("bare again")
 HOMES = (
-    Way("bare again"),
+    AGAIN,
     Way("bare, GOMP_SPINCOUNT as ours", env={"GOMP_SPINCOUNT": SPIN}),
     Way("tui-trainer, no viewer", home=RUN),
     Way("tui-trainer, viewer", home=RUN, viewer=True),
     Way("tui-trainer, in the app", home=IN_APP, viewer=True),
 )
-EVERYTHING = (
-    Way("nothing stretched, viewer", home=RUN, viewer=True, flags=("--budget", "0")),
-)  # fmt: skip
+UNSTRETCHED = Way("natural cadences, viewer", home=RUN, viewer=True, flags=NOTHING_STRETCHED)
 
 
 def rivals() -> list[Way]:
@@ -66,22 +79,29 @@ def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list
                 settle = options.settle / 3
     rows = [row for count in threads for row in tell(shape, count, homes[count])]
     if options.rivals:
-        with trainees([BARE, *EVERYTHING, *rivals()], loop) as (bare, *others):
-            count = threads[len(threads) // 2]
-            rows += tell(shape, count, compare(bare, others, threads=count, **turn))
+        count = threads[len(threads) // 2]
+        beside: dict[str, Compared] = {}
+        for _ in range(options.launches):
+            with trainees([BARE, AGAIN, UNSTRETCHED, *rivals()], loop) as (bare, *others):
+                compare(bare, others, threads=count, settle=options.settle, known=beside, **turn)
+        rows += tell(shape, count, beside, "beside the rivals")
     return rows
 
 
-def tell(shape: str, threads: int, found: dict[str, Compared]) -> list[dict[str, Any]]:
+def tell(
+    shape: str, threads: int, found: dict[str, Compared], part: str = "homes"
+) -> list[dict[str, Any]]:
     """Print them."""
     rows = []
     for name, compared in found.items():
         one = compared.figures()
-        rows.append({"shape": shape, "threads": threads, "way": name, **one})
+        rows.append({"part": part, "shape": shape, "threads": threads, "way": name, **one})
         text = f"{shape:6}{threads:3}  {name:30}{one['step_ms']:9.2f}"
         if "ratio" in one:
             text += f"{one['ratio']:9.3f}   {one['low']:.3f} to {one['high']:.3f}"
             text += f"{one['pairs']:6}{one['cpu_ratio']:9.3f}{one['others_ms']:9.3f}"
+        if "frames_per_second" in one:
+            text += f"{one['bytes_per_second']:9,.0f}{one['frames_per_second']:10.2f}"
         print(text, flush=True)
     return rows
 
@@ -90,24 +110,26 @@ def main() -> None:
     """Print the table; write it as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=2, help="of every process, anew")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of every row and launch")
-    parser.add_argument("--settle", type=float, default=8.0, help="seconds before the first pair")
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of every row and launch")
+    parser.add_argument("--settle", type=float, default=SETTLE_S, help="s before the first pair")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
-    parser.add_argument("--warm", type=float, default=0.2, help="seconds first, not counted")
+    parser.add_argument("--seconds", type=float, default=TURN_S, help="of a turn")
+    parser.add_argument("--warm", type=float, default=WARM_S, help="seconds first, not counted")
     parser.add_argument("--shapes", nargs="+", default=["gpt", "vit"])
     parser.add_argument("--threads", nargs="+", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     threads = options.threads or sorted({1, max(1, cores // 2), cores})
-    print(machine(), loaded(), sep="\n")
+    if options.launches * options.rounds < LEAST_PAIRS:
+        print(f"fewer than {LEAST_PAIRS} pairs: good for a try, not for figures")
+    begin()
     print(
         f"{'shape':6}{'thr':>3}  {'':30}{'ms/step':>9}{'ratio':>9}   quartiles       pairs", end=""
     )
-    print(f"{'CPU':>9}{'others':>9}")
+    print(f"{'CPU':>9}{'others':>9}{'bytes/s':>9}{'frames/s':>10}", flush=True)
     rows = [row for shape in options.shapes for row in measure(shape, threads, options)]
-    write_json(options.json, {"machine": machine(), "load": loaded(), "rows": rows})
+    finish(options.json, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,15 @@
 Each is started once (`loop.py --turns`), trains when its turn comes and says by its own clock how
 long its steps took. Turns go A B A C A D …: each way of watching stands between two turns of the
 same bare loop, and its ratio is to the mean of these two. Between turns a process is stopped
-(SIGSTOP), so that whatever it does in the background falls into its own turn; only the app of the
-in-app home, which shares its process with a screen that must not be stopped, goes on.
+(SIGSTOP), and so is the app that shows it, so that nothing of either runs in the turns of others.
+
+What fell due while a process was stopped is done at once when it goes on: that is in the first part
+of a turn, which is warm-up and not counted. The counted part must then be long enough for what
+recurs every second to recur within it.
+
+Nobody presses a key in a counted part. A key that does nothing is sent to the screen when its turn
+is over: it is then neither that of somebody who is pressing keys nor one that has been left alone,
+both of which would be drawn and polled at another rate than the default one.
 
 Compared are mean times per step, not medians: what is done every 32nd step costs too.
 """
@@ -13,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import statistics
@@ -21,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +41,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import processes_of
 
+from tui_trainer.session.live import LiveSession
+from tui_trainer.session.local import connector
+from tui_trainer.ui.pace import EAGER_S, IDLE
+
 HERE = Path(__file__).resolve().parent
 PLAIN, RUN, IN_APP = "plain python", "own process", "thread in the app"
 COLUMNS, ROWS = 120, 40
+NOTHING_STRETCHED = ("--budget", "0")
 START_TIMEOUT_S = 300.0
 """Until the first step: torch.compile takes its time."""
+TURN_S, WARM_S = 2.0, 0.4
+"""Of a turn by default: the state file is written every second, the store every 0.4 s."""
+SETTLE_S, WARM_UP_S = 8.0, 1.5
+"""Of a first turn that does not count: of what a governor has to settle in, and of all others."""
+HARMLESS = "\x1b[24~"
+"""F12: bound to nothing."""
+BURST_S = 0.05
+"""Bytes that come closer together than this are one frame."""
+ANSWERED_S = 0.05
+"""Within which an idle run answers whoever asks, and an idle screen takes in a key."""
+LEFT_ALONE_S = min(seconds for seconds, _ in IDLE)
+RUN_NAME = "benchmark"
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,11 @@ class Way:
     """Options of `tui-trainer run`."""
     env: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def governed(self) -> bool:
+        """Whether it measures at cadences that have to settle first."""
+        return self.home != PLAIN and self.flags[:2] != NOTHING_STRETCHED
+
 
 @dataclass
 class Turn:
@@ -66,6 +96,10 @@ class Turn:
     """CPU of the training thread alone, per step: what other load does to it is not in it."""
     others_ms: float
     """CPU of all other threads of the process, per step: OpenMP's, and ours."""
+    seconds: float = 0.0
+    drawn_bytes: int = 0
+    frames: int = 0
+    """Bursts of output to the terminal in the counted part."""
 
 
 class Trainee:
@@ -86,7 +120,10 @@ class Trainee:
         self._process: subprocess.Popen[bytes] | None = None
         self._processes: list[psutil.Process] | None = None
         self.pid = 0
-        self.drawn_bytes = 0
+        self._drawn: list[tuple[float, int]] = []
+        """(when, bytes) of what the screen has sent since the turn began."""
+        self._touched = time.monotonic()
+        """When the screen was last sent a key, or started."""
         script = [str(HERE / "loop.py"), *loop, *way.script, "--turns", str(self.folder)]
         self._start(script)
 
@@ -97,12 +134,14 @@ class Trainee:
         if self.way.home == PLAIN:
             command = [sys.executable, *script]
         else:
-            flags = ["--runs-dir", str(self.folder / "runs"), "--name", "benchmark"]
+            flags = ["--runs-dir", str(self.folder / "runs"), "--name", RUN_NAME]
             flags += ["--detach"] * (not self.way.viewer) + list(self.way.flags)
-            command = [sys.executable, "-m", "tui_trainer", "run", *flags, *script]
+            command = [sys.executable, str(HERE / "stoppable.py")]
             if self.way.home == IN_APP:  # which trains tasks alone: a script needs the main thread
                 environment["PYTHONPATH"] = register_loop_as_task(self.folder)
-                command[3:] = ["loop", "--in-app", *flags, *script[1:]]
+                command += ["loop", "--in-app", *flags, *script[1:]]
+            else:
+                command += ["run", *flags, *script]
         if self.way.viewer:
             self._screen = pexpect.spawn(
                 command[0],
@@ -128,7 +167,7 @@ class Trainee:
         assert self._screen is not None
         with contextlib.suppress(OSError):
             while received := os.read(self._screen.child_fd, 1 << 16):
-                self.drawn_bytes += len(received)
+                self._drawn.append((time.monotonic(), len(received)))
                 with open(self.folder / "output.txt", "ab") as file:
                     file.write(received)
 
@@ -170,13 +209,54 @@ class Trainee:
 
     def turn(self, seconds: float, warm: float, threads: int) -> Turn:
         """Train for so long; at least one step is timed."""
-        said = self.ask(do="train", seconds=seconds, warm=warm, threads=threads)
+        if self.way.viewer and time.monotonic() + warm + seconds > self._touched + LEFT_ALONE_S:
+            self._touch()
+            warm = max(warm, EAGER_S + 0.5)
+        self._go_on()
+        self._drawn.clear()
+        self._send({"do": "train", "seconds": seconds, "warm": warm, "threads": threads})
+        said = self._receive(120.0)
+        drawn, end = list(self._drawn), time.monotonic()
+        self._touch()
+        self._stop()
         if not said["steps"]:
             return self.turn(4 * seconds, warm, threads)
         mean = 1e3 * said["seconds"] / said["steps"]
         thread = 1e3 * said["thread_s"] / said["steps"]
         others = 1e3 * said["process_s"] / said["steps"] - thread
-        return Turn(mean, said["median_ms"], said["longest_ms"], said["steps"], thread, others)
+        counted = [(when, size) for when, size in drawn if when > end - said["seconds"]]
+        return Turn(
+            mean,
+            said["median_ms"],
+            said["longest_ms"],
+            said["steps"],
+            thread,
+            others,
+            said["seconds"],
+            drawn_bytes=sum(size for _, size in counted),
+            frames=bursts(when for when, _ in counted),
+        )
+
+    def _touch(self) -> None:
+        """Let somebody be there who presses a key."""
+        if self._screen is not None:
+            os.write(self._screen.child_fd, HARMLESS.encode())
+            self._touched = time.monotonic()
+
+    def cadences(self) -> dict[str, int]:
+        """Every so many steps each table is measured at present, by its name."""
+        self._go_on()
+        session = LiveSession(connector(self.folder / "runs" / RUN_NAME), read_only=True)
+        try:
+            deadline = time.monotonic() + 20.0
+            while (info := session.poll().info) is None or not info.tables:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.way.name} told nothing of its tables")
+                time.sleep(0.02)
+            return {table.name: table.every for table in info.tables}
+        finally:
+            session.close()
+            self._stop()
 
     # ------------------------------------------------------------ stopping
 
@@ -187,17 +267,26 @@ class Trainee:
                 self._processes = [top, *top.children(recursive=True)]
         return self._processes or []
 
+    def _viewer(self) -> list[psutil.Process]:
+        """The process of the screen, where it has one of its own."""
+        if self._screen is None or self._screen.pid == self.pid:
+            return []
+        return [psutil.Process(self._screen.pid)]
+
     def _stop(self) -> None:
-        if self.way.home != IN_APP:
-            for process in self._tree():
+        """The screen first, and only once what it has asked for was answered: an answer that it is
+        owed for 10 s would be a lost link when it goes on."""
+        for processes in (self._viewer(), self._tree()):
+            if self._screen is not None:
+                time.sleep(ANSWERED_S)
+            for process in processes:
                 with contextlib.suppress(psutil.Error):
                     process.suspend()
 
     def _go_on(self) -> None:
-        if self.way.home != IN_APP:
-            for process in self._tree():
-                with contextlib.suppress(psutil.Error):
-                    process.resume()
+        for process in [*self._tree(), *self._viewer()]:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
 
     def close(self) -> None:
         """End it at once: what it has made goes with its folder."""
@@ -210,6 +299,15 @@ class Trainee:
             self._process.wait(10)
         os.close(self._to)
         os.close(self._from)
+
+
+def bursts(moments: Iterable[float]) -> int:
+    """How many there are of them."""
+    count, last = 0, -math.inf
+    for moment in moments:
+        count += moment - last > BURST_S
+        last = moment
+    return count
 
 
 def register_loop_as_task(folder: Path) -> str:
@@ -242,10 +340,16 @@ class Compared:
     """One way beside the bare loop."""
 
     name: str
+    viewer: bool = False
     ratios: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     cpu_ratios: list[float] = field(default_factory=list)
     others_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    drawn_bytes: int = 0
+    frames: int = 0
+    every: dict[str, int] = field(default_factory=dict)
+    """The cadences in force at the end, by table; of what we watch alone."""
 
     def add(self, took: Turn, before: Turn, after: Turn) -> None:
         """A turn, and the bare ones before and after it."""
@@ -253,16 +357,29 @@ class Compared:
         self.cpu_ratios.append(2 * took.thread_ms / (before.thread_ms + after.thread_ms))
         self.others_ms.append(took.others_ms)
         self.step_ms.append(took.mean_ms)
+        self.seconds += took.seconds
+        self.drawn_bytes += took.drawn_bytes
+        self.frames += took.frames
 
-    def figures(self) -> dict[str, float]:
-        """Median of the pairs, with quartiles."""
+    def drawn(self) -> dict[str, float]:
+        """What the screen has sent to its terminal in the counted parts, per second. Raises
+        RuntimeError when that was nothing."""
+        if not self.drawn_bytes or not self.frames:
+            raise RuntimeError(f"{self.name}: the screen drew nothing in {self.seconds:.1f} s")
+        return {
+            "bytes_per_second": self.drawn_bytes / self.seconds,
+            "frames_per_second": self.frames / self.seconds,
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Median of the pairs, with quartiles. Raises RuntimeError as `drawn` does."""
         if not self.ratios:
             return {"step_ms": statistics.median(self.step_ms), "pairs": len(self.step_ms)}
         ratios = sorted(self.ratios)
         low, high = ratios[0], ratios[-1]
         if len(ratios) >= 4:
             low, _, high = statistics.quantiles(ratios, n=4)
-        return {
+        figures: dict[str, Any] = {
             "ratio": statistics.median(ratios),
             "low": low,
             "high": high,
@@ -271,6 +388,9 @@ class Compared:
             "cpu_ratio": statistics.median(self.cpu_ratios),
             "others_ms": statistics.median(self.others_ms),
         }
+        if self.viewer:
+            figures |= self.drawn()
+        return figures | ({"every": self.every} if self.every else {})
 
 
 def compare(
@@ -280,20 +400,21 @@ def compare(
     seconds: float,
     warm: float,
     threads: int,
-    settle: float = 8.0,
+    settle: float = SETTLE_S,
     known: dict[str, Compared] | None = None,
 ) -> dict[str, Compared]:
-    """Turns A B A C A D …, `rounds` times over, after a first one each that does not count:
-    `settle` seconds, some hundred steps, in which the governor finds the cadences it then keeps.
+    """Turns A B A C A D …, `rounds` times over, after a first one each that does not count: where
+    there is a governor `settle` seconds, some hundred steps, in which it finds the cadences that it
+    then keeps.
 
     Added to what is `known` from other processes, by name: two processes of the same program may
     differ by some percent for as long as they live, by where their memory lies.
     """
     for trainee in (bare, *others):
-        trainee.turn(0.05, settle, threads)
+        trainee.turn(0.05, settle if trainee.way.governed else min(settle, WARM_UP_S), threads)
     found = known if known is not None else {}
     for each in (bare, *others):
-        found.setdefault(each.way.name, Compared(each.way.name))
+        found.setdefault(each.way.name, Compared(each.way.name, each.way.viewer))
     before = bare.turn(seconds, warm, threads)
     for _ in range(rounds):
         for each in others:
@@ -302,4 +423,7 @@ def compare(
             found[each.way.name].add(took, before, after)
             found[bare.way.name].step_ms.append(after.mean_ms)
             before = after
+    for each in others:
+        if each.way.home != PLAIN:
+            found[each.way.name].every = each.cadences()
     return found
