@@ -82,7 +82,7 @@ def test_the_order_and_the_times_survive_packing():
     times = [1795222856.734476, 0.0, 1e300, 3.5]
     entries = [told.Entry(told.STEPPED, i % 2, i, t, 0.5) for i, t in enumerate(times)]
     shapes = (told.Shape("", (0, 2)), told.Shape("b", (1,)))
-    back = list(told.join(iter([told.pack(entries, shapes)])))
+    back = told.entries(told.pack(entries, shapes))
     assert [entry for entry, _ in back] == entries
     assert [shape for _, shape in back] == [shapes[i % 2] for i in range(4)]
 

@@ -117,13 +117,10 @@ class Times:
     def _moments(history: RecordedHistory) -> Iterator[tuple[int, float]]:
         if schema_version(history.store.connection) < 2:
             return
-        number = 0
-        question = "SELECT id, data FROM told WHERE id > ? ORDER BY id LIMIT 16"
-        while found := history.store.ask(question, number):
-            for number, data in found:  # noqa: B007 - where to go on from
-                for entry in told.unpack(data)[0]:
-                    if entry.kind in (told.STEPPED, told.ROWED):
-                        yield entry.step, entry.time
+        for number, data in history.store.pieces():
+            for entry, _ in history.store.story(number, data):
+                if entry.kind in (told.STEPPED, told.ROWED):
+                    yield entry.step, entry.time
 
     def at(self, step: int) -> float:
         """NaN where it is not known."""

@@ -7,152 +7,170 @@ word for word. Memory stays bounded: rows are read chunk by chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import msgspec
+import numpy as np
 
+from tui_trainer.history.buckets import Steps
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.history.store import told
-from tui_trainer.history.store.database import Store
-from tui_trainer.history.store.objects import decode_event
+from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.packing import CHUNK
 from tui_trainer.history.store.reader import RecordedHistory, RecordedTable
 from tui_trainer.history.store.schema import StoreFault, schema_version
 from tui_trainer.history.store.told import Entry, Shape
 from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.protocol.messages import Artifact, Clip, Event, LogLine
+from tui_trainer.protocol.messages import Clip
 from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
-
-AT_ONCE = 16
-"""Pieces of the story read in one question."""
 
 
 class RowReader:
     """The rows of one table, first to last."""
 
     def __init__(self, table: RecordedTable) -> None:
+        self.table = table.table
         self._store = table.store
         self._level = table.entries()[0]
         self._place = self._start = 0
-        self._values: Floats | None = None
+        self._steps: Steps | None = None
+        self._values: Floats = np.zeros((0, 0), np.float32)
 
-    def next(self) -> Floats | None:
-        """Values (columns,) of the next row; None after the last and where it cannot be read."""
-        if self._place >= self._level.stop:
-            return None
-        if self._values is None or self._place >= self._start + CHUNK:
-            self._start = self._place // CHUNK * CHUNK
-            stop = min(self._start + CHUNK, self._level.stop)
-            values = self._level.buckets(self._start, stop).value
-            self._store.forget()
-            # Of a damaged chunk nothing is left, and none of its rows can be told from the others.
-            self._values = values if len(values) == stop - self._start else values[:0]
-        at = self._place - self._start
-        self._place += 1
-        return self._values[at].copy() if at < len(self._values) else None
+    def next(self, step: int) -> Floats | None:
+        """Values (columns,) of the next row of this step; None where it cannot be read. Rows of
+        earlier steps are passed over: what told of them is damaged."""
+        while self._place < self._level.stop:
+            if self._steps is None or self._place >= self._start + CHUNK:
+                self._read()
+            assert self._steps is not None
+            at = self._place - self._start
+            if at >= len(self._steps):  # of a damaged chunk nothing is left
+                self._place = self._start + CHUNK
+                continue
+            if self._steps[at] > step:
+                break
+            self._place += 1
+            if self._steps[at] == step:
+                row: Floats = self._values[at].copy()
+                return row
+        return None
+
+    def _read(self) -> None:
+        self._start = self._place // CHUNK * CHUNK
+        stop = min(self._start + CHUNK, self._level.stop)
+        found = self._level.buckets(self._start, stop)
+        self._store.forget()
+        self._steps, self._values = found.last, found.value
 
 
 def retell(history: RecordedHistory) -> Iterator[Item]:
-    """The story of the run so far; `history` is brought up to date. Raises StoreFault."""
+    """The story of the run so far; `history` is brought up to date. What is damaged is left out,
+    and `history.store.fault` says so. Raises StoreFault where no story was kept."""
     store = history.store
     if schema_version(store.connection) < 2:
         raise StoreFault("this run was recorded by a tui-trainer that did not keep its story")
     # Read before the rows: of a living run they may then be more than is told, never less.
     newest = store.ask("SELECT id, data FROM told ORDER BY id DESC LIMIT 1")
     history.refresh()
-    tables = history.tables.items()
-    rows = {n: RowReader(table) for n, table in tables if isinstance(table, RecordedTable)}
-    descriptions = dict(_described(store))
-    if descriptions:
-        yield Described(descriptions[min(descriptions)])
-    ahead = _Ahead(_joined(store, newest))
-    for entry, shape in ahead:
-        if entry.kind == told.DESCRIBED:
-            if entry.ref in descriptions:
-                yield Described(descriptions[entry.ref])
+    return _Teller(history).tell(newest)
+
+
+class _Teller:
+    """Tells one story."""
+
+    def __init__(self, history: RecordedHistory) -> None:
+        self._store = history.store
+        self._moments = Moments(history.store)
+        tables = history.tables.items()
+        self._rows = {n: RowReader(t) for n, t in tables if isinstance(t, RecordedTable)}
+        found = self._store.ask("SELECT id, data FROM description ORDER BY id")
+        read = ((number, self._store.description(number, data)) for number, data in found)
+        self._descriptions = {number: info for number, info in read if info is not None}
+        self._info: RunInfo | None = None
+
+    def tell(self, newest: list[tuple[Any, ...]]) -> Iterator[Item]:
+        if self._descriptions or self._store.fault:
+            yield self._described(min(self._descriptions, default=0))
+        ahead = _Ahead(self._joined(newest))
+        for entry, shape in ahead:
+            yield from self._items(entry, shape, ahead)
+        status = self._store.status()
+        if status is not None and status.ended:
+            yield Ended(status)
+
+    def _described(self, number: int) -> Described:
+        """A description; for one that is damaged the next that is not, which tells more rather than
+        less, or what else is known of the run."""
+        known = self._descriptions
+        later = min((n for n in known if n >= number), default=max(known, default=None))
+        if later is not None:
+            info = known[later]
         else:
-            yield from _items(entry, shape, store, rows, ahead)
-    status = store.status()
-    if status is not None and status.ended:
-        yield Ended(status)
+            tables = tuple(reader.table for reader in self._rows.values())
+            dense = [table.id for table in tables] == list(range(len(tables)))
+            info = self._store.info() or RunInfo("", "", tables=tables if dense else ())
+        self._info = info
+        return Described(info)
 
+    def _row(self, table: int, step: int) -> Floats | None:
+        """The next row, where what was described has such a table."""
+        reader, declared = self._rows.get(table), self._info.tables if self._info else ()
+        row = reader.next(step) if reader is not None else None
+        if row is None or table >= len(declared) or len(declared[table].columns) != len(row):
+            return None
+        return row
 
-def _items(
-    entry: Entry, shape: Shape | None, store: Store, rows: dict[int, RowReader], ahead: _Ahead
-) -> Iterator[Item]:
-    match entry.kind:
-        case told.STEPPED:
-            assert shape is not None
-            values = ((n, rows[n].next()) for n in shape.tables if n in rows)
-            known = tuple((n, row) for n, row in values if row is not None)
-            clip = _clip_after(entry, store, ahead)
-            yield Stepped(
-                StepRecord(
-                    entry.step, entry.time, shape.optimizer, known, clip, own_ms=entry.own_ms
+    def _items(self, entry: Entry, shape: Shape | None, ahead: _Ahead) -> Iterator[Item]:
+        match entry.kind:
+            case told.DESCRIBED:
+                yield self._described(entry.ref)
+            case told.STEPPED:
+                assert shape is not None
+                values = ((n, self._row(n, entry.step)) for n in shape.tables)
+                known = tuple((n, row) for n, row in values if row is not None)
+                clip = self._clip_after(entry, ahead)
+                yield Stepped(
+                    StepRecord(
+                        entry.step, entry.time, shape.optimizer, known, clip, own_ms=entry.own_ms
+                    )
                 )
-            )
-        case told.ROWED:
-            row = rows[entry.ref].next() if entry.ref in rows else None
-            if row is not None:
-                yield Rowed(entry.ref, entry.step, row, entry.time)
-        case told.LOST:
-            yield Lost(entry.ref)
-        case told.EVENT:
-            if (event := _event(store, entry.ref)) is not None:
-                yield event
-        case told.LOG:
-            question = "SELECT id, time, step, stream, text FROM log WHERE id = ?"
-            for found in store.ask(question, entry.ref):
-                yield LogLine(*found)
-        case told.ARTIFACT:
-            for (data,) in store.ask("SELECT data FROM artifact WHERE id = ?", entry.ref):
-                artifact: Artifact = msgspec.msgpack.decode(data, type=Artifact)
-                yield artifact
+            case told.ROWED:
+                if (row := self._row(entry.ref, entry.step)) is not None:
+                    yield Rowed(entry.ref, entry.step, row, entry.time)
+            case told.LOST:
+                yield Lost(entry.ref)
+            case told.EVENT:
+                if (event := self._moments.event(entry.ref)) is not None:
+                    yield event
+            case told.LOG:
+                if (line := self._moments.line(entry.ref)) is not None:
+                    yield line
+            case told.ARTIFACT:
+                if (artifact := self._moments.artifact(entry.ref)) is not None:
+                    yield artifact
 
+    def _clip_after(self, step: Entry, ahead: _Ahead) -> ClipRecord | None:
+        """A step's clip is told right after it."""
+        found = ahead.peek()
+        if found is None or found[0].kind != told.EVENT:
+            return None
+        event = self._moments.event(found[0].ref)
+        if not isinstance(event, Clip) or event.step != step.step:
+            return None
+        return ClipRecord(
+            event.max_norm,
+            event.norm_before,
+            event.scale,
+            event.parameters,
+            event.shares,
+            event.kind,
+        )
 
-def _clip_after(step: Entry, store: Store, ahead: _Ahead) -> ClipRecord | None:
-    """A step's clip is told right after it."""
-    found = ahead.peek()
-    if found is None or found[0].kind != told.EVENT:
-        return None
-    event = _event(store, found[0].ref)
-    if not isinstance(event, Clip) or event.step != step.step:
-        return None
-    return ClipRecord(
-        event.max_norm,
-        event.norm_before,
-        event.scale,
-        event.parameters,
-        event.shares,
-        event.kind,
-    )
-
-
-def _event(store: Store, number: int) -> Event | None:
-    for (data,) in store.ask("SELECT data FROM event WHERE id = ?", number):
-        return decode_event(data)
-    return None
-
-
-def _described(store: Store) -> Iterator[tuple[int, RunInfo]]:
-    for number, data in store.ask("SELECT id, data FROM description ORDER BY id"):
-        yield int(number), msgspec.json.decode(data, type=RunInfo)
-
-
-def _joined(store: Store, newest: list[tuple[int, bytes]]) -> Iterator[tuple[Entry, Shape | None]]:
-    def pieces() -> Iterator[bytes]:
-        done = 0
-        question = "SELECT id, data FROM told WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+    def _joined(self, newest: list[tuple[Any, ...]]) -> Iterator[tuple[Entry, Shape | None]]:
+        """The entries of all pieces, in order."""
         for last, newest_data in newest:
-            while found := store.ask(question, done, last, AT_ONCE):
-                for number, data in found:
-                    done = int(number)
-                    yield data
-            yield newest_data
-
-    try:
-        yield from told.join(pieces())
-    except (ValueError, msgspec.DecodeError) as fault:
-        raise StoreFault(f"the recording is damaged: {fault}") from fault
+            for number, data in self._store.pieces(last):
+                yield from self._store.story(number, data)
+            yield from self._store.story(last, newest_data)
 
 
 class _Ahead:

@@ -41,6 +41,8 @@ def render(recorded: Recorded) -> Iterator[str]:
     yield from table_parts.settings("Environment", _environment(info), "")
     if info.unseen:
         yield from table_parts.settings("Not seen in this run", dict(info.unseen), "")
+    if recorded.history.store.fault:  # known when all of it has been read
+        yield f'<p class="lead error">{escape(recorded.history.store.fault)}</p>\n'
     yield f"<footer>written by tui-trainer {escape(__version__)}, {_when(time.time())}"
     yield f"{', before the run had ended' if not status.ended else ''}</footer>\n"
     yield "</main>\n</body>\n</html>\n"
@@ -65,12 +67,15 @@ def _lead(recorded: Recorded) -> str:
         parts.append(f"on {escape(info.host)}")
     if info.parent:
         parent = escape(info.parent.rpartition("/")[2])
-        parts.append(f"goes on from {parent} at step {info.branch_step:,}")
+        parts.append(f"goes on from {parent} at step {info.branch_step or 0:,}")
     return " · ".join(parts)
 
 
 def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)).strip()
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)).strip()
+    except (ValueError, OverflowError, OSError):  # no time at all: a damaged recording
+        return "at an unknown time"
 
 
 def _figures(recorded: Recorded) -> Iterator[str]:

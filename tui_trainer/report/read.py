@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import msgspec
-
-from tui_trainer.history.store.objects import decode_event
+from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.table import TableHistory
 from tui_trainer.history.window import Window
@@ -64,21 +62,14 @@ class Recorded:
             if kind
             else "SELECT count(*) FROM event WHERE kind <> ?"
         )
-        found = store.ask(question, kind or "clip")
+        found = store.numbers(question, kind or "clip")
         return int(found[0][0]) if found else 0
 
     def events(self, count: int) -> list[Event]:
         """The first events that are no clips."""
-        question = "SELECT data FROM event WHERE kind <> 'clip' ORDER BY id LIMIT ?"
-        made = []
-        for (data,) in self.history.store.ask(question, count):
-            try:
-                made.append(decode_event(data))
-            except msgspec.DecodeError:
-                continue  # a damaged one
-        return made
+        return list(Moments(self.history.store).first_events(count))
 
     def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
         """The steps of the events of a kind."""
         question = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
-        return [int(step) for (step,) in self.history.store.ask(question, kind, count)]
+        return [int(step) for (step,) in self.history.store.numbers(question, kind, count)]

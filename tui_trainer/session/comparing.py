@@ -15,7 +15,7 @@ from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo, Scalar
-from tui_trainer.session.recorded import open_history
+from tui_trainer.session.recorded import known_of, open_history
 from tui_trainer.session.registry import Run, look_at
 from tui_trainer.session.trust import RunError
 
@@ -52,13 +52,18 @@ class Compared:
             self.history: RecordedHistory = open_history(run.directory)
         except (StoreFault, OSError) as fault:
             raise RunError(f"{run.name} cannot be compared: {fault}") from fault
-        self.info: RunInfo = self.history.store.info() or RunInfo(run.name, run.said.task)
+        self.info: RunInfo = self.history.store.info() or known_of(run.directory)
         self._clock = self._read_clock()
 
     @property
     def name(self) -> str:
         """What it is called."""
         return self.run.name
+
+    @property
+    def fault(self) -> str:
+        """What of its recording cannot be read, for people; "" while all can."""
+        return self.history.store.fault
 
     def refresh(self) -> None:
         """See what is recorded now."""
@@ -71,7 +76,7 @@ class Compared:
         """Steps, and seconds since the first step when they were made; pauses count, what came
         before the first step (imports, compilation) does not."""
         store = self.history.store
-        found = store.ask("SELECT step, time FROM clock ORDER BY step")
+        found = store.numbers("SELECT step, time FROM clock ORDER BY step")
         rows = np.array(found, np.float64).reshape(-1, 2)
         first = store.first_moment()
         if first is not None and (not len(rows) or first[0] < rows[0, 0]):
@@ -227,5 +232,5 @@ def _set_up(info: RunInfo) -> dict[str, Scalar]:
     if info.source is not None:
         made["commit"] = info.source.commit[:12] + (" + changes" if info.source.dirty else "")
     if info.parent:
-        made["goes on from"] = f"{info.parent.rpartition('/')[2]} at step {info.branch_step:,}"
+        made["goes on from"] = f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
     return made

@@ -17,20 +17,18 @@ from tui_trainer.history.spikes import Spike, find_spikes
 from tui_trainer.history.store.moments import Moments
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
     Pause,
     Resume,
     RunToEpochEnd,
-    Status,
     Step,
     StepPhase,
     Throttle,
 )
 from tui_trainer.session.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
-from tui_trainer.session.recorded import how_it_is, with_end
+from tui_trainer.session.recorded import how_it_is, known_of, last_said, with_end
 from tui_trainer.session.standing import status_at
 
 REFRESH_S = 1.0
@@ -53,8 +51,8 @@ class ReplaySession:
         self.moments = Moments(store)
         """Where something happened: what to jump to."""
         self._clock = clock
-        self._info = store.info() or RunInfo(os.path.basename(os.fspath(directory)), "script")
-        self._recorded = with_end(store.status() or Status(), end)
+        self._info = store.info() or known_of(self._directory)
+        self._recorded = with_end(store.status() or last_said(self._directory), end)
         self._spikes: tuple[int, list[Spike]] = (-1, [])
         self._speed: float | None = None
         self._playing = False
@@ -218,7 +216,7 @@ class ReplaySession:
 
     def _refresh(self, now: float) -> None:
         self._refreshed_at = now
-        self._history.refresh()
+        self._history.refresh()  # damage of any kind is said by `store.fault`
         store = self._history.store
         self._over, end = how_it_is(self._directory)
         self._info = store.info() or self._info
@@ -238,10 +236,8 @@ class ReplaySession:
     def _show(self) -> None:
         self._history.seek(self.cursor)
         moments, cursor = self.moments, self.cursor
-        fault = self._history.store.fault
         self._snapshot = replace(
             self._snapshot,
-            link=Link("replay", fault, read_only=True),
             status=status_at(
                 cursor,
                 self._history,
@@ -257,3 +253,6 @@ class ReplaySession:
             artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
             version=self._snapshot.version + 1,
         )
+        # Last, when all of it has been read.
+        link = Link("replay", self._history.store.fault, read_only=True)
+        self._snapshot = replace(self._snapshot, link=link)

@@ -78,4 +78,6 @@ def _clipped_share(history: History, window: int) -> float | None:
     if table is None or not table.rows:
         return None
     _, values = table.tail(window)
+    if not len(values):  # a damaged recording
+        return None
     return float((values[:, 3] < 1).mean())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.runs.common import RunsDir, flag, one_message
 from tui_trainer.cli.showing import why_no_screen
 from tui_trainer.protocol.describe import Scalar
@@ -45,7 +45,14 @@ def compare(
         print("\n".join(as_lines(compared)))
     else:
         return _open(compared, ascii)
+    _say_faults(compared)
     return 0
+
+
+def _say_faults(compared: list[Compared]) -> None:
+    for run in compared:
+        if run.fault:
+            say(f"{run.name}: {run.fault}")
 
 
 def _open(compared: list[Compared], ascii: bool) -> int:
@@ -56,13 +63,15 @@ def _open(compared: list[Compared], ascii: bool) -> int:
 
 
 class Looked:
-    """What was on the screen. Nothing is left to be said of it."""
+    """What was on the screen. Nothing is left to be said of it but what could not be read."""
 
     def __init__(self, compared: list[Compared]) -> None:
         self.directory: Path = compared[0].run.directory
+        self._compared = compared
 
     def say_goodbye(self) -> int:
         """Returns the exit status."""
+        _say_faults(self._compared)
         return 0
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
 from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.store.schema import StoreFault
@@ -58,15 +58,17 @@ def export(
         raise CommandError(str(fault)) from fault
     try:
         if format == "jsonl":
-            return _lines(history, output, overwrite)
-        return _folder(history, format, output or Path(f"{found.name}-{format}"), overwrite, found)
+            _lines(history, output, overwrite)
+        else:
+            _folder(history, format, output or Path(f"{found.name}-{format}"), overwrite, found)
+        return FAULT if history.store.fault else 0
     except BrokenPipeError:
         raise
     except (OSError, StoreFault, ValueError) as fault:
         raise CommandError(f"cannot export {found.name}: {_reason(fault)}") from fault
     finally:
         if history.store.fault:
-            print(f"tui-trainer: {history.store.fault}", file=sys.stderr)
+            say(f"{history.store.fault}: what can be was exported")
         history.close()
 
 
@@ -87,20 +89,19 @@ def _check_package(format: str) -> None:
         )
 
 
-def _lines(history: RecordedHistory, output: Path | None, overwrite: bool) -> int:
+def _lines(history: RecordedHistory, output: Path | None, overwrite: bool) -> None:
     from tui_trainer.export.jsonlines import write_jsonl
 
     if output is None:
         sys.stdout.flush()
         write_jsonl(history, os.dup(1))
-        return 0
+        return
     with _replacing(output, overwrite) as partial:
         write_jsonl(history, os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
     print(f"wrote {output}")
-    return 0
 
 
-def _folder(history: RecordedHistory, format: str, output: Path, overwrite: bool, run: Run) -> int:
+def _folder(history: RecordedHistory, format: str, output: Path, overwrite: bool, run: Run) -> None:
     with _replacing(output, overwrite) as partial:
         partial.mkdir(parents=True)
         if format == "csv":
@@ -114,7 +115,6 @@ def _folder(history: RecordedHistory, format: str, output: Path, overwrite: bool
     print(f"wrote {len(written)} {many} to {output}{os.sep}")
     if format == "tensorboard":
         print(f"  tensorboard --logdir {output}")
-    return 0
 
 
 @contextlib.contextmanager

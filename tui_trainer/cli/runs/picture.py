@@ -13,7 +13,7 @@ from tui_trainer.cli.runs.listing import as_object
 from tui_trainer.history import History
 from tui_trainer.history.layers import attention_tables
 from tui_trainer.history.reading import Reading
-from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.history.store.schema import STORE_FILE, StoreFault
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
@@ -77,7 +77,10 @@ def look_at_record(run: Run) -> Look:
     """What a run has recorded, or, where that cannot be read, what it last said of itself."""
     try:
         replay = ReplaySession(run.directory)
-    except (StoreFault, OSError):
+    except StoreFault as fault:
+        there = (run.directory / STORE_FILE).exists()
+        return Look(as_object(run), recording=str(fault) if there else "")
+    except OSError:
         return Look(as_object(run))
     try:
         snapshot = replay.poll()
@@ -92,7 +95,8 @@ def look_at_record(run: Run) -> Look:
         last = as_object(run)
         seen.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
     seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
-    return msgspec.structs.replace(seen, viewers=())
+    recording = "; ".join(text for text in (seen.recording, snapshot.link.message) if text)
+    return msgspec.structs.replace(seen, viewers=(), recording=recording)
 
 
 def look_through(run: Run, talk: Conversation) -> Look:

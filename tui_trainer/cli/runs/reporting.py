@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tui_trainer.cli.errors import CommandError
+from tui_trainer.cli.errors import CommandError, say
 from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, one_message
 from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.protocol.describe import RunInfo
@@ -60,6 +60,8 @@ def report(
         finally:
             partial.unlink(missing_ok=True)
     finally:
+        if session.history.store.fault:
+            say(session.history.store.fault)
         session.close()
     print(f"wrote {path}")
     return 0

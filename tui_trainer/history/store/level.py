@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import FACTOR, Buckets, Steps, extremes, flags_of
 from tui_trainer.history.store import packing
-from tui_trainer.history.store.database import Part, Store
+from tui_trainer.history.store.damage import STRETCH
+from tui_trainer.history.store.database import UNREADABLE, Part, Store
 from tui_trainer.history.store.packing import CHUNK, GROUP
 
 T = TypeVar("T", bound=np.generic)
@@ -28,21 +29,43 @@ class StoredLevel:
     def refresh(self) -> int:
         """See what is stored now; how many entries there are."""
         which = (self._series, self._level)
-        question = "SELECT max(number) FROM chunk WHERE series = ? AND level = ?"
-        found = self._store.ask(question, *which)
-        newest = found[0][0] if found else None
-        self._chunks = 0 if newest is None else int(newest) + 1
+        self._chunks = self._count_chunks()
         question = (
-            "SELECT count, data FROM tail WHERE series = ? AND level = ? AND first >= ? "
+            "SELECT first, count, data FROM tail WHERE series = ? AND level = ? AND first >= ? "
             "ORDER BY first"
         )
-        pieces = [
-            packing.unpack_tail(data, self._level, count, self._columns)
-            for count, data in self._store.ask(question, *which, self._chunks * CHUNK)
-        ]
+        pieces: list[Buckets] = []
+        for first, count, data in self._store.ask(question, *which, self._chunks * CHUNK):
+            try:
+                piece = packing.unpack_tail(data, self._level, count, self._columns)
+                if pieces and len(piece.last) and piece.last[0] < pieces[-1].last[-1]:
+                    raise ValueError("steps run backwards")
+            except UNREADABLE:
+                self._store.damage.note(STRETCH, (*which, "tail", first))
+                continue
+            if len(piece.last):
+                pieces.append(piece)
         self._tail = Buckets.join(pieces) if pieces else None
         self.stop = self._chunks * CHUNK + (len(self._tail.last) if self._tail else 0)
         return self.stop
+
+    def _count_chunks(self) -> int:
+        which = (self._series, self._level)
+        question = "SELECT max(number) FROM chunk WHERE series = ? AND level = ?"
+        found = self._store.ask(question, *which)
+        newest = found[0][0] if found else None
+        if newest is None:
+            return 0
+        if isinstance(newest, int) and 0 <= newest < self._store.most_chunks():
+            return int(newest) + 1
+        # A damaged number, by which a reader would look for chunks until the end of days.
+        self._store.damage.note(STRETCH, (*which, "number"))
+        question = (
+            "SELECT number FROM chunk WHERE series = ? AND level = ? AND number >= 0 "
+            "AND number < ? ORDER BY number DESC LIMIT 1"
+        )
+        found = self._store.numbers(question, *which, self._store.most_chunks())
+        return int(found[0][0]) + 1 if found else 0
 
     def find(self, step: int) -> int:
         """See `Entries.find`."""
@@ -50,11 +73,14 @@ class StoredLevel:
             "SELECT number FROM chunk WHERE series = ? AND level = ? AND last_step >= ? "
             "ORDER BY last_step LIMIT 1"
         )
-        for (number,) in self._store.ask(question, self._series, self._level, step):
+        for (number,) in self._store.numbers(question, self._series, self._level, step):
             chunk = int(number)
+            if not 0 <= chunk < self._chunks:
+                break  # written since this was refreshed
             steps = self._store.steps(self._series, self._level, chunk)
-            if chunk < self._chunks and steps is not None:
-                return min(self.stop, chunk * CHUNK + int(np.searchsorted(steps[1], step)))
+            # In a damaged one no entry can be told from the others.
+            inside = 0 if steps is None else int(np.searchsorted(steps[1], step))
+            return min(self.stop, chunk * CHUNK + inside)
         if self._tail is None:
             return self.stop
         found = self._chunks * CHUNK + int(np.searchsorted(self._tail.last, step))

@@ -18,6 +18,8 @@ CHUNK = 512
 """Entries of a chunk: a power of 8, so that a full chunk of rows ends in full buckets."""
 GROUP = 16
 """Columns of a part: drawing one series unpacks no more than its neighbours."""
+LAST_STEP = 2**48
+"""A greater number is no step: nothing counts so far."""
 _LEVEL = 1
 
 
@@ -85,7 +87,10 @@ def pack_tail(buckets: Buckets, level: int) -> bytes:
 
 
 def unpack_tail(data: bytes, level: int, count: int, columns: int) -> Buckets:
-    """The entries again. Raises ValueError when the size is wrong."""
+    """The entries again. Raises ValueError when the size is wrong, or what are no steps stands in
+    their place (there is no checksum)."""
+    if count < 0:
+        raise ValueError("a piece of the tail has the wrong size")
     kinds = [("<i8", 1), ("<f4", columns)]
     if level:
         kinds += [("<i8", 1), ("<f4", columns), ("<f4", columns), ("u1", columns)]
@@ -97,10 +102,19 @@ def unpack_tail(data: bytes, level: int, count: int, columns: int) -> Buckets:
     if offset != len(data):
         raise ValueError("a piece of the tail has the wrong size")
     last, value = arrays[0].astype(np.int64), arrays[1].astype(np.float32)
+    _check_steps(last)
     if not level:
         return row_buckets(last, value)
     first, low, high, flags = arrays[2:]
+    _check_steps(first)
+    if (first > last).any():
+        raise ValueError("a piece of the tail has steps that run backwards")
     return Buckets(first.astype(np.int64), last, low, high, value, flags)
+
+
+def _check_steps(steps: NDArray[np.generic]) -> None:
+    if len(steps) and (steps[0] < 0 or steps[-1] > LAST_STEP or (np.diff(steps) < 0).any()):
+        raise ValueError("a piece of the tail has steps that run backwards")
 
 
 def row_buckets(steps: Steps, values: Floats) -> Buckets:

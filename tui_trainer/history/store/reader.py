@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +11,6 @@ from tui_trainer.history.buckets import Buckets, Entries, Steps
 from tui_trainer.history.history import History
 from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.level import StoredLevel
-from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol.describe import Table
 
@@ -37,17 +35,24 @@ class RecordedTable(TableHistory):
             levels.append(level)
         self._stored = levels[:-1] if len(levels) > 1 else levels
         self.all_rows = self.rows = levels[0].stop
-        first = levels[0].bounds(0, min(1, self.rows))[0]
-        last = levels[0].bounds(max(0, self.rows - 1), self.rows)[1]
-        self.first_step = int(first[0]) if len(first) else None
-        self.all_last_step = self.last_step = int(last[0]) if len(last) else None
+        # Where the rows themselves cannot be read, summaries of them may.
+        firsts = (level.bounds(0, min(1, level.stop))[0] for level in self._stored)
+        self.first_step = next((int(found[0]) for found in firsts if len(found)), None)
+        self.all_last_step = self.last_step = self._last_of(self.rows)
 
     def seek(self, step: int) -> None:
         """Show the table as it was when `step` had been made."""
-        raw = self._stored[0]
-        self.rows = min(self.all_rows, raw.find(step + 1))
-        last = raw.bounds(max(0, self.rows - 1), self.rows)[1]
-        self.last_step = int(last[0]) if len(last) else None
+        self.rows = min(self.all_rows, self._stored[0].find(step + 1))
+        self.last_step = self._last_of(self.rows)
+
+    def _last_of(self, rows: int) -> int | None:
+        """The newest step among the first so many rows that can be read, or is summed up."""
+        for level in self._stored:
+            stop = min(level.stop, rows // level.size)
+            found = level.bounds(max(0, stop - 1), stop)[1]
+            if len(found):
+                return int(found[-1])
+        return None
 
     def entries(self) -> list[Entries]:
         """See `Reading.entries`."""
@@ -89,17 +94,14 @@ class RecordedHistory(History):
         store = self.store
         store.ask("BEGIN")  # one moment's picture, while the run goes on writing
         try:
-            for number, description in store.ask("SELECT id, description FROM series ORDER BY id"):
-                known = self.tables.get(int(number))
-                if isinstance(known, RecordedTable):
-                    known.refresh()
-                else:
-                    table = msgspec.json.decode(description, type=Table)
-                    self.tables[table.id] = RecordedTable(store, table)
-        except (ValueError, msgspec.DecodeError) as fault:
-            raise StoreFault(f"the recording is damaged: {fault}") from fault
+            for known in self.tables.values():
+                assert isinstance(known, RecordedTable)
+                known.refresh()
+            for table in store.declared(self.tables):
+                self.tables[table.id] = RecordedTable(store, table)
         finally:
-            store.ask("COMMIT")
+            if store.connection.in_transaction:
+                store.ask("COMMIT")
         self.version += 1
 
     def seek(self, step: int) -> None:

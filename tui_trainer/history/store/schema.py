@@ -142,6 +142,8 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
         connection = sqlite3.connect(
             address, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
         )
+        # A damaged text must not hide the rows after it.
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
         if ended:  # the index of the journal is then kept in memory
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)

@@ -6,7 +6,6 @@ that a recorded run can be told again exactly as it was told while it was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -79,9 +78,8 @@ def unpack(data: bytes) -> tuple[list[Entry], tuple[Shape, ...]]:
     return found, piece.shapes
 
 
-def join(pieces: Iterator[bytes]) -> Iterator[tuple[Entry, Shape | None]]:
-    """All entries in order, steps with their shape. Raises ValueError for damaged data."""
-    for data in pieces:
-        entries, shapes = unpack(data)
-        for entry in entries:
-            yield entry, shapes[entry.ref] if entry.kind == STEPPED else None
+def entries(data: bytes) -> list[tuple[Entry, Shape | None]]:
+    """The entries of a row of table `told`, steps with their shape. Raises ValueError, TypeError or
+    IndexError for damaged data."""
+    found, shapes = unpack(data)
+    return [(each, shapes[each.ref] if each.kind == STEPPED else None) for each in found]

@@ -125,7 +125,7 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
         match table.name:
             case tables.STEP:
                 named = _named(table.columns, values)
-                named["lr"] = named.pop("learning_rate")
+                named["lr"] = named.pop("learning_rate", math.nan)
                 _finished(made, nonfinite, named)
             case tables.CLIP:
                 made["clip"] = _clip(info, table, record, values, nonfinite)

@@ -35,6 +35,8 @@ class Banner(Panel):
     def _said(self) -> tuple[str, str, str]:
         """(kind, what happened, what to do)."""
         status, link = self.snapshot.status, self.snapshot.link
+        if link.state == "replay" and link.message:  # how the run ended, the header has too
+            return "warning", link.message, link.hint
         if status.state == "crashed" and status.refused:
             return "error", f"could not start: {status.reason}", status.hint
         if status.state == "crashed":

@@ -102,7 +102,10 @@ class LogView(LinesView):
     def _time(self, entry: Entry) -> str:
         if self.since is not None:
             return formatting.duration(entry.time - self.since, TIME)
-        return time.strftime("%H:%M:%S", time.localtime(entry.time))
+        try:
+            return time.strftime("%H:%M:%S", time.localtime(entry.time))
+        except (ValueError, OverflowError, OSError):  # no time at all: a damaged recording
+            return " " * TIME
 
     def _marked(self, text: str, style: str) -> Iterator[tuple[str, str]]:
         """`text` with what is searched or filtered for in reverse video."""

@@ -1,0 +1,292 @@
+"""Damaged recordings: whatever is broken, what can be read is shown, and nothing but clear messages
+come out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tests.recording.test_retelling import train
+from tui_trainer.cli.errors import FAULT, CommandError
+from tui_trainer.cli.runs.comparing import compare
+from tui_trainer.cli.runs.exporting import export
+from tui_trainer.cli.runs.reporting import report
+from tui_trainer.cli.runs.showing import show
+from tui_trainer.config.spec import RunSpec, write_spec
+from tui_trainer.config.state import RunState, write_state
+from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.history.store.schema import STORE_FILE, StoreFault
+from tui_trainer.protocol import tables
+from tui_trainer.protocol.describe import AttentionInfo, Column, RunInfo
+from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Pause
+from tui_trainer.recording.recorder import Recorder
+from tui_trainer.recording.store import StoreSink
+from tui_trainer.session.replay import ReplaySession
+
+STEPS = 1300
+SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "30"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two runs of 1,300 steps: events, lines, samples of every kind, tables narrow and wide."""
+    runs = tmp_path_factory.mktemp("runs")
+    runs.chmod(0o700)
+    for name in ("calm", "eager"):
+        make(runs / name)
+    return runs
+
+
+def make(place):
+    title, configuration = "gpt · small", {"layers": 2, "text": "ü"}
+    write_spec(RunSpec(name=place.name, directory=str(place), task="gpt", title=title))
+    info = RunInfo(place.name, "gpt", title, configuration=configuration, total_steps=STEPS)
+    recorder = Recorder(info)
+    recorder.subscribe(StoreSink(place))
+    layers = [AttentionInfo(f"blocks.{i}", "fused", "w", "w", "w") for i in range(2)]
+    recorder.describe(attention=tuple(layers))
+    names = [f"{each.layer}.{name}" for each in layers for name in tables.ATTENTION_STATISTICS]
+    attention = recorder.new_table(tables.ATTENTION, [Column(name) for name in names])
+    recorder.row(attention, 0, np.linspace(0, 1, len(names), dtype=np.float32))
+    train(recorder, STEPS)
+    recorder.artifact(ConfusionMatrix(0, STEPS, ("a", "b"), ((3, 1), (0, 4))))
+    recorder.artifact(ImageSample(0, STEPS, 2, 2, bytes(24), ("a", "b"), (0.5, 1.0), ("a", "a")))
+    recorder.notice("mark", "look here")
+    recorder.end("finished", "all steps made")
+    assert recorder.close(60)
+    said = RunState(
+        name=place.name, task="gpt", title=title, state="finished", step=STEPS, total_steps=STEPS,
+        started_at=1.7e9, written_at=time.time(), reason="all steps made", loss=0.5,
+    )  # fmt: skip
+    write_state(place, said)
+
+
+@pytest.fixture
+def runs(whole, tmp_path):
+    """A copy that a test may damage."""
+    copied = shutil.copytree(whole, tmp_path / "runs")
+    copied.chmod(0o700)
+    return copied
+
+
+def change(runs, *statements):
+    with sqlite3.connect(runs / "calm" / STORE_FILE) as connection:
+        for statement, *values in statements:
+            connection.execute(statement, values)
+    connection.close()
+
+
+def everything(runs, tmp_path, capsys):
+    """What each command prints; one that refuses must say why."""
+    said = {}
+    calls = {
+        "show": lambda: show("calm", once=True, runs_dir=runs),
+        "json": lambda: show("calm", json=True, runs_dir=runs),
+        "report": lambda: report("calm", output=tmp_path / "calm.html", runs_dir=runs),
+        "compare": lambda: compare("calm", "eager", plain=True, runs_dir=runs),
+        "csv": lambda: exported("csv", runs, tmp_path / "csv"),
+        "jsonl": lambda: exported("jsonl", runs, tmp_path / "calm.jsonl"),
+    }
+    for name, run in calls.items():
+        try:
+            status = run()
+        except CommandError as refused:
+            said[name] = (None, "", refused.message)
+            continue
+        out = capsys.readouterr()
+        said[name] = (status, out.out, out.err)
+    return said
+
+
+def exported(format, runs, output):
+    return export("calm", format=format, output=output, overwrite=True, runs_dir=runs)
+
+
+def look_back(runs):
+    """Go through a recording as its screens do; returns the last picture."""
+    replay = ReplaySession(runs / "calm")
+    for step in (0, 7, 600, STEPS // 2, 10**9):
+        replay.seek(step)
+        seen = replay.poll()
+        for table in seen.history.tables.values():
+            for buckets in (1, 400):
+                window = table.window([0], 0, STEPS, buckets)
+                assert window.low.shape == (buckets, 1)
+            table.latest()
+            table.tail(100)
+            table.at(step)
+        for kind in ("clip", "mark", "nonfinite"):
+            replay.moments.places(kind, replay.last_step, 80)
+            replay.moments.next_event(kind, step)
+    replay.spikes()
+    replay.send(Pause())
+    replay._refresh(0.0)
+    seen = replay.poll()
+    replay.close()
+    return seen
+
+
+def test_what_is_whole_is_read_without_a_word(runs, tmp_path, capsys):
+    said = everything(runs, tmp_path, capsys)
+    assert {name: status for name, (status, _, _) in said.items()} == dict.fromkeys(said, 0)
+    assert not any(error for _, _, error in said.values())
+    seen = look_back(runs)
+    assert seen.link.message == ""
+    assert Counter(type(each).__name__ for each in seen.artifacts) == {
+        "TextSample": 20, "ConfusionMatrix": 1, "ImageSample": 1
+    }  # fmt: skip
+
+
+NOISE = b"\xff\x00noise"
+
+
+@pytest.mark.parametrize(
+    ("named", "statement"),
+    [
+        ("the run's description", "UPDATE meta SET value = ? WHERE key = 'info'"),
+        ("its last state", "UPDATE meta SET value = ? WHERE key = 'status'"),
+        ("1 event", "UPDATE event SET data = ? WHERE id = 3"),
+        ("1 event", "UPDATE event SET data = ? WHERE kind = 'mark'"),
+        ("1 sample", "UPDATE artifact SET data = ? WHERE id = (SELECT max(id) FROM artifact)"),
+        ("1 line of output", "UPDATE log SET stream = ? WHERE id = (SELECT max(id) FROM log)"),
+        ("1 table", "UPDATE series SET description = ? WHERE id = 2"),
+        ("1 stretch of measurements", "UPDATE tail SET data = ? WHERE series = 0 AND level = 0"),
+        ("1 piece of the story", "UPDATE told SET data = ? WHERE id = 2"),
+        ("the run's description", "UPDATE description SET data = ?"),
+    ],
+)
+def test_one_damaged_thing_is_left_out_and_named(runs, tmp_path, capsys, named, statement):
+    change(runs, (statement, NOISE))
+    said = everything(runs, tmp_path, capsys)
+    for name in ("show", "json", "report", "compare"):
+        assert said[name][0] == 0, said[name]
+    for name in ("csv", "jsonl"):
+        assert said[name][0] in (0, FAULT), said[name]
+        assert (named in said[name][2]) == (said[name][0] == FAULT), said[name]
+    assert FAULT in (said["csv"][0], said["jsonl"][0]) or named in said["show"][1]
+    assert "finished" in said["show"][1]
+    assert "gpt · small" in said["show"][1]
+    assert "<svg" in (tmp_path / "calm.html").read_text()
+    assert len((tmp_path / "csv" / "steps.csv").read_text().splitlines()) > STEPS - 600
+    seen = look_back(runs)
+    assert seen.info.name == "calm"
+    assert seen.status.state == "finished"
+    assert len(seen.events) > 300
+    assert len(seen.history.tables) == 6
+
+
+def test_the_rows_after_a_lost_piece_of_the_story_keep_their_steps(runs, tmp_path):
+    exported("jsonl", runs, tmp_path / "whole.jsonl")
+    change(runs, ("UPDATE told SET data = ? WHERE id = 2", NOISE))
+    assert exported("jsonl", runs, tmp_path / "calm.jsonl") == FAULT
+    known = (tmp_path / "whole.jsonl").read_text().splitlines()
+    kept = (tmp_path / "calm.jsonl").read_text().splitlines()
+    assert 0 < len(known) - len(kept) <= 512
+    assert set(kept) < set(known)
+
+
+def test_without_description_and_tables_the_run_file_says_what_it_was(runs):
+    change(
+        runs,
+        ("UPDATE meta SET value = ?", NOISE),
+        ("UPDATE description SET data = ?", NOISE),
+    )
+    seen = look_back(runs)
+    assert (seen.info.name, seen.info.title) == ("calm", "gpt · small")
+    assert (seen.status.state, seen.status.step) == ("finished", STEPS)
+    assert seen.history.table(tables.STEP).rows == STEPS
+    assert seen.link.message == (
+        "part of the recording cannot be read: the run's description, its last state"
+    )
+
+
+def test_a_number_that_cannot_be_is_not_counted_up_to(runs, tmp_path, capsys):
+    change(
+        runs,
+        ("UPDATE chunk SET number = ? WHERE id = 1", 2**60),
+        ("UPDATE told SET id = ? WHERE id = (SELECT max(id) FROM told)", 2**60),
+    )
+    everything(runs, tmp_path, capsys)
+    look_back(runs)
+
+
+def test_a_database_that_does_not_open_leaves_what_the_run_said(runs, tmp_path, capsys):
+    (runs / "calm" / STORE_FILE).write_bytes(b"no database" * 1000)
+    said = everything(runs, tmp_path, capsys)
+    assert said["show"][0] == said["json"][0] == 0
+    assert "finished" in said["show"][1]
+    assert "cannot be read" in said["show"][1]
+    for name in ("report", "compare", "csv", "jsonl"):
+        assert said[name][0] is None
+        assert "cannot be read" in said[name][2]
+
+
+COLUMNS = {
+    "meta": ("value",),
+    "series": ("id", "description"),
+    "chunk": ("number", "last_step", "steps"),
+    "part": ("data",),
+    "tail": ("first", "count", "data"),
+    "event": ("step", "kind", "data"),
+    "log": ("step", "time", "text"),
+    "artifact": ("step", "kind", "data"),
+    "clock": ("time",),
+    "told": ("data",),
+    "description": ("data",),
+}
+
+
+@pytest.mark.parametrize("value", [2**62, -5, "text", b"\x00", float("inf"), 0.5])
+def test_a_value_of_any_kind_may_stand_in_any_column(runs, tmp_path, capsys, value):
+    """SQLite keeps whatever it is given: a damaged record may be of any type."""
+    keys = {"meta": "key", "tail": "first", "clock": "step", "part": "chunk"}
+    for table, column in [(table, each) for table, columns in COLUMNS.items() for each in columns]:
+        path = runs / "calm" / STORE_FILE
+        path.unlink()
+        shutil.copy(runs / "eager" / STORE_FILE, path)
+        key = keys.get(table, "id")
+        newest = f"UPDATE {table} SET {column} = ? WHERE {key} = (SELECT max({key}) FROM {table})"
+        with contextlib.suppress(sqlite3.IntegrityError):  # that column holds numbers alone
+            change(runs, (newest, value))
+        said = everything(runs, tmp_path, capsys)
+        assert {status for status, _, _ in said.values()} <= {0, FAULT}, (table, column, said)
+        look_back(runs)
+
+
+def damage(path, seed):
+    """One page of noise, or forty flipped bytes; never in the first page, without which nothing
+    opens."""
+    random = np.random.default_rng(seed)
+    data = bytearray(path.read_bytes())
+    if seed % 2:
+        page = int(random.integers(1, len(data) // 4096)) * 4096
+        data[page : page + 4096] = random.bytes(4096)
+    else:
+        for place in random.integers(4096, len(data), 40):
+            data[place] ^= int(random.integers(1, 256))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_corrupt_pages_and_bytes_never_stop_a_reader(runs, tmp_path, capsys, seed):
+    damage(runs / "calm" / STORE_FILE, seed)
+    said = everything(runs, tmp_path, capsys)
+    for name in ("show", "json", "report", "compare", "csv", "jsonl"):
+        assert said[name][0] in (0, FAULT), said[name]
+    assert "calm" in said["show"][1]
+    assert "finished" in said["show"][1]
+    try:
+        history = RecordedHistory(runs / "calm")
+    except StoreFault:
+        pytest.fail("one page or forty bytes beyond the first page close the whole recording")
+    assert history.tables
+    seen = look_back(runs)
+    rows = sum(table.rows for table in seen.history.tables.values())
+    assert rows + len(seen.events) + len(seen.log) > STEPS  # the rest is there

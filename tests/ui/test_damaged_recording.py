@@ -1,0 +1,79 @@
+"""The screens over a damaged recording show what is left, and say that something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+
+import pytest
+
+from tests.store.test_damaged import damage
+from tests.ui.test_replay import opened, press, record_run, settle, text_of
+from tui_trainer.history.store.schema import STORE_FILE
+from tui_trainer.ui.screens.registry import PLACES
+
+SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "4"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    place = tmp_path_factory.mktemp("recorded") / "quiet-otter"
+    place.mkdir(mode=0o700)
+    record_run(place)
+    return place
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "quiet-otter")
+
+
+async def visit(app, replay):
+    """Every screen, at the end and in the middle; returns what the dashboard shows."""
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        for step in (replay.last_step, 500):
+            replay.seek(step)
+            app.frame()
+            for place in PLACES:
+                if place.mode != "start":
+                    await press(pilot, place.key)
+        await press(pilot, PLACES[0].key)
+        return text_of(app)
+
+
+async def test_the_screen_says_what_cannot_be_read(copied):
+    with sqlite3.connect(copied / STORE_FILE) as connection:
+        connection.execute("UPDATE meta SET value = x'ff'")
+        connection.execute("UPDATE description SET data = x'ff'")
+        connection.execute("UPDATE event SET data = x'ff' WHERE kind = 'clip'")
+    connection.close()
+    app, replay, _ = opened(copied)
+    shown = await visit(app, replay)
+    assert "part of the recording cannot be read: the run's description, its last state" in shown
+    assert "3 events" in shown
+    assert "500" in shown
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+async def test_no_damage_reaches_the_event_loop(copied, seed):
+    damage(copied / STORE_FILE, seed)
+    app, replay, _ = opened(copied)
+    await visit(app, replay)
+
+
+async def test_what_is_damaged_while_it_is_looked_at_is_said(copied):
+    """As over a living run, whose recording is looked at again each second."""
+    app, replay, clock = opened(copied)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        with sqlite3.connect(copied / STORE_FILE) as connection:
+            connection.execute("UPDATE series SET description = x'ff'")
+            connection.execute("UPDATE tail SET data = x'ff'")
+            connection.execute("UPDATE meta SET value = x'ff'")
+        connection.close()
+        replay._refresh(clock())
+        app.frame()
+        await settle(pilot)
+        assert "part of the recording cannot be read" in text_of(app)
