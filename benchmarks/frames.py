@@ -1,11 +1,16 @@
-"""CPU per frame of the dashboard, with everything changing and with nothing changed.
+"""CPU per frame of the dashboard, and for how long anything keeps the event loop.
 
     python -m benchmarks.frames [--json FILE] [--frames N]
 
-Runs the real app headless over a synthetic session, so that only the viewing side is measured:
-poll, building rows, comparing them with those on screen, and rendering what differs (Textual's
-compositor included). CPU is that of the process (`time.process_time`), the fairest on a busy
-machine. "keys" is the time from a key press to the end of the frame that shows its effect.
+Runs the real app over a synthetic session and without a terminal, so that only the viewing side is
+measured: poll, building rows, comparing them with those on screen, rendering what differs
+(Textual's compositor included) and the escape sequences in which it would be sent. Each case is a
+process of its own, so that a screen that is shown for the first time is imported, too.
+
+CPU is that of the process (`time.process_time`), the fairest on a busy machine, until everything is
+drawn. A panel's two figures are `show`, what building it takes, and the same with its drawing: that
+panel alone. `callback` is the longest single callback of the event loop, in CPU of its thread, by
+what brought it about.
 """
 
 from __future__ import annotations
@@ -13,15 +18,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
+import multiprocessing
+import os
+import sys
 import time
+from asyncio.events import Handle
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
+from types import TracebackType
 from typing import Any
 
-from textual import events
+os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}  # read when textual is imported
+os.environ.pop("NO_COLOR", None)
+sys.path.insert(0, str(Path(__file__).parent))
 
-from tests.ui.fake import FakeSession, fake_gpt, fake_large
+from report import begin, finish
+from textual.pilot import Pilot
+
+from tests.ui.fake import FakeSession
+from tests.ui.fake_run import describe, synthesise
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
@@ -29,73 +46,205 @@ from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
 from tui_trainer.ui.widgets import plot
 
-SIZE = (120, 40)
+CASES: dict[str, tuple[int, tuple[int, int]]] = {
+    "27 parameters, 120×40": (27, (120, 40)),
+    "51 parameters, 120×40": (51, (120, 40)),
+    "10,000 parameters, 120×40": (10_000, (120, 40)),
+    "27 parameters, 200×60": (27, (200, 60)),
+    "27 parameters, 80×24": (27, (80, 24)),
+}
+PANELS = (LossPanel, ClippingPanel, GradientsPanel, LayersTable, TrendPanel)
+KEYS = {"cursor": ("down", "up"), "sort": ("o",)}
+"""On the table of all parameters."""
+SCREENS = {"attention": "2", "parameters": "3", "samples": "4", "log": "5", "help": "6"}
 
 
-async def measure(session: FakeSession, frames: int, size: tuple[int, int]) -> dict[str, Any]:
+class Drawn(TuiTrainerApp):
+    """Makes what a terminal would be sent, which Textual spares itself where there is none."""
+
+    sent = 0
+
+    @property
+    def is_headless(self) -> bool:
+        """Not to Textual."""
+        return False
+
+    def count_what_is_sent(self) -> None:
+        """In bytes; it then goes nowhere."""
+        assert self._driver is not None
+
+        def write(data: str) -> None:
+            self.sent += len(data.encode())
+
+        self._driver.write = write  # type: ignore[method-assign]
+
+
+class Callbacks:
+    """The longest callback of every event loop, in milliseconds of its thread's CPU."""
+
+    def __init__(self) -> None:
+        self.longest_ms = 0.0
+
+    def __enter__(self) -> Callbacks:
+        self._run = run = Handle._run
+
+        def timed(handle: Handle) -> None:
+            began = time.thread_time()
+            run(handle)
+            self.longest_ms = max(self.longest_ms, 1e3 * (time.thread_time() - began))
+
+        Handle._run = timed  # type: ignore[method-assign]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        Handle._run = self._run  # type: ignore[method-assign]
+
+    async def forget(self) -> None:
+        """What comes next is of interest; what the caller has just done is not."""
+        await asyncio.sleep(0)
+        self.longest_ms = 0.0
+
+
+def session_of(parameters: int, frames: int) -> FakeSession:
+    """A run that has made some steps, and has as many before it as will be asked of it."""
+    made, layers = (700, 4) if parameters == 27 else (60, max(1, (parameters - 3) // 6))
+    total = made + frames * (1 + len(PANELS)) + 10
+    return FakeSession(synthesise(describe(layers, total_steps=total)), made)
+
+
+def measure(case: str, frames: int) -> dict[str, Any]:
     """Milliseconds: medians over `frames` frames, and the slowest."""
-    app = TuiTrainerApp(session, frames_per_second=0.01)  # frames only when asked for
-    async with app.run_test(size=size) as pilot:
-        while not plot.ready():
-            await pilot.pause(0.01)
-        await _frame(app)
-        gc.freeze()  # as the app does on a terminal
-        changed, building, still = [], [], []
-        for _ in range(frames):
-            session.advance(1)
-            before = time.process_time()
-            app.frame()
-            building.append(time.process_time() - before)
-            await _settle(app)
-            changed.append(time.process_time() - before)
-        for _ in range(frames):
-            before = time.process_time()
+    parameters, size = CASES[case]
+    return asyncio.run(_measure(session_of(parameters, frames), frames, size))
+
+
+async def _measure(session: FakeSession, frames: int, size: tuple[int, int]) -> dict[str, Any]:
+    app = Drawn(session, frames_per_second=0.01)  # frames only when asked for
+    with Callbacks() as callbacks:
+        async with app.run_test(size=size) as pilot:
+            app.count_what_is_sent()
+            while not plot.ready():
+                await pilot.pause(0.01)
             app.frame()
             await _settle(app)
-            still.append(time.process_time() - before)
-        panels = {}
-        for kind in (LossPanel, ClippingPanel, GradientsPanel, LayersTable, TrendPanel):
-            panel = app.screen.query(kind).first()
-            costs = []
+            longest = {"start, and the dashboard": callbacks.longest_ms}
+            gc.freeze()  # as the app does on a terminal
+            sent = app.sent
+            changed, building, longest["frame"] = await _frames(app, session, frames, callbacks)
+            sent = app.sent - sent
+            if not sent:
+                raise RuntimeError("nothing was drawn")
+            still = []
             for _ in range(frames):
-                session.advance(1)
-                snapshot = session.poll()
                 before = time.process_time()
-                panel.show(snapshot)
-                costs.append(time.process_time() - before)
-            panels[kind.__name__] = round(1e3 * median(costs), 2)
-            await _settle(app)
-        keys = []
-        for key in ("down", "down", "o", "o", "o", "l", "l", "space", "space") * 3:
-            before = time.perf_counter()
-            app.post_message(events.Key(key, None))
-            while not _idle(app):
-                await asyncio.sleep(0)
-            await _settle(app)
-            keys.append(time.perf_counter() - before)
+                app.frame()
+                await _settle(app)
+                still.append(time.process_time() - before)
+            panels = {kind.__name__: await _panel(app, session, kind, frames) for kind in PANELS}
+            longest |= await _screens(pilot, callbacks)
+            app.simulate_key("3")
+            await pilot.pause()
+            keys = {}
+            for name, pressed in KEYS.items():
+                keys[name], longest[f"key: {name}"] = await _keys(app, pilot, pressed, callbacks)
+            if session.status.ended:
+                raise RuntimeError("the run was over before everything was measured")
     return {
-        "changed_ms": round(1e3 * median(changed), 2),
+        "changed_ms": _ms(changed),
         "changed_slowest_ms": round(1e3 * max(changed), 2),
-        "building_ms": round(1e3 * median(building), 2),
-        "unchanged_ms": round(1e3 * median(still), 3),
+        "building_ms": _ms(building),
+        "unchanged_ms": _ms(still),
+        "bytes_per_frame": round(sent / frames),
         "panels_ms": panels,
-        "key_ms": round(1e3 * median(keys), 1),
-        "key_slowest_ms": round(1e3 * max(keys), 1),
+        "keys_ms": keys,
+        "longest_callback_ms": {name: round(took, 2) for name, took in longest.items()},
     }
 
 
-def _idle(app: TuiTrainerApp) -> bool:
-    """Whether every message on the way to the focused widget has been dealt with."""
-    pumps = [app, app.screen, *([app.focused] if app.focused else [])]
-    return all(pump.message_queue_size == 0 for pump in pumps)
+def _ms(seconds: Sequence[float]) -> float:
+    return round(1e3 * median(seconds), 3)
 
 
-async def _frame(app: TuiTrainerApp) -> None:
-    app.frame()
-    await _settle(app)
+async def _frames(
+    app: Drawn, session: FakeSession, frames: int, callbacks: Callbacks
+) -> tuple[list[float], list[float], float]:
+    """Seconds of each whole frame and of building it, and milliseconds of the longest callback."""
+    changed, building, longest = [], [], 0.0
+    for _ in range(frames):
+        session.advance(1)
+        await callbacks.forget()
+        spent: list[float] = []
+        before = time.process_time()
+
+        def draw(spent: list[float] = spent, before: float = before) -> None:
+            app.frame()
+            spent.append(time.process_time() - before)
+
+        app.call_next(draw)
+        await _settle(app)
+        changed.append(time.process_time() - before)
+        building += spent
+        longest = max(longest, callbacks.longest_ms)
+    return changed, building, longest
 
 
-async def _settle(app: TuiTrainerApp) -> None:
+async def _panel(
+    app: Drawn, session: FakeSession, kind: type[Any], frames: int
+) -> dict[str, float]:
+    """Milliseconds of building one panel, and of building and drawing it."""
+    panel = app.screen.query(kind).first()
+    showing, drawn = [], []
+    for _ in range(frames):
+        session.advance(1)
+        snapshot = session.poll()
+        await asyncio.sleep(0)
+        before = time.process_time()
+        panel.show(snapshot)
+        showing.append(time.process_time() - before)
+        await _settle(app)
+        drawn.append(time.process_time() - before)
+    return {"show": _ms(showing), "drawn": _ms(drawn)}
+
+
+async def _screens(pilot: Pilot[Any], callbacks: Callbacks) -> dict[str, float]:
+    """The longest callback while each screen is shown for the first time."""
+    longest = {}
+    for name, key in SCREENS.items():
+        await callbacks.forget()
+        pilot.app.simulate_key(key)
+        await pilot.pause()
+        await _settle(pilot.app)
+        if pilot.app.current_mode != name:
+            raise RuntimeError(f"key {key} shows {pilot.app.current_mode}, not {name}")
+        longest[f"first time: {name}"] = callbacks.longest_ms
+    return longest
+
+
+async def _keys(
+    app: Drawn, pilot: Pilot[Any], keys: Sequence[str], callbacks: Callbacks
+) -> tuple[float, float]:
+    """CPU milliseconds of a key until it is drawn, and the longest callback of any."""
+    costs, longest = [], 0.0
+    for number in range(20):
+        await pilot.pause()
+        await _settle(app)
+        await callbacks.forget()
+        before = time.process_time()
+        app.simulate_key(keys[number % len(keys)])
+        for _ in range(8):  # through the queues of app, screen and table
+            await asyncio.sleep(0)
+        await _settle(app)
+        costs.append(time.process_time() - before)
+        longest = max(longest, callbacks.longest_ms)
+    return _ms(costs), longest
+
+
+async def _settle(app: Any) -> None:
     """Until what was refreshed has been rendered."""
     for _ in range(4):
         await asyncio.sleep(0)
@@ -105,29 +254,41 @@ async def _settle(app: TuiTrainerApp) -> None:
 
 
 def main() -> None:
-    """Print the table; write it as JSON when asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the tables; write them as JSON when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--cases", nargs="+", help="parts of their names; default: all")
     options = parser.parse_args()
-    cases = {
-        "27 parameters, 120×40": (lambda: fake_gpt(700), SIZE),
-        "51 parameters, 120×40": (lambda: fake_large(51, 60), SIZE),
-        "10,000 parameters, 120×40": (lambda: fake_large(10_000, 60), SIZE),
-        "27 parameters, 200×60": (lambda: fake_gpt(700), (200, 60)),
-        "27 parameters, 80×24": (lambda: fake_gpt(700), (80, 24)),
-    }
+    chosen = [
+        case for case in CASES if not options.cases or any(part in case for part in options.cases)
+    ]
+    begin()
     results = {}
-    print(f"{'':28}{'changed':>9}{'slowest':>9}{'unchanged':>11}{'key':>7}   panels (ms of CPU)")
-    for name, (session, size) in cases.items():
-        result = results[name] = asyncio.run(measure(session(), options.frames, size))
-        panels = ", ".join(f"{panel} {cost}" for panel, cost in result["panels_ms"].items())
-        print(
-            f"{name:28}{result['changed_ms']:>9}{result['changed_slowest_ms']:>9}"
-            f"{result['unchanged_ms']:>11}{result['key_ms']:>7}   {panels}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False))
+    print(
+        f"{'CPU ms':28}{'changed':>9}{'slowest':>9}{'unchanged':>11}{'cursor':>8}{'sort':>7}",
+        end="",
+    )
+    print("   bytes   panels: show, and drawn")
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawning, max_tasks_per_child=1) as processes:
+        for case in chosen:
+            one = results[case] = processes.submit(measure, case, options.frames).result()
+            panels = ", ".join(
+                f"{panel} {cost['show']:.2f} {cost['drawn']:.2f}"
+                for panel, cost in one["panels_ms"].items()
+            )
+            print(
+                f"{case:28}{one['changed_ms']:9.2f}{one['changed_slowest_ms']:9.2f}"
+                f"{one['unchanged_ms']:11.3f}{one['keys_ms']['cursor']:8.2f}"
+                f"{one['keys_ms']['sort']:7.2f}{one['bytes_per_frame']:8,}   {panels}",
+                flush=True,
+            )
+    print("\nlongest callback, ms" + "".join(f"{case:>27}" for case in results))
+    for name in next(iter(results.values()))["longest_callback_ms"]:
+        figures = (one["longest_callback_ms"][name] for one in results.values())
+        print(f"{name:24}" + "".join(f"{figure:27.1f}" for figure in figures))
+    finish(options.json, {"cases": results})
 
 
 if __name__ == "__main__":

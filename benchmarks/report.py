@@ -114,10 +114,9 @@ def finish(path: Path | None, figures: dict[str, Any]) -> None:
     """Print how loaded the machine was meanwhile; write the figures where the user wants them."""
     assert _others is not None
     during = _others.during()
-    where = "meanwhile" if _others.over_all else "before"
-    print(f"{where}: {_said(max(during, _others.before))}", flush=True)
+    print(f"{'meanwhile' if _others.over_all else 'before'}: {_said(during)}", flush=True)
     load = {
-        "load": _said(max(during, _others.before)),
+        "load": _said(during),
         "others_cores_before": round(_others.before, 3),
         "others_cores": round(during, 3),
     }
