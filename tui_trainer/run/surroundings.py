@@ -38,4 +38,5 @@ def make_tracer(host: Surroundings, first_step: int = 1) -> Tracer:
     options = Options(budget=host.spec.budget, attention_pattern=host.spec.attention_pattern)
     tracer = Tracer(host.recorder, host.gate, PROBES, options)
     tracer.step = first_step
+    host.recorder.meanwhile = tracer.record_meanwhile
     return tracer

@@ -125,7 +125,7 @@ class Probe:
         self.options = options
 
     def say_unseen(self, reason: str) -> None:
-        """On the training thread: there turned out to be nothing to see; "": there is after all."""
+        """There turned out to be nothing to see; "": there is after all."""
         if reason != self.unseen:
             self.unseen = reason
             if self.unseen_changed is not None:
@@ -164,6 +164,7 @@ class Probe:
     def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
         """One row per table, or None for a table that has none at this step.
 
-        `values` holds the readings of `gradients` and then of `after_update`, flattened.
+        `values` holds the readings of `gradients` and then of `after_update`, flattened. Called for
+        one step after the other, perhaps on another thread than the hooks above, while they are.
         """
         return ()

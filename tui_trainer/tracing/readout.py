@@ -7,12 +7,18 @@ waiting, and an event says later that it has arrived.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from tui_trainer.history.records import Floats
+
+UNWRITTEN = np.float32(-7.1623e-33)
+"""Stands at the end of pinned memory until a copy has overwritten it."""
+SETTLED_S = 0.02
+"""So long after its end was seen the whole of a copy is surely there: it takes microseconds."""
 
 
 def flattened(readings: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -50,6 +56,8 @@ class Arrival:
         self._values: list[list[float] | None] | None = None
         self._copies: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
         self._events: list[torch.cuda.Event] = []
+        self._landings: list[Floats] = []
+        self._seen_at = 0.0
         for part in parts:
             if not (part.lasting and on_host):
                 for reading in part.readings:
@@ -82,10 +90,13 @@ class Arrival:
             return vector.cpu()  # no events on other devices that could tell of an arrival
         with torch.cuda.device(device):
             host = torch.empty(vector.shape, dtype=vector.dtype, device="cpu", pin_memory=True)
+            landing = host.numpy()
+            landing[-1:] = UNWRITTEN
             host.copy_(vector, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._events.append(event)
+        self._landings.append(landing)
         return host
 
     def arrived(self, wait: bool = False) -> bool:
@@ -96,6 +107,20 @@ class Arrival:
             elif not event.query():  # type: ignore[no-untyped-call]
                 return False
         return True
+
+    def landed(self) -> bool:
+        """The same, asked by another thread than the one that trains, and a little later.
+
+        It looks at the memory and not at the events: while one thread captures a CUDA graph, a
+        query by any other would break the capture.
+        """
+        if any(landing.size and landing[-1] == UNWRITTEN for landing in self._landings):
+            return False
+        if not self._landings:
+            return True
+        now = perf_counter()
+        self._seen_at = self._seen_at or now
+        return now - self._seen_at >= SETTLED_S
 
     def values(self) -> list[Floats]:
         """The values of each part, flattened. Only when `arrived`."""

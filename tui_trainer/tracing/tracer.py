@@ -98,6 +98,15 @@ class Tracer(Hearing):
             finally:
                 self.owner = owner
 
+    def record_meanwhile(self) -> None:
+        """For another thread, many times a second: record the steps that were made, where the
+        training thread makes no further one for a while."""
+        try:
+            with torch.no_grad():
+                self.registry.outbox.drain_meanwhile()
+        except Exception as fault:
+            self.fault("recording", fault)
+
     def flush(self) -> None:
         """Record every step already made, waiting for its values if need be."""
         try:
@@ -145,3 +154,4 @@ class Tracer(Hearing):
 def _silence(tracer: Tracer | None) -> None:
     if tracer is not None:
         tracer.owner = 0
+        tracer.registry.outbox.forget_parent()

@@ -1,0 +1,68 @@
+"""A script that makes quick steps and then does something else: none of them waits to be told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tui_trainer.history.store import STORE_FILE
+
+_spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
+hosting = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hosting)
+place = hosting.place
+STEPS = 25
+
+
+def call(place, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "tui_trainer", *arguments],
+        env={**hosting.ENVIRONMENT, "TUI_TRAINER_RUNS_DIR": str(place.folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def stored_steps(place):
+    """As anybody finds them on disk."""
+    if not (place.run / STORE_FILE).exists():
+        return 0
+    lines = call(place, "export", "--format", "jsonl", str(place.run)).splitlines()
+    return len(hosting.of("step", map(json.loads, lines)))
+
+
+@pytest.fixture
+def asleep(place):
+    place.folder.chmod(0o700)
+    place.run.chmod(0o700)
+    place.loop(steps=STEPS, after="import time; time.sleep(600)")
+    process = place.process()
+    yield place, process
+    process.kill()
+    process.wait()
+
+
+def test_viewers_and_ls_see_the_last_step_of_a_script_that_sleeps(asleep):
+    place, _ = asleep
+    viewer = place.viewer()
+    viewer.wait(lambda status: status.step == STEPS)
+    assert viewer.status.state == "running"
+    hosting.wait_for(lambda: json.loads(call(place, "ls", "--json"))[0]["step"] == STEPS)
+
+
+def test_a_kill_takes_no_step_that_was_made_before_it(asleep):
+    place, process = asleep
+    hosting.wait_for(lambda: stored_steps(place) == STEPS, 60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert stored_steps(place) == STEPS
