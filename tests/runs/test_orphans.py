@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,8 +12,12 @@ import sys
 
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
-from tui_trainer.config.spec import find_socket, new_socket_path
+from tui_trainer.config.spec import RunSpec, find_socket, new_socket_path, write_spec
 from tui_trainer.config.state import process_identity
+from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.protocol.messages import Status
+from tui_trainer.recording.items import Ended
+from tui_trainer.recording.state import StateSink
 from tui_trainer.session.registry import list_runs, look_at
 
 GPT = ("--threads", "1", "--steps", "100000")
@@ -88,3 +94,58 @@ def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
     seen = look_at(place)
     assert seen.state == "crashed"
     assert "gone without an end record" in seen.note
+
+
+def test_a_run_whose_directory_others_can_write_to_is_listed_and_refused(runs):
+    runs.start("gpt-open")
+    place = runs.directory / "gpt-open"
+    place.chmod(0o770)
+    listed = runs.call("ls", "--json")
+    assert [run["state"] for run in json.loads(listed.stdout)] == ["refused"]
+    shown = runs.call("ls")
+    assert "refused" in shown.stdout
+    assert "others can write to" in shown.stdout
+    for said in (listed, shown, *(runs.call(*asked) for asked in ASKED)):
+        assert "others can write to" in said.stderr + said.stdout
+        assert f"chmod go-w {place}" in said.stderr + said.stdout
+    place.chmod(0o700)
+    assert runs.ls()["gpt-open"]["state"] == "live"
+    assert runs.call("stop").returncode == 0
+
+
+ASKED = (("stop",), ("stop", "gpt-open"), ("show",), ("ls", "--live"), ("doctor",))
+
+
+def test_a_run_is_found_again_after_its_directory_was_removed(runs):
+    process = runs.start("gpt-removed")
+    place = runs.directory / "gpt-removed"
+    shutil.rmtree(place)
+    until(lambda: find_socket(place), "it listens again")
+    found = runs.ls()["gpt-removed"]
+    assert (found["state"], found["title"]) == ("live", "fake")
+    assert place.stat().st_mode & 0o777 == 0o700
+    before = runs.said("gpt-removed").step
+    until(lambda: runs.said("gpt-removed").step > before, "it trains on")
+    until(lambda: "removed" in runs.call("show", "gpt-removed", "--json").stdout, "it is said")
+    done = runs.call("stop", "gpt-removed")
+    assert done.returncode == 0, done.stderr
+    assert process.wait(60) == 0
+    assert runs.ls()["gpt-removed"]["state"] == "stopped"
+
+
+def test_the_whole_runs_directory_is_made_again_for_a_living_run(runs):
+    runs.start("gpt-removed")
+    shutil.rmtree(runs.directory)
+    until(lambda: find_socket(runs.directory / "gpt-removed"), "it listens again")
+    assert runs.directory.stat().st_mode & 0o777 == 0o700
+    assert runs.call("stop").returncode == 0
+
+
+def test_what_has_ended_is_not_made_again(tmp_path):
+    place = tmp_path / "gpt-over"
+    write_spec(RunSpec(name=place.name, directory=str(place), task="gpt"))
+    sink = StateSink(place, RunInfo(place.name, "gpt"))
+    sink.take([Ended(Status(state="crashed", reason="refused"))], Status())
+    shutil.rmtree(place)
+    sink.take([], Status(state="finished"))
+    assert not place.exists()

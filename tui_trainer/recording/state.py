@@ -13,6 +13,7 @@ from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.protocol.messages import Status
 from tui_trainer.recording.items import Described, Ended, Item, Stepped
+from tui_trainer.recording.place import Place
 
 EVERY_S = 1.0
 
@@ -21,6 +22,8 @@ class StateSink:
     """Says on disk how the run is: at once when it is made, when its state changes, each second.
 
     A disk that refuses is tried again at the next turn: the run's own store says that it is full.
+    Where somebody has removed the directory of the living run, it is made again, so that the run is
+    found; who serves viewers then listens there again, and says so.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class StateSink:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = directory
+        self._place = Place(directory)
         self._info = info
         self._clock = clock
         self._loss: float | None = None
         self._written: str | None = None
+        self._over = False
         self._next = 0.0
         self._write(Status(waiting_for="starting"))
 
@@ -94,5 +99,8 @@ class StateSink:
         )
         self._next = now + EVERY_S
         with contextlib.suppress(OSError):
+            if not self._over:  # of one that has ended, whoever removes it shall succeed
+                self._place.restore()
+            self._over = status.ended
             write_state(self._directory, state)
             self._written = status.state

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 
+from tui_trainer.config.spec import ELSEWHERE
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import Refused
 from tui_trainer.protocol.text import printable
@@ -21,6 +22,8 @@ from tui_trainer.run.connection import Connection
 from tui_trainer.run.control import Control
 
 MAX_CONNECTIONS = 64
+LOOK_EVERY_S = 1.0
+"""How often the server looks whether its socket is still there."""
 DROPS_SAID, DROPS_SAID_EVERY_S = 20, 600.0
 """So many dropped connections get a line in the log within so many seconds; of a flood of them the
 rest is counted in one line."""
@@ -45,16 +48,9 @@ class Server:
         _after_fork(self)
 
     def listen(self, path: Path) -> None:
-        """Listen on a Unix socket at `path` (mode 0600). Raises OSError."""
-        path.unlink(missing_ok=True)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            listening.bind(os.fspath(path))
-        finally:
-            os.umask(before)
-        listening.listen(16)
-        self._listening, self._path = listening, path
+        """Listen on a Unix socket at `path` (mode 0600); if somebody removes it, again as soon as
+        its directory is there. Raises OSError."""
+        self._listening, self._path = _listen(path), path
         threading.Thread(target=self._accept, name="tui-trainer accept", daemon=True).start()
 
     def serve(self, stream: socket.socket) -> threading.Thread:
@@ -91,8 +87,9 @@ class Server:
 
     def close(self) -> None:
         """Stop listening, end all connections and remove the socket."""
-        self._closed = True
-        listening, self._listening = self._listening, None
+        with self._lock:
+            self._closed = True
+            listening, self._listening = self._listening, None
         if listening is not None:
             with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
@@ -112,6 +109,9 @@ class Server:
         while (listening := self._listening) is not None:
             try:
                 stream, _ = listening.accept()
+            except TimeoutError:
+                self._look_after_socket(listening)
+                continue
             except OSError as fault:
                 if self._closed:
                     return
@@ -124,6 +124,27 @@ class Server:
                     stream.send(encode(Refused(f"{MAX_CONNECTIONS} viewers look at this run")))
                 continue
             self._serve(stream, connections.SILENT_S)
+
+    def _look_after_socket(self, listening: socket.socket) -> None:
+        """What listens at a path that is gone is reached by nobody."""
+        path = self._path
+        if path is None or path.exists():
+            return
+        try:
+            if path.parent.name.startswith(ELSEWHERE):  # some tidy temporary files away
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+            again = _listen(path)
+        except OSError:
+            return  # its directory is not there yet
+        with self._lock:
+            if self._closed:
+                again.close()
+                path.unlink(missing_ok=True)
+                return
+            self._listening = again
+        listening.close()
+        text = "the run's directory was removed: it was made again, so that the run can be found"
+        self._recorder.notice("state", text, "warning")
 
     def _work(self, identity: int, connection: Connection) -> None:
         self._served_any.set()
@@ -160,6 +181,22 @@ class Server:
             connection.close_descriptor()
         self._connections = {}
         self._lock = threading.Lock()
+
+
+def _listen(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listening.bind(os.fspath(path))
+    except OSError:
+        listening.close()
+        raise
+    finally:
+        os.umask(before)
+    listening.listen(16)
+    listening.settimeout(LOOK_EVERY_S)
+    return listening
 
 
 def _after_fork(server: Server) -> None:

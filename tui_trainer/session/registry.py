@@ -36,11 +36,14 @@ class Run:
     name: str
     directory: Path
     state: str
-    """`live`, `paused`, `finished`, `stopped` or `crashed`."""
+    """`live`, `paused`, `finished`, `stopped`, `crashed`, or `refused`: what its directory says
+    must not be believed."""
     said: RunState
     """The last that it said of itself."""
     note: str = ""
     """Why it is said to be so, where that needs saying."""
+    hint: str = ""
+    """What to do about one that is refused."""
 
     @property
     def live(self) -> bool:
@@ -79,8 +82,21 @@ def _trusted(directory: Path) -> Run | None:
     try:
         check_directory(directory)
         return look_at(directory)
-    except (RunError, OSError):
+    except RunError as fault:
+        return _refused(directory, fault)
+    except OSError:
         return None
+
+
+def _refused(directory: Path, fault: RunError) -> Run | None:
+    """A run that must be listed, since it may be training, and of which nothing must be believed
+    but that it is there."""
+    try:
+        made = (directory / SPEC_FILE).stat().st_mtime
+    except OSError:
+        return None
+    said = RunState(name=directory.name, started_at=made)
+    return Run(directory.name, directory, "refused", said, harmless(fault.message), fault.hint)
 
 
 def look_at(directory: Path) -> Run | None:
@@ -150,16 +166,22 @@ def resolve(given: str, runs_dir: str | os.PathLike[str] | None = None) -> Run:
     runs = list_runs(runs_dir)
     for run in runs:
         if run.name == given:
-            return run
+            return _believed(run)
     near = [run for run in runs if run.name.startswith(given)] if given else []
     if len(near) == 1:
-        return near[0]
+        return _believed(near[0])
     if near:
         names = ", ".join(run.name for run in near[:8]) + (", …" if len(near) > 8 else "")
         raise RunError(f"{len(near)} runs begin with {given}", f"say which: {names}")
     if given and (Path(given) / SPEC_FILE).is_file():
         return _at(Path(given).absolute())
     raise RunError(f"there is no run {given}", _nearest(given, [run.name for run in runs]))
+
+
+def _believed(run: Run) -> Run:
+    if run.state == "refused":
+        raise RunError(run.note, run.hint)
+    return run
 
 
 def _at(directory: Path) -> Run:
@@ -181,10 +203,12 @@ def _at(directory: Path) -> Run:
 def newest(runs: Sequence[Run], live: bool = True) -> Run:
     """The newest run, of those that are live unless `live` is False. Raises RunError."""
     for run in runs:
-        if run.live or not live:
+        if run.live or (not live and run.state != "refused"):
             return run
     if not runs:
         raise RunError("there are no runs yet", "tui-trainer gpt starts one")
+    for run in runs:
+        _believed(run)  # it may be the one that is meant
     last = runs[0]
     raise RunError("no run is live", f"the newest, {last.name}, has {_ended_as(last.state)}")
 

@@ -165,6 +165,9 @@ def _storage(runs_dir: Path | None) -> Iterator[Finding]:
             runs = list_runs(runs_dir)
             live = sum(run.live for run in runs)
             yield Finding(group, "runs", "good", f"{len(runs)}, {live} of them live")
+            for run in runs:
+                if run.state == "refused":
+                    yield Finding(group, "permissions", "warning", run.note, run.hint)
     except RunError as fault:
         yield Finding(group, "permissions", "bad", fault.message, fault.hint)
     free = shutil.disk_usage(existing).free

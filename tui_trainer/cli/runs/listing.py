@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from tui_trainer.cli.errors import say
 from tui_trainer.cli.runs.common import RunsDir, duration, flag, number, one_message, steps
 from tui_trainer.config.spec import runs_directory
 from tui_trainer.protocol.text import harmless
@@ -20,8 +21,10 @@ STYLES = {
     "finished": "",
     "stopped": "dim",
     "crashed": "red",
+    "refused": "yellow",
 }
 _GAP = "  "
+REFUSED_SAID = 3
 
 
 def ls(
@@ -32,7 +35,10 @@ def ls(
 ) -> int:
     """the runs: live, paused, finished, stopped, crashed"""
     with one_message():
-        runs = [run for run in list_runs(runs_dir) if run.live or not live]
+        found = list_runs(runs_dir)
+    runs = [run for run in found if run.live or not live]
+    for run in [run for run in found if run.state == "refused"][:REFUSED_SAID]:
+        say(run.note, run.hint)
     if json:
         print(msgspec.json.encode([as_object(run) for run in runs]).decode())
         return 0
@@ -104,7 +110,7 @@ def _cells(run: Run, now: float) -> tuple[str, ...]:
     speed = f"{number(said.steps_per_second, 3)}/s" if said.steps_per_second and run.live else "–"
     origin = f"from {run.branched_from}" if run.branched_from else ""
     what = " · ".join(part for part in (said.title or said.task, origin) if part)
-    if run.state == "crashed" and run.note:
+    if run.state in ("crashed", "refused") and run.note:
         what = f"{what} · {run.note}" if what else run.note
     return (
         harmless(run.name),
