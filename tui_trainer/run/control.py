@@ -92,7 +92,9 @@ class Control:
         except Refusal as refused:
             return Verdict(False, str(refused), refused.hint)
         if not isinstance(action, Mark):
-            self._recorder.notice("command", said, who=viewer.name)
+            # The gate's own step: the recorder's lags by the steps that wait to be recorded.
+            step = self._gate.completed
+            self._recorder.notice("command", said, step=step, who=viewer.name)
         return Verdict(True, said)
 
     def _refusal(self, viewer: Viewer, action: Action) -> Verdict | None:
@@ -156,7 +158,8 @@ class Control:
                 said = printable(text, MARK_CHARACTERS)
                 if not said:
                     raise Refusal("a mark needs some text")
-                self._recorder.notice("mark", said, who=viewer.name)
+                step = self._gate.completed
+                self._recorder.notice("mark", said, step=step, who=viewer.name)
                 return said
 
     def _step(self, count: int) -> str:

@@ -71,6 +71,9 @@ class Controls:
         self.on_change: Callable[[], None] = _nothing
         """Any thread: mode, target or throttle changed."""
         self.on_fault: Callable[[str, BaseException], None] = _nothing
+        self.before_work: Callable[[], None] = _nothing
+        """Training thread: work between steps is about to be done, which may tell of the steps so
+        far; what is known of them is to be told first."""
         self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
         """What to enter around work for others (the tracer's `suspended`)."""
         self.arrived = False

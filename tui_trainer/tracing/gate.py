@@ -70,6 +70,8 @@ class Gate(Controls):
             self.idle_s += time.perf_counter() - began
 
     def _work_between_steps(self, step: int) -> None:
+        if self.works_after(step):
+            self._tell(self.before_work)
         for work in tuple(self.between_steps):
             self._work("between steps", work, step)
         if step < self._next_regular:
@@ -95,6 +97,8 @@ class Gate(Controls):
                     self._rearm()
                     return
                 self._requests.remove(chosen)
+            if not chosen.mid_step:
+                self._tell(self.before_work)
             with self.working():
                 chosen.run()
 
