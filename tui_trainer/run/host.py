@@ -48,7 +48,7 @@ class Host:
         self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
         self.server = Server(spec.name, self.recorder, self.control)
         self._troubles: set[str] = set()
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
         self.save: Callable[[int, bool], object] | None = None
         """Writes a checkpoint of the step given, told whether somebody waits for the answer; on the
         training thread, between steps."""
@@ -160,11 +160,13 @@ class Host:
         gate.call_soon(lambda: self.save and self.save(gate.completed, True))
 
     def _gate_changed(self) -> None:
-        with self._changing:  # two threads may tell at once: the later must see what is so now
-            if self.gate.mode == "paused":
-                self.recorder.pause_began()
-            else:
-                self.recorder.pause_ended()
+        # Several threads may tell at once, and a signal's handler on top of one of them: whoever
+        # is done last has seen what is so now.
+        with self._changing:
+            said = None
+            while said != (paused := self.gate.mode == "paused"):
+                said = paused
+                (self.recorder.pause_began if paused else self.recorder.pause_ended)()
 
     def _live_status(self) -> dict[str, Any]:
         gate = self.gate

@@ -5,8 +5,9 @@ A script may replace all of these handlers with its own, as it could without us.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -111,7 +112,8 @@ class Signals:
             raise StopTraining  # a viewer's second request
         self.exit_status = self.exit_status or INTERRUPTED
         if not self._requests:
-            print("\nfinishing the step; Ctrl-C again breaks it off", file=sys.stderr)
+            with contextlib.suppress(OSError):  # `print` may be what the signal has interrupted
+                os.write(2, b"\nfinishing the step; Ctrl-C again breaks it off\n")
         self._from_signal()
 
     def _from_signal(self) -> None:

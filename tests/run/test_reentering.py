@@ -1,0 +1,86 @@
+"""A signal's handler runs on the main thread, in the middle of whatever that was doing."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import threading
+
+import pytest
+
+from tui_trainer.config.spec import RunSpec
+from tui_trainer.run import signals as signalling
+from tui_trainer.run.host import Host
+from tui_trainer.run.signals import Signals
+from tui_trainer.tracing.gate import Gate, StopTraining
+
+
+@pytest.fixture
+def host(tmp_path):
+    host = Host(RunSpec(name="r", directory=str(tmp_path), task="gpt"))
+    yield host
+    host.recorder.close()
+
+
+def interrupted(monkeypatch, recorder, by, before):
+    """Have `by` run once, as a handler would, where the recorder is told of a pause."""
+    original = recorder.pause_began
+    handlers = [by]
+
+    def pause_began():
+        if before and handlers:
+            handlers.pop()()
+        original()
+        if handlers:
+            handlers.pop()()
+
+    monkeypatch.setattr(recorder, "pause_began", pause_began)
+    return handlers
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_that_comes_while_a_pause_is_told(monkeypatch, host, before):
+    left = interrupted(monkeypatch, host.recorder, lambda: host.gate.stop(True), before)
+    ended = []
+
+    def train():
+        try:
+            host.gate.reached("step", 1)
+        except StopTraining:
+            ended.append("stopped")
+
+    host.gate.pause()
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "the handler waits for the thread that it has interrupted"
+    assert ended == ["stopped"]
+    assert left == []
+    assert not host.recorder.pace.paused
+
+
+class Busy(io.StringIO):
+    """Standard error in the middle of a `print` of the script's."""
+
+    def write(self, text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_ctrl_c_in_the_middle_of_a_print(monkeypatch, capfd, closed):
+    gate = Gate()
+    signals = Signals(gate)
+    gate.reached("step", 1)
+    monkeypatch.setattr(sys, "stderr", Busy())
+    if closed:
+        monkeypatch.setattr(signalling.os, "write", write_to_nobody)
+    signals._on_interrupt(signal.SIGINT, None)
+    assert gate.mode == "stopping"
+    monkeypatch.undo()
+    said = capfd.readouterr().err
+    assert ("finishing the step" in said) != closed
+
+
+def write_to_nobody(descriptor, data):
+    raise OSError(9, "Bad file descriptor")
