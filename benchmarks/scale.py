@@ -3,16 +3,21 @@
     python -m benchmarks.scale [--layers 5 50 250 1000] [--json FILE]
 
 A model of so many attention layers, of ten tiny tensors each: all cost is that of their number. Own
-cost is what the tracer itself counts on the training thread, at every natural cadence
-(`--budget 0`) and with the default budget once the governor has settled. On screen: CPU of one key
-on the table of all parameters, drawn headless. Last, what a billion parameters would cost, from the
-speed at which norms are read here.
+cost is what the tracer itself counts on the training thread, probe by probe, over forty steps, into
+which every natural cadence falls (`--budget 0`). With the default budget the governor stretches
+some cadences to several hundred steps; a mean over few steps would leave those out, so the governed
+share is computed: what one measurement of a probe costs, divided by the cadence it was given, and
+for all that is not stretched the mean as measured.
+
+On screen: CPU of one key on the table of all parameters, drawn headless. Last, what a billion
+parameters would cost, from one transformer block of 50 million that is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import statistics
 import sys
 import time
@@ -26,11 +31,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import loaded, machine, write_json
+from report import begin, finish
 
 from tests.ui.fake import fake_large
 from tui_trainer.history.records import StepRecord
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.tracing.gate import Gate
@@ -40,18 +46,25 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.widgets import plot
 
 WIDTH = 8
-BILLION = 1_000_000_000
+ROUND = 40
+"""Steps into which every natural cadence falls a whole number of times (8, 10, 20)."""
+BLOCKS, BLOCK_WIDTH = 20, 2048
+"""Of a transformer of a billion parameters: 20 times 12·2048²."""
+TOKENS, TRIED_TOKENS = 2048, 64
+IN_TURNS = (tables.UPDATE_RATIO, tables.ATTENTION_SPECTRUM)
+"""What is measured one part after another: a step pays for 64 MiB of weights, or one matrix,
+however many there are."""
 
 
 class Attention(nn.Module):
     """Ten tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.W_query, self.W_key, self.W_value, self.W_out = (
-            nn.Linear(WIDTH, WIDTH) for _ in range(4)
+            nn.Linear(width, width) for _ in range(4)
         )
-        self.norm = nn.LayerNorm(WIDTH)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -60,23 +73,54 @@ class Attention(nn.Module):
         return x + self.W_out(y)
 
 
+class Block(nn.Module):
+    """Of a transformer: 12·width² parameters in matrices."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = Attention(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = self.attention(x)
+        return x + self.down(F.gelu(self.up(x)))
+
+
 class Kept(Recorder):
-    """Also keeps what each step's measuring has cost."""
+    """Also keeps what measuring has cost, by probe."""
 
     def __init__(self) -> None:
         super().__init__(RunInfo(name="benchmark", task="scale"))
-        self.own_ms: list[float] = []
+        self.overhead: list[Any] = []
+        """Rows of `overhead_ms`: each the mean of ten steps."""
 
     def record(self, record: StepRecord) -> None:
         """As the recorder's."""
-        self.own_ms.append(record.own_ms)
+        wanted = self._table(tables.OVERHEAD).id
+        self.overhead += [row for table, row in record.rows if table == wanted]
         super().record(record)
 
+    def _table(self, name: str) -> Any:
+        return next(table for table in self.info.tables if table.name == name)
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    def costs_ms(self) -> dict[str, float]:
+        """Mean of a step, by probe; `tracer` is what is no probe's."""
+        columns = self._table(tables.OVERHEAD).columns
+        means = [statistics.fmean(column) for column in zip(*self.overhead, strict=True)]
+        return {column.name: mean for column, mean in zip(columns, means, strict=True) if mean}
+
+    def cadences(self) -> dict[str, int]:
+        """In force now, by table, which is by probe."""
+        return {table.name: table.every for table in self.info.tables}
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Tensor | None = None
+) -> list[float]:
     """Milliseconds of each step."""
     taken = []
-    x = torch.randn(2, 4, WIDTH)
+    x = torch.randn(2, 4, WIDTH) if x is None else x
     for _ in range(steps):
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
@@ -88,26 +132,61 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return taken
 
 
-def trace(layers: int, steps: int, settle: int) -> dict[str, float]:
+Costs = tuple[dict[str, float], dict[str, int]]
+"""Milliseconds a step by probe, and the cadences in force."""
+
+
+def traced(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    budget: float,
+    warm: int,
+    steps: int,
+    x: Tensor | None = None,
+) -> Costs:
+    """Train and measure so many steps; `warm` and `steps` are multiples of ten."""
+    recorder = Kept()
+    try:
+        with Tracer(recorder, Gate(), PROBES, Options(budget=budget)) as tracer:
+            train(model, optimizer, warm, x)
+            tracer.flush()
+            recorder.overhead.clear()
+            train(model, optimizer, steps, x)
+            tracer.flush()
+            return recorder.costs_ms(), recorder.cadences()
+    finally:
+        recorder.close()
+
+
+def governed_ms(natural: Costs, governed: Costs) -> dict[str, float]:
+    """By probe: one measurement's cost ÷ the governor's cadence; what is not stretched as it was
+    measured beside it."""
+    costs, usual = natural
+    found = {}
+    for name, cost in costs.items():
+        every, given = usual.get(name, 1), governed[1].get(name, 1)
+        found[name] = cost * every / given if given > every else governed[0].get(name, 0.0)
+    return found
+
+
+def trace(layers: int, settle: int) -> dict[str, Any]:
     """Cost of a step: bare, and ours without and with the governor."""
     model = nn.Sequential(*(Attention() for _ in range(layers)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     train(model, optimizer, 2)
-    figures = {"layers": float(layers), "tensors": float(len(list(model.parameters())))}
-    bare = []
-    for name, budget, warm in (("all", 0.0, 3), ("governed", 0.01, settle)):
-        recorder = Kept()
-        with Tracer(recorder, Gate(), PROBES, Options(budget=budget)) as tracer:
-            train(model, optimizer, warm)
-            tracer.flush()
-            recorder.own_ms.clear()
-            train(model, optimizer, steps)
-        figures[f"{name}_ms"] = statistics.fmean(recorder.own_ms)
-        recorder.close()
-        bare += train(model, optimizer, max(3, steps // 4))
+    natural = traced(model, optimizer, 0.0, 10, ROUND)
+    bare = train(model, optimizer, 10)
+    governed = traced(model, optimizer, Options().budget, 10 * math.ceil(settle / 10), 20)
+    bare += train(model, optimizer, 10)
+    figures: dict[str, Any] = {"layers": layers, "tensors": len(list(model.parameters()))}
     figures["bare_ms"] = statistics.median(bare)
+    figures["natural_ms"] = sum(natural[0].values())
+    figures["natural_us_per_tensor"] = 1e3 * figures["natural_ms"] / figures["tensors"]
+    by_probe = governed_ms(natural, governed)
+    figures["governed_ms"] = sum(by_probe.values())
     figures["governed_share"] = figures["governed_ms"] / figures["bare_ms"]
-    figures["all_us_per_tensor"] = 1e3 * figures["all_ms"] / figures["tensors"]
+    figures["natural_ms_by_probe"], figures["governed_ms_by_probe"] = natural[0], by_probe
+    figures["every"] = governed[1]
     return figures
 
 
@@ -153,60 +232,85 @@ async def _keys(app: TuiTrainerApp, pilot: Any, keys: tuple[str, ...], times: in
 # ---------------------------------------------------------------- a billion
 
 
-def billion() -> dict[str, float]:
-    """An extrapolation: seconds a step for norms of 10⁹ gradients and weights, and for training."""
-    tensors = [torch.randn(4096, 4096) for _ in range(4)]
-    torch._foreach_norm(tensors)
-    began = time.perf_counter()
-    torch._foreach_norm(tensors)
-    per_parameter = (time.perf_counter() - began) / sum(t.numel() for t in tensors)
+def billion(width: int = BLOCK_WIDTH) -> dict[str, Any]:
+    """What every natural cadence would cost a transformer of 20 blocks such as one that is measured
+    here, by probe; and how long its step would take."""
+    model = Block(width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # holds nothing; none of it is ours
+    x = torch.randn(1, TRIED_TOKENS, width)
+    train(model, optimizer, 1, x)
+    costs, cadences = traced(model, optimizer, 0.0, 10, ROUND, x)
+    one = sum(p.numel() for p in model.parameters())
+    by_probe = {
+        name: cost * (1 if name in IN_TURNS else BLOCKS) for name, cost in costs.items() if cost
+    }
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     a @ b
     began = time.perf_counter()
     a @ b
     flops = 2 * 2048**3 / (time.perf_counter() - began)
-    tokens = 2048
+    parameters = one * BLOCKS
+    step_ms = 1e3 * 6 * parameters * TOKENS / flops
     return {
-        "norms_s": 2 * BILLION * per_parameter,
-        "step_s": 6 * BILLION * tokens / flops,
-        "tokens": float(tokens),
-        "gb_per_s": 4 / per_parameter / 1e9,
+        "parameters": parameters,
+        "measured_parameters": one,
+        "natural_ms_by_probe": by_probe,
+        "natural_ms": sum(by_probe.values()),
+        "every": cadences,
+        "tokens": TOKENS,
+        "gflops": flops / 1e9,
+        "step_ms": step_ms,
+        "natural_share": sum(by_probe.values()) / step_ms,
     }
+
+
+def tell_billion(guess: dict[str, Any]) -> None:
+    """Print it, with what it rests on."""
+    print(f"\n{guess['parameters']:,} parameters, extrapolated, one thread, ms a step:")
+    for name, cost in sorted(guess["natural_ms_by_probe"].items(), key=lambda pair: -pair[1]):
+        every = guess["every"].get(name, 1)
+        often = f"every {every} steps" if every > 1 else ""
+        print(f"  {name:20}{cost:9.1f}  {often}")
+    print(
+        f"  {'all':20}{guess['natural_ms']:9.1f}  of a step of {guess['step_ms']:,.0f}: "
+        f"{guess['natural_share']:.2%} where no cadence is stretched\n"
+        f"Rests on: one block of {guess['measured_parameters']:,} parameters, measured over "
+        f"{ROUND} steps at every natural cadence;\n{BLOCKS} such blocks and no embeddings; "
+        f"{' and '.join(IN_TURNS)} cost a step what they cost here, since they are\nmeasured in "
+        f"turns of one size, all else {BLOCKS} times that; a step of {guess['tokens']:,} tokens "
+        f"takes 6 operations a parameter and\ntoken at the {guess['gflops']:,.0f} Gflop/s of a "
+        "matrix product here, which no training reaches: the share is an upper bound."
+    )
 
 
 def main() -> None:
     """Print the tables; write them as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", nargs="+", type=int, default=[5, 50, 250, 1000])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--settle", type=int, default=75, help="steps before the governed ones")
+    parser.add_argument("--settle", type=int, default=80, help="steps before the governed ones")
     parser.add_argument("--times", type=int, default=20, help="of each key")
+    parser.add_argument("--parameters", nargs="+", type=int, default=[50, 10_000], help="on screen")
+    parser.add_argument("--width", type=int, default=BLOCK_WIDTH, help="of the block measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(machine(), loaded(), sep="\n")
+    begin()
     print(
-        f"{'layers':>8}{'tensors':>9}{'bare ms':>9}{'all ms':>9}{'µs/tensor':>11}{'governed':>10}"
+        f"{'layers':>8}{'tensors':>9}{'bare ms':>9}{'natural ms':>12}{'µs/tensor':>11}"
+        f"{'governed':>10}"
     )
     rows = []
     for layers in options.layers:
-        rows.append(one := trace(layers, options.steps, options.settle))
-        print(f"{layers:8}{one['tensors']:9.0f}{one['bare_ms']:9.1f}{one['all_ms']:9.2f}", end="")
-        print(f"{one['all_us_per_tensor']:11.2f}{one['governed_share']:10.2%}", flush=True)
+        rows.append(one := trace(layers, options.settle))
+        print(f"{layers:8}{one['tensors']:9}{one['bare_ms']:9.1f}{one['natural_ms']:12.2f}", end="")
+        print(f"{one['natural_us_per_tensor']:11.2f}{one['governed_share']:10.2%}", flush=True)
     print(f"\n{'CPU ms a key':>14}{'scroll':>9}{'cursor':>9}{'sort':>9}{'reverse':>9}{'filter':>9}")
     keys = {}
-    for count in (50, 10_000):
-        one = keys[count] = asyncio.run(table_ms(count, options.times))
-        print(f"{count:>14,}" + "".join(f"{value:9.1f}" for value in one.values()), flush=True)
-    guess = billion()
-    print(
-        f"\n10⁹ parameters, extrapolated: norms of gradients and weights {guess['norms_s']:.2f} s "
-        f"at {guess['gb_per_s']:.0f} GB/s; a step on {guess['tokens']:.0f} tokens "
-        f"{guess['step_s']:.0f} s at this machine's matrix speed: "
-        f"{guess['norms_s'] / guess['step_s']:.2%} where every step is measured"
-    )
-    figures = {"tracing": rows, "keys_ms": keys, "billion": guess}
-    write_json(options.json, {"machine": machine(), "load": loaded(), **figures})
+    for count in options.parameters:
+        keys[count] = shown = asyncio.run(table_ms(count, options.times))
+        print(f"{count:>14,}" + "".join(f"{value:9.1f}" for value in shown.values()), flush=True)
+    tell_billion(guess := billion(options.width))
+    finish(options.json, {"tracing": rows, "keys_ms": keys, "billion": guess})
 
 
 if __name__ == "__main__":
