@@ -12,9 +12,12 @@ import pexpect
 import pytest
 
 from tests.runs.starting import last_step, until
+from tui_trainer.cli.runs.logs import Printed
+from tui_trainer.config.spec import LOG_FILE
 from tui_trainer.config.state import write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
 from tui_trainer.session.ask import Conversation
+from tui_trainer.session.boot import BOOT_LOG
 from tui_trainer.session.registry import look_at
 
 
@@ -145,6 +148,50 @@ def test_logs_and_follow_until_the_end(runs):
     assert runs.call("logs", "gpt-told").stdout == following.stdout
     runs.made("gpt-mute")
     assert "has printed nothing" in runs.call("logs", "gpt-mute").stderr
+
+
+SEGFAULTS = """
+import ctypes, time
+print("about to fall", flush=True)
+time.sleep(0.5)
+ctypes.string_at(0)
+"""
+
+
+def test_what_killed_a_detached_run_is_told(runs, tmp_path):
+    script = tmp_path / "falls.py"
+    script.write_text(SEGFAULTS)
+    started = runs.call("run", "--detach", "--name", "fallen", str(script))
+    assert started.returncode == 0, started.stderr
+    following = runs.call("logs", "-f", "fallen")
+    assert following.returncode == 0, following.stderr
+    assert following.stdout == runs.call("logs", "fallen").stdout
+    first, *rest = following.stdout.splitlines()
+    assert first == "about to fall"
+    assert rest[0] == "Fatal Python error: Segmentation fault"
+    assert any("falls.py" in line for line in rest)
+    seen = runs.ls()["fallen"]
+    assert seen["state"] == "crashed"
+    assert seen["note"].startswith("it died: Fatal Python error: Segmentation fault (")
+    for asked in ("ls", "show"):
+        assert "Segmentation fault" in runs.call(asked).stdout
+
+
+def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
+    """What the process printed before it began its log may be longer than the log."""
+    path = runs.made("gpt-boots")
+    (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
+    printed = Printed(look_at(path))
+    printed.go_on()
+    (path / LOG_FILE).write_text("step 1\n")
+    printed.go_on()
+    printed.go_on()
+    with open(path / LOG_FILE, "a") as log:
+        log.write("step 2\n")
+    printed.go_on()
+    assert capsysbinary.readouterr().out == (
+        b"a warning of some library's, rather long\nstep 1\nstep 2\n"
+    )
 
 
 def test_rm(runs):

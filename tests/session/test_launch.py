@@ -10,7 +10,8 @@ import pytest
 from tests.session.scripted import until
 from tui_trainer.config.spec import RunSpec, create_run_directory, new_socket_path
 from tui_trainer.session import launch as launching
-from tui_trainer.session.launch import BOOT_LOG, launch
+from tui_trainer.session.boot import BOOT_LOG
+from tui_trainer.session.launch import launch
 from tui_trainer.session.live import LiveSession
 from tui_trainer.session.local import connect_unix, connector
 from tui_trainer.session.stream import NotYet, RunGone

@@ -22,8 +22,8 @@ from tui_trainer.config.spec import (
 )
 from tui_trainer.config.state import read_state
 from tui_trainer.protocol.describe import Scalar
+from tui_trainer.session.boot import BOOT_LOG
 from tui_trainer.session.branching import Branch
-from tui_trainer.session.launch import BOOT_LOG
 from tui_trainer.session.trust import RunError, check_directory
 
 _NAME = re.compile(r"[\w][\w.+-]{0,99}")

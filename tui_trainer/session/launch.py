@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,15 +11,10 @@ from pathlib import Path
 
 from tui_trainer.config.spec import RunSpec, find_socket, write_spec
 from tui_trainer.config.state import read_state
+from tui_trainer.session.boot import BOOT_LOG, last_words
 from tui_trainer.session.local import connect_unix
 from tui_trainer.session.stream import NotYet, RunGone, Stream, Unreachable
 
-BOOT_LOG = "boot.log"
-"""Holds what the run process prints before it takes its output over, and what kills it."""
-_READ_BYTES = 64_000
-_TAIL_CHARACTERS = 4_000
-_FATAL = re.compile(r"^Fatal Python error: .+$", re.MULTILINE)
-_FRAME = re.compile(r'^  File "(.+)", line (\d+) in ', re.MULTILINE)
 _MEMORY = (
     "if nobody did that, memory ran out and the kernel did (dmesg says so): try a smaller batch, "
     "a smaller model or fewer workers"
@@ -56,13 +50,7 @@ class Launched:
 
     def last_words(self) -> str:
         """The end of what the process printed, for people; "" when it printed nothing."""
-        try:
-            with open(Path(self.spec.directory) / BOOT_LOG, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _READ_BYTES))
-                printed = file.read().decode("utf-8", "replace").strip()
-        except OSError as fault:
-            return f"cannot read {BOOT_LOG}: {fault.strerror}"
-        return _fatal(printed) or printed[-_TAIL_CHARACTERS:]
+        return last_words(self.spec.directory)
 
 
 def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched:
@@ -86,16 +74,6 @@ def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched
     finally:
         os.close(log)
     return Launched(spec, process)
-
-
-def _fatal(printed: str) -> str:
-    """What killed the interpreter and where, of the pages that faulthandler prints; "" for none."""
-    fatal = _FATAL.search(printed)
-    if fatal is None:
-        return ""
-    # Of several threads it is the current one that died; its newest frame comes first.
-    frame = _FRAME.search(printed, max(fatal.end(), printed.find("Current thread")))
-    return fatal[0] + (f" ({os.path.basename(frame[1])}, line {frame[2]})" if frame else "")
 
 
 def _ending(status: int) -> str:

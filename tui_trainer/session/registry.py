@@ -18,6 +18,7 @@ from tui_trainer.config.state import (
     this_place,
 )
 from tui_trainer.protocol.text import harmless, harmless_all
+from tui_trainer.session.boot import fatal_words
 from tui_trainer.session.trust import RunError, answers, check_directory
 
 STARTING_S = 30.0
@@ -104,6 +105,8 @@ def look_at(directory: Path) -> Run | None:
     said = read_state(directory)
     if said is not None:
         state, note = judge(said)
+        if state == "crashed" and not said.ended and (fatal := fatal_words(directory)):
+            note = f"it died: {fatal}"
         return Run(directory.name, directory, state, harmless_all(said), harmless(note))
     try:
         made = (directory / SPEC_FILE).stat().st_mtime
@@ -120,7 +123,9 @@ def look_at(directory: Path) -> Run | None:
     )
     if 0 <= time.time() - made < STARTING_S:
         return Run(directory.name, directory, "live", said, "starting")
-    return Run(directory.name, directory, "crashed", said, "it ended before its first word")
+    fatal = fatal_words(directory)
+    note = f"it died: {fatal}" if fatal else "it ended before its first word"
+    return Run(directory.name, directory, "crashed", said, harmless(note))
 
 
 def may_live(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from cyclopts import Parameter
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, one_message
 from tui_trainer.config.spec import LOG_FILE
-from tui_trainer.session.launch import BOOT_LOG
+from tui_trainer.session.boot import BOOT_LOG, fatal_pages
 from tui_trainer.session.registry import Run, look_at
 
 LOOK_EVERY_S = 0.2
@@ -36,18 +37,43 @@ def logs(
     """what a run printed; -f follows it"""
     with one_message():
         found = chosen(run, runs_dir, live=False)
-    path = _log_of(found)
-    if path is None and not (follow and found.live):
+    printed = Printed(found)
+    while follow and _still_there(found):
+        printed.go_on()
+        time.sleep(LOOK_EVERY_S)
+    printed.go_on()
+    if not _still_there(found):
+        printed.say_fatal_end()
+    if printed.path is None and not (follow and found.live):
         raise CommandError(
             f"{found.name} has printed nothing", f"its directory is {found.directory}"
         )
-    position = _copy(path, 0) if path else 0
-    while follow and _still_there(found):
-        time.sleep(LOOK_EVERY_S)
-        position = _copy(path, position) if (path := _log_of(found)) else 0
-    if path is not None:
-        _copy(path, position)
     return 0
+
+
+class Printed:
+    """What of a run's output was copied so far."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.path: Path | None = None
+        self._position = 0
+
+    def go_on(self) -> None:
+        """Copy what has come since."""
+        path = _log_of(self._run)
+        if path is None:
+            return
+        if path != self.path:  # the run has begun its log
+            self.path, self._position = path, 0
+        self._position = _copy(path, self._position)
+
+    def say_fatal_end(self) -> None:
+        """What killed the process cannot be in its own log any more."""
+        pages = fatal_pages(self._run.directory).encode()
+        if pages and self.path is not None and self.path.name == LOG_FILE:
+            _write(pages)
+            sys.stdout.flush()
 
 
 def _log_of(run: Run) -> Path | None:
@@ -66,16 +92,21 @@ def _still_there(run: Run) -> bool:
 
 def _copy(path: Path, position: int) -> int:
     """Print what follows `position`; returns where it ends now."""
-    terminal = sys.stdout.isatty()
     with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) < position:
+            position = 0  # another file: the run's directory was removed and made again
         file.seek(position)
         while block := file.read(_BLOCK):
             if block.endswith(b"\xc2"):  # with what follows it may be a control character
                 block += file.read(1)
-            sys.stdout.buffer.write(_harmless(block) if terminal else block)
+            _write(block)
             position += len(block)
     sys.stdout.flush()
     return position
+
+
+def _write(block: bytes) -> None:
+    sys.stdout.buffer.write(_harmless(block) if sys.stdout.isatty() else block)
 
 
 def _harmless(block: bytes) -> bytes:
