@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.panels.ages import stretched
 from tui_trainer.ui.panels.attention_statistics import STATISTICS
 
 PHASES = (
@@ -28,10 +30,23 @@ QUANTITIES = (
     ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, above 1e-2 too fast"),
     ("weight norm", "‖w‖₂; without weight decay it mostly grows"),
     ("non-finite", "NaN or infinity: usually a step too large, or a number too big for its type"),
-    ("own cost", "what watching costs the training thread, as a share of its step time"),
+    (
+        "own cost",
+        "time that our code takes on the training thread, by its own clock, as a share of all its "
+        "time. Not in it: caches that it empties, threads it wakes, what the viewer and other "
+        "processes take of the machine",
+    ),
 )
 
 ATTENTION = tuple((each.title, f"{each.means}. Healthy: {each.healthy}") for each in STATISTICS)
+
+
+def cadences(info: RunInfo | None) -> tuple[tuple[str, str], ...]:
+    """What is measured less often now than it naturally is, to stay within the run's budget."""
+    if info is None:
+        return ()
+    nothing = ("nothing", "each quantity is measured as often as it naturally is")
+    return tuple(stretched(info)) or (nothing,)
 
 
 def signs(glyphs: Glyphs) -> tuple[tuple[str, str], ...]:

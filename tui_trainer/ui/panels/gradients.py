@@ -15,6 +15,7 @@ from textual import events
 from tui_trainer.protocol.describe import Table
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.ages import ago
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,
@@ -258,8 +259,7 @@ class GradientsPanel(VirtualTable):
 
 def _age(behind: int, every: int) -> str:
     """How old the values are, and, where that is so by design, how often they are measured."""
-    ago = f"{behind:,} step{'' if behind == 1 else 's'} ago"
-    return f"{ago}, every {every:,}" if every > 1 else ago
+    return f"{ago(behind)}, every {every:,}" if every > 1 else ago(behind)
 
 
 def _named(panel: GradientsPanel, row: int, branch: bool) -> Style:

@@ -16,6 +16,10 @@ from tui_trainer.ui.widgets.lines import Row
 
 if TYPE_CHECKING:
     from tui_trainer.ui.app import TuiTrainerApp
+WIDE = 120
+"""Columns from which the budget stands beside an own cost that exceeds it."""
+OVER = 1.1
+"""Times the budget: less is no excess, but the swing of a cost that is kept at it."""
 
 
 class HeaderLine(Panel):
@@ -38,9 +42,10 @@ class HeaderLine(Panel):
         said = len(about) + 2 if about else 0
         name = self._run_name(left - min(said, 24))
         left -= len(name)
-        facts = self._facts(left - max(said, 2))
-        about = f.shorten(about, max(0, left - len(facts) - 2), self.glyphs.ellipsis)
-        gap = max(1, left - len(facts) - len(about))
+        facts = self._facts(left - max(said, 2), size.width >= WIDE)
+        used = sum(len(segment.text) for segment in facts)
+        about = f.shorten(about, max(0, left - used - 2), self.glyphs.ellipsis)
+        gap = max(1, left - used - len(about))
         return [
             [
                 Segment(f" {title}", palette.strong),
@@ -49,7 +54,7 @@ class HeaderLine(Panel):
                 Segment(state, style),
                 Segment(f" {about}", palette.text),
                 Segment(" " * (gap - 1), palette.text),
-                Segment(facts, palette.dim),
+                *facts,
                 Segment(f"{link} ", link_style),
             ]
         ]
@@ -126,10 +131,11 @@ class HeaderLine(Panel):
             return link.state
         return "in control" if status.controller == link.viewer_id else "watching"
 
-    def _facts(self, room: int) -> str:
+    def _facts(self, room: int, wide: bool) -> Row:
         """Device, memory and own cost, as many as fit: those that matter least go first."""
         info, dot = self.snapshot.info, f" {self.glyphs.separator} "
         facts: list[tuple[int, str]] = []
+        style = self.palette.dim
         if info and info.device:
             device = info.device
             facts.append((3, device.kind))
@@ -138,11 +144,19 @@ class HeaderLine(Panel):
                 facts.append((4, f"{device.threads} thread{'' if device.threads == 1 else 's'}"))
         if (memory := self._memory()) is not None:
             facts.append((1, f.bytes_(memory, 0)))
-        if self.snapshot.status.cost_share is not None:
-            facts.append((0, f"own cost {f.percent(self.snapshot.status.cost_share, 0, 2)}"))
+        if (share := self.snapshot.status.cost_share) is not None:
+            cost, budget = f"own cost {f.percent(share, 0, 2)}", info.budget if info else 0.0
+            if 0 < budget * OVER < share:
+                style = self.palette.warning
+                cost += f" of {100 * budget:.3g}%" if wide else ""
+            facts.append((0, cost))
         while facts and len(dot.join(text for _, text in facts)) + len(dot) > room:
             facts.remove(max(facts))
-        return "".join(f"{text}{dot}" for _, text in facts)
+        row: Row = []
+        for place, text in facts:
+            row.append(Segment(text, self.palette.dim if place else style))
+            row.append(Segment(dot, self.palette.dim))
+        return row
 
 
 class ProgressLine(Panel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.key_map import Group
 from tui_trainer.ui.panels import explanations
@@ -25,8 +26,8 @@ class Block:
     style: str = "accent"
 
 
-def blocks(groups: Sequence[Group], glyphs: Glyphs) -> list[Block]:
-    """All of the help, keys first."""
+def blocks(groups: Sequence[Group], glyphs: Glyphs, info: RunInfo | None = None) -> list[Block]:
+    """All of the help, keys first. `info`: of the run whose stretched cadences are listed."""
     keys = [
         Block(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))
         for group in groups
@@ -35,6 +36,7 @@ def blocks(groups: Sequence[Group], glyphs: Glyphs) -> list[Block]:
         *keys,
         Block("The phases of a step", explanations.PHASES, "strong"),
         Block("What is measured", explanations.QUANTITIES, "strong"),
+        Block("Stretched now, for the budget", explanations.cadences(info), "strong"),
         Block("Attention: Wq, Wk, Wv of every layer", explanations.ATTENTION, "strong"),
         Block("Signs", explanations.signs(glyphs), "strong"),
     ]
@@ -86,7 +88,7 @@ class HelpView(LinesView):
     def _block(self, block: Block, width: int) -> list[Line]:
         rule = self.glyphs.rule * max(0, width - len(block.title) - 1)
         rows: list[Line] = [[(block.title, "title"), (f" {rule}", "faint")]]
-        left = min(max((len(name) for name, _ in block.entries), default=0) + 2, 18)
+        left = min(max((len(name) for name, _ in block.entries), default=0) + 2, 20)
         for name, text in block.entries:
             for place, part in enumerate(wrap(text, max(10, width - left))):
                 head = name if place == 0 else ""

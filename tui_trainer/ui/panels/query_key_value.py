@@ -14,6 +14,7 @@ from tui_trainer.history.layers import place_of
 from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
+from tui_trainer.ui.panels.ages import age_of
 from tui_trainer.ui.panels.attention_values import LayerValues, NewestValues
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
@@ -93,7 +94,8 @@ class LayersTable(VirtualTable):
         layers = len(self.order)
         if layers:
             items.append(("", f"{layers:,} layer{'' if layers == 1 else 's'}", palette.dim))
-        return [title_row(self, width, "Attention", items)]
+        histories = self.snapshot.history.of_every_optimizer(tables.ATTENTION)
+        return [title_row(self, width, "Attention", items, age_of(self.snapshot, histories))]
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
         """One layer."""

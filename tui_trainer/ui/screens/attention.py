@@ -14,6 +14,7 @@ from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import AttentionInfo
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
+from tui_trainer.ui.panels.ages import age_of
 from tui_trainer.ui.panels.attention_heads import HeadsTable
 from tui_trainer.ui.panels.attention_statistics import STATISTICS, Statistic, why_nothing
 from tui_trainer.ui.panels.attention_table import StatisticTable
@@ -116,6 +117,7 @@ class AttentionScreen(DetailScreen):
             if self._laid_out != (len(snapshot.info.attention), self.size):
                 self._lay_out()
             self.by_layer.show(snapshot)
+            self._say_healthy()
             self._show_layer()
 
     def _show_layer(self) -> None:
@@ -134,7 +136,10 @@ class AttentionScreen(DetailScreen):
             pieces.append((f"{layer.head_dim} wide", "dim"))
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
-        self.query_one("#layer", Caption).say(piece for piece in pieces if piece[0])
+        age = age_of(snapshot, snapshot.history.of_every_optimizer(tables.ATTENTION_HEADS))
+        aged = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
+        said = [piece for piece in pieces if piece[0]]
+        self.query_one("#layer", Caption).say(said, aged, yielding=True)
         self.query_one(HeadsTable).show_layer(snapshot, layer, _why_no_heads(snapshot, layer))
         self._show_charts(snapshot, layer)
 
@@ -171,7 +176,14 @@ class AttentionScreen(DetailScreen):
         statistic = self.statistic
         self.query_one(ScrollingTabs).choose(self._chosen)
         self.query_one("#means", Caption).say([(statistic.means, "text")])
-        self.query_one("#healthy", Caption).say([("healthy", "good"), (statistic.healthy, "dim")])
+        self._say_healthy()
+
+    def _say_healthy(self) -> None:
+        """What is healthy, and of when the values are."""
+        statistic, snapshot = self.statistic, self.trainer.snapshot
+        age = age_of(snapshot, snapshot.history.of_every_optimizer(statistic.table))
+        pieces = [("healthy", "good"), (statistic.healthy, "dim")]
+        self.query_one("#healthy", Caption).say(pieces, age)
 
     # ------------------------------------------------------------ actions
 

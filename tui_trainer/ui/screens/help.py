@@ -11,6 +11,7 @@ from textual.widget import Widget
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.key_map import key_groups
+from tui_trainer.ui.panels.explanations import cadences
 from tui_trainer.ui.panels.help_view import Block, HelpView, blocks
 from tui_trainer.ui.panels.prompt import PromptLine
 from tui_trainer.ui.screens.detail import DetailScreen
@@ -30,6 +31,10 @@ class HelpScreen(DetailScreen):
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._cadences: tuple[tuple[str, str], ...] = ()
+
     def body(self) -> Iterable[Widget]:
         """The text, and the line for the filter."""
         yield HelpView()
@@ -41,10 +46,15 @@ class HelpScreen(DetailScreen):
         self.query_one(HelpView).focus()
 
     def show_body(self, snapshot: Snapshot) -> None:
-        """Nothing here depends on the run."""
+        """Of a run the cadences are shown: anew when one of them has changed."""
+        found = cadences(snapshot.info)
+        if found != self._cadences:
+            self._cadences = found
+            self._show(self.query_one(PromptLine).text("filter"))
 
     def _show(self, text: str) -> None:
-        every = blocks(key_groups(self.app), self.trainer.glyphs)
+        trainer = self.trainer
+        every = blocks(key_groups(self.app), trainer.glyphs, trainer.snapshot.info)
         words = text.casefold().split()
         found = [
             Block(

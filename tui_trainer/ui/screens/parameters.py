@@ -15,6 +15,7 @@ from tui_trainer.protocol import tables
 from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting
 from tui_trainer.ui.controls import CONTROL_BINDINGS
+from tui_trainer.ui.panels.ages import age_of
 from tui_trainer.ui.panels.caption import Caption, Piece
 from tui_trainer.ui.panels.empty import EmptyState, awaited
 from tui_trainer.ui.panels.parameter_table import SORTABLE, ParameterTable
@@ -33,6 +34,12 @@ _CHARTS = (
     (tables.UPDATE_RATIO, "update ratio", "good"),
     (tables.WEIGHT_NORM, "weight norm", "loss"),
 )
+_COLUMNS = (
+    (tables.GRAD_NORM, "grad", "grad norm"),
+    (tables.UPDATE_RATIO, "update", "update"),
+    (tables.WEIGHT_NORM, "weight", "‖w‖"),
+)
+"""Quantities, their columns, and the titles of these."""
 
 
 class ParametersScreen(DetailScreen):
@@ -127,12 +134,23 @@ class ParametersScreen(DetailScreen):
         pieces: list[Piece] = [("Parameters", "title")]
         pieces.append((f"{shown:,} of {count:,}" if shown != count else f"{count:,}", "text"))
         pieces.append((f"{formatting.count(table.elements, 0)} elements", "dim"))
-        by = "the model's order" if table.sorted_by == "order" else _title(table.sorted_by)
-        pieces.append((f"sorted by {by}", "dim"))
+        by = f"by {_title(table.sorted_by)}"
+        pieces.append(("in the model's order" if table.sorted_by == "order" else by, "dim"))
         if table.filter:
             pieces.append((f"filter “{table.filter}”", "accent"))
-        self.query_one("#summary", Caption).say(pieces)
+        self.query_one("#summary", Caption).say(pieces, self._ages())
         table.empty = f"no name has “{table.filter}”: escape clears the filter"
+
+    def _ages(self) -> str:
+        """Of when the columns in sight are that are not of the newest step."""
+        snapshot, table = self.trainer.snapshot, self.table
+        in_sight = {column.key for column in table.visible_columns(table.size.width)[0]}
+        by_age: dict[str, list[str]] = {}
+        for quantity, key, title in _COLUMNS:
+            age = age_of(snapshot, snapshot.history.of_every_optimizer(quantity))
+            if age and key in in_sight:
+                by_age.setdefault(age, []).append(title)
+        return ", ".join(f"{' and '.join(titles)} {age}" for age, titles in by_age.items())
 
     def _show_selected(self) -> None:
         info, row = self.values.info, self.table.current
