@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,12 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.runs.common import RunsDir, duration, one_message
-from tui_trainer.config.spec import SPEC_FILE, read_spec, remove_run
+from tui_trainer.config.spec import SPEC_FILE, find_socket, read_spec, remove_run
 from tui_trainer.session.registry import Run, may_live, resolve
+from tui_trainer.session.trust import answers
+
+LEAVES_WITHIN_S, LOOK_EVERY_S = 20.0, 0.1
+"""A run that has ended lingers for its viewers, and for a disk or a reader that is slow."""
 
 
 def rm(
@@ -58,6 +63,7 @@ def _check(run: Run) -> None:
         ) from fault
     if run.directory.is_symlink():
         raise CommandError(f"{run.directory} is a link to another directory", "remove it by hand")
+    _let_it_leave(run)
     if why := may_live(run):
         raise CommandError(f"{run.name} may still live: {why}", "end it first, where it runs")
     within = [
@@ -68,6 +74,18 @@ def _check(run: Run) -> None:
             f"other runs are kept within {run.directory}, such as {within[0].name}",
             "remove or move those first",
         )
+
+
+def _let_it_leave(run: Run) -> None:
+    """Wait for a run that has told its end and stays a few seconds more, for its viewers."""
+    deadline = time.monotonic() + LEAVES_WITHIN_S
+    said = False
+    while run.said.ended and answers(find_socket(run.directory)) and time.monotonic() < deadline:
+        if not said:
+            text = f"{run.name} has ended and tells its viewers: waiting until it has left"
+            print(text, file=sys.stderr, flush=True)
+            said = True
+        time.sleep(LOOK_EVERY_S)
 
 
 def _refuse_abbreviations(given: tuple[str, ...], found: list[Run]) -> None:
