@@ -211,6 +211,27 @@ def test_rm(runs):
     assert not (runs.directory / "gpt-live").exists()
 
 
+def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
+    process = runs.start("gpt-over", steps=30)
+    run = look_at(runs.directory / "gpt-over")
+    with Conversation.with_run(run, "a viewer that has not fetched the end"):
+        until(lambda: runs.said("gpt-over").ended, "it ends")
+        os.kill(process.pid, signal.SIGSTOP)  # it lingers for as long as we like
+        removing = subprocess.Popen(
+            [sys.executable, "-m", "tui_trainer", "rm", "-y", "gpt-over"],
+            env=runs.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert "gpt-over has ended" in removing.stderr.readline()
+        os.kill(process.pid, signal.SIGCONT)
+    out, err = removing.communicate(timeout=60)
+    assert removing.returncode == 0, err
+    assert out == "removed gpt-over\n"
+
+
 def test_rm_asks_on_a_terminal(runs):
     runs.start("gpt-asked", steps=2)
     until(lambda: runs.said("gpt-asked").ended, "it ends")
