@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import threading
 
 import pytest
 
 from tui_trainer.run.capture import Capture
+from tui_trainer.run.log_file import LogFile
 
 
 class Disk(io.BytesIO):
@@ -19,20 +22,68 @@ class Disk(io.BytesIO):
             raise OSError(28, "No space left on device")
         return super().write(taken)
 
+    def close(self):
+        self.kept = self.getvalue().decode()
+        super().close()
 
-def test_the_log_file_goes_on_when_the_disk_has_room_again():
-    said = []
-    capture = Capture(lambda stream, text: said.append(text))
-    capture._log = disk = Disk()
-    capture._take(1, b"first\n")
+
+def test_the_log_file_goes_on_when_the_disk_has_room_again(tmp_path):
+    disk = Disk()
+    log = LogFile(tmp_path / "log.txt", opened=lambda path: disk)
+    log._append(b"first\n")
     disk.room = 9
     for _ in range(3):
-        capture._take(1, b"middle\n")
+        log._append(b"middle\n")
     disk.room = 1_000
-    capture._take(2, b"last\n")
-    assert said == ["first", "middle", "middle", "middle", "last"]
-    kept = disk.getvalue().decode()
-    assert kept == "first\nmid\n… (18 bytes could not be written)\nlast\n"
+    log._append(b"last\n")
+    assert log.close()
+    assert disk.kept == "first\nmid\n… (3 lines, 18 bytes, could not be written)\nlast\n"
+
+
+def test_a_disk_that_stalls_holds_up_nobody_and_what_is_missing_is_counted(tmp_path):
+    disk, moves = Disk(), threading.Event()
+
+    def opened(path):
+        moves.wait()
+        return disk
+
+    log = LogFile(tmp_path / "log.txt", queue_bytes=100, opened=opened)
+    said = []
+    capture = Capture(lambda stream, text: said.append(text))
+    capture._log = log
+    for number in range(1000):
+        capture._take(1, b"line %03d\n" % number)
+    assert len(said) == 1000
+    moves.set()
+    assert log.close()
+    kept = disk.kept.splitlines()
+    assert kept[:11] == [f"line {number:03}" for number in range(11)]
+    assert kept[11:] == ["", "… (989 lines, 8,901 bytes, could not be written)"]
+
+
+def test_the_log_says_where_it_is_cut(tmp_path):
+    path = tmp_path / "log.txt"
+    log = LogFile(path, limit=20)
+    for _ in range(5):
+        log.write(b"0123456789\n")
+    assert log.close()
+    assert path.read_text() == (
+        "0123456789\n0123456789\n\n… (the log is cut here, at 20 bytes; "
+        "the screen shows what follows)\n"
+    )
+
+
+def test_a_log_that_was_removed_is_begun_again(tmp_path):
+    path = tmp_path / "run" / "log.txt"
+    path.parent.mkdir()
+    log = LogFile(path)
+    log._append(b"before\n")
+    shutil.rmtree(path.parent)
+    log._append(b"meanwhile\n")
+    path.parent.mkdir()
+    log._append(b"after\n")
+    assert log.close()
+    assert path.read_text() == "\n… (1 line, 10 bytes, could not be written)\nafter\n"
 
 
 @pytest.mark.parametrize("held", range(12))

@@ -22,7 +22,7 @@ from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
 from tui_trainer.history.table import TableHistory
 from tui_trainer.protocol.describe import Column, RunInfo, Table
-from tui_trainer.protocol.messages import LogLine, Notice, Status, TextSample
+from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, TextSample
 from tui_trainer.recording.items import Described, Ended, Lost, Rowed, Stepped
 from tui_trainer.recording.store import StoreSink
 
@@ -141,8 +141,6 @@ def test_what_was_said_is_kept(tmp_path):
 
 
 def test_commands_are_found_among_thousands_of_clips(tmp_path):
-    from tui_trainer.protocol.messages import Clip
-
     sink = StoreSink(tmp_path)
     sink.take([Described(INFO), Notice(0, 1, 0.0, "command", "pause", who="me")], Status())
     sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(1, 9000)], Status())
@@ -310,6 +308,30 @@ def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
     rows = RecordedHistory(tmp_path / "later").tables[0].rows
     assert 100 < rows < 200
     assert said[-1] == f"{1000 - rows} rows could not be recorded"
+
+
+def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, monkeypatch):
+    from tui_trainer.recording import store_sayings
+
+    monkeypatch.setattr(store_sayings, "MOST_WAITING_SAYINGS", 100)
+    said, clock = [], Clock()
+    sink = StoreSink(tmp_path / "later", said.append, clock)
+    sink.take([Described(INFO)], Status())
+    sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(90)], Status())
+    sink.take([LogLine(i, 0.0, i, "stdout", "x") for i in range(60)], Status())
+    sink.take([Notice(90 + i, i, 0.0, "command", "pause") for i in range(70)], Status())
+    sink.take([LogLine(60, 0.0, 60, "stdout", "late"), TextSample(0, 1, "To", "be")], Status())
+    sink.take([Clip(160, 160, 0.0, 1.0, 2.0, 0.5)], Status())
+    (tmp_path / "later").mkdir()
+    clock.now += 100
+    sink.take([], Status())
+    assert said[-1] == "91 clips, 1 line, 1 sample could not be recorded"
+    sink.close()
+    moments = Moments(RecordedHistory(tmp_path / "later").store)
+    kept = moments.events(1000, 1000)
+    assert [event.id for event in kept] == list(range(90, 160))
+    assert len(moments.log(1000, 1000)) == 60
+    assert moments.artifacts(1000, 10) == ()
 
 
 def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):

@@ -30,7 +30,8 @@ from tui_trainer.recording.store_told import ToldWriter
 COMMIT_EVERY_S = 0.4
 LONGEST_BACK_OFF_S = 30.0
 MOST_WAITING_BYTES = 64 * 2**20
-"""Rows that wait for a disk that refuses; with more, the newest are given up and counted."""
+"""Rows that wait for a disk that refuses, and again so much of what was said; with more, the newest
+are given up and counted."""
 
 
 class StoreSink:
@@ -99,9 +100,13 @@ class StoreSink:
             return False
         self._next_commit = self._clock() + COMMIT_EVERY_S
         self._back_off = 1.0
-        lost = f"{self._lost:,} rows could not be recorded" if self._lost else ""
-        self._tell("; ".join(text for text in (self._damaged, lost) if text))
+        self._tell("; ".join(text for text in (self._damaged, self._lost_so_far()) if text))
         return True
+
+    def _lost_so_far(self) -> str:
+        counts = [("row", self._lost), *self._sayings.lost.items()]
+        parts = [f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts if count]
+        return f"{', '.join(parts)} could not be recorded" if parts else ""
 
     # ------------------------------------------------------------ taking in
 

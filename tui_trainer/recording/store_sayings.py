@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 
 import msgspec
 
@@ -22,33 +23,60 @@ from tui_trainer.recording.telling import artifact_bytes
 
 MOST_WAITING_SAYINGS = 100_000
 
+Statement = tuple[str, tuple[object, ...]]
 Saying = Clip | NonFinite | Notice | LogLine | TextSample | ImageSample | ConfusionMatrix
 
 
 class SayingsWriter:
-    """Sayings wait here until `write` and, when that was committed, `written`."""
+    """Sayings wait here until `write` and, when that was committed, `written`.
+
+    Where too many wait, clips are given up first, the newest of them, then lines and samples; what
+    somebody did or was told (a `Notice`) and what became non-finite are kept in any case.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._waiting: list[tuple[str, tuple[object, ...]]] = []
+        self._clips: list[tuple[int, Statement]] = []
+        """With what each holds in memory."""
+        self._waiting: list[Statement] = []
         self._bytes = 0
+        self.lost: Counter[str] = Counter()
+        """What there was no room for, by its name for people."""
 
     def add(self, item: Saying) -> bool:
         """Take one; whether there was room."""
-        if self._bytes >= self._most_bytes or len(self._waiting) >= MOST_WAITING_SAYINGS:
-            return False
-        self._bytes += bytes_of(item)
-        self._waiting.append(_statement(item))
+        size = bytes_of(item)
+        must = isinstance(item, Notice | NonFinite)
+        while self._full():
+            if isinstance(item, Clip) or not (self._clips or must):
+                self.lost[_name_of(item)] += 1
+                return False
+            if not self._clips:
+                break
+            self._bytes -= self._clips.pop()[0]
+            self.lost["clip"] += 1
+        self._bytes += size
+        if isinstance(item, Clip):
+            self._clips.append((size, _statement(item)))
+        else:
+            self._waiting.append(_statement(item))
         return True
+
+    def _full(self) -> bool:
+        count = len(self._waiting) + len(self._clips)
+        return self._bytes >= self._most_bytes or count >= MOST_WAITING_SAYINGS
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Add what waits, inside the caller's transaction. Raises sqlite3.Error."""
+        for _, (statement, values) in self._clips:
+            connection.execute(statement, values)
         for statement, values in self._waiting:
             connection.execute(statement, values)
 
     def written(self) -> None:
         """What `write` added was committed."""
         self._waiting.clear()
+        self._clips.clear()
         self._bytes = 0
 
 
@@ -74,7 +102,17 @@ def kind_of(item: Saying) -> int:
             return told.ARTIFACT
 
 
-def _statement(item: Saying) -> tuple[str, tuple[object, ...]]:
+def _name_of(item: Saying) -> str:
+    match item:
+        case Clip():
+            return "clip"
+        case LogLine():
+            return "line"
+        case _:
+            return "sample"
+
+
+def _statement(item: Saying) -> Statement:
     match item:
         case LogLine():
             return (

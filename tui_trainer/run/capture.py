@@ -14,14 +14,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from tui_trainer.run.lines import LineSplitter
+from tui_trainer.run.log_file import LogFile
 
 STREAMS = {1: "stdout", 2: "stderr"}
 READ_BYTES = 1 << 16
-LOG_FILE_BYTES = 256 * 1024 * 1024
-"""The log file stops growing there; what follows is still shown to viewers."""
 
 
 class Capture:
@@ -30,10 +28,7 @@ class Capture:
     def __init__(self, on_line: Callable[[str, str], None], log_file: Path | None = None) -> None:
         self._on_line = on_line
         self._log_path = log_file
-        self._log: IO[bytes] | None = None
-        self._log_bytes = 0
-        self._missing = 0
-        """Bytes that the file lacks since it last took any."""
+        self._log: LogFile | None = None
         self._saved: dict[int, int] = {}
         self._pipes: dict[int, int] = {}
         """Read end to the descriptor that it stands for."""
@@ -44,8 +39,7 @@ class Capture:
     def start(self) -> None:
         """Replace the descriptors."""
         if self._log_path is not None:
-            with contextlib.suppress(OSError):
-                self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115 - closed in stop
+            self._log = LogFile(self._log_path)
         # Before the exchange: a stream opened on a file would seek in what is a pipe then.
         whole_lines()
         _flush()
@@ -94,23 +88,10 @@ class Capture:
             os.close(end)
 
     def _take(self, number: int, data: bytes) -> None:
-        if self._log is not None and data and self._log_bytes < LOG_FILE_BYTES:
-            self._keep(self._log, data)
+        if self._log is not None and data:
+            self._log.write(data)
         for line in self._splitters[number].feed(data):
             self._on_line(STREAMS[number], line)
-
-    def _keep(self, log: IO[bytes], data: bytes) -> None:
-        """Append to the file. A disk that refuses is tried again with every output: viewers get
-        each line meanwhile, and the file says how much of it is missing."""
-        try:
-            if self._missing:
-                log.write(f"\n… ({self._missing:,} bytes could not be written)\n".encode())
-                self._missing = 0
-            written = log.write(data)
-        except OSError:
-            written = 0
-        self._log_bytes += written
-        self._missing += len(data) - written
 
 
 def whole_lines() -> None:
