@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import msgspec
 import pexpect
 import pytest
 
 from tests.runs.starting import last_step, until
+from tui_trainer.cli.runs import checks
+from tui_trainer.cli.runs.checks import LIBRARIES, OPTIONAL
 from tui_trainer.cli.runs.logs import Printed
 from tui_trainer.config.spec import LOG_FILE
 from tui_trainer.config.state import write_state
@@ -312,9 +317,32 @@ def test_doctor(runs):
     done = runs.call("doctor", "--json", timeout=170)
     found = {each["name"]: each for each in json.loads(done.stdout)}
     assert found["torch"]["level"] == "good"
+    for name in (*LIBRARIES, *OPTIONAL, "git", "ssh"):
+        assert name in found, name
     assert found["directory"]["value"].startswith(str(runs.directory))
     assert done.returncode == 0
     runs.directory.chmod(0o777)
     unsafe = runs.call("doctor", timeout=170)
     assert unsafe.returncode == 1
     assert "others can write to" in unsafe.stdout
+
+
+def test_doctor_looks_for_all_that_is_declared():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", each)[0] for each in declared["dependencies"]}
+    assert names - {*LIBRARIES, *OPTIONAL} == {"torch"}  # which is asked in a process of its own
+    for package, (source, _) in OPTIONAL.items():
+        extra = re.search(r"\[(.+)\]", source)
+        brought = declared["optional-dependencies"][extra[1]] if extra else [source]
+        assert re.match(r"[\w-]+", brought[0])[0] == package
+
+
+def test_doctor_tells_what_is_missing_from_what_may_be(monkeypatch):
+    monkeypatch.setattr(checks, "installed", lambda package: "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = {each.name: each for each in [*checks._versions(), *checks._optional()]}
+    assert {found[name].level for name in LIBRARIES} == {"bad"}
+    assert {found[name].level for name in (*OPTIONAL, "git", "ssh")} == {"note"}
+    assert found["pyarrow"].hint == 'pip install "tui-trainer[parquet]"'
+    assert "export --format parquet needs it" in found["pyarrow"].value
+    assert "runs on other machines" in found["ssh"].value

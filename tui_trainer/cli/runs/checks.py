@@ -22,17 +22,28 @@ from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.session.registry import list_runs
 from tui_trainer.session.trust import RunError, check_directory
 
-LIBRARIES = (
-    "textual",
-    "rich",
-    "plotext",
-    "msgspec",
-    "numpy",
-    "safetensors",
-    "pillow",
-    "scikit-learn",
-)
+LIBRARIES = {
+    "cyclopts": "the command line",
+    "textual": "the screens",
+    "rich": "what commands print",
+    "plotext": "charts",
+    "msgspec": "messages, and the files of a run",
+    "numpy": "all figures",
+    "platformdirs": "where runs are kept",
+    "psutil": "memory of the process and the machine",
+    "safetensors": "checkpoints",
+    "pillow": "pictures for the vision transformer",
+    "scikit-learn": "the digits that it learns",
+}
+"""What nothing goes without, by its package's name, and what it is there for."""
+OPTIONAL = {
+    "pyarrow": ('"tui-trainer[parquet]"', "export --format parquet"),
+    "tensorboard": ('"tui-trainer[tensorboard]"', "export --format tensorboard"),
+    "nvidia-ml-py": ("nvidia-ml-py", "torch.cuda.utilization() and its like in a script"),
+}
+"""What much goes without: how it is installed, and what needs it."""
 TORCH_TIMEOUT_S = 120.0
+PROGRAM_TIMEOUT_S = 10.0
 _ASK_TORCH = """
 import json, torch
 found = {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": []}
@@ -62,7 +73,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(runs_dir: Path | None = None) -> list[Finding]:
     """Look at everything; takes as long as importing torch does."""
-    return [*_versions(), *_training(), *_terminal(), *_storage(runs_dir), *_ssh()]
+    return [*_versions(), *_optional(), *_training(), *_terminal(), *_storage(runs_dir)]
 
 
 def _versions() -> Iterator[Finding]:
@@ -71,11 +82,52 @@ def _versions() -> Iterator[Finding]:
     python = f"{platform.python_version()} ({sys.executable})"
     yield Finding(group, "python", "good", python)
     yield Finding(group, "system", "good", platform.platform())
-    for name in LIBRARIES:
-        try:
-            yield Finding(group, name, "good", importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(group, name, "bad", "missing", f"pip install {name}")
+    for name, purpose in LIBRARIES.items():
+        version = installed(name)
+        if version:
+            yield Finding(group, name, "good", f"{version} ({purpose})")
+        else:
+            yield Finding(group, name, "bad", f"missing ({purpose})", f"pip install {name}")
+
+
+def installed(package: str) -> str:
+    """The version of a package; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _optional() -> Iterator[Finding]:
+    group = "Optional"
+    for name, (source, purpose) in OPTIONAL.items():
+        version = installed(name)
+        if version:
+            yield Finding(group, name, "good", f"{version} ({purpose})")
+        else:
+            missing = f"missing: {purpose} needs it"
+            yield Finding(group, name, "note", missing, f"pip install {source}")
+    yield _program("git", "--version", group, "runs note the commit of your code")
+    yield _program("ssh", "-V", group, "attach ssh://host: runs on other machines")
+
+
+def _program(name: str, version: str, group: str, purpose: str) -> Finding:
+    path = shutil.which(name)
+    if path is None:
+        return Finding(group, name, "note", f"missing: {purpose}", f"install {name}")
+    try:
+        asked = subprocess.run(
+            [path, version],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=PROGRAM_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        return Finding(group, name, "warning", f"{path} does not answer: {fault}")
+    said = (asked.stdout or asked.stderr).strip().splitlines() or [path]
+    return Finding(group, name, "good", f"{said[0]} ({purpose})")
 
 
 def _training() -> Iterator[Finding]:
@@ -184,15 +236,3 @@ def _storage(runs_dir: Path | None) -> Iterator[Finding]:
         yield Finding(
             group, "sockets", "note", "the directory's path is long: sockets go elsewhere"
         )
-
-
-def _ssh() -> Iterator[Finding]:
-    group = "Other machines"
-    ssh = shutil.which("ssh")
-    if ssh is None:
-        yield Finding(
-            group, "ssh", "warning", "missing", "attach ssh://host needs OpenSSH's client"
-        )
-        return
-    asked = subprocess.run([ssh, "-V"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    yield Finding(group, "ssh", "good", (asked.stderr or asked.stdout).strip())
