@@ -6,7 +6,8 @@
 nanoGPT's GPU shape in bf16, and GPT-2 124M with and without `torch.compile`, each in three
 processes that take turns (`turns.py`): bare, under `tui-trainer run` without a viewer, and with
 one. Waits are counted with torch.profiler, in turns of their own, in what the bare loop and the
-watched one both do: the row is their difference per step. The memory added is the difference of
+watched one both do, over forty steps, into which with `--budget 0` every cadence falls: the row is
+their difference per step. The memory added is the difference of
 `torch.cuda.max_memory_allocated`; beside it stand the copies of the initial Wq, Wk and Wv that the
 drift from initialisation needs.
 """
@@ -24,14 +25,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from clock import SYNCHRONISES
 from loop import GPTS
-from report import loaded, machine, write_json
-from turns import RUN, Trainee, Way, compare, trainees
+from report import begin, finish, machine, write_json
+from turns import NOTHING_STRETCHED, RUN, SETTLE_S, WARM_S, Trainee, Way, compare, trainees
 
 WAYS = (
     Way("bare"),
     Way("bare again"),
     Way("tui-trainer, no viewer", home=RUN),
     Way("tui-trainer, viewer", home=RUN, viewer=True),
+    Way("natural cadences, no viewer", home=RUN, flags=NOTHING_STRETCHED),
 )
 CASES: dict[str, tuple[str, ...]] = {
     "nanoGPT's GPU shape, bf16": ("--shape", "gpt-gpu", "--dtype", "bf16"),
@@ -52,7 +54,7 @@ def copies_bytes(loop: tuple[str, ...]) -> int:
 
 def waits(trainee: Trainee, steps: int) -> dict[str, float]:
     """Waits for the device per step, by name."""
-    said = trainee.ask(do="profile", steps=steps)
+    said = trainee.ask(600.0, do="profile", steps=steps)
     return {name: said["counts"].get(name, 0) / said["steps"] for name in SYNCHRONISES}
 
 
@@ -61,7 +63,9 @@ def measure(loop: tuple[str, ...], options: argparse.Namespace) -> list[dict[str
     rows = []
     with trainees(WAYS, loop) as started:
         bare, *others = started
-        found = compare(bare, others, options.rounds, options.seconds, options.warm, 0)
+        found = compare(
+            bare, others, options.rounds, options.seconds, options.warm, 0, options.settle
+        )
         figures = {name: one.figures() for name, one in found.items()}
         memory = {each.way.name: each.ask(do="memory")["peak_bytes"] for each in started}
         counted = {each.way.name: waits(each, options.profiled) for each in started}
@@ -88,7 +92,7 @@ def tell(case: str, rows: list[dict[str, Any]]) -> None:
         ratio = (
             f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if "ratio" in row else ""
         )
-        text = f"{case:28}{row['way']:24}{row['step_ms']:9.2f}  {ratio:26}"
+        text = f"{case:28}{row['way']:28}{row['step_ms']:9.2f}  {ratio:26}"
         cuda = {k: v for k, v in row["waits_added_per_step"].items() if not k.startswith("aten")}
         items = row["waits_added_per_step"]["aten::_local_scalar_dense"]
         text += f"{sum(cuda.values()):9.2f}{items:9.2f}"
@@ -103,24 +107,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    parser.add_argument("--warm", type=float, default=0.5, help="seconds first, not counted")
-    parser.add_argument("--profiled", type=int, default=10, help="steps under the profiler")
+    parser.add_argument("--warm", type=float, default=WARM_S, help="seconds first, not counted")
+    parser.add_argument("--profiled", type=int, default=40, help="steps under the profiler")
+    parser.add_argument("--settle", type=float, default=SETTLE_S, help="s before the first pair")
     parser.add_argument("--cases", nargs="+", help="parts of their names; default: all")
     parser.add_argument("--batch", type=int, help="examples per step, where memory is small")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing is measured (--dry tries the logic on the CPU)")
+        said = "no CUDA GPU here: nothing is measured (--dry tries the logic on the CPU)"
+        print(said)
+        write_json(options.json, {"machine": machine(), "not_measured": said})
         return
     cases, device = (DRY, "cpu") if options.dry else (CASES, "cuda")
     if options.dry:
-        options.rounds, options.seconds, options.warm = 1, 0.3, 0.1
+        options.rounds, options.seconds, options.warm, options.settle = 1, 2.0, 0.3, 1.0
     card = "no GPU: a dry run, whose figures mean nothing"
     if not options.dry:
         card = torch.cuda.get_device_name()
-    print(machine(), card, loaded(), sep="\n")
-    print(f"{'':28}{'':24}{'ms/step':>9}  {'ratio (quartiles)':26}", end="")
+    begin(card)
+    print(f"{'':28}{'':28}{'ms/step':>9}  {'ratio (quartiles)':26}", end="")
     print(f"{'waits +':>9}{'.item +':>9}{'MB added':>11}{'beyond':>10}")
     found = {}
     batch = ("--batch", str(options.batch)) if options.batch else ()
@@ -129,7 +136,7 @@ def main() -> None:
             continue
         rows = found[case] = measure((*loop, *batch, "--device", device), options)
         tell(case, rows)
-    write_json(options.json, {"machine": machine(), "device": card, "cases": found})
+    finish(options.json, {"device": card, "cases": found})
 
 
 if __name__ == "__main__":

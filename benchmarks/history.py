@@ -6,13 +6,18 @@ python benchmarks/history.py [--steps 10000000] [--series 200] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
 
 from tui_trainer.history import TableHistory
 from tui_trainer.protocol.describe import Column, Table
@@ -95,14 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000_000)
     parser.add_argument("--series", type=int, default=200)
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    begin()
     figures = measure(options.steps, options.series)
     for name, value in figures.items():
         print(f"{name:55} {value:10.3f}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=1)
+    finish(options.json, {"figures": figures})
 
 
 if __name__ == "__main__":

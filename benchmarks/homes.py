@@ -22,6 +22,10 @@ from pathlib import Path
 import numpy as np
 import pexpect
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
+
 from tui_trainer.config.state import read_state
 from tui_trainer.history.store.reader import RecordedHistory
 
@@ -36,7 +40,9 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=400)
     options.add_argument("--threads", help="torch's threads; the task's own choice if not given")
     options.add_argument("--preset", default="light")
+    options.add_argument("--json", type=Path)
     given = options.parse_args()
+    begin()
     command = [sys.executable, "-m", "tui_trainer", "gpt", "--preset", given.preset]
     command += ["--steps", str(given.steps)]
     command += ["--threads", given.threads] if given.threads else []
@@ -48,6 +54,7 @@ def main() -> None:
                 train([*command, *flags, "--name", name], directory, name)
                 measured[home].append(steps_of(Path(directory) / name))
     show(measured, given)
+    finish(given.json, {"median_mean_p95_ms": measured})
 
 
 def train(command: list[str], directory: str, name: str) -> None:
@@ -92,10 +99,8 @@ def steps_of(run: Path) -> tuple[float, float, float]:
 
 
 def show(measured: dict[str, list[tuple[float, float, float]]], given: argparse.Namespace) -> None:
-    load = os.getloadavg()[0]
     threads = given.threads or "the task's own"
     print(f"gpt {given.preset}, {given.steps} steps, {threads} threads, {given.rounds} rounds")
-    print(f"{os.cpu_count()} cores, load at the end {load:.1f}")
     print(f"{'':14}{'median':>10}{'mean':>10}{'95 %':>10}   ms a step; each round's median")
     for home, rounds in measured.items():
         middle = [statistics.median(each) for each in zip(*rounds, strict=True)]

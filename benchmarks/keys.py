@@ -1,17 +1,20 @@
 """From a key to what it does on the screen, while training at full speed.
 
-    python -m benchmarks.keys [--presses 160] [--json FILE]
+    python -m benchmarks.keys [--presses 100] [--json FILE]
 
 The real command in a real pseudo-terminal of 120×40 over nanoGPT's CPU shape, an emulator (pyte)
-behind it. Keys come at random moments. Timed is from writing the key to the arrival of the bytes
-that change what the key is about: the caption of the selected parameter, the column sorted by, the
-screen in front, `paused` in the header. Drawing by the emulator is not in it.
+behind it. Keys come at random moments, so many of each kind. Timed is from writing the key to the
+arrival of the bytes that change what the key is about: the row under the cursor, the caption of the
+selected parameter (whose charts come in the same piece of output), the column sorted by, the screen
+in front, `paused` in the header. Drawing by the emulator is not in it. A pause waits for the end of
+the running phase: how long the longest phase takes stands beside it. Takes about four minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import queue
 import random
@@ -31,7 +34,7 @@ import pyte
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import kill_all_of
-from report import loaded, machine, write_json
+from report import begin, finish
 
 from tui_trainer.protocol import PHASES, tables
 from tui_trainer.session.live import LiveSession
@@ -84,68 +87,90 @@ class Screen:
                 raise TimeoutError(f"never saw {text!r}:\n" + "\n".join(self.lines()))
             self.take(0.2)
 
-    def react(self, key: str, about: Callable[[list[str]], str]) -> float:
-        """Milliseconds from the key until what it is about changes; NaN when it never did."""
+    def react(self, key: str, abouts: dict[str, About]) -> dict[str, float]:
+        """Milliseconds from the key until each thing that it is about changes; NaN when it never
+        did."""
         self.rest(0.0)
-        before = about(self.lines())
+        before = {name: about(self) for name, about in abouts.items()}
+        found: dict[str, float] = {}
         pressed = time.perf_counter()
         self.child.send(key)
-        while time.perf_counter() < pressed + GIVE_UP_S:
+        while len(found) < len(abouts) and time.perf_counter() < pressed + GIVE_UP_S:
             when = self.take(0.2)
-            if when is not None and about(self.lines()) != before:
-                return 1e3 * (when - pressed)
-        return float("nan")
+            if when is not None:
+                for name, about in abouts.items():
+                    if name not in found and about(self) != before[name]:
+                        found[name] = 1e3 * (when - pressed)
+        return {name: found.get(name, math.nan) for name in abouts}
 
 
-def selected(lines: list[str]) -> str:
+About = Callable[[Screen], object]
+
+
+def under_cursor(screen: Screen) -> object:
+    """The background of a cell of each line: that of the row under the cursor is another."""
+    return tuple(screen.pyte.buffer[line][CURSOR_COLUMN].bg for line in range(screen.pyte.lines))
+
+
+def selected(screen: Screen) -> str:
     """The caption of the selected parameter."""
-    return next((line for line in lines if "updated by" in line), "")
+    return next((line for line in screen.lines() if "updated by" in line), "")
 
 
-def sorted_by(lines: list[str]) -> str:
+def sorted_by(screen: Screen) -> str:
     """The column that the table is sorted by."""
+    lines = screen.lines()
     return next((line.partition("sorted by")[2] for line in lines if "sorted by" in line), "")
 
 
-def in_front(lines: list[str]) -> str:
+def in_front(screen: Screen) -> bool:
     """Whether the parameters' screen is in front."""
-    return str(bool(selected(lines)))
+    return bool(selected(screen))
 
 
-def paused(lines: list[str]) -> str:
+def paused(screen: Screen) -> bool:
     """Whether the header says `paused`."""
-    return str(any("paused" in line for line in lines[:2]))
+    return any("paused" in line for line in screen.lines()[:2])
 
 
 DOWN, UP = "\x1b[B", "\x1b[A"
+CURSOR_COLUMN = 10
+"""Within the table."""
+PAUSE = "pause, to `paused` (space)"
 
 
 def measure(screen: Screen, presses: int) -> dict[str, list[float]]:
-    """Milliseconds of every key, by kind."""
+    """Milliseconds of every key, by kind; `presses` of each kind."""
     randomly = random.Random(0)
     found: dict[str, list[float]] = {}
 
-    def press(kind: str, key: str, about: Callable[[list[str]], str]) -> None:
+    def press(key: str, abouts: dict[str, About]) -> None:
         screen.rest(0.1 + 0.3 * randomly.random())
-        found.setdefault(kind, []).append(screen.react(key, about))
+        for kind, took in screen.react(key, abouts).items():
+            found.setdefault(kind, []).append(took)
 
     screen.child.send("3")
     screen.wait_for("sorted by")
-    for number in range(presses // 4):
-        press("cursor (up, down)", DOWN if number % 20 < 10 else UP, selected)
-    for _ in range(presses // 4):
-        press("sort (o)", "o", sorted_by)
-    for number in range(presses // 4):
-        press("screen (1, 3)", "13"[number % 2], in_front)
+    cursor: dict[str, About] = {
+        "cursor, to its row (up, down)": under_cursor,
+        "cursor, to caption and charts": selected,
+    }
+    for number in range(presses):
+        press(DOWN if number % 20 < 10 else UP, cursor)
+    for _ in range(presses):
+        press("o", {"sort (o)": sorted_by})
+    for number in range(presses):
+        press("13"[number % 2], {"screen (1, 3)": in_front})
     screen.child.send("1")
     screen.rest(0.5)
-    for number in range(presses // 4):
-        press("pause (space)" if number % 2 == 0 else "resume (space)", " ", paused)
+    for _ in range(presses):
+        press(" ", {PAUSE: paused})
+        press(" ", {"resume (space)": paused})
     return found
 
 
-def longest_phase_ms(run: Path) -> tuple[str, float]:
-    """The phase that takes longest, and its median milliseconds."""
+def longest_phase(run: Path) -> dict[str, str | float]:
+    """The phase that takes longest, with the median and the 99th percentile of its milliseconds."""
     session = LiveSession(connector(run), read_only=True)
     session.set_rate(20)
     end = time.monotonic() + 30.0
@@ -156,22 +181,24 @@ def longest_phase_ms(run: Path) -> tuple[str, float]:
         time.sleep(0.05)
     else:
         raise TimeoutError("the run told nothing of its phases")
-    time.sleep(0.5)
+    time.sleep(1.0)
     session.poll()
-    _, values = table.tail(200)
+    _, values = table.tail(2000)
     session.close()
-    medians = np.nanmedian(values, axis=0)[: len(PHASES)]
-    return PHASES[int(medians.argmax())], float(medians.max())
+    quantiles = np.nanquantile(values, (0.5, 0.99), axis=0)[:, : len(PHASES)]
+    longest = int(quantiles[1].argmax())
+    median, high = (float(value) for value in quantiles[:, longest])
+    return {"name": PHASES[longest], "median_ms": median, "p99_ms": high, "steps": len(values)}
 
 
 def main() -> None:
     """Print the table; write it as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--presses", type=int, default=160)
+    parser.add_argument("--presses", type=int, default=100, help="of each kind")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.setswitchinterval(0.0005)  # the reader's time stamps must not wait for the emulator
-    print(machine(), loaded(), sep="\n")
+    begin()
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "tui_trainer", "gpt", "--preset", "nanogpt-cpu"]
         command += ["--steps", "1000000", "--eval-every", "1000000", "--sample-every", "0"]
@@ -180,21 +207,23 @@ def main() -> None:
             screen.wait_for("running")
             screen.rest(3.0)
             found = measure(screen, options.presses)
-            phase, phase_ms = longest_phase_ms(Path(folder) / "benchmark")
+            phase = longest_phase(Path(folder) / "benchmark")
         finally:
             kill_all_of(folder)
     figures = {kind: quantiles(times) for kind, times in found.items()}
-    reactions = [t for kind, times in found.items() if "pause" not in kind for t in times]
+    reactions = [t for kind, times in found.items() if kind != PAUSE for t in times]
     figures["all but pause"] = quantiles(reactions)
-    print(f"{'ms':24}{'median':>9}{'p99':>9}{'longest':>9}{'keys':>6}{'unseen':>8}")
+    print(f"{'ms':32}{'median':>9}{'p99':>9}{'longest':>9}{'keys':>6}{'unseen':>8}")
     for kind, one in figures.items():
-        print(
-            f"{kind:24}" + "".join(f"{one[k]:9.1f}" for k in ("median", "p99", "longest")), end=""
-        )
-        print(f"{one['keys']:6}{one['unseen']:8}")
-    print(f"the longest phase is {phase}: {phase_ms:.1f} ms (a pause waits for the running one)")
-    phases = {"longest_phase": phase, "longest_phase_ms": phase_ms}
-    write_json(options.json, {"machine": machine(), "load": loaded(), "ms": figures, **phases})
+        times = "".join(f"{one[k]:9.1f}" for k in ("median", "p99", "longest"))
+        beside = ""
+        if kind == PAUSE:
+            beside = (
+                f"   the longest phase, {phase['name']}: {phase['median_ms']:.1f} in the median, "
+                f"{phase['p99_ms']:.1f} at the 99th percentile"
+            )
+        print(f"{kind:32}{times}{one['keys']:6}{one['unseen']:8}{beside}")
+    finish(options.json, {"ms": figures, "longest_phase": phase})
 
 
 def quantiles(times: list[float]) -> dict[str, float]:

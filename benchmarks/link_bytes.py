@@ -25,6 +25,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
+
 from tui_trainer import __version__
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import encode
@@ -52,7 +56,9 @@ def main() -> None:
         help="hold this speed, with tensors so small that any machine reaches it; what crosses "
         "depends on how many they are, not on their size",
     )
+    options.add_argument("--json", type=Path)
     given = options.parse_args()
+    begin()
     with tempfile.TemporaryDirectory() as directory:
         environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": directory}
         command = [sys.executable, "-m", "tui_trainer"]
@@ -72,11 +78,12 @@ def main() -> None:
             if given.steps_per_second:
                 link.hold(given.steps_per_second)
             link.wait_for_steps(20)
-            measure(link, given.rate, given.seconds, given.ssh)
+            figures = measure(link, given.rate, given.seconds, given.ssh)
         finally:
             if sshd is not None:
                 sshd.stop()
             subprocess.run([*command, "stop", name], env=environment, check=False)
+    finish(given.json, figures)
 
 
 class Link:
@@ -156,8 +163,8 @@ class Link:
             pass
 
 
-def measure(link: Link, rate: float, seconds: float, through_ssh: bool) -> None:
-    """Poll for so long; print what came."""
+def measure(link: Link, rate: float, seconds: float, through_ssh: bool) -> dict[str, float]:
+    """Poll for so long; print what came, and give it in bytes a second."""
     attaching = link.received
     first = link.poll().status.step
     link.forget()
@@ -178,6 +185,9 @@ def measure(link: Link, rate: float, seconds: float, through_ssh: bool) -> None:
     for name, size in link.by_kind.most_common():
         if size / took >= 1:
             print(f"  {size / took:9,.0f} bytes/s  {size / link.received:5.1%}  {name}")
+    figures = {"received": link.received / took, "sent": link.sent / took}
+    figures |= {"compressed": link.compressed / took, "steps_per_second": steps / took}
+    return figures | {name: size / took for name, size in link.by_kind.items()}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import pyte
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import kill_all_of
-from report import loaded, machine, write_json
+from report import begin, finish
 
 from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.schema import StoreFault
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(machine(), loaded(), sep="\n")
+    begin()
     command = [sys.executable, "-m", "tui_trainer"]
     cases = {
         "gpt": [*command, "gpt"],
@@ -119,7 +119,7 @@ def main() -> None:
     print(f"{'seconds':40}{'median':>8}{'least':>8}{'most':>8}")
     for name, one in figures.items():
         print(f"{name:40}{one['median']:8.2f}{one['least']:8.2f}{one['most']:8.2f}")
-    write_json(options.json, {"machine": machine(), "load": loaded(), "seconds": figures})
+    finish(options.json, {"seconds": figures})
 
 
 def spread(times: list[float]) -> dict[str, float]:

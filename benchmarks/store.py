@@ -6,14 +6,18 @@ python benchmarks/store.py [--steps 1000000] [--series 200] [--directory DIR] [-
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
 
 from tui_trainer.history.store import packing
 from tui_trainer.history.store.reader import RecordedHistory
@@ -92,8 +96,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--series", type=int, default=200)
     parser.add_argument("--directory")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    begin()
     figures = packings()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         seconds = write(Path(name), options.steps, options.series)
@@ -105,8 +110,7 @@ def main() -> None:
         figures |= draw(Path(name), options.steps)
     for label, value in figures.items():
         print(f"{label:50} {value:10.3f}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+    finish(options.json, {"figures": figures})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import pty
 import select
@@ -26,6 +25,10 @@ import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
 
 SIZES = ((80, 24), (120, 40), (200, 60))
 SETTLE_S = 6.0
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--steps-per-second", default="25")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    begin()
     results = []
     with tempfile.TemporaryDirectory() as directory:
         environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": directory}
@@ -80,8 +84,9 @@ def main() -> None:
                     )
         finally:
             subprocess.run([*command, "stop", name], env=environment, check=False)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in results], indent=2))
+    if any(not one.bytes_per_second and not one.slow_link for one in results):
+        raise RuntimeError("a screen was sent nothing: it did not show the run")
+    finish(options.json, {"terminals": [asdict(one) for one in results]})
 
 
 def _throttle(runs: str, name: str, rate: float) -> None:

@@ -14,12 +14,18 @@ import argparse
 import cProfile
 import pstats
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tui_trainer.models.gpt import GPT
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import begin, finish
 
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.describe import RunInfo
@@ -52,7 +58,9 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--budget", type=float, default=0.0, help="0: every natural cadence")
     options.add_argument("--profile", action="store_true")
+    options.add_argument("--json", type=Path)
     chosen = options.parse_args()
+    begin()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     model = GPT(vocabulary=65, block_size=64, layers=4, heads=4, width=128)
@@ -79,14 +87,18 @@ def main() -> None:
     time.sleep(0.2)
     table = next(t for t in recorder.info.tables if t.name == "overhead_ms")
     _, values = recorder.history.tables[table.id].tail(10_000)
-    for column, value in zip(table.columns, np.median(values, axis=0), strict=True):
-        print(f"  {column.name:20s} {value:7.4f} ms")
+    medians = np.median(values, axis=0).tolist()
+    costs = {each.name: cost for each, cost in zip(table.columns, medians, strict=True)}
+    for name, cost in costs.items():
+        print(f"  {name:20s} {cost:7.4f} ms")
     print(f"  {'all':20s} {float(np.median(values.sum(axis=1))):7.4f} ms")
     if chosen.profile:
         with tracer, cProfile.Profile() as profile:
             train(model, optimizer, 200)
         pstats.Stats(profile).sort_stats("tottime").print_stats("tui_trainer|built-in", 40)
     recorder.close()
+    ratio = {"ratio": middle, "low": low, "high": high, "pairs": len(ratios)}
+    finish(chosen.json, {"bare_ms": plain, "traced_ms": watched, **ratio, "overhead_ms": costs})
 
 
 if __name__ == "__main__":
