@@ -7,13 +7,15 @@ import time
 from tui_trainer.history import History
 from tui_trainer.protocol import tables
 from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.protocol.messages import PhaseReport, Poll, Rows, Status, Update
-from tui_trainer.recording.telling import Tellings
+from tui_trainer.protocol.messages import LogLine, PhaseReport, Poll, Rows, Status, Update
+from tui_trainer.recording.allowance import Allowance
+from tui_trainer.recording.telling import Tellings, artifact_bytes, event_bytes, line_bytes
 
 EVENTS_AT_ONCE = 2_000
 LOG_LINES_AT_ONCE = 2_000
-LOG_CHARACTERS_AT_ONCE = 1_000_000
-ARTIFACT_BYTES_AT_ONCE = 2_000_000
+SHARE = 4
+"""A quarter of an answer at most each is for events, for what was printed, and for artifacts (one
+of these may be larger); the rest is for rows."""
 MIN_BUDGET_BYTES = 4 * 1024
 MAX_BUDGET_BYTES = 4 * 1024 * 1024
 WATCH_LASTS_S = 10.0
@@ -29,18 +31,21 @@ class Answerer:
         self._told = told
         self._watchers: dict[int, tuple[frozenset[str], float]] = {}
         self._reported: dict[int, PhaseReport] = {}
+        self._allowances: dict[int, Allowance] = {}
         self.watched: frozenset[str] = frozenset()
         self.report: PhaseReport | None = None
 
     def answer(self, poll: Poll, viewer: int, status: Status, info: RunInfo) -> Update:
         """Everything that `viewer` lacks, called under the recorder's lock."""
         self._watch(viewer, frozenset(poll.watch) & TOPICS)
-        events, more_events = self._told.events.since(poll.event, EVENTS_AT_ONCE)
-        log, more_log = self._told.log.since(poll.log, LOG_LINES_AT_ONCE, LOG_CHARACTERS_AT_ONCE)
-        artifacts, more_artifacts = self._told.artifacts.since(
-            poll.artifact, limit=50, weight=ARTIFACT_BYTES_AT_ONCE
-        )
-        rows, more_rows = self._rows(poll)
+        told, budget = self._told, min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
+        share = budget // SHARE
+        events, more_events = told.events.since(poll.event, EVENTS_AT_ONCE, share)
+        log, more_log = self._printed(poll.log, viewer, budget)
+        artifacts, more_artifacts = told.artifacts.since(poll.artifact, limit=50, weight=share)
+        used = sum(map(event_bytes, events)) + sum(map(line_bytes, log))
+        used += sum(map(artifact_bytes, artifacts))
+        rows, more_rows = self._rows(poll, max(budget - used, 2 * share))
         return Update(
             status=status,
             info=None if poll.revision == info.revision else info,
@@ -63,6 +68,7 @@ class Answerer:
     def forget(self, viewer: int) -> None:
         """This viewer has gone."""
         self._reported.pop(viewer, None)
+        self._allowances.pop(viewer, None)
         if self._watchers.pop(viewer, None) is not None:
             self._gather()
 
@@ -86,10 +92,20 @@ class Answerer:
         self._reported[viewer] = report
         return report
 
-    def _rows(self, poll: Poll) -> tuple[tuple[Rows, ...], bool]:
+    def _printed(self, number: int, viewer: int, budget: int) -> tuple[tuple[LogLine, ...], bool]:
+        """Lines from `number` on; where they are more than this viewer is allowed, the newest."""
+        allowance = self._allowances.setdefault(viewer, Allowance(time.monotonic()))
+        journal = self._told.log
+        allowed = max(allowance.at(time.monotonic(), budget), budget // SHARE)
+        found, more = journal.since(
+            journal.within(number, allowed), LOG_LINES_AT_ONCE, budget // SHARE
+        )
+        allowance.spend(sum(map(line_bytes, found)))
+        return found, more
+
+    def _rows(self, poll: Poll, budget: int) -> tuple[tuple[Rows, ...], bool]:
         cursors = []
         for number, held in enumerate(self._history.cursors()):
             given = poll.rows[number] if number < len(poll.rows) else 0
             cursors.append(min(max(given, 0), held))
-        budget = min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
         return self._history.rows_since(cursors, budget)

@@ -65,6 +65,18 @@ class Journal(Generic[T]):
                     break
         return tuple(found), len(found) < all_there
 
+    def within(self, number: int, weight: int) -> int:
+        """The first number, from `number` on, after which all entries together weigh no more than
+        `weight`; the newest entry's at the latest."""
+        place = len(self._entries)
+        first = max(0, number - self._first)
+        while place > first:
+            weight -= self._weigh(self._entries[place - 1])
+            if weight < 0 and place < len(self._entries):
+                break
+            place -= 1
+        return self._first + place if place > first else number
+
     def _trim(self) -> None:
         surplus = max(0, len(self._entries) - self._limit)
         weight = self._weight - sum(map(self._weigh, self._entries[:surplus]))

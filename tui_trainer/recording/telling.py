@@ -26,7 +26,7 @@ from tui_trainer.recording.journal import Journal
 
 EVENTS_KEPT = 20_000
 LOG_LINES_KEPT = 20_000
-LOG_CHARACTERS_KEPT = 8_000_000
+LOG_BYTES_KEPT = 8_000_000
 ARTIFACTS_KEPT = 200
 ARTIFACT_BYTES_KEPT = 32_000_000
 SHARE_PARTS = 4096
@@ -42,6 +42,26 @@ def artifact_bytes(artifact: Artifact) -> int:
             return 4 * (len(artifact.prompt) + len(artifact.text)) + 100
         case ConfusionMatrix():
             return 5 * len(artifact.labels) ** 2 + 40 * len(artifact.labels) + 100
+
+
+def event_bytes(event: Event) -> int:
+    """About how many bytes an event takes on the wire."""
+    match event:
+        case Clip():
+            return 60 + 12 * len(event.parameters)
+        case NonFinite():
+            return 50 + len(event.parameter)
+        case Notice():
+            return 40 + _utf8(event.text) + _utf8(event.who)
+
+
+def line_bytes(line: LogLine) -> int:
+    """About how many bytes a printed line takes on the wire."""
+    return 30 + _utf8(line.text)
+
+
+def _utf8(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 def in_short(record: StepRecord) -> StepRecord:
@@ -66,11 +86,10 @@ class Tellings:
         self.events: Journal[Event] = Journal(
             # A run may clip at every step; what somebody did must not be lost among that.
             EVENTS_KEPT,
+            weigh=event_bytes,
             rare=lambda event: not isinstance(event, Clip),
         )
-        self.log: Journal[LogLine] = Journal(
-            LOG_LINES_KEPT, LOG_CHARACTERS_KEPT, lambda line: len(line.text)
-        )
+        self.log: Journal[LogLine] = Journal(LOG_LINES_KEPT, LOG_BYTES_KEPT, line_bytes)
         self.artifacts: Journal[Artifact] = Journal(
             ARTIFACTS_KEPT, ARTIFACT_BYTES_KEPT, artifact_bytes
         )

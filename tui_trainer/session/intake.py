@@ -107,5 +107,15 @@ def _extend(held: deque[LogLine], new: tuple[LogLine, ...]) -> bool:
     """Add what is newer than what is held; whether there was any."""
     newest = held[-1].id if held else -1
     fresh = [item for item in new if item.id > newest]
-    held.extend(fresh)
+    for line in fresh:
+        if line.id > newest + 1:
+            held.append(_left_out(line, line.id - newest - 1))
+        held.append(line)
+        newest = line.id
     return bool(fresh)
+
+
+def _left_out(before: LogLine, count: int) -> LogLine:
+    """In place of lines that the run did not send: too many were printed, or long ago."""
+    text = f"… {count:,} lines are left out here: tui-trainer logs has them all"
+    return LogLine(before.id - 1, before.time, before.step, before.stream, text)

@@ -33,8 +33,8 @@ from tui_trainer.session.trust import RunError
 LOOK_EVERY_S = 0.05
 MOST_STEPS, DIGITS = 10**12, 20
 """As many steps as a run takes; digits that are read of a number that may be far longer."""
-SMALL = 4 * 1024
-"""Bytes of rows that are wanted with each look."""
+CATCH_UP, SMALL = 256 * 1024, 4 * 1024
+"""Bytes that are wanted with each answer: at first, and with each look."""
 NoWait = Annotated[bool, flag("return as soon as the run has accepted it")]
 
 Reached = Callable[[Status, "list[Event]"], bool]
@@ -113,7 +113,7 @@ def _do(
 
 
 def _catch_up(talk: Conversation) -> None:
-    while talk.poll(SMALL).more:
+    while talk.poll(CATCH_UP).more:
         pass
 
 
