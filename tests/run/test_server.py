@@ -317,3 +317,54 @@ def test_a_forked_child_holds_no_connection_open(rig):
             rig.connect()
         os.close(write_end)
         os.waitpid(child, 0)
+
+
+told_by_the_kernel = pytest.mark.skipif(
+    not hasattr(socket, "SO_PEERCRED"), reason="this system does not say whose a peer is"
+)
+
+
+def speaks_for(monkeypatch, user):
+    """Let every peer's process belong to this user, as the kernel would say it."""
+    asked = socket.socket.getsockopt
+
+    class Stream(socket.socket):
+        def getsockopt(self, level, option, *size):
+            if option == socket.SO_PEERCRED:
+                return struct.pack("3i", 1, user, user)
+            return asked(self, level, option, *size)
+
+    monkeypatch.setattr(socket, "socket", Stream)
+
+
+@told_by_the_kernel
+def test_who_connects_must_be_of_the_same_user(tmp_path, monkeypatch):
+    """Whatever the mode of the socket: another user's process may have been handed it."""
+    speaks_for(monkeypatch, os.getuid() + 12345)
+    rig = Rig(tmp_path / "run.sock")
+    try:
+        stream = rig.connect()
+        with contextlib.suppress(OSError):  # it need not wait for a greeting
+            stream.sendall(encode(Hello(PROTOCOL_VERSION, "0", "me", True)))
+        answer = read_to_viewer(stream.recv)
+        assert isinstance(answer, Refused)
+        assert answer.reason == "this run belongs to another user"
+        with contextlib.suppress(ConnectionResetError):
+            assert stream.recv(1) == b""
+        wait_for(rig.dropped)
+        assert "a connection from another user was refused" in rig.dropped()[0]
+    finally:
+        rig.server.close()
+        rig.recorder.close(5)
+
+
+@told_by_the_kernel
+@pytest.mark.parametrize("user", [0, os.getuid()])
+def test_root_and_the_owner_may_connect(tmp_path, monkeypatch, user):
+    speaks_for(monkeypatch, user)
+    rig = Rig(tmp_path / "run.sock")
+    try:
+        assert rig.alive()
+    finally:
+        rig.server.close()
+        rig.recorder.close(5)
