@@ -150,7 +150,7 @@ def test_no_event_is_lost_however_small_the_answers(recorder, clock):
             break
     assert seen == list(range(1_515))
     assert viewer.answers > 20
-    assert max(viewer.sizes) < 1.25 * 4 * 1024 + 1_000
+    assert max(viewer.sizes) < 1.5 * 4 * 1024 + 1_000
 
 
 def test_rows_come_beside_a_flood(recorder, clock):

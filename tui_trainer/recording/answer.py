@@ -14,8 +14,8 @@ from tui_trainer.recording.telling import Tellings, artifact_bytes, event_bytes,
 EVENTS_AT_ONCE = 2_000
 LOG_LINES_AT_ONCE = 2_000
 SHARE = 4
-"""A quarter of an answer at most each is for events, for what was printed, and for artifacts (one
-of these may be larger); the rest is for rows."""
+"""A quarter of an answer at most each is for what was printed and for artifacts (one of these may
+be larger), and a half for events; the rest is for rows, and half of it at least."""
 MIN_BUDGET_BYTES = 4 * 1024
 MAX_BUDGET_BYTES = 4 * 1024 * 1024
 WATCH_LASTS_S = 10.0
@@ -40,7 +40,7 @@ class Answerer:
         self._watch(viewer, frozenset(poll.watch) & TOPICS)
         told, budget = self._told, min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
         share = budget // SHARE
-        events, more_events = told.events.since(poll.event, EVENTS_AT_ONCE, share)
+        events, more_events = told.events.since(poll.event, EVENTS_AT_ONCE, 2 * share)
         log, more_log = self._printed(poll.log, viewer, budget)
         artifacts, more_artifacts = told.artifacts.since(poll.artifact, limit=50, weight=share)
         used = sum(map(event_bytes, events)) + sum(map(line_bytes, log))

@@ -33,8 +33,8 @@ from tui_trainer.session.trust import RunError
 LOOK_EVERY_S = 0.05
 MOST_STEPS, DIGITS = 10**12, 20
 """As many steps as a run takes; digits that are read of a number that may be far longer."""
-CATCH_UP, SMALL = 256 * 1024, 4 * 1024
-"""Bytes that are wanted with each answer: at first, and with each look."""
+BYTES = 256 * 1024
+"""Wanted with each answer: enough to keep up with what a fast run tells."""
 NoWait = Annotated[bool, flag("return as soon as the run has accepted it")]
 
 Reached = Callable[[Status, "list[Event]"], bool]
@@ -113,7 +113,7 @@ def _do(
 
 
 def _catch_up(talk: Conversation) -> None:
-    while talk.poll(CATCH_UP).more:
+    while talk.poll(BYTES).more:
         pass
 
 
@@ -121,7 +121,7 @@ def _wait(talk: Conversation, reached: Reached, known: int, run: Run) -> Status:
     status = Status()
     while True:
         try:
-            update = talk.poll(SMALL)
+            update = talk.poll(BYTES)
         except RunError:
             if (ended := _end_on_disk(run)) is not None:
                 return ended
@@ -129,7 +129,8 @@ def _wait(talk: Conversation, reached: Reached, known: int, run: Run) -> Status:
         status = update.status
         if not update.more and (status.ended or reached(status, talk.events[known:])):
             return status
-        time.sleep(LOOK_EVERY_S)
+        if not update.more:
+            time.sleep(LOOK_EVERY_S)
 
 
 def _end_on_disk(run: Run) -> Status | None:
