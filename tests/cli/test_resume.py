@@ -78,6 +78,9 @@ def test_going_on_equals_never_having_stopped(place):
     assert list(steps_in(more.stdout)[1]) == [13, 14]
     assert "schedule has another end" in more.stderr
     assert "schedule" not in done.stderr
+    # The parent had gone further than the checkpoint: those steps are made again, which is said.
+    assert "going on from step 7 of whole, which came to step 12" in done.stderr
+    assert "going on from step 12 of rest\n" in more.stderr
 
 
 def test_checkpoints_are_found_as_they_are_written(place):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.run.test_server import Rig, wait_for
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.protocol.describe import Column, ParameterInfo, Table
 from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
 from tui_trainer.protocol.messages import (
     Ack,
@@ -28,6 +28,7 @@ from tui_trainer.protocol.messages import (
     Poll,
     Refused,
     Step,
+    TextSample,
     Throttle,
     Update,
     Welcome,
@@ -277,6 +278,46 @@ def test_half_a_message_and_a_viewer_that_fell_silent(rig, monkeypatch):
     assert rig.recorder.state.controller is None
     for peer in (half, silent):
         peer.stream.close()
+
+
+@pytest.mark.parametrize("cut", [3, 4, -1])
+def test_a_message_that_breaks_off_is_said(rig, cut):
+    frame = encode(Poll())
+    broken = rig.viewer("broken")
+    broken.stream.sendall(frame[:cut])
+    broken.stream.close()
+    length = len(frame[:cut])
+    wait_for(lambda: any(f"after {length} bytes of it" in text for text in rig.dropped()))
+    whole = rig.viewer("whole")
+    whole.stream.sendall(frame)
+    whole.stream.close()
+    wait_for(lambda: rig.recorder.state.viewers == ())
+    assert len(rig.dropped()) == 1
+
+
+def test_what_is_too_large_to_be_sent_is_said(rig, monkeypatch):
+    def limited(message):
+        return encode(message, 20_000)
+
+    monkeypatch.setattr(connections, "encode", limited)
+    rig.recorder.notice("mark", "before it grew")
+    sample = TextSample(0, 1, "prompt", "x" * 30_000)
+    rig.recorder.artifact(sample)
+    with rig.viewer("me") as viewer:
+        first = viewer.ask(Poll())
+        assert (first.artifacts, first.info.name) == ((), "r")
+        names = tuple(f"blocks.{i}.attention.weight" for i in range(1_000))
+        rig.recorder.describe(
+            parameters=tuple(ParameterInfo(name, (4, 4), "float32", 16) for name in names)
+        )
+        for _ in range(3):
+            update = viewer.ask(Poll())
+            assert (update.info, update.rows, update.more) == (None, (), False)
+    said = [e.text for e in update.events if e.kind == "viewer"]
+    assert [text.split(":")[0] for text in said] == ["too large to be sent to me, and left out"] * 2
+    assert "samples" in said[0]
+    assert "description of the run" in said[1]
+    assert any(e.kind == "mark" for e in update.events)
 
 
 def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):

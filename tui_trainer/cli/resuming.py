@@ -52,8 +52,15 @@ def resumed(
             f"{branch.run.name} has made all of its {branch.step:,} steps",
             f"--steps {branch.step * 2} lets it go on",
         )
+    _tell_where(branch)
     _tell_of_another_schedule(parent.configuration, configuration)
     return configuration, branch
+
+
+def _tell_where(branch: Branch) -> None:
+    reached = branch.run.said.step
+    beyond = f", which came to step {reached:,}" if reached > branch.step else ""
+    print(f"going on from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
 
 
 def _tell_of_another_schedule(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:

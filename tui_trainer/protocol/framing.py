@@ -32,6 +32,11 @@ class ProtocolError(Exception):
 class ConnectionClosed(Exception):
     """The stream ended, between two frames or inside one."""
 
+    def __init__(self, left: int = 0) -> None:
+        super().__init__()
+        self.left = left
+        """Bytes of a frame that had begun and did not end."""
+
 
 def encode(message: ToRun | ToViewer, limit: int = MAX_TO_VIEWER_BYTES) -> bytes:
     """One frame. Raises ProtocolError when it would be over `limit` bytes."""
@@ -94,7 +99,7 @@ def _decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
 def _read_payload(read: Callable[[int], bytes], limit: int) -> bytes:
     (length,) = _HEADER.unpack(_read_exactly(read, _HEADER.size))
     _check_length(length, limit)
-    return _read_exactly(read, length)
+    return _read_exactly(read, length, _HEADER.size)
 
 
 def _check_length(length: int, limit: int) -> None:
@@ -102,12 +107,12 @@ def _check_length(length: int, limit: int) -> None:
         raise ProtocolError(f"a frame of {length:,} bytes is over the limit of {limit:,}")
 
 
-def _read_exactly(read: Callable[[int], bytes], length: int) -> bytes:
+def _read_exactly(read: Callable[[int], bytes], length: int, before: int = 0) -> bytes:
     parts: list[bytes] = []
     while length:
         part = read(min(length, 1 << 16))
         if not part:
-            raise ConnectionClosed
+            raise ConnectionClosed(before + sum(map(len, parts)))
         parts.append(part)
         length -= len(part)
     return b"".join(parts)

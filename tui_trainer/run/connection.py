@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from tui_trainer import __version__
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
@@ -60,6 +62,8 @@ class Connection:
         self._run = run
         self._recorder = recorder
         self._control = control
+        self._too_large: set[str] = set()
+        """What was said to be."""
         self.viewer: Viewer | None = None
         self.seen_end = threading.Event()
         """Set once this viewer was sent all there is of a run that has ended."""
@@ -70,7 +74,10 @@ class Connection:
             self._greet()
             while self.viewer is not None:
                 self._answer(self._next())
-        except (ConnectionClosed, ConnectionError):
+        except ConnectionClosed as closed:
+            if closed.left:
+                drop(f"it left in the middle of a message, after {closed.left:,} bytes of it")
+        except ConnectionError:
             pass
         except (ProtocolError, Stuck) as fault:
             drop(str(fault))
@@ -162,13 +169,30 @@ class Connection:
             case Hello():
                 raise ProtocolError("a second greeting")
 
+    def _without_bulk(self, update: Update) -> bytes:
+        """What can be said of an answer that would be over the size of a frame, and a line in the
+        log that the rest cannot."""
+        reduced = msgspec.structs.replace(update, artifacts=(), report=None, more=False)
+        what = "samples and the report of the phase"
+        try:
+            data = encode(reduced)
+        except ProtocolError:  # there may be hundreds of thousands of parameters to describe
+            reduced = msgspec.structs.replace(reduced, info=None, rows=(), cadences=())
+            data, what = encode(reduced), "the description of the run and all that is measured"
+        if what not in self._too_large:
+            self._too_large.add(what)
+            name = self.viewer.name if self.viewer else ""
+            text = f"too large to be sent to {name}, and left out: {what}"
+            self._recorder.notice("viewer", text, "error")
+        return data
+
     def _send(self, message: ToViewer) -> None:
         try:
             data = memoryview(encode(message))
         except ProtocolError:
             if not isinstance(message, Update):
                 raise
-            data = memoryview(encode(_without_bulk(message)))
+            data = memoryview(self._without_bulk(message))
         deadline = time.monotonic() + SEND_TIMEOUT_S
         try:
             while data:
@@ -177,11 +201,6 @@ class Connection:
         except TimeoutError:
             raise Stuck(f"it took nothing for {SEND_TIMEOUT_S:.0f} s") from None
         self._stream.settimeout(None)
-
-
-def _without_bulk(update: Update) -> Update:
-    """What is left to say when an answer would be over the size of a frame."""
-    return Update(status=update.status, report=None, more=False)
 
 
 def owner_is_us(stream: socket.socket) -> bool:
