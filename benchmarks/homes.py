@@ -11,7 +11,6 @@ what the run has stored, without its first steps.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pexpect
 sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
+from report import environment as terminal_environment
 
 from tui_trainer.config.state import read_state
 from tui_trainer.history.store.reader import RecordedHistory
@@ -59,8 +59,7 @@ def main() -> None:
 
 def train(command: list[str], directory: str, name: str) -> None:
     """Until all steps are made; then the screen is left."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    environment |= {"TUI_TRAINER_RUNS_DIR": directory, "TERM": "xterm-256color"}
+    environment = terminal_environment() | {"TUI_TRAINER_RUNS_DIR": directory}
     deadline = time.monotonic() + LONGEST_S
     if "--detach" in command:
         subprocess.run(command, env=environment, check=True, capture_output=True)

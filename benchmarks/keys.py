@@ -34,7 +34,7 @@ import pyte
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import kill_all_of
-from report import begin, finish
+from report import begin, environment, finish
 
 from tui_trainer.protocol import PHASES, tables
 from tui_trainer.session.live import LiveSession
@@ -51,7 +51,7 @@ class Screen:
         self.pyte = pyte.Screen(120, 40)
         self._stream = pyte.ByteStream(self.pyte)
         self._arrived: queue.Queue[tuple[float, bytes]] = queue.Queue()
-        self.child = pexpect.spawn(command[0], command[1:], dimensions=(40, 120))
+        self.child = pexpect.spawn(command[0], command[1:], dimensions=(40, 120), env=environment())
         self.child.delaybeforesend = None  # or every key would be 50 ms late
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -108,8 +108,9 @@ About = Callable[[Screen], object]
 
 
 def under_cursor(screen: Screen) -> object:
-    """The background of a cell of each line: that of the row under the cursor is another."""
-    return tuple(screen.pyte.buffer[line][CURSOR_COLUMN].bg for line in range(screen.pyte.lines))
+    """How a cell of each line looks: that of the row under the cursor has another background."""
+    cells = (screen.pyte.buffer[line][CURSOR_COLUMN] for line in range(screen.pyte.lines))
+    return tuple((cell.bg, cell.reverse) for cell in cells)
 
 
 def selected(screen: Screen) -> str:
@@ -119,8 +120,8 @@ def selected(screen: Screen) -> str:
 
 def sorted_by(screen: Screen) -> str:
     """The column that the table is sorted by."""
-    lines = screen.lines()
-    return next((line.partition("sorted by")[2] for line in lines if "sorted by" in line), "")
+    said = (SORTED_BY.search(line) for line in screen.lines())
+    return next((found[1] for found in said if found), "")
 
 
 def in_front(screen: Screen) -> bool:
@@ -134,6 +135,8 @@ def paused(screen: Screen) -> bool:
 
 
 DOWN, UP = "\x1b[B", "\x1b[A"
+SORTED_BY = re.compile(r"elements  (\S+(?: \S+)*)")
+"""The piece of the table's caption after the number of elements."""
 CURSOR_COLUMN = 10
 """Within the table."""
 PAUSE = "pause, to `paused` (space)"
@@ -150,7 +153,7 @@ def measure(screen: Screen, presses: int) -> dict[str, list[float]]:
             found.setdefault(kind, []).append(took)
 
     screen.child.send("3")
-    screen.wait_for("sorted by")
+    screen.wait_for("elements")
     cursor: dict[str, About] = {
         "cursor, to its row (up, down)": under_cursor,
         "cursor, to caption and charts": selected,

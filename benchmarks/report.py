@@ -18,7 +18,15 @@ import psutil
 BUSY = 0.15
 """Cores used by others from which figures are marked."""
 LOOK_S = 2.0
+TERMINAL = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+"""What the terminals of the benchmarks say of themselves."""
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+def environment() -> dict[str, str]:
+    """For a command on a terminal: ours, whatever the terminal that we are on."""
+    without = ("COLUMNS", "LINES", "NO_COLOR")
+    return {name: value for name, value in os.environ.items() if name not in without} | TERMINAL
 
 
 def machine() -> str:

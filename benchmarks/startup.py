@@ -28,7 +28,7 @@ import pyte
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import kill_all_of
-from report import begin, finish
+from report import begin, environment, finish
 
 from tui_trainer.history.store.database import Store
 from tui_trainer.history.store.schema import StoreFault
@@ -53,7 +53,7 @@ def start(command: list[str]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as folder:
         began, wall = time.perf_counter(), time.time()
         whole = [*command, "--runs-dir", folder, "--name", "benchmark"]
-        child = pexpect.spawn(whole[0], whole[1:], dimensions=(40, 120))
+        child = pexpect.spawn(whole[0], whole[1:], dimensions=(40, 120), env=environment())
         try:
             painted = first_paint(child) - began
             stepped = first_step(child, Path(folder) / "benchmark") - wall

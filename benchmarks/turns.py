@@ -40,6 +40,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import processes_of
+from report import environment as terminal_environment
 
 from tui_trainer.session.live import LiveSession
 from tui_trainer.session.local import connector
@@ -128,8 +129,7 @@ class Trainee:
         self._start(script)
 
     def _start(self, script: list[str]) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor", **self.way.env}
+        environment = terminal_environment() | self.way.env
         log = open(self.folder / "output.txt", "wb")  # noqa: SIM115
         if self.way.home == PLAIN:
             command = [sys.executable, *script]
