@@ -50,8 +50,9 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# What the tables of docs/performance.md are made with, in its order: about half an hour in all, of
-# which slowdown takes twenty minutes, keys four, and each of the others half a minute to two.
+# What the tables of docs/performance.md are made with, in its order: a good half hour in all, of
+# which slowdown takes twenty minutes, keys, terminal_bytes and scale three to four each, the others
+# a minute or so.
 # MEASURED="frames startup" takes those alone. On a quiet machine: every table says so when it was
 # not. RESULTS keeps the figures as JSON.
 RESULTS ?= build/benchmarks
