@@ -274,6 +274,23 @@ def damage(path, seed):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("seed", range(SEEDS // 2))
+def test_damage_of_the_first_page_is_told_in_a_sentence(runs, tmp_path, capsys, seed):
+    """The page by which SQLite knows the rest: all may be there, some, or nothing."""
+    path = runs / "calm" / STORE_FILE
+    random = np.random.default_rng(seed)
+    data = bytearray(path.read_bytes())
+    for place in random.integers(0 if seed % 2 else 100, 4096, 1 + seed):
+        data[place] ^= int(random.integers(1, 256))
+    path.write_bytes(data)
+    said = everything(runs, tmp_path, capsys)
+    for name in ("show", "json"):
+        assert said[name][0] == 0, said[name]
+    assert "finished" in said["show"][1]
+    for name, (status, _, error) in said.items():
+        assert status in (0, FAULT) or error, name
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_corrupt_pages_and_bytes_never_stop_a_reader(runs, tmp_path, capsys, seed):
     damage(runs / "calm" / STORE_FILE, seed)

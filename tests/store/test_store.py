@@ -397,10 +397,8 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
         page = int(random.integers(1, len(data) // 4096)) * 4096
         data[page : page + 4096] = random.bytes(4096)
     path.write_bytes(data)
-    try:
-        history = RecordedHistory(tmp_path)
-    except StoreFault:
-        return
+    history = RecordedHistory(tmp_path)  # its first page is whole, so it opens
+    assert history.tables
     for table in history.tables.values():
         for buckets in (1, 50, 400):
             window = table.window([0], int(steps[0]), int(steps[-1]) + 1, buckets)

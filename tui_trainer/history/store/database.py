@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sqlite3
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from tui_trainer.history.buckets import Steps
 from tui_trainer.history.store import packing, told
 from tui_trainer.history.store.damage import INFO, STATE, STORY, STRETCH, TABLE, Damage
 from tui_trainer.history.store.objects import decode_status
-from tui_trainer.history.store.schema import open_for_reading
+from tui_trainer.history.store.schema import REFUSALS, open_for_reading, reason_of
 from tui_trainer.protocol.describe import RunInfo, Table
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.text import harmless_all
@@ -67,8 +66,8 @@ class Store:
         rows: list[tuple[Any, ...]] = []
         try:
             rows.extend(self.connection.execute(question, values))
-        except (sqlite3.Error, OverflowError) as fault:
-            self.damage.refused(str(fault))
+        except REFUSALS as fault:
+            self.damage.refused(reason_of(fault))
         return rows
 
     def numbers(self, question: str, *values: object) -> list[tuple[Any, ...]]:

@@ -7,6 +7,8 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
+from tui_trainer.protocol.text import printable
+
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1": `file` and other tools tell our databases by it
 SCHEMA_VERSION = 3
@@ -84,8 +86,19 @@ MIGRATIONS = (_VERSION_1, _VERSION_2, _VERSION_3)
 """What makes version n+1 out of version n."""
 
 
+REFUSALS = (sqlite3.Error, UnicodeDecodeError, OverflowError)
+"""What a question raises: the second where the message quotes a damaged name of a table."""
+
+
 class StoreFault(Exception):
     """The store cannot be read, and why, for people."""
+
+
+def reason_of(fault: Exception) -> str:
+    """One of REFUSALS for people, on one line; what it quotes may come from anywhere."""
+    if isinstance(fault, UnicodeDecodeError):
+        return "malformed database schema"
+    return printable(str(fault), 200)
 
 
 def open_for_writing(directory: str | os.PathLike[str]) -> sqlite3.Connection:
@@ -147,8 +160,8 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
         if ended:  # the index of the journal is then kept in memory
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)
-    except sqlite3.Error as fault:
-        raise StoreFault(f"{path} cannot be read: {fault}") from fault
+    except REFUSALS as fault:
+        raise StoreFault(f"{path} cannot be read: {reason_of(fault)}") from fault
     if not 0 < version <= SCHEMA_VERSION:
         connection.close()
         what = "an empty store" if version == 0 else f"a store of a newer version ({version})"
