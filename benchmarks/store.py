@@ -3,7 +3,7 @@
 python benchmarks/store.py [--steps 1000000] [--series 200] [--minutes 15] [--directory DIR]
                            [--json FILE]
 
-The longest run that is promised, 10 million steps of 200 series, takes 9 GB and about ten minutes:
+The longest run that is promised, 10 million steps of 200 series, takes 9 GB and seven minutes:
 python benchmarks/store.py --steps 10000000. Where --minutes or half of the free disk is used up
 before, what was written by then is measured, and the size of the whole is worked out from it.
 """
