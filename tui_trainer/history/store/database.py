@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ class Store:
         """`ended`: nobody writes to it any more. Raises StoreFault."""
         self.connection = open_for_reading(directory, ended)
         self.damage = Damage()
+        self._most_chunks = 0
         self._steps: OrderedDict[tuple[int, int, int], tuple[Steps, Steps]] = OrderedDict()
         self._parts: OrderedDict[tuple[int, int, int, int], Part] = OrderedDict()
         self._cached_bytes = 0
@@ -170,10 +172,14 @@ class Store:
             self.damage.note(STORY, number)
             return []
 
-    def most_chunks(self) -> int:
-        """More chunks than a database of this size can hold."""
-        pages, size = (self.ask(f"PRAGMA {what}") for what in ("page_count", "page_size"))
-        return int(pages[0][0] * size[0][0]) // LEAST_CHUNK_BYTES if pages and size else 0
+    def most_chunks(self, wanted: int = sys.maxsize) -> int:
+        """More chunks than a database of this size can hold; asked anew where `wanted` is more than
+        it could hold when it was last asked."""
+        if wanted >= self._most_chunks:
+            pages, size = (self.ask(f"PRAGMA {what}") for what in ("page_count", "page_size"))
+            known = bool(pages and size)
+            self._most_chunks = pages[0][0] * size[0][0] // LEAST_CHUNK_BYTES if known else 0
+        return self._most_chunks
 
     def forget(self) -> None:
         """Let unpacked chunks go: who reads once from front to back comes to none of them again."""

@@ -56,7 +56,7 @@ class StoredLevel:
         newest = found[0][0] if found else None
         if newest is None:
             return 0
-        if isinstance(newest, int) and 0 <= newest < self._store.most_chunks():
+        if isinstance(newest, int) and 0 <= newest < self._store.most_chunks(newest):
             return int(newest) + 1
         # A damaged number, by which a reader would look for chunks until the end of days.
         self._store.damage.note(STRETCH, (*which, "number"))
