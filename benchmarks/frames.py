@@ -44,7 +44,6 @@ from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
-from tui_trainer.ui.widgets import plot
 
 CASES: dict[str, tuple[int, tuple[int, int]]] = {
     "27 parameters, 120×40": (27, (120, 40)),
@@ -128,8 +127,7 @@ async def _measure(session: FakeSession, frames: int, size: tuple[int, int]) -> 
     with Callbacks() as callbacks:
         async with app.run_test(size=size) as pilot:
             app.count_what_is_sent()
-            while not plot.ready():
-                await pilot.pause(0.01)
+            await app.workers.wait_for_complete()  # what is imported after the first paint
             app.frame()
             await _settle(app)
             longest = {"start, and the dashboard": callbacks.longest_ms}

@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from clock import SYNCHRONISES
 from loop import GPTS
 from report import begin, finish, machine, write_json
-from turns import NOTHING_STRETCHED, RUN, SETTLE_S, WARM_S, Trainee, Way, compare, trainees
+from started import NOTHING_STRETCHED, RUN, Way
+from trainee import Trainee
+from turns import SETTLE_S, WARM_S, compare, trainees
 
 WAYS = (
     Way("bare"),

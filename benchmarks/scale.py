@@ -43,7 +43,6 @@ from tui_trainer.tracing.gate import Gate
 from tui_trainer.tracing.probe import Options
 from tui_trainer.tracing.tracer import Tracer
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.widgets import plot
 
 WIDTH = 8
 ROUND = 40
@@ -197,8 +196,7 @@ async def table_ms(parameters: int, times: int) -> dict[str, float]:
     """CPU milliseconds of one key on the table of all parameters, until it is drawn."""
     app = TuiTrainerApp(fake_large(parameters, 60), frames_per_second=0.01)
     async with app.run_test(size=(120, 40)) as pilot:
-        while not plot.ready():
-            await pilot.pause(0.01)
+        await app.workers.wait_for_complete()  # what is imported after the first paint
         await pilot.press("3")
         await pilot.pause()
         figures = {}

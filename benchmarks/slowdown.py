@@ -27,18 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 from rivals import NEEDS, RIVALS
-from turns import (
-    IN_APP,
-    NOTHING_STRETCHED,
-    RUN,
-    SETTLE_S,
-    TURN_S,
-    WARM_S,
-    Compared,
-    Way,
-    compare,
-    trainees,
-)
+from started import IN_APP, NOTHING_STRETCHED, RUN, Way
+from turns import SETTLE_S, TURN_S, WARM_S, Compared, compare, trainees
 
 SPIN = "10000"
 LEAST_PAIRS = 4

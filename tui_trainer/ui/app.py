@@ -131,18 +131,21 @@ class TuiTrainerApp(CommandingApp):
         self.switch_mode(self._start_mode)
         self.pace.touched(self._now())
         self.set_interval(1 / max(self.link.frames_per_second, TICKS_PER_SECOND), self._tick)
-        self.run_worker(self._load_plot, thread=True, group="load")
+        self.run_worker(self._load_rest, thread=True, group="load")
         if self.session is not None:
             self.attach(self.session)
 
-    def _load_plot(self) -> None:
-        """The plotting library comes after the first paint, off the event loop."""
+    def _load_rest(self) -> None:
+        """The plotting library and the other screens come after the first paint, off the event
+        loop."""
         if not plot.ready():
             plot.load()
+        self.call_from_thread(self.redraw)
+        for place in PLACES:
+            place.load()
         self.call_from_thread(self._loaded)
 
     def _loaded(self) -> None:
-        self.redraw()
         gc.enable()  # whoever has started the app may have put it off until here
         if not self.is_headless:
             # What there is now stays: going through all of it again would hold up a frame now and

@@ -1,10 +1,12 @@
-"""The screens, their keys and where they live: modules are imported when first shown."""
+"""The screens, their keys and where they live; what is not on screen is imported after the first
+paint, or when it is first shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,11 +28,14 @@ class Place:
         """What makes the screen, importing its module only then."""
 
         def make() -> Screen[Any]:
-            module, _, name = self.where.partition(":")
-            made: Screen[Any] = getattr(import_module(f"tui_trainer.ui.screens.{module}"), name)()
+            made: Screen[Any] = getattr(self.load(), self.where.partition(":")[2])()
             return made
 
         return make
+
+    def load(self) -> ModuleType:
+        """Import its module."""
+        return import_module(f"tui_trainer.ui.screens.{self.where.partition(':')[0]}")
 
 
 PLACES = (

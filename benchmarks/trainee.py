@@ -1,0 +1,162 @@
+"""One training that runs when it is told to, and says by its own clock how long its steps took."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from started import RUN_NAME, Started, Way
+
+from tui_trainer.session.live import LiveSession
+from tui_trainer.session.local import connector
+from tui_trainer.ui.pace import EAGER_S, IDLE
+
+START_TIMEOUT_S = 300.0
+"""Until the first step: torch.compile takes its time."""
+BURST_S = 0.05
+"""Bytes that come closer together than this are one frame."""
+LEFT_ALONE_S = min(seconds for seconds, _ in IDLE)
+
+
+@dataclass
+class Turn:
+    """What one turn took."""
+
+    mean_ms: float
+    median_ms: float
+    longest_ms: float
+    steps: int
+    thread_ms: float
+    """CPU of the training thread alone, per step: what other load does to it is not in it."""
+    others_ms: float
+    """CPU of all other threads of the process, per step: OpenMP's, and ours."""
+    seconds: float = 0.0
+    drawn_bytes: int = 0
+    frames: int = 0
+    """Bursts of output to the terminal in the counted part."""
+
+
+class Trainee:
+    """A process with the training (`loop.py --turns`), spoken to over two FIFOs in its folder."""
+
+    def __init__(self, way: Way, loop: Sequence[str], folder: Path) -> None:
+        self.way = way
+        own = folder / way.name.replace(" ", "-").replace("/", "-").replace(",", "")
+        own.mkdir()
+        for name in ("to", "from"):
+            os.mkfifo(own / name)
+        # Opened for both directions, so that opening waits for nobody.
+        self._to = os.open(own / "to", os.O_RDWR)
+        self._from = os.open(own / "from", os.O_RDWR | os.O_NONBLOCK)
+        self._received = b""
+        self._started = Started(way, loop, own)
+
+    @property
+    def folder(self) -> Path:
+        """Its own."""
+        return self._started.folder
+
+    @property
+    def pid(self) -> int:
+        """Of the process that trains."""
+        return self._started.pid
+
+    def wait_until_ready(self) -> None:
+        """Until the first step is made."""
+        self._started.pid = int(self._receive(START_TIMEOUT_S)["pid"])
+        self._started.stop()
+
+    def close(self) -> None:
+        """End it at once: what it has made goes with its folder."""
+        self._started.close()
+        os.close(self._to)
+        os.close(self._from)
+
+    def _send(self, order: dict[str, Any]) -> None:
+        os.write(self._to, json.dumps(order).encode() + b"\n")
+
+    def _receive(self, timeout: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._received:
+            readable, _, _ = select.select([self._from], [], [], 0.2)
+            if readable:
+                self._received += os.read(self._from, 1 << 16)
+            elif time.monotonic() > deadline or self._started.gone():
+                said = self._started.said()
+                raise RuntimeError(f"{self.way.name}: no answer; it said:\n{said}")
+        line, _, self._received = self._received.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, timeout: float = 120.0, **order: Any) -> dict[str, Any]:
+        """Give an order, and its answer; the process runs for so long and no longer."""
+        self._started.go_on()
+        self._send(order)
+        answer = self._receive(timeout)
+        self._started.stop()
+        return answer
+
+    def turn(self, seconds: float, warm: float, threads: int) -> Turn:
+        """Train for so long; at least one step is timed."""
+        alone_at = self._started.touched + LEFT_ALONE_S
+        if self.way.viewer and time.monotonic() + warm + seconds > alone_at:
+            self._started.touch()
+            warm = max(warm, EAGER_S + 0.5)
+        self._started.go_on()
+        self._started.drawn.clear()
+        self._send({"do": "train", "seconds": seconds, "warm": warm, "threads": threads})
+        said = self._receive(120.0)
+        drawn, end = list(self._started.drawn), time.monotonic()
+        self._started.touch()
+        self._started.stop()
+        if not said["steps"]:
+            return self.turn(4 * seconds, warm, threads)
+        mean = 1e3 * said["seconds"] / said["steps"]
+        thread = 1e3 * said["thread_s"] / said["steps"]
+        others = 1e3 * said["process_s"] / said["steps"] - thread
+        counted = [(when, size) for when, size in drawn if when > end - said["seconds"]]
+        return Turn(
+            mean,
+            said["median_ms"],
+            said["longest_ms"],
+            said["steps"],
+            thread,
+            others,
+            said["seconds"],
+            drawn_bytes=sum(size for _, size in counted),
+            frames=bursts(when for when, _ in counted),
+        )
+
+    def cadences(self) -> dict[str, int]:
+        """Every so many steps each table is measured at present, by its name."""
+        self._started.go_on()
+        session = LiveSession(connector(self._started.folder / "runs" / RUN_NAME), read_only=True)
+        try:
+            deadline = time.monotonic() + 20.0
+            while (info := session.poll().info) is None or not info.tables:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.way.name} told nothing of its tables")
+                time.sleep(0.02)
+            return {table.name: table.every for table in info.tables}
+        finally:
+            session.close()
+            self._started.stop()
+
+
+def bursts(moments: Iterable[float]) -> int:
+    """How many there are of them."""
+    count, last = 0, -math.inf
+    for moment in moments:
+        count += moment - last > BURST_S
+        last = moment
+    return count
