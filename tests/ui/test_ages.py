@@ -127,6 +127,7 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
     [
         ((80, 24), 0.0204, "own cost 2.04%"),
         ((120, 40), 0.0204, "own cost 2.04% of 1%"),
+        ((120, 40), 0.0702, "own cost 7.02% of 1%"),
         ((120, 40), 0.0102, "own cost 1.02%"),
         ((120, 40), 0.0072, "own cost 0.72%"),
     ],
@@ -139,5 +140,6 @@ async def test_the_header_warns_of_a_cost_over_the_budget(
         await settle(pilot)
         line = text_of(app).splitlines()[0]
         assert f"{said} ·" in line
-        warned = style_of(app, "own cost") == app.palette.warning.color
-        assert warned == (share > 0.011)
+        shown = style_of(app, "own cost")
+        assert (shown == app.palette.dim.color) == (share < 0.011)
+        assert (shown == app.palette.warning.color) == (share > 0.05)

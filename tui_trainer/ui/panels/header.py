@@ -20,6 +20,9 @@ WIDE = 120
 """Columns from which the budget stands beside an own cost that exceeds it."""
 OVER = 1.1
 """Times the budget: less is no excess, but the swing of a cost that is kept at it."""
+FAR_OVER = 5.0
+"""Times the budget: what deserves a warning colour. Steps of a few milliseconds are always over, and
+nobody wants to look at a warning all day that only says so."""
 
 
 class HeaderLine(Panel):
@@ -147,7 +150,7 @@ class HeaderLine(Panel):
         if (share := self.snapshot.status.cost_share) is not None:
             cost, budget = f"own cost {f.percent(share, 0, 2)}", info.budget if info else 0.0
             if 0 < budget * OVER < share:
-                style = self.palette.warning
+                style = self.palette.warning if share > FAR_OVER * budget else self.palette.text
                 cost += f" of {100 * budget:.3g}%" if wide else ""
             facts.append((0, cost))
         while facts and len(dot.join(text for _, text in facts)) + len(dot) > room:
