@@ -21,8 +21,8 @@ WIDE = 120
 OVER = 1.1
 """Times the budget: less is no excess, but the swing of a cost that is kept at it."""
 FAR_OVER = 5.0
-"""Times the budget: what deserves a warning colour. Steps of a few milliseconds are always over, and
-nobody wants to look at a warning all day that only says so."""
+"""Times the budget: what deserves a warning colour. Steps of a few milliseconds are always over,
+and nobody wants to look at a warning all day that only says so."""
 
 
 class HeaderLine(Panel):
