@@ -46,44 +46,26 @@ def test_own_images_have_a_default_preset_of_their_own():
     assert resolve(gpt, None, {"data": "book.txt"}).preset == "light"
 
 
+def assert_of_nanogpt(config, shape, weight_decay):
+    """What both configurations have in common, and their shapes: context, batch, layers, …"""
+    assert isinstance(config, GptConfig)
+    shapes = (config.block_size, config.batch_size, config.layers, config.heads, config.width)
+    assert (*shapes, config.steps, config.dropout) == shape
+    rates = (config.learning_rate, config.min_learning_rate, config.warmup_steps)
+    assert rates == (1e-3, 1e-4, 100)
+    assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.99, weight_decay)
+    assert (config.optimizer, config.schedule, config.bias) == ("adamw", "cosine", False)
+    assert (config.clip, config.max_norm) == ("norm", 1)
+
+
 def test_nanogpt_cpu_is_that_of_the_readme():
     config = resolve(gpt, "nanogpt-cpu")
-    assert isinstance(config, GptConfig)
-    shape = (config.block_size, config.batch_size, config.layers, config.heads, config.width)
-    assert shape == (64, 12, 4, 4, 128)
-    assert (config.steps, config.dropout, config.bias) == (2000, 0.0, False)
-    assert (config.learning_rate, config.min_learning_rate, config.warmup_steps) == (
-        1e-3,
-        1e-4,
-        100,
-    )
-    assert (config.beta1, config.beta2, config.weight_decay, config.max_norm) == (
-        0.9,
-        0.99,
-        0.01,
-        1,
-    )
-    assert (config.optimizer, config.schedule, config.clip) == ("adamw", "cosine", "norm")
+    assert_of_nanogpt(config, (64, 12, 4, 4, 128, 2000, 0.0), weight_decay=0.01)
 
 
 def test_nanogpt_gpu_is_that_of_the_configuration_file():
     config = resolve(gpt, "nanogpt-gpu")
-    assert isinstance(config, GptConfig)
-    shape = (config.block_size, config.batch_size, config.layers, config.heads, config.width)
-    assert shape == (256, 64, 6, 6, 384)
-    assert (config.steps, config.dropout, config.bias) == (5000, 0.2, False)
-    assert (config.learning_rate, config.min_learning_rate, config.warmup_steps) == (
-        1e-3,
-        1e-4,
-        100,
-    )
-    assert (config.beta1, config.beta2, config.weight_decay, config.max_norm) == (
-        0.9,
-        0.99,
-        0.1,
-        1,
-    )
-    assert (config.optimizer, config.schedule, config.clip) == ("adamw", "cosine", "norm")
+    assert_of_nanogpt(config, (256, 64, 6, 6, 384, 5000, 0.2), weight_decay=0.1)
     assert (config.dtype, config.compile, config.eval_every) == ("bf16", True, 250)
 
 
