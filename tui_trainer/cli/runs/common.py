@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError
+from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.session.registry import Run, list_runs, newest, resolve
 from tui_trainer.session.trust import RunError
 
@@ -48,6 +49,16 @@ def one_message() -> Iterator[None]:
         yield
     except RunError as fault:
         raise CommandError(fault.message, fault.hint) from fault
+
+
+@contextlib.contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """A recording that cannot be opened becomes the one message, with where to look instead."""
+    try:
+        yield
+    except (StoreFault, OSError) as fault:
+        hint = f"tui-trainer show {directory} says what is known"
+        raise CommandError(str(fault), hint) from fault
 
 
 def chosen(run: str | None, runs_dir: Path | None, live: bool = True) -> Run:

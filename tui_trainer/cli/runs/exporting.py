@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
-from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message
+from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message, readable
 from tui_trainer.history.store.reader import RecordedHistory
 from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.session.recorded import open_history
@@ -52,10 +52,8 @@ def export(
     with one_message():
         found = chosen(run, runs_dir, live=False)
     _check_package(format)
-    try:
+    with readable(found.directory):
         history = open_history(found.directory)
-    except (StoreFault, OSError) as fault:
-        raise CommandError(str(fault)) from fault
     try:
         if format == "jsonl":
             _lines(history, output, overwrite)

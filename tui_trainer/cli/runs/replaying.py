@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from tui_trainer.cli.errors import CommandError, UsageError
-from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message
+from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, flag, one_message, readable
 from tui_trainer.cli.showing import why_no_screen
-from tui_trainer.history.store.schema import StoreFault
 from tui_trainer.session.replay import ReplaySession
 
 
@@ -37,12 +36,8 @@ def replay(
 
 def open_recording(directory: Path) -> ReplaySession:
     """The recording of a run. Raises CommandError when there is none."""
-    try:
+    with readable(directory):
         return ReplaySession(directory)
-    except (StoreFault, OSError) as fault:
-        raise CommandError(
-            str(fault), f"tui-trainer show {directory} says what is known"
-        ) from fault
 
 
 class Replayed:

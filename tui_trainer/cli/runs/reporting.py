@@ -10,8 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError, say
-from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, one_message
-from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.cli.runs.common import RunName, RunsDir, chosen, one_message, readable
 from tui_trainer.protocol.describe import RunInfo
 from tui_trainer.session.replay import ReplaySession
 
@@ -37,10 +36,8 @@ def report(
     with one_message():
         found = chosen(run, runs_dir, live=False)
     path = output or Path(f"{found.name}.html")
-    try:
+    with readable(found.directory):
         session = ReplaySession(found.directory)
-    except (StoreFault, OSError) as fault:
-        raise CommandError(str(fault)) from fault
     try:
         snapshot = session.poll()
         info = snapshot.info or RunInfo(found.name, found.said.task)

@@ -164,6 +164,8 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
         raise StoreFault(f"{path} cannot be read: {reason_of(fault)}") from fault
     if not 0 < version <= SCHEMA_VERSION:
         connection.close()
-        what = "an empty store" if version == 0 else f"a store of a newer version ({version})"
-        raise StoreFault(f"{path} is {what}")
+        if version:
+            raise StoreFault(f"{path} is a store of a newer version ({version})")
+        # The moment between the file and its schema: of a run that starts, or was killed in it.
+        raise StoreFault(f"nothing was recorded in {directory}")
     return connection
