@@ -122,6 +122,15 @@ async def test_every_screen_has_the_line_and_shows_the_step(recorded, size):
         assert app.snapshot.status.steps_per_second == pytest.approx(20)
 
 
+async def test_there_is_one_clock_of_frames(recorded):
+    """Textual calls a base's `on_mount` by itself: called from here too, all of it ran twice."""
+    app = ReplayApp(ReplaySession(recorded))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        clocks = [timer for timer in app._timers if timer._callback == app._tick]
+        assert len(clocks) == 1
+
+
 async def test_keys_move_the_cursor(recorded):
     app, replay, _ = opened(recorded)
     async with app.run_test(size=(80, 24)) as pilot:

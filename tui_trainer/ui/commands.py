@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Future
 from functools import partial
 
-from textual.app import App
 from textual.screen import ModalScreen
 from textual.timer import Timer
 
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import TAKEN, Ack, Action, Notice
-from tui_trainer.session.api import Session, Snapshot
+from tui_trainer.session.api import Snapshot
+from tui_trainer.ui.drawing import DrawingApp
 from tui_trainer.ui.screens.dialogs import QuitDialog
 
 SAID_S = 4.0
 """How long the answer to a command stays in the header, in seconds."""
 
 
-class CommandingApp(App[int]):
-    """Base of the app: what it shows is the other half's."""
+class CommandingApp(DrawingApp):
+    """Base of the app: what is on its screens is the app's."""
 
-    session: Session | None = None
-    snapshot: Snapshot
     ends_with_app = False
     """Whether the run is trained by this process, so that leaving ends it."""
     said = ""
     """What the last command did, for a moment."""
     _forget: Timer | None = None
-    _loop: asyncio.AbstractEventLoop | None = None
     _leaving = False
     """The user asked to stop and leave: the app goes when the run has ended."""
 
-    def frame(self) -> None:
-        """Pull, and draw if anything is new."""
-        raise NotImplementedError
-
-    def redraw(self) -> None:
-        """Draw the present picture again, for a change that is not the run's."""
-        raise NotImplementedError
-
     def draw(self, snapshot: Snapshot) -> None:
-        """Draw this picture."""
-        raise NotImplementedError
+        """Hand the picture to the screens that are open, and say what it changes for the user."""
+        self.tell_of_control(snapshot)
+        super().draw(snapshot)
+        if self._leaving and snapshot.status.ended:
+            self.exit(0)
 
     # ------------------------------------------------------------ commands
 

@@ -75,8 +75,7 @@ class ReplayApp(TuiTrainerApp):
 
     def on_mount(self) -> None:
         """Frames come by the clock while the cursor runs: nothing arrives that would call for
-        them."""
-        super().on_mount()
+        them. (Textual calls the base's own handler too.)"""
         self.set_interval(1 / max(1.0, self.link.frames_per_second), self._play)
 
     def _play(self) -> None:
