@@ -50,7 +50,7 @@ class Stopped:
         self.timers, self.interrupts, self.said = Timers(), [], []
         self.signals.say = self.said.append
         monkeypatch.setattr(signalling, "threading", self.timers)
-        monkeypatch.setattr(signalling, "_interrupt", lambda: self.interrupts.append(1))
+        monkeypatch.setattr(signalling, "_send", self.interrupts.append)
         monkeypatch.setattr(signalling.signal, "signal", lambda *_: None)
         self.signals.install(task, own_session=True)
         self.gate.reached("step", 1)
@@ -215,6 +215,32 @@ def test_a_script_after_its_last_step_is_told_that_it_is_interrupted(place):
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 5)
     (said,) = [one for one in hosting.of("event", lines) if one["kind"] == "state"]
     assert "interrupted" in said["text"]
+
+
+BACKGROUND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+"""What a shell does to what it starts with `&`."""
+OWN_SESSION = "import sys; from tui_trainer.run.__main__ import start; start(sys.argv[1:])"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(hosting.IN_PROCESS, "plain"), (OWN_SESSION,)],
+    ids=["lines", "own session"],
+)
+def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(place, command):
+    place.loop(steps=5, after="import time; time.sleep(120)")
+    code, *arguments = command
+    process = subprocess.Popen(
+        [sys.executable, "-c", BACKGROUND + code, str(place.run), *arguments],
+        cwd=place.folder,
+        env=hosting.ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+    )
+    viewer = place.viewer()
+    viewer.wait(lambda status: status.step == 5)
+    assert viewer.do(Stop()).ok
+    viewer.do(Stop())
+    assert process.wait(30) == 0
 
 
 def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place):

@@ -35,6 +35,8 @@ class Signals:
         self._requests = 0
         self._over = False
         self._insists = False
+        self._breaks_off = False
+        """Whether the next SIGTERM is `_interrupt`'s."""
 
     @property
     def asked(self) -> bool:
@@ -51,9 +53,13 @@ class Signals:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self._on_terminate)
-        # Started in the background (`&`, nohup) it is ignored, and stays so.
-        if task and (own_session or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN):
+        # Started in the background (`&`, nohup) it is ignored, and stays so; but what was started
+        # there with a session of its own is in nobody's background.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if task and (own_session or not ignored):
             signal.signal(signal.SIGINT, self._on_interrupt)
+        elif own_session and ignored:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self, checkpoint: bool) -> None:
         """Stop at the end of the running step. When there is none yet, or when asked a second
@@ -63,7 +69,7 @@ class Signals:
         if self._over:
             return
         if not waits_for_a_step or self._requests > 1:
-            _interrupt()
+            self._interrupt()
         else:
             self._insist_later()
 
@@ -101,9 +107,18 @@ class Signals:
             return
         lost = ", so no checkpoint is written" if self._gate.stops_with_checkpoint else ""
         self.say(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
-        _interrupt()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """As Ctrl-C would; where that is ignored, by the signal that is ours."""
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        self._breaks_off = ignored
+        _send(signal.SIGTERM if ignored else signal.SIGINT)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._breaks_off:
+            self._breaks_off = False
+            raise KeyboardInterrupt
         self.exit_status = TERMINATED if number == signal.SIGTERM else 128 + number
         self._from_signal()
 
@@ -127,8 +142,8 @@ class Signals:
         self._insist_later()
 
 
-def _interrupt() -> None:
-    """As Ctrl-C would: a real signal, which wakes a main thread that sleeps or waits in C."""
+def _send(number: int) -> None:
+    """A real signal, which wakes a main thread that sleeps or waits in C."""
     main = threading.main_thread().ident
     if main is not None:
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(main, number)
