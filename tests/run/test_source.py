@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import threading
 
+import psutil
 import pytest
 
+from tests.session.scripted import until as wait_for
 from tui_trainer.protocol.describe import SourceInfo
-from tui_trainer.run import source
 from tui_trainer.run.source import find_source, look_up_source
 
 
@@ -62,26 +63,33 @@ def test_no_repository_no_git_no_directory(repository, tmp_path, monkeypatch):
     assert find_source(str(repository)) is None
 
 
-def test_a_slow_git_is_given_up(repository, tmp_path, monkeypatch):
-    slow = tmp_path / "bin"
-    slow.mkdir()
-    (slow / "git").write_text("#!/bin/sh\nexec sleep 100\n")
-    (slow / "git").chmod(0o700)
-    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    assert find_source(str(repository), timeout_s=0.2) is None
+def slow_git(tmp_path, monkeypatch, text):
+    place = tmp_path / "bin"
+    place.mkdir()
+    (place / "git").write_text(f"#!/bin/sh\n{text}\n")
+    (place / "git").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
 
 
-def test_nobody_waits_for_it(repository, monkeypatch):
-    gate, told = threading.Event(), []
+def test_a_slow_git_is_given_up_and_ended(repository, tmp_path, monkeypatch):
+    slow_git(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 100")
+    assert find_source(str(repository), timeout_s=1.0) is None
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
-    def wait(directory):
-        gate.wait(30)
-        return find_source(directory)
 
-    monkeypatch.setattr(source, "find_source", wait)
+def test_nobody_waits_for_it_and_it_is_nobodys_child(repository, tmp_path, monkeypatch):
+    """A script that waits for a child of its own must not be given ours."""
+    real, told, gate = shutil.which("git"), [], tmp_path / "gate"
+    begun = tmp_path / "begun"
+    waiting = f"touch {begun}; while [ ! -e {gate} ]; do sleep 0.05; done"
+    slow_git(tmp_path, monkeypatch, f'{waiting}; {real} "$@"')
+    before = psutil.Process().children()
     thread = look_up_source(str(repository), told.append)
     assert thread.daemon
+    wait_for(begun.exists)
+    assert psutil.Process().children() == before
     assert not told
-    gate.set()
+    gate.touch()
     thread.join(30)
     assert told[0].branch == "trunk"

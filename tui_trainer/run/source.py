@@ -1,60 +1,113 @@
 """Which version of the user's own code is trained: the git commit of the working directory.
 
-Asked of git on a thread of its own, with a time limit: a slow file system, a huge repository or no
-git at all cost a run nothing but this line of its record.
+Git is asked beside the training, with a time limit: a slow file system, a huge repository or no git
+at all cost a run nothing but this line of its record. It is no child of this process: a script that
+waits for any of its children would be given ours, and the SIGCHLD of a child that ends at once
+breaks off a long write to a pipe, of which an unbuffered Python (`-u`) then drops the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tui_trainer.protocol.describe import SourceInfo
 
 TIMEOUT_S = 10.0
+CLEAN, DIRTY = "clean", "dirty"
+# A shell that leaves at once, and what it has left behind: its own exit is all that we see.
+ASK = f"""{{
+    ask() {{ git -c core.fsmonitor=false "$@"; }}
+    ask rev-parse --verify HEAD || exit
+    ask rev-parse --abbrev-ref HEAD || echo
+    changes=$(ask status --porcelain --untracked-files=no) || exit
+    if [ -n "$changes" ]; then echo {DIRTY}; else echo {CLEAN}; fi
+}} &"""
+# Looking must not write: `git status` would else refresh the index.
+SILENT = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
 
 
 def find_source(directory: str, timeout_s: float = TIMEOUT_S) -> SourceInfo | None:
     """What git says of `directory`; None when it is no working tree or git cannot say.
 
-    `dirty` counts changes to tracked files, staged or not, anywhere in the working tree.
+    `dirty` says whether tracked files were changed, staged or not, anywhere in the working tree.
     """
-    asked = _git(directory, timeout_s, "rev-parse", "--verify", "HEAD")
+    asked = _ask(directory)
+    return _understood(asked.answer(timeout_s)) if asked is not None else None
+
+
+def look_up_source(directory: str, found: Callable[[SourceInfo], None]) -> threading.Thread | None:
+    """Find it without making anybody wait; `found` is called, on the thread that is returned, if
+    there is one. Nothing started here is left that this process could be told of."""
+    asked = _ask(directory)
     if asked is None:
         return None
-    commit = asked.strip()
-    branch = (_git(directory, timeout_s, "rev-parse", "--abbrev-ref", "HEAD") or "").strip()
-    changes = _git(directory, timeout_s, "status", "--porcelain", "--untracked-files=no")
-    dirty = None if changes is None else bool(changes.strip())
-    return SourceInfo(commit, dirty, "" if branch == "HEAD" else branch)
-
-
-def _git(directory: str, timeout_s: float, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", directory, "-c", "core.fsmonitor=false", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout_s,
-            # Looking must not write: `git status` would else refresh the index.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
-
-
-def look_up_source(directory: str, found: Callable[[SourceInfo], None]) -> threading.Thread:
-    """Find it without making anybody wait; `found` is called, on that thread, if there is one."""
 
     def look() -> None:
-        source = find_source(directory)
+        source = _understood(asked.answer(TIMEOUT_S))
         if source is not None:
             found(source)
 
     thread = threading.Thread(target=look, name="tui-trainer source", daemon=True)
     thread.start()
     return thread
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Git at work in a process group of its own."""
+
+    group: int
+    read_end: int
+
+    def answer(self, timeout_s: float) -> bytes:
+        """All that it says in this time; what takes longer is ended."""
+        said, deadline = b"", time.monotonic() + timeout_s
+        try:
+            while select.select([self.read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                data = os.read(self.read_end, 1 << 12)
+                if not data:
+                    return said
+                said += data
+            with contextlib.suppress(OSError):
+                os.killpg(self.group, signal.SIGKILL)
+            return said
+        finally:
+            os.close(self.read_end)
+
+
+def _ask(directory: str) -> _Asked | None:
+    read_end, write_end = os.pipe()
+    try:
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", ASK],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **SILENT},
+            start_new_session=True,
+        )
+        shell.wait()
+    except (OSError, ValueError):
+        os.close(read_end)
+        return None
+    finally:
+        os.close(write_end)
+    return _Asked(shell.pid, read_end)
+
+
+def _understood(said: bytes) -> SourceInfo | None:
+    lines = said.decode("utf-8", "replace").splitlines()
+    if not lines:
+        return None
+    branch = lines[1] if len(lines) > 1 else ""
+    dirty = {CLEAN: False, DIRTY: True}.get(lines[2]) if len(lines) > 2 else None
+    return SourceInfo(lines[0], dirty, "" if branch == "HEAD" else branch)
