@@ -50,18 +50,24 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# What the tables of docs/performance.md are made with, in its order: a good half hour in all, of
-# which slowdown takes twenty minutes, keys, terminal_bytes and scale three to four each, the others
-# a minute or so.
-# MEASURED="frames startup" takes those alone. On a quiet machine: every table says so when it was
-# not. RESULTS keeps the figures as JSON.
+# Every table of docs/performance.md, in its order: some ten minutes, with fewer pairs, shorter turns
+# and fewer keys than the figures there were taken with. `make bench FIGURES=1` takes as many: a good
+# half hour, of which slowdown takes twenty minutes. MEASURED="frames startup" takes those alone.
+# On a quiet machine: every table says so when it was not. RESULTS keeps the figures as JSON.
 RESULTS ?= build/benchmarks
 MEASURED := slowdown gpu frames keys terminal_bytes startup scale history
+ifndef FIGURES
+BRIEF_slowdown := --launches 1 --seconds 1 --settle 4
+BRIEF_keys := --presses 20
+BRIEF_terminal_bytes := --seconds 8
+BRIEF_startup := --times 3
+BRIEF_scale := --layers 5 50 250 --times 10
+endif
 bench: $(BENCHED)
 	@mkdir -p $(RESULTS)
-	@failed=; for each in $(MEASURED); do echo; echo "== $$each"; \
-	    $(BIN)/python -m benchmarks.$$each --json $(RESULTS)/$$each.json || failed="$$failed $$each"; \
-	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+	@failed=; $(foreach each,$(MEASURED),echo; echo "== $(each)"; \
+	    $(BIN)/python -m benchmarks.$(each) $(BRIEF_$(each)) --json $(RESULTS)/$(each).json || failed="$$failed $(each)"; \
+	) [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 screenshots: $(DEVELOPED)
 	$(BIN)/python screenshots/make.py $(ONLY)

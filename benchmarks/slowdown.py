@@ -30,12 +30,10 @@ from rivals import NEEDS, RIVALS
 from started import IN_APP, NOTHING_STRETCHED, RUN, Way
 from turns import SETTLE_S, TURN_S, WARM_S, Compared, compare, trainees
 
-SPIN = "10000"
 LEAST_PAIRS = 4
 BARE, AGAIN = Way("bare"), Way("bare again")
 HOMES = (
     AGAIN,
-    Way("bare, GOMP_SPINCOUNT as ours", env={"GOMP_SPINCOUNT": SPIN}),
     Way("tui-trainer, no viewer", home=RUN),
     Way("tui-trainer, viewer", home=RUN, viewer=True),
     Way("tui-trainer, in the app", home=IN_APP, viewer=True),
@@ -64,8 +62,7 @@ def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list
         with trainees([BARE, *HOMES], loop) as (bare, *others):
             settle = options.settle
             for count in threads:
-                chosen = [each for each in others if count > 1 or not each.way.env]
-                compare(bare, chosen, threads=count, settle=settle, known=homes[count], **turn)
+                compare(bare, others, threads=count, settle=settle, known=homes[count], **turn)
                 settle = options.settle / 3
     rows = [row for count in threads for row in tell(shape, count, homes[count])]
     if options.rivals:

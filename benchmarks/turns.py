@@ -40,14 +40,14 @@ SETTLE_S, WARM_UP_S = 8.0, 1.5
 
 @contextlib.contextmanager
 def trainees(ways: Sequence[Way], loop: Sequence[str]) -> Iterator[list[Trainee]]:
-    """Start all of them, ready for their first turn."""
+    """Start all of them, one after another, ready for their first turn: a run looks at its start
+    whether others use the machine."""
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as name:
         started: list[Trainee] = []
         try:
             for way in ways:
-                started.append(Trainee(way, loop, Path(name)))  # noqa: PERF401
-            for trainee in started:
-                trainee.wait_until_ready()
+                started.append(Trainee(way, loop, Path(name)))
+                started[-1].wait_until_ready()
             yield started
         finally:
             for trainee in started:

@@ -13,6 +13,9 @@ def start(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m tui_trainer.run <run directory>", file=sys.stderr)
         return 2
+    from tui_trainer.config.machine import Others
+
+    others = Others()  # looks while the rest is imported
     from tui_trainer.config.spec import LOG_FILE, read_spec
     from tui_trainer.run.capture import Capture
     from tui_trainer.run.host import Host, finish
@@ -26,7 +29,7 @@ def start(arguments: list[str]) -> int:
         return 2
     # What kills the interpreter is said where we were started, not in a pipe of our own.
     faulthandler.enable(os.fdopen(os.dup(2), "w"))
-    host = Host(spec)
+    host = Host(spec, others=others)
     capture = Capture(host.recorder.log, Path(spec.directory) / LOG_FILE)
     capture.start()
     try:

@@ -1,4 +1,4 @@
-"""What is settled before torch is imported: how threads wait, and what is known of the run."""
+"""What is known of a run before anything of it is imported."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import time
 from tui_trainer import __version__
 from tui_trainer.config.spec import RunSpec
 from tui_trainer.protocol.describe import RunInfo
-
-SPIN_COUNT = "10000"
-"""Turns that an OpenMP thread spins at a barrier before it sleeps; GNU's default is 300,000."""
-
-
-def bound_openmp_spinning() -> None:
-    """Let OpenMP's threads sleep soon at barriers, unless the user chose otherwise.
-
-    GNU's runtime spins for about a millisecond at each barrier. With any other load the spinners
-    hold the cores that the thread they wait for needs, and steps take ten times as long and more;
-    a shorter spin costs a few percent on an idle machine (docs/decisions.md). Results do not
-    change. It must be said before torch is imported.
-    """
-    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not chosen:
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def first_description(spec: RunSpec) -> RunInfo:

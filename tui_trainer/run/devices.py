@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
+from tui_trainer.config.machine import cores
 from tui_trainer.protocol.describe import DeviceInfo
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def no_core_left(threads: int) -> str:
     Its own choice is all cores, and whatever else runs, if only the screen, then takes one from a
     thread that all others wait for (docs/performance.md has figures).
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if allowed is None or not 1 < allowed <= threads:
+    allowed = cores()
+    if not 1 < allowed <= threads:
         return ""
     return (
         f"PyTorch's {threads} threads take all {allowed} cores: where anything else runs, "

@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tui_trainer.config.machine import Others
 from tui_trainer.config.spec import RunSpec, new_socket_path
 from tui_trainer.protocol import tables
 from tui_trainer.recording.items import Sink
 from tui_trainer.recording.recorder import Recorder
 from tui_trainer.recording.state import StateSink
 from tui_trainer.recording.store import StoreSink
-from tui_trainer.run.beginning import bound_openmp_spinning, first_description
+from tui_trainer.run.beginning import first_description
 from tui_trainer.run.control import Control
 from tui_trainer.run.outcome import FAULT, Outcome, judge, told_in_full
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
 from tui_trainer.run.source import look_up_source
+from tui_trainer.run.spinning import bound_openmp_spinning
 from tui_trainer.run.telling import say, tell
 from tui_trainer.tracing.gate import Gate, Refusal
 
@@ -38,8 +40,16 @@ FIRST_VIEWER_S = 3.0
 class Host:
     """One run and all that surrounds its training."""
 
-    def __init__(self, spec: RunSpec, signals: Callable[[Gate], Signals] = Signals) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        signals: Callable[[Gate], Signals] = Signals,
+        others: Others | None = None,
+    ) -> None:
+        """`others`: who has been looking, since before this was imported, how busy the machine is
+        with others."""
         self.spec = spec
+        self._others = others or Others()
         self.recorder = Recorder(first_description(spec))
         self.gate = Gate(paused=spec.start_paused)
         self.signals = signals(self.gate)
@@ -77,7 +87,7 @@ class Host:
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and raises nothing."""
-        bound_openmp_spinning()
+        bound_openmp_spinning(self.spec, self._others)
         try:
             outcome = self._train()
         except BaseException as fault:

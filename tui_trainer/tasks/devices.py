@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 
 from tui_trainer.config.errors import ConfigurationError, near_miss
+from tui_trainer.config.machine import cores
 from tui_trainer.config.training import TrainingConfig
 
 _PREFERRED = ("cuda", "mps", "xpu", "cpu")
@@ -53,9 +54,8 @@ def choose_threads(requested: int, work: float = 0.0) -> int:
     """
     if requested:
         return requested
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(allowed or 1, psutil.cpu_count(logical=False) or 1)
-    free = max(1, cores - 1)
+    allowed = cores()
+    free = max(1, min(allowed, psutil.cpu_count(logical=False) or allowed) - 1)
     return min(free, 4) if work < _SMALL_WORK else free
 
 

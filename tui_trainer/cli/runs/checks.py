@@ -17,6 +17,7 @@ import msgspec
 
 from tui_trainer import __version__
 from tui_trainer.cli.showing import why_no_screen
+from tui_trainer.config.machine import cores
 from tui_trainer.config.spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.session.registry import list_runs
@@ -150,8 +151,7 @@ def _training() -> Iterator[Finding]:
         yield Finding(group, "torch", "bad", last, "pip install torch, for your device")
         return
     yield Finding(group, "torch", "good", found["version"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(group, "processor", "good", f"{cores} cores, {found['threads']} torch threads")
+    yield Finding(group, "processor", "good", f"{cores()} cores, {found['threads']} torch threads")
     for device in found["devices"]:
         yield Finding(group, "device", "good", device)
     if not found["devices"]:

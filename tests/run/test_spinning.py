@@ -1,0 +1,66 @@
+"""When OpenMP's threads are told to sleep soon."""
+
+from __future__ import annotations
+
+import pytest
+
+from tui_trainer.config.spec import RunSpec
+from tui_trainer.run import spinning
+from tui_trainer.run.spinning import SPIN_COUNT, bound_openmp_spinning
+
+
+class Busy:
+    def __init__(self, cores):
+        self._cores = cores
+
+    def cores(self):
+        return self._cores
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """What is said to OpenMP on four cores; None where it is left alone."""
+    environment = {}
+    monkeypatch.setattr(spinning.os, "environ", environment)
+    monkeypatch.setattr(spinning, "cores", lambda: 4)
+
+    def settle(spec, others, **chosen):
+        environment.clear()
+        environment.update(chosen)
+        bound_openmp_spinning(spec, Busy(others))
+        return environment.get("GOMP_SPINCOUNT")
+
+    return settle
+
+
+def script(**changes):
+    return RunSpec(name="a", directory="/a", task="script", script="a.py", **changes)
+
+
+def gpt(threads):
+    return RunSpec(name="a", directory="/a", task="gpt", configuration={"threads": threads})
+
+
+def test_alone_on_the_machine_it_is_left_as_it_is(settled):
+    assert settled(script(), 0.1) is None
+    assert settled(gpt(0), 0.1) is None
+    assert settled(gpt(4), 0.1) is None
+
+
+def test_beside_others_that_need_the_cores(settled):
+    assert settled(script(), 1.0) == SPIN_COUNT
+    assert settled(gpt(4), 1.0) == SPIN_COUNT
+    assert settled(gpt(0), 2.0) == SPIN_COUNT
+
+
+def test_where_a_core_is_left_for_them(settled):
+    assert settled(gpt(0), 1.0) is None
+    assert settled(gpt(2), 2.0) is None
+    assert settled(script(), 2.0, OMP_NUM_THREADS="2") is None
+    assert settled(script(), 2.0, OMP_NUM_THREADS="2,1") is None
+    assert settled(script(), 2.0, OMP_NUM_THREADS="nonsense") == SPIN_COUNT
+
+
+def test_the_users_own_choice_stands(settled):
+    assert settled(script(), 3.0, OMP_WAIT_POLICY="active") is None
+    assert settled(script(), 3.0, GOMP_SPINCOUNT="7") == "7"
