@@ -50,7 +50,7 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Every table of docs/performance.md, in its order: some ten minutes, with fewer pairs, shorter turns
+# Every table of docs/performance.md, in its order: some eleven minutes, with fewer pairs, shorter turns
 # and fewer keys than the figures there were taken with. `make bench FIGURES=1` takes as many: a good
 # half hour, of which slowdown takes twenty minutes. MEASURED="frames startup" takes those alone.
 # On a quiet machine: every table says so when it was not. RESULTS keeps the figures as JSON.
