@@ -80,14 +80,13 @@ def test_others_count_on_our_cores_alone(tmp_path):
     assert machine._busy_s({0}, tmp_path / "nowhere") == 0.0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
 def test_what_we_use_ourselves_is_not_others(monkeypatch):
     """Read as the kernel gives it: what this process burns is taken off again."""
     busy = iter([10.0, 10.0 + 0.4])
     monkeypatch.setattr(machine, "_busy_s", lambda allowed: next(busy))
     monkeypatch.setattr(machine, "_own_s", iter([1.0, 1.3]).__next__)
     others = Others()
-    assert 0.0 < others.cores(0.05) == pytest.approx(0.1 / 0.05, rel=0.5)
+    assert 0.0 < others.cores(0.05) <= 0.11 / 0.05
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -73,9 +74,46 @@ def slow_git(tmp_path, monkeypatch, text):
 
 def test_a_slow_git_is_given_up_and_ended(repository, tmp_path, monkeypatch):
     slow_git(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 100")
-    assert find_source(str(repository), timeout_s=1.0) is None
+    assert find_source(str(repository), timeout_s=5.0) is None
     pid = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    wait_for(lambda: ended(pid))
+
+
+def ended(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+INHERITING = """
+import ctypes, os, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+from tui_trainer.run.source import look_up_source
+look_up_source(sys.argv[1], print).join(30)
+try:
+    print(os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print("no child")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_where_orphans_become_our_children_it_is_waited_for(repository):
+    """As in a container of which this is the first process."""
+    done = subprocess.run(
+        [sys.executable, "-c", INHERITING, str(repository)], capture_output=True, text=True
+    )
+    assert "trunk" in done.stdout, done
+    assert done.stdout.splitlines()[-1] == "no child"
+
+
+def test_without_a_descriptor_left_nothing_is_said(repository, monkeypatch):
+    def full():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("os.pipe", full)
+    assert find_source(str(repository)) is None
 
 
 def test_nobody_waits_for_it_and_it_is_nobodys_child(repository, tmp_path, monkeypatch):

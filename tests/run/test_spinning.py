@@ -22,9 +22,12 @@ def settled(monkeypatch):
     """What is said to OpenMP on four cores; None where it is left alone."""
     environment = {}
     monkeypatch.setattr(spinning.os, "environ", environment)
-    monkeypatch.setattr(spinning, "cores", lambda: 4)
+    monkeypatch.setattr(spinning, "allowed_cores", lambda: 4)
+    monkeypatch.setattr(spinning.psutil, "cpu_count", lambda logical: 4)
 
-    def settle(spec, others, **chosen):
+    def settle(spec, others, quota=float("inf"), **chosen):
+        monkeypatch.setattr(spinning, "quota", lambda: quota)
+        monkeypatch.setattr(spinning, "cores", lambda: int(min(4, quota)))
         environment.clear()
         environment.update(chosen)
         bound_openmp_spinning(spec, Busy(others))
@@ -59,6 +62,19 @@ def test_where_a_core_is_left_for_them(settled):
     assert settled(script(), 2.0, OMP_NUM_THREADS="2") is None
     assert settled(script(), 2.0, OMP_NUM_THREADS="2,1") is None
     assert settled(script(), 2.0, OMP_NUM_THREADS="nonsense") == SPIN_COUNT
+
+
+def test_a_quota_below_the_threads(settled):
+    """PyTorch knows of none: a script has as many threads as there are cores."""
+    assert settled(script(), 0.0, quota=2.0) == SPIN_COUNT
+    assert settled(script(), 0.0, quota=2.0, OMP_NUM_THREADS="2") is None
+    assert settled(gpt(0), 0.0, quota=2.0) is None
+    assert settled(gpt(1), 2.5, quota=2.0) is None  # others have other cores
+
+
+def test_nothing_that_is_asked_for_is_too_odd(settled):
+    assert settled(gpt("auto"), 0.1) is None
+    assert settled(script(), 0.1, OMP_NUM_THREADS="²") is None
 
 
 def test_the_users_own_choice_stands(settled):

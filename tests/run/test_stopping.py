@@ -236,11 +236,26 @@ def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(p
         env=hosting.ENVIRONMENT,
         stdout=subprocess.DEVNULL,
     )
-    viewer = place.viewer()
-    viewer.wait(lambda status: status.step == 5)
-    assert viewer.do(Stop()).ok
-    viewer.do(Stop())
-    assert process.wait(30) == 0
+    try:
+        viewer = place.viewer()
+        viewer.wait(lambda status: status.step == 5)
+        assert viewer.do(Stop()).ok
+        viewer.do(Stop())
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+def test_a_script_that_takes_sigterm_itself_is_not_killed_by_us(script, monkeypatch):
+    monkeypatch.setattr(
+        signalling.signal,
+        "getsignal",
+        lambda number: signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL,
+    )
+    script.signals.stop(False)
+    script.signals.stop(False)
+    assert script.interrupts == []
+    assert "not interrupted" in script.said[-1]
 
 
 def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place):

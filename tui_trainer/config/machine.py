@@ -17,8 +17,12 @@ _STAT = Path("/proc/stat")
 def cores() -> int:
     """Cores that this process may use: those it is bound to, and of these no more than a
     container's quota pays for (`docker run --cpus`, Kubernetes' limits, systemd's CPUQuota)."""
-    allowed = len(_allowed()) or os.cpu_count() or 1
-    return max(1, int(min(allowed, quota())))
+    return max(1, int(min(allowed_cores(), quota())))
+
+
+def allowed_cores() -> int:
+    """Cores that this process is bound to, whatever its quota pays for."""
+    return len(_allowed()) or os.cpu_count() or 1
 
 
 def _allowed() -> set[int]:
@@ -50,15 +54,16 @@ def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
     """Those of this process that may limit its CPU time, with all above."""
     try:
         lines = own.read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return
     for line in lines:
-        _, controllers, group = line.split(":", 2)
+        _, controllers, group = (*line.split(":", 2), "", "")[:3]
         path = PurePosixPath(group.lstrip("/"))
         if not controllers:
             yield from (cgroups / part for part in (path, *path.parents))
         elif "cpu" in controllers.split(","):
-            yield from (cgroups / controllers / part for part in (path, *path.parents))
+            for name in {controllers, "cpu"}:  # the mount may have them in another order
+                yield from (cgroups / name / part for part in (path, *path.parents))
 
 
 class Others:
@@ -67,10 +72,13 @@ class Others:
     does not count. Linux alone; elsewhere nobody else is seen."""
 
     def __init__(self) -> None:
+        self._parent = os.getppid()
         self._begun = self._now()
 
     def cores(self, least_s: float = LEAST_S) -> float:
-        """Waits until there have been `least_s` seconds to look at."""
+        """Waits until there have been `least_s` seconds to look at; 0 where nothing can be seen."""
+        if not self._begun[1] or os.getppid() != self._parent:  # whose share is then not known
+            return 0.0
         began, busy_before, own_before = self._begun
         time.sleep(max(0.0, began + least_s - time.monotonic()))
         now, busy, own = self._now()

@@ -2,8 +2,8 @@
 
 What the training thread tells (`intake.py`) waits in a queue. A thread of the recorder's own drains
 it some twenty times a second; so does each answer to a viewer, which is therefore never stale. What
-is here takes a lock that the training thread never waits for, and is for other threads; `watched`
-takes none and is for any.
+is here takes a lock, held while a queue is drained or a viewer answered; on the training thread it
+is asked between steps at most. `watched` takes none.
 """
 
 from __future__ import annotations

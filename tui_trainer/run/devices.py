@@ -42,11 +42,12 @@ def no_core_left(threads: int) -> str:
     thread that all others wait for (docs/performance.md has figures).
     """
     allowed = cores()
-    if not 1 < allowed <= threads:
+    if threads == 1 or threads < allowed:
         return ""
+    taken = f"all {allowed} cores" if allowed > 1 else "the one core there is"
     return (
-        f"PyTorch's {threads} threads take all {allowed} cores: where anything else runs, "
-        f"OMP_NUM_THREADS={allowed - 1} is often faster"
+        f"PyTorch's {threads} threads take {taken}: where anything else runs, "
+        f"OMP_NUM_THREADS={max(1, allowed - 1)} is often faster"
     )
 
 

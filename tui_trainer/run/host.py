@@ -80,14 +80,10 @@ class Host:
         self.recorder.subscribe(StoreSink(self.spec.directory, self._say_recording))
         if sink is not None:
             self.recorder.subscribe(sink)
-        look_up_source(
-            self.recorder.info.working_directory,
-            lambda source: self.recorder.describe(source=source),
-        )
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and raises nothing."""
-        bound_openmp_spinning(self.spec, self._others)
+        self._look_around()
         try:
             outcome = self._train()
         except BaseException as fault:
@@ -106,6 +102,17 @@ class Host:
         if self.signals.exit_status is not None and outcome.state == "stopped":
             outcome = Outcome("stopped", outcome.reason, outcome.hint, self.signals.exit_status)
         return outcome
+
+    def _look_around(self) -> None:
+        """What is settled before anything of the training is imported."""
+        try:
+            bound_openmp_spinning(self.spec, self._others)
+            look_up_source(  # only now: git must not be taken for somebody else's work
+                self.recorder.info.working_directory,
+                lambda source: self.recorder.describe(source=source),
+            )
+        except Exception as fault:
+            self.recorder.fault("looking around", fault)
 
     def _train(self) -> Outcome:
         if self.spec.task == "script":

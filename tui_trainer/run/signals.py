@@ -110,13 +110,17 @@ class Signals:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        """As Ctrl-C would; where that is ignored, by the signal that is ours."""
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        self._breaks_off = ignored
-        _send(signal.SIGTERM if ignored else signal.SIGINT)
+        """As Ctrl-C would; where that is ignored, by the signal that is ours, if it still is."""
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            _send(signal.SIGINT)
+        elif signal.getsignal(signal.SIGTERM) == self._on_terminate:
+            self._breaks_off = True
+            _send(signal.SIGTERM)
+        else:
+            self.say("the script ignores SIGINT and takes SIGTERM itself: it is not interrupted")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if self._breaks_off:
+        if self._breaks_off and number == signal.SIGTERM:
             self._breaks_off = False
             raise KeyboardInterrupt
         self.exit_status = TERMINATED if number == signal.SIGTERM else 128 + number

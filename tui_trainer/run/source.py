@@ -3,14 +3,15 @@
 Git is asked beside the training, with a time limit: a slow file system, a huge repository or no git
 at all cost a run nothing but this line of its record. It is no child of this process: a script that
 waits for any of its children would be given ours, and the SIGCHLD of a child that ends at once
-breaks off a long write to a pipe, of which an unbuffered Python (`-u`) then drops the rest.
+breaks off a long write to a pipe, of which an unbuffered Python (`-u`) then drops the rest. (Where
+this process inherits orphans, as the first one of a container does, it is taken in here.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
+import selectors
 import signal
 import subprocess
 import threading
@@ -71,7 +72,7 @@ class _Asked:
         """All that it says in this time; what takes longer is ended."""
         said, deadline = b"", time.monotonic() + timeout_s
         try:
-            while select.select([self.read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            while self._readable(max(0.0, deadline - time.monotonic())):
                 data = os.read(self.read_end, 1 << 12)
                 if not data:
                     return said
@@ -81,10 +82,21 @@ class _Asked:
             return said
         finally:
             os.close(self.read_end)
+            with contextlib.suppress(ChildProcessError):  # mostly it is not ours to wait for
+                while True:
+                    os.waitpid(-self.group, 0)
+
+    def _readable(self, timeout_s: float) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.read_end, selectors.EVENT_READ)
+            return bool(selector.select(timeout_s))
 
 
 def _ask(directory: str) -> _Asked | None:
-    read_end, write_end = os.pipe()
+    try:
+        read_end, write_end = os.pipe()
+    except OSError:
+        return None
     try:
         shell = subprocess.Popen(
             ["/bin/sh", "-c", ASK],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-from tui_trainer.config.machine import Others, cores
+import psutil  # type: ignore[import-untyped, unused-ignore]
+
+from tui_trainer.config.machine import Others, allowed_cores, cores, quota
 from tui_trainer.config.spec import RunSpec
 
 SPIN_COUNT = "10000"
@@ -25,15 +27,19 @@ def bound_openmp_spinning(spec: RunSpec, others: Others) -> None:
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
-    available = cores()
-    if expected_threads(spec, available) + others.cores() > available + TOLERATED_CORES:
+    threads = expected_threads(spec)
+    crowded = threads + others.cores() > allowed_cores() + TOLERATED_CORES
+    if crowded or threads > quota() + TOLERATED_CORES:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
-def expected_threads(spec: RunSpec, available: int) -> int:
+def expected_threads(spec: RunSpec) -> int:
     """How many PyTorch will use at most: a task's as asked for, or all cores but one; a script's as
-    in its environment, or all."""
+    in its environment, or as many as there are cores, of which PyTorch knows no quota."""
     if spec.task != "script":
-        return int(spec.configuration.get("threads") or 0) or max(1, available - 1)
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdigit() and int(asked) else available
+        asked = spec.configuration.get("threads")
+        return asked if isinstance(asked, int) and asked > 0 else max(1, cores() - 1)
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if said.isdecimal() and int(said):
+        return int(said)
+    return min(allowed_cores(), psutil.cpu_count(logical=False) or allowed_cores())
