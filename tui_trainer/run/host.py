@@ -83,8 +83,8 @@ class Host:
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and raises nothing."""
-        self._look_around()
         try:
+            self._look_around()
             outcome = self._train()
         except BaseException as fault:
             script = self.spec.task == "script"
