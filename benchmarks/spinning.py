@@ -5,7 +5,8 @@
 Alone: `loop.py` (nanoGPT's CPU shape) under `tui-trainer run`, nobody looking, beside the bare loop
 in turns (`turns.py`), with different GOMP_SPINCOUNT. Beside others: milliseconds a step of the bare
 loop, while processes that do nothing but compute, or compute now and then, are on the same cores;
-`over` where 60 steps took longer than 25 s. Last, two such loops at once. Takes some ten minutes.
+`over` where 60 steps and the start took longer than 25 s. Last, two such loops begun together, of
+which the slower one ends alone. Takes some twelve minutes.
 """
 
 from __future__ import annotations

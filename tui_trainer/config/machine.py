@@ -77,11 +77,13 @@ class Others:
 
     def cores(self, least_s: float = LEAST_S) -> float:
         """Waits until there have been `least_s` seconds to look at; 0 where nothing can be seen."""
-        if not self._begun[1] or os.getppid() != self._parent:  # whose share is then not known
+        if not self._begun[1]:
             return 0.0
         began, busy_before, own_before = self._begun
         time.sleep(max(0.0, began + least_s - time.monotonic()))
         now, busy, own = self._now()
+        if os.getppid() != self._parent:  # gone, and with it what it has used
+            return 0.0
         return max(0.0, (busy - busy_before - (own - own_before)) / (now - began))
 
     def _now(self) -> tuple[float, float, float]:
