@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests import processes
+
 COMMAND = [sys.executable, "-m", "tui_trainer"]
 
 
@@ -17,6 +19,8 @@ def call(
     env: Mapping[str, str] | None = None,
     stdin: str = "",
     timeout: float = 120,
+    torch: bool = True,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run `tui-trainer arguments…` in `cwd`, its runs kept there too; never on a terminal."""
     environment = {
@@ -26,8 +30,11 @@ def call(
         "COLUMNS": "100",
         **(env or {}),
     }
-    return subprocess.run(
+    trains = arguments[:1] and arguments[0] in ("gpt", "vit", "run") and "--help" not in arguments
+    return processes.run(
         [*COMMAND, *map(str, arguments)],
+        torch=torch and bool(trains),
+        cold=cold,
         cwd=cwd,
         env=environment,
         input=stdin,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.cli.calling import COMMAND, assert_refused, call
 from tests.runs.starting import until
 from tui_trainer.config.state import read_state
@@ -105,7 +106,8 @@ def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
 
 
 def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
-    done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env={"CXX": "/nonexistent/g++"})
+    env = {"CXX": "/nonexistent/g++"}
+    done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env=env, cold=True)
     assert_refused(done, "C++ compiler", "--no-compile", status=2)
 
 
@@ -250,7 +252,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 def test_a_run_without_a_screen_ends_in_order(number: int, status: int, tmp_path: Path) -> None:
     command = [*COMMAND, "gpt", "--plain", "--threads", "1", "--steps", "100000", "--name", "it"]
     environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = processes.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     run = tmp_path / "runs" / "it"
     try:
         until(lambda: (said := read_state(run)) and said.step > 3, "it trains")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.cli.calling import COMMAND, call
 from tui_trainer.config.spec import find_socket
 
@@ -31,7 +32,7 @@ def test_it_says_how_to_go_on_and_does(tmp_path: Path, kind: str) -> None:
     folder.mkdir()
     (folder / "__main__.py").write_text(LOOP)
     runs = tmp_path / "the runs"
-    process = subprocess.Popen(
+    process = processes.Popen(
         [*COMMAND, "run", "--paused", kind, "--runs-dir", "the runs", folder.name],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

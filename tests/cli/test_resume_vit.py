@@ -9,6 +9,7 @@ import subprocess
 
 from safetensors.torch import load_file
 
+from tests import processes
 from tests.cli.calling import COMMAND, call
 from tests.runs.starting import until
 
@@ -40,7 +41,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     runs = tmp_path / "runs"
     saved = runs / "killed" / "checkpoints" / f"step-{SAVED:08}" / "state.json"
     # Nobody reads what it prints, so it cannot come to its end before it is killed.
-    killed = subprocess.Popen(
+    killed = processes.Popen(
         [*COMMAND, "vit", *OPTIONS, "--name", "killed"],
         cwd=tmp_path,
         env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(runs), "OMP_NUM_THREADS": "1"},

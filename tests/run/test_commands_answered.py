@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.runs import controlling
 from tui_trainer.config.state import RunState
@@ -24,13 +25,14 @@ ENDLESS = {"steps": 1_000_000, "eval_every": 1_000_000, "sample_every": 1_000_00
 
 def begin(place, name, *arguments):
     place.run.chmod(0o700)
-    return subprocess.Popen(
+    return processes.Popen(
         [sys.executable, "-m", "tui_trainer", name, str(place.run), *arguments],
         env=hosting.ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         stdin=subprocess.DEVNULL,
+        torch=False,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tui_trainer.config.spec import RunSpec, find_socket, write_spec
 from tui_trainer.config.state import read_state
 from tui_trainer.protocol import PROTOCOL_VERSION
@@ -88,7 +89,7 @@ class Place:
         return self.script(LOOP.format(steps=steps, inside=inside, after=after), **changes)
 
     def start(self, kind="json", **options):
-        return subprocess.Popen(
+        return processes.Popen(
             [sys.executable, "-c", IN_PROCESS, str(self.run), kind],
             cwd=self.folder,
             env=ENVIRONMENT,
@@ -104,9 +105,9 @@ class Place:
         status, out, err = self.do()
         return status, [json.loads(line) for line in out.splitlines()], err
 
-    def process(self):
+    def process(self, cold=False):
         log = open(self.run / "boot.log", "wb")  # noqa: SIM115
-        return subprocess.Popen(
+        return processes.Popen(
             [sys.executable, "-P", "-m", "tui_trainer.run", str(self.run)],
             cwd=self.folder,
             env=ENVIRONMENT,
@@ -114,6 +115,7 @@ class Place:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            cold=cold,
         )
 
     def viewer(self):
@@ -359,7 +361,7 @@ def test_interrupt_of_a_script_is_its_own(place):
 
 def test_pause_step_and_phases_through_the_socket(place):
     place.gpt(steps=100_000, eval_every=100_000, sample_every=100_000)
-    process = place.process()
+    process = place.process(cold=True)
     viewer = place.viewer()
     assert viewer.status.waiting_for  # served before torch is there
     viewer.wait(lambda status: status.step > 3)

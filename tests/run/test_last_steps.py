@@ -6,11 +6,12 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
 hosting = importlib.util.module_from_spec(_spec)
@@ -20,12 +21,13 @@ STEPS = 25
 
 
 def call(place, *arguments):
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "tui_trainer", *arguments],
         env={**hosting.ENVIRONMENT, "TUI_TRAINER_RUNS_DIR": str(place.folder)},
         capture_output=True,
         text=True,
         timeout=60,
+        torch=False,
     )
     assert done.returncode == 0 or "nothing was recorded" in done.stderr, done
     return done.stdout

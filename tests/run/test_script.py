@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from tests import processes
+
 RUNNER = """
 import sys
 from tui_trainer.config.spec import RunSpec
@@ -45,7 +47,7 @@ def command(place, *arguments):
 
 
 def ours(place, *arguments, **options):
-    return subprocess.run(
+    return processes.run(
         command(place, *arguments),
         cwd=place,
         capture_output=True,
@@ -117,7 +119,7 @@ def test_a_folder_looks_the_same_from_inside(place, name):
     )
     at = place / "package" if name == "." else place
     runner = command(place, name, "a", "-m")
-    mine = subprocess.run(runner, cwd=at, capture_output=True, text=True, timeout=100)
+    mine = processes.run(runner, cwd=at, capture_output=True, text=True, timeout=100)
     theirs = pythons(at, name, "a", "-m")
     assert mine.stdout == theirs.stdout != ""
     assert mine.returncode == theirs.returncode == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tui_trainer.protocol.messages import Stop
 from tui_trainer.run import signals as signalling
 from tui_trainer.run.signals import GRACE_S, GRACE_STEPS, Signals
@@ -160,7 +161,7 @@ SLOW_STEP = IMPATIENT + "slow(schedules.LearningRate, 'set', 9)\n"
 
 
 def told(place, before=""):
-    process = subprocess.run(
+    process = processes.run(
         [sys.executable, "-c", before + hosting.IN_PROCESS, str(place.run), "json"],
         cwd=place.folder,
         env=hosting.ENVIRONMENT,

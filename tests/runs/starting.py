@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests import processes
 from tui_trainer.config.spec import LOG_FILE, RunSpec, find_socket, write_spec
 from tui_trainer.config.state import RunState, read_state
 
@@ -58,13 +59,14 @@ class Runs:
         """Start one and wait until it listens and has made a step (or waits for its first)."""
         path = self.made(name, **fields)
         with open(path / LOG_FILE, "wb") as log:
-            process = subprocess.Popen(
+            process = processes.Popen(
                 [sys.executable, "-m", "tests.runs.fake_host", path, str(steps), str(seconds)],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                torch=False,
             )
         self.processes[name] = process
         until(
@@ -87,13 +89,14 @@ class Runs:
 
     def call(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`tui-trainer arguments…` about these runs."""
-        return subprocess.run(
+        return processes.run(
             [sys.executable, "-m", "tui_trainer", *arguments],
             env={**self.environment, "COLUMNS": "160"},
             capture_output=True,
             text=True,
             timeout=options.pop("timeout", 90),
             stdin=subprocess.DEVNULL,
+            torch=False,
             **options,
         )
 

@@ -1,0 +1,152 @@
+"""An interpreter that has imported libraries once and is forked for each process of a test.
+
+    python -P -m tests.fork_server FD LIBRARY…
+
+Each request on the Unix socket FD names the arguments, environment and directory of a process and
+brings its standard streams; the answer is the process's number. `tests/processes.py` asks.
+
+Importing PyTorch and, at the first optimizer, its compiler takes a process four seconds of
+processor time; a fork has them at once. Nothing of tui_trainer is imported here: every process
+imports that itself. PyTorch is hidden until the process imports it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.abc
+import importlib.machinery
+import io
+import json
+import os
+import runpy
+import socket
+import sys
+import time
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+
+class HiddenTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `torch` as if it had not been imported, and gives what has been."""
+
+    def __init__(self) -> None:
+        names = [name for name in sys.modules if name.partition(".")[0] == "torch"]
+        self.modules = {name: sys.modules.pop(name) for name in names}
+        self.spec = self.modules["torch"].__spec__
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "torch":
+            return None
+        found = importlib.machinery.ModuleSpec(name, self, origin=self.spec.origin)
+        found.submodule_search_locations = self.spec.submodule_search_locations
+        return found
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return self.modules["torch"]
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__spec__ = self.spec
+        sys.modules.update(self.modules)
+        sys.meta_path.remove(self)
+
+
+def serve(asking: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Answer requests until there are no more; returns a request and its streams in each child."""
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(asking, 1 << 20, 3)
+        if not data:
+            os._exit(0)
+        middle = os.fork()
+        if middle == 0:
+            # Its parent ends at once, so that it becomes a child of who asked (a subreaper).
+            child = os.fork()
+            if child != 0:
+                asking.sendall(str(child).encode())
+                os._exit(0)
+            asking.close()
+            return json.loads(data), descriptors
+        for descriptor in descriptors:
+            os.close(descriptor)
+        os.waitpid(middle, 0)
+        asking.sendall(b"\n")  # the child has its new parent
+
+
+def become(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Take over what a new process gets from its parent."""
+    if request["session"]:
+        os.setsid()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    for descriptor in descriptors:
+        if descriptor > 2:
+            os.close(descriptor)
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    time.tzset()
+    if request["directory"] is not None:
+        os.chdir(request["directory"])
+    sys.path[:] = [path for path in sys.path if path not in before.split(os.pathsep)]
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        raw = open(number, "wb", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115
+        stream = io.TextIOWrapper(
+            raw,
+            old.encoding,
+            old.errors,
+            line_buffering=number == 2 or os.isatty(number),
+            write_through=unbuffered,
+        )
+        stream.mode = "w"
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def run(arguments: list[str]) -> None:
+    """Do what `python arguments…` does: `-m MODULE`, `-c CODE` or a file, perhaps after `-P`."""
+    safe = arguments[0] == "-P"
+    kind, *rest = arguments[1:] if safe else arguments
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=__builtins__, __annotations__={})
+    sys.modules["__main__"] = main
+    # With -P python has no such entry; sys.flags cannot say so here, and scripts replace the first.
+    nowhere = os.path.join(os.sep, "nonexistent", "safe-path")
+    if kind == "-m":
+        sys.argv = ["-m", *rest[1:]]
+        sys.path.insert(0, nowhere if safe else os.getcwd())
+        runpy._run_module_as_main(rest[0])  # type: ignore[attr-defined]
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, nowhere if safe else "")
+        exec(compile(rest[0], "<string>", "exec", dont_inherit=True), main.__dict__)
+    else:
+        sys.argv = [kind, *rest]
+        sys.path.insert(0, nowhere if safe else os.path.dirname(os.path.realpath(kind)))
+        main.__file__ = os.path.abspath(kind)
+        with open(kind) as file:
+            code = compile(file.read(), kind, "exec", dont_inherit=True)
+        exec(code, main.__dict__)
+
+
+if __name__ == "__main__":
+    _filters = warnings.filters[:]
+    _asking = socket.socket(fileno=int(sys.argv[1]))
+    for _name in sys.argv[2:]:
+        __import__(_name)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+    gc.collect()
+    gc.freeze()
+    sys.modules.pop("tests", None)
+    _request, _descriptors = serve(_asking)
+    warnings.filters[:] = _filters
+    become(_request, _descriptors)
+    if "torch" in sys.modules:
+        sys.meta_path.insert(0, HiddenTorch())
+    run(_request["arguments"])

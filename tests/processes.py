@@ -1,0 +1,186 @@
+"""Processes for tests: as `subprocess` starts them, without waiting for an import of PyTorch.
+
+Most of what the suite takes is the start of interpreters: two seconds of processor time for
+`import torch`, two more at the first optimizer. `Popen` and `run` here are those of `subprocess`,
+but where they can they fork an interpreter that has PyTorch already (`tests/fork_server.py`): a
+real process with its own number, signals, streams and exit status, a child of the test.
+
+`subprocess` itself starts it where that is not the same: when the start of an interpreter is what
+is tested, when libraries read a variable of the environment as they are imported, on systems other
+than Linux. With TUI_TRAINER_TEST_COLD=1 every process is started that way.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+COLD = bool(os.environ.get("TUI_TRAINER_TEST_COLD")) or not sys.platform.startswith("linux")
+READ_AT_START = ("PYTHON", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", "LC_", "LANG")
+"""What begins with one of these takes effect as an interpreter starts or a library is loaded."""
+UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+LIBRARIES = (
+    *("cyclopts", "msgspec", "numpy", "platformdirs", "psutil", "rich.console", "rich.table"),
+    *("sqlite3",),
+)
+WITH_TORCH = (*LIBRARIES, "PIL.Image", "safetensors", "torch", "torch._dynamo")
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class _Server:
+    """A fork server of this process, started when it is first needed."""
+
+    def __init__(self, libraries: tuple[str, ...]) -> None:
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.asking, other = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "tests.fork_server", str(other.fileno())]
+        command += libraries
+        root = str(Path(__file__).parents[1])
+        paths = [root, self.environment.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            command,
+            env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            pass_fds=(other.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        other.close()
+        self.lock = threading.Lock()
+        atexit.register(self.close)
+
+    def takes(self, environment: dict[str, str]) -> bool:
+        """Whether a process with that environment is the same when it is forked."""
+        names = {*environment, *self.environment}
+        return all(
+            environment.get(name) == self.environment.get(name)
+            for name in names
+            if name.startswith(READ_AT_START) and name not in UNDERSTOOD
+        )
+
+    def fork(self, request: dict[str, Any], streams: list[int]) -> int:
+        """The number of a new child of this process."""
+        with self.lock:
+            prctl = ctypes.CDLL(None).prctl
+            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self.asking, [json.dumps(request).encode()], streams)
+                answer = b""
+                while not answer.endswith(b"\n"):
+                    received = self.asking.recv(100)
+                    assert received, "the fork server has ended"
+                    answer += received
+            finally:
+                prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        return int(answer)
+
+    def close(self) -> None:
+        self.asking.close()
+        self.process.wait()
+
+
+_server = functools.cache(_Server)
+
+
+def _forks(arguments: list[str]) -> bool:
+    """Whether this is `python [-P] -m MODULE …`, `-c CODE …` or `FILE …`."""
+    if not arguments or arguments[0] != sys.executable:
+        return False
+    rest = arguments[2:] if arguments[1:2] == ["-P"] else arguments[1:]
+    return bool(rest) and (rest[0] in ("-m", "-c") or not rest[0].startswith("-"))
+
+
+class Popen(subprocess.Popen[Any]):
+    """`subprocess.Popen`, of a forked interpreter where that is the same; with `torch=False` of one
+    that has not imported PyTorch, for commands that do not either: it ends sooner. `cold=True` is
+    `subprocess.Popen`."""
+
+    def __init__(self, args: Any, *, torch: bool = True, cold: bool = COLD, **options: Any) -> None:
+        self._libraries = WITH_TORCH if torch else LIBRARIES
+        self._cold = cold or COLD
+        super().__init__(args, **options)
+
+    def _execute_child(  # type: ignore[override]
+        self,
+        args: Any,
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: Any,
+        pass_fds: Any,
+        cwd: Any,
+        env: Any,
+        startupinfo: Any,
+        creationflags: Any,
+        shell: Any,
+        p2cread: int,
+        p2cwrite: int,
+        c2pread: int,
+        c2pwrite: int,
+        errread: int,
+        errwrite: int,
+        *rest: Any,
+    ) -> None:
+        new_session = rest[-2]
+        arguments = [] if isinstance(args, (str, bytes)) else [os.fspath(each) for each in args]
+        environment = dict(os.environ if env is None else env)
+        if (
+            self._cold
+            or not _forks(arguments)
+            or any((executable, preexec_fn, pass_fds, shell))
+            or not _server(self._libraries).takes(environment)
+        ):
+            super()._execute_child(  # type: ignore[misc]
+                *(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo),
+                *(creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite),
+                *rest,
+            )
+            return
+        streams = [
+            given if given != -1 else number
+            for number, given in enumerate((p2cread, c2pwrite, errwrite))
+        ]
+        request = {
+            "arguments": arguments[1:],
+            "environment": environment,
+            "directory": os.fspath(cwd) if cwd is not None else os.getcwd(),
+            "session": bool(new_session),
+        }
+        self.pid = _server(self._libraries).fork(request, streams)
+        self._child_created = True
+        self._close_pipe_fds(  # type: ignore[attr-defined]
+            p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
+        )
+
+
+def run(
+    arguments: Any,
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run` with such a process."""
+    if capture_output:
+        options["stdout"] = options["stderr"] = subprocess.PIPE
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    with Popen(arguments, **options) as process:
+        try:
+            out, err = process.communicate(input, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
