@@ -40,10 +40,10 @@ from textual.pilot import Pilot
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import describe, synthesise
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.loss import LossPanel
-from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
 
 CASES: dict[str, tuple[int, tuple[int, int]]] = {
     "27 parameters, 120×40": (27, (120, 40)),

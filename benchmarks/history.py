@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 
-from tui_trainer.history import TableHistory
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.history import MemorySeries
+from tui_trainer.protocol.schema import Column, Table
 
 
 def table(columns: int) -> Table:
@@ -42,7 +42,7 @@ def milliseconds(action: Callable[[], object], repeats: int = 30) -> float:
 
 
 def append_microseconds(columns: int, rows: int = 20_000) -> float:
-    history = TableHistory(table(columns))
+    history = MemorySeries(table(columns))
     values = np.random.default_rng(0).standard_normal((64, columns)).astype(np.float32)
     begin = time.perf_counter()
     for step in range(rows):
@@ -50,8 +50,8 @@ def append_microseconds(columns: int, rows: int = 20_000) -> float:
     return (time.perf_counter() - begin) / rows * 1e6
 
 
-def filled(columns: int, steps: int) -> TableHistory:
-    history = TableHistory(table(columns))
+def filled(columns: int, steps: int) -> MemorySeries:
+    history = MemorySeries(table(columns))
     values = np.random.default_rng(0).standard_normal((4096, columns)).astype(np.float32)
     for start in range(0, steps, 4096):
         count = min(4096, steps - start)
@@ -72,7 +72,7 @@ def measure(steps: int, series: int) -> dict[str, float]:
     return figures
 
 
-def windows(history: TableHistory, steps: int, series: int) -> dict[str, float]:
+def windows(history: MemorySeries, steps: int, series: int) -> dict[str, float]:
     """Charts 200 columns wide, two points each."""
     figures, one, every = {}, [0], range(series)
     spans = {"whole run": (0, steps), "a third": (steps // 3, steps * 2 // 3)}
@@ -84,7 +84,7 @@ def windows(history: TableHistory, steps: int, series: int) -> dict[str, float]:
     return figures
 
 
-def sparklines(wide: TableHistory) -> dict[str, float]:
+def sparklines(wide: MemorySeries) -> dict[str, float]:
     """A dashboard's rows of a model with 10,000 parameters."""
     figures, rows, visible = {}, wide.rows, range(3_000, 3_040)
     took = milliseconds(lambda: wide.window(visible, 0, rows, 20))

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 from report import environment as terminal_environment
 
-from tui_trainer.config.state import read_state
-from tui_trainer.history.store.reader import RecordedHistory
+from tui_trainer.config.run_spec import read_state
+from tui_trainer.store.reader import StoredHistory
 
 HOMES = {"detached": ["--detach"], "own process": [], "--in-app": ["--in-app"]}
 WARM_UP_STEPS = 50
@@ -89,7 +89,7 @@ def wait_for_end(directory: str, name: str, deadline: float, meanwhile) -> None:
 
 def steps_of(run: Path) -> tuple[float, float, float]:
     """(median, mean, 95th percentile) of a run's steps in ms."""
-    history = RecordedHistory(run)
+    history = StoredHistory(run)
     table = next(t for t in history.tables.values() if t.table.name == "step")
     column = [each.name for each in table.table.columns].index("step_ms")
     step_ms = table.tail(table.rows)[1][WARM_UP_STEPS:, column]

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from processes import kill_all_of
 from report import begin, environment, finish
 
-from tui_trainer.protocol import PHASES, tables
-from tui_trainer.session.live import LiveSession
-from tui_trainer.session.local import connector
+from tui_trainer.client.connection import connector
+from tui_trainer.client.live import LiveSession
+from tui_trainer.protocol import PHASES, schema
 
 GIVE_UP_S = 5.0
 PRIVATE = re.compile(rb"\x1b\[[>=<][\d;]*[a-zA-Z]")
@@ -178,7 +178,7 @@ def longest_phase(run: Path) -> dict[str, str | float]:
     session.set_rate(20)
     end = time.monotonic() + 30.0
     while time.monotonic() < end:
-        table = session.poll().history.table(tables.PHASE_MS)
+        table = session.poll().history.table(schema.PHASE_MS)
         if table is not None and table.rows > 5:
             break
         time.sleep(0.05)

@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 
 from tui_trainer import __version__
+from tui_trainer.client.connection import Cursor
+from tui_trainer.client.ssh import OPTIONS
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import Command, Hello, Throttle, ToViewer, Update
-from tui_trainer.session.cursor import Cursor
-from tui_trainer.session.ssh import OPTIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.ssh.sshd import PATH_WITH_US, Sshd

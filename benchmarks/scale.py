@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import begin, finish
 
 from tests.ui.fake import fake_large
-from tui_trainer.history.records import StepRecord
+from tui_trainer.history.buckets import StepRecord
 from tui_trainer.probes import PROBES
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.tracing.gate import Gate
-from tui_trainer.tracing.probe import Options
-from tui_trainer.tracing.tracer import Tracer
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import Options
+from tui_trainer.trace.tracer import Tracer
 from tui_trainer.ui.app import TuiTrainerApp
 
 WIDTH = 8
@@ -50,7 +50,7 @@ ROUND = 40
 BLOCKS, BLOCK_WIDTH = 20, 2048
 """Of a transformer of a billion parameters: 20 times 12·2048²."""
 TOKENS, TRIED_TOKENS = 2048, 64
-IN_TURNS = (tables.UPDATE_RATIO, tables.ATTENTION_SPECTRUM)
+IN_TURNS = (schema.UPDATE_RATIO, schema.ATTENTION_SPECTRUM)
 """What is measured one part after another: a step pays for 64 MiB of weights, or one matrix,
 however many there are."""
 
@@ -96,7 +96,7 @@ class Kept(Recorder):
 
     def record(self, record: StepRecord) -> None:
         """As the recorder's."""
-        wanted = self._table(tables.OVERHEAD).id
+        wanted = self._table(schema.OVERHEAD).id
         self.overhead += [row for table, row in record.rows if table == wanted]
         super().record(record)
 
@@ -105,7 +105,7 @@ class Kept(Recorder):
 
     def costs_ms(self) -> dict[str, float]:
         """Mean of a step, by probe; `tracer` is what is no probe's."""
-        columns = self._table(tables.OVERHEAD).columns
+        columns = self._table(schema.OVERHEAD).columns
         means = [statistics.fmean(column) for column in zip(*self.overhead, strict=True)]
         return {column.name: mean for column, mean in zip(columns, means, strict=True) if mean}
 

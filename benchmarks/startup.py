@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from processes import kill_all_of
 from report import begin, environment, finish
 
-from tui_trainer.history.store.database import Store
-from tui_trainer.history.store.schema import StoreFault
+from tui_trainer.store.reader import Store
+from tui_trainer.store.schema import StoreError
 
 PAINTED_CELLS = 200
 """Cells with something in them that make a painted screen."""
@@ -82,7 +82,7 @@ def first_step(child: pexpect.spawn, run: Path) -> float:
         readable, _, _ = select.select([child.child_fd], [], [], 0.1)
         if readable:
             os.read(child.child_fd, 1 << 16)
-        with contextlib.suppress(OSError, sqlite3.Error, StoreFault):
+        with contextlib.suppress(OSError, sqlite3.Error, StoreError):
             store = Store(run)
             moment = store.first_moment()
             store.close()

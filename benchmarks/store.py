@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 
-from tui_trainer.history.store import packing
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.history.store.schema import STORE_FILE, open_for_writing
-from tui_trainer.protocol.describe import Column, Table
-from tui_trainer.recording.store_series import SeriesWriter
+from tui_trainer.protocol.schema import Column, Table
+from tui_trainer.store import codec
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import STORE_FILE, open_for_writing
+from tui_trainer.store.writer import SeriesWriter
 
 
 def norms(steps: int, series: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def draw(directory: Path, steps: int) -> dict[str, float]:
     figures, opened = {}, []
     for _ in range(5):
         begin = time.perf_counter()
-        history = RecordedHistory(directory)
+        history = StoredHistory(directory)
         opened.append(time.perf_counter() - begin)
         history.close()
     figures["open, ms"] = statistics.median(opened) * 1e3
@@ -82,7 +82,7 @@ def draw(directory: Path, steps: int) -> dict[str, float]:
     for name, (start, stop) in zooms.items():
         cold, warm = [], []
         for repeat in range(7):
-            history = RecordedHistory(directory)
+            history = StoredHistory(directory)
             table = history.tables[0]
             for times in (cold, warm):
                 begin = time.perf_counter()
@@ -96,11 +96,11 @@ def draw(directory: Path, steps: int) -> dict[str, float]:
 
 def packings() -> dict[str, float]:
     """Bytes per value of a chunk of rows, packed in different ways."""
-    chunk = np.ascontiguousarray(norms(20_000, packing.GROUP)[: packing.CHUNK].T)
+    chunk = np.ascontiguousarray(norms(20_000, codec.GROUP)[: codec.CHUNK].T)
     return {
         "rows as they are, bytes a value": chunk.nbytes / chunk.size,
         "rows, zlib 1, bytes a value": len(zlib.compress(chunk.tobytes(), 1)) / chunk.size,
-        "rows, byte planes + zlib 1, bytes a value": len(packing.pack(chunk)) / chunk.size,
+        "rows, byte planes + zlib 1, bytes a value": len(codec.pack(chunk)) / chunk.size,
     }
 
 

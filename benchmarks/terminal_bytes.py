@@ -91,9 +91,9 @@ def main() -> None:
 
 def _throttle(runs: str, name: str, rate: float) -> None:
     """Hold the run at one speed, so that the figures do not depend on the machine's."""
+    from tui_trainer.client.connection import connector
+    from tui_trainer.client.live import LiveSession
     from tui_trainer.protocol.messages import Throttle
-    from tui_trainer.session.live import LiveSession
-    from tui_trainer.session.local import connector
 
     session = LiveSession(connector(Path(runs) / name))
     try:

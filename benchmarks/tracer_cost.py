@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 
 from tui_trainer.probes import PROBES
-from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.tracing.gate import Gate
-from tui_trainer.tracing.probe import Options
-from tui_trainer.tracing.tracer import Tracer
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import Options
+from tui_trainer.trace.tracer import Tracer
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from started import RUN_NAME, Started, Way
 
-from tui_trainer.session.live import LiveSession
-from tui_trainer.session.local import connector
-from tui_trainer.ui.pace import EAGER_S, IDLE
+from tui_trainer.client.connection import connector
+from tui_trainer.client.live import LiveSession
+from tui_trainer.ui.frames import EAGER_S, IDLE
 
 START_TIMEOUT_S = 300.0
 """Until the first step: torch.compile takes its time."""

@@ -18,11 +18,11 @@ from pathlib import Path
 from cells import redraw
 from textual.pilot import Pilot
 
-from tui_trainer.config.resolve import resolve, to_flat
-from tui_trainer.config.spec import RunSpec, create_run_directory
-from tui_trainer.protocol.describe import Scalar
-from tui_trainer.session.launch import launch
-from tui_trainer.session.live import LiveSession
+from tui_trainer.client.launch import launch
+from tui_trainer.client.live import LiveSession
+from tui_trainer.config.run_spec import RunSpec, create_run_directory
+from tui_trainer.config.training import resolve, to_flat
+from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
 

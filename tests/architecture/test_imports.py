@@ -11,13 +11,13 @@ import pytest
 
 VIEWING = (
     "tui_trainer.ui.app",
-    "tui_trainer.session.api",
-    "tui_trainer.session.launch",
+    "tui_trainer.client.api",
+    "tui_trainer.client.launch",
     "tui_trainer.protocol.messages",
     "tui_trainer.history",
     "tui_trainer.config",
-    "tui_trainer.config.spec",
-    "tui_trainer.recording.recorder",
+    "tui_trainer.config.run_spec",
+    "tui_trainer.record.recorder",
     "tui_trainer.tasks.definition",
     "tui_trainer.tasks.gpt",
     "tui_trainer.tasks.vit",
@@ -26,7 +26,7 @@ VIEWING = (
 )
 TRAINING = (
     "tui_trainer.run.host",
-    "tui_trainer.tracing.tracer",
+    "tui_trainer.trace.tracer",
     "tui_trainer.probes",
     "tui_trainer.tasks.gpt.training",
     "tui_trainer.tasks.vit.training",

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from tui_trainer.cli.farewell import exit_status, farewell, outcome_of
-from tui_trainer.config.spec import RunSpec
-from tui_trainer.config.state import RunState
+from tui_trainer.cli.screen import exit_status, exit_summary, outcome_of
+from tui_trainer.client.api import Snapshot
+from tui_trainer.config.run_spec import RunSpec, RunState
 from tui_trainer.protocol.messages import Status
-from tui_trainer.session.api import Snapshot
 
 TASK = RunSpec(name="gpt-quiet-otter", directory="/runs/gpt-quiet-otter", task="gpt")
 SCRIPT = RunSpec(name="script-tame-ibex", directory="/runs/script-tame-ibex", task="script")
@@ -86,7 +85,7 @@ def test_a_run_that_has_ended(
         outcome = outcome_of(snapshot, kept, ended)
     assert outcome.ended
     place = "" if outcome.refused else " · /runs/gpt-quiet-otter"
-    assert farewell(TASK, outcome) == f"gpt-quiet-otter {line}{place}"
+    assert exit_summary(TASK, outcome) == f"gpt-quiet-otter {line}{place}"
     assert (exit_status(TASK, outcome), exit_status(SCRIPT, outcome)) == statuses
 
 
@@ -94,7 +93,7 @@ def test_a_run_that_has_ended(
 def test_a_run_that_goes_on(state: str, word: str) -> None:
     with process(None) as living:
         outcome = outcome_of(seen(state, 12), told(state, 14, 2.0), living)
-        line = farewell(TASK, outcome)
+        line = exit_summary(TASK, outcome)
         assert f"still {word} at step 14, loss 2; tui-trainer attach gpt-quiet-otter" in line
     assert not outcome.ended
     assert exit_status(TASK, outcome) == exit_status(SCRIPT, outcome) == 0
@@ -103,4 +102,4 @@ def test_a_run_that_goes_on(state: str, word: str) -> None:
 def test_a_reason_of_many_lines_stays_one_line() -> None:
     with process("raise SystemExit(1)") as ended:
         outcome = outcome_of(seen("crashed", 1, "one\n  two\n"), None, ended)
-    assert "\n" not in farewell(TASK, outcome)
+    assert "\n" not in exit_summary(TASK, outcome)

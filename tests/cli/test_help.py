@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.calling import call
 from tui_trainer import __version__
-from tui_trainer.cli import runs
+from tui_trainer.cli import commands
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.registry import load_task
 from tui_trainer.config.options import options_of
@@ -79,7 +79,7 @@ def test_a_task_that_cannot_be_loaded_does_not_take_the_others_with_it(tmp_path:
     assert "Traceback" not in named.stderr
 
 
-@pytest.mark.parametrize("command", runs.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_for_runs_has_help_of_one_voice(command: str, tmp_path: Path) -> None:
     done = call(command, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -12,7 +12,7 @@ import pytest
 
 from tests import processes
 from tests.cli.calling import COMMAND, call
-from tui_trainer.config.spec import find_socket
+from tui_trainer.config.run_spec import find_socket
 
 LOOP = """
 import torch

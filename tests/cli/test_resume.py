@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tui_trainer.run.checkpoints import all_steps
-from tui_trainer.session.branching import checkpoint_steps
+from tui_trainer.runs.checkpoints import checkpoint_steps
 
 
 @pytest.fixture(scope="module")

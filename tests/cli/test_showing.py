@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.cli.showing import showing_for, why_no_screen
+from tui_trainer.cli.screen import screen_for, why_no_screen
 
 
 class Stream:
@@ -45,17 +45,17 @@ def on(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_the_terminal_can_do(on, stdin, stdout, term, kind, noted) -> None:
     on(stdin, stdout, term)
-    showing = showing_for(RunOptions())
+    showing = screen_for(RunOptions())
     assert (showing.kind, bool(showing.note)) == (kind, noted)
     assert bool(why_no_screen()) == (kind != "screen")
 
 
 def test_what_was_asked_for_comes_first(on) -> None:
     on(True, True, "xterm")
-    assert showing_for(RunOptions(json=True)).kind == "json"
-    assert showing_for(RunOptions(plain=True)).kind == "plain"
+    assert screen_for(RunOptions(json=True)).kind == "json"
+    assert screen_for(RunOptions(plain=True)).kind == "plain"
 
 
 def test_no_streams_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert showing_for(RunOptions()).kind == "plain"
+    assert screen_for(RunOptions()).kind == "plain"

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tui_trainer.config import machine
-from tui_trainer.config.machine import Others, cores, quota
+from tui_trainer.config.machine import OtherLoad, cpu_quota, usable_cores
 
 
 def groups(tmp_path, own, **limits):
@@ -19,7 +19,7 @@ def groups(tmp_path, own, **limits):
         path = tmp_path / name.replace("__", "/").replace("0", ".").replace("1", ",")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return quota(tmp_path, tmp_path / "own")
+    return cpu_quota(tmp_path, tmp_path / "own")
 
 
 TWO = "0::/a/b\n"
@@ -56,14 +56,14 @@ def test_a_quota_counts(tmp_path, own, limits, granted):
 
 
 def test_no_control_groups_at_all(tmp_path):
-    assert quota(tmp_path, tmp_path / "nowhere") == float("inf")
+    assert cpu_quota(tmp_path, tmp_path / "nowhere") == float("inf")
 
 
 @pytest.mark.parametrize(("granted", "expected"), [(float("inf"), 8), (2.5, 2), (0.5, 1), (64, 8)])
 def test_cores_are_those_that_are_paid_for(monkeypatch, granted, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "quota", lambda: granted)
-    assert cores() == expected
+    monkeypatch.setattr(machine, "cpu_quota", lambda: granted)
+    assert usable_cores() == expected
 
 
 def test_others_count_on_our_cores_alone(tmp_path):
@@ -85,7 +85,7 @@ def test_what_we_use_ourselves_is_not_others(monkeypatch):
     busy = iter([10.0, 10.0 + 0.4])
     monkeypatch.setattr(machine, "_busy_s", lambda allowed: next(busy))
     monkeypatch.setattr(machine, "_own_s", iter([1.0, 1.3]).__next__)
-    others = Others()
+    others = OtherLoad()
     assert 0.0 < others.cores(0.05) <= 0.11 / 0.05
 
 
@@ -93,7 +93,7 @@ def test_what_we_use_ourselves_is_not_others(monkeypatch):
 def test_a_busy_process_is_seen():
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        assert Others().cores(1.0) > 0.05  # of a share of a core, however loaded this machine is
+        assert OtherLoad().cores(1.0) > 0.05  # of a share of a core, however loaded this machine is
     finally:
         process.kill()
         process.wait()

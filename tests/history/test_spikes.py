@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tui_trainer.history import spikes
-from tui_trainer.history.spikes import FEWEST, LEAST, SPAN, deviations, find_spikes
-from tui_trainer.history.table import TableHistory
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.history import analysis
+from tui_trainer.history.analysis import FEWEST, LEAST, SPAN, deviations, find_spikes
+from tui_trainer.history.series import MemorySeries
+from tui_trainer.protocol.schema import Column, Table
 
 
 def held(values):
-    table = TableHistory(Table(0, "step", (Column("loss"),)))
+    table = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step, value in enumerate(values, 1):
         table.append(step, np.float32([value]))
     return table
@@ -52,7 +52,7 @@ def test_the_worst_comes_first():
 
 
 def test_of_a_long_run_the_very_step_is_found(monkeypatch):
-    monkeypatch.setattr(spikes, "STRETCHES", 64)
+    monkeypatch.setattr(analysis, "STRETCHES", 64)
     losses = 1 + 0.01 * np.random.default_rng(3).standard_normal(5000)
     losses[3141] = 4.0
     worst = find_spikes(held(losses), 0)[0]

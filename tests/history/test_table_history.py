@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tui_trainer.history import History, TableHistory
+from tui_trainer.history import History, MemorySeries
 from tui_trainer.history.buckets import NAN, NEGATIVE, POSITIVE
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.protocol.schema import Column, Table
 
 
 def table(columns: int = 3, number: int = 0, name: str = "step") -> Table:
@@ -25,13 +25,13 @@ def series(seed: int, count: int, columns: int = 3) -> tuple[np.ndarray, np.ndar
     return steps.astype(np.int64), values
 
 
-def fill(history: TableHistory, steps: np.ndarray, values: np.ndarray) -> None:
+def fill(history: MemorySeries, steps: np.ndarray, values: np.ndarray) -> None:
     for step, row in zip(steps, values, strict=True):
         history.append(int(step), row)
 
 
 def check_window(
-    history: TableHistory,
+    history: MemorySeries,
     steps: np.ndarray,
     values: np.ndarray,
     start: int,
@@ -87,7 +87,7 @@ def check_window(
 )
 def test_no_window_loses_an_extreme(seed, count, entries, zooms):
     steps, values = series(seed, count)
-    history = TableHistory(table(), entries)
+    history = MemorySeries(table(), entries)
     fill(history, steps, values)
     first, last = (int(steps[0]), int(steps[-1])) if count else (0, 10)
     for place, width, buckets in zooms:
@@ -111,7 +111,7 @@ def test_no_window_loses_an_extreme(seed, count, entries, zooms):
 def test_a_viewer_sees_what_the_run_has(seed, pieces, entries):
     """Any interleaving of raw and summarised pieces, with a viewer that at times lags behind."""
     steps, values = series(seed, sum(count for count, _, _ in pieces))
-    here, there = (TableHistory(table(), size) for size in entries)
+    here, there = (MemorySeries(table(), size) for size in entries)
     done = 0
     for count, budget, catches_up in pieces:
         fill(here, steps[done : done + count], values[done : done + count])
@@ -135,7 +135,7 @@ def test_a_viewer_sees_what_the_run_has(seed, pieces, entries):
 
 def test_newest_rows_stay_raw():
     steps, values = series(1, 5000)
-    history = TableHistory(table(), 512)
+    history = MemorySeries(table(), 512)
     assert history.latest() is None
     assert history.at(10) is None
     fill(history, steps, values)
@@ -153,7 +153,7 @@ def test_newest_rows_stay_raw():
 
 
 def test_wrong_rows_are_refused():
-    history = TableHistory(table())
+    history = MemorySeries(table())
     history.append(5, np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="comes after step 5"):
         history.append(4, np.zeros(3, np.float32))
@@ -169,7 +169,7 @@ def test_hostile_rows_raise_value_error_only(data):
     import msgspec
 
     steps, values = series(3, 700)
-    here, there = TableHistory(table()), TableHistory(table(), 64)
+    here, there = MemorySeries(table()), MemorySeries(table(), 64)
     fill(here, steps, values)
     for _ in range(3):
         piece = here.rows_since(there.rows, data.draw(st.sampled_from([200, 2000, 50_000])))
@@ -192,7 +192,7 @@ def test_hostile_rows_raise_value_error_only(data):
 
 
 def test_a_run_that_began_anew_replaces_what_was_seen():
-    old, new, viewer = (TableHistory(table(), 64) for _ in range(3))
+    old, new, viewer = (MemorySeries(table(), 64) for _ in range(3))
     steps, values = series(5, 3000)
     fill(old, steps, values)
     while viewer.rows < old.rows:

@@ -11,12 +11,12 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tests.looking_back.runs import STEPS, directory, fingerprint, home
 from tests.ui.screens import SIZES, settle, text_of
-from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.session import comparing
-from tui_trainer.session.comparing import Compared, Line, differences, outcome
-from tui_trainer.session.registry import look_at
-from tui_trainer.ui.comparison import CompareApp
-from tui_trainer.ui.panels.overlay import ASCII_SIGNS, SIGNS
+from tui_trainer.client import compare
+from tui_trainer.client.compare import ComparedRun, Difference, differences, outcome
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.registry import inspect_run
+from tui_trainer.ui.compare import CompareApp
+from tui_trainer.ui.panels.runs import ASCII_SIGNS, SIGNS
 
 
 def losses(name):
@@ -25,7 +25,7 @@ def losses(name):
 
 
 def compared(*names):
-    return [Compared(look_at(directory(name))) for name in names]
+    return [ComparedRun(inspect_run(directory(name))) for name in names]
 
 
 def by_name(lines):
@@ -52,7 +52,7 @@ def test_kinds_of_values_are_not_mixed_up(monkeypatch):
     runs = compared("calm", "calm", "calm")
     for run, info in zip(runs, infos, strict=True):
         run.info = info
-    assert differences(runs) == [Line("x", (1, None, True))]
+    assert differences(runs) == [Difference("x", (1, None, True))]
 
 
 def test_curves_by_step_and_by_time_hold_the_same_extremes():
@@ -98,10 +98,10 @@ def test_what_cannot_be_compared(arguments, said):
 
 
 def test_too_many(tmp_path):
-    for number in range(comparing.MOST + 1):
+    for number in range(compare.MOST + 1):
         shutil.copytree(directory("calm"), tmp_path / "runs" / f"run{number}")
     (tmp_path / "runs").chmod(0o700)
-    names = [f"run{number}" for number in range(comparing.MOST + 1)]
+    names = [f"run{number}" for number in range(compare.MOST + 1)]
     assert_refused(call("compare", *names, cwd=tmp_path), "cannot be told apart")
     fewer = call("compare", *names[1:], cwd=tmp_path)
     assert fewer.returncode == 0
@@ -163,16 +163,16 @@ async def test_ascii_alone():
 
 
 async def test_runs_without_a_series(tmp_path):
-    from tui_trainer.recording.recorder import Recorder
-    from tui_trainer.recording.store import StoreSink
+    from tui_trainer.record.recorder import Recorder
+    from tui_trainer.store.writer import StoreWriter
 
     recorder = Recorder(RunInfo("empty", "script"))
-    recorder.subscribe(StoreSink(tmp_path))
+    recorder.subscribe(StoreWriter(tmp_path))
     recorder.end("crashed", "at once")
     assert recorder.close(20)
     (calm,) = compared("calm")
-    run = look_at(directory("calm"))
-    empty = Compared(run.__class__("empty", tmp_path, "crashed", run.said))
+    run = inspect_run(directory("calm"))
+    empty = ComparedRun(run.__class__("empty", tmp_path, "crashed", run.said))
     app = CompareApp([calm, empty])
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)

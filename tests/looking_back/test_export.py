@@ -14,14 +14,14 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.looking_back.runs import STEPS, directory, fingerprint, home
-from tests.recording.test_retelling import train
-from tui_trainer.export.delimited import write_csv
-from tui_trainer.export.reading import Times, joined, measured, per_step
-from tui_trainer.history.store import STORE_FILE
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.protocol.describe import RunInfo
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.store import StoreSink
+from tests.record.test_retelling import train
+from tui_trainer.export.formats import write_csv
+from tui_trainer.export.read import Times, joined, measured, per_step
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.store import STORE_FILE
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.writer import StoreWriter
 
 
 def lines_of(name="calm"):
@@ -174,7 +174,7 @@ def test_a_store_that_was_only_just_made(tmp_path, command):
 def recorded(place, steps):
     """Two optimizers, cadences, infinities."""
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
-    recorder.subscribe(StoreSink(place))
+    recorder.subscribe(StoreWriter(place))
     train(recorder, steps)
     recorder.end("finished")
     assert recorder.close(60)
@@ -187,7 +187,7 @@ def long(tmp_path_factory):
 
 
 def test_joining_loses_nothing(long):
-    history = RecordedHistory(long, ended=True)
+    history = StoredHistory(long, ended=True)
     chosen = per_step(history)
     seen = {place: [] for place in range(len(chosen))}
     times = Times(history)
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_run(tmp_path):
         place = tmp_path / str(steps)
         out = place / "out"
         out.mkdir(parents=True)
-        history = RecordedHistory(recorded(place, steps), ended=True)
+        history = StoredHistory(recorded(place, steps), ended=True)
         tracemalloc.start()
         write_csv(history, out)
         peaks.append(tracemalloc.get_traced_memory()[1])

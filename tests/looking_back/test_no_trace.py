@@ -11,8 +11,8 @@ from tests.looking_back.runs import directory, fingerprint
 from tests.runs.conftest import runs  # noqa: F401
 from tests.runs.starting import until
 from tests.ui.screens import settle
-from tui_trainer.history.store.schema import STORE_FILE
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.replay import ReplayApp
 
 

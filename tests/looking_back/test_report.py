@@ -13,16 +13,16 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tests.looking_back.runs import STEPS, directory, fingerprint, home
 from tests.ui.test_replay import BAD, CLIPS, SPIKE, WORSE, loss_at, record_run
-from tui_trainer.history.records import StepRecord
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import AttentionInfo, ParameterInfo, RunInfo
+from tui_trainer.history.buckets import StepRecord
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.store import StoreSink
+from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.report.charts import LEFT, RIGHT, TOP, WIDTH, ticks
 from tui_trainer.report.page import render, style
-from tui_trainer.report.read import Recorded
-from tui_trainer.report.svg import LEFT, RIGHT, TOP, WIDTH, ticks
+from tui_trainer.report.read import ReportData
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.writer import StoreWriter
 
 VOID = {"meta", "br", "hr"}
 
@@ -58,9 +58,9 @@ class Reader(HTMLParser):
 
 
 def page_of(place):
-    history = RecordedHistory(place, ended=True)
+    history = StoredHistory(place, ended=True)
     info, status = history.store.info(), history.store.status()
-    return "".join(render(Recorded(history, info, status or Status())))
+    return "".join(render(ReportData(history, info, status or Status())))
 
 
 def assert_fetches_nothing(page):
@@ -161,14 +161,14 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
             branch_step=3,
         )
     )
-    recorder.subscribe(StoreSink(tmp_path))
+    recorder.subscribe(StoreWriter(tmp_path))
     recorder.describe(
         parameters=(ParameterInfo(evil, (1,), evil, 1),), attention=(layer,), working_directory=evil
     )
-    step = recorder.new_table(tables.STEP, tables.STEP_COLUMNS)
-    columns = tables.attention_columns((evil,), tables.ATTENTION_STATISTICS)
-    attention = recorder.new_table(tables.ATTENTION, columns)
-    norms = recorder.new_table(tables.GRAD_NORM, [columns[0].__class__(evil)])
+    step = recorder.new_table(schema.STEP, schema.STEP_COLUMNS)
+    columns = schema.attention_columns((evil,), schema.ATTENTION_STATISTICS)
+    attention = recorder.new_table(schema.ATTENTION, columns)
+    norms = recorder.new_table(schema.GRAD_NORM, [columns[0].__class__(evil)])
     for n in range(4, 30):
         rows = (
             (step, np.full(4, n, np.float32)),
@@ -189,8 +189,8 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_with_nothing_in_it(tmp_path, steps):
     recorder = Recorder(RunInfo("quiet-otter", "script"))
-    recorder.subscribe(StoreSink(tmp_path))
-    table = recorder.new_table(tables.STEP, tables.STEP_COLUMNS)
+    recorder.subscribe(StoreWriter(tmp_path))
+    table = recorder.new_table(schema.STEP, schema.STEP_COLUMNS)
     for n in range(steps):
         values = np.full(4, np.nan, np.float32)
         recorder.record(StepRecord(n + 1, 1.0, "", ((table, values),)))

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.tracing.support import KeepingRecorder, SmallGpt, close, gpt_loop, trace
-from tui_trainer.probes.attention_health import health
-from tui_trainer.probes.attention_spectrum import AttentionSpectrum
-from tui_trainer.probes.decomposing import Decomposer
-from tui_trainer.protocol.tables import ATTENTION_STATISTICS
-from tui_trainer.tracing.probe import Options
+from tests.trace.support import KeepingRecorder, SmallGpt, close, gpt_loop, trace
+from tui_trainer.probes.attention.health import health
+from tui_trainer.probes.attention.spectrum import AttentionSpectrum, Decomposer
+from tui_trainer.protocol.schema import ATTENTION_STATISTICS
+from tui_trainer.trace.probe import Options
 
 OPTIONS = Options(
     budget=0.0,

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.probes.test_attention import Separate, Stack
-from tests.tracing.support import KeepingRecorder, trace
-from tui_trainer.probes import attention_health as probe
-from tui_trainer.tracing.probe import Options
+from tests.trace.support import KeepingRecorder, trace
+from tui_trainer.probes.attention import health as probe
+from tui_trainer.trace.probe import Options
 
 OPTIONS = Options(budget=0.0, cadences={"attention_health": 1})
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tests.tracing.support import (
+from tests.trace.support import (
     EVERYTHING,
     KeepingRecorder,
     SmallGpt,
@@ -22,7 +22,7 @@ from tests.tracing.support import (
     trace,
 )
 from tui_trainer.probes.update_ratio import in_turns
-from tui_trainer.tracing.probe import Options
+from tui_trainer.trace.probe import Options
 
 
 class Reference:

@@ -4,9 +4,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.protocol.describe import Column, ParameterInfo, RunInfo, Table
 from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, Update
-from tui_trainer.protocol.text import harmless, harmless_all, printable
+from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo, Table
+from tui_trainer.protocol.text import sanitize, sanitize_message, single_line
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9bH\x7f\ud800 b\r\n\tc\u009d"
 
@@ -17,19 +17,19 @@ def controls(text):
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_no_text_holds_a_control_character_after(text):
-    for made in (harmless(text), printable(text, 100)):
+    for made in (sanitize(text), single_line(text, 100)):
         assert not controls(made)
         made.encode()  # no half of a surrogate pair either
-    assert len(printable(text, 100)) <= 100
-    assert "\n" not in printable(text, 100)
+    assert len(single_line(text, 100)) <= 100
+    assert "\n" not in single_line(text, 100)
 
 
 def test_what_is_harmless_is_left_as_it_is():
     for text in ("", "γράμμα 字 👩‍🔬", "two\nlines\tand a tab"):
-        assert harmless(text) is text
+        assert sanitize(text) is text
     status = Status(state="running", viewers=("me",))
-    assert harmless_all(status) is status
-    assert harmless("Windows\r\nlines") == "Windows\nlines"
+    assert sanitize_message(status) is status
+    assert sanitize("Windows\r\nlines") == "Windows\nlines"
 
 
 def test_every_text_of_a_message_is_made_harmless():
@@ -47,7 +47,7 @@ def test_every_text_of_a_message_is_made_harmless():
         events=(Notice(0, 1, 0.0, "mark", HOSTILE, who=HOSTILE), Clip(1, 1, 0.0, 1.0, 2.0, 0.5)),
         log=(LogLine(0, 0.0, 1, "stdout", HOSTILE),),
     )
-    cleaned = harmless_all(update)
+    cleaned = sanitize_message(update)
     assert not controls(str(msgspec.to_builtins(cleaned)).replace("\\n", ""))
     assert "\\x1b" not in repr(cleaned)
     assert cleaned.events[1] is update.events[1]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from tui_trainer.client.ssh import RelayGreeting
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.messages import ToRun, ToViewer
-from tui_trainer.session.greeting import RelayGreeting
 
 PINNED = Path(__file__).parent / "wire.txt"
 WHAT_TO_DO = """

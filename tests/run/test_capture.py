@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from tui_trainer.run.capture import Capture
-from tui_trainer.run.log_file import LogFile
+from tui_trainer.run.output import Capture, LogFile
 
 
 class Disk(io.BytesIO):

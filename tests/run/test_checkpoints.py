@@ -11,9 +11,16 @@ from safetensors.torch import load_file
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.run import checkpoints as checkpointing
-from tui_trainer.run.checkpoints import Checkpoints, load, restore
-from tui_trainer.run.flatten import CannotFlatten, flatten, unflatten
-from tui_trainer.run.randomness import random_state, restore_random_state
+from tui_trainer.run.checkpoints import (
+    CannotFlatten,
+    Checkpoints,
+    flatten,
+    load,
+    random_state,
+    restore,
+    restore_random_state,
+    unflatten,
+)
 from tui_trainer.tasks.devices import GradScaler
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tui_trainer.cli.commands import control
 from tui_trainer.cli.errors import CommandError
-from tui_trainer.cli.runs import controlling
-from tui_trainer.config.state import RunState
+from tui_trainer.config.run_spec import RunState
 from tui_trainer.protocol.messages import Checkpoint, Notice, Pause, Poll, Status, Step, StepPhase
-from tui_trainer.session.registry import Run
+from tui_trainer.runs.registry import RunEntry
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
 hosting = importlib.util.module_from_spec(_spec)
@@ -116,12 +116,12 @@ def test_a_checkpoint_between_steps_is_written_once_and_answered_twice(begun):
 
 def test_a_checkpoint_that_a_pause_overtakes_is_not_waited_for():
     status = Status(state="paused", phase="backward", step=12)
-    assert controlling._written(status, [])
-    run = Run("gpt-one", Path("/none"), "live", RunState(name="gpt-one"), "")
+    assert control._written(status, [])
+    run = RunEntry("gpt-one", Path("/none"), "live", RunState(name="gpt-one"), "")
     with pytest.raises(CommandError, match="paused after backward") as failed:
-        controlling._check_checkpoint(Checkpoint(), run, status, [])
+        control._check_checkpoint(Checkpoint(), run, status, [])
     assert "as soon as the step is made" in failed.value.hint
-    assert not controlling._written(Status(state="paused", phase="step", step=12), [])
+    assert not control._written(Status(state="paused", phase="step", step=12), [])
 
 
 def test_a_run_paused_before_its_first_step_has_no_checkpoint(place):

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tui_trainer.config.spec import RunSpec, find_socket, write_spec
-from tui_trainer.config.state import read_state
+from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
 from tui_trainer.protocol.messages import Command, Hello, Pause, Poll, Resume, Step, StepPhase, Stop
@@ -28,9 +27,9 @@ _spec.loader.exec_module(schema)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 IN_PROCESS = """
 import sys
-from tui_trainer.config.spec import read_spec
+from tui_trainer.config.run_spec import read_spec
 from tui_trainer.run.host import main
-from tui_trainer.run.sinks.opening import open_sink
+from tui_trainer.cli.in_process import open_sink
 sys.exit(main(read_spec(sys.argv[1]), open_sink(sys.argv[2])))
 """
 SMALL_GPT = {

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.run.test_server import Rig, wait_for
-from tui_trainer.history.records import StepRecord
+from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
-from tui_trainer.protocol.describe import Column, ParameterInfo, Table
 from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
 from tui_trainer.protocol.messages import (
     Ack,
@@ -33,9 +32,10 @@ from tui_trainer.protocol.messages import (
     Update,
     Welcome,
 )
-from tui_trainer.run import connection as connections
-from tui_trainer.run.control import Control
-from tui_trainer.tracing.gate import StopTraining
+from tui_trainer.protocol.schema import Column, ParameterInfo, Table
+from tui_trainer.run import server as connections
+from tui_trainer.run.control import CommandHandler
+from tui_trainer.trace.gate import StopTraining
 
 HELLO = encode(Hello(PROTOCOL_VERSION, "0", "fuzz"))
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[5n\x9b31m"
@@ -46,7 +46,7 @@ class Trained(Rig):
 
     def __init__(self, path):
         super().__init__(path)
-        self.control = Control(self.gate, self.recorder, self.gate_stop, lambda: None)
+        self.control = CommandHandler(self.gate, self.recorder, self.gate_stop, lambda: None)
         self.server._control = self.control
         self.gate.steps_per_epoch = 10
         self.recorder.declare([Table(0, "step", (Column("loss"),))])
@@ -334,10 +334,10 @@ def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):
 
 def test_the_viewer_trusts_no_run_either(tmp_path):
     """What a run sends is made harmless before a screen or a command shows it."""
+    from tui_trainer.client.live import SnapshotBuilder
     from tui_trainer.protocol.messages import LogLine, Notice, Status
-    from tui_trainer.session.intake import Intake
 
-    intake = Intake()
+    intake = SnapshotBuilder()
     intake.apply(
         Update(
             Status(reason=ESCAPES, viewers=(ESCAPES,)),

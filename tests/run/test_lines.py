@@ -7,7 +7,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.run.lines import LINE_CHARACTERS, LineSplitter
+from tui_trainer.run.output import LINE_CHARACTERS, LineSplitter
 
 
 def lines(*parts):
@@ -46,7 +46,7 @@ def test_how_it_is_cut_into_reads_does_not_matter(data, size):
 CAPTURED = r"""
 import os, subprocess, sys
 from pathlib import Path
-from tui_trainer.run.capture import Capture
+from tui_trainer.run.output import Capture
 kept = []
 capture = Capture(lambda stream, text: kept.append((stream, text)), Path(sys.argv[1]))
 capture.start()

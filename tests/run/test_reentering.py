@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from tui_trainer.config.spec import RunSpec
+from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.run import signals as signalling
 from tui_trainer.run.host import Host
 from tui_trainer.run.signals import Signals
-from tui_trainer.tracing.gate import Gate, StopTraining
+from tui_trainer.trace.gate import Gate, StopTraining
 
 
 @pytest.fixture

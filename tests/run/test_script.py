@@ -15,7 +15,7 @@ from tests import processes
 
 RUNNER = """
 import sys
-from tui_trainer.config.spec import RunSpec
+from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.run.host import main
 module = sys.argv[2] == "-m"
 rest = sys.argv[3:] if module else sys.argv[2:]

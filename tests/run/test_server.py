@@ -12,9 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tui_trainer.history.records import StepRecord
+from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.describe import Column, RunInfo, Table
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
 from tui_trainer.protocol.messages import (
     Ack,
@@ -35,11 +34,12 @@ from tui_trainer.protocol.messages import (
     Update,
     Welcome,
 )
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.run import connection as connections
-from tui_trainer.run.control import Control
+from tui_trainer.protocol.schema import Column, RunInfo, Table
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.run import server as connections
+from tui_trainer.run.control import CommandHandler
 from tui_trainer.run.server import Server
-from tui_trainer.tracing.gate import Gate
+from tui_trainer.trace.gate import Gate
 
 
 class Rig:
@@ -49,7 +49,7 @@ class Rig:
         self.recorder = Recorder(RunInfo(name="r", task="gpt"))
         self.gate = Gate()
         self.asked = []
-        self.control = Control(
+        self.control = CommandHandler(
             self.gate,
             self.recorder,
             lambda checkpoint: self.asked.append(("stop", checkpoint)),

@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo, Table
+from tui_trainer.history.buckets import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
-from tui_trainer.protocol.tables import CLIP_COLUMNS, STEP_COLUMNS
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.run.sinks.encoding import step_object
-from tui_trainer.run.sinks.jsonlines import JsonLines
-from tui_trainer.run.sinks.output import Output
+from tui_trainer.protocol.schema import (
+    CLIP_COLUMNS,
+    STEP_COLUMNS,
+    AttentionInfo,
+    Column,
+    ParameterInfo,
+    RunInfo,
+    Table,
+)
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.run.sinks import Output
+from tui_trainer.run.sinks.jsonlines import JsonLines, step_object
 from tui_trainer.run.sinks.plain import PlainLines, count, duration, ending, facts, notice, number
 
 _spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")

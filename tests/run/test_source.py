@@ -8,9 +8,9 @@ import sys
 import psutil
 import pytest
 
-from tests.session.scripted import until as wait_for
-from tui_trainer.protocol.describe import SourceInfo
-from tui_trainer.run.source import find_source, look_up_source
+from tests.client.scripted import until as wait_for
+from tui_trainer.protocol.schema import SourceInfo
+from tui_trainer.run.environment import find_source, look_up_source
 
 
 def git(directory, *arguments):
@@ -89,7 +89,7 @@ def ended(pid):
 INHERITING = """
 import ctypes, os, sys
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
-from tui_trainer.run.source import look_up_source
+from tui_trainer.run.environment import look_up_source
 look_up_source(sys.argv[1], print).join(30)
 try:
     print(os.waitpid(-1, os.WNOHANG))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tui_trainer.config import spec as specs
-from tui_trainer.config.spec import RunSpec
+from tui_trainer.config import run_spec as specs
+from tui_trainer.config.run_spec import RunSpec
 
 
 def test_round_trip(tmp_path):
@@ -76,6 +76,6 @@ def test_a_damaged_spec_is_a_value_error(tmp_path):
 
 
 def test_importing_it_stays_light():
-    code = "import sys, tui_trainer.config.spec; print({'torch', 'numpy'} & {*sys.modules})"
+    code = "import sys, tui_trainer.config.run_spec; print({'torch', 'numpy'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

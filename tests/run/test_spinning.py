@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tui_trainer.config.spec import RunSpec
-from tui_trainer.run import spinning
-from tui_trainer.run.spinning import SPIN_COUNT, bound_openmp_spinning
+from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.run.environment import SPIN_COUNT, limit_openmp_spinning
 
 
 class Busy:
@@ -21,16 +20,16 @@ class Busy:
 def settled(monkeypatch):
     """What is said to OpenMP on four cores; None where it is left alone."""
     environment = {}
-    monkeypatch.setattr(spinning.os, "environ", environment)
-    monkeypatch.setattr(spinning, "allowed_cores", lambda: 4)
-    monkeypatch.setattr(spinning.psutil, "cpu_count", lambda logical: 4)
+    monkeypatch.setattr(environment.os, "environ", environment)
+    monkeypatch.setattr(environment, "allowed_cores", lambda: 4)
+    monkeypatch.setattr(environment.psutil, "cpu_count", lambda logical: 4)
 
     def settle(spec, others, quota=float("inf"), **chosen):
-        monkeypatch.setattr(spinning, "quota", lambda: quota)
-        monkeypatch.setattr(spinning, "cores", lambda: int(min(4, quota)))
+        monkeypatch.setattr(environment, "quota", lambda: quota)
+        monkeypatch.setattr(environment, "cores", lambda: int(min(4, quota)))
         environment.clear()
         environment.update(chosen)
-        bound_openmp_spinning(spec, Busy(others))
+        limit_openmp_spinning(spec, Busy(others))
         return environment.get("GOMP_SPINCOUNT")
 
     return settle

@@ -16,7 +16,7 @@ from tests import processes
 from tui_trainer.protocol.messages import Stop
 from tui_trainer.run import signals as signalling
 from tui_trainer.run.signals import GRACE_S, GRACE_STEPS, Signals
-from tui_trainer.tracing.gate import Gate, StopTraining
+from tui_trainer.trace.gate import Gate, StopTraining
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
 hosting = importlib.util.module_from_spec(_spec)
@@ -143,8 +143,8 @@ def test_what_has_ended_is_not_interrupted(script):
 
 IMPATIENT = """
 import os, signal, time
-from tui_trainer.run import evaluating, signals
-from tui_trainer.tasks import schedules
+from tui_trainer.run import signals, training as evaluating
+from tui_trainer.tasks import optimizers as schedules
 signals.GRACE_S = 0.1
 
 def slow(owner, name, at):

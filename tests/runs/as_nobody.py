@@ -24,7 +24,7 @@ def until(found, what):
 
 def main(parent):
     from tests.runs.fake_host import FakeHost
-    from tui_trainer.config.spec import RunSpec, write_spec
+    from tui_trainer.config.run_spec import RunSpec, write_spec
     from tui_trainer.run.worker import WorkerSignals
 
     # What was imported by now was readable to whoever started this; the run alone is nobody's.

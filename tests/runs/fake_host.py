@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 
-from tui_trainer.config.spec import read_spec
-from tui_trainer.history.records import StepRecord
-from tui_trainer.protocol import PHASES, tables
-from tui_trainer.protocol.describe import Column, ParameterInfo
+from tui_trainer.config.run_spec import read_spec
+from tui_trainer.history.buckets import StepRecord
+from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol.schema import Column, ParameterInfo
 from tui_trainer.run.host import Host, finish
 from tui_trainer.run.outcome import Outcome, judge
 from tui_trainer.run.signals import Signals
@@ -43,8 +43,8 @@ class FakeHost(Host):
     def train(self) -> Outcome:
         """Everything but torch."""
         recorder = self.recorder
-        step = recorder.new_table(tables.STEP, tables.STEP_COLUMNS)
-        norms = recorder.new_table(tables.GRAD_NORM, [Column(name) for name in PARAMETERS])
+        step = recorder.new_table(schema.STEP, schema.STEP_COLUMNS)
+        norms = recorder.new_table(schema.GRAD_NORM, [Column(name) for name in PARAMETERS])
         recorder.describe(
             total_steps=self.steps,
             parameters=tuple(ParameterInfo(name, (4, 4), "float32", 16) for name in PARAMETERS),

@@ -15,15 +15,13 @@ import pexpect
 import pytest
 
 from tests.runs.starting import last_step, until
-from tui_trainer.cli.runs import checks
-from tui_trainer.cli.runs.checks import LIBRARIES, OPTIONAL
-from tui_trainer.cli.runs.logs import Printed
-from tui_trainer.config.spec import LOG_FILE
-from tui_trainer.config.state import write_state
+from tui_trainer.cli.commands import doctor
+from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
+from tui_trainer.cli.commands.logs import Printed
+from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.config.run_spec import LOG_FILE, write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
-from tui_trainer.session.ask import Conversation
-from tui_trainer.session.boot import BOOT_LOG
-from tui_trainer.session.registry import look_at
+from tui_trainer.runs.registry import BOOT_LOG, inspect_run
 
 
 def test_pause_step_resume_stop(runs):
@@ -55,7 +53,7 @@ def test_commands_do_not_guess_between_several(runs):
     assert refused.returncode == 1
     assert "2 runs are live" in refused.stderr
     assert "gpt-one" in refused.stderr
-    assert look_at(runs.directory / "gpt-one").state == "live"
+    assert inspect_run(runs.directory / "gpt-one").state == "live"
 
 
 @pytest.mark.parametrize("wrong", [("0",), ("1", "2"), ("a", "b"), ("-3",)])
@@ -67,8 +65,8 @@ def test_step_with_what_is_no_number(runs, wrong):
 
 def test_a_command_takes_control_and_all_see_it(runs):
     runs.start("gpt-held")
-    run = look_at(runs.directory / "gpt-held")
-    with Conversation.with_run(run, "the holder", read_only=False) as holder:
+    run = inspect_run(runs.directory / "gpt-held")
+    with BlockingConnection.with_run(run, "the holder", read_only=False) as holder:
         assert holder.command(Mark("mine")).ok
         assert holder.poll().status.controller == holder.viewer_id
         assert "paused" in runs.call("pause", "gpt-held").stdout
@@ -80,8 +78,8 @@ def test_a_command_takes_control_and_all_see_it(runs):
 
 def test_read_only_cannot_control(runs):
     runs.start("gpt-watched")
-    run = look_at(runs.directory / "gpt-watched")
-    with Conversation.with_run(run, "watcher", read_only=True) as watcher:
+    run = inspect_run(runs.directory / "gpt-watched")
+    with BlockingConnection.with_run(run, "watcher", read_only=True) as watcher:
         ack = watcher.insist(Pause())
         assert not ack.ok
         assert "read-only" in ack.message
@@ -110,7 +108,7 @@ def test_show_of_a_live_run(runs):
     assert seen["grad_norm_preclip"] == pytest.approx(seen["step"] ** 0.5, rel=1e-3)
     assert seen["loss_curve"]["high"][0] > seen["loss_curve"]["high"][-1]
     assert seen["parameters"] == 30 * 16
-    assert look_at(runs.directory / "gpt-seen").state == "live"
+    assert inspect_run(runs.directory / "gpt-seen").state == "live"
 
 
 def test_show_of_a_crashed_run(runs):
@@ -186,7 +184,7 @@ def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
     """What the process printed before it began its log may be longer than the log."""
     path = runs.made("gpt-boots")
     (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
-    printed = Printed(look_at(path))
+    printed = Printed(inspect_run(path))
     printed.go_on()
     (path / LOG_FILE).write_text("step 1\n")
     printed.go_on()
@@ -218,8 +216,8 @@ def test_rm(runs):
 
 def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
     process = runs.start("gpt-over", steps=30)
-    run = look_at(runs.directory / "gpt-over")
-    with Conversation.with_run(run, "a viewer that has not fetched the end"):
+    run = inspect_run(runs.directory / "gpt-over")
+    with BlockingConnection.with_run(run, "a viewer that has not fetched the end"):
         until(lambda: runs.said("gpt-over").ended, "it ends")
         os.kill(process.pid, signal.SIGSTOP)  # it lingers for as long as we like
         removing = subprocess.Popen(
@@ -278,7 +276,7 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     os.kill(runs.processes["gpt-quiet"].pid, signal.SIGSTOP)  # it says nothing more
     (place / "status.json").write_bytes(b"")
     os.utime(place / "run.json", (1, 1))
-    assert look_at(place).state == "crashed"  # as far as its files tell
+    assert inspect_run(place).state == "crashed"  # as far as its files tell
     removal_refused(runs, "gpt-quiet", "still answers on its socket")
     (place / "status.json").write_bytes(lost)
     runs.kill("gpt-quiet")
@@ -286,7 +284,7 @@ def test_rm_never_takes_a_run_that_may_live(runs):
         runs.said("gpt-quiet"), place="far", host="far", written_at=time.time() - 60
     )
     write_state(place, elsewhere)
-    assert look_at(place).state == "crashed"
+    assert inspect_run(place).state == "crashed"
     removal_refused(runs, "gpt-quiet", "far was heard of")
     write_state(place, msgspec.structs.replace(elsewhere, written_at=time.time() - 7200))
     assert runs.call("rm", "-y", "gpt-quiet").returncode == 0
@@ -338,9 +336,9 @@ def test_doctor_looks_for_all_that_is_declared():
 
 
 def test_doctor_tells_what_is_missing_from_what_may_be(monkeypatch):
-    monkeypatch.setattr(checks, "installed", lambda package: "")
+    monkeypatch.setattr(doctor, "installed", lambda package: "")
     monkeypatch.setenv("PATH", "/nowhere")
-    found = {each.name: each for each in [*checks._versions(), *checks._optional()]}
+    found = {each.name: each for each in [*doctor._versions(), *doctor._optional()]}
     assert {found[name].level for name in LIBRARIES} == {"bad"}
     assert {found[name].level for name in (*OPTIONAL, "git", "ssh")} == {"note"}
     assert found["pyarrow"].hint == 'pip install "tui-trainer[parquet]"'

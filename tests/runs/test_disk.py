@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.runs.starting import until
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.session.ask import Conversation
-from tui_trainer.session.registry import look_at
+from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.runs.registry import inspect_run
+from tui_trainer.store.reader import StoredHistory
 
 NOBODY = 65534
 SMALL = 8192
@@ -25,7 +25,7 @@ SMALL = 8192
 
 def seen(runs, name):
     """The status that a viewer is told."""
-    with Conversation.with_run(look_at(runs.directory / name), "test") as talk:
+    with BlockingConnection.with_run(inspect_run(runs.directory / name), "test") as talk:
         return talk.poll().status
 
 
@@ -36,7 +36,7 @@ def goes_on(runs, name):
 
 def assert_whole(runs, name, at_least):
     """Every step is in the store, those from the time of the trouble as well."""
-    table = RecordedHistory(runs.directory / name).tables[0]
+    table = StoredHistory(runs.directory / name).tables[0]
     steps = [int(step) for step in table.tail(table.rows)[0]]
     assert steps == list(range(1, steps[-1] + 1))
     assert steps[-1] >= at_least
@@ -139,7 +139,7 @@ def test_a_directory_that_the_user_may_not_write_to():
         assert "training goes on" in seen["said"]
         assert seen["files meanwhile"] == ["run.json"]
         run = Path(place) / "gpt-shut"
-        steps = RecordedHistory(run).tables[0].tail(10**6)[0].tolist()
+        steps = StoredHistory(run).tables[0].tail(10**6)[0].tolist()
         assert steps == list(range(1, len(steps) + 1)), "steps from before are missing"
         assert len(steps) >= seen["ended at"] > seen["resumed at"] + 50
-        assert look_at(run).state == "stopped"
+        assert inspect_run(run).state == "stopped"

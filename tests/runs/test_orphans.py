@@ -12,13 +12,18 @@ import sys
 
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
-from tui_trainer.config.spec import RunSpec, find_socket, new_socket_path, write_spec
-from tui_trainer.config.state import process_identity
-from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.config.run_spec import (
+    RunSpec,
+    find_socket,
+    new_socket_path,
+    process_identity,
+    write_spec,
+)
 from tui_trainer.protocol.messages import Status
-from tui_trainer.recording.items import Ended
-from tui_trainer.recording.state import StateSink
-from tui_trainer.session.registry import list_runs, look_at
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.events import RunEnded
+from tui_trainer.record.sinks import StateSink
+from tui_trainer.runs.registry import inspect_run, list_runs
 
 GPT = ("--threads", "1", "--steps", "100000")
 
@@ -75,7 +80,7 @@ def test_a_stale_socket_misleads_nobody(runs):
     refused = runs.call("pause", "gpt-dead")
     assert refused.returncode == 1
     assert "gpt-dead has crashed" in refused.stderr
-    assert look_at(place).socket is None
+    assert inspect_run(place).socket is None
     # Whoever listens in this directory again is not held up by it.
     again = new_socket_path(place)
     again.unlink(missing_ok=True)
@@ -85,13 +90,13 @@ def test_a_stale_socket_misleads_nobody(runs):
 
 def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
     """Another process may have the number by then, and even the same age in clock ticks."""
-    from tui_trainer.config import state
+    from tui_trainer.config import run_spec
 
     runs.start("gpt-before")
     place = runs.directory / "gpt-before"
-    assert look_at(place).state == "live"
-    monkeypatch.setattr(state, "_boot", lambda: "another-boot")
-    seen = look_at(place)
+    assert inspect_run(place).state == "live"
+    monkeypatch.setattr(run_spec, "_boot", lambda: "another-boot")
+    seen = inspect_run(place)
     assert seen.state == "crashed"
     assert "gone without an end record" in seen.note
 
@@ -145,7 +150,7 @@ def test_what_has_ended_is_not_made_again(tmp_path):
     place = tmp_path / "gpt-over"
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt"))
     sink = StateSink(place, RunInfo(place.name, "gpt"))
-    sink.take([Ended(Status(state="crashed", reason="refused"))], Status())
+    sink.take([RunEnded(Status(state="crashed", reason="refused"))], Status())
     shutil.rmtree(place)
     sink.take([], Status(state="finished"))
     assert not place.exists()

@@ -9,15 +9,15 @@ import msgspec
 import pytest
 
 from tests.runs.starting import until
-from tui_trainer.config.state import (
+from tui_trainer.config.run_spec import (
     RunState,
+    machine_identity,
     process_identity,
     read_state,
-    this_place,
     write_state,
 )
-from tui_trainer.session.registry import judge, list_runs, live_socket, look_at, newest, resolve
-from tui_trainer.session.trust import RunError
+from tui_trainer.runs.registry import inspect_run, judge, list_runs, live_socket, newest, resolve
+from tui_trainer.runs.security import RunError
 
 
 def test_states_of_all_kinds(runs):
@@ -119,7 +119,7 @@ def said(**fields):
         "state": "running",
         "pid": os.getpid(),
         "began": process_identity(os.getpid()),
-        "place": this_place(),
+        "place": machine_identity(),
         "written_at": time.time(),
     }
     return RunState(**{**known, **fields})
@@ -145,15 +145,15 @@ def test_a_process_that_ended_but_was_not_waited_for_is_gone(runs):
     process.kill()
     until(lambda: process_identity(process.pid) == "", "the zombie counts as gone")
     assert process.returncode is None
-    assert look_at(runs.directory / "gpt-zombie").state == "crashed"
+    assert inspect_run(runs.directory / "gpt-zombie").state == "crashed"
 
 
 def test_a_run_that_never_spoke(runs):
     path = runs.made("gpt-mute")
-    assert look_at(path).state == "live"
+    assert inspect_run(path).state == "live"
     long_ago = time.time() - 1000
     os.utime(path / "run.json", (long_ago, long_ago))
-    assert look_at(path).state == "crashed"
+    assert inspect_run(path).state == "crashed"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": 3}', b"\xff\xfe", b"[]"])

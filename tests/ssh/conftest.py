@@ -6,10 +6,9 @@ import pytest
 
 from tests.runs.starting import Runs
 from tests.ssh.sshd import MISSING, PATH_WITH_US, Sshd
-from tui_trainer.session import conversation
-from tui_trainer.session.address import parse_address
-from tui_trainer.session.live import LiveSession
-from tui_trainer.session.ssh import SshConnector
+from tui_trainer.client import connection
+from tui_trainer.client.live import LiveSession
+from tui_trainer.client.ssh import SshConnector, parse_address
 
 # Not tmp_path: as root, that is under a directory that only its maker may enter, which is fine for
 # sshd too; but its long names would leave no room for a socket's.
@@ -56,7 +55,7 @@ def bare_host(tmp_path, monkeypatch):
 @pytest.fixture
 def attach(monkeypatch):
     """Open a session to an address, as the command does, without a screen."""
-    monkeypatch.setattr(conversation, "SILENCE_S", 2.0)
+    monkeypatch.setattr(connection, "SILENCE_S", 2.0)
     sessions = []
 
     def begin(address: str, **options):

@@ -9,17 +9,19 @@ import pytest
 
 from tests.runs.starting import until
 from tui_trainer import __version__
-from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.session.address import parse_address
-from tui_trainer.session.greeting import (
+from tui_trainer.client.ssh import (
     MAX_NOISE_BYTES,
     NoGreeting,
     RelayGreeting,
+    SshConnector,
     encode_greeting,
     find_greeting,
+    parse_address,
+    remote_command,
+    ssh_command,
 )
-from tui_trainer.session.ssh import SshConnector, remote_command, ssh_command
-from tui_trainer.session.trust import RunError
+from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.runs.security import RunError
 
 
 def refusal(address, **options):

@@ -13,22 +13,21 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.recording.test_retelling import train
+from tests.record.test_retelling import train
+from tui_trainer.cli.commands.compare import compare
+from tui_trainer.cli.commands.export import export
+from tui_trainer.cli.commands.report import report
+from tui_trainer.cli.commands.show import show
 from tui_trainer.cli.errors import FAULT, CommandError
-from tui_trainer.cli.runs.comparing import compare
-from tui_trainer.cli.runs.exporting import export
-from tui_trainer.cli.runs.reporting import report
-from tui_trainer.cli.runs.showing import show
-from tui_trainer.config.spec import RunSpec, write_spec
-from tui_trainer.config.state import RunState, write_state
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.history.store.schema import STORE_FILE, StoreFault
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import AttentionInfo, Column, RunInfo
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.config.run_spec import RunSpec, RunState, write_spec, write_state
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Pause
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.store import StoreSink
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.protocol.schema import AttentionInfo, Column, RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import STORE_FILE, StoreError
+from tui_trainer.store.writer import StoreWriter
 
 STEPS = 1300
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "30"))
@@ -49,11 +48,11 @@ def make(place):
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt", title=title))
     info = RunInfo(place.name, "gpt", title, configuration=configuration, total_steps=STEPS)
     recorder = Recorder(info)
-    recorder.subscribe(StoreSink(place))
+    recorder.subscribe(StoreWriter(place))
     layers = [AttentionInfo(f"blocks.{i}", "fused", "w", "w", "w") for i in range(2)]
     recorder.describe(attention=tuple(layers))
-    names = [f"{each.layer}.{name}" for each in layers for name in tables.ATTENTION_STATISTICS]
-    attention = recorder.new_table(tables.ATTENTION, [Column(name) for name in names])
+    names = [f"{each.layer}.{name}" for each in layers for name in schema.ATTENTION_STATISTICS]
+    attention = recorder.new_table(schema.ATTENTION, [Column(name) for name in names])
     recorder.row(attention, 0, np.linspace(0, 1, len(names), dtype=np.float32))
     train(recorder, STEPS)
     recorder.artifact(ConfusionMatrix(0, STEPS, ("a", "b"), ((3, 1), (0, 4))))
@@ -201,7 +200,7 @@ def test_without_description_and_tables_the_run_file_says_what_it_was(runs):
     seen = look_back(runs)
     assert (seen.info.name, seen.info.title) == ("calm", "gpt · small")
     assert (seen.status.state, seen.status.step) == ("finished", STEPS)
-    assert seen.history.table(tables.STEP).rows == STEPS
+    assert seen.history.table(schema.STEP).rows == STEPS
     assert seen.link.message == (
         "part of the recording cannot be read: the run's description, its last state"
     )
@@ -300,8 +299,8 @@ def test_corrupt_pages_and_bytes_never_stop_a_reader(runs, tmp_path, capsys, see
     assert "calm" in said["show"][1]
     assert "finished" in said["show"][1]
     try:
-        history = RecordedHistory(runs / "calm")
-    except StoreFault:
+        history = StoredHistory(runs / "calm")
+    except StoreError:
         pytest.fail("one page or forty bytes beyond the first page close the whole recording")
     assert history.tables
     seen = look_back(runs)

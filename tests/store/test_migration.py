@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from tests.store.test_store import INFO, stepped
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.history.store.schema import (
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.protocol.messages import Status
+from tui_trainer.record.events import InfoChanged
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import (
     APPLICATION_ID,
     MIGRATIONS,
     SCHEMA_VERSION,
@@ -15,10 +18,7 @@ from tui_trainer.history.store.schema import (
     open_for_writing,
     schema_version,
 )
-from tui_trainer.protocol.messages import Status
-from tui_trainer.recording.items import Described
-from tui_trainer.recording.store import StoreSink
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.store.writer import StoreWriter
 
 
 def tables(connection):
@@ -27,8 +27,8 @@ def tables(connection):
 
 
 def written(directory, steps):
-    sink = StoreSink(directory)
-    sink.take([Described(INFO)], Status(state="running"))
+    sink = StoreWriter(directory)
+    sink.take([InfoChanged(INFO)], Status(state="running"))
     sink.take([stepped(step, np.full(3, step, np.float32)) for step in steps], Status())
     sink.close()
 
@@ -58,7 +58,7 @@ def test_an_older_store_is_read_brought_up_to_date_and_written_on(tmp_path, vers
     taken_back(tmp_path, version)
     assert ReplaySession(tmp_path).last_step == 1000  # readable as it is
     written(tmp_path, range(1001, 2001))
-    table = RecordedHistory(tmp_path).tables[0]
+    table = StoredHistory(tmp_path).tables[0]
     assert table.rows == 2000
     for step in (1, 999, 1001, 2000):
         np.testing.assert_array_equal(table.at(step), np.full(3, step, np.float32))
@@ -70,7 +70,7 @@ def test_an_older_store_is_read_brought_up_to_date_and_written_on(tmp_path, vers
 
 
 def test_a_migration_that_is_interrupted_leaves_the_old_version(tmp_path, monkeypatch):
-    from tui_trainer.history.store import schema
+    from tui_trainer.store import schema
 
     written(tmp_path, range(1, 11))
     taken_back(tmp_path, 1)
@@ -82,4 +82,4 @@ def test_a_migration_that_is_interrupted_leaves_the_old_version(tmp_path, monkey
     with sqlite3.connect(tmp_path / STORE_FILE) as connection:
         assert schema_version(connection) == SCHEMA_VERSION - 1
     written(tmp_path, range(11, 21))
-    assert RecordedHistory(tmp_path).tables[0].rows == 20
+    assert StoredHistory(tmp_path).tables[0].rows == 20

@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 
-from tui_trainer.history.records import StepRecord
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.protocol.describe import Column, RunInfo, Table
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol.messages import TextSample
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.store import StoreSink
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.protocol.schema import Column, RunInfo, Table
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.writer import StoreWriter
 
 
 def step_values(step):
@@ -35,7 +35,7 @@ def record(recorder, steps):
 
 def test_a_recorded_run_is_replayed(tmp_path):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
-    recorder.subscribe(StoreSink(tmp_path, lambda text: recorder.status(recording=text)))
+    recorder.subscribe(StoreWriter(tmp_path, lambda text: recorder.status(recording=text)))
     recorder.declare([table()])
     record(recorder, range(1, 3001))
     recorder.log("stdout", "hello")
@@ -61,7 +61,7 @@ def test_a_recorded_run_is_replayed(tmp_path):
 def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     place = tmp_path / "run"
-    recorder.subscribe(StoreSink(place, lambda text: recorder.status(recording=text)))
+    recorder.subscribe(StoreWriter(place, lambda text: recorder.status(recording=text)))
     recorder.declare([table()])
     record(recorder, range(1, 1001))
     deadline = time.monotonic() + 10
@@ -75,5 +75,5 @@ def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
         time.sleep(0.01)
     recorder.end("finished")
     assert recorder.close(20)
-    assert RecordedHistory(place).tables[0].rows == 1000
+    assert StoredHistory(place).tables[0].rows == 1000
     assert threading.active_count() < 50

@@ -16,15 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.history.test_table_history import check_window, series
-from tui_trainer.history.records import StepRecord
-from tui_trainer.history.store.moments import Moments
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.history.store.schema import STORE_FILE, StoreFault, open_for_writing
-from tui_trainer.history.table import TableHistory
-from tui_trainer.protocol.describe import Column, RunInfo, Table
+from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, TextSample
-from tui_trainer.recording.items import Described, Ended, Lost, Rowed, Stepped
-from tui_trainer.recording.store import StoreSink
+from tui_trainer.protocol.schema import Column, RunInfo, Table
+from tui_trainer.record.events import InfoChanged, RowRecorded, RunEnded, StepRecorded, StepsDropped
+from tui_trainer.store.reader import StoredEvents, StoredHistory
+from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
+from tui_trainer.store.writer import StoreWriter
 
 TABLES = (
     Table(0, "step", tuple(Column(f"c{i}") for i in range(3))),
@@ -42,7 +41,7 @@ class Clock:
 
 
 def stepped(step, *rows, when=0.0):
-    return Stepped(StepRecord(int(step), when, "", tuple(enumerate(rows))))
+    return StepRecorded(StepRecord(int(step), when, "", tuple(enumerate(rows))))
 
 
 def wide(step):
@@ -51,8 +50,8 @@ def wide(step):
 
 def write(directory, steps, values, commits=7, close=True):
     clock = Clock()
-    sink = StoreSink(directory, clock=clock)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(directory, clock=clock)
+    sink.take([InfoChanged(INFO)], Status())
     for part in np.array_split(np.arange(len(steps)), commits):
         clock.now += 1
         items = [stepped(steps[i], values[i], wide(steps[i]), when=float(i)) for i in part]
@@ -80,7 +79,7 @@ def test_no_zoom_loses_an_extreme(tmp_path_factory, seed, count, commits, zooms,
     directory = tmp_path_factory.mktemp("run")
     steps, values = series(seed, count)
     write(directory, steps, values, commits)
-    history = RecordedHistory(directory)
+    history = StoredHistory(directory)
     table = history.tables[0]
     assert table.rows == count
     first, last = int(steps[0]), int(steps[-1])
@@ -105,7 +104,7 @@ def test_no_zoom_loses_an_extreme(tmp_path_factory, seed, count, commits, zooms,
 def test_all_columns_are_read_back(tmp_path):
     steps, values = series(3, 5000)
     write(tmp_path, steps, values)
-    table = RecordedHistory(tmp_path).tables[1]
+    table = StoredHistory(tmp_path).tables[1]
     window = table.window([34, 0, 16, 15], int(steps[0]), int(steps[-1]) + 1, 1)
     expected = np.float32([34, 0, 16, 15])
     np.testing.assert_equal(window.low[0], expected + np.float32(steps[0]))
@@ -116,22 +115,22 @@ def test_all_columns_are_read_back(tmp_path):
 def test_a_recorded_table_serves_viewers(tmp_path):
     steps, values = series(4, 6000)
     write(tmp_path, steps, values)
-    recorded = RecordedHistory(tmp_path).tables[0]
-    viewer = TableHistory(TABLES[0])
+    recorded = StoredHistory(tmp_path).tables[0]
+    viewer = MemorySeries(TABLES[0])
     while viewer.rows < recorded.rows:
         viewer.apply(recorded.rows_since(viewer.rows, 30_000))
     check_window(viewer, steps, values, int(steps[0]), int(steps[-1]) + 1, 30)
 
 
 def test_what_was_said_is_kept(tmp_path):
-    sink = StoreSink(tmp_path)
+    sink = StoreWriter(tmp_path)
     line = LogLine(0, 1.5, 3, "stdout", "ü\n")
     notice = Notice(0, 3, 1.5, "mark", "here")
     sample = TextSample(0, 3, "To", "be")
-    ended = Ended(Status(state="finished", step=9))
-    row = Rowed(0, 5, np.ones(3, np.float32), 0.0)
-    sink.take([Described(INFO), line, notice, sample, row, ended], Status(state="running"))
-    store = RecordedHistory(tmp_path).store
+    ended = RunEnded(Status(state="finished", step=9))
+    row = RowRecorded(0, 5, np.ones(3, np.float32), 0.0)
+    sink.take([InfoChanged(INFO), line, notice, sample, row, ended], Status(state="running"))
+    store = StoredHistory(tmp_path).store
     assert store.info() == INFO
     assert store.status() == ended.status
     assert store.ask("SELECT text FROM log") == [("ü\n",)]
@@ -141,12 +140,12 @@ def test_what_was_said_is_kept(tmp_path):
 
 
 def test_commands_are_found_among_thousands_of_clips(tmp_path):
-    sink = StoreSink(tmp_path)
-    sink.take([Described(INFO), Notice(0, 1, 0.0, "command", "pause", who="me")], Status())
+    sink = StoreWriter(tmp_path)
+    sink.take([InfoChanged(INFO), Notice(0, 1, 0.0, "command", "pause", who="me")], Status())
     sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(1, 9000)], Status())
-    sink.take([Notice(9000, 9000, 0.0, "mark", "here"), Ended(Status())], Status())
+    sink.take([Notice(9000, 9000, 0.0, "mark", "here"), RunEnded(Status())], Status())
     sink.close()
-    moments = Moments(RecordedHistory(tmp_path).store)
+    moments = StoredEvents(StoredHistory(tmp_path).store)
     events = moments.events(10_000, 2000)
     assert [e.text for e in events if isinstance(e, Notice)] == ["pause", "here"]
     assert [e.id for e in events] == [0, *range(7000, 9001)]
@@ -155,18 +154,18 @@ def test_commands_are_found_among_thousands_of_clips(tmp_path):
 
 def test_a_store_from_anywhere_holds_no_escape_sequence_when_read(tmp_path):
     hostile = "\x1b]0;owned\x07\x9b2J\x7f"
-    sink = StoreSink(tmp_path)  # not through a recorder, which would have made it harmless
+    sink = StoreWriter(tmp_path)  # not through a recorder, which would have made it harmless
     info = msgspec.structs.replace(INFO, title=hostile)
     said = [
         Notice(0, 1, 0.0, "mark", hostile, who=hostile),
         LogLine(0, 0.0, 1, "stdout", hostile),
         TextSample(0, 1, hostile, hostile),
-        Ended(Status(reason=hostile)),
+        RunEnded(Status(reason=hostile)),
     ]
-    sink.take([Described(info), *said], Status())
+    sink.take([InfoChanged(info), *said], Status())
     sink.close()
-    store = RecordedHistory(tmp_path).store
-    moments = Moments(store)
+    store = StoredHistory(tmp_path).store
+    moments = StoredEvents(store)
     read = [store.info(), store.status()]
     read += [*moments.events(9, 9), *moments.log(9, 9), *moments.artifacts(9, 9)]
     assert len(read) == 5
@@ -177,29 +176,34 @@ def test_a_store_from_anywhere_holds_no_escape_sequence_when_read(tmp_path):
 
 def test_rows_that_do_not_fit_are_counted(tmp_path):
     said = []
-    sink = StoreSink(tmp_path, said.append)
+    sink = StoreWriter(tmp_path, said.append)
     three = np.ones(3, np.float32)
-    items = [stepped(1, three), stepped(2, np.ones(4, np.float32)), stepped(1, three), Lost(5)]
-    sink.take([Described(INFO), *items, stepped(0, three)], Status())
+    items = [
+        stepped(1, three),
+        stepped(2, np.ones(4, np.float32)),
+        stepped(1, three),
+        StepsDropped(5),
+    ]
+    sink.take([InfoChanged(INFO), *items, stepped(0, three)], Status())
     sink.close()
     assert said == ["7 rows could not be recorded"]
-    assert RecordedHistory(tmp_path).tables[0].rows == 2
+    assert StoredHistory(tmp_path).tables[0].rows == 2
 
 
 def test_a_second_writer_goes_on_where_the_first_stopped(tmp_path):
     steps, values = series(5, 3000)
     write(tmp_path, steps[:1700], values[:1700])
     write(tmp_path, steps[1700:], values[1700:])
-    table = RecordedHistory(tmp_path).tables[0]
+    table = StoredHistory(tmp_path).tables[0]
     check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 33)
 
 
 def test_the_reader_follows_a_living_run(tmp_path):
     steps, values = series(6, 4000)
     clock = Clock()
-    sink = StoreSink(tmp_path, clock=clock)
-    sink.take([Described(INFO)], Status())
-    history = RecordedHistory(tmp_path)
+    sink = StoreWriter(tmp_path, clock=clock)
+    sink.take([InfoChanged(INFO)], Status())
+    history = StoredHistory(tmp_path)
     for part in np.array_split(np.arange(4000), 11):
         clock.now += 1
         sink.take([stepped(steps[i], values[i], wide(steps[i])) for i in part], Status())
@@ -221,8 +225,8 @@ def check_resumes(tmp_path, break_it, mend):
     """Whatever `break_it` does, rows that were taken meanwhile are there after `mend`."""
     steps, values = series(7, 600)
     said, clock = [], Clock()
-    sink = StoreSink(tmp_path, said.append, clock)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(tmp_path, said.append, clock)
+    sink.take([InfoChanged(INFO)], Status())
     break_it()
     clock.now += 100
     sink.take([stepped(s, v) for s, v in zip(steps[:300], values[:300], strict=True)], Status())
@@ -233,7 +237,7 @@ def check_resumes(tmp_path, break_it, mend):
     sink.take([stepped(s, v) for s, v in zip(steps[300:], values[300:], strict=True)], Status())
     sink.close()
     assert said[-1] == ""
-    table = RecordedHistory(tmp_path).tables[0]
+    table = StoredHistory(tmp_path).tables[0]
     assert table.rows == 600
     check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 10)
 
@@ -271,52 +275,52 @@ def test_a_read_only_directory_is_said_and_recording_begins_later(tmp_path):
     run.mkdir()
     run.chmod(0o500)
     said, clock = [], Clock()
-    sink = StoreSink(run, said.append, clock)
-    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    sink = StoreWriter(run, said.append, clock)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
     assert "not recording" in said[-1]
     run.chmod(0o700)
     clock.now += 100
     sink.take([], Status())
     sink.close()
     assert said[-1] == ""
-    assert RecordedHistory(run).tables[0].rows == 1
+    assert StoredHistory(run).tables[0].rows == 1
     run.chmod(0o500)
-    assert RecordedHistory(run).tables[0].rows == 1  # readable where nothing can be written
+    assert StoredHistory(run).tables[0].rows == 1  # readable where nothing can be written
     run.chmod(0o700)
 
 
 def test_a_directory_that_is_gone_does_not_stop_the_run(tmp_path):
     said = []
-    sink = StoreSink(tmp_path / "nowhere", said.append)
-    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    sink = StoreWriter(tmp_path / "nowhere", said.append)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
     sink.close()
     assert "not recording" in said[-1]
 
 
 def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
-    from tui_trainer.recording import store
+    from tui_trainer.store import writer
 
-    monkeypatch.setattr(store, "MOST_WAITING_BYTES", 10_000)
+    monkeypatch.setattr(writer, "MOST_WAITING_BYTES", 10_000)
     said, clock = [], Clock()
-    sink = StoreSink(tmp_path / "later", said.append, clock)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(tmp_path / "later", said.append, clock)
+    sink.take([InfoChanged(INFO)], Status())
     sink.take([stepped(i, np.ones(3, np.float32)) for i in range(1000)], Status())
     (tmp_path / "later").mkdir()
     clock.now += 100
     sink.take([], Status())
     sink.close()
-    rows = RecordedHistory(tmp_path / "later").tables[0].rows
+    rows = StoredHistory(tmp_path / "later").tables[0].rows
     assert 100 < rows < 200
     assert said[-1] == f"{1000 - rows} rows could not be recorded"
 
 
 def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, monkeypatch):
-    from tui_trainer.recording import store_sayings
+    from tui_trainer.store import writer
 
-    monkeypatch.setattr(store_sayings, "MOST_WAITING_SAYINGS", 100)
+    monkeypatch.setattr(writer, "MOST_WAITING_SAYINGS", 100)
     said, clock = [], Clock()
-    sink = StoreSink(tmp_path / "later", said.append, clock)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(tmp_path / "later", said.append, clock)
+    sink.take([InfoChanged(INFO)], Status())
     sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(90)], Status())
     sink.take([LogLine(i, 0.0, i, "stdout", "x") for i in range(60)], Status())
     sink.take([Notice(90 + i, i, 0.0, "command", "pause") for i in range(70)], Status())
@@ -327,7 +331,7 @@ def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, 
     sink.take([], Status())
     assert said[-1] == "91 clips, 1 line, 1 sample could not be recorded"
     sink.close()
-    moments = Moments(RecordedHistory(tmp_path / "later").store)
+    moments = StoredEvents(StoredHistory(tmp_path / "later").store)
     kept = moments.events(1000, 1000)
     assert [event.id for event in kept] == list(range(90, 160))
     assert len(moments.log(1000, 1000)) == 60
@@ -340,12 +344,12 @@ def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
     path = tmp_path / STORE_FILE
     path.write_bytes(b"not a database at all" * 1000)
     said = []
-    sink = StoreSink(tmp_path, said.append)
-    sink.take([Described(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    sink = StoreWriter(tmp_path, said.append)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
     sink.commit()
     sink.close()
     assert "the recording was damaged" in said[-1]
-    assert RecordedHistory(tmp_path).tables[0].rows == 1
+    assert StoredHistory(tmp_path).tables[0].rows == 1
     assert [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
 
 
@@ -353,14 +357,14 @@ def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
 def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered(
     tmp_path, monkeypatch, whole
 ):
-    from tui_trainer.recording import store_memory
+    from tui_trainer.store import writer
 
     if not whole:
-        monkeypatch.setattr(store_memory, "KEPT_BYTES", 300_000)
+        monkeypatch.setattr(writer, "KEPT_BYTES", 300_000)
     steps, values = series(11, 3000)
     said, clock = [], Clock()
-    sink = StoreSink(tmp_path, said.append, clock)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(tmp_path, said.append, clock)
+    sink.take([InfoChanged(INFO)], Status())
     for part in np.array_split(np.arange(3000), 30):
         clock.now += 1
         items = [stepped(steps[i], values[i], wide(steps[i]), when=float(i)) for i in part]
@@ -374,15 +378,15 @@ def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered
     sink.close()
     assert "the recording was damaged" in said[-1]
     assert len([p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]) >= 1
-    held = RecordedHistory(tmp_path)
+    held = StoredHistory(tmp_path)
     table = held.tables[0]
     assert (table.rows == 3000) is whole
     assert table.rows > 1500  # more than what came after
     kept = slice(3000 - table.rows, None)
     check_window(table, steps[kept], values[kept], table.first_step, int(steps[-1]) + 1, 20)
-    from tui_trainer.recording.retelling import retell
+    from tui_trainer.store.replay import replay_items
 
-    told = [item.record.step for item in retell(held) if isinstance(item, Stepped)]
+    told = [item.record.step for item in replay_items(held) if isinstance(item, StepRecorded)]
     assert told == [int(step) for step in steps[kept]]
 
 
@@ -397,7 +401,7 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
         page = int(random.integers(1, len(data) // 4096)) * 4096
         data[page : page + 4096] = random.bytes(4096)
     path.write_bytes(data)
-    history = RecordedHistory(tmp_path)  # its first page is whole, so it opens
+    history = StoredHistory(tmp_path)  # its first page is whole, so it opens
     assert history.tables
     for table in history.tables.values():
         for buckets in (1, 50, 400):
@@ -413,14 +417,14 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
 
 def test_a_newer_store_is_left_alone(tmp_path):
     open_for_writing(tmp_path).execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreFault, match="newer"):
-        RecordedHistory(tmp_path)
+    with pytest.raises(StoreError, match="newer"):
+        StoredHistory(tmp_path)
     said = []
-    sink = StoreSink(tmp_path, said.append)
-    sink.take([Described(INFO)], Status())
+    sink = StoreWriter(tmp_path, said.append)
+    sink.take([InfoChanged(INFO)], Status())
     assert "newer tui-trainer" in said[-1]
-    with pytest.raises(StoreFault, match="nothing was recorded"):
-        RecordedHistory(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="nothing was recorded"):
+        StoredHistory(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------- killed
@@ -430,14 +434,15 @@ import os, sys, time
 import numpy as np
 from tests.store.test_store import INFO, stepped, wide
 from tui_trainer.protocol.messages import Status
-from tui_trainer.recording.feed import Feed
-from tui_trainer.recording.items import Described
-from tui_trainer.recording.store import StoreSink
+from tui_trainer.record.sinks import SinkThread
+from tui_trainer.record.events import InfoChanged
+from tui_trainer.store.writer import StoreWriter
 
 def work(place):
     told = open(os.path.join(place, "told"), "w", buffering=1)
-    feed = Feed(StoreSink(place), Status, lambda sink, fault: print("fault", fault, file=told))
-    feed.put([Described(INFO)])
+    writer = StoreWriter(place)
+    feed = SinkThread(writer, Status, lambda sink, fault: print("fault", fault, file=told))
+    feed.put([InfoChanged(INFO)])
     for step in range(1, 1_000_000):
         feed.put([stepped(step, np.full(3, step, np.float32), wide(step))])
         if step % 5 == 0:
@@ -486,8 +491,8 @@ def check_killed(place, moment, random):
     pairs = [(int(line[0]), float(line[1])) for line in lines[:-1]]
     made = max((step for step, when in pairs if when < moment - 1), default=0)
     try:
-        history = RecordedHistory(place)
-    except StoreFault:
+        history = StoredHistory(place)
+    except StoreError:
         assert not made
         return
     for table in history.tables.values():

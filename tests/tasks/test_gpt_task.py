@@ -8,9 +8,9 @@ import torch
 
 from tui_trainer.config import ConfigurationError, resolve
 from tui_trainer.tasks.definition import Training, build, find_task
-from tui_trainer.tasks.gpt import corpus
-from tui_trainer.tasks.gpt.batches import TextBatches, cut
-from tui_trainer.tasks.gpt.evaluations import ValidationLoss
+from tui_trainer.tasks.gpt import data
+from tui_trainer.tasks.gpt.data import TextBatches, cut
+from tui_trainer.tasks.gpt.training import ValidationLoss
 
 TINY = {
     "layers": 2,
@@ -191,7 +191,7 @@ def test_batches_go_on_from_a_state():
 
 
 def test_default_corpus_is_the_language_reference():
-    loaded = corpus.load(None)
+    loaded = data.load(None)
     assert len(loaded.tokens) > 300_000
     assert "lambda" in loaded.decode(loaded.tokens)
 
@@ -200,7 +200,7 @@ def test_text_survives_as_numbers(tmp_path):
     text = "naïve — 日本語 🙂\nend"
     file = tmp_path / "text.txt"
     file.write_text(text, encoding="utf-8")
-    loaded = corpus.load(str(file))
+    loaded = data.load(str(file))
     assert loaded.decode(loaded.tokens) == text
     assert loaded.decode(loaded.encode("naïve 🙂")) == "naïve 🙂"
     assert list(loaded.alphabet) == sorted(set(text))
@@ -212,7 +212,7 @@ def test_folder_of_text_leaves_out_the_rest(tmp_path, caplog):
     (tmp_path / "b" / "c.md").write_text("second")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / ".hidden").write_text("never")
-    loaded = corpus.load(str(tmp_path))
+    loaded = data.load(str(tmp_path))
     assert loaded.decode(loaded.tokens) == "first\nsecond"
     assert "picture.png" in caplog.text
 

@@ -7,10 +7,8 @@ import torch
 
 from tui_trainer.config import ConfigurationError, TrainingConfig
 from tui_trainer.tasks.definition import find_task
-from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads
-from tui_trainer.tasks.evaluating import evaluating
-from tui_trainer.tasks.optimizers import make_optimizer
-from tui_trainer.tasks.schedules import LearningRate
+from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads, evaluating
+from tui_trainer.tasks.optimizers import LearningRate, make_optimizer
 
 CPU = torch.device("cpu")
 

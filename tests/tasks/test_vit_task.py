@@ -15,11 +15,17 @@ from PIL import Image
 from tests.cli.calling import call
 from tui_trainer.config import ConfigurationError, resolve
 from tui_trainer.tasks.definition import Training, build, find_task
-from tui_trainer.tasks.vit import digits
-from tui_trainer.tasks.vit.arithmetic import EpochPlan
-from tui_trainer.tasks.vit.batches import Decoder, ImageBatches, Order
-from tui_trainer.tasks.vit.folder import load_images
-from tui_trainer.tasks.vit.images import FolderImages, UnreadableImageError, decode
+from tui_trainer.tasks.vit import data
+from tui_trainer.tasks.vit.config import EpochPlan
+from tui_trainer.tasks.vit.data import (
+    BatchOrder,
+    Decoder,
+    FolderImages,
+    ImageBatches,
+    UnreadableImageError,
+    decode,
+    load_images,
+)
 from tui_trainer.tasks.vit.training import facts
 
 TINY = {"layers": 1, "heads": 2, "width": 16, "threads": 1, "device": "cpu", "warmup_steps": 5}
@@ -74,15 +80,15 @@ def test_epoch_arithmetic():
 
 
 def test_digits_are_those_of_scikit_learn_without_importing_it():
-    code = "import sys; from tui_trainer.tasks.vit.digits import read_digits; read_digits()"
+    code = "import sys; from tui_trainer.tasks.vit.data import read_digits; read_digits()"
     code += "; assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     from sklearn.datasets import load_digits
 
-    scans, labels = digits.read_digits()
+    scans, labels = data.read_digits()
     assert np.array_equal(scans, load_digits().images)
     assert np.array_equal(labels, load_digits().target)
-    assert all(map(np.array_equal, (scans, labels), digits._by_scikit_learn()))
+    assert all(map(np.array_equal, (scans, labels), data._by_scikit_learn()))
 
 
 def test_epoch_arithmetic_is_among_the_facts_of_a_training():
@@ -181,12 +187,12 @@ def test_it_learns_digits(tmp_path):
 
 def test_every_epoch_is_a_new_order_of_all_images():
     plan = EpochPlan(images=20, batch_size=4, epochs=3)
-    order = list(Order(plan, seed=5))
+    order = list(BatchOrder(plan, seed=5))
     epochs = [[index for batch in order[at : at + 5] for index, _ in batch] for at in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert list(Order(plan, seed=5, start=7)) == order[7:]
-    assert list(Order(plan, seed=6)) != order
+    assert list(BatchOrder(plan, seed=5, start=7)) == order[7:]
+    assert list(BatchOrder(plan, seed=6)) != order
     keys = [key for batch in order for _, key in batch]
     assert len(set(keys)) == len(keys)
 
@@ -340,9 +346,9 @@ def test_workers_end_when_the_training_is_killed(folder):
 import torch, psutil
 from tui_trainer.config import resolve
 from tui_trainer.tasks.definition import find_task
-from tui_trainer.tasks.vit.arithmetic import EpochPlan
-from tui_trainer.tasks.vit.batches import Decoder, ImageBatches
-from tui_trainer.tasks.vit.folder import load_images
+from tui_trainer.tasks.vit.config import EpochPlan
+from tui_trainer.tasks.vit.data import Decoder, ImageBatches
+from tui_trainer.tasks.vit.data import load_images
 images, _ = load_images(resolve(find_task("vit"), "images", {{"data": {str(folder)!r}}}))
 batches = iter(ImageBatches(Decoder(images), EpochPlan(32, 4, steps=10**6), 0,
                             torch.device("cpu"), 2))

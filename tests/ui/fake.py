@@ -17,10 +17,10 @@ import msgspec
 import numpy as np
 
 from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesise
+from tui_trainer.client.api import Link, Snapshot
 from tui_trainer.history import History
-from tui_trainer.history.layers import STATISTICS
-from tui_trainer.protocol import PHASES, messages, tables
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.history.analysis import STATISTICS
+from tui_trainer.protocol import PHASES, messages, schema
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -38,7 +38,7 @@ from tui_trainer.protocol.messages import (
     Status,
     TextSample,
 )
-from tui_trainer.session.api import Link, Snapshot
+from tui_trainer.protocol.schema import Column, Table
 
 STEP_MS = 46.0
 
@@ -211,9 +211,9 @@ class FakeSession:
     def _happenings(self, step: int) -> None:
         run = self.run
         assert run is not None
-        clip = run.values[run.table(tables.CLIP)][step - 1]
+        clip = run.values[run.table(schema.CLIP)][step - 1]
         if clip[3] < 1:
-            norms = run.values[run.table(tables.GRAD_NORM)][step - 1].astype(float) ** 2
+            norms = run.values[run.table(schema.GRAD_NORM)][step - 1].astype(float) ** 2
             shares = norms / norms.sum()
             top = np.argsort(shares)[::-1][:3]
             self.events.append(
@@ -228,7 +228,7 @@ class FakeSession:
                     shares=tuple(float(shares[i]) for i in top),
                 )
             )
-        loss = run.values[run.table(tables.STEP)][step - 1][0]
+        loss = run.values[run.table(schema.STEP)][step - 1][0]
         if not np.isfinite(loss):
             name = run.info.parameters[3].name
             kind = "nan" if np.isnan(loss) else "inf"
@@ -247,7 +247,7 @@ class FakeSession:
 
     def _validation(self, step: int) -> float:
         assert self.run is not None
-        return float(self.run.values[self.run.table(tables.VALIDATION)][step // 100 - 1][0])
+        return float(self.run.values[self.run.table(schema.VALIDATION)][step // 100 - 1][0])
 
     def _images(self, step: int) -> ImageSample:
         random = np.random.default_rng(step)
@@ -272,8 +272,8 @@ class FakeSession:
         assert run is not None
         step = self.status.step + (0 if phase == "step" else 1)
         at = min(step, len(run.steps[0])) - 1
-        loss, rate, norm, _ = (float(v) for v in run.values[run.table(tables.STEP)][at])
-        clip = run.values[run.table(tables.CLIP)][at]
+        loss, rate, norm, _ = (float(v) for v in run.values[run.table(schema.STEP)][at])
+        clip = run.values[run.table(schema.CLIP)][at]
         count = len(run.info.parameters)
         summary, quantities, table = {
             "data": ("a batch of 12 × 64 tokens", [("inputs", "int64 [12, 64]", "")], None),
@@ -283,7 +283,7 @@ class FakeSession:
             "backward": (
                 f"gradients of {count} parameters, total norm {norm:.3f}",
                 [("total norm", norm, ""), ("largest", "blocks.0.mlp.up.weight", "")],
-                tables.GRAD_NORM,
+                schema.GRAD_NORM,
             ),
             "clip": (
                 f"norm {norm:.3f} → {float(clip[2]):.3f}, threshold {MAX_NORM:g}",
@@ -292,20 +292,20 @@ class FakeSession:
                     ("after", float(clip[2]), ""),
                     ("scale", float(clip[3]), ""),
                 ],
-                tables.CLIP,
+                schema.CLIP,
             ),
             "step": (
                 f"AdamW moved {count} parameters, learning rate {rate:.2e}",
                 [("learning rate", rate, ""), ("largest update ratio", 1.4e-3, "")],
-                tables.UPDATE_RATIO,
+                schema.UPDATE_RATIO,
             ),
         }[phase]
         rows: tuple[Rows, ...] = ()
-        if table is not None and table != tables.UPDATE_RATIO:
+        if table is not None and table != schema.UPDATE_RATIO:
             index = run.table(table)
             values = np.ascontiguousarray(run.values[index][at : at + 1], np.float32)
             rows = (Rows(index, at, 1, np.array([step], np.int64).tobytes(), values.tobytes()),)
-        duration = float(run.values[run.table(tables.PHASE_MS)][at][PHASES.index(phase)])
+        duration = float(run.values[run.table(schema.PHASE_MS)][at][PHASES.index(phase)])
         named = tuple(Quantity(*quantity) for quantity in quantities)
         return PhaseReport(step, phase, duration, summary, named, rows)
 
@@ -314,7 +314,7 @@ class FakeSession:
         assert run is not None
         status = msgspec.structs.replace(self.status, **changes)
         total = run.info.total_steps or 0
-        clipped = run.values[run.table(tables.CLIP)][max(0, status.step - 100) : status.step, 3] < 1
+        clipped = run.values[run.table(schema.CLIP)][max(0, status.step - 100) : status.step, 3] < 1
         self.status = msgspec.structs.replace(
             status,
             epoch=status.step / (run.info.steps_per_epoch or 1),
@@ -364,7 +364,7 @@ def fake_one_point() -> FakeSession:
 def fake_non_finite(steps: int = 300) -> FakeSession:
     """The loss becomes NaN at step 201, infinite at 203, and is well again; so do the gradients."""
     run = synthesise(describe())
-    for name in (tables.STEP, tables.GRAD_NORM, tables.CLIP, tables.ATTENTION):
+    for name in (schema.STEP, schema.GRAD_NORM, schema.CLIP, schema.ATTENTION):
         values = run.values[run.table(name)]
         values[200:202, :3] = np.nan
         values[202, :3] = np.inf
@@ -375,7 +375,7 @@ def fake_extremes(steps: int = 300) -> FakeSession:
     """Losses of 1e30 that fall to 1e-30, and gradients alike."""
     run = synthesise(describe())
     fall = np.geomspace(1e30, 1e-30, len(run.steps[0])).astype(np.float32)[:, None]
-    for name in (tables.STEP, tables.GRAD_NORM, tables.CLIP):
+    for name in (schema.STEP, schema.GRAD_NORM, schema.CLIP):
         values = run.values[run.table(name)]
         values[:] = fall[: len(values)]
     return FakeSession(run, steps)
@@ -385,10 +385,10 @@ def fake_two_optimizers(steps: int = 300) -> FakeSession:
     """A GAN, say: `sgd` and `adam`, each with a loss and parameters of its own."""
     run = synthesise(describe())
     tables_of_adam = []
-    for name in (tables.STEP, tables.GRAD_NORM):
+    for name in (schema.STEP, schema.GRAD_NORM):
         first = run.info.tables[run.table(name)]
         columns = first.columns
-        if name == tables.GRAD_NORM:
+        if name == schema.GRAD_NORM:
             columns = tuple(replace_name(column, f"generator.{column.name}") for column in columns)
         number = len(run.info.tables) + len(tables_of_adam)
         tables_of_adam.append(
@@ -410,10 +410,10 @@ def fake_two_transformers(steps: int = 300, layers: int = 3) -> FakeSession:
     names = tuple(f"generator.blocks.{layer}.attention" for layer in range(layers))
     for name, statistics in STATISTICS.items():
         first = run.info.tables[run.table(name)]
-        if name == tables.ATTENTION_HEADS:
-            columns = tables.head_columns(tuple((layer, 4) for layer in names))
+        if name == schema.ATTENTION_HEADS:
+            columns = schema.head_columns(tuple((layer, 4) for layer in names))
         else:
-            columns = tables.attention_columns(names, statistics)
+            columns = schema.attention_columns(names, statistics)
         number = len(run.info.tables) + len(own)
         own.append(msgspec.structs.replace(first, id=number, columns=columns, optimizer="adam"))
         run.steps.append(run.steps[first.id])

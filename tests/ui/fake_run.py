@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.protocol import PHASES, tables
-from tui_trainer.protocol.describe import (
+from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol.schema import (
     AttentionInfo,
     Column,
     DeviceInfo,
@@ -80,18 +80,18 @@ def describe(layers: int = 4, total_steps: int = 2000, task: str = "gpt") -> Run
     if task == "vit":
         validation += (Column("accuracy", "", "higher"),)
     columns: list[tuple[str, tuple[Column, ...], int]] = [
-        (tables.STEP, tables.STEP_COLUMNS, 1),
-        (tables.CLIP, tables.CLIP_COLUMNS, 1),
-        (tables.PHASE_MS, tables.PHASE_COLUMNS, 1),
-        (tables.GRAD_NORM, per_parameter, 1),
-        (tables.WEIGHT_NORM, per_parameter, 10),
-        (tables.UPDATE_RATIO, per_parameter, 10),
-        (tables.VALIDATION, validation, 100),
-        (tables.MEMORY, tables.MEMORY_COLUMNS, 10),
-        (tables.ATTENTION, _attention(names, tables.ATTENTION_STATISTICS), 1),
-        (tables.ATTENTION_SPECTRUM, _attention(names, tables.SPECTRUM_STATISTICS), 50),
-        (tables.ATTENTION_HEALTH, _attention(names, tables.HEALTH_STATISTICS), 20),
-        (tables.ATTENTION_HEADS, tables.head_columns(tuple((name, 4) for name in names)), 10),
+        (schema.STEP, schema.STEP_COLUMNS, 1),
+        (schema.CLIP, schema.CLIP_COLUMNS, 1),
+        (schema.PHASE_MS, schema.PHASE_COLUMNS, 1),
+        (schema.GRAD_NORM, per_parameter, 1),
+        (schema.WEIGHT_NORM, per_parameter, 10),
+        (schema.UPDATE_RATIO, per_parameter, 10),
+        (schema.VALIDATION, validation, 100),
+        (schema.MEMORY, schema.MEMORY_COLUMNS, 10),
+        (schema.ATTENTION, _attention(names, schema.ATTENTION_STATISTICS), 1),
+        (schema.ATTENTION_SPECTRUM, _attention(names, schema.SPECTRUM_STATISTICS), 50),
+        (schema.ATTENTION_HEALTH, _attention(names, schema.HEALTH_STATISTICS), 20),
+        (schema.ATTENTION_HEADS, schema.head_columns(tuple((name, 4) for name in names)), 10),
     ]
     return RunInfo(
         name=f"{task}-calm-otter",
@@ -119,7 +119,7 @@ def describe(layers: int = 4, total_steps: int = 2000, task: str = "gpt") -> Run
 
 
 def _attention(names: list[str], statistics: tuple[str, ...]) -> tuple[Column, ...]:
-    return tables.attention_columns(tuple(names), statistics)
+    return schema.attention_columns(tuple(names), statistics)
 
 
 def synthesise(info: RunInfo, seed: int = 7) -> FakeRun:
@@ -135,18 +135,18 @@ def synthesise(info: RunInfo, seed: int = 7) -> FakeRun:
     norms = _gradient_norms(info, every, random)
     total_norm = np.sqrt((norms.astype(np.float64) ** 2).sum(1))
     fill = {
-        tables.STEP: lambda s: _step(s, total, total_norm, random),
-        tables.CLIP: lambda s: _clip(total_norm),
-        tables.PHASE_MS: lambda s: _phases(len(s), random),
-        tables.GRAD_NORM: lambda s: norms,
-        tables.WEIGHT_NORM: lambda s: _weights(info, s),
-        tables.UPDATE_RATIO: lambda s: 1e-3 * norms[s - 1] / norms.mean(0),
-        tables.VALIDATION: lambda s: _validation(s, info),
-        tables.MEMORY: lambda s: np.stack([s * np.nan, s * np.nan, 6.1e8 + 2e4 * s], 1),
-        tables.ATTENTION: lambda s: _attention_values(info, s, random),
-        tables.ATTENTION_SPECTRUM: lambda s: _pattern(s, len(info.attention), _SPECTRUM),
-        tables.ATTENTION_HEALTH: lambda s: _pattern(s, len(info.attention), _HEALTH),
-        tables.ATTENTION_HEADS: lambda s: _pattern(s, 4 * len(info.attention), _HEADS),
+        schema.STEP: lambda s: _step(s, total, total_norm, random),
+        schema.CLIP: lambda s: _clip(total_norm),
+        schema.PHASE_MS: lambda s: _phases(len(s), random),
+        schema.GRAD_NORM: lambda s: norms,
+        schema.WEIGHT_NORM: lambda s: _weights(info, s),
+        schema.UPDATE_RATIO: lambda s: 1e-3 * norms[s - 1] / norms.mean(0),
+        schema.VALIDATION: lambda s: _validation(s, info),
+        schema.MEMORY: lambda s: np.stack([s * np.nan, s * np.nan, 6.1e8 + 2e4 * s], 1),
+        schema.ATTENTION: lambda s: _attention_values(info, s, random),
+        schema.ATTENTION_SPECTRUM: lambda s: _pattern(s, len(info.attention), _SPECTRUM),
+        schema.ATTENTION_HEALTH: lambda s: _pattern(s, len(info.attention), _HEALTH),
+        schema.ATTENTION_HEADS: lambda s: _pattern(s, 4 * len(info.attention), _HEADS),
     }
     for table in info.tables:
         run.values[table.id][:] = fill[table.name](run.steps[table.id])

@@ -8,17 +8,17 @@ import pytest
 
 from tests.ui.fake import FakeSession, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of
-from tui_trainer.protocol import tables
+from tui_trainer.protocol import schema
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.ages import age_of
+from tui_trainer.ui.widgets.text import age_of
 
 CADENCES = {
-    tables.GRAD_NORM: (1, 1),
-    tables.ATTENTION: (32, 1),
-    tables.UPDATE_RATIO: (320, 10),
-    tables.WEIGHT_NORM: (10, 10),
-    tables.ATTENTION_HEADS: (4, 1),
-    tables.ATTENTION_SPECTRUM: (8, 8),
+    schema.GRAD_NORM: (1, 1),
+    schema.ATTENTION: (32, 1),
+    schema.UPDATE_RATIO: (320, 10),
+    schema.WEIGHT_NORM: (10, 10),
+    schema.ATTENTION_HEADS: (4, 1),
+    schema.ATTENTION_SPECTRUM: (8, 8),
 }
 """Now, and naturally."""
 
@@ -98,7 +98,7 @@ async def test_the_help_follows_the_cadences() -> None:
         await pilot.press("slash", *"stretched", "enter")
         assert session.run is not None
         info = session.run.info
-        every = tuple(5 if t.name == tables.ATTENTION else t.every for t in info.tables)
+        every = tuple(5 if t.name == schema.ATTENTION else t.every for t in info.tables)
         session.run.info = info.with_cadences(every)
         session.advance(1)
         await frame(pilot)
@@ -107,11 +107,11 @@ async def test_the_help_follows_the_cadences() -> None:
 
 def test_an_age_is_in_steps_where_it_is_longer_than_a_cadence() -> None:
     session = stretched()
-    histories = session.history.of_every_optimizer(tables.WEIGHT_NORM)
+    histories = session.history.of_every_optimizer(schema.WEIGHT_NORM)
     assert age_of(session.poll(), histories) == "every 10 steps"
     histories[0].cut(histories[0].rows - 3)
     assert age_of(session.poll(), histories) == "30 steps ago"
-    assert age_of(session.poll(), session.history.of_every_optimizer(tables.GRAD_NORM)) == ""
+    assert age_of(session.poll(), session.history.of_every_optimizer(schema.GRAD_NORM)) == ""
 
 
 def style_of(app: TuiTrainerApp, text: str) -> object:

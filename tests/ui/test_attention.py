@@ -6,34 +6,37 @@ import numpy as np
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
 from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.protocol import tables
-from tui_trainer.ui.panels.attention_heads import HeadsTable
-from tui_trainer.ui.panels.attention_statistics import COLUMNS, STATISTICS
-from tui_trainer.ui.panels.attention_table import StatisticTable
-from tui_trainer.ui.panels.query_key_value import COLUMNS as COLUMNS_OF_LAYERS
-from tui_trainer.ui.panels.query_key_value import LayersTable
+from tui_trainer.protocol import schema
+from tui_trainer.ui.panels.attention import (
+    COLUMNS,
+    SHOWN_STATISTICS,
+    HeadsTable,
+    LayersTable,
+    StatisticTable,
+)
+from tui_trainer.ui.panels.attention import COLUMNS as COLUMNS_OF_LAYERS
 
 
 def test_every_measured_statistic_is_on_offer() -> None:
-    offered = {(s.table, s.column(part)) for s in STATISTICS for part in s.parts}
+    offered = {(s.table, s.column(part)) for s in SHOWN_STATISTICS for part in s.parts}
     measured = {
         (table, name)
         for table, names in COLUMNS.items()
-        if table != tables.ATTENTION_HEADS
+        if table != schema.ATTENTION_HEADS
         for name in names
     }
     assert offered == measured
 
 
 def test_explanations_fit_the_narrow_screen() -> None:
-    for statistic in STATISTICS:
+    for statistic in SHOWN_STATISTICS:
         assert len(statistic.means) <= 78
         assert len("healthy  " + statistic.healthy) <= 78
 
 
 def test_columns_are_those_that_the_protocol_names() -> None:
-    for statistic in STATISTICS:
-        columns = tables.attention_columns(("a", "b"), COLUMNS[statistic.table])
+    for statistic in SHOWN_STATISTICS:
+        columns = schema.attention_columns(("a", "b"), COLUMNS[statistic.table])
         for part in statistic.parts:
             place = len(COLUMNS[statistic.table]) + statistic.index(part)
             assert columns[place].name == f"b.{statistic.column(part)}"
@@ -45,9 +48,9 @@ async def test_the_run_is_told_what_is_watched_only_while_it_is_shown() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         assert session.topics == {
-            tables.ATTENTION_HEADS,
-            tables.ATTENTION_SPECTRUM,
-            tables.ATTENTION_HEALTH,
+            schema.ATTENTION_HEADS,
+            schema.ATTENTION_SPECTRUM,
+            schema.ATTENTION_HEALTH,
         }
         await pilot.press("5")
         await settle(pilot)
@@ -59,7 +62,7 @@ async def test_every_statistic_shows_its_newest_values() -> None:
     app = app_on("attention", session)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        for statistic in STATISTICS:
+        for statistic in SHOWN_STATISTICS:
             text = text_of(app)
             assert statistic.means in text
             history = session.history.table(statistic.table)
@@ -81,8 +84,8 @@ async def test_the_heads_are_those_of_the_layer_under_the_cursor() -> None:
         await settle(pilot)
         assert "blocks.2.attention" in text_of(app)
         heads = app.screen.query_one(HeadsTable)
-        latest = session.history.table(tables.ATTENTION_HEADS).latest()  # type: ignore[union-attr]
-        count = len(tables.HEAD_STATISTICS)
+        latest = session.history.table(schema.ATTENTION_HEADS).latest()  # type: ignore[union-attr]
+        count = len(schema.HEAD_STATISTICS)
         assert heads._values is not None
         assert np.array_equal(heads._values, latest[1][8 * count : 12 * count])  # type: ignore[index]
 
@@ -134,8 +137,8 @@ async def test_a_comparison_without_meaning_is_na_with_its_reason() -> None:
         info.attention[0], kind="grouped", key_value_heads=2, note="K and V are smaller than Q"
     )
     run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
-    values = run.values[run.table(tables.ATTENTION)]
-    values[:, tables.ATTENTION_STATISTICS.index("cos_qk")] = np.nan
+    values = run.values[run.table(schema.ATTENTION)]
+    values[:, schema.ATTENTION_STATISTICS.index("cos_qk")] = np.nan
     app = app_on("attention", FakeSession(run, 300))
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
@@ -155,19 +158,19 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
     first = msgspec.structs.replace(info.attention[0], note=note, incomparable=("qv", "kv"))
     run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
     values, heads = (
-        run.values[run.table(name)] for name in (tables.ATTENTION, tables.ATTENTION_HEADS)
+        run.values[run.table(name)] for name in (schema.ATTENTION, schema.ATTENTION_HEADS)
     )
     for name in ("cos_qv", "cos_kv", "norm_q"):
-        values[:, tables.ATTENTION_STATISTICS.index(name)] = np.nan
+        values[:, schema.ATTENTION_STATISTICS.index(name)] = np.nan
     for name in ("cos_qv", "drift_k"):
-        heads[:, tables.HEAD_STATISTICS.index(name)] = np.nan
+        heads[:, schema.HEAD_STATISTICS.index(name)] = np.nan
     app = app_on("attention", FakeSession(run, 300))
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         table, heads_table = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
         styles = {}
         for statistic, part in (("cos", "qk"), ("cos", "qv"), ("cos", "kv"), ("norm", "q")):
-            chosen = next(each for each in STATISTICS if each.key == statistic)
+            chosen = next(each for each in SHOWN_STATISTICS if each.key == statistic)
             cell = table._number(chosen, 0, part, 9, app.palette.text)
             styles[part] = cell.text.strip(), cell.style
         assert styles["qv"] == styles["kv"] == ("n/a", app.palette.faint)
@@ -200,7 +203,7 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
 
 async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
     run = synthesise(describe())
-    health = run.table(tables.ATTENTION_HEALTH)
+    health = run.table(schema.ATTENTION_HEALTH)
     run.steps[health], run.values[health] = run.steps[health][:0], run.values[health][:0]
     reason = (  # the longest that the probe gives
         "scaled_dot_product_attention is not called as one of torch.nn.functional: attention is "

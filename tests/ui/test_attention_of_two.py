@@ -11,15 +11,18 @@ import pytest
 from tests.ui.fake import FakeSession, fake_two_transformers
 from tests.ui.fake_run import with_unseen
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.cli.runs.picture import _attention
-from tui_trainer.history.layers import layers_in, place_of
-from tui_trainer.protocol import tables
+from tui_trainer.cli.commands.show import _attention
+from tui_trainer.history.analysis import layers_in, location_of
+from tui_trainer.protocol import schema
 from tui_trainer.report.charts import _attention as charts_of
 from tui_trainer.ui import formatting
-from tui_trainer.ui.panels.attention_heads import HeadsTable
-from tui_trainer.ui.panels.attention_statistics import STATISTICS
-from tui_trainer.ui.panels.attention_table import StatisticTable
-from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
+from tui_trainer.ui.panels.attention import (
+    SHOWN_STATISTICS,
+    HeadsTable,
+    LayersTable,
+    StatisticTable,
+    TrendPanel,
+)
 from tui_trainer.ui.screens.dashboard import TAB_PANELS, DashboardScreen
 
 SIZES = ((80, 24), (120, 40))
@@ -59,7 +62,7 @@ async def test_the_dashboard_shows_the_layers_of_both(size: tuple[int, int]) -> 
         for layer in range(7):
             assert table.current == layer
             assert app.screen.query_one("#trend-0", TrendPanel).shown_layer == layer
-            value = newest(session, tables.ATTENTION, layer, "cos_qk")
+            value = newest(session, schema.ATTENTION, layer, "cos_qk")
             assert formatting.signed(value, 6, 3) in text_of(app)
             assert table._value(layer, "cos_qk") == pytest.approx(value)
             await pilot.press("down")
@@ -79,11 +82,11 @@ async def test_every_statistic_and_the_heads_of_the_layers_of_both(size: tuple[i
         table, heads = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
         for layer in range(7):
             assert table.current == layer
-            for statistic in STATISTICS:
+            for statistic in SHOWN_STATISTICS:
                 for part in statistic.parts:
                     value = newest(session, statistic.table, layer, statistic.column(part))
                     assert table.value(statistic, layer, part) == pytest.approx(value)
-            first = newest(session, tables.ATTENTION_HEADS, layer, "0.norm_q")
+            first = newest(session, schema.ATTENTION_HEADS, layer, "0.norm_q")
             assert heads._values is not None
             assert heads._values[0] == pytest.approx(first)
             await pilot.press("h")
@@ -91,7 +94,7 @@ async def test_every_statistic_and_the_heads_of_the_layers_of_both(size: tuple[i
             assert "‖W‖ q" in text_of(app)
             await pilot.press("h", "down")
             await settle(pilot)
-        for _ in STATISTICS:
+        for _ in SHOWN_STATISTICS:
             shown = [layer for layer, _ in table._trends]
             assert not shown or max(shown) > 3
             assert "on its way" not in text_of(app)
@@ -115,7 +118,7 @@ async def test_what_one_of_them_has_not_measured_is_said_for_its_layers_alone() 
         await settle(pilot)
         assert reason in text_of(app)
         table = app.screen.query_one(StatisticTable)
-        entropy = next(each for each in STATISTICS if each.key == "entropy")
+        entropy = next(each for each in SHOWN_STATISTICS if each.key == "entropy")
         assert table.value(entropy, 6, "") is None
         assert table.value(entropy, 0, "") is not None
 
@@ -143,17 +146,17 @@ async def test_a_layer_whose_heads_are_not_known_has_none_on_their_way() -> None
 def test_the_table_of_an_optimizer_that_was_made_anew_comes_first_once_it_has_rows() -> None:
     session = fake_two_transformers(60)
     history = session.history
-    first = history.table(tables.ATTENTION)
+    first = history.table(schema.ATTENTION)
     assert first is not None
     anew = history.declare(
         msgspec.structs.replace(first.table, id=len(history.tables), optimizer="adamw#2")
     )
     layer = next(iter(layers_in(first)))
-    before = place_of(history, tables.ATTENTION, layer)
+    before = location_of(history, schema.ATTENTION, layer)
     assert before is not None
     assert before.history is first
     anew.append(61, np.zeros(first.columns, np.float32))
-    after = place_of(history, tables.ATTENTION, layer)
+    after = location_of(history, schema.ATTENTION, layer)
     assert after is not None
     assert after.history is anew
 
@@ -165,7 +168,7 @@ def test_the_picture_and_the_report_have_the_layers_of_both() -> None:
     seen = _attention(info, history)
     assert [each["layer"] for each in seen] == [each.layer for each in info.attention]
     for number, each in enumerate(seen):
-        value = newest(session, tables.ATTENTION, number, "drift_k")
+        value = newest(session, schema.ATTENTION, number, "drift_k")
         assert each["drift_k"] == pytest.approx(value)
     recorded = SimpleNamespace(
         history=history,

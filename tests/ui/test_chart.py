@@ -10,15 +10,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rich.style import Style
 
-from tui_trainer.history.table import TableHistory
-from tui_trainer.protocol.describe import Column, Table
+from tui_trainer.history.series import MemorySeries
+from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, to_ascii
-from tui_trainer.ui.widgets import dots, plot
-from tui_trainer.ui.widgets.axes import value_labels
-from tui_trainer.ui.widgets.chart import GUTTER, Band, Chart, Line, Marks, Points, Rule
+from tui_trainer.ui.widgets import braille, chart
+from tui_trainer.ui.widgets.braille import sparkline, sparklines
+from tui_trainer.ui.widgets.chart import (
+    GUTTER,
+    Band,
+    Chart,
+    Line,
+    Marks,
+    Points,
+    Rule,
+    value_labels,
+)
 from tui_trainer.ui.widgets.scale import Scale, fit, window
-from tui_trainer.ui.widgets.sparkline import sparkline, sparklines
 
 PALETTE = theme.palette(theme.DARK.to_color_system().generate())
 STYLE = Style(color="red")
@@ -28,7 +36,7 @@ finite = st.floats(-LIMIT, LIMIT, width=32)
 
 @pytest.fixture(autouse=True, scope="module")
 def _plotext():
-    plot.load()
+    chart.load()
 
 
 def text_of(rows):
@@ -38,7 +46,7 @@ def text_of(rows):
 def plotted(rows):
     """The dots of the plot itself."""
     lines = [line[GUTTER:] for line in text_of(rows)[:-1]]
-    return dots.from_braille("\n".join(lines), max(map(len, lines)), len(lines))
+    return braille.from_braille("\n".join(lines), max(map(len, lines)), len(lines))
 
 
 @given(
@@ -48,7 +56,7 @@ def plotted(rows):
 )
 @settings(max_examples=150, deadline=None)
 def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, width, height):
-    history = TableHistory(Table(0, "step", (Column("loss"),)))
+    history = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step, value in enumerate(values, 1):
         history.append(step, np.array([value], np.float32))
     chart = Chart()
@@ -70,7 +78,7 @@ def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, wi
 
 
 def test_one_spike_in_ten_thousand_steps_is_drawn_to_its_full_height():
-    history = TableHistory(Table(0, "step", (Column("loss"),)))
+    history = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step in range(1, 10_001):
         history.append(step, np.array([100.0 if step == 4567 else 1.0], np.float32))
     chart = Chart()
@@ -125,7 +133,7 @@ def test_a_value_that_is_not_finite_is_marked_on_the_axis():
 def test_the_same_points_give_the_same_dots_through_plotext_and_by_hand():
     width, height = 30, 8
     x = np.array([0.0, 59.0])
-    by_plotext = plot.line(x, np.array([0.0, 1.0]), width, height, (0, 59, 0, 1))
+    by_plotext = chart.line(x, np.array([0.0, 1.0]), width, height, (0, 59, 0, 1))
     assert by_plotext[-1, 0]
     assert by_plotext[0, -1]
     assert by_plotext.any(0).all()
@@ -133,9 +141,9 @@ def test_the_same_points_give_the_same_dots_through_plotext_and_by_hand():
 
 def test_braille_survives_the_way_to_text_and_back():
     grid = np.random.default_rng(1).random((12, 20)) < 0.4
-    codes = dots.characters(dots.masks(grid))
+    codes = braille.characters(braille.masks(grid))
     text = "\n".join("".join(map(chr, row)) for row in codes)
-    assert (dots.from_braille(text, 10, 3) == grid).all()
+    assert (braille.from_braille(text, 10, 3) == grid).all()
 
 
 def test_ascii_charts_hold_nothing_but_ascii():

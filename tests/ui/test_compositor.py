@@ -7,8 +7,8 @@ from textual._compositor import CompositorUpdate
 
 from tests.ui import fake
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.compositor import TightUpdate
-from tui_trainer.ui.widgets import plot
+from tui_trainer.ui.textual_hacks import TightUpdate
+from tui_trainer.ui.widgets import chart
 
 
 class Terminal(TuiTrainerApp):
@@ -61,7 +61,7 @@ def cells(emulator):
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 async def test_the_terminal_shows_what_the_screen_holds(size):
-    plot.load()
+    chart.load()
     session = fake.fake_gpt(300)
     app = Terminal(session, size)
     async with app.run_test(size=size) as pilot:
@@ -80,7 +80,7 @@ async def test_the_terminal_shows_what_the_screen_holds(size):
 
 
 async def test_a_frame_of_the_default_view_is_a_few_kilobytes_at_most():
-    plot.load()
+    chart.load()
     session = fake.fake_gpt(700)
     app = Terminal(session, (120, 40))
     async with app.run_test(size=(120, 40)) as pilot:

@@ -8,15 +8,14 @@ from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
 from tui_trainer.protocol import PHASES, messages
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.banner import Banner
+from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
-from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
+from tui_trainer.ui.panels.header import Banner, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
 from tui_trainer.ui.screens.dialogs import NumberPrompt, QuitDialog
-from tui_trainer.ui.widgets import plot
+from tui_trainer.ui.widgets import chart
 from tui_trainer.ui.widgets.lines import Lines
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
@@ -24,7 +23,7 @@ SIZES = [(80, 24), (120, 40), (200, 60)]
 
 @pytest.fixture(autouse=True, scope="module")
 def _plotext():
-    plot.load()
+    chart.load()
 
 
 def app_of(session: FakeSession | None, **options: object) -> TuiTrainerApp:

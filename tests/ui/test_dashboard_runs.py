@@ -13,14 +13,14 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.widgets import plot
+from tui_trainer.ui.widgets import chart
 from tui_trainer.ui.widgets.keys import KeyLine
 from tui_trainer.ui.widgets.tabs import TabLine
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _plotext():
-    plot.load()
+    chart.load()
 
 
 async def test_every_optimizer_is_shown_with_its_loss_and_its_gradients():

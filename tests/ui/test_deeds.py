@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import Clip, Notice
-from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE
-from tui_trainer.ui.panels.deeds import deeds
 from tui_trainer.ui.widgets.chart import Chart
+from tui_trainer.ui.widgets.text import user_marks
 
 
 def notice(number: int, step: int, kind: str) -> Notice:
@@ -26,7 +26,7 @@ def test_commands_and_marks_are_marks_on_the_axis() -> None:
     )
     seen = Snapshot(events=events)
     for glyphs in (UNICODE, ASCII):
-        layers = deeds(seen, (0, 100), 80, PALETTE, glyphs)
+        layers = user_marks(seen, (0, 100), 80, PALETTE, glyphs)
         (marks,) = layers
         assert list(marks.columns) == [0, 44, 79]  # type: ignore[union-attr]
         chart = Chart()
@@ -35,4 +35,4 @@ def test_commands_and_marks_are_marks_on_the_axis() -> None:
         styles = [s.style for s in axis for _ in s.text]
         assert styles.count(PALETTE.accent) == 3
         assert any(glyphs.deed in segment.text for segment in axis)
-    assert deeds(seen, (200, 300), 80, PALETTE, UNICODE) == []
+    assert user_marks(seen, (200, 300), 80, PALETTE, UNICODE) == []

@@ -7,8 +7,8 @@ import pytest
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_vit
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol.describe import Scalar
-from tui_trainer.ui.panels.facts import FactsLine, facts_of
+from tui_trainer.protocol.schema import Scalar
+from tui_trainer.ui.panels.header import FactsLine, facts_of
 
 FACES: dict[str, Scalar] = {
     "data": "/data/casia-webface",

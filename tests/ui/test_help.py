@@ -8,9 +8,9 @@ from textual.binding import Binding
 from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.protocol import PHASES
-from tui_trainer.ui.key_map import key_groups
-from tui_trainer.ui.palette import ActionProvider
-from tui_trainer.ui.panels import explanations
+from tui_trainer.ui.app import ActionProvider
+from tui_trainer.ui.keys import key_groups
+from tui_trainer.ui.panels import help
 from tui_trainer.ui.screens.registry import PLACES
 
 
@@ -46,7 +46,7 @@ def test_no_screen_binds_a_key_twice() -> None:
 
 
 def test_every_phase_is_explained() -> None:
-    assert tuple(name for name, _ in explanations.PHASES) == PHASES
+    assert tuple(name for name, _ in help.PHASES) == PHASES
 
 
 @pytest.mark.parametrize(

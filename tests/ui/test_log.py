@@ -7,9 +7,8 @@ import pytest
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import Clip, LogLine, Notice
-from tui_trainer.ui.panels.log_model import CLIPS, KEPT, Log
-from tui_trainer.ui.panels.log_view import LogView
-from tui_trainer.ui.panels.plain import clean, cut, wrap
+from tui_trainer.protocol.text import cut_cells, without_control, wrap
+from tui_trainer.ui.panels.log import CLIPS, KEPT, LogModel, LogView
 
 
 @pytest.fixture(autouse=True)
@@ -27,34 +26,34 @@ def notice(number: int, when: float, level: str = "info") -> Notice:
 
 
 def test_lines_and_events_are_merged_in_time() -> None:
-    log = Log()
+    log = LogModel()
     assert log.take([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 0
     assert [entry.kind for entry in log.shown] == ["stdout", "events", "stdout"]
 
 
 def test_a_late_event_is_put_in_its_place() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(0, 1.0), line(1, 3.0)], [], None)
     assert log.take([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 1
     assert [entry.time for entry in log.shown] == [1.0, 2.0, 3.0]
 
 
 def test_nothing_is_taken_twice() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(0, 1.0)], [notice(0, 2.0)], None)
     assert log.take([line(0, 1.0)], [notice(0, 2.0)], None) is None
     assert len(log.entries) == 2
 
 
 def test_a_tail_that_has_moved_on_is_joined_by_its_ids() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(number, number) for number in range(5)], [], None)
     log.take([line(number, number) for number in range(3, 8)], [], None)
     assert [entry.order for entry in log.entries] == list(range(8))
 
 
 def test_memory_is_bounded() -> None:
-    log = Log()
+    log = LogModel()
     for start in range(0, 3 * KEPT, 500):
         log.take([line(number, number) for number in range(start, start + 500)], [], None)
     assert KEPT <= len(log.entries) <= KEPT * 9 // 8
@@ -63,7 +62,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_clips_are_shown_when_asked_for() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(0, 1.0)], [Clip(0, 7, 2.0, 1.0, 4.0, 0.25)], None)
     assert [entry.kind for entry in log.shown] == ["stdout"]
     log.filter(kinds=log.kinds | {CLIPS})
@@ -71,7 +70,7 @@ def test_clips_are_shown_when_asked_for() -> None:
 
 
 def test_filter_by_text_and_level() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(0, 1.0, "Loss 3"), line(1, 2.0, "else")], [notice(0, 3.0, "error")], None)
     log.filter(text="LOSS")
     assert [entry.text for entry in log.shown] == ["Loss 3"]
@@ -80,7 +79,7 @@ def test_filter_by_text_and_level() -> None:
 
 
 def test_find_goes_round() -> None:
-    log = Log()
+    log = LogModel()
     log.take([line(n, n, "hit" if n in (2, 6) else "miss") for n in range(8)], [], None)
     assert log.find("HIT", 2) == 6
     assert log.find("hit", 6) == 2
@@ -101,12 +100,12 @@ def test_find_goes_round() -> None:
     ],
 )
 def test_output_cannot_disturb_the_screen(raw: str, shown: str) -> None:
-    assert clean(raw) == shown
+    assert without_control(raw) == shown
 
 
 def test_huge_lines_are_cut_with_an_ellipsis() -> None:
-    assert cut("x" * 10_000, 20) == "x" * 19 + "…"
-    assert cut("日本語日本語", 7) == "日本語…"
+    assert cut_cells("x" * 10_000, 20) == "x" * 19 + "…"
+    assert cut_cells("日本語日本語", 7) == "日本語…"
     assert all(len(row) <= 30 for row in wrap("word " * 100, 30))
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from tests.ui import fake
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.pace import FAST, IDLE, SLOW, SLOWEST_S, Pace
+from tui_trainer.ui.frames import FAST, IDLE, SLOW, SLOWEST_S, FrameScheduler
 
 
-def frames_and_bytes(pace: Pace, cost: int, seconds: float, keys: tuple[float, ...] = ()):
+def frames_and_bytes(pace: FrameScheduler, cost: int, seconds: float, keys: tuple[float, ...] = ()):
     """Run a clock for so long with frames of `cost` bytes; when they were drawn, and all bytes."""
     written, drawn, keys = 0, [], list(keys)
     for tick in range(int(4 * seconds)):
@@ -25,24 +25,24 @@ def frames_and_bytes(pace: Pace, cost: int, seconds: float, keys: tuple[float, .
 
 
 def test_small_frames_come_at_the_full_rate():
-    drawn, _ = frames_and_bytes(Pace(FAST), cost=1500, seconds=20)
+    drawn, _ = frames_and_bytes(FrameScheduler(FAST), cost=1500, seconds=20)
     assert len(drawn) == 80
 
 
 @pytest.mark.parametrize("link", [FAST, SLOW])
 @pytest.mark.parametrize("cost", [300, 1500, 3000, 6000])
 def test_what_is_sent_stays_within_the_budget_whatever_a_frame_costs(link, cost):
-    _, written = frames_and_bytes(Pace(link), cost, seconds=60)
+    _, written = frames_and_bytes(FrameScheduler(link), cost, seconds=60)
     assert written <= 60 * link.bytes_per_second + cost
 
 
 def test_a_frame_is_never_further_off_than_can_be_borne():
-    drawn, _ = frames_and_bytes(Pace(SLOW), cost=10**6, seconds=50)
+    drawn, _ = frames_and_bytes(FrameScheduler(SLOW), cost=10**6, seconds=50)
     assert all(b - a <= SLOWEST_S + 0.25 for a, b in pairwise(drawn))
 
 
 def test_frames_become_rarer_when_nobody_is_there_and_a_key_brings_them_back():
-    pace = Pace(FAST)
+    pace = FrameScheduler(FAST)
     drawn, _ = frames_and_bytes(pace, 500, seconds=1000, keys=(900.0,))
 
     def rate(start, stop):
@@ -57,7 +57,7 @@ def test_frames_become_rarer_when_nobody_is_there_and_a_key_brings_them_back():
 
 
 def test_a_key_draws_at_once_on_a_slow_line_and_asks_the_run_more_often_for_a_moment():
-    pace = Pace(SLOW)
+    pace = FrameScheduler(SLOW)
     pace.drawn(100.0, 0)
     assert pace.due(100.5, 4000) > 1
     pace.touched(100.5)
@@ -67,7 +67,7 @@ def test_a_key_draws_at_once_on_a_slow_line_and_asks_the_run_more_often_for_a_mo
 
 
 def test_a_terminal_that_is_behind_gets_less_and_recovers():
-    pace = Pace(FAST)
+    pace = FrameScheduler(FAST)
     pace.drawn(0.0, 0)
     for _ in range(8):
         pace.waits()
@@ -82,7 +82,7 @@ async def test_the_app_draws_nothing_while_the_terminal_takes_nothing(monkeypatc
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.pause(0.3)
         behind = [5]
-        monkeypatch.setattr("tui_trainer.ui.output.waiting", lambda driver: behind[0])
+        monkeypatch.setattr("tui_trainer.ui.textual_hacks.waiting", lambda driver: behind[0])
         await pilot.pause(0.6)
         step = app.snapshot.status.step
         session.advance(5)
@@ -108,7 +108,7 @@ async def test_the_run_is_asked_less_on_a_slow_line():
 
 
 def test_what_must_not_wait_is_due_at_once() -> None:
-    pace = Pace(FAST, 0.0)
+    pace = FrameScheduler(FAST, 0.0)
     pace.drawn(100.0, 0)
     assert pace.due(100.1, 50_000) > 0
     pace.at_once()

@@ -4,9 +4,8 @@ import numpy as np
 
 from tests.ui.fake import fake_empty, fake_extremes, fake_gpt, fake_large, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol import tables
-from tui_trainer.ui.panels.parameter_table import SORTABLE, ParameterTable
-from tui_trainer.ui.panels.parameter_values import ParameterValues
+from tui_trainer.protocol import schema
+from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
 
 
 def values_of(session: object) -> ParameterValues:
@@ -18,16 +17,16 @@ def values_of(session: object) -> ParameterValues:
 def test_values_are_those_of_the_newest_rows() -> None:
     session = fake_gpt()
     values = values_of(session)
-    history = session.history.table(tables.GRAD_NORM)
+    history = session.history.table(schema.GRAD_NORM)
     assert history is not None
     newest = history.latest()
     assert newest is not None
-    assert np.array_equal(values.latest[tables.GRAD_NORM], newest[1])
+    assert np.array_equal(values.latest[schema.GRAD_NORM], newest[1])
 
 
 def test_shares_are_of_the_squared_norm() -> None:
     values = values_of(fake_gpt())
-    norms = values.latest[tables.GRAD_NORM].astype(float)
+    norms = values.latest[schema.GRAD_NORM].astype(float)
     assert np.allclose(values.shares, norms**2 / (norms**2).sum(), rtol=1e-5)
     assert abs(values.shares.sum() - 1) < 1e-5
 
@@ -35,15 +34,15 @@ def test_shares_are_of_the_squared_norm() -> None:
 def test_trends_lose_no_spike() -> None:
     session = fake_gpt()
     values = values_of(session)
-    high, bad = values.trends(tables.GRAD_NORM, [3, 0], 10)
-    _, rows = session.history.table(tables.GRAD_NORM).tail(300)  # type: ignore[union-attr]
+    high, bad = values.trends(schema.GRAD_NORM, [3, 0], 10)
+    _, rows = session.history.table(schema.GRAD_NORM).tail(300)  # type: ignore[union-attr]
     assert np.allclose(np.nanmax(high, axis=1), rows[:, [3, 0]].max(0))
     assert not bad.any()
 
 
 def test_trends_mark_what_is_not_finite() -> None:
     values = values_of(fake_non_finite())
-    _, bad = values.trends(tables.GRAD_NORM, [0, 5], 10)
+    _, bad = values.trends(schema.GRAD_NORM, [0, 5], 10)
     assert bad[0].any()
     assert not bad[1].any()
 
@@ -66,7 +65,7 @@ async def test_sorted_by_norm_the_largest_is_first_and_reversed_the_smallest() -
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         table = app.screen.query_one(ParameterTable)
-        norms = table.values.latest[tables.GRAD_NORM]
+        norms = table.values.latest[schema.GRAD_NORM]
         await pilot.press("o", "o")
         await settle(pilot)
         assert table.order[0] == norms.argmax()

@@ -9,14 +9,14 @@ import pytest
 
 from tests.store.test_store import Clock
 from tests.ui.screens import SIZES, settle, text_of
-from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import AttentionInfo, Column, ParameterInfo, RunInfo
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import TextSample
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.store import StoreSink
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.writer import StoreWriter
 from tui_trainer.ui.panels.transport import TransportLine
 from tui_trainer.ui.replay import ReplayApp
 from tui_trainer.ui.screens.registry import PLACES
@@ -46,14 +46,14 @@ def record_run(directory, steps=STEPS, end="finished"):
         for n, layer in enumerate(LAYERS)
     )
     recorder = Recorder(RunInfo("quiet-otter", "gpt", "gpt · small", total_steps=1000))
-    sink = StoreSink(directory)
+    sink = StoreWriter(directory)
     recorder.subscribe(sink)
     recorder.describe(parameters=parameters, attention=layers, steps_per_epoch=250)
-    step_table = recorder.new_table(tables.STEP, tables.STEP_COLUMNS)
-    clip_table = recorder.new_table(tables.CLIP, tables.CLIP_COLUMNS)
-    norm_table = recorder.new_table(tables.GRAD_NORM, [Column(name) for name in names])
-    columns = tables.attention_columns(LAYERS, tables.ATTENTION_STATISTICS)
-    attention_table = recorder.new_table(tables.ATTENTION, columns)
+    step_table = recorder.new_table(schema.STEP, schema.STEP_COLUMNS)
+    clip_table = recorder.new_table(schema.CLIP, schema.CLIP_COLUMNS)
+    norm_table = recorder.new_table(schema.GRAD_NORM, [Column(name) for name in names])
+    columns = schema.attention_columns(LAYERS, schema.ATTENTION_STATISTICS)
+    attention_table = recorder.new_table(schema.ATTENTION, columns)
     for n in range(1, steps + 1):
         norm = 2.0 if n in CLIPS else 0.5 + 0.1 * np.cos(n)
         scale = min(1.0, 1 / norm)
@@ -275,7 +275,7 @@ async def test_a_living_run_is_followed(tmp_path):
 
 def await_commit(directory, step):
     deadline = time.monotonic() + 20
-    while RecordedHistory(directory).last_step < step:
+    while StoredHistory(directory).last_step < step:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

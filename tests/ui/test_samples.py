@@ -6,9 +6,15 @@ import pytest
 from tests.ui.fake import fake_empty, fake_gpt, fake_vit
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
-from tui_trainer.ui.panels.confusion import accuracy, worst
-from tui_trainer.ui.panels.image_grid import pixels_of, tiles_of
-from tui_trainer.ui.panels.pixels import fit, half_blocks, resize
+from tui_trainer.ui.panels.samples import (
+    accuracy,
+    fit,
+    half_blocks,
+    pixels_of,
+    resize,
+    tiles_of,
+    worst,
+)
 
 
 def sample(count: int = 3) -> ImageSample:
@@ -141,7 +147,7 @@ async def test_under_ascii_nothing_else_is_drawn() -> None:
         async with app.run_test(size=(120, 40)) as pilot:
             await settle(pilot)
             assert "step 300" in text_of(app)
-            from tui_trainer.ui.panels.image_grid import ImageGrid
+            from tui_trainer.ui.panels.samples import ImageGrid
 
             grid = app.screen.query_one(ImageGrid)
             if grid.count():

@@ -8,25 +8,25 @@ from textual.widgets import Input
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import settle, text_of
+from tui_trainer.client.api import Session
+from tui_trainer.client.launch import LaunchError, LaunchRequest
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
-from tui_trainer.config.resolve import resolve
-from tui_trainer.session.api import Session
+from tui_trainer.config.training import resolve
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import task as vit
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.launch import LaunchError, LaunchRequest
-from tui_trainer.ui.panels.choice import Choice
-from tui_trainer.ui.screens.start import StartScreen
-from tui_trainer.ui.screens.start_model import (
+from tui_trainer.ui.screens.start import (
     Launcher,
+    StartScreen,
     common_options,
     folded_options,
     preset_value,
     request_for,
     script_request,
-    written,
+    value_text,
 )
+from tui_trainer.ui.widgets.form import Choice
 
 
 class Started:
@@ -62,7 +62,7 @@ def test_every_option_is_on_the_form_once(task: object) -> None:
 def test_every_preset_starts_as_it_is(task: object) -> None:
     for preset in task.presets:  # type: ignore[attr-defined]
         entered = {
-            option.name: written(preset_value(task, preset, option))  # type: ignore[arg-type]
+            option.name: value_text(preset_value(task, preset, option))  # type: ignore[arg-type]
             for option in options_of(task.config)  # type: ignore[attr-defined]
         }
         if preset not in ("digits", *gpt.presets):

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterable
 
 from tui_trainer.config.errors import near_miss
-from tui_trainer.protocol.text import harmless
+from tui_trainer.protocol.text import sanitize
 
 FAULT, USAGE = 1, 2
 """Exit statuses: something failed; the command line was not understood."""
@@ -43,9 +43,9 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
 def say(message: str, hint: str = "") -> None:
     """Print `tui-trainer: message` and the hint on its own line, to stderr."""
     with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        print(f"tui-trainer: {harmless(message)}", file=sys.stderr)
+        print(f"tui-trainer: {sanitize(message)}", file=sys.stderr)
         if hint:
-            print(f"  hint: {harmless(hint)}", file=sys.stderr)
+            print(f"  hint: {sanitize(hint)}", file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter
 from cyclopts.exceptions import UnusedCliTokensError
 
 from tui_trainer import __version__
-from tui_trainer.cli import runs
+from tui_trainer.cli import commands
 from tui_trainer.cli.errors import (
     FAULT,
     INTERRUPTED,
@@ -82,12 +82,12 @@ def _dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
     if first == "run":
         return _run_script(arguments[1:])
-    if first in runs.COMMANDS or first in runs.HIDDEN:
+    if first in commands.COMMANDS or first in commands.HIDDEN:
         result = _call(_app((), with_runs=True), arguments)
     elif first and not first.startswith("-"):
         names = task_names()
         if first not in names:
-            raise _unknown_command(first, [*names, "run", *runs.COMMANDS])
+            raise _unknown_command(first, [*names, "run", *commands.COMMANDS])
         result = _call(_app([first]), arguments)
     else:
         result = _call(_app(task_names(), with_runs=True), arguments)
@@ -108,7 +108,7 @@ def _unknown_command(given: str, known: list[str]) -> UsageError:
 
 def _app(names: Sequence[str], with_runs: bool = False) -> App:
     """The commands, of which only the tasks called `names` are loaded: the rest costs time."""
-    from tui_trainer.cli.flags import task_command
+    from tui_trainer.cli.options import task_command
     from tui_trainer.cli.start import start_screen, start_task
 
     app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="plaintext")
@@ -119,7 +119,7 @@ def _app(names: Sequence[str], with_runs: bool = False) -> App:
     usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
     app.command(_script_command, name="run", group=TASKS, usage=usage)
     if with_runs:
-        runs.register(app)
+        commands.register(app)
 
     @app.default
     def without_a_command(
@@ -146,7 +146,7 @@ def _script_command(
 
 
 def _run_script(arguments: list[str]) -> int:
-    from tui_trainer.cli.script import split
+    from tui_trainer.cli.directory import split
     from tui_trainer.cli.start import start_script
 
     ours, script = split(arguments)

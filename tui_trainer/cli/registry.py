@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
-from tui_trainer.cli import runs
+from tui_trainer.cli import commands
 from tui_trainer.cli.errors import CommandError, say, unknown
 from tui_trainer.tasks.definition import GROUP, TaskDefinition
 
 OURS = ("gpt", "vit")
-RESERVED = ("run", "script", *runs.COMMANDS, *runs.HIDDEN)
+RESERVED = ("run", "script", *commands.COMMANDS, *commands.HIDDEN)
 """Names that mean something else: commands, and `script`, the task of a user's own script."""
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
-from tui_trainer.config.resolve import default_preset, from_flat, resolve, to_flat
-from tui_trainer.config.training import TrainingConfig
+from tui_trainer.config.training import TrainingConfig, default_preset, from_flat, resolve, to_flat
 
 __all__ = [
     "ConfigurationError",

@@ -14,10 +14,10 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 _STAT = Path("/proc/stat")
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: those it is bound to, and of these no more than a
     container's quota pays for (`docker run --cpus`, Kubernetes' limits, systemd's CPUQuota)."""
-    return max(1, int(min(allowed_cores(), quota())))
+    return max(1, int(min(allowed_cores(), cpu_quota())))
 
 
 def allowed_cores() -> int:
@@ -29,7 +29,7 @@ def _allowed() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
-def quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
+def cpu_quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
     """Cores' worth of CPU time that the control groups of this process grant; inf: no limit.
 
     Version 2 is described in the kernel's admin-guide/cgroup-v2, `cpu.max`; version 1 in its
@@ -66,7 +66,7 @@ def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
                 yield from (cgroups / name / part for part in (path, *path.parents))
 
 
-class Others:
+class OtherLoad:
     """The cores, of those that this process may use, that other processes use: in the mean from the
     moment this is made. What this process, the one that started it, and those it has waited for use
     does not count. Linux alone; elsewhere nobody else is seen."""

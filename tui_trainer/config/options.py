@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, cast
 
 from tui_trainer.config.errors import ConfigurationError, near_miss
-from tui_trainer.protocol.describe import Scalar
+from tui_trainer.protocol.schema import Scalar
 
 Kind = Literal["int", "float", "bool", "str"]
 _TRUE = ("true", "yes", "on", "1")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from tui_trainer.history.buckets import ClipRecord, Floats, StepRecord, Window
 from tui_trainer.history.history import History
-from tui_trainer.history.records import ClipRecord, Floats, StepRecord
-from tui_trainer.history.table import TableHistory
-from tui_trainer.history.window import Window
+from tui_trainer.history.series import MemorySeries
 
-__all__ = ["ClipRecord", "Floats", "History", "StepRecord", "TableHistory", "Window"]
+__all__ = ["ClipRecord", "Floats", "History", "MemorySeries", "StepRecord", "Window"]

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tui_trainer.history.table import TableHistory
-from tui_trainer.protocol.describe import Table
+from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.messages import Rows
+from tui_trainer.protocol.schema import Table
 
 
 class History:
     """All measurements of a run, in bounded memory. Not safe for use from several threads."""
 
     def __init__(self, tables: Iterable[Table] = ()) -> None:
-        self.tables: dict[int, TableHistory] = {}
+        self.tables: dict[int, MemorySeries] = {}
         self.version = 0
         """Grows with everything taken in by `declare` and `apply`."""
         for table in tables:
             self.declare(table)
 
-    def declare(self, table: Table) -> TableHistory:
+    def declare(self, table: Table) -> MemorySeries:
         """Make place for a table, or take over its new cadence. A table that is declared again
         with other columns begins anew."""
         known = self.tables.get(table.id)
         if known is None or known.table.columns != table.columns:
-            known = self.tables[table.id] = TableHistory(table)
+            known = self.tables[table.id] = MemorySeries(table)
             self.version += 1
         elif known.table is not table:
             known.table = table
@@ -39,14 +39,14 @@ class History:
         table.apply(rows)
         self.version += 1
 
-    def table(self, name: str, optimizer: str = "") -> TableHistory | None:
+    def table(self, name: str, optimizer: str = "") -> MemorySeries | None:
         """The table of that name; with several optimizers and none named, the first one's."""
         for history in self.tables.values():
             if history.table.name == name and optimizer in ("", history.table.optimizer):
                 return history
         return None
 
-    def of_every_optimizer(self, name: str) -> list[TableHistory]:
+    def of_every_optimizer(self, name: str) -> list[MemorySeries]:
         """The tables of that name: one, or one for each of several optimizers."""
         return [each for each in self.tables.values() if each.table.name == name]
 
@@ -85,6 +85,6 @@ class History:
         return tuple(pieces), more
 
 
-def _cursor(cursors: Sequence[int], history: TableHistory) -> int:
+def _cursor(cursors: Sequence[int], history: MemorySeries) -> int:
     number = history.table.id
     return cursors[number] if number < len(cursors) else 0

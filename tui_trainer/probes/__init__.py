@@ -3,10 +3,10 @@ made, so that later ones can use what earlier ones have found."""
 
 from __future__ import annotations
 
-from tui_trainer.probes.attention import Attention
-from tui_trainer.probes.attention_heads import AttentionHeads
-from tui_trainer.probes.attention_health import AttentionHealth
-from tui_trainer.probes.attention_spectrum import AttentionSpectrum
+from tui_trainer.probes.attention.heads import AttentionHeads
+from tui_trainer.probes.attention.health import AttentionHealth
+from tui_trainer.probes.attention.spectrum import AttentionSpectrum
+from tui_trainer.probes.attention.weights import Attention
 from tui_trainer.probes.clipping import Clipping
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
@@ -15,7 +15,7 @@ from tui_trainer.probes.overhead import Overhead
 from tui_trainer.probes.step import Phases, Step
 from tui_trainer.probes.update_ratio import UpdateRatio
 from tui_trainer.probes.weights import Weights
-from tui_trainer.tracing.probe import Probe
+from tui_trainer.trace.probe import Probe
 
 PROBES: tuple[type[Probe], ...] = (
     Gradients,

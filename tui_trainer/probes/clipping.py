@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history.records import ClipRecord, Floats
-from tui_trainer.protocol import tables
-from tui_trainer.tracing.probe import ClipSeen, Facts, Options, Probe, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.history.buckets import ClipRecord, Floats
+from tui_trainer.protocol import schema
+from tui_trainer.trace.probe import ClipSeen, Options, ParameterGroup, Probe, StepFacts, TableSpec
 
 DOMINANT = 8
 """How many parameters an event names."""
@@ -37,14 +36,14 @@ class Clipping(Probe):
     are un-scaled; the scale is the one that was applied.
     """
 
-    name = tables.CLIP
+    name = schema.CLIP
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
-        self.tables = (TableSpec(tables.CLIP, tables.CLIP_COLUMNS),)
+        self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """None when nothing was clipped or could have been."""
         if not facts.clips:
             return (None,)
@@ -59,7 +58,7 @@ class Clipping(Probe):
         row = (hardest.max_norm, before, before * scale, scale)
         return (np.array(row, dtype=np.float32),)
 
-    def _event(self, clip: ClipSeen, before: float, scale: float, facts: Facts) -> ClipRecord:
+    def _event(self, clip: ClipSeen, before: float, scale: float, facts: StepFacts) -> ClipRecord:
         norms = facts.gradient_norms
         parameters: tuple[int, ...] = ()
         shares: tuple[float, ...] = ()

@@ -7,25 +7,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history.records import Floats
+from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.norms import Norms
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import Column
-from tui_trainer.tracing.probe import Facts, Gradient, Options, Probe, Readings, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.probe import (
+    Gradient,
+    Options,
+    ParameterGroup,
+    Probe,
+    Readings,
+    StepFacts,
+    TableSpec,
+)
 
 
 class Gradients(Probe):
     """Table `grad_norm`: one column per parameter; 0 where no gradient reached the parameter."""
 
-    name = tables.GRAD_NORM
+    name = schema.GRAD_NORM
     importance = 50
     furthest = 4
     lasting = True
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
-        self.tables = (TableSpec(tables.GRAD_NORM, tuple(Column(n) for n in subject.names)),)
+        self.tables = (TableSpec(schema.GRAD_NORM, tuple(Column(n) for n in subject.names)),)
         self._norms = Norms(subject.parameters, subject.device)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
@@ -36,7 +43,7 @@ class Gradients(Probe):
         """The same from the clipping, and 1."""
         return [*norms, self._norms.one]
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """Also tells the other probes the norms, and the total."""
         norms = self._norms.values(values[:-1], bool(values[-1])) / facts.gradient_scale
         facts.gradient_norms = norms

@@ -9,10 +9,9 @@ import numpy as np
 import psutil
 import torch
 
-from tui_trainer.history.records import Floats
-from tui_trainer.protocol import tables
-from tui_trainer.tracing.probe import Facts, Options, Probe, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.history.buckets import Floats
+from tui_trainer.protocol import schema
+from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
 
 PERIOD_S = 1.0
 
@@ -20,19 +19,19 @@ PERIOD_S = 1.0
 class Memory(Probe):
     """Table `memory`, at most once a second, at the end of a step."""
 
-    name = tables.MEMORY
+    name = schema.MEMORY
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
         if subject.key:  # one process: the first optimizer's probe is enough
             self.unseen = "measured with the first optimizer"
             return
-        self.tables = (TableSpec(tables.MEMORY, tables.MEMORY_COLUMNS, every=0),)
+        self.tables = (TableSpec(schema.MEMORY, schema.MEMORY_COLUMNS, every=0),)
         self._process = psutil.Process()
         self._next = 0.0
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """A row when a second has passed since the last."""
         now = monotonic()
         if now < self._next:

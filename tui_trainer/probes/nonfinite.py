@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Floats
-from tui_trainer.tracing.probe import Facts, Options, Probe
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.history.buckets import Floats
+from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts
 
 
 class NonFinite(Probe):
@@ -25,12 +24,12 @@ class NonFinite(Probe):
     name = "nonfinite"
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
         self._present: set[str] = set()
         self._finite_at: dict[str, int] = {}
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """Adds to `facts.nonfinite`."""
         if facts.loss_known:
             if math.isfinite(facts.loss):
@@ -44,11 +43,11 @@ class NonFinite(Probe):
         self._see("weight", facts.weight_norms, facts)
         return ()
 
-    def _finite(self, quantity: str, facts: Facts) -> None:
+    def _finite(self, quantity: str, facts: StepFacts) -> None:
         self._present.discard(quantity)
         self._finite_at[quantity] = facts.step
 
-    def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: Facts) -> None:
+    def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: StepFacts) -> None:
         if found is None:
             return
         if math.isfinite(found.sum()):

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history.records import Floats
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import Column
-from tui_trainer.tracing.probe import Facts, Options, Probe, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.history.buckets import Floats
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
 
 STEPS = 10
 
@@ -18,20 +17,20 @@ STEPS = 10
 class Overhead(Probe):
     """Table `overhead_ms`: mean per step over the last ten; `tracer` is what is no probe's."""
 
-    name = tables.OVERHEAD
+    name = schema.OVERHEAD
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
         from tui_trainer.probes import PROBES
 
         self._names = ("tracer", *(probe.name for probe in PROBES))
         columns = tuple(Column(name, "ms", "lower") for name in self._names)
-        self.tables = (TableSpec(tables.OVERHEAD, columns, every=STEPS),)
+        self.tables = (TableSpec(schema.OVERHEAD, columns, every=STEPS),)
         self._sums = dict.fromkeys(self._names, 0.0)
         self._count = 0
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """A row after every ten steps."""
         for name, spent in facts.own_ms.items():
             if name in self._sums:

@@ -7,10 +7,9 @@ from math import nan
 
 import numpy as np
 
-from tui_trainer.history.records import Floats
-from tui_trainer.protocol import tables
-from tui_trainer.tracing.probe import Facts, Options, Probe, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.history.buckets import Floats
+from tui_trainer.protocol import schema
+from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
 
 
 class Step(Probe):
@@ -21,15 +20,15 @@ class Step(Probe):
     cadence of `grad_norm` is stretched) the last one stands.
     """
 
-    name = tables.STEP
+    name = schema.STEP
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
-        self.tables = (TableSpec(tables.STEP, tables.STEP_COLUMNS),)
+        self.tables = (TableSpec(schema.STEP, schema.STEP_COLUMNS),)
         self._norm = float("nan")
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """From what the tracer and the probe of the gradients found."""
         complete = [clip.norm_before for clip in facts.clips if clip.complete]
         if len(facts.clips) == 1 and complete and facts.clips[0].kind == "norm":
@@ -44,13 +43,13 @@ class Step(Probe):
 class Phases(Probe):
     """Table `phase_ms`: time in the step of each phase; NaN for one that the step did not have."""
 
-    name = tables.PHASE_MS
+    name = schema.PHASE_MS
     importance = 100
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
-        self.tables = (TableSpec(tables.PHASE_MS, tables.PHASE_COLUMNS),)
+        self.tables = (TableSpec(schema.PHASE_MS, schema.PHASE_COLUMNS),)
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """From the tracer's clock."""
         return (np.array([took or nan for took in facts.phase_ms], dtype=np.float32),)

@@ -9,12 +9,11 @@ import numpy as np
 import psutil
 import torch
 
-from tui_trainer.history.records import Floats
+from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.norms import Norms
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import Column
-from tui_trainer.tracing.probe import Facts, Options, Probe, Readings, TableSpec
-from tui_trainer.tracing.subject import Subject
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
@@ -32,15 +31,15 @@ class UpdateRatio(Probe):
     for its duration.
     """
 
-    name = tables.UPDATE_RATIO
+    name = schema.UPDATE_RATIO
     every = 10
     importance = 20
     furthest = 32
     lasting = True
 
-    def __init__(self, subject: Subject, options: Options) -> None:
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
-        self.tables = (TableSpec(tables.UPDATE_RATIO, tuple(Column(n) for n in subject.names)),)
+        self.tables = (TableSpec(schema.UPDATE_RATIO, tuple(Column(n) for n in subject.names)),)
         self.latest: tuple[int, list[float], list[float]] | None = None
         """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
         self.missing: tuple[int, str] = (0, "")
@@ -108,7 +107,7 @@ class UpdateRatio(Probe):
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 
-    def rows(self, values: Floats, facts: Facts) -> Sequence[Floats | None]:
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """A row when all parameters have had their turn."""
         turn = self._under_way.popleft()
         before, update = np.split(self._norms.values(values), 2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.protocol.schema import RunInfo
 
 # ---------------------------------------------------------------- greeting
 

@@ -1,17 +1,218 @@
-"""The charts of a report, each with its title and key."""
+"""Charts as inline SVG: bands from the smallest to the largest value, so that no spike is lost.
+
+Colours are CSS classes, so that one picture serves a light and a dark page.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tui_trainer.history.layers import Place, place_of
-from tui_trainer.protocol import PHASES, tables
-from tui_trainer.report.read import Recorded
-from tui_trainer.report.svg import BUCKETS, Chart, Series, draw
+from tui_trainer.history.analysis import LayerLocation, location_of
+from tui_trainer.history.buckets import Window
+from tui_trainer.protocol import PHASES, schema
+from tui_trainer.report.read import ReportData
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 22, 10, 26
+BUCKETS = 560
+
+
+@dataclass(frozen=True)
+class SvgSeries:
+    """One curve, over stretches of steps."""
+
+    style: str
+    """A CSS class: what colour it has is the page's business."""
+    label: str
+    steps: NDArray[np.float64]
+    """The middle of each stretch, (n,)."""
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    last: float
+    bad: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Steps at which something not finite was measured."""
+    points: bool = False
+    """Single measurements, joined by a thin line."""
+
+    @staticmethod
+    def of(style: str, label: str, window: Window, column: int, points: bool = False) -> SvgSeries:
+        """A column of a window of a run's history."""
+        kept = np.flatnonzero(window.filled)
+        middle = (window.edges[kept] + window.edges[kept + 1] - 1) / 2
+        return SvgSeries(
+            style,
+            label,
+            middle.astype(np.float64),
+            window.low[kept, column].astype(np.float64),
+            window.high[kept, column].astype(np.float64),
+            float(window.last[kept[-1], column]) if len(kept) else math.nan,
+            middle[window.nonfinite[kept, column]].astype(np.float64),
+            points,
+        )
+
+
+@dataclass(frozen=True)
+class SvgChart:
+    """What to draw."""
+
+    series: Sequence[SvgSeries]
+    stop: int
+    """The last step."""
+    height: int = 220
+    unit: str = ""
+    log: bool = False
+    zero: bool = False
+    """Whether 0 belongs on the axis."""
+    rule: float | None = None
+    """A dashed level, such as the threshold of clipping."""
+    marks: Sequence[int] = ()
+    """Steps to mark on the axis."""
+    start: int = 1
+
+
+def draw(chart: SvgChart, title: str) -> str:
+    """The chart as an <svg> element."""
+    low, high = _range(chart)
+    place = _Placing(chart, low, high)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {chart.height}" role="img" '
+        f'aria-label="{escape(title, quote=True)}">',
+        f"<title>{escape(title)}</title>",
+    ]
+    parts += _axes(chart, place)
+    if chart.rule is not None and low <= chart.rule <= high:
+        y = place.y(np.array([chart.rule]))[0]
+        parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+    for series in chart.series:
+        parts += _points(series, place) if series.points else _band(series, place)
+    parts += _marks(chart, place)
+    return "".join([*parts, "</svg>"])
+
+
+class _Placing:
+    """Steps and values to coordinates."""
+
+    def __init__(self, chart: SvgChart, low: float, high: float) -> None:
+        self._chart, self.low, self.high = chart, low, high
+        self._span = max(1, chart.stop - chart.start)
+
+    def x(self, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+        return LEFT + (steps - self._chart.start) / self._span * (WIDTH - LEFT - RIGHT)
+
+    def y(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        low, high = self.low, self.high
+        if self._chart.log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0, np.log10(values), math.log10(low))
+            low, high = math.log10(low), math.log10(high)
+        share = (values - low) / ((high - low) or 1.0)
+        return TOP + (1 - share) * (self._chart.height - TOP - BOTTOM)
+
+
+def _range(chart: SvgChart) -> tuple[float, float]:
+    every = [values for series in chart.series for values in (series.low, series.high)]
+    if chart.rule is not None:
+        every.append(np.array([chart.rule]))
+    joined = np.concatenate(every) if every else np.zeros(0)
+    joined = joined[np.isfinite(joined) & ((joined > 0) | (not chart.log))]
+    if not len(joined):
+        return (0.1, 1.0) if chart.log else (0.0, 1.0)
+    low, high = float(joined.min()), float(joined.max())
+    if chart.log:
+        return 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9)
+    low = min(low, 0.0) if chart.zero else low
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return low if chart.zero and low == 0 else low - margin, high + margin
+
+
+def _band(series: SvgSeries, place: _Placing) -> list[str]:
+    """The extent of every stretch as an area, at least as thick as a line."""
+    known = np.isfinite(series.low) & np.isfinite(series.high)
+    parts = []
+    for part in _runs(known):
+        x = place.x(series.steps[part])
+        top, bottom = place.y(series.high[part]), place.y(series.low[part])
+        there = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, top, strict=True))
+        back = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[::-1], bottom[::-1], strict=True))
+        parts.append(f'<polygon class="{series.style}" points="{there} {back}"/>')
+    return parts
+
+
+def _runs(known: NDArray[np.bool_]) -> list[slice]:
+    """Stretches without a gap."""
+    edges = np.flatnonzero(np.diff(np.r_[False, known, False].astype(np.int8)))
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _points(series: SvgSeries, place: _Placing) -> list[str]:
+    known = np.isfinite(series.high)
+    x, y = place.x(series.steps[known]), place.y(series.high[known])
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    parts = [f'<polyline class="{series.style} thin" points="{line}"/>']
+    if len(x) <= 80:
+        parts += [
+            f'<circle class="{series.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+            for a, b in zip(x, y, strict=True)
+        ]
+    return parts
+
+
+def _marks(chart: SvgChart, place: _Placing) -> list[str]:
+    base = chart.height - BOTTOM
+    columns = np.unique(np.round(place.x(np.asarray(chart.marks, np.float64)), 0))
+    ticks = "".join(f"M{x:.0f} {base}v-7" for x in columns)
+    parts = [f'<path class="mark" d="{ticks}"/>'] if ticks else []
+    bad = [steps for series in chart.series for steps in series.bad.tolist()]
+    crosses = np.unique(np.round(place.x(np.asarray(bad, np.float64)), 0))
+    return parts + [
+        f'<path class="bad" d="M{x - 4:.0f} {base - 4}l8 8m0 -8l-8 8"/>' for x in crosses
+    ]
+
+
+def _axes(chart: SvgChart, place: _Placing) -> list[str]:
+    base = chart.height - BOTTOM
+    parts = []
+    for value in ticks(place.low, place.high, chart.log):
+        y = place.y(np.array([value]))[0]
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        text = f"{value:g}{chart.unit}"
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    for step in ticks(chart.start, chart.stop, False, 8):
+        if step == int(step):
+            x = place.x(np.array([step]))[0]
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{chart.height - 8}" text-anchor="middle">'
+                f"{int(step):,}</text>"
+            )
+    parts.append(f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
+    return parts
+
+
+def ticks(low: float, high: float, log: bool, count: int = 5) -> list[float]:
+    """Round values in low … high."""
+    if log:
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        every = max(1, (last - first) // count + 1)
+        return [10.0**power for power in range(first, last + 1, every)]
+    wanted = (high - low) / count
+    if wanted <= 0 or not math.isfinite(wanted):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(wanted))
+    spacing = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= wanted * (1 - 1e-9))
+    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    return [round(n * spacing, 12) for n in range(first, last + 1)]
+
+
+# ---- charts
+# The charts of a report, each with its title and key.
+
 
 PHASE_COLOURS = tuple(f"p{number}" for number in range(len(PHASES)))
 COLOURS = ("loss", "validation", "norm", "clip", "q", "k", "v", "accent", *PHASE_COLOURS)
@@ -21,7 +222,7 @@ PAIRS = (("cos_qk", "v", "qk"), ("cos_qv", "k", "qv"), ("cos_kv", "q", "kv"))
 DRIFTS = (("drift_q", "q", "q"), ("drift_k", "k", "k"), ("drift_v", "v", "v"))
 
 
-def panels(recorded: Recorded) -> Iterator[str]:
+def panels(recorded: ReportData) -> Iterator[str]:
     """Every chart that this run has measurements for."""
     for panel in (_loss, _norm, _rate, _phases):
         if (made := panel(recorded)) is not None:
@@ -29,7 +230,7 @@ def panels(recorded: Recorded) -> Iterator[str]:
     yield from _attention(recorded)
 
 
-def panel(title: str, chart: Chart) -> str:
+def panel(title: str, chart: SvgChart) -> str:
     """A chart in its frame: title, key with the newest values, picture."""
     keys = "".join(
         f'<span class="key"><i class="{each.style}"></i>{escape(each.label)} '
@@ -43,29 +244,29 @@ def _value(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else escape(str(value))
 
 
-def _loss(recorded: Recorded) -> str | None:
-    found = recorded.found(tables.STEP, "loss")
+def _loss(recorded: ReportData) -> str | None:
+    found = recorded.found(schema.STEP, "loss")
     if found is None:
         return None
     table, column = found
-    series = [Series.of("loss", "training", recorded.window(table, [column], BUCKETS), 0)]
-    validation = recorded.found(tables.VALIDATION, "loss")
+    series = [SvgSeries.of("loss", "training", recorded.window(table, [column], BUCKETS), 0)]
+    validation = recorded.found(schema.VALIDATION, "loss")
     if validation is not None:
         seen = recorded.window(validation[0], [validation[1]], BUCKETS)
-        series.append(Series.of("validation", "validation", seen, 0, points=True))
-    chart = Chart(series, recorded.last_step, height=260, start=recorded.first_step)
+        series.append(SvgSeries.of("validation", "validation", seen, 0, points=True))
+    chart = SvgChart(series, recorded.last_step, height=260, start=recorded.first_step)
     return panel("Loss", chart)
 
 
-def _norm(recorded: Recorded) -> str | None:
-    found = recorded.found(tables.STEP, "grad_norm_preclip")
+def _norm(recorded: ReportData) -> str | None:
+    found = recorded.found(schema.STEP, "grad_norm_preclip")
     if found is None:
         return None
     table, column = found
-    clip = recorded.found(tables.CLIP, "max_norm")
+    clip = recorded.found(schema.CLIP, "max_norm")
     latest = clip[0].latest() if clip else None
-    chart = Chart(
-        [Series.of("norm", "before clipping", recorded.window(table, [column], BUCKETS), 0)],
+    chart = SvgChart(
+        [SvgSeries.of("norm", "before clipping", recorded.window(table, [column], BUCKETS), 0)],
         recorded.last_step,
         height=260,
         zero=True,
@@ -78,38 +279,38 @@ def _norm(recorded: Recorded) -> str | None:
     return panel(title + (f", {count:,} clips" if count else ""), chart)
 
 
-def _rate(recorded: Recorded) -> str | None:
-    found = recorded.found(tables.STEP, "learning_rate")
+def _rate(recorded: ReportData) -> str | None:
+    found = recorded.found(schema.STEP, "learning_rate")
     if found is None:
         return None
     seen = recorded.window(found[0], [found[1]], BUCKETS)
-    series = [Series.of("accent", "", seen, 0)]
+    series = [SvgSeries.of("accent", "", seen, 0)]
     if not np.isfinite(series[0].high).any():
         return None
-    chart = Chart(series, recorded.last_step, 180, zero=True, start=recorded.first_step)
+    chart = SvgChart(series, recorded.last_step, 180, zero=True, start=recorded.first_step)
     return panel("Learning rate", chart)
 
 
-def _phases(recorded: Recorded) -> str | None:
-    table = recorded.history.table(tables.PHASE_MS)
+def _phases(recorded: ReportData) -> str | None:
+    table = recorded.history.table(schema.PHASE_MS)
     if table is None or not table.rows:
         return None
     columns = list(range(table.columns))
     seen = recorded.window(table, columns, BUCKETS // 4)
     series = [
-        Series.of(PHASE_COLOURS[place % len(PHASE_COLOURS)], each.name, seen, place)
+        SvgSeries.of(PHASE_COLOURS[place % len(PHASE_COLOURS)], each.name, seen, place)
         for place, each in enumerate(table.table.columns)
     ]
     series = [each for each in series if np.isfinite(each.high).any() and (each.high > 0).any()]
     if not series:
         return None
-    chart = Chart(series, recorded.last_step, 180, " ms", log=True, start=recorded.first_step)
+    chart = SvgChart(series, recorded.last_step, 180, " ms", log=True, start=recorded.first_step)
     return panel("Time of each phase", chart)
 
 
-def _attention(recorded: Recorded) -> Iterator[str]:
+def _attention(recorded: ReportData) -> Iterator[str]:
     for layer in recorded.info.attention[:LAYERS_SHOWN]:
-        place = place_of(recorded.history, tables.ATTENTION, layer.layer)
+        place = location_of(recorded.history, schema.ATTENTION, layer.layer)
         if place is None or not place.history.rows:
             continue
         for title, parts in (("cosines", PAIRS), ("drift from the start", DRIFTS)):
@@ -119,12 +320,14 @@ def _attention(recorded: Recorded) -> Iterator[str]:
                 yield panel(f"{layer.layer}: {title}", chart)
 
 
-def _layer(recorded: Recorded, place: Place, parts: Sequence[tuple[str, str, str]]) -> Chart | None:
+def _layer(
+    recorded: ReportData, place: LayerLocation, parts: Sequence[tuple[str, str, str]]
+) -> SvgChart | None:
     if not parts:
         return None
-    wanted = [place.columns[tables.ATTENTION_STATISTICS.index(name)] for name, _, _ in parts]
+    wanted = [place.columns[schema.ATTENTION_STATISTICS.index(name)] for name, _, _ in parts]
     seen = recorded.window(place.history, wanted, BUCKETS // 2)
-    series = [Series.of(style, label, seen, n) for n, (_, style, label) in enumerate(parts)]
+    series = [SvgSeries.of(style, label, seen, n) for n, (_, style, label) in enumerate(parts)]
     if not any(np.isfinite(each.high).any() for each in series):
         return None
-    return Chart(series, recorded.last_step, 170, start=recorded.first_step)
+    return SvgChart(series, recorded.last_step, 170, start=recorded.first_step)

@@ -3,23 +3,101 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from importlib.resources import files
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tui_trainer import __version__
-from tui_trainer.history.spikes import find_spikes
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import RunInfo, Scalar
+from tui_trainer.history.analysis import find_spikes
+from tui_trainer.history.series import MemorySeries
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Event, NonFinite, Notice
-from tui_trainer.report import tables as table_parts
+from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
-from tui_trainer.report.read import Recorded
+from tui_trainer.report.read import ReportData
+
+# ---- tables
+# The tables of a report.
+
+
+WORST_SHOWN = 12
+HEALTHY = 1e-3
+"""The ratio of update to weight that is usually aimed at."""
+
+
+def settings(title: str, values: Mapping[str, Scalar], layout: str) -> Iterator[str]:
+    """Names and values; nothing where there are none."""
+    shown = {name: value for name, value in values.items() if value not in (None, "")}
+    if not shown:
+        return
+    yield f'<h2>{escape(title)}</h2>\n<div class="panel"><div class="{layout}"><table>\n'
+    for name, value in shown.items():
+        yield f'<tr><th>{escape(name)}</th><td class="m">{escape(text_of(value))}</td></tr>\n'
+    yield "</table></div></div>\n"
+
+
+def text_of(value: Scalar) -> str:
+    """A setting as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def worst_parameters(recorded: ReportData) -> Iterator[str]:
+    """The parameters with the highest gradient norm of the whole run, with where they ended."""
+    found = recorded.history.of_every_optimizer(schema.GRAD_NORM)
+    found = [table for table in found if table.rows and table.columns]
+    if not found:
+        return
+    extremes = [_extremes(table) for table in found]
+    highest = np.concatenate([high for high, _ in extremes])
+    seen_bad = np.concatenate([bad for _, bad in extremes])
+    last = _last_by_name(recorded, schema.GRAD_NORM)
+    ratios = _last_by_name(recorded, schema.UPDATE_RATIO)
+    weights = _last_by_name(recorded, schema.WEIGHT_NORM)
+    names = [column.name for table in found for column in table.table.columns]
+    score = np.where(seen_bad, np.inf, np.nan_to_num(highest, nan=-1.0))
+    order = np.argsort(-score, kind="stable")[:WORST_SHOWN]
+    yield '<h2>Parameters with the largest gradients</h2>\n<div class="panel"><table>\n'
+    heads = ("‖∂L/∂p‖, highest", "‖∂L/∂p‖, last", "‖w‖, last", "‖Δw‖/‖w‖, last")
+    yield "<tr><th>parameter</th>" + "".join(f'<th class="n">{h}</th>' for h in heads) + "</tr>\n"
+    for place in order.tolist():
+        name = names[place]
+        bad = ' <span class="error">NaN or infinity seen</span>' if seen_bad[place] else ""
+        cells = (float(highest[place]), last.get(name), weights.get(name), ratios.get(name))
+        row = "".join(f'<td class="n">{_number(cell)}</td>' for cell in cells)
+        yield f'<tr><td class="m">{escape(name)}{bad}</td>{row}</tr>\n'
+    yield "</table></div>\n"
+
+
+def _extremes(table: MemorySeries) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    columns = list(range(table.columns))
+    seen = table.window(columns, table.first_step or 0, (table.last_step or 0) + 1, 1)
+    return seen.high[0], seen.nonfinite[0]
+
+
+def _last_by_name(recorded: ReportData, name: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for table in recorded.history.of_every_optimizer(name):
+        if (latest := table.latest()) is not None:
+            columns = (column.name for column in table.table.columns)
+            found.update(zip(columns, latest[1].tolist(), strict=True))
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.4g}"
+
 
 EVENTS_SHOWN = 200
 
 
-def render(recorded: Recorded) -> Iterator[str]:
+def render(recorded: ReportData) -> Iterator[str]:
     """The whole document, piece by piece. Every text of the run is escaped; nothing is fetched."""
     info, status = recorded.info, recorded.status
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -34,13 +112,13 @@ def render(recorded: Recorded) -> Iterator[str]:
     yield '<h2>How it went</h2>\n<div class="charts">\n'
     yield from panels(recorded)
     yield "</div>\n"
-    yield from table_parts.worst_parameters(recorded)
+    yield from worst_parameters(recorded)
     yield from _events(recorded.events(EVENTS_SHOWN), recorded.event_count())
-    yield from table_parts.settings("Configuration", _shown(info.configuration), "columns")
-    yield from table_parts.settings("Data and model", {**info.facts, **_model(info)}, "columns")
-    yield from table_parts.settings("Environment", _environment(info), "")
+    yield from settings("Configuration", _shown(info.configuration), "columns")
+    yield from settings("Data and model", {**info.facts, **_model(info)}, "columns")
+    yield from settings("Environment", _environment(info), "")
     if info.unseen:
-        yield from table_parts.settings("Not seen in this run", dict(info.unseen), "")
+        yield from settings("Not seen in this run", dict(info.unseen), "")
     if recorded.history.store.fault:  # known when all of it has been read
         yield f'<p class="lead error">{escape(recorded.history.store.fault)}</p>\n'
     yield f"<footer>written by tui-trainer {escape(__version__)}, {_when(time.time())}"
@@ -55,7 +133,7 @@ def style() -> str:
     return text.replace("COLOURS", "\n".join(rules))
 
 
-def _lead(recorded: Recorded) -> str:
+def _lead(recorded: ReportData) -> str:
     info, status = recorded.info, recorded.status
     state = f'<span class="state {escape(status.state)}">{escape(status.state)}</span>'
     parts = [state + (f": {escape(status.reason)}" if status.reason else "")]
@@ -78,7 +156,7 @@ def _when(seconds: float) -> str:
         return "at an unknown time"
 
 
-def _figures(recorded: Recorded) -> Iterator[str]:
+def _figures(recorded: ReportData) -> Iterator[str]:
     def figure(name: str, value: str) -> str:
         return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
 
@@ -86,16 +164,16 @@ def _figures(recorded: Recorded) -> Iterator[str]:
     steps = f"{recorded.last_step:,}" + (f" of {total:,}" if total else "")
     yield figure("steps", steps)
     for name, table, column in (
-        ("training loss", tables.STEP, "loss"),
-        ("validation loss", tables.VALIDATION, "loss"),
-        ("validation accuracy", tables.VALIDATION, "accuracy"),
+        ("training loss", schema.STEP, "loss"),
+        ("validation loss", schema.VALIDATION, "loss"),
+        ("validation accuracy", schema.VALIDATION, "accuracy"),
     ):
         last, best = recorded.last_and_best(table, column, lowest=column != "accuracy")
         if last is not None:
             extra = f", best {best:.4g}" if best is not None and best != last else ""
             yield figure(name + extra, f"{last:.4f}")
     clips = recorded.event_count("clip")
-    if recorded.history.table(tables.CLIP) is not None and recorded.last_step:
+    if recorded.history.table(schema.CLIP) is not None and recorded.last_step:
         yield figure("of the steps clipped", f"{100 * clips / recorded.last_step:.1f} %")
     spikes = _spikes(recorded)
     if spikes:
@@ -107,8 +185,8 @@ def _figures(recorded: Recorded) -> Iterator[str]:
         yield figure("training", _duration(recorded.status.elapsed_s))
 
 
-def _spikes(recorded: Recorded) -> str:
-    table = recorded.history.table(tables.STEP)
+def _spikes(recorded: ReportData) -> str:
+    table = recorded.history.table(schema.STEP)
     worst = find_spikes(table, 0, 1) if table is not None else []
     return f"{worst[0].loss:.3g} at {worst[0].step:,}" if worst else ""
 

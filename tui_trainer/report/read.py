@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tui_trainer.history.store.moments import Moments
-from tui_trainer.history.store.reader import RecordedHistory
-from tui_trainer.history.table import TableHistory
-from tui_trainer.history.window import Window
-from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.history.buckets import Window
+from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.messages import Event, Status
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.store.reader import StoredEvents, StoredHistory
 
 
 @dataclass(frozen=True)
-class Recorded:
+class ReportData:
     """A run's history with its description and how it ended."""
 
-    history: RecordedHistory
+    history: StoredHistory
     info: RunInfo
     status: Status
 
@@ -26,13 +25,13 @@ class Recorded:
         """The newest step."""
         return self.history.last_step
 
-    def found(self, name: str, column: str) -> tuple[TableHistory, int] | None:
+    def found(self, name: str, column: str) -> tuple[MemorySeries, int] | None:
         """A table that has rows, and the place of a column."""
         table = self.history.table(name)
         names = [each.name for each in table.table.columns] if table is not None else []
         return (table, names.index(column)) if table and table.rows and column in names else None
 
-    def window(self, table: TableHistory, columns: list[int], buckets: int) -> Window:
+    def window(self, table: MemorySeries, columns: list[int], buckets: int) -> Window:
         """Some columns over the whole run."""
         return table.window(columns, self.first_step, self.last_step + 1, buckets)
 
@@ -67,7 +66,7 @@ class Recorded:
 
     def events(self, count: int) -> list[Event]:
         """The first events that are no clips."""
-        return list(Moments(self.history.store).first_events(count))
+        return list(StoredEvents(self.history.store).first_events(count))
 
     def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
         """The steps of the events of a kind."""

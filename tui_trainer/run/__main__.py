@@ -13,12 +13,12 @@ def start(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m tui_trainer.run <run directory>", file=sys.stderr)
         return 2
-    from tui_trainer.config.machine import Others
+    from tui_trainer.config.machine import OtherLoad
 
-    others = Others()  # looks while the rest is imported
-    from tui_trainer.config.spec import LOG_FILE, read_spec
-    from tui_trainer.run.capture import Capture
+    others = OtherLoad()  # looks while the rest is imported
+    from tui_trainer.config.run_spec import LOG_FILE, read_spec
     from tui_trainer.run.host import Host, finish
+    from tui_trainer.run.output import Capture
 
     try:
         spec = read_spec(arguments[0])

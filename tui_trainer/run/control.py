@@ -20,9 +20,9 @@ from tui_trainer.protocol.messages import (
     TakeControl,
     Throttle,
 )
-from tui_trainer.protocol.text import printable
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.tracing.gate import Gate, Refusal
+from tui_trainer.protocol.text import single_line
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.trace.gate import Gate, Refusal
 
 MOST_STEPS = 10**12
 LEAST_STEPS_PER_SECOND, MOST_STEPS_PER_SECOND = 1e-3, 1e6
@@ -39,7 +39,7 @@ class Viewer:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CommandResult:
     """Whether a command was accepted, and what to say about it."""
 
     ok: bool
@@ -47,7 +47,7 @@ class Verdict:
     hint: str = ""
 
 
-class Control:
+class CommandHandler:
     """Keeps the viewers apart and maps what the controlling one says to the gate."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Control:
             self._tell()
         self._recorder.viewer_gone(viewer.id)
 
-    def perform(self, viewer: Viewer, action: Action) -> Verdict:
+    def perform(self, viewer: Viewer, action: Action) -> CommandResult:
         """Do what this viewer asks, or say why not."""
         refusal = self._refusal(viewer, action)
         if refusal is not None:
@@ -90,21 +90,23 @@ class Control:
         try:
             said = self._do(viewer, action)
         except Refusal as refused:
-            return Verdict(False, str(refused), refused.hint)
+            return CommandResult(False, str(refused), refused.hint)
         if not isinstance(action, Mark):
             # The gate's own step: the recorder's lags by the steps that wait to be recorded.
             step = self._gate.completed
             self._recorder.notice("command", said, step=step, who=viewer.name)
-        return Verdict(True, said)
+        return CommandResult(True, said)
 
-    def _refusal(self, viewer: Viewer, action: Action) -> Verdict | None:
+    def _refusal(self, viewer: Viewer, action: Action) -> CommandResult | None:
         if viewer.read_only:
-            return Verdict(
+            return CommandResult(
                 False, "this viewer is read-only", "attach again without --read-only to control"
             )
         state = self._recorder.state
         if state.ended and not isinstance(action, TakeControl):
-            return Verdict(False, f"the run has {_ended(state.state)}: nothing is left to control")
+            return CommandResult(
+                False, f"the run has {_ended(state.state)}: nothing is left to control"
+            )
         if isinstance(action, (TakeControl, Mark)):
             return None
         with self._lock:
@@ -112,7 +114,7 @@ class Control:
                 self._take(viewer)
             if self._controller != viewer.id:
                 holder = self._viewers[self._controller].name if self._controller else "nobody"
-                return Verdict(
+                return CommandResult(
                     False, f"{holder} holds control", "take control first: ctrl+t on a screen"
                 )
         return None
@@ -155,7 +157,7 @@ class Control:
                     self._take(viewer)
                 return TAKEN
             case Mark(text=text):
-                said = printable(text, MARK_CHARACTERS)
+                said = single_line(text, MARK_CHARACTERS)
                 if not said:
                     raise Refusal("a mark needs some text")
                 step = self._gate.completed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tui_trainer.config.machine import cores
-from tui_trainer.protocol.describe import DeviceInfo
+from tui_trainer.config.machine import usable_cores
+from tui_trainer.protocol.schema import DeviceInfo
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def no_core_left(threads: int) -> str:
     Its own choice is all cores, and whatever else runs, if only the screen, then takes one from a
     thread that all others wait for (docs/performance.md has figures).
     """
-    allowed = cores()
+    allowed = usable_cores()
     if threads == 1 or threads < allowed:
         return ""
     taken = f"all {allowed} cores" if allowed > 1 else "the one core there is"

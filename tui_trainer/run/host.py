@@ -13,22 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tui_trainer.config.machine import Others
-from tui_trainer.config.spec import RunSpec, new_socket_path
-from tui_trainer.protocol import tables
-from tui_trainer.recording.items import Sink
-from tui_trainer.recording.recorder import Recorder
-from tui_trainer.recording.state import StateSink
-from tui_trainer.recording.store import StoreSink
-from tui_trainer.run.beginning import first_description
-from tui_trainer.run.control import Control
-from tui_trainer.run.outcome import FAULT, Outcome, judge, told_in_full
+from tui_trainer.config.machine import OtherLoad
+from tui_trainer.config.run_spec import RunSpec, new_socket_path
+from tui_trainer.protocol import schema
+from tui_trainer.record.events import Sink
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sinks import StateSink
+from tui_trainer.run.control import CommandHandler
+from tui_trainer.run.environment import initial_info, limit_openmp_spinning, look_up_source
+from tui_trainer.run.outcome import FAULT, Outcome, judge, report_outcome, say, told_in_full
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
-from tui_trainer.run.source import look_up_source
-from tui_trainer.run.spinning import bound_openmp_spinning
-from tui_trainer.run.telling import say, tell
-from tui_trainer.tracing.gate import Gate, Refusal
+from tui_trainer.store.writer import StoreWriter
+from tui_trainer.trace.gate import Gate, Refusal
 
 TROUBLES_SAID = 20
 LINGER_S = 5.0
@@ -44,18 +41,20 @@ class Host:
         self,
         spec: RunSpec,
         signals: Callable[[Gate], Signals] = Signals,
-        others: Others | None = None,
+        others: OtherLoad | None = None,
     ) -> None:
         """`others`: who has been looking, since before this was imported, how busy the machine is
         with others."""
         self.spec = spec
-        self._others = others or Others()
-        self.recorder = Recorder(first_description(spec))
+        self._others = others or OtherLoad()
+        self.recorder = Recorder(initial_info(spec))
         self.gate = Gate(paused=spec.start_paused)
         self.signals = signals(self.gate)
         self.signals.longest_step_s = lambda: self.recorder.longest_step_s
         self.signals.say = self._say_forced
-        self.control = Control(self.gate, self.recorder, self.signals.stop, self._ask_checkpoint)
+        self.control = CommandHandler(
+            self.gate, self.recorder, self.signals.stop, self._ask_checkpoint
+        )
         self.server = Server(spec.name, self.recorder, self.control)
         self._troubles: set[str] = set()
         self._changing = threading.RLock()
@@ -77,7 +76,7 @@ class Host:
         except OSError as fault:
             self.recorder.fault("no viewer can attach", fault)
         self.recorder.subscribe(StateSink(self.spec.directory, self.recorder.info))
-        self.recorder.subscribe(StoreSink(self.spec.directory, self._say_recording))
+        self.recorder.subscribe(StoreWriter(self.spec.directory, self._say_recording))
         if sink is not None:
             self.recorder.subscribe(sink)
 
@@ -89,7 +88,7 @@ class Host:
         except BaseException as fault:
             script = self.spec.task == "script"
             outcome = judge(fault, script)
-            tell(fault, outcome, script)
+            report_outcome(fault, outcome, script)
             if outcome.state == "crashed" and not self.recorder.measured:
                 refused = told_in_full(fault, script_runs=self.script_runs)
                 outcome = replace(outcome, refused=refused)
@@ -106,7 +105,7 @@ class Host:
     def _look_around(self) -> None:
         """What is settled before anything of the training is imported."""
         try:
-            bound_openmp_spinning(self.spec, self._others)
+            limit_openmp_spinning(self.spec, self._others)
             look_up_source(  # only now: git must not be taken for somebody else's work
                 self.recorder.info.working_directory,
                 lambda source: self.recorder.describe(source=source),
@@ -116,17 +115,17 @@ class Host:
 
     def _train(self) -> Outcome:
         if self.spec.task == "script":
-            from tui_trainer.run.script_training import run_script
+            from tui_trainer.run.training import run_script
 
             return run_script(self)
-        from tui_trainer.run.task_training import train_task
+        from tui_trainer.run.training import train_task
 
         return train_task(self)
 
     def _judge_loss(self, outcome: Outcome) -> Outcome:
         """A task that ended with no finite loss has learnt nothing: a batch system shall see it. A
         script has its own exit status."""
-        table = self.recorder.info and self.recorder.history.table(tables.STEP)
+        table = self.recorder.info and self.recorder.history.table(schema.STEP)
         latest = table.latest() if table else None
         if self.spec.task == "script" or latest is None or math.isfinite(latest[1][0]):
             return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -9,8 +10,8 @@ import traceback
 from dataclasses import dataclass
 
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.run.script import OUR_DIRECTORY, exit_status
-from tui_trainer.tracing.gate import StopTraining
+from tui_trainer.run.script import OUR_DIRECTORY, exit_status, print_exception
+from tui_trainer.trace.gate import StopTraining
 
 FAULT, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 """Exit statuses: it failed; it cannot be run as asked; 128 + SIGINT; 128 + SIGTERM."""
@@ -143,3 +144,32 @@ def _place(fault: BaseException) -> str:
 def _first_line(fault: BaseException) -> str:
     lines = str(fault).strip().splitlines()
     return lines[0][:REASON_CHARACTERS] if lines else ""
+
+
+# ---- telling
+# Saying on stderr how a run ended, where that is where people look.
+
+
+def report_outcome(fault: BaseException, outcome: Outcome, script: bool = True) -> None:
+    """Say on stderr what ended the training: one message where that is enough, else a traceback,
+    which a script always has."""
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        if isinstance(fault, (StopTraining, SystemExit)):
+            return
+        enough = out_of_memory(fault) or no_compiler(fault)
+        if isinstance(fault, ConfigurationError) or (enough and not script):
+            say(outcome)
+            return
+        print_exception(fault)
+        if outcome.hint and outcome.hint != "the traceback is in the log":
+            print(f"  hint: {outcome.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def say(outcome: Outcome) -> None:
+    """Print one message and its hint to stderr."""
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
+        if outcome.hint:
+            print(f"  hint: {outcome.hint}", file=sys.stderr)
+        sys.stderr.flush()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from tui_trainer.run.outcome import INTERRUPTED, TERMINATED
-from tui_trainer.tracing.gate import Gate, Refusal, StopTraining
+from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 
 GRACE_S = 20.0
 """After a request to stop that no step boundary has answered, a script is interrupted …"""

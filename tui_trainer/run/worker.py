@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 
-from tui_trainer.config.spec import RunSpec
+from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.run.host import Host
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.signals import Signals

@@ -15,8 +15,8 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.training import TrainingConfig
-from tui_trainer.protocol.describe import Scalar
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.schema import Scalar
 
 if TYPE_CHECKING:
     import torch

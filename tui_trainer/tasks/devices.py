@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped, unused-ignore]
+import psutil
 import torch
+from torch import nn
 
 from tui_trainer.config.errors import ConfigurationError, near_miss
-from tui_trainer.config.machine import cores
+from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.training import TrainingConfig
+
+# type: ignore[import-untyped, unused-ignore]
+
 
 _PREFERRED = ("cuda", "mps", "xpu", "cpu")
 _SMALL_WORK = 5e8
@@ -54,7 +59,7 @@ def choose_threads(requested: int, work: float = 0.0) -> int:
     """
     if requested:
         return requested
-    allowed = cores()
+    allowed = usable_cores()
     free = max(1, min(allowed, psutil.cpu_count(logical=False) or allowed) - 1)
     return min(free, 4) if work < _SMALL_WORK else free
 
@@ -153,3 +158,21 @@ class GradScaler(torch.amp.GradScaler):
 def make_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:
     """Loss scaling, which fp16 needs and which does nothing for the others."""
     return GradScaler(device.type, enabled=config.dtype == "fp16")
+
+
+# ---- evaluating
+# What evaluations share.
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; the model's mode and PyTorch's generators are left as found."""
+    was_training = model.training
+    state = torch.get_rng_state()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        torch.set_rng_state(state)

@@ -9,8 +9,8 @@ from textual.css.query import NoMatches
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
-from tui_trainer.session.api import Snapshot
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.client.api import Snapshot
+from tui_trainer.client.replay import ReplaySession
 from tui_trainer.ui.app import TuiTrainerApp, choose_theme
 from tui_trainer.ui.panels.transport import TransportLine, factor_text
 from tui_trainer.ui.screens.base import RunScreen

@@ -7,12 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 
 from tui_trainer import __version__
-from tui_trainer.history.records import StepRecord
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import RunInfo
+from tui_trainer.history.buckets import StepRecord
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import NonFinite, Notice, Status, TextSample
-from tui_trainer.recording.items import Described, Ended, Item, Lost, Rowed, Stepped
-from tui_trainer.run.sinks.output import Output
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.events import (
+    InfoChanged,
+    Item,
+    RowRecorded,
+    RunEnded,
+    StepRecorded,
+    StepsDropped,
+)
+from tui_trainer.run.sinks import Output
 
 EVERY_S = 1.0
 NOTICE_CHARACTERS = 300
@@ -39,7 +46,7 @@ class PlainLines:
         """Write what is due."""
         lines: list[str] = []
         if self._info is None:
-            lines += [title(item.info) for item in items[:1] if isinstance(item, Described)]
+            lines += [title(item.info) for item in items[:1] if isinstance(item, InfoChanged)]
         if status.waiting_for != self._waiting_for and not self._headed:
             self._waiting_for = status.waiting_for
             if status.waiting_for:
@@ -58,12 +65,12 @@ class PlainLines:
 
     def _one(self, item: Item, status: Status, lines: list[str]) -> None:
         match item:
-            case Described():
+            case InfoChanged():
                 self._info = item.info
-            case Stepped():
+            case StepRecorded():
                 self._head(lines)
                 self._last = item.record
-            case Rowed():
+            case RowRecorded():
                 self._validation(item, status, lines)
             case NonFinite():
                 where = f" in {item.parameter}" if item.parameter else ""
@@ -74,9 +81,9 @@ class PlainLines:
             case TextSample():
                 sample = (item.prompt + item.text).strip().splitlines()
                 lines += [f"step {item.step}: sample:", *(f"    {line}" for line in sample)]
-            case Lost():
+            case StepsDropped():
                 lines.append(f"{item.steps} steps are not shown: the output is too slow")
-            case Ended():
+            case RunEnded():
                 self._head(lines)
                 if self._last is not self._said:
                     self._progress(item.status, lines)
@@ -96,8 +103,8 @@ class PlainLines:
             self._said, self._due = self._last, self._clock() + EVERY_S
             lines.append(progress(self._info, self._last, status))
 
-    def _validation(self, row: Rowed, status: Status, lines: list[str]) -> None:
-        if self._info is None or self._info.tables[row.table].name != tables.VALIDATION:
+    def _validation(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
+        if self._info is None or self._info.tables[row.table].name != schema.VALIDATION:
             return
         if self._last is not self._said and self._last is not None:
             self._progress(status, lines)
@@ -150,7 +157,7 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
     """One line about the newest step."""
     values: dict[str, float] = {}
     for table, row in record.rows:
-        if info.tables[table].name == tables.STEP:
+        if info.tables[table].name == schema.STEP:
             names = (column.name for column in info.tables[table].columns)
             values = dict(zip(names, map(float, row), strict=True))
     total = info.total_steps

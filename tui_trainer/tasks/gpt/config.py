@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import option
 from tui_trainer.config.training import DATA, EVALUATION, MODEL, TrainingConfig, check_heads
-from tui_trainer.protocol.describe import Scalar
+from tui_trainer.protocol.schema import Scalar
 
 
 @dataclass(frozen=True, kw_only=True)

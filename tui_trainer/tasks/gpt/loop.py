@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tui_trainer.tasks.devices import GradScaler, autocast
-from tui_trainer.tasks.gpt.batches import TextBatches
 from tui_trainer.tasks.gpt.config import GptConfig
-from tui_trainer.tasks.schedules import LearningRate
+from tui_trainer.tasks.gpt.data import TextBatches
+from tui_trainer.tasks.optimizers import LearningRate
 
 
 def train(

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tui_trainer.tasks.devices import GradScaler, autocast
-from tui_trainer.tasks.schedules import LearningRate
-from tui_trainer.tasks.vit.batches import ImageBatches
+from tui_trainer.tasks.optimizers import LearningRate
 from tui_trainer.tasks.vit.config import VitConfig
+from tui_trainer.tasks.vit.data import ImageBatches
 
 
 def train(

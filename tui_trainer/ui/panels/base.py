@@ -10,8 +10,8 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.history.table import TableHistory
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
+from tui_trainer.history.series import MemorySeries
 from tui_trainer.ui.widgets.lines import Lines, Row
 
 Item = tuple[str, str, Style]
@@ -106,7 +106,7 @@ def waiting_text(snapshot: Snapshot) -> str:
     return "waiting for the first step" if not status.step else "not measured yet"
 
 
-def column(history: TableHistory, name: str) -> int:
+def column(history: MemorySeries, name: str) -> int:
     """Number of the column called `name` (-1: there is none)."""
     for number, known in enumerate(history.table.columns):
         if known.name == name:
@@ -114,7 +114,7 @@ def column(history: TableHistory, name: str) -> int:
     return -1
 
 
-def provisional(snapshot: Snapshot, history: TableHistory) -> NDArray[np.float32] | None:
+def provisional(snapshot: Snapshot, history: MemorySeries) -> NDArray[np.float32] | None:
     """The values of the step in the making, while paused inside it: shape (columns,)."""
     report = snapshot.report
     if report is None or snapshot.status.state != "paused":

@@ -8,7 +8,7 @@ import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.protocol import tables
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
@@ -21,10 +21,10 @@ from tui_trainer.ui.panels.base import (
     title_row,
     unseen,
 )
-from tui_trainer.ui.panels.deeds import deeds
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Marks, Rule
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
+from tui_trainer.ui.widgets.text import user_marks
 
 LEDGER_SHARE = 0.42
 
@@ -66,8 +66,8 @@ class ClippingPanel(Panel):
 
     def _read(self, width: int) -> tuple[tuple[int, int], list[Layer], list[Item]]:
         snapshot, palette = self.snapshot, self.palette
-        step = snapshot.history.table(tables.STEP)
-        clip = snapshot.history.table(tables.CLIP)
+        step = snapshot.history.table(schema.STEP)
+        clip = snapshot.history.table(schema.CLIP)
         info = snapshot.info
         last = (step.last_step or 0) if step is not None else 0
         steps = window(last, self.shown, info.total_steps if info else None, self.frugal)
@@ -101,7 +101,7 @@ class ClippingPanel(Panel):
             inside = (at >= steps[0]) & (at < steps[1])
             places = (at[inside] - steps[0]) * buckets // max(1, steps[1] - steps[0])
             layers.append(Marks(palette.clip, places, self.glyphs.mark))
-        layers += deeds(snapshot, steps, buckets, palette, self.glyphs)
+        layers += user_marks(snapshot, steps, buckets, palette, self.glyphs)
         return steps, layers, items
 
     def _ledger(self, width: int, height: int) -> list[Row]:

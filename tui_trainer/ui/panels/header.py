@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.protocol import tables
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import RunInfo, Scalar
+from tui_trainer.protocol.text import without_control
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel
 from tui_trainer.ui.widgets.lines import Row
 
 if TYPE_CHECKING:
     from tui_trainer.ui.app import TuiTrainerApp
+
+
 WIDE = 120
 """Columns from which the budget stands beside an own cost that exceeds it."""
 OVER = 1.1
@@ -107,7 +113,7 @@ class HeaderLine(Panel):
 
     def _memory(self) -> float | None:
         """Bytes on the accelerator, or of the training process where there is none."""
-        history = self.snapshot.history.table(tables.MEMORY)
+        history = self.snapshot.history.table(schema.MEMORY)
         latest = history.latest() if history is not None else None
         if latest is None:
             return None
@@ -226,3 +232,117 @@ class ProgressLine(Panel):
 def _clock(seconds: float | None) -> str:
     """As wide as minutes and seconds, or as hours, days: it grows once, not every minute."""
     return f.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)
+
+
+# ---- banner
+# One line across the screen when the run has ended, crashed, or cannot be reached.
+
+
+BOLD = Style(bold=True)
+
+
+class Banner(Panel):
+    """Hidden while all is well. The history stays visible below it."""
+
+    DEFAULT_CSS = """
+    Banner { height: 1; display: none; }
+    Banner.-shown { display: block; }
+    Banner.-hinted { height: 2; }
+    """
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Appear when there is something to say."""
+        self.snapshot = snapshot
+        kind, _, hint = self._said()
+        self.set_class(bool(kind), "-shown")
+        self.set_class(bool(hint), "-hinted")
+        self.update_rows()
+
+    def _said(self) -> tuple[str, str, str]:
+        """(kind, what happened, what to do)."""
+        status, link = self.snapshot.status, self.snapshot.link
+        if link.state == "replay" and link.message:  # how the run ended, the header has too
+            return "warning", link.message, link.hint
+        if status.state == "crashed" and status.refused:
+            return "error", f"could not start: {status.reason}", status.hint
+        if status.state == "crashed":
+            return "error", f"crashed at step {status.step:,}: {status.reason}", status.hint
+        if status.ended:
+            reason = f": {status.reason}" if status.reason else ""
+            return "end", f"{status.state} after {status.step:,} steps{reason}", status.hint
+        if link.state == "lost":
+            return "warning", link.message or "connection lost", link.hint
+        if link.state == "closed":
+            return "error", link.message or "the connection was closed", link.hint
+        if status.recording:
+            return "warning", status.recording, ""
+        return "", "", ""
+
+    def _cut(self, text: str, room: int) -> str:
+        """A sentence is told from its beginning."""
+        return text if len(text) <= room else f"{text[: max(0, room - 1)]}{self.glyphs.ellipsis}"
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """The sentence, and the hint below it."""
+        kind, text, hint = self._said()
+        palette = self.palette
+        style = {"error": palette.error, "warning": palette.warning}.get(kind, palette.accent)
+        sign = self.glyphs.ended if kind == "end" else self.glyphs.failed
+        # An error's first line is what a person must read; the log has the rest.
+        first = text.splitlines()[0] if text else ""
+        room = size.width - 4
+        rows: list[Row] = [[Segment(f" {sign} {self._cut(first, room)}", style + BOLD)]]
+        if hint:
+            rows.append([Segment(f"   {self._cut(' '.join(hint.split()), room)}", palette.dim)])
+        return rows
+
+
+# ---- facts
+# One dim line on the data: how many images or characters, batches per epoch, updates in all.
+
+
+IN_HEADER = ("device", "threads")
+"""Facts that the header says in its own words."""
+
+
+class FactsLine(Panel):
+    """What a task says of its data, as many facts as fit: counts first, in the task's order, then
+    texts such as a path. A run that has nothing to say of it has no such line."""
+
+    DEFAULT_CSS = """
+    FactsLine { height: 1; display: none; }
+    FactsLine.-known { display: block; }
+    """
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Take the room before the facts are known: nothing moves when they come."""
+        info = snapshot.info
+        to_come = info is not None and info.task != "script" and snapshot.status.state == "starting"
+        self.set_class(bool(info and info.facts) or to_come, "-known")
+        super().show(snapshot)
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """The one row."""
+        palette, info = self.palette, self.snapshot.info
+        row: Row = [Segment(" ", palette.text)]
+        left = size.width - 2
+        for name, value in facts_of(info) if info else ():
+            between = f" {self.glyphs.separator} " if len(row) > 1 else ""
+            cost = cell_len(f"{between}{name} {value}")
+            if cost > left:
+                break
+            row.append(Segment(f"{between}{name} {value}", palette.dim))
+            left -= cost
+        return [row]
+
+
+def facts_of(info: RunInfo) -> list[tuple[str, str]]:
+    """The facts that are worth a line, in the order in which they are left out last."""
+    facts = [(n, value) for n, value in info.facts.items() if n not in IN_HEADER]
+    facts.sort(key=lambda fact: isinstance(fact[1], str))
+    return [(without_control(name), without_control(fact_text(value))) for name, value in facts]
+
+
+def fact_text(value: Scalar) -> str:
+    """A fact as people write it: 494,149."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from textual.geometry import Size
 
-from tui_trainer.protocol import tables
+from tui_trainer.protocol import schema
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel, column, title_row
-from tui_trainer.ui.panels.deeds import deeds
 from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import window
+from tui_trainer.ui.widgets.text import user_marks
 
 SHOWN: tuple[int | None, ...] = (None, 1000, 200)
 """Steps that the window may hold: the whole run, or the last so many."""
@@ -51,7 +51,7 @@ class LossPanel(Panel):
     def content(self, size: Size) -> Sequence[Row]:
         """Title and chart; the chart's frame is there before the first value."""
         palette, glyphs = self.palette, self.glyphs
-        step = self.snapshot.history.table(tables.STEP)
+        step = self.snapshot.history.table(schema.STEP)
         info = self.snapshot.info
         last = (step.last_step or 0) if step is not None else 0
         steps = window(last, self.shown, info.total_steps if info else None, self.frugal)
@@ -74,7 +74,7 @@ class LossPanel(Panel):
                 layers.append(Points(palette.loss, few, seen.last[few, 0], glyphs.running))
         layers += self._others(steps, buckets, items)
         layers += self._validation(steps, buckets, items)
-        layers += deeds(self.snapshot, steps, buckets, palette, glyphs)
+        layers += user_marks(self.snapshot, steps, buckets, palette, glyphs)
         if step is not None and (rate := column(step, "learning_rate")) >= 0 and last:
             latest = step.latest()
             value = float(latest[1][rate]) if latest is not None else None
@@ -90,7 +90,7 @@ class LossPanel(Panel):
         """With several optimizers (a GAN's, say) each minimises a loss of its own: the smoothed
         lines of the others, named at their ends."""
         info, palette = self.snapshot.info, self.palette
-        histories = self.snapshot.history.of_every_optimizer(tables.STEP)
+        histories = self.snapshot.history.of_every_optimizer(schema.STEP)
         if info is None or len(histories) < 2:
             return []
         items[0] = (info.optimizers[0] if info.optimizers else "train", *items[0][1:])
@@ -111,7 +111,7 @@ class LossPanel(Panel):
         return layers
 
     def _validation(self, steps: tuple[int, int], buckets: int, items: list[Item]) -> list[Layer]:
-        history = self.snapshot.history.table(tables.VALIDATION)
+        history = self.snapshot.history.table(schema.VALIDATION)
         if history is None or not history.rows or (at := column(history, "loss")) < 0:
             return []
         palette = self.palette

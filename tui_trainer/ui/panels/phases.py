@@ -10,9 +10,9 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.protocol import PHASES, tables
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
-from tui_trainer.session.api import Snapshot
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.widgets.lines import Row
@@ -69,7 +69,7 @@ class PhaseStrip(Panel):
     def _times(self) -> NDArray[np.float64]:
         """Milliseconds of each phase: the mean of the last steps, or, where the run stands
         inside a step, those that were measured in it. NaN: there is no such phase."""
-        history = self.snapshot.history.table(tables.PHASE_MS)
+        history = self.snapshot.history.table(schema.PHASE_MS)
         times = np.full(len(PHASES), np.nan)
         if history is not None and history.rows:
             values = history.tail(AVERAGED)[1]

@@ -10,7 +10,7 @@ import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.history.table import TableHistory
+from tui_trainer.history.series import MemorySeries
 from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.base import note
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer
@@ -19,7 +19,7 @@ from tui_trainer.ui.widgets.scale import window
 
 
 @dataclass(frozen=True)
-class Series:
+class ChartSeries:
     """One curve."""
 
     label: str
@@ -38,8 +38,8 @@ class SeriesChart(Lines):
         super().__init__(id=id, classes=classes)
         self.chart = Chart()
         self.name_shown = ""
-        self._series: tuple[Series, ...] = ()
-        self._history: TableHistory | None = None
+        self._series: tuple[ChartSeries, ...] = ()
+        self._history: MemorySeries | None = None
         self._why = ""
         self._total: int | None = None
         self._selected = False
@@ -47,8 +47,8 @@ class SeriesChart(Lines):
     def draw(
         self,
         name: str,
-        history: TableHistory | None,
-        series: Sequence[Series],
+        history: MemorySeries | None,
+        series: Sequence[ChartSeries],
         *,
         why: str = "",
         total: int | None = None,
@@ -91,7 +91,7 @@ class SeriesChart(Lines):
             *self.chart.rows(size.width, size.height - 1, steps, layers, self.palette, self.glyphs),
         ]
 
-    def _title(self, width: int, values: Sequence[tuple[Series, float]]) -> Row:
+    def _title(self, width: int, values: Sequence[tuple[ChartSeries, float]]) -> Row:
         """`drift q 0.276 k 0.245 v 0.138 ───`, in exactly `width` cells."""
         palette = self.palette
         name = self.name_shown[:width]

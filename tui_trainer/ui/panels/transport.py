@@ -9,8 +9,8 @@ from rich.style import Style
 from textual import events
 from textual.geometry import Size
 
-from tui_trainer.session.api import Snapshot
-from tui_trainer.session.replay import ReplaySession
+from tui_trainer.client.api import Snapshot
+from tui_trainer.client.replay import ReplaySession
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.lines import Row

@@ -10,21 +10,23 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.widget import Widget
 
-from tui_trainer.protocol import tables
-from tui_trainer.protocol.describe import AttentionInfo
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import AttentionInfo
 from tui_trainer.ui.controls import CONTROL_BINDINGS
-from tui_trainer.ui.panels.ages import age_of
-from tui_trainer.ui.panels.attention_heads import HeadsTable
-from tui_trainer.ui.panels.attention_statistics import STATISTICS, Statistic, why_nothing
-from tui_trainer.ui.panels.attention_table import StatisticTable
-from tui_trainer.ui.panels.caption import Caption, Piece
-from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.prompt import PromptLine
-from tui_trainer.ui.panels.scrolling_tabs import ScrollingTabs
+from tui_trainer.ui.panels.attention import (
+    SHOWN_STATISTICS,
+    HeadsTable,
+    Statistic,
+    StatisticTable,
+    why_nothing,
+)
 from tui_trainer.ui.panels.series_chart import SeriesChart
-from tui_trainer.ui.screens.detail import DetailScreen
+from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.widgets.form import PromptLine
 from tui_trainer.ui.widgets.table import VirtualTable
+from tui_trainer.ui.widgets.tabs import ScrollingTabs
+from tui_trainer.ui.widgets.text import Caption, EmptyState, Piece, age_of, awaited
 
 CHART = (39, 9)
 """Cells that a chart needs, with the gap beside it, so that its axis can be read."""
@@ -37,7 +39,7 @@ AROUND = 6
 class AttentionScreen(DetailScreen):
     """The dear statistics are measured only while this screen is open: it says so to the run."""
 
-    topics = frozenset({tables.ATTENTION_HEADS, tables.ATTENTION_SPECTRUM, tables.ATTENTION_HEALTH})
+    topics = frozenset({schema.ATTENTION_HEADS, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH})
 
     CSS = """
     AttentionScreen Caption { margin: 0 1; }
@@ -77,19 +79,19 @@ class AttentionScreen(DetailScreen):
 
     def body(self) -> Iterable[Widget]:
         """Statistics, what the chosen one means, layers and heads, charts."""
-        yield ScrollingTabs([statistic.title for statistic in STATISTICS])
+        yield ScrollingTabs([statistic.title for statistic in SHOWN_STATISTICS])
         yield Caption(id="means")
         yield Caption(id="healthy")
         yield EmptyState()
         yield Container(StatisticTable(), HeadsTable(), id="upper")
         yield PromptLine()
         yield Caption(id="layer")
-        yield Container(*(SeriesChart() for _ in STATISTICS), id="charts")
+        yield Container(*(SeriesChart() for _ in SHOWN_STATISTICS), id="charts")
 
     @property
     def statistic(self) -> Statistic:
         """The chosen one."""
-        return STATISTICS[self._chosen]
+        return SHOWN_STATISTICS[self._chosen]
 
     @property
     def by_layer(self) -> StatisticTable:
@@ -136,7 +138,7 @@ class AttentionScreen(DetailScreen):
             pieces.append((f"{layer.head_dim} wide", "dim"))
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
-        age = age_of(snapshot, snapshot.history.of_every_optimizer(tables.ATTENTION_HEADS))
+        age = age_of(snapshot, snapshot.history.of_every_optimizer(schema.ATTENTION_HEADS))
         aged = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
         said = [piece for piece in pieces if piece[0]]
         self.query_one("#layer", Caption).say(said, aged, yielding=True)
@@ -167,10 +169,10 @@ class AttentionScreen(DetailScreen):
         """The statistics that have a chart: all in their order where they fit, else from the chosen
         one on."""
         count = sum(chart.display for chart in self.query(SeriesChart))
-        if count >= len(STATISTICS):
-            return list(STATISTICS)
+        if count >= len(SHOWN_STATISTICS):
+            return list(SHOWN_STATISTICS)
         start = self._chosen
-        return [STATISTICS[(start + i) % len(STATISTICS)] for i in range(count)]
+        return [SHOWN_STATISTICS[(start + i) % len(SHOWN_STATISTICS)] for i in range(count)]
 
     def _explain(self) -> None:
         statistic = self.statistic
@@ -189,7 +191,7 @@ class AttentionScreen(DetailScreen):
 
     def action_statistic(self, by: int) -> None:
         """Another statistic."""
-        self._choose((self._chosen + by) % len(STATISTICS))
+        self._choose((self._chosen + by) % len(SHOWN_STATISTICS))
 
     def on_tab_line_chosen(self, event: ScrollingTabs.Chosen) -> None:
         """A click on its name."""
@@ -285,7 +287,7 @@ class AttentionScreen(DetailScreen):
         self.query_one(HeadsTable).styles.height = first if beside or not both else second
         charts = room - first - (second + 1 if both and not beside else 0)
         across = max(1, (width - 2) // CHART[0])
-        down = min(max(1, charts // CHART[1]), -(-len(STATISTICS) // across))
+        down = min(max(1, charts // CHART[1]), -(-len(SHOWN_STATISTICS) // across))
         grid = self.query_one("#charts")
         grid.styles.grid_size_columns = across
         grid.styles.grid_size_rows = down
@@ -298,8 +300,8 @@ class AttentionScreen(DetailScreen):
 def _why_no_heads(snapshot: Snapshot, layer: AttentionInfo) -> str:
     """What stands where a layer's heads will be, or would."""
     unseen = snapshot.info.unseen if snapshot.info else {}
-    if tables.ATTENTION_HEADS in unseen:
-        return unseen[tables.ATTENTION_HEADS]
+    if schema.ATTENTION_HEADS in unseen:
+        return unseen[schema.ATTENTION_HEADS]
     if not (layer.heads and layer.key_value_heads):
         return "its heads are not known"
     if snapshot.status.ended:

@@ -10,15 +10,13 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
-from tui_trainer.session.api import Snapshot
-from tui_trainer.session.comparing import SERIES, Compared
-from tui_trainer.ui.palette import ActionProvider
-from tui_trainer.ui.panels.differences import DifferencesTable
-from tui_trainer.ui.panels.overlay import Legend, OverlayChart
+from tui_trainer.client.api import Snapshot
+from tui_trainer.client.compare import SERIES, ComparedRun
+from tui_trainer.ui.app import ActionProvider
+from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
-from tui_trainer.ui.widgets.too_small import TooSmall
 
 TABS = ("Loss", "Validation", "Gradient norm", "Differences")
 ROOM, FULL = (40, 10), (100, 30)
@@ -52,7 +50,7 @@ class CompareScreen(RunScreen):
                 tooltip="Panel after, where there is room for one"),
     ]  # fmt: skip
 
-    def __init__(self, runs: Sequence[Compared]) -> None:
+    def __init__(self, runs: Sequence[ComparedRun]) -> None:
         super().__init__()
         self.runs = runs
         self.by_time = False

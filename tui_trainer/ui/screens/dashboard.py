@@ -11,22 +11,19 @@ from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
 from textual.widgets import Input
 
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
-from tui_trainer.ui.panels.banner import Banner
+from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
 from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.panels.clipping import ClippingPanel
-from tui_trainer.ui.panels.facts import FactsLine
 from tui_trainer.ui.panels.gradients import GradientsPanel
-from tui_trainer.ui.panels.header import HeaderLine, ProgressLine
+from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.panels.query_key_value import LayersTable, TrendPanel
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
-from tui_trainer.ui.widgets.too_small import TooSmall
 
 TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "attention")

@@ -8,13 +8,12 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.widget import Widget
 
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
-from tui_trainer.ui.key_map import key_groups
-from tui_trainer.ui.panels.explanations import cadences
-from tui_trainer.ui.panels.help_view import Block, HelpView, blocks
-from tui_trainer.ui.panels.prompt import PromptLine
-from tui_trainer.ui.screens.detail import DetailScreen
+from tui_trainer.ui.keys import key_groups
+from tui_trainer.ui.panels.help import HelpBlock, HelpView, blocks, cadences
+from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.widgets.form import PromptLine
 
 
 class HelpScreen(DetailScreen):
@@ -57,7 +56,7 @@ class HelpScreen(DetailScreen):
         every = blocks(key_groups(self.app), trainer.glyphs, trainer.snapshot.info)
         words = text.casefold().split()
         found = [
-            Block(
+            HelpBlock(
                 block.title,
                 tuple(
                     entry
@@ -68,7 +67,7 @@ class HelpScreen(DetailScreen):
             )
             for block in every
         ]
-        nothing = Block("Nothing found", (("", f"no entry has “{text}”: escape shows all"),))
+        nothing = HelpBlock("Nothing found", (("", f"no entry has “{text}”: escape shows all"),))
         self.query_one(HelpView).show_blocks([b for b in found if b.entries] or [nothing])
 
     def action_filter(self) -> None:

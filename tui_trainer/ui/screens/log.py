@@ -8,16 +8,14 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.widget import Widget
 
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.formatting import count
-from tui_trainer.ui.panels.chips import Chip, Chips
-from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.facts import FactsLine
-from tui_trainer.ui.panels.log_model import CLIPS, EVENTS, STDERR, STDOUT, Log
-from tui_trainer.ui.panels.log_view import LogView
-from tui_trainer.ui.panels.prompt import PromptLine
-from tui_trainer.ui.screens.detail import DetailScreen
+from tui_trainer.ui.panels.header import FactsLine
+from tui_trainer.ui.panels.log import CLIPS, EVENTS, STDERR, STDOUT, LogModel, LogView
+from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.widgets.form import Chip, Chips, PromptLine
+from tui_trainer.ui.widgets.text import EmptyState, awaited
 
 _KIND_KEYS = (
     (STDOUT, "o", "out"),
@@ -68,7 +66,7 @@ class LogScreen(DetailScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines = Log()
+        self.lines = LogModel()
         self._started_at: float | None = None
         self._run = ""
 

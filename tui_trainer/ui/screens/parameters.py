@@ -11,33 +11,30 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from tui_trainer.protocol import tables
-from tui_trainer.session.api import Snapshot
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import schema
 from tui_trainer.ui import formatting
 from tui_trainer.ui.controls import CONTROL_BINDINGS
-from tui_trainer.ui.panels.ages import age_of
-from tui_trainer.ui.panels.caption import Caption, Piece
-from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.parameter_table import SORTABLE, ParameterTable
-from tui_trainer.ui.panels.parameter_values import ParameterValues
-from tui_trainer.ui.panels.prompt import PromptLine
-from tui_trainer.ui.panels.series_chart import Series, SeriesChart
-from tui_trainer.ui.screens.detail import DetailScreen
+from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
+from tui_trainer.ui.panels.series_chart import ChartSeries, SeriesChart
+from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.widgets.form import PromptLine
 from tui_trainer.ui.widgets.table import VirtualTable
+from tui_trainer.ui.widgets.text import Caption, EmptyState, Piece, age_of, awaited
 
 RESORT_SECONDS = 2.0
 """Rows sorted by a value that changes move at most this often: they must be readable."""
 CHART_WIDTH = 38
 
 _CHARTS = (
-    (tables.GRAD_NORM, "gradient norm", "norm"),
-    (tables.UPDATE_RATIO, "update ratio", "good"),
-    (tables.WEIGHT_NORM, "weight norm", "loss"),
+    (schema.GRAD_NORM, "gradient norm", "norm"),
+    (schema.UPDATE_RATIO, "update ratio", "good"),
+    (schema.WEIGHT_NORM, "weight norm", "loss"),
 )
 _COLUMNS = (
-    (tables.GRAD_NORM, "grad", "grad norm"),
-    (tables.UPDATE_RATIO, "update", "update"),
-    (tables.WEIGHT_NORM, "weight", "‖w‖"),
+    (schema.GRAD_NORM, "grad", "grad norm"),
+    (schema.UPDATE_RATIO, "update", "update"),
+    (schema.WEIGHT_NORM, "weight", "‖w‖"),
 )
 """Quantities, their columns, and the titles of these."""
 
@@ -171,7 +168,7 @@ class ParametersScreen(DetailScreen):
             found = self.values.series(quantity, row)
             why = info.unseen.get(quantity, "") or "not measured yet"
             history, column = found if found else (None, 0)
-            series = [Series("", style, column)] if found else []
+            series = [ChartSeries("", style, column)] if found else []
             chart.draw(name, history, series, why=why, total=info.total_steps, log=self._log)
 
     # ------------------------------------------------------------ actions

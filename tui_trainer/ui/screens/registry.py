@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class ScreenEntry:
     """One screen of the app."""
 
     mode: str
@@ -39,19 +39,21 @@ class Place:
 
 
 PLACES = (
-    Place("dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"),
-    Place(
+    ScreenEntry(
+        "dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"
+    ),
+    ScreenEntry(
         "attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"
     ),
-    Place(
+    ScreenEntry(
         "parameters",
         "3",
         "Parameters",
         "parameters:ParametersScreen",
         "Every parameter, every column",
     ),
-    Place("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
-    Place("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
-    Place("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),
-    Place("start", "7", "Start", "start:StartScreen", "Choose what to train"),
+    ScreenEntry("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
+    ScreenEntry("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
+    ScreenEntry("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),
+    ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
 )

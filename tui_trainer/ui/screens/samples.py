@@ -10,15 +10,19 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
 
+from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
-from tui_trainer.session.api import Snapshot
 from tui_trainer.ui.controls import CONTROL_BINDINGS
-from tui_trainer.ui.panels.caption import Caption
-from tui_trainer.ui.panels.confusion import ConfusionView, accuracy, worst
-from tui_trainer.ui.panels.continuations import Continuations
-from tui_trainer.ui.panels.empty import EmptyState, awaited
-from tui_trainer.ui.panels.image_grid import ImageGrid, tiles_of
-from tui_trainer.ui.screens.detail import DetailScreen
+from tui_trainer.ui.panels.samples import (
+    ConfusionView,
+    Continuations,
+    ImageGrid,
+    accuracy,
+    tiles_of,
+    worst,
+)
+from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.widgets.text import Caption, EmptyState, awaited
 
 BESIDE = 100
 """From this width on images and matrix stand beside each other."""

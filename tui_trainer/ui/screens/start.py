@@ -2,36 +2,236 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.widgets import Static
+from textual.widget import Widget
+from textual.widgets import Input, Static
 
+from tui_trainer.client.api import Session, Snapshot
+from tui_trainer.client.launch import LaunchError, LaunchRequest, OnLaunch
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.options import options_of
-from tui_trainer.config.resolve import default_preset
-from tui_trainer.session.api import Session, Snapshot
-from tui_trainer.ui.launch import LaunchError, LaunchRequest
-from tui_trainer.ui.panels.choice import Choice, Toggle
-from tui_trainer.ui.panels.form import Fold, FormRow, open_faulty
+from tui_trainer.config.options import Option, options_of, parse
+from tui_trainer.config.training import GROUPS, ConfigSource, default_preset, resolve
+from tui_trainer.protocol.schema import Scalar
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.screens.start_model import (
-    SCRIPT,
-    SCRIPT_SUMMARY,
-    Launcher,
-    TaskForm,
-    blamed,
-    preset_value,
-    request_for,
-    script_request,
-    written,
+from tui_trainer.ui.widgets.form import (
+    Choice,
+    FoldRow,
+    FormRow,
+    Toggle,
+    fixed_row,
+    open_faulty,
+    row_for,
 )
-from tui_trainer.ui.screens.start_rows import preset_row, script_rows, task_rows
 from tui_trainer.ui.widgets.keys import KeyLine
+
+# ---- start_model
+# What the start screen is given of the tasks, and what it hands back: plain values, no torch.
+#
+# The ui may not import the tasks, so the command line hands it their definitions: a
+# `TaskDefinition`
+# is a `TaskForm` as it is, and a `Launcher` goes with them.
+
+
+SCRIPT = "script"
+SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
+COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer", "device", "seed")
+"""What people change most: on the form at once; the rest is folded by group."""
+
+
+class TaskForm(ConfigSource, Protocol):
+    """A task as the start screen shows it; `tasks.definition.TaskDefinition` is one."""
+
+    @property
+    def summary(self) -> str:
+        """One line on what it trains."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What the command line gives the app as `on_launch`: the tasks to offer, and what starts them.
+
+    run_app(None, start_mode="start", on_launch=Launcher(tuple(definitions), start))
+    """
+
+    tasks: tuple[TaskForm, ...]
+    """In the order in which they are offered; the script comes after them by itself."""
+    start: OnLaunch
+    """Raises LaunchError or ConfigurationError: shown on the form, at the field it speaks of."""
+
+    def __call__(self, request: LaunchRequest) -> Session:
+        """Start what was asked for."""
+        return self.start(request)
+
+
+def common_options(form: TaskForm) -> tuple[Option, ...]:
+    """The options that are visible at once, in the order of `COMMON`."""
+    known = {option.name: option for option in options_of(form.config)}
+    return tuple(known[name] for name in COMMON if name in known)
+
+
+def folded_options(form: TaskForm) -> dict[str, tuple[Option, ...]]:
+    """The other options by group, in the order in which people see the groups."""
+    groups: dict[str, list[Option]] = {}
+    for option in options_of(form.config):
+        if option.name not in COMMON:
+            groups.setdefault(option.group, []).append(option)
+    ordered = sorted(groups, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
+    return {name: tuple(groups[name]) for name in ordered}
+
+
+def preset_value(form: TaskForm, preset: str, option: Option) -> Scalar:
+    """What `option` is when only the preset is chosen."""
+    return form.presets.get(preset, {}).get(option.name, option.default)
+
+
+def value_text(value: Scalar) -> str:
+    """How a value stands in its input field: what is typed back gives the same value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value).replace("\n", "\\n")
+
+
+def typed_value(option: Option, text: str | bool) -> str | bool:
+    """What was typed; `\\n` is a line break in texts that may hold one, such as a prompt."""
+    if isinstance(text, str) and "\n" in str(option.default):
+        return text.replace("\\n", "\n")
+    return text
+
+
+def request_for(
+    form: TaskForm, preset: str, entered: Mapping[str, str | bool], start_paused: bool = False
+) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
+    """The request that the form stands for, or what is wrong by field ("" for no one field)."""
+    overrides: dict[str, Scalar] = {}
+    errors: dict[str, ConfigurationError] = {}
+    for option in options_of(form.config):
+        if option.name not in entered:
+            continue
+        try:
+            value = parse(option, typed_value(option, entered[option.name]))
+        except ConfigurationError as error:
+            errors[option.name] = error
+            continue
+        if value != preset_value(form, preset, option):
+            overrides[option.name] = value
+    if errors:
+        return None, errors
+    overrides = _one_length(form, preset, overrides)
+    try:
+        resolve(form, preset, overrides)
+    except ConfigurationError as error:
+        return None, {faulty_option(form, error): error}
+    settings: dict[str, Scalar] = {"preset": preset} if preset else {}
+    return LaunchRequest(form.name, {**settings, **overrides}, paused=start_paused), {}
+
+
+def _one_length(form: TaskForm, preset: str, overrides: dict[str, Scalar]) -> dict[str, Scalar]:
+    """A length emptied because the other one was given is no change of its own."""
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if overrides.get(name, "") is None and overrides.get(other) is not None:
+            return {key: value for key, value in overrides.items() if key != name}
+    return overrides
+
+
+def faulty_option(form: TaskForm, error: ConfigurationError) -> str:
+    """The field that an error of the whole configuration speaks of first; "" when of none."""
+    flags = {option.flag: option.name for option in options_of(form.config)}
+    for flag in re.findall(r"--[a-z0-9-]+", f"{error.message} {error.hint}"):
+        if flag in flags:
+            return flags[flag]
+    return ""
+
+
+def script_request(
+    path: str, arguments: str, start_paused: bool = False
+) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
+    """The request to run a script, or what is wrong by field (`script`, `arguments`)."""
+    wrong = _script_fault(path.strip())
+    if wrong is not None:
+        return None, {"script": wrong}
+    try:
+        words = tuple(shlex.split(arguments))
+    except ValueError as error:
+        hint = "quotes come in pairs, as in a shell"
+        return None, {"arguments": ConfigurationError(f"cannot be read: {error}", hint)}
+    file = str(Path(path.strip()).expanduser())
+    return LaunchRequest(SCRIPT, script=file, arguments=words, paused=start_paused), {}
+
+
+def _script_fault(path: str) -> ConfigurationError | None:
+    file = Path(path).expanduser()
+    if not path:
+        return ConfigurationError("which script?", "the path of a Python file, such as train.py")
+    if file.is_dir():
+        return ConfigurationError(f"{path} is a folder", "give the Python file that trains")
+    if not file.exists():
+        return ConfigurationError(f"{path} does not exist", f"looked in {Path.cwd()}")
+    return None
+
+
+# ---- start_rows
+# What the start screen's form is made of: the rows of a task, or those of a script.
+
+
+def preset_row(task: TaskForm, preset: str) -> FormRow:
+    """The choice of a preset."""
+    chooser = Choice(tuple(task.presets), preset, id="preset")
+    return FormRow("preset", chooser, help="A set of defaults: size, length, schedule")
+
+
+def task_rows(task: TaskForm, preset: str, *, unfolded: bool) -> list[Widget]:
+    """The common options, then the others under headings, open where there is room for them."""
+
+    def row(option: Option) -> FormRow:
+        return row_for(option, value_text(preset_value(task, preset, option)))
+
+    common = [row(option) for option in common_options(task)]
+    folded: list[Widget] = []
+    for name, options in folded_options(task).items():
+        rows = Vertical(*(row(option) for option in options), classes="group")
+        fold = FoldRow(name, rows, len(options))
+        fold.open = rows.display = unfolded
+        folded += [fold, rows]
+    sides = Vertical(*common, paused_row(), id="common"), Vertical(*folded, id="folded")
+    return [Vertical(*sides, id="columns")]
+
+
+def script_rows() -> list[Widget]:
+    """A path and arguments."""
+    path = Input(placeholder="train.py", compact=True, id="option-script", classes="-text")
+    arguments = Input(placeholder="none", compact=True, id="option-arguments", classes="-text")
+    return [
+        FormRow(
+            "script",
+            fixed_row(path),
+            help="The Python file that trains, as you would give it to python",
+        ),
+        FormRow("arguments", fixed_row(arguments), help="Its own arguments, quoted as in a shell"),
+        paused_row(),
+    ]
+
+
+def paused_row() -> FormRow:
+    """Whether to stop before the first phase."""
+    toggle = Toggle(False, id="paused")
+    return FormRow("start paused", toggle, help="Stop before the first phase, to step from there")
+
 
 WIDE = 110
 """From this width on the folded groups stand beside the common options, unfolded."""
@@ -146,7 +346,7 @@ class StartScreen(RunScreen):
             default = "off" if row.option_name == "start paused" else ""
             if task and row.option_name in known:
                 option = known[row.option_name]
-                default = written(preset_value(task, self._preset.get(task.name, ""), option))
+                default = value_text(preset_value(task, self._preset.get(task.name, ""), option))
             row.set_value(entered.get(row.option_name, default), default)
 
     def _beside(self) -> bool:
@@ -201,7 +401,7 @@ class StartScreen(RunScreen):
         """Say what the field is."""
         self.call_after_refresh(self.query_one(KeyLine).show)
         for node in event.widget.ancestors_with_self:
-            if isinstance(node, FormRow | Fold):
+            if isinstance(node, FormRow | FoldRow):
                 self.query_one("#help", Static).update(node.help)
                 return
 
@@ -245,7 +445,7 @@ class StartScreen(RunScreen):
         return request_for(task, self._preset.get(task.name, ""), entered, paused)
 
     def _blame(self, errors: dict[str, ConfigurationError]) -> None:
-        first = open_faulty(self.query(FormRow), self.query(Fold))
+        first = open_faulty(self.query(FormRow), self.query(FoldRow))
         if first is not None:
             self.call_after_refresh(self._go_to, first)  # once its group is laid out
         shown = {row.option_name for row in self.query(FormRow)}
@@ -280,7 +480,7 @@ class StartScreen(RunScreen):
 
     def _failed(self, error: ConfigurationError) -> None:
         self._set_starting(False)
-        name = blamed(self.form, error) if self.form else ""
+        name = faulty_option(self.form, error) if self.form else ""
         rows = [row for row in self.query(FormRow) if row.option_name == name]
         for row in rows:
             row.fault(error)

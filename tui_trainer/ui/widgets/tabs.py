@@ -1,4 +1,4 @@
-"""A line of names of which one is shown: what panels fold into where there is little room."""
+"""A line of tabs that keeps the chosen one in sight where not all of them fit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from textual.geometry import Size
 from textual.message import Message
 
 from tui_trainer.ui.widgets.lines import Lines, Row
+
+# ---- tabs
+# A line of names of which one is shown: what panels fold into where there is little room.
 
 
 class TabLine(Lines):
@@ -50,6 +53,54 @@ class TabLine(Lines):
         at = 1
         for number, name in enumerate(self.names):
             at += len(name) + 3
+            if event.x < at:
+                self.post_message(self.Chosen(number))
+                return
+
+
+_AROUND = 3
+"""Cells of a tab besides its name: a space on either side, and the gap."""
+
+
+class ScrollingTabs(TabLine):
+    """Leaves out leading names, with a sign in their place, until the chosen one fits."""
+
+    def first(self, width: int) -> int:
+        """Number of the first name shown."""
+        first = 0
+        while first < self.current and self._reach(first) > width - 2:
+            first += 1
+        return first
+
+    def _reach(self, first: int) -> int:
+        return 2 + sum(len(name) + _AROUND for name in self.names[first : self.current + 1])
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """One row."""
+        palette, first = self.palette, self.first(size.width)
+        row: Row = [Segment("‹" if first else " ", palette.dim)]
+        left = size.width - 1
+        for number, name in enumerate(self.names[first:], first):
+            if len(name) + 2 > left - 1:
+                row.append(Segment("›".rjust(left), palette.dim))
+                left = 0
+                break
+            style = palette.current if number == self.current else palette.dim
+            row += (Segment(f" {name} ", style), Segment(" ", palette.text))
+            left -= len(name) + _AROUND
+        row.append(Segment(self.glyphs.rule * max(0, left - 1), palette.faint))
+        return [row]
+
+    def on_click(self, event: events.Click) -> None:
+        """Choose the tab under the pointer; a click on a sign shows what is behind it."""
+        event.prevent_default()
+        first = self.first(self.size.width)
+        if event.x < 1:
+            self.post_message(self.Chosen(max(0, first - 1)))
+            return
+        at = 1
+        for number, name in enumerate(self.names[first:], first):
+            at += len(name) + _AROUND
             if event.x < at:
                 self.post_message(self.Chosen(number))
                 return

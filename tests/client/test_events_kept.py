@@ -1,0 +1,41 @@
+"""What somebody did is not lost among thousands of clips, in the run or on a screen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tui_trainer.client.connection import Cursor
+from tui_trainer.client.live import SnapshotBuilder
+from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.protocol.messages import Clip, Notice, Poll
+from tui_trainer.protocol.schema import STEP_COLUMNS, RunInfo, Table
+from tui_trainer.record.recorder import Recorder
+
+
+def test_a_command_is_still_told_after_thousands_of_clips():
+    recorder = Recorder(RunInfo("r", "gpt"))
+    recorder.declare([Table(0, "step", STEP_COLUMNS)])
+    clip = ClipRecord(1.0, 2.0, 0.5, (), ())
+    for step in range(1, 60_001):
+        row = (0, np.ones(4, np.float32))
+        recorder.record(StepRecord(step, float(step), "", (row,), clip))
+        if step in (10, 100):
+            recorder.notice("command", f"pause {step}", who="me")
+        if step % 1000 == 0:
+            assert recorder.update_for(Poll(event=1 << 60)).status.step == step
+    seen, cursor = SnapshotBuilder(), Cursor()
+    more = True
+    while more:
+        update = recorder.update_for(cursor.poll(frozenset(), 1 << 20))
+        cursor.advance(update)
+        seen.apply(update)
+        more = update.more
+    events = seen.snapshot.events
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert said == ["pause 10", "pause 100"]
+    numbers = [event.id for event in events]
+    assert numbers == sorted(set(numbers))
+    assert events[-1].step == 60_000
+    assert isinstance(events[-1], Clip)
+    assert 2_000 <= len(events) < 5_000
+    assert recorder.close(10)

@@ -1,0 +1,125 @@
+"""A session against the run's own server and recorder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.client.scripted import until
+from tests.run.test_server import Rig
+from tui_trainer.client import live
+from tui_trainer.client.connection import open_unix_stream
+from tui_trainer.client.live import LiveSession
+from tui_trainer.history.buckets import StepRecord
+from tui_trainer.protocol.messages import Mark, Pause, Resume
+from tui_trainer.protocol.schema import Column, Table
+
+COLUMNS = 30
+
+
+@pytest.fixture
+def rig(tmp_path):
+    tmp_path.chmod(0o700)
+    made = Rig(tmp_path / "run.sock")
+    made.table = Table(0, "grad_norm", tuple(Column(f"p{i}") for i in range(COLUMNS)))
+    made.recorder.declare([made.table])
+    made.step = 0
+    yield made
+    made.server.close()
+    made.recorder.close(5)
+
+
+def record(rig, count):
+    for _ in range(count):
+        rig.step += 1
+        values = np.full(COLUMNS, rig.step, np.float32)
+        rows = ((rig.table.id, values),)
+        rig.recorder.record(StepRecord(rig.step, time.time(), "", rows))
+        rig.recorder.log("stdout", f"step {rig.step}")
+        if rig.step % 500 == 0:
+            rig.recorder.flush(5)
+
+
+def until_seen(session, rig):
+    def all_seen():
+        table = session.poll().history.table("grad_norm")
+        return table is not None and table.rows == rig.step and len(session.poll().log) == rig.step
+
+    until(all_seen)
+    table = session.poll().history.table("grad_norm")
+    window = table.window([0], 1, rig.step + 1, 10)
+    assert window.low[0, 0] == 1
+    assert window.high[-1, 0] == rig.step
+    assert [line.id for line in session.poll().log] == list(range(rig.step))
+
+
+def test_follows_commands_and_ends(rig):
+    session = LiveSession(lambda: open_unix_stream(rig.path), viewer="me@here")
+    session.set_rate(100)
+    record(rig, 40)
+    until_seen(session, rig)
+    assert session.send(Pause()).result(10).ok
+    assert session.send(Mark("look")).result(10).ok
+    until(lambda: any(event.kind == "mark" for event in session.poll().events))
+    assert session.send(Resume()).result(10).ok
+    assert any("me@here" in name for name in session.poll().status.viewers)
+    record(rig, 1500)
+    rig.recorder.end("finished", "all steps made")
+    until(lambda: session.poll().link.state == "closed")
+    until_seen(session, rig)
+    assert session.poll().status.state == "finished"
+    assert rig.server.wait_until_seen(10)
+
+
+def test_a_late_viewer_and_one_that_only_watches(rig):
+    record(rig, 3000)
+    early = LiveSession(lambda: open_unix_stream(rig.path))
+    until_seen(early, rig)
+    watcher = LiveSession(lambda: open_unix_stream(rig.path), read_only=True)
+    until_seen(watcher, rig)
+    assert watcher.poll().link.read_only
+    refused = watcher.send(Pause()).result(10)
+    assert not refused.ok
+    assert refused.message
+    for session in (early, watcher):
+        session.close()
+
+
+def test_no_gap_after_broken_connections(rig, monkeypatch):
+    monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.01)
+    streams = []
+
+    def connect():
+        streams.append(open_unix_stream(rig.path))
+        return streams[-1]
+
+    session = LiveSession(connect)
+    session.set_rate(100)
+
+    def break_it():
+        for _ in range(6):
+            time.sleep(0.1)
+            # Between two connections there is nothing to break.
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(streams[-1].read_fd)) as copy,
+            ):
+                copy.shutdown(socket.SHUT_RDWR)
+
+    until(lambda: session.poll().link.state == "live")
+    breaking = threading.Thread(target=break_it)
+    breaking.start()
+    while breaking.is_alive():
+        record(rig, 20)
+        session.poll()
+        time.sleep(0.01)
+    until(lambda: session.poll().link.state == "live")
+    until_seen(session, rig)
+    assert len(streams) > 3
+    session.close()

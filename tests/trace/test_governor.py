@@ -1,0 +1,327 @@
+"""Cadences are stretched until our cost fits the budget, and restored when there is room."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.trace.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_loop, trace
+from tui_trainer.probes import PROBES
+from tui_trainer.probes.attention.heads import AttentionHeads
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import Options, Readings
+from tui_trainer.trace.schedule import (
+    EARLIEST,
+    NEVER_STRETCHED,
+    STEADY,
+    WATCHED_LIMIT,
+    WINDOW,
+    GovernedProbe,
+    Governor,
+)
+from tui_trainer.trace.tracer import Tracer
+
+
+def things() -> list[GovernedProbe]:
+    return [
+        GovernedProbe(name="dear", natural=1, every=1, importance=10),
+        GovernedProbe(name="dearer", natural=1, every=1, importance=40),
+        GovernedProbe(name="vital", natural=1, every=1, importance=100),
+        GovernedProbe(name="request", natural=0, every=0, importance=10),
+    ]
+
+
+def silent(of: Sequence[GovernedProbe], text: str, level: str) -> None:
+    pass
+
+
+def run(
+    governor: Governor,
+    governed: list[GovernedProbe],
+    costs: dict[str, float],
+    windows: int,
+    step_ms: float = 10.0,
+    steps: int = 0,
+) -> None:
+    for step in range(steps or STEADY + windows * WINDOW):
+        own = {
+            one.name: costs[one.name]
+            for one in governed
+            if one.name in costs and one.now and step % one.now == 0
+        }
+        measured = [one for one in governed if one.name in own]
+        own["tracer"] = costs.get("tracer", 0.0)
+        governor.step(measured, governed, own, step_ms)
+
+
+def cost(governed: list[GovernedProbe], costs: dict[str, float]) -> float:
+    return sum(costs[one.name] / one.now for one in governed if one.name in costs and one.now)
+
+
+def test_fits_the_budget_and_spares_the_important():
+    said: list[str] = []
+    governor = Governor(0.01, lambda of, text, level: said.append(text))
+    governed = things()
+    costs = {"dear": 0.2, "dearer": 0.06, "vital": 0.03}
+    run(governor, governed, costs, 3)
+    assert cost(governed, costs) <= 0.1
+    assert governed[0].every > 1
+    assert governed[1].every == 1
+    assert governed[2].every == 1
+    assert any("dear is now measured every" in text for text in said)
+
+
+def test_everything_stays_as_it_is_when_off_or_cheap():
+    for budget, price in ((0.0, 5.0), (0.01, 0.01)):
+        governed = things()
+        governor = Governor(budget, silent)
+        run(governor, governed, {"dear": price, "dearer": price}, 3)
+        assert [one.every for one in governed] == [1, 1, 1, 0]
+
+
+def test_something_is_measured_even_where_the_fixed_part_is_over_the_budget():
+    governed = things()
+    costs = {"dear": 0.4, "dearer": 0.2, "tracer": 3.0}
+    run(Governor(0.01, silent), governed, costs, 10)
+    assert 0.0 < cost(governed, costs) <= 0.01
+    assert max(one.every for one in governed) <= 128
+
+
+def test_all_together_stays_within_the_budget_where_the_fixed_part_leaves_room():
+    governed = things()
+    costs = {"dear": 0.4, "dearer": 0.2, "vital": 0.01, "tracer": 0.07}
+    run(Governor(0.01, silent), governed, costs, 10)
+    assert cost(governed, costs) + costs["tracer"] <= 0.1
+
+
+def test_what_may_not_be_stretched_far_goes_last_and_is_then_taken_as_it_is():
+    governed = things()
+    governed[1].furthest = 4
+    costs = {"dear": 0.1, "dearer": 0.2}
+    run(Governor(0.01, silent), governed, costs, 10)
+    assert governed[1].every == 4
+    assert governed[0].every <= 16
+
+
+def test_what_comes_with_the_training_is_due_at_every_step_and_no_matter_of_choice():
+    governed = things()
+    costs = {"dear": 0.4, "dearer": 0.2}
+    run(Governor(0.01, silent), governed, costs, 5)
+    assert governed[1].every > 1
+    governed[1].held = True
+    run(Governor(0.01, silent), governed, costs, 5)
+    assert governed[1].every == 1
+
+
+def test_steps_that_waited_for_something_else_make_no_room():
+    governed = things()
+    governor = Governor(0.01, silent)
+    for step in range(STEADY + 5 * WINDOW):
+        due = [one for one in governed[:1] if step % one.every == 0]
+        took = 700.0 if step % 13 == 0 else 10.0
+        governor.step(due, governed, {"dear": 0.4}, took)
+    assert governed[0].every >= 4
+
+
+def test_nothing_is_stretched_out_of_sight():
+    """However short the steps are."""
+    for probe in PROBES:
+        if probe.every and probe.importance < NEVER_STRETCHED:
+            assert probe.every * probe.furthest <= 512, probe.name
+
+
+def test_is_restored_when_it_becomes_cheap_and_does_not_swing():
+    changes: list[str] = []
+    governor = Governor(0.01, lambda of, text, level: changes.append(text))
+    governed = things()
+    run(governor, governed, {"dear": 0.4}, 3)
+    assert governed[0].every > 1
+    settled = len(changes)
+    run(governor, governed, {"dear": 0.4}, 10)
+    assert len(changes) == settled
+    run(governor, governed, {"dear": 0.02}, 30)
+    assert governed[0].every == 1
+
+
+def test_nothing_is_restored_while_the_budget_is_exceeded_and_that_is_said_once():
+    """The part that is no matter of choice is over the budget by itself."""
+    said: list[tuple[str, str]] = []
+    governor = Governor(0.01, lambda of, text, level: said.append((text, level)))
+    one = GovernedProbe(name="weight_norm", natural=10, every=320, importance=30, furthest=32)
+    run(governor, [one], {"weight_norm": 0.01, "tracer": 0.35}, 20, step_ms=19.4)
+    assert one.every == 320
+    text = (
+        "the budget of 1% cannot be kept: what is measured at every step takes 0.35 ms, "
+        "a step 19.4 ms"
+    )
+    assert said == [(text, "warning")]
+    run(governor, [one], {"weight_norm": 0.01, "tracer": 0.7}, 20, step_ms=19.4)
+    assert [text for text, _ in said[1:]] == [text.replace("0.35", "0.70")]
+    run(governor, [one], {"weight_norm": 0.01, "tracer": 0.01}, 20, step_ms=19.4)
+    assert one.every == 10
+    assert all("there is room" in text for text, _ in said[2:])
+
+
+def test_a_budget_that_holds_only_what_is_fixed_says_what_the_rest_takes():
+    said: list[str] = []
+    governor = Governor(0.01, lambda of, text, level: said.append(text))
+    one = GovernedProbe(name="norm", natural=1, every=1, importance=50, furthest=4)
+    run(governor, [one], {"norm": 0.4, "tracer": 0.05}, 4)
+    assert one.every == 4
+    assert said[-1] == (
+        "the budget of 1% cannot be kept: what is measured at every step takes 0.05 ms, the rest, "
+        "however rarely, 0.10 ms, a step 10.0 ms"
+    )
+
+
+def test_what_is_far_too_dear_is_stretched_before_a_window_is_over():
+    governed = things()
+    run(Governor(0.01, silent), governed, {"dear": 50.0}, 0, steps=STEADY + EARLIEST)
+    assert governed[0].every >= 32
+
+
+def test_what_the_budget_of_the_whole_window_can_bear_is_no_reason_to_decide_early():
+    governed = things()
+    governor = Governor(0.01, silent)
+    run(governor, governed, {"dear": 0.02}, 0, steps=STEADY + 10)
+    governor.step(governed[:1], governed, {"dear": 2.8}, 10.0)
+    assert governed[0].every == 1
+
+
+def watchable() -> list[GovernedProbe]:
+    heads = GovernedProbe(
+        name="heads", natural=0, every=0, importance=10, watched_natural=1, watched_every=1
+    )
+    spectrum = GovernedProbe(
+        name="spectrum", natural=8, every=8, importance=10, watched_natural=2, watched_every=2
+    )
+    return [*things(), heads, spectrum]
+
+
+def watch(governed: list[GovernedProbe], watched: bool) -> None:
+    for one in governed:
+        one.watched = watched and one.watched_natural > 0
+
+
+def test_what_is_watched_counts_at_its_cadence_and_is_stretched_within_limits():
+    governed = watchable()
+    heads, spectrum = governed[-2:]
+    watch(governed, True)
+    costs = {"heads": 0.8, "spectrum": 0.2}
+    run(Governor(0.01, silent), governed, costs, 6)
+    assert heads.watched_every > 1
+    assert cost(governed, costs) <= 0.1
+    assert heads.every == 0  # once nobody watches
+    run(Governor(0.01, silent), governed, {"heads": 80.0, "spectrum": 20.0}, 6)
+    assert heads.now == WATCHED_LIMIT
+    assert spectrum.now == 2 * WATCHED_LIMIT
+
+
+def test_watching_is_said_when_it_begins_and_ends_and_then_all_is_as_before():
+    said: list[str] = []
+    governor = Governor(0.01, lambda of, text, level: said.append(text))
+    governed = watchable()
+    costs = {"dear": 0.05, "heads": 0.8, "spectrum": 0.05}
+    run(governor, governed, costs, 4)
+    assert said == []
+    watch(governed, True)
+    run(governor, governed, costs, 4)
+    assert said[0] == (
+        "measured more often while it is watched: heads every step, spectrum every 2 steps"
+    )
+    assert governed[0].every > 1
+    stretched = governed[-2].watched_every
+    said.clear()
+    watch(governed, False)
+    run(governor, governed, costs, 2)
+    assert said == ["no longer watched: heads not at all, spectrum every 8 steps, dear every step"]
+    said.clear()
+    watch(governed, True)
+    run(governor, governed, costs, 1)
+    assert said[0].startswith(f"measured more often while it is watched: heads every {stretched} ")
+
+
+def test_watching_heads_is_declared_and_stretched_in_a_run():
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder = KeepingRecorder()
+    recorder.topics = frozenset({"attention_heads"})
+    trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=1e-4), recorder=recorder)
+    assert "attention_heads every step" in recorder.said("cadence")[0]
+    table = recorder.table("attention_heads")
+    assert table.natural == 1
+    assert table.every == WATCHED_LIMIT
+    assert table.stretched
+    last = list(recorder.rows("attention_heads"))[-2:]
+    assert last[1] - last[0] == WATCHED_LIMIT
+
+
+class Failing(AttentionHeads):
+    """Fails at its third measurement."""
+
+    def after_update(self) -> Readings:
+        self.left = getattr(self, "left", 3) - 1
+        if not self.left:
+            raise RuntimeError("fails")
+        return super().after_update()
+
+
+def test_what_is_switched_off_is_not_governed(monkeypatch: pytest.MonkeyPatch):
+    governed: list[str] = []
+    step = Governor.step
+
+    def noting(self: Governor, measured, of, own_ms, step_ms) -> bool:  # type: ignore[no-untyped-def]
+        governed[:] = [one.name for one in of]
+        return step(self, measured, of, own_ms, step_ms)
+
+    monkeypatch.setattr(Governor, "step", noting)
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder = KeepingRecorder()
+    recorder.topics = frozenset({"attention_heads"})
+    probes = [probe for probe in PROBES if probe is not AttentionHeads]
+    with Tracer(recorder, Gate(), [*probes, Failing], Options()):
+        gpt_loop(model, optimizer, 20)
+    assert recorder.said("fault")
+    assert "attention" in governed
+    assert "attention_heads" not in governed
+
+
+def test_a_tiny_step_stretches_cadences_says_so_and_redeclares_the_tables():
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder = KeepingRecorder()
+    trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=0.001), recorder=recorder)
+    assert recorder.said("cadence")
+    every = recorder.table("attention").every
+    assert every > 1
+    assert len(recorder.rows("attention")) < 150
+    assert len(recorder.rows("step")) == 150
+    assert len(recorder.rows("clip")) == 150
+
+
+def small_budget(max_norm: float | None) -> KeepingRecorder:
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = Options(budget=1e-6)
+    recorder, _ = trace(lambda: plain_loop(model, optimizer, 150, max_norm), options=options)
+    return recorder
+
+
+def test_every_clip_tells_who_dominated_however_small_the_budget():
+    recorder = small_budget(1e-3)
+    assert len(recorder.rows("grad_norm")) == 150
+    assert all(len(r.clip.parameters) == len(r.clip.shares) == 4 for r in recorder.records)
+    assert recorder.table("weight_norm").every > 10
+
+
+def test_without_clipping_gradients_are_measured_every_four_steps_at_least():
+    rows = list(small_budget(None).rows("grad_norm"))
+    assert max(b - a for a, b in itertools.pairwise(rows)) == 4

@@ -1,0 +1,225 @@
+"""What is shown of each phase while the run is stopped at its boundary."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tests.trace.support import EVERYTHING, KeepingRecorder, close, mlp
+from tui_trainer.probes import PROBES, update_ratio
+from tui_trainer.protocol import PHASES
+from tui_trainer.protocol.messages import PhaseReport
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import Options
+from tui_trainer.trace.tracer import Tracer
+
+
+def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
+    """Somebody who steps through so many phases, and then lets the run go on."""
+
+    def drive() -> None:
+        for _ in range(boundaries):
+            gate.call_soon(lambda: None, mid_step=True).result(20)
+            while gate.mode != "paused":
+                if gate.mode == "ended":
+                    return
+            gate.step_phase()
+        gate.resume()
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    return driver
+
+
+def reports_of(
+    steps: int = 2,
+    options: Options = EVERYTHING,
+) -> tuple[dict[tuple[int, str], PhaseReport], list[dict], KeepingRecorder]:
+    """Every phase of some steps, one at a time, and what the loop itself saw."""
+    gate, recorder = Gate(paused=True), KeepingRecorder()
+    seen: list[dict] = []
+
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    driver = phase_by_phase(gate, 7 * steps)
+    with Tracer(recorder, gate, PROBES, options):
+        for _ in range(steps):
+            inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
+            optimizer.zero_grad()
+            logits = model(inputs)
+            loss = F.cross_entropy(logits, targets)
+            loss.backward()
+            norms = [p.grad.norm().item() for p in model.parameters()]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            seen.append(
+                {
+                    "inputs": inputs,
+                    "logits": logits.detach(),
+                    "loss": loss.item(),
+                    "norms": norms,
+                    "ratios": [
+                        ((p.detach() - b).norm() / b.norm()).item()
+                        for p, b in zip(model.parameters(), before, strict=True)
+                    ],
+                }
+            )
+    gate.end()
+    driver.join(20)
+    return {(r.step, r.phase): r for r in recorder.reports}, seen, recorder
+
+
+def quantity(report: PhaseReport, name: str) -> float | str:
+    return next(q.value for q in report.quantities if q.name == name)
+
+
+def test_every_phase_is_reported_with_what_the_loop_saw():
+    reports, seen, recorder = reports_of()
+    assert set(reports) >= {(step, phase) for step in (1, 2) for phase in PHASES[:-1]}
+    for step, truth in enumerate(seen, start=1):
+        data = reports[step, "data"]
+        assert quantity(data, "inputs") == "float32 4×6"
+        assert "targets" in data.summary
+        forward = reports[step, "forward"]
+        close(quantity(forward, "output mean"), truth["logits"].mean().item())
+        close(quantity(forward, "output std"), truth["logits"].std().item())
+        close(quantity(reports[step, "loss"], "loss"), truth["loss"])
+        backward = reports[step, "backward"]
+        total = float(np.linalg.norm(truth["norms"]))
+        close(quantity(backward, "total norm"), total)
+        (rows,) = backward.rows
+        assert recorder.tables[rows.table].name == "grad_norm"
+        close(np.frombuffer(rows.values, "<f4"), truth["norms"])
+        assert np.frombuffer(rows.steps, "<i8").tolist() == [step]
+        clip = reports[step, "clip"]
+        close(quantity(clip, "norm before"), total)
+        close(quantity(clip, "norm after"), min(total, 0.1), 1e-4)
+    update = reports[1, "step"]
+    largest = max(seen[0]["ratios"])
+    found = [q.value for q in update.quantities if q.name.startswith("update ratio")]
+    close(max(found), largest, 1e-4)
+
+
+SMALL_COPIES = Options(budget=0.0, copy_budget_bytes=200)
+"""The weights of these models take 332 bytes: at speed they are measured in two turns."""
+
+
+def test_the_update_of_a_single_step_is_measured_whole_whatever_is_copied_at_speed():
+    reports, seen, recorder = reports_of(3, SMALL_COPIES)
+    rows = recorder.rows("update_ratio")
+    for step in (1, 2, 3):
+        report = reports[step, "step"]
+        found = {q.name: q.value for q in report.quantities}
+        ratios = [v for name, v in found.items() if name.startswith("update ratio")]
+        close(sorted(ratios), sorted(seen[step - 1]["ratios"]), 1e-4)
+        close(list(rows[step].values()), seen[step - 1]["ratios"], 1e-4)
+        assert found["norm of the update"] > 0
+        assert report.summary == f"step {step} is made"
+
+
+def test_what_is_too_large_to_copy_even_for_a_single_step_says_so(monkeypatch):
+    monkeypatch.setattr(update_ratio, "MOST_ON_HOST", 300)
+    reports, _, _ = reports_of(2, SMALL_COPIES)
+    summary = reports[2, "step"].summary
+    assert summary.startswith(
+        "step 2 is made; its update is not shown: a copy of the weights takes"
+    )
+    assert not any("update" in q.name for q in reports[2, "step"].quantities)
+
+
+def test_a_copy_that_finds_no_memory_says_so_and_switches_nothing_off(monkeypatch):
+    monkeypatch.setattr(update_ratio, "room_while_stepping", lambda *_: 1 << 60)
+    copied = []
+
+    def no_room(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor)
+        if len(copied) == 4:  # the last parameter of the first step
+            raise torch.OutOfMemoryError("out of memory")
+        return tensor.clone()
+
+    monkeypatch.setattr(update_ratio, "_copy", no_room)
+    reports, seen, recorder = reports_of(2, SMALL_COPIES)
+    assert "found no room: out of memory" in reports[1, "step"].summary
+    assert "update ratio of 0.weight" in {q.name for q in reports[2, "step"].quantities}
+    close(list(recorder.rows("update_ratio")[2].values()), seen[1]["ratios"], 1e-4)
+    assert recorder.said("fault") == []
+
+
+def test_clipping_together_reports_every_optimizer():
+    torch.manual_seed(0)
+    model, recorder, gate = mlp(), KeepingRecorder(), Gate(paused=True)
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    norms = []
+    driver = phase_by_phase(gate, 17)
+    with Tracer(recorder, gate, PROBES, EVERYTHING):
+        for _ in range(2):
+            inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
+            first.zero_grad()
+            second.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            norms.append([p.grad.norm().item() for p in model.parameters()])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            first.step()
+            second.step()
+    gate.end()
+    driver.join(20)
+    report = [r for r in recorder.reports if r.phase == "clip"][-1]
+    total = float(np.linalg.norm(norms[-1]))
+    assert total > 0.1
+    close(quantity(report, "norm before"), total)
+    close(quantity(report, "norm after"), 0.1, 1e-4)
+    close(quantity(report, "scale"), 0.1 / total, 1e-4)
+    close(quantity(report, "norm before (sgd#2)"), float(np.linalg.norm(norms[-1][2:])))
+    shares = {name: quantity(report, f"share of {name}") for name, _ in model.named_parameters()}
+    close(list(shares.values()), [(n / total) ** 2 for n in norms[-1]])
+
+
+def test_zero_grad_report_counts_what_was_released():
+    reports, _, _ = reports_of()
+    assert quantity(reports[2, "zero_grad"], "gradients released (None)") == 4.0
+
+
+def test_durations_are_those_of_the_phase():
+    reports, _, _ = reports_of()
+    assert all(0 <= report.duration_ms < 10_000 for report in reports.values())
+    assert reports[1, "backward"].duration_ms > 0
+
+
+def test_the_batch_that_is_shown_is_the_one_that_is_trained_on_however_a_loop_zeroes():
+    torch.manual_seed(0)
+    model, recorder, means = mlp(), KeepingRecorder(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(inputs: torch.Tensor) -> None:
+        means.append(inputs.mean().item())
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    def zeroes_first() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            inputs = torch.randn(4, 6)
+            train(inputs)
+
+    def zeroes_last() -> None:
+        optimizer.zero_grad()
+        for _ in range(3):
+            inputs = torch.randn(4, 6)
+            train(inputs)
+            optimizer.zero_grad()
+
+    for loop in (zeroes_first, zeroes_last):
+        gate = Gate(paused=True)
+        driver = phase_by_phase(gate, 17)
+        with Tracer(recorder, gate, PROBES, EVERYTHING):
+            loop()
+        gate.end()
+        driver.join(20)
+    found = [quantity(r, "input 1 mean") for r in recorder.reports if r.phase == "data"]
+    close(found, means)

@@ -1,0 +1,173 @@
+"""`tui-trainer attach`: the screen over a run that is there already, here or on another machine."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.commands.common import (
+    RunsDir,
+    choose_run_by_name,
+    cli_errors,
+    duration,
+    flag,
+    number,
+    steps,
+)
+from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.client.connection import Connect
+from tui_trainer.client.ssh import (
+    REMOTE_COMMAND_VARIABLE,
+    SCHEME,
+    RemoteRun,
+    SshConnector,
+    parse_address,
+)
+from tui_trainer.config.run_spec import RunState
+from tui_trainer.runs.registry import RunEntry, inspect_run, live_socket
+from tui_trainer.runs.security import RunError
+
+
+def attach(
+    run: Annotated[
+        str | None,
+        Parameter(
+            help="the run: its name, the beginning of it, or its directory (default: the newest "
+            "live one); or ssh://[user@]host[:port][/RUN], through your own ssh",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    read_only: Annotated[bool, flag("watch; never control")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    slow_link: Annotated[
+        bool,
+        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
+    ] = False,
+    remote_command: Annotated[
+        str,
+        Parameter(
+            help="what runs tui-trainer on the other machine, where it is not found by itself "
+            f"(also ${REMOTE_COMMAND_VARIABLE})",
+            show_default=False,
+            metavar="COMMAND",
+        ),
+    ] = "",
+    runs_dir: RunsDir = None,
+) -> int:
+    """open the screen over a live run, here or over ssh"""
+    if reason := why_no_screen():
+        raise UsageError(reason, "tui-trainer show RUN prints a picture, --json an object")
+    look = _Look(read_only, ascii, slow_link)
+    with cli_errors():
+        if run is not None and run.startswith(SCHEME):
+            return _attach_remote(run, look, remote_command, runs_dir)
+        found = choose_run_by_name(run, runs_dir)
+        live_socket(found)
+    from tui_trainer.client.connection import connector
+
+    return _open(connector(found.directory), look, found.name, found)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How to watch."""
+
+    read_only: bool
+    ascii: bool
+    slow_link: bool
+
+
+def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | None) -> int:
+    where = parse_address(address)
+    connect = SshConnector(where, command, str(runs_dir) if runs_dir else "")
+    print(f"connecting to {where.destination} …", end="\r", file=sys.stderr, flush=True)
+    try:
+        name = connect.begin(choose_run)
+    finally:
+        print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
+    return _open(connect, look, f"{name} on {where.destination}", None)
+
+
+def _open(connect: Connect, look: _Look, name: str, run: RunEntry | None) -> int:
+    from tui_trainer.cli.screen import load_app, run_app_until_exit
+    from tui_trainer.client.live import LiveSession
+
+    run_app = load_app()
+    session = LiveSession(connect, read_only=look.read_only)
+    attached = AttachResult(session, name, run)
+    return run_app_until_exit(
+        lambda: run_app(session, ascii=look.ascii, slow_link=look.slow_link), lambda: attached
+    )
+
+
+class AttachResult:
+    """What was on the screen, for the last line after it has closed."""
+
+    def __init__(self, session: object, name: str, run: RunEntry | None) -> None:
+        from tui_trainer.client.live import LiveSession
+
+        assert isinstance(session, LiveSession)
+        self._session = session
+        self._name = name
+        self._run = run
+        self.directory = run.directory if run else Path(tempfile.gettempdir())
+
+    def say_goodbye(self) -> int:
+        """Print how the run stands; returns the exit status."""
+        snapshot = self._session.poll()
+        status = snapshot.status
+        said = _waited_for(self._run) if self._run and status.state == "stopping" else None
+        state, step = (said.state, said.step) if said else (status.state, status.step)
+        still = "still " if state in ("running", "paused", "starting") else ""
+        if status.refused:
+            print(f"{self._name} could not start: {status.reason}", flush=True)
+        else:
+            print(f"{self._name} {still}{state} at step {step:,}", flush=True)
+        return 0
+
+
+def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
+    """The end of a run that is being stopped: it finishes a step, perhaps a checkpoint."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = inspect_run(run.directory)
+        if now is not None and not now.live:
+            return now.said
+        time.sleep(0.1)
+    return None
+
+
+# ---------------------------------------------------------------- which of several
+
+
+def choose_run(runs: Sequence[RemoteRun]) -> str:
+    """Ask on the terminal, by number, before anything is painted."""
+    now = time.time()
+    width = max(len(run.name) for run in runs)
+    for place, run in enumerate(runs, 1):
+        print(
+            f"{place:3}  {run.name:{width}}  {run.state:8}  step {steps(run.step, run.total_steps)}"
+            f"  loss {number(run.loss)}  {duration(now - run.started_at)} old  {run.title}",
+            file=sys.stderr,
+        )
+    names = [run.name for run in runs]
+    while True:
+        print(f"which run? [1-{len(runs)}, Enter for 1] ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise RunError("several runs are live there", "say which: ssh://host/RUN")
+        given = line.strip() or "1"
+        if given.isascii() and given.isdigit() and 1 <= int(given) <= len(runs):
+            return names[int(given) - 1]
+        if given in names:
+            return given
+        print("a number or a name from the list, please", file=sys.stderr)

@@ -1,0 +1,129 @@
+"""`tui-trainer compare RUN RUN…`: several runs on one chart, or, off a terminal, as a table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
+from tui_trainer.cli.errors import UsageError, say
+from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.client.compare import MOST, ComparedRun, Difference, differences, outcome
+from tui_trainer.protocol.schema import Scalar
+from tui_trainer.runs.registry import resolve
+
+GAP = "  "
+
+
+def compare(
+    *runs: Annotated[
+        str,
+        Parameter(
+            help="two runs or more: names, beginnings of names, or directories",
+            show_default=False,
+        ),
+    ],
+    plain: Annotated[bool, flag("print a table instead of opening the screen")] = False,
+    json: Annotated[bool, flag("print one JSON object")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """overlay losses and norms of runs, and how their options differ"""
+    with cli_errors():
+        found = list({run.directory: run for run in (resolve(r, runs_dir) for r in runs)}.values())
+        if len(found) < 2:
+            raise UsageError("compare needs two runs or more", "tui-trainer ls lists them")
+        if len(found) > MOST:
+            raise UsageError(f"more than {MOST} runs cannot be told apart on a chart")
+        compared = [ComparedRun(run) for run in found]
+    if json:
+        print(_as_json(compared))
+    elif plain or why_no_screen():
+        print("\n".join(as_lines(compared)))
+    else:
+        return _open(compared, ascii)
+    _say_faults(compared)
+    return 0
+
+
+def _say_faults(compared: list[ComparedRun]) -> None:
+    for run in compared:
+        if run.fault:
+            say(f"{run.name}: {run.fault}")
+
+
+def _open(compared: list[ComparedRun], ascii: bool) -> int:
+    from tui_trainer.cli.screen import run_app_until_exit
+    from tui_trainer.ui.compare import run_comparison
+
+    return run_app_until_exit(
+        lambda: run_comparison(compared, ascii=ascii), lambda: ComparisonResult(compared)
+    )
+
+
+class ComparisonResult:
+    """What was on the screen. Nothing is left to be said of it but what could not be read."""
+
+    def __init__(self, compared: list[ComparedRun]) -> None:
+        self.directory: Path = compared[0].run.directory
+        self._compared = compared
+
+    def say_goodbye(self) -> int:
+        """Returns the exit status."""
+        _say_faults(self._compared)
+        return 0
+
+
+def as_lines(compared: list[ComparedRun]) -> list[str]:
+    """A table for people: how each run ended, and what was set up differently."""
+    names = ("", *(run.name for run in compared))
+    ends = [_texts(line) for line in outcome(compared)]
+    unlike = [_texts(line) for line in differences(compared)]
+    widths = [max(len(row[i]) for row in (names, *ends, *unlike)) for i in range(len(names))]
+
+    def row(cells: tuple[str, ...]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return GAP.join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip()
+
+    rule = "-" * (sum(widths) + len(GAP) * len(compared))
+    lines = [row(names), rule, *map(row, ends), ""]
+    if not unlike:
+        return [*lines, "set up alike"]
+    return [*lines, "set up differently", rule, *map(row, unlike)]
+
+
+def _texts(line: Difference) -> tuple[str, ...]:
+    return (line.name, *(text_of(value) for value in line.values))
+
+
+def text_of(value: Scalar) -> str:
+    """A value in a table."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(value.split()) or "–"
+
+
+def _as_json(compared: list[ComparedRun]) -> str:
+    import msgspec
+
+    def finite(value: Scalar) -> Scalar:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def part(lines: list[Difference]) -> dict[str, list[Scalar]]:
+        return {line.name: [finite(value) for value in line.values] for line in lines}
+
+    made = {
+        "runs": [run.name for run in compared],
+        "outcome": part(outcome(compared)),
+        "differences": part(differences(compared)),
+    }
+    return msgspec.json.encode(made).decode()

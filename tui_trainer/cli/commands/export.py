@@ -1,0 +1,145 @@
+"""`tui-trainer export RUN`: what was recorded, in the formats of other tools."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.commands.common import (
+    RunName,
+    RunsDir,
+    choose_run_by_name,
+    cli_errors,
+    flag,
+    readable,
+)
+from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
+from tui_trainer.runs.registry import RunEntry, open_history
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import StoreError
+
+PACKAGES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
+"""What a format needs beyond what is always installed."""
+
+
+def export(
+    run: RunName = None,
+    *,
+    format: Annotated[
+        Literal["csv", "jsonl", "parquet", "tensorboard"] | None,
+        Parameter(
+            help="csv, parquet: a folder with steps and one file a wide table; jsonl: what --json "
+            "prints; tensorboard: a folder with an event file",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            help="where to (default: jsonl to standard output, else a new folder here, named after "
+            "the run)",
+            show_default=False,
+            metavar="PATH",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, flag("replace what is there")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """a run as CSV, JSON lines, Parquet or TensorBoard files"""
+    if format is None:
+        raise UsageError("export needs a --format", "csv, jsonl, parquet or tensorboard")
+    with cli_errors():
+        found = choose_run_by_name(run, runs_dir, live=False)
+    _check_package(format)
+    with readable(found.directory):
+        history = open_history(found.directory)
+    try:
+        if format == "jsonl":
+            _lines(history, output, overwrite)
+        else:
+            _folder(history, format, output or Path(f"{found.name}-{format}"), overwrite, found)
+        return FAULT if history.store.fault else 0
+    except BrokenPipeError:
+        raise
+    except (OSError, StoreError, ValueError) as fault:
+        raise CommandError(f"cannot export {found.name}: {_reason(fault)}") from fault
+    finally:
+        if history.store.fault:
+            say(f"{history.store.fault}: what can be was exported")
+        history.close()
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, OSError) and fault.strerror:
+        return f"{fault.strerror}: {fault.filename}" if fault.filename else fault.strerror
+    return str(fault)
+
+
+def _check_package(format: str) -> None:
+    import importlib.util
+
+    package = PACKAGES.get(format)
+    if package and importlib.util.find_spec(package) is None:
+        raise CommandError(
+            f"--format {format} needs the package {package}, which is not installed",
+            f'pip install "tui-trainer[{format}]"',
+        )
+
+
+def _lines(history: StoredHistory, output: Path | None, overwrite: bool) -> None:
+    from tui_trainer.export.formats import write_jsonl
+
+    if output is None:
+        sys.stdout.flush()
+        write_jsonl(history, os.dup(1))
+        return
+    with _replacing(output, overwrite) as partial:
+        write_jsonl(history, os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+    print(f"wrote {output}")
+
+
+def _folder(
+    history: StoredHistory, format: str, output: Path, overwrite: bool, run: RunEntry
+) -> None:
+    with _replacing(output, overwrite) as partial:
+        partial.mkdir(parents=True)
+        if format == "csv":
+            from tui_trainer.export.formats import write_csv as write
+        elif format == "parquet":
+            from tui_trainer.export.formats import write_parquet as write
+        else:
+            from tui_trainer.export.formats import write_tensorboard as write
+        written = write(history, partial)
+    many = "file" if len(written) == 1 else "files"
+    print(f"wrote {len(written)} {many} to {output}{os.sep}")
+    if format == "tensorboard":
+        print(f"  tensorboard --logdir {output}")
+
+
+@contextlib.contextmanager
+def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A place beside `output` that takes its place when all went well, and else goes away."""
+    if output.exists() and not overwrite:
+        raise CommandError(f"{output} is there already", "--overwrite replaces it")
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _remove(output)
+        partial.rename(output)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""`tui-trainer relay [RUN]`: the far end of an ssh connection.
+
+It greets with one line, then copies between its standard streams and the run's socket: it reads
+nothing of what passes. When either side ends, so does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from tui_trainer.cli.commands.common import RunName, RunsDir
+from tui_trainer.client.ssh import RelayGreeting, RemoteRun, encode_greeting
+from tui_trainer.runs.registry import RunEntry, list_runs, live_socket, newest, resolve
+from tui_trainer.runs.security import RunError, connect_unix
+
+SILENT_S = 180.0
+"""A viewer that has sent nothing for so long is gone, though nobody told this host's sshd; viewers
+poll every few seconds at least, and one that wakes up connects again."""
+LONGEST_ANSWER = 4096
+_BLOCK = 1 << 16
+
+
+def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
+    """connect standard input and output to a run (for ssh)"""
+    found = None
+    try:
+        found = _find(run, runs_dir)
+        connection = connect_unix(live_socket(found))
+    except RunError as fault:
+        ended = found.state if found and not found.live else ""
+        _greet(RelayGreeting("error", message=fault.message, hint=fault.hint, state=ended))
+        return 1
+    except (OSError, EOFError):
+        return 1
+    _greet(RelayGreeting("connected", run=found.name))
+    _copy_both_ways(connection)
+    return 0
+
+
+def _find(run: str | None, runs_dir: Path | None) -> RunEntry:
+    if run is not None:
+        return resolve(run, runs_dir)
+    runs = list_runs(runs_dir)
+    live = [each for each in runs if each.live]
+    if len(live) < 2:
+        return newest(runs)
+    _greet(RelayGreeting("choose", runs=tuple(_offered(each) for each in live)))
+    return resolve(_read_line(), runs_dir)
+
+
+def _offered(run: RunEntry) -> RemoteRun:
+    said = run.said
+    return RemoteRun(
+        run.name,
+        run.state,
+        said.step,
+        said.total_steps,
+        said.loss,
+        said.title or said.task,
+        said.started_at,
+    )
+
+
+def _greet(greeting: RelayGreeting) -> None:
+    _write(encode_greeting(greeting))
+
+
+def _read_line() -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 1)  # not one byte of what follows the line may be taken
+        if not part or len(line) > LONGEST_ANSWER:
+            raise EOFError
+        line += part
+    return line.decode("utf-8", "replace").strip()
+
+
+def _write(data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
+
+
+def _copy_both_ways(connection: socket.socket) -> None:
+    heard = [time.monotonic()]
+    ended = threading.Event()
+
+    def to_run() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(0, _BLOCK):
+                heard[0] = time.monotonic()
+                connection.sendall(data)
+        ended.set()
+
+    def to_viewer() -> None:
+        with contextlib.suppress(OSError):
+            while data := connection.recv(_BLOCK):
+                _write(data)
+        ended.set()
+
+    for work in (to_run, to_viewer):
+        threading.Thread(target=work, daemon=True).start()
+    while not ended.wait(max(0.1, heard[0] + SILENT_S - time.monotonic())):
+        if time.monotonic() - heard[0] >= SILENT_S:
+            break
+    # The other thread may be blocked for good on a stream that nobody reads: leave without it.
+    os._exit(0)

@@ -1,0 +1,64 @@
+"""`tui-trainer replay RUN`: the screens over what was recorded, with a cursor in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tui_trainer.cli.commands.common import (
+    RunName,
+    RunsDir,
+    choose_run_by_name,
+    cli_errors,
+    flag,
+    readable,
+)
+from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.client.replay import ReplaySession
+
+
+def replay(
+    run: RunName = None,
+    *,
+    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    slow_link: Annotated[
+        bool,
+        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """look back at a run, step by step; read-only, live ones too"""
+    if reason := why_no_screen():
+        raise UsageError(reason, "tui-trainer report RUN writes a page, export RUN the numbers")
+    with cli_errors():
+        found = choose_run_by_name(run, runs_dir, live=False)
+    session = open_recording(found.directory)
+    from tui_trainer.cli.screen import run_app_until_exit
+    from tui_trainer.ui.replay import run_replay
+
+    seen = ReplayResult(session, found.name, found.directory)
+    return run_app_until_exit(
+        lambda: run_replay(session, ascii=ascii, slow_link=slow_link), lambda: seen
+    )
+
+
+def open_recording(directory: Path) -> ReplaySession:
+    """The recording of a run. Raises CommandError when there is none."""
+    with readable(directory):
+        return ReplaySession(directory)
+
+
+class ReplayResult:
+    """What was on the screen, for the last line after it has closed."""
+
+    def __init__(self, session: ReplaySession, name: str, directory: Path) -> None:
+        self._session = session
+        self._name = name
+        self.directory = directory
+
+    def say_goodbye(self) -> int:
+        """Say where the cursor stood; returns the exit status."""
+        session = self._session
+        print(f"{self._name} seen at step {session.cursor:,} of {session.last_step:,}", flush=True)
+        return 0

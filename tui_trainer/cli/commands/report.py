@@ -1,0 +1,70 @@
+"""`tui-trainer report RUN`: one page about a run, to keep or to send."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.commands.common import (
+    RunName,
+    RunsDir,
+    choose_run_by_name,
+    cli_errors,
+    readable,
+)
+from tui_trainer.cli.errors import CommandError, say
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.protocol.schema import RunInfo
+
+
+def report(
+    run: RunName = None,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            help="the file to write (default: <run>.html here; - is standard output)",
+            show_default=False,
+            metavar="FILE",
+            allow_leading_hyphen=True,
+        ),
+    ] = None,
+    runs_dir: RunsDir = None,
+) -> int:
+    """one page with a run's charts, configuration and events"""
+    from tui_trainer.report.page import render
+    from tui_trainer.report.read import ReportData
+
+    with cli_errors():
+        found = choose_run_by_name(run, runs_dir, live=False)
+    path = output or Path(f"{found.name}.html")
+    with readable(found.directory):
+        session = ReplaySession(found.directory)
+    try:
+        snapshot = session.poll()
+        info = snapshot.info or RunInfo(found.name, found.said.task)
+        pieces = render(ReportData(session.history, info, snapshot.status))
+        if str(path) == "-":
+            sys.stdout.writelines(pieces)
+            return 0
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "w", encoding="utf-8", errors="replace") as file:
+                file.writelines(pieces)
+            partial.replace(path)
+        except OSError as fault:
+            reason = fault.strerror or str(fault)
+            raise CommandError(f"cannot write {path}: {reason}") from fault
+        finally:
+            partial.unlink(missing_ok=True)
+    finally:
+        if session.history.store.fault:
+            say(session.history.store.fault)
+        session.close()
+    print(f"wrote {path}")
+    return 0

@@ -1,0 +1,391 @@
+"""One look at a run: what is known of it, as one object, whatever it is shown as."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from tui_trainer.cli.commands.common import (
+    RunName,
+    RunsDir,
+    choose_run_by_name,
+    cli_errors,
+    duration,
+    flag,
+    number,
+    steps,
+)
+from tui_trainer.cli.commands.ls import STYLES, as_object
+from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.history import History
+from tui_trainer.history.analysis import attention_tables
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.registry import RunEntry, inspect_run
+from tui_trainer.runs.security import RunError
+from tui_trainer.store.schema import STORE_FILE, StoreError
+
+CURVE_POINTS = 60
+EVENTS_SHOWN = 8
+ATTENTION_SHOWN = ("cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v")
+
+
+class SummaryCurve(msgspec.Struct, frozen=True):
+    """A series over the whole run, in at most CURVE_POINTS stretches of steps."""
+
+    steps: tuple[int, ...] = ()
+    """The first step of each stretch."""
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+    last: float | None = None
+
+
+class RunSummary(msgspec.Struct, frozen=True):
+    """How a run is now."""
+
+    run: dict[str, Any]
+    """As `tui-trainer ls --json` has it."""
+    loss_curve: SummaryCurve = SummaryCurve()
+    grad_norm_curve: SummaryCurve = SummaryCurve()
+    grad_norm_preclip: float | None = None
+    learning_rate: float | None = None
+    validation: dict[str, float | None] = {}
+    clipped_share: float | None = None
+    phase_ms: dict[str, float | None] = {}
+    attention: tuple[dict[str, Any], ...] = ()
+    phase: str = ""
+    parameters: int | None = None
+    """Numbers in all trainable parameters."""
+    viewers: tuple[str, ...] = ()
+    recording: str = ""
+    """What is wrong with recording to disk; "" while all is well."""
+    events: tuple[dict[str, Any], ...] = ()
+    """The newest, oldest of them first."""
+
+
+def summarize_run(run: RunEntry) -> RunSummary:
+    """Ask a live run; of one that has ended, or does not answer, what it has recorded."""
+    if not run.live:
+        return summarize_recording(run)
+    try:
+        with BlockingConnection.with_run(run, "tui-trainer show", read_only=True) as talk:
+            return summarize_live(run, talk)
+    except RunError as fault:
+        seen = summarize_recording(run)
+        seen.run["note"] = seen.run["note"] or fault.message
+        return seen
+
+
+def summarize_recording(run: RunEntry) -> RunSummary:
+    """What a run has recorded, or, where that cannot be read, what it last said of itself."""
+    try:
+        replay = ReplaySession(run.directory)
+    except StoreError as fault:
+        there = (run.directory / STORE_FILE).exists()
+        return RunSummary(as_object(run), recording=str(fault) if there else "")
+    except OSError:
+        return RunSummary(as_object(run))
+    try:
+        snapshot = replay.poll()
+        if snapshot.info is None:
+            return RunSummary(as_object(run))
+        seen = _put_together(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
+    finally:
+        replay.close()
+    # How it is now, its directory knows: a run that was killed did not record that.
+    seen.run.update(state=run.state, note=run.note)
+    if run.said.step > seen.run["step"]:
+        last = as_object(run)
+        seen.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
+    seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
+    recording = "; ".join(text for text in (seen.recording, snapshot.link.message) if text)
+    return msgspec.structs.replace(seen, viewers=(), recording=recording)
+
+
+def summarize_live(run: RunEntry, talk: BlockingConnection) -> RunSummary:
+    """Ask for all that is new, and put together how the run is. Raises RunError."""
+    update = talk.poll()
+    while update.more:
+        update = talk.poll()
+    assert talk.info is not None
+    return _put_together(run, talk.history, talk.info, update.status, talk.events)
+
+
+def _put_together(
+    run: RunEntry, history: History, info: RunInfo, status: Status, events: Sequence[Event]
+) -> RunSummary:
+    step = history.table(schema.STEP)
+    loss = _curve(step, "loss")
+    seen = as_object(run)
+    seen |= {
+        "state": "paused" if status.state == "paused" else seen["state"],
+        "step": status.step,
+        "total_steps": info.total_steps,
+        "loss": _finite(loss.last) if loss.last is not None else None,
+        "loss_text": None if loss.last is None or math.isfinite(loss.last) else str(loss.last),
+        "steps_per_second": status.steps_per_second,
+        "items_per_second": status.items_per_second,
+        "item_unit": info.item_unit,
+        "title": info.title or info.task,
+        "elapsed_s": status.elapsed_s,
+        "remaining_s": status.remaining_s,
+        "device": info.device.name if info.device else seen["device"],
+        "note": status.reason or status.waiting_for,
+    }
+    if status.ended:
+        seen["state"] = status.state
+    trainable = sum(p.numel for p in info.parameters if p.trainable)
+    return RunSummary(
+        seen,
+        msgspec.structs.replace(loss, last=_finite(loss.last)),
+        _curve(step, "grad_norm_preclip"),
+        _newest(step).get("grad_norm_preclip"),
+        _newest(step).get("learning_rate"),
+        _newest(history.table(schema.VALIDATION)),
+        status.clipped_share,
+        _newest(history.table(schema.PHASE_MS)),
+        _attention(info, history),
+        status.phase,
+        trainable or None,
+        status.viewers,
+        status.recording,
+        tuple(_as_object(event) for event in events[-EVENTS_SHOWN:]),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _newest(table: SeriesReader | None) -> dict[str, float | None]:
+    latest = table.latest() if table is not None else None
+    if table is None or latest is None:
+        return {}
+    names = [column.name for column in table.table.columns]
+    return {n: _finite(float(v)) for n, v in zip(names, latest[1], strict=True)}
+
+
+def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
+    names = [column.name for column in table.table.columns] if table is not None else []
+    if table is None or name not in names or table.first_step is None or table.last_step is None:
+        return SummaryCurve()
+    column = names.index(name)
+    buckets = max(1, min(CURVE_POINTS, table.rows))
+    window = table.window([column], table.first_step, table.last_step + 1, buckets)
+    kept = np.flatnonzero(window.filled)
+    latest = table.latest()
+    return SummaryCurve(
+        tuple(int(window.edges[i]) for i in kept),
+        tuple(_finite(float(window.low[i, 0])) for i in kept),
+        tuple(_finite(float(window.high[i, 0])) for i in kept),
+        float(latest[1][column]) if latest is not None else None,
+    )
+
+
+def _attention(info: RunInfo, history: History) -> tuple[dict[str, Any], ...]:
+    newest: dict[str, float | None] = {}
+    for table in attention_tables(history, schema.ATTENTION):
+        newest |= _newest(table)
+    if not newest:
+        return ()
+    return tuple(
+        {
+            "layer": each.layer,
+            **{name: newest.get(f"{each.layer}.{name}") for name in ATTENTION_SHOWN},
+        }
+        for each in info.attention
+    )
+
+
+def _as_object(event: Event) -> dict[str, Any]:
+    made: dict[str, Any] = {"step": event.step, "time": event.time}
+    match event:
+        case Clip():
+            text = f"clipped: norm {event.norm_before:.4g} over {event.max_norm:.4g}"
+            return made | {"kind": "clip", "text": text, "scale": event.scale}
+        case NonFinite():
+            where = f" in {event.parameter}" if event.parameter else ""
+            text = f"{event.value} in the {event.quantity}{where}{event.seen}"
+            return made | {"kind": "nonfinite", "text": text}
+        case Notice():
+            who = f" ({event.who})" if event.who else ""
+            return made | {"kind": event.kind, "text": event.text + who, "level": event.level}
+
+
+# ---- showing
+# `tui-trainer show RUN`: one picture in text, or one JSON object, for cron and chat bots.
+
+
+EVERY_S = 1.0
+BARS = "▁▂▃▄▅▆▇█"
+PLAIN_BARS = "_.-~=*#@"
+LAYERS_SHOWN = 12
+
+
+def show(
+    run: RunName = None,
+    *,
+    once: Annotated[bool, flag("print one picture and leave")] = False,
+    json: Annotated[bool, flag("print one JSON object and leave")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """one picture of a run in text, or one JSON object"""
+    with cli_errors():
+        found = choose_run_by_name(run, runs_dir, live=False)
+        if json:
+            print(_as_json(summarize_run(found)))
+            return 0
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        if once or not found.live or not sys.stdout.isatty():
+            console.print(picture(summarize_run(found), console))
+        else:
+            _keep_showing(found, console)
+    return 0
+
+
+def _as_json(seen: RunSummary) -> str:
+    fields = msgspec.to_builtins(seen)
+    return msgspec.json.encode({**fields.pop("run"), **fields}).decode()
+
+
+def _keep_showing(run: RunEntry, console: Console) -> None:
+    with (
+        BlockingConnection.with_run(run, "tui-trainer show", read_only=True) as talk,
+        Live(console=console, auto_refresh=False) as live,
+    ):
+        while True:
+            try:
+                seen = summarize_live(run, talk)
+            except RunError:
+                run = inspect_run(run.directory) or run
+                live.update(picture(summarize_run(run), console), refresh=True)
+                return
+            live.update(picture(seen, console), refresh=True)
+            if seen.run["state"] in ("finished", "stopped", "crashed"):
+                return
+            time.sleep(EVERY_S)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def picture(seen: RunSummary, console: Console) -> RenderableType:
+    """The run on a dozen lines."""
+    run = seen.run
+    lines = [_heading(seen), Text(_progress(seen))]
+    if run["parent"]:
+        step = "" if run["branch_step"] is None else f"@{run['branch_step']}"
+        lines.append(Text(f"goes on from {Path(run['parent']).name}{step}"))
+    if run["note"]:
+        lines.append(Text(" ".join(str(run["note"]).split()), STYLES.get(run["state"], "")))
+    if seen.recording:
+        lines.append(Text(seen.recording, "red"))
+    bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
+    loss = number(run["loss"]) if run["loss"] is not None else (run["loss_text"] or "–")
+    lines.append(_row("loss", loss, _sparkline(seen.loss_curve, bars), _extremes(seen.loss_curve)))
+    if seen.grad_norm_curve.steps:
+        curve = seen.grad_norm_curve
+        lines.append(
+            _row("grad norm", number(curve.last), _sparkline(curve, bars), _extremes(curve))
+        )
+    if seen.clipped_share is not None:
+        lines.append(_row("clipped", f"{seen.clipped_share:.0%}", "of the last steps"))
+    if seen.learning_rate is not None:
+        lines.append(_row("learning rate", number(seen.learning_rate)))
+    for name, value in seen.validation.items():
+        lines.append(_row(f"validation {name}", number(value)))
+    if seen.phase_ms:
+        parts = [f"{name} {number(ms, 3)}" for name, ms in seen.phase_ms.items() if ms is not None]
+        lines.append(_row("phases (ms)", "", " · ".join(parts)))
+    lines += _attention_lines(seen)
+    lines += [_event_line(event) for event in seen.events[-4:]]
+    lines.append(Text(str(run["directory"]), "dim"))
+    return Group(*lines)
+
+
+def _heading(seen: RunSummary) -> Text:
+    run = seen.run
+    what = f" · {run['title'] or run['task']}" if run["title"] or run["task"] else ""
+    state = run["state"] + (
+        f" after {seen.phase}" if run["state"] == "paused" and seen.phase else ""
+    )
+    device = f" · {run['device']}" if run["device"] else ""
+    return Text.assemble(
+        (run["name"], "bold"), what, device, "  ", (state, STYLES.get(run["state"], ""))
+    )
+
+
+def _progress(seen: RunSummary) -> str:
+    run = seen.run
+    parts = [f"step {steps(run['step'], run['total_steps'])}"]
+    if run["total_steps"]:
+        parts[0] += f" ({run['step'] / run['total_steps']:.0%})"
+    if run["steps_per_second"]:
+        parts.append(f"{number(run['steps_per_second'], 3)} steps/s")
+    if run["items_per_second"]:
+        parts.append(f"{run['items_per_second']:,.0f} {run['item_unit']}/s")
+    if run["elapsed_s"]:
+        parts.append(f"{duration(run['elapsed_s'])} so far")
+    if run["remaining_s"]:
+        parts.append(f"{duration(run['remaining_s'])} left")
+    if seen.parameters:
+        parts.append(f"{seen.parameters:,} parameters")
+    return " · ".join(parts)
+
+
+def _row(name: str, value: str, *rest: str) -> Text:
+    tail = "  ".join(part for part in rest if part)
+    return Text.assemble((f"{name:<16}", "dim"), f"{value:>10}", f"  {tail}" if tail else "")
+
+
+def _sparkline(curve: SummaryCurve, bars: str) -> str:
+    """The highest value of each stretch, so that no spike is left out; ! where none was finite."""
+    known = [value for value in curve.high if value is not None]
+    if not known:
+        return ""
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    top = len(bars) - 1
+    return "".join(
+        "!" if value is None else bars[round((value - low) / span * top)] for value in curve.high
+    )
+
+
+def _extremes(curve: SummaryCurve) -> str:
+    lows = [value for value in curve.low if value is not None]
+    highs = [value for value in curve.high if value is not None]
+    return f"{number(min(lows))} … {number(max(highs))}" if lows and highs else ""
+
+
+def _attention_lines(seen: RunSummary) -> Sequence[Text]:
+    if not seen.attention:
+        return []
+    shown = seen.attention[:LAYERS_SHOWN]
+    width = max(len(layer["layer"]) for layer in shown)
+    names = [name for name in shown[0] if name != "layer"]
+    lines = [Text("  ".join([f"{'attention':<{width}}", *(f"{n:>8}" for n in names)]), "dim")]
+    for layer in shown:
+        values = (f"{number(layer[name], 3):>8}" for name in names)
+        lines.append(Text("  ".join([f"{layer['layer']:<{width}}", *values])))
+    left = len(seen.attention) - len(shown)
+    if left:
+        lines.append(Text(f"and {left} more layers", "dim"))
+    return lines
+
+
+def _event_line(event: dict[str, object]) -> Text:
+    style = {"error": "red", "warning": "yellow"}.get(str(event.get("level", "")), "")
+    text = " ".join(str(event["text"]).split())
+    return Text.assemble((f"step {event['step']:,}  ", "dim"), (text, style))

@@ -1,0 +1,237 @@
+"""Several runs side by side: their series on one axis, their ends, and how they were set up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.history.history import History
+from tui_trainer.history.series import MemorySeries
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import RunInfo, Scalar
+from tui_trainer.runs.registry import RunEntry, inspect_run, open_history, recorded_info
+from tui_trainer.runs.security import RunError
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import StoreError
+
+MOST = 8
+"""Runs that can be told apart on one chart."""
+SERIES = {
+    "loss": (schema.STEP, "loss", "Training loss"),
+    "validation": (schema.VALIDATION, "loss", "Validation loss"),
+    "norm": (schema.STEP, "grad_norm_preclip", "Gradient norm"),
+}
+"""What is overlaid: table, column, and its name for people."""
+FINER = 4
+"""Stretches of steps for each stretch of time, when series are aligned by time."""
+
+
+@dataclass(frozen=True)
+class ComparedCurve:
+    """A series in equal stretches of steps or of seconds; NaN where nothing was measured."""
+
+    low: NDArray[np.float32]
+    """(buckets,)"""
+    high: NDArray[np.float32]
+    last: NDArray[np.float32]
+    filled: NDArray[np.bool_]
+    nonfinite: NDArray[np.bool_]
+
+
+class ComparedRun:
+    """One of the runs. Raises RunError when nothing of it can be read."""
+
+    def __init__(self, run: RunEntry) -> None:
+        self.run = run
+        try:
+            self.history: StoredHistory = open_history(run.directory)
+        except (StoreError, OSError) as fault:
+            raise RunError(f"{run.name} cannot be compared: {fault}") from fault
+        self.info: RunInfo = self.history.store.info() or recorded_info(run.directory)
+        self._clock = self._read_clock()
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.run.name
+
+    @property
+    def fault(self) -> str:
+        """What of its recording cannot be read, for people; "" while all can."""
+        return self.history.store.fault
+
+    def refresh(self) -> None:
+        """See what is recorded now."""
+        self.run = inspect_run(self.run.directory) or self.run
+        self.history.refresh()
+        self.info = self.history.store.info() or self.info
+        self._clock = self._read_clock()
+
+    def _read_clock(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps, and seconds since the first step when they were made; pauses count, what came
+        before the first step (imports, compilation) does not."""
+        store = self.history.store
+        found = store.numbers("SELECT step, time FROM clock ORDER BY step")
+        rows = np.array(found, np.float64).reshape(-1, 2)
+        first = store.first_moment()
+        if first is not None and (not len(rows) or first[0] < rows[0, 0]):
+            rows = np.vstack([np.array([first]), rows])
+        began = rows[0, 1] if len(rows) else 0.0
+        return rows[:, 0], np.maximum.accumulate(rows[:, 1] - began)
+
+    def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """When each step was made, in seconds since the first."""
+        known, seconds = self._clock
+        if not len(known):
+            return np.zeros(len(steps))
+        return np.interp(steps, known, seconds)
+
+    @property
+    def length(self) -> tuple[int, float]:
+        """Steps and seconds recorded."""
+        last = self.history.last_step
+        return last, float(self.seconds_at(np.array([last]))[0])
+
+    def curve(
+        self, series: str, stop: float, buckets: int, by_time: bool = False
+    ) -> ComparedCurve | None:
+        """A series of SERIES from the beginning to `stop` (steps, or seconds where `by_time`); None
+        where the run has none of it."""
+        found = self.series(series)
+        if found is None:
+            return None
+        table, column = found
+        if not by_time:
+            window = table.window([column], 1, int(stop) + 1, buckets)
+            return ComparedCurve(
+                window.low[:, 0],
+                window.high[:, 0],
+                window.last[:, 0],
+                window.filled,
+                window.nonfinite[:, 0],
+            )
+        last = (table.last_step or 0) + 1
+        window = table.window([column], 1, last, min(buckets * FINER, max(1, last - 1)))
+        kept = np.flatnonzero(window.filled)
+        seconds = self.seconds_at(np.maximum(window.edges[1:][kept] - 1, 0))
+        place = np.minimum((seconds / max(stop, 1e-9) * buckets).astype(np.int64), buckets - 1)
+        return _gathered(
+            place,
+            buckets,
+            window.low[kept, 0],
+            window.high[kept, 0],
+            window.last[kept, 0],
+            window.nonfinite[kept, 0],
+        )
+
+    def series(self, series: str) -> tuple[MemorySeries, int] | None:
+        """Table and column of a series of SERIES, where it has rows."""
+        name, column, _ = SERIES[series]
+        return find_column(self.history, name, column)
+
+
+def find_column(history: History, name: str, column: str) -> tuple[MemorySeries, int] | None:
+    """A measured table and the place of one of its columns."""
+    table = history.table(name)
+    names = [each.name for each in table.table.columns] if table is not None else []
+    return (table, names.index(column)) if table and table.rows and column in names else None
+
+
+def _gathered(
+    place: NDArray[np.int64],
+    buckets: int,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    last: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+) -> ComparedCurve:
+    """Values by the stretch that each falls into: the lowest, the highest, the last."""
+    lows = np.full(buckets, np.inf, np.float32)
+    highs = np.full(buckets, -np.inf, np.float32)
+    np.fmin.at(lows, place, low)
+    np.fmax.at(highs, place, high)
+    lasts = np.full(buckets, np.nan, np.float32)
+    lasts[place] = last
+    filled = np.zeros(buckets, np.bool_)
+    filled[place] = True
+    nonfinite = np.zeros(buckets, np.bool_)
+    nonfinite[place[bad]] = True
+    empty = lows > highs
+    lows[empty] = highs[empty] = np.nan
+    return ComparedCurve(lows, highs, lasts, filled, nonfinite)
+
+
+# ---------------------------------------------------------------- in words
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row of a table of runs."""
+
+    name: str
+    values: tuple[Scalar, ...]
+    """One a run; None where there is none."""
+
+
+def outcome(runs: Sequence[ComparedRun]) -> list[Difference]:
+    """How far each came, and its last and best values."""
+    found = [_outcome_of(run) for run in runs]
+    names = dict.fromkeys(name for each in found for name in each)
+    return [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+
+
+def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
+    steps, seconds = run.length
+    made: dict[str, Scalar] = {"state": run.run.state, "steps": steps, "seconds": round(seconds, 1)}
+    for series, lowest in (("loss", True), ("validation", True), ("norm", False)):
+        found = run.series(series)
+        name = {"loss": "loss", "validation": "validation loss", "norm": "gradient norm"}[series]
+        if found is None:
+            continue
+        table, column = found
+        latest = table.latest()
+        made[f"{name}, last"] = float(latest[1][column]) if latest else None
+        first, last = table.first_step or 0, (table.last_step or 0) + 1
+        seen = table.window([column], first, last, 1)
+        best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
+        made[f"{name}, {'best' if lowest else 'highest'}"] = None if math.isnan(best) else best
+    accuracy = find_column(run.history, schema.VALIDATION, "accuracy")
+    if accuracy is not None:
+        table, column = accuracy
+        latest = table.latest()
+        made["accuracy, last"] = float(latest[1][column]) if latest else None
+    return made
+
+
+def differences(runs: Sequence[ComparedRun]) -> list[Difference]:
+    """What was set up differently: options, data, device, versions, the user's own code."""
+    found = [_set_up(run.info) for run in runs]
+    names = dict.fromkeys(name for each in found for name in each)
+    lines = [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+    return [line for line in lines if len({_distinct(value) for value in line.values}) > 1]
+
+
+def _distinct(value: Scalar) -> tuple[str, Scalar]:
+    return type(value).__name__, value  # 1 and True are not the same
+
+
+def _set_up(info: RunInfo) -> dict[str, Scalar]:
+    made: dict[str, Scalar] = {"task": info.task, **info.configuration}
+    if info.task == "script":
+        made["command"] = " ".join(info.command)
+    made |= {f"data: {name}": value for name, value in info.facts.items()}
+    made["parameters"] = sum(each.numel for each in info.parameters if each.trainable) or None
+    if info.device is not None:
+        made["device"] = info.device.name
+        made["torch threads"] = info.device.threads
+    made["host"] = info.host
+    made |= {f"version of {name}": value for name, value in info.versions.items()}
+    if info.source is not None:
+        made["commit"] = info.source.commit[:12] + (" + changes" if info.source.dirty else "")
+    if info.parent:
+        made["goes on from"] = f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
+    return made

@@ -1,0 +1,339 @@
+"""A recorded run as a session: the same screens, with a cursor in time.
+
+`Resume` plays, `Pause` stands still, `Step` moves the cursor, `Throttle` sets the speed; what would
+change the run is refused. All of it happens on the thread that polls.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
+from tui_trainer.history import History
+from tui_trainer.history.analysis import Spike, find_spikes
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.messages import (
+    Ack,
+    Action,
+    Pause,
+    Resume,
+    RunToEpochEnd,
+    Status,
+    Step,
+    StepPhase,
+    Throttle,
+)
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.registry import last_events, recorded_info, recorded_status, with_end
+from tui_trainer.store.reader import StoredEvents, StoredHistory
+
+# ---- standing
+# How a recorded run stood at a step: its status then, from what was measured by then.
+
+
+SPEED_ROWS = 20
+"""Steps before the cursor that the speed there is taken over."""
+
+
+def status_at(
+    step: int,
+    history: History,
+    info: RunInfo,
+    recorded: Status,
+    *,
+    playing: bool,
+    at_end: bool,
+    elapsed_s: float,
+) -> Status:
+    """The status to show with the cursor at `step`, up to which `history` is seen.
+
+    `recorded` is the last status that the run recorded, which is shown `at_end`; elsewhere the run
+    is `paused`, or `running` where the cursor plays.
+    """
+    if at_end and recorded.ended and not playing:
+        state = recorded.state
+    else:
+        state = "running" if playing else "paused"
+    speed = _speed(history)
+    items = info.items_per_step
+    length = info.steps_per_epoch
+    return msgspec.structs.replace(
+        recorded,
+        state=state,
+        step=step,
+        epoch=step / length if length else recorded.epoch,
+        phase="step",
+        reason=recorded.reason if at_end else "",
+        hint=recorded.hint if at_end else "",
+        run_to=None,
+        throttle=None,
+        waiting_for="",
+        steps_per_second=speed,
+        items_per_second=speed * items if speed and items else None,
+        clipped_share=_clipped_share(history, recorded.clip_window),
+        cost_share=recorded.cost_share if at_end else None,
+        elapsed_s=recorded.elapsed_s if at_end else elapsed_s,
+        remaining_s=None,
+        viewers=(),
+        controller=None,
+    )
+
+
+def _speed(history: History) -> float | None:
+    """Steps a second of the newest steps seen, pauses not counted."""
+    table = history.table(schema.STEP)
+    if table is None or not table.rows:
+        return None
+    names = [column.name for column in table.table.columns]
+    if "step_ms" not in names:
+        return None
+    _, values = table.tail(SPEED_ROWS)
+    took = values[:, names.index("step_ms")]
+    took = took[np.isfinite(took) & (took > 0)]
+    return float(1000 / np.median(took)) if len(took) else None
+
+
+def _clipped_share(history: History, window: int) -> float | None:
+    """Of the newest steps seen that could be clipped, those that were."""
+    table = history.table(schema.CLIP)
+    if table is None or not table.rows:
+        return None
+    _, values = table.tail(window)
+    if not len(values):  # a damaged recording
+        return None
+    return float((values[:, 3] < 1).mean())
+
+
+REFRESH_S = 1.0
+"""How often a run that may still be living is looked at again."""
+
+
+class ReplaySession:
+    """Implements `session.api.Session` over a run's store, read-only.
+
+    Opens at the end of what was recorded. Raises StoreFault when there is nothing to read.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._directory = Path(directory)
+        self._over, end = recorded_status(self._directory)
+        self._history = StoredHistory(directory, ended=self._over)
+        store = self._history.store
+        self.moments = StoredEvents(store)
+        """Where something happened: what to jump to."""
+        self._clock = clock
+        self._info = store.info() or recorded_info(self._directory)
+        self._recorded = with_end(store.status() or last_events(self._directory), end)
+        self._spikes: tuple[int, list[Spike]] = (-1, [])
+        self._speed: float | None = None
+        self._playing = False
+        self._played_at = self._refreshed_at = clock()
+        self._fraction = 0.0
+        self._callback: Callable[[], None] | None = None
+        self.cursor = self._history.last_step
+        """The step that every panel shows."""
+        self._follows = True
+        self._snapshot = Snapshot(link=Link("replay", read_only=True), history=self._history)
+        self._show()
+
+    # ------------------------------------------------------------ the cursor
+
+    @property
+    def history(self) -> StoredHistory:
+        """What was recorded, as it was at the cursor."""
+        return self._history
+
+    @property
+    def last_step(self) -> int:
+        """The newest step recorded."""
+        return self._history.last_step
+
+    @property
+    def first_step(self) -> int:
+        """Where the cursor can begin: before the first step recorded."""
+        return self._info.branch_step or 0
+
+    def seek(self, step: int) -> None:
+        """Show the run as it was when `step` had been made (or the nearest step there is)."""
+        self.cursor = min(max(step, self.first_step), self.last_step)
+        self._fraction = 0.0
+        self._follows = self.cursor == self.last_step
+        self._show()
+
+    def play(self, steps_per_second: float | None = None) -> None:
+        """Let the cursor run, at the recorded speed or at this one. At the end of a living run it
+        follows that, at the end of one that is over it begins anew."""
+        self._speed, self._playing, self._played_at = steps_per_second, True, self._clock()
+        if self.cursor >= self.last_step:
+            if self.living:
+                self._follows, self._playing = True, False
+            else:
+                self.cursor, self._follows = self.first_step, False
+        self._show()
+
+    def stand(self) -> None:
+        """Let the cursor stand."""
+        self._playing = self._follows = False
+        self._show()
+
+    @property
+    def playing(self) -> bool:
+        """Whether the cursor runs, by itself or because it follows the end."""
+        return self._playing or self.follows
+
+    @property
+    def follows(self) -> bool:
+        """Whether the cursor stays at the end of a run that grows."""
+        return self._follows and self.living and not self._playing
+
+    @property
+    def recorded_speed(self) -> float:
+        """Steps a second that the run made, pauses included."""
+        return self.moments.steps_per_second() or self._recorded.steps_per_second or 10.0
+
+    @property
+    def speed(self) -> float:
+        """Steps a second at which the cursor runs when it plays."""
+        return self._speed or self.recorded_speed
+
+    @property
+    def factor(self) -> float:
+        """How many times the recorded speed that is."""
+        return self.speed / self.recorded_speed
+
+    @factor.setter
+    def factor(self, times: float) -> None:
+        self._speed = times * self.recorded_speed
+        self._show()
+
+    def spikes(self) -> list[Spike]:
+        """The worst spikes of the loss over the whole run, worst first (see `find_spikes`)."""
+        if self._spikes[0] != self.last_step:
+            found: list[Spike] = []
+            table = self._history.table(schema.STEP)
+            if table is not None:
+                self._history.seek(self.last_step)
+                found = find_spikes(table, 0)
+                self._history.seek(self.cursor)
+            self._spikes = (self.last_step, found)
+        return self._spikes[1]
+
+    @property
+    def living(self) -> bool:
+        """Whether more may come."""
+        return not self._over and not self._recorded.ended
+
+    # ------------------------------------------------------------ the session
+
+    def poll(self) -> Snapshot:
+        """See `Session.poll`."""
+        now = self._clock()
+        if self.living and now - self._refreshed_at >= REFRESH_S:
+            self._refresh(now)
+        if self._playing:
+            self._fraction += (now - self._played_at) * self.speed
+            self._played_at = now
+            whole, self._fraction = int(self._fraction), self._fraction % 1
+            if whole and self.cursor < self.last_step:
+                fraction = self._fraction
+                self.seek(self.cursor + whole)
+                self._fraction = fraction
+            elif self.cursor >= self.last_step:
+                self._playing = False  # and goes on with the run, if that lives
+                self._show()
+        return self._snapshot
+
+    def send(self, action: Action) -> Future[Ack]:
+        """See `Session.send`."""
+        refused = ""
+        match action:
+            case Pause():
+                self.stand()
+            case Resume():
+                self.play(self._speed)
+            case Step():
+                self._playing = False
+                self.seek(self.cursor + action.count)
+            case StepPhase():
+                refused = "a recording holds whole steps, not phases"
+            case RunToEpochEnd():
+                refused = self._to_epoch_end()
+            case Throttle():
+                self._speed = action.steps_per_second
+            case _:
+                refused = "this is a recording: it can be looked at, not changed"
+        future: Future[Ack] = Future()
+        future.set_result(Ack(0, not refused, self._snapshot.status, refused))
+        if self._callback is not None:
+            self._callback()
+        return future
+
+    def watch(self, topics: frozenset[str]) -> None:
+        """See `Session.watch`; all that was recorded is there."""
+
+    def set_rate(self, polls_per_second: float) -> None:
+        """See `Session.set_rate`; the screen's own rate is what counts."""
+
+    def on_arrival(self, callback: Callable[[], None] | None) -> None:
+        """See `Session.on_arrival`."""
+        self._callback = callback
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._callback = None
+        self._history.close()
+
+    # ------------------------------------------------------------ the picture
+
+    def _refresh(self, now: float) -> None:
+        self._refreshed_at = now
+        self._history.refresh()  # damage of any kind is said by `store.fault`
+        store = self._history.store
+        self._over, end = recorded_status(self._directory)
+        self._info = store.info() or self._info
+        self._recorded = with_end(store.status() or self._recorded, end)
+        if self._follows and not self._playing:
+            self.cursor = self.last_step
+        self._show()
+
+    def _to_epoch_end(self) -> str:
+        length = self._info.steps_per_epoch
+        if not length:
+            return "this run has no epochs"
+        self._playing = False
+        self.seek((self.cursor // length + 1) * length)
+        return ""
+
+    def _show(self) -> None:
+        self._history.seek(self.cursor)
+        moments, cursor = self.moments, self.cursor
+        self._snapshot = replace(
+            self._snapshot,
+            status=status_at(
+                cursor,
+                self._history,
+                self._info,
+                self._recorded,
+                playing=self.playing,
+                at_end=cursor >= self.last_step,
+                elapsed_s=moments.elapsed_s(cursor),
+            ),
+            info=self._info,
+            events=moments.events(cursor, EVENTS_KEPT),
+            log=moments.log(cursor, LOG_LINES_KEPT),
+            artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
+            version=self._snapshot.version + 1,
+        )
+        # Last, when all of it has been read.
+        link = Link("replay", self._history.store.fault, read_only=True)
+        self._snapshot = replace(self._snapshot, link=link)

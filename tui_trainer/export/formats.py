@@ -1,0 +1,274 @@
+"""CSV: `steps.csv` with a row a step, and a file for each wide table."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tui_trainer.export.read import (
+    Times,
+    blocks,
+    column_names,
+    joined,
+    measured,
+    per_step,
+    shortest,
+    title,
+    wide,
+)
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.messages import Status
+from tui_trainer.record.events import InfoChanged
+from tui_trainer.run.sinks import Output
+from tui_trainer.run.sinks.jsonlines import JsonLines
+from tui_trainer.store.reader import StoredHistory, StoredSeries
+from tui_trainer.store.replay import replay_items
+
+
+def write_csv(history: StoredHistory, folder: Path) -> list[Path]:
+    """Write the files of a run into `folder`; returns them. Raises OSError.
+
+    A value that was not measured at a step is empty; a measured NaN is `nan`, infinities are `inf`
+    and `-inf`.
+    """
+    written = [_write_steps(history, per_step(history), folder)]
+    written += [_write_table(table, folder) for table in wide(history)]
+    written.append(_write_events(history, folder))
+    return written
+
+
+def _write_steps(history: StoredHistory, chosen: list[StoredSeries], folder: Path) -> Path:
+    path = folder / "steps.csv"
+    times = Times(history)
+    names = [name for table in chosen for name in column_names(table)]
+    blank = [[""] * table.columns for table in chosen]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "time", *names])
+        for step, rows in joined(chosen):
+            when = times.at(step)
+            line = [str(step), "" if math.isnan(when) else repr(when)]
+            for place in range(len(chosen)):
+                line += shortest(rows[place]) if place in rows else blank[place]
+            writer.writerow(line)
+    return path
+
+
+def _write_table(table: StoredSeries, folder: Path) -> Path:
+    path = folder / f"{file_stem(title(table))}.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(column.name for column in table.table.columns)])
+        for block in blocks(table):
+            for step, values in zip(block.steps.tolist(), block.values, strict=True):
+                writer.writerow([step, *shortest(values)])
+    return path
+
+
+def _write_events(history: StoredHistory, folder: Path) -> Path:
+    """Clips and what else happened, in order."""
+    from tui_trainer.protocol.messages import Clip, NonFinite, Notice
+
+    path = folder / "events.csv"
+    info = history.store.info()
+    names = [parameter.name for parameter in info.parameters] if info else []
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "time", "kind", "level", "text", "who"])
+        for item in replay_items(history):
+            match item:
+                case InfoChanged():
+                    names = [parameter.name for parameter in item.info.parameters] or names
+                case Clip():
+                    blamed = [names[i] for i in item.parameters if i < len(names)]
+                    text = f"norm {item.norm_before:g} over {item.max_norm:g}, scale {item.scale:g}"
+                    text += f", mostly {', '.join(blamed)}" if blamed else ""
+                    writer.writerow([item.step, repr(item.time), "clip", "info", text, ""])
+                case NonFinite():
+                    text = " ".join(("the", item.quantity, item.parameter, "is", item.value))
+                    text += item.seen
+                    line = [item.step, repr(item.time), "nonfinite", "warning"]
+                    writer.writerow([*line, " ".join(text.split()), ""])
+                case Notice():
+                    line = [item.step, repr(item.time), item.kind, item.level]
+                    writer.writerow([*line, item.text, item.who])
+    return path
+
+
+def file_stem(name: str) -> str:
+    """`name` with nothing in it that a file's name cannot hold everywhere."""
+    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name) or "table"
+
+
+# ---- jsonlines
+# JSON lines: what `--json` printed, or would have printed.
+
+
+AT_ONCE = 256
+
+
+def write_jsonl(history: StoredHistory, descriptor: int) -> None:
+    """Tell the run again to a file descriptor, which is closed. Raises OSError and StoreFault."""
+    lines = JsonLines(Output(descriptor))
+    status = history.store.status() or Status()
+    try:
+        batch = []
+        for item in replay_items(history):
+            batch.append(item)
+            if len(batch) == AT_ONCE:
+                lines.take(batch, status)
+                batch = []
+        lines.take(batch, status)
+    finally:
+        lines.close()
+
+
+# ---- parquet
+# Parquet: the same tables as in CSV, typed and compressed. Needs pyarrow.
+
+
+ROW_GROUP = 8192
+"""Rows written at once; in a wide table fewer."""
+GROUP_VALUES = 4_000_000
+
+
+def write_parquet(history: StoredHistory, folder: Path) -> list[Path]:
+    """`steps.parquet` and a file for each wide table, with the run's description as their metadata
+    (`tui_trainer.run`, JSON). Null: not measured at that step. Raises ImportError and OSError."""
+
+    written = [_write_parquet_steps(history, per_step(history), folder)]
+    return written + [_write_parquet_table(history, table, folder) for table in wide(history)]
+
+
+def _schema(history: StoredHistory, fields: list[tuple[str, Any]]) -> Any:
+    import msgspec
+    import pyarrow
+
+    info = history.store.info()
+    about = {"tui_trainer.run": msgspec.json.encode(info)} if info else None
+    return pyarrow.schema(fields, metadata=about)
+
+
+def _write_parquet_steps(history: StoredHistory, chosen: list[StoredSeries], folder: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [name for table in chosen for name in column_names(table)]
+    fields = [("step", pyarrow.int64()), ("time", pyarrow.float64())]
+    schema = _schema(history, [*fields, *((name, pyarrow.float32()) for name in names)])
+    path = folder / "steps.parquet"
+    times = Times(history)
+    places = np.cumsum([0, *(table.columns for table in chosen)])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        steps: list[int] = []
+        values = np.zeros((ROW_GROUP, len(names)), np.float32)
+        known = np.zeros((ROW_GROUP, len(names)), np.bool_)
+
+        def write() -> None:
+            count = len(steps)
+            when = np.array([times.at(step) for step in steps], np.float64)
+            columns = [pyarrow.array(steps, pyarrow.int64())]
+            columns.append(pyarrow.array(when, mask=np.isnan(when)))
+            columns += [
+                pyarrow.array(values[:count, i], mask=~known[:count, i]) for i in range(len(names))
+            ]
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+            steps.clear()
+            known[:] = False
+
+        for step, rows in joined(chosen):
+            at = len(steps)
+            steps.append(step)
+            for place, row in rows.items():
+                values[at, places[place] : places[place + 1]] = row
+                known[at, places[place] : places[place + 1]] = True
+            if len(steps) == ROW_GROUP:
+                write()
+        if steps:
+            write()
+    return path
+
+
+def _write_parquet_table(history: StoredHistory, table: StoredSeries, folder: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [column.name for column in table.table.columns]
+    fields = [("step", pyarrow.int64()), *((name, pyarrow.float32()) for name in names)]
+    schema = _schema(history, fields)
+    path = folder / f"{file_stem(title(table))}.parquet"
+    rows = max(512, min(ROW_GROUP, GROUP_VALUES // max(1, len(names))))
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        steps: list[np.ndarray[Any, Any]] = []
+        values: list[np.ndarray[Any, Any]] = []
+
+        def write() -> None:
+            joined_values = np.concatenate(values)
+            columns = [pyarrow.array(np.concatenate(steps))]
+            columns += [
+                pyarrow.array(np.ascontiguousarray(joined_values[:, i])) for i in range(len(names))
+            ]
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+            steps.clear()
+            values.clear()
+
+        for block in blocks(table):
+            steps.append(block.steps)
+            values.append(block.values)
+            if sum(map(len, steps)) >= rows:
+                write()
+        if steps:
+            write()
+    return path
+
+
+# ---- tensorboard
+# TensorBoard's event files. Needs the tensorboard package, not TensorFlow.
+
+
+TRAIN = "train"
+"""Group of the tags of a step's own figures."""
+
+
+def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
+    """One event file in `folder` with every series as scalars; returns it.
+
+    Tags: `train/loss`, `validation/loss`, `grad_norm/<parameter>`,
+    `attention/<layer>.<statistic>`, … Each point has the step and the time at which it was
+    measured. A NaN is written as such: TensorBoard shows it as a triangle. Raises ImportError and
+    OSError.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    chosen = measured(history)
+    names = [tags(table) for table in chosen]
+    info = history.store.info()
+    when = info.started_at if info else 0.0
+    times = Times(history)
+    writer = EventFileWriter(str(folder))
+    try:
+        for step, rows in joined(chosen):
+            found = times.at(step)
+            when = when if math.isnan(found) else found
+            summary = Summary()
+            for place, row in rows.items():
+                for tag, value in zip(names[place], row.tolist(), strict=True):
+                    summary.value.add(tag=tag, simple_value=value)
+            writer.add_event(Event(wall_time=when, step=step, summary=summary))
+    finally:
+        writer.close()
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def tags(table: StoredSeries) -> list[str]:
+    """What TensorBoard calls the columns of a table: what stands before the / is a group."""
+    group = title(table)
+    if table.table.name == schema.STEP:
+        group = TRAIN + group.removeprefix(schema.STEP)
+    return [f"{group}/{column.name}" for column in table.table.columns]

@@ -1,0 +1,134 @@
+"""Reading a whole run front to back: tables block by block, or joined step by step."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tui_trainer.history.buckets import Floats, Steps
+from tui_trainer.protocol import schema
+from tui_trainer.store import told
+from tui_trainer.store.codec import CHUNK
+from tui_trainer.store.reader import StoredHistory, StoredSeries
+from tui_trainer.store.schema import schema_version
+
+PER_STEP = (
+    schema.STEP,
+    schema.CLIP,
+    schema.PHASE_MS,
+    schema.MEMORY,
+    schema.OVERHEAD,
+    schema.VALIDATION,
+)
+"""Tables of a handful of columns: together they are one row a step."""
+
+
+class ExportBlock(NamedTuple):
+    """Consecutive rows of a table."""
+
+    steps: Steps
+    """(n,)"""
+    values: Floats
+    """(n, columns)"""
+
+
+def measured(history: StoredHistory) -> list[StoredSeries]:
+    """The tables that have rows."""
+    found = [t for t in history.tables.values() if isinstance(t, StoredSeries)]
+    return [table for table in found if table.columns and table.rows]
+
+
+def per_step(history: StoredHistory) -> list[StoredSeries]:
+    """The narrow tables, the step's own figures first."""
+    found = [table for table in measured(history) if table.table.name in PER_STEP]
+    return sorted(found, key=lambda table: PER_STEP.index(table.table.name))
+
+
+def wide(history: StoredHistory) -> list[StoredSeries]:
+    """The other tables, each a file of its own."""
+    return [table for table in measured(history) if table.table.name not in PER_STEP]
+
+
+def blocks(table: StoredSeries) -> Iterator[ExportBlock]:
+    """All rows of a table, CHUNK at a time; a damaged part is left out."""
+    level = table.entries()[0]
+    for start in range(0, level.stop, CHUNK):
+        found = level.buckets(start, min(start + CHUNK, level.stop))
+        table.store.forget()
+        yield ExportBlock(found.last, found.value)
+
+
+def title(table: StoredSeries) -> str:
+    """Name of a table, with its optimizer where there are several."""
+    named = table.table
+    return f"{named.name}.{named.optimizer}" if named.optimizer else named.name
+
+
+def column_names(table: StoredSeries) -> list[str]:
+    """Columns of a table in a row that many share: those of the step itself go by their own
+    names (`loss`), others by the table's too (`clip.scale`)."""
+    bare = table.table.name == schema.STEP and not table.table.optimizer
+    names = [column.name for column in table.table.columns]
+    return names if bare else [f"{title(table)}.{name}" for name in names]
+
+
+class Joined(NamedTuple):
+    """Everything that some tables have of one step."""
+
+    step: int
+    rows: dict[int, Floats]
+    """Place of the table among those joined, to its row (columns,)."""
+
+
+def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
+    """The rows of several tables, step by step. Of two rows of a table for one step, the later."""
+
+    def rows(place: int, table: StoredSeries) -> Iterator[tuple[int, int, Floats]]:
+        for block in blocks(table):
+            for step, values in zip(block.steps.tolist(), block.values, strict=True):
+                yield step, place, values
+
+    merged = heapq.merge(
+        *(rows(place, table) for place, table in enumerate(chosen)), key=lambda row: row[:2]
+    )
+    current: Joined | None = None
+    for step, place, values in merged:
+        if current is None or current.step != step:
+            if current is not None:
+                yield current
+            current = Joined(step, {})
+        current.rows[place] = values
+    if current is not None:
+        yield current
+
+
+class Times:
+    """When steps were made, in seconds since the epoch, asked for in order of the steps."""
+
+    def __init__(self, history: StoredHistory) -> None:
+        self._entries = self._moments(history)
+        self._now: tuple[int, float] | None = next(self._entries, None)
+
+    @staticmethod
+    def _moments(history: StoredHistory) -> Iterator[tuple[int, float]]:
+        if schema_version(history.store.connection) < 2:
+            return
+        for number, data in history.store.pieces():
+            for entry, _ in history.store.story(number, data):
+                if entry.kind in (told.STEPPED, told.ROWED):
+                    yield entry.step, entry.time
+
+    def at(self, step: int) -> float:
+        """NaN where it is not known."""
+        while self._now is not None and self._now[0] < step:
+            self._now = next(self._entries, None)
+        return self._now[1] if self._now is not None and self._now[0] == step else float("nan")
+
+
+def shortest(values: Floats) -> list[str]:
+    """Each float32 in the fewest digits that give it again."""
+    texts: list[str] = np.asarray(values, np.float32).astype("U32").tolist()
+    return texts

@@ -1,0 +1,448 @@
+"""Finding attention layers by the names and shapes of their parameters.
+
+Layers are separate (`q_proj`, `k_proj`, `v_proj` and their like), fused (one matrix, split by rows,
+by columns, or interleaved per head), or `nn.MultiheadAttention`; keys and values may be fewer than
+queries (grouped queries). Where the usual names are not used, a pattern tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tui_trainer.protocol.schema import AttentionInfo
+from tui_trainer.trace.probe import ParameterGroup
+
+# ---- attention_parts
+# Where Wq, Wk and Wv lie in their parameters: each in one of its own, or fused in one.
+#
+# A fused matrix is taken apart only where it is known how: a wrong split would be shown as fact.
+
+
+View = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a parameter (or its gradient) to the matrix (output features, input features) in it."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Wq, Wk or Wv of a layer: a parameter and where in it."""
+
+    parameter: int
+    """Position in the subject."""
+    view: View
+    rows: int
+    columns: int
+    first: int | None = None
+    """Where it begins in a contiguous parameter, when it lies there in one piece."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(output features, input features)."""
+        return self.rows, self.columns
+
+    def lies_in(self, tensor: torch.Tensor) -> bool:
+        """Whether `flat` is a view."""
+        return self.first is not None and tensor.is_contiguous()
+
+    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its elements (rows · columns,), a view where possible; their order is that of `view`."""
+        if self.first is not None and tensor.is_contiguous():
+            size = self.rows * self.columns
+            whole = tensor.view(-1)
+            return whole if whole.numel() == size else whole[self.first : self.first + size]
+        return self.view(tensor).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a layer's module, or its configuration, says of its heads."""
+
+    query: int | None
+    key_value: int | None
+    dim: int | None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter that holds Wq, Wk or Wv, or several of them."""
+
+    position: int
+    outputs: int
+    inputs: int
+    transposed: bool
+    """(inputs, outputs), as Hugging Face's Conv1D has it."""
+
+    @classmethod
+    def of(cls, position: int, parameter: torch.Tensor, transposed: bool) -> Matrix:
+        """Its sides."""
+        outputs = parameter.shape[1] if transposed else parameter.shape[0]
+        return cls(position, outputs, parameter.numel() // outputs, transposed)
+
+    def by_rows(self, sizes: tuple[int, ...]) -> tuple[Projection, ...]:
+        """One after the other, so many output features each."""
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        return tuple(self._part(start, size) for start, size in zip(starts, sizes, strict=True))
+
+    def _part(self, start: int, size: int) -> Projection:
+        if self.transposed:
+            return Projection(
+                self.position, lambda t: t[:, start : start + size].t(), size, self.inputs
+            )
+        return Projection(
+            self.position,
+            lambda t: t[start : start + size].reshape(size, -1),
+            size,
+            self.inputs,
+            first=start * self.inputs,
+        )
+
+    def interleaved(self, heads: int) -> tuple[Projection, ...]:
+        """Rows are (head, q|k|v, head_dim)."""
+        size, inputs = self.outputs // 3, self.inputs
+
+        def part(which: int) -> Projection:
+            def view(tensor: torch.Tensor) -> torch.Tensor:
+                each = tensor.reshape(heads, 3, size // heads, inputs)
+                return each[:, which].reshape(size, inputs)
+
+            return Projection(self.position, view, size, inputs)
+
+        return part(0), part(1), part(2)
+
+
+def split(
+    matrix: Matrix, heads: Heads, mixed: bool, projected: Callable[[int], bool]
+) -> tuple[Projection, ...] | str:
+    """Wq, Wk and Wv; or why they cannot be told apart.
+
+    They are equal thirds where the heads say so, where the outputs are three times the inputs, or
+    where the layer's output projection reads a third of them (`projected`). `mixed`: fused per
+    head, as GPT-NeoX and BLOOM have them.
+    """
+    h, kv, outputs = heads.query, heads.key_value, matrix.outputs
+    if h and kv:
+        each = heads.dim or outputs // (h + 2 * kv)
+        if each * (h + 2 * kv) == outputs:
+            if not mixed or kv == 1:  # one key head: no order to mix them in but this one
+                return matrix.by_rows((h * each, kv * each, kv * each))
+            if kv == h:
+                return matrix.interleaved(h)
+            return "the order of its heads is not known"
+    third, rest = divmod(outputs, 3)
+    if rest or not (
+        third == matrix.inputs or (h and heads.dim and third == h * heads.dim) or projected(third)
+    ):
+        unknown = "key/value heads" if h else "heads"
+        if h and kv:
+            return f"it does not hold {h} heads and twice {kv} key/value heads"
+        return f"the number of its {unknown} is unknown"
+    if not mixed:
+        return matrix.by_rows((third, third, third))
+    return matrix.interleaved(h) if h and third % h == 0 else "the number of its heads is unknown"
+
+
+# ---- attention_names
+# Which parameters are those of an attention layer: the names that models give them, and what
+# their modules say of their heads.
+
+
+SEPARATE = (
+    ("w_query", "w_key", "w_value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("w_q", "w_k", "w_v"),
+    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_linear", "k_linear", "v_linear"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("fc_q", "fc_k", "fc_v"),
+    ("queries", "keys", "values"),
+    ("query_layer", "key_layer", "value_layer"),
+    ("q", "k", "v"),
+)
+FUSED = (
+    *("c_attn", "qkv", "wqkv", "w_qkv", "qkv_proj", "to_qkv", "attn_qkv", "c_qkv", "w_pack"),
+    *("in_proj_weight", "query_key_value"),
+)
+QUERY_BESIDE = ("q_attn", "q_proj", "to_q", "wq", "w_q", "q_linear", "query", "q")
+KEY_VALUE = ("c_attn", "kv_proj", "to_kv", "wkv", "w_kv", "kv_linear", "key_value", "kv")
+"""Cross-attention: Wq beside a matrix of Wk and Wv, as Hugging Face's GPT-2 has it."""
+INTERLEAVED = ("query_key_value",)
+"""Fused per head: rows are (head, q|k|v, head_dim), as GPT-NeoX and BLOOM have them."""
+
+HEADS = ("n_head", "num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "nheads")
+KEY_VALUE_HEADS = (
+    *("n_kv_head", "num_key_value_heads", "n_kv_heads", "num_kv_heads", "kv_heads", "n_head_kv"),
+    *("num_heads_kv", "kv_n_heads", "n_query_groups", "num_query_groups", "n_local_kv_heads"),
+    "n_local_heads",  # gpt-fast; where Llama calls the query heads so, it has one of the others
+)
+HEAD_DIM = ("head_dim", "head_size", "dim_head", "attention_head_size", "d_head", "dim_per_head")
+
+Roles = dict[str, dict[str, int]]
+"""Layer path to role (`q`, `k`, `v`, or a fused name) to the parameter's position."""
+
+
+def by_pattern(subject: ParameterGroup, pattern: str) -> Roles:
+    """By a regular expression over parameter names, with named groups."""
+    roles: Roles = {}
+    for position, name in enumerate(subject.names):
+        match = re.search(pattern, name)
+        if match is None or subject.parameters[position].dim() < 2:
+            continue
+        groups = match.groupdict()
+        for role in ("q", "k", "v", "qkv"):
+            if groups.get(role) is not None:
+                roles.setdefault(groups.get("layer") or "", {})[role] = position
+    return roles
+
+
+def by_name(subject: ParameterGroup) -> Roles:
+    """By the usual names."""
+    members: dict[str, dict[str, int]] = {}
+    for position, name in enumerate(subject.names):
+        if subject.parameters[position].dim() >= 2:
+            path, _, last = name.removesuffix(".weight").rpartition(".")
+            members.setdefault(path, {})[last.lower()] = position
+    roles: Roles = {}
+    for path, found in members.items():
+        for triple in SEPARATE:
+            if all(role in found for role in triple):
+                roles[path] = dict(zip("qkv", (found[role] for role in triple), strict=True))
+                break
+        else:
+            query = next((name for name in QUERY_BESIDE if name in found), None)
+            both = next((name for name in KEY_VALUE if name in found), None)
+            fused = next((name for name in FUSED if name in found), None)
+            if query is not None and both is not None:
+                roles[path] = {"q": found[query], "kv": found[both]}
+            elif fused is not None:
+                roles[path] = {fused: found[fused]}
+    return roles
+
+
+def declared_heads(subject: ParameterGroup, path: str) -> Heads:
+    """What the modules around a layer, or their configurations, say of its heads."""
+    modules = list(_modules_around(subject, path))
+    return Heads(*(_first_number(modules, names) for names in (HEADS, KEY_VALUE_HEADS, HEAD_DIM)))
+
+
+def _modules_around(subject: ParameterGroup, path: str) -> Iterator[object]:
+    """The layer's module and the two around it, each followed by its configuration."""
+    for _ in range(3):
+        module = subject.modules.get(path)
+        if module is not None:
+            yield module
+            config = getattr(module, "config", None)
+            if config is not None:
+                yield config
+        if not path:
+            return
+        path = path.rpartition(".")[0]
+
+
+def _first_number(things: list[object], names: tuple[str, ...]) -> int | None:
+    for thing in things:
+        for name in names:
+            try:
+                value = getattr(thing, name, None)
+            except Exception:
+                continue
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+NO_LAYERS = "no attention layer was found by its parameters' names"
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """An attention layer."""
+
+    path: str
+    kind: str
+    q: Projection
+    k: Projection
+    v: Projection
+    heads: int | None
+    key_value_heads: int | None
+
+    @property
+    def parts(self) -> tuple[Projection, Projection, Projection]:
+        """Q, K, V."""
+        return self.q, self.k, self.v
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        if self.heads and self.key_value_heads:
+            return self.heads // self.key_value_heads
+        return 1
+
+    def comparable(self, pair: str) -> bool:
+        """Whether the two of `qk`, `qv` or `kv` can be compared: same shape, or per shared head."""
+        if pair == "kv":
+            return self.k.shape == self.v.shape
+        other = self.k if pair == "qk" else self.v
+        return self.q.shape == (other.rows * self.group, other.columns)
+
+    @property
+    def incomparable(self) -> tuple[str, ...]:
+        """The pairs that cannot."""
+        return tuple(pair for pair in ("qk", "qv", "kv") if not self.comparable(pair))
+
+    @property
+    def note(self) -> str:
+        """Why they cannot."""
+        match self.incomparable:
+            case ():
+                return ""
+            case ("qk", "qv") if self.q.columns != self.k.columns:
+                return (
+                    "Q reads other inputs than K and V, of another width: they cannot be compared"
+                )
+            case ("qk", "qv"):
+                return "the number of heads is unknown: Q cannot be compared with K and V"
+            case ("qv", "kv"):
+                return "V is of another shape than Q and K: it cannot be compared with them"
+            case ("qk", "kv"):
+                return "K is of another shape than Q and V: it cannot be compared with them"
+        return "Q, K and V are each of another shape: they cannot be compared"
+
+    @property
+    def even(self) -> bool:
+        """Whether Wq, Wk and Wv have one shape."""
+        return self.q.shape == self.k.shape == self.v.shape
+
+    def info(self, names: list[str]) -> AttentionInfo:
+        """As it is described to viewers."""
+        return AttentionInfo(
+            layer=self.path,
+            kind=self.kind,
+            query=names[self.q.parameter],
+            key=names[self.k.parameter],
+            value=names[self.v.parameter],
+            heads=self.heads,
+            key_value_heads=self.key_value_heads,
+            head_dim=self.q.rows // self.heads if self.heads else None,
+            note=self.note,
+            incomparable=self.incomparable,
+        )
+
+
+@dataclass(frozen=True)
+class FoundLayers:
+    """What there is of attention in a model."""
+
+    layers: list[AttentionLayer]
+    """In the order of the model."""
+    left_out: tuple[str, ...] = ()
+    """Matrix matrices that cannot be taken apart, each with the reason."""
+
+    @property
+    def nothing(self) -> str:
+        """Why there is no layer; "" when there is one."""
+        return "" if self.layers else self.remark or NO_LAYERS
+
+    @property
+    def remark(self) -> str:
+        """What was left out, in one line."""
+        more = len(self.left_out) - 1
+        return "".join(self.left_out[:1]) + (f", and {more} more like it" if more > 0 else "")
+
+
+def find_layers(subject: ParameterGroup, pattern: str | None = None) -> FoundLayers:
+    """The attention layers among the subject's parameters, in the order of the model.
+
+    `pattern`: a regular expression over parameter names with the group `layer` and one of the
+    groups `q`, `k`, `v` (separate) or `qkv` (fused); it replaces the usual names.
+    """
+    roles = by_pattern(subject, pattern) if pattern else by_name(subject)
+    found: list[AttentionLayer] = []
+    left_out: list[str] = []
+    for path, named in roles.items():
+        layer = _layer(subject, path, named)
+        if isinstance(layer, AttentionLayer):
+            found.append(layer)
+        else:
+            left_out.append(layer)
+    order = {layer.path: min(part.parameter for part in layer.parts) for layer in found}
+    return FoundLayers(sorted(found, key=lambda layer: order[layer.path]), tuple(left_out))
+
+
+def _layer(subject: ParameterGroup, path: str, roles: dict[str, int]) -> AttentionLayer | str:
+    """The layer; or which matrix cannot be taken apart, and why."""
+    told = declared_heads(subject, path)
+    if set(roles) >= {"q", "k", "v"}:
+        parts: tuple[Projection, ...] = tuple(_whole(subject, roles[role]) for role in "qkv")
+        multihead = isinstance(subject.modules.get(path), torch.nn.MultiheadAttention)
+        kind = "multihead" if multihead else "separate"
+    else:
+        name = next((name for name in roles if name not in ("q", "k", "v")), "")
+        if not name:
+            return f"{path}: only {' and '.join(roles)} of it was found"
+        position = roles[name]
+        taken = _take_apart(subject, path, name, position, told)
+        if isinstance(taken, str):
+            return f"{subject.names[position]} cannot be split into its parts: {taken}"
+        parts = (_whole(subject, roles["q"]), *taken) if name == "kv" else taken
+        kind = "multihead" if name == "in_proj_weight" else "fused"
+    q, k, v = parts
+    heads, key_value_heads = _heads(told, q, k, v)
+    if k.rows != q.rows and kind != "multihead":
+        kind = "grouped"
+    return AttentionLayer(path, kind, q, k, v, heads, key_value_heads)
+
+
+def _heads(
+    told: Heads, q: Projection, k: Projection, v: Projection
+) -> tuple[int | None, int | None]:
+    """Query heads and key/value heads, where they fit the shapes."""
+    heads = told.query
+    if heads is None and told.dim and q.rows % told.dim == 0:
+        heads = q.rows // told.dim
+    if heads is None or heads <= 0 or q.rows % heads:
+        return None, None
+    shared, rest = divmod(k.rows, q.rows // heads)
+    fits = not rest and shared > 0 and heads % shared == 0 and v.rows % shared == 0
+    return heads, shared if fits else None
+
+
+def _matrix(subject: ParameterGroup, position: int) -> Matrix:
+    """A parameter, and which of its sides is which."""
+    module = subject.modules.get(subject.names[position].removesuffix(".weight"))
+    conv1d = type(module).__name__ == "Conv1D"  # Hugging Face's GPT-2: (inputs, outputs)
+    return Matrix.of(position, subject.parameters[position], conv1d)
+
+
+def _whole(subject: ParameterGroup, position: int) -> Projection:
+    matrix = _matrix(subject, position)
+    return matrix.by_rows((matrix.outputs,))[0]
+
+
+def _take_apart(
+    subject: ParameterGroup, path: str, name: str, position: int, told: Heads
+) -> tuple[Projection, ...] | str:
+    """Wq, Wk and Wv of a fused matrix (`kv`: Wk and Wv); or why they cannot be told apart."""
+    fused = _matrix(subject, position)
+    if name == "kv":
+        half, rest = divmod(fused.outputs, 2)
+        return "its outputs are not even in number" if rest else fused.by_rows((half, half))
+
+    def projected(width: int) -> bool:
+        """Whether a matrix beside it takes so many features back to the inputs."""
+        wanted = (width, fused.inputs) if fused.transposed else (fused.inputs, width)
+        return bool(path) and any(
+            other.startswith(f"{path}.")
+            and parameter.dim() >= 2
+            and (parameter.shape[0], parameter.numel() // parameter.shape[0]) == wanted
+            for other, parameter in zip(subject.names, subject.parameters, strict=True)
+        )
+
+    return split(fused, told, name in INTERLEAVED, projected)

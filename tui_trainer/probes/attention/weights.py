@@ -1,0 +1,352 @@
+"""Inner products between the Wq, Wk and Wv of every attention layer, in few large operations.
+
+Layers whose three matrices have one shape are copied side by side into one float32 block of shape
+(layers, 3, elements), so that a single batched product gives all norms and inner products of a
+model: at nanoGPT's CPU size 0.07 ms, where one call per quantity takes 0.3 ms. Blocks are bounded,
+and kept between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tui_trainer.history.buckets import Floats
+from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
+from tui_trainer.trace.probe import (
+    Gradient,
+    Options,
+    ParameterGroup,
+    Probe,
+    Readings,
+    StepFacts,
+    TableSpec,
+)
+
+BLOCK_BYTES = 32 * 1024 * 1024
+Source = Callable[[int], torch.Tensor | None]
+"""Gives a parameter, or its gradient, by position."""
+SQUARES = [0, 4, 8]
+"""‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
+
+
+@dataclass
+class ProductBlock:
+    """Layers that are computed together."""
+
+    layers: list[int]
+    """Their positions among all layers."""
+    work: torch.Tensor
+    """(layers, 3, elements), float32: overwritten at each use."""
+    start: torch.Tensor
+    """The same of the weights at the start."""
+    positions: list[int]
+    """The parameters in it."""
+    where: list[int] = field(default_factory=list)
+    views: list[torch.Tensor] = field(default_factory=list)
+
+
+class EvenLayers:
+    """The layers in which Wq, Wk and Wv have one shape."""
+
+    def __init__(
+        self, layers: Sequence[AttentionLayer], weight: Source, device: torch.device
+    ) -> None:
+        self.layers = layers
+        self._by_product = device.type == "cpu"
+        self.blocks: list[ProductBlock] = []
+        by_size: dict[int, list[int]] = {}
+        for index, layer in enumerate(layers):
+            if layer.even:
+                by_size.setdefault(layer.q.rows * layer.q.columns, []).append(index)
+        for size, members in by_size.items():
+            at_once = max(1, BLOCK_BYTES // (12 * size))
+            for first in range(0, len(members), at_once):
+                self.blocks.append(self._block(members[first : first + at_once], size, device))
+        for block in self.blocks:
+            self._fill_weights(block, weight)
+            block.start.copy_(block.work)
+
+    def _block(self, members: list[int], size: int, device: torch.device) -> ProductBlock:
+        shape = (len(members), 3, size)
+        work = torch.empty(shape, dtype=torch.float32, device=device)
+        positions = [p.parameter for index in members for p in self.layers[index].parts]
+        return ProductBlock(members, work, torch.empty_like(work), positions)
+
+    def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
+        """Through views that are kept for as long as the weights stay where they are."""
+        weights = [weight(position) for position in block.positions]
+        where = [0 if tensor is None else tensor.data_ptr() for tensor in weights]
+        if where != block.where:
+            parts = [part for index in block.layers for part in self.layers[index].parts]
+            pairs = [(p, t) for p, t in zip(parts, weights, strict=True) if t is not None]
+            block.views = [part.flat(tensor) for part, tensor in pairs]
+            views = all(part.lies_in(tensor) for part, tensor in pairs)
+            block.where = where if views else []  # copies would not follow the weights
+        self._copy(block, block.views)
+
+    def _fill(self, block: ProductBlock, source: Source) -> bool:
+        views = [
+            None if (tensor := source(part.parameter)) is None else part.flat(tensor)
+            for index in block.layers
+            for part in self.layers[index].parts
+        ]
+        present = [view for view in views if view is not None]
+        if len(present) < len(views):
+            return False
+        self._copy(block, present)
+        return True
+
+    def _copy(self, block: ProductBlock, views: list[torch.Tensor]) -> None:
+        target = block.work.view(-1, block.work.shape[-1])
+        if views[0].dtype == torch.float32:
+            torch.stack(views, out=target)
+        else:
+            torch._foreach_copy_(list(target.unbind(0)), views)
+
+    def read_weights(self, weight: Source) -> list[torch.Tensor]:
+        """For each block Σ⟨a,b⟩ (9 per layer), Σw (3) and ‖W−W₀‖ (3), each a vector."""
+        readings: list[torch.Tensor] = []
+        for block in self.blocks:
+            self._fill_weights(block, weight)
+            readings.append(self._products(block.work))
+            readings.append(block.work.sum(-1).view(-1))
+            # Subtracted directly: from norms and products the small difference would cancel.
+            torch.sub(block.work, block.start, out=block.work)
+            readings.append(torch.linalg.vector_norm(block.work, dim=-1).view(-1))
+        return readings
+
+    def read_gradients(self, gradient: Source) -> list[torch.Tensor]:
+        """For each block ⟨a,b⟩ (9 per layer), NaN where a gradient is absent."""
+        return [
+            self._products(block.work)
+            if self._fill(block, gradient)
+            else block.work.new_full((9 * len(block.layers),), torch.nan)
+            for block in self.blocks
+        ]
+
+    def _products(self, matrices: torch.Tensor) -> torch.Tensor:
+        """(layers, 3, n) → (9 · layers,), in full float32 precision.
+
+        A matrix product is fastest on a CPU, but may be told to compute in less than float32.
+        """
+        if self._by_product and torch.get_float32_matmul_precision() == "highest":
+            return torch.bmm(matrices, matrices.transpose(1, 2)).view(-1)
+        products = [
+            (matrices[:, a] * matrices[:, b]).sum(-1) for a in range(3) for b in range(a, 3)
+        ]
+        full = [products[_UPPER[a][b]] for a in range(3) for b in range(3)]
+        return torch.stack(full, dim=-1).view(-1)
+
+
+_UPPER = ((0, 1, 2), (1, 3, 4), (2, 4, 5))
+
+
+class UnevenLayers:
+    """The others (grouped queries, other input widths), one by one.
+
+    With grouped queries Wk stands once for each query head that shares it: ⟨Wq, Wk⟩ is summed over
+    query heads.
+    """
+
+    def __init__(
+        self, layers: Sequence[AttentionLayer], weight: Source, device: torch.device
+    ) -> None:
+        self._layers = [layer for layer in layers if not layer.even]
+        self.indices = [index for index, layer in enumerate(layers) if not layer.even]
+        self._nan = torch.full((), torch.nan, device=device)
+        self._start = [
+            [part.view(weight(part.parameter)).float().clone() for part in layer.parts]  # type: ignore[arg-type]
+            for layer in self._layers
+        ]
+
+    def read_weights(self, weight: Source) -> list[torch.Tensor]:
+        """For each layer ⟨a,b⟩ (6: qq qk qv kk kv vv), Σw (3), ‖W−W₀‖ (3)."""
+        readings: list[torch.Tensor] = []
+        for layer, start in zip(self._layers, self._start, strict=True):
+            matrices = self._matrices(layer, weight)
+            readings += self._six(layer, matrices)
+            readings += [self._nan if m is None else m.sum() for m in matrices]
+            readings += [
+                self._nan if m is None else torch.linalg.vector_norm(m - before)
+                for m, before in zip(matrices, start, strict=True)
+            ]
+        return readings
+
+    def read_gradients(self, gradient: Source) -> list[torch.Tensor]:
+        """For each layer ⟨a,b⟩ (6)."""
+        return [
+            r for layer in self._layers for r in self._six(layer, self._matrices(layer, gradient))
+        ]
+
+    def _matrices(self, layer: AttentionLayer, source: Source) -> list[torch.Tensor | None]:
+        tensors = [source(part.parameter) for part in layer.parts]
+        return [
+            None if t is None else part.view(t).float()
+            for t, part in zip(tensors, layer.parts, strict=True)
+        ]
+
+    def _six(self, layer: AttentionLayer, m: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        q, k, v = m
+        without = layer.incomparable
+        summed = None
+        if q is not None and not {"qk", "qv"} <= set(without):
+            summed = _sum_over_group(layer, q)
+
+        def dot(a: torch.Tensor | None, b: torch.Tensor | None, pair: str = "") -> torch.Tensor:
+            return self._nan if a is None or b is None or pair in without else (a * b).sum()
+
+        return [
+            *(dot(q, q), dot(summed, k, "qk"), dot(summed, v, "qv")),
+            *(dot(k, k), dot(k, v, "kv"), dot(v, v)),
+        ]
+
+
+def _sum_over_group(layer: AttentionLayer, q: torch.Tensor) -> torch.Tensor:
+    """Wq (heads · d, in) summed over the query heads of each key/value head."""
+    if layer.group == 1 or not layer.heads or not layer.key_value_heads:
+        return q
+    each = q.shape[0] // layer.heads
+    grouped = q.reshape(layer.key_value_heads, layer.group, each, -1)
+    return grouped.sum(1).reshape(layer.key_value_heads * each, -1)
+
+
+def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
+    """(layers, 24): where each layer's values lie among the readings of gradients and weights.
+
+    For each layer nine products of gradients, nine of weights (both rows of a 3×3 matrix over q, k,
+    v), three sums, three drifts.
+    """
+    order = np.empty((len(even.layers), 24), dtype=np.intp)
+    position = 0
+
+    def take(layers: list[int], columns: slice, pick: list[int]) -> None:
+        nonlocal position
+        for layer in layers:
+            order[layer, columns] = position + np.array(pick)
+            position += max(pick) + 1
+
+    nine, six, three = list(range(9)), [0, 1, 2, 1, 3, 4, 2, 4, 5], [0, 1, 2]
+    for block in even.blocks:
+        take(block.layers, slice(0, 9), nine)
+    for index in uneven.indices:
+        take([index], slice(0, 9), six)
+    for block in even.blocks:
+        take(block.layers, slice(9, 18), nine)
+        take(block.layers, slice(18, 21), three)
+        take(block.layers, slice(21, 24), three)
+    for index in uneven.indices:
+        take([index], slice(9, 18), six)
+        take([index], slice(18, 21), three)
+        take([index], slice(21, 24), three)
+    return order
+
+
+# ---- attention
+# How Wq, Wk and Wv of every attention layer grow, turn and drift apart, at every step.
+
+
+class Attention(Probe):
+    """Table `attention`: the statistics of `tables.ATTENTION_STATISTICS` for each layer.
+
+    Weights are those after the step, their drift is from what they were when the optimizer was
+    first seen (before its first step); gradients are those before clipping. A cosine with a matrix
+    that is zero, or a comparison that has no meaning (see `AttentionInfo.note`), is NaN.
+    """
+
+    name = schema.ATTENTION
+    importance = 40
+    furthest = 64
+    lasting = True
+
+    def __init__(self, subject: ParameterGroup, options: Options) -> None:
+        super().__init__(subject, options)
+        found = find_layers(subject, options.attention_pattern)
+        self.layers, self.unseen = found.layers, found.nothing
+        if self.unseen:
+            return
+        self.left_out = found.remark
+        self.attention = tuple(layer.info(subject.names) for layer in self.layers)
+        paths = tuple(layer.path for layer in self.layers)
+        self.tables = (TableSpec(schema.ATTENTION, attention_columns(paths, ATTENTION_STATISTICS)),)
+        self._even = EvenLayers(self.layers, self._weight, subject.device)
+        self._uneven = UnevenLayers(self.layers, self._weight, subject.device)
+        self._sizes = np.array(
+            [[p.rows * p.columns for p in layer.parts] for layer in self.layers], np.float64
+        )
+        self._repeats = _repeats(self.layers)
+        self._order = order_of(self._even, self._uneven)
+        at_start = np.concatenate(
+            [r.reshape(-1).cpu().numpy() for r in (*self.gradients(()), *self.after_update())]
+        )
+        self._norms_at_start = np.sqrt(
+            at_start.astype(np.float64)[self._order][:, 9:18][:, SQUARES]
+        )
+        self._growth_at_start = _growth(self._norms_at_start)
+
+    def _weight(self, position: int) -> torch.Tensor:
+        return self.subject.parameters[position].detach()
+
+    def gradients(self, gradients: Sequence[Gradient]) -> Readings:
+        """Inner products between the gradients of each layer."""
+
+        def source(position: int) -> Gradient:
+            return gradients[position] if gradients else None
+
+        return [*self._even.read_gradients(source), *self._uneven.read_gradients(source)]
+
+    def after_update(self) -> Readings:
+        """Inner products, sums and drift of the weights."""
+        even = self._even.read_weights(self._weight)
+        return [*even, *self._uneven.read_weights(self._weight)]
+
+    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+        """Statistics from products."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (self._statistics(values.astype(np.float64)[self._order]),)
+
+    def _statistics(self, read: NDArray[np.float64]) -> Floats:
+        """`read` (layers, 24) in the order of `attention_products.order_of`."""
+        gradients, weights, sums, drift = read[:, :9], read[:, 9:18], read[:, 18:21], read[:, 21:]
+        norms = np.sqrt(weights[:, SQUARES])
+        mean = sums / self._sizes
+        variance = (weights[:, SQUARES] - sums * mean) / np.maximum(self._sizes - 1, 1)
+        dots, of_a, of_b = self._pairs(weights)
+        gradient_dots, of_ga, of_gb = self._pairs(gradients)
+        columns = [
+            norms,
+            mean,
+            np.sqrt(np.maximum(variance, 0.0)),
+            dots / np.sqrt(of_a * of_b),
+            np.sqrt(np.maximum(1 - 2 * dots / (of_a + of_b), 0.0)),  # ‖a−b‖² = ‖a‖²+‖b‖²−2⟨a,b⟩
+            drift / self._norms_at_start,
+            gradient_dots / np.sqrt(of_ga * of_gb),
+            (_growth(norms) / self._growth_at_start)[:, None],
+        ]
+        return np.concatenate(columns, axis=1).astype(np.float32).reshape(-1)
+
+    def _pairs(self, products: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """(layers, 9) → (layers, 3) each: ⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv, a shared head
+        counted as often as it is compared."""
+        return (
+            products[:, [1, 2, 5]],
+            products[:, [0, 0, 4]],
+            products[:, [4, 8, 8]] * self._repeats,
+        )
+
+
+def _repeats(layers: Sequence[AttentionLayer]) -> NDArray[np.float64]:
+    """(layers, 3): how often the second matrix stands in the comparisons qk, qv and kv."""
+    return np.array([[layer.group, layer.group, 1.0] for layer in layers])
+
+
+def _growth(norms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """‖Wq‖‖Wk‖ / ‖Wv‖ of each layer."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return norms[:, 0] * norms[:, 1] / norms[:, 2]

@@ -1,0 +1,272 @@
+"""The static description of a run: what is trained, on what, and which quantities are measured.
+
+A description is discovered piece by piece (the parameters are known only once the first optimizer
+steps), so `RunInfo.revision` grows with every change and viewers are sent it again when theirs is
+old.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tui_trainer.protocol import PHASES
+
+Scalar = str | int | float | bool | None
+
+
+class ParameterInfo(msgspec.Struct, frozen=True):
+    """One parameter tensor, in the order in which every per-parameter table lists its columns."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    optimizer: str = ""
+    """Name of the optimizer that updates it; "" when none does."""
+    trainable: bool = True
+
+
+class AttentionInfo(msgspec.Struct, frozen=True):
+    """One attention layer, in the order in which the attention tables list their columns."""
+
+    layer: str
+    """Module path, such as `blocks.0.attention`."""
+    kind: str
+    """`separate`, `fused`, `grouped` (K and V smaller than Q) or `multihead`
+    (nn.MultiheadAttention)."""
+    query: str
+    key: str
+    value: str
+    """Names of the parameters that hold Wq, Wk, Wv: three times the same one when fused."""
+    heads: int | None = None
+    key_value_heads: int | None = None
+    head_dim: int | None = None
+    note: str = ""
+    """What cannot be compared or seen in this layer, and why; "" when everything can."""
+    incomparable: tuple[str, ...] = ()
+    """The pairs (`qk`, `qv`, `kv`) that `note` is about: their statistics are NaN."""
+
+    def comparable(self, part: str) -> bool:
+        """Whether a NaN of this part (`q`, `qk`, …; "" for the layer) was measured: false for a
+        pair whose comparison has no meaning."""
+        if self.note and not self.incomparable:  # recorded before the pairs were told
+            return part not in ("qk", "qv")
+        return part not in self.incomparable
+
+
+class Column(msgspec.Struct, frozen=True):
+    """One series of a table, declared before its first value arrives."""
+
+    name: str
+    unit: str = ""
+    """`ms`, `bytes`, `nats`, `tokens/s`, …; "" for a pure number."""
+    better: str = ""
+    """`lower`, `higher`, or "" where neither is better."""
+
+
+class Table(msgspec.Struct, frozen=True):
+    """A set of series that are measured together, so that they share one column of step numbers.
+
+    A table has rows only for the steps at which it was measured: a NaN in it is a measured NaN (or
+    a comparison that has no meaning, said in `AttentionInfo`), never a missing value.
+    """
+
+    id: int
+    """Dense, from 0, in order of declaration."""
+    name: str
+    """One of `tables.TABLE_NAMES`."""
+    columns: tuple[Column, ...]
+    every: int = 1
+    """Its cadence now: measured every so many steps. 0: on request or by the clock. It changes
+    while the run goes on, told by `Update.cadences`."""
+    optimizer: str = ""
+    """Set when a run has several optimizers and each has its own such table."""
+    natural: int = 0
+    """Its cadence while nothing is stretched to stay within the budget; of what is measured only
+    while somebody watches: its cadence then. 0: not known, or by the clock."""
+
+    @property
+    def stretched(self) -> bool:
+        """Whether it is measured less often now than it naturally would be."""
+        return self.every > self.natural > 0
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """The device that trains."""
+
+    kind: str
+    """`cpu`, `cuda`, `mps`, `xpu`, …"""
+    name: str
+    memory_bytes: int | None = None
+    threads: int | None = None
+    """torch's intra-op threads."""
+
+
+class SourceInfo(msgspec.Struct, frozen=True):
+    """The version of the code in the working directory, as git knows it."""
+
+    commit: str
+    dirty: bool | None = None
+    """Whether tracked files differ from the commit; None: git did not say in time."""
+    branch: str = ""
+    """"" when no branch is checked out."""
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """What there is to know of a run besides its measurements."""
+
+    name: str
+    task: str
+    """`gpt`, `vit`, a third party's task, or `script`."""
+    title: str = ""
+    """One line for the header, such as `gpt · nanogpt-cpu` or `train.py --fast`."""
+    revision: int = 0
+    command: tuple[str, ...] = ()
+    directory: str = ""
+    host: str = ""
+    pid: int = 0
+    started_at: float = 0.0
+    """Seconds since the epoch."""
+    versions: dict[str, str] = {}
+    configuration: dict[str, Scalar] = {}
+    facts: dict[str, Scalar] = {}
+    """What the task wants said of its data: characters, vocabulary, images, batches per epoch, …"""
+    device: DeviceInfo | None = None
+    parameters: tuple[ParameterInfo, ...] = ()
+    attention: tuple[AttentionInfo, ...] = ()
+    tables: tuple[Table, ...] = ()
+    optimizers: tuple[str, ...] = ()
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    items_per_step: int | None = None
+    item_unit: str = "items"
+    """`tokens`, `images`, `samples`: what speed is counted in."""
+    unseen: dict[str, str] = {}
+    """Panel or quantity name to the reason why it cannot be seen in this run (`clip`: "this script
+    never clips"); `quantity@optimizer` where others of several optimizers show it. The panel shows
+    the reason in place of its values."""
+    working_directory: str = ""
+    """Where the command was given."""
+    source: SourceInfo | None = None
+    """The code's version, once git has said it; None outside of a git working tree."""
+    parent: str = ""
+    """Directory of the run that this one goes on from: the history of runs is a tree."""
+    branch_step: int | None = None
+    """The parent's step that this run went on from: its own first step is the one after."""
+    budget: float = 0.0
+    """Share of step time that measuring may take; 0: as much as it takes."""
+
+    def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
+        """The same with these `Table.every`, by table id; this very object where they are known."""
+        if len(cadences) != len(self.tables):
+            return self
+        pairs = list(zip(self.tables, cadences, strict=True))
+        if all(table.every == every for table, every in pairs):
+            return self
+        changed = (msgspec.structs.replace(table, every=every) for table, every in pairs)
+        return msgspec.structs.replace(self, tables=tuple(changed))
+
+
+# ---- tables
+# Names, columns and meanings of the tables: the one place that says what is measured.
+#
+# Gradients are those *before* clipping and after un-scaling. ‖·‖ is the Frobenius (2-) norm.
+
+
+STEP = "step"
+CLIP = "clip"
+PHASE_MS = "phase_ms"
+GRAD_NORM = "grad_norm"
+WEIGHT_NORM = "weight_norm"
+UPDATE_RATIO = "update_ratio"
+VALIDATION = "validation"
+MEMORY = "memory"
+OVERHEAD = "overhead_ms"
+ATTENTION = "attention"
+ATTENTION_SPECTRUM = "attention_spectrum"
+ATTENTION_HEALTH = "attention_health"
+ATTENTION_HEADS = "attention_heads"
+
+TABLE_NAMES = (
+    STEP,
+    CLIP,
+    PHASE_MS,
+    GRAD_NORM,
+    WEIGHT_NORM,
+    UPDATE_RATIO,
+    VALIDATION,
+    MEMORY,
+    OVERHEAD,
+    ATTENTION,
+    ATTENTION_SPECTRUM,
+    ATTENTION_HEALTH,
+    ATTENTION_HEADS,
+)
+
+STEP_COLUMNS = (
+    Column("loss", "", "lower"),
+    Column("learning_rate"),
+    Column("grad_norm_preclip"),  # √Σ‖gᵢ‖² over the optimizer's parameters
+    Column("step_ms", "ms", "lower"),  # wall clock, from the end of the previous step to this one's
+)
+
+CLIP_COLUMNS = (
+    Column("max_norm"),  # the threshold: max_norm, or clip_value for clipping by value
+    Column("norm_before"),
+    Column("norm_after"),
+    Column("scale"),  # min(1, max_norm / (norm_before + 1e-6)); by value: norm_after / norm_before
+)
+
+PHASE_COLUMNS = tuple(Column(phase, "ms", "lower") for phase in PHASES)
+
+MEMORY_COLUMNS = (
+    Column("device_bytes", "bytes"),  # allocated on the accelerator; NaN on the CPU
+    Column("device_peak_bytes", "bytes"),
+    Column("host_bytes", "bytes"),  # resident set of the training process
+)
+
+ATTENTION_STATISTICS = (
+    *("norm_q", "norm_k", "norm_v"),  # ‖W‖
+    *("mean_q", "mean_k", "mean_v"),
+    *("std_q", "std_k", "std_v"),
+    *("cos_qk", "cos_qv", "cos_kv"),  # ⟨Wa,Wb⟩ / (‖Wa‖‖Wb‖)
+    *("distance_qk", "distance_qv", "distance_kv"),  # ‖Wa−Wb‖ / √(‖Wa‖²+‖Wb‖²): 1 at random start
+    *("drift_q", "drift_k", "drift_v"),  # ‖W−W₀‖ / ‖W₀‖
+    *("grad_cos_qk", "grad_cos_qv", "grad_cos_kv"),  # the same cosines between gradients
+    "growth",  # (‖Wq‖‖Wk‖/‖Wv‖) against the same at the start: early sign of logit blow-up
+)
+"""Per layer, each step. The columns of table `attention` are these for layer 0, then layer 1, …"""
+
+SPECTRUM_STATISTICS = (
+    *("sigma_max_q", "sigma_max_k", "sigma_max_v"),  # largest singular value
+    *("stable_rank_q", "stable_rank_k", "stable_rank_v"),  # ‖W‖² / σ_max²
+    *("effective_rank_q", "effective_rank_k", "effective_rank_v"),  # exp of the entropy of σ/Σσ
+)
+"""Per layer, on a slower cadence (Roy & Vetterli 2007 for the effective rank)."""
+
+HEALTH_STATISTICS = ("max_logit", "entropy", "cos_qk_activations")
+"""Per layer, sampled: largest attention logit, mean entropy of the attention rows in nats, mean
+cosine between queries and keys."""
+
+HEAD_STATISTICS = (
+    *("norm_q", "norm_k", "norm_v"),
+    *("cos_qk", "cos_qv", "cos_kv"),
+    *("drift_q", "drift_k", "drift_v"),
+)
+"""Per layer and head while a viewer watches topic `attention_heads`; columns ordered layer, head,
+statistic. With grouped queries, query head h is compared with the key/value head it shares."""
+
+
+def attention_columns(layers: tuple[str, ...], statistics: tuple[str, ...]) -> tuple[Column, ...]:
+    """Columns of an attention table: `layer.statistic`, every statistic of layer 0 first."""
+    return tuple(Column(f"{layer}.{name}") for layer in layers for name in statistics)
+
+
+def head_columns(layers: tuple[tuple[str, int], ...]) -> tuple[Column, ...]:
+    """Columns of table `attention_heads` for (layer, number of heads) pairs."""
+    return tuple(
+        Column(f"{layer}.{head}.{name}")
+        for layer, heads in layers
+        for head in range(heads)
+        for name in HEAD_STATISTICS
+    )
