@@ -1,5 +1,6 @@
 # make run      a small GPT, live in the terminal (installs what is needed first)
 # make test     make check, then every test
+# make test-fast  the tests without real terminals, ssh, packaging and long trainings, unchecked
 # make check    ruff, mypy --strict and the import contracts
 # make bench    what watching costs, measured; see docs/performance.md
 #
@@ -17,13 +18,16 @@ DEVELOPED := $(VENV)/developed.stamp
 BENCHED := $(VENV)/benched.stamp
 SOURCES := tui_trainer models tests benchmarks screenshots
 
-.PHONY: run test check lint types contracts format bench screenshots clean
+.PHONY: run test test-fast check lint types contracts format bench screenshots clean
 
 run: $(INSTALLED)
 	$(BIN)/tui-trainer gpt
 
 test: check
 	$(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(DEVELOPED)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 check: lint types contracts
 

@@ -1,8 +1,19 @@
-"""What every test may rely on, whoever runs them."""
+"""What every test may rely on."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.once import SESSION
+
+# Tests run side by side, each in one thread: more of them would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background job inherits SIGINT ignored, one of nohup's SIGHUP, and so would all that is
 # started here: a run heeds that, as it should, and would not end when a test asks it to.
@@ -11,3 +22,27 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
+
+SLOW = ("packaging", "ssh", "terminal")
+"""Folders of nothing but slow tests; elsewhere each is marked."""
+MADE_HERE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if SESSION not in os.environ:  # workers inherit it
+        os.environ[SESSION] = config.stash[MADE_HERE] = tempfile.mkdtemp(
+            prefix="tui-trainer-tests-"
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if MADE_HERE in config.stash:
+        shutil.rmtree(config.stash[MADE_HERE], ignore_errors=True)
+        del os.environ[SESSION]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in SLOW:
+            item.add_marker("slow")

@@ -7,8 +7,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 VIEWING = (
     "tui_trainer.ui.app",
     "tui_trainer.client.api",
@@ -49,23 +47,36 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("module", VIEWING)
-def test_the_viewing_side_never_brings_torch(module: str) -> None:
-    loaded = loaded_after(f"import {module}")
-    assert "tui_trainer" in loaded
-    assert not loaded & {"torch", "sklearn", "pandas", "matplotlib"}
+def import_each(modules: tuple[str, ...], never: set[str]) -> str:
+    """Code that imports one module after the other and names the first that brings one of `never`.
+
+    None of them brings it alone if all of them together do not."""
+    return (
+        "import importlib, sys\n"
+        f"for module in {modules!r}:\n"
+        "    importlib.import_module(module)\n"
+        f"    brought = {never!r} & {{name.partition('.')[0] for name in sys.modules}}\n"
+        "    assert not brought, f'{module} brings {brought}'\n"
+    )
 
 
-@pytest.mark.parametrize("module", TRAINING)
-def test_the_training_side_never_brings_textual(module: str) -> None:
-    loaded = loaded_after(f"import {module}")
-    assert "tui_trainer" in loaded
-    assert not loaded & {"textual", "plotext", "cyclopts"}
+def test_the_viewing_side_never_brings_torch() -> None:
+    never = {"torch", "sklearn", "pandas", "matplotlib"}
+    assert "tui_trainer" in loaded_after(import_each(VIEWING, never))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["gpt", "--help"], ["run", "-h"]])
-def test_asking_for_help_brings_neither(arguments: list[str]) -> None:
-    code = f"from tui_trainer.cli.main import run\nassert run({arguments!r}) == 0"
+def test_the_training_side_never_brings_textual() -> None:
+    never = {"textual", "plotext", "cyclopts"}
+    assert {"tui_trainer", "torch"} <= loaded_after(import_each(TRAINING, never))
+
+
+def test_asking_for_help_brings_neither() -> None:
+    every = [["--help"], ["--version"], ["gpt", "--help"], ["run", "-h"]]
+    code = (
+        "from tui_trainer.cli.main import run\n"
+        f"for arguments in {every!r}:\n"
+        "    assert run(arguments) == 0"
+    )
     assert not loaded_after(code) & {"torch", "textual", "sklearn"}
 
 

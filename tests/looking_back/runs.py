@@ -1,30 +1,27 @@
-"""Real short runs to look back at, made once for each test process."""
+"""Real short runs to look back at."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import hashlib
-import shutil
-import tempfile
 from pathlib import Path
 
 from tests.cli.calling import call
+from tests.once import made_once
 
 STEPS = 30
 
 
-@functools.cache
 def home() -> Path:
     """A directory with two finished runs of different learning rates, and what --json printed."""
-    place = Path(tempfile.mkdtemp(prefix="tui-trainer-looking-back-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return made_once("looking-back", _train_two)
+
+
+def _train_two(place: Path) -> None:
     for name, rate in (("calm", "0.001"), ("eager", "0.02")):
         options = ("--steps", str(STEPS), "--threads", "1", "--learning-rate", rate)
         done = call("gpt", *options, "--name", name, "--json", cwd=place)
         assert done.returncode == 0, done.stderr
         (place / f"{name}.jsonl").write_text(done.stdout, encoding="utf-8")
-    return place
 
 
 def directory(name: str) -> Path:

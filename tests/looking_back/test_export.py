@@ -134,7 +134,8 @@ def test_a_missing_package_is_said_with_its_command(tmp_path, package):
     )
     (tmp_path / "sitecustomize.py").write_text(hidden)
     format = {"pyarrow": "parquet"}.get(package, package)
-    done = export("calm", "--format", format, env={"PYTHONPATH": str(tmp_path)})
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = export("calm", "--format", format, env=env, cold=True)
     assert_refused(done, f'pip install "tui-trainer[{format}]"', status=1)
 
 

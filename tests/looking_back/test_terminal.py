@@ -10,6 +10,8 @@ import pytest
 from tests.looking_back.runs import directory, fingerprint, home
 from tests.terminal.harness import Terminal
 
+pytestmark = pytest.mark.slow
+
 
 def opened(*arguments: str) -> Terminal:
     environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(home() / "runs")}

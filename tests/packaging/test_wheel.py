@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import made_once
+
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.xdist_group("wheel"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def checked(command: Sequence[str | Path], **options: object) -> str:
@@ -28,28 +30,34 @@ def checked(command: Sequence[str | Path], **options: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel() -> Path:
     """Built from a copy of the sources, so that neither leftovers nor the checkout take part."""
-    source = tmp_path_factory.mktemp("source")
+    (built,) = (made_once("wheel", build) / "out").glob("*.whl")
+    return built
+
+
+def build(place: Path) -> None:
+    source = place / "source"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     for name in ("tui_trainer", "models"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    out = tmp_path_factory.mktemp("wheel")
-    checked([sys.executable, "-m", "build", "--wheel", "--outdir", out, source])
-    (built,) = out.glob("*.whl")
-    return built
+    checked([sys.executable, "-m", "build", "--wheel", "--outdir", place / "out", source])
 
 
 @pytest.fixture(scope="module")
-def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clean(wheel: Path) -> Path:
     """The `bin` of an environment that holds the wheel and, of this one, the dependencies alone.
 
     The dependencies (gigabytes, some of them) are lent by path; this environment's own editable
     tui-trainer is not: its `.pth` files are not read there, and the wheel's files come first.
     """
-    where = tmp_path_factory.mktemp("clean")
+    return made_once("clean", lambda where: install(wheel, where)) / "bin"
+
+
+def install(wheel: Path, where: Path) -> None:
     venv.create(where, with_pip=False, symlinks=True)
     purelib = Path(
         checked(
@@ -59,12 +67,16 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     checked([*pip, "--python", where / "bin/python", "install", "--no-deps", "--no-index", wheel])
     (purelib / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return where / "bin"
 
 
 def away(tmp_path: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return {**kept, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "2"}
+    return {
+        **kept,
+        "PYTHONPATH": "",
+        "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"),
+        "OMP_NUM_THREADS": "2",
+    }
 
 
 def test_it_holds_what_it_must_and_nothing_else(wheel: Path) -> None:

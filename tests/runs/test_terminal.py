@@ -12,6 +12,7 @@ import pytest
 from tests.runs.starting import last_step, until
 from tests.terminal.harness import Terminal
 
+pytestmark = pytest.mark.slow
 GPT = ("--threads", "1", "--steps", "100000")
 
 
