@@ -22,7 +22,7 @@ from tui_trainer import __version__
 from tui_trainer.client.api import Link
 from tui_trainer.config.run_spec import find_socket
 from tui_trainer.history import History
-from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol import PROTOCOL_VERSION, Phase
 from tui_trainer.protocol.framing import (
     ConnectionClosed,
     FrameBuffer,
@@ -348,7 +348,7 @@ class Cursor:
     event: int = 0
     log: int = 0
     artifact: int = 0
-    report: tuple[int, str] | None = None
+    report: tuple[int, Phase] | None = None
 
     def advance(self, update: Update) -> None:
         """Step over what an answer holds."""

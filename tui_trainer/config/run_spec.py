@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from tui_trainer.protocol.messages import State
 from tui_trainer.protocol.schema import Scalar
 
 # ---- state
@@ -38,8 +39,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     task: str = ""
     title: str = ""
-    state: str = "starting"
-    """As `Status.state`."""
+    state: State = "starting"
     pid: int = 0
     began: str = ""
     """When the process began, as `process_identity` says it."""

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tui_trainer.protocol.messages import ClipKind, NonFiniteQuantity, NonFiniteValue
+
 # ---- records
 # What the training thread hands to the recorder: plain numpy, no torch, nothing shared.
 
@@ -28,7 +30,7 @@ class ClipRecord:
     scale: float
     parameters: tuple[int, ...]
     shares: tuple[float, ...]
-    kind: str = "norm"
+    kind: ClipKind = "norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class StepRecord:
     rows: tuple[tuple[int, Floats], ...]
     """(table id, values of its columns) for each table measured in this step."""
     clip: ClipRecord | None = None
-    nonfinite: tuple[tuple[str, str, str, int | None], ...] = field(default=())
+    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = field(
+        default=()
+    )
     """(quantity, first parameter, value, last step at which it was seen to be finite) of what was
     found to be NaN or infinite."""
     own_ms: float = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import Floats
+from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
 from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts
 
 
@@ -27,7 +28,7 @@ class NonFinite(Probe):
     def __init__(self, subject: ParameterGroup, options: Options) -> None:
         super().__init__(subject, options)
         self._present: set[str] = set()
-        self._finite_at: dict[str, int] = {}
+        self._finite_at: dict[NonFiniteQuantity, int] = {}
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """Adds to `facts.nonfinite`."""
@@ -43,11 +44,13 @@ class NonFinite(Probe):
         self._see("weight", facts.weight_norms, facts)
         return ()
 
-    def _finite(self, quantity: str, facts: StepFacts) -> None:
+    def _finite(self, quantity: NonFiniteQuantity, facts: StepFacts) -> None:
         self._present.discard(quantity)
         self._finite_at[quantity] = facts.step
 
-    def _see(self, quantity: str, found: NDArray[np.float64] | None, facts: StepFacts) -> None:
+    def _see(
+        self, quantity: NonFiniteQuantity, found: NDArray[np.float64] | None, facts: StepFacts
+    ) -> None:
         if found is None:
             return
         if math.isfinite(found.sum()):
@@ -56,5 +59,7 @@ class NonFinite(Probe):
             self._present.add(quantity)
             first = int(np.argmin(np.isfinite(found)))
             parameter = "" if quantity == "loss" else self.subject.names[first]
-            value = "nan" if np.isnan(found[first]) else ("inf" if found[first] > 0 else "-inf")
+            value: NonFiniteValue = "nan"
+            if not np.isnan(found[first]):
+                value = "inf" if found[first] > 0 else "-inf"
             facts.nonfinite.append((quantity, parameter, value, self._finite_at.get(quantity)))

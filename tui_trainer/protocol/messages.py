@@ -10,9 +10,38 @@ struct goes to its end, with a default, and no field is ever taken away.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import msgspec
 
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
+
+State = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "crashed"]
+"""The states of a run; a decoder refuses any other."""
+EndState = Literal["finished", "stopped", "crashed"]
+"""The states in which no further step comes."""
+END_STATES: tuple[EndState, ...] = get_args(EndState)
+Level = Literal["info", "warning", "error"]
+NoticeKind = Literal[
+    "cadence",
+    "checkpoint",
+    "command",
+    "device",
+    "evaluation",
+    "fault",
+    "mark",
+    "recording",
+    "skipped_step",
+    "state",
+    "threads",
+    "unseen",
+    "viewer",
+]
+NonFiniteQuantity = Literal["loss", "gradient", "weight"]
+NonFiniteValue = Literal["nan", "inf", "-inf"]
+ClipKind = Literal["norm", "value"]
+Stream = Literal["stdout", "stderr"]
 
 # ---------------------------------------------------------------- greeting
 
@@ -50,12 +79,11 @@ class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """The state of the run at one moment: the little that changes all the time."""
 
-    state: str = "starting"
-    """`starting`, `running`, `paused`, `stopping`, `finished`, `stopped` or `crashed`."""
+    state: State = "starting"
     step: int = 0
     """Optimizer steps completed."""
     epoch: float = 0.0
-    phase: str = ""
+    phase: Phase | Literal[""] = ""
     """The phase now running, or, when paused, the phase that has just ended."""
     waiting_for: str = ""
     """What a run that shows nothing yet is busy with: `importing torch`, `building the model`, …"""
@@ -88,7 +116,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     @property
     def ended(self) -> bool:
         """Whether no further step will come."""
-        return self.state in ("finished", "stopped", "crashed")
+        return self.state in END_STATES
 
 
 class Quantity(msgspec.Struct, frozen=True, array_like=True):
@@ -104,7 +132,7 @@ class PhaseReport(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     """The optimizer step being made (the one that has not completed, unless phase is `step`)."""
-    phase: str
+    phase: Phase
     duration_ms: float
     summary: str
     """One sentence in plain words, such as `gradients of 27 parameters, total norm 1.84`."""
@@ -154,8 +182,7 @@ class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
     """Indices into `RunInfo.parameters`, largest share first."""
     shares: tuple[float, ...] = ()
     """‖gᵢ‖² / Σ‖g‖² of each."""
-    kind: str = "norm"
-    """`norm` or `value`."""
+    kind: ClipKind = "norm"
 
 
 class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
@@ -164,11 +191,10 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
     id: int
     step: int
     time: float
-    quantity: str
-    """`loss`, `gradient` or `weight`."""
+    quantity: NonFiniteQuantity
     parameter: str = ""
     """The first parameter in which it was seen."""
-    value: str = "nan"
+    value: NonFiniteValue = "nan"
     finite_at: int | None = None
     """The last step at which the quantity was measured and finite; None: at none. Between that step
     and this one it was not measured."""
@@ -187,12 +213,9 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     id: int
     step: int
     time: float
-    kind: str
-    """`command`, `evaluation`, `checkpoint`, `skipped_step`, `fault`, `cadence`, `mark`, `state`,
-    …"""
+    kind: NoticeKind
     text: str
-    level: str = "info"
-    """`info`, `warning` or `error`."""
+    level: Level = "info"
     who: str = ""
     """The viewer who caused it, for commands and marks."""
 
@@ -206,8 +229,7 @@ class LogLine(msgspec.Struct, frozen=True, array_like=True):
     id: int
     time: float
     step: int
-    stream: str
-    """`stdout` or `stderr`."""
+    stream: Stream
     text: str
 
 
@@ -260,7 +282,7 @@ class Poll(msgspec.Struct, tag="poll", frozen=True, array_like=True):
     """Id of the next event it lacks; ids are dense from 0."""
     log: int = 0
     artifact: int = 0
-    report: tuple[int, str] | None = None
+    report: tuple[int, Phase] | None = None
     """(step, phase) of the phase report it has."""
     watch: tuple[str, ...] = ()
     """Topics on its screen now that are measured only while someone looks (`attention_heads`,

@@ -18,9 +18,11 @@ from tui_trainer.protocol.messages import (
     ConfusionMatrix,
     Event,
     ImageSample,
+    Level,
     LogLine,
     NonFinite,
     Notice,
+    NoticeKind,
     Status,
     TextSample,
 )
@@ -187,7 +189,9 @@ class EventLog:
             ARTIFACTS_KEPT, ARTIFACT_BYTES_KEPT, artifact_bytes
         )
 
-    def notice(self, kind: str, text: str, level: str, step: int, who: str, when: float) -> Notice:
+    def notice(
+        self, kind: NoticeKind, text: str, level: Level, step: int, who: str, when: float
+    ) -> Notice:
         """Keep and return a notice."""
         notice = Notice(self.events.next_id, step, when, kind, text, level, who)
         self.events.append(notice)

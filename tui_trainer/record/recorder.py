@@ -25,11 +25,15 @@ from tui_trainer.history import History
 from tui_trainer.history.buckets import Floats, StepRecord
 from tui_trainer.protocol.messages import (
     Artifact,
+    EndState,
+    Level,
     LogLine,
     NonFinite,
+    NoticeKind,
     PhaseReport,
     Poll,
     Status,
+    Stream,
     Update,
 )
 from tui_trainer.protocol.schema import Column, RunInfo, Table
@@ -130,9 +134,9 @@ class Ledger:
 
     def take_notice(
         self,
-        kind: str,
+        kind: NoticeKind,
         text: str,
-        level: str = "info",
+        level: Level = "info",
         step: int | None = None,
         who: str = "",
         when: float | None = None,
@@ -142,7 +146,7 @@ class Ledger:
         when = self._clock() if when is None else when
         self.out.append(self.told.notice(kind, text, level, at, who, when))
 
-    def take_log(self, stream: str, text: str, when: float) -> None:
+    def take_log(self, stream: Stream, text: str, when: float) -> None:
         """A line that was printed."""
         line = LogLine(self.told.log.next_id, when, self.status.step, stream, text)
         self.told.log.append(line)
@@ -249,7 +253,12 @@ class Intake:
         self._enqueue(self._ledger.take_row, RowRecorded(table, step, values, self._clock()))
 
     def notice(
-        self, kind: str, text: str, level: str = "info", step: int | None = None, who: str = ""
+        self,
+        kind: NoticeKind,
+        text: str,
+        level: Level = "info",
+        step: int | None = None,
+        who: str = "",
     ) -> None:
         """Say something worth a line in the log; `kind` as in `Notice`."""
         said = sanitize(text)
@@ -269,7 +278,7 @@ class Intake:
         self._faults.add(text)
         return text
 
-    def log(self, stream: str, text: str) -> None:
+    def log(self, stream: Stream, text: str) -> None:
         """Take a line that the script or a library printed."""
         self._enqueue(self._ledger.take_log, stream, sanitize(text), self._clock())
 
@@ -448,7 +457,7 @@ class Recorder(Intake):
             self._feeds.append(feed)
         return feed
 
-    def end(self, state: str, reason: str = "", hint: str = "", refused: bool = False) -> None:
+    def end(self, state: EndState, reason: str = "", hint: str = "", refused: bool = False) -> None:
         """The run has ended as `finished`, `stopped` or `crashed`; `refused` as in `Status`. Only
         the first call counts."""
         with self._lock:

@@ -205,6 +205,8 @@ def _events(events: list[Event], count: int) -> Iterator[str]:
         return
     yield '<h2>Events</h2>\n<div class="panel"><table class="events">\n'
     yield '<tr><th class="n">step</th><th>what</th><th></th></tr>\n'
+    kind: str
+    level: str
     for event in events:
         if isinstance(event, Notice):
             who = f" ({event.who})" if event.who else ""

@@ -10,6 +10,7 @@ import traceback
 from dataclasses import dataclass
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.protocol.messages import EndState
 from tui_trainer.run.script import OUR_DIRECTORY, exit_status, print_exception
 from tui_trainer.trace.gate import StopTraining
 
@@ -22,8 +23,7 @@ REASON_CHARACTERS = 500
 class Outcome:
     """The end of a run."""
 
-    state: str
-    """`finished`, `stopped` or `crashed`."""
+    state: EndState
     reason: str = ""
     hint: str = ""
     status: int = 0

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from tui_trainer.protocol.messages import Stream
+
 LOG_FILE_BYTES = 256 * 1024 * 1024
 """The log file ends there; what follows is still shown to viewers, and recorded."""
 QUEUE_BYTES = 16 * 1024 * 1024
@@ -248,14 +250,16 @@ def clean(text: str) -> str:
 # caught as well.
 
 
-STREAMS = {1: "stdout", 2: "stderr"}
+STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
 READ_BYTES = 1 << 16
 
 
 class Capture:
     """Between `start` and `stop`, hands each printed line to `on_line(stream, text)`."""
 
-    def __init__(self, on_line: Callable[[str, str], None], log_file: Path | None = None) -> None:
+    def __init__(
+        self, on_line: Callable[[Stream, str], None], log_file: Path | None = None
+    ) -> None:
         self._on_line = on_line
         self._log_path = log_file
         self._log: LogFile | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -23,7 +24,7 @@ from tui_trainer.config.run_spec import (
     read_state,
     runs_directory,
 )
-from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.messages import END_STATES, EndState, Status
 from tui_trainer.protocol.schema import DeviceInfo, RunInfo
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.security import RunError, answers, check_directory
@@ -92,15 +93,17 @@ LONG_SILENT_S = 3600.0
 LIVE = ("live", "paused")
 
 
+EntryState = Literal["live", "paused", "finished", "stopped", "crashed", "refused"]
+
+
 @dataclass(frozen=True)
 class RunEntry:
     """One run, as its directory tells it."""
 
     name: str
     directory: Path
-    state: str
-    """`live`, `paused`, `finished`, `stopped`, `crashed`, or `refused`: what its directory says
-    must not be believed."""
+    state: EntryState
+    """`refused`: what its directory says cannot be trusted."""
     said: RunState
     """The last that it said of itself."""
     note: str = ""
@@ -112,6 +115,11 @@ class RunEntry:
     def live(self) -> bool:
         """Whether its process is there."""
         return self.state in LIVE
+
+    @property
+    def end_state(self) -> EndState:
+        """How a run without a process ended; `crashed` where its directory cannot be trusted."""
+        return self.state if self.state in END_STATES else "crashed"
 
     @property
     def branched_from(self) -> str:
@@ -208,11 +216,11 @@ def may_live(run: RunEntry) -> str:
     return ""
 
 
-def judge(said: RunState) -> tuple[str, str]:
+def judge(said: RunState) -> tuple[EntryState, str]:
     """(state, why) of a run that last said this of itself."""
-    if said.ended:
+    if said.state in END_STATES:
         return said.state, f"could not start: {said.reason}" if said.refused else said.reason
-    alive = "paused" if said.state == "paused" else "live"
+    alive: EntryState = "paused" if said.state == "paused" else "live"
     if said.place == machine_identity():
         if said.began and process_identity(said.pid) == said.began:
             return alive, said.reason
@@ -338,7 +346,7 @@ def recorded_status(directory: Path) -> tuple[bool, Status | None]:
     said = run.said
     if said.place == machine_identity() and said.began and process_identity(said.pid) == said.began:
         return False, None  # it has ended, and is writing down the last of it
-    return True, Status(state=run.state, step=said.step, reason=run.note or said.reason)
+    return True, Status(state=run.end_state, step=said.step, reason=run.note or said.reason)
 
 
 def recorded_info(directory: Path) -> RunInfo:

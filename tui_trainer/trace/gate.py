@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from tui_trainer.protocol import Phase
 
 
 class Refusal(ValueError):
@@ -46,7 +48,7 @@ class Controls:
 
     def __init__(self, paused: bool = False, steps_per_epoch: int | None = None) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self.phase = ""
+        self.phase: Phase | Literal[""] = ""
         """The phase whose end was reached last."""
         self.step_in_progress = 1
         """The optimizer step that phase belongs to, counted from 1."""
@@ -66,7 +68,7 @@ class Controls:
         self._regular: list[tuple[Sequence[int], Callable[[int], None]]] = []
         self._next_regular: float = math.inf
         """The step after which one of them is due."""
-        self.on_stop_here: Callable[[str, int], None] = _nothing
+        self.on_stop_here: Callable[[Phase, int], None] = _nothing
         """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
         self.on_change: Callable[[], None] = _nothing
         """Any thread: mode, target or throttle changed."""
@@ -304,7 +306,7 @@ class Gate(Controls):
     `paused=True` stops it at the very first boundary (after the `data` phase of step 1).
     """
 
-    def reached(self, phase: str, step: int) -> None:
+    def reached(self, phase: Phase, step: int) -> None:
         """A phase of optimizer step `step` has ended. May wait; raises `StopTraining` to stop."""
         self.phase = phase
         self.step_in_progress = step
@@ -322,7 +324,7 @@ class Gate(Controls):
         target = self._target
         return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
 
-    def _arrive(self, phase: str, step: int) -> None:
+    def _arrive(self, phase: Phase, step: int) -> None:
         began = time.perf_counter()
         self.arrived = True
         try:
@@ -358,7 +360,7 @@ class Gate(Controls):
             except Exception as fault:
                 self._tell(self.on_fault, name, fault)
 
-    def _serve(self, phase: str) -> None:
+    def _serve(self, phase: Phase) -> None:
         """Run what was handed to this thread and may run at this boundary."""
         while True:
             with self._condition:
@@ -372,7 +374,7 @@ class Gate(Controls):
             with self.working():
                 chosen.run()
 
-    def _raise_if_stopping(self, phase: str) -> None:
+    def _raise_if_stopping(self, phase: Phase) -> None:
         # At the end of `data` nothing of the step has happened yet; but a batch is drawn, which a
         # checkpoint would lose.
         if self._stopping and (phase == "step" or (phase == "data" and not self._checkpoint)):
@@ -385,7 +387,7 @@ class Gate(Controls):
             self._tell(self.on_change)
             raise StopTraining(self._checkpoint)
 
-    def _must_stop(self, phase: str, step: int) -> bool:
+    def _must_stop(self, phase: Phase, step: int) -> bool:
         with self._condition:
             if self._stopping or self._ended:
                 return False
@@ -399,12 +401,12 @@ class Gate(Controls):
             self._rearm()
             return False
 
-    def _stop_here(self, phase: str, step: int) -> None:
+    def _stop_here(self, phase: Phase, step: int) -> None:
         self._tell(self.on_stop_here, phase, step)
         self._wait(phase)
         self._raise_if_stopping(phase)
 
-    def _wait(self, phase: str) -> None:
+    def _wait(self, phase: Phase) -> None:
         with self._condition:
             # A control that came while the report was made has already set us going again.
             if self._boundaries_left or self._target is not None or self._stopping or self._ended:
@@ -421,7 +423,7 @@ class Gate(Controls):
                     self._condition.wait()
         self.paused_s += time.perf_counter() - began
 
-    def _servable(self, phase: str) -> bool:
+    def _servable(self, phase: Phase) -> bool:
         return any(request.mid_step or phase == "step" for request in self._requests)
 
     def _keep_rate(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
@@ -242,7 +243,7 @@ class OptimizerRegistry:
         """A probe found out while running that there is nothing for it to see; or that there is."""
         self._recorder.describe(unseen=self._unseen())
 
-    def _cadence_changed(self, governed: Sequence[GovernedProbe], text: str, level: str) -> None:
+    def _cadence_changed(self, governed: Sequence[GovernedProbe], text: str, level: Level) -> None:
         tables: list[Table] = []
         for slot in governed:
             assert isinstance(slot, ActiveProbe)

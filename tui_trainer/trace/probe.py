@@ -14,7 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import ClipRecord, Floats, StepRecord
-from tui_trainer.protocol.messages import PhaseReport
+from tui_trainer.protocol.messages import (
+    ClipKind,
+    Level,
+    NonFiniteQuantity,
+    NonFiniteValue,
+    NoticeKind,
+    PhaseReport,
+)
 from tui_trainer.protocol.schema import AttentionInfo, Column, Table
 
 # torch.compile and the parallel wrappers put a level of their own between a model and its names.
@@ -249,7 +256,7 @@ class TableSpec:
 class ClipSeen:
     """One call of a clipping function, with its figures on the host."""
 
-    kind: str
+    kind: ClipKind
     """`norm` or `value`."""
     max_norm: float
     norm_before: float
@@ -283,7 +290,9 @@ class StepFacts:
     weight_norms: NDArray[np.float64] | None = None
     total_norm: float | None = None
     clip: ClipRecord | None = None
-    nonfinite: list[tuple[str, str, str, int | None]] = field(default_factory=list)
+    nonfinite: list[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None]] = field(
+        default_factory=list
+    )
 
 
 class Probe:
@@ -392,7 +401,12 @@ class RecorderLike(Protocol):
         """Take one optimizer step's measurements: O(1)."""
 
     def notice(
-        self, kind: str, text: str, level: str = "info", step: int | None = None, who: str = ""
+        self,
+        kind: NoticeKind,
+        text: str,
+        level: Level = "info",
+        step: int | None = None,
+        who: str = "",
     ) -> None:
         """Put a line in the log."""
 

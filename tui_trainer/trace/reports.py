@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
@@ -89,7 +89,7 @@ class Reporter:
 
     # ------------------------------------------------------------ reports
 
-    def make(self, phase: str, step: int) -> None:
+    def make(self, phase: Phase, step: int) -> None:
         """Report on `phase`; the training thread is about to wait."""
         tracer = self._tracer()
         if tracer is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
+from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.trace.probe import (
     Options,
@@ -102,7 +103,7 @@ class GovernedProbe:
         return self.held or self.importance >= NEVER_STRETCHED
 
 
-Changed = Callable[[Sequence[GovernedProbe], str, str], None]
+Changed = Callable[[Sequence[GovernedProbe], str, Level], None]
 """Told of what has another cadence now, with a sentence for people and its level."""
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from tui_trainer.history.buckets import Floats, StepRecord
+from tui_trainer.protocol.messages import ClipKind
 from tui_trainer.trace.phases import Times
 from tui_trainer.trace.probe import ClipSeen, StepFacts
 from tui_trainer.trace.schedule import ActiveProbe
@@ -24,7 +25,7 @@ from tui_trainer.trace.transfer import HostTransfer
 class ClipCall:
     """A call of a clipping function, its figures still where they were computed."""
 
-    kind: str
+    kind: ClipKind
     meters: list[object]
     """Of the optimizers whose gradients it clipped and that have not stepped since."""
     max_norm: float
@@ -35,7 +36,7 @@ class ClipCall:
 
 
 def clip_call(
-    kind: str,
+    kind: ClipKind,
     parameters: Any,
     limit: Any,
     norm_type: Any,

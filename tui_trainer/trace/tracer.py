@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tui_trainer.protocol.messages import ClipKind
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, same_face
@@ -274,7 +275,7 @@ class Hearing(HearsCalls):
     # ------------------------------------------------------------ clipping
 
     @guarded
-    def clip_begins(self, parameters: Any, kind: str) -> bool:
+    def clip_begins(self, parameters: Any, kind: ClipKind) -> bool:
         """Gradients are about to be clipped: read them first."""
         if not self.phases.enter(CLIP):
             return False
@@ -292,7 +293,7 @@ class Hearing(HearsCalls):
     @guarded
     def clip_ends(
         self,
-        kind: str,
+        kind: ClipKind,
         parameters: Any,
         limit: Any,
         norm_type: Any,
@@ -494,7 +495,7 @@ def _wrap_backward(tracer: Hearing, patches: Patches) -> None:
     patches.replace(torch.autograd, "backward", same_face(function, autograd_backward))
 
 
-CLIPPING = {
+CLIPPING: dict[str, ClipKind] = {
     "clip_grad_norm_": "norm",
     "clip_grads_with_norm_": "norm",
     "clip_grad_value_": "value",
@@ -514,7 +515,7 @@ def _wrap_clipping(tracer: Hearing, patches: Patches) -> None:
 
 
 def _clipping(
-    tracer: Hearing, original: Callable[..., Any], name: str, kind: str
+    tracer: Hearing, original: Callable[..., Any], name: str, kind: ClipKind
 ) -> Callable[..., Any]:
     def clip(*args: Any, **kwargs: Any) -> Any:
         if _passes_by(tracer):

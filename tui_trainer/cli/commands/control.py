@@ -138,7 +138,7 @@ def _end_on_disk(run: RunEntry) -> Status | None:
     now = inspect_run(run.directory)
     if now is None or now.live:
         return None
-    return Status(state=now.state, step=now.said.step, reason=now.note, hint=now.said.hint)
+    return Status(state=now.end_state, step=now.said.step, reason=now.note, hint=now.said.hint)
 
 
 def _paused(status: Status, _: list[Event]) -> bool:

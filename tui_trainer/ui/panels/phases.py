@@ -11,7 +11,7 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Panel, unseen
@@ -40,7 +40,7 @@ class PhaseStrip(Panel):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._made: tuple[int, dict[str, float]] = (0, {})
+        self._made: tuple[int, dict[Phase, float]] = (0, {})
         """The step in the making, and what each of its phases took that was stopped at."""
 
     def show(self, snapshot: Snapshot) -> None:
