@@ -128,7 +128,7 @@ def test_events_are_dense_and_typed(recorder):
     assert isinstance(events[1], Clip)
     assert isinstance(events[2], NonFinite)
     assert recorder.update_for(Poll(event=2)).events == events[2:]
-    assert recorder.state.clipped_share == pytest.approx(1 / 3)
+    assert recorder.status.clipped_share == pytest.approx(1 / 3)
 
 
 def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
@@ -158,7 +158,7 @@ def test_memory_of_logs_is_bounded_and_numbers_stay_dense(recorder):
         cursor, more = seen[-1] + 1, update.more
     assert seen == list(range(seen[0], 60_000))
     assert 10_000 <= len(seen) <= 25_000  # more than a viewer keeps
-    assert len(recorder._ledger.told.log.since(0, 60_000)[0]) <= 25_000
+    assert len(recorder._events.log.since(0, 60_000)[0]) <= 25_000
 
 
 def test_artifacts_are_numbered(recorder):
@@ -191,7 +191,7 @@ def test_a_blocked_sink_costs_nothing_and_its_loss_is_said(recorder):
     feed._limit = 20_000
     for number in range(1, 1001):
         recorder.record(step(number))
-    assert recorder.state.step == 1000  # the recorder itself went on
+    assert recorder.status.step == 1000  # the recorder itself went on
     sink.gate.set()
     recorder.end("finished")
     assert recorder.flush(10)
@@ -224,7 +224,7 @@ def test_the_queue_is_bounded_and_overflow_is_counted():
     with recorder._lock:  # nobody can drain now
         for number in range(1, 6001):
             recorder.record(step(number))
-        assert len(recorder._incoming) <= 4096
+        assert len(recorder._queue) <= 4096
     update = recorder.update_for(Poll())
     assert any("1904 steps" in event.text for event in update.events)
     recorder.close(5)
@@ -286,7 +286,7 @@ def test_nothing_counts_after_the_end(recorder):
     recorder.record(step(1))
     recorder.end("crashed", "it broke", "mend it")
     recorder.end("finished")
-    status = recorder.state
+    status = recorder.status
     assert (status.state, status.reason, status.hint) == ("crashed", "it broke", "mend it")
     assert status.ended
 
@@ -299,7 +299,7 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
                 recorder.record(step(1))
                 recorder.notice("mark", "child")
                 recorder.end("crashed")
-                assert not recorder._incoming
+                assert not recorder._queue
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -311,7 +311,7 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
         time.sleep(0.01)
     assert done
     assert os.waitstatus_to_exitcode(code) == 0
-    assert not recorder.state.ended
+    assert not recorder.status.ended
 
 
 @pytest.mark.parametrize("share", [1 / 3, float("nan"), float("inf")])

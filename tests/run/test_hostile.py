@@ -248,7 +248,7 @@ def test_no_escape_sequence_gets_through(rig):
             send(rig, data)
         rig.recorder.log("stdout", ESCAPES)
         rig.recorder.fault(ESCAPES, ValueError(ESCAPES + "\udcff"))
-        rig.recorder.status(reason=ESCAPES)
+        rig.recorder.set_status(reason=ESCAPES)
         rig.recorder.describe(title=ESCAPES, facts={ESCAPES: ESCAPES})
         update = peer.ask(Poll())
     said = msgspec.json.encode(msgspec.to_builtins(update), enc_hook=str).decode()
@@ -274,8 +274,8 @@ def test_half_a_message_and_a_viewer_that_fell_silent(rig, monkeypatch):
     wait_for(lambda: any("middle of a message" in text for text in rig.dropped()))
     silent = rig.viewer("silent")
     wait_for(lambda: any("asked nothing for 1 s" in text for text in rig.dropped()))
-    wait_for(lambda: rig.recorder.state.viewers == ())
-    assert rig.recorder.state.controller is None
+    wait_for(lambda: rig.recorder.status.viewers == ())
+    assert rig.recorder.status.controller is None
     for peer in (half, silent):
         peer.stream.close()
 
@@ -291,7 +291,7 @@ def test_a_message_that_breaks_off_is_said(rig, cut):
     whole = rig.viewer("whole")
     whole.stream.sendall(frame)
     whole.stream.close()
-    wait_for(lambda: rig.recorder.state.viewers == ())
+    wait_for(lambda: rig.recorder.status.viewers == ())
     assert len(rig.dropped()) == 1
 
 

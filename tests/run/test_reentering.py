@@ -57,7 +57,7 @@ def test_a_signal_that_comes_while_a_pause_is_told(monkeypatch, host, before):
     assert not thread.is_alive(), "the handler waits for the thread that it has interrupted"
     assert ended == ["stopped"]
     assert left == []
-    assert not host.recorder.pace.paused
+    assert not host.recorder.throughput.paused
 
 
 class Busy(io.StringIO):

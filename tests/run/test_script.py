@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
-import psutil
 import pytest
 
 from tests import processes
-from tests.runs.starting import until
 
 RUNNER = """
 import sys
@@ -243,7 +242,7 @@ def test_terminated_before_any_step(place):
     assert process.stdout.readline() == b"up\n"
     # Any Python program learns only at the end of a call in C of a signal that has come between its
     # last look for signals and that call: let it be asleep first.
-    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, "it sleeps")
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=50)
     assert process.returncode == 143

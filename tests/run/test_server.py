@@ -107,7 +107,7 @@ def rig(tmp_path):
     made.recorder.close(5)
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -127,8 +127,8 @@ def test_greeting_and_poll(rig):
         assert update.info.name == "r"
         assert update.status.viewers == ("me@here",)
         assert update.status.controller == peer.welcome.viewer_id
-    wait_for(lambda: rig.recorder.state.viewers == ())
-    assert rig.recorder.state.controller is None
+    wait_for(lambda: rig.recorder.status.viewers == ())
+    assert rig.recorder.status.controller is None
 
 
 def test_another_version_is_refused_with_a_hint(rig):
@@ -190,21 +190,21 @@ def test_control_is_held_by_one_and_taken_explicitly(rig):
         assert second.do(TakeControl()).ok
         assert second.do(Pause()).ok
         assert not first.do(Resume()).ok
-        assert rig.recorder.state.controller == second.welcome.viewer_id
-    wait_for(lambda: not rig.recorder.state.viewers)
+        assert rig.recorder.status.controller == second.welcome.viewer_id
+    wait_for(lambda: not rig.recorder.status.viewers)
 
 
 def test_control_without_a_holder_goes_to_who_uses_it(rig):
     with rig.viewer("first") as first, rig.viewer("second") as second:
         first.stream.close()
-        wait_for(lambda: rig.recorder.state.controller is None)
+        wait_for(lambda: rig.recorder.status.controller is None)
         assert second.do(Pause()).ok
-        assert rig.recorder.state.controller == second.welcome.viewer_id
+        assert rig.recorder.status.controller == second.welcome.viewer_id
 
 
 def test_a_read_only_viewer_never_controls(rig):
     with rig.viewer("watcher", read_only=True) as peer:
-        assert rig.recorder.state.controller is None
+        assert rig.recorder.status.controller is None
         for action in (Pause(), TakeControl(), Stop(), Mark("x")):
             assert not peer.do(action).ok
     assert rig.asked == []

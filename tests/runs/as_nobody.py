@@ -43,16 +43,16 @@ def main(parent):
     host.open(None)
     threading.Thread(target=host.train, daemon=True).start()
     recorder = host.recorder
-    until(lambda: "not recording" in recorder.state.recording, "it is said")
-    seen["said"] = recorder.state.recording
-    before = recorder.state.step
-    until(lambda: recorder.state.step > before + 50, "training goes on")
+    until(lambda: "not recording" in recorder.status.recording, "it is said")
+    seen["said"] = recorder.status.recording
+    before = recorder.status.step
+    until(lambda: recorder.status.step > before + 50, "training goes on")
     seen["files meanwhile"] = sorted(os.listdir(place))
     os.chmod(place, 0o700)
-    until(lambda: not recorder.state.recording, "recording resumes")
-    seen["resumed at"] = recorder.state.step
-    until(lambda: recorder.state.step > seen["resumed at"] + 50, "it goes on recording")
-    seen["ended at"] = recorder.state.step
+    until(lambda: not recorder.status.recording, "recording resumes")
+    seen["resumed at"] = recorder.status.step
+    until(lambda: recorder.status.step > seen["resumed at"] + 50, "it goes on recording")
+    seen["ended at"] = recorder.status.step
     recorder.end("stopped")
     recorder.close(20)
     print(json.dumps(seen), flush=True)

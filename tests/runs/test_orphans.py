@@ -22,7 +22,7 @@ from tui_trainer.config.run_spec import (
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import RunEnded
-from tui_trainer.record.sinks import StateSink
+from tui_trainer.record.status_file import StatusFile
 from tui_trainer.runs.registry import inspect_run, list_runs
 
 GPT = ("--threads", "1", "--steps", "100000")
@@ -149,7 +149,7 @@ def test_the_whole_runs_directory_is_made_again_for_a_living_run(runs):
 def test_what_has_ended_is_not_made_again(tmp_path):
     place = tmp_path / "gpt-over"
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt"))
-    sink = StateSink(place, RunInfo(place.name, "gpt"))
+    sink = StatusFile(place, RunInfo(place.name, "gpt"))
     sink.take([RunEnded(Status(state="crashed", reason="refused"))], Status())
     shutil.rmtree(place)
     sink.take([], Status(state="finished"))

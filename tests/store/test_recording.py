@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 
-from tests.client.scripted import until
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol.messages import TextSample
@@ -35,7 +35,7 @@ def record(recorder, steps):
 
 def test_a_recorded_run_is_replayed(tmp_path):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
-    recorder.subscribe(StoreWriter(tmp_path, lambda text: recorder.status(recording=text)))
+    recorder.subscribe(StoreWriter(tmp_path, lambda text: recorder.set_status(recording=text)))
     recorder.declare([table()])
     record(recorder, range(1, 3001))
     recorder.log("stdout", "hello")
@@ -43,7 +43,7 @@ def test_a_recorded_run_is_replayed(tmp_path):
     recorder.artifact(TextSample(0, 3000, "To", "be"))
     recorder.end("finished", "all steps made")
     assert recorder.close(20)
-    assert recorder.state.recording == ""
+    assert recorder.status.recording == ""
     seen = ReplaySession(tmp_path).poll()
     assert (seen.status.state, seen.status.step) == ("finished", 3000)
     assert seen.info.name == "quiet-otter"
@@ -61,13 +61,18 @@ def test_a_recorded_run_is_replayed(tmp_path):
 def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     place = tmp_path / "run"
-    recorder.subscribe(StoreWriter(place, lambda text: recorder.status(recording=text)))
+    recorder.subscribe(StoreWriter(place, lambda text: recorder.set_status(recording=text)))
     recorder.declare([table()])
     record(recorder, range(1, 1001))
-    until(lambda: "not recording" in recorder.state.recording)
-    assert "training goes on" in recorder.state.recording
+    deadline = time.monotonic() + 10
+    while "not recording" not in recorder.status.recording:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "training goes on" in recorder.status.recording
     place.mkdir()
-    until(lambda: not recorder.state.recording)
+    while recorder.status.recording:
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.01)
     recorder.end("finished")
     assert recorder.close(20)
     assert StoredHistory(place).tables[0].rows == 1000

@@ -210,6 +210,9 @@ STEP_COLUMNS = (
     Column("step_ms", "ms", "lower"),  # wall clock, from the end of the previous step to this one's
 )
 
+STEP_INDEX = {column.name: index for index, column in enumerate(STEP_COLUMNS)}
+"""Position of each column in a row of table `step`."""
+
 CLIP_COLUMNS = (
     Column("max_norm"),  # the threshold: max_norm, or clip_value for clipping by value
     Column("norm_before"),

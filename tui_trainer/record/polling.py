@@ -1,4 +1,8 @@
-"""Answering a viewer's poll: everything since its cursor, within its budget."""
+"""Answers a viewer's poll with everything since its cursor, within its budget of bytes.
+
+A viewer on a slow line is sent less: rows are summarised to fit `Poll.budget`, and of a flood of
+printed lines only the newest are sent.
+"""
 
 from __future__ import annotations
 
@@ -10,75 +14,72 @@ from tui_trainer.protocol.messages import LogLine, PhaseReport, Poll, Rows, Stat
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import EventLog, artifact_bytes, event_bytes, line_bytes
 
-# ---- allowance
-# How much of what is printed a viewer is sent: bursts whole, of a flood the newest.
-
-
 BACKLOG_BYTES = 512 * 1024
-"""What was printed before a viewer came."""
-BYTES_A_SECOND = 32 * 1024
-"""More than anybody can read."""
+"""Printed lines that a new viewer is sent of the time before it came."""
+BYTES_PER_SECOND = 32 * 1024
+"""More than a person can read."""
 BURST_BYTES = 128 * 1024
-"""Such as a long traceback."""
-ANSWERS = 4
-"""A slow viewer, whose answers are small, is behind by at most so many of them."""
+"""A long traceback fits."""
+MAX_ANSWERS_BEHIND = 4
 
-
-class TokenBucket:
-    """Grows with time and is spent; times are seconds of the caller's clock."""
-
-    def __init__(self, now: float) -> None:
-        self._bytes = float(BACKLOG_BYTES)
-        self._now = now
-
-    def at(self, now: float, budget: int) -> int:
-        """Bytes that may be sent now to a viewer whose answers hold `budget` bytes."""
-        grown = self._bytes + (now - self._now) * min(BYTES_A_SECOND, budget)
-        self._now = now
-        # What is left of the backlog is not taken away again.
-        self._bytes = max(self._bytes, min(grown, BURST_BYTES, ANSWERS * budget))
-        return int(self._bytes)
-
-    def spend(self, count: int) -> None:
-        """So many were sent."""
-        self._bytes = max(0.0, self._bytes - count)
-
-
-EVENTS_AT_ONCE = 2_000
-LOG_LINES_AT_ONCE = 2_000
-SHARE = 4
-"""A quarter of an answer at most each is for what was printed and for artifacts (one of these may
-be larger), and a half for events; the rest is for rows, and half of it at least."""
+EVENTS_PER_ANSWER = 2_000
+LOG_LINES_PER_ANSWER = 2_000
+ARTIFACTS_PER_ANSWER = 50
+PARTS = 4
+"""An answer's budget: at most a quarter each for log lines and artifacts (a single one may be
+larger), half for events, and at least half for rows."""
 MIN_BUDGET_BYTES = 4 * 1024
 MAX_BUDGET_BYTES = 4 * 1024 * 1024
-WATCH_LASTS_S = 10.0
-"""A viewer that has not polled for so long watches nothing any more."""
+WATCH_TIMEOUT_S = 10.0
+"""A viewer that has not polled for this long watches no topic."""
 TOPICS = frozenset(schema.TABLE_NAMES)
 
 
-class PollHandler:
-    """Makes `Update`s; remembers what each viewer watches."""
+class TokenBucket:
+    """Limits the bytes of printed lines per viewer. Starts with BACKLOG_BYTES."""
 
-    def __init__(self, history: History, told: EventLog) -> None:
+    def __init__(self, now: float) -> None:
+        self._tokens = float(BACKLOG_BYTES)
+        self._now = now
+
+    def available(self, now: float, budget: int) -> int:
+        """Bytes that may be sent at `now` (seconds) to a viewer whose answers hold `budget`."""
+        grown = self._tokens + (now - self._now) * min(BYTES_PER_SECOND, budget)
+        self._now = now
+        # The rest of the backlog is kept even where it is more than a burst.
+        self._tokens = max(self._tokens, min(grown, BURST_BYTES, MAX_ANSWERS_BEHIND * budget))
+        return int(self._tokens)
+
+    def spend(self, count: int) -> None:
+        self._tokens = max(0.0, self._tokens - count)
+
+
+class PollHandler:
+    """Makes the `Update` for a `Poll`, and remembers which topics each viewer watches."""
+
+    def __init__(self, history: History, events: EventLog) -> None:
         self._history = history
-        self._told = told
+        self._events = events
         self._watchers: dict[int, tuple[frozenset[str], float]] = {}
         self._reported: dict[int, PhaseReport] = {}
-        self._allowances: dict[int, TokenBucket] = {}
+        self._buckets: dict[int, TokenBucket] = {}
         self.watched: frozenset[str] = frozenset()
+        """The topics of all viewers; may be read without the recorder's lock."""
         self.report: PhaseReport | None = None
 
     def answer(self, poll: Poll, viewer: int, status: Status, info: RunInfo) -> Update:
-        """Everything that `viewer` lacks, called under the recorder's lock."""
+        """What `viewer` lacks. Called under the recorder's lock."""
         self._watch(viewer, frozenset(poll.watch) & TOPICS)
-        told, budget = self._told, min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
-        share = budget // SHARE
-        events, more_events = told.events.since(poll.event, EVENTS_AT_ONCE, 2 * share)
-        log, more_log = self._printed(poll.log, viewer, budget)
-        artifacts, more_artifacts = told.artifacts.since(poll.artifact, limit=50, weight=share)
+        budget = min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
+        part = budget // PARTS
+        events, more_events = self._events.events.since(poll.event, EVENTS_PER_ANSWER, 2 * part)
+        log, more_log = self._log_lines(poll.log, viewer, budget)
+        artifacts, more_artifacts = self._events.artifacts.since(
+            poll.artifact, ARTIFACTS_PER_ANSWER, part
+        )
         used = sum(map(event_bytes, events)) + sum(map(line_bytes, log))
         used += sum(map(artifact_bytes, artifacts))
-        rows, more_rows = self._rows(poll, max(budget - used, 2 * share))
+        rows, more_rows = self._rows(poll, max(budget - used, 2 * part))
         return Update(
             status=status,
             info=None if poll.revision == info.revision else info,
@@ -92,26 +93,25 @@ class PollHandler:
         )
 
     def expire(self) -> None:
-        """Drop what viewers watched who have fallen silent."""
-        horizon = time.monotonic() - WATCH_LASTS_S
+        """Stop watching for viewers that no longer poll."""
+        horizon = time.monotonic() - WATCH_TIMEOUT_S
         if any(seen < horizon for _, seen in self._watchers.values()):
             self._watchers = {k: w for k, w in self._watchers.items() if w[1] >= horizon}
-            self._gather()
+            self._update_watched()
 
     def forget(self, viewer: int) -> None:
-        """This viewer has gone."""
         self._reported.pop(viewer, None)
-        self._allowances.pop(viewer, None)
+        self._buckets.pop(viewer, None)
         if self._watchers.pop(viewer, None) is not None:
-            self._gather()
+            self._update_watched()
 
     def _watch(self, viewer: int, topics: frozenset[str]) -> None:
         before = self._watchers.get(viewer)
         self._watchers[viewer] = (topics, time.monotonic())
         if before is None or before[0] != topics:
-            self._gather()
+            self._update_watched()
 
-    def _gather(self) -> None:
+    def _update_watched(self) -> None:
         watchers = list(self._watchers.values())
         self.watched = frozenset().union(*(topics for topics, _ in watchers))
 
@@ -125,16 +125,15 @@ class PollHandler:
         self._reported[viewer] = report
         return report
 
-    def _printed(self, number: int, viewer: int, budget: int) -> tuple[tuple[LogLine, ...], bool]:
-        """Lines from `number` on; where they are more than this viewer is allowed, the newest."""
-        allowance = self._allowances.setdefault(viewer, TokenBucket(time.monotonic()))
-        journal = self._told.log
-        allowed = max(allowance.at(time.monotonic(), budget), budget // SHARE)
-        found, more = journal.since(
-            journal.within(number, allowed), LOG_LINES_AT_ONCE, budget // SHARE
-        )
-        allowance.spend(sum(map(line_bytes, found)))
-        return found, more
+    def _log_lines(self, number: int, viewer: int, budget: int) -> tuple[tuple[LogLine, ...], bool]:
+        """Lines from `number` on; the newest where they are more than the bucket allows."""
+        bucket = self._buckets.setdefault(viewer, TokenBucket(time.monotonic()))
+        allowed = max(bucket.available(time.monotonic(), budget), budget // PARTS)
+        log = self._events.log
+        first = log.first_within(number, allowed)
+        lines, more = log.since(first, LOG_LINES_PER_ANSWER, budget // PARTS)
+        bucket.spend(sum(map(line_bytes, lines)))
+        return lines, more
 
     def _rows(self, poll: Poll, budget: int) -> tuple[tuple[Rows, ...], bool]:
         cursors = []

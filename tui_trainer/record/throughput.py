@@ -1,4 +1,4 @@
-"""How fast a run goes: speed, time left, share of clipped steps, our own cost."""
+"""Throughput of a run: steps per second, time left, share of clipped steps, overhead."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from itertools import islice
 
 WINDOW_S = 10.0
-"""Speed is a mean over so much training time …"""
+"""Speed is a mean over this much training time …"""
 WINDOW_STEPS = 5
-"""… and over at least so many steps."""
+"""… and over at least this many steps."""
 CLIP_WINDOW = 100
 RECENT_STEPS = 1000
-WARM_UP = 5
-"""First steps, whose own cost is that of beginning and not of going on."""
+WARM_UP_STEPS = 5
+"""First steps, whose overhead is not typical."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
     step: int
     time: float
-    """Seconds, with pauses and work aside (evaluations, checkpoints) taken out."""
+    """Seconds, without pauses and excluded work (evaluations, checkpoints)."""
     own_ms: float
 
 
 class Throughput:
-    """Fed with each step in order; all times in seconds since the epoch."""
+    """Takes each step in order. All times are seconds since the epoch."""
 
     def __init__(self) -> None:
         self._points: deque[_Point] = deque(maxlen=4096)
         self._own_ms = 0.0
         self._warming = 0
-        """How many of the points are of the first steps."""
-        self._made = 0
+        """Number of points that are warm-up steps."""
+        self._steps = 0
         self._step_ms: deque[float] = deque(maxlen=RECENT_STEPS)
         self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
         self.first_began: float | None = None
         """When the first step began."""
         self.paused_s = 0.0
-        """Time paused so far, a pause that still lasts not counted."""
-        self.aside_s = 0.0
-        """Time so far in evaluations and checkpoints, where the loop stood still."""
+        """Seconds paused so far, without a pause that is still going on."""
+        self.excluded_s = 0.0
+        """Seconds so far in evaluations and checkpoints."""
         self._paused_since: float | None = None
 
     def add(self, step: int, time: float, step_ms: float, own_ms: float, excluded_s: float) -> None:
-        """Count a step that ended at `time`; `excluded_s`: paused_s + aside_s at that moment."""
+        """Add a step that ended at `time`. `excluded_s` is paused_s + excluded_s at that moment."""
         if self.first_began is None:
             self.first_began = time - (step_ms / 1e3 if step_ms == step_ms else 0.0)
         if step_ms == step_ms:
@@ -58,8 +58,8 @@ class Throughput:
             self._drop_oldest()
         self._points.append(_Point(step, time - excluded_s, own_ms))
         self._own_ms += own_ms
-        self._made += 1
-        self._warming += self._made <= WARM_UP
+        self._steps += 1
+        self._warming += self._steps <= WARM_UP_STEPS
         newest = self._points[-1].time
         while len(self._points) > WINDOW_STEPS and newest - self._points[0].time > WINDOW_S:
             self._drop_oldest()
@@ -69,23 +69,20 @@ class Throughput:
         self._warming = max(0, self._warming - 1)
 
     def add_clip(self, clipped: bool) -> None:
-        """Count a step at which a clip was in force, whether it changed anything or not."""
+        """Add a step at which clipping was in force, whether it scaled the gradient or not."""
         self._clipped.append(clipped)
 
     def pause(self, now: float) -> None:
-        """The training thread has stopped at a gate."""
         if self._paused_since is None:
             self._paused_since = now
 
     def resume(self, now: float) -> None:
-        """It goes on."""
         if self._paused_since is not None:
             self.paused_s += max(0.0, now - self._paused_since)
             self._paused_since = None
 
     @property
     def paused(self) -> bool:
-        """Whether a pause lasts."""
         return self._paused_since is not None
 
     def _paused_until(self, now: float) -> float:
@@ -94,41 +91,41 @@ class Throughput:
 
     @property
     def longest_step_s(self) -> float:
-        """Of the last `RECENT_STEPS` steps, and so of an evaluation in a script's loop; 0 before
-        the first."""
+        """The longest of the last RECENT_STEPS steps; 0 before the first. In a script, a step
+        includes an evaluation in its loop."""
         return max(self._step_ms, default=0.0) / 1e3
 
     def elapsed_s(self, now: float) -> float:
-        """Since the first step began, pauses not counted."""
+        """Seconds since the first step began, without pauses."""
         if self.first_began is None:
             return 0.0
         return max(0.0, now - self.first_began - self._paused_until(now))
 
     def steps_per_second(self, now: float | None = None) -> float | None:
-        """Over the window; None before the second step. With `now`, a step that takes more than
-        three times the mean already counts, so that a run that hangs does not look fast."""
+        """Mean over the window; None before the second step. With `now`, a running step counts once
+        it has taken more than three times the mean, so that a run that hangs does not look fast."""
         if len(self._points) < 2:
             return None
         first, last = self._points[0], self._points[-1]
         duration, steps = last.time - first.time, last.step - first.step
         if now is not None:
-            since = now - self._paused_until(now) - self.aside_s - last.time
+            since = now - self._paused_until(now) - self.excluded_s - last.time
             if since > 3 * duration / max(1, steps) and since > 1.0:
                 duration += since
         return steps / duration if duration > 0 else None
 
     def remaining_s(self, steps: int, now: float) -> float | None:
-        """For so many more steps, evaluations on the way taken into account."""
+        """Estimated seconds for `steps` more steps, including evaluations."""
         speed = self.steps_per_second(now)
         if not speed:
             return None
         elapsed = self.elapsed_s(now)
-        training = max(elapsed - self.aside_s, 1e-9)
+        training = max(elapsed - self.excluded_s, 1e-9)
         return steps / speed * max(1.0, min(10.0, elapsed / training))
 
     def cost_share(self) -> float | None:
-        """Our own time on the training thread over all time, in the window; of a run's first steps
-        only as long as there are no others."""
+        """Overhead: our time on the training thread as a share of all time in the window. Warm-up
+        steps count only while there are no others."""
         if len(self._points) < 2:
             return None
         before = max(0, self._warming - 1) if len(self._points) > self._warming else 0
@@ -137,5 +134,5 @@ class Throughput:
         return spent / 1e3 / duration if duration > 0 else None
 
     def clipped_share(self) -> float | None:
-        """Of the last `CLIP_WINDOW` steps with a clip in force; None where there are none."""
+        """Share of clipped steps of the last CLIP_WINDOW with clipping in force; None without."""
         return sum(self._clipped) / len(self._clipped) if self._clipped else None

@@ -102,7 +102,7 @@ class CommandHandler:
             return CommandResult(
                 False, "this viewer is read-only", "attach again without --read-only to control"
             )
-        state = self._recorder.state
+        state = self._recorder.status
         if state.ended and not isinstance(action, TakeControl):
             return CommandResult(
                 False, f"the run has {_ended(state.state)}: nothing is left to control"
@@ -125,7 +125,7 @@ class CommandHandler:
 
     def _tell(self) -> None:
         names = tuple(viewer.name for viewer in self._viewers.values())
-        self._recorder.status(viewers=names, controller=self._controller)
+        self._recorder.set_status(viewers=names, controller=self._controller)
 
     def _do(self, viewer: Viewer, action: Action) -> str:
         gate = self._gate

@@ -18,7 +18,7 @@ from tui_trainer.config.run_spec import RunSpec, new_socket_path
 from tui_trainer.protocol import schema
 from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.record.sinks import StateSink
+from tui_trainer.record.status_file import StatusFile
 from tui_trainer.run.control import CommandHandler
 from tui_trainer.run.environment import initial_info, limit_openmp_spinning, look_up_source
 from tui_trainer.run.outcome import FAULT, Outcome, judge, report_outcome, say, told_in_full
@@ -66,7 +66,7 @@ class Host:
         self.gate.on_change = self._gate_changed
         self.gate.on_fault = self.recorder.fault
         self.gate.leave_checkpoint = lambda step: self.save and self.save(step, False)
-        self.recorder.status(waiting_for="starting")
+        self.recorder.set_status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
     def open(self, sink: Sink | None) -> None:
@@ -75,7 +75,7 @@ class Host:
             self.server.listen(new_socket_path(self.spec.directory))
         except OSError as fault:
             self.recorder.fault("no viewer can attach", fault)
-        self.recorder.subscribe(StateSink(self.spec.directory, self.recorder.info))
+        self.recorder.subscribe(StatusFile(self.spec.directory, self.recorder.info))
         self.recorder.subscribe(StoreWriter(self.spec.directory, self._say_recording))
         if sink is not None:
             self.recorder.subscribe(sink)
@@ -145,7 +145,7 @@ class Host:
 
     def _say_recording(self, trouble: str) -> None:
         """What is wrong with the store: on every screen while it is, and once in the story."""
-        self.recorder.status(recording=trouble)
+        self.recorder.set_status(recording=trouble)
         if trouble and trouble not in self._troubles and len(self._troubles) < TROUBLES_SAID:
             self._troubles.add(trouble)
             self.recorder.notice("recording", trouble, "warning")
@@ -155,7 +155,7 @@ class Host:
 
     def waiting_for(self, what: str) -> None:
         """What a run that makes no steps is busy with."""
-        self.recorder.status(waiting_for=what)
+        self.recorder.set_status(waiting_for=what)
 
     def _hint(self) -> str:
         found = self.recorder.first_nonfinite

@@ -169,7 +169,7 @@ class ViewerConnection:
                     self.seen_end.set()
             case Command():
                 verdict = self._control.perform(self.viewer, message.action)
-                status = self._recorder.state
+                status = self._recorder.status
                 self._send(Ack(message.id, verdict.ok, status, verdict.message, verdict.hint))
             case Hello():
                 raise ProtocolError("a second greeting")

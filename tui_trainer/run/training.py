@@ -75,10 +75,10 @@ class Evaluations:
         if not due:
             return
         metrics: dict[str, float] = {}
-        with self._recorder.aside():
+        with self._recorder.excluded():
             for evaluation in due:
                 self._last[evaluation.name] = step
-                self._recorder.status(waiting_for=f"evaluating: {evaluation.name}")
+                self._recorder.set_status(waiting_for=f"evaluating: {evaluation.name}")
                 began = time.perf_counter()
                 try:
                     found, artifacts = evaluation.run()
@@ -89,7 +89,7 @@ class Evaluations:
                 for artifact in artifacts:
                     self._recorder.artifact(msgspec.structs.replace(artifact, step=step))
                 self._say(evaluation.name, found, step, time.perf_counter() - began)
-        self._recorder.status(waiting_for="")
+        self._recorder.set_status(waiting_for="")
         if metrics:
             self._record(metrics, step)
 
@@ -159,7 +159,7 @@ class CheckpointSaver:
                 self._recorder.notice("checkpoint", text, step=step)
             return True
         try:
-            with self._recorder.aside():
+            with self._recorder.excluded():
                 weights, stateful = self._contents()
                 facts = {
                     "task": self._spec.task,
@@ -205,7 +205,7 @@ def make_tracer(host: RunContext, first_step: int = 1) -> Tracer:
     options = Options(budget=host.spec.budget, attention_pattern=host.spec.attention_pattern)
     tracer = Tracer(host.recorder, host.gate, PROBES, options)
     tracer.step = first_step
-    host.recorder.meanwhile = tracer.record_meanwhile
+    host.recorder.on_tick = tracer.record_meanwhile
     return tracer
 
 
@@ -317,7 +317,7 @@ def _resume(host: RunContext, checkpoint: Checkpoint, training: Training) -> Non
 
     restore(checkpoint, training.model, training.stateful)
     restore_random_state(checkpoint.random)
-    host.recorder.status(step=checkpoint.step)
+    host.recorder.set_status(step=checkpoint.step)
     host.recorder.notice("state", f"resumed from {checkpoint.path}", step=checkpoint.step)
 
 
@@ -366,7 +366,7 @@ def _trace_script(host: RunContext, traced: list[Tracer]) -> None:
         saver = CheckpointSaver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
         host.gate.work_every(saver.cadences, saver.between_steps)
-        host.recorder.describe_along = _Where(host, tracer).describe
+        host.recorder.extra_info = _Where(host, tracer).describe
     except Exception as fault:
         host.recorder.fault("tracing the script", fault)
 

@@ -14,8 +14,8 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import LogLine, Update
 from tui_trainer.protocol.schema import Column, RunInfo
-from tui_trainer.record import polling as answering
-from tui_trainer.record.polling import BACKLOG_BYTES, BURST_BYTES, BYTES_A_SECOND, TokenBucket
+from tui_trainer.record import polling
+from tui_trainer.record.polling import BACKLOG_BYTES, BURST_BYTES, BYTES_PER_SECOND, TokenBucket
 from tui_trainer.record.recorder import Recorder
 
 LINE = "epoch 3 batch 1200 loss 0.4183 accuracy 0.8712 lr 3.0e-04 éè"
@@ -59,7 +59,7 @@ class Watched:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(answering, "time", clock)
+    monkeypatch.setattr(polling, "time", clock)
     return clock
 
 
@@ -83,13 +83,13 @@ def test_a_flood_of_lines_stays_within_the_budget_and_its_newest_come(recorder, 
         for _ in range(1_500):
             recorder.log("stdout", f"{LINE} {next(numbers)}")
         clock.now += 0.25
-        for _ in range(1 + answering.SHARE * 2):
+        for _ in range(1 + polling.PARTS * 2):
             if not viewer.poll().more:
                 break
     viewer.catch_up()
     assert max(viewer.sizes) < 1.25 * budget + 1_000
     sent = sum(viewer.sizes)
-    allowed = BACKLOG_BYTES + 20 * min(BYTES_A_SECOND, budget) + 81 * budget / answering.SHARE
+    allowed = BACKLOG_BYTES + 20 * min(BYTES_PER_SECOND, budget) + 81 * budget / polling.PARTS
     assert sent < allowed + viewer.answers * 600
     assert viewer.log[-1].text == f"{LINE} {next(numbers) - 1}"
     said = left_out(viewer.log)
@@ -169,13 +169,13 @@ def test_rows_come_beside_a_flood(recorder, clock):
 
 
 def test_an_allowance_grows_to_a_burst_and_keeps_its_backlog():
-    allowance = TokenBucket(0.0)
-    assert allowance.at(10.0, 1 << 20) == BACKLOG_BYTES
-    allowance.spend(BACKLOG_BYTES)
-    assert allowance.at(11.0, 1 << 20) == BYTES_A_SECOND
-    assert allowance.at(1_000.0, 1 << 20) == BURST_BYTES
-    allowance.spend(10 * BURST_BYTES)
-    assert allowance.at(1_000.0, 1 << 20) == 0
+    bucket = TokenBucket(0.0)
+    assert bucket.available(10.0, 1 << 20) == BACKLOG_BYTES
+    bucket.spend(BACKLOG_BYTES)
+    assert bucket.available(11.0, 1 << 20) == BYTES_PER_SECOND
+    assert bucket.available(1_000.0, 1 << 20) == BURST_BYTES
+    bucket.spend(10 * BURST_BYTES)
+    assert bucket.available(1_000.0, 1 << 20) == 0
 
 
 def test_the_end_of_a_gap_is_said_by_the_session():

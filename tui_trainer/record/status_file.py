@@ -1,0 +1,143 @@
+"""Keeps `status.json` in the run's directory up to date: what `tui-trainer ls` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tui_trainer.config.run_spec import (
+    SOCKET_POINTER_FILE,
+    SPEC_FILE,
+    RunState,
+    machine_identity,
+    process_identity,
+    write_state,
+)
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
+
+WRITE_EVERY_S = 1.0
+IDENTIFYING_FILES = (SPEC_FILE, SOCKET_POINTER_FILE)
+
+
+class RunDirectory:
+    """The directory of a live run, restored when it is removed.
+
+    Without it the run would train on where neither `ls` nor `stop` finds it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = Path(directory)
+        self._kept: dict[str, bytes] = {}
+        for name in IDENTIFYING_FILES:
+            with contextlib.suppress(OSError):
+                self._kept[name] = (self._directory / name).read_bytes()
+
+    def restore(self) -> bool:
+        """Write the identifying files again if they are gone; whether they were. Raises OSError."""
+        # A checkpoint may have created the directory again: the file decides.
+        if SPEC_FILE not in self._kept or (self._directory / SPEC_FILE).exists():
+            return False
+        for missing in reversed([self._directory, *self._directory.parents]):
+            if not missing.exists():
+                missing.mkdir(mode=0o700, exist_ok=True)
+        os.chmod(self._directory, 0o700)
+        for name, data in self._kept.items():
+            path = self._directory / name
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        return True
+
+
+class StatusFile:
+    """A sink that writes the status when it is created, when its state changes, and each second.
+
+    A write that fails is tried again at the next turn. A removed directory of a live run is
+    created again, so that the run can still be found; the server then listens there again.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        info: RunInfo,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = directory
+        self._run_directory = RunDirectory(directory)
+        self._info = info
+        self._clock = clock
+        self._loss: float | None = None
+        self._written: str | None = None
+        self._ended = False
+        self._next = 0.0
+        self._write(Status(waiting_for="starting"))
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        """Write when the state has changed or WRITE_EVERY_S have passed."""
+        for item in items:
+            if isinstance(item, InfoChanged):
+                self._info = item.info
+            elif isinstance(item, StepRecorded):
+                self._set_loss(item)
+            elif isinstance(item, RunEnded):
+                status = item.status
+        if status.state != self._written or self._clock() >= self._next:
+            self._write(status)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _set_loss(self, item: StepRecorded) -> None:
+        declared = self._info.tables
+        for table, values in item.record.rows:
+            if table < len(declared) and declared[table].name == schema.STEP:
+                self._loss = float(values[schema.STEP_INDEX["loss"]])
+
+    def _write(self, status: Status) -> None:
+        now, info, loss = self._clock(), self._info, self._loss
+        finite = loss is not None and math.isfinite(loss)
+        pid = info.pid or os.getpid()
+        state = RunState(
+            name=info.name,
+            task=info.task,
+            title=info.title,
+            state=status.state,
+            pid=pid,
+            began=process_identity(pid),
+            place=machine_identity(),
+            host=info.host,
+            started_at=info.started_at or now,
+            written_at=now,
+            ended_at=now if status.ended else None,
+            step=status.step,
+            total_steps=info.total_steps,
+            epoch=status.epoch,
+            loss=loss if finite else None,
+            loss_text="" if finite or loss is None else str(loss),
+            steps_per_second=status.steps_per_second,
+            items_per_second=status.items_per_second,
+            item_unit=info.item_unit,
+            elapsed_s=status.elapsed_s,
+            remaining_s=status.remaining_s,
+            device=info.device.name if info.device else "",
+            waiting_for=status.waiting_for,
+            reason=status.reason,
+            hint=status.hint,
+            refused=status.refused,
+            parent=info.parent,
+            branch_step=info.branch_step,
+        )
+        self._next = now + WRITE_EVERY_S
+        with contextlib.suppress(OSError):
+            if not self._ended:  # an ended run may be removed
+                self._run_directory.restore()
+            self._ended = status.ended
+            write_state(self._directory, state)
+            self._written = status.state
