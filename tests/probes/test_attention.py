@@ -305,8 +305,8 @@ def test_spectrum_of_an_accelerators_weights_is_computed_beside_the_training(mon
     sent_at: list[int] = []
     calls = 0
 
-    def elsewhere(self, subject, options):
-        made(self, subject, options)
+    def elsewhere(self, tracked, options):
+        made(self, tracked, options)
         self._decomposer = Decomposer()
 
     def after_update(self):

@@ -19,7 +19,7 @@ from tests.probes.test_attention import (
 )
 from tests.trace.support import KeepingRecorder, trace
 from tui_trainer.probes.attention.layers import find_layers
-from tui_trainer.trace.probe import ParameterGroup
+from tui_trainer.trace.parameters import TrackedParameters
 
 
 class FusedOf(nn.Module):
@@ -50,7 +50,7 @@ GPT_FAST = {"n_head": 4, "n_local_heads": 1, "head_dim": 2}
 def look_at(model: nn.Module):
     pairs = list(model.named_parameters())
     return find_layers(
-        ParameterGroup(
+        TrackedParameters(
             name="sgd",
             key="",
             parameters=[p for _, p in pairs],

@@ -146,7 +146,7 @@ def test_commands_reach_the_gate_and_are_recorded(rig):
     rig.gate.steps_per_epoch = 10
     with rig.viewer() as peer:
         assert peer.do(Pause()).ok
-        assert rig.gate.pausing
+        assert rig.gate.pause_requested
         assert peer.do(Step(5)).ok
         assert rig.gate.run_to == 5
         assert peer.do(RunToEpochEnd()).ok

@@ -116,7 +116,7 @@ def test_a_script_with_long_steps_is_waited_for_longer(script):
 
 def test_a_script_that_is_at_the_gate_is_not_interrupted(script):
     script.gate.armed = True
-    script.gate.between_steps.append(lambda step: script.timers.run_down())
+    script.gate.after_step.append(lambda step: script.timers.run_down())
     script.signals.stop(True)
     with pytest.raises(StopTraining):
         script.gate.reached("step", 2)
@@ -125,7 +125,7 @@ def test_a_script_that_is_at_the_gate_is_not_interrupted(script):
 
 
 def test_a_script_is_not_interrupted_while_its_last_checkpoint_is_written(script):
-    script.gate.leave_checkpoint = lambda step: script.timers.run_down()
+    script.gate.hooks.save_checkpoint = lambda step: script.timers.run_down()
     script.signals.stop(True)
     with pytest.raises(StopTraining):
         script.gate.reached("step", 2)

@@ -40,8 +40,8 @@ def failing(moment: str) -> type[Probe]:
     class Failing(Probe):
         name = "failing"
 
-    def __init__(self, subject, options):
-        Probe.__init__(self, subject, options)
+    def __init__(self, tracked, options):
+        Probe.__init__(self, tracked, options)
         self.tables = (TableSpec("failing", (Column("x"),)),)
 
     Failing.__init__ = __init__
@@ -96,7 +96,7 @@ def test_recorder_that_raises_does_not_reach_the_training():
 
 def test_stop_reaches_the_script_as_an_interrupt_after_the_step():
     recorder, gate, model = KeepingRecorder(), Gate(), mlp()
-    gate.between_steps.append(lambda step: gate.stop() if step == 3 else None)
+    gate.after_step.append(lambda step: gate.stop() if step == 3 else None)
     losses: list[torch.Tensor] = []
     with (
         Tracer(recorder, gate, PROBES, EVERYTHING),
@@ -111,7 +111,7 @@ def test_stop_reaches_the_script_as_an_interrupt_after_the_step():
 def test_gradients_are_enabled_for_work_at_the_gate_and_afterwards():
     gate, model = Gate(), mlp()
     found = []
-    gate.between_steps.append(lambda step: found.append(torch.is_grad_enabled()))
+    gate.after_step.append(lambda step: found.append(torch.is_grad_enabled()))
     with Tracer(KeepingRecorder(), gate, PROBES, Options()):
         plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
         assert torch.is_grad_enabled()

@@ -23,7 +23,7 @@ class Loop:
         self.stopped: StopTraining | None = None
         self.thread = threading.Thread(target=self._run, args=(steps,), daemon=True)
         self.changed = threading.Condition()
-        gate.on_change = self._changed
+        gate.hooks.changed = self._changed
 
     def _run(self, steps: int) -> None:
         try:
@@ -100,7 +100,7 @@ def test_exactly_so_many_more_steps_from_whatever_phase(phases, counts):
 def test_steps_asked_for_while_stepping_are_added():
     gate = Gate(paused=True)
     hold = threading.Event()
-    gate.between_steps.append(lambda step: hold.wait(20) and None)
+    gate.after_step.append(lambda step: hold.wait(20) and None)
     with running(gate) as loop:
         loop.until("paused")
         for _ in range(3):
@@ -263,8 +263,8 @@ def test_faults_of_work_go_to_whoever_asked():
 def test_between_steps_sees_every_step_and_its_faults_do_not_reach_the_loop():
     gate = Gate()
     steps, faults = [], []
-    gate.between_steps += [steps.append, lambda step: 1 / 0]
-    gate.on_fault = lambda where, fault: faults.append(type(fault))
+    gate.after_step += [steps.append, lambda step: 1 / 0]
+    gate.hooks.fault = lambda where, fault: faults.append(type(fault))
     for step in range(1, 4):
         gate.reached("step", step)
     assert steps == [1, 2, 3]
@@ -281,18 +281,18 @@ def test_regular_work_is_done_after_multiples_and_costs_nothing_in_between():
         entered.append(gate.completed)
         yield
 
-    gate.working = working
-    gate.work_every([3, 5], threes.append)
-    gate.work_every([4, 0], fours.append)
-    gate.work_every([0], lambda step: 1 / 0)
-    works_after = []
+    gate.hooks.work_context = working
+    gate.call_every([3, 5], threes.append)
+    gate.call_every([4, 0], fours.append)
+    gate.call_every([0], lambda step: 1 / 0)
+    has_work_after = []
     for step in range(8, 17):
-        if gate.works_after(step):
-            works_after.append(step)
+        if gate.has_work_after(step):
+            has_work_after.append(step)
         gate.reached("step", step)
     assert threes == [9, 10, 12, 15]
     assert fours == [8, 12, 16]
-    assert works_after == [8, 9, 10, 12, 15, 16]
+    assert has_work_after == [8, 9, 10, 12, 15, 16]
     assert entered == [8, 9, 10, 12, 12, 15, 16]
 
 
@@ -304,7 +304,7 @@ def test_report_is_made_before_it_counts_as_paused_and_may_fail():
         modes.append((gate.mode, phase, step))
         raise RuntimeError
 
-    gate.on_stop_here = report
+    gate.hooks.pausing = report
     with running(gate) as loop:
         loop.until("paused")
     assert modes == [("running", "data", 1)]

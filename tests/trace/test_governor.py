@@ -99,7 +99,7 @@ def test_all_together_stays_within_the_budget_where_the_fixed_part_leaves_room()
 
 def test_what_may_not_be_stretched_far_goes_last_and_is_then_taken_as_it_is():
     governed = things()
-    governed[1].furthest = 4
+    governed[1].max_stretch = 4
     costs = {"dear": 0.1, "dearer": 0.2}
     run(Governor(0.01, silent), governed, costs, 10)
     assert governed[1].every == 4
@@ -130,7 +130,7 @@ def test_nothing_is_stretched_out_of_sight():
     """However short the steps are."""
     for probe in PROBES:
         if probe.every and probe.importance < NEVER_STRETCHED:
-            assert probe.every * probe.furthest <= 512, probe.name
+            assert probe.every * probe.max_stretch <= 512, probe.name
 
 
 def test_is_restored_when_it_becomes_cheap_and_does_not_swing():
@@ -150,7 +150,7 @@ def test_nothing_is_restored_while_the_budget_is_exceeded_and_that_is_said_once(
     """The part that is no matter of choice is over the budget by itself."""
     said: list[tuple[str, str]] = []
     governor = Governor(0.01, lambda of, text, level: said.append((text, level)))
-    one = GovernedProbe(name="weight_norm", natural=10, every=320, importance=30, furthest=32)
+    one = GovernedProbe(name="weight_norm", natural=10, every=320, importance=30, max_stretch=32)
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.35}, 20, step_ms=19.4)
     assert one.every == 320
     text = (
@@ -168,7 +168,7 @@ def test_nothing_is_restored_while_the_budget_is_exceeded_and_that_is_said_once(
 def test_a_budget_that_holds_only_what_is_fixed_says_what_the_rest_takes():
     said: list[str] = []
     governor = Governor(0.01, lambda of, text, level: said.append(text))
-    one = GovernedProbe(name="norm", natural=1, every=1, importance=50, furthest=4)
+    one = GovernedProbe(name="norm", natural=1, every=1, importance=50, max_stretch=4)
     run(governor, [one], {"norm": 0.4, "tracer": 0.05}, 4)
     assert one.every == 4
     assert said[-1] == (

@@ -116,7 +116,7 @@ def test_every_step_is_recorded_once_in_order_while_two_threads_record(monkeypat
 
     def meanwhile():
         while not over.is_set():
-            tracer.record_meanwhile()
+            tracer.flush_idle()
 
     other = threading.Thread(target=meanwhile)
     other.start()

@@ -9,13 +9,14 @@ import numpy as np
 
 from tui_trainer.history.buckets import ClipRecord, Floats
 from tui_trainer.protocol import schema
-from tui_trainer.trace.probe import ClipSeen, Options, ParameterGroup, Probe, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import ClipMeasurement, Options, Probe, StepFacts, TableSpec
 
 DOMINANT = 8
 """How many parameters an event names."""
 
 
-def clip_scale(clip: ClipSeen) -> float:
+def clip_scale(clip: ClipMeasurement) -> float:
     """What the gradient was multiplied by.
 
     By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value the norm after over
@@ -39,8 +40,8 @@ class Clipping(Probe):
     name = schema.CLIP
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
         self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
@@ -58,7 +59,9 @@ class Clipping(Probe):
         row = (hardest.max_norm, before, before * scale, scale)
         return (np.array(row, dtype=np.float32),)
 
-    def _event(self, clip: ClipSeen, before: float, scale: float, facts: StepFacts) -> ClipRecord:
+    def _event(
+        self, clip: ClipMeasurement, before: float, scale: float, facts: StepFacts
+    ) -> ClipRecord:
         norms = facts.gradient_norms
         parameters: tuple[int, ...] = ()
         shares: tuple[float, ...] = ()
@@ -67,6 +70,6 @@ class Clipping(Probe):
             total = float(squares.sum())
             if 0 < total < math.inf:
                 largest = np.argsort(-squares, kind="stable")[:DOMINANT]
-                parameters = tuple(self.subject.indices[i] for i in largest)
+                parameters = tuple(self.tracked.indices[i] for i in largest)
                 shares = tuple(float(squares[i] / total) for i in largest)
         return ClipRecord(clip.max_norm, before, scale, parameters, shares, clip.kind)

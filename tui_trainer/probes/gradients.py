@@ -11,15 +11,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
-from tui_trainer.trace.probe import (
-    Gradient,
-    Options,
-    ParameterGroup,
-    Probe,
-    Readings,
-    StepFacts,
-    TableSpec,
-)
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec
 
 
 class Gradients(Probe):
@@ -27,19 +20,19 @@ class Gradients(Probe):
 
     name = schema.GRAD_NORM
     importance = 50
-    furthest = 4
-    lasting = True
+    max_stretch = 4
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        self.tables = (TableSpec(schema.GRAD_NORM, tuple(Column(n) for n in subject.names)),)
-        self._norms = Norms(subject.parameters, subject.device)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self.tables = (TableSpec(schema.GRAD_NORM, tuple(Column(n) for n in tracked.names)),)
+        self._norms = Norms(tracked.parameters, tracked.device)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """One reading per parameter, and 0."""
         return [*self._norms.read(gradients), self._norms.zero]
 
-    def borrowed(self, norms: Readings) -> Readings:
+    def clip_norms(self, norms: Readings) -> Readings:
         """The same from the clipping, and 1."""
         return [*norms, self._norms.one]
 

@@ -11,7 +11,8 @@ import torch
 
 from tui_trainer.history.buckets import Floats
 from tui_trainer.protocol import schema
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
 
 PERIOD_S = 1.0
 
@@ -22,9 +23,9 @@ class Memory(Probe):
     name = schema.MEMORY
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        if subject.key:  # one process: the first optimizer's probe is enough
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        if tracked.key:  # one process: the first optimizer's probe is enough
             self.unseen = "measured with the first optimizer"
             return
         self.tables = (TableSpec(schema.MEMORY, schema.MEMORY_COLUMNS, every=0),)
@@ -37,7 +38,7 @@ class Memory(Probe):
         if now < self._next:
             return (None,)
         self._next = now + PERIOD_S
-        allocated, peak = device_memory(self.subject.device)
+        allocated, peak = device_memory(self.tracked.device)
         row = (allocated, peak, self._process.memory_info().rss)
         return (np.array(row, dtype=np.float32),)
 

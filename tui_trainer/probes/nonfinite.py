@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import Floats
 from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, StepFacts
 
 
 class NonFinite(Probe):
@@ -25,8 +26,8 @@ class NonFinite(Probe):
     name = "nonfinite"
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
         self._present: set[str] = set()
         self._finite_at: dict[NonFiniteQuantity, int] = {}
 
@@ -58,7 +59,7 @@ class NonFinite(Probe):
         elif quantity not in self._present:
             self._present.add(quantity)
             first = int(np.argmin(np.isfinite(found)))
-            parameter = "" if quantity == "loss" else self.subject.names[first]
+            parameter = "" if quantity == "loss" else self.tracked.names[first]
             value: NonFiniteValue = "nan"
             if not np.isnan(found[first]):
                 value = "inf" if found[first] > 0 else "-inf"

@@ -66,10 +66,10 @@ class Norms:
             return [torch.dot(flat, flat) for flat in self._flat]
         return self.read([tensor.detach() for tensor in tensors])
 
-    def values(self, read: Floats, borrowed: bool = False) -> NDArray[np.float64]:
-        """The norms, from what `read` gave; those that were `borrowed` are norms already."""
+    def values(self, read: Floats, clip_norms: bool = False) -> NDArray[np.float64]:
+        """The norms, from what `read` gave; those that were `clip_norms` are norms already."""
         values = read.astype(np.float64)
-        return np.sqrt(values) if self._squares and not borrowed else values
+        return np.sqrt(values) if self._squares and not clip_norms else values
 
 
 def _norms(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:

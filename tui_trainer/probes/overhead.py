@@ -9,7 +9,8 @@ import numpy as np
 from tui_trainer.history.buckets import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
 
 STEPS = 10
 
@@ -20,8 +21,8 @@ class Overhead(Probe):
     name = schema.OVERHEAD
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
         from tui_trainer.probes import PROBES
 
         self._names = ("tracer", *(probe.name for probe in PROBES))

@@ -9,7 +9,8 @@ import numpy as np
 
 from tui_trainer.history.buckets import Floats
 from tui_trainer.protocol import schema
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
 
 
 class Step(Probe):
@@ -23,8 +24,8 @@ class Step(Probe):
     name = schema.STEP
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
         self.tables = (TableSpec(schema.STEP, schema.STEP_COLUMNS),)
         self._norm = float("nan")
 
@@ -46,8 +47,8 @@ class Phases(Probe):
     name = schema.PHASE_MS
     importance = 100
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
         self.tables = (TableSpec(schema.PHASE_MS, schema.PHASE_COLUMNS),)
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:

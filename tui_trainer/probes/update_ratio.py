@@ -13,7 +13,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
@@ -34,39 +35,39 @@ class UpdateRatio(Probe):
     name = schema.UPDATE_RATIO
     every = 10
     importance = 20
-    furthest = 32
-    lasting = True
+    max_stretch = 32
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        self.tables = (TableSpec(schema.UPDATE_RATIO, tuple(Column(n) for n in subject.names)),)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self.tables = (TableSpec(schema.UPDATE_RATIO, tuple(Column(n) for n in tracked.names)),)
         self.latest: tuple[int, list[float], list[float]] | None = None
         """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
         self.missing: tuple[int, str] = (0, "")
         """(step, why it could not be measured whole), for the phase report."""
-        self._whole = list(range(len(subject.parameters)))
+        self._whole = list(range(len(tracked.parameters)))
         self._whole_step = 0
         """The step that is measured whole."""
         self._now: list[int] = []
         """Indices of the parameters that are being measured."""
-        self._turns = in_turns(subject.parameters, copy_budget(subject.device, options))
+        self._turns = in_turns(tracked.parameters, copy_budget(tracked.device, options))
         self._turn = 0
         self._copies: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
         """Memory for copies of all parameters, where one turn takes them all: fresh memory for each
         measurement would take as long as the measurement."""
         self._under_way: deque[list[int]] = deque()
-        self._norms = Norms(subject.parameters, subject.device)
-        self._updates = np.full(len(subject.names), np.nan)
-        self._ratios = np.full(len(subject.names), np.nan)
+        self._norms = Norms(tracked.parameters, tracked.device)
+        self._updates = np.full(len(tracked.names), np.nan)
+        self._ratios = np.full(len(tracked.names), np.nan)
 
     def wants(self, step: int) -> bool:
         """A person about to stop at the end of this step wants to see it, all of it."""
         if len(self._turns) == 1 or self._whole_step == step:
             return True
         if self.missing[0] != step:
-            size = sum(p.numel() * p.element_size() for p in self.subject.parameters)
-            room = room_while_stepping(self.subject.device, self.options)
+            size = sum(p.numel() * p.element_size() for p in self.tracked.parameters)
+            room = room_while_stepping(self.tracked.device, self.options)
             if size <= room:
                 self._whole_step = step
             else:
@@ -82,12 +83,12 @@ class UpdateRatio(Probe):
         self._now = self._turns[self._turn]
         if step:
             try:
-                self._copies = [_copy(p.detach()) for p in self.subject.parameters]
+                self._copies = [_copy(p.detach()) for p in self.tracked.parameters]
                 self._now = self._whole
                 return
             except (MemoryError, RuntimeError) as fault:
                 self.missing = step, f"its copy found no room: {fault}"
-        weights = [self.subject.parameters[i].detach() for i in self._now]
+        weights = [self.tracked.parameters[i].detach() for i in self._now]
         if len(self._turns) > 1:
             self._copies = [_copy(weight) for weight in weights]
             return
@@ -103,7 +104,7 @@ class UpdateRatio(Probe):
             self._turn = (self._turn + 1) % len(self._turns)
         copies, self._copies = self._copies, []
         before = self._norms.read(copies)
-        torch._foreach_sub_(copies, [self.subject.parameters[i].detach() for i in turn])
+        torch._foreach_sub_(copies, [self.tracked.parameters[i].detach() for i in turn])
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 

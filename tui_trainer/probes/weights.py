@@ -10,7 +10,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
 
 class Weights(Probe):
@@ -19,17 +20,17 @@ class Weights(Probe):
     name = schema.WEIGHT_NORM
     every = 10
     importance = 30
-    furthest = 32
-    lasting = True
+    max_stretch = 32
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        self.tables = (TableSpec(schema.WEIGHT_NORM, tuple(Column(n) for n in subject.names)),)
-        self._norms = Norms(subject.parameters, subject.device)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self.tables = (TableSpec(schema.WEIGHT_NORM, tuple(Column(n) for n in tracked.names)),)
+        self._norms = Norms(tracked.parameters, tracked.device)
 
     def after_update(self) -> Readings:
         """One reading per parameter."""
-        return self._norms.read_kept(self.subject.parameters)
+        return self._norms.read_kept(self.tracked.parameters)
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
         """Also tells the other probes the norms."""

@@ -63,9 +63,9 @@ class Host:
         training thread, between steps."""
         self.script_runs = False
         """Whether a script has begun: it was found, and is Python."""
-        self.gate.on_change = self._gate_changed
-        self.gate.on_fault = self.recorder.fault
-        self.gate.leave_checkpoint = lambda step: self.save and self.save(step, False)
+        self.gate.hooks.changed = self._gate_changed
+        self.gate.hooks.fault = self.recorder.fault
+        self.gate.hooks.save_checkpoint = lambda step: self.save and self.save(step, False)
         self.recorder.set_status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 

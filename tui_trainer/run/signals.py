@@ -98,14 +98,14 @@ class Signals:
     def _insist(self, step: int, waited: float) -> None:
         if self._over or self._gate.mode != "stopping":
             return
-        if self._gate.arrived or self._gate.completed != step:  # about to end by itself
+        if self._gate.in_gate or self._gate.completed != step:  # about to end by itself
             self._insist_after(GRACE_S, 0.0)
             return
         patience = GRACE_STEPS * self.longest_step_s()
         if waited < patience:
             self._insist_after(patience - waited, waited)
             return
-        lost = ", so no checkpoint is written" if self._gate.stops_with_checkpoint else ""
+        lost = ", so no checkpoint is written" if self._gate.checkpoint_on_stop else ""
         self.say(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
         self._interrupt()
 

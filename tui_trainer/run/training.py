@@ -205,7 +205,7 @@ def make_tracer(host: RunContext, first_step: int = 1) -> Tracer:
     options = Options(budget=host.spec.budget, attention_pattern=host.spec.attention_pattern)
     tracer = Tracer(host.recorder, host.gate, PROBES, options)
     tracer.step = first_step
-    host.recorder.on_tick = tracer.record_meanwhile
+    host.recorder.on_tick = tracer.flush_idle
     return tracer
 
 
@@ -233,7 +233,7 @@ def train_task(host: RunContext) -> Outcome:
                 evaluations.at_start(0)
         else:
             # Built from the same seed, so these are the weights that the run began with.
-            tracer.expect(training.model, _optimizers(training))
+            tracer.register(training.model, _optimizers(training))
             _resume(host, checkpoint, training)
         host.waiting_for("")
         outcome = Outcome("finished")
@@ -292,7 +292,7 @@ def _between_steps(host: RunContext, training: Training) -> tuple[CheckpointSave
     saver = CheckpointSaver(host.spec, host.recorder, contents)
     evaluations = Evaluations(training.evaluations, host.recorder, saver.validated)
     for one in (evaluations, saver):  # the best of the weights are known before they are written
-        host.gate.work_every(one.cadences, one.between_steps)
+        host.gate.call_every(one.cadences, one.between_steps)
     host.save = saver.write
     return saver, evaluations
 
@@ -365,7 +365,7 @@ def _trace_script(host: RunContext, traced: list[Tracer]) -> None:
         host.recorder.describe(versions=with_torch(host.recorder.info.versions))
         saver = CheckpointSaver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
-        host.gate.work_every(saver.cadences, saver.between_steps)
+        host.gate.call_every(saver.cadences, saver.between_steps)
         host.recorder.extra_info = _Where(host, tracer).describe
     except Exception as fault:
         host.recorder.fault("tracing the script", fault)
@@ -401,8 +401,8 @@ def _contents_of_script(
         prefix = "" if number == 0 else f"{type(model).__name__}#{number + 1}."
         weights.update({f"{prefix}{name}": held for name, held in model.state_dict().items()})
     stateful: dict[str, Stateful] = {}
-    for meter in tracer.registry.meters:
-        optimizer = tracer.registry.optimizer_of(meter)
+    for measurer in tracer.registry.measurers:
+        optimizer = tracer.registry.optimizer_of(measurer)
         if optimizer is not None:
-            stateful[meter.subject.name] = optimizer
+            stateful[measurer.tracked.name] = optimizer
     return weights, stateful

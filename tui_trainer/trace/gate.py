@@ -1,4 +1,9 @@
-"""What any thread may ask of the one that trains: pause, go on, steps, a rate, an end, work."""
+"""The gate: where the training thread pauses, steps, slows down, stops and does work for others.
+
+The training thread calls `Gate.reached` at the end of every phase; unless something was requested
+that costs one attribute read. Any other thread may call the controls. Work that touches tensors is
+handed to the training thread with `call_soon` and never runs on another thread.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,60 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tui_trainer.protocol import Phase
 
+Mode = Literal["running", "paused", "stopping", "ended"]
+
 
 class Refusal(ValueError):
-    """A control that cannot be obeyed now, and why, for people."""
+    """A control that is not possible now; the message says why."""
 
     def __init__(self, why: str, hint: str = "") -> None:
         super().__init__(why)
         self.hint = hint
-        """What they could do instead."""
+        """What the user can do instead."""
+
+
+class StopTraining(KeyboardInterrupt):
+    """Raised on the training thread at the end of a step when the run is asked to stop.
+
+    A `KeyboardInterrupt`, so that a script which saves its model on Ctrl-C does so.
+    """
+
+    def __init__(self, checkpoint: bool = False) -> None:
+        super().__init__("stopped at the end of a step")
+        self.checkpoint = checkpoint
+        """Whether the request to stop asked for a checkpoint."""
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass
+class GateHooks:
+    """What the gate calls. An exception in a hook goes to `fault` and never to the training."""
+
+    pausing: Callable[[Phase, int], None] = _do_nothing
+    """Training thread, `(phase, step)`: about to pause; the moment for the phase report."""
+    changed: Callable[[], None] = _do_nothing
+    """Any thread: mode, target or rate changed."""
+    fault: Callable[[str, BaseException], None] = _do_nothing
+    """Training thread: a hook or a piece of work raised."""
+    before_work: Callable[[], None] = _do_nothing
+    """Training thread: work between steps is about to run; completed steps should be recorded
+    first, since the work may add records of its own."""
+    save_checkpoint: Callable[[int], object] = _do_nothing
+    """Training thread, with the number of completed steps: the run stops here and a checkpoint was
+    asked for."""
+    work_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Entered around work for others (the tracer's `suspended`)."""
 
 
 @dataclass(frozen=True)
@@ -39,47 +82,35 @@ class _Request:
             self.future.set_exception(fault)
 
 
-class Controls:
-    """The half of the gate that is spoken to; the other half is passed by the training thread.
+class Gate:
+    """Pauses, steps, throttles and stops one training thread at its phase boundaries.
 
-    Every control returns at once and may be called from any thread; it raises `Refusal` when it
-    has no meaning now.
+    The controls return at once and are thread-safe; they raise `Refusal` where they make no sense.
+    With `paused=True` the thread pauses at its first boundary, after the `data` phase of step 1.
     """
 
     def __init__(self, paused: bool = False, steps_per_epoch: int | None = None) -> None:
+        self.hooks = GateHooks()
         self.steps_per_epoch = steps_per_epoch
         self.phase: Phase | Literal[""] = ""
-        """The phase whose end was reached last."""
+        """The phase that ended last."""
         self.step_in_progress = 1
-        """The optimizer step that phase belongs to, counted from 1."""
+        """The optimizer step that `phase` belongs to, counted from 1."""
         self.completed = 0
-        """Optimizer steps completed."""
+        """Number of completed optimizer steps."""
         self.idle_s = 0.0
-        """Seconds the training thread spent here instead of training: paused, throttled, and at
-        work for others. Phase and step times leave it out."""
+        """Seconds that the training thread spent here: paused, throttled or working for others.
+        Phase and step times exclude them."""
         self.paused_s = 0.0
-        """The part of `idle_s` in which it was paused."""
-        self.between_steps: list[Callable[[int], None]] = []
-        """Called on the training thread after every step with the number of steps completed
-        (evaluations, periodic checkpoints). An exception in one goes to `on_fault`."""
-        self.leave_checkpoint: Callable[[int], object] = _nothing
-        """Training thread, with the number of steps completed: the run stops here, and whoever
-        stopped it has asked for a checkpoint. An exception goes to `on_fault`."""
-        self._regular: list[tuple[Sequence[int], Callable[[int], None]]] = []
-        self._next_regular: float = math.inf
-        """The step after which one of them is due."""
-        self.on_stop_here: Callable[[Phase, int], None] = _nothing
-        """Training thread, `(phase, step)`: it is about to wait; make the phase report."""
-        self.on_change: Callable[[], None] = _nothing
-        """Any thread: mode, target or throttle changed."""
-        self.on_fault: Callable[[str, BaseException], None] = _nothing
-        self.before_work: Callable[[], None] = _nothing
-        """Training thread: work between steps is about to be done, which may tell of the steps so
-        far; what is known of them is to be told first."""
-        self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """What to enter around work for others (the tracer's `suspended`)."""
-        self.arrived = False
-        """Whether the training thread is in the gate: waiting, or at work for others."""
+        """The part of `idle_s` spent paused."""
+        self.after_step: list[Callable[[int], None]] = []
+        """Called on the training thread after every step with the number of completed steps."""
+        self.in_gate = False
+        """Whether the training thread is in the gate: waiting, or working for others."""
+        self.armed = paused
+        """Whether the next boundary has anything to do. Only set in this class."""
+        self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
+        self._next_scheduled: float = math.inf
         self._condition = threading.Condition()
         self._requests: deque[_Request] = deque()
         self._waiting = False
@@ -91,24 +122,12 @@ class Controls:
         self._target_is_epoch = False
         self._rate: float | None = None
         self._next_step_at = 0.0
-        self.armed = paused
-        """Whether the next boundary may take more time than a look. Set here alone."""
 
-    def work_every(self, cadences: Sequence[int], work: Callable[[int], None]) -> None:
-        """Like `between_steps`, but after multiples of any of the `cadences` (steps) alone; in
-        between it costs a comparison. For the thread that trains, before it does."""
-        wanted = tuple(every for every in cadences if every > 0)
-        if wanted:
-            self._regular.append((wanted, work))
-            self._next_regular = min(self._next_regular, next_multiple(wanted, self.completed))
-
-    def works_after(self, step: int) -> bool:
-        """Whether there is any work to be done after this step."""
-        return step >= self._next_regular or bool(self.between_steps)
+    # ------------------------------------------------------------ state, for any thread
 
     @property
-    def mode(self) -> str:
-        """`running`, `paused`, `stopping` (finishing its last step) or `ended`."""
+    def mode(self) -> Mode:
+        """`stopping`: finishing the last step."""
         if self._ended:
             return "ended"
         if self._stopping:
@@ -116,86 +135,95 @@ class Controls:
         return "paused" if self._waiting else "running"
 
     @property
-    def pausing(self) -> bool:
-        """Running, but told to pause at the next boundary."""
+    def pause_requested(self) -> bool:
+        """Running, and about to pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0
 
     @property
-    def stops_with_checkpoint(self) -> bool:
-        """Whether whoever told it to stop has asked for a checkpoint."""
+    def checkpoint_on_stop(self) -> bool:
+        """Whether a request to stop asked for a checkpoint."""
         return self._checkpoint
 
     @property
     def run_to(self) -> int | None:
-        """The step after which it pauses by itself; None: none is set."""
+        """The step after which it pauses by itself."""
         return self._target
 
     @property
     def rate(self) -> float | None:
-        """At most so many steps a second; None: full speed."""
+        """Maximum number of steps a second; None: unlimited."""
         return self._rate
 
+    @property
+    def stops_soon(self) -> bool:
+        """Whether it will probably pause within the current step, so that what only a phase report
+        needs should be kept."""
+        target = self._target
+        return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
+
+    # ------------------------------------------------------------ controls, for any thread
+
     def pause(self) -> None:
-        """Stop at the next phase boundary. Does nothing when paused."""
-        with self._changing():
+        """Pause at the next phase boundary."""
+        with self._control():
             self._target = None
             if not self._waiting:
                 self._boundaries_left = 1
 
     def resume(self) -> None:
         """Run freely; forgets any target."""
-        with self._changing():
+        with self._control():
             self._target = None
-            self._go(boundaries=0)
+            self._release()
 
     def step(self, count: int = 1) -> None:
-        """Pause after the `step` phase of exactly `count` more optimizer steps, from whatever phase
-        this is. While such steps are still being made, `count` more are added to them."""
+        """Pause after `count` more optimizer steps have completed. While earlier steps of this kind
+        are still running, `count` is added to them."""
         if count < 1:
             raise Refusal("the number of steps must be at least 1")
-        with self._changing():
+        with self._control():
             stepping = self._target is not None and not self._target_is_epoch
             first = self._target if stepping and self._target is not None else self.completed
             self._target, self._target_is_epoch = first + count, False
-            self._go(boundaries=0)
+            self._release()
 
     def step_phase(self) -> None:
-        """Go to the next phase boundary; each further call before it is reached goes one on."""
-        with self._changing():
+        """Go to the next phase boundary; a further call before it is reached adds one more."""
+        with self._control():
             self._target = None
-            self._go(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
+            self._release(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
 
     def run_to_epoch_end(self) -> None:
-        """Pause after the last step of the epoch that the next completed step belongs to."""
+        """Pause after the last step of the current epoch."""
         if not self.steps_per_epoch:
             raise Refusal("this run has no epochs")
-        with self._changing():
+        with self._control():
             epoch = self.completed // self.steps_per_epoch
             self._target = (epoch + 1) * self.steps_per_epoch
             self._target_is_epoch = True
-            self._go(boundaries=0)
+            self._release()
 
     def throttle(self, steps_per_second: float | None) -> None:
-        """At most so many steps a second; None lifts it."""
+        """Limit the number of steps a second; None lifts the limit."""
         if steps_per_second is not None and not 0 < steps_per_second < float("inf"):
             raise Refusal("the number of steps a second must be above 0")
-        with self._changing():
+        with self._control():
             self._rate = steps_per_second
             if steps_per_second is not None:
                 self._next_step_at = time.monotonic() + 1.0 / steps_per_second
 
     def stop(self, checkpoint: bool = False) -> None:
-        """Finish the running step, write the `checkpoint` if asked for, then raise `StopTraining`
-        on the training thread."""
-        with self._changing():
+        """Finish the current step, save a checkpoint if asked to, then raise `StopTraining` on the
+        training thread."""
+        with self._control():
             self._stopping = True
             self._checkpoint = checkpoint or self._checkpoint
             self._target = None
-            self._go(boundaries=0)
+            self._release()
 
     def call_soon(self, work: Callable[[], Any], mid_step: bool = False) -> Future[Any]:
-        """Run `work()` on the training thread: between two steps, or with `mid_step` at the next
-        boundary of any phase; also while paused there. The future has its result."""
+        """Run `work()` on the training thread between two steps (with `mid_step` at any phase
+        boundary), also while it is paused there."""
         future: Future[Any] = Future()
         with self._condition:
             if self._ended:
@@ -206,28 +234,35 @@ class Controls:
         return future
 
     def end(self) -> None:
-        """The training is over: nothing waits here any more, and no control is taken."""
+        """The training is over: releases a paused thread, cancels requests, refuses controls."""
         with self._condition:
             self._ended = True
             self._waiting = self.armed = False
-            left = list(self._requests)
+            cancelled = list(self._requests)
             self._requests.clear()
             self._condition.notify_all()
-        for request in left:
+        for request in cancelled:
             request.future.cancel()
-        self._tell(self.on_change)
+        self._call_hook(self.hooks.changed)
 
-    # ------------------------------------------------------------ within
+    @contextmanager
+    def _control(self) -> Iterator[None]:
+        """Around a change of the state: wakes the training thread and calls `changed`."""
+        with self._condition:
+            if self._ended:
+                raise Refusal("the training has ended")
+            yield
+            self._rearm()
+            self._condition.notify_all()
+        self._call_hook(self.hooks.changed)
 
-    def _changing(self) -> _Change:
-        return _Change(self)
-
-    def _go(self, boundaries: int) -> None:
+    def _release(self, boundaries: int = 0) -> None:
+        """Let the thread run; pause it again after this many boundaries (0: never)."""
         self._boundaries_left = boundaries
         self._waiting = False
 
     def _rearm(self) -> None:
-        """With the condition held: whether the next boundary needs more than a look."""
+        """With the condition held."""
         self.armed = bool(
             self._boundaries_left
             or self._target is not None
@@ -237,74 +272,26 @@ class Controls:
             or self._requests
         )
 
-    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
-        """Call what others registered; their faults never reach the training."""
+    def _call_hook(self, hook: Callable[..., None], *args: Any) -> None:
         try:
-            callback(*args)
+            hook(*args)
         except Exception as fault:
-            if callback is not self.on_fault:
-                self._tell(self.on_fault, "gate", fault)
+            if hook is not self.hooks.fault:
+                self._call_hook(self.hooks.fault, "gate", fault)
 
+    # ------------------------------------------------------------ training thread
 
-class _Change:
-    """Holds the condition while a control is applied, then wakes the thread and tells."""
+    def call_every(self, cadences: Sequence[int], work: Callable[[int], None]) -> None:
+        """Like `after_step`, but only after multiples of any of the `cadences` (0: never); other
+        steps cost one comparison. To be called before training begins."""
+        wanted = tuple(every for every in cadences if every > 0)
+        if wanted:
+            self._scheduled.append((wanted, work))
+            self._next_scheduled = min(self._next_scheduled, next_multiple(wanted, self.completed))
 
-    def __init__(self, gate: Controls) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._gate._condition.acquire()
-        if self._gate._ended:
-            self._gate._condition.release()
-            raise Refusal("the training has ended")
-
-    def __exit__(self, *exc: object) -> None:
-        gate = self._gate
-        gate._rearm()
-        gate._condition.notify_all()
-        gate._condition.release()
-        gate._tell(gate.on_change)
-
-
-def _nothing(*_: Any) -> None:
-    """The default of every callback."""
-
-
-def next_multiple(cadences: Sequence[int], step: int) -> int:
-    """The first step after `step` that is a multiple of any of them."""
-    return min((step // every + 1) * every for every in cadences)
-
-
-# ---- gate
-# The gate at every phase boundary: where the training thread can be stopped, and where it works
-# for others.
-#
-# The training thread calls `Gate.reached` after every phase; when nothing is asked of it that
-# costs
-# one attribute read. Any other thread controls it. Whatever has to touch tensors is handed to the
-# training thread here and never run from another thread.
-
-
-__all__ = ["Gate", "Refusal", "StopTraining"]
-
-
-class StopTraining(KeyboardInterrupt):
-    """Raised on the training thread at the end of a step when the run is told to stop.
-
-    A `KeyboardInterrupt`, so that a script which saves its model on Ctrl-C does so.
-    """
-
-    def __init__(self, checkpoint: bool = False) -> None:
-        super().__init__("stopped at the end of a step")
-        self.checkpoint = checkpoint
-        """Whether whoever stopped the run asked for a checkpoint."""
-
-
-class Gate(Controls):
-    """Pauses, steps, throttles and stops one training thread at its phase boundaries.
-
-    `paused=True` stops it at the very first boundary (after the `data` phase of step 1).
-    """
+    def has_work_after(self, step: int) -> bool:
+        """Whether any work is due after this step."""
+        return step >= self._next_scheduled or bool(self.after_step)
 
     def reached(self, phase: Phase, step: int) -> None:
         """A phase of optimizer step `step` has ended. May wait; raises `StopTraining` to stop."""
@@ -312,82 +299,77 @@ class Gate(Controls):
         self.step_in_progress = step
         if phase == "step":
             self.completed = step
-            if self.armed or self.works_after(step):
-                self._arrive(phase, step)
+            if self.armed or self.has_work_after(step):
+                self._enter(phase, step)
         elif self.armed:
-            self._arrive(phase, step)
+            self._enter(phase, step)
 
-    @property
-    def stops_soon(self) -> bool:
-        """Whether it is likely to stop within the step in progress: what only a phase report needs
-        is worth keeping just then."""
-        target = self._target
-        return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
-
-    def _arrive(self, phase: Phase, step: int) -> None:
+    def _enter(self, phase: Phase, step: int) -> None:
         began = time.perf_counter()
-        self.arrived = True
+        self.in_gate = True
         try:
             if phase == "step":
-                self._work_between_steps(step)
-            self._serve(phase)
-            self._raise_if_stopping(phase)
-            if self._must_stop(phase, step):
-                self._stop_here(phase, step)
+                self._work_after_step(step)
+            self._serve_requests(phase)
+            self._stop_if_asked(phase)
+            if self._should_pause(phase, step):
+                self._call_hook(self.hooks.pausing, phase, step)
+                self._pause(phase)
+                self._stop_if_asked(phase)
             if phase == "step":
-                self._keep_rate()
-                self._raise_if_stopping(phase)
+                self._wait_for_rate()
+                self._stop_if_asked(phase)
         finally:
-            self.arrived = False
+            self.in_gate = False
             self.idle_s += time.perf_counter() - began
 
-    def _work_between_steps(self, step: int) -> None:
-        if self.works_after(step):
-            self._tell(self.before_work)
-        for work in tuple(self.between_steps):
-            self._work("between steps", work, step)
-        if step < self._next_regular:
+    def _work_after_step(self, step: int) -> None:
+        if self.has_work_after(step):
+            self._call_hook(self.hooks.before_work)
+        for work in tuple(self.after_step):
+            self._work("after a step", work, step)
+        if step < self._next_scheduled:
             return
-        for cadences, work in self._regular:
+        for cadences, work in self._scheduled:
             if any(step % every == 0 for every in cadences):
-                self._work("between steps", work, step)
-        self._next_regular = min(next_multiple(cadences, step) for cadences, _ in self._regular)
+                self._work("after a step", work, step)
+        self._next_scheduled = min(next_multiple(cadences, step) for cadences, _ in self._scheduled)
 
     def _work(self, name: str, work: Callable[[int], object], step: int) -> None:
-        with self.working():
+        with self.hooks.work_context():
             try:
                 work(step)
             except Exception as fault:
-                self._tell(self.on_fault, name, fault)
+                self._call_hook(self.hooks.fault, name, fault)
 
-    def _serve(self, phase: Phase) -> None:
-        """Run what was handed to this thread and may run at this boundary."""
+    def _serve_requests(self, phase: Phase) -> None:
+        """Run the requests that are allowed at this boundary."""
         while True:
             with self._condition:
-                chosen = next((r for r in self._requests if r.mid_step or phase == "step"), None)
-                if chosen is None:
+                request = next((r for r in self._requests if r.mid_step or phase == "step"), None)
+                if request is None:
                     self._rearm()
                     return
-                self._requests.remove(chosen)
-            if not chosen.mid_step:
-                self._tell(self.before_work)
-            with self.working():
-                chosen.run()
+                self._requests.remove(request)
+            if not request.mid_step:
+                self._call_hook(self.hooks.before_work)
+            with self.hooks.work_context():
+                request.run()
 
-    def _raise_if_stopping(self, phase: Phase) -> None:
-        # At the end of `data` nothing of the step has happened yet; but a batch is drawn, which a
-        # checkpoint would lose.
+    def _stop_if_asked(self, phase: Phase) -> None:
+        # At the end of `data` nothing of the step has happened yet, but a checkpoint would lose the
+        # batch that was drawn.
         if self._stopping and (phase == "step" or (phase == "data" and not self._checkpoint)):
-            if self._checkpoint:  # now: a script may catch what is raised
-                self._work("the last checkpoint", self.leave_checkpoint, self.completed)
+            if self._checkpoint:  # before raising: the script may catch the exception
+                self._work("the last checkpoint", self.hooks.save_checkpoint, self.completed)
             with self._condition:
-                # Once: a script that catches it, to save or to evaluate, is left to do so.
+                # A script that catches the exception to save or evaluate is not interrupted again.
                 self._ended = True
                 self._stopping = self._waiting = self.armed = False
-            self._tell(self.on_change)
+            self._call_hook(self.hooks.changed)
             raise StopTraining(self._checkpoint)
 
-    def _must_stop(self, phase: Phase, step: int) -> bool:
+    def _should_pause(self, phase: Phase, step: int) -> bool:
         with self._condition:
             if self._stopping or self._ended:
                 return False
@@ -401,41 +383,38 @@ class Gate(Controls):
             self._rearm()
             return False
 
-    def _stop_here(self, phase: Phase, step: int) -> None:
-        self._tell(self.on_stop_here, phase, step)
-        self._wait(phase)
-        self._raise_if_stopping(phase)
-
-    def _wait(self, phase: Phase) -> None:
+    def _pause(self, phase: Phase) -> None:
         with self._condition:
-            # A control that came while the report was made has already set us going again.
+            # A control that came during the phase report has already released the thread.
             if self._boundaries_left or self._target is not None or self._stopping or self._ended:
                 self._rearm()
                 return
             self._waiting = True
             self.armed = True
-        self._tell(self.on_change)
+        self._call_hook(self.hooks.changed)
         began = time.perf_counter()
         while self._waiting:
-            self._serve(phase)
+            self._serve_requests(phase)
             with self._condition:
-                if self._waiting and not self._servable(phase):
+                if self._waiting and not any(r.mid_step or phase == "step" for r in self._requests):
                     self._condition.wait()
         self.paused_s += time.perf_counter() - began
 
-    def _servable(self, phase: Phase) -> bool:
-        return any(request.mid_step or phase == "step" for request in self._requests)
-
-    def _keep_rate(self) -> None:
-        """Sleep until the next step may begin; any control cuts it short."""
+    def _wait_for_rate(self) -> None:
+        """Sleep until the next step may begin; any control ends the sleep."""
         with self._condition:
             while self._rate is not None and not (
                 self._stopping or self._ended or self._boundaries_left
             ):
                 now = time.monotonic()
-                # Never "catch up" after a pause: the next step is one interval after this one.
+                # No catching up after a pause: the next step is one interval after this one.
                 due = min(self._next_step_at, now + 1.0 / self._rate)
                 if now >= due:
                     self._next_step_at = now + 1.0 / self._rate
                     return
                 self._condition.wait(due - now)
+
+
+def next_multiple(cadences: Sequence[int], step: int) -> int:
+    """The first step after `step` that is a multiple of any of the cadences."""
+    return min((step // every + 1) * every for every in cadences)

@@ -11,15 +11,8 @@ from typing import Any
 import torch
 
 from tui_trainer.protocol.schema import Table
-from tui_trainer.trace.probe import (
-    Gradient,
-    Options,
-    ParameterGroup,
-    Probe,
-    RecorderLike,
-    describe,
-    skipped_text,
-)
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Gradient, Options, Probe, RecorderLike, describe, skipped_text
 from tui_trainer.trace.schedule import (
     ActiveProbe,
     Governor,
@@ -36,14 +29,14 @@ class StepMeasurer:
 
     def __init__(
         self,
-        subject: ParameterGroup,
+        tracked: TrackedParameters,
         probes: Sequence[type[Probe]],
         recorder: RecorderLike,
         options: Options,
         governor: Governor,
         role: OptimizerSlot,
     ) -> None:
-        self.subject = subject
+        self.tracked = tracked
         self._recorder = recorder
         self._governor = governor
         self.slots: list[ActiveProbe] = []
@@ -58,8 +51,8 @@ class StepMeasurer:
         self._with_gradient = 0
         self._lending = False
         self._trusted = False
-        self._zero = torch.zeros((), device=subject.device)
-        self._on_host = all(parameter.is_cpu for parameter in subject.parameters)
+        self._zero = torch.zeros((), device=tracked.device)
+        self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
         for kind in probes:
             if kind.name not in options.switched_off:
                 self._install(kind, options, role)
@@ -70,7 +63,7 @@ class StepMeasurer:
 
     def _install(self, kind: type[Probe], options: Options, role: OptimizerSlot) -> None:
         try:
-            slot = install_probes(kind, self.subject, options, self._recorder, role)
+            slot = install_probes(kind, self.tracked, options, self._recorder, role)
         except Exception as fault:
             self._recorder.notice("fault", f"probe {kind.name}: {describe(fault)}", "error")
             return
@@ -105,14 +98,14 @@ class StepMeasurer:
         """The first forward of the step begins; whether its end is of interest."""
         plan = self._schedule.plan
         if plan.before_forward:
-            with arithmetic(self.subject.device):
+            with arithmetic(self.tracked.device):
                 for slot in plan.before_forward:
                     self._call(slot, slot.probe.before_forward, root)
         return bool(plan.after_forward)
 
     def forward_ends(self) -> None:
         """It has ended."""
-        with arithmetic(self.subject.device):
+        with arithmetic(self.tracked.device):
             for slot in self._schedule.plan.after_forward:
                 self._call(slot, slot.probe.after_forward)
 
@@ -128,8 +121,8 @@ class StepMeasurer:
         plan = self._schedule.plan
         reading = plan.own_gradients if self._lending else plan.gradients
         if reading:
-            gradients: list[Gradient] = self.subject.gradients()
-            with arithmetic(self.subject.device):
+            gradients: list[Gradient] = self.tracked.gradients()
+            with arithmetic(self.tracked.device):
                 for slot in reading:
                     slot.readings = [self._call(slot, slot.probe.gradients, gradients) or ()]
         self.fresh = True
@@ -139,29 +132,29 @@ class StepMeasurer:
 
         They are relied on once a clipping has shown that it gives every one of them.
         """
-        found = captured.norms_of(clipped, self.subject.parameters)
-        self._with_gradient = len(self.subject.parameters)
+        found = captured.norms_of(clipped, self.tracked.parameters)
+        self._with_gradient = len(self.tracked.parameters)
         lending, self._lending = self._lending, False
         if found is not None:
             self._trusted = True
         else:
-            gradients = self.subject.gradients()
+            gradients = self.tracked.gradients()
             norms = captured.by_gradient()
             self._with_gradient = sum(gradient is not None for gradient in gradients)
             self._trusted = all(g is None or id(g) in norms for g in gradients)
             if not lending:
                 return
-            with arithmetic(self.subject.device):
+            with arithmetic(self.tracked.device):
                 found = norms_before(gradients, norms, clipped, limit, total, self._zero)
         if lending:
-            for slot in self._schedule.plan.borrowed:
-                slot.readings = [self._call(slot, slot.probe.borrowed, found) or ()]
+            for slot in self._schedule.plan.clip_norms:
+                slot.readings = [self._call(slot, slot.probe.clip_norms, found) or ()]
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
         plan = self._schedule.plan
         if plan.before_update:
-            with arithmetic(self.subject.device):
+            with arithmetic(self.tracked.device):
                 for slot in plan.before_update:
                     self._call(slot, slot.probe.before_update)
 
@@ -170,7 +163,7 @@ class StepMeasurer:
         plan = self._schedule.plan
         self._schedule.over()
         if plan.after_update:
-            with arithmetic(self.subject.device):
+            with arithmetic(self.tracked.device):
                 for slot in plan.after_update:
                     slot.readings.append(self._call(slot, slot.probe.after_update) or ())
         header: list[torch.Tensor] = [*finished.losses]
@@ -187,11 +180,11 @@ class StepMeasurer:
         for slot in plan.reading:
             readings = slot.readings
             flat = readings[0] if len(readings) == 1 else [r for some in readings for r in some]
-            parts.append(TransferPart(flat, slot.probe.lasting))
+            parts.append(TransferPart(flat, slot.probe.owns_readings))
             own[slot.name] = slot.spent * 1e3
         self.fresh = False
         return CompletedStep(
-            optimizer=self.subject.key,
+            optimizer=self.tracked.key,
             recorded_by=self.record,
             arrival=HostTransfer(parts, self._on_host),
             slots=plan.slots,

@@ -1,4 +1,4 @@
-"""Which optimizers a run has, what each of them trains, and the meter that measures its steps."""
+"""The optimizers of a run: their names, the parameters they train and their measurers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
-from tui_trainer.trace.probe import (
-    Names,
-    Options,
-    Probe,
-    RecorderLike,
-    group_sizes,
-    make_parameter_group,
-)
+from tui_trainer.trace.parameters import Names, group_sizes, track_parameters
+from tui_trainer.trace.probe import Options, Probe, RecorderLike
 from tui_trainer.trace.schedule import (
     ActiveProbe,
     GovernedProbe,
@@ -35,7 +29,7 @@ Optimizer = torch.optim.Optimizer
 
 
 class OptimizerRegistry:
-    """Optimizers by identity. An optimizer that dies takes its meter with it."""
+    """Optimizers by identity. An optimizer that dies takes its measurer with it."""
 
     def __init__(
         self,
@@ -58,10 +52,10 @@ class OptimizerRegistry:
         self._phases_unseen: dict[str, str] = {}
 
     @property
-    def meters(self) -> list[StepMeasurer]:
+    def measurers(self) -> list[StepMeasurer]:
         """Of the optimizers that are alive, in order of their appearance."""
         # A list first: an optimizer may die meanwhile, and a probe's rows ask from another thread.
-        return [meter for _, meter in list(self._meters.values())]
+        return [measurer for _, measurer in list(self._meters.values())]
 
     # ------------------------------------------------------------ finding
 
@@ -94,31 +88,31 @@ class OptimizerRegistry:
                     self.meter_for(thing)
 
     def meter_of(self, parameter: torch.Tensor) -> StepMeasurer | None:
-        """The meter of the optimizer that updates this parameter, if it is known."""
-        return next((m for m in self.meters if id(parameter) in m.subject.ids), None)
+        """The measurer of the optimizer that updates this parameter, if it is known."""
+        return next((m for m in self.measurers if id(parameter) in m.tracked.ids), None)
 
     def meters_of(self, parameters: Any) -> list[StepMeasurer]:
-        """The meters of the optimizers that update any of these, looked for if none is known."""
+        """The measurers of the optimizers that update any of these, looked for if none is known."""
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for _ in range(2):
-            found = [m for m in self.meters if any(id(p) in m.subject.ids for p in given)]
+            found = [m for m in self.measurers if any(id(p) in m.tracked.ids for p in given)]
             if found or not given:
                 return found
             self.search(given[0])
         return []
 
-    def optimizer_of(self, meter: StepMeasurer) -> Optimizer | None:
-        """The optimizer that this meter measures."""
-        return next((ref() for ref, m in self._meters.values() if m is meter), None)
+    def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
+        """The optimizer that this measurer measures."""
+        return next((ref() for ref, m in self._meters.values() if m is measurer), None)
 
     def meter_for(self, optimizer: Optimizer) -> StepMeasurer:
-        """The meter of this optimizer: made on its first appearance, and anew when it is given
+        """The measurer of this optimizer: made on its first appearance, and anew when it is given
         other parameters (then under a further name, since its tables have other columns)."""
         known = self._meters.get(id(optimizer))
         if (
             known is not None
             and known[0]() is optimizer
-            and known[1].subject.group_sizes == group_sizes(optimizer)
+            and known[1].tracked.group_sizes == group_sizes(optimizer)
         ):
             return known[1]
         return self._register(optimizer)
@@ -134,34 +128,34 @@ class OptimizerRegistry:
     def _register(self, optimizer: Optimizer) -> StepMeasurer:
         role = self._take_over(optimizer) or self._new_role(optimizer)
         name, roots = role.name, self._roots.modules
-        subject = make_parameter_group(
+        tracked = track_parameters(
             optimizer, name, role.key, roots, self._names, lambda n, p: self._index(n, p, name)
         )
-        role.trains(subject.models)
-        for model in subject.models:
+        role.trains(tracked.models)
+        for model in tracked.models:
             for other, parameter in self._names.parameters(model):
-                if id(parameter) not in subject.ids:
+                if id(parameter) not in tracked.ids:
                     self._index(other, parameter, "")
-        self._look_for_roots(subject.ids)
-        meter = StepMeasurer(
-            subject,
+        self._look_for_roots(tracked.ids)
+        measurer = StepMeasurer(
+            tracked,
             self._probes,
             self._recorder,
             self._options,
             Governor(self._options.budget, self._cadence_changed),
             role,
         )
-        for slot in meter.slots:
-            slot.probe.unseen_changed = self._probe_unseen
-            if slot.probe.left_out:
-                self._recorder.notice("unseen", slot.probe.left_out, "warning")
-        subject.models.clear()  # a meter keeps parameters alive, not the models around them
-        subject.modules.clear()
+        for slot in measurer.slots:
+            slot.probe.on_unseen_change = self._probe_unseen
+            if slot.probe.partly_unseen:
+                self._recorder.notice("unseen", slot.probe.partly_unseen, "warning")
+        tracked.models.clear()  # a measurer keeps parameters alive, not the models around them
+        tracked.modules.clear()
         key_of = id(optimizer)
         reference = weakref.ref(optimizer, lambda _: self._meters.pop(key_of, None))
-        self._meters[key_of] = (reference, meter)
+        self._meters[key_of] = (reference, measurer)
         self._describe()
-        return meter
+        return measurer
 
     def _new_role(self, optimizer: Optimizer) -> OptimizerSlot:
         names = {role.name for role in self._roles}
@@ -208,24 +202,24 @@ class OptimizerRegistry:
         return position
 
     def _describe(self) -> None:
-        meters = self.meters
+        measurers = self.measurers
         self._recorder.describe(
             parameters=tuple(self._infos),
             optimizers=tuple(role.name for role in self._roles),
-            attention=tuple(a for m in meters for s in m.slots for a in s.probe.attention),
+            attention=tuple(a for m in measurers for s in m.slots for a in s.probe.attention),
             unseen=self._unseen(),
         )
 
     def _unseen(self) -> dict[str, str]:
         """What no optimizer's probes can see, or one's alone, and the phases that never come."""
         unseen = dict(self._phases_unseen)
-        at_work = {slot.name for meter in self.meters for slot in meter.slots}
-        for meter in self.meters:
-            unseen |= {n: why for n, why in meter.unseen.items() if n not in at_work}
+        at_work = {slot.name for measurer in self.measurers for slot in measurer.slots}
+        for measurer in self.measurers:
+            unseen |= {n: why for n, why in measurer.unseen.items() if n not in at_work}
         reasons = [
-            (slot.name, meter.subject.name, slot.probe.unseen)
-            for meter in self.meters
-            for slot in meter.slots
+            (slot.name, measurer.tracked.name, slot.probe.unseen)
+            for measurer in self.measurers
+            for slot in measurer.slots
         ]
         seen = {name for name, _, why in reasons if not why}
         for name, optimizer, why in reasons:

@@ -137,7 +137,7 @@ def clock_for(device: torch.device) -> Clock:
 # Tensors that can be shown: those in arguments and results, those among a loop's variables.
 
 
-MOST_TENSORS = 6
+MAX_TENSORS = 6
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -191,7 +191,7 @@ def locals_of_the_loop() -> Iterator[tuple[str, torch.Tensor]]:
         if whole and data and not isinstance(thing, torch.nn.Parameter):
             yield name, thing
             found += 1
-            if found == MOST_TENSORS:
+            if found == MAX_TENSORS:
                 return
 
 
@@ -401,7 +401,7 @@ class Phases:
         self._in_gate = True
         gate = self._gate
         try:
-            if gate.armed or (phase == STEP and gate.works_after(self.step)):
+            if gate.armed or (phase == STEP and gate.has_work_after(self.step)):
                 with torch.enable_grad():  # for what others have the gate do here
                     gate.reached(PHASES[phase], self.step)
             else:

@@ -16,7 +16,7 @@ from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
-from tui_trainer.trace.phases import MOST_TENSORS, locals_of_the_loop, shape, summary, tensors_in
+from tui_trainer.trace.phases import MAX_TENSORS, locals_of_the_loop, shape, summary, tensors_in
 from tui_trainer.trace.probe import RecorderLike
 
 LARGEST = 5
@@ -42,7 +42,7 @@ class Stopped(Protocol):
     def duration_ms(self, phase: int) -> float:
         """What a phase has taken in this step so far."""
 
-    def gradient_scale(self, meter: StepMeasurer) -> float:
+    def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients."""
 
 
@@ -63,17 +63,19 @@ class Reporter:
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be called with these; kept until the boundary is passed."""
         named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
-        self._arguments = list(tensors_in(named))[:MOST_TENSORS]
+        self._arguments = list(tensors_in(named))[:MAX_TENSORS]
         self._holds = True
 
     def output(self, result: Any) -> None:
         """The model returned this."""
-        self._outputs = list(tensors_in([("output", result)]))[:MOST_TENSORS]
+        self._outputs = list(tensors_in([("output", result)]))[:MAX_TENSORS]
         self._holds = True
 
-    def before_clip(self, meters: Sequence[StepMeasurer], stops_soon: bool) -> None:
+    def before_clip(self, measurers: Sequence[StepMeasurer], stops_soon: bool) -> None:
         """Gradients are about to be clipped; somebody may look at that."""
-        self._before = [(meter, _norms(meter)) for meter in meters] if stops_soon else []
+        self._before = (
+            [(measurer, _norms(measurer)) for measurer in measurers] if stops_soon else []
+        )
 
     def passed(self) -> None:
         """The run goes on."""
@@ -120,7 +122,7 @@ class Reporter:
         return f"the batch: {shapes}", [q for n, t in found for q in summary(n, t)], []
 
     def _zero_grad(self, tracer: Stopped) -> Report:
-        gradients = [g for m in tracer.registry.meters for g in m.subject.gradients()]
+        gradients = [g for m in tracer.registry.measurers for g in m.tracked.gradients()]
         absent = sum(g is None for g in gradients)
         present = [g for g in gradients if g is not None]
         nonzero = int(sum(torch.count_nonzero(g).item() > 0 for g in present))
@@ -159,20 +161,20 @@ class Reporter:
         return text, quantities, []
 
     def _backward(self, tracer: Stopped) -> Report:
-        if not tracer.registry.meters:
+        if not tracer.registry.measurers:
             tracer.registry.search(None)
         quantities: list[Quantity] = []
         rows: list[Rows] = []
         count, total = 0, 0.0
-        for meter in tracer.registry.meters:
-            scale = tracer.gradient_scale(meter)
-            norms = [norm / scale for norm in _norms(meter)]
-            rows += _provisional(meter, schema.GRAD_NORM, tracer.step, norms)
+        for measurer in tracer.registry.measurers:
+            scale = tracer.gradient_scale(measurer)
+            norms = [norm / scale for norm in _norms(measurer)]
+            rows += _provisional(measurer, schema.GRAD_NORM, tracer.step, norms)
             own = float(np.sqrt(np.sum(np.square(norms))))
-            count += sum(g is not None for g in meter.subject.gradients())
+            count += sum(g is not None for g in measurer.tracked.gradients())
             total = float(np.hypot(total, own))
-            quantities.append(Quantity(_of(meter, "total norm"), own))
-            quantities += _largest(meter, norms)
+            quantities.append(Quantity(_of(measurer, "total norm"), own))
+            quantities += _largest(measurer, norms)
         return f"gradients of {count} parameters, total norm {total:.4g}", quantities, rows
 
     def _clip(self, tracer: Stopped) -> Report:
@@ -180,7 +182,7 @@ class Reporter:
         if not clipped:
             return "gradients are clipped", [], []
         before = _total(norm for _, norms in clipped for norm in norms)
-        after = [_norms(meter) for meter, _ in clipped]
+        after = [_norms(measurer) for measurer, _ in clipped]
         now = _total(norm for norms in after for norm in norms)
         scale = now / before if before else 1.0
         quantities = [
@@ -189,12 +191,12 @@ class Reporter:
             Quantity("scale", scale),
         ]
         shares: list[tuple[float, str]] = []
-        for (meter, norms), own_after in zip(clipped, after, strict=True):
+        for (measurer, norms), own_after in zip(clipped, after, strict=True):
             if len(clipped) > 1:
-                name = meter.subject.name
+                name = measurer.tracked.name
                 quantities.append(Quantity(f"norm before ({name})", _total(norms)))
                 quantities.append(Quantity(f"norm after ({name})", _total(own_after)))
-            for name, norm in zip(meter.subject.names, norms, strict=True):
+            for name, norm in zip(measurer.tracked.names, norms, strict=True):
                 shares.append(((norm / before) ** 2 if before else 0.0, name))
         for share, name in sorted(shares, key=lambda pair: -pair[0])[:LARGEST]:
             quantities.append(Quantity(f"share of {name}", share))
@@ -208,8 +210,8 @@ class Reporter:
     def _step(self, tracer: Stopped) -> Report:
         quantities: list[Quantity] = []
         why = "it was not measured in this step"
-        for meter in tracer.registry.meters:
-            probe = meter.probe(schema.UPDATE_RATIO)
+        for measurer in tracer.registry.measurers:
+            probe = measurer.probe(schema.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
             if latest is None or latest[0] != tracer.step:
                 step, missing = getattr(probe, "missing", (0, ""))
@@ -217,9 +219,9 @@ class Reporter:
                 continue
             _, updates, ratios = latest
             order = sorted(range(len(ratios)), key=lambda i: -ratios[i])[:LARGEST]
-            quantities.append(Quantity(_of(meter, "norm of the update"), _total(updates)))
+            quantities.append(Quantity(_of(measurer, "norm of the update"), _total(updates)))
             for i in order:
-                name = meter.subject.names[i]
+                name = measurer.tracked.names[i]
                 quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
         text = f"step {tracer.step} is made"
         return text if quantities else f"{text}; its update is not shown: {why}", quantities, []
@@ -228,30 +230,32 @@ class Reporter:
 Report = tuple[str, list[Quantity], list[Rows]]
 
 
-def _of(meter: StepMeasurer, text: str) -> str:
-    return f"{text} ({meter.subject.name})" if meter.subject.key else text
+def _of(measurer: StepMeasurer, text: str) -> str:
+    return f"{text} ({measurer.tracked.name})" if measurer.tracked.key else text
 
 
 def _total(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
 
 
-def _norms(meter: StepMeasurer) -> list[float]:
+def _norms(measurer: StepMeasurer) -> list[float]:
     """‖g‖ of each parameter now, 0 where there is none. Waits for the device."""
     return [
         0.0 if g is None else float(torch.linalg.vector_norm(g.detach().float()))
-        for g in meter.subject.gradients()
+        for g in measurer.tracked.gradients()
     ]
 
 
-def _largest(meter: StepMeasurer, norms: Sequence[float]) -> list[Quantity]:
+def _largest(measurer: StepMeasurer, norms: Sequence[float]) -> list[Quantity]:
     order = sorted(range(len(norms)), key=lambda i: -norms[i])[:LARGEST]
-    return [Quantity(f"‖grad‖ of {meter.subject.names[i]}", norms[i]) for i in order]
+    return [Quantity(f"‖grad‖ of {measurer.tracked.names[i]}", norms[i]) for i in order]
 
 
-def _provisional(meter: StepMeasurer, name: str, step: int, values: Sequence[float]) -> list[Rows]:
+def _provisional(
+    measurer: StepMeasurer, name: str, step: int, values: Sequence[float]
+) -> list[Rows]:
     """One row of the step in the making."""
-    table = meter.table(name)
+    table = measurer.table(name)
     if table is None:
         return []
     return [

@@ -14,14 +14,8 @@ import torch
 
 from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import Column, Table
-from tui_trainer.trace.probe import (
-    Options,
-    ParameterGroup,
-    Probe,
-    Readings,
-    RecorderLike,
-    parameters_of,
-)
+from tui_trainer.trace.parameters import TrackedParameters, parameters_of
+from tui_trainer.trace.probe import Options, Probe, Readings, RecorderLike
 
 WINDOW = 32
 """Steps between two decisions."""
@@ -56,7 +50,7 @@ class GovernedProbe:
     every: int
     """Cadence while nobody watches: the natural one times a power of two."""
     importance: int
-    furthest: int = LIMITS[-1]
+    max_stretch: int = LIMITS[-1]
     """How many times its natural cadence it may be stretched."""
     watched_natural: int = 0
     """Natural cadence while somebody watches; 0: watching makes no difference."""
@@ -90,7 +84,7 @@ class GovernedProbe:
     @property
     def longest(self) -> int:
         """The longest cadence that it may have now."""
-        return self.usual * (WATCHED_LIMIT if self.watched else self.furthest)
+        return self.usual * (WATCHED_LIMIT if self.watched else self.max_stretch)
 
     def share_ms(self, every: int | None = None) -> float:
         """Mean cost per step at a cadence (default: the present one)."""
@@ -311,7 +305,7 @@ class OptimizerSlot:
 
     name: str
     key: str
-    """See `Subject.key`."""
+    """See `TrackedParameters.key`."""
     kind: type[Optimizer]
     shapes: tuple[tuple[int, ...], ...]
     optimizer: weakref.ref[Optimizer]
@@ -367,7 +361,7 @@ READING = (
     "before_forward",
     "after_forward",
     "gradients",
-    "borrowed",
+    "clip_norms",
     "before_update",
     "after_update",
 )
@@ -400,14 +394,14 @@ class ActiveProbe(GovernedProbe):
 
 def install_probes(
     kind: type[Probe],
-    subject: ParameterGroup,
+    tracked: TrackedParameters,
     options: Options,
     recorder: RecorderLike,
     role: OptimizerSlot,
 ) -> ActiveProbe | str:
     """Set a probe to work and declare its tables; or why there is nothing for it to see."""
     with torch.no_grad():
-        probe = kind(subject, options)
+        probe = kind(tracked, options)
     if probe.unseen:
         return probe.unseen
     natural = max(0, options.cadences.get(kind.name, kind.every))
@@ -422,7 +416,7 @@ def install_probes(
         natural=natural,
         every=natural,
         importance=kind.importance,
-        furthest=kind.furthest,
+        max_stretch=kind.max_stretch,
         watched_natural=watched,
         watched_every=watched,
         probe=probe,
@@ -442,9 +436,9 @@ class StepPlan:
         self.before_forward = those_with("before_forward")
         self.after_forward = those_with("after_forward")
         self.gradients = those_with("gradients")
-        self.borrowed = those_with("borrowed")
-        self.own_gradients = tuple(s for s in self.gradients if "borrowed" not in s.does)
-        """Those that need the gradients even where their norms can be borrowed."""
+        self.clip_norms = those_with("clip_norms")
+        self.own_gradients = tuple(s for s in self.gradients if "clip_norms" not in s.does)
+        """Those that need the gradients even where their norms can be clip_norms."""
         self.before_update = those_with("before_update")
         self.after_update = those_with("after_update")
 
@@ -490,7 +484,7 @@ class ProbeSchedule:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, bit))
-            if "borrowed" in slot.does and slot.natural == 1:
+            if "clip_norms" in slot.does and slot.natural == 1:
                 self._with_clipping |= bit
                 self.borrowers.append(slot)
 

@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import OptState
 from tui_trainer.history.buckets import Floats, StepRecord
 from tui_trainer.protocol.messages import ClipKind
 from tui_trainer.trace.phases import Times
-from tui_trainer.trace.probe import ClipSeen, StepFacts
+from tui_trainer.trace.probe import ClipMeasurement, StepFacts
 from tui_trainer.trace.schedule import ActiveProbe
 from tui_trainer.trace.transfer import HostTransfer
 
@@ -26,7 +26,7 @@ class ClipCall:
     """A call of a clipping function, its figures still where they were computed."""
 
     kind: ClipKind
-    meters: list[object]
+    measurers: list[object]
     """Of the optimizers whose gradients it clipped and that have not stepped since."""
     max_norm: float
     readings: tuple[torch.Tensor, ...]
@@ -41,17 +41,17 @@ def clip_call(
     limit: Any,
     norm_type: Any,
     readings: tuple[torch.Tensor, ...],
-    meters: list[object],
+    measurers: list[object],
     captured: Captured,
 ) -> ClipCall:
-    """The record of a call that clipped `parameters`, which `meters` measure, to `limit`."""
+    """The record of a call that clipped `parameters`, which `measurers` measure, to `limit`."""
     count = captured.count
     if not count:
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         count = sum(p.grad is not None for p in given)
     return ClipCall(
         kind=kind,
-        meters=meters,
+        measurers=measurers,
         max_norm=float(limit),
         readings=tuple(scalar(reading) for reading in readings),
         parameters=count,
@@ -231,9 +231,9 @@ class CompletedStep:
         )
 
 
-def _clip_seen(call: ClipCall, values: Iterator[float], with_gradient: int) -> ClipSeen:
+def _clip_seen(call: ClipCall, values: Iterator[float], with_gradient: int) -> ClipMeasurement:
     before, *after = (next(values) for _ in call.readings)
-    return ClipSeen(
+    return ClipMeasurement(
         kind=call.kind,
         max_norm=call.max_norm,
         norm_before=before,
@@ -320,17 +320,17 @@ class PendingStep:
         self._clips.append(call)
         del self._clips[:-MOST]
 
-    def take(self, meter: object) -> tuple[list[torch.Tensor], list[ClipCall]]:
-        """The optimizer that `meter` measures has stepped: its losses, and the clippings of its
+    def take(self, measurer: object) -> tuple[list[torch.Tensor], list[ClipCall]]:
+        """The optimizer that `measurer` measures has stepped: its losses, and the clippings of its
         gradients; those of other optimizers' wait for their own step."""
         if self.losses:
             self._last, self.losses = self.losses, []
         mine: list[ClipCall] = []
         if self._clips:
-            mine = [call for call in self._clips if meter in call.meters]
+            mine = [call for call in self._clips if measurer in call.measurers]
             for call in mine:
-                call.meters.remove(meter)
-            self._clips = [call for call in self._clips if call.meters]
+                call.measurers.remove(measurer)
+            self._clips = [call for call in self._clips if call.measurers]
         return self._last, mine
 
     def forget(self) -> None:

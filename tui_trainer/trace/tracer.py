@@ -175,10 +175,10 @@ class HearsCalls(Guarded):
         self.registry.register_pending()
         self.phases.forwarding(module, args, kwargs)
         if first:
-            for meter in self.registry.meters:
-                meter.prepare(self.phases.step, self.gate.stops_soon)
-                if meter.forward_begins(module):
-                    self._sampling.append(meter)
+            for measurer in self.registry.measurers:
+                measurer.prepare(self.phases.step, self.gate.stops_soon)
+                if measurer.forward_begins(module):
+                    self._sampling.append(measurer)
         self.phases.run()
         return True
 
@@ -188,8 +188,8 @@ class HearsCalls(Guarded):
 
     def _end_sampling(self) -> None:
         sampling, self._sampling = self._sampling, []
-        for meter in sampling:
-            meter.forward_ends()
+        for measurer in sampling:
+            measurer.forward_ends()
 
     @guarded
     def _forward_ends(self, result: Any) -> None:
@@ -224,8 +224,8 @@ class Hearing(HearsCalls):
     def phase_failed(self) -> None:
         """What the script called raised: the phase is over, and it is no boundary."""
         if self.phases.fail() == CLIP:
-            for meter in self._clipping:
-                meter.fresh = False
+            for measurer in self._clipping:
+                measurer.fresh = False
 
     # ------------------------------------------------------------ zero_grad and backward
 
@@ -261,8 +261,8 @@ class Hearing(HearsCalls):
         self.phases.losing()
         self.making.add_losses(losses, self.phases.closure)
         self.phases.boundary(LOSS)
-        for meter in self.registry.meters:
-            meter.fresh = False
+        for measurer in self.registry.measurers:
+            measurer.fresh = False
         self.phases.run()
         return True
 
@@ -280,9 +280,9 @@ class Hearing(HearsCalls):
         if not self.phases.enter(CLIP):
             return False
         self._clipping = self.registry.meters_of(parameters)
-        for meter in self._clipping:
-            if not meter.fresh:
-                self._read_gradients(meter, kind)
+        for measurer in self._clipping:
+            if not measurer.fresh:
+                self._read_gradients(measurer, kind)
         if kind == "value":
             self._value_norm = total_norm(parameters)
         if self.gate.armed:
@@ -302,21 +302,21 @@ class Hearing(HearsCalls):
     ) -> None:
         """They are clipped; `total` is their norm before, as the function gave it."""
         self.phases.pause_clock()
-        for meter in self._clipping:
-            meter.lend(captured, parameters, limit, total)
+        for measurer in self._clipping:
+            measurer.lend(captured, parameters, limit, total)
         found = [self._value_norm, total_norm(parameters)] if kind == "value" else [total]
         readings = tuple(r for r in found if isinstance(r, torch.Tensor))
         if len(readings) == len(found):
-            meters: list[object] = [*self._clipping]
+            measurers: list[object] = [*self._clipping]
             self.making.add_clip(
-                clip_call(kind, parameters, limit, norm_type, readings, meters, captured)
+                clip_call(kind, parameters, limit, norm_type, readings, measurers, captured)
             )
         self.phases.leave(OUTSIDE)
 
-    def _read_gradients(self, meter: StepMeasurer, clipping: str = "") -> None:
-        optimizer = self.registry.optimizer_of(meter)
-        meter.prepare(self.phases.step, self.gate.stops_soon)
-        meter.read_gradients(self.scaling.gradient_scale(optimizer), clipping)
+    def _read_gradients(self, measurer: StepMeasurer, clipping: str = "") -> None:
+        optimizer = self.registry.optimizer_of(measurer)
+        measurer.prepare(self.phases.step, self.gate.stops_soon)
+        measurer.read_gradients(self.scaling.gradient_scale(optimizer), clipping)
 
     # ------------------------------------------------------------ the optimizer's step
 
@@ -329,14 +329,14 @@ class Hearing(HearsCalls):
             return
         self.phases.closure = closure
         self._nested = 0
-        meter = self._stepping = self.registry.meter_for(optimizer)
-        meter.prepare(self.phases.step, self.gate.stops_soon)
-        if not closure and not meter.fresh:
-            self._read_gradients(meter)
+        measurer = self._stepping = self.registry.meter_for(optimizer)
+        measurer.prepare(self.phases.step, self.gate.stops_soon)
+        if not closure and not measurer.fresh:
+            self._read_gradients(measurer)
         # A GradScaler gives it to an optimizer that skips by itself, for the time of its step.
         found_inf = getattr(optimizer, "found_inf", None)
-        meter.skip = None if found_inf is None else (found_inf, self.scaling.loss_scale())
-        meter.before_update()
+        measurer.skip = None if found_inf is None else (found_inf, self.scaling.loss_scale())
+        measurer.before_update()
         self.phases.run()
 
     @guarded
@@ -349,12 +349,12 @@ class Hearing(HearsCalls):
         if not self.phases.end(STEP):
             return
         self.phases.pause_clock()
-        meter, self._stepping = self._stepping, None
-        if meter is None:
+        measurer, self._stepping = self._stepping, None
+        if measurer is None:
             return
-        if self.phases.closure and not meter.fresh:
-            self._read_gradients(meter)
-        made = meter.after_update(self._finish(optimizer, meter))
+        if self.phases.closure and not measurer.fresh:
+            self._read_gradients(measurer)
+        made = measurer.after_update(self._finish(optimizer, measurer))
         counted = perf_counter()
         own_ms = (self.own_s + counted - began) * 1e3
         made.own_ms["tracer"] = max(0.0, own_ms - sum(made.own_ms.values()))
@@ -366,10 +366,10 @@ class Hearing(HearsCalls):
             self.registry.phases_unseen(unseen)
         self.phases.next_step()
 
-    def _finish(self, optimizer: Optimizer, meter: StepMeasurer) -> FinishedStep:
+    def _finish(self, optimizer: Optimizer, measurer: StepMeasurer) -> FinishedStep:
         step_ms, times = self.phases.step_made()
         self.scaling.step_over()
-        losses, clips = self.making.take(meter)
+        losses, clips = self.making.take(measurer)
         rate = optimizer.param_groups[0].get("lr", float("nan"))
         return FinishedStep(
             step=self.phases.step,
@@ -387,8 +387,8 @@ class Hearing(HearsCalls):
         self.recorder.notice("skipped_step", text, "warning", self.phases.step)
         self.making.forget()
         self.phases.step_skipped()
-        for meter in self.registry.meters:
-            meter.fresh = False
+        for measurer in self.registry.measurers:
+            measurer.fresh = False
 
     # ------------------------------------------------------------ loss scaling
 
@@ -633,9 +633,9 @@ class Tracer(Hearing):
         self._thread = self.owner = threading.get_ident()
         self._handles = install_hooks(self, self.patches)
         self._roots.discover()
-        self.gate.on_stop_here = self.reporter.make
-        self.gate.working = self.suspended
-        self.gate.before_work = self._flush_in_gate
+        self.gate.hooks.pausing = self.reporter.make
+        self.gate.hooks.work_context = self.suspended
+        self.gate.hooks.before_work = self._flush_in_gate
         reference = weakref.ref(self)
         # A forked DataLoader worker has a copy of us, and of our thread's identity.
         os.register_at_fork(after_in_child=lambda: _silence(reference()))
@@ -669,7 +669,7 @@ class Tracer(Hearing):
             finally:
                 self.owner = owner
 
-    def record_meanwhile(self) -> None:
+    def flush_idle(self) -> None:
         """For another thread, many times a second: record the steps that were made, where the
         training thread makes no further one for a while."""
         try:
@@ -692,7 +692,7 @@ class Tracer(Hearing):
         self.flush()
         self.own_s += perf_counter() - began
 
-    def expect(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def register(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Take `model` as it is now for the start of its training, before its weights are set to
         those of a checkpoint: drift counts from here."""
         try:
@@ -700,7 +700,7 @@ class Tracer(Hearing):
             for optimizer in optimizers:
                 self.registry.meter_for(optimizer)
         except Exception as fault:
-            self.fault("expect", fault)
+            self.fault("register", fault)
 
     # ------------------------------------------------------------ where it is
 
@@ -722,9 +722,9 @@ class Tracer(Hearing):
         """What a phase has taken in this step so far. Only while stopped."""
         return self.phases.duration_ms(phase)
 
-    def gradient_scale(self, meter: StepMeasurer) -> float:
+    def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients. Waits for it."""
-        scale = self.scaling.gradient_scale(self.registry.optimizer_of(meter))
+        scale = self.scaling.gradient_scale(self.registry.optimizer_of(measurer))
         return float(scale) if scale is not None else 1.0
 
 

@@ -46,12 +46,12 @@ class TransferPart(NamedTuple):
     """Readings that belong together."""
 
     readings: Sequence[torch.Tensor]
-    lasting: bool
-    """See `Probe.lasting`."""
+    owns_readings: bool
+    """See `Probe.owns_readings`."""
 
 
 class HostTransfer:
-    """Readings on their way to the host. `on_host`: lasting ones are known to be there already."""
+    """One step's readings on their way to the host."""
 
     def __init__(self, parts: Sequence[TransferPart], on_host: bool) -> None:
         self._parts = parts
@@ -61,14 +61,14 @@ class HostTransfer:
         self._landings: list[Floats] = []
         self._seen_at = 0.0
         for part in parts:
-            if not (part.lasting and on_host):
+            if not (part.owns_readings and on_host):
                 for reading in part.readings:
                     if not reading.is_cpu:
                         self._send()
                         return
         # What nobody writes to is fetched later, many steps at once, and not by numpy yet: its code
         # has been driven out of the processor's caches.
-        self._values = [None if part.lasting else _on_host(part.readings) for part in parts]
+        self._values = [None if part.owns_readings else _on_host(part.readings) for part in parts]
 
     def _send(self) -> None:
         """One vector per device, copied without waiting."""

@@ -12,7 +12,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import head_columns
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
 Doubles = NDArray[np.float64]
 
@@ -29,11 +30,11 @@ class AttentionHeads(Probe):
     topic = schema.ATTENTION_HEADS
     watched_every = 1
     importance = 10
-    lasting = True
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        found = find_layers(subject, options.attention_pattern)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        found = find_layers(tracked, options.attention_pattern)
         self._layers = [each for each in found.layers if each.heads and each.key_value_heads]
         if not self._layers:
             self.unseen = found.nothing or "the number of heads is unknown"
@@ -50,7 +51,7 @@ class AttentionHeads(Probe):
         """Wq as (heads, elements), Wk and Wv as (key/value heads, elements)."""
         counts = (layer.heads, layer.key_value_heads, layer.key_value_heads)
         return [
-            part.view(self.subject.parameters[part.parameter].detach())
+            part.view(self.tracked.parameters[part.parameter].detach())
             .to(torch.float32)
             .reshape(count or 1, -1)
             for part, count in zip(layer.parts, counts, strict=True)

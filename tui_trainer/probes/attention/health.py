@@ -13,7 +13,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import HEALTH_STATISTICS, attention_columns
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
 FUNCTION = "scaled_dot_product_attention"
 NOT_CALLED = (
@@ -47,16 +48,16 @@ class AttentionHealth(Probe):
     topic = schema.ATTENTION_HEALTH
     watched_every = 5
     importance = 15
-    furthest = 16
-    lasting = True
+    max_stretch = 16
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        found = find_layers(subject, options.attention_pattern)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        found = find_layers(tracked, options.attention_pattern)
         self._layers, self.unseen = found.layers, found.nothing
         if self.unseen:
             return
-        if any(is_compiled(module) for module in subject.modules.values()):
+        if any(is_compiled(module) for module in tracked.modules.values()):
             self.unseen = COMPILED
             return
         paths = tuple(layer.path for layer in self._layers)
@@ -64,7 +65,7 @@ class AttentionHealth(Probe):
         self._original: Attend | None = None
         self._ours: Attend | None = None
         self._seen: list[torch.Tensor] = []
-        self._own = {id(subject.parameters[each.q.parameter]) for each in self._layers}
+        self._own = {id(tracked.parameters[each.q.parameter]) for each in self._layers}
         self._reason = NO_FORWARD
         """Why this step gave nothing, if it did not."""
         self._missed, self._patience = 0, PATIENCE
@@ -113,11 +114,11 @@ class AttentionHealth(Probe):
             self._missed = 0
             if self.unseen:
                 self._patience *= 2  # it comes and goes
-                self.say_unseen("")
+                self.set_unseen("")
             return seen
         self._missed += 1
         if self._missed == self._patience:
-            self.say_unseen(NOT_ONCE if seen else reason)
+            self.set_unseen(NOT_ONCE if seen else reason)
         return ()
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:

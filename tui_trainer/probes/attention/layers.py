@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.trace.probe import ParameterGroup
+from tui_trainer.trace.parameters import TrackedParameters
 
 # ---- attention_parts
 # Where Wq, Wk and Wv lie in their parameters: each in one of its own, or fused in one.
@@ -31,7 +31,7 @@ class Projection:
     """Wq, Wk or Wv of a layer: a parameter and where in it."""
 
     parameter: int
-    """Position in the subject."""
+    """Position in the tracked."""
     view: View
     rows: int
     columns: int
@@ -188,12 +188,12 @@ Roles = dict[str, dict[str, int]]
 """Layer path to role (`q`, `k`, `v`, or a fused name) to the parameter's position."""
 
 
-def by_pattern(subject: ParameterGroup, pattern: str) -> Roles:
+def by_pattern(tracked: TrackedParameters, pattern: str) -> Roles:
     """By a regular expression over parameter names, with named groups."""
     roles: Roles = {}
-    for position, name in enumerate(subject.names):
+    for position, name in enumerate(tracked.names):
         match = re.search(pattern, name)
-        if match is None or subject.parameters[position].dim() < 2:
+        if match is None or tracked.parameters[position].dim() < 2:
             continue
         groups = match.groupdict()
         for role in ("q", "k", "v", "qkv"):
@@ -202,11 +202,11 @@ def by_pattern(subject: ParameterGroup, pattern: str) -> Roles:
     return roles
 
 
-def by_name(subject: ParameterGroup) -> Roles:
+def by_name(tracked: TrackedParameters) -> Roles:
     """By the usual names."""
     members: dict[str, dict[str, int]] = {}
-    for position, name in enumerate(subject.names):
-        if subject.parameters[position].dim() >= 2:
+    for position, name in enumerate(tracked.names):
+        if tracked.parameters[position].dim() >= 2:
             path, _, last = name.removesuffix(".weight").rpartition(".")
             members.setdefault(path, {})[last.lower()] = position
     roles: Roles = {}
@@ -226,16 +226,16 @@ def by_name(subject: ParameterGroup) -> Roles:
     return roles
 
 
-def declared_heads(subject: ParameterGroup, path: str) -> Heads:
+def declared_heads(tracked: TrackedParameters, path: str) -> Heads:
     """What the modules around a layer, or their configurations, say of its heads."""
-    modules = list(_modules_around(subject, path))
+    modules = list(_modules_around(tracked, path))
     return Heads(*(_first_number(modules, names) for names in (HEADS, KEY_VALUE_HEADS, HEAD_DIM)))
 
 
-def _modules_around(subject: ParameterGroup, path: str) -> Iterator[object]:
+def _modules_around(tracked: TrackedParameters, path: str) -> Iterator[object]:
     """The layer's module and the two around it, each followed by its configuration."""
     for _ in range(3):
-        module = subject.modules.get(path)
+        module = tracked.modules.get(path)
         if module is not None:
             yield module
             config = getattr(module, "config", None)
@@ -357,17 +357,17 @@ class FoundLayers:
         return "".join(self.left_out[:1]) + (f", and {more} more like it" if more > 0 else "")
 
 
-def find_layers(subject: ParameterGroup, pattern: str | None = None) -> FoundLayers:
-    """The attention layers among the subject's parameters, in the order of the model.
+def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> FoundLayers:
+    """The attention layers among the tracked's parameters, in the order of the model.
 
     `pattern`: a regular expression over parameter names with the group `layer` and one of the
     groups `q`, `k`, `v` (separate) or `qkv` (fused); it replaces the usual names.
     """
-    roles = by_pattern(subject, pattern) if pattern else by_name(subject)
+    roles = by_pattern(tracked, pattern) if pattern else by_name(tracked)
     found: list[AttentionLayer] = []
     left_out: list[str] = []
     for path, named in roles.items():
-        layer = _layer(subject, path, named)
+        layer = _layer(tracked, path, named)
         if isinstance(layer, AttentionLayer):
             found.append(layer)
         else:
@@ -376,22 +376,22 @@ def find_layers(subject: ParameterGroup, pattern: str | None = None) -> FoundLay
     return FoundLayers(sorted(found, key=lambda layer: order[layer.path]), tuple(left_out))
 
 
-def _layer(subject: ParameterGroup, path: str, roles: dict[str, int]) -> AttentionLayer | str:
+def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> AttentionLayer | str:
     """The layer; or which matrix cannot be taken apart, and why."""
-    told = declared_heads(subject, path)
+    told = declared_heads(tracked, path)
     if set(roles) >= {"q", "k", "v"}:
-        parts: tuple[Projection, ...] = tuple(_whole(subject, roles[role]) for role in "qkv")
-        multihead = isinstance(subject.modules.get(path), torch.nn.MultiheadAttention)
+        parts: tuple[Projection, ...] = tuple(_whole(tracked, roles[role]) for role in "qkv")
+        multihead = isinstance(tracked.modules.get(path), torch.nn.MultiheadAttention)
         kind = "multihead" if multihead else "separate"
     else:
         name = next((name for name in roles if name not in ("q", "k", "v")), "")
         if not name:
             return f"{path}: only {' and '.join(roles)} of it was found"
         position = roles[name]
-        taken = _take_apart(subject, path, name, position, told)
+        taken = _take_apart(tracked, path, name, position, told)
         if isinstance(taken, str):
-            return f"{subject.names[position]} cannot be split into its parts: {taken}"
-        parts = (_whole(subject, roles["q"]), *taken) if name == "kv" else taken
+            return f"{tracked.names[position]} cannot be split into its parts: {taken}"
+        parts = (_whole(tracked, roles["q"]), *taken) if name == "kv" else taken
         kind = "multihead" if name == "in_proj_weight" else "fused"
     q, k, v = parts
     heads, key_value_heads = _heads(told, q, k, v)
@@ -414,23 +414,23 @@ def _heads(
     return heads, shared if fits else None
 
 
-def _matrix(subject: ParameterGroup, position: int) -> Matrix:
+def _matrix(tracked: TrackedParameters, position: int) -> Matrix:
     """A parameter, and which of its sides is which."""
-    module = subject.modules.get(subject.names[position].removesuffix(".weight"))
+    module = tracked.modules.get(tracked.names[position].removesuffix(".weight"))
     conv1d = type(module).__name__ == "Conv1D"  # Hugging Face's GPT-2: (inputs, outputs)
-    return Matrix.of(position, subject.parameters[position], conv1d)
+    return Matrix.of(position, tracked.parameters[position], conv1d)
 
 
-def _whole(subject: ParameterGroup, position: int) -> Projection:
-    matrix = _matrix(subject, position)
+def _whole(tracked: TrackedParameters, position: int) -> Projection:
+    matrix = _matrix(tracked, position)
     return matrix.by_rows((matrix.outputs,))[0]
 
 
 def _take_apart(
-    subject: ParameterGroup, path: str, name: str, position: int, told: Heads
+    tracked: TrackedParameters, path: str, name: str, position: int, told: Heads
 ) -> tuple[Projection, ...] | str:
     """Wq, Wk and Wv of a fused matrix (`kv`: Wk and Wv); or why they cannot be told apart."""
-    fused = _matrix(subject, position)
+    fused = _matrix(tracked, position)
     if name == "kv":
         half, rest = divmod(fused.outputs, 2)
         return "its outputs are not even in number" if rest else fused.by_rows((half, half))
@@ -442,7 +442,7 @@ def _take_apart(
             other.startswith(f"{path}.")
             and parameter.dim() >= 2
             and (parameter.shape[0], parameter.numel() // parameter.shape[0]) == wanted
-            for other, parameter in zip(subject.names, subject.parameters, strict=True)
+            for other, parameter in zip(tracked.names, tracked.parameters, strict=True)
         )
 
     return split(fused, told, name in INTERLEAVED, projected)

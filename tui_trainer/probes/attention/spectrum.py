@@ -15,7 +15,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import SPECTRUM_STATISTICS, attention_columns
-from tui_trainer.trace.probe import Options, ParameterGroup, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
 # ---- decomposing
 # Singular values: at once on a CPU, on a thread of our own for weights of an accelerator.
@@ -103,12 +104,12 @@ class AttentionSpectrum(Probe):
     topic = schema.ATTENTION_SPECTRUM
     watched_every = 2
     importance = 10
-    furthest = 64
-    lasting = True
+    max_stretch = 64
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        found = find_layers(subject, options.attention_pattern)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        found = find_layers(tracked, options.attention_pattern)
         self._layers, self.unseen = found.layers, found.nothing
         if self.unseen:
             return
@@ -119,7 +120,7 @@ class AttentionSpectrum(Probe):
         self._turn = 0
         self._sent: deque[tuple[int, tuple[int, int]]] = deque()
         """Turn and shape of the matrices on their way to the host."""
-        self._decomposer = None if subject.device.type == "cpu" else Decomposer()
+        self._decomposer = None if tracked.device.type == "cpu" else Decomposer()
         self._values = np.full((len(self._layers), 3, 3), np.nan)
         """(layer, statistic, q|k|v)."""
         self._complete = False
@@ -131,7 +132,7 @@ class AttentionSpectrum(Probe):
         turn = self._turn
         self._turn = (turn + 1) % self._turns
         part = self._layers[turn // 3].parts[turn % 3]
-        matrix = part.view(self.subject.parameters[part.parameter].detach())
+        matrix = part.view(self.tracked.parameters[part.parameter].detach())
         self._sent.append((turn, (matrix.shape[0], matrix.shape[1])))
         if self._decomposer is None:
             return [singular_values(matrix)]

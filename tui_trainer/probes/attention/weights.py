@@ -19,15 +19,8 @@ from tui_trainer.history.buckets import Floats
 from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
-from tui_trainer.trace.probe import (
-    Gradient,
-    Options,
-    ParameterGroup,
-    Probe,
-    Readings,
-    StepFacts,
-    TableSpec,
-)
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec
 
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
@@ -262,21 +255,21 @@ class Attention(Probe):
 
     name = schema.ATTENTION
     importance = 40
-    furthest = 64
-    lasting = True
+    max_stretch = 64
+    owns_readings = True
 
-    def __init__(self, subject: ParameterGroup, options: Options) -> None:
-        super().__init__(subject, options)
-        found = find_layers(subject, options.attention_pattern)
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        found = find_layers(tracked, options.attention_pattern)
         self.layers, self.unseen = found.layers, found.nothing
         if self.unseen:
             return
-        self.left_out = found.remark
-        self.attention = tuple(layer.info(subject.names) for layer in self.layers)
+        self.partly_unseen = found.remark
+        self.attention = tuple(layer.info(tracked.names) for layer in self.layers)
         paths = tuple(layer.path for layer in self.layers)
         self.tables = (TableSpec(schema.ATTENTION, attention_columns(paths, ATTENTION_STATISTICS)),)
-        self._even = EvenLayers(self.layers, self._weight, subject.device)
-        self._uneven = UnevenLayers(self.layers, self._weight, subject.device)
+        self._even = EvenLayers(self.layers, self._weight, tracked.device)
+        self._uneven = UnevenLayers(self.layers, self._weight, tracked.device)
         self._sizes = np.array(
             [[p.rows * p.columns for p in layer.parts] for layer in self.layers], np.float64
         )
@@ -291,7 +284,7 @@ class Attention(Probe):
         self._growth_at_start = _growth(self._norms_at_start)
 
     def _weight(self, position: int) -> torch.Tensor:
-        return self.subject.parameters[position].detach()
+        return self.tracked.parameters[position].detach()
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """Inner products between the gradients of each layer."""
