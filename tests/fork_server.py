@@ -12,6 +12,8 @@ imports that itself. PyTorch is hidden until the process imports it.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import gc
 import importlib.abc
 import importlib.machinery
@@ -19,13 +21,15 @@ import io
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
+import threading
 import time
 import types
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 class HiddenTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -135,6 +139,28 @@ def run(arguments: list[str]) -> None:
         exec(code, main.__dict__)
 
 
+def leave(ending: BaseException | None) -> NoReturn:
+    """End as an interpreter does, but leave a quarter of a second's work to the system: it frees
+    the memory of a process sooner than Python takes PyTorch apart."""
+    status = 0
+    if isinstance(ending, SystemExit):
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if not isinstance(ending.code, int | None):
+            print(ending.code, file=sys.stderr)
+    elif ending is not None:
+        sys.excepthook(type(ending), ending, ending.__traceback__)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if isinstance(ending, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status & 0xFF)
+
+
 if __name__ == "__main__":
     _filters = warnings.filters[:]
     _asking = socket.socket(fileno=int(sys.argv[1]))
@@ -147,6 +173,13 @@ if __name__ == "__main__":
     _request, _descriptors = serve(_asking)
     warnings.filters[:] = _filters
     become(_request, _descriptors)
-    if "torch" in sys.modules:
+    if "torch" not in sys.modules:
+        run(_request["arguments"])
+    else:
         sys.meta_path.insert(0, HiddenTorch())
-    run(_request["arguments"])
+        _ending: BaseException | None = None
+        try:
+            run(_request["arguments"])
+        except BaseException as _fault:
+            _ending = _fault
+        leave(_ending)

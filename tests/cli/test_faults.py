@@ -17,7 +17,7 @@ from tests.cli.calling import COMMAND, assert_refused, call
 from tests.runs.starting import until
 from tui_trainer.config.run_spec import read_state
 
-SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1"]
+SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
 
 LOOP = """
 import sys, torch

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.calling import call
 
-SHORT = ["--json", "--steps", "5", "--threads", "1", "--device", "cpu"]
+SHORT = ["--json", "--steps", "5", "--threads", "1", "--device", "cpu", "--eval-batches", "1"]
 STEP = {"step", "loss", "lr", "grad_norm_preclip", "clip", "grad_norm", "attention", "phase_ms"}
 LAYER = {"layer", "cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v"}
 PHASES = {"zero_grad", "forward", "loss", "backward", "clip", "step"}

@@ -13,7 +13,7 @@ from tests.runs.starting import until
 from tui_trainer.cli.directory import discard, discard_refused
 from tui_trainer.config.run_spec import RunSpec, RunState, write_spec, write_state
 
-SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1"]
+SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
 
 
 def listed(place: Path) -> dict[str, dict[str, Any]]:

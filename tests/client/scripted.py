@@ -150,7 +150,7 @@ def obey_for(count: int) -> Behaviour:
     return behave
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for it."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -105,7 +105,7 @@ def test_commands_are_acknowledged_and_shown_at_once(start):
     session.set_rate(0.1)
     until_quiet(run)
     run.status = Status(state="paused", step=4)
-    ack = session.send(Pause()).result(5)
+    ack = session.send(Pause()).result(60)
     assert ack.ok
     assert session.poll().status.state == "paused"
     assert [command.action for command in run.commands] == [Pause()]
@@ -137,8 +137,8 @@ def test_a_command_does_not_wait_for_the_answer_to_a_poll(start):
     run, session = start(slow)
     run.steps(500)
     until(lambda: session.poll().link.state == "live")
-    assert session.send(Resume()).result(5).ok
-    assert answered.wait(5)
+    assert session.send(Resume()).result(60).ok
+    assert answered.wait(60)
 
 
 def test_reconnects_without_a_gap(start, monkeypatch):
@@ -159,7 +159,7 @@ def test_a_lost_connection_is_said_and_commands_are_refused(start, monkeypatch):
     run, session = start(obey_for(2))
     until(lambda: session.poll().link.state == "lost")
     assert "trying again in" in session.poll().link.message
-    ack = session.send(Pause()).result(5)
+    ack = session.send(Pause()).result(60)
     assert not ack.ok
     assert "no connection" in ack.message
     assert session.poll().status == run.status
@@ -174,7 +174,7 @@ def test_an_unanswered_command_is_refused_when_the_link_dies(start):
 
     _, session = start(swallow)
     until(lambda: session.poll().link.state == "live")
-    ack = session.send(Mark("here")).result(5)
+    ack = session.send(Mark("here")).result(60)
     assert not ack.ok
     assert "lost before the answer" in ack.message
 
@@ -262,7 +262,7 @@ def test_a_refusal_is_final(start):
     until(lambda: session.poll().link.state == "closed")
     assert session.poll().link.message == "the run speaks protocol 9"
     assert session.poll().link.hint == "update"
-    assert not session.send(Pause()).result(5).ok
+    assert not session.send(Pause()).result(60).ok
 
 
 def test_another_run_in_its_place_is_not_mixed_in(start, monkeypatch):
@@ -322,9 +322,9 @@ def test_closing_ends_the_thread_and_the_connection(start):
     thread = session._speaker
     session.close()
     session.close()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
-    assert not session.send(Pause()).result(5).ok
+    assert not session.send(Pause()).result(60).ok
     session.set_rate(3)
 
 

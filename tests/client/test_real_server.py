@@ -64,10 +64,10 @@ def test_follows_commands_and_ends(rig):
     session.set_rate(100)
     record(rig, 40)
     until_seen(session, rig)
-    assert session.send(Pause()).result(10).ok
-    assert session.send(Mark("look")).result(10).ok
+    assert session.send(Pause()).result(60).ok
+    assert session.send(Mark("look")).result(60).ok
     until(lambda: any(event.kind == "mark" for event in session.poll().events))
-    assert session.send(Resume()).result(10).ok
+    assert session.send(Resume()).result(60).ok
     assert any("me@here" in name for name in session.poll().status.viewers)
     record(rig, 1500)
     rig.recorder.end("finished", "all steps made")
@@ -84,7 +84,7 @@ def test_a_late_viewer_and_one_that_only_watches(rig):
     watcher = LiveSession(lambda: open_unix_stream(rig.path), read_only=True)
     until_seen(watcher, rig)
     assert watcher.poll().link.read_only
-    refused = watcher.send(Pause()).result(10)
+    refused = watcher.send(Pause()).result(60)
     assert not refused.ok
     assert refused.message
     for session in (early, watcher):

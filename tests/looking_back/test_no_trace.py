@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from tests.runs.conftest import runs  # noqa: F401
 from tests.runs.starting import until
 from tests.ui.screens import settle
 from tui_trainer.client.replay import ReplaySession
+from tui_trainer.protocol.messages import Notice
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.replay import ReplayApp
 
@@ -62,6 +62,15 @@ async def test_a_killed_run(runs):  # noqa: F811
     assert fingerprint(path) == before
 
 
+def recorded_pause(path):
+    """The last step in the store of a run, once the store has the pause as well."""
+    replay = ReplaySession(path)
+    events, last_step = replay.poll().events, replay.last_step
+    replay.close()
+    paused = any(isinstance(each, Notice) and each.kind == "command" for each in events)
+    return last_step if paused else None
+
+
 async def test_a_living_run(runs):  # noqa: F811
     """A paused run writes nothing but, each second, its state; so what else changed, we changed.
     The index of the journal is shared memory by design, and no part of what is recorded."""
@@ -74,7 +83,7 @@ async def test_a_living_run(runs):  # noqa: F811
     def kept():
         return {name: found for name, found in fingerprint(path).items() if name in names}
 
-    time.sleep(1.5)
+    until(lambda: recorded_pause(path) == runs.said("gpt-living").step, "the pause is recorded")
     before = kept()
     assert await look_through(path) > 90
     assert kept() == before

@@ -17,7 +17,7 @@ from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.store import told
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.replay import replay_items
-from tui_trainer.store.schema import STORE_FILE, StoreError
+from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.store.writer import StoreWriter
 
 
@@ -113,13 +113,3 @@ def test_what_is_damaged_is_left_out(tmp_path):
     steps = [item for item in replay_items(history) if isinstance(item, StepRecorded)]
     assert 0 < len(steps) <= 1800
     assert "cannot be read" in history.store.fault
-
-
-def test_an_older_store_is_said_to_have_no_story(tmp_path):
-    sink = StoreWriter(tmp_path)
-    sink.take([InfoChanged(RunInfo("quiet-otter", "gpt"))], Status())
-    sink.close()
-    with sqlite3.connect(tmp_path / STORE_FILE) as writer:
-        writer.executescript("DROP TABLE told; PRAGMA user_version = 1")
-    with pytest.raises(StoreError, match="did not keep its story"):
-        next(replay_items(StoredHistory(tmp_path)))

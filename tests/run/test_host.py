@@ -144,7 +144,7 @@ class Viewer:
         wait_for(lambda: condition(self.status))
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"

@@ -60,7 +60,7 @@ def test_viewers_and_ls_see_the_last_step_of_a_script_that_sleeps(asleep):
 
 def test_a_kill_takes_no_step_that_was_made_before_it(asleep):
     place, process = asleep
-    hosting.wait_for(lambda: stored_steps(place) == STEPS, 60)
+    hosting.wait_for(lambda: stored_steps(place) == STEPS)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert stored_steps(place) == STEPS

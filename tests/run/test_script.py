@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
+import psutil
 import pytest
 
 from tests import processes
+from tests.runs.starting import until
 
 RUNNER = """
 import sys
@@ -242,7 +243,7 @@ def test_terminated_before_any_step(place):
     assert process.stdout.readline() == b"up\n"
     # Any Python program learns only at the end of a call in C of a signal that has come between its
     # last look for signals and that call: let it be asleep first.
-    time.sleep(0.5)
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, "it sleeps")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=50)
     assert process.returncode == 143

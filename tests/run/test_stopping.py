@@ -242,7 +242,7 @@ def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(p
         viewer.wait(lambda status: status.step == 5)
         assert viewer.do(Stop()).ok
         viewer.do(Stop())
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
 

@@ -40,7 +40,7 @@ def test_pause_step_resume_stop(runs):
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped at step" in stopped.stdout
     assert runs.ls()["gpt-one"]["state"] == "stopped"
-    runs.processes["gpt-one"].wait(20)
+    runs.processes["gpt-one"].wait(60)
     again = runs.call("pause", "gpt-one")
     assert again.returncode == 1
     assert "gpt-one has been stopped" in again.stderr
@@ -243,7 +243,7 @@ def test_rm_asks_on_a_terminal(runs):
             sys.executable,
             ["-m", "tui_trainer", "rm", "gpt-asked"],
             env=runs.environment,
-            timeout=30,
+            timeout=60,
         )
         asking.expect("remove it for good")
         asking.sendline(answer)

@@ -23,7 +23,7 @@ def terminal(runs):
 
     def begin(*arguments, **options):
         command = [sys.executable, "-m", "tui_trainer", *arguments]
-        opened.append(Terminal(command, env=runs.environment, timeout=40, **options))
+        opened.append(Terminal(command, env=runs.environment, timeout=90, **options))
         return opened[-1]
 
     yield begin
@@ -119,9 +119,10 @@ def test_attach_without_a_terminal(runs):
 
 
 def test_show_keeps_showing_on_a_terminal(runs, terminal):
-    runs.start("gpt-short", steps=150, seconds=0.02)
+    runs.start("gpt-short", steps=150, start_paused=True)
     shown = terminal("show", "gpt-short")
-    shown.wait_for("live")
+    shown.wait_for("paused")
+    assert runs.call("resume", "--no-wait", "gpt-short").returncode == 0
     shown.wait_for("finished")
     assert shown.wait_for_exit() == 0
 

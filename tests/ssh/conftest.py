@@ -55,7 +55,7 @@ def bare_host(tmp_path, monkeypatch):
 @pytest.fixture
 def attach(monkeypatch):
     """Open a session to an address, as the command does, without a screen."""
-    monkeypatch.setattr(connection, "SILENCE_S", 2.0)
+    monkeypatch.setattr(connection, "SILENCE_S", 4.0)
     sessions = []
 
     def begin(address: str, **options):

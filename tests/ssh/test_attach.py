@@ -18,7 +18,7 @@ def terminal(runs, host):
 
     def begin(*arguments):
         command = [sys.executable, "-m", "tui_trainer", "attach", *arguments]
-        opened.append(Terminal(command, env=runs.environment, timeout=40))
+        opened.append(Terminal(command, env=runs.environment, timeout=90))
         return opened[-1]
 
     yield begin

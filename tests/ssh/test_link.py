@@ -40,9 +40,9 @@ def test_measurements_commands_and_leaving(host, runs, attach):
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 20, "steps arrive")
     assert session.poll().info.name == "gpt-far"
-    assert session.send(Pause()).result(20).ok
+    assert session.send(Pause()).result(60).ok
     until(lambda: session.poll().status.state == "paused", "it pauses")
-    assert session.send(Resume()).result(20).ok
+    assert session.send(Resume()).result(60).ok
     grows_by(session, 5, "it goes on")
     assert_no_gap(session)
     session.close()
@@ -111,7 +111,7 @@ def test_a_host_that_goes_and_comes_back(host, runs, attach):
     until(lambda: "Connection refused" in session.poll().link.message, "ssh's reason is shown")
     assert session.poll().link.state == "lost"
     assert session.poll().status.step > 0
-    assert session.send(Pause()).result(20).ok is False
+    assert session.send(Pause()).result(60).ok is False
     host.start()
     until(lambda: session.poll().link.state == "live", "it is back")
     grows_by(session, 10, "steps arrive again")
@@ -119,8 +119,9 @@ def test_a_host_that_goes_and_comes_back(host, runs, attach):
 
 
 def test_the_end_of_a_run_is_seen(host, runs, attach):
-    runs.start("gpt-short", steps=60, seconds=0.02)
+    runs.start("gpt-short", steps=60, start_paused=True)
     session = attach("ssh://Box/gpt-short")
+    assert session.send(Resume()).result(60).ok
     until(lambda: session.poll().status.state == "finished", "the end arrives")
     assert session.poll().status.step == 60
     assert_no_gap(session)

@@ -43,10 +43,20 @@ def whole(tmp_path_factory):
     return runs
 
 
-def make(place):
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The same of 600 steps: one chunk that is full, and the next begun."""
+    runs = tmp_path_factory.mktemp("short")
+    runs.chmod(0o700)
+    for name in ("calm", "eager"):
+        make(runs / name, 600)
+    return runs
+
+
+def make(place, steps=STEPS):
     title, configuration = "gpt · small", {"layers": 2, "text": "ü"}
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt", title=title))
-    info = RunInfo(place.name, "gpt", title, configuration=configuration, total_steps=STEPS)
+    info = RunInfo(place.name, "gpt", title, configuration=configuration, total_steps=steps)
     recorder = Recorder(info)
     recorder.subscribe(StoreWriter(place))
     layers = [AttentionInfo(f"blocks.{i}", "fused", "w", "w", "w") for i in range(2)]
@@ -54,14 +64,14 @@ def make(place):
     names = [f"{each.layer}.{name}" for each in layers for name in schema.ATTENTION_STATISTICS]
     attention = recorder.new_table(schema.ATTENTION, [Column(name) for name in names])
     recorder.row(attention, 0, np.linspace(0, 1, len(names), dtype=np.float32))
-    train(recorder, STEPS)
-    recorder.artifact(ConfusionMatrix(0, STEPS, ("a", "b"), ((3, 1), (0, 4))))
-    recorder.artifact(ImageSample(0, STEPS, 2, 2, bytes(24), ("a", "b"), (0.5, 1.0), ("a", "a")))
+    train(recorder, steps)
+    recorder.artifact(ConfusionMatrix(0, steps, ("a", "b"), ((3, 1), (0, 4))))
+    recorder.artifact(ImageSample(0, steps, 2, 2, bytes(24), ("a", "b"), (0.5, 1.0), ("a", "a")))
     recorder.notice("mark", "look here")
     recorder.end("finished", "all steps made")
     assert recorder.close(60)
     said = RunState(
-        name=place.name, task="gpt", title=title, state="finished", step=STEPS, total_steps=STEPS,
+        name=place.name, task="gpt", title=title, state="finished", step=steps, total_steps=steps,
         started_at=1.7e9, written_at=time.time(), reason="all steps made", loss=0.5,
     )  # fmt: skip
     write_state(place, said)
@@ -243,8 +253,10 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("value", [2**62, -5, "text", b"\x00", float("inf"), 0.5])
-def test_a_value_of_any_kind_may_stand_in_any_column(runs, tmp_path, capsys, value):
+def test_a_value_of_any_kind_may_stand_in_any_column(short, tmp_path, capsys, value):
     """SQLite keeps whatever it is given: a damaged record may be of any type."""
+    runs = shutil.copytree(short, tmp_path / "runs")
+    runs.chmod(0o700)
     keys = {"meta": "key", "tail": "first", "clock": "step", "part": "chunk"}
     for table, column in [(table, each) for table, columns in COLUMNS.items() for each in columns]:
         path = runs / "calm" / STORE_FILE

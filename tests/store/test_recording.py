@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 
+from tests.client.scripted import until
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol.messages import TextSample
@@ -64,15 +64,10 @@ def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
     recorder.subscribe(StoreWriter(place, lambda text: recorder.set_status(recording=text)))
     recorder.declare([table()])
     record(recorder, range(1, 1001))
-    deadline = time.monotonic() + 10
-    while "not recording" not in recorder.status.recording:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: "not recording" in recorder.status.recording)
     assert "training goes on" in recorder.status.recording
     place.mkdir()
-    while recorder.status.recording:
-        assert time.monotonic() < deadline + 20
-        time.sleep(0.01)
+    until(lambda: not recorder.status.recording)
     recorder.end("finished")
     assert recorder.close(20)
     assert StoredHistory(place).tables[0].rows == 1000

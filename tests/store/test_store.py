@@ -415,14 +415,14 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
             table.rows_since(row, 10_000)
 
 
-def test_a_newer_store_is_left_alone(tmp_path):
+def test_a_store_of_another_version_is_left_alone(tmp_path):
     open_for_writing(tmp_path).execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match="newer"):
+    with pytest.raises(StoreError, match="another version of tui-trainer"):
         StoredHistory(tmp_path)
     said = []
     sink = StoreWriter(tmp_path, said.append)
     sink.take([InfoChanged(INFO)], Status())
-    assert "newer tui-trainer" in said[-1]
+    assert "another version of tui-trainer" in said[-1]
     with pytest.raises(StoreError, match="nothing was recorded"):
         StoredHistory(tmp_path / "nowhere")
 

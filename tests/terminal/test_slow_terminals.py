@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import struct
+import termios
 import time
 from pathlib import Path
 
+from tests.runs.starting import until
 from tests.terminal.harness import Terminal
 from tests.terminal.test_main_job import GPT, step_on, wait_for_step
 from tui_trainer.config.run_spec import read_state
@@ -22,7 +26,7 @@ def state_of(run: Path) -> tuple[str, int]:
 
 def wait_for_state(run: Path, wanted: str) -> int:
     """The step at which the run's own record says that it is so."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         state, step = state_of(run)
         if state == wanted:
@@ -31,14 +35,28 @@ def wait_for_state(run: Path, wanted: str) -> int:
     raise AssertionError(f"the run is {state_of(run)[0]}, not {wanted}")
 
 
+def wait_until_full(terminal: Terminal) -> None:
+    """Read nothing until the pseudo-terminal holds as much as it can: a few frames."""
+    held, since = 0, time.monotonic()
+
+    def full() -> bool:
+        nonlocal held, since
+        now = struct.unpack("i", fcntl.ioctl(terminal.child.child_fd, termios.FIONREAD, b"\0" * 4))
+        if now[0] != held:
+            held, since = now[0], time.monotonic()
+        return held > 0 and time.monotonic() > since + 3.0
+
+    until(full, "a full terminal")
+
+
 def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(runs: Path) -> None:
     with Terminal(GPT, 120, 40, timeout=90) as terminal:
         wait_for_step(terminal, 5)
         run = the_run(runs)
-        # From here on nobody reads: a few frames fill what the pseudo-terminal holds.
+        # From here on nobody reads.
+        wait_until_full(terminal)
         before = state_of(run)[1]
-        time.sleep(12)
-        assert state_of(run)[1] > before, "training stood still"
+        until(lambda: state_of(run)[1] > before + 20, "training goes on")
         terminal.press("space")  # the app still hears, though it cannot show
         paused_at = wait_for_state(run, "paused")
 
@@ -49,7 +67,7 @@ def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(runs: 
         terminal.press("space")
         wait_for_step(terminal, paused_at + 3)
         terminal.press("q", "s")
-        assert terminal.wait_for_exit(30) == 0
+        assert terminal.wait_for_exit() == 0
         terminal.assert_restored()
 
 
@@ -57,9 +75,9 @@ def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(runs: Path) -> 
     with Terminal(GPT, 120, 40, timeout=90) as terminal:
         wait_for_step(terminal, 5)
         run = the_run(runs)
-        time.sleep(8)  # nobody reads from here on: what the pseudo-terminal holds is full
+        wait_until_full(terminal)
         terminal.press("q", "d")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while terminal.child.isalive() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not terminal.child.isalive()
@@ -70,18 +88,18 @@ def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
     with Terminal([*GPT, "--slow-link"], 120, 40, timeout=90) as terminal:
         wait_for_step(terminal, 5)
         terminal.wait_for("slow link")
-        terminal.settle(5.0)
+        terminal.settle(4.0)
         before = len(terminal.output)
-        terminal.settle(15.0)
-        sent = (len(terminal.output) - before) / 15
+        terminal.settle(10.0)
+        sent = (len(terminal.output) - before) / 10
         assert 0 < sent < 1200, f"{sent:.0f} bytes a second"
 
         terminal.press("space")
-        terminal.wait_for("paused", timeout=5)
+        terminal.wait_for("paused")
         terminal.press("p")
-        terminal.find(r"step [\d,]+ after \w+: ", timeout=5)
+        terminal.find(r"step [\d,]+ after \w+: ")
         terminal.press("q", "s")
-        assert terminal.wait_for_exit(30) == 0
+        assert terminal.wait_for_exit() == 0
 
 
 def test_leaving_a_run_inside_the_app_says_that_it_ends(runs: Path) -> None:
@@ -91,5 +109,5 @@ def test_leaving_a_run_inside_the_app_says_that_it_ends(runs: Path) -> None:
         terminal.wait_for("leaving ends it")
         assert "Detach" not in terminal.text()
         terminal.press("s")
-        assert terminal.wait_for_exit(40) == 0
+        assert terminal.wait_for_exit() == 0
     assert state_of(the_run(runs))[0] == "stopped"

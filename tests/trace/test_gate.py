@@ -40,7 +40,7 @@ class Loop:
 
     def until(self, mode: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.gate.mode == mode, timeout=20)
+            assert self.changed.wait_for(lambda: self.gate.mode == mode, timeout=60)
 
     @property
     def where(self) -> tuple[int, str]:
@@ -55,7 +55,7 @@ def running(gate: Gate) -> Iterator[Loop]:
         yield loop
     finally:
         gate.end()
-        loop.thread.join(20)
+        loop.thread.join(60)
         assert not loop.thread.is_alive()
 
 
@@ -100,7 +100,7 @@ def test_exactly_so_many_more_steps_from_whatever_phase(phases, counts):
 def test_steps_asked_for_while_stepping_are_added():
     gate = Gate(paused=True)
     hold = threading.Event()
-    gate.after_step.append(lambda step: hold.wait(20) and None)
+    gate.after_step.append(lambda step: hold.wait(60) and None)
     with running(gate) as loop:
         loop.until("paused")
         for _ in range(3):
@@ -163,7 +163,7 @@ def test_throttle_sleeps_between_steps_and_lets_itself_be_interrupted():
     gate = Gate()
     gate.throttle(0.001)
     with running(gate) as loop:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while gate.completed < 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.05)
@@ -194,7 +194,7 @@ def test_stop_in_mid_step_finishes_the_step_first(phase):
             gate.step_phase()
             loop.until("paused")
         gate.stop(checkpoint=True)
-        loop.thread.join(20)
+        loop.thread.join(60)
         assert gate.completed == 1
     assert loop.stopped is not None
     assert loop.stopped.checkpoint
@@ -205,7 +205,7 @@ def test_stop_before_anything_has_happened_stops_at_once():
     with running(gate) as loop:
         loop.until("paused")
         gate.stop()
-        loop.thread.join(20)
+        loop.thread.join(60)
         assert gate.completed == 0
     assert isinstance(loop.stopped, KeyboardInterrupt)
 
@@ -216,7 +216,7 @@ def test_stop_reaches_a_throttled_run():
     with running(gate) as loop:
         time.sleep(0.02)
         gate.stop()
-        loop.thread.join(20)
+        loop.thread.join(60)
     assert loop.stopped is not None
 
 

@@ -76,22 +76,29 @@ def test_a_terminal_that_is_behind_gets_less_and_recovers():
     assert pace.due(1.0, 0) <= 0
 
 
+async def until(pilot, condition):
+    """Let the app's own clock draw until `condition` holds; the test's time limit is the bound."""
+    while not condition():
+        await pilot.pause(0.05)
+
+
 async def test_the_app_draws_nothing_while_the_terminal_takes_nothing(monkeypatch):
     session = fake.fake_gpt(300)
     app = TuiTrainerApp(session)
     async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.pause(0.3)
-        behind = [5]
+        behind, waited = [5], []
+        monkeypatch.setattr(FrameScheduler, "waits", lambda self: waited.append(self))
         monkeypatch.setattr("tui_trainer.ui.textual_hacks.waiting", lambda driver: behind[0])
-        await pilot.pause(0.6)
+        await until(pilot, lambda: waited)
         step = app.snapshot.status.step
         session.advance(5)
-        await pilot.pause(0.6)
+        asked = len(waited)
+        await until(pilot, lambda: len(waited) > asked + 1)
         assert app.snapshot.status.step == step
         assert app._batch_count == 1  # what else changes waits as well
         behind[0] = 0
         await pilot.press("down")
-        await pilot.pause(0.6)
+        await until(pilot, lambda: app.snapshot.status.step != step)
         assert app._batch_count == 0
         assert app.snapshot.status.step == step + 5
 
@@ -102,8 +109,7 @@ async def test_the_run_is_asked_less_on_a_slow_line():
     async with app.run_test(size=(120, 40)) as pilot:
         assert session.rate == FAST.frames_per_second  # it has just been opened
         app.pace._eager_until = 0.0
-        await pilot.pause(0.8)
-        assert session.rate == SLOW.frames_per_second
+        await until(pilot, lambda: session.rate == SLOW.frames_per_second)
         assert app.animation_level == "none"
 
 

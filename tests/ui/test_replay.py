@@ -274,7 +274,7 @@ async def test_a_living_run_is_followed(tmp_path):
 
 
 def await_commit(directory, step):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while StoredHistory(directory).last_step < step:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -13,7 +13,6 @@ from tui_trainer.protocol import schema
 from tui_trainer.store import told
 from tui_trainer.store.codec import CHUNK
 from tui_trainer.store.reader import StoredHistory, StoredSeries
-from tui_trainer.store.schema import schema_version
 
 PER_STEP = (
     schema.STEP,
@@ -114,8 +113,6 @@ class Times:
 
     @staticmethod
     def _moments(history: StoredHistory) -> Iterator[tuple[int, float]]:
-        if schema_version(history.store.connection) < 2:
-            return
         for number, data in history.store.pieces():
             for entry, _ in history.store.story(number, data):
                 if entry.kind in (told.STEPPED, told.ROWED):

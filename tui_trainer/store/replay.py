@@ -25,7 +25,6 @@ from tui_trainer.record.events import (
 from tui_trainer.store import told
 from tui_trainer.store.codec import CHUNK
 from tui_trainer.store.reader import StoredEvents, StoredHistory, StoredSeries
-from tui_trainer.store.schema import StoreError, schema_version
 from tui_trainer.store.told import Entry, Shape
 
 
@@ -69,10 +68,8 @@ class RowReader:
 
 def replay_items(history: StoredHistory) -> Iterator[Item]:
     """The story of the run so far; `history` is brought up to date. What is damaged is left out,
-    and `history.store.fault` says so. Raises StoreFault where no story was kept."""
+    and `history.store.fault` says so."""
     store = history.store
-    if schema_version(store.connection) < 2:
-        raise StoreError("this run was recorded by a tui-trainer that did not keep its story")
     # Read before the rows: of a living run they may then be more than is told, never less.
     newest = store.ask("SELECT id, data FROM told ORDER BY id DESC LIMIT 1")
     history.refresh()

@@ -1,4 +1,4 @@
-"""The database: its tables, its version, and how an older one becomes a newer one."""
+"""The database of a run: its tables, and how it is created and opened."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tui_trainer.protocol.text import single_line
 
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1": `file` and other tools tell our databases by it
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 1
+"""Of `PRAGMA user_version`; 0 is an empty database."""
 
-_VERSION_1 = """
+SCHEMA = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,   -- 'info', 'status'
     value BLOB NOT NULL     -- JSON
@@ -55,35 +56,30 @@ CREATE TABLE tail (
     PRIMARY KEY (series, level, first)
 ) WITHOUT ROWID;
 
+-- Clips, non-finite values and notices, JSON.
 CREATE TABLE event (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL,
-    data BLOB NOT NULL);         -- JSON
+    data BLOB NOT NULL);
 CREATE INDEX event_by_step ON event (step);
 CREATE TABLE log (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, time REAL NOT NULL,
     stream TEXT NOT NULL, text TEXT NOT NULL);
 CREATE INDEX log_by_step ON log (step);
+-- Samples and confusion matrices, MessagePack.
 CREATE TABLE artifact (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL,
-    data BLOB NOT NULL);         -- MessagePack
+    data BLOB NOT NULL);
 CREATE INDEX artifact_by_kind ON artifact (kind, step);
 
 -- When a step ended (seconds since the epoch), about one step a second.
 CREATE TABLE clock (step INTEGER PRIMARY KEY, time REAL NOT NULL);
-"""
 
-_VERSION_2 = """
 -- What came after what, and when: pieces of the thread that joins rows, events, output and samples.
-CREATE TABLE told (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- MessagePack, packed columns
--- The description of the run as it was at a moment of the story.
-CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);  -- JSON
+-- MessagePack, packed columns.
+CREATE TABLE told (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
+-- The description of the run as it was at a moment of the story, JSON.
+CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE INDEX event_by_kind ON event (kind, step);
-"""
-
-_VERSION_3 = """
 -- A run may clip at every step: what else happened is found without looking at all of those.
 CREATE INDEX event_but_clips ON event (step) WHERE kind <> 'clip';
 """
-
-MIGRATIONS = (_VERSION_1, _VERSION_2, _VERSION_3)
-"""What makes version n+1 out of version n."""
 
 
 REFUSALS = (sqlite3.Error, UnicodeDecodeError, OverflowError)
@@ -102,7 +98,8 @@ def reason_of(fault: Exception) -> str:
 
 
 def open_for_writing(directory: str | os.PathLike[str]) -> sqlite3.Connection:
-    """The store of a run, made or brought up to date. Raises sqlite3.Error or StoreFault."""
+    """Open the store of a run, creating it where there is none. Raises sqlite3.Error or
+    StoreError."""
     path = Path(directory) / STORE_FILE
     connection = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
     try:
@@ -110,25 +107,33 @@ def open_for_writing(directory: str | os.PathLike[str]) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         # A killed process loses nothing that was committed; a power cut may lose the last commits.
         connection.execute("PRAGMA synchronous = NORMAL")
-        _migrate(connection)
+        _create(connection)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _create(connection: sqlite3.Connection) -> None:
+    """Create the tables of an empty database, in one transaction: another process sees none of
+    them or all."""
+    connection.execute("BEGIN IMMEDIATE")
     version = schema_version(connection)
-    if version > SCHEMA_VERSION:
-        raise StoreError(
-            f"this run was recorded by a newer tui-trainer (store version {version}, "
-            f"this one writes {SCHEMA_VERSION})"
-        )
-    for number in range(version, SCHEMA_VERSION):
-        connection.executescript(
-            f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; "
-            f"PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
-        )
+    if version == 0:
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    if version not in (0, SCHEMA_VERSION):
+        raise StoreError(_other_version(version))
+
+
+def _other_version(version: int) -> str:
+    return (
+        f"this run was recorded by another version of tui-trainer (its store has version "
+        f"{version}, this one reads {SCHEMA_VERSION})"
+    )
 
 
 def schema_version(connection: sqlite3.Connection) -> int:
@@ -137,7 +142,7 @@ def schema_version(connection: sqlite3.Connection) -> int:
 
 
 def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> sqlite3.Connection:
-    """The store of a run, read-only, while it is written or after. Raises StoreFault.
+    """The store of a run, read-only, while it is written or after. Raises StoreError.
 
     `ended`: nobody writes to it any more. Then nothing is written beside it either, neither a
     journal nor the index of one that a killed writer has left (SQLite's own way of reading a
@@ -162,10 +167,10 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
         version = schema_version(connection)
     except REFUSALS as fault:
         raise StoreError(f"{path} cannot be read: {reason_of(fault)}") from fault
-    if not 0 < version <= SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         connection.close()
         if version:
-            raise StoreError(f"{path} is a store of a newer version ({version})")
-        # The moment between the file and its schema: of a run that starts, or was killed in it.
+            raise StoreError(_other_version(version))
+        # A run that is starting: its store is there, its tables are not.
         raise StoreError(f"nothing was recorded in {directory}")
     return connection
