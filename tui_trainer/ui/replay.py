@@ -108,6 +108,10 @@ class ReplayApp(TuiTrainerApp):
         line.snapshot = snapshot
         screen.mount(line, before=keys)
 
+    def on_transport_line_moved(self) -> None:
+        """Draw the step that the mouse went to."""
+        self.frame()
+
     # ------------------------------------------------------------ actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from rich.cells import cell_len
 from rich.segment import Segment
@@ -16,11 +16,7 @@ from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.protocol.text import without_control
 from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel
-from tui_trainer.ui.widgets.lines import Row
-
-if TYPE_CHECKING:
-    from tui_trainer.ui.app import TuiTrainerApp
-
+from tui_trainer.ui.widgets.lines import DrawingContext, Row
 
 WIDE = 120
 """Columns from which the budget stands beside an own cost that exceeds it."""
@@ -99,7 +95,7 @@ class HeaderLine(Panel):
 
     def _about(self) -> str:
         status = self.snapshot.status
-        if said := cast("TuiTrainerApp", self.app).said:
+        if said := cast("DrawingContext", self.app).said:
             return said
         if status.state == "paused":
             return f"after {status.phase}" if status.phase else status.reason
@@ -126,7 +122,7 @@ class HeaderLine(Panel):
         style = self.palette.error if link.state in ("lost", "closed") else self.palette.dim
         if link.state == "closed" and self.snapshot.status.ended:
             style = self.palette.dim  # nothing is wrong: the run is over
-        slow = " slow link" if cast("TuiTrainerApp", self.app).link.frugal else ""
+        slow = " slow link" if cast("DrawingContext", self.app).link.frugal else ""
         if link.state == "live" and link.message:  # nothing has come for a while
             return f"{link.message}{slow}", self.palette.warning
         return f"{self._role()}{slow}{latency}", style

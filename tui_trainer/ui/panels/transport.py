@@ -8,6 +8,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.geometry import Size
+from textual.message import Message
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
@@ -26,6 +27,9 @@ class TransportLine(Panel):
     """
 
     DEFAULT_CSS = "TransportLine { height: 1; width: 1fr; }"
+
+    class Moved(Message):
+        """The cursor was moved, or playing was started or stopped, with the mouse."""
 
     def __init__(self, replay: ReplaySession) -> None:
         super().__init__()
@@ -138,25 +142,19 @@ class TransportLine(Panel):
             self._dragging = True
             self.capture_mouse()
             self.replay.seek(self.step_at(event.x))
-        self._draw()
+        self.post_message(self.Moved())
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
         """Drag the cursor."""
         if self._dragging:
             self.replay.seek(self.step_at(event.x))
-            self._draw()
+            self.post_message(self.Moved())
 
     def on_mouse_up(self, event: events.MouseUp) -> None:
         """Let go."""
         if self._dragging:
             self._dragging = False
             self.release_mouse()
-
-    def _draw(self) -> None:
-        from tui_trainer.ui.app import TuiTrainerApp
-
-        if isinstance(self.app, TuiTrainerApp):
-            self.app.frame()
 
 
 def factor_text(factor: float) -> str:

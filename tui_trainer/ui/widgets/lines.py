@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 from rich.segment import Segment
 from rich.style import Style
@@ -13,11 +13,19 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
+from tui_trainer.ui.frames import TerminalLink
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 
-if TYPE_CHECKING:
-    from tui_trainer.ui.app import TuiTrainerApp
+
+class DrawingContext(Protocol):
+    """What the app provides to everything that is drawn line by line."""
+
+    palette: Palette
+    glyphs: Glyphs
+    link: TerminalLink
+    said: str
+    """The answer to the last command, shown in the header for a moment."""
 
 
 Row = list[Segment]
@@ -50,17 +58,17 @@ class Lines(Widget):
     @property
     def palette(self) -> Palette:
         """The styles of the theme in force."""
-        return cast("TuiTrainerApp", self.app).palette
+        return cast("DrawingContext", self.app).palette
 
     @property
     def glyphs(self) -> Glyphs:
         """The signs in force."""
-        return cast("TuiTrainerApp", self.app).glyphs
+        return cast("DrawingContext", self.app).glyphs
 
     @property
     def frugal(self) -> bool:
         """Whether the line to the terminal is slow: what changes all the time should not."""
-        return cast("TuiTrainerApp", self.app).link.frugal
+        return cast("DrawingContext", self.app).link.frugal
 
     def rows(self, size: Size) -> Sequence[Row]:
         """The rows for a widget of this size, top first."""
@@ -187,12 +195,12 @@ class LinesView(ScrollView, can_focus=True):
     @property
     def palette(self) -> Palette:
         """The styles of the theme in force."""
-        return cast("TuiTrainerApp", self.app).palette
+        return cast("DrawingContext", self.app).palette
 
     @property
     def glyphs(self) -> Glyphs:
         """The signs in force."""
-        return cast("TuiTrainerApp", self.app).glyphs
+        return cast("DrawingContext", self.app).glyphs
 
     def style(self, name: str) -> Style:
         """The style of a meaning, such as `dim` or `error reverse`."""
