@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.run import environment
 from tui_trainer.run.environment import SPIN_COUNT, limit_openmp_spinning
 
 
@@ -19,18 +20,18 @@ class Busy:
 @pytest.fixture
 def settled(monkeypatch):
     """What is said to OpenMP on four cores; None where it is left alone."""
-    environment = {}
-    monkeypatch.setattr(environment.os, "environ", environment)
+    variables = {}
+    monkeypatch.setattr(environment.os, "environ", variables)
     monkeypatch.setattr(environment, "allowed_cores", lambda: 4)
     monkeypatch.setattr(environment.psutil, "cpu_count", lambda logical: 4)
 
     def settle(spec, others, quota=float("inf"), **chosen):
-        monkeypatch.setattr(environment, "quota", lambda: quota)
-        monkeypatch.setattr(environment, "cores", lambda: int(min(4, quota)))
-        environment.clear()
-        environment.update(chosen)
+        monkeypatch.setattr(environment, "cpu_quota", lambda: quota)
+        monkeypatch.setattr(environment, "usable_cores", lambda: int(min(4, quota)))
+        variables.clear()
+        variables.update(chosen)
         limit_openmp_spinning(spec, Busy(others))
-        return environment.get("GOMP_SPINCOUNT")
+        return variables.get("GOMP_SPINCOUNT")
 
     return settle
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable
 
 from tui_trainer.config.errors import near_miss
+from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize
 
 FAULT, USAGE = 1, 2
@@ -18,13 +19,11 @@ INTERRUPTED = 130
 """As a shell reports Ctrl-C: 128 + SIGINT."""
 
 
-class CommandError(Exception):
+class CommandError(UserError):
     """A message for the person at the terminal; the command ends with `status`."""
 
     def __init__(self, message: str, hint: str = "", status: int = FAULT) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(message, hint)
         self.status = status
 
 

@@ -23,6 +23,7 @@ from tui_trainer.client.api import Link
 from tui_trainer.config.run_spec import find_socket
 from tui_trainer.history import History
 from tui_trainer.protocol import PROTOCOL_VERSION, Phase
+from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.framing import (
     ConnectionClosed,
     FrameBuffer,
@@ -199,15 +200,11 @@ class NotReady(Exception):
     """There will be a run to connect to: try again in a moment. The text says what is awaited."""
 
 
-class Unreachable(Exception):
+class Unreachable(UserError):
     """The run may be there but cannot be reached now: try again with patience."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
 
-
-class RunGone(Exception):
+class RunGone(UserError):
     """There is no such run to connect to, and there will be none.
 
     `state`: how it is known to have ended (`crashed`, `finished`, `stopped`), "" when that is not
@@ -215,8 +212,7 @@ class RunGone(Exception):
     """
 
     def __init__(self, message: str, hint: str = "", state: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(message, hint)
         self.state = state
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tui_trainer.client.api import Session
 from tui_trainer.client.connection import NotReady, RunGone, Stream, Unreachable, open_unix_stream
 from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
+from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.registry import BOOT_LOG, last_words
 
@@ -107,9 +108,5 @@ OnLaunch = Callable[[LaunchRequest], Session]
 """Starts the run and returns a session to it; called on a thread of its own. Raises LaunchError."""
 
 
-class LaunchError(Exception):
+class LaunchError(UserError):
     """The run could not be started; `hint` says what to do about it."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint

@@ -1,21 +1,15 @@
-"""The one exception for everything a person can set wrong."""
+"""The error for a bad setting, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+from tui_trainer.protocol.errors import UserError
 
-class ConfigurationError(Exception):
-    """A setting, a file or a device that cannot work: one message, and a hint at what would."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+class ConfigurationError(UserError):
+    """A setting, a file or a device that cannot be used."""
 
 
 def near_miss(given: str, known: Iterable[str]) -> str:

@@ -17,12 +17,11 @@ import sys
 import traceback
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tui_trainer.config.errors import ConfigurationError
 
-OUR_DIRECTORY = str(Path(__file__).resolve().parents[1]) + os.sep
+OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _kept_alive: list[types.ModuleType] = []
 
 

@@ -13,16 +13,13 @@ import stat
 import struct
 from pathlib import Path
 
+from tui_trainer.protocol.errors import UserError
+
 CONNECT_TIMEOUT_S = 5.0
 
 
-class RunError(Exception):
-    """A run that cannot be found, believed or reached: one message, and a hint at what to do."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+class RunError(UserError):
+    """A run that cannot be found, believed or reached."""
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:

@@ -18,17 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.errors import UserError
 
 Mode = Literal["running", "paused", "stopping", "ended"]
 
 
-class Refusal(ValueError):
+class Refusal(UserError):
     """A control that is not possible now; the message says why."""
-
-    def __init__(self, why: str, hint: str = "") -> None:
-        super().__init__(why)
-        self.hint = hint
-        """What the user can do instead."""
 
 
 class StopTraining(KeyboardInterrupt):
