@@ -13,9 +13,8 @@ from tests.ui.fake_run import with_unseen
 from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.cli.commands.show import _attention
 from tui_trainer.history.analysis import layers_in, location_of
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.report.charts import _attention as charts_of
-from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.attention import (
     SHOWN_STATISTICS,
     HeadsTable,

@@ -7,7 +7,7 @@ import pytest
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import Clip, LogLine, Notice
-from tui_trainer.protocol.text import cut_cells, without_control, wrap
+from tui_trainer.protocol.text import strip_escapes, truncate, wrap
 from tui_trainer.ui.panels.log import CLIPS, KEPT, LogModel, LogView
 
 
@@ -100,12 +100,12 @@ def test_find_goes_round() -> None:
     ],
 )
 def test_output_cannot_disturb_the_screen(raw: str, shown: str) -> None:
-    assert without_control(raw) == shown
+    assert strip_escapes(raw) == shown
 
 
 def test_huge_lines_are_cut_with_an_ellipsis() -> None:
-    assert cut_cells("x" * 10_000, 20) == "x" * 19 + "…"
-    assert cut_cells("日本語日本語", 7) == "日本語…"
+    assert truncate("x" * 10_000, 20) == "x" * 19 + "…"
+    assert truncate("日本語日本語", 7) == "日本語…"
     assert all(len(row) <= 30 for row in wrap("word " * 100, 30))
 
 

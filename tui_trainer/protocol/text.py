@@ -1,8 +1,8 @@
-"""Text that is safe on anybody's terminal, whoever wrote it.
+"""Text that comes from outside, made safe and short enough for a terminal.
 
-A control character can move a cursor, set a title or make a terminal answer for its user. Names,
-marks, messages and printed lines therefore cross without any, and are freed of them again by
-whoever receives them: the other side may be of another mind.
+A control character can move the cursor, set a title or make the terminal send an answer. Messages
+are therefore sanitised before they are sent, and again by whoever receives them, because the peer
+cannot be trusted. Widths are in terminal cells, where a wide character takes two.
 """
 
 from __future__ import annotations
@@ -14,84 +14,88 @@ import msgspec
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""All but tab and newline; and halves of surrogate pairs, which no encoder takes."""
+"""All but tab and newline; and halves of surrogate pairs, which cannot be encoded."""
+_ESCAPE_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC: titles, links
+    r"|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])"
+)
+_UNDRAWABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
+"""Controls, and characters that are invisible or change the writing direction."""
+MAX_LINE_CHARACTERS = 20_000
+ELLIPSIS = "…"
 
 T = TypeVar("T")
 
 
+# ---------------------------------------------------------------- for messages
+
+
 def sanitize(text: str) -> str:
-    """`text` with every control character but tab and newline shown as replaced."""
+    """`text` with control characters other than tab and newline replaced by U+FFFD."""
     if _CONTROL.search(text) is None:
         return text
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
-def single_line(text: str, limit: int) -> str:
-    """One line of at most `limit` characters without anything that could move a cursor."""
-    kept = "".join(char if char.isprintable() else " " for char in text[: 4 * limit])
-    return " ".join(kept.split())[:limit]
-
-
 def sanitize_message(value: T) -> T:
-    """A message (or tuple, dict, string, …) whose every text is `harmless`; the same object where
-    there was nothing to replace."""
-    return _clean(value)  # type: ignore[no-any-return]
+    """A message, tuple or dict with every text in it sanitised; the same object if unchanged."""
+    return _sanitized(value)  # type: ignore[no-any-return]
 
 
-def _clean(value: Any) -> Any:
+def _sanitized(value: Any) -> Any:
     match value:
         case str():
             return sanitize(value)
         case msgspec.Struct():
             changes = {}
             for name in value.__struct_fields__:
-                held = getattr(value, name)
-                if (cleaned := _clean(held)) is not held:
-                    changes[name] = cleaned
+                field = getattr(value, name)
+                if (clean := _sanitized(field)) is not field:
+                    changes[name] = clean
             return msgspec.structs.replace(value, **changes) if changes else value
         case tuple():
-            parts = [_clean(part) for part in value]
-            changed = any(a is not b for a, b in zip(parts, value, strict=True))
-            return tuple(parts) if changed else value
+            items = [_sanitized(item) for item in value]
+            changed = any(a is not b for a, b in zip(items, value, strict=True))
+            return tuple(items) if changed else value
         case dict():
-            pairs = [(key, _clean(key), held, _clean(held)) for key, held in value.items()]
+            pairs = [(key, _sanitized(key), item, _sanitized(item)) for key, item in value.items()]
             changed = any(a is not b or c is not d for a, b, c, d in pairs)
             return {b: d for _, b, _, d in pairs} if changed else value
         case _:
             return value
 
 
-# ---- plain
-# Text from outside (a script's output, a model's words) made safe to draw: one row, no escapes.
+def single_line(text: str, limit: int) -> str:
+    """`text` as one line of at most `limit` printable characters."""
+    kept = "".join(char if char.isprintable() else " " for char in text[: 4 * limit])
+    return " ".join(kept.split())[:limit]
 
 
-_ESCAPES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC: titles, links
-    r"|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])"
-)
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-)
-LONGEST = 20_000
-"""Characters of one line that are looked at: the rest could not be read on any screen."""
+# ---------------------------------------------------------------- for drawing
 
 
-def without_control(text: str) -> str:
-    """`text` without escape sequences; what overwrote a line with `\\r` leaves its last state, and
-    other control characters, which would disturb the screen, become `·`."""
-    text = text[:LONGEST].rstrip("\r\n")
+def strip_escapes(text: str) -> str:
+    """One line of `text` without escape sequences.
+
+    Of a line overwritten by carriage returns, as progress bars print it, the last state is kept.
+    Other control characters, and text beyond MAX_LINE_CHARACTERS, cannot be drawn: the former
+    become `·`, the latter is cut off.
+    """
+    text = text[:MAX_LINE_CHARACTERS].rstrip("\r\n")
     if text.isascii() and text.isprintable():
         return text
     if "\x1b" in text:
-        text = _ESCAPES.sub("", text)
+        text = _ESCAPE_SEQUENCE.sub("", text)
     if "\r" in text:
         text = text.rstrip("\r").rpartition("\r")[2]
-    return _CONTROLS.sub("·", text.expandtabs(4))
+    return _UNDRAWABLE.sub("·", text.expandtabs(4))
 
 
-def cut_cells(text: str, width: int, ellipsis: str = "…") -> str:
-    """`text` in at most `width` cells, ending in an ellipsis where something is missing."""
+def truncate(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
+    """`text` in at most `width` cells, its end replaced by an ellipsis if it does not fit."""
     if len(text) <= width and text.isascii():
         return text
     if cell_len(text) <= width:
@@ -99,11 +103,34 @@ def cut_cells(text: str, width: int, ellipsis: str = "…") -> str:
     return set_cell_size(text[: width + 1], max(0, width - cell_len(ellipsis))) + ellipsis
 
 
+def truncate_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
+    """`text` in at most `width` cells, its middle replaced by an ellipsis if it does not fit.
+
+    For names and paths, which differ at both ends; twice as much is kept of the end.
+    """
+    if len(text) <= width and text.isascii():
+        return text
+    if cell_len(text) <= width:
+        return text
+    room = width - cell_len(ellipsis)
+    if room < 2:
+        return set_cell_size(text[: width + 1], max(0, width))
+    head_cells = room // 3
+    head = set_cell_size(text[: head_cells + 1], head_cells) if head_cells else ""
+    tail, cells = "", 0
+    for character in reversed(text):
+        cells += cell_len(character)
+        if cells > room - head_cells:
+            break
+        tail = character + tail
+    return head + ellipsis + tail
+
+
 def wrap(text: str, width: int) -> list[str]:
-    """`text` in rows of at most `width` cells, broken at spaces where there are any."""
+    """`text` in rows of at most `width` cells, broken at spaces where possible."""
     rows: list[str] = []
     for paragraph in text.split("\n"):
-        rows += _wrap_line(without_control(paragraph), max(1, width))
+        rows += _wrap_line(strip_escapes(paragraph), max(1, width))
     return rows
 
 

@@ -22,10 +22,9 @@ from tui_trainer.history.analysis import (
 )
 from tui_trainer.history.analysis import STATISTICS as COLUMNS
 from tui_trainer.history.series import MemorySeries
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui import formatting
-from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import FIRST_STEP, Item, Panel, provisional, title_row, unseen
 from tui_trainer.ui.panels.loss import SMOOTHED_SHARE, smoothed
 from tui_trainer.ui.panels.series_chart import ChartSeries

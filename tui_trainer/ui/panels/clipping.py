@@ -8,9 +8,9 @@ import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Clip
-from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,
@@ -147,7 +147,7 @@ class ClippingPanel(Panel):
             if each > left or info is None or index >= len(info.parameters):
                 break
             name = info.parameters[index].name.removesuffix(".weight")
-            shown = f.shorten(name, each - 7, self.glyphs.ellipsis)
+            shown = truncate_middle(name, each - 7, self.glyphs.ellipsis)
             row += (
                 Segment(f" {shown:<{each - 7}}", palette.dim),
                 Segment(f.percent(share, 4, 0), palette.text),

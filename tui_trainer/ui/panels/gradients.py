@@ -13,9 +13,9 @@ from rich.style import Style
 from textual import events
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Table
-from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,

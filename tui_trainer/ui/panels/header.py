@@ -11,10 +11,10 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo, Scalar
-from tui_trainer.protocol.text import without_control
-from tui_trainer.ui import formatting as f
+from tui_trainer.protocol.text import strip_escapes
 from tui_trainer.ui.panels.base import Item, Panel
 from tui_trainer.ui.widgets.lines import DrawingContext, Row
 
@@ -49,7 +49,7 @@ class HeaderLine(Panel):
         left -= len(name)
         facts = self._facts(left - max(said, 2), size.width >= WIDE)
         used = sum(len(segment.text) for segment in facts)
-        about = f.shorten(about, max(0, left - used - 2), self.glyphs.ellipsis)
+        about = truncate_middle(about, max(0, left - used - 2), self.glyphs.ellipsis)
         gap = max(1, left - used - len(about))
         return [
             [
@@ -72,7 +72,9 @@ class HeaderLine(Panel):
         whole = f"  {info.name}"
         if len(whole) <= room:
             return whole
-        return f"  {f.shorten(info.name, room - 2, self.glyphs.ellipsis)}" if room >= 14 else ""
+        return (
+            f"  {truncate_middle(info.name, room - 2, self.glyphs.ellipsis)}" if room >= 14 else ""
+        )
 
     def _state(self) -> tuple[str, str, Style]:
         status, link, palette, glyphs = (
@@ -336,7 +338,7 @@ def facts_of(info: RunInfo) -> list[tuple[str, str]]:
     """The facts that are worth a line, in the order in which they are left out last."""
     facts = [(n, value) for n, value in info.facts.items() if n not in IN_HEADER]
     facts.sort(key=lambda fact: isinstance(fact[1], str))
-    return [(without_control(name), without_control(fact_text(value))) for name, value in facts]
+    return [(strip_escapes(name), strip_escapes(fact_text(value))) for name, value in facts]
 
 
 def fact_text(value: Scalar) -> str:

@@ -16,10 +16,10 @@ from typing import TypeVar
 
 from textual.message import Message
 
+from tui_trainer.protocol import formatting
 from tui_trainer.protocol.messages import Clip, Event, LogLine, NonFinite, Notice
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.protocol.text import cut_cells, without_control
-from tui_trainer.ui import formatting
+from tui_trainer.protocol.text import strip_escapes, truncate
 from tui_trainer.ui.widgets.lines import Line, LinesView
 
 STDOUT, STDERR, EVENTS, CLIPS = "stdout", "stderr", "events", "clips"
@@ -48,9 +48,7 @@ class LogEntry:
 def from_line(line: LogLine) -> LogEntry:
     """What the script printed."""
     stream = STDERR if line.stream == STDERR else STDOUT
-    return LogEntry(
-        line.time, line.step, stream, stream, "info", without_control(line.text), line.id
-    )
+    return LogEntry(line.time, line.step, stream, stream, "info", strip_escapes(line.text), line.id)
 
 
 def from_event(event: Event, info: RunInfo | None) -> LogEntry:
@@ -65,7 +63,7 @@ def from_event(event: Event, info: RunInfo | None) -> LogEntry:
 
 
 def _notice(event: Notice) -> LogEntry:
-    text = without_control(event.text.replace("\n", " · "))
+    text = strip_escapes(event.text.replace("\n", " · "))
     if event.who:
         text += f"  ({event.who})"
     tag = event.kind.replace("_", " ")
@@ -265,13 +263,13 @@ class LogView(LinesView):
         return [
             (self._time(entry), "accent reverse" if strong else "faint"),
             (f" {step:>{STEP}} ", "dim"),
-            (f"{cut_cells(entry.tag, TAG - 1, self.glyphs.ellipsis):<{TAG}} ", tag),
+            (f"{truncate(entry.tag, TAG - 1, self.glyphs.ellipsis):<{TAG}} ", tag),
             *self._marked(self._text(entry), level),
         ]
 
     def _text(self, entry: LogEntry) -> str:
         text = entry.text[self._shift :] if self._shift else entry.text
-        return cut_cells(text, self._room(), self.glyphs.ellipsis)
+        return truncate(text, self._room(), self.glyphs.ellipsis)
 
     def _time(self, entry: LogEntry) -> str:
         if self.since is not None:

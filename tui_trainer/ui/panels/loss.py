@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from textual.geometry import Size
 
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
-from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Item, Panel, column, title_row
 from tui_trainer.ui.widgets.chart import Band, Chart, Label, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import Row

@@ -12,10 +12,9 @@ from rich.style import Style
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import MemorySeries
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.messages import NonFinite
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.ui import formatting
 from tui_trainer.ui.panels.base import provisional
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import Row

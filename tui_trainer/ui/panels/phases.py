@@ -12,8 +12,8 @@ from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import PHASES, Phase, schema
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol.messages import PhaseReport, Quantity
-from tui_trainer.ui import formatting as f
 from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.widgets.lines import Row
 

@@ -18,10 +18,9 @@ from tui_trainer.client.compare import (
     differences,
     outcome,
 )
+from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol.schema import Scalar
-from tui_trainer.protocol.text import without_control
-from tui_trainer.ui import formatting as f
-from tui_trainer.ui.formatting import shorten
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.base import note
 from tui_trainer.ui.panels.loss import SMOOTHED_SHARE, smoothed
@@ -150,7 +149,7 @@ class Legend(Lines):
         left = size.width - len(how) - 2
         for number, run in enumerate(self.runs):
             live = f" {self.glyphs.separator} {run.run.state}" if run.run.live else ""
-            name = f.shorten(run.name + live, each - 4, self.glyphs.ellipsis)
+            name = truncate_middle(run.name + live, each - 4, self.glyphs.ellipsis)
             text = f"{sign_of(number, self.glyphs)} {name}  "[: max(0, left)]
             row.append(Segment(text, style_of(number, self.palette)))
             left -= len(text)
@@ -213,8 +212,8 @@ class DifferencesTable(VirtualTable):
         best = _best(line)
         out: Row = [Segment(fitted(line.name, widths[0], True), palette.dim)]
         for number, value in enumerate(line.values):
-            text = shorten(
-                without_control(text_of(value)), widths[number + 1], self.glyphs.ellipsis
+            text = truncate_middle(
+                strip_escapes(text_of(value)), widths[number + 1], self.glyphs.ellipsis
             )
             style = style_of(number, palette) if number == best else palette.text
             sign = self.glyphs.missing if value is None else text

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from textual.geometry import Size
 
 from tui_trainer.history.series import MemorySeries
-from tui_trainer.ui import formatting
+from tui_trainer.protocol import formatting
 from tui_trainer.ui.panels.base import note
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer
 from tui_trainer.ui.widgets.lines import Lines, Row

@@ -12,7 +12,7 @@ from textual.message import Message
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.ui import formatting as f
+from tui_trainer.protocol import formatting as f
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.lines import Row
 

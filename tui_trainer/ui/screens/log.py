@@ -9,8 +9,8 @@ from textual.binding import Binding, BindingType
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.formatting import count
 from tui_trainer.ui.controls import CONTROL_BINDINGS
-from tui_trainer.ui.formatting import count
 from tui_trainer.ui.panels.header import FactsLine
 from tui_trainer.ui.panels.log import CLIPS, EVENTS, STDERR, STDOUT, LogModel, LogView
 from tui_trainer.ui.screens.base import DetailScreen

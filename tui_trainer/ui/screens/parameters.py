@@ -12,8 +12,7 @@ from textual.containers import Horizontal
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import schema
-from tui_trainer.ui import formatting
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
 from tui_trainer.ui.panels.series_chart import ChartSeries, SeriesChart

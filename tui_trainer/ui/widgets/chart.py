@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from tui_trainer.history.buckets import Window
-from tui_trainer.ui import formatting
+from tui_trainer.protocol import formatting
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille

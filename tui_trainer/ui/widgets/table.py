@@ -15,7 +15,7 @@ from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
 
-from tui_trainer.ui.formatting import shorten
+from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.widgets.lines import Lines, Row
 
 Ids = NDArray[np.int64]
@@ -274,7 +274,7 @@ class VirtualTable(Lines, can_focus=True):
 
 def fitted(text: str, width: int, left: bool = False) -> str:
     """`text` in exactly `width` cells."""
-    text = shorten(text, width)
+    text = truncate_middle(text, width)
     return text.ljust(width) if left else text.rjust(width)
 
 

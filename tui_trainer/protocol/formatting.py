@@ -1,18 +1,31 @@
-"""Numbers as people read them, in a fixed width so that nothing jitters when they change."""
+"""Formatting of numbers, durations and settings, for the app, the command line and reports.
+
+Functions with a `width` return exactly that many cells, right-aligned, so that a value that
+changes does not move its neighbours; width 0 means as wide as needed. None is shown as MISSING,
+and what is not finite as `nan`, `inf` or `-inf`.
+"""
 
 from __future__ import annotations
 
 import math
 
+from tui_trainer.protocol.messages import NonFiniteValue
+from tui_trainer.protocol.schema import Scalar
+
 MISSING = "–"
 
 
-def number(value: float | None, width: int = 8, digits: int = 4) -> str:
-    """`value` right-aligned in `width` cells with about `digits` significant digits.
+def nonfinite(value: float) -> NonFiniteValue:
+    """`nan`, `inf` or `-inf`, for a value that is not finite."""
+    if math.isnan(value):
+        return "nan"
+    return "inf" if value > 0 else "-inf"
 
-    Fixed-point, with the decimals in line below 1 (so that columns are calm), down to 0.001, and
-    scientific beyond; NaN and infinities are spelt out. Where
-    the width is too small for that many digits, fewer are shown.
+
+def number(value: float | None, width: int = 8, digits: int = 4) -> str:
+    """About `digits` significant digits, fewer where `width` is too small for them.
+
+    Fixed-point down to 0.001, with the decimals of values below 1 in line, and scientific beyond.
     """
     shown = _number(value, digits)
     while width and len(shown) > width and digits > 1 and value is not None:
@@ -22,7 +35,7 @@ def number(value: float | None, width: int = 8, digits: int = 4) -> str:
 
 
 def _bare(value: float) -> str:
-    """The shortest that still says the magnitude: `1e30`."""
+    """One digit and the exponent: `1e30`."""
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -30,10 +43,8 @@ def _bare(value: float) -> str:
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return MISSING
-    if math.isnan(value):
-        return "nan"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
+    if not math.isfinite(value):
+        return nonfinite(value)
     if value == 0:
         return f"{0:.{digits - 1}f}"
     size = abs(value)
@@ -101,7 +112,7 @@ def bytes_(value: float | None, width: int = 9) -> str:
 
 
 def duration(seconds: float | None, width: int = 9) -> str:
-    """`47 s`, `3:05`, `2:03:04`, `3d 04:05`."""
+    """`0:47`, `3:05`, `2:03:04`, `3d 04:05`."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING.rjust(width)
     whole = int(seconds)
@@ -115,8 +126,22 @@ def duration(seconds: float | None, width: int = 9) -> str:
     return _fit(f"{minute}:{second:02}", width)
 
 
+def rough_duration(seconds: float | None) -> str:
+    """`42 s`, `3 min`, `2 h 05`, `4 d`: for ages in tables."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    seconds = max(0.0, seconds)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d}"
+    return f"{seconds / 86400:.0f} d"
+
+
 def milliseconds(value: float | None, width: int = 7) -> str:
-    """`46.1` below 1000 ms, `1.53 s` above."""
+    """`46.1 ms`, and `1.53 s` from a second on."""
     if value is None or not math.isfinite(value):
         return MISSING.rjust(width)
     if value < 0.995:
@@ -136,19 +161,33 @@ def rate(value: float | None, unit: str, width: int = 0) -> str:
     return _fit(f"{shown} {unit}/s", width)
 
 
-def shorten(text: str, width: int, ellipsis: str = "…") -> str:
-    """`text` in at most `width` cells, its middle left out, since names differ at both ends."""
-    if len(text) <= width:
-        return text
-    if width <= 3:
-        return text[:width]
-    keep = width - len(ellipsis)
-    head = keep // 3
-    return text[:head] + ellipsis + text[len(text) - (keep - head) :]
+def scalar(value: Scalar) -> str:
+    """A setting or fact: `yes`, `494,149`, `0.0003`; MISSING for None and empty text."""
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(value.split()) or MISSING
+
+
+def step_of(step: int, total: int | None) -> str:
+    """`1,240 of 2,000`, or `1,240` without a total."""
+    return f"{step:,} of {total:,}" if total else f"{step:,}"
+
+
+def cadence(every: int) -> str:
+    """`every step`, `every 20 steps`; `not measured` for 0."""
+    if every <= 0:
+        return "not measured"
+    return "every step" if every == 1 else f"every {every:,} steps"
 
 
 def _fit(text: str, width: int) -> str:
-    """Right-aligned; what cannot fit shows as `#`, never as a number with digits cut off."""
+    """Right-aligned; `#` where it does not fit, never a number with digits cut off."""
     if not width or len(text) <= width:
         return text.rjust(width)
     return "#" * width

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.ui import formatting as f
+from tui_trainer.protocol import formatting as f
 
 
 @given(st.floats(), st.integers(5, 12), st.integers(2, 5))
@@ -55,4 +55,4 @@ def test_units():
 
 @given(st.text(), st.integers(0, 30))
 def test_shortened_names_fit(text, width):
-    assert len(f.shorten(text, width)) <= max(width, 0) or len(text) <= width
+    assert len(truncate_middle(text, width)) <= max(width, 0) or len(text) <= width
