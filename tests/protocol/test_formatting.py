@@ -53,6 +53,24 @@ def test_units():
     assert f.rate(0.1, "steps") == "10.0 s/step"
 
 
-@given(st.text(), st.integers(0, 30))
-def test_shortened_names_fit(text, width):
-    assert len(truncate_middle(text, width)) <= max(width, 0) or len(text) <= width
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, "yes"),
+        (494_149, "494,149"),
+        (3e-4, "0.0003"),
+        ("", "–"),
+        (None, "–"),
+        ("a\n b", "a b"),
+    ],
+)
+def test_settings(value, expected):
+    assert f.scalar(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(42, "42 s"), (185, "3 min"), (7500, "2 h 05"), (400_000, "5 d"), (None, "–")],
+)
+def test_ages(seconds, expected):
+    assert f.rough_duration(seconds) == expected

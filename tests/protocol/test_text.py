@@ -3,10 +3,17 @@ from __future__ import annotations
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, Update
 from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo, Table
-from tui_trainer.protocol.text import sanitize, sanitize_message, single_line
+from tui_trainer.protocol.text import (
+    sanitize,
+    sanitize_message,
+    single_line,
+    truncate,
+    truncate_middle,
+)
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9bH\x7f\ud800 b\r\n\tc\u009d"
 
@@ -52,3 +59,18 @@ def test_every_text_of_a_message_is_made_harmless():
     assert "\\x1b" not in repr(cleaned)
     assert cleaned.events[1] is update.events[1]
     msgspec.msgpack.encode(cleaned)
+
+
+WIDE = st.text(st.sampled_from("ab字👩é·/"), max_size=60)
+
+
+@given(WIDE, st.integers(0, 30))
+def test_truncated_text_fits_in_its_cells(text, width):
+    for cut in (truncate(text, width), truncate_middle(text, width)):
+        assert cell_len(cut) <= max(width, 1)
+        assert cut == text or cell_len(text) > width
+
+
+def test_the_ends_of_a_name_are_kept():
+    assert truncate_middle("blocks.0.attention.W_query.weight", 15) == "bloc…ery.weight"
+    assert truncate_middle("字" * 8, 9) == "字…字字字"

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from tui_trainer.cli.commands.common import number
 from tui_trainer.cli.directory import discard_refused
 from tui_trainer.cli.errors import FAULT, USAGE
 from tui_trainer.cli.screen import last_reported
 from tui_trainer.client.connection import RunGone, Stream
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.protocol.formatting import number
 from tui_trainer.record.events import Sink
 from tui_trainer.run.output import stdout_to_stderr, whole_lines
 from tui_trainer.run.sinks import Output
@@ -75,8 +75,8 @@ class InApp:
             return USAGE
         reason = f": {said.reason}" if said.state == "crashed" and said.reason else ""
         print(
-            f"{said.name} {said.state} at step {said.step:,}, loss {number(said.loss)}{reason} · "
-            f"{self.directory}",
+            f"{said.name} {said.state} at step {said.step:,}, loss {number(said.loss, 0)}"
+            f"{reason} · {self.directory}",
             flush=True,
         )
         return FAULT if said.state == "crashed" else 0

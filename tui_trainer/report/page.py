@@ -14,6 +14,7 @@ from tui_trainer import __version__
 from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.messages import Event, NonFinite, Notice
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
@@ -35,17 +36,8 @@ def settings(title: str, values: Mapping[str, Scalar], layout: str) -> Iterator[
         return
     yield f'<h2>{escape(title)}</h2>\n<div class="panel"><div class="{layout}"><table>\n'
     for name, value in shown.items():
-        yield f'<tr><th>{escape(name)}</th><td class="m">{escape(text_of(value))}</td></tr>\n'
+        yield f'<tr><th>{escape(name)}</th><td class="m">{escape(scalar(value))}</td></tr>\n'
     yield "</table></div></div>\n"
-
-
-def text_of(value: Scalar) -> str:
-    """A setting as people write it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def worst_parameters(recorded: ReportData) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
+from tui_trainer.protocol.formatting import cadence
 from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.trace.parameters import TrackedParameters, parameters_of
@@ -223,7 +224,7 @@ class Governor:
                 faster = max(one.usual, one.now // 2)
                 if total + one.share_ms(faster) - one.share_ms() <= room:
                     one.now = faster
-                    text = f"{one.name} is measured {how_often(faster)} again: there is room"
+                    text = f"{one.name} is measured {cadence(faster)} again: there is room"
                     self._changed([one], text, "info")
                     return
 
@@ -273,14 +274,7 @@ class Governor:
 
 def cadences(of: Iterable[GovernedProbe]) -> str:
     """Each by name with how often it is measured now."""
-    return ", ".join(f"{one.name} {how_often(one.now)}" for one in of)
-
-
-def how_often(every: int) -> str:
-    """A cadence in words."""
-    if every <= 1:
-        return "every step" if every else "not at all"
-    return f"every {every} steps"
+    return ", ".join(f"{one.name} {cadence(one.now)}" for one in of)
 
 
 def _percent(share: float) -> str:

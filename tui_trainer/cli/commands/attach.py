@@ -12,15 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tui_trainer.cli.commands.common import (
-    RunsDir,
-    choose_run_by_name,
-    cli_errors,
-    duration,
-    flag,
-    number,
-    steps,
-)
+from tui_trainer.cli.commands.common import RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.screen import why_no_screen
 from tui_trainer.client.connection import Connect
@@ -32,6 +24,7 @@ from tui_trainer.client.ssh import (
     parse_address,
 )
 from tui_trainer.config.run_spec import RunState
+from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.runs.registry import RunEntry, inspect_run, live_socket
 from tui_trainer.runs.security import RunError
 
@@ -155,8 +148,9 @@ def choose_run(runs: Sequence[RemoteRun]) -> str:
     width = max(len(run.name) for run in runs)
     for place, run in enumerate(runs, 1):
         print(
-            f"{place:3}  {run.name:{width}}  {run.state:8}  step {steps(run.step, run.total_steps)}"
-            f"  loss {number(run.loss)}  {duration(now - run.started_at)} old  {run.title}",
+            f"{place:3}  {run.name:{width}}  {run.state:8}  "
+            f"step {step_of(run.step, run.total_steps)}  loss {number(run.loss, 0)}  "
+            f"{rough_duration(now - run.started_at)} old  {run.title}",
             file=sys.stderr,
         )
     names = [run.name for run in runs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -81,31 +80,3 @@ def require_single_run(run: str | None, runs_dir: Path | None) -> RunEntry:
         names = ", ".join(each.name for each in live[:8])
         raise RunError(f"{len(live)} runs are live", f"say which: {names}")
     return newest(runs)
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A measurement in a few characters; "–" where there is none."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("-Inf" if value < 0 else "Inf")
-    return f"{value:.{digits}g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Such as `42 s`, `3 min`, `2 h 05`, `4 d`."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    seconds = max(0.0, seconds)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d}"
-    return f"{seconds / 86400:.0f} d"
-
-
-def steps(step: int, total: int | None) -> str:
-    """Such as `1,240 of 2,000`."""
-    return f"{step:,} of {total:,}" if total else f"{step:,}"

@@ -12,6 +12,7 @@ from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.screen import why_no_screen
 from tui_trainer.client.compare import MOST, ComparedRun, Difference, differences, outcome
+from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.registry import resolve
 
@@ -96,20 +97,7 @@ def as_lines(compared: list[ComparedRun]) -> list[str]:
 
 
 def _texts(line: Difference) -> tuple[str, ...]:
-    return (line.name, *(text_of(value) for value in line.values))
-
-
-def text_of(value: Scalar) -> str:
-    """A value in a table."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return " ".join(value.split()) or "–"
+    return (line.name, *(scalar(value) for value in line.values))
 
 
 def _as_json(compared: list[ComparedRun]) -> str:

@@ -17,14 +17,13 @@ from tui_trainer.cli.commands.common import (
     LiveRunName,
     RunsDir,
     cli_errors,
-    duration,
     flag,
-    number,
     require_single_run,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import BlockingConnection
 from tui_trainer.protocol import messages, schema
+from tui_trainer.protocol.formatting import number, rough_duration
 from tui_trainer.protocol.messages import Action, Event, Notice, Status
 from tui_trainer.runs.checkpoints import CHECKPOINTS, WHOLE
 from tui_trainer.runs.registry import RunEntry, inspect_run
@@ -186,9 +185,9 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, told: list[
 def _sentence(name: str, status: Status, talk: BlockingConnection, early: bool) -> str:
     table = talk.history.table(schema.STEP)
     latest = table.latest() if table is not None else None
-    loss = f", loss {number(float(latest[1][0]))}" if latest is not None else ""
+    loss = f", loss {number(float(latest[1][0]), 0)}" if latest is not None else ""
     state = "accepted" if early else status.state
-    elapsed = f", {duration(status.elapsed_s)}" if status.elapsed_s else ""
+    elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
     reason = f" ({status.reason})" if status.reason and not early else ""
     return f"{name} {state} at step {status.step:,}{loss}{elapsed}{reason}"
 

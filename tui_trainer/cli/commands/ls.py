@@ -9,9 +9,10 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, duration, flag, number, steps
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import say
 from tui_trainer.config.run_spec import runs_directory
+from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.registry import RunEntry, list_runs
 
@@ -107,7 +108,9 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _cells(run: RunEntry, now: float) -> tuple[str, ...]:
     said = run.said
-    speed = f"{number(said.steps_per_second, 3)}/s" if said.steps_per_second and run.live else "–"
+    speed = (
+        f"{number(said.steps_per_second, 0, 3)}/s" if said.steps_per_second and run.live else "–"
+    )
     origin = f"from {run.branched_from}" if run.branched_from else ""
     what = " · ".join(part for part in (said.title or said.task, origin) if part)
     if run.state in ("crashed", "refused") and run.note:
@@ -115,9 +118,9 @@ def _cells(run: RunEntry, now: float) -> tuple[str, ...]:
     return (
         sanitize(run.name),
         run.state,
-        steps(said.step, said.total_steps),
-        {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}.get(said.loss_text) or number(said.loss),
+        step_of(said.step, said.total_steps),
+        said.loss_text or number(said.loss, 0),
         speed,
-        duration(now - said.started_at),
+        rough_duration(now - said.started_at),
         " ".join(sanitize(what).split()),
     )

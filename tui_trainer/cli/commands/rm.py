@@ -10,9 +10,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, duration
+from tui_trainer.cli.commands.common import RunsDir, cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec, remove_run
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.runs.registry import RunEntry, may_live, resolve
 from tui_trainer.runs.security import answers
 
@@ -104,7 +105,8 @@ def _agreed(runs: list[RunEntry]) -> bool:
     for run in runs:
         said = run.said
         print(
-            f"{run.name}: {run.state} at step {said.step:,} after {duration(said.elapsed_s)}, "
+            f"{run.name}: {run.state} at step {said.step:,} "
+            f"after {rough_duration(said.elapsed_s)}, "
             f"{_size(run.directory) / 1e6:,.1f} MB in {run.directory}"
         )
     what = "it" if len(runs) == 1 else f"these {len(runs)} runs"

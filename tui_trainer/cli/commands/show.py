@@ -15,16 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import (
-    RunName,
-    RunsDir,
-    choose_run_by_name,
-    cli_errors,
-    duration,
-    flag,
-    number,
-    steps,
-)
+from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.commands.ls import STYLES, as_object
 from tui_trainer.client.connection import BlockingConnection
 from tui_trainer.client.replay import ReplaySession
@@ -32,6 +23,7 @@ from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.registry import RunEntry, inspect_run
@@ -294,21 +286,23 @@ def picture(seen: RunSummary, console: Console) -> RenderableType:
     if seen.recording:
         lines.append(Text(seen.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
-    loss = number(run["loss"]) if run["loss"] is not None else (run["loss_text"] or "–")
+    loss = number(run["loss"], 0) if run["loss"] is not None else (run["loss_text"] or "–")
     lines.append(_row("loss", loss, _sparkline(seen.loss_curve, bars), _extremes(seen.loss_curve)))
     if seen.grad_norm_curve.steps:
         curve = seen.grad_norm_curve
         lines.append(
-            _row("grad norm", number(curve.last), _sparkline(curve, bars), _extremes(curve))
+            _row("grad norm", number(curve.last, 0), _sparkline(curve, bars), _extremes(curve))
         )
     if seen.clipped_share is not None:
         lines.append(_row("clipped", f"{seen.clipped_share:.0%}", "of the last steps"))
     if seen.learning_rate is not None:
-        lines.append(_row("learning rate", number(seen.learning_rate)))
+        lines.append(_row("learning rate", number(seen.learning_rate, 0)))
     for name, value in seen.validation.items():
-        lines.append(_row(f"validation {name}", number(value)))
+        lines.append(_row(f"validation {name}", number(value, 0)))
     if seen.phase_ms:
-        parts = [f"{name} {number(ms, 3)}" for name, ms in seen.phase_ms.items() if ms is not None]
+        parts = [
+            f"{name} {number(ms, 0, 3)}" for name, ms in seen.phase_ms.items() if ms is not None
+        ]
         lines.append(_row("phases (ms)", "", " · ".join(parts)))
     lines += _attention_lines(seen)
     lines += [_event_line(event) for event in seen.events[-4:]]
@@ -330,17 +324,17 @@ def _heading(seen: RunSummary) -> Text:
 
 def _progress(seen: RunSummary) -> str:
     run = seen.run
-    parts = [f"step {steps(run['step'], run['total_steps'])}"]
+    parts = [f"step {step_of(run['step'], run['total_steps'])}"]
     if run["total_steps"]:
         parts[0] += f" ({run['step'] / run['total_steps']:.0%})"
     if run["steps_per_second"]:
-        parts.append(f"{number(run['steps_per_second'], 3)} steps/s")
+        parts.append(f"{number(run['steps_per_second'], 0, 3)} steps/s")
     if run["items_per_second"]:
         parts.append(f"{run['items_per_second']:,.0f} {run['item_unit']}/s")
     if run["elapsed_s"]:
-        parts.append(f"{duration(run['elapsed_s'])} so far")
+        parts.append(f"{rough_duration(run['elapsed_s'])} so far")
     if run["remaining_s"]:
-        parts.append(f"{duration(run['remaining_s'])} left")
+        parts.append(f"{rough_duration(run['remaining_s'])} left")
     if seen.parameters:
         parts.append(f"{seen.parameters:,} parameters")
     return " · ".join(parts)
@@ -366,7 +360,7 @@ def _sparkline(curve: SummaryCurve, bars: str) -> str:
 def _extremes(curve: SummaryCurve) -> str:
     lows = [value for value in curve.low if value is not None]
     highs = [value for value in curve.high if value is not None]
-    return f"{number(min(lows))} … {number(max(highs))}" if lows and highs else ""
+    return f"{number(min(lows), 0)} … {number(max(highs), 0)}" if lows and highs else ""
 
 
 def _attention_lines(seen: RunSummary) -> Sequence[Text]:
@@ -377,7 +371,7 @@ def _attention_lines(seen: RunSummary) -> Sequence[Text]:
     names = [name for name in shown[0] if name != "layer"]
     lines = [Text("  ".join([f"{'attention':<{width}}", *(f"{n:>8}" for n in names)]), "dim")]
     for layer in shown:
-        values = (f"{number(layer[name], 3):>8}" for name in names)
+        values = (f"{number(layer[name], 0, 3):>8}" for name in names)
         lines.append(Text("  ".join([f"{layer['layer']:<{width}}", *values])))
     left = len(seen.attention) - len(shown)
     if left:

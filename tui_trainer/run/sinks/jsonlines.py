@@ -11,6 +11,7 @@ import numpy as np
 
 from tui_trainer.history.buckets import Floats, StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
@@ -190,7 +191,7 @@ def _by_layer(
         if not math.isfinite(value):
             part = statistic.rpartition("_")[2]
             if layer not in noted or noted[layer].comparable(part) or math.isinf(value):
-                nonfinite[f"attention.{name}"] = _word(value)
+                nonfinite[f"attention.{name}"] = nonfinite_word(value)
 
 
 def _named(columns: tuple[Column, ...], values: Floats) -> dict[str, float]:
@@ -210,15 +211,11 @@ def _finished(
     for name, value in named.items():
         made[name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
-            missed[f"{prefix}{name}"] = _word(value)
+            missed[f"{prefix}{name}"] = nonfinite_word(value)
     nonfinite.update(missed)
     if made.get("type") in ("validation", "measurement") and missed:
         made["nonfinite"] = missed
     return made
-
-
-def _word(value: float) -> str:
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 # ---- jsonlines

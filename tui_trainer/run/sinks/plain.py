@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from tui_trainer import __version__
 from tui_trainer.history.buckets import StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import count, duration, number
 from tui_trainer.protocol.messages import NonFinite, Notice, Status, TextSample
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
@@ -110,7 +111,7 @@ class PlainLines:
             self._progress(status, lines)
         columns = self._info.tables[row.table].columns
         said = "  ".join(
-            f"{column.name} {number(float(value))}"
+            f"{column.name} {number(float(value), 0, 5)}"
             for column, value in zip(columns, row.values, strict=True)
             if not math.isnan(value) or column.name == "loss"
         )
@@ -165,16 +166,16 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
     parts = [f"step {record.step:>{width}}" + (f"/{total}" if total else "")]
     for name, label in (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm_preclip", "grad")):
         if name in values:
-            parts.append(f"{label} {number(values[name])}")
+            parts.append(f"{label} {number(values[name], 0, 5)}")
     if status.clipped_share is not None:
         parts.append(f"clipped {status.clipped_share:.0%}")
     if status.steps_per_second:
         speed = f"{status.steps_per_second:.3g} steps/s"
         if status.items_per_second:
-            speed += f" ({count(status.items_per_second)} {info.item_unit}/s)"
+            speed += f" ({count(status.items_per_second, 0)} {info.item_unit}/s)"
         parts.append(speed)
     if status.remaining_s:
-        parts.append(f"ETA {duration(status.remaining_s)}")
+        parts.append(f"ETA {duration(status.remaining_s, 0)}")
     return "  ".join(parts)
 
 
@@ -186,28 +187,7 @@ def ending(status: Status, name: str) -> str:
     if status.state == "finished" and not status.step:
         return f"finished{reason}; it made no step of a torch optimizer"
     steps = "1 step" if status.step == 1 else f"{status.step} steps"
-    said = f"{status.state} after {steps} in {duration(status.elapsed_s)}{reason}"
+    said = f"{status.state} after {steps} in {duration(status.elapsed_s, 0)}{reason}"
     if status.state == "crashed":
         return f"{said}\nhint: tui-trainer show {name} shows what was measured"
     return f"{said}\nhint: {status.hint}" if status.hint else said
-
-
-def number(value: float) -> str:
-    """Four significant digits, in a width that stays."""
-    small = value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5)
-    return f"{value:.3e}" if small else f"{value:#.5g}"
-
-
-def count(value: float) -> str:
-    """A rounded count, such as `98.7k`."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Such as `1:18` or `2:03:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

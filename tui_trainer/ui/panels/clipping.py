@@ -11,6 +11,7 @@ from textual.geometry import Size
 from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Clip
+from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.panels.base import (
     FIRST_STEP,
     Item,

@@ -13,8 +13,8 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.schema import RunInfo, Scalar
-from tui_trainer.protocol.text import strip_escapes
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.panels.base import Item, Panel
 from tui_trainer.ui.widgets.lines import DrawingContext, Row
 
@@ -338,9 +338,4 @@ def facts_of(info: RunInfo) -> list[tuple[str, str]]:
     """The facts that are worth a line, in the order in which they are left out last."""
     facts = [(n, value) for n, value in info.facts.items() if n not in IN_HEADER]
     facts.sort(key=lambda fact: isinstance(fact[1], str))
-    return [(strip_escapes(name), strip_escapes(fact_text(value))) for name, value in facts]
-
-
-def fact_text(value: Scalar) -> str:
-    """A fact as people write it: 494,149."""
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return [(strip_escapes(name), strip_escapes(f.scalar(value))) for name, value in facts]

@@ -19,7 +19,6 @@ from tui_trainer.client.compare import (
     outcome,
 )
 from tui_trainer.protocol import formatting as f
-from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.base import note
@@ -213,7 +212,7 @@ class DifferencesTable(VirtualTable):
         out: Row = [Segment(fitted(line.name, widths[0], True), palette.dim)]
         for number, value in enumerate(line.values):
             text = truncate_middle(
-                strip_escapes(text_of(value)), widths[number + 1], self.glyphs.ellipsis
+                strip_escapes(f.scalar(value)), widths[number + 1], self.glyphs.ellipsis
             )
             style = style_of(number, palette) if number == best else palette.text
             sign = self.glyphs.missing if value is None else text
@@ -230,14 +229,3 @@ def _best(line: Difference) -> int:
     if np.isnan(values).all() or len(set(values)) == 1:
         return -1
     return int(np.nanargmin(values) if lower else np.nanargmax(values))
-
-
-def text_of(value: Scalar) -> str:
-    """A value in few characters."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return " ".join(value.split()) if value else ""

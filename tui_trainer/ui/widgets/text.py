@@ -13,6 +13,7 @@ from textual.widgets import Static
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import cadence
 from tui_trainer.protocol.messages import Notice, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.glyphs import Glyphs
@@ -118,11 +119,6 @@ def _ended(status: Status) -> str:
 # How old the newest values are, where they are not of the newest step, and what is stretched.
 
 
-def how_often(every: int) -> str:
-    """A cadence in words."""
-    return "every step" if every == 1 else f"every {every:,} steps"
-
-
 def ago(behind: int) -> str:
     """An age in words."""
     return f"{behind:,} step{'' if behind == 1 else 's'} ago"
@@ -145,7 +141,7 @@ def age_of(snapshot: Snapshot, histories: Iterable[MemorySeries]) -> str:
     every = max(each.table.every for each in measured)
     if behind > 0 and behind >= every:
         return ago(behind)
-    return how_often(every) if every > 1 else ""
+    return cadence(every) if every > 1 else ""
 
 
 def stretched(info: RunInfo) -> list[tuple[str, str]]:
@@ -154,7 +150,7 @@ def stretched(info: RunInfo) -> list[tuple[str, str]]:
     for table in info.tables:
         if table.stretched:
             of = f", of {table.optimizer}" if table.optimizer else ""
-            text = f"{how_often(table.every)}, naturally {how_often(table.natural)}{of}"
+            text = f"{cadence(table.every)}, naturally {cadence(table.natural)}{of}"
             found.append((table.name, text))
     return found
 
