@@ -109,5 +109,5 @@ def test_a_script_goes_on_by_itself_and_no_weights_are_promised_that_are_not_the
     (place / "empty.py").write_text("import torch")
     assert call("run", "--name", "bare", "empty.py", cwd=place).returncode == 0
     refused = call("gpt", "--resume", "bare", cwd=place)
-    assert_refused(refused, "goes on by its own means")
+    assert_refused(refused, "resumes by its own means")
     assert "weights" not in refused.stderr

@@ -13,7 +13,7 @@ from tui_trainer.client.connection import NotReady, RunGone, connector, open_uni
 from tui_trainer.client.launch import launch
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory, new_socket_path
-from tui_trainer.runs.registry import BOOT_LOG
+from tui_trainer.runs.boot_log import BOOT_LOG
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.client import compare
 from tui_trainer.client.compare import ComparedRun, Difference, differences, outcome
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.runs.registry import inspect_run
+from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.ui.compare import CompareApp
 from tui_trainer.ui.panels.runs import ASCII_SIGNS, SIGNS
 
@@ -172,7 +172,7 @@ async def test_runs_without_a_series(tmp_path):
     assert recorder.close(20)
     (calm,) = compared("calm")
     run = inspect_run(directory("calm"))
-    empty = ComparedRun(run.__class__("empty", tmp_path, "crashed", run.said))
+    empty = ComparedRun(run.__class__("empty", tmp_path, "crashed", run.reported))
     app = CompareApp([calm, empty])
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)

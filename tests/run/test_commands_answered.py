@@ -14,7 +14,7 @@ from tui_trainer.cli.commands import control
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_spec import RunState
 from tui_trainer.protocol.messages import Checkpoint, Notice, Pause, Poll, Status, Step, StepPhase
-from tui_trainer.runs.registry import RunEntry
+from tui_trainer.runs.liveness import RunEntry
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
 hosting = importlib.util.module_from_spec(_spec)

@@ -21,7 +21,8 @@ from tui_trainer.cli.commands.logs import Printed
 from tui_trainer.client.connection import BlockingConnection
 from tui_trainer.config.run_spec import LOG_FILE, write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
-from tui_trainer.runs.registry import BOOT_LOG, inspect_run
+from tui_trainer.runs.boot_log import BOOT_LOG
+from tui_trainer.runs.liveness import inspect_run
 
 
 def test_pause_step_resume_stop(runs):
@@ -285,7 +286,7 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     )
     write_state(place, elsewhere)
     assert inspect_run(place).state == "crashed"
-    removal_refused(runs, "gpt-quiet", "far was heard of")
+    removal_refused(runs, "gpt-quiet", "its last status came from far")
     write_state(place, msgspec.structs.replace(elsewhere, written_at=time.time() - 7200))
     assert runs.call("rm", "-y", "gpt-quiet").returncode == 0
     assert not place.exists()

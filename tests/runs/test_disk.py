@@ -15,7 +15,7 @@ import pytest
 
 from tests.runs.starting import until
 from tui_trainer.client.connection import BlockingConnection
-from tui_trainer.runs.registry import inspect_run
+from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory
 
 NOBODY = 65534

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
 from tui_trainer.config.run_spec import (
@@ -23,7 +25,9 @@ from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import RunEnded
 from tui_trainer.record.status_file import StatusFile
-from tui_trainer.runs.registry import inspect_run, list_runs
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import inspect_run
+from tui_trainer.runs.registry import list_runs, live_socket
 
 GPT = ("--threads", "1", "--steps", "100000")
 
@@ -80,7 +84,8 @@ def test_a_stale_socket_misleads_nobody(runs):
     refused = runs.call("pause", "gpt-dead")
     assert refused.returncode == 1
     assert "gpt-dead has crashed" in refused.stderr
-    assert inspect_run(place).socket is None
+    with pytest.raises(RunError, match="gpt-dead has crashed"):
+        live_socket(inspect_run(place))
     # Whoever listens in this directory again is not held up by it.
     again = new_socket_path(place)
     again.unlink(missing_ok=True)

@@ -16,8 +16,9 @@ from tui_trainer.config.run_spec import (
     read_state,
     write_state,
 )
-from tui_trainer.runs.registry import inspect_run, judge, list_runs, live_socket, newest, resolve
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import inspect_run, judge_state
+from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
 
 
 def test_states_of_all_kinds(runs):
@@ -126,16 +127,16 @@ def said(**fields):
 
 
 def test_a_process_with_the_same_number_is_not_the_run():
-    assert judge(said())[0] == "live"
-    assert judge(said(state="paused"))[0] == "paused"
-    assert judge(said(began="another:1"))[0] == "crashed"
-    assert judge(said(began=""))[0] == "crashed"
-    assert judge(said(state="finished", began="another:1"))[0] == "finished"
+    assert judge_state(said())[0] == "live"
+    assert judge_state(said(state="paused"))[0] == "paused"
+    assert judge_state(said(began="another:1"))[0] == "crashed"
+    assert judge_state(said(began=""))[0] == "crashed"
+    assert judge_state(said(state="finished", began="another:1"))[0] == "finished"
 
 
 def test_a_run_elsewhere_is_judged_by_its_silence():
-    assert judge(said(place="other-host", pid=1))[0] == "live"
-    state, why = judge(said(place="other-host", host="far", written_at=time.time() - 100))
+    assert judge_state(said(place="other-host", pid=1))[0] == "live"
+    state, why = judge_state(said(place="other-host", host="far", written_at=time.time() - 100))
     assert state == "crashed"
     assert "no sign of life from far" in why
 

@@ -21,7 +21,7 @@ from tui_trainer.client.ssh import (
     ssh_command,
 )
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
 
 
 def refusal(address, **options):

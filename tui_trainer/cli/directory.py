@@ -25,9 +25,10 @@ from tui_trainer.config.run_spec import (
     write_spec,
 )
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import Branch
-from tui_trainer.runs.registry import BOOT_LOG
-from tui_trainer.runs.security import RunError, check_directory
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.security import check_directory
 
 # ---- script
 # `tui-trainer run [options] script.py [its own arguments]`: which argument is whose.

@@ -58,7 +58,7 @@ def resumed(
 
 
 def _tell_where(branch: Branch) -> None:
-    reached = branch.run.said.step
+    reached = branch.run.reported.step
     beyond = f", which came to step {reached:,}" if reached > branch.step else ""
     print(f"going on from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
 

@@ -13,8 +13,9 @@ from tui_trainer.history.history import History
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo, Scalar
-from tui_trainer.runs.registry import RunEntry, inspect_run, open_history, recorded_info
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
+from tui_trainer.runs.recording import open_history, reported_info
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
@@ -51,7 +52,7 @@ class ComparedRun:
             self.history: StoredHistory = open_history(run.directory)
         except (StoreError, OSError) as fault:
             raise RunError(f"{run.name} cannot be compared: {fault}") from fault
-        self.info: RunInfo = self.history.store.info() or recorded_info(run.directory)
+        self.info: RunInfo = self.history.store.info() or reported_info(run.directory)
         self._clock = self._read_clock()
 
     @property

@@ -49,14 +49,10 @@ from tui_trainer.protocol.messages import (
 )
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import sanitize_message
-from tui_trainer.runs.registry import RunEntry, inspect_run, live_socket
-from tui_trainer.runs.security import (
-    RunError,
-    check_directory,
-    check_socket,
-    connect_unix,
-    peer_user,
-)
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
+from tui_trainer.runs.registry import live_socket
+from tui_trainer.runs.security import check_directory, check_socket, connect_unix, peer_user
 
 # ---- ask
 # A short conversation with a run, for commands that ask and leave: each answer is waited for.

@@ -15,7 +15,7 @@ from tui_trainer.client.connection import NotReady, RunGone, Stream, Unreachable
 from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.schema import Scalar
-from tui_trainer.runs.registry import BOOT_LOG, last_words
+from tui_trainer.runs.boot_log import BOOT_LOG, last_output
 
 _MEMORY = (
     "if nobody did that, memory ran out and the kernel did (dmesg says so): try a smaller batch, "
@@ -52,7 +52,7 @@ class Launched:
 
     def last_words(self) -> str:
         """The end of what the process printed, for people; "" when it printed nothing."""
-        return last_words(self.spec.directory)
+        return last_output(self.spec.directory)
 
 
 def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> Launched:

@@ -32,7 +32,7 @@ from tui_trainer.protocol.messages import (
     Throttle,
 )
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.runs.registry import last_events, recorded_info, recorded_status, with_end
+from tui_trainer.runs.recording import end_status, reported_info, reported_status, with_end
 from tui_trainer.store.reader import StoredEvents, StoredHistory
 
 # ---- standing
@@ -126,14 +126,15 @@ class ReplaySession:
         self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._directory = Path(directory)
-        self._over, end = recorded_status(self._directory)
+        end = end_status(self._directory)
+        self._over = end is not None
         self._history = StoredHistory(directory, ended=self._over)
         store = self._history.store
         self.moments = StoredEvents(store)
         """Where something happened: what to jump to."""
         self._clock = clock
-        self._info = store.info() or recorded_info(self._directory)
-        self._recorded = with_end(store.status() or last_events(self._directory), end)
+        self._info = store.info() or reported_info(self._directory)
+        self._recorded = with_end(store.status() or reported_status(self._directory), end)
         self._spikes: tuple[int, list[Spike]] = (-1, [])
         self._speed: float | None = None
         self._playing = False
@@ -299,7 +300,8 @@ class ReplaySession:
         self._refreshed_at = now
         self._history.refresh()  # damage of any kind is said by `store.fault`
         store = self._history.store
-        self._over, end = recorded_status(self._directory)
+        end = end_status(self._directory)
+        self._over = end is not None
         self._info = store.info() or self._info
         self._recorded = with_end(store.status() or self._recorded, end)
         if self._follows and not self._playing:

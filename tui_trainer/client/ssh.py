@@ -30,7 +30,7 @@ from tui_trainer import __version__
 from tui_trainer.client.connection import RunGone, Stream, Unreachable
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.text import sanitize_message
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
 
 # ---- greeting
 # The one line with which the far end of an ssh connection begins, before the protocol does.

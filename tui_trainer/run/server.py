@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import os
 import socket
-import struct
-import sys
 import threading
 import time
 import weakref
@@ -34,6 +32,7 @@ from tui_trainer.protocol.messages import (
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.control import CommandHandler, Viewer
+from tui_trainer.runs.security import peer_user
 
 GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
@@ -109,7 +108,7 @@ class ViewerConnection:
             os.close(self._stream.detach())
 
     def _greet(self) -> None:
-        if not owner_is_us(self._stream):
+        if peer_user(self._stream) not in (None, os.getuid(), 0):
             self._send(Refused("this run belongs to another user"))
             raise ProtocolError("a connection from another user was refused")
         deadline = time.monotonic() + GREETING_TIMEOUT_S
@@ -206,15 +205,6 @@ class ViewerConnection:
         except TimeoutError:
             raise StuckViewer(f"it took nothing for {SEND_TIMEOUT_S:.0f} s") from None
         self._stream.settimeout(None)
-
-
-def owner_is_us(stream: socket.socket) -> bool:
-    """Whether the peer is of our user (or root), where the system can say; a socketpair is."""
-    if stream.family != socket.AF_UNIX or not sys.platform.startswith("linux"):
-        return True  # the directory's mode is what protects it there
-    credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", credentials)
-    return user in (os.getuid(), 0)
 
 
 # ---- server

@@ -1,7 +1,8 @@
-"""What may be believed on this machine: directories and sockets that nobody else can write to.
+"""Which directories and sockets of runs can be trusted, and connecting to a socket that can.
 
-Whoever can write to a run's directory could put a socket of their own there and be sent what the
-viewer types, or have files removed; so both must belong to this user and to nobody's group.
+A user who can write to a run's directory could put a socket of their own there and read what a
+viewer sends, or have files removed. So directories and sockets must belong to this user, and
+nobody else may write to them.
 """
 
 from __future__ import annotations
@@ -13,24 +14,20 @@ import stat
 import struct
 from pathlib import Path
 
-from tui_trainer.protocol.errors import UserError
+from tui_trainer.runs.errors import NotListening, RunError, Unreachable
 
 CONNECT_TIMEOUT_S = 5.0
 
 
-class RunError(UserError):
-    """A run that cannot be found, believed or reached."""
-
-
 def check_directory(path: str | os.PathLike[str]) -> None:
-    """Refuse a directory that others can write to or that another user owns. Raises RunError, and
-    OSError when it is not there."""
+    """Raises RunError for a directory that others can write to or that another user owns, and
+    OSError where there is none."""
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise RunError(f"{path} is not a directory")
     if found.st_uid not in (os.geteuid(), 0):
         raise RunError(
-            f"{path} belongs to {_user(found.st_uid)}, not to you",
+            f"{path} belongs to {_user_name(found.st_uid)}, not to you",
             "attach as the user who started the run",
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -41,13 +38,14 @@ def check_directory(path: str | os.PathLike[str]) -> None:
 
 
 def check_socket(path: str | os.PathLike[str]) -> None:
-    """Refuse a socket that is not this user's alone. Raises RunError, or OSError for none."""
+    """Raises RunError for a socket that is not this user's alone, and OSError where there is
+    none."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         raise RunError(f"{path} is not a socket")
     if found.st_uid != os.geteuid():
         raise RunError(
-            f"the socket {path} belongs to {_user(found.st_uid)}, not to you",
+            f"the socket {path} belongs to {_user_name(found.st_uid)}, not to you",
             "attach as the user who started the run",
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -56,20 +54,26 @@ def check_socket(path: str | os.PathLike[str]) -> None:
 
 
 def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
-    """A connection to the run that listens at `path`, blocking, its other end known to be this
-    user's. Raises RunError when it must not be trusted or nobody answers."""
+    """A blocking connection to the run that listens at `path`, as this user.
+
+    Raises NotListening, Unreachable, or RunError when the socket or its listener cannot be trusted.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         check_socket(path)
         connection.settimeout(CONNECT_TIMEOUT_S)
         connection.connect(os.fspath(path))
+        connection.settimeout(None)
         peer = peer_user(connection)
         if peer is not None and peer != os.geteuid():
-            raise RunError(f"what listens at {path} belongs to {_user(peer)}, not to you")
-        connection.settimeout(None)
+            raise RunError(f"what listens at {path} belongs to {_user_name(peer)}, not to you")
+    except (FileNotFoundError, ConnectionRefusedError) as fault:
+        connection.close()
+        raise NotListening(f"nothing listens at {path}") from fault
     except OSError as fault:
         connection.close()
-        raise RunError(f"the run does not answer at {path}: {fault.strerror or fault}") from fault
+        reason = fault.strerror or fault
+        raise Unreachable(f"the run does not answer at {path}: {reason}") from fault
     except RunError:
         connection.close()
         raise
@@ -77,7 +81,7 @@ def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
 
 
 def answers(path: str | os.PathLike[str] | None) -> bool:
-    """Whether some process listens at this socket, whoever it is."""
+    """Whether any process, of this user or another, listens at this socket."""
     if path is None:
         return False
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -88,15 +92,16 @@ def answers(path: str | os.PathLike[str] | None) -> bool:
 
 
 def peer_user(connection: socket.socket) -> int | None:
-    """The user id of the process at the other end, where the system tells it."""
+    """The user id of the process at the other end of a Unix socket; None where the system does not
+    tell, and the mode of the socket's directory is what protects it."""
     option = getattr(socket, "SO_PEERCRED", None)  # Linux
-    if option is None:
+    if option is None or connection.family != socket.AF_UNIX:
         return None
     credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
 
 
-def _user(number: int) -> str:
+def _user_name(number: int) -> str:
     with contextlib.suppress(KeyError, ImportError):
         import pwd
 

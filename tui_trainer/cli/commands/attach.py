@@ -25,8 +25,9 @@ from tui_trainer.client.ssh import (
 )
 from tui_trainer.config.run_spec import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
-from tui_trainer.runs.registry import RunEntry, inspect_run, live_socket
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
+from tui_trainer.runs.registry import live_socket
 
 
 def attach(
@@ -134,7 +135,7 @@ def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
     while time.monotonic() < deadline:
         now = inspect_run(run.directory)
         if now is not None and not now.live:
-            return now.said
+            return now.reported
         time.sleep(0.1)
     return None
 

@@ -10,8 +10,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tui_trainer.cli.errors import CommandError
-from tui_trainer.runs.registry import RunEntry, list_runs, newest, resolve
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.runs.registry import list_runs, newest, resolve
 from tui_trainer.store.schema import StoreError
 
 NAMED = "the run: its name, the beginning of it, or its directory"

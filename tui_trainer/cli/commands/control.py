@@ -26,8 +26,8 @@ from tui_trainer.protocol import messages, schema
 from tui_trainer.protocol.formatting import number, rough_duration
 from tui_trainer.protocol.messages import Action, Event, Notice, Status
 from tui_trainer.runs.checkpoints import CHECKPOINTS, WHOLE
-from tui_trainer.runs.registry import RunEntry, inspect_run
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
 
 LOOK_EVERY_S = 0.05
 MOST_STEPS, DIGITS = 10**12, 20
@@ -137,7 +137,9 @@ def _end_on_disk(run: RunEntry) -> Status | None:
     now = inspect_run(run.directory)
     if now is None or now.live:
         return None
-    return Status(state=now.end_state, step=now.said.step, reason=now.note, hint=now.said.hint)
+    return Status(
+        state=now.end_state, step=now.reported.step, reason=now.note, hint=now.reported.hint
+    )
 
 
 def _paused(status: Status, _: list[Event]) -> bool:

@@ -25,8 +25,9 @@ from tui_trainer.cli.screen import why_no_screen
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.run_spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.registry import list_runs
-from tui_trainer.runs.security import RunError, check_directory
+from tui_trainer.runs.security import check_directory
 
 LIBRARIES = {
     "cyclopts": "the command line",

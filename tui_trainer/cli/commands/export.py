@@ -21,7 +21,8 @@ from tui_trainer.cli.commands.common import (
     readable,
 )
 from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
-from tui_trainer.runs.registry import RunEntry, open_history
+from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.runs.recording import open_history
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 

@@ -13,7 +13,8 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_spec import LOG_FILE
-from tui_trainer.runs.registry import BOOT_LOG, RunEntry, fatal_pages, inspect_run
+from tui_trainer.runs.boot_log import BOOT_LOG, fatal_traceback
+from tui_trainer.runs.liveness import RunEntry, inspect_run
 
 LOOK_EVERY_S = 0.2
 _BLOCK = 1 << 16
@@ -69,7 +70,7 @@ class Printed:
 
     def say_fatal_end(self) -> None:
         """What killed the process cannot be in its own log any more."""
-        pages = fatal_pages(self._run.directory).encode()
+        pages = fatal_traceback(self._run.directory).encode()
         if pages and self.path is not None and self.path.name == LOG_FILE:
             _write(pages)
             sys.stdout.flush()

@@ -14,7 +14,8 @@ from tui_trainer.cli.errors import say
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.text import sanitize
-from tui_trainer.runs.registry import RunEntry, list_runs
+from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.runs.registry import list_runs
 
 STYLES = {
     "live": "green",
@@ -53,7 +54,7 @@ def ls(
 
 def as_object(run: RunEntry) -> dict[str, Any]:
     """A run as JSON: the names are documented in docs/runs.md and do not change."""
-    said = run.said
+    said = run.reported
     return {
         "name": run.name,
         "state": run.state,
@@ -107,7 +108,7 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _cells(run: RunEntry, now: float) -> tuple[str, ...]:
-    said = run.said
+    said = run.reported
     speed = (
         f"{number(said.steps_per_second, 0, 3)}/s" if said.steps_per_second and run.live else "–"
     )

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from tui_trainer.cli.commands.common import RunName, RunsDir
 from tui_trainer.client.ssh import RelayGreeting, RemoteRun, encode_greeting
-from tui_trainer.runs.registry import RunEntry, list_runs, live_socket, newest, resolve
-from tui_trainer.runs.security import RunError, connect_unix
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
+from tui_trainer.runs.security import connect_unix
 
 SILENT_S = 180.0
 """A viewer that has sent nothing for so long is gone, though nobody told this host's sshd; viewers
@@ -54,7 +56,7 @@ def _find(run: str | None, runs_dir: Path | None) -> RunEntry:
 
 
 def _offered(run: RunEntry) -> RemoteRun:
-    said = run.said
+    said = run.reported
     return RemoteRun(
         run.name,
         run.state,

@@ -46,7 +46,7 @@ def report(
         session = ReplaySession(found.directory)
     try:
         snapshot = session.poll()
-        info = snapshot.info or RunInfo(found.name, found.said.task)
+        info = snapshot.info or RunInfo(found.name, found.reported.task)
         pieces = render(ReportData(session.history, info, snapshot.status))
         if str(path) == "-":
             sys.stdout.writelines(pieces)

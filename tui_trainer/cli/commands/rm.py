@@ -14,7 +14,8 @@ from tui_trainer.cli.commands.common import RunsDir, cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec, remove_run
 from tui_trainer.protocol.formatting import rough_duration
-from tui_trainer.runs.registry import RunEntry, may_live, resolve
+from tui_trainer.runs.liveness import RunEntry, may_be_running
+from tui_trainer.runs.registry import resolve
 from tui_trainer.runs.security import answers
 
 LEAVES_WITHIN_S, LOOK_EVERY_S = 20.0, 0.1
@@ -65,7 +66,7 @@ def _check(run: RunEntry) -> None:
     if run.directory.is_symlink():
         raise CommandError(f"{run.directory} is a link to another directory", "remove it by hand")
     _let_it_leave(run)
-    if why := may_live(run):
+    if why := may_be_running(run):
         raise CommandError(f"{run.name} may still live: {why}", "end it first, where it runs")
     within = [
         path.parent for path in run.directory.rglob(SPEC_FILE) if path.parent != run.directory
@@ -81,7 +82,9 @@ def _let_it_leave(run: RunEntry) -> None:
     """Wait for a run that has told its end and stays a few seconds more, for its viewers."""
     deadline = time.monotonic() + LEAVES_WITHIN_S
     said = False
-    while run.said.ended and answers(find_socket(run.directory)) and time.monotonic() < deadline:
+    while (
+        run.reported.ended and answers(find_socket(run.directory)) and time.monotonic() < deadline
+    ):
         if not said:
             text = f"{run.name} has ended and tells its viewers: waiting until it has left"
             print(text, file=sys.stderr, flush=True)
@@ -103,7 +106,7 @@ def _agreed(runs: list[RunEntry]) -> bool:
     if not sys.stdin.isatty():
         raise UsageError("rm asks before it removes, and nobody can answer here", "say --yes")
     for run in runs:
-        said = run.said
+        said = run.reported
         print(
             f"{run.name}: {run.state} at step {said.step:,} "
             f"after {rough_duration(said.elapsed_s)}, "

@@ -26,8 +26,8 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.runs.registry import RunEntry, inspect_run
-from tui_trainer.runs.security import RunError
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.store.schema import STORE_FILE, StoreError
 
 CURVE_POINTS = 60
@@ -99,7 +99,7 @@ def summarize_recording(run: RunEntry) -> RunSummary:
         replay.close()
     # How it is now, its directory knows: a run that was killed did not record that.
     seen.run.update(state=run.state, note=run.note)
-    if run.said.step > seen.run["step"]:
+    if run.reported.step > seen.run["step"]:
         last = as_object(run)
         seen.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
     seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
