@@ -1,6 +1,6 @@
 """Frames on a byte stream: a four-byte big-endian length, then one MessagePack message.
 
-Both directions are bounded: a peer that announces more is not read further.
+The length is limited in both directions; a peer that announces more is not read further.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from tui_trainer.protocol.messages import ToRun, ToViewer
 
 MAX_TO_RUN_BYTES = 64 * 1024
-"""A viewer only ever sends small messages."""
+"""Viewers send small messages only."""
 MAX_TO_VIEWER_BYTES = 16 * 1024 * 1024
 
 _HEADER = struct.Struct(">I")
@@ -30,16 +30,16 @@ class ProtocolError(Exception):
 
 
 class ConnectionClosed(Exception):
-    """The stream ended, between two frames or inside one."""
+    """The stream has ended, between two frames or inside one."""
 
     def __init__(self, left: int = 0) -> None:
         super().__init__()
         self.left = left
-        """Bytes of a frame that had begun and did not end."""
+        """Bytes of an incomplete frame."""
 
 
 def encode(message: ToRun | ToViewer, limit: int = MAX_TO_VIEWER_BYTES) -> bytes:
-    """One frame. Raises ProtocolError when it would be over `limit` bytes."""
+    """Encode one frame. Raises ProtocolError when the message is over `limit` bytes."""
     payload = _encoder.encode(message)
     if len(payload) > limit:
         raise ProtocolError(f"a message of {len(payload):,} bytes is over the limit of {limit:,}")
@@ -57,8 +57,7 @@ def read_to_viewer(read: Callable[[int], bytes]) -> ToViewer:
 
 
 class FrameBuffer:
-    """Cuts messages for a viewer out of a stream that arrives in pieces, for readers that must
-    not wait inside a frame."""
+    """Decodes messages for a viewer from a stream that arrives in pieces, without blocking."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -66,11 +65,11 @@ class FrameBuffer:
 
     @property
     def inside(self) -> bool:
-        """Whether a frame has begun and not ended."""
+        """Whether the buffer holds an incomplete frame."""
         return bool(self._held)
 
     def feed(self, data: bytes) -> list[ToViewer]:
-        """The messages that `data` completes. Raises ProtocolError."""
+        """Return the messages that `data` completes. Raises ProtocolError."""
         self._held += data
         messages: list[ToViewer] = []
         while (payload := self._next()) is not None:

@@ -1,11 +1,11 @@
-"""Every message that crosses, as typed structs. Nothing here can execute on decoding.
+"""Every message between a run and its viewers, as typed structs. Decoding executes nothing.
 
-The viewer leads: it greets (`Hello`), then *pulls* (`Poll` → `Update`) at its own rate and sends
-`Command`s, each answered by one `Ack`. The run never sends what was not asked for, so a viewer that
-stops reading costs it nothing, and a reconnecting viewer goes on from its own cursor without a gap.
+The viewer leads: it sends `Hello`, then *pulls* (`Poll` → `Update`) at its own rate and sends
+`Command`s, each answered by one `Ack`. The run sends nothing unasked, so a viewer that stops
+reading costs it nothing, and one that reconnects continues from its own cursor without a gap.
 
-What crosses all the time is sent by place and not by name (`array_like`): a new field of such a
-struct goes to its end, with a default, and no field is ever taken away.
+Frequent messages are encoded as arrays (`array_like`): a new field of such a struct goes to its end
+with a default, and no field is ever removed.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ Stream = Literal["stdout", "stderr"]
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True, array_like=True):
-    """First frame from a viewer."""
+    """The first message of a viewer."""
 
     protocol: int
     product: str
-    """Version of tui-trainer, for messages to people."""
+    """Version of tui-trainer, for messages."""
     viewer: str
-    """Who looks, as `user@host` plus terminal if known; shown to the other viewers."""
+    """`user@host` and the terminal if known; shown to the other viewers."""
     read_only: bool = False
 
 
@@ -67,7 +67,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
-    """The run does not talk to this viewer, and why; the connection closes after it."""
+    """The run refuses this viewer; the connection is closed after this message."""
 
     reason: str
     hint: str = ""
@@ -77,7 +77,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True):
-    """The state of the run at one moment: the little that changes all the time."""
+    """The state of the run now: the few fields that change all the time."""
 
     state: State = "starting"
     step: int = 0
@@ -86,41 +86,41 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     phase: Phase | Literal[""] = ""
     """The phase now running, or, when paused, the phase that has just ended."""
     waiting_for: str = ""
-    """What a run that shows nothing yet is busy with: `importing torch`, `building the model`, …"""
+    """What a run is busy with before its first step: `importing torch`, …"""
     reason: str = ""
-    """Why it is paused or ended, for people."""
+    """Why it is paused or has ended, as a sentence."""
     hint: str = ""
     throttle: float | None = None
-    """At most so many steps a second; None: full speed."""
+    """Maximum steps per second; None: full speed."""
     run_to: int | None = None
-    """The step at which it will pause by itself."""
+    """The step at which it will pause."""
     steps_per_second: float | None = None
     items_per_second: float | None = None
     elapsed_s: float = 0.0
-    """Since the first step began, pauses not counted."""
+    """Since the first step began, without pauses."""
     remaining_s: float | None = None
     cost_share: float | None = None
-    """Our own cost on the training thread, as a share of step time (0.01 is 1 %)."""
+    """Overhead: our time on the training thread as a share of step time (0.01 is 1 %)."""
     clipped_share: float | None = None
-    """Share of the last `clip_window` steps that clipped; None where nothing clips."""
+    """Share of the last `clip_window` steps that were clipped; None where nothing clips."""
     clip_window: int = 100
     viewers: tuple[str, ...] = ()
     controller: int | None = None
-    """`viewer_id` of the viewer that holds control; None: nobody."""
+    """`viewer_id` of the viewer that may command; None: no viewer."""
     recording: str = ""
-    """What is wrong with recording to disk, "" while all is well."""
+    """What is wrong with recording to disk; "" while nothing is."""
     refused: bool = False
-    """It crashed because it could not start as asked, with nothing measured; `reason` and `hint`
-    say all there is to say."""
+    """The run could not start as requested, and nothing was measured; `reason` and `hint` say
+    why."""
 
     @property
     def ended(self) -> bool:
-        """Whether no further step will come."""
+        """Whether the run is over."""
         return self.state in END_STATES
 
 
 class Quantity(msgspec.Struct, frozen=True, array_like=True):
-    """One line of what a phase has just produced, ready to show."""
+    """One line of a phase report, ready to show."""
 
     name: str
     value: float | str
@@ -128,36 +128,35 @@ class Quantity(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PhaseReport(msgspec.Struct, frozen=True, array_like=True):
-    """What the phase that has just ended produced: made only while stopped at its boundary."""
+    """What the phase that has just ended produced; made only while stopped at its boundary."""
 
     step: int
-    """The optimizer step being made (the one that has not completed, unless phase is `step`)."""
+    """The optimizer step in progress (completed only when phase is `step`)."""
     phase: Phase
     duration_ms: float
     summary: str
-    """One sentence in plain words, such as `gradients of 27 parameters, total norm 1.84`."""
+    """One sentence, such as `gradients of 27 parameters, total norm 1.84`."""
     quantities: tuple[Quantity, ...] = ()
     rows: tuple[Rows, ...] = ()
-    """Provisional rows of the step in the making (fresh gradients after `backward`, …): shown on
-    the panels while paused, not part of the history; the final ones come with the step."""
+    """Provisional rows of the step in progress (fresh gradients after `backward`, …), shown on the
+    panels while paused; not part of the history, which gets the final rows with the step."""
 
 
 class Rows(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive rows of one table, column-compressed as raw little-endian arrays.
+    """Consecutive rows of one table, as raw little-endian arrays.
 
     `steps` is int64 of shape (n,). `values` is float32 of shape (n, columns), C order: the last
     value of each bucket. Where a row stands for several steps, `low` and `high` (same shape) are
     the extremes over them and `spans` (int64, (n,)) the first step of each; they are empty for raw
-    rows, where every row is one step and nothing was left out. Extremes are of finite values (low
-    +Inf and high -Inf where there is none); `flags` (uint8, same shape) says what else there was:
-    1 a NaN, 2 a +Inf, 4 a -Inf.
+    rows, of which each is one step. Extremes are of finite values (low inf and high -inf where
+    there is none); `flags` (uint8, same shape) has a bit for each other kind: 1 nan, 2 inf, 4 -inf.
     """
 
     table: int
     first: int
-    """Number of raw rows of this table that come before these."""
+    """Number of raw rows of this table before these."""
     count: int
-    """Number of raw rows that these stand for (n when raw)."""
+    """Number of raw rows that these summarise (n when raw)."""
     steps: bytes
     values: bytes
     low: bytes = b""
@@ -170,7 +169,7 @@ class Rows(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
-    """A step whose gradient was clipped, with the parameters that dominated."""
+    """A step whose gradient was clipped, with the parameters that contributed most."""
 
     id: int
     step: int
@@ -186,29 +185,29 @@ class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
 
 
 class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
-    """A NaN or infinity appeared (said once when it appears, again only after it had gone)."""
+    """A quantity became nan or infinite; sent again only after it has been finite."""
 
     id: int
     step: int
     time: float
     quantity: NonFiniteQuantity
     parameter: str = ""
-    """The first parameter in which it was seen."""
+    """The first parameter with such a value; "" for the loss."""
     value: NonFiniteValue = "nan"
     finite_at: int | None = None
-    """The last step at which the quantity was measured and finite; None: at none. Between that step
-    and this one it was not measured."""
+    """The last step at which the quantity was measured and finite; None: at none. It was not
+    measured between that step and this one."""
 
     @property
     def seen(self) -> str:
-        """What to add where it may have appeared before the step at which it was seen; else ""."""
+        """The range of steps in which it may have appeared, for a message; "" if known."""
         if self.finite_at is None or self.finite_at >= self.step - 1:
             return ""
         return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
 
 
 class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
-    """Anything else worth a line in the log and perhaps a mark on the charts."""
+    """A line in the log and, depending on its kind, a mark on the charts."""
 
     id: int
     step: int
@@ -217,7 +216,7 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     text: str
     level: Level = "info"
     who: str = ""
-    """The viewer who caused it, for commands and marks."""
+    """The viewer that caused it, for commands and marks."""
 
 
 Event = Clip | NonFinite | Notice
@@ -243,7 +242,7 @@ class TextSample(msgspec.Struct, tag="text", frozen=True):
 
 
 class ImageSample(msgspec.Struct, tag="images", frozen=True):
-    """Images with what the model made of them."""
+    """Images with the model's predictions."""
 
     id: int
     step: int
@@ -272,23 +271,23 @@ Artifact = TextSample | ImageSample | ConfusionMatrix
 
 
 class Poll(msgspec.Struct, tag="poll", frozen=True, array_like=True):
-    """The viewer asks for everything since its cursor."""
+    """Asks for everything since the viewer's cursor."""
 
     revision: int = -1
-    """`RunInfo.revision` it has."""
+    """The `RunInfo.revision` that the viewer has."""
     rows: tuple[int, ...] = ()
-    """Raw rows it has of each table, by table id; tables beyond the end: none."""
+    """Raw rows that it has of each table, by table id; 0 for tables beyond the end."""
     event: int = 0
-    """Id of the next event it lacks; ids are dense from 0."""
+    """Id of the first event that it lacks; ids are dense from 0."""
     log: int = 0
     artifact: int = 0
     report: tuple[int, Phase] | None = None
-    """(step, phase) of the phase report it has."""
+    """(step, phase) of the phase report that it has."""
     watch: tuple[str, ...] = ()
-    """Topics on its screen now that are measured only while someone looks (`attention_heads`,
+    """Topics on its screen that are measured only while they are watched (`attention_heads`,
     `attention_spectrum`, `attention_health`)."""
     budget: int = 262_144
-    """Bytes of rows it wants at most; the run summarises what does not fit."""
+    """Maximum bytes of the answer; rows that do not fit are summarised."""
 
 
 class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
@@ -296,17 +295,17 @@ class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
 
     status: Status
     info: RunInfo | None = None
-    """None when the viewer's is current."""
+    """None when the viewer has the current one."""
     rows: tuple[Rows, ...] = ()
     events: tuple[Event, ...] = ()
     log: tuple[LogLine, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     report: PhaseReport | None = None
     more: bool = False
-    """Whether the viewer should poll again at once: there was more than one answer holds."""
+    """Whether the viewer should poll again at once because not everything fitted."""
     cadences: tuple[int, ...] = ()
-    """`Table.every` of each table as it is now, by table id. The governor changes them often, which
-    is no reason to send the whole description again: its revision does not grow with them."""
+    """Current `Table.every` of each table, by table id. Cadences change often, so they do not
+    raise the revision of the description."""
 
 
 # ---------------------------------------------------------------- commands
@@ -321,7 +320,7 @@ class Resume(msgspec.Struct, tag="resume", frozen=True):
 
 
 class Step(msgspec.Struct, tag="step", frozen=True):
-    """Run `count` optimizer steps, then pause after the `step` phase of the last."""
+    """Run `count` optimizer steps, then pause after the `step` phase of the last one."""
 
     count: int = 1
 
@@ -335,31 +334,31 @@ class RunToEpochEnd(msgspec.Struct, tag="run_to_epoch_end", frozen=True):
 
 
 class Throttle(msgspec.Struct, tag="throttle", frozen=True):
-    """At most so many steps a second, for watching; None lifts it."""
+    """Limit the steps per second, for watching; None lifts the limit."""
 
     steps_per_second: float | None = None
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
-    """Finish the running step, then end; with a checkpoint if asked."""
+    """Finish the running step, optionally write a checkpoint, then end the run."""
 
     checkpoint: bool = False
 
 
 class Checkpoint(msgspec.Struct, tag="checkpoint", frozen=True):
-    """Write a checkpoint at the next step boundary and go on."""
+    """Write a checkpoint at the next step boundary and continue."""
 
 
-TAKEN = "take control"
-"""What is said of it in the log, with who."""
+TAKE_CONTROL_TEXT = "take control"
+"""The text of its notice in the log."""
 
 
 class TakeControl(msgspec.Struct, tag="take_control", frozen=True):
-    """Become the viewer that may command; the others are told."""
+    """Become the viewer that may command; the other viewers see a notice."""
 
 
 class Mark(msgspec.Struct, tag="mark", frozen=True):
-    """Put a note at the current step, shown in the log and on the charts."""
+    """Add a note at the current step, shown in the log and on the charts."""
 
     text: str
 
@@ -379,19 +378,19 @@ Action = (
 
 
 class Command(msgspec.Struct, tag="command", frozen=True, array_like=True):
-    """One action, numbered by the viewer so that its answer can be told apart."""
+    """One action, numbered by the viewer to match the answer."""
 
     id: int
     action: Action
 
 
 class Ack(msgspec.Struct, tag="ack", frozen=True, array_like=True):
-    """The answer to one command, sent as soon as it is accepted or refused."""
+    """The answer to one command, sent when it is accepted or refused."""
 
     id: int
     ok: bool
     status: Status
-    """The state after accepting it, so that the screen can show it at once."""
+    """The status after the command, so that the screen can show it at once."""
     message: str = ""
     hint: str = ""
 

@@ -1,8 +1,8 @@
-"""The static description of a run: what is trained, on what, and which quantities are measured.
+"""The static description of a run, and the names, columns and meanings of its tables.
 
-A description is discovered piece by piece (the parameters are known only once the first optimizer
-steps), so `RunInfo.revision` grows with every change and viewers are sent it again when theirs is
-old.
+The description is discovered piece by piece (the parameters are known once the first optimizer
+steps), so `RunInfo.revision` is raised with every change, and a viewer with an older revision is
+sent it again.
 """
 
 from __future__ import annotations
@@ -42,15 +42,13 @@ class AttentionInfo(msgspec.Struct, frozen=True):
     key_value_heads: int | None = None
     head_dim: int | None = None
     note: str = ""
-    """What cannot be compared or seen in this layer, and why; "" when everything can."""
+    """What cannot be compared or measured in this layer, and why; "" when everything can."""
     incomparable: tuple[str, ...] = ()
-    """The pairs (`qk`, `qv`, `kv`) that `note` is about: their statistics are NaN."""
+    """The pairs (`qk`, `qv`, `kv`) that cannot be compared: their statistics are nan."""
 
     def comparable(self, part: str) -> bool:
-        """Whether a NaN of this part (`q`, `qk`, …; "" for the layer) was measured: false for a
-        pair whose comparison has no meaning."""
-        if self.note and not self.incomparable:  # recorded before the pairs were told
-            return part not in ("qk", "qv")
+        """Whether `part` (`q`, `qk`, …; "" for the layer) can be measured at all, so that a nan of
+        it is a measured one."""
         return part not in self.incomparable
 
 
@@ -67,27 +65,27 @@ class Column(msgspec.Struct, frozen=True):
 class Table(msgspec.Struct, frozen=True):
     """A set of series that are measured together, so that they share one column of step numbers.
 
-    A table has rows only for the steps at which it was measured: a NaN in it is a measured NaN (or
-    a comparison that has no meaning, said in `AttentionInfo`), never a missing value.
+    A table has rows only for the steps at which it was measured. A nan is a measured nan, or a
+    comparison without a meaning (see `AttentionInfo`).
     """
 
     id: int
     """Dense, from 0, in order of declaration."""
     name: str
-    """One of `tables.TABLE_NAMES`."""
+    """One of TABLE_NAMES."""
     columns: tuple[Column, ...]
     every: int = 1
-    """Its cadence now: measured every so many steps. 0: on request or by the clock. It changes
-    while the run goes on, told by `Update.cadences`."""
+    """Current cadence in steps; 0: on request or by the clock. It changes during the run, see
+    `Update.cadences`."""
     optimizer: str = ""
-    """Set when a run has several optimizers and each has its own such table."""
+    """Set when a run has several optimizers, each with such a table of its own."""
     natural: int = 0
-    """Its cadence while nothing is stretched to stay within the budget; of what is measured only
-    while somebody watches: its cadence then. 0: not known, or by the clock."""
+    """Cadence when the overhead is within the budget (for what is measured only while watched: the
+    cadence then). 0: unknown, or by the clock."""
 
     @property
     def stretched(self) -> bool:
-        """Whether it is measured less often now than it naturally would be."""
+        """Whether it is measured less often to stay within the overhead budget."""
         return self.every > self.natural > 0
 
 
@@ -107,13 +105,13 @@ class SourceInfo(msgspec.Struct, frozen=True):
 
     commit: str
     dirty: bool | None = None
-    """Whether tracked files differ from the commit; None: git did not say in time."""
+    """Whether tracked files differ from the commit; None: unknown."""
     branch: str = ""
     """"" when no branch is checked out."""
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """What there is to know of a run besides its measurements."""
+    """Everything known of a run except its measurements."""
 
     name: str
     task: str
@@ -130,7 +128,7 @@ class RunInfo(msgspec.Struct, frozen=True):
     versions: dict[str, str] = {}
     configuration: dict[str, Scalar] = {}
     facts: dict[str, Scalar] = {}
-    """What the task wants said of its data: characters, vocabulary, images, batches per epoch, …"""
+    """Facts of the task about its data: characters, vocabulary, images, batches per epoch, …"""
     device: DeviceInfo | None = None
     parameters: tuple[ParameterInfo, ...] = ()
     attention: tuple[AttentionInfo, ...] = ()
@@ -140,24 +138,24 @@ class RunInfo(msgspec.Struct, frozen=True):
     steps_per_epoch: int | None = None
     items_per_step: int | None = None
     item_unit: str = "items"
-    """`tokens`, `images`, `samples`: what speed is counted in."""
+    """`tokens`, `images`, `samples`: the unit of throughput."""
     unseen: dict[str, str] = {}
-    """Panel or quantity name to the reason why it cannot be seen in this run (`clip`: "this script
-    never clips"); `quantity@optimizer` where others of several optimizers show it. The panel shows
-    the reason in place of its values."""
+    """Name of a panel or quantity to the reason why this run does not have it (`clip`: "this script
+    never clips"), shown in place of its values; `quantity@optimizer` where another optimizer of the
+    run has it."""
     working_directory: str = ""
-    """Where the command was given."""
+    """The working directory of the command."""
     source: SourceInfo | None = None
-    """The code's version, once git has said it; None outside of a git working tree."""
+    """None outside of a git working tree."""
     parent: str = ""
-    """Directory of the run that this one goes on from: the history of runs is a tree."""
+    """Directory of the run that this one continues: the history of runs is a tree."""
     branch_step: int | None = None
-    """The parent's step that this run went on from: its own first step is the one after."""
+    """The parent's step that this run continues: its own first step is the next one."""
     budget: float = 0.0
-    """Share of step time that measuring may take; 0: as much as it takes."""
+    """Share of step time that measuring may take; 0: unlimited."""
 
     def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
-        """The same with these `Table.every`, by table id; this very object where they are known."""
+        """A copy with these `Table.every`, by table id; the same object where nothing changes."""
         if len(cadences) != len(self.tables):
             return self
         pairs = list(zip(self.tables, cadences, strict=True))
@@ -167,11 +165,9 @@ class RunInfo(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, tables=tuple(changed))
 
 
-# ---- tables
-# Names, columns and meanings of the tables: the one place that says what is measured.
-#
-# Gradients are those *before* clipping and after un-scaling. ‖·‖ is the Frobenius (2-) norm.
+# ---------------------------------------------------------------- tables
 
+# Gradients are those *before* clipping and after unscaling. ‖·‖ is the Frobenius (2-) norm.
 
 STEP = "step"
 CLIP = "clip"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tui_trainer.protocol.messages import (
-    TAKEN,
+    TAKE_CONTROL_TEXT,
     Action,
     Checkpoint,
     Mark,
@@ -155,7 +155,7 @@ class CommandHandler:
             case TakeControl():
                 with self._lock:
                     self._take(viewer)
-                return TAKEN
+                return TAKE_CONTROL_TEXT
             case Mark(text=text):
                 said = single_line(text, MARK_CHARACTERS)
                 if not said:

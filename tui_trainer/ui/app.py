@@ -28,7 +28,7 @@ from textual.timer import Timer
 from tui_trainer.client.api import Session, Snapshot
 from tui_trainer.client.launch import OnLaunch
 from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import TAKEN, Ack, Action, Notice
+from tui_trainer.protocol.messages import TAKE_CONTROL_TEXT, Ack, Action, Notice
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.frames import FAST, SLOW, FrameScheduler, TerminalLink
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
@@ -259,7 +259,10 @@ class CommandingApp(DrawingApp):
         if mine is None or holder in (None, mine) or self.snapshot.status.controller != mine:
             return
         taken = (e for e in reversed(seen.events) if isinstance(e, Notice) and e.kind == "command")
-        who = next((event.who for event in taken if event.text == TAKEN), "") or "another viewer"
+        who = (
+            next((event.who for event in taken if event.text == TAKE_CONTROL_TEXT), "")
+            or "another viewer"
+        )
         self.notify(
             f"{who} has taken control\nctrl+t takes it back", severity="warning", markup=False
         )
