@@ -51,7 +51,9 @@ def tell(sink_class, path):
         parameters=tuple(ParameterInfo(n, (2, 3), "float32", 6) for n in ("a.weight", "b.weight")),
         attention=(
             AttentionInfo("b.0", "separate", "q", "k", "v"),
-            AttentionInfo("b.1", "grouped", "q", "k", "v", note="K is smaller than Q"),
+            AttentionInfo(
+                "b.1", "grouped", "q", "k", "v", note="small K", incomparable=("qk", "qv")
+            ),
         ),
         optimizers=("adamw",),
     )
