@@ -12,23 +12,23 @@ from tests.trace.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.attention.heads import AttentionHeads
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options, Readings
-from tui_trainer.trace.schedule import (
+from tui_trainer.trace.governor import (
     EARLIEST,
     NEVER_STRETCHED,
-    STEADY,
+    WARM_UP,
     WATCHED_LIMIT,
     WINDOW,
     GovernedProbe,
     Governor,
 )
+from tui_trainer.trace.probe import Options, Readings
 from tui_trainer.trace.tracer import Tracer
 
 
 def things() -> list[GovernedProbe]:
     return [
-        GovernedProbe(name="dear", natural=1, every=1, importance=10),
-        GovernedProbe(name="dearer", natural=1, every=1, importance=40),
+        GovernedProbe(name="costly", natural=1, every=1, importance=10),
+        GovernedProbe(name="costlier", natural=1, every=1, importance=40),
         GovernedProbe(name="vital", natural=1, every=1, importance=100),
         GovernedProbe(name="request", natural=0, every=0, importance=10),
     ]
@@ -46,7 +46,7 @@ def run(
     step_ms: float = 10.0,
     steps: int = 0,
 ) -> None:
-    for step in range(steps or STEADY + windows * WINDOW):
+    for step in range(steps or WARM_UP + windows * WINDOW):
         own = {
             one.name: costs[one.name]
             for one in governed
@@ -65,26 +65,26 @@ def test_fits_the_budget_and_spares_the_important():
     said: list[str] = []
     governor = Governor(0.01, lambda of, text, level: said.append(text))
     governed = things()
-    costs = {"dear": 0.2, "dearer": 0.06, "vital": 0.03}
+    costs = {"costly": 0.2, "costlier": 0.06, "vital": 0.03}
     run(governor, governed, costs, 3)
     assert cost(governed, costs) <= 0.1
     assert governed[0].every > 1
     assert governed[1].every == 1
     assert governed[2].every == 1
-    assert any("dear is now measured every" in text for text in said)
+    assert any("costly is now measured every" in text for text in said)
 
 
-def test_everything_stays_as_it_is_when_off_or_cheap():
+def test_cadences_stay_natural_when_off_or_cheap():
     for budget, price in ((0.0, 5.0), (0.01, 0.01)):
         governed = things()
         governor = Governor(budget, silent)
-        run(governor, governed, {"dear": price, "dearer": price}, 3)
+        run(governor, governed, {"costly": price, "costlier": price}, 3)
         assert [one.every for one in governed] == [1, 1, 1, 0]
 
 
 def test_something_is_measured_even_where_the_fixed_part_is_over_the_budget():
     governed = things()
-    costs = {"dear": 0.4, "dearer": 0.2, "tracer": 3.0}
+    costs = {"costly": 0.4, "costlier": 0.2, "tracer": 3.0}
     run(Governor(0.01, silent), governed, costs, 10)
     assert 0.0 < cost(governed, costs) <= 0.01
     assert max(one.every for one in governed) <= 128
@@ -92,61 +92,61 @@ def test_something_is_measured_even_where_the_fixed_part_is_over_the_budget():
 
 def test_all_together_stays_within_the_budget_where_the_fixed_part_leaves_room():
     governed = things()
-    costs = {"dear": 0.4, "dearer": 0.2, "vital": 0.01, "tracer": 0.07}
+    costs = {"costly": 0.4, "costlier": 0.2, "vital": 0.01, "tracer": 0.07}
     run(Governor(0.01, silent), governed, costs, 10)
     assert cost(governed, costs) + costs["tracer"] <= 0.1
 
 
-def test_what_may_not_be_stretched_far_goes_last_and_is_then_taken_as_it_is():
+def test_max_stretch_is_respected_even_over_budget():
     governed = things()
     governed[1].max_stretch = 4
-    costs = {"dear": 0.1, "dearer": 0.2}
+    costs = {"costly": 0.1, "costlier": 0.2}
     run(Governor(0.01, silent), governed, costs, 10)
     assert governed[1].every == 4
     assert governed[0].every <= 16
 
 
-def test_what_comes_with_the_training_is_due_at_every_step_and_no_matter_of_choice():
+def test_probes_served_by_clipping_keep_their_natural_cadence():
     governed = things()
-    costs = {"dear": 0.4, "dearer": 0.2}
+    costs = {"costly": 0.4, "costlier": 0.2}
     run(Governor(0.01, silent), governed, costs, 5)
     assert governed[1].every > 1
-    governed[1].held = True
+    governed[1].with_clipping = True
     run(Governor(0.01, silent), governed, costs, 5)
     assert governed[1].every == 1
 
 
-def test_steps_that_waited_for_something_else_make_no_room():
+def test_slow_outlier_steps_do_not_enlarge_the_budget():
     governed = things()
     governor = Governor(0.01, silent)
-    for step in range(STEADY + 5 * WINDOW):
+    for step in range(WARM_UP + 5 * WINDOW):
         due = [one for one in governed[:1] if step % one.every == 0]
         took = 700.0 if step % 13 == 0 else 10.0
-        governor.step(due, governed, {"dear": 0.4}, took)
+        governor.step(due, governed, {"costly": 0.4}, took)
     assert governed[0].every >= 4
 
 
-def test_nothing_is_stretched_out_of_sight():
+def test_no_cadence_exceeds_512_steps():
     """However short the steps are."""
     for probe in PROBES:
         if probe.every and probe.importance < NEVER_STRETCHED:
             assert probe.every * probe.max_stretch <= 512, probe.name
 
 
-def test_is_restored_when_it_becomes_cheap_and_does_not_swing():
+def test_cadence_is_restored_when_cheap_without_oscillating():
     changes: list[str] = []
     governor = Governor(0.01, lambda of, text, level: changes.append(text))
     governed = things()
-    run(governor, governed, {"dear": 0.4}, 3)
+    run(governor, governed, {"costly": 0.4}, 3)
     assert governed[0].every > 1
     settled = len(changes)
-    run(governor, governed, {"dear": 0.4}, 10)
+    run(governor, governed, {"costly": 0.4}, 10)
     assert len(changes) == settled
-    run(governor, governed, {"dear": 0.02}, 30)
+    run(governor, governed, {"costly": 0.02}, 30)
     assert governed[0].every == 1
 
 
-def test_nothing_is_restored_while_the_budget_is_exceeded_and_that_is_said_once():
+def test_nothing_is_restored_over_budget_and_one_warning_is_given():
     """The part that is no matter of choice is over the budget by itself."""
     said: list[tuple[str, str]] = []
     governor = Governor(0.01, lambda of, text, level: said.append((text, level)))
@@ -154,40 +154,40 @@ def test_nothing_is_restored_while_the_budget_is_exceeded_and_that_is_said_once(
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.35}, 20, step_ms=19.4)
     assert one.every == 320
     text = (
-        "the budget of 1% cannot be kept: what is measured at every step takes 0.35 ms, "
-        "a step 19.4 ms"
+        "overhead exceeds the budget of 1 %: measurements at every step take 0.35 ms, "
+        "of a 19.4 ms step"
     )
     assert said == [(text, "warning")]
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.7}, 20, step_ms=19.4)
     assert [text for text, _ in said[1:]] == [text.replace("0.35", "0.70")]
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.01}, 20, step_ms=19.4)
     assert one.every == 10
-    assert all("there is room" in text for text, _ in said[2:])
+    assert all("the budget allows it" in text for text, _ in said[2:])
 
 
-def test_a_budget_that_holds_only_what_is_fixed_says_what_the_rest_takes():
+def test_warning_names_the_cost_of_stretchable_probes():
     said: list[str] = []
     governor = Governor(0.01, lambda of, text, level: said.append(text))
     one = GovernedProbe(name="norm", natural=1, every=1, importance=50, max_stretch=4)
     run(governor, [one], {"norm": 0.4, "tracer": 0.05}, 4)
     assert one.every == 4
     assert said[-1] == (
-        "the budget of 1% cannot be kept: what is measured at every step takes 0.05 ms, the rest, "
-        "however rarely, 0.10 ms, a step 10.0 ms"
+        "overhead exceeds the budget of 1 %: measurements at every step take 0.05 ms, the others "
+        "at their longest cadence 0.10 ms, of a 10.0 ms step"
     )
 
 
-def test_what_is_far_too_dear_is_stretched_before_a_window_is_over():
+def test_far_too_costly_probes_are_stretched_before_the_window_ends():
     governed = things()
-    run(Governor(0.01, silent), governed, {"dear": 50.0}, 0, steps=STEADY + EARLIEST)
+    run(Governor(0.01, silent), governed, {"costly": 50.0}, 0, steps=WARM_UP + EARLIEST)
     assert governed[0].every >= 32
 
 
-def test_what_the_budget_of_the_whole_window_can_bear_is_no_reason_to_decide_early():
+def test_no_early_decision_within_the_budget_of_the_window():
     governed = things()
     governor = Governor(0.01, silent)
-    run(governor, governed, {"dear": 0.02}, 0, steps=STEADY + 10)
-    governor.step(governed[:1], governed, {"dear": 2.8}, 10.0)
+    run(governor, governed, {"costly": 0.02}, 0, steps=WARM_UP + 10)
+    governor.step(governed[:1], governed, {"costly": 2.8}, 10.0)
     assert governed[0].every == 1
 
 
@@ -206,7 +206,7 @@ def watch(governed: list[GovernedProbe], watched: bool) -> None:
         one.watched = watched and one.watched_natural > 0
 
 
-def test_what_is_watched_counts_at_its_cadence_and_is_stretched_within_limits():
+def test_watched_probes_are_stretched_within_limits():
     governed = watchable()
     heads, spectrum = governed[-2:]
     watch(governed, True)
@@ -220,28 +220,30 @@ def test_what_is_watched_counts_at_its_cadence_and_is_stretched_within_limits():
     assert spectrum.now == 2 * WATCHED_LIMIT
 
 
-def test_watching_is_said_when_it_begins_and_ends_and_then_all_is_as_before():
+def test_watching_is_reported_and_cadences_are_restored_afterwards():
     said: list[str] = []
     governor = Governor(0.01, lambda of, text, level: said.append(text))
     governed = watchable()
-    costs = {"dear": 0.05, "heads": 0.8, "spectrum": 0.05}
+    costs = {"costly": 0.05, "heads": 0.8, "spectrum": 0.05}
     run(governor, governed, costs, 4)
     assert said == []
     watch(governed, True)
     run(governor, governed, costs, 4)
     assert said[0] == (
-        "measured more often while it is watched: heads every step, spectrum every 2 steps"
+        "measured more often while on screen: heads every step, spectrum every 2 steps"
     )
     assert governed[0].every > 1
     stretched = governed[-2].watched_every
     said.clear()
     watch(governed, False)
     run(governor, governed, costs, 2)
-    assert said == ["no longer watched: heads not at all, spectrum every 8 steps, dear every step"]
+    assert said == [
+        "no longer on screen: heads not at all, spectrum every 8 steps, costly every step"
+    ]
     said.clear()
     watch(governed, True)
     run(governor, governed, costs, 1)
-    assert said[0].startswith(f"measured more often while it is watched: heads every {stretched} ")
+    assert said[0].startswith(f"measured more often while on screen: heads every {stretched} ")
 
 
 def test_watching_heads_is_declared_and_stretched_in_a_run():
@@ -270,7 +272,7 @@ class Failing(AttentionHeads):
         return super().after_update()
 
 
-def test_what_is_switched_off_is_not_governed(monkeypatch: pytest.MonkeyPatch):
+def test_failed_probes_are_not_governed(monkeypatch: pytest.MonkeyPatch):
     governed: list[str] = []
     step = Governor.step
 
@@ -292,7 +294,7 @@ def test_what_is_switched_off_is_not_governed(monkeypatch: pytest.MonkeyPatch):
     assert "attention_heads" not in governed
 
 
-def test_a_tiny_step_stretches_cadences_says_so_and_redeclares_the_tables():
+def test_a_tiny_step_stretches_cadences_and_redeclares_the_tables():
     torch.manual_seed(0)
     model = SmallGpt()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -315,7 +317,7 @@ def small_budget(max_norm: float | None) -> KeepingRecorder:
     return recorder
 
 
-def test_every_clip_tells_who_dominated_however_small_the_budget():
+def test_every_clip_names_the_dominant_parameters_at_any_budget():
     recorder = small_budget(1e-3)
     assert len(recorder.rows("grad_norm")) == 150
     assert all(len(r.clip.parameters) == len(r.clip.shares) == 4 for r in recorder.records)

@@ -18,7 +18,7 @@ from tui_trainer.trace.tracer import Tracer
 
 
 def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
-    """Somebody who steps through so many phases, and then lets the run go on."""
+    """Step through this many phases on another thread, then resume."""
 
     def drive() -> None:
         for _ in range(boundaries):
@@ -78,7 +78,7 @@ def quantity(report: PhaseReport, name: str) -> float | str:
     return next(q.value for q in report.quantities if q.name == name)
 
 
-def test_every_phase_is_reported_with_what_the_loop_saw():
+def test_phase_reports_agree_with_the_loop():
     reports, seen, recorder = reports_of()
     assert set(reports) >= {(step, phase) for step in (1, 2) for phase in PHASES[:-1]}
     for step, truth in enumerate(seen, start=1):
@@ -109,7 +109,7 @@ SMALL_COPIES = Options(budget=0.0, copy_budget_bytes=200)
 """The weights of these models take 332 bytes: at speed they are measured in two turns."""
 
 
-def test_the_update_of_a_single_step_is_measured_whole_whatever_is_copied_at_speed():
+def test_the_update_of_a_single_step_covers_all_parameters_despite_the_copy_budget():
     reports, seen, recorder = reports_of(3, SMALL_COPIES)
     rows = recorder.rows("update_ratio")
     for step in (1, 2, 3):
@@ -119,20 +119,20 @@ def test_the_update_of_a_single_step_is_measured_whole_whatever_is_copied_at_spe
         close(sorted(ratios), sorted(seen[step - 1]["ratios"]), 1e-4)
         close(list(rows[step].values()), seen[step - 1]["ratios"], 1e-4)
         assert found["norm of the update"] > 0
-        assert report.summary == f"step {step} is made"
+        assert report.summary == f"step {step} is complete"
 
 
-def test_what_is_too_large_to_copy_even_for_a_single_step_says_so(monkeypatch):
+def test_weights_too_large_to_copy_are_reported(monkeypatch):
     monkeypatch.setattr(update_ratio, "MOST_ON_HOST", 300)
     reports, _, _ = reports_of(2, SMALL_COPIES)
     summary = reports[2, "step"].summary
     assert summary.startswith(
-        "step 2 is made; its update is not shown: a copy of the weights takes"
+        "step 2 is complete; its update is not shown: a copy of the weights takes"
     )
     assert not any("update" in q.name for q in reports[2, "step"].quantities)
 
 
-def test_a_copy_that_finds_no_memory_says_so_and_switches_nothing_off(monkeypatch):
+def test_a_copy_without_memory_is_reported_and_switches_nothing_off(monkeypatch):
     monkeypatch.setattr(update_ratio, "room_while_stepping", lambda *_: 1 << 60)
     copied = []
 
@@ -156,7 +156,7 @@ def test_clipping_together_reports_every_optimizer():
     first = torch.optim.SGD(model[0].parameters(), lr=0.1)
     second = torch.optim.SGD(model[2].parameters(), lr=0.1)
     norms = []
-    driver = phase_by_phase(gate, 17)
+    driver = phase_by_phase(gate, 15)
     with Tracer(recorder, gate, PROBES, EVERYTHING):
         for _ in range(2):
             inputs, targets = torch.randn(4, 6), torch.randint(0, 3, (4,))
@@ -191,7 +191,7 @@ def test_durations_are_those_of_the_phase():
     assert reports[1, "backward"].duration_ms > 0
 
 
-def test_the_batch_that_is_shown_is_the_one_that_is_trained_on_however_a_loop_zeroes():
+def test_the_reported_batch_is_the_one_trained_on_wherever_the_loop_zeroes():
     torch.manual_seed(0)
     model, recorder, means = mlp(), KeepingRecorder(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -221,5 +221,5 @@ def test_the_batch_that_is_shown_is_the_one_that_is_trained_on_however_a_loop_ze
             loop()
         gate.end()
         driver.join(20)
-    found = [quantity(r, "input 1 mean") for r in recorder.reports if r.phase == "data"]
+    found = [quantity(r, "inputs mean") for r in recorder.reports if r.phase == "data"]
     close(found, means)

@@ -1,4 +1,4 @@
-"""Measuring the steps of one optimizer: its probes, and what they are called for when."""
+"""Measuring the steps of one optimizer with its probes."""
 
 from __future__ import annotations
 
@@ -8,238 +8,296 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
+from tui_trainer.history.buckets import Floats, StepRecord
 from tui_trainer.protocol.schema import Table
+from tui_trainer.trace.governor import Governor, OnChange
+from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Gradient, Options, Probe, RecorderLike, describe, skipped_text
-from tui_trainer.trace.schedule import (
-    ActiveProbe,
-    Governor,
-    OptimizerSlot,
-    ProbeSchedule,
-    install_probes,
+from tui_trainer.trace.probe import (
+    Gradient,
+    Options,
+    Probe,
+    RecorderLike,
+    StepFacts,
+    describe_exception,
+    skipped_text,
 )
-from tui_trainer.trace.step import Captured, CompletedStep, FinishedStep, record_of, scalar
+from tui_trainer.trace.schedule import ActiveProbe, ProbeSchedule
+from tui_trainer.trace.step import CompletedStep, StepOutcome, make_header
+from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
+
+NO_READINGS: Floats = np.empty(0, dtype=np.float32)
 
 
 class StepMeasurer:
-    """The probes of one optimizer."""
+    """Calls the probes of one optimizer in the course of its steps, and records their rows."""
 
     def __init__(
         self,
         tracked: TrackedParameters,
-        probes: Sequence[type[Probe]],
+        kinds: Sequence[type[Probe]],
         recorder: RecorderLike,
         options: Options,
-        governor: Governor,
-        role: OptimizerSlot,
+        slot: OptimizerSlot,
+        on_cadence_change: OnChange,
     ) -> None:
         self.tracked = tracked
-        self._recorder = recorder
-        self._governor = governor
-        self.slots: list[ActiveProbe] = []
+        self.probes: list[ActiveProbe] = []
         self.unseen: dict[str, str] = {}
-        self._prepared = -1
-        self.fresh = False
-        """Whether the gradients of this step have been read since the last backward."""
+        """Why probes that have nothing to measure were left out."""
+        self.gradients_read = False
+        """Whether the gradients were read since the last backward."""
         self.skip: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Where the optimizer itself skips a step whose gradients are not finite: whether it does
-        (above 0) and the loss scale (0-d each). Set when its step begins."""
+        """For an optimizer that skips a step by itself when gradients are not finite: whether it
+        does (above 0), and the loss scale (0-d each). Set when its step begins."""
+        self._recorder = recorder
+        self._governor = Governor(options.budget, on_cadence_change)
+        self._prepared_step = -1
         self._scale: torch.Tensor | None = None
         self._with_gradient = 0
-        self._lending = False
-        self._trusted = False
+        self._awaiting_norms = False
+        """Whether norms are expected from the clipping in progress."""
+        self._clip_norms_complete = False
+        """Whether the last clipping gave the norm of every gradient."""
         self._zero = torch.zeros((), device=tracked.device)
         self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
-        for kind in probes:
+        for kind in kinds:
             if kind.name not in options.switched_off:
-                self._install(kind, options, role)
-        self._schedule = ProbeSchedule(self.slots)
-        self._outdated = False
-        """Cadences have changed, or a probe was switched off, perhaps on another thread: to be
-        arranged before the next step."""
+                self._add_probe(kind, options, slot)
+        self._schedule = ProbeSchedule(self.probes)
+        self._schedule_outdated = False
+        """Cadences changed or a probe failed, perhaps on another thread."""
 
-    def _install(self, kind: type[Probe], options: Options, role: OptimizerSlot) -> None:
+    def _add_probe(self, kind: type[Probe], options: Options, slot: OptimizerSlot) -> None:
         try:
-            slot = install_probes(kind, self.tracked, options, self._recorder, role)
+            with torch.no_grad():
+                probe = kind(self.tracked, options)
+            if probe.unseen:
+                self.unseen[kind.name] = probe.unseen
+            else:
+                self.probes.append(self._activate(probe, options, slot))
         except Exception as fault:
-            self._recorder.notice("fault", f"probe {kind.name}: {describe(fault)}", "error")
-            return
-        if isinstance(slot, str):
-            self.unseen[kind.name] = slot
-        else:
-            self.slots.append(slot)
+            text = f"probe {kind.name}: {describe_exception(fault)}"
+            self._recorder.notice("fault", text, "error")
+
+    def _activate(self, probe: Probe, options: Options, slot: OptimizerSlot) -> ActiveProbe:
+        natural = max(0, options.cadences.get(probe.name, probe.every))
+        watched = min(probe.watched_every, natural or probe.watched_every) if probe.topic else 0
+        tables: list[Table] = []
+        for spec in probe.tables:
+            every = natural if spec.every is None else spec.every
+            unstretched = natural or watched if spec.every is None else spec.every
+            tables.append(slot.table(self._recorder, spec.name, spec.columns, every, unstretched))
+        return ActiveProbe(
+            name=probe.name,
+            natural=natural,
+            every=natural,
+            importance=probe.importance,
+            max_stretch=probe.max_stretch,
+            watched_natural=watched,
+            watched_every=watched,
+            probe=probe,
+            tables=tables,
+        )
 
     def table(self, name: str) -> Table | None:
         """The table of this name that one of the probes fills."""
-        return next((t for s in self.slots for t in s.tables if t.name == name), None)
+        return next((t for p in self.probes for t in p.tables if t.name == name), None)
 
     def probe(self, name: str) -> Probe | None:
-        """The probe of this name, where it is at work."""
-        return next((s.probe for s in self.slots if s.name == name and not s.off), None)
+        """The working probe of this name."""
+        return next((p.probe for p in self.probes if p.name == name and not p.failed), None)
 
-    # ------------------------------------------------------------ the course of a step
+    # ------------------------------------------------------------ in the course of a step
 
-    def prepare(self, step: int, wanted: bool) -> None:
-        """Decide once per step which probes measure it. `wanted`: somebody is about to look."""
-        if self._prepared == step or self.fresh:  # read at the clipping, before another's step
-            if wanted:
-                self._schedule.add_wanted(step)
+    def prepare(self, step: int, stops_soon: bool) -> None:
+        """Decide, once per step, which probes measure it."""
+        # Gradients may have been read when they were clipped, before another optimizer's step.
+        if self._prepared_step == step or self.gradients_read:
+            if stops_soon:
+                self._schedule.add_requested(step)
             return
-        self._prepared = step
-        if self._outdated:
-            self._outdated = False
-            self._schedule.arrange()
-        self._schedule.decide(step, self._recorder.watched(), wanted)
+        self._prepared_step = step
+        if self._schedule_outdated:
+            self._schedule_outdated = False
+            self._schedule.update()
+        self._schedule.begin_step(step, self._recorder.watched(), stops_soon)
 
-    def forward_begins(self, root: torch.nn.Module) -> bool:
-        """The first forward of the step begins; whether its end is of interest."""
+    def before_forward(self, root: torch.nn.Module) -> bool:
+        """The first forward of the step begins; returns whether `after_forward` must be called."""
         plan = self._schedule.plan
         if plan.before_forward:
-            with arithmetic(self.tracked.device):
-                for slot in plan.before_forward:
-                    self._call(slot, slot.probe.before_forward, root)
+            with probe_context(self.tracked.device):
+                for probe in plan.before_forward:
+                    self._call(probe, probe.probe.before_forward, root)
         return bool(plan.after_forward)
 
-    def forward_ends(self) -> None:
-        """It has ended."""
-        with arithmetic(self.tracked.device):
-            for slot in self._schedule.plan.after_forward:
-                self._call(slot, slot.probe.after_forward)
+    def after_forward(self) -> None:
+        with probe_context(self.tracked.device):
+            for probe in self._schedule.plan.after_forward:
+                self._call(probe, probe.probe.after_forward)
 
     def read_gradients(self, scale: torch.Tensor | None, clipping: str = "") -> None:
-        """Gradients are complete and not yet clipped. `scale`: a factor still on them.
+        """Gradients are complete and not clipped yet. `scale`: a factor still on them.
 
-        `clipping`: the kind of clipping that is about to come; by norm, `lend` follows.
+        `clipping`: the kind of clipping that follows; by norm, `use_clip_norms` is called then.
         """
         if clipping:
             self._schedule.add_clipping()
         self._scale = scale
-        self._lending = clipping == "norm" and self._trusted
+        self._awaiting_norms = clipping == "norm" and self._clip_norms_complete
         plan = self._schedule.plan
-        reading = plan.own_gradients if self._lending else plan.gradients
+        reading = plan.gradients_only if self._awaiting_norms else plan.gradients
         if reading:
             gradients: list[Gradient] = self.tracked.gradients()
-            with arithmetic(self.tracked.device):
-                for slot in reading:
-                    slot.readings = [self._call(slot, slot.probe.gradients, gradients) or ()]
-        self.fresh = True
+            with probe_context(self.tracked.device):
+                for probe in reading:
+                    probe.readings = [self._call(probe, probe.probe.gradients, gradients) or ()]
+        self.gradients_read = True
 
-    def lend(self, captured: Captured, clipped: Any, limit: Any, total: Any) -> None:
-        """The clipping of the parameters `clipped` has computed norms of gradients, and a `total`.
+    def use_clip_norms(self, captured: NormCapture, clipped: Any, limit: Any, total: Any) -> None:
+        """The clipping of the parameters `clipped` computed norms of gradients and their `total`.
 
-        They are relied on once a clipping has shown that it gives every one of them.
+        The norms replace our own reading once a clipping has given every one of them.
         """
-        found = captured.norms_of(clipped, self.tracked.parameters)
+        norms = captured.norms_of(clipped, self.tracked.parameters)
         self._with_gradient = len(self.tracked.parameters)
-        lending, self._lending = self._lending, False
-        if found is not None:
-            self._trusted = True
+        awaited, self._awaiting_norms = self._awaiting_norms, False
+        if norms is not None:
+            self._clip_norms_complete = True
         else:
             gradients = self.tracked.gradients()
-            norms = captured.by_gradient()
+            by_gradient = captured.by_gradient()
             self._with_gradient = sum(gradient is not None for gradient in gradients)
-            self._trusted = all(g is None or id(g) in norms for g in gradients)
-            if not lending:
+            self._clip_norms_complete = all(g is None or id(g) in by_gradient for g in gradients)
+            if not awaited:
                 return
-            with arithmetic(self.tracked.device):
-                found = norms_before(gradients, norms, clipped, limit, total, self._zero)
-        if lending:
-            for slot in self._schedule.plan.clip_norms:
-                slot.readings = [self._call(slot, slot.probe.clip_norms, found) or ()]
+            with probe_context(self.tracked.device):
+                norms = norms_before(gradients, by_gradient, clipped, limit, total, self._zero)
+        if awaited:
+            for probe in self._schedule.plan.clip_norms:
+                probe.readings = [self._call(probe, probe.probe.clip_norms, norms) or ()]
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
         plan = self._schedule.plan
         if plan.before_update:
-            with arithmetic(self.tracked.device):
-                for slot in plan.before_update:
-                    self._call(slot, slot.probe.before_update)
+            with probe_context(self.tracked.device):
+                for probe in plan.before_update:
+                    self._call(probe, probe.probe.before_update)
 
-    def after_update(self, finished: FinishedStep) -> CompletedStep:
-        """The optimizer has changed the weights: read them, and send everything to the host."""
+    def after_update(self, outcome: StepOutcome) -> CompletedStep:
+        """The optimizer has changed the weights: read them and start the transfer to the host."""
         plan = self._schedule.plan
-        self._schedule.over()
+        self._schedule.end_step()
         if plan.after_update:
-            with arithmetic(self.tracked.device):
-                for slot in plan.after_update:
-                    slot.readings.append(self._call(slot, slot.probe.after_update) or ())
-        header: list[torch.Tensor] = [*finished.losses]
-        if isinstance(finished.learning_rate, torch.Tensor):
-            header.append(scalar(finished.learning_rate))
-        for call in finished.clips:
-            header += call.readings
-        if self._scale is not None:
-            header.append(scalar(self._scale))
-        if self.skip is not None:
-            header += [scalar(value) for value in self.skip]
-        parts = [TransferPart(header, False)]
-        own: dict[str, float] = {}
-        for slot in plan.reading:
-            readings = slot.readings
+            with probe_context(self.tracked.device):
+                for probe in plan.after_update:
+                    probe.readings.append(self._call(probe, probe.probe.after_update) or ())
+        parts = [TransferPart(make_header(outcome, self._scale, self.skip), False)]
+        own_ms: dict[str, float] = {}
+        for probe in plan.reading:
+            readings = probe.readings
             flat = readings[0] if len(readings) == 1 else [r for some in readings for r in some]
-            parts.append(TransferPart(flat, slot.probe.owns_readings))
-            own[slot.name] = slot.spent * 1e3
-        self.fresh = False
+            parts.append(TransferPart(flat, probe.probe.owns_readings))
+            own_ms[probe.name] = probe.spent_s * 1e3
+        self.gradients_read = False
         return CompletedStep(
             optimizer=self.tracked.key,
-            recorded_by=self.record,
-            arrival=HostTransfer(parts, self._on_host),
-            slots=plan.slots,
-            finished=finished,
+            outcome=outcome,
+            transfer=HostTransfer(parts, self._on_host),
+            probes=plan.probes,
             time=time.time(),
-            own_ms=own,
+            own_ms=own_ms,
             scaled=self._scale is not None,
             with_gradient=self._with_gradient,
         )
 
     # ------------------------------------------------------------ on the host
 
-    def record(self, made: CompletedStep) -> float:
-        """Make the rows of a step whose values have arrived, and record them; on the training
-        thread, or on the recorder's where no further step comes.
+    def record(self, step: CompletedStep) -> float:
+        """Record a step whose values have arrived; returns the seconds spent in probes.
 
-        Returns the seconds that the probes took.
+        Called on the training thread, or on the recorder's where no further step follows.
         """
-        values = made.arrival.values()
-        facts = made.facts(values[0], lambda scale: self._skipped(scale, made.finished.step))
-        record, spent = record_of(made, facts, values[1:], self._switch_off)
-        self._recorder.record(record)
-        for slot in self._schedule.borrowers:
-            slot.held = bool(facts.clips)
-        if self._governor.step(made.slots, self._schedule.at_work, facts.own_ms, facts.step_ms):
-            self._outdated = True
+        header, *parts = step.transfer.values()
+        facts = step.facts(header)
+        if facts.skipped_at_scale is not None:
+            text = skipped_text(facts.skipped_at_scale)
+            self._recorder.notice("skipped_step", text, "warning", facts.step)
+        began = perf_counter()
+        rows = self._rows(step.probes, parts, facts)
+        spent = perf_counter() - began
+        self._recorder.record(
+            StepRecord(
+                step=facts.step,
+                time=facts.time,
+                optimizer=step.optimizer,
+                rows=rows,
+                clip=facts.clip,
+                nonfinite=tuple(facts.nonfinite),
+                own_ms=sum(facts.own_ms.values()),
+            )
+        )
+        for probe in self._schedule.clip_readers:
+            probe.with_clipping = bool(facts.clips)
+        if self._governor.step(step.probes, self._schedule.working, facts.own_ms, facts.step_ms):
+            self._schedule_outdated = True
         return spent
 
-    def _skipped(self, scale: float, step: int) -> None:
-        self._recorder.notice("skipped_step", skipped_text(scale), "warning", step)
+    def _rows(
+        self, probes: Sequence[ActiveProbe], parts: Sequence[Floats], facts: StepFacts
+    ) -> tuple[tuple[int, Floats], ...]:
+        """(table id, row) of everything that the probes make of a step."""
+        rows: list[tuple[int, Floats]] = []
+        own_ms = facts.own_ms
+        remaining = iter(parts)
+        began = perf_counter()
+        for probe in probes:
+            values = next(remaining) if probe.hooks else NO_READINGS
+            if probe.failed:
+                continue
+            try:
+                found = probe.probe.rows(values, facts)
+            except Exception as fault:
+                self._switch_off(probe, fault)
+                continue
+            if found:
+                for table, row in zip(probe.tables, found, strict=False):
+                    if row is not None:
+                        rows.append((table.id, row))
+            ended = perf_counter()
+            own_ms[probe.name] = own_ms.get(probe.name, 0.0) + (ended - began) * 1e3
+            began = ended
+        return tuple(rows)
 
-    def _call(self, slot: ActiveProbe, work: Callable[..., Any], *args: Any) -> Any:
-        """Call a probe, at its own cost; switch it off when it fails."""
-        if slot.off:
+    def _call(self, probe: ActiveProbe, hook: Callable[..., Any], *args: Any) -> Any:
+        """Call a hook on the probe's own account; switch the probe off if it raises."""
+        if probe.failed:
             return None
         began = perf_counter()
         try:
-            return work(*args)
+            return hook(*args)
         except Exception as fault:
-            self._switch_off(slot, fault)
+            self._switch_off(probe, fault)
             return None
         finally:
-            slot.spent += perf_counter() - began
+            probe.spent_s += perf_counter() - began
 
-    def _switch_off(self, slot: ActiveProbe, fault: Exception) -> None:
-        slot.off = True
-        self._outdated = True
-        text = f"probe {slot.name} is switched off: {describe(fault)}"
+    def _switch_off(self, probe: ActiveProbe, fault: Exception) -> None:
+        probe.failed = True
+        self._schedule_outdated = True
+        text = f"probe {probe.name} is switched off: {describe_exception(fault)}"
         self._recorder.notice("fault", text, "error")
 
 
 @contextmanager
-def arithmetic(device: torch.device) -> Iterator[None]:
-    """Without gradients, and in the tensors' own precision, also for a script that steps under
-    autocast."""
+def probe_context(device: torch.device) -> Iterator[None]:
+    """No gradients, and the tensors' own precision also where a script steps under autocast."""
     with torch.no_grad():
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -256,8 +314,8 @@ def norms_before(
     total: Any,
     zero: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Norms before a clipping that, against expectation, did not give them all in one go: what it
-    has clipped is divided again by the factor of PyTorch's own formula."""
+    """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of what it
+    clipped is divided by the factor of PyTorch's own formula."""
     given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
     scaled = {id(p.grad) for p in given}
     factor: torch.Tensor | None = None

@@ -1,4 +1,9 @@
-"""What an optimizer trains: its parameters, by the names that their model gives them."""
+"""What a probe is: one quantity, measured on a cadence, as a few tensors per step.
+
+The tracer makes one instance of each registered class for every optimizer. A probe never waits for
+a device: its hooks return tensors, those of all probes travel to the host in one copy, and `rows`
+is called when they have arrived (at once on the CPU, a step later on an accelerator).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,6 @@ from tui_trainer.protocol.messages import (
 from tui_trainer.protocol.schema import AttentionInfo, Column, Table
 from tui_trainer.trace.parameters import TrackedParameters
 
-# ---- probe
-# What a probe is: one quantity, measured on a cadence, as a few tensors per step.
-#
-# The tracer makes one instance of each registered class for every optimizer it sees. A probe never
-# waits for a device: it returns tensors, all of a step's travel to the host in one copy, and
-# `rows`
-# is called when they have arrived (at once on the CPU, a step later on an accelerator).
-
-
 Readings = Sequence[torch.Tensor]
 """0-d or 1-d tensors of any dtype and device."""
 Gradient = torch.Tensor | None
@@ -38,19 +34,19 @@ Gradient = torch.Tensor | None
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is to be measured."""
+    """How a run is measured."""
 
     budget: float = 0.01
     """Our share of step time on the training thread; 0: every quantity at its natural cadence."""
     cadences: dict[str, int] = field(default_factory=dict)
-    """Probe name to its natural cadence, in place of the probe's own."""
+    """Probe name to natural cadence, in place of the probe's own."""
     switched_off: frozenset[str] = frozenset()
-    """Names of probes that are not to run."""
+    """Names of probes that do not run."""
     attention_pattern: str | None = None
     """Regular expression over parameter names with the groups `layer` and one of `q`, `k`, `v`,
     `qkv`, where the usual names are not used."""
     copy_budget_bytes: int = 64 * 1024 * 1024
-    """Most memory that copies of weights for update ratios may take at once."""
+    """Maximum memory for copies of weights, from which update ratios are computed."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,27 @@ class TableSpec:
     name: str
     columns: tuple[Column, ...]
     every: int | None = None
-    """What `Table.every` says, where it is not the probe's cadence (0: by the clock)."""
+    """`Table.every`, where it is not the probe's cadence (0: by the clock)."""
 
 
 @dataclass(frozen=True)
 class ClipMeasurement:
-    """One call of a clipping function, with its figures on the host."""
+    """One call of a clipping function, with its norms on the host."""
 
     kind: ClipKind
-    """`norm` or `value`."""
     max_norm: float
     norm_before: float
     """In the caller's norm type, before un-scaling."""
     norm_after: float
-    """NaN for clipping by norm: it follows from the scale."""
+    """NaN for clipping by norm, where it follows from the scale."""
     complete: bool
     """Whether it was the 2-norm over every parameter of the optimizer that has a gradient."""
 
 
 @dataclass
 class StepFacts:
-    """One step as the host knows it, while its rows are made. Probes run in registry order, so that
-    later ones can use what earlier ones have found."""
+    """One step on the host, while its rows are made. Probes run in the order of the registry, so
+    that later ones can use what earlier ones have found."""
 
     step: int
     time: float
@@ -95,8 +90,10 @@ class StepFacts:
     clips: Sequence[ClipMeasurement] = ()
     gradient_scale: float = 1.0
     """What a GradScaler had multiplied the gradients by when they were measured."""
+    skipped_at_scale: float | None = None
+    """The loss scale at which the optimizer itself skipped its update."""
     own_ms: dict[str, float] = field(default_factory=dict)
-    """Our own cost on the training thread by probe, `tracer` for the rest."""
+    """Our overhead on the training thread by probe, `tracer` for the rest."""
     gradient_norms: NDArray[np.float64] | None = None
     weight_norms: NDArray[np.float64] | None = None
     total_norm: float | None = None
@@ -113,59 +110,55 @@ class Probe:
     every: ClassVar[int] = 1
     """Natural cadence in steps; 0: only while its topic is watched."""
     topic: ClassVar[str] = ""
-    """Topic of a viewer for which it is measured more often: at `watched_every`."""
+    """Topic of a viewer that has it measured more often, at `watched_every`."""
     watched_every: ClassVar[int] = 1
     importance: ClassVar[int] = 0
-    """The governor stretches those of lesser importance first; 100 and more: never."""
+    """The governor stretches the less important ones first, and never those of 100 or more."""
     max_stretch: ClassVar[int] = 1024
     """How many times its natural cadence the governor may stretch it."""
     owns_readings: ClassVar[bool] = False
-    """Its readings are tensors of their own that nobody writes to: they need not be fetched to the
-    host at once."""
+    """Its readings are tensors that nobody else writes to: they may be fetched later."""
     tables: tuple[TableSpec, ...] = ()
     """Set by `__init__`; empty when there is nothing to measure here."""
     attention: tuple[AttentionInfo, ...] = ()
-    """Attention layers that it found, to be described."""
+    """The attention layers that it found."""
     unseen: str = ""
-    """Why nothing is measured, for the panel; "" when something is. It may turn out while the run
-    goes on: see `set_unseen`."""
+    """Why nothing is measured, for the panel. May change during the run: see `set_unseen`."""
     partly_unseen: str = ""
-    """What it cannot see beside what it measures, and why: said in the log."""
+    """What is not measured besides what is, and why, for the log."""
     on_unseen_change: Callable[[], None] | None = None
-    """Told by `set_unseen`."""
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:
         self.tracked = tracked
         self.options = options
 
     def set_unseen(self, reason: str) -> None:
-        """There turned out to be nothing to see; "": there is after all."""
+        """There is nothing to measure after all; "": there is."""
         if reason != self.unseen:
             self.unseen = reason
             if self.on_unseen_change is not None:
                 self.on_unseen_change()
 
     def wants(self, step: int) -> bool:
-        """Whether a step that somebody is about to look at needs it, although its cadence may not
-        call for it. Asked of no other step, perhaps several times."""
+        """Whether a step before a pause should be measured although its cadence does not call for
+        it. May be called several times, for no other step."""
         return False
 
     def before_forward(self, root: torch.nn.Module) -> None:
-        """The first forward of a step to be measured begins; always followed by `after_forward`."""
+        """The first forward of a measured step begins; `after_forward` follows in any case."""
 
     def after_forward(self) -> None:
-        """That forward ended, well or not."""
+        """That forward returned or raised."""
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
-        """Gradients are complete and not yet clipped; in the order of `tracked.parameters`."""
+        """Gradients are complete and not clipped yet; in the order of `tracked.parameters`."""
         return ()
 
     def clip_norms(self, norms: Readings) -> Readings | None:
-        """In place of `gradients`, for a probe that wants nothing but the 2-norm of each gradient
-        (flattened, one for each; 0 without a gradient): they come from `clip_grad_norm_`, which
-        needs them too.
+        """In place of `gradients`, for a probe that needs only the 2-norm of each gradient
+        (flattened, one for each; 0 without a gradient): `clip_grad_norm_` computes them anyway.
 
-        A probe that has this hook measures every step whose gradients are clipped."""
+        A probe with this hook measures every step whose gradients are clipped."""
         return None
 
     def before_update(self) -> None:
@@ -179,13 +172,9 @@ class Probe:
         """One row per table, or None for a table that has none at this step.
 
         `values` holds the readings of `gradients` and then of `after_update`, flattened. Called for
-        one step after the other, perhaps on another thread than the hooks above, while they are.
+        one step after the other, perhaps on another thread than the hooks and at the same time.
         """
         return ()
-
-
-# ---- interface
-# What the tracer needs from others: the recorder it hands its measurements to.
 
 
 class RecorderLike(Protocol):
@@ -209,7 +198,7 @@ class RecorderLike(Protocol):
         """Set fields of `RunInfo` (`parameters`, `attention`, `optimizers`, `unseen`, …)."""
 
     def record(self, record: StepRecord) -> None:
-        """Take one optimizer step's measurements: O(1)."""
+        """Add one optimizer step's measurements: O(1)."""
 
     def notice(
         self,
@@ -219,26 +208,21 @@ class RecorderLike(Protocol):
         step: int | None = None,
         who: str = "",
     ) -> None:
-        """Put a line in the log."""
+        """Add a line to the log."""
 
     def report(self, report: PhaseReport | None) -> None:
-        """What the phase at whose end the run is now stopped produced; None: it goes on."""
+        """What the phase produced at whose end the run is paused; None: it continues."""
 
     def watched(self) -> frozenset[str]:
-        """Topics that some viewer has on its screen now."""
-
-
-# ---- faults
-# What is said of things that went wrong.
+        """Topics that a viewer has on its screen now."""
 
 
 def skipped_text(scale: float) -> str:
-    """What to say of a step that a GradScaler skipped."""
     return f"GradScaler skipped the step: gradients are not finite at loss scale {scale:g}"
 
 
-def describe(fault: BaseException) -> str:
-    """An exception in one line, with the place of ours where it happened."""
+def describe_exception(fault: BaseException) -> str:
+    """An exception in one line, with the place in our code where it was raised."""
     text = str(fault).strip().splitlines()
     trace = fault.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -1,12 +1,14 @@
-"""What the phase that has just ended produced, made only while the run is stopped at its boundary.
+"""Phase reports: what the phase that has just ended produced, made while the run is paused there.
 
-A report only reads: no random number is drawn, no gradient is recorded, nothing is kept.
+A report only reads: it draws no random number, records no gradient and keeps nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,119 +18,115 @@ from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
-from tui_trainer.trace.phases import MAX_TENSORS, locals_of_the_loop, shape, summary, tensors_in
 from tui_trainer.trace.probe import RecorderLike
 
 LARGEST = 5
+"""How many parameters a report lists."""
+MAX_TENSORS = 6
+_OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
-class Stopped(Protocol):
-    """What is reported on: a tracer whose training thread is about to wait."""
+class PausedRun(Protocol):
+    """What is reported on: the tracer, while its training thread is about to wait."""
 
     recorder: RecorderLike
     registry: OptimizerRegistry
 
     @property
     def step(self) -> int:
-        """The optimizer step in the making."""
+        """The current optimizer step."""
 
     @property
     def losses(self) -> list[torch.Tensor]:
         """Its losses so far, 0-d each."""
 
     def flush(self) -> None:
-        """Record every step already made."""
+        """Record every completed step."""
 
     def duration_ms(self, phase: int) -> float:
-        """What a phase has taken in this step so far."""
+        """Time of a phase in this step so far."""
 
     def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients."""
 
 
-class Reporter:
-    """Makes the phase reports of one tracer, given as a weak reference."""
+Report = tuple[str, list[Quantity], list[Rows]]
 
-    def __init__(self, tracer: Callable[[], Stopped | None]) -> None:
-        self._tracer = tracer
+
+class PhaseReporter:
+    """Makes the phase reports of one tracer."""
+
+    def __init__(self, run: PausedRun) -> None:
+        self._run = run
         self._arguments: list[tuple[str, torch.Tensor]] = []
         self._outputs: list[tuple[str, torch.Tensor]] = []
-        self._before: list[tuple[StepMeasurer, list[float]]] = []
-        self._shown = False
-        self._holds = False
-        """Whether there is something to let go of once the run goes on."""
+        self._before_clip: list[tuple[StepMeasurer, list[float]]] = []
+        self._reported = False
+        self._holds_tensors = False
 
-    # ------------------------------------------------------------ what is kept while stepping
+    # ------------------------------------------------------------ what is kept for a report
 
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be called with these; kept until the boundary is passed."""
         named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
         self._arguments = list(tensors_in(named))[:MAX_TENSORS]
-        self._holds = True
+        self._holds_tensors = True
 
-    def output(self, result: Any) -> None:
+    def keep_output(self, result: Any) -> None:
         """The model returned this."""
         self._outputs = list(tensors_in([("output", result)]))[:MAX_TENSORS]
-        self._holds = True
+        self._holds_tensors = True
 
-    def before_clip(self, measurers: Sequence[StepMeasurer], stops_soon: bool) -> None:
-        """Gradients are about to be clipped; somebody may look at that."""
-        self._before = (
-            [(measurer, _norms(measurer)) for measurer in measurers] if stops_soon else []
-        )
+    def keep_norms(self, measurers: Sequence[StepMeasurer], stops_soon: bool) -> None:
+        """Gradients are about to be clipped."""
+        self._before_clip = [(m, _norms(m)) for m in measurers] if stops_soon else []
 
-    def passed(self) -> None:
-        """The run goes on."""
-        if not self._holds:
-            return
-        self._holds = False
-        self._arguments, self._outputs = [], []
-        if self._shown:
-            self._shown = False
-            tracer = self._tracer()
-            if tracer is not None:
-                tracer.recorder.report(None)
+    def release(self) -> None:
+        """The boundary was passed."""
+        if self._holds_tensors:
+            self._holds_tensors = False
+            self._arguments, self._outputs = [], []
+            if self._reported:
+                self._reported = False
+                self._run.recorder.report(None)
 
     # ------------------------------------------------------------ reports
 
-    def make(self, phase: Phase, step: int) -> None:
+    def report(self, phase: Phase, step: int) -> None:
         """Report on `phase`; the training thread is about to wait."""
-        tracer = self._tracer()
-        if tracer is None:
-            return
-        tracer.flush()
+        self._run.flush()
         try:
             with torch.no_grad():
-                summary, quantities, rows = getattr(self, f"_{phase}")(tracer)
+                summary, quantities, rows = getattr(self, f"_{phase}")()
         except Exception as fault:
             summary, quantities, rows = f"cannot be shown: {fault}", [], []
-        self._shown = self._holds = True
-        tracer.recorder.report(
+        self._reported = self._holds_tensors = True
+        self._run.recorder.report(
             PhaseReport(
                 step=step,
                 phase=phase,
-                duration_ms=tracer.duration_ms(PHASES.index(phase)),
+                duration_ms=self._run.duration_ms(PHASES.index(phase)),
                 summary=summary,
                 quantities=tuple(quantities),
                 rows=tuple(rows),
             )
         )
 
-    def _data(self, tracer: Stopped) -> Report:
-        found = self._arguments or list(locals_of_the_loop())
+    def _data(self) -> Report:
+        found = loop_batch(self._arguments)
         if not found:
-            return "the next batch is not in sight before the model is called", [], []
-        shapes = ", ".join(f"{name} {shape(t)}" for name, t in found)
-        return f"the batch: {shapes}", [q for n, t in found for q in summary(n, t)], []
+            return "the batch is not visible: no call of the model was seen", [], []
+        shapes = ", ".join(f"{name} {dtype_and_shape(t)}" for name, t in found)
+        return f"the batch: {shapes}", [q for n, t in found for q in summary_of(n, t)], []
 
-    def _zero_grad(self, tracer: Stopped) -> Report:
-        gradients = [g for m in tracer.registry.measurers for g in m.tracked.gradients()]
+    def _zero_grad(self) -> Report:
+        gradients = [g for m in self._run.registry.measurers for g in m.tracked.gradients()]
         absent = sum(g is None for g in gradients)
         present = [g for g in gradients if g is not None]
         nonzero = int(sum(torch.count_nonzero(g).item() > 0 for g in present))
         text = f"{absent} gradients are released, {len(present) - nonzero} are zero"
         if nonzero:
-            text += f", {nonzero} are left from before"
+            text += f", {nonzero} are still there"
         return (
             text,
             [
@@ -139,20 +137,17 @@ class Reporter:
             [],
         )
 
-    def _forward(self, tracer: Stopped) -> Report:
+    def _forward(self) -> Report:
         if not self._outputs:
             return "the model returned no tensor", [], []
-        shapes = ", ".join(f"{name} {shape(t)}" for name, t in self._outputs)
-        return (
-            f"the model gave {shapes}",
-            [q for name, t in self._outputs for q in summary(name, t)],
-            [],
-        )
+        shapes = ", ".join(f"{name} {dtype_and_shape(t)}" for name, t in self._outputs)
+        quantities = [q for name, t in self._outputs for q in summary_of(name, t)]
+        return f"the model returned {shapes}", quantities, []
 
-    def _loss(self, tracer: Stopped) -> Report:
-        values = [float(loss) for loss in tracer.losses]
+    def _loss(self) -> Report:
+        values = [float(loss) for loss in self._run.losses]
         if not values:
-            return "backward was called on something that is no scalar", [], []
+            return "backward was called on something that is not a scalar", [], []
         quantities = [Quantity("loss", values[-1])]
         text = f"the loss is {values[-1]:.4g}"
         if len(values) > 1:
@@ -160,25 +155,26 @@ class Reporter:
             text += f", {sum(values):.4g} with the {len(values) - 1} before it in this step"
         return text, quantities, []
 
-    def _backward(self, tracer: Stopped) -> Report:
-        if not tracer.registry.measurers:
-            tracer.registry.search(None)
+    def _backward(self) -> Report:
+        registry = self._run.registry
+        if not registry.measurers:
+            registry.search(None)
         quantities: list[Quantity] = []
         rows: list[Rows] = []
         count, total = 0, 0.0
-        for measurer in tracer.registry.measurers:
-            scale = tracer.gradient_scale(measurer)
+        for measurer in registry.measurers:
+            scale = self._run.gradient_scale(measurer)
             norms = [norm / scale for norm in _norms(measurer)]
-            rows += _provisional(measurer, schema.GRAD_NORM, tracer.step, norms)
-            own = float(np.sqrt(np.sum(np.square(norms))))
+            rows += _provisional_row(measurer, schema.GRAD_NORM, self._run.step, norms)
+            own = _total(norms)
             count += sum(g is not None for g in measurer.tracked.gradients())
-            total = float(np.hypot(total, own))
-            quantities.append(Quantity(_of(measurer, "total norm"), own))
+            total = math.hypot(total, own)
+            quantities.append(Quantity(_qualified(measurer, "total norm"), own))
             quantities += _largest(measurer, norms)
         return f"gradients of {count} parameters, total norm {total:.4g}", quantities, rows
 
-    def _clip(self, tracer: Stopped) -> Report:
-        clipped, self._before = self._before, []
+    def _clip(self) -> Report:
+        clipped, self._before_clip = self._before_clip, []
         if not clipped:
             return "gradients are clipped", [], []
         before = _total(norm for _, norms in clipped for norm in norms)
@@ -207,30 +203,28 @@ class Reporter:
         )
         return text, quantities, []
 
-    def _step(self, tracer: Stopped) -> Report:
+    def _step(self) -> Report:
+        step = self._run.step
         quantities: list[Quantity] = []
         why = "it was not measured in this step"
-        for measurer in tracer.registry.measurers:
+        for measurer in self._run.registry.measurers:
             probe = measurer.probe(schema.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
-            if latest is None or latest[0] != tracer.step:
-                step, missing = getattr(probe, "missing", (0, ""))
-                why = missing if step == tracer.step else why
+            if latest is None or latest[0] != step:
+                missing_at, missing = getattr(probe, "missing", (0, ""))
+                why = missing if missing_at == step else why
                 continue
             _, updates, ratios = latest
             order = sorted(range(len(ratios)), key=lambda i: -ratios[i])[:LARGEST]
-            quantities.append(Quantity(_of(measurer, "norm of the update"), _total(updates)))
+            quantities.append(Quantity(_qualified(measurer, "norm of the update"), _total(updates)))
             for i in order:
                 name = measurer.tracked.names[i]
                 quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
-        text = f"step {tracer.step} is made"
+        text = f"step {step} is complete"
         return text if quantities else f"{text}; its update is not shown: {why}", quantities, []
 
 
-Report = tuple[str, list[Quantity], list[Rows]]
-
-
-def _of(measurer: StepMeasurer, text: str) -> str:
+def _qualified(measurer: StepMeasurer, text: str) -> str:
     return f"{text} ({measurer.tracked.name})" if measurer.tracked.key else text
 
 
@@ -251,10 +245,10 @@ def _largest(measurer: StepMeasurer, norms: Sequence[float]) -> list[Quantity]:
     return [Quantity(f"‖grad‖ of {measurer.tracked.names[i]}", norms[i]) for i in order]
 
 
-def _provisional(
+def _provisional_row(
     measurer: StepMeasurer, name: str, step: int, values: Sequence[float]
 ) -> list[Rows]:
-    """One row of the step in the making."""
+    """A row of the current step, before it is complete."""
     table = measurer.table(name)
     if table is None:
         return []
@@ -267,3 +261,67 @@ def _provisional(
             values=np.array(values, dtype="<f4").tobytes(),
         )
     ]
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def dtype_and_shape(tensor: torch.Tensor) -> str:
+    """As `float32 12×64`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape)) or '0-d'}"
+
+
+def summary_of(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:
+    """Dtype and shape; mean, standard deviation and range of its elements."""
+    yield Quantity(name, dtype_and_shape(tensor))
+    if not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
+        return
+    values = tensor.detach().to(torch.float32)
+    yield Quantity(f"{name} mean", float(values.mean()))
+    if tensor.is_floating_point() and tensor.numel() > 1:
+        yield Quantity(f"{name} std", float(values.std()))
+    yield Quantity(f"{name} min", float(values.min()))
+    yield Quantity(f"{name} max", float(values.max()))
+
+
+def tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in arguments and results, also inside dictionaries, lists and tuples."""
+    for name, value in named:
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from tensors_in((str(key), each) for key, each in value.items())
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in((f"{name}[{i}]", each) for i, each in enumerate(value))
+
+
+def loop_batch(arguments: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """The batch by the names of the loop's variables (inputs and targets), where the model's
+    `arguments` are among them or views of them; else the arguments themselves."""
+    sizes = {argument.shape[0] for _, argument in arguments if argument.dim()}
+    batch = [
+        (name, tensor)
+        for name, tensor in loop_variables()
+        if tensor.dim() and tensor.shape[0] in sizes
+    ]
+    shown = {id(tensor) for _, tensor in batch}
+    if any(id(a) in shown or id(a._base) in shown for _, a in arguments):
+        return batch[:MAX_TENSORS]
+    return arguments
+
+
+def loop_variables() -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the local variables of the training loop that are neither weights nor
+    computed from them."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _is_ours_or_torch(frame):
+        frame = frame.f_back
+    if frame is not None:
+        for name, value in list(frame.f_locals.items()):
+            if isinstance(value, torch.Tensor) and not value.requires_grad and name[0] != "_":
+                yield name, value
+
+
+def _is_ours_or_torch(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))

@@ -1,0 +1,274 @@
+"""Adaptive sampling: keep the overhead within a budget by measuring expensive things less often."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tui_trainer.protocol.formatting import cadence
+from tui_trainer.protocol.messages import Level
+
+WINDOW = 32
+"""Steps between two decisions."""
+EARLIEST = 4
+"""Steps before a decision that does not wait for the end of its window, because the budget of the
+whole window has been spent."""
+WARM_UP = 5
+"""First steps, which are slow in every way and do not count."""
+NEVER_STRETCHED = 100
+"""Importance from which a cadence is never stretched."""
+LIMITS = (32, 256, 1024)
+"""How far (times its natural cadence) one probe is stretched before more important ones are."""
+WATCHED_LIMIT = 16
+"""How far what is on somebody's screen is stretched, times its cadence while watched."""
+MIN_ROOM = 0.1
+"""Share of the budget for what can be stretched, even where the rest exceeds it by itself (very
+short steps): something is measured all the same."""
+RESTORE_BELOW = 0.7
+"""A cadence is restored only where the prediction stays below this share of the room, so that
+cadences do not oscillate."""
+REPORT_AGAIN = 1.5
+"""An exceeded budget is reported again once the cost has changed by this factor."""
+
+
+@dataclass(eq=False, kw_only=True)
+class GovernedProbe:
+    """The cadence and the cost of one probe."""
+
+    name: str
+    natural: int
+    """Natural cadence in steps; 0: measured only while watched."""
+    every: int
+    """Cadence while not watched: the natural one times a power of two."""
+    importance: int
+    max_stretch: int = LIMITS[-1]
+    """How many times its natural cadence it may be stretched."""
+    watched_natural: int = 0
+    """Natural cadence while watched; 0: watching makes no difference."""
+    watched_every: int = 0
+    """Cadence while watched: its natural one times a power of two."""
+    watched: bool = False
+    """Whether a viewer watches it and that makes a difference."""
+    with_clipping: bool = False
+    """Measured at every step at present, whatever the budget, from what clipping computes."""
+    cost_ms: float = math.nan
+    """Smoothed cost of one measurement."""
+
+    @property
+    def now(self) -> int:
+        """The current cadence; 0: not measured."""
+        return self.watched_every if self.watched else self.every
+
+    @now.setter
+    def now(self, every: int) -> None:
+        if self.watched:
+            self.watched_every = every
+        else:
+            self.every = every
+
+    @property
+    def unstretched(self) -> int:
+        """The current cadence if nothing were stretched."""
+        return self.watched_natural if self.watched else self.natural
+
+    @property
+    def longest(self) -> int:
+        """The longest cadence that it may have now."""
+        return self.unstretched * (WATCHED_LIMIT if self.watched else self.max_stretch)
+
+    def mean_ms(self, every: int | None = None) -> float:
+        """Mean cost per step at a cadence (default: the current one)."""
+        every = self.now if every is None else every
+        return self.cost_ms / every if every and not math.isnan(self.cost_ms) else 0.0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its cadence cannot be stretched at present."""
+        return self.with_clipping or self.importance >= NEVER_STRETCHED
+
+
+OnChange = Callable[[Sequence[GovernedProbe], str, Level], None]
+"""Called with the probes whose cadence has changed, a sentence for the log and its level."""
+
+
+class Governor:
+    """Stretches and restores the cadences of one optimizer's probes.
+
+    `budget` is a share of step time.
+    """
+
+    def __init__(self, budget: float, on_change: OnChange) -> None:
+        self.budget = budget
+        self._on_change = on_change
+        self._steps = 0
+        self._step_ms: deque[float] = deque(maxlen=WINDOW)
+        self._fixed_ms: deque[float] = deque(maxlen=WINDOW)
+        """Cost of what cannot be stretched, of the last steps."""
+        self._since_decision = 0
+        self._spent_ms = 0.0
+        """Cost of everything else since the last decision."""
+        self._watched: tuple[GovernedProbe, ...] = ()
+        self._before_watching: dict[GovernedProbe, int] = {}
+        """Cadences from before anything was watched."""
+        self._windows_over = 0
+        self._reported_share = 0.0
+
+    def step(
+        self,
+        measured: Sequence[GovernedProbe],
+        probes: Sequence[GovernedProbe],
+        own_ms: Mapping[str, float],
+        step_ms: float,
+    ) -> bool:
+        """A step took `step_ms`, of which our overhead was `own_ms` (by probe).
+
+        `measured` are those of `probes` that measured it. Returns whether cadences may have
+        changed.
+        """
+        changed = self._follow_watching(probes)
+        self._steps += 1
+        if self._steps <= WARM_UP:
+            return changed
+        fixed_ms = own_ms.get("tracer", 0.0)
+        for probe in measured:
+            spent = own_ms.get(probe.name)
+            if spent is None:
+                continue
+            if probe.with_clipping or probe.importance >= NEVER_STRETCHED:  # `fixed`, inlined
+                fixed_ms += spent
+            else:
+                self._spent_ms += spent
+            # Smoothed, and limited so that one hiccup of the machine counts little.
+            known = probe.cost_ms
+            probe.cost_ms = (
+                spent if known != known else known + 0.2 * (min(spent, 3 * known) - known)
+            )
+        self._fixed_ms.append(fixed_ms)
+        self._step_ms.append(step_ms)
+        self._since_decision += 1
+        complete = self._since_decision >= WINDOW
+        if not (complete or self._overspent()):
+            return changed
+        if self.budget > 0:
+            self._decide(probes, complete)
+        self._since_decision, self._spent_ms = 0, 0.0
+        return True
+
+    def _overspent(self) -> bool:
+        """Whether the budget of the whole window has been spent."""
+        if self.budget <= 0 or len(self._step_ms) < EARLIEST:
+            return False
+        affordable = self._spent_ms / (self.budget * WINDOW)
+        return affordable > min(self._step_ms) and affordable > statistics.median(self._step_ms)
+
+    def _decide(self, probes: Sequence[GovernedProbe], complete: bool) -> None:
+        # The median: a step that waited for data or another program does not enlarge the budget.
+        step_ms = statistics.median(self._step_ms)
+        allowed = self.budget * step_ms
+        fixed = statistics.fmean(self._fixed_ms)
+        for probe in probes:
+            if probe.with_clipping and probe.every != probe.natural:
+                probe.every = probe.natural
+                text = f"{probe.name} is measured at every step that clips gradients"
+                self._on_change([probe], text, "info")
+        stretchable = [probe for probe in probes if probe.unstretched and not probe.fixed]
+        least = sum(probe.mean_ms(probe.longest) for probe in stretchable)
+        room = max(allowed - fixed, least + MIN_ROOM * allowed)
+        total = sum(probe.mean_ms() for probe in stretchable)
+        if total > room:
+            self._stretch(stretchable, total, room, step_ms)
+        elif complete and fixed + total <= allowed:
+            self._restore(stretchable, total, RESTORE_BELOW * (allowed - fixed))
+        if complete:
+            rest = sum(probe.mean_ms() for probe in stretchable)
+            self._report_if_exceeded(fixed, rest, step_ms)
+
+    def _stretch(
+        self, probes: list[GovernedProbe], total: float, room: float, step_ms: float
+    ) -> None:
+        """Double cadences until the cost fits: least important first, then most expensive; what is
+        watched last."""
+        before = {probe: probe.now for probe in probes}
+        order = sorted(probes, key=lambda p: (p.watched, p.importance, -p.mean_ms()))
+        for limit in LIMITS:
+            for probe in order:
+                while (
+                    total > room
+                    and probe.now < min(limit * probe.unstretched, probe.longest)
+                    and probe.mean_ms() > 0.02 * room  # stretching cheap probes gains nothing
+                ):
+                    total -= probe.mean_ms() - probe.mean_ms(2 * probe.now)
+                    probe.now *= 2
+        for probe in probes:
+            if probe.now != before[probe]:
+                text = (
+                    f"{probe.name} is now measured every {probe.now} steps: it costs "
+                    f"{probe.cost_ms:.2f} ms of a {step_ms:.1f} ms step, and the budget is "
+                    f"{_percent(self.budget)}"
+                )
+                self._on_change([probe], text, "info")
+
+    def _restore(self, probes: list[GovernedProbe], total: float, room: float) -> None:
+        """Halve one cadence where that fits: watched first, then the most important."""
+        for probe in sorted(probes, key=lambda p: (not p.watched, -p.importance, p.mean_ms())):
+            if probe.now > probe.unstretched:
+                faster = max(probe.unstretched, probe.now // 2)
+                if total + probe.mean_ms(faster) - probe.mean_ms() <= room:
+                    probe.now = faster
+                    text = f"{probe.name} is measured {cadence(faster)} again"
+                    self._on_change([probe], f"{text}: the budget allows it", "info")
+                    return
+
+    def _report_if_exceeded(self, fixed: float, rest: float, step_ms: float) -> None:
+        """Warn after two windows over budget; again only once the cost has changed a lot."""
+        allowed, share = self.budget * step_ms, (fixed + rest) / step_ms
+        if fixed + rest <= allowed:
+            self._windows_over = 0
+            if share < RESTORE_BELOW * self.budget:
+                self._reported_share = 0.0
+            return
+        self._windows_over += 1
+        reported = self._reported_share
+        unchanged = reported and reported / REPORT_AGAIN <= share <= reported * REPORT_AGAIN
+        if self._windows_over < 2 or unchanged:
+            return
+        self._reported_share = share
+        others = "" if fixed > allowed else f", the others at their longest cadence {rest:.2f} ms"
+        text = (
+            f"overhead exceeds the budget of {_percent(self.budget)}: measurements at every step "
+            f"take {fixed:.2f} ms{others}, of a {step_ms:.1f} ms step"
+        )
+        self._on_change((), text, "warning")
+
+    def _follow_watching(self, probes: Sequence[GovernedProbe]) -> bool:
+        """Report what is watched now or no longer. When nothing is watched any more, cadences that
+        were stretched for its sake are restored. Returns whether a cadence changed."""
+        watched = tuple(probe for probe in probes if probe.watched)
+        if watched == self._watched:
+            return False
+        if not self._watched:
+            self._before_watching = {probe: probe.every for probe in probes}
+        begun = [probe for probe in watched if probe not in self._watched]
+        ended = [probe for probe in self._watched if probe in probes and probe not in watched]
+        self._watched = watched
+        if begun:
+            text = f"measured more often while on screen: {cadences_text(begun)}"
+            self._on_change(begun, text, "info")
+        if ended:
+            for probe, every in ({} if watched else self._before_watching).items():
+                if probe in probes and probe.every > every:
+                    probe.every = every
+                    ended += [] if probe in ended else [probe]
+            self._on_change(ended, f"no longer on screen: {cadences_text(ended)}", "info")
+        return True
+
+
+def cadences_text(probes: Iterable[GovernedProbe]) -> str:
+    return ", ".join(f"{probe.name} {cadence(probe.now)}" for probe in probes)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

@@ -1,0 +1,74 @@
+"""The name and the tables of an optimizer, which a later optimizer may take over.
+
+A script may train one model after another: the folds of a cross-validation, the trials of a search.
+The next fold's model replaces the previous one instead of joining it, so its measurements continue
+in the same tables under the same names.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from tui_trainer.protocol.schema import Column, Table
+from tui_trainer.trace.parameters import parameters_of
+from tui_trainer.trace.probe import RecorderLike
+
+Optimizer = torch.optim.Optimizer
+
+
+@dataclass(eq=False)
+class OptimizerSlot:
+    """What an optimizer is called in a run, and where its measurements go."""
+
+    name: str
+    key: str
+    """See `TrackedParameters.key`."""
+    kind: type[Optimizer]
+    shapes: tuple[tuple[int, ...], ...]
+    optimizer: weakref.ref[Optimizer]
+    models: tuple[weakref.ref[torch.nn.Module], ...] = ()
+    tables: dict[str, Table] = field(default_factory=dict)
+
+    @property
+    def vacant(self) -> bool:
+        """Whether what it trained is gone. The optimizer itself may be left in a reference cycle
+        (a scheduler's) until the garbage collector runs."""
+        if self.models:
+            return all(model() is None for model in self.models)
+        return self.optimizer() is None
+
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer is of the same class, with parameters of the same shapes."""
+        return type(optimizer) is self.kind and shapes_of(optimizer) == self.shapes
+
+    def occupy(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def set_models(self, models: Iterable[torch.nn.Module]) -> None:
+        """The models that own the parameters."""
+        self.models = tuple(weakref.ref(model) for model in models)
+
+    def table(
+        self, recorder: RecorderLike, name: str, columns: Sequence[Column], every: int, natural: int
+    ) -> Table:
+        """The table of this name: the existing one if it has these columns, else a new one."""
+        known = self.tables.get(name)
+        if known is not None and known.columns == tuple(columns):
+            table = msgspec.structs.replace(known, every=every, natural=natural)
+            if table != known:
+                recorder.declare((table,))
+        else:
+            number = recorder.new_table(name, columns, every, self.key, natural)
+            table = Table(number, name, tuple(columns), every, self.key, natural)
+        self.tables[name] = table
+        return table
+
+
+def shapes_of(optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
+    """The shapes of its parameters, in its order."""
+    return tuple(tuple(parameter.shape) for parameter in parameters_of(optimizer))

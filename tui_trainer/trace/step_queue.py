@@ -1,0 +1,79 @@
+"""Completed steps that are not recorded yet."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from time import perf_counter
+from typing import Protocol
+
+from tui_trainer.trace.step import CompletedStep
+
+RECORD_EVERY_S = 0.25
+BATCH = 16
+"""Steps are recorded in batches of this many or after this time: recording costs a third when its
+code is still in the processor's caches, which every forward and backward empties."""
+MAX_IN_FLIGHT = 32
+"""Steps on their way to the host before the training thread waits for the oldest."""
+IDLE_S = 0.3
+"""Time without a new step after which another thread records those that wait."""
+
+
+class StepRecorder(Protocol):
+    """Records the steps of one optimizer (`StepMeasurer`)."""
+
+    def record(self, step: CompletedStep) -> float:
+        """Record a step whose values have arrived; returns the seconds spent in probes, which
+        account for their own cost."""
+
+
+class StepQueue:
+    """Batches the completed steps of all optimizers and records them in order.
+
+    The training thread puts and drains; one other thread may call `drain_idle`. The lock is held
+    while a step is recorded, and not while one is put that waits for its batch.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[StepRecorder, CompletedStep]] = deque()
+        self._recording = threading.Lock()
+        self._last_put = 0.0
+        self._last_drain = 0.0
+        self._accounted_s = 0.0
+
+    def put(self, recorder: StepRecorder, step: CompletedStep, at_once: bool) -> None:
+        """Add a step. `at_once`: record what has arrived, since the run may pause next."""
+        self._steps.append((recorder, step))
+        now = self._last_put = perf_counter()
+        if at_once or len(self._steps) >= BATCH or now - self._last_drain > RECORD_EVERY_S:
+            self._last_drain = now
+            self.drain(wait=len(self._steps) > MAX_IN_FLIGHT)
+
+    def drain(self, wait: bool = False, everything: bool = False) -> None:
+        """Record the steps whose values have arrived; `wait` for the oldest, or for
+        `everything`."""
+        with self._recording:
+            while self._steps and self._steps[0][1].transfer.arrived(wait or everything):
+                wait = False
+                recorder, step = self._steps.popleft()
+                self._accounted_s += recorder.record(step)
+
+    def drain_idle(self) -> None:
+        """From another thread: record what has arrived where the training thread has put nothing
+        for a while. It gets the lock after each step."""
+        while self._steps and perf_counter() - self._last_put > IDLE_S:
+            with self._recording:
+                if not self._steps or not self._steps[0][1].transfer.arrived_on_host():
+                    return
+                recorder, step = self._steps.popleft()
+                recorder.record(step)
+
+    def take_accounted_s(self) -> float:
+        """Seconds of recording that probes account for, since the last call."""
+        seconds, self._accounted_s = self._accounted_s, 0.0
+        return seconds
+
+    def reset_after_fork(self) -> None:
+        """In a forked child: the steps are the parent's, and the lock may be held forever."""
+        self._recording = threading.Lock()
+        self._steps.clear()

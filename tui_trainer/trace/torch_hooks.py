@@ -1,0 +1,240 @@
+"""Where the tracer hooks into torch: optimizers, zero_grad, backward, clipping, GradScaler.
+
+Every wrapper calls straight through while torch.compile traces it, on other threads than the one
+that trains and while the tracer is suspended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import get_ident
+from typing import Any, Protocol
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.trace.module_calls import Patches, copy_metadata
+from tui_trainer.trace.torch_private import NormCapture
+
+CLIPPING: dict[str, ClipKind] = {
+    "clip_grad_norm_": "norm",
+    "clip_grads_with_norm_": "norm",
+    "clip_grad_value_": "value",
+}
+"""Functions of torch.nn.utils to the kind of clipping that they do."""
+
+
+class TorchEvents(Protocol):
+    """What the hooks report: the tracer.
+
+    A method that returns a bool tells whether a phase begins; if so, the matching `…_ended` or
+    `phase_failed` follows.
+    """
+
+    training_thread: int
+    optimizer_steps: int
+
+    def optimizer_found(self, optimizer: Optimizer) -> None: ...
+    def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool: ...
+    def zero_grad_ended(self) -> None: ...
+    def backward_began(self, tensors: Any) -> bool: ...
+    def backward_ended(self) -> None: ...
+    def clip_began(self, parameters: Any, kind: ClipKind) -> bool: ...
+    def clip_ended(
+        self,
+        kind: ClipKind,
+        parameters: Any,
+        limit: Any,
+        norm_type: Any,
+        total: Any,
+        captured: NormCapture,
+    ) -> None: ...
+    def step_began(self, optimizer: Optimizer, closure: bool) -> None: ...
+    def step_ended(self, optimizer: Optimizer) -> None: ...
+    def step_skipped(self) -> None: ...
+    def phase_failed(self) -> None: ...
+    def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None: ...
+    def scaler_updated(self) -> None: ...
+
+
+class TorchHooks:
+    """Installs all hooks, and removes them again without a trace."""
+
+    def __init__(self, events: TorchEvents, patches: Patches) -> None:
+        self._events = events
+        self._patches = patches
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        self._wrap_zero_grad()
+        self._wrap_backward()
+        self._wrap_clipping()
+        self._wrap_scaler()
+        self._handles = self._hook_optimizers()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._patches.restore()
+
+    def _ignored(self) -> bool:
+        return torch.compiler.is_compiling() or get_ident() != self._events.training_thread
+
+    def _hook_optimizers(self) -> list[Any]:
+        events, ignored = self._events, self._ignored
+
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not ignored():
+                # Bound methods are called as step(optimizer, closure).
+                rest = args[1:] if args and args[0] is optimizer else args
+                closure = rest[0] if rest else kwargs.get("closure")
+                events.step_began(optimizer, callable(closure))
+
+        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not ignored():
+                events.step_ended(optimizer)
+
+        return [
+            register_optimizer_step_pre_hook(before),
+            register_optimizer_step_post_hook(after),
+        ]
+
+    def _wrap_zero_grad(self) -> None:
+        events, ignored = self._events, self._ignored
+        for owner in (Optimizer, torch.nn.Module):
+            original = owner.zero_grad
+
+            def zero_grad(
+                self: Any, *args: Any, _original: Callable[..., None] = original, **kwargs: Any
+            ) -> None:
+                if ignored() or not events.zero_grad_began(self):
+                    return _original(self, *args, **kwargs)
+                try:
+                    _original(self, *args, **kwargs)
+                except BaseException:
+                    events.phase_failed()
+                    raise
+                events.zero_grad_ended()
+                return None
+
+            self._patches.replace(owner, "zero_grad", copy_metadata(zero_grad, original))
+
+    def _wrap_backward(self) -> None:
+        events, ignored = self._events, self._ignored
+        tensor_backward: Callable[..., Any] = torch.Tensor.backward
+        autograd_backward: Callable[..., Any] = torch.autograd.backward
+
+        def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            tensors = args[0] if args else kwargs.get("tensors", ())
+            if not events.backward_began(tensors):
+                return original(*args, **kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException:
+                events.phase_failed()
+                raise
+            events.backward_ended()
+            return result
+
+        def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if ignored():
+                return tensor_backward(self, *args, **kwargs)
+            return run(tensor_backward, (self, *args), kwargs)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if ignored():
+                return autograd_backward(*args, **kwargs)
+            return run(autograd_backward, args, kwargs)
+
+        replace = self._patches.replace
+        replace(torch.Tensor, "backward", copy_metadata(method, tensor_backward))
+        replace(torch.autograd, "backward", copy_metadata(function, autograd_backward))
+
+    def _wrap_clipping(self) -> None:
+        for name, kind in CLIPPING.items():
+            original = getattr(torch.nn.utils, name, None)
+            if original is None:
+                continue
+            wrapper = self._clipping(original, name, kind)
+            for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+                if getattr(module, name, None) is original:
+                    self._patches.replace(module, name, wrapper)
+
+    def _clipping(
+        self, original: Callable[..., Any], name: str, kind: ClipKind
+    ) -> Callable[..., Any]:
+        events, ignored = self._events, self._ignored
+
+        def clip(*args: Any, **kwargs: Any) -> Any:
+            if ignored():
+                return original(*args, **kwargs)
+            parameters = args[0] if args else kwargs.get("parameters", ())
+            if isinstance(parameters, Iterator):  # read twice: here and by the function
+                parameters = list(parameters)
+                if args:
+                    args = (parameters, *args[1:])
+                else:
+                    kwargs["parameters"] = parameters
+            if not events.clip_began(parameters, kind):
+                return original(*args, **kwargs)
+            try:
+                with NormCapture() as captured:
+                    result = original(*args, **kwargs)
+            except BaseException:
+                events.phase_failed()
+                raise
+            limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
+            norm_type, total = 2.0, result
+            if name == "clip_grads_with_norm_":
+                total = args[2] if len(args) > 2 else kwargs.get("total_norm")
+            elif kind == "norm":
+                norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
+            events.clip_ended(kind, parameters, limit, norm_type, total, captured)
+            return result
+
+        return copy_metadata(clip, original)  # type: ignore[no-any-return]
+
+    def _wrap_scaler(self) -> None:
+        events, ignored = self._events, self._ignored
+        scale, step, update = GradScaler.scale, GradScaler.step, GradScaler.update
+        unscale = GradScaler.unscale_
+
+        def scale_(self: Any, outputs: Any) -> Any:
+            result = scale(self, outputs)
+            if not ignored() and self.is_enabled():
+                events.loss_scaled(self, outputs, result)
+            return result
+
+        def unscale_(self: Any, optimizer: Any) -> Any:
+            result = unscale(self, optimizer)
+            if not ignored():
+                events.optimizer_found(optimizer)
+            return result
+
+        def step_(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if ignored() or not self.is_enabled():
+                return step(self, optimizer, *args, **kwargs)
+            before = events.optimizer_steps
+            result = step(self, optimizer, *args, **kwargs)
+            if events.optimizer_steps == before:
+                events.step_skipped()
+            return result
+
+        def update_(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = update(self, *args, **kwargs)
+            if not ignored():
+                events.scaler_updated()
+            return result
+
+        replace = self._patches.replace
+        replace(GradScaler, "scale", copy_metadata(scale_, scale))
+        replace(GradScaler, "unscale_", copy_metadata(unscale_, unscale))
+        replace(GradScaler, "step", copy_metadata(step_, step))
+        replace(GradScaler, "update", copy_metadata(update_, update))

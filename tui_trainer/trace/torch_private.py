@@ -1,0 +1,148 @@
+"""Everything that relies on PyTorch's private names or undocumented behaviour.
+
+Seen in PyTorch 2.6 to 2.13. `tests/trace/test_torch_private.py` fails for each entry that a new
+version breaks. Where a name is missing the functions here report that nothing is known, so that a
+different PyTorch costs information and never a training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler, OptState
+
+# ---------------------------------------------------------------- models inside wrappers
+
+# torch.compile, FSDP and activation checkpointing put one level of their own into parameter names.
+_WRAPPER_LEVELS = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
+)
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or module without the levels that wrappers add."""
+    return _WRAPPER_LEVELS.sub("", name).lstrip(".")
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The user's model inside OptimizedModule, DataParallel and DistributedDataParallel."""
+    while True:
+        inner = module.__dict__.get("_modules", {})
+        if inner.get("_orig_mod") is not None:
+            module = inner["_orig_mod"]
+        elif isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
+
+
+# ---------------------------------------------------------------- GradScaler
+
+
+def gradient_scale(scaler: GradScaler, optimizer: torch.optim.Optimizer | None) -> Any:
+    """The factor (0-d tensor) that is still on the gradients of this optimizer (None: of any);
+    None when they are unscaled."""
+    states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
+    if optimizer is not None:
+        if id(optimizer) in states and states[id(optimizer)]["stage"] is not OptState.READY:
+            return None
+    elif any(state["stage"] is not OptState.READY for state in states.values()):
+        return None
+    return scaler._scale
+
+
+def loss_scale(scaler: GradScaler) -> torch.Tensor | None:
+    """The factor (0-d tensor) on losses, without waiting for the device as `get_scale` does."""
+    return scaler._scale
+
+
+def skip_flag(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """Above 0 where an optimizer that handles `found_inf` itself (fused ones) will skip its update.
+
+    GradScaler sets the attribute for the duration of `optimizer.step`.
+    """
+    return getattr(optimizer, "found_inf", None)
+
+
+# ---------------------------------------------------------------- norms inside clip_grad_norm_
+
+FULL_PRECISION = (torch.float32, torch.float64)
+
+
+class NormCapture:
+    """The 2-norms of single gradients that `clip_grad_norm_` computes on its way to the total.
+
+    Reading all gradients a second time would cost as much as everything else the tracer does.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = []
+        """(tensors, their 2-norms, each 0-d)."""
+        self._stacked: torch.Tensor | None = None
+        """All norms as one vector, from which the total is computed."""
+
+    def __enter__(self) -> NormCapture:
+        self._original_foreach: Any = torch._foreach_norm
+        self._original_norm: Any = torch.linalg.vector_norm
+
+        def foreach_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            result = self._original_foreach(tensors, *args, **kwargs)
+            if not kwargs and (not args or (len(args) == 1 and float(args[0]) == 2.0)):
+                self._calls.append((tensors, result))
+            return result
+
+        def vector_norm(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._calls and self._stacked is None:
+                self._stacked = x
+            return self._original_norm(x, *args, **kwargs)
+
+        self._our_foreach: Any = foreach_norm
+        self._our_norm: Any = vector_norm
+        vars(torch)["_foreach_norm"] = foreach_norm
+        vars(torch.linalg)["vector_norm"] = vector_norm
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if torch._foreach_norm is self._our_foreach:
+            vars(torch)["_foreach_norm"] = self._original_foreach
+        if torch.linalg.vector_norm is self._our_norm:
+            vars(torch.linalg)["vector_norm"] = self._original_norm
+        # They refer back to this object: breaking the cycle frees it, and the gradients it holds,
+        # without waiting for the garbage collector. Gradients of several steps alive at once cost
+        # their memory, and 5 % of the step on a CPU, whose caches then never see a block again.
+        self._our_foreach = self._our_norm = None
+
+    @property
+    def count(self) -> int:
+        """Number of gradients whose norm was captured."""
+        return sum(len(tensors) for tensors, _ in self._calls)
+
+    def norms_of(
+        self, clipped: Any, parameters: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor] | None:
+        """The norms of the gradients of `parameters` (flattened, in order), where exactly these
+        were clipped in this order and all have a gradient, as for a model on one device."""
+        if len(self._calls) != 1 or type(clipped) is not list:
+            return None
+        tensors, norms = self._calls[0]
+        if not len(tensors) == len(clipped) == len(parameters):
+            return None
+        if norms[0].dtype not in FULL_PRECISION or not all(map(is_, clipped, parameters)):
+            return None
+        vector = self._stacked
+        if vector is not None and vector.dim() == 1 and vector.shape[0] == len(norms):
+            return (vector,)
+        return norms
+
+    def by_gradient(self) -> dict[int, torch.Tensor]:
+        """id(gradient) to its norm, where it has at least float32 precision."""
+        return {
+            id(tensor): norm
+            for tensors, norms in self._calls
+            for tensor, norm in zip(tensors, norms, strict=True)
+            if norm.dtype in FULL_PRECISION
+        }
