@@ -238,7 +238,7 @@ def test_watching_is_reported_and_cadences_are_restored_afterwards():
     watch(governed, False)
     run(governor, governed, costs, 2)
     assert said == [
-        "no longer on screen: heads not at all, spectrum every 8 steps, costly every step"
+        "no longer on screen: heads not measured, spectrum every 8 steps, costly every step"
     ]
     said.clear()
     watch(governed, True)
