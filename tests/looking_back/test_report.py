@@ -19,7 +19,7 @@ from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.report.charts import LEFT, RIGHT, TOP, WIDTH, ticks
-from tui_trainer.report.page import render, style
+from tui_trainer.report.page import render
 from tui_trainer.report.read import ReportData
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
@@ -83,7 +83,7 @@ def test_a_real_run(tmp_path):
     text = Reader(page).text
     for said in ("calm", "finished", f"{STEPS} of {STEPS}", "Gradient norm", "Learning rate"):
         assert said in text
-    for said in ("Time of each phase", "cosines", "drift from the start", "largest gradients"):
+    for said in ("Time of each phase", "cosines", "drift from initialisation", "largest gradients"):
         assert said in text
     lines = [json.loads(line) for line in (home() / "calm.jsonl").read_text().splitlines()]
     for name, value in lines[0]["configuration"].items():
@@ -132,7 +132,7 @@ def test_spikes_clips_and_gaps_are_drawn(eventful):
     assert any(e.get("class") == "rule" for e in norm.iter("path"))
     text = Reader(page).text
     assert "limit 1, 3 clips" in text
-    assert f"at {WORSE}" in text
+    assert f"at step {WORSE}" in text
     assert "the loss is nan" in text
     assert f"{BAD}" in text
     assert "look here (me)" in text
@@ -201,8 +201,8 @@ def test_a_run_with_nothing_in_it(tmp_path, steps):
     assert_fetches_nothing(page)
 
 
-def test_every_colour_has_a_light_and_a_dark_value():
-    sheet = style()
+def test_every_colour_has_a_light_and_a_dark_value(eventful):
+    sheet = re.findall(r"<style>(.*?)</style>", page_of(eventful), re.DOTALL)[0]
     used = set(re.findall(r"var\(--([\w]+)\)", sheet))
     light, dark = sheet.split("@media (prefers-color-scheme: dark)", 1)
     for name in used:

@@ -1,6 +1,7 @@
-"""Charts as inline SVG: bands from the smallest to the largest value, so that no spike is lost.
+"""The charts of a report, as inline SVG.
 
-Colours are CSS classes, so that one picture serves a light and a dark page.
+A curve is a band from the lowest to the highest value in each column of pixels, so that no spike is
+lost. Colours are CSS classes, so that one picture serves a light and a dark page.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ BUCKETS = 560
 
 @dataclass(frozen=True)
 class SvgSeries:
-    """One curve, over stretches of steps."""
+    """One curve over buckets of steps."""
 
     style: str
-    """A CSS class: what colour it has is the page's business."""
+    """CSS class of its colour."""
     label: str
     steps: NDArray[np.float64]
-    """The middle of each stretch, (n,)."""
+    """The middle of each bucket, shape (n,)."""
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     last: float
     bad: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    """Steps at which something not finite was measured."""
+    """Steps at which a value was not finite."""
     points: bool = False
-    """Single measurements, joined by a thin line."""
+    """Whether to draw single points joined by a thin line."""
 
     @staticmethod
     def of(style: str, label: str, window: Window, column: int, points: bool = False) -> SvgSeries:
-        """A column of a window of a run's history."""
+        """One column of a window."""
         kept = np.flatnonzero(window.filled)
         middle = (window.edges[kept] + window.edges[kept + 1] - 1) / 2
         return SvgSeries(
@@ -58,7 +59,7 @@ class SvgSeries:
 
 @dataclass(frozen=True)
 class SvgChart:
-    """What to draw."""
+    """Curves over one range of steps, and how to draw them."""
 
     series: Sequence[SvgSeries]
     stop: int
@@ -67,9 +68,9 @@ class SvgChart:
     unit: str = ""
     log: bool = False
     zero: bool = False
-    """Whether 0 belongs on the axis."""
+    """Whether the axis includes 0."""
     rule: float | None = None
-    """A dashed level, such as the threshold of clipping."""
+    """A dashed horizontal line, such as the clipping threshold."""
     marks: Sequence[int] = ()
     """Steps to mark on the axis."""
     start: int = 1
@@ -78,24 +79,24 @@ class SvgChart:
 def draw(chart: SvgChart, title: str) -> str:
     """The chart as an <svg> element."""
     low, high = _range(chart)
-    place = _Placing(chart, low, high)
+    axes = _Axes(chart, low, high)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {chart.height}" role="img" '
         f'aria-label="{escape(title, quote=True)}">',
         f"<title>{escape(title)}</title>",
     ]
-    parts += _axes(chart, place)
+    parts += _draw_axes(chart, axes)
     if chart.rule is not None and low <= chart.rule <= high:
-        y = place.y(np.array([chart.rule]))[0]
+        y = axes.y(np.array([chart.rule]))[0]
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
     for series in chart.series:
-        parts += _points(series, place) if series.points else _band(series, place)
-    parts += _marks(chart, place)
+        parts += _points(series, axes) if series.points else _band(series, axes)
+    parts += _marks(chart, axes)
     return "".join([*parts, "</svg>"])
 
 
-class _Placing:
-    """Steps and values to coordinates."""
+class _Axes:
+    """Maps steps and values to coordinates."""
 
     def __init__(self, chart: SvgChart, low: float, high: float) -> None:
         self._chart, self.low, self.high = chart, low, high
@@ -130,13 +131,13 @@ def _range(chart: SvgChart) -> tuple[float, float]:
     return low if chart.zero and low == 0 else low - margin, high + margin
 
 
-def _band(series: SvgSeries, place: _Placing) -> list[str]:
-    """The extent of every stretch as an area, at least as thick as a line."""
+def _band(series: SvgSeries, axes: _Axes) -> list[str]:
+    """The extent of each bucket as an area, at least as thick as a line."""
     known = np.isfinite(series.low) & np.isfinite(series.high)
     parts = []
     for part in _runs(known):
-        x = place.x(series.steps[part])
-        top, bottom = place.y(series.high[part]), place.y(series.low[part])
+        x = axes.x(series.steps[part])
+        top, bottom = axes.y(series.high[part]), axes.y(series.low[part])
         there = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, top, strict=True))
         back = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[::-1], bottom[::-1], strict=True))
         parts.append(f'<polygon class="{series.style}" points="{there} {back}"/>')
@@ -144,14 +145,14 @@ def _band(series: SvgSeries, place: _Placing) -> list[str]:
 
 
 def _runs(known: NDArray[np.bool_]) -> list[slice]:
-    """Stretches without a gap."""
+    """Slices of consecutive known values."""
     edges = np.flatnonzero(np.diff(np.r_[False, known, False].astype(np.int8)))
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _points(series: SvgSeries, place: _Placing) -> list[str]:
+def _points(series: SvgSeries, axes: _Axes) -> list[str]:
     known = np.isfinite(series.high)
-    x, y = place.x(series.steps[known]), place.y(series.high[known])
+    x, y = axes.x(series.steps[known]), axes.y(series.high[known])
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     parts = [f'<polyline class="{series.style} thin" points="{line}"/>']
     if len(x) <= 80:
@@ -162,23 +163,23 @@ def _points(series: SvgSeries, place: _Placing) -> list[str]:
     return parts
 
 
-def _marks(chart: SvgChart, place: _Placing) -> list[str]:
+def _marks(chart: SvgChart, axes: _Axes) -> list[str]:
     base = chart.height - BOTTOM
-    columns = np.unique(np.round(place.x(np.asarray(chart.marks, np.float64)), 0))
+    columns = np.unique(np.round(axes.x(np.asarray(chart.marks, np.float64)), 0))
     ticks = "".join(f"M{x:.0f} {base}v-7" for x in columns)
     parts = [f'<path class="mark" d="{ticks}"/>'] if ticks else []
     bad = [steps for series in chart.series for steps in series.bad.tolist()]
-    crosses = np.unique(np.round(place.x(np.asarray(bad, np.float64)), 0))
+    crosses = np.unique(np.round(axes.x(np.asarray(bad, np.float64)), 0))
     return parts + [
         f'<path class="bad" d="M{x - 4:.0f} {base - 4}l8 8m0 -8l-8 8"/>' for x in crosses
     ]
 
 
-def _axes(chart: SvgChart, place: _Placing) -> list[str]:
+def _draw_axes(chart: SvgChart, axes: _Axes) -> list[str]:
     base = chart.height - BOTTOM
     parts = []
-    for value in ticks(place.low, place.high, chart.log):
-        y = place.y(np.array([value]))[0]
+    for value in ticks(axes.low, axes.high, chart.log):
+        y = axes.y(np.array([value]))[0]
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         text = f"{value:g}{chart.unit}"
         parts.append(
@@ -186,7 +187,7 @@ def _axes(chart: SvgChart, place: _Placing) -> list[str]:
         )
     for step in ticks(chart.start, chart.stop, False, 8):
         if step == int(step):
-            x = place.x(np.array([step]))[0]
+            x = axes.x(np.array([step]))[0]
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{chart.height - 8}" text-anchor="middle">'
                 f"{int(step):,}</text>"
@@ -196,7 +197,7 @@ def _axes(chart: SvgChart, place: _Placing) -> list[str]:
 
 
 def ticks(low: float, high: float, log: bool, count: int = 5) -> list[float]:
-    """Round values in low … high."""
+    """Round values between `low` and `high`."""
     if log:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         every = max(1, (last - first) // count + 1)
@@ -210,93 +211,100 @@ def ticks(low: float, high: float, log: bool, count: int = 5) -> list[float]:
     return [round(n * spacing, 12) for n in range(first, last + 1)]
 
 
-# ---- charts
-# The charts of a report, each with its title and key.
-
+# ---------------------------------------------------------------- panels
 
 PHASE_COLOURS = tuple(f"p{number}" for number in range(len(PHASES)))
 COLOURS = ("loss", "validation", "norm", "clip", "q", "k", "v", "accent", *PHASE_COLOURS)
 LAYERS_SHOWN = 24
 PAIRS = (("cos_qk", "v", "qk"), ("cos_qv", "k", "qv"), ("cos_kv", "q", "kv"))
-"""A pair has the colour of the one that it lacks, as on the screen."""
+"""A pair has the colour of the projection that it lacks, as on the screen."""
 DRIFTS = (("drift_q", "q", "q"), ("drift_k", "k", "k"), ("drift_v", "v", "v"))
 
 
-def panels(recorded: ReportData) -> Iterator[str]:
+@dataclass(frozen=True)
+class Key:
+    """A curve's entry in the legend, with its last value."""
+
+    style: str
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart with its title and legend."""
+
+    title: str
+    keys: tuple[Key, ...]
+    svg: str
+
+
+def panels(data: ReportData) -> Iterator[Panel]:
     """Every chart that this run has measurements for."""
-    for panel in (_loss, _norm, _rate, _phases):
-        if (made := panel(recorded)) is not None:
+    for make in (_loss, _norm, _rate, _phases):
+        if (made := make(data)) is not None:
             yield made
-    yield from _attention(recorded)
+    yield from _attention(data)
 
 
-def panel(title: str, chart: SvgChart) -> str:
-    """A chart in its frame: title, key with the newest values, picture."""
-    keys = "".join(
-        f'<span class="key"><i class="{each.style}"></i>{escape(each.label)} '
-        f"{_value(each.last)}</span>"
-        for each in chart.series
-    )
-    return f'<div class="panel"><h3>{escape(title)}{keys}</h3>{draw(chart, title)}</div>\n'
+def _panel(title: str, chart: SvgChart) -> Panel:
+    keys = tuple(Key(each.style, each.label, each.last) for each in chart.series)
+    return Panel(title, keys, draw(chart, title))
 
 
-def _value(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else escape(str(value))
-
-
-def _loss(recorded: ReportData) -> str | None:
-    found = recorded.found(schema.STEP, "loss")
+def _loss(data: ReportData) -> Panel | None:
+    found = data.found(schema.STEP, "loss")
     if found is None:
         return None
     table, column = found
-    series = [SvgSeries.of("loss", "training", recorded.window(table, [column], BUCKETS), 0)]
-    validation = recorded.found(schema.VALIDATION, "loss")
+    series = [SvgSeries.of("loss", "training", data.window(table, [column], BUCKETS), 0)]
+    validation = data.found(schema.VALIDATION, "loss")
     if validation is not None:
-        seen = recorded.window(validation[0], [validation[1]], BUCKETS)
+        seen = data.window(validation[0], [validation[1]], BUCKETS)
         series.append(SvgSeries.of("validation", "validation", seen, 0, points=True))
-    chart = SvgChart(series, recorded.last_step, height=260, start=recorded.first_step)
-    return panel("Loss", chart)
+    chart = SvgChart(series, data.last_step, height=260, start=data.first_step)
+    return _panel("Loss", chart)
 
 
-def _norm(recorded: ReportData) -> str | None:
-    found = recorded.found(schema.STEP, "grad_norm_preclip")
+def _norm(data: ReportData) -> Panel | None:
+    found = data.found(schema.STEP, "grad_norm_preclip")
     if found is None:
         return None
     table, column = found
-    clip = recorded.found(schema.CLIP, "max_norm")
+    clip = data.found(schema.CLIP, "max_norm")
     latest = clip[0].latest() if clip else None
     chart = SvgChart(
-        [SvgSeries.of("norm", "before clipping", recorded.window(table, [column], BUCKETS), 0)],
-        recorded.last_step,
+        [SvgSeries.of("norm", "before clipping", data.window(table, [column], BUCKETS), 0)],
+        data.last_step,
         height=260,
         zero=True,
         rule=float(latest[1][clip[1]]) if clip and latest else None,
-        marks=recorded.steps_of("clip"),
-        start=recorded.first_step,
+        marks=data.steps_of("clip"),
+        start=data.first_step,
     )
     count = len(chart.marks)
     title = "Gradient norm" + (f", limit {chart.rule:g}" if chart.rule is not None else "")
-    return panel(title + (f", {count:,} clips" if count else ""), chart)
+    return _panel(title + (f", {count:,} clips" if count else ""), chart)
 
 
-def _rate(recorded: ReportData) -> str | None:
-    found = recorded.found(schema.STEP, "learning_rate")
+def _rate(data: ReportData) -> Panel | None:
+    found = data.found(schema.STEP, "learning_rate")
     if found is None:
         return None
-    seen = recorded.window(found[0], [found[1]], BUCKETS)
+    seen = data.window(found[0], [found[1]], BUCKETS)
     series = [SvgSeries.of("accent", "", seen, 0)]
     if not np.isfinite(series[0].high).any():
         return None
-    chart = SvgChart(series, recorded.last_step, 180, zero=True, start=recorded.first_step)
-    return panel("Learning rate", chart)
+    chart = SvgChart(series, data.last_step, 180, zero=True, start=data.first_step)
+    return _panel("Learning rate", chart)
 
 
-def _phases(recorded: ReportData) -> str | None:
-    table = recorded.history.table(schema.PHASE_MS)
+def _phases(data: ReportData) -> Panel | None:
+    table = data.history.table(schema.PHASE_MS)
     if table is None or not table.rows:
         return None
     columns = list(range(table.columns))
-    seen = recorded.window(table, columns, BUCKETS // 4)
+    seen = data.window(table, columns, BUCKETS // 4)
     series = [
         SvgSeries.of(PHASE_COLOURS[place % len(PHASE_COLOURS)], each.name, seen, place)
         for place, each in enumerate(table.table.columns)
@@ -304,30 +312,30 @@ def _phases(recorded: ReportData) -> str | None:
     series = [each for each in series if np.isfinite(each.high).any() and (each.high > 0).any()]
     if not series:
         return None
-    chart = SvgChart(series, recorded.last_step, 180, " ms", log=True, start=recorded.first_step)
-    return panel("Time of each phase", chart)
+    chart = SvgChart(series, data.last_step, 180, " ms", log=True, start=data.first_step)
+    return _panel("Time of each phase", chart)
 
 
-def _attention(recorded: ReportData) -> Iterator[str]:
-    for layer in recorded.info.attention[:LAYERS_SHOWN]:
-        place = location_of(recorded.history, schema.ATTENTION, layer.layer)
+def _attention(data: ReportData) -> Iterator[Panel]:
+    for layer in data.info.attention[:LAYERS_SHOWN]:
+        place = location_of(data.history, schema.ATTENTION, layer.layer)
         if place is None or not place.history.rows:
             continue
-        for title, parts in (("cosines", PAIRS), ("drift from the start", DRIFTS)):
+        for title, parts in (("cosines", PAIRS), ("drift from initialisation", DRIFTS)):
             meant = [each for each in parts if layer.comparable(each[2])]
-            chart = _layer(recorded, place, meant)
+            chart = _layer(data, place, meant)
             if chart is not None:
-                yield panel(f"{layer.layer}: {title}", chart)
+                yield _panel(f"{layer.layer}: {title}", chart)
 
 
 def _layer(
-    recorded: ReportData, place: LayerLocation, parts: Sequence[tuple[str, str, str]]
+    data: ReportData, place: LayerLocation, parts: Sequence[tuple[str, str, str]]
 ) -> SvgChart | None:
     if not parts:
         return None
     wanted = [place.columns[schema.ATTENTION_STATISTICS.index(name)] for name, _, _ in parts]
-    seen = recorded.window(place.history, wanted, BUCKETS // 2)
+    seen = data.window(place.history, wanted, BUCKETS // 2)
     series = [SvgSeries.of(style, label, seen, n) for n, (_, style, label) in enumerate(parts)]
     if not any(np.isfinite(each.high).any() for each in series):
         return None
-    return SvgChart(series, recorded.last_step, 170, start=recorded.first_step)
+    return SvgChart(series, data.last_step, 170, start=data.first_step)

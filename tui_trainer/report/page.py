@@ -1,186 +1,133 @@
-"""The page about a run, put together: what it was, how it went, what happened."""
+"""Renders the page about a run from `page.html`: its numbers, charts, events and settings."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from html import escape
+from dataclasses import dataclass
 from importlib.resources import files
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer import __version__
 from tui_trainer.history.analysis import find_spikes
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import scalar
+from tui_trainer.protocol.formatting import number, scalar
 from tui_trainer.protocol.messages import Event, NonFinite, Notice
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData
 
-# ---- tables
-# The tables of a report.
-
-
 WORST_SHOWN = 12
-HEALTHY = 1e-3
-"""The ratio of update to weight that is usually aimed at."""
-
-
-def settings(title: str, values: Mapping[str, Scalar], layout: str) -> Iterator[str]:
-    """Names and values; nothing where there are none."""
-    shown = {name: value for name, value in values.items() if value not in (None, "")}
-    if not shown:
-        return
-    yield f'<h2>{escape(title)}</h2>\n<div class="panel"><div class="{layout}"><table>\n'
-    for name, value in shown.items():
-        yield f'<tr><th>{escape(name)}</th><td class="m">{escape(scalar(value))}</td></tr>\n'
-    yield "</table></div></div>\n"
-
-
-def worst_parameters(recorded: ReportData) -> Iterator[str]:
-    """The parameters with the highest gradient norm of the whole run, with where they ended."""
-    found = recorded.history.of_every_optimizer(schema.GRAD_NORM)
-    found = [table for table in found if table.rows and table.columns]
-    if not found:
-        return
-    extremes = [_extremes(table) for table in found]
-    highest = np.concatenate([high for high, _ in extremes])
-    seen_bad = np.concatenate([bad for _, bad in extremes])
-    last = _last_by_name(recorded, schema.GRAD_NORM)
-    ratios = _last_by_name(recorded, schema.UPDATE_RATIO)
-    weights = _last_by_name(recorded, schema.WEIGHT_NORM)
-    names = [column.name for table in found for column in table.table.columns]
-    score = np.where(seen_bad, np.inf, np.nan_to_num(highest, nan=-1.0))
-    order = np.argsort(-score, kind="stable")[:WORST_SHOWN]
-    yield '<h2>Parameters with the largest gradients</h2>\n<div class="panel"><table>\n'
-    heads = ("‖∂L/∂p‖, highest", "‖∂L/∂p‖, last", "‖w‖, last", "‖Δw‖/‖w‖, last")
-    yield "<tr><th>parameter</th>" + "".join(f'<th class="n">{h}</th>' for h in heads) + "</tr>\n"
-    for place in order.tolist():
-        name = names[place]
-        bad = ' <span class="error">NaN or infinity seen</span>' if seen_bad[place] else ""
-        cells = (float(highest[place]), last.get(name), weights.get(name), ratios.get(name))
-        row = "".join(f'<td class="n">{_number(cell)}</td>' for cell in cells)
-        yield f'<tr><td class="m">{escape(name)}{bad}</td>{row}</tr>\n'
-    yield "</table></div>\n"
-
-
-def _extremes(table: MemorySeries) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    columns = list(range(table.columns))
-    seen = table.window(columns, table.first_step or 0, (table.last_step or 0) + 1, 1)
-    return seen.high[0], seen.nonfinite[0]
-
-
-def _last_by_name(recorded: ReportData, name: str) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for table in recorded.history.of_every_optimizer(name):
-        if (latest := table.latest()) is not None:
-            columns = (column.name for column in table.table.columns)
-            found.update(zip(columns, latest[1].tolist(), strict=True))
-    return found
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4g}"
-
-
 EVENTS_SHOWN = 200
 
 
-def render(recorded: ReportData) -> Iterator[str]:
-    """The whole document, piece by piece. Every text of the run is escaped; nothing is fetched."""
-    info, status = recorded.info, recorded.status
-    yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-    yield f"<title>{escape(info.name)} · {escape(info.title or info.task)}</title>\n"
-    yield f"<style>\n{style()}</style>\n</head>\n<body>\n<main>\n"
-    yield f"<h1>{escape(info.name)}<small>{escape(info.title or info.task)}</small></h1>\n"
-    yield f'<p class="lead">{_lead(recorded)}</p>\n'
-    yield '<div class="figures">' + "".join(_figures(recorded)) + "</div>\n"
-    yield '<h2>How it went</h2>\n<div class="charts">\n'
-    yield from panels(recorded)
-    yield "</div>\n"
-    yield from worst_parameters(recorded)
-    yield from _events(recorded.events(EVENTS_SHOWN), recorded.event_count())
-    yield from settings("Configuration", _shown(info.configuration), "columns")
-    yield from settings("Data and model", {**info.facts, **_model(info)}, "columns")
-    yield from settings("Environment", _environment(info), "")
-    if info.unseen:
-        yield from settings("Not seen in this run", dict(info.unseen), "")
-    if recorded.history.store.fault:  # known when all of it has been read
-        yield f'<p class="lead error">{escape(recorded.history.store.fault)}</p>\n'
-    yield f"<footer>written by tui-trainer {escape(__version__)}, {_when(time.time())}"
-    yield f"{', before the run had ended' if not status.ended else ''}</footer>\n"
-    yield "</main>\n</body>\n</html>\n"
+@dataclass(frozen=True)
+class Figure:
+    """One of the large numbers at the top."""
+
+    name: str
+    value: str
 
 
-def style() -> str:
-    """The style sheet, with a class for each colour."""
-    text = files("tui_trainer.report").joinpath("page.css").read_text(encoding="utf-8")
-    rules = (f".{c}{{fill:var(--{c});stroke:var(--{c});background:var(--{c})}}" for c in COLOURS)
-    return text.replace("COLOURS", "\n".join(rules))
+@dataclass(frozen=True)
+class ParameterRow:
+    """A parameter with its highest and last gradient norm, last norm and last update ratio."""
+
+    name: str
+    nonfinite: bool
+    values: tuple[float | None, ...]
 
 
-def _lead(recorded: ReportData) -> str:
-    info, status = recorded.info, recorded.status
-    state = f'<span class="state {escape(status.state)}">{escape(status.state)}</span>'
-    parts = [state + (f": {escape(status.reason)}" if status.reason else "")]
-    if status.hint:
-        parts.append(escape(status.hint))
-    if info.started_at:
-        parts.append(f"started {_when(info.started_at)}")
-    if info.host:
-        parts.append(f"on {escape(info.host)}")
-    if info.parent:
-        parent = escape(info.parent.rpartition("/")[2])
-        parts.append(f"goes on from {parent} at step {info.branch_step or 0:,}")
-    return " · ".join(parts)
+@dataclass(frozen=True)
+class EventRow:
+    """One line of the table of events."""
+
+    step: int
+    kind: str
+    level: str
+    text: str
 
 
-def _when(seconds: float) -> str:
+def render(data: ReportData) -> Iterator[str]:
+    """The document, piece by piece, so that a long run is never held in memory as a whole."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"scalar": scalar, "number": _number, "date": _date}
+    page = environment.from_string(_resource("page.html"))
+    info = data.info
+    return page.generate(
+        info=info,
+        status=data.status,
+        style=_resource("page.css"),
+        colours=COLOURS,
+        parent=info.parent.rpartition("/")[2],
+        figures=list(_figures(data)),
+        panels=panels(data),
+        worst=_worst_parameters(data),
+        events=_events(data.events(EVENTS_SHOWN)),
+        event_count=data.event_count(),
+        configuration=_present(info.configuration),
+        facts=_present({**info.facts, **_model(info)}),
+        environment=_present(_environment(info)),
+        unseen=_present(info.unseen),
+        fault=lambda: data.history.store.fault,  # complete once everything has been read
+        version=__version__,
+        now=time.time(),
+    )
+
+
+def _resource(name: str) -> str:
+    return files("tui_trainer.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _number(value: float | None) -> str:
+    return number(value, width=0)
+
+
+def _date(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)).strip()
-    except (ValueError, OverflowError, OSError):  # no time at all: a damaged recording
+    except (ValueError, OverflowError, OSError):  # not a time: a damaged recording
         return "at an unknown time"
 
 
-def _figures(recorded: ReportData) -> Iterator[str]:
-    def figure(name: str, value: str) -> str:
-        return f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+def _present(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    return {name: value for name, value in values.items() if value not in (None, "")}
 
-    total = recorded.info.total_steps
-    steps = f"{recorded.last_step:,}" + (f" of {total:,}" if total else "")
-    yield figure("steps", steps)
+
+# ---------------------------------------------------------------- figures
+
+
+def _figures(data: ReportData) -> Iterator[Figure]:
+    total = data.info.total_steps
+    yield Figure("steps", f"{data.last_step:,}" + (f" of {total:,}" if total else ""))
     for name, table, column in (
         ("training loss", schema.STEP, "loss"),
         ("validation loss", schema.VALIDATION, "loss"),
         ("validation accuracy", schema.VALIDATION, "accuracy"),
     ):
-        last, best = recorded.last_and_best(table, column, lowest=column != "accuracy")
+        last, best = data.last_and_best(table, column, lowest=column != "accuracy")
         if last is not None:
             extra = f", best {best:.4g}" if best is not None and best != last else ""
-            yield figure(name + extra, f"{last:.4f}")
-    clips = recorded.event_count("clip")
-    if recorded.history.table(schema.CLIP) is not None and recorded.last_step:
-        yield figure("of the steps clipped", f"{100 * clips / recorded.last_step:.1f} %")
-    spikes = _spikes(recorded)
-    if spikes:
-        yield figure("worst spike of the loss", spikes)
-    bad = recorded.event_count("nonfinite")
-    if bad:
-        yield figure("times a NaN or infinity appeared", f"{bad:,}")
-    if recorded.status.elapsed_s:
-        yield figure("training", _duration(recorded.status.elapsed_s))
-
-
-def _spikes(recorded: ReportData) -> str:
-    table = recorded.history.table(schema.STEP)
-    worst = find_spikes(table, 0, 1) if table is not None else []
-    return f"{worst[0].loss:.3g} at {worst[0].step:,}" if worst else ""
+            yield Figure(name + extra, f"{last:.4f}")
+    if data.history.table(schema.CLIP) is not None and data.last_step:
+        share = data.event_count("clip") / data.last_step
+        yield Figure("of the steps clipped", f"{share:.1%}")
+    steps = data.history.table(schema.STEP)
+    if steps is not None and (spikes := find_spikes(steps, 0, 1)):
+        yield Figure("largest loss spike", f"{spikes[0].loss:.3g} at step {spikes[0].step:,}")
+    if nonfinite := data.event_count("nonfinite"):
+        yield Figure("times a value became nan or inf", f"{nonfinite:,}")
+    if data.status.elapsed_s:
+        yield Figure("training", _duration(data.status.elapsed_s))
 
 
 def _duration(seconds: float) -> str:
@@ -191,57 +138,89 @@ def _duration(seconds: float) -> str:
     return f"{minute} min {second:02} s" if minute else f"{seconds:.1f} s"
 
 
-def _events(events: list[Event], count: int) -> Iterator[str]:
-    """All but clips, which are on the chart."""
-    if not events:
-        return
-    yield '<h2>Events</h2>\n<div class="panel"><table class="events">\n'
-    yield '<tr><th class="n">step</th><th>what</th><th></th></tr>\n'
-    kind: str
-    level: str
+# ---------------------------------------------------------------- tables
+
+
+def _worst_parameters(data: ReportData) -> list[ParameterRow]:
+    """The parameters with the highest gradient norms of the run, non-finite ones first."""
+    tables = data.history.of_every_optimizer(schema.GRAD_NORM)
+    tables = [table for table in tables if table.rows and table.columns]
+    if not tables:
+        return []
+    extremes = [_extremes(table) for table in tables]
+    highest = np.concatenate([high for high, _ in extremes])
+    nonfinite = np.concatenate([bad for _, bad in extremes])
+    names = [column.name for table in tables for column in table.table.columns]
+    last = _last_by_name(data, schema.GRAD_NORM)
+    weights = _last_by_name(data, schema.WEIGHT_NORM)
+    ratios = _last_by_name(data, schema.UPDATE_RATIO)
+    score = np.where(nonfinite, np.inf, np.nan_to_num(highest, nan=-1.0))
+    rows = []
+    for index in np.argsort(-score, kind="stable")[:WORST_SHOWN].tolist():
+        name = names[index]
+        values = (float(highest[index]), last.get(name), weights.get(name), ratios.get(name))
+        rows.append(ParameterRow(name, bool(nonfinite[index]), values))
+    return rows
+
+
+def _extremes(table: SeriesReader) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    columns = list(range(table.columns))
+    window = table.window(columns, table.first_step or 0, (table.last_step or 0) + 1, 1)
+    return window.high[0], window.nonfinite[0]
+
+
+def _last_by_name(data: ReportData, name: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for table in data.history.of_every_optimizer(name):
+        if (latest := table.latest()) is not None:
+            columns = (column.name for column in table.table.columns)
+            found.update(zip(columns, latest[1].tolist(), strict=True))
+    return found
+
+
+def _events(events: list[Event]) -> list[EventRow]:
+    """Without clips, which are marked on the chart."""
+    rows = []
     for event in events:
         if isinstance(event, Notice):
             who = f" ({event.who})" if event.who else ""
-            kind, level, text = event.kind, event.level, event.text + who
+            rows.append(EventRow(event.step, event.kind, event.level, event.text + who))
         elif isinstance(event, NonFinite):
             where = f" in {event.parameter}" if event.parameter else ""
-            kind, level = "non-finite", "error"
             text = f"the {event.quantity}{where} is {event.value}{event.seen}"
-        else:
-            continue
-        yield (
-            f'<tr><td class="n">{event.step:,}</td><td>{escape(kind)}</td>'
-            f'<td class="{escape(level, quote=True)}">{escape(text)}</td></tr>\n'
-        )
-    yield "</table>"
-    if count > len(events):
-        yield f"<p>the first {len(events):,} of {count:,}</p>"
-    yield "</div>\n"
+            rows.append(EventRow(event.step, "non-finite", "error", text))
+    return rows
 
 
-def _shown(configuration: dict[str, Scalar]) -> dict[str, Scalar]:
-    return {name: value for name, value in configuration.items() if value is not None}
+# ---------------------------------------------------------------- settings
 
 
 def _model(info: RunInfo) -> dict[str, Scalar]:
     trainable = sum(each.numel for each in info.parameters if each.trainable)
-    made: dict[str, Scalar] = {}
+    facts: dict[str, Scalar] = {}
     if trainable:
-        made["trainable parameters"] = f"{trainable:,} in {len(info.parameters):,} tensors"
+        facts["trainable parameters"] = f"{trainable:,} in {len(info.parameters):,} tensors"
     if info.attention:
-        made["attention layers"] = len(info.attention)
-    return made
+        facts["attention layers"] = len(info.attention)
+    return facts
 
 
 def _environment(info: RunInfo) -> dict[str, Scalar]:
-    made: dict[str, Scalar] = {"command": " ".join(info.command)}
-    made["working directory"] = info.working_directory
-    if info.source is not None:
+    source = info.source
+    commit = device = ""
+    if source is not None:
         changes = {True: ", with changes", False: "", None: ", perhaps with changes"}
-        branch = f" on {info.source.branch}" if info.source.branch else ""
-        made["commit"] = info.source.commit + branch + changes[info.source.dirty]
+        branch = f" on {source.branch}" if source.branch else ""
+        commit = source.commit + branch + changes[source.dirty]
     if info.device is not None:
         threads = f", {info.device.threads} threads" if info.device.threads else ""
-        made["device"] = f"{info.device.kind}: {info.device.name}{threads}"
-    made |= {"host": info.host, "run directory": info.directory}
-    return {**made, **info.versions}
+        device = f"{info.device.kind}: {info.device.name}{threads}"
+    return {
+        "command": " ".join(info.command),
+        "working directory": info.working_directory,
+        "commit": commit,
+        "device": device,
+        "host": info.host,
+        "run directory": info.directory,
+        **info.versions,
+    }

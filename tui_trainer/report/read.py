@@ -1,4 +1,4 @@
-"""What a report needs of a recorded run."""
+"""Reads from a recorded run what a report shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tui_trainer.store.reader import StoredEvents, StoredHistory
 
 @dataclass(frozen=True)
 class ReportData:
-    """A run's history with its description and how it ended."""
+    """A recorded run: its history, description and last status."""
 
     history: StoredHistory
     info: RunInfo
@@ -22,28 +22,27 @@ class ReportData:
 
     @property
     def last_step(self) -> int:
-        """The newest step."""
         return self.history.last_step
 
     def found(self, name: str, column: str) -> tuple[MemorySeries, int] | None:
-        """A table that has rows, and the place of a column."""
+        """A table with rows, and the index of one of its columns."""
         table = self.history.table(name)
         names = [each.name for each in table.table.columns] if table is not None else []
         return (table, names.index(column)) if table and table.rows and column in names else None
 
     def window(self, table: MemorySeries, columns: list[int], buckets: int) -> Window:
-        """Some columns over the whole run."""
+        """`columns` over the whole run, in at most `buckets` buckets."""
         return table.window(columns, self.first_step, self.last_step + 1, buckets)
 
     @property
     def first_step(self) -> int:
-        """Where the charts begin."""
+        """The first step of the charts."""
         return (self.info.branch_step or 0) + 1
 
     def last_and_best(
         self, name: str, column: str, lowest: bool
     ) -> tuple[float | None, float | None]:
-        """The newest and the best value of a series; None where there is none."""
+        """The last and the best value of a column; None where there is none."""
         found = self.found(name, column)
         latest = found[0].latest() if found else None
         if found is None or latest is None:
@@ -54,7 +53,7 @@ class ReportData:
         return float(latest[1][place]), None if math.isnan(best) else best
 
     def event_count(self, kind: str = "") -> int:
-        """Events of a kind, or all but clips."""
+        """Number of events of `kind`; of all but clips without it."""
         store = self.history.store
         question = (
             "SELECT count(*) FROM event WHERE kind = ?"
@@ -65,10 +64,10 @@ class ReportData:
         return int(found[0][0]) if found else 0
 
     def events(self, count: int) -> list[Event]:
-        """The first events that are no clips."""
+        """The first `count` events that are not clips."""
         return list(StoredEvents(self.history.store).first_events(count))
 
     def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
-        """The steps of the events of a kind."""
+        """The steps with an event of `kind`."""
         question = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
         return [int(step) for (step,) in self.history.store.numbers(question, kind, count)]
