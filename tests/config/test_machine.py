@@ -83,7 +83,7 @@ def test_others_count_on_our_cores_alone(tmp_path):
 def test_what_we_use_ourselves_is_not_others(monkeypatch):
     """Read as the kernel gives it: what this process burns is taken off again."""
     busy = iter([10.0, 10.0 + 0.4])
-    monkeypatch.setattr(machine, "_busy_s", lambda allowed: next(busy))
+    monkeypatch.setattr(machine, "_busy_s", lambda cores: next(busy))
     monkeypatch.setattr(machine, "_own_s", iter([1.0, 1.3]).__next__)
     others = OtherLoad()
     assert 0.0 < others.cores(0.05) <= 0.11 / 0.05

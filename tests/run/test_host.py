@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
+from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
+from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
 from tui_trainer.protocol.messages import Command, Hello, Pause, Poll, Resume, Step, StepPhase, Stop

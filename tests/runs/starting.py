@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests import processes
-from tui_trainer.config.run_spec import (
-    LOG_FILE,
-    RunSpec,
-    RunState,
-    find_socket,
-    read_state,
-    write_spec,
-)
+from tui_trainer.config.run_spec import LOG_FILE, RunSpec, find_socket, write_spec
+from tui_trainer.config.run_state import RunState, read_state
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from tui_trainer.cli.commands import doctor
 from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
 from tui_trainer.cli.commands.logs import Printed
 from tui_trainer.client.connection import BlockingConnection
-from tui_trainer.config.run_spec import LOG_FILE, write_state
+from tui_trainer.config.run_spec import LOG_FILE
+from tui_trainer.config.run_state import write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.liveness import inspect_run
@@ -282,7 +283,7 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     (place / "status.json").write_bytes(lost)
     runs.kill("gpt-quiet")
     elsewhere = msgspec.structs.replace(
-        runs.said("gpt-quiet"), place="far", host="far", written_at=time.time() - 60
+        runs.said("gpt-quiet"), machine="far", host="far", written_at=time.time() - 60
     )
     write_state(place, elsewhere)
     assert inspect_run(place).state == "crashed"

@@ -14,13 +14,8 @@ import pytest
 
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
-from tui_trainer.config.run_spec import (
-    RunSpec,
-    find_socket,
-    new_socket_path,
-    process_identity,
-    write_spec,
-)
+from tui_trainer.config.run_spec import RunSpec, find_socket, new_socket_path, write_spec
+from tui_trainer.config.run_state import process_identity
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import RunEnded

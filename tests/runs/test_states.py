@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.runs.starting import until
-from tui_trainer.config.run_spec import (
+from tui_trainer.config.run_state import (
     RunState,
     machine_identity,
     process_identity,
@@ -119,8 +119,8 @@ def said(**fields):
         "name": "r",
         "state": "running",
         "pid": os.getpid(),
-        "began": process_identity(os.getpid()),
-        "place": machine_identity(),
+        "process": process_identity(os.getpid()),
+        "machine": machine_identity(),
         "written_at": time.time(),
     }
     return RunState(**{**known, **fields})
@@ -129,14 +129,14 @@ def said(**fields):
 def test_a_process_with_the_same_number_is_not_the_run():
     assert judge_state(said())[0] == "live"
     assert judge_state(said(state="paused"))[0] == "paused"
-    assert judge_state(said(began="another:1"))[0] == "crashed"
-    assert judge_state(said(began=""))[0] == "crashed"
-    assert judge_state(said(state="finished", began="another:1"))[0] == "finished"
+    assert judge_state(said(process="another:1"))[0] == "crashed"
+    assert judge_state(said(process=""))[0] == "crashed"
+    assert judge_state(said(state="finished", process="another:1"))[0] == "finished"
 
 
 def test_a_run_elsewhere_is_judged_by_its_silence():
-    assert judge_state(said(place="other-host", pid=1))[0] == "live"
-    state, why = judge_state(said(place="other-host", host="far", written_at=time.time() - 100))
+    assert judge_state(said(machine="other-host", pid=1))[0] == "live"
+    state, why = judge_state(said(machine="other-host", host="far", written_at=time.time() - 100))
     assert state == "crashed"
     assert "no sign of life from far" in why
 

@@ -20,7 +20,8 @@ from tui_trainer.cli.commands.report import report
 from tui_trainer.cli.commands.show import show
 from tui_trainer.cli.errors import FAULT, CommandError
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.config.run_spec import RunSpec, RunState, write_spec, write_state
+from tui_trainer.config.run_spec import RunSpec, write_spec
+from tui_trainer.config.run_state import RunState, write_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Pause
 from tui_trainer.protocol.schema import AttentionInfo, Column, RunInfo

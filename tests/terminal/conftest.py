@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tui_trainer.config.run_spec import process_identity, read_state
+from tui_trainer.config.run_state import process_identity, read_state
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield directory
     for run in directory.glob("*"):
         state = read_state(run)
-        if state and state.began and process_identity(state.pid) == state.began:
+        if state and state.process and process_identity(state.pid) == state.process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state.pid, signal.SIGKILL)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminal.harness import COMMAND, Terminal
-from tui_trainer.config.run_spec import read_state
+from tui_trainer.config.run_state import read_state
 
 SHORT = ["--steps", "3", "--threads", "1", "--device", "cpu", "--sample-every", "0"]
 EXPLOSIVE = ["--learning-rate", "1e9", "--warmup-steps", "0", "--schedule", "constant"]

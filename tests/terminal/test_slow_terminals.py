@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
 from tests.terminal.test_main_job import GPT, step_on, wait_for_step
-from tui_trainer.config.run_spec import read_state
+from tui_trainer.config.run_state import read_state
 
 
 def the_run(runs: Path) -> Path:

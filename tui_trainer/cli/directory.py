@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import get_type_hints
 
 from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.git import find_source
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.config.errors import near_miss
 from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
     create_run_directory,
-    read_state,
     remove_run,
     runs_directory,
     write_spec,
 )
+from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import Branch
@@ -207,6 +208,7 @@ def prepare(
             arguments=script.arguments if script else (),
             working_directory=os.getcwd(),
             command=("tui-trainer", *sys.argv[1:]),
+            source=find_source(os.getcwd()),
             start_paused=options.paused,
             budget=options.measuring_budget,
             attention_pattern=options.attention_pattern,

@@ -24,7 +24,8 @@ from tui_trainer.cli.errors import FAULT, INTERRUPTED, USAGE, CommandError, say
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.client.api import Session, Snapshot
 from tui_trainer.client.launch import Launched, LaunchError, LaunchRequest, launch
-from tui_trainer.config.run_spec import RunSpec, RunState, read_state
+from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.config.run_state import RunState, read_state
 from tui_trainer.protocol import schema
 
 if TYPE_CHECKING:

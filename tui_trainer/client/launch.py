@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tui_trainer.client.api import Session
 from tui_trainer.client.connection import NotReady, RunGone, Stream, Unreachable, open_unix_stream
-from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
+from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
+from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.boot_log import BOOT_LOG, last_output

@@ -1,4 +1,4 @@
-"""How much of the machine this process may use, and how much of that others are using."""
+"""The CPU cores that this process may use, and how many of them other processes are using."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-LEAST_S = 0.1
-"""A shorter look says little: the kernel counts in hundredths of a second."""
+MIN_PERIOD_S = 0.1
+"""A shorter period gives no usable figure: the kernel counts in hundredths of a second."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _STAT = Path("/proc/stat")
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those it is bound to, and of these no more than a
-    container's quota pays for (`docker run --cpus`, Kubernetes' limits, systemd's CPUQuota)."""
+    """Cores in this process's affinity mask, limited by a container's CPU quota (`docker run
+    --cpus`, a Kubernetes limit, systemd's CPUQuota)."""
     return max(1, int(min(allowed_cores(), cpu_quota())))
 
 
 def allowed_cores() -> int:
-    """Cores that this process is bound to, whatever its quota pays for."""
-    return len(_allowed()) or os.cpu_count() or 1
+    """Cores in this process's affinity mask, whatever its quota."""
+    return len(_affinity()) or os.cpu_count() or 1
 
 
-def _allowed() -> set[int]:
+def _affinity() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def cpu_quota(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
-    """Cores' worth of CPU time that the control groups of this process grant; inf: no limit.
+    """The CPU quota of this process's control groups and their parents, in cores; inf: no limit.
 
-    Version 2 is described in the kernel's admin-guide/cgroup-v2, `cpu.max`; version 1 in its
-    scheduler/sched-bwc, `cpu.cfs_quota_us`. A limit of any group above counts, too.
+    Version 2 is documented in the kernel's admin-guide/cgroup-v2 (`cpu.max`), version 1 in its
+    scheduler/sched-bwc (`cpu.cfs_quota_us`).
     """
-    least = float("inf")
-    for directory in _groups(cgroups, own):
+    quota = float("inf")
+    for directory in _cpu_cgroups(cgroups, own):
         try:
-            if (there := directory / "cpu.max").exists():
-                granted, period = there.read_text().split()
+            if (limit := directory / "cpu.max").exists():
+                granted, period = limit.read_text().split()
             else:
                 granted = (directory / "cpu.cfs_quota_us").read_text().strip()
                 period = (directory / "cpu.cfs_period_us").read_text()
             if granted not in ("max", "-1"):
-                least = min(least, int(granted) / int(period))
+                quota = min(quota, int(granted) / int(period))
         except (OSError, ValueError, ZeroDivisionError):
             continue
-    return least
+    return quota
 
 
-def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
-    """Those of this process that may limit its CPU time, with all above."""
+def _cpu_cgroups(cgroups: Path, own: Path) -> Iterator[Path]:
+    """Directories of this process's control groups that may limit CPU time, and their parents."""
     try:
         lines = own.read_text().splitlines()
     except (OSError, ValueError):
@@ -62,43 +62,45 @@ def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
         if not controllers:
             yield from (cgroups / part for part in (path, *path.parents))
         elif "cpu" in controllers.split(","):
-            for name in {controllers, "cpu"}:  # the mount may have them in another order
+            for name in {controllers, "cpu"}:  # the mount may list them in another order
                 yield from (cgroups / name / part for part in (path, *path.parents))
 
 
 class OtherLoad:
-    """The cores, of those that this process may use, that other processes use: in the mean from the
-    moment this is made. What this process, the one that started it, and those it has waited for use
-    does not count. Linux alone; elsewhere nobody else is seen."""
+    """Mean number of this process's allowed cores that other processes have been using since the
+    instance was created.
+
+    CPU time of this process, of its parent and of its finished children does not count. Works on
+    Linux; elsewhere the load is 0.
+    """
 
     def __init__(self) -> None:
         self._parent = os.getppid()
-        self._begun = self._now()
+        self._start = self._sample()
 
-    def cores(self, least_s: float = LEAST_S) -> float:
-        """Waits until there have been `least_s` seconds to look at; 0 where nothing can be seen."""
-        if not self._begun[1]:
+    def cores(self, min_period_s: float = MIN_PERIOD_S) -> float:
+        """Waits until `min_period_s` seconds have passed since the instance was created."""
+        if not self._start[1]:
             return 0.0
-        began, busy_before, own_before = self._begun
-        time.sleep(max(0.0, began + least_s - time.monotonic()))
-        now, busy, own = self._now()
-        if os.getppid() != self._parent:  # gone, and with it what it has used
+        started, busy_before, own_before = self._start
+        time.sleep(max(0.0, started + min_period_s - time.monotonic()))
+        now, busy, own = self._sample()
+        if os.getppid() != self._parent:  # it ended, and its CPU time is no longer known
             return 0.0
-        return max(0.0, (busy - busy_before - (own - own_before)) / (now - began))
+        return max(0.0, (busy - busy_before - (own - own_before)) / (now - started))
 
-    def _now(self) -> tuple[float, float, float]:
-        """The time, and the CPU seconds of all and of ours."""
-        return time.monotonic(), _busy_s(_allowed()), _own_s()
+    def _sample(self) -> tuple[float, float, float]:
+        """Time, CPU seconds of all processes, CPU seconds of ours."""
+        return time.monotonic(), _busy_s(_affinity()), _own_s()
 
 
-def _busy_s(allowed: set[int], stat: Path = _STAT) -> float:
-    """CPU seconds since the machine started in which these cores were not idle. What a hypervisor
-    took away counts: it is others that have it."""
+def _busy_s(cores: set[int], stat: Path = _STAT) -> float:
+    """CPU seconds that these cores were busy since boot, including time stolen by a hypervisor."""
     total = 0.0
     try:
         for line in stat.read_text().splitlines():
             name, *ticks = line.split()
-            if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in allowed:
+            if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cores:
                 user, nice, system, _idle, _iowait, *rest = map(int, ticks)
                 total += user + nice + system + sum(rest[:3])  # guests are in user and nice
     except (OSError, ValueError):

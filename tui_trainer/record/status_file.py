@@ -9,14 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tui_trainer.config.run_spec import (
-    SOCKET_POINTER_FILE,
-    SPEC_FILE,
-    RunState,
-    machine_identity,
-    process_identity,
-    write_state,
-)
+from tui_trainer.config.run_spec import SOCKET_POINTER_FILE, SPEC_FILE
+from tui_trainer.config.run_state import RunState, machine_identity, process_identity, write_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
@@ -110,8 +104,8 @@ class StatusFile:
             title=info.title,
             state=status.state,
             pid=pid,
-            began=process_identity(pid),
-            place=machine_identity(),
+            process=process_identity(pid),
+            machine=machine_identity(),
             host=info.host,
             started_at=info.started_at or now,
             written_at=now,

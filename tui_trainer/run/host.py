@@ -20,7 +20,7 @@ from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.status_file import StatusFile
 from tui_trainer.run.control import CommandHandler
-from tui_trainer.run.environment import initial_info, limit_openmp_spinning, look_up_source
+from tui_trainer.run.environment import initial_info, limit_openmp_spinning
 from tui_trainer.run.outcome import FAULT, Outcome, judge, report_outcome, say, told_in_full
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import Signals
@@ -106,10 +106,6 @@ class Host:
         """What is settled before anything of the training is imported."""
         try:
             limit_openmp_spinning(self.spec, self._others)
-            look_up_source(  # only now: git must not be taken for somebody else's work
-                self.recorder.info.working_directory,
-                lambda source: self.recorder.describe(source=source),
-            )
         except Exception as fault:
             self.recorder.fault("looking around", fault)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tui_trainer import __version__
-from tui_trainer.config.run_spec import ELSEWHERE
+from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.messages import (
@@ -321,7 +321,9 @@ class Server:
         if path is None or path.exists():
             return
         try:
-            if path.parent.name.startswith(ELSEWHERE):  # some tidy temporary files away
+            if path.parent.name.startswith(
+                SOCKET_DIRECTORY_PREFIX
+            ):  # some tidy temporary files away
                 path.parent.mkdir(mode=0o700, exist_ok=True)
             again = _listen(path)
         except OSError:

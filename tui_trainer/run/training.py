@@ -18,7 +18,7 @@ from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import from_flat
 from tui_trainer.protocol.schema import VALIDATION, Column
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.devices import device_of, no_core_left, with_torch
+from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
 from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.script import load_module, load_script
@@ -217,7 +217,7 @@ def train_task(host: RunContext) -> Outcome:
     with nothing_collected():
         import torch
 
-    host.recorder.describe(versions=with_torch(host.recorder.info.versions))
+    host.recorder.describe(versions=with_torch_versions(host.recorder.info.versions))
     host.waiting_for("preparing the data and the model")
     checkpoint = _checkpoint_to_resume(host.spec)
     start = checkpoint.step if checkpoint else 0
@@ -276,7 +276,7 @@ def describe_training(host: RunContext, training: Training, threads: int) -> Non
     """Tell viewers what has been built."""
     host.gate.steps_per_epoch = training.steps_per_epoch
     host.recorder.describe(
-        device=device_of(training.model, threads),
+        device=device_info(training.model, threads),
         total_steps=training.total_steps,
         steps_per_epoch=training.steps_per_epoch,
         items_per_step=training.items_per_step,
@@ -362,7 +362,7 @@ def _trace_script(host: RunContext, traced: list[Tracer]) -> None:
         tracer.attach()
         traced.append(tracer)
         host.waiting_for("the script's first step")
-        host.recorder.describe(versions=with_torch(host.recorder.info.versions))
+        host.recorder.describe(versions=with_torch_versions(host.recorder.info.versions))
         saver = CheckpointSaver(host.spec, host.recorder, lambda: _contents_of_script(tracer))
         host.save = saver.write
         host.gate.call_every(saver.cadences, saver.between_steps)
@@ -383,9 +383,9 @@ class _Where:
         """Fields of the `RunInfo`."""
         torch = sys.modules["torch"]
         threads = torch.get_num_threads()
-        devices = (device_of(model, threads) for model in self._tracer.roots)
+        devices = (device_info(model, threads) for model in self._tracer.roots)
         device = next(devices, None)
-        crowded = no_core_left(threads)
+        crowded = busy_cores_warning(threads)
         if device is not None and device.kind == "cpu" and crowded and not self._said:
             self._said = True
             self._host.recorder.notice("threads", crowded)

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tui_trainer.config.run_spec import (
-    SPEC_FILE,
-    RunState,
-    find_socket,
-    machine_identity,
-    process_identity,
-    read_spec,
-    read_state,
-)
+from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec
+from tui_trainer.config.run_state import RunState, machine_identity, process_identity, read_state
 from tui_trainer.protocol.messages import END_STATES, EndState
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.boot_log import fatal_error
@@ -110,7 +103,7 @@ def judge_state(reported: RunState) -> tuple[EntryState, str]:
         refused = f"could not start: {reported.reason}"
         return reported.state, refused if reported.refused else reported.reason
     alive: EntryState = "paused" if reported.state == "paused" else "live"
-    if reported.place == machine_identity():
+    if reported.machine == machine_identity():
         if process_exists(reported):
             return alive, reported.reason
         return "crashed", "its process is gone without an end record"
@@ -125,9 +118,9 @@ def process_exists(reported: RunState) -> bool:
     """Whether the process that wrote this status runs on this machine; a later process with the
     same number is told apart by its start time."""
     return (
-        reported.place == machine_identity()
-        and reported.began != ""
-        and process_identity(reported.pid) == reported.began
+        reported.machine == machine_identity()
+        and reported.process != ""
+        and process_identity(reported.pid) == reported.process
     )
 
 
@@ -143,7 +136,7 @@ def may_be_running(run: RunEntry) -> str:
         return "a process still answers on its socket"
     reported = run.reported
     silence = time.time() - reported.written_at
-    elsewhere = reported.place not in ("", machine_identity())
+    elsewhere = reported.machine not in ("", machine_identity())
     if not reported.ended and elsewhere and silence < LONG_SILENT_S:
         host = reported.host or "another machine"
         return (

@@ -7,14 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tui_trainer.config.run_spec import (
-    SPEC_FILE,
-    STATE_FILE,
-    RunState,
-    find_socket,
-    machine_identity,
-    runs_directory,
-)
+from tui_trainer.config.run_spec import SPEC_FILE, find_socket, runs_directory
+from tui_trainer.config.run_state import STATE_FILE, RunState, machine_identity
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import EntryState, RunEntry, inspect_run
@@ -131,7 +125,7 @@ def live_socket(run: RunEntry) -> Path:
         message = f"{run.name} does not listen yet"
     else:
         message = f"{run.name} is live but listens nowhere on this machine"
-    if reported.place in ("", machine_identity()):
+    if reported.machine in ("", machine_identity()):
         raise RunError(message, "try again in a moment")
     address = f"ssh://{reported.host}/{run.name}"
     raise RunError(message, f"it runs on {reported.host}: tui-trainer attach {address}")

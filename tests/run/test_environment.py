@@ -1,6 +1,8 @@
-"""When OpenMP's threads are told to sleep soon."""
+"""OpenMP's spinning threads, and the warning when PyTorch takes every core."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -80,3 +82,15 @@ def test_nothing_that_is_asked_for_is_too_odd(settled):
 def test_the_users_own_choice_stands(settled):
     assert settled(script(), 3.0, OMP_WAIT_POLICY="active") is None
     assert settled(script(), 3.0, GOMP_SPINCOUNT="7") == "7"
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "warned"),
+    [(4, 4, True), (8, 4, True), (3, 4, False), (1, 4, False), (1, 1, False), (4, 1, True)],
+)
+def test_threads_on_every_core_are_warned_of(monkeypatch, threads, cores, warned):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    text = environment.busy_cores_warning(threads)
+    assert bool(text) is warned
+    if warned:
+        assert f"OMP_NUM_THREADS={max(1, cores - 1)}" in text
