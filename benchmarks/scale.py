@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import begin, finish
 
 from tests.ui.fake import fake_large
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo

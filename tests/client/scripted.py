@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tui_trainer.client.connection import Stream, open_unix_stream
-from tui_trainer.history import History
+from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.messages import (
@@ -43,7 +43,7 @@ class ScriptedRun:
         self.behaviours = list(behaviours)
         self.info = RunInfo("quiet-otter", "gpt", revision=1, tables=TABLES)
         self.status = Status(state="running")
-        self.history = History(TABLES)
+        self.history = MemoryHistory(TABLES)
         self.events: list[Notice] = []
         self.log: list[LogLine] = []
         self.polls: list[Poll] = []

@@ -6,7 +6,7 @@ import numpy as np
 
 from tui_trainer.client.connection import Cursor
 from tui_trainer.client.live import SnapshotBuilder
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import Clip, Notice, Poll
 from tui_trainer.protocol.schema import STEP_COLUMNS, RunInfo, Table
 from tui_trainer.record.recorder import Recorder

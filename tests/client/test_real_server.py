@@ -16,7 +16,7 @@ from tests.run.test_server import Rig
 from tui_trainer.client import live
 from tui_trainer.client.connection import open_unix_stream
 from tui_trainer.client.live import LiveSession
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol.messages import Mark, Pause, Resume
 from tui_trainer.protocol.schema import Column, Table
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.history.test_table_history import check_window, series
+from tests.history.test_series import check_window, series
 from tests.store.test_store import INFO, TABLES, Clock, stepped, wide
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.messages import (

@@ -13,7 +13,7 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tests.looking_back.runs import STEPS, directory, fingerprint, home
 from tests.ui.test_replay import BAD, CLIPS, SPIKE, WORSE, loss_at, record_run
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
@@ -246,7 +246,7 @@ for step in range(4):
 """
 
 
-def test_parameters_of_every_optimizer_are_in_it(tmp_path):
+def test_parameters_tables_named_are_in_it(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     assert call("run", "--name", "two", "two.py", cwd=tmp_path).returncode == 0
     page = call("report", "two", "--output", "-", cwd=tmp_path).stdout

@@ -9,7 +9,7 @@ import pytest
 
 from tui_trainer.client.connection import Cursor
 from tui_trainer.client.live import SnapshotBuilder
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import LogLine, Update

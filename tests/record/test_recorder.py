@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tui_trainer.history import History
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history import MemoryHistory
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import Clip, NonFinite, PhaseReport, Poll, Status, TextSample
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
 from tui_trainer.record.events import InfoChanged, RunEnded, StepRecorded, StepsDropped
@@ -87,7 +87,7 @@ def test_a_small_budget_summarises_and_still_covers_every_row():
     recorder = make(columns=50)
     for number in range(1, 2001):
         recorder.record(step(number, columns=50))
-    viewer, info, more = History(), recorder.info, True
+    viewer, info, more = MemoryHistory(), recorder.info, True
     for table in info.tables:
         viewer.declare(table)
     while more:

@@ -6,7 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status, TextSample
 from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo

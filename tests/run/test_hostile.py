@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.run.test_server import Rig, wait_for
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
 from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
 from tui_trainer.protocol.messages import (

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
 from tui_trainer.protocol.messages import (

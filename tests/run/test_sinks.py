@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
 from tui_trainer.protocol.schema import (
     CLIP_COLUMNS,

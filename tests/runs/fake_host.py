@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from tui_trainer.config.run_spec import read_spec
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.schema import Column, ParameterInfo
 from tui_trainer.run.host import Host, finish

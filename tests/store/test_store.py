@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.history.test_table_history import check_window, series
-from tui_trainer.history.buckets import StepRecord
+from tests.history.test_series import check_window, series
+from tui_trainer.history.records import StepRecord
 from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.sync import apply_rows, rows_since
 from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, TextSample
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.events import InfoChanged, RowRecorded, RunEnded, StepRecorded, StepsDropped
@@ -118,7 +119,7 @@ def test_a_recorded_table_serves_viewers(tmp_path):
     recorded = StoredHistory(tmp_path).tables[0]
     viewer = MemorySeries(TABLES[0])
     while viewer.rows < recorded.rows:
-        viewer.apply(recorded.rows_since(viewer.rows, 30_000))
+        apply_rows(viewer, rows_since(recorded, viewer.rows, 30_000))
     check_window(viewer, steps, values, int(steps[0]), int(steps[-1]) + 1, 30)
 
 
@@ -412,7 +413,7 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
         for step in range(0, int(steps[-1]), 97):
             table.at(step)
         for row in range(0, table.rows, 500):
-            table.rows_since(row, 10_000)
+            rows_since(table, row, 10_000)
 
 
 def test_a_store_of_another_version_is_left_alone(tmp_path):

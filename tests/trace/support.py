@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.protocol.schema import Column, Table

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesise
 from tui_trainer.client.api import Link, Snapshot
-from tui_trainer.history import History
+from tui_trainer.history import MemoryHistory
 from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import PHASES, messages, schema
 from tui_trainer.protocol.messages import (
@@ -55,7 +55,7 @@ class FakeSession:
         self.closed = False
         self.link = Link("live", latency_ms=0.4, viewer_id=1)
         self.status = Status(state="running", viewers=("you",), controller=1)
-        self.history = History()
+        self.history = MemoryHistory()
         self.events: list[Event] = []
         self.log: list[LogLine] = []
         self.artifacts: list[Artifact] = []

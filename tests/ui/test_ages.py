@@ -107,11 +107,11 @@ async def test_the_help_follows_the_cadences() -> None:
 
 def test_an_age_is_in_steps_where_it_is_longer_than_a_cadence() -> None:
     session = stretched()
-    histories = session.history.of_every_optimizer(schema.WEIGHT_NORM)
+    histories = session.history.tables_named(schema.WEIGHT_NORM)
     assert age_of(session.poll(), histories) == "every 10 steps"
     histories[0].cut(histories[0].rows - 3)
     assert age_of(session.poll(), histories) == "30 steps ago"
-    assert age_of(session.poll(), session.history.of_every_optimizer(schema.GRAD_NORM)) == ""
+    assert age_of(session.poll(), session.history.tables_named(schema.GRAD_NORM)) == ""
 
 
 def style_of(app: TuiTrainerApp, text: str) -> object:

@@ -10,7 +10,7 @@ import pytest
 from tests.store.test_store import Clock
 from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.history.buckets import ClipRecord, StepRecord
+from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import TextSample
 from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, RunInfo

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tui_trainer.history import History
+from tui_trainer.history import History, MemoryHistory
 from tui_trainer.protocol.messages import Ack, Action, Artifact, Event, LogLine, PhaseReport, Status
 from tui_trainer.protocol.schema import RunInfo
 
@@ -39,7 +39,7 @@ class Snapshot:
     link: Link = field(default_factory=Link)
     status: Status = field(default_factory=Status)
     info: RunInfo | None = None
-    history: History = field(default_factory=History)
+    history: History = field(default_factory=MemoryHistory)
     events: tuple[Event, ...] = ()
     """The last `EVENTS_KEPT` clips and as many of the other events, oldest first."""
     log: tuple[LogLine, ...] = ()

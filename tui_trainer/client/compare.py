@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.history import History
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.runs.errors import RunError
@@ -129,13 +129,13 @@ class ComparedRun:
             window.nonfinite[kept, 0],
         )
 
-    def series(self, series: str) -> tuple[MemorySeries, int] | None:
+    def series(self, series: str) -> tuple[SeriesReader, int] | None:
         """Table and column of a series of SERIES, where it has rows."""
         name, column, _ = SERIES[series]
         return find_column(self.history, name, column)
 
 
-def find_column(history: History, name: str, column: str) -> tuple[MemorySeries, int] | None:
+def find_column(history: History, name: str, column: str) -> tuple[SeriesReader, int] | None:
     """A measured table and the place of one of its columns."""
     table = history.table(name)
     names = [each.name for each in table.table.columns] if table is not None else []

@@ -21,7 +21,7 @@ from types import TracebackType
 from tui_trainer import __version__
 from tui_trainer.client.api import Link
 from tui_trainer.config.run_spec import find_socket
-from tui_trainer.history import History
+from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PROTOCOL_VERSION, Phase
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.framing import (
@@ -79,7 +79,7 @@ class BlockingConnection:
         self._connection = connection
         self._connection.settimeout(ANSWER_TIMEOUT_S)
         self._commands = 0
-        self.history = History()
+        self.history = MemoryHistory()
         self.info: RunInfo | None = None
         self.events: list[Event] = []
         self.log: list[LogLine] = []

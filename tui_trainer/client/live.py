@@ -29,7 +29,7 @@ from tui_trainer.client.connection import (
     RunGone,
     Unreachable,
 )
-from tui_trainer.history import History
+from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.messages import (
     Ack,
@@ -53,18 +53,14 @@ class SnapshotBuilder:
     """Grows one `Snapshot` out of updates. Used from one thread."""
 
     def __init__(self) -> None:
-        self.snapshot = Snapshot()
+        self.history = MemoryHistory()
+        self.snapshot = Snapshot(history=self.history)
         # Apart: a run may clip at every step, and what somebody did must not be lost among that.
         self._clips: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._others: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._newest_event = -1
         self._log: deque[LogLine] = deque(maxlen=LOG_LINES_KEPT)
         self._artifacts: dict[str, deque[Artifact]] = {}
-
-    @property
-    def history(self) -> History:
-        """The history that grows."""
-        return self.snapshot.history
 
     def apply(self, update: Update) -> None:
         """Take in one answer. Raises ValueError when its rows do not fit; what came before the

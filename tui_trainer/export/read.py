@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui_trainer.history.buckets import Floats, Steps
+from tui_trainer.history.buckets import Steps
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.store import told
 from tui_trainer.store.codec import CHUNK
@@ -36,8 +37,7 @@ class ExportBlock(NamedTuple):
 
 def measured(history: StoredHistory) -> list[StoredSeries]:
     """The tables that have rows."""
-    found = [t for t in history.tables.values() if isinstance(t, StoredSeries)]
-    return [table for table in found if table.columns and table.rows]
+    return [table for table in history.tables.values() if table.columns and table.rows]
 
 
 def per_step(history: StoredHistory) -> list[StoredSeries]:
@@ -53,7 +53,7 @@ def wide(history: StoredHistory) -> list[StoredSeries]:
 
 def blocks(table: StoredSeries) -> Iterator[ExportBlock]:
     """All rows of a table, CHUNK at a time; a damaged part is left out."""
-    level = table.entries()[0]
+    level = table.levels()[0]
     for start in range(0, level.stop, CHUNK):
         found = level.buckets(start, min(start + CHUNK, level.stop))
         table.store.forget()

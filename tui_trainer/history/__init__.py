@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from tui_trainer.history.buckets import ClipRecord, Floats, StepRecord, Window
-from tui_trainer.history.history import History
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.history import History, MemoryHistory
+from tui_trainer.history.records import ClipRecord, Floats, StepRecord
+from tui_trainer.history.series import MemorySeries, SeriesReader
+from tui_trainer.history.window import Window
 
-__all__ = ["ClipRecord", "Floats", "History", "MemorySeries", "StepRecord", "Window"]
+__all__ = [
+    "ClipRecord",
+    "Floats",
+    "History",
+    "MemoryHistory",
+    "MemorySeries",
+    "SeriesReader",
+    "StepRecord",
+    "Window",
+]

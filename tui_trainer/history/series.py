@@ -1,54 +1,56 @@
-"""The history of one table: its newest rows raw, all of it at levels of 8, 64, 512, … rows."""
+"""The history of one table: its newest rows raw, all of it at levels of 8, 64, 512, … rows.
+
+`SeriesReader` answers questions about the rows of a table, wherever they are held: `MemorySeries`
+holds them in rings, `store.reader.StoredSeries` reads them from disk.
+"""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tui_trainer.history import sync
 from tui_trainer.history.buckets import (
     FACTOR,
-    BucketRows,
     Buckets,
-    Floats,
     Level,
-    Raw,
+    RawRows,
     Steps,
-    Window,
-    draw,
-    nominal_edges,
     summarise,
     summarise_rows,
 )
-from tui_trainer.protocol.messages import Rows
+from tui_trainer.history.records import Floats
+from tui_trainer.history.window import Window, equal_edges, make_window
 from tui_trainer.protocol.schema import Table
 
-# ---- reading
-# Reading a table's rows, wherever its entries are held: in memory or in a run's store.
+T = TypeVar("T", bound=np.generic)
 
 
-class SeriesReader:
-    """Everything that asks, given `entries`: raw rows and levels of 8, 64, 512, … rows."""
+class SeriesReader(ABC):
+    """Reads the rows of one table from its levels."""
 
     table: Table
     columns: int
+    """Number of columns."""
     rows: int
-    """Rows measured so far, whether still held raw or not."""
+    """Rows measured so far, whether they are still held raw or not."""
     first_step: int | None
     last_step: int | None
 
-    def entries(self) -> list[BucketRows]:
-        """Where rows are held, finest (raw) first. Every row is in some of them."""
-        raise NotImplementedError
+    @abstractmethod
+    def levels(self) -> Sequence[Level]:
+        """All levels, finest (raw rows) first. Every row is in one of them at least."""
 
     def latest(self) -> tuple[int, Floats] | None:
-        """Step and values (columns,) of the newest row; None before the first. Where that cannot be
-        read, of the newest summary that can."""
-        for held in self.entries():
-            if held.stop > held.start:
-                newest = held.buckets(held.stop - 1, held.stop)
+        """Step and values (columns,) of the newest row, or of the newest bucket where that row
+        cannot be read; None before the first row."""
+        for level in self.levels():
+            if level.stop > level.start:
+                newest = level.buckets(level.stop - 1, level.stop)
                 if len(newest.last):
                     return int(newest.last[-1]), newest.value[-1].copy()
         return None
@@ -56,12 +58,12 @@ class SeriesReader:
     def at(self, step: int) -> Floats | None:
         """Values (columns,) of the last row at or before `step`; None when there is none.
 
-        In a part of the run of which only summaries are left, or can be read: of the last summary
-        that ends at or before it."""
-        for held in self.entries():
-            index = held.find(step + 1) - 1
-            if held.start <= index:
-                values: Floats = held.buckets(index, index + 1).value
+        Where only buckets are left, or can be read: of the last bucket that ends at or before it.
+        """
+        for level in self.levels():
+            index = level.find(step + 1) - 1
+            if level.start <= index:
+                values: Floats = level.buckets(index, index + 1).value
                 if len(values):
                     newest: Floats = values[-1].copy()
                     return newest
@@ -69,106 +71,232 @@ class SeriesReader:
 
     def tail(self, count: int) -> tuple[Steps, Floats]:
         """Steps (n,) and values (n, columns) of the newest rows still held raw, n <= count."""
-        raw = self.entries()[0]
+        raw = self.levels()[0]
         newest = raw.buckets(max(raw.start, raw.stop - count), raw.stop)
         return newest.last.copy(), newest.value.copy()
 
-    def window(self, columns: Sequence[int], start: int, stop: int, buckets: int) -> Window:
-        """The chosen columns over steps start <= step < stop in `buckets` stretches."""
+    def window(self, columns: Sequence[int], start: int, stop: int, bins: int) -> Window:
+        """The chosen columns over steps start <= step < stop in `bins` bins."""
         chosen = np.asarray(columns, np.intp)
-        edges = nominal_edges(start, max(start, stop), max(1, buckets))
+        bins = max(1, bins)
+        edges = equal_edges(start, max(start, stop), bins)
         first, last = self._row_near(start), self._row_near(stop) + 1
         parts = [
-            held.buckets(low, high, chosen)
-            for held, low, high in self._pieces(first, last, max(1, buckets))
+            level.buckets(low, high, chosen) for level, low, high in self._cover(first, last, bins)
         ]
-        return draw(parts, edges, len(chosen))
-
-    def rows_since(self, row: int, budget: int) -> Rows:
-        """What a viewer that has `row` rows lacks, in about `budget` bytes: raw when it fits, else
-        summarised; perhaps not all of it, then ask again from `first + count`. A piece may begin
-        before `row`, at the boundary of a summary that replaces what the viewer had."""
-        return sync.rows_since(self, row, budget)
+        return make_window(parts, edges, len(chosen))
 
     def _row_near(self, step: int) -> int:
-        """First row at or after `step`, or that of the summary which has it."""
+        """Number of the first row at or after `step`, or of the bucket that holds it."""
         row = 0
-        for held in self.entries():
-            if held.stop == held.start:
+        for level in self.levels():
+            if level.stop == level.start:
                 continue
-            index = held.find(step)
-            row = min(index * held.size, self.rows)
-            if index > held.start or held.start == 0:
+            index = level.find(step)
+            row = min(index * level.size, self.rows)
+            if index > level.start or level.start == 0:
                 return row
         return row
 
-    def _pieces(self, first: int, last: int, buckets: int) -> list[tuple[BucketRows, int, int]]:
-        """Entries and index ranges that together cover rows first..last, oldest first: two to
-        sixteen entries a stretch where the levels held allow it."""
-        levels = self.entries()
+    def _cover(self, first: int, last: int, bins: int) -> list[tuple[Level, int, int]]:
+        """Levels and index ranges that together cover rows first..last, oldest first: two to
+        sixteen entries a bin where the levels allow it."""
+        levels = self.levels()
         wanted = 0
-        while wanted + 1 < len(levels) and levels[wanted + 1].size * buckets * 2 <= last - first:
+        while wanted + 1 < len(levels) and levels[wanted + 1].size * bins * 2 <= last - first:
             wanted += 1
         pieces, row = [], first
         for k in range(len(levels) - 1, -1, -1):
-            held = levels[k]
-            low, high = max(row // held.size, held.start), min(held.stop, -(-last // held.size))
+            level = levels[k]
+            low, high = max(row // level.size, level.start), min(level.stop, -(-last // level.size))
             if k > wanted:
-                # A coarser level only for what the finer ones no longer have.
+                # A coarser level only for what the finer ones no longer hold.
                 finer = levels[k - 1]
-                high = min(high, -(-finer.start * finer.size // held.size))
+                high = min(high, -(-finer.start * finer.size // level.size))
             if low < high:
-                pieces.append((held, low, high))
-                row = high * held.size
+                pieces.append((level, low, high))
+                row = high * level.size
         return pieces
 
 
-MOST_ENTRIES = 8_192
-LEAST_ENTRIES = 64
+# ------------------------------------------------------------------------------ rings
+
+
+class Ring:
+    """Slots for the newest `capacity` entries of a growing sequence, addressed by index."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.start = 0
+        """Oldest index held."""
+        self.stop = 0
+        """One past the newest."""
+
+    def slices(self, start: int, stop: int) -> list[slice]:
+        """The one or two ranges of slots that hold indices start..stop."""
+        if stop <= start:
+            return []
+        low, length = start % self.capacity, stop - start
+        if low + length <= self.capacity:
+            return [slice(low, low + length)]
+        return [slice(low, self.capacity), slice(0, low + length - self.capacity)]
+
+    def advance(self, count: int) -> list[tuple[slice, slice]]:
+        """Make room for `count` more: pairs of (slots, which of the new entries go there)."""
+        kept = min(count, self.capacity)
+        self.stop += count
+        self.start = max(self.start, self.stop - self.capacity)
+        pairs, taken = [], count - kept
+        for slots in self.slices(self.stop - kept, self.stop):
+            length = slots.stop - slots.start
+            pairs.append((slots, slice(taken, taken + length)))
+            taken += length
+        return pairs
+
+    def cut(self, stop: int) -> None:
+        """Remove everything from index `stop` on."""
+        self.stop = min(self.stop, stop)
+        self.start = min(self.start, self.stop)
+
+    def clear(self, at: int) -> None:
+        """Remove everything; the next index is `at`."""
+        self.start = self.stop = at
+
+
+class RowRing(Ring):
+    """The newest rows, as they were measured. The index is the row number."""
+
+    size = 1
+
+    def __init__(self, capacity: int, columns: int) -> None:
+        super().__init__(capacity)
+        self.steps: Steps = np.empty(capacity, np.int64)
+        self.values: Floats = np.empty((capacity, columns), np.float32)
+
+    def push(self, rows: RawRows) -> None:
+        for slots, part in self.advance(len(rows.last)):
+            self.steps[slots] = rows.last[part]
+            self.values[slots] = rows.value[part]
+
+    def rows(self, start: int, stop: int) -> RawRows:
+        """Rows start..stop."""
+        slots = self.slices(start, stop)
+        return RawRows(_join(self.steps, slots), _join(self.values, slots))
+
+    def find(self, step: int) -> int:
+        """See `Level.find`."""
+        steps = _join(self.steps, self.slices(self.start, self.stop))
+        return self.start + int(np.searchsorted(steps, step, "left"))
+
+    def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
+        """See `Level.bounds`."""
+        steps = _join(self.steps, self.slices(start, stop))
+        return steps, steps
+
+    def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
+        """See `Level.buckets`."""
+        if columns is None:
+            return self.rows(start, stop).as_buckets()
+        slots = self.slices(start, stop)
+        values = [self.values[s].take(columns, axis=1) for s in slots]
+        joined = np.concatenate(values) if values else np.zeros((0, len(columns)), np.float32)
+        return RawRows(_join(self.steps, slots), joined).as_buckets()
+
+
+class BucketRing(Ring):
+    """The newest buckets of `size` rows."""
+
+    def __init__(self, capacity: int, columns: int, size: int) -> None:
+        super().__init__(capacity)
+        self.size = size
+        shape = (capacity, columns)
+        # Pages of an array that were never written take no memory.
+        self._slots = Buckets(
+            np.empty(capacity, np.int64),
+            np.empty(capacity, np.int64),
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+            np.empty(shape, np.uint8),
+        )
+
+    def push(self, buckets: Buckets) -> None:
+        for slots, part in self.advance(len(buckets.first)):
+            target, new = self._slots.part(slots), buckets.part(part)
+            target.first[:], target.last[:] = new.first, new.last
+            target.low[:], target.high[:] = new.low, new.high
+            target.value[:], target.flags[:] = new.value, new.flags
+
+    def find(self, step: int) -> int:
+        """See `Level.find`."""
+        _, last = self.bounds(self.start, self.stop)
+        return self.start + int(np.searchsorted(last, step, "left"))
+
+    def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
+        """See `Level.bounds`."""
+        slots = self.slices(start, stop)
+        return _join(self._slots.first, slots), _join(self._slots.last, slots)
+
+    def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
+        """See `Level.buckets`."""
+        parts = [self._slots.part(s) for s in self.slices(start, stop) or [slice(0, 0)]]
+        if columns is not None:
+            parts = [part.of_columns(columns) for part in parts]
+        return Buckets.join(parts)
+
+
+def _join(array: NDArray[T], slots: list[slice]) -> NDArray[T]:
+    if len(slots) == 1:
+        return array[slots[0]]
+    return np.concatenate([array[s] for s in slots]) if slots else array[:0]
+
+
+# ------------------------------------------------------------------------------ in memory
+
+MAX_ENTRIES = 8_192
+MIN_ENTRIES = 64
 TABLE_BYTES = 64 * 2**20
-"""What one table may grow to, before LEAST_ENTRIES is reached (at about 15,000 columns)."""
-LEVELS_RECKONED = 5
-"""Full levels of a run of a hundred million rows, for the reckoning of sizes."""
+"""Memory of one table at most, unless MIN_ENTRIES is reached first (at about 15,000 columns)."""
+ASSUMED_LEVELS = 5
+"""Full levels of a run of a hundred million rows, for `ring_entries`."""
 
 
 def ring_entries(columns: int) -> int:
-    """Entries per ring for a table of so many columns: a power of two, so that a table stays
+    """Entries per ring for a table of this many columns: the power of two that keeps the table
     within TABLE_BYTES. 8,192 up to 118 columns, 4,096 at 200, 64 from 7,600 on."""
-    entry_bytes = max(1, columns) * (4 + 13 * LEVELS_RECKONED)
+    entry_bytes = max(1, columns) * (4 + 13 * ASSUMED_LEVELS)
     fitting = max(1, TABLE_BYTES // entry_bytes)
-    return int(min(MOST_ENTRIES, max(LEAST_ENTRIES, 1 << (fitting.bit_length() - 1))))
+    return int(min(MAX_ENTRIES, max(MIN_ENTRIES, 1 << (fitting.bit_length() - 1))))
 
 
 class MemorySeries(SeriesReader):
     """All rows of one table in bounded memory.
 
-    `ring_entries(columns)` raw rows (4 bytes a value) and as many buckets of each level (13 bytes a
-    value: low, high, last, flags) are kept, so memory grows with the logarithm of the run's length:
-    at most 67 MB a table up to 15,000 columns (97 MB at 22,000) and 0.57 MB a series; 10 million
-    steps of 200 series, in tables of any width, take less than 115 MB.
+    Each ring keeps its newest entries: the older a part of the run, the coarser the finest level
+    that still holds it, and the coarsest level holds all of it. `ring_entries(columns)` raw rows
+    (4 bytes a value) and as many buckets of each level (13 bytes a value: low, high, last, flags)
+    are kept, so memory grows with the logarithm of the run's length: at most 67 MB a table up to
+    15,000 columns (97 MB at 22,000) and 0.57 MB a series; 10 million steps of 200 series, in tables
+    of any width, take less than 115 MB.
 
-    Row numbers count this table's rows from 0; steps never decrease but may leave gaps. Not safe
-    for use from several threads.
+    Row numbers count the rows of this table from 0; steps never decrease but may have gaps. Not
+    thread-safe.
     """
 
     def __init__(self, table: Table, entries: int | None = None) -> None:
         self.table = table
         self.columns = len(table.columns)
         self.rows = 0
-        """Rows measured so far, whether still held raw or not."""
         self.first_step: int | None = None
         self.last_step: int | None = None
         self._entries = entries or ring_entries(self.columns)
-        self.raw = Raw(self._entries, self.columns)
-        self.levels: list[Level] = []
-        # Summaries are made of several buckets at once: the cost of numpy calls is shared.
+        self._raw = RowRing(self._entries, self.columns)
+        self._rings: list[BucketRing] = []
+        # Several buckets are made at once, to share the cost of numpy calls.
         self._batch = FACTOR * FACTOR if self._entries > FACTOR * FACTOR else FACTOR
 
-    def entries(self) -> list[BucketRows]:
-        """See `Reading.entries`."""
-        return [self.raw, *self.levels]
-
-    # ------------------------------------------------------------ taking in
+    def levels(self) -> Sequence[Level]:
+        return [self._raw, *self._rings]
 
     def append(self, step: int, values: Floats) -> None:
         """Add the newest row, values (columns,). Raises ValueError for a wrong number of columns
@@ -177,7 +305,7 @@ class MemorySeries(SeriesReader):
             raise ValueError(f"step {step} of {self.table.name} comes after step {self.last_step}")
         if values.shape != (self.columns,):
             raise ValueError(f"{self.table.name} has {self.columns} columns, got {values.shape}")
-        raw = self.raw
+        raw = self._raw
         slot = raw.stop % raw.capacity
         raw.steps[slot] = step
         raw.values[slot] = values
@@ -188,47 +316,42 @@ class MemorySeries(SeriesReader):
         if self.first_step is None:
             self.first_step = step
         self.last_step = step
-        if self.rows - (self.levels[0].stop * FACTOR if self.levels else 0) >= self._batch:
+        if self.rows - (self._rings[0].stop * FACTOR if self._rings else 0) >= self._batch:
             self.settle()
-
-    def apply(self, rows: Rows) -> None:
-        """Take in what `rows_since` gave on the other side. Raises ValueError when it does not fit
-        (wrong sizes, or a gap after the last row held)."""
-        sync.apply(self, rows)
 
     def extend(self, steps: Steps, values: Floats) -> None:
         """Add n raw rows, values (n, columns)."""
-        # In pieces: no row may leave the ring before it is in a summary.
+        # In pieces: no row may leave the ring before it is in a bucket.
         piece = self._entries // 2
         for start in range(0, len(steps), piece):
-            part = steps[start : start + piece]
-            self.raw.push(part, values[start : start + piece])
-            self.rows += len(part)
-            self._saw(int(part[0]), int(part[-1]))
+            part = RawRows(steps, values).part(slice(start, start + piece))
+            self._raw.push(part)
+            self.rows += len(part.last)
+            self._set_steps(int(part.last[0]), int(part.last[-1]))
             self.settle()
 
-    def append_summary(self, level: int, buckets: Buckets) -> None:
+    def append_buckets(self, level: int, buckets: Buckets) -> None:
         """Add n buckets of 8**level rows each; the rows so far are a multiple of 8**level.
 
-        What is held at finer levels is given up: they cannot have a hole."""
+        Finer levels are cleared, since they cannot have a gap."""
         self.settle()
-        self._make_levels(level)
-        taken = self.levels[level - 1]
-        self.rows += len(buckets.first) * taken.size
+        self._make_rings(level)
+        ring = self._rings[level - 1]
+        self.rows += len(buckets.first) * ring.size
         piece = self._entries // 2
         for start in range(0, len(buckets.first), piece):
-            taken.push(buckets.part(slice(start, start + piece)))
-            self._cascade(level)
-        self._saw(int(buckets.first[0]), int(buckets.last[-1]))
-        self.raw.clear(self.rows)
-        for finer in self.levels[: level - 1]:
+            ring.push(buckets.part(slice(start, start + piece)))
+            self._summarise_ring(level)
+        self._set_steps(int(buckets.first[0]), int(buckets.last[-1]))
+        self._raw.clear(self.rows)
+        for finer in self._rings[: level - 1]:
             finer.clear(self.rows // finer.size)
 
     def cut(self, rows: int) -> None:
-        """Forget every row from number `rows` on."""
+        """Remove every row from number `rows` on."""
         self.settle()
         self.rows = min(self.rows, rows)
-        rings: list[Raw | Level] = [self.raw, *self.levels]
+        rings: list[RowRing | BucketRing] = [self._raw, *self._rings]
         for ring in rings:
             ring.cut(self.rows // ring.size)
         newest = self.latest()
@@ -236,40 +359,41 @@ class MemorySeries(SeriesReader):
         if newest is None:
             self.first_step = None
 
-    def whole(self, level: int) -> bool:
-        """Whether the rings from `level` on lack no row: false after a cut inside a summary."""
-        rings = self.entries()[level:]
+    def is_complete(self, level: int) -> bool:
+        """Whether the levels from `level` on lack no row: false after a cut inside a bucket."""
+        levels = self.levels()[level:]
         joined = all(
             fine.start * fine.size <= coarse.stop * coarse.size <= fine.stop * fine.size
-            for fine, coarse in itertools.pairwise(rings)
+            for fine, coarse in itertools.pairwise(levels)
         )
-        return joined and (not rings or rings[0].stop * rings[0].size == self.rows)
+        return joined and (not levels or levels[0].stop * levels[0].size == self.rows)
 
-    def _saw(self, first: int, last: int) -> None:
+    def settle(self) -> None:
+        """Bring the buckets up to date: fewer than FACTOR rows are in none."""
+        self._make_rings(1)
+        done = self._rings[0].stop * FACTOR
+        ready = (self._raw.stop - done) // FACTOR * FACTOR
+        if ready > 0:
+            self._rings[0].push(summarise_rows(self._raw.rows(done, done + ready)))
+            self._summarise_ring(1)
+
+    def _set_steps(self, first: int, last: int) -> None:
         if self.first_step is None:
             self.first_step = first
         self.last_step = last
 
-    def _make_levels(self, count: int) -> None:
-        while len(self.levels) < count:
-            self.levels.append(Level(self._entries, self.columns, FACTOR ** (len(self.levels) + 1)))
+    def _make_rings(self, count: int) -> None:
+        while len(self._rings) < count:
+            size = FACTOR ** (len(self._rings) + 1)
+            self._rings.append(BucketRing(self._entries, self.columns, size))
 
-    def settle(self) -> None:
-        """Bring the summaries up to date: fewer than FACTOR rows in none."""
-        self._make_levels(1)
-        done = self.levels[0].stop * FACTOR
-        ready = (self.raw.stop - done) // FACTOR * FACTOR
-        if ready > 0:
-            steps, _ = self.raw.bounds(done, done + ready)
-            self.levels[0].push(summarise_rows(steps, self.raw.take(done, done + ready)))
-            self._cascade(1)
-
-    def _cascade(self, level: int) -> None:
-        fine = self.levels[level - 1]
-        coarse_stop = self.levels[level].stop if len(self.levels) > level else 0
+    def _summarise_ring(self, level: int) -> None:
+        """Bring the level above `level` up to date, and those above that one."""
+        fine = self._rings[level - 1]
+        coarse_stop = self._rings[level].stop if len(self._rings) > level else 0
         ready = (fine.stop - coarse_stop * FACTOR) // FACTOR * FACTOR
         if ready > 0:
-            self._make_levels(level + 1)
+            self._make_rings(level + 1)
             done = coarse_stop * FACTOR
-            self.levels[level].push(summarise(fine.buckets(done, done + ready)))
-            self._cascade(level + 1)
+            self._rings[level].push(summarise(fine.buckets(done, done + ready)))
+            self._summarise_ring(level + 1)

@@ -1,191 +1,150 @@
-"""How a viewer takes in what it is sent of a table, and refuses what does not fit."""
+"""Bringing a viewer's copy of a table up to date: `Rows` messages made of entries, and read back.
+
+The run store keeps the entries that fill no chunk yet as the same messages.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import FACTOR, BucketRows, Buckets, Floats, Steps
+from tui_trainer.history.buckets import FACTOR, Buckets, Level, RawRows, Steps
+from tui_trainer.history.series import MemorySeries, SeriesReader
 from tui_trainer.protocol.messages import Rows
-from tui_trainer.protocol.schema import Table
-
-
-class Growing(Protocol):
-    """A table's history that can be added to, as `TableHistory` is."""
-
-    columns: int
-    rows: int
-    last_step: int | None
-
-    def settle(self) -> None:
-        """Bring the summaries up to date."""
-
-    def cut(self, rows: int) -> None:
-        """Forget every row from number `rows` on."""
-
-    def whole(self, level: int) -> bool:
-        """Whether no row is missing from `level` on."""
-
-    def extend(self, steps: Steps, values: Floats) -> None:
-        """Add raw rows."""
-
-    def append_summary(self, level: int, buckets: Buckets) -> None:
-        """Add buckets of 8**level rows each."""
-
-
-def apply(history: Growing, rows: Rows) -> None:
-    """See `TableHistory.apply`."""
-    if rows.first > history.rows or rows.first < 0:
-        raise ValueError(f"rows from {rows.first} on do not follow the {history.rows} held")
-    if rows.count == 0:
-        return
-    steps = _read(rows.steps, "<i8", -1, 0).astype(np.int64)
-    if not len(steps) or not _ascending(steps):
-        raise ValueError("steps are missing or run backwards")
-    values = _read(rows.values, "<f4", len(steps), history.columns).astype(np.float32)
-    summary: tuple[int, Buckets] | None = None
-    if rows.low or rows.high or rows.spans:
-        summary = _read_summary(rows, steps, values)
-    elif rows.count != len(steps):
-        raise ValueError(f"{rows.count} rows were announced, {len(steps)} came")
-    level = 0 if summary is None else summary[0]
-    history.settle()
-    if rows.first < history.rows:
-        history.cut(rows.first)
-    if not history.whole(level):
-        raise ValueError(f"rows from {rows.first} on do not begin where a summary ends")
-    oldest = steps[0] if summary is None else summary[1].first[0]
-    if history.last_step is not None and oldest < history.last_step:
-        raise ValueError(f"step {oldest} comes after step {history.last_step}")
-    if summary is None:
-        history.extend(steps, values)
-    else:
-        history.append_summary(*summary)
-
-
-def _read_summary(
-    rows: Rows, steps: Steps, values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-) -> tuple[int, Buckets]:
-    count, columns = values.shape
-    size, rest = divmod(rows.count, count)
-    level = 0
-    while FACTOR**level < size:
-        level += 1
-    if rest or level == 0 or FACTOR**level != size or rows.first % size:
-        raise ValueError(f"{count} summaries cannot stand for {rows.count} rows from {rows.first}")
-    spans = _read(rows.spans, "<i8", count, 0).astype(np.int64)
-    if (spans > steps).any() or (spans[1:] < steps[:-1]).any():
-        raise ValueError("summaries overlap")
-    low = _read(rows.low, "<f4", count, columns).astype(np.float32)
-    high = _read(rows.high, "<f4", count, columns).astype(np.float32)
-    flags = _read(rows.flags, "u1", count, columns).astype(np.uint8)
-    return level, Buckets(spans, steps, low, high, values, flags)
-
-
-def _read(
-    data: bytes, dtype: str, count: int, columns: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    size = np.dtype(dtype).itemsize * max(1, columns)
-    if count < 0:
-        count, rest = divmod(len(data), size)
-        if rest:
-            raise ValueError("an array is cut short")
-    width = columns if columns or dtype != "<i8" else 1
-    if len(data) != count * np.dtype(dtype).itemsize * width:
-        raise ValueError(f"{len(data)} bytes are not {count} rows of {width} values")
-    array = np.frombuffer(data, dtype)
-    return array if dtype == "<i8" else array.reshape(count, columns)
-
-
-def _ascending(steps: Steps) -> bool:
-    return bool((steps[1:] >= steps[:-1]).all())
-
-
-# ---- sending
-# What to send a viewer of a table's history: raw rows where they fit, else summaries.
-
 
 CATCH_UP_VALUES = 32_768
-"""Values (buckets × columns) in which a viewer that comes late gets the whole run at least, where
-its budget would give it less."""
+"""A viewer that connects late gets the whole run in at least this many values (buckets × columns),
+even where its budget would give it fewer."""
 CATCH_UP_BUCKETS = (32, 4_096)
-"""The fewest and the most buckets for that."""
-LARGEST_PIECE = 8 * 2**20
-"""Bytes; half of the largest frame."""
+"""Fewest and most buckets for that."""
+MAX_MESSAGE_BYTES = 8 * 2**20
+"""Half of the largest frame."""
+MAX_STEP = 2**48
+"""Larger numbers are not steps: nothing counts that far."""
+
+# ------------------------------------------------------------------------------ sending
 
 
-class Held(Protocol):
-    """A table's history, wherever it is held."""
+def rows_since(series: SeriesReader, row: int, budget: int) -> Rows:
+    """What a viewer that has `row` rows lacks, in about `budget` bytes: raw rows where they fit,
+    else buckets.
 
-    @property
-    def table(self) -> Table:
-        """What was declared."""
-
-    @property
-    def columns(self) -> int:
-        """How many there are."""
-
-    @property
-    def rows(self) -> int:
-        """Measured so far."""
-
-    def entries(self) -> list[BucketRows]:
-        """See `Reading.entries`."""
-
-
-def rows_since(history: Held, row: int, budget: int) -> Rows:
-    """See `Reading.rows_since`."""
-    if row > history.rows or row < 0:
-        row = 0  # the viewer knows another run: all of it again
-    if row == history.rows:
-        return Rows(history.table.id, row, 0, b"", b"")
-    ring = _choose(history, row, budget)
-    first = row // ring.size
-    most = max(1, min(budget, LARGEST_PIECE) // _entry_bytes(ring, history.columns))
-    last = min(ring.stop, first + most)
-    if ring.size == 1:
-        raw = ring.buckets(first, last)
-        return Rows(history.table.id, first, last - first, _bytes(raw.last), _bytes(raw.value))
-    return _summary(history.table.id, ring, first, last)
+    It may be less than all: then call again with `first + count`. The message may begin before
+    `row`, at the start of a bucket that replaces what the viewer has.
+    """
+    if row > series.rows or row < 0:
+        row = 0  # the viewer knows another run: send all of this one
+    if row == series.rows:
+        return Rows(series.table.id, row, 0, b"", b"")
+    level = _choose_level(series, row, budget)
+    first = row // level.size
+    count = max(1, min(budget, MAX_MESSAGE_BYTES) // _entry_bytes(level, series.columns))
+    entries = level.buckets(first, min(level.stop, first + count))
+    if level.size == 1:
+        return encode_rows(series.table.id, first, RawRows(entries.last, entries.value))
+    return encode_rows(series.table.id, first * level.size, entries, level.size)
 
 
-def _choose(history: Held, row: int, budget: int) -> BucketRows:
-    """The finest ring that has `row` and whose entries from there on fit."""
-    backlog = history.rows - row
+def _choose_level(series: SeriesReader, row: int, budget: int) -> Level:
+    """The finest level that holds `row` and whose entries from there on fit."""
+    backlog = series.rows - row
     low, high = CATCH_UP_BUCKETS
-    whole = min(high, max(low, CATCH_UP_VALUES // max(1, history.columns)))
-    floor = whole * backlog / history.rows
-    chosen: BucketRows | None = None
-    for ring in history.entries():
-        if not ring.start <= row // ring.size < ring.stop:
+    whole_run = min(high, max(low, CATCH_UP_VALUES // max(1, series.columns)))
+    least = whole_run * backlog / series.rows
+    chosen: Level | None = None
+    for level in series.levels():
+        if not level.start <= row // level.size < level.stop:
             continue
-        chosen = ring
-        fitting = max(budget / _entry_bytes(ring, history.columns), floor)
-        if backlog / ring.size <= fitting:
+        chosen = level
+        fitting = max(budget / _entry_bytes(level, series.columns), least)
+        if backlog / level.size <= fitting:
             break
-    assert chosen is not None, "every row is in some ring"
+    assert chosen is not None, "every row is in some level"
     return chosen
 
 
-def _entry_bytes(ring: BucketRows, columns: int) -> int:
-    return 8 + 4 * columns if ring.size == 1 else 16 + 13 * columns
+def _entry_bytes(level: Level, columns: int) -> int:
+    return 8 + 4 * columns if level.size == 1 else 16 + 13 * columns
 
 
-def _summary(table: int, level: BucketRows, first: int, last: int) -> Rows:
-    buckets = level.buckets(first, last)
-    return Rows(
-        table,
-        first * level.size,
-        (last - first) * level.size,
-        _bytes(buckets.last),
-        _bytes(buckets.value),
-        _bytes(buckets.low),
-        _bytes(buckets.high),
-        _bytes(buckets.first),
-        _bytes(buckets.flags),
-    )
+def encode_rows(table: int, first: int, entries: RawRows | Buckets, size: int = 1) -> Rows:
+    """A message of entries that stand for `size` rows each, from row `first` on."""
+    count = len(entries.last) * size
+    last, value = _bytes(entries.last), _bytes(entries.value)
+    if isinstance(entries, RawRows):
+        return Rows(table, first, count, last, value)
+    low, high, spans = _bytes(entries.low), _bytes(entries.high), _bytes(entries.first)
+    return Rows(table, first, count, last, value, low, high, spans, _bytes(entries.flags))
 
 
-def _bytes(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytes:
+def _bytes(array: NDArray[Any]) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+# ------------------------------------------------------------------------------ receiving
+
+
+def apply_rows(series: MemorySeries, rows: Rows) -> None:
+    """Add what `rows_since` sent. Raises ValueError when it does not fit: wrong sizes, or a gap
+    after the last row held."""
+    if rows.first > series.rows or rows.first < 0:
+        raise ValueError(f"rows from {rows.first} on do not follow the {series.rows} held")
+    if rows.count == 0:
+        return
+    entries = decode_rows(rows, series.columns)
+    level = level_of(rows, len(entries.last))
+    series.settle()
+    if rows.first < series.rows:
+        series.cut(rows.first)
+    if not series.is_complete(level):
+        raise ValueError(f"rows from {rows.first} on do not begin where a bucket ends")
+    oldest = entries.last[0] if isinstance(entries, RawRows) else entries.first[0]
+    if series.last_step is not None and oldest < series.last_step:
+        raise ValueError(f"step {oldest} comes after step {series.last_step}")
+    if isinstance(entries, RawRows):
+        series.extend(*entries)
+    else:
+        series.append_buckets(level, entries)
+
+
+def decode_rows(rows: Rows, columns: int) -> RawRows | Buckets:
+    """The entries of a message, at least one. Raises ValueError for wrong sizes, steps that
+    decrease or are no steps, and buckets that are not aligned."""
+    last = np.frombuffer(rows.steps, "<i8").astype(np.int64)
+    if not len(last) or (last[1:] < last[:-1]).any() or last[0] < 0 or last[-1] > MAX_STEP:
+        raise ValueError("steps are missing or decrease")
+    shape = (len(last), columns)
+    value = _array(rows.values, "<f4", shape).astype(np.float32)
+    level = level_of(rows, len(last))
+    if not (rows.low or rows.high or rows.spans):
+        if level:
+            raise ValueError(f"{rows.count} rows were announced, {len(last)} came")
+        return RawRows(last, value)
+    if not level:
+        raise ValueError(f"{len(last)} buckets cannot stand for {rows.count} rows")
+    first: Steps = _array(rows.spans, "<i8", shape[:1]).astype(np.int64)
+    if (first > last).any() or (first[1:] < last[:-1]).any() or first[0] < 0:
+        raise ValueError("buckets overlap")
+    low = _array(rows.low, "<f4", shape).astype(np.float32)
+    high = _array(rows.high, "<f4", shape).astype(np.float32)
+    return Buckets(first, last, low, high, value, _array(rows.flags, "u1", shape).astype(np.uint8))
+
+
+def level_of(rows: Rows, entries: int) -> int:
+    """The level whose entries a message holds. Raises ValueError when there is none."""
+    size, rest = divmod(rows.count, entries)
+    level = 0
+    while FACTOR**level < size:
+        level += 1
+    if rest or FACTOR**level != size or rows.first % size:
+        raise ValueError(f"{entries} entries cannot be {rows.count} rows from {rows.first}")
+    return level
+
+
+def _array(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = np.frombuffer(data, dtype)
+    if array.size != np.prod(shape):
+        raise ValueError(f"{len(data)} bytes are not an array of shape {shape}")
+    return array.reshape(shape)

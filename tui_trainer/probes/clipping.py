@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history.buckets import ClipRecord, Floats
+from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import ClipMeasurement, Options, Probe, StepFacts, TableSpec

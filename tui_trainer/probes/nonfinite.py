@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts

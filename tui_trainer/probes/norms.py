@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

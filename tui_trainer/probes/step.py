@@ -7,7 +7,7 @@ from math import nan
 
 import numpy as np
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec

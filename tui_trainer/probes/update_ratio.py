@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import torch
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column

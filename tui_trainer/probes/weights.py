@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column

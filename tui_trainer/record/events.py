@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from tui_trainer.history.buckets import Floats, StepRecord
+from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol.messages import (
     Artifact,
     Clip,

@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from tui_trainer.history import History
-from tui_trainer.history.buckets import Floats, StepRecord
+from tui_trainer.history import MemoryHistory
+from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import (
     Artifact,
@@ -67,7 +67,7 @@ class Recorder:
 
     def __init__(self, info: RunInfo, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self.history = History()
+        self.history = MemoryHistory()
         self.throughput = Throughput()
         self.extra_info: Callable[[], dict[str, Any]] = dict
         """Further info when parameters are described; called on the training thread."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.analysis import LayerLocation, location_of
-from tui_trainer.history.buckets import Window
+from tui_trainer.history.window import Window
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.report.read import ReportData
 

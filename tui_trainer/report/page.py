@@ -143,7 +143,7 @@ def _duration(seconds: float) -> str:
 
 def _worst_parameters(data: ReportData) -> list[ParameterRow]:
     """The parameters with the highest gradient norms of the run, non-finite ones first."""
-    tables = data.history.of_every_optimizer(schema.GRAD_NORM)
+    tables = data.history.tables_named(schema.GRAD_NORM)
     tables = [table for table in tables if table.rows and table.columns]
     if not tables:
         return []
@@ -171,7 +171,7 @@ def _extremes(table: SeriesReader) -> tuple[NDArray[np.float32], NDArray[np.bool
 
 def _last_by_name(data: ReportData, name: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    for table in data.history.of_every_optimizer(name):
+    for table in data.history.tables_named(name):
         if (latest := table.latest()) is not None:
             columns = (column.name for column in table.table.columns)
             found.update(zip(columns, latest[1].tolist(), strict=True))

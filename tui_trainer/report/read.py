@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tui_trainer.history.buckets import Window
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.history.window import Window
 from tui_trainer.protocol.messages import Event, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.store.reader import StoredEvents, StoredHistory
@@ -24,13 +24,13 @@ class ReportData:
     def last_step(self) -> int:
         return self.history.last_step
 
-    def found(self, name: str, column: str) -> tuple[MemorySeries, int] | None:
+    def found(self, name: str, column: str) -> tuple[SeriesReader, int] | None:
         """A table with rows, and the index of one of its columns."""
         table = self.history.table(name)
         names = [each.name for each in table.table.columns] if table is not None else []
         return (table, names.index(column)) if table and table.rows and column in names else None
 
-    def window(self, table: MemorySeries, columns: list[int], buckets: int) -> Window:
+    def window(self, table: SeriesReader, columns: list[int], buckets: int) -> Window:
         """`columns` over the whole run, in at most `buckets` buckets."""
         return table.window(columns, self.first_step, self.last_step + 1, buckets)
 

@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import Buckets, Flags, Floats, Steps
+from tui_trainer.history.buckets import Buckets, Flags, Steps
+from tui_trainer.history.records import Floats
 
 CHUNK = 512
 """Entries of a chunk: a power of 8, so that a full chunk of rows ends in full buckets."""

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import FACTOR, BucketRows, Buckets, Steps, extremes, flags_of
+from tui_trainer.history.buckets import FACTOR, Buckets, Level, Steps, extremes, flags_of
 from tui_trainer.history.history import History
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
@@ -675,11 +675,11 @@ def _by_id(row: tuple[Any, ...]) -> int:
 # The history of a recorded run, read from its store as it was at any step.
 
 
-class StoredSeries(MemorySeries):
+class StoredSeries(SeriesReader):
     """A table of a recorded run, as it was at a step: rows after `cursor` are not seen."""
 
     def __init__(self, store: Store, table: Table) -> None:
-        super().__init__(table, entries=1)
+        self.table, self.columns = table, len(table.columns)
         self.store = store
         self._stored: list[StoredLevel] = []
         self.all_rows = 0
@@ -714,8 +714,7 @@ class StoredSeries(MemorySeries):
                 return int(found[-1])
         return None
 
-    def entries(self) -> list[BucketRows]:
-        """See `Reading.entries`."""
+    def levels(self) -> Sequence[Level]:
         return [_Cut(level, self.rows) for level in self._stored]
 
 
@@ -744,8 +743,11 @@ class StoredHistory(History):
     `ended`: nobody writes to it any more, and reading shall leave no trace in its directory.
     """
 
+    tables: dict[int, StoredSeries]
+
     def __init__(self, directory: str | os.PathLike[str], ended: bool = False) -> None:
-        super().__init__()
+        self.tables = {}
+        self.version = 0
         self.store = Store(directory, ended)
         self.refresh()
 
@@ -755,7 +757,6 @@ class StoredHistory(History):
         store.ask("BEGIN")  # one moment's picture, while the run goes on writing
         try:
             for known in self.tables.values():
-                assert isinstance(known, StoredSeries)
                 known.refresh()
             for table in store.declared(self.tables):
                 self.tables[table.id] = StoredSeries(store, table)
@@ -767,16 +768,13 @@ class StoredHistory(History):
     def seek(self, step: int) -> None:
         """Show every table as it was when `step` had been made."""
         for table in self.tables.values():
-            assert isinstance(table, StoredSeries)
             table.seek(step)
         self.version += 1
 
     @property
     def last_step(self) -> int:
         """The newest step of any table; 0 when nothing was measured."""
-        steps = [t.all_last_step or 0 for t in self.tables.values() if isinstance(t, StoredSeries)]
-        newest: int = max(steps, default=0)
-        return newest
+        return max((series.all_last_step or 0 for series in self.tables.values()), default=0)
 
     def close(self) -> None:
         """Give the file back."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tui_trainer.history.buckets import ClipRecord, Floats, StepRecord, Steps
+from tui_trainer.history.buckets import Steps
+from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
@@ -34,7 +35,7 @@ class RowReader:
     def __init__(self, table: StoredSeries) -> None:
         self.table = table.table
         self._store = table.store
-        self._level = table.entries()[0]
+        self._level = table.levels()[0]
         self._place = self._start = 0
         self._steps: Steps | None = None
         self._values: Floats = np.zeros((0, 0), np.float32)
@@ -83,7 +84,7 @@ class _Teller:
         self._store = history.store
         self._moments = StoredEvents(history.store)
         tables = history.tables.items()
-        self._rows = {n: RowReader(t) for n, t in tables if isinstance(t, StoredSeries)}
+        self._rows = {n: RowReader(t) for n, t in tables}
         found = self._store.ask("SELECT id, data FROM description ORDER BY id")
         read = ((number, self._store.description(number, data)) for number, data in found)
         self._descriptions = {number: info for number, info in read if info is not None}

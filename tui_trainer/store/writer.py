@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from tui_trainer.history.buckets import FACTOR, Buckets, Floats, summarise, summarise_rows
+from tui_trainer.history.buckets import FACTOR, Buckets, RawRows, summarise, summarise_rows
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol.messages import (
     Clip,
     ConfusionMatrix,
@@ -143,7 +144,7 @@ def _compact(
             connection, series, level, first + full, _part(held, level, slice(full, len(held.last)))
         )
     done = _part(held, level, slice(0, full))
-    coarse = summarise(done) if level else summarise_rows(done.last, done.value)
+    coarse = summarise(done) if level else summarise_rows(RawRows(done.last, done.value))
     _add_tail(connection, series, level + 1, first // FACTOR, coarse)
     _compact(connection, series, level + 1, columns, (first + full) // FACTOR)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tui_trainer.history.buckets import Floats, StepRecord
+from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol.schema import Table
 from tui_trainer.trace.governor import Governor, OnChange
 from tui_trainer.trace.optimizer_slot import OptimizerSlot

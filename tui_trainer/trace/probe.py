@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import ClipRecord, Floats, StepRecord
+from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.protocol.messages import (
     ClipKind,
     Level,

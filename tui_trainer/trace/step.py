@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol.messages import ClipKind
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.phases import PhaseTimes

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 
 UNWRITTEN = np.float32(-7.1623e-33)
 """Written to the end of pinned memory, and there until the copy has overwritten it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import HEALTH_STATISTICS, attention_columns

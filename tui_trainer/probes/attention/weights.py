@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import Floats
+from tui_trainer.history.records import Floats
 from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tui_trainer.history.buckets import Floats, StepRecord
+from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import (

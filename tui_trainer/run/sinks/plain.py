@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tui_trainer import __version__
-from tui_trainer.history.buckets import StepRecord
+from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import count, duration, number
 from tui_trainer.protocol.messages import NonFinite, Notice, Status, TextSample

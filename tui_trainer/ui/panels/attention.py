@@ -21,7 +21,7 @@ from tui_trainer.history.analysis import (
     location_of,
 )
 from tui_trainer.history.analysis import STATISTICS as COLUMNS
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol import formatting as f
 from tui_trainer.protocol.schema import AttentionInfo
@@ -209,7 +209,7 @@ class NewestValues:
     def __init__(self, name: str) -> None:
         self.name = name
         self._width = len(STATISTICS[name])
-        self._known: WeakKeyDictionary[MemorySeries, tuple[Layers, Numbers, Numbers]]
+        self._known: WeakKeyDictionary[SeriesReader, tuple[Layers, Numbers, Numbers]]
         self._known = WeakKeyDictionary()
 
     def read(self, snapshot: Snapshot) -> LayerValues | None:
@@ -232,7 +232,7 @@ class NewestValues:
                 found.provisional[here] = fresh is not None
         return found if found.measured.any() else None
 
-    def _where(self, history: MemorySeries, layers: Layers) -> tuple[Numbers, Numbers]:
+    def _where(self, history: SeriesReader, layers: Layers) -> tuple[Numbers, Numbers]:
         """The layers that this table has: their numbers in the run, and in the table."""
         known = self._known.get(history)
         if known is None or known[0] is not layers:
@@ -308,7 +308,7 @@ class LayersTable(VirtualTable):
         layers = len(self.order)
         if layers:
             items.append(("", f"{layers:,} layer{'' if layers == 1 else 's'}", palette.dim))
-        histories = self.snapshot.history.of_every_optimizer(schema.ATTENTION)
+        histories = self.snapshot.history.tables_named(schema.ATTENTION)
         return [title_row(self, width, "Attention", items, age_of(self.snapshot, histories))]
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
@@ -562,7 +562,7 @@ class StatisticTable(VirtualTable):
         info = self.snapshot.info
         if info is None or not self._trend_width:
             return
-        wanted: dict[MemorySeries, list[tuple[int, str, int]]] = {}
+        wanted: dict[SeriesReader, list[tuple[int, str, int]]] = {}
         for layer in visible:
             place = self.statistic.place(self.snapshot, info.attention[layer])
             for part in self.statistic.parts:
@@ -572,7 +572,7 @@ class StatisticTable(VirtualTable):
         for history, cells in wanted.items():
             self._draw_trends(history, cells)
 
-    def _draw_trends(self, history: MemorySeries, cells: Sequence[tuple[int, str, int]]) -> None:
+    def _draw_trends(self, history: SeriesReader, cells: Sequence[tuple[int, str, int]]) -> None:
         """`cells`: layer, part and column."""
         start, stop = history.first_step or 0, (history.last_step or 0) + 1
         buckets = min(self._trend_width, history.rows)  # no gaps between rare measurements

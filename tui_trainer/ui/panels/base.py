@@ -11,7 +11,7 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.ui.widgets.lines import Lines, Row
 
 Item = tuple[str, str, Style]
@@ -106,7 +106,7 @@ def waiting_text(snapshot: Snapshot) -> str:
     return "waiting for the first step" if not status.step else "not measured yet"
 
 
-def column(history: MemorySeries, name: str) -> int:
+def column(history: SeriesReader, name: str) -> int:
     """Number of the column called `name` (-1: there is none)."""
     for number, known in enumerate(history.table.columns):
         if known.name == name:
@@ -114,7 +114,7 @@ def column(history: MemorySeries, name: str) -> int:
     return -1
 
 
-def provisional(snapshot: Snapshot, history: MemorySeries) -> NDArray[np.float32] | None:
+def provisional(snapshot: Snapshot, history: SeriesReader) -> NDArray[np.float32] | None:
     """The values of the step in the making, while paused inside it: shape (columns,)."""
     report = snapshot.report
     if report is None or snapshot.status.state != "paused":

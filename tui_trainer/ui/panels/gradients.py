@@ -43,7 +43,7 @@ class GradientNorms:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self.histories = snapshot.history.of_every_optimizer(schema.GRAD_NORM)
+        self.histories = snapshot.history.tables_named(schema.GRAD_NORM)
         self._starts = np.cumsum([0, *(each.columns for each in self.histories)])
 
     @property

@@ -90,7 +90,7 @@ class LossPanel(Panel):
         """With several optimizers (a GAN's, say) each minimises a loss of its own: the smoothed
         lines of the others, named at their ends."""
         info, palette = self.snapshot.info, self.palette
-        histories = self.snapshot.history.of_every_optimizer(schema.STEP)
+        histories = self.snapshot.history.tables_named(schema.STEP)
         if info is None or len(histories) < 2:
             return []
         items[0] = (info.optimizers[0] if info.optimizers else "train", *items[0][1:])

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.messages import NonFinite
 from tui_trainer.protocol.schema import RunInfo
@@ -36,7 +36,7 @@ QUANTITIES = (schema.GRAD_NORM, schema.WEIGHT_NORM, schema.UPDATE_RATIO)
 class Source:
     """One table and the parameters of its columns."""
 
-    history: MemorySeries
+    history: SeriesReader
     parameters: Places
     """Of each column, its place in `RunInfo.parameters`; -1: not among them."""
 
@@ -116,7 +116,7 @@ class ParameterValues:
                 known[source.parameters[source.parameters >= 0]] = True
         return known
 
-    def series(self, quantity: str, parameter: int) -> tuple[MemorySeries, int] | None:
+    def series(self, quantity: str, parameter: int) -> tuple[SeriesReader, int] | None:
         """History and column of `quantity` of `parameter`; None before its first value."""
         for source in self.sources.get(quantity, ()):
             found = np.flatnonzero(source.parameters == parameter)

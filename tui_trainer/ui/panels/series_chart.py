@@ -10,7 +10,7 @@ import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.panels.base import note
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer
@@ -39,7 +39,7 @@ class SeriesChart(Lines):
         self.chart = Chart()
         self.name_shown = ""
         self._series: tuple[ChartSeries, ...] = ()
-        self._history: MemorySeries | None = None
+        self._history: SeriesReader | None = None
         self._why = ""
         self._total: int | None = None
         self._selected = False
@@ -47,7 +47,7 @@ class SeriesChart(Lines):
     def draw(
         self,
         name: str,
-        history: MemorySeries | None,
+        history: SeriesReader | None,
         series: Sequence[ChartSeries],
         *,
         why: str = "",

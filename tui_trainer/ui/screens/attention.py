@@ -138,7 +138,7 @@ class AttentionScreen(DetailScreen):
             pieces.append((f"{layer.head_dim} wide", "dim"))
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
-        age = age_of(snapshot, snapshot.history.of_every_optimizer(schema.ATTENTION_HEADS))
+        age = age_of(snapshot, snapshot.history.tables_named(schema.ATTENTION_HEADS))
         aged = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
         said = [piece for piece in pieces if piece[0]]
         self.query_one("#layer", Caption).say(said, aged, yielding=True)
@@ -183,7 +183,7 @@ class AttentionScreen(DetailScreen):
     def _say_healthy(self) -> None:
         """What is healthy, and of when the values are."""
         statistic, snapshot = self.statistic, self.trainer.snapshot
-        age = age_of(snapshot, snapshot.history.of_every_optimizer(statistic.table))
+        age = age_of(snapshot, snapshot.history.tables_named(statistic.table))
         pieces = [("healthy", "good"), (statistic.healthy, "dim")]
         self.query_one("#healthy", Caption).say(pieces, age)
 

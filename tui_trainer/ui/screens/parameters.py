@@ -143,7 +143,7 @@ class ParametersScreen(DetailScreen):
         in_sight = {column.key for column in table.visible_columns(table.size.width)[0]}
         by_age: dict[str, list[str]] = {}
         for quantity, key, title in _COLUMNS:
-            age = age_of(snapshot, snapshot.history.of_every_optimizer(quantity))
+            age = age_of(snapshot, snapshot.history.tables_named(quantity))
             if age and key in in_sight:
                 by_age.setdefault(age, []).append(title)
         return ", ".join(f"{' and '.join(titles)} {age}" for age, titles in by_age.items())

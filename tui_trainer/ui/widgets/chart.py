@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 
-from tui_trainer.history.buckets import Window
+from tui_trainer.history.window import Window
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette

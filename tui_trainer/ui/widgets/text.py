@@ -11,7 +11,7 @@ from textual.geometry import Size
 from textual.widgets import Static
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.series import MemorySeries
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import cadence
 from tui_trainer.protocol.messages import Notice, Status
@@ -126,11 +126,11 @@ def ago(behind: int) -> str:
 
 def newest_step(snapshot: Snapshot) -> int:
     """The newest step of which there is anything."""
-    steps = snapshot.history.of_every_optimizer(schema.STEP)
+    steps = snapshot.history.tables_named(schema.STEP)
     return max((each.last_step or 0 for each in steps), default=0)
 
 
-def age_of(snapshot: Snapshot, histories: Iterable[MemorySeries]) -> str:
+def age_of(snapshot: Snapshot, histories: Iterable[SeriesReader]) -> str:
     """What to say of the age of the newest values of these tables (of one quantity): how often it
     is measured, which does not change from frame to frame; or since when it was not, where that is
     longer ago than a cadence. "" where they are of the newest step, or of the one in the making."""

@@ -4,24 +4,30 @@ import numpy as np
 import pytest
 
 from tui_trainer.history import analysis
-from tui_trainer.history.analysis import FEWEST, LEAST, SPAN, deviations, find_spikes
+from tui_trainer.history.analysis import (
+    MEDIAN_BINS,
+    MIN_BINS,
+    THRESHOLD,
+    find_spikes,
+    robust_z_scores,
+)
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.schema import Column, Table
 
 
-def held(values):
-    table = MemorySeries(Table(0, "step", (Column("loss"),)))
+def series(values):
+    held = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step, value in enumerate(values, 1):
-        table.append(step, np.float32([value]))
-    return table
+        held.append(step, np.float32([value]))
+    return held
 
 
 def naive(values):
     """The definition, one loss at a time."""
     found = []
     for i, value in enumerate(values):
-        before = values[max(0, i - SPAN) : i]
-        if len(before) < FEWEST:
+        before = values[max(0, i - MEDIAN_BINS) : i]
+        if len(before) < MIN_BINS:
             found.append(0.0)
             continue
         m = np.median(before)
@@ -31,9 +37,9 @@ def naive(values):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_deviations_are_those_of_the_definition(seed):
+def test_scores_follow_the_definition(seed):
     values = np.random.default_rng(seed).standard_normal(300).cumsum()
-    np.testing.assert_allclose(deviations(values, values), naive(values), rtol=1e-9)
+    np.testing.assert_allclose(robust_z_scores(values, values), naive(values), rtol=1e-9)
 
 
 def test_the_worst_comes_first():
@@ -44,21 +50,21 @@ def test_the_worst_comes_first():
     losses[901] += 1.0
     losses[1200] = np.nan
     losses[1201] = np.inf
-    found = find_spikes(held(losses), 0)
+    found = find_spikes(series(losses), 0)
     assert [spike.step for spike in found[:2]] == [901, 401]
     assert found[0].loss == pytest.approx(losses[900])
-    assert all(spike.deviations >= LEAST for spike in found)
-    assert len(find_spikes(held(losses), 0, 1)) == 1
+    assert all(spike.deviations >= THRESHOLD for spike in found)
+    assert len(find_spikes(series(losses), 0, 1)) == 1
 
 
-def test_of_a_long_run_the_very_step_is_found(monkeypatch):
-    monkeypatch.setattr(analysis, "STRETCHES", 64)
+def test_the_exact_step_is_found_in_a_long_run(monkeypatch):
+    monkeypatch.setattr(analysis, "BINS", 64)
     losses = 1 + 0.01 * np.random.default_rng(3).standard_normal(5000)
     losses[3141] = 4.0
-    worst = find_spikes(held(losses), 0)[0]
+    worst = find_spikes(series(losses), 0)[0]
     assert (worst.step, worst.loss) == (3142, 4.0)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0] * 500, [np.nan] * 50, list(range(300, 0, -1))])
-def test_where_there_is_none(values):
-    assert find_spikes(held(values), 0) == []
+def test_series_without_spikes(values):
+    assert find_spikes(series(values), 0) == []

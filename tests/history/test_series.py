@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tui_trainer.history import History, MemorySeries
+from tui_trainer.history import MemoryHistory, MemorySeries
 from tui_trainer.history.buckets import NAN, NEGATIVE, POSITIVE
+from tui_trainer.history.sync import apply_rows, rows_since
+from tui_trainer.protocol.messages import Rows
 from tui_trainer.protocol.schema import Column, Table
 
 
@@ -119,7 +121,7 @@ def test_a_viewer_sees_what_the_run_has(seed, pieces, entries):
         for _ in range(10_000 if catches_up else 1):
             if there.rows == here.rows:
                 break
-            there.apply(here.rows_since(there.rows, budget))
+            apply_rows(there, rows_since(here, there.rows, budget))
         seen = there.rows
         assert seen == done or not catches_up
         if seen:
@@ -172,7 +174,7 @@ def test_hostile_rows_raise_value_error_only(data):
     here, there = MemorySeries(table()), MemorySeries(table(), 64)
     fill(here, steps, values)
     for _ in range(3):
-        piece = here.rows_since(there.rows, data.draw(st.sampled_from([200, 2000, 50_000])))
+        piece = rows_since(here, there.rows, data.draw(st.sampled_from([200, 2000, 50_000])))
         noise = st.one_of(st.just(None), st.binary(max_size=64))
         changed = {
             name: drawn
@@ -184,7 +186,7 @@ def test_hostile_rows_raise_value_error_only(data):
         if data.draw(st.booleans()):
             changed["count"] = data.draw(st.integers(-5, 2**40))
         try:
-            there.apply(msgspec.structs.replace(piece, **changed))
+            apply_rows(there, msgspec.structs.replace(piece, **changed))
         except ValueError:
             continue
         if there.rows:
@@ -196,17 +198,17 @@ def test_a_run_that_began_anew_replaces_what_was_seen():
     steps, values = series(5, 3000)
     fill(old, steps, values)
     while viewer.rows < old.rows:
-        viewer.apply(old.rows_since(viewer.rows, 3000))
+        apply_rows(viewer, rows_since(old, viewer.rows, 3000))
     steps, values = series(6, 900)
     fill(new, steps, values)
-    viewer.apply(new.rows_since(viewer.rows, 100_000))
+    apply_rows(viewer, rows_since(new, viewer.rows, 100_000))
     while viewer.rows < new.rows:
-        viewer.apply(new.rows_since(viewer.rows, 100_000))
+        apply_rows(viewer, rows_since(new, viewer.rows, 100_000))
     check_window(viewer, steps, values, int(steps[0]), int(steps[-1]) + 1, 30)
 
 
 def test_history_serves_all_tables_within_a_budget():
-    here, there = History(), History()
+    here, there = MemoryHistory(), MemoryHistory()
     for history in (here, there):
         history.declare(table(3, 0))
         history.declare(table(40, 2, "grad_norm"))
@@ -229,4 +231,4 @@ def test_history_serves_all_tables_within_a_budget():
     assert there.table("grad_norm") is there.tables[2]
     assert there.table("clip") is None
     with pytest.raises(ValueError, match="not declared"):
-        there.apply(here.tables[2].rows_since(0, 100).__class__(9, 0, 1, b"", b""))
+        there.apply(Rows(9, 0, 1, b"", b""))

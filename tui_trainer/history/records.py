@@ -1,0 +1,46 @@
+"""What the training thread hands to the recorder: plain numpy, no torch, no shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.protocol.messages import ClipKind, NonFiniteQuantity, NonFiniteValue
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """The clipping of one step's gradient (scale < 1)."""
+
+    max_norm: float
+    norm_before: float
+    scale: float
+    parameters: tuple[int, ...]
+    """Indices of the parameters with the largest shares, largest first."""
+    shares: tuple[float, ...]
+    """‖gᵢ‖² / Σ‖g‖² of each."""
+    kind: ClipKind = "norm"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Everything measured in one optimizer step."""
+
+    step: int
+    """Number of optimizer steps completed, including this one: the first is 1."""
+    time: float
+    """End of the step, seconds since the epoch."""
+    optimizer: str
+    """Key of the optimizer, as in `Table.optimizer`: "" for the first of a run."""
+    rows: tuple[tuple[int, Floats], ...]
+    """(table id, values of its columns) for each table measured in this step."""
+    clip: ClipRecord | None = None
+    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
+    """(quantity, first parameter, value, last step at which it was finite) of each quantity that
+    is NaN or infinite."""
+    own_ms: float = 0.0
+    """Overhead of tracing this step, on the training thread."""
