@@ -128,7 +128,7 @@ async def _measure(session: FakeSession, frames: int, size: tuple[int, int]) -> 
         async with app.run_test(size=size) as pilot:
             app.count_what_is_sent()
             await app.workers.wait_for_complete()  # what is imported after the first paint
-            app.frame()
+            app.draw_frame()
             await _settle(app)
             longest = {"start, and the dashboard": callbacks.longest_ms}
             gc.freeze()  # as the app does on a terminal
@@ -140,7 +140,7 @@ async def _measure(session: FakeSession, frames: int, size: tuple[int, int]) -> 
             still = []
             for _ in range(frames):
                 before = time.process_time()
-                app.frame()
+                app.draw_frame()
                 await _settle(app)
                 still.append(time.process_time() - before)
             panels = {kind.__name__: await _panel(app, session, kind, frames) for kind in PANELS}
@@ -180,7 +180,7 @@ async def _frames(
         before = time.process_time()
 
         def draw(spent: list[float] = spent, before: float = before) -> None:
-            app.frame()
+            app.draw_frame()
             spent.append(time.process_time() - before)
 
         app.call_next(draw)

@@ -19,13 +19,13 @@ from started import RUN_NAME, Started, Way
 
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
-from tui_trainer.ui.frames import EAGER_S, IDLE
+from tui_trainer.ui.frames import ACTIVE_S, IDLE_INTERVALS
 
 START_TIMEOUT_S = 300.0
 """Until the first step: torch.compile takes its time."""
 BURST_S = 0.05
 """Bytes that come closer together than this are one frame."""
-LEFT_ALONE_S = min(seconds for seconds, _ in IDLE)
+LEFT_ALONE_S = min(seconds for seconds, _ in IDLE_INTERVALS)
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Trainee:
         alone_at = self._started.touched + LEFT_ALONE_S
         if self.way.viewer and time.monotonic() + warm + seconds > alone_at:
             self._started.touch()
-            warm = max(warm, EAGER_S + 0.5)
+            warm = max(warm, ACTIVE_S + 0.5)
         self._started.go_on()
         self._started.drawn.clear()
         self._send({"do": "train", "seconds": seconds, "warm": warm, "threads": threads})

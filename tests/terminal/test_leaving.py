@@ -113,7 +113,7 @@ def test_a_hang_up_while_it_is_leaving_does_not_keep_it(runs: Path, train: Path)
 def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> None:
     spoilt = (
         "import tui_trainer.ui.app as app\n"
-        "app.TuiTrainerApp.frame = lambda self: 1 / 0\n"
+        "app.TuiTrainerApp.draw_frame = lambda self: 1 / 0\n"
         "from tui_trainer.__main__ import main\n"
         "main()\n"
     )

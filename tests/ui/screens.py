@@ -30,5 +30,5 @@ async def settle(pilot: Pilot[int]) -> None:
 async def frame(pilot: Pilot[int]) -> None:
     """Draw what the session has now."""
     assert isinstance(pilot.app, TuiTrainerApp)
-    pilot.app.frame()
+    pilot.app.draw_frame()
     await settle(pilot)

@@ -6,22 +6,22 @@ import numpy as np
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
 from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
+from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import schema
 from tui_trainer.ui.panels.attention import (
-    COLUMNS,
     SHOWN_STATISTICS,
+    TREND_COLUMNS,
     HeadsTable,
     LayersTable,
     StatisticTable,
 )
-from tui_trainer.ui.panels.attention import COLUMNS as COLUMNS_OF_LAYERS
 
 
 def test_every_measured_statistic_is_on_offer() -> None:
     offered = {(s.table, s.column(part)) for s in SHOWN_STATISTICS for part in s.parts}
     measured = {
         (table, name)
-        for table, names in COLUMNS.items()
+        for table, names in STATISTICS.items()
         if table != schema.ATTENTION_HEADS
         for name in names
     }
@@ -36,9 +36,9 @@ def test_explanations_fit_the_narrow_screen() -> None:
 
 def test_columns_are_those_that_the_protocol_names() -> None:
     for statistic in SHOWN_STATISTICS:
-        columns = schema.attention_columns(("a", "b"), COLUMNS[statistic.table])
+        columns = schema.attention_columns(("a", "b"), STATISTICS[statistic.table])
         for part in statistic.parts:
-            place = len(COLUMNS[statistic.table]) + statistic.index(part)
+            place = len(STATISTICS[statistic.table]) + statistic.index(part)
             assert columns[place].name == f"b.{statistic.column(part)}"
 
 
@@ -192,8 +192,8 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
             row = {
                 c.key: s
                 for c, s in zip(
-                    COLUMNS_OF_LAYERS,
-                    layers.cells(0, COLUMNS_OF_LAYERS, [7] * len(COLUMNS_OF_LAYERS)),
+                    TREND_COLUMNS,
+                    layers.cells(0, TREND_COLUMNS, [7] * len(TREND_COLUMNS)),
                     strict=True,
                 )
             }

@@ -66,7 +66,7 @@ async def test_the_dashboard_shows_the_layers_of_both(size: tuple[int, int]) -> 
             assert table._value(layer, "cos_qk") == pytest.approx(value)
             await pilot.press("down")
             session.advance(1)
-            app.frame()
+            app.draw_frame()
             await settle(pilot)
         trend = app.screen.query_one("#trend-0", TrendPanel)._rows[0]
         assert "generator.blocks.2" in "".join(segment.text for segment in trend)

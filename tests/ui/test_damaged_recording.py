@@ -11,7 +11,7 @@ import pytest
 from tests.store.test_damaged import damage
 from tests.ui.test_replay import opened, press, record_run, settle, text_of
 from tui_trainer.store.schema import STORE_FILE
-from tui_trainer.ui.screens.registry import PLACES
+from tui_trainer.ui.screens.registry import SCREENS
 
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "4"))
 
@@ -35,11 +35,11 @@ async def visit(app, replay):
         await settle(pilot)
         for step in (replay.last_step, 500):
             replay.seek(step)
-            app.frame()
-            for place in PLACES:
+            app.draw_frame()
+            for place in SCREENS:
                 if place.mode != "start":
                     await press(pilot, place.key)
-        await press(pilot, PLACES[0].key)
+        await press(pilot, SCREENS[0].key)
         return text_of(app)
 
 
@@ -74,6 +74,6 @@ async def test_what_is_damaged_while_it_is_looked_at_is_said(copied):
             connection.execute("UPDATE meta SET value = x'ff'")
         connection.close()
         replay._refresh(clock())
-        app.frame()
+        app.draw_frame()
         await settle(pilot)
         assert "part of the recording cannot be read" in text_of(app)

@@ -265,7 +265,7 @@ async def test_the_end_and_a_lost_link_keep_the_history(change, expected):
     async with app_of(session).run_test(size=(120, 40)) as pilot:
         assert not pilot.app.screen.query_one(Banner).display
         change(session)
-        pilot.app.frame()
+        pilot.app.draw_frame()
         await pilot.pause()
         assert expected in drawn(pilot.app, Banner)
         assert "train" in drawn(pilot.app, LossPanel)
@@ -319,10 +319,10 @@ async def test_an_unchanged_frame_draws_nothing():
         calls = []
         for panel in pilot.app.screen.query(Lines):
             panel.update_rows = lambda panel=panel: calls.append(panel)
-        pilot.app.frame()
+        pilot.app.draw_frame()
         assert calls == []
         session.advance(1)
-        pilot.app.frame()
+        pilot.app.draw_frame()
         assert calls
 
 
@@ -336,7 +336,7 @@ async def test_only_what_changed_is_refreshed():
         header.refresh = lambda *regions, **_: refreshed.append(("header", regions))
         progress.refresh = lambda *regions, **_: refreshed.append(("progress", regions))
         session.advance(1)
-        pilot.app.frame()
+        pilot.app.draw_frame()
         assert [name for name, _ in refreshed] == ["progress"]
         cells = sum(region.width for region in refreshed[0][1])
         assert cells < 60

@@ -1,25 +1,19 @@
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 from textual.binding import Binding
 
 from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.protocol import PHASES
-from tui_trainer.ui.app import ActionProvider
+from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.keys import key_groups
 from tui_trainer.ui.panels import help
-from tui_trainer.ui.screens.registry import PLACES
+from tui_trainer.ui.screens.registry import SCREENS
 
 
 def screens() -> list[type]:
-    found = []
-    for place in PLACES:
-        module, _, name = place.where.partition(":")
-        found.append(getattr(import_module(f"tui_trainer.ui.screens.{module}"), name))
-    return found
+    return [entry.load() for entry in SCREENS]
 
 
 def test_every_binding_of_every_screen_is_in_the_help() -> None:
@@ -73,7 +67,7 @@ async def test_all_of_it_can_be_read(size: tuple[int, int]) -> None:
             await pilot.press("pagedown")
             await settle(pilot)
             seen += text_of(app)
-        for word in ("Steering the run", "zero_grad", "update ratio", "effective rank", "n/a"):
+        for word in ("Controlling the run", "zero_grad", "update ratio", "effective rank", "n/a"):
             assert word in seen
 
 
@@ -84,10 +78,10 @@ async def test_filter_and_back() -> None:
         await pilot.press("slash", *"wrong", "enter")
         await settle(pilot)
         assert "Wrong images first" in text_of(app)
-        assert "Steering" not in text_of(app)
+        assert "Controlling the run" not in text_of(app)
         await pilot.press("escape")
         await settle(pilot)
-        assert "Steering" in text_of(app)
+        assert "Controlling the run" in text_of(app)
         await pilot.press("escape")
         await settle(pilot)
         assert app.current_mode == "dashboard"

@@ -19,7 +19,7 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
 from tui_trainer.ui.panels.transport import TransportLine
 from tui_trainer.ui.replay import ReplayApp
-from tui_trainer.ui.screens.registry import PLACES
+from tui_trainer.ui.screens.registry import SCREENS
 
 STEPS = 1000
 CLIPS = (100, 400, 900)
@@ -106,8 +106,8 @@ async def test_every_screen_has_the_line_and_shows_the_step(recorded, size):
         assert app.screen.query_one(TransportLine).region.y == size[1] - 2
         assert "finished" in text_of(app)
         replay.seek(250)
-        app.frame()
-        for place in PLACES:
+        app.draw_frame()
+        for place in SCREENS:
             if place.mode == "start":
                 continue
             await press(pilot, place.key)
@@ -168,7 +168,7 @@ async def test_play_pause_and_speed(recorded):
         await press(pilot, "home", "space")
         assert replay.playing
         clock.now += 2
-        app.frame()
+        app.draw_frame()
         assert replay.cursor == pytest.approx(40, abs=1)
         for _ in range(8):
             await press(pilot, ">")
@@ -179,7 +179,7 @@ async def test_play_pause_and_speed(recorded):
         await press(pilot, "space")
         here = replay.cursor
         clock.now += 50
-        app.frame()
+        app.draw_frame()
         assert replay.cursor == here
         await press(pilot, "end", "space")  # from the end it begins anew
         assert replay.cursor == 0
@@ -257,14 +257,14 @@ async def test_a_living_run_is_followed(tmp_path):
         assert recorder.flush(20)
         await_commit(tmp_path, 101)
         clock.now += 2
-        app.frame()
+        app.draw_frame()
         assert replay.cursor == 101
         await press(pilot, "left")
         recorder.record(StepRecord(102, 1.7e9 + 6, "", ((0, values),)))
         assert recorder.flush(20)
         await_commit(tmp_path, 102)
         clock.now += 2
-        app.frame()
+        app.draw_frame()
         assert (replay.cursor, replay.last_step) == (100, 102)
         for keys, follows in (("end", True), ("space", False), ("space", True)):
             await press(pilot, keys)

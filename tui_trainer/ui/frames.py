@@ -1,90 +1,90 @@
-"""How often to draw: by what frames cost the terminal, and by whether somebody is there.
+"""When to draw: depends on how many bytes frames cost and on whether the user is active.
 
-A frame of `n` bytes is followed by a pause of at least n / budget seconds, so whatever a screen
-shows, the terminal is sent no more than its budget while it is only watched. A key draws at once.
+After a frame of n bytes the next one is at least n / budget seconds away, so a screen that is only
+watched never sends the terminal more than its budget. A key press draws at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-IDLE = ((600.0, 4.0), (60.0, 2.0))
-"""Seconds without a key or the mouse, and how many times rarer frames are from then on."""
-EAGER_S = 1.5
-"""After a key, what it brought about is fetched and drawn at full rate for so long."""
-SLOWEST_S = 8.0
-"""Frames are never further apart than this, whatever they cost."""
-MOST_BACK_OFF = 16.0
+IDLE_INTERVALS = ((600.0, 4.0), (60.0, 2.0))
+"""(seconds without input, factor by which frames are further apart from then on)."""
+ACTIVE_S = 1.5
+"""After a key press, frames are drawn at full rate for this long."""
+MAX_INTERVAL_S = 8.0
+"""Longest time between frames due to their size."""
+MAX_BACK_OFF = 16.0
 
 
 @dataclass(frozen=True)
 class TerminalLink:
-    """What a line to a terminal bears."""
+    """Limits of the connection to the terminal."""
 
     frames_per_second: float
     bytes_per_second: float
-    """To the terminal, while nobody presses a key."""
-    frugal: bool = False
+    """Budget while no key is pressed."""
+    slow: bool = False
     """Whether to draw coarser, too: numbers and trends that change less often."""
 
 
-FAST = TerminalLink(4.0, 8000.0)
-SLOW = TerminalLink(0.5, 900.0, frugal=True)
-"""`--slow-link`: a modem, a satellite, a train."""
+FAST_LINK = TerminalLink(4.0, 8000.0)
+SLOW_LINK = TerminalLink(0.5, 900.0, slow=True)
+"""For `--slow-link`."""
 
 
 class FrameScheduler:
-    """Says when the next frame is due. Times are seconds of the caller's clock."""
+    """Decides when the next frame is due. All times are seconds of the caller's clock."""
 
     def __init__(self, link: TerminalLink, now: float = 0.0) -> None:
         self.link = link
-        self._touched = now
-        self._eager_until = 0.0
-        self._at_once = False
-        self._last = -SLOWEST_S
-        self._mark = 0
+        self._last_input = now
+        self._active_until = 0.0
+        self._requested = False
+        self._last_frame = -MAX_INTERVAL_S
+        self._bytes_at_last_frame = 0
         self._back_off = 1.0
 
-    def touched(self, now: float) -> None:
-        """A key was pressed, or the mouse."""
-        self._touched = now
-        self._eager_until = now + EAGER_S
-        self._at_once = True
+    def input_received(self, now: float) -> None:
+        """A key was pressed or the mouse used."""
+        self._last_input = now
+        self._active_until = now + ACTIVE_S
+        self._requested = True
         self._back_off = 1.0
 
-    def at_once(self) -> None:
-        """What is known now must not wait: the next frame is due."""
-        self._at_once = True
+    def request_frame(self) -> None:
+        """Make the next frame due now."""
+        self._requested = True
 
-    def drawn(self, now: float, written: int) -> None:
-        """A frame begins; `written` bytes have gone to the terminal before it."""
-        self._last, self._mark = now, written
-        self._at_once = False
+    def frame_started(self, now: float, bytes_written: int) -> None:
+        """A frame is being drawn; `bytes_written` is the total sent to the terminal before it."""
+        self._last_frame, self._bytes_at_last_frame = now, bytes_written
+        self._requested = False
         self._back_off = max(1.0, self._back_off / 2)
 
-    def waits(self) -> None:
-        """The terminal has not taken what it was sent: it gets less."""
-        self._back_off = min(self._back_off * 2, MOST_BACK_OFF)
+    def back_off(self) -> None:
+        """The terminal has not read all of the last frame: double the interval."""
+        self._back_off = min(self._back_off * 2, MAX_BACK_OFF)
 
-    def due(self, now: float, written: int) -> float:
-        """Seconds until the next frame; 0 or less: now."""
-        return 0.0 if self._at_once else self._last + self._interval(now, written) - now
+    def seconds_until_due(self, now: float, bytes_written: int) -> float:
+        """Seconds until the next frame; 0 or less when it is due."""
+        if self._requested:
+            return 0.0
+        return self._last_frame + self._interval(now, bytes_written) - now
 
     def polls_per_second(self, now: float) -> float:
-        """How often the run needs to be asked: no more often than is drawn, but for a moment after
-        a key."""
-        if now < self._eager_until:
-            return FAST.frames_per_second
-        return self.link.frames_per_second / self._idle(now)
+        """How often to poll the run: as often as frames are drawn, or at full rate after a key."""
+        if now < self._active_until:
+            return FAST_LINK.frames_per_second
+        return self.link.frames_per_second / self._idle_factor(now)
 
-    def _interval(self, now: float, written: int) -> float:
-        wanted = (written - self._mark) / self.link.bytes_per_second
-        most = self.link.frames_per_second
-        if now < self._eager_until and not self.link.frugal:
-            wanted = 0.0
-        interval = max(1 / most, min(wanted, SLOWEST_S))
-        return interval * max(self._idle(now), self._back_off)
+    def _interval(self, now: float, bytes_written: int) -> float:
+        cost_s = (bytes_written - self._bytes_at_last_frame) / self.link.bytes_per_second
+        if now < self._active_until and not self.link.slow:
+            cost_s = 0.0
+        interval = max(1 / self.link.frames_per_second, min(cost_s, MAX_INTERVAL_S))
+        return interval * max(self._idle_factor(now), self._back_off)
 
-    def _idle(self, now: float) -> float:
-        quiet = now - self._touched
-        return next((rarer for seconds, rarer in IDLE if quiet >= seconds), 1.0)
+    def _idle_factor(self, now: float) -> float:
+        idle_s = now - self._last_input
+        return next((factor for seconds, factor in IDLE_INTERVALS if idle_s >= seconds), 1.0)

@@ -1,10 +1,15 @@
-"""Sends the terminal only the cells that changed, in as few bytes as they can be said.
+"""Everything that relies on Textual's private names, last checked with Textual 8.2.8.
 
-Textual 8.2 sends a changed stretch of a line from the left edge of its widget on, once for each
-stretch, and both colours for every segment: 9 KB a frame for the 300 cells that change on the
-dashboard at 120×40. Here each stretch begins where it begins, what has one style is written
-together, and of a style only what differs from the one before is set: 1.2 KB. Should a later
-Textual build its updates otherwise, its own way of sending them stands.
+1. A compositor that sends the terminal only the cells that changed. Textual sends each changed part
+   of a line from the left edge of its widget on, and both colors with every segment: 9 KB a frame
+   for the 300 cells that change on the dashboard at 120×40. This one sends 1.2 KB.
+   Uses `textual._compositor.Compositor` and `ChopsUpdate`, `Screen._compositor`,
+   `Console._color_system` and `Style._make_ansi_codes`.
+2. A driver that counts its output and can be closed while the terminal reads nothing.
+   Uses `Driver._writer_thread` and `WriterThread._queue`.
+3. The bindings of one node. Uses `DOMNode._bindings`.
+
+`tests/ui/test_textual_hacks.py` fails when one of these names changes its meaning.
 """
 
 from __future__ import annotations
@@ -14,53 +19,62 @@ import signal
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Event, Thread, current_thread, main_thread
+from typing import Any
 
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
+from textual.binding import Binding
+from textual.dom import DOMNode
 from textual.driver import Driver
+from textual.screen import Screen
+
+try:
+    import termios
+except ImportError:  # pragma: no cover - there is none on Windows
+    termios = None  # type: ignore[assignment]
+
+# -------------------------------------------------------------------- only the cells that changed
 
 RESET = "\x1b[0m"
-_SHOWN_ON_BLANKS = frozenset(("4", "7", "9", "21", "51", "52", "53"))
-"""Attributes that can be seen on a space: underlined, reversed, struck through, framed, …"""
+_VISIBLE_ON_SPACES = frozenset(("4", "7", "9", "21", "51", "52", "53"))
+"""Attributes that show on a space: underline, reverse, strike-through, frame, …"""
+
+StyleCodes = tuple[str, str, str]
+"""SGR parameters of the attributes, the foreground and the background; "" is the default."""
+DEFAULT_CODES: StyleCodes = ("", "", "")
 
 
-Codes = tuple[str, str, str]
-"""What sets the attributes, the foreground and the background; "" each for the terminal's own."""
-NO_CODES: Codes = ("", "", "")
-
-
-class Pen:
-    """The style that the terminal writes in, and the sequences that change it to another."""
+class SgrWriter:
+    """Emits the shortest escape sequence that changes one style into another."""
 
     def __init__(self) -> None:
-        self._now = NO_CODES
+        self._current = DEFAULT_CODES
 
-    def turn(self, wanted: Codes) -> str:
-        """What to send before text that is to be written so."""
-        now, self._now = self._now, wanted
-        if wanted == now:
+    def change_to(self, wanted: StyleCodes) -> str:
+        """The sequence to send before text with the style `wanted`."""
+        current, self._current = self._current, wanted
+        if wanted == current:
             return ""
-        if wanted[0] != now[0]:
+        if wanted[0] != current[0]:
             return f"\x1b[{';'.join(code for code in ('0', *wanted) if code)}m"
         changed = []
-        if wanted[1] != now[1]:
+        if wanted[1] != current[1]:
             changed.append(wanted[1] or "39")
-        if wanted[2] != now[2]:
+        if wanted[2] != current[2]:
             changed.append(wanted[2] or "49")
         return f"\x1b[{';'.join(changed)}m"
 
-    def lift(self) -> str:
-        """Back to the terminal's own style."""
-        worn, self._now = self._now != NO_CODES, NO_CODES
-        return RESET if worn else ""
+    def reset(self) -> str:
+        """The sequence to return to the default style."""
+        styled, self._current = self._current != DEFAULT_CODES, DEFAULT_CODES
+        return RESET if styled else ""
 
 
 @lru_cache(maxsize=4096)
-def _codes(style: Style, system: ColorSystem) -> Codes:
-    """The codes of attributes, foreground and background."""
+def _style_codes(style: Style, system: ColorSystem) -> StyleCodes:
     colors = []
     for color, foreground in ((style.color, True), (style.bgcolor, False)):
         codes = color.downgrade(system).get_ansi_codes(foreground) if color is not None else ()
@@ -69,187 +83,195 @@ def _codes(style: Style, system: ColorSystem) -> Codes:
 
 
 @lru_cache(maxsize=64)
-def _shown(attributes: str) -> bool:
-    return not _SHOWN_ON_BLANKS.isdisjoint(attributes.split(";"))
+def _visible_on_spaces(attributes: str) -> bool:
+    return not _VISIBLE_ON_SPACES.isdisjoint(attributes.split(";"))
 
 
 @dataclass
 class CellRun:
-    """Cells of one line that are written in one go."""
+    """Adjacent cells of one line and one style."""
 
     y: int
     x: int
     width: int
-    codes: Codes
+    codes: StyleCodes
     text: str
-    plain: bool = False
-    """Whether `text` brings its own sequences (a link, a control)."""
+    has_sequences: bool = False
+    """Whether `text` contains escape sequences of its own (a link, a control segment)."""
 
 
-class TightUpdate(ChopsUpdate):
-    """The same update in fewer bytes.
+class CellUpdate(ChopsUpdate):
+    """A partial update of the screen in fewer bytes than Textual's.
 
-    Pieces are written style by style, not line by line: in a table, whose columns have a colour
-    each, it is cheaper to move the cursor (4 to 8 bytes) than to change the colour (17).
+    Runs of cells are written style by style, not line by line: in a table, whose columns have a
+    color each, moving the cursor (4 to 8 bytes) is cheaper than changing the color (17).
     """
 
     def render_segments(self, console: Console) -> str:
-        """The escape sequences and text to write."""
-        pieces = self._pieces(console)
-        first = {piece.codes: number for number, piece in reversed(list(enumerate(pieces)))}
-        pieces.sort(key=lambda piece: first[piece.codes])
+        """The text and escape sequences to write."""
+        runs = self._cell_runs(console)
+        first_use = {run.codes: number for number, run in reversed(list(enumerate(runs)))}
+        runs.sort(key=lambda run: first_use[run.codes])
         out: list[str] = []
-        pen = Pen()
-        at = (-1, -1)
-        for piece in pieces:
-            out.append(_move(at, (piece.y, piece.x)))
-            out.append(pen.lift() if piece.plain else pen.turn(piece.codes))
-            out.append(piece.text)
-            at = (-1, -1) if piece.plain else (piece.y, piece.x + piece.width)
-        out.append(pen.lift())
+        sgr = SgrWriter()
+        cursor = (-1, -1)
+        for run in runs:
+            out.append(_move_cursor(cursor, (run.y, run.x)))
+            out.append(sgr.reset() if run.has_sequences else sgr.change_to(run.codes))
+            out.append(run.text)
+            cursor = (-1, -1) if run.has_sequences else (run.y, run.x + run.width)
+        out.append(sgr.reset())
         return "".join(out)
 
-    def _pieces(self, console: Console) -> list[CellRun]:
-        system, pieces = console._color_system, []
+    def _cell_runs(self, console: Console) -> list[CellRun]:
+        system, runs = console._color_system, []
         for y, x1, x2 in self.spans:
             last: CellRun | None = None
             for end, (x, strip) in zip(self.chop_ends[y], self.chops[y].items(), strict=False):
                 if strip is None or x >= x2 or end <= x1:
                     continue
-                at = max(x, x1)
-                for segment in strip.crop(at - x, min(end, x2) - x):
-                    piece = _piece(y, at, segment, system, console)
-                    at += piece.width
-                    if last is not None and (codes := _together(last, piece)) is not None:
+                cell = max(x, x1)
+                for segment in strip.crop(cell - x, min(end, x2) - x):
+                    run = _cell_run(y, cell, segment, system, console)
+                    cell += run.width
+                    if last is not None and (codes := _common_codes(last, run)) is not None:
                         last.codes = codes
-                        last.text += piece.text
-                        last.width += piece.width
+                        last.text += run.text
+                        last.width += run.width
                     else:
-                        pieces.append(piece)
-                        last = piece
-        return pieces
+                        runs.append(run)
+                        last = run
+        return runs
 
 
-def _piece(
+def _cell_run(
     y: int, x: int, segment: Segment, system: ColorSystem | None, console: Console
 ) -> CellRun:
     text, style, control = segment
     if control or (style is not None and style.link):
-        return CellRun(y, x, segment.cell_length, NO_CODES, _plainly(segment, console), True)
-    codes = _codes(style, system) if style is not None and system is not None else NO_CODES
-    return CellRun(y, x, segment.cell_length, codes, text)
+        if style is not None and not control:
+            text = style.render(text, color_system=system)
+        return CellRun(y, x, segment.cell_length, DEFAULT_CODES, text, has_sequences=True)
+    codes = _style_codes(style, system) if style is not None and system is not None else None
+    return CellRun(y, x, segment.cell_length, codes or DEFAULT_CODES, text)
 
 
-def _together(left: CellRun, right: CellRun) -> Codes | None:
-    """The codes in which both can be written, if there are such and they touch."""
-    if left.plain or right.plain or left.y != right.y or left.x + left.width != right.x:
+def _common_codes(left: CellRun, right: CellRun) -> StyleCodes | None:
+    """The codes with which both runs can be written as one; None if there are none."""
+    if left.has_sequences or right.has_sequences:
+        return None
+    if left.y != right.y or left.x + left.width != right.x:
         return None
     a, b = left.codes, right.codes
     if a == b:
         return a
-    if a[2] != b[2] or _shown(a[0]) or _shown(b[0]):
+    if a[2] != b[2] or _visible_on_spaces(a[0]) or _visible_on_spaces(b[0]):
         return None
-    if right.text.isspace():  # of a space only the background is seen
+    if right.text.isspace():  # a space shows its background only
         return a
     return b if left.text.isspace() else None
 
 
-def _move(old: tuple[int, int], new: tuple[int, int]) -> str:
-    """From (line, column) to another place."""
-    if old == new:
+def _move_cursor(current: tuple[int, int], target: tuple[int, int]) -> str:
+    """The sequence to move the cursor between two (line, column)."""
+    if current == target:
         return ""
-    if old[0] == new[0] and new[1] > old[1] >= 0:
-        return f"\x1b[{new[1] - old[1]}C"
-    return f"\x1b[{new[0] + 1};{new[1] + 1}H"
+    if current[0] == target[0] and target[1] > current[1] >= 0:
+        return f"\x1b[{target[1] - current[1]}C"
+    return f"\x1b[{target[0] + 1};{target[1] + 1}H"
 
 
-def _plainly(segment: Segment, console: Console) -> str:
-    """What is rare is left to Rich."""
-    text, style, control = segment
-    if control or style is None:
-        return text
-    return style.render(text, color_system=console._color_system)
-
-
-class TightCompositor(Compositor):
-    """A compositor whose partial updates are `TightUpdate`s."""
+class CellCompositor(Compositor):
+    """A compositor whose partial updates are `CellUpdate`s."""
 
     def render_partial_update(self) -> ChopsUpdate | None:
-        """What changed since the last time."""
+        """What has changed since the last update."""
         update = super().render_partial_update()
         if type(update) is not ChopsUpdate:
             return update
-        return TightUpdate(update.chops, update.spans, update.chop_ends)
+        return CellUpdate(update.chops, update.spans, update.chop_ends)
 
 
-# ---- output
-# What goes to the terminal, counted; and whether the terminal takes it.
+def use_cell_compositor(screen: Screen[Any]) -> None:
+    """Send only changed cells of `screen`. To be called before it is mounted."""
+    screen._compositor = CellCompositor()
 
 
-try:
-    import termios
-except ImportError:  # pragma: no cover - there is none on Windows
-    termios = None  # type: ignore[assignment]
-
-PATIENCE_S = 1.0
-"""How long leaving waits for a terminal that takes nothing …"""
-AGAIN_S = 0.1
-"""… and how often what it has not taken is then thrown away."""
+def use_256_colors(console: Console) -> None:
+    """Write colors as one of 256, which takes half the bytes of 24-bit colors."""
+    if console._color_system is ColorSystem.TRUECOLOR:
+        console._color_system = ColorSystem.EIGHT_BIT
 
 
-class Metered(Driver):
-    """Mixed into a driver of Textual's: counts the bytes that were handed to it, and closes whether
-    the terminal takes them or not."""
+# -------------------------------------------------------------------- the driver's output
 
-    written = 0
+CLOSE_TIMEOUT_S = 1.0
+"""How long closing waits for a terminal that reads nothing before it discards output."""
+DISCARD_INTERVAL_S = 0.1
+
+
+class MeteredDriver(Driver):
+    """Mixed into one of Textual's drivers: counts the bytes written, and closes even if the
+    terminal has stopped reading (as after ctrl+s)."""
+
+    bytes_written = 0
 
     def write(self, data: str) -> None:
-        """Write, and count."""
-        self.written += len(data.encode("utf-8", "replace"))
+        """Write and count."""
+        self.bytes_written += len(data.encode("utf-8", "replace"))
         super().write(data)  # type: ignore[safe-super]
 
     def close(self) -> None:
-        """Wait for the terminal to take what is left, but not for ever: somebody wants to leave."""
+        """Wait for the terminal to read what is left, but not longer than `CLOSE_TIMEOUT_S`."""
         writer = getattr(self, "_writer_thread", None)
         if termios is None or writer is None or current_thread() is not main_thread():
             super().close()
             return
         closed = Event()
-        Thread(target=self._throw_away, args=(writer, closed), daemon=True).start()
-        before = signal.signal(signal.SIGWINCH, lambda *_: None)  # one that interrupts a write
+        Thread(target=self._discard_output, args=(writer, closed), daemon=True).start()
+        # A handler must be installed for SIGWINCH to interrupt the writer's blocked write().
+        previous = signal.signal(signal.SIGWINCH, lambda *_: None)
         try:
             super().close()
         finally:
             closed.set()
-            signal.signal(signal.SIGWINCH, before or signal.SIG_DFL)
+            signal.signal(signal.SIGWINCH, previous or signal.SIG_DFL)
 
-    def _throw_away(self, writer: Thread, closed: Event) -> None:
-        """Empty what the terminal has not taken, and let the writer notice that there is room."""
-        patience = PATIENCE_S
-        while not closed.wait(patience):
+    def _discard_output(self, writer: Thread, closed: Event) -> None:
+        """Flush the terminal's output queue and wake the blocked writer until it is done."""
+        timeout = CLOSE_TIMEOUT_S
+        while not closed.wait(timeout):
             with contextlib.suppress(OSError, ValueError, termios.error):
                 termios.tcflush(writer.fileno(), termios.TCOFLUSH)  # type: ignore[attr-defined]
                 if writer.ident is not None and writer.is_alive():
                     signal.pthread_kill(writer.ident, signal.SIGWINCH)
-            patience = AGAIN_S
+            timeout = DISCARD_INTERVAL_S
 
 
 @cache
 def metered(driver: type[Driver]) -> type[Driver]:
-    """The driver, with its output counted."""
-    return type(f"Metered{driver.__name__}", (Metered, driver), {})
+    """The driver class, with its output counted."""
+    return type(f"Metered{driver.__name__}", (MeteredDriver, driver), {})
 
 
-def written(driver: Driver | None) -> int:
-    """Bytes handed to the terminal so far; 0 where there is none."""
-    return driver.written if isinstance(driver, Metered) else 0
+def bytes_written(driver: Driver | None) -> int:
+    """Bytes sent to the terminal so far; 0 without one."""
+    return driver.bytes_written if isinstance(driver, MeteredDriver) else 0
 
 
-def waiting(driver: Driver | None) -> int:
-    """Pieces of output that the terminal has not taken yet.
+def pending_writes(driver: Driver | None) -> int:
+    """Pieces of output that the terminal has not read yet.
 
-    Textual writes on a thread from a queue that holds 30 of them; when it is full, whoever draws is
-    kept waiting, and that is the event loop. There is no public way to see how full it is.
+    Textual writes on a thread, from a queue of at most 30. When it is full, the next write blocks
+    the event loop.
     """
     queue = getattr(getattr(driver, "_writer_thread", None), "_queue", None)
     return queue.qsize() if queue is not None else 0
+
+
+# -------------------------------------------------------------------- bindings
+
+
+def bindings_of(node: DOMNode, key: str) -> list[Binding]:
+    """The node's own bindings of `key`, even where another node has one with priority."""
+    return node._bindings.key_to_bindings.get(key, [])

@@ -385,7 +385,7 @@ class TrendPanel(Panel):
             return []
         step = self.snapshot.history.table(schema.STEP)  # the same window as the loss has
         last = (step.last_step or 0) if step is not None else 0
-        steps = window(last, None, info.total_steps if info else None, self.frugal)
+        steps = window(last, None, info.total_steps if info else None, self.slow_link)
         name, _, parts = TRENDS[self.trend]
         layers: list[Layer] = []
         names: list[Layer] = []

@@ -71,7 +71,7 @@ class ClippingPanel(Panel):
         clip = snapshot.history.table(schema.CLIP)
         info = snapshot.info
         last = (step.last_step or 0) if step is not None else 0
-        steps = window(last, self.shown, info.total_steps if info else None, self.frugal)
+        steps = window(last, self.shown, info.total_steps if info else None, self.slow_link)
         if step is None or not step.rows:
             return steps, [], []
         buckets = 2 * self.chart.plot_width(width)

@@ -264,11 +264,11 @@ class GradientsPanel(VirtualTable):
         if not self._values.measured:
             self._trends = {}
             return
-        if self.frugal and self._frames % FRUGAL_FRAMES and visible.tolist() == self._trending:
+        if self.slow_link and self._frames % FRUGAL_FRAMES and visible.tolist() == self._trending:
             return
         self._trends, self._trending = {}, visible.tolist()
         cells = COLUMNS[-1].width
-        start, stop = window(self._values.last_step, self._trend_steps(), coarse=self.frugal)
+        start, stop = window(self._values.last_step, self._trend_steps(), coarse=self.slow_link)
         wanted: list[int] = []
         parts: list[tuple[int, int]] = []
         for node in visible.tolist():

@@ -97,7 +97,7 @@ class HeaderLine(Panel):
 
     def _about(self) -> str:
         status = self.snapshot.status
-        if said := cast("DrawingContext", self.app).said:
+        if said := cast("DrawingContext", self.app).status_message:
             return said
         if status.state == "paused":
             return f"after {status.phase}" if status.phase else status.reason
@@ -124,7 +124,7 @@ class HeaderLine(Panel):
         style = self.palette.error if link.state in ("lost", "closed") else self.palette.dim
         if link.state == "closed" and self.snapshot.status.ended:
             style = self.palette.dim  # nothing is wrong: the run is over
-        slow = " slow link" if cast("DrawingContext", self.app).link.frugal else ""
+        slow = " slow link" if cast("DrawingContext", self.app).link.slow else ""
         if link.state == "live" and link.message:  # nothing has come for a while
             return f"{link.message}{slow}", self.palette.warning
         return f"{self._role()}{slow}{latency}", style

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.keys import Group
+from tui_trainer.ui.keys import KeyGroup
 from tui_trainer.ui.panels.attention import SHOWN_STATISTICS
 from tui_trainer.ui.widgets.lines import Line, LinesView
 from tui_trainer.ui.widgets.text import stretched
@@ -91,7 +91,9 @@ class HelpBlock:
     style: str = "accent"
 
 
-def blocks(groups: Sequence[Group], glyphs: Glyphs, info: RunInfo | None = None) -> list[HelpBlock]:
+def blocks(
+    groups: Sequence[KeyGroup], glyphs: Glyphs, info: RunInfo | None = None
+) -> list[HelpBlock]:
     """All of the help, keys first. `info`: of the run whose stretched cadences are listed."""
     keys = [
         HelpBlock(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))

@@ -54,7 +54,7 @@ class LossPanel(Panel):
         step = self.snapshot.history.table(schema.STEP)
         info = self.snapshot.info
         last = (step.last_step or 0) if step is not None else 0
-        steps = window(last, self.shown, info.total_steps if info else None, self.frugal)
+        steps = window(last, self.shown, info.total_steps if info else None, self.slow_link)
         layers: list[Layer] = []
         items: list[Item] = []
         buckets = 2 * self.chart.plot_width(size.width)

@@ -13,7 +13,6 @@ from textual.widget import Widget
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.attention import (
     SHOWN_STATISTICS,
     HeadsTable,
@@ -22,7 +21,7 @@ from tui_trainer.ui.panels.attention import (
     why_nothing,
 )
 from tui_trainer.ui.panels.series_chart import SeriesChart
-from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import ScrollingTabs
@@ -124,7 +123,7 @@ class AttentionScreen(DetailScreen):
 
     def _show_layer(self) -> None:
         """Heads and charts of the layer under the cursor."""
-        snapshot, row = self.trainer.snapshot, self.by_layer.current
+        snapshot, row = self.context.snapshot, self.by_layer.current
         info = snapshot.info
         if info is None or row is None or row >= len(info.attention):
             self.by_layer.empty = f"no layer has “{self.by_layer.filter}”: escape clears the filter"
@@ -182,7 +181,7 @@ class AttentionScreen(DetailScreen):
 
     def _say_healthy(self) -> None:
         """What is healthy, and of when the values are."""
-        statistic, snapshot = self.statistic, self.trainer.snapshot
+        statistic, snapshot = self.statistic, self.context.snapshot
         age = age_of(snapshot, snapshot.history.tables_named(statistic.table))
         pieces = [("healthy", "good"), (statistic.healthy, "dim")]
         self.query_one("#healthy", Caption).say(pieces, age)
@@ -275,7 +274,7 @@ class AttentionScreen(DetailScreen):
     def _lay_out(self) -> None:
         """Tables as high as they need, within a third of the screen; the charts have the rest."""
         width, height = self.size
-        info = self.trainer.snapshot.info
+        info = self.context.snapshot.info
         layers = info.attention if info else ()
         beside, room = width >= BESIDE, max(4, height - AROUND)
         both = beside or height >= STACKED

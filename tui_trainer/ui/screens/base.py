@@ -1,101 +1,175 @@
-"""What every screen of a run has in common: it is shown snapshots, and draws only what changed."""
+"""Base classes of the screens: `RunScreen` shows snapshots, `ControlScreen` adds the keys that
+control the run, `DetailScreen` a header and the line of keys."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import textual.screen
 from textual import events
 from textual.app import ComposeResult
+from textual.binding import Binding
 from textual.screen import Screen
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.controls import ControlActions
+from tui_trainer.protocol import messages
+from tui_trainer.ui import textual_hacks
+from tui_trainer.ui.context import AppContext, app_context
 from tui_trainer.ui.panels.header import HeaderLine
-from tui_trainer.ui.textual_hacks import TightCompositor
+from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 
-if TYPE_CHECKING:
-    from tui_trainer.ui.app import TuiTrainerApp
+MIN_SIZE = (40, 10)
+"""Columns and rows below which a screen only says that the terminal is too small."""
 
 
-UPDATES_PER_SECOND = 250
-"""How soon after one another parts of the screen may be drawn. Frames of the run are made in one
-piece and are far rarer; but a key moves the cursor first, then changes what is said of its row, and
-at Textual's 60 the second would wait 17 ms for nothing."""
-
-if "TEXTUAL_FPS" not in os.environ:
-    vars(textual.screen)["UPDATE_PERIOD"] = 1 / UPDATES_PER_SECOND
+CONTROL_BINDINGS = (
+    Binding("space", "pause", "Pause/resume", key_display="space", id="run.pause",
+            tooltip="Pause at the next phase boundary, or resume"),
+    Binding("s", "step", "Step", id="run.step", tooltip="One optimizer step, then pause"),
+    Binding("p", "phase", "Phase", id="run.phase",
+            tooltip="To the next phase boundary, then pause"),
+    Binding("n", "steps", "N steps", id="run.steps", tooltip="A number of steps, then pause"),
+    Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
+    Binding("t", "throttle", "Throttle", id="run.throttle",
+            tooltip="Limit the steps per second, to watch them"),
+    Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
+            tooltip="Control the run from this screen; the viewer that did so only watches"),
+    Binding("a", "mark", "Annotate", show=False, id="run.mark",
+            tooltip="Add a note at this step: in the log, on the charts, in the replay"),
+)  # fmt: skip
+MAX_STEPS = 10**15
+"""Larger numbers of steps are cut to this, which fits the message."""
+CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
 class RunScreen(Screen[Any]):
-    """A screen of the app; `topics` are the on-request tables that it needs while it is shown."""
+    """A screen that shows a run."""
 
     topics: frozenset[str] = frozenset()
+    """On-request tables that the run measures while the screen is shown."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._compositor = TightCompositor()
+        if self.context.cell_updates:
+            textual_hacks.use_cell_compositor(self)
 
     @property
-    def trainer(self) -> TuiTrainerApp:
-        """The app, typed."""
-        return cast("TuiTrainerApp", self.app)
+    def context(self) -> AppContext:
+        """The app."""
+        return app_context(self)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw `snapshot`. Called on the event loop, only when something is new."""
+        """Draw `snapshot`. Called on the event loop, only when something has changed."""
         raise NotImplementedError
 
     def on_screen_resume(self) -> None:
-        """Shown again: what arrived meanwhile is drawn at once."""
-        self.trainer.shown_again(self)
+        """Draw what has arrived while another screen was in front."""
+        self.context.screen_resumed(self)
 
 
-# ---- detail
-# The base of the screens beside the dashboard: a header, what the screen shows, and the keys.
+class ControlScreen(RunScreen):
+    """A screen from which the run can be controlled: its bindings include `CONTROL_BINDINGS`."""
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Dim the keys while no run could obey; hide those that a recording has no use for."""
+        if action not in CONTROL_ACTIONS:
+            return True
+        snapshot = self.context.snapshot
+        status, link = snapshot.status, snapshot.link
+        if link.state == "replay":
+            if action in ("phase", "mark", "throttle", "take_control"):
+                return False
+        elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
+            return None
+        if action == "epoch" and (snapshot.info is None or not snapshot.info.steps_per_epoch):
+            return None
+        return True
+
+    def action_pause(self) -> None:
+        status = self.context.snapshot.status
+        paused = status.state == "paused" or status.ended  # a replay may start again at its end
+        self.context.command(messages.Resume() if paused else messages.Pause())
+
+    def action_step(self) -> None:
+        self.context.command(messages.Step(1))
+
+    def action_phase(self) -> None:
+        self.context.command(messages.StepPhase())
+
+    def action_epoch(self) -> None:
+        self.context.command(messages.RunToEpochEnd())
+
+    def action_take_control(self) -> None:
+        self.context.command(messages.TakeControl())
+
+    def action_steps(self) -> None:
+        """Ask for a number of steps and run them."""
+
+        def run(count: float | None) -> None:
+            if count is not None:
+                self.context.command(messages.Step(int(min(count, MAX_STEPS))))
+
+        prompt = NumberPrompt("Steps to run, then pause", "10", whole=True)
+        self.app.push_screen(prompt, run)
+
+    def action_mark(self) -> None:
+        """Ask for a note and add it at the current step."""
+
+        def mark(text: str | None) -> None:
+            if text is not None:
+                self.context.command(messages.Mark(text))
+
+        self.app.push_screen(TextPrompt("Note at this step"), mark)
+
+    def action_throttle(self) -> None:
+        """Ask for a speed limit; an empty answer removes it."""
+        current = self.context.snapshot.status.throttle
+
+        def limit(rate: float | None) -> None:
+            if rate is not None:
+                self.context.command(messages.Throttle(rate if rate > 0 else None))
+
+        prompt = NumberPrompt(
+            "Steps per second, at most (empty: full speed)",
+            f"{current:g}" if current else "",
+            empty=0.0,
+        )
+        self.app.push_screen(prompt, limit)
 
 
-ROOM = (40, 10)
-"""Columns and rows below which nothing can be shown sensibly."""
-
-
-class DetailScreen(ControlActions, RunScreen):
-    """A screen from which the run can be steered as from the dashboard: its bindings end with
-    `CONTROL_BINDINGS`."""
+class DetailScreen(ControlScreen):
+    """A screen with a header above its body and a line of keys below."""
 
     def compose(self) -> ComposeResult:
-        """Header, body, footer."""
-        yield TooSmall(*ROOM)
+        yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
         yield from self.body()
         yield KeyLine()
 
     def body(self) -> Iterable[Widget]:
-        """What the screen shows between the header and the keys."""
+        """The widgets between the header and the keys."""
         raise NotImplementedError
 
     def show(self, snapshot: Snapshot) -> None:
-        """The header, then what the screen shows."""
         self.query_one(HeaderLine).show(snapshot)
         self.show_body(snapshot)
         self.show_keys()
 
+    def show_body(self, snapshot: Snapshot) -> None:
+        """Draw the body."""
+        raise NotImplementedError
+
     def show_keys(self) -> None:
-        """The keys at the foot, dimmed where they cannot be used now."""
+        """Update the line of keys: those that cannot be used now are dimmed."""
         self.query_one(KeyLine).show()
 
     def on_descendant_focus(self) -> None:
-        """Other keys where the focus is elsewhere."""
+        """Show the keys of the widget that has the focus now."""
         self.call_after_refresh(self.show_keys)
 
-    def show_body(self, snapshot: Snapshot) -> None:
-        """Draw what changed."""
-        raise NotImplementedError
-
     def on_resize(self, event: events.Resize) -> None:
-        """Say so where there is no room."""
+        """Hide the body where there is no room for it."""
         width, height = event.size
-        self.set_class(width < ROOM[0] or height < ROOM[1], "-too-small")
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")

@@ -12,7 +12,7 @@ from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.compare import SERIES, ComparedRun
-from tui_trainer.ui.app import ActionProvider
+from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
@@ -90,7 +90,7 @@ class CompareScreen(RunScreen):
             run.refresh()
         if living:
             self.query_one(DifferencesTable).read()
-            self.show(self.trainer.snapshot)
+            self.show(self.context.snapshot)
 
     # ------------------------------------------------------------ room
 
@@ -108,7 +108,7 @@ class CompareScreen(RunScreen):
             self.query_one(f"#{name}").display = not self._folded or number == self._tab
         self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
         self.query_one(TabLine).choose(self._tab)
-        self.call_after_refresh(self.show, self.trainer.snapshot)
+        self.call_after_refresh(self.show, self.context.snapshot)
 
     def action_tab(self, by: int) -> None:
         """Another panel."""
@@ -132,7 +132,7 @@ class CompareScreen(RunScreen):
         for chart in self.query(OverlayChart):
             chart.by_time = self.by_time
         self.query_one(Legend).by_time = self.by_time
-        self.show(self.trainer.snapshot)
+        self.show(self.context.snapshot)
 
     def action_smooth(self) -> None:
         """Smoothed, or as measured."""

@@ -12,7 +12,6 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.controls import CONTROL_BINDINGS, ControlActions
 from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
 from tui_trainer.ui.panels.base import Panel, unseen
 from tui_trainer.ui.panels.clipping import ClippingPanel
@@ -20,7 +19,7 @@ from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, MIN_SIZE, ControlScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
@@ -29,13 +28,11 @@ TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "attention")
 SHOWN_TRENDS = (0, 1, 4)
 """Statistics of Wq, Wk, Wv (numbers in TRENDS): the first everywhere, all where there is room."""
-ROOM = (40, 10)
-"""Columns and rows below which nothing can be shown sensibly."""
 FULL = (100, 30)
 """Columns and rows from which all panels stand side by side."""
 
 
-class DashboardScreen(ControlActions, RunScreen):
+class DashboardScreen(ControlScreen):
     """Panels side by side, or folded into tabs where there is little room."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -66,7 +63,7 @@ class DashboardScreen(ControlActions, RunScreen):
 
     def compose(self) -> ComposeResult:
         """Every panel is there from the first paint on."""
-        yield TooSmall(*ROOM)
+        yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
         yield ProgressLine()
         yield FactsLine()
@@ -114,7 +111,7 @@ class DashboardScreen(ControlActions, RunScreen):
     def on_resize(self, event: events.Resize) -> None:
         """Fold or unfold."""
         width, height = event.size
-        self.set_class(width < ROOM[0] or height < ROOM[1], "-too-small")
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
         self._folded = width < FULL[0] or height < FULL[1]
         self.set_class(self._folded, "-folded")
         self._show_tab()
@@ -128,7 +125,7 @@ class DashboardScreen(ControlActions, RunScreen):
         self.call_after_refresh(self._shown)
 
     def _shown(self) -> None:
-        self.show(self.trainer.snapshot)
+        self.show(self.context.snapshot)
 
     # ------------------------------------------------------------ keys
 

@@ -9,10 +9,9 @@ from textual.binding import Binding, BindingType
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.keys import key_groups
 from tui_trainer.ui.panels.help import HelpBlock, HelpView, blocks, cadences
-from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
 
 
@@ -52,8 +51,8 @@ class HelpScreen(DetailScreen):
             self._show(self.query_one(PromptLine).text("filter"))
 
     def _show(self, text: str) -> None:
-        trainer = self.trainer
-        every = blocks(key_groups(self.app), trainer.glyphs, trainer.snapshot.info)
+        context = self.context
+        every = blocks(key_groups(self.app), context.glyphs, context.snapshot.info)
         words = text.casefold().split()
         found = [
             HelpBlock(
@@ -87,4 +86,4 @@ class HelpScreen(DetailScreen):
             prompt.clear("filter")
             self._show("")
         else:
-            self.trainer.action_go("dashboard")
+            self.context.action_go("dashboard")

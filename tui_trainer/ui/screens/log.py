@@ -10,10 +10,9 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import count
-from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.header import FactsLine
 from tui_trainer.ui.panels.log import CLIPS, EVENTS, STDERR, STDOUT, LogModel, LogView
-from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import Chip, Chips, PromptLine
 from tui_trainer.ui.widgets.text import EmptyState, awaited
 
@@ -189,11 +188,11 @@ class LogScreen(DetailScreen):
         self.lines.filter(kinds=kinds, text=text, worst_only=worst_only)
         self.view.found = None
         self.view.changed()
-        self._show_state(self.trainer.snapshot)
+        self._show_state(self.context.snapshot)
 
     def on_log_view_followed(self) -> None:
         """Show whether it follows."""
-        self._show_state(self.trainer.snapshot)
+        self._show_state(self.context.snapshot)
 
     def on_chips_pressed(self, event: Chips.Pressed) -> None:
         """As the key."""

@@ -13,10 +13,9 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
-from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
 from tui_trainer.ui.panels.series_chart import ChartSeries, SeriesChart
-from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.text import Caption, EmptyState, Piece, age_of, awaited
@@ -139,7 +138,7 @@ class ParametersScreen(DetailScreen):
 
     def _ages(self) -> str:
         """Of when the columns in sight are that are not of the newest step."""
-        snapshot, table = self.trainer.snapshot, self.table
+        snapshot, table = self.context.snapshot, self.table
         in_sight = {column.key for column in table.visible_columns(table.size.width)[0]}
         by_age: dict[str, list[str]] = {}
         for quantity, key, title in _COLUMNS:
@@ -153,7 +152,7 @@ class ParametersScreen(DetailScreen):
         if info is None or row is None:
             self.query_one("#selected", Caption).say(())
             return
-        parameter, times = info.parameters[row], self.trainer.glyphs.times
+        parameter, times = info.parameters[row], self.context.glyphs.times
         shape = f" {times} ".join(map(str, parameter.shape)) or "scalar"
         facts = f"{shape}  {parameter.dtype}  {parameter.numel:,} elements"
         by = f"updated by {parameter.optimizer}" if parameter.optimizer else "not updated"

@@ -1,12 +1,11 @@
-"""The screens, their keys and where they live; what is not on screen is imported after the first
-paint, or when it is first shown."""
+"""The screens with their keys. A screen's module is imported after the first paint, or when the
+screen is first shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,25 +19,22 @@ class ScreenEntry:
     mode: str
     key: str
     title: str
-    where: str
-    """`module:class` below `tui_trainer.ui.screens`."""
+    target: str
+    """`module:class` in `tui_trainer.ui.screens`."""
     tooltip: str
 
+    def load(self) -> type[Screen[Any]]:
+        """Import the screen's class."""
+        module, _, name = self.target.partition(":")
+        loaded: type[Screen[Any]] = getattr(import_module(f"tui_trainer.ui.screens.{module}"), name)
+        return loaded
+
     def factory(self) -> Callable[[], Screen[Any]]:
-        """What makes the screen, importing its module only then."""
-
-        def make() -> Screen[Any]:
-            made: Screen[Any] = getattr(self.load(), self.where.partition(":")[2])()
-            return made
-
-        return make
-
-    def load(self) -> ModuleType:
-        """Import its module."""
-        return import_module(f"tui_trainer.ui.screens.{self.where.partition(':')[0]}")
+        """A function that imports and creates the screen."""
+        return lambda: self.load()()
 
 
-PLACES = (
+SCREENS = (
     ScreenEntry(
         "dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"
     ),

@@ -12,7 +12,6 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
-from tui_trainer.ui.controls import CONTROL_BINDINGS
 from tui_trainer.ui.panels.samples import (
     ConfusionView,
     Continuations,
@@ -21,7 +20,7 @@ from tui_trainer.ui.panels.samples import (
     tiles_of,
     worst,
 )
-from tui_trainer.ui.screens.base import DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.text import Caption, EmptyState, awaited
 
 BESIDE = 100
@@ -114,7 +113,7 @@ class SamplesScreen(DetailScreen):
         pieces = [(f"step {matrix.step:,}", "title")]
         if share is not None:
             pieces.append((f"accuracy {share:.1%}", "text"))
-        arrow = self.trainer.glyphs.arrow
+        arrow = self.context.glyphs.arrow
         mistakes = [f"{truth}{arrow}{guess} {count}" for count, truth, guess in worst(matrix)]
         if mistakes:
             pieces.append(("most confused " + ", ".join(mistakes), "dim"))
@@ -125,12 +124,12 @@ class SamplesScreen(DetailScreen):
     def action_older(self, by: int) -> None:
         """Another sample."""
         self._back = max(0, self._back + by)
-        self.show(self.trainer.snapshot)
+        self.show(self.context.snapshot)
 
     def action_wrong_first(self) -> None:
         """The other order."""
         self._wrong_first = not self._wrong_first
-        self.show(self.trainer.snapshot)
+        self.show(self.context.snapshot)
 
     def action_matrix(self) -> None:
         """The other of the two."""
@@ -138,7 +137,7 @@ class SamplesScreen(DetailScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys for images only where there are images."""
-        snapshot = self.trainer.snapshot
+        snapshot = self.context.snapshot
         if action in ("older", "wrong_first"):
             return bool(_of(snapshot, ImageSample)) or None
         if action == "matrix":

@@ -283,7 +283,7 @@ class StartScreen(RunScreen):
     @property
     def tasks(self) -> tuple[TaskForm, ...]:
         """The tasks on offer."""
-        launcher = self.trainer.on_launch
+        launcher = self.context.on_launch
         return launcher.tasks if isinstance(launcher, Launcher) else ()
 
     @property
@@ -429,7 +429,7 @@ class StartScreen(RunScreen):
         if request is None:
             self._blame(errors)
             return
-        if self.trainer.on_launch is None:
+        if self.context.on_launch is None:
             self._say_fault(ConfigurationError("nothing can be started from here"))
             return
         self._say_fault(None)
@@ -461,9 +461,9 @@ class StartScreen(RunScreen):
 
     def _launch(self, request: LaunchRequest) -> None:
         """On a worker thread: the run process takes a moment to start."""
-        assert self.trainer.on_launch is not None
+        assert self.context.on_launch is not None
         try:
-            session = self.trainer.on_launch(request)
+            session = self.context.on_launch(request)
         except (LaunchError, ConfigurationError) as error:
             told = ConfigurationError(error.args[0], error.hint)
             self.app.call_from_thread(self._failed, told)
@@ -475,8 +475,8 @@ class StartScreen(RunScreen):
 
     def _launched(self, session: Session) -> None:
         self._set_starting(False)
-        self.trainer.attach(session)
-        self.trainer.action_go("dashboard")
+        self.context.attach(session)
+        self.context.action_go("dashboard")
 
     def _failed(self, error: ConfigurationError) -> None:
         self._set_starting(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from rich.segment import Segment
 from textual import events
@@ -23,10 +23,7 @@ from textual.widgets import Input, Static
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option
-
-if TYPE_CHECKING:
-    from tui_trainer.ui.app import TuiTrainerApp
-
+from tui_trainer.ui.widgets.lines import DrawingContext
 
 # ---- choice
 # One of a few, in one line: `● light  ○ nanogpt-cpu  ○ gpt2`, by arrow key or mouse.
@@ -223,8 +220,8 @@ class FoldRow(Widget, can_focus=True):
     """A heading that hides and shows what is below it."""
 
     DEFAULT_CSS = """
-    Fold { height: 1; width: 1fr; color: $text; text-style: bold; }
-    Fold:focus { color: $block-cursor-foreground; background: $block-cursor-background; }
+    FoldRow { height: 1; width: 1fr; color: $text; text-style: bold; }
+    FoldRow:focus { color: $block-cursor-foreground; background: $block-cursor-background; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "fold", "fold", id="fold.toggle", show=False,
@@ -345,7 +342,7 @@ class Chips(Widget):
 
     def render_line(self, y: int) -> Strip:
         """The row."""
-        palette = cast("TuiTrainerApp", self.app).palette
+        palette = cast("DrawingContext", self.app).palette
         segments: list[Segment] = []
         for chip in self.chips:
             sign = "●" if chip.on else "○"

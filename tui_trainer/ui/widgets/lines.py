@@ -24,7 +24,7 @@ class DrawingContext(Protocol):
     palette: Palette
     glyphs: Glyphs
     link: TerminalLink
-    said: str
+    status_message: str
     """The answer to the last command, shown in the header for a moment."""
 
 
@@ -66,9 +66,9 @@ class Lines(Widget):
         return cast("DrawingContext", self.app).glyphs
 
     @property
-    def frugal(self) -> bool:
+    def slow_link(self) -> bool:
         """Whether the line to the terminal is slow: what changes all the time should not."""
-        return cast("DrawingContext", self.app).link.frugal
+        return cast("DrawingContext", self.app).link.slow
 
     def rows(self, size: Size) -> Sequence[Row]:
         """The rows for a widget of this size, top first."""

@@ -7,7 +7,7 @@ from textual._compositor import CompositorUpdate
 
 from tests.ui import fake
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.textual_hacks import TightUpdate
+from tui_trainer.ui.textual_hacks import CellUpdate
 from tui_trainer.ui.widgets import chart
 
 
@@ -71,9 +71,9 @@ async def test_the_terminal_shows_what_the_screen_holds(size):
         for key in ("space", "p", "p", "s", "down", "o", "l", "w", "right", "space"):
             await pilot.press(key)
             session.advance(7)
-            app.frame()
+            app.draw_frame()
             await pilot.pause()
-        assert TightUpdate in {kind for kind, _ in app.updates}
+        assert CellUpdate in {kind for kind, _ in app.updates}
         for shown, wanted in zip(app.emulator.display, full(app), strict=True):
             assert shown == wanted
         assert cells(app.emulator) == cells(drawn_anew(app, size))
@@ -88,8 +88,8 @@ async def test_a_frame_of_the_default_view_is_a_few_kilobytes_at_most():
         app.updates.clear()
         for _ in range(12):
             session.advance(10)
-            app.frame()
+            app.draw_frame()
             await pilot.pause()
-        sizes = [size for kind, size in app.updates if kind is TightUpdate]
+        sizes = [size for kind, size in app.updates if kind is CellUpdate]
         assert sizes
         assert sum(sizes) / len(sizes) < 3500

@@ -1,0 +1,83 @@
+"""The command palette: every action by name, with what it does.
+
+It is made from the bindings of the screen in front, so an action that has a key is listed by
+itself; commands without a key are listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from textual.command import DiscoveryHit, Hit, Hits, Provider
+
+from tui_trainer.protocol import messages
+from tui_trainer.protocol.messages import Action
+from tui_trainer.ui.context import AppContext, app_context
+from tui_trainer.ui.screens.registry import SCREENS
+
+COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
+    ("Full speed", "Remove the limit on steps per second", messages.Throttle(None)),
+    ("Write a checkpoint", "At the next step boundary; training continues", messages.Checkpoint()),
+    ("Take control", "Control the run from this screen; others watch", messages.TakeControl()),
+    ("Stop the run", "Finish the current step, then end", messages.Stop()),
+    ("Stop with a checkpoint", "Finish the step, write a checkpoint, end", messages.Stop(True)),
+)
+"""Name, help and message of each."""
+
+Command = tuple[str, str, Callable[[], object]]
+"""Name, help, and what it calls."""
+
+
+class ActionProvider(Provider):
+    """Actions of the screen in front, the screens, commands to the run, and themes."""
+
+    @property
+    def _context(self) -> AppContext:
+        return app_context(self.screen)
+
+    def commands(self) -> Iterator[Command]:
+        """Everything that can be done now."""
+        yield from self._bound_actions()
+        context = self._context
+        for entry in SCREENS:
+            if self.app.check_action("go", (entry.mode,)):
+                go = partial(context.action_go, entry.mode)
+                yield f"Show {entry.title.lower()}", f"{entry.tooltip} (key {entry.key})", go
+        replayed = context.snapshot.link.state == "replay"
+        if context.session is not None and not replayed and not context.snapshot.status.ended:
+            for name, help, action in COMMANDS_WITHOUT_KEY:
+                yield name, help, partial(context.command, action)
+        for name in sorted(self.app.available_themes):
+            yield f"Theme {name}", "Colors of the screen", partial(self._set_theme, name)
+
+    def _bound_actions(self) -> Iterator[Command]:
+        known: set[str] = set()
+        for active in self.screen.active_bindings.values():
+            binding = active.binding
+            if not active.enabled or binding.action in known or not binding.tooltip:
+                continue
+            if binding.action.startswith(("go(", "app.go(")):
+                continue
+            known.add(binding.action)
+            name = (binding.description or binding.tooltip).replace("_", " ")
+            key = self.app.get_key_display(binding)
+            run = partial(self.app.run_action, binding.action, active.node)
+            yield name[:1].upper() + name[1:], f"{binding.tooltip} (key {key})", run
+
+    def _set_theme(self, name: str) -> None:
+        self.app.theme = name
+
+    async def discover(self) -> Hits:
+        """All commands but themes, shown before anything is typed."""
+        for name, help, run in self.commands():
+            if not name.startswith("Theme "):
+                yield DiscoveryHit(name, run, help=help)
+
+    async def search(self, query: str) -> Hits:
+        """Commands that match by name or, with half the score, by help."""
+        matcher = self.matcher(query)
+        for name, help, run in self.commands():
+            score = max(matcher.match(name), 0.5 * matcher.match(help))
+            if score > 0:
+                yield Hit(score, matcher.highlight(name), run, help=help)
