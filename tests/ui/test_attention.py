@@ -134,7 +134,11 @@ async def test_layers_sort_by_the_statistic() -> None:
 async def test_a_comparison_without_meaning_is_na_with_its_reason() -> None:
     info = describe()
     first = msgspec.structs.replace(
-        info.attention[0], kind="grouped", key_value_heads=2, note="K and V are smaller than Q"
+        info.attention[0],
+        kind="grouped",
+        key_value_heads=2,
+        note="K and V are smaller than Q",
+        incomparable=("qk", "qv"),
     )
     run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
     values = run.values[run.table(schema.ATTENTION)]
