@@ -44,7 +44,7 @@ def test_it_says_how_to_go_on_and_does(tmp_path: Path, kind: str) -> None:
         assert process.stderr is not None
         said = process.stderr.readline().strip()
         assert said.startswith("tui-trainer: paused before the first step")
-        program, *arguments = shlex.split(said.partition("to go on: ")[2])
+        program, *arguments = shlex.split(said.partition("to continue: ")[2])
         (run,) = runs.iterdir()
         assert (program, arguments[:2]) == ("tui-trainer", ["resume", run.name])
         while find_socket(run) is None:

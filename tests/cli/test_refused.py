@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.calling import call
 from tests.runs.starting import until
-from tui_trainer.cli.directory import discard, discard_refused
+from tui_trainer.cli.run_setup import discard, discard_refused
 from tui_trainer.config.run_spec import RunSpec, write_spec
 from tui_trainer.config.run_state import RunState, write_state
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.cli.directory import Script, split
 from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.script import Script, split
 
 CASES = [
     (["train.py"], [], Script("train.py", ())),

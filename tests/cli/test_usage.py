@@ -73,13 +73,13 @@ def test_the_near_script_is_named(tmp_path: Path) -> None:
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     done = call("gpt", "--name", "mine", "--steps", "1", cwd=tmp_path)
-    assert_refused(done, "a run called mine exists already", status=2)
+    assert_refused(done, "a run named mine already exists", status=2)
 
 
 def test_runs_cannot_be_kept_under_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = call("gpt", "--runs-dir", tmp_path / "file", "--steps", "1", cwd=tmp_path)
-    assert_refused(done, "cannot make a run", "--runs-dir", status=1)
+    assert_refused(done, "cannot create a run", "--runs-dir", status=1)
 
 
 def test_without_a_terminal_there_is_no_start_screen(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _script_command(
 
 
 def _run_script(arguments: list[str]) -> int:
-    from tui_trainer.cli.directory import split
+    from tui_trainer.cli.script import split
     from tui_trainer.cli.start import start_script
 
     ours, script = split(arguments)

@@ -1,4 +1,4 @@
-"""What the commands do: make the run, then show it in the way that this terminal allows."""
+"""Starts a run and shows it in the way that the options and this terminal allow."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from tui_trainer.cli.directory import Script, check_options, discard, prepare
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.options import RunOptions, StartOptions
-from tui_trainer.cli.screen import screen_for, why_no_screen
-from tui_trainer.client.launch import Launched, launch
+from tui_trainer.cli.run_setup import check_options, discard, prepare
+from tui_trainer.cli.script import Script
+from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.run_spec import RunSpec, find_socket
 from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 
 if TYPE_CHECKING:
-    from tui_trainer.client.launch import LaunchRequest
+    from tui_trainer.client.launch import Launched, LaunchRequest
 
 
 def start_task(
     task: TaskDefinition, preset: str | None, overrides: dict[str, Scalar], options: RunOptions
 ) -> int:
-    """Train a task; returns the exit status. Raises ConfigurationError and CommandError."""
+    """Train a task and return the exit status. Raises ConfigurationError and CommandError."""
     check_options(options)
     if options.resume is not None:
         from tui_trainer.cli.resume import resumed
@@ -37,15 +37,15 @@ def start_task(
 
 
 def start_script(script: Script, options: RunOptions) -> int:
-    """Train with a script; returns the exit status, its own if it ended. Raises CommandError."""
+    """Run a script and return its exit status. Raises CommandError."""
     check_options(options)
     if options.resume is not None:
         raise UsageError(
-            "--resume cannot go on with a script", "give the script its own option for it"
+            "--resume does not work with a script", "use the script's own option for it"
         )
     if options.in_app:
         raise UsageError(
-            "--in-app cannot train with a script", "a script has the main thread of a process"
+            "--in-app does not work with a script", "a script needs the main thread of a process"
         )
     script.check()
     return _show(prepare("script", options, script=script), options)
@@ -53,34 +53,32 @@ def start_script(script: Script, options: RunOptions) -> int:
 
 def _show(spec: RunSpec, options: RunOptions) -> int:
     if options.detach:
-        pass  # MOVED
-
         return start_detached(spec)
-    showing = screen_for(options)
-    if showing.note:
-        say(showing.note)
-    if showing.kind == "screen" and options.in_app:
+    check = screen_for(options)
+    if check.note:
+        say(check.note)
+    if check.kind == "screen" and options.in_app:
         from tui_trainer.cli.in_process import show_in_app
 
         return show_in_app(spec, options.ascii, options.slow_link)
-    if showing.kind == "screen":
+    if check.kind == "screen":
         from tui_trainer.cli.screen import show_run
 
         return show_run(spec, options.ascii, options.slow_link)
     from tui_trainer.cli.in_process import show_lines
 
     if spec.start_paused:
-        say(f"paused before the first step; to go on: {_resume_command(spec, options)}")
-    return show_lines(spec, "json" if showing.kind == "json" else "plain")
+        say(f"paused before the first step; to continue: {_resume_command(spec, options)}")
+    return show_lines(spec, "json" if check.kind == "json" else "plain")
 
 
 def _resume_command(spec: RunSpec, options: RunOptions) -> str:
-    kept = [] if options.runs_dir is None else ["--runs-dir", str(options.runs_dir)]
-    return shlex.join(["tui-trainer", "resume", spec.name, *kept])
+    directory = [] if options.runs_dir is None else ["--runs-dir", str(options.runs_dir)]
+    return shlex.join(["tui-trainer", "resume", spec.name, *directory])
 
 
 def start_screen(options: StartOptions) -> int:
-    """The start screen, for those who gave no command. Raises UsageError off a terminal."""
+    """Show the start screen. Raises UsageError without a terminal."""
     if reason := why_no_screen():
         raise UsageError(reason, "say what to train: tui-trainer gpt, or tui-trainer --help")
     from tui_trainer.cli.registry import task_names, usable_tasks
@@ -88,17 +86,16 @@ def start_screen(options: StartOptions) -> int:
 
     tasks = {task.name: task for task in usable_tasks(task_names())}
 
-    def make(request: LaunchRequest) -> RunSpec:
+    def create(request: LaunchRequest) -> RunSpec:
         return spec_for(request, tasks, options)
 
-    return show_start(make, tuple(tasks.values()), options.ascii, options.slow_link)
+    return show_start(create, tuple(tasks.values()), options.ascii, options.slow_link)
 
 
 def spec_for(
     request: LaunchRequest, tasks: dict[str, TaskDefinition], options: StartOptions
 ) -> RunSpec:
-    """The run that was asked for on the start screen, made. Raises ConfigurationError and
-    CommandError."""
+    """Create the run chosen on the start screen. Raises ConfigurationError and CommandError."""
     wanted = RunOptions(runs_dir=options.runs_dir, paused=request.paused)
     if request.script:
         script = Script(request.script, tuple(request.arguments))
@@ -108,17 +105,15 @@ def spec_for(
     return prepare(request.task, wanted, to_flat(configuration))
 
 
-# ---- detaching
-# `--detach`: start a run, say its name, and leave it to itself.
-
-
-LISTENS_WITHIN_S = 30.0
-"""It listens before it imports torch: a tenth of this on a slow disk."""
+LISTEN_TIMEOUT_S = 30.0
+"""A run listens before it imports torch, which takes a tenth of this on a slow disk."""
 
 
 def start_detached(spec: RunSpec) -> int:
-    """Start the run process, wait until others can find it, and print the run's name alone on
-    stdout, for `RUN=$(tui-trainer gpt --detach)`. Raises CommandError when it does not start."""
+    """Start the run process, wait until it listens, and print only the run's name to stdout, for
+    `RUN=$(tui-trainer gpt --detach)`. Raises CommandError when it does not start."""
+    from tui_trainer.client.launch import launch
+
     try:
         launched = launch(spec)
     except OSError as fault:
@@ -132,15 +127,15 @@ def start_detached(spec: RunSpec) -> int:
 
 
 def _wait_until_started(launched: Launched) -> None:
-    deadline = time.monotonic() + LISTENS_WITHIN_S
+    deadline = time.monotonic() + LISTEN_TIMEOUT_S
     while find_socket(launched.spec.directory) is None:
         status = launched.process.poll()
         if status is not None:
-            said = launched.last_words()
+            words = launched.last_words()
             discard(launched.spec)
-            raise CommandError(f"the run process ended at once (exit status {status})", said)
+            raise CommandError(f"the run process exited at once (exit status {status})", words)
         if time.monotonic() > deadline:
             with contextlib.suppress(OSError):
                 launched.process.terminate()
-            raise CommandError("the run process does not come up", launched.last_words())
+            raise CommandError("the run process does not start", launched.last_words())
         time.sleep(0.02)

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.commands.common import RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.errors import UsageError
-from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.client.connection import Connect
 from tui_trainer.client.ssh import (
     REMOTE_COMMAND_VARIABLE,
@@ -115,7 +115,7 @@ class AttachResult:
         self._run = run
         self.directory = run.directory if run else Path(tempfile.gettempdir())
 
-    def say_goodbye(self) -> int:
+    def print_summary(self) -> int:
         """Print how the run stands; returns the exit status."""
         snapshot = self._session.poll()
         status = snapshot.status

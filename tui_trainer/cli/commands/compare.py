@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, say
-from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.client.compare import MOST, ComparedRun, Difference, differences, outcome
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
@@ -72,7 +72,7 @@ class ComparisonResult:
         self.directory: Path = compared[0].run.directory
         self._compared = compared
 
-    def say_goodbye(self) -> int:
+    def print_summary(self) -> int:
         """Returns the exit status."""
         _say_faults(self._compared)
         return 0

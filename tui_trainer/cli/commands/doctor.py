@@ -21,7 +21,7 @@ from rich.text import Text
 from tui_trainer import __version__
 from tui_trainer.cli.commands.common import RunsDir, flag
 from tui_trainer.cli.errors import FAULT
-from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.run_spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
 from tui_trainer.protocol import PROTOCOL_VERSION
@@ -32,17 +32,18 @@ from tui_trainer.runs.security import check_directory
 LIBRARIES = {
     "cyclopts": "the command line",
     "textual": "the screens",
-    "rich": "what commands print",
+    "rich": "tables in the terminal",
+    "jinja2": "reports",
     "plotext": "charts",
     "msgspec": "messages, and the files of a run",
-    "numpy": "all figures",
+    "numpy": "measurements",
     "platformdirs": "where runs are kept",
     "psutil": "memory of the process and the machine",
-    "safetensors": "checkpoints",
-    "pillow": "pictures for the vision transformer",
-    "scikit-learn": "the digits that it learns",
+    "safetensors": "weights in checkpoints",
+    "pillow": "images for the vision transformer",
+    "scikit-learn": "its data set of digits",
 }
-"""What nothing goes without, by its package's name, and what it is there for."""
+"""Required packages and what they are for."""
 OPTIONAL = {
     "pyarrow": ('"tui-trainer[parquet]"', "export --format parquet"),
     "tensorboard": ('"tui-trainer[tensorboard]"', "export --format tensorboard"),

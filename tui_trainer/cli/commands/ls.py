@@ -1,4 +1,4 @@
-"""`tui-trainer ls`: the runs, how each is and how far."""
+"""`tui-trainer ls`: the runs, with the state and progress of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 from typing import Annotated, Any
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
@@ -25,8 +26,9 @@ STYLES = {
     "crashed": "red",
     "refused": "yellow",
 }
-_GAP = "  "
-REFUSED_SAID = 3
+HEADINGS = ("RUN", "STATE", "STEP", "LOSS", "SPEED", "AGE", "WHAT")
+MAX_REPORTED_REFUSALS = 3
+MAX_WIDTH = 10_000
 
 
 def ls(
@@ -39,16 +41,19 @@ def ls(
     with cli_errors():
         found = list_runs(runs_dir)
     runs = [run for run in found if run.live or not live]
-    for run in [run for run in found if run.state == "refused"][:REFUSED_SAID]:
+    for run in [run for run in found if run.state == "refused"][:MAX_REPORTED_REFUSALS]:
         say(run.note, run.hint)
     if json:
         print(msgspec.json.encode([as_object(run) for run in runs]).decode())
         return 0
-    console = Console(highlight=False, soft_wrap=True)
     if not runs:
-        console.print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
-    for line in table(runs, time.time()):
-        console.print(line)
+        print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
+        return 0
+    rows = table(runs, time.time())
+    console = Console(highlight=False)
+    # Lines longer than the terminal are left to it to wrap: nothing is cut off, in a pipe neither.
+    width = rows.__rich_measure__(console, console.options.update(width=MAX_WIDTH)).maximum
+    console.print(rows, width=width, soft_wrap=True)
     return 0
 
 
@@ -82,29 +87,16 @@ def as_object(run: RunEntry) -> dict[str, Any]:
     }
 
 
-def table(runs: list[RunEntry], now: float) -> list[Text]:
-    """One line a run under a line of headings, numbers to the right."""
-    rows = [_cells(run, now) for run in runs]
-    if not rows:
-        return []
-    headings = ("RUN", "STATE", "STEP", "LOSS", "SPEED", "AGE", "WHAT")
-    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
-    lines = [Text(_line(headings, widths), "bold")]
-    for run, row in zip(runs, rows, strict=True):
-        line = Text(_line(row, widths))
-        start = widths[0] + len(_GAP)
-        line.stylize(STYLES.get(run.state, ""), start, start + widths[1])
-        lines.append(line)
-    return lines
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    left = {0, 1, 6}
-    padded = [
-        cell.ljust(width) if i in left else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return _GAP.join(padded).rstrip()
+def table(runs: list[RunEntry], now: float) -> Table:
+    """One line for each run under a line of headings, with numbers aligned to the right."""
+    found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in HEADINGS:
+        justify: JustifyMethod = "right" if heading in ("STEP", "LOSS", "SPEED", "AGE") else "left"
+        found.add_column(heading, justify=justify, no_wrap=True, overflow="ignore")
+    for run in runs:
+        name, state, *rest = _cells(run, now)
+        found.add_row(Text(name), Text(state, STYLES.get(run.state, "")), *map(Text, rest))
+    return found
 
 
 def _cells(run: RunEntry, now: float) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from tui_trainer.cli.commands.common import (
     readable,
 )
 from tui_trainer.cli.errors import UsageError
-from tui_trainer.cli.screen import why_no_screen
+from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.client.replay import ReplaySession
 
 
@@ -57,7 +57,7 @@ class ReplayResult:
         self._name = name
         self.directory = directory
 
-    def say_goodbye(self) -> int:
+    def print_summary(self) -> int:
         """Say where the cursor stood; returns the exit status."""
         session = self._session
         print(f"{self._name} seen at step {session.cursor:,} of {session.last_step:,}", flush=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.cli.screen import screen_for, why_no_screen
+from tui_trainer.cli.terminal import screen_for, why_no_screen
 
 
 class Stream:

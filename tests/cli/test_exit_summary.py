@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tui_trainer.cli.screen import exit_status, exit_summary, outcome_of
+from tui_trainer.cli.exit_summary import exit_status, exit_summary, outcome_of
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.run_state import RunState
@@ -46,7 +46,13 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
     ("snapshot", "kept", "code", "line", "statuses"),
     [
         (seen("finished", 3000), None, "", "finished at step 3,000", (0, 0)),
-        (seen("running", 7), told("finished", 9, 1.5), "", "finished at step 9, loss 1.5", (0, 0)),
+        (
+            seen("running", 7),
+            told("finished", 9, 1.5),
+            "",
+            "finished at step 9, loss 1.500",
+            (0, 0),
+        ),
         (seen("stopping", 7), told("stopped", 8), "", "stopped at step 8", (0, 0)),
         (
             seen("crashed", 7, "ValueError: the seventh"),
@@ -59,7 +65,7 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
             seen("running", 7),
             told("running", 6),
             "import os; os.kill(os.getpid(), 9)",
-            "crashed at step 7: its process ended without a word (killed by signal 9)",
+            "crashed at step 7: its process exited without writing its status (killed by signal 9)",
             (1, 137),
         ),
         (seen("finished", 4), None, "raise SystemExit(3)", "finished at step 4", (3, 3)),
@@ -90,12 +96,12 @@ def test_a_run_that_has_ended(
     assert (exit_status(TASK, outcome), exit_status(SCRIPT, outcome)) == statuses
 
 
-@pytest.mark.parametrize(("state", "word"), [("running", "training"), ("paused", "paused")])
+@pytest.mark.parametrize(("state", "word"), [("running", "still training"), ("paused", "paused")])
 def test_a_run_that_goes_on(state: str, word: str) -> None:
     with process(None) as living:
         outcome = outcome_of(seen(state, 12), told(state, 14, 2.0), living)
         line = exit_summary(TASK, outcome)
-        assert f"still {word} at step 14, loss 2; tui-trainer attach gpt-quiet-otter" in line
+        assert f"{word} at step 14, loss 2.000; tui-trainer attach gpt-quiet-otter" in line
     assert not outcome.ended
     assert exit_status(TASK, outcome) == exit_status(SCRIPT, outcome) == 0
 

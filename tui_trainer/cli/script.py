@@ -1,0 +1,124 @@
+"""`tui-trainer run [options] script.py [arguments]`: the script and its own arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.options import RunOptions
+from tui_trainer.config.errors import near_miss
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Python program that trains: a file, a folder with a `__main__.py`, or a module as for
+    `python -m`."""
+
+    target: str
+    arguments: tuple[str, ...]
+    module: bool = False
+
+    @property
+    def title(self) -> str:
+        """As typed for python, without its arguments."""
+        return f"-m {self.target}" if self.module else _path(self.target).name
+
+    @property
+    def stem(self) -> str:
+        """The file or module without folders or packages, for the name of its runs."""
+        return self.target.rpartition(".")[2] if self.module else _path(self.target).stem
+
+    def check(self) -> None:
+        """Raise UsageError if it does not exist. Errors in its code are reported by the run."""
+        if self.module:
+            _check_module(self.target)
+        else:
+            _check_file(Path(self.target))
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], Script | None]:
+    """Split into our own options and the script with its arguments.
+
+    Everything after the script belongs to it. The script is None when none is named, since the
+    options may ask for help. Raises UsageError.
+    """
+    valued = _options_with_a_value()
+    ours: list[str] = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token == "-m":
+            if not rest:
+                raise UsageError(
+                    "-m needs the name of a module", "tui-trainer run -m package.train"
+                )
+            return ours, Script(rest[0], tuple(rest[1:]), module=True)
+        if token == "--" and rest:
+            token = rest.pop(0)
+        elif token.startswith("-") and token != "-":
+            ours.append(token)
+            if token in valued and rest:
+                ours.append(rest.pop(0))
+            continue
+        return ours, Script(token, tuple(rest))
+    return ours, None
+
+
+def _options_with_a_value() -> frozenset[str]:
+    hints = get_type_hints(RunOptions)
+    return frozenset(
+        "--" + each.name.replace("_", "-")
+        for each in fields(RunOptions)
+        if hints[each.name] is not bool
+    )
+
+
+def _path(target: str) -> Path:
+    return Path(os.path.abspath(target))  # so that `.` has a name
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        if not (path / "__main__.py").is_file():
+            raise UsageError(
+                f"{path} is a folder without a __main__.py", "name the script in it that trains"
+            )
+    elif not path.exists():
+        siblings = sorted(each.name for each in _listing(path.parent) if each.suffix == ".py")
+        raise UsageError(
+            f"there is no script {path}",
+            near_miss(path.name, siblings) if siblings else "check the path",
+        )
+    else:
+        try:
+            path.open("rb").close()
+        except OSError as fault:
+            raise UsageError(f"cannot read {path}: {fault.strerror}") from fault
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())[:200]
+    except OSError:
+        return []
+
+
+def _check_module(name: str) -> None:
+    sys.path.insert(0, "")
+    try:
+        # Only the first part: finding a sub-module would import its parents, and perhaps torch.
+        found = importlib.util.find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        found = None
+    finally:
+        sys.path.remove("")
+    if found is None:
+        raise UsageError(
+            f"there is no module {name}", "it must be importable from here, as for python -m"
+        )
