@@ -3,9 +3,9 @@
     python -m benchmarks.terminal_bytes [--seconds 30] [--steps-per-second 25] [--json FILE]
 
 The command itself in a real pseudo-terminal, over a real run (the small GPT) that is held at one
-speed, once as it is by default and once with `--slow-link`. Bytes are counted as the terminal takes
-them, from the moment the first steps are on the screen; nobody presses a key, but the run is young
-enough for the pace not to be that of a screen that is left alone. A frame is one burst of output.
+speed: as on a local terminal, as in an SSH session, and with `--slow-link`. Bytes are counted as
+the terminal reads them, once the first steps are on the screen. No key is pressed, but the screen
+has not been left alone for so long that frames become rarer. A frame is one burst of output.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 
+MODES = {"local": (), "ssh": (), "slow link": ("--slow-link",)}
+"""What the terminal is, and the options for it."""
 SIZES = ((80, 24), (120, 40), (200, 60))
 SETTLE_S = 6.0
 """After attaching: the first picture is drawn, with all that had been measured before."""
@@ -42,7 +44,7 @@ class Measured:
 
     columns: int
     rows: int
-    slow_link: bool
+    mode: str
     bytes_per_second: float
     compressed_per_second: float
     """With ssh's `Compression yes` (zlib)."""
@@ -61,7 +63,8 @@ def main() -> None:
     begin()
     results = []
     with tempfile.TemporaryDirectory() as directory:
-        environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": directory}
+        environment = {name: value for name, value in os.environ.items() if "SSH" not in name}
+        environment |= {"TUI_TRAINER_RUNS_DIR": directory}
         environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
         command = [sys.executable, "-m", "tui_trainer"]
         start = [*command, "gpt", "--threads", "1", "--steps", "200000", "--detach"]
@@ -72,19 +75,21 @@ def main() -> None:
             titles = f"{'bytes/s':>9}{'zipped':>9}{'frames/s':>10}{'worst s':>9}"
             print(f"{'terminal':10}{'mode':12}{titles}")
             for columns, rows in SIZES:
-                for slow in (False, True):
-                    attach = [*command, "attach", name, *(["--slow-link"] if slow else [])]
-                    one = watch(attach, environment, columns, rows, slow, options.seconds)
+                for mode, extra in MODES.items():
+                    attach = [*command, "attach", name, *extra]
+                    ssh = {"SSH_CONNECTION": "192.0.2.1 50000 192.0.2.2 22"}
+                    terminal = environment | (ssh if mode == "ssh" else {})
+                    one = watch(attach, terminal, columns, rows, mode, options.seconds)
                     results.append(one)
                     print(
-                        f"{columns}×{rows:<6}{'slow link' if slow else 'default':12}"
+                        f"{columns}×{rows:<6}{mode:12}"
                         f"{one.bytes_per_second:9,.0f}{one.compressed_per_second:9,.0f}"
                         f"{one.frames_per_second:10.2f}{one.largest_second:9,}",
                         flush=True,
                     )
         finally:
             subprocess.run([*command, "stop", name], env=environment, check=False)
-    if any(not one.bytes_per_second and not one.slow_link for one in results):
+    if any(not one.bytes_per_second and one.mode != "slow link" for one in results):
         raise RuntimeError("a screen was sent nothing: it did not show the run")
     finish(options.json, {"terminals": [asdict(one) for one in results]})
 
@@ -105,7 +110,7 @@ def _throttle(runs: str, name: str, rate: float) -> None:
 
 
 def watch(
-    command: list[str], environment: dict[str, str], columns: int, rows: int, slow: bool, s: float
+    command: list[str], environment: dict[str, str], columns: int, rows: int, mode: str, s: float
 ) -> Measured:
     """Attach in a pseudo-terminal of this size, and count for `s` seconds what it is sent."""
     child, terminal = pty.fork()
@@ -133,7 +138,7 @@ def watch(
         if number == 0 or at - bursts[number - 1][0] > BURST_S
     )
     size = sum(len(data) for _, data in bursts)
-    return Measured(columns, rows, slow, size / s, small / s, frames / s, max(seconds))
+    return Measured(columns, rows, mode, size / s, small / s, frames / s, max(seconds))
 
 
 def _read(terminal: int, seconds: float) -> list[tuple[float, bytes]]:

@@ -7,11 +7,14 @@ import pytest
 from tests.ui import fake
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.frames import (
-    FAST_LINK,
+    ACTIVE_POLLS_PER_SECOND,
     IDLE_INTERVALS,
+    LOCAL_LINK,
     MAX_INTERVAL_S,
     SLOW_LINK,
+    SSH_LINK,
     FrameScheduler,
+    terminal_link,
 )
 
 
@@ -33,11 +36,11 @@ def frames_and_bytes(
 
 
 def test_small_frames_come_at_the_full_rate() -> None:
-    drawn, _ = frames_and_bytes(FrameScheduler(FAST_LINK), cost=1500, seconds=20)
+    drawn, _ = frames_and_bytes(FrameScheduler(SSH_LINK), cost=1500, seconds=20)
     assert len(drawn) == 80
 
 
-@pytest.mark.parametrize("link", [FAST_LINK, SLOW_LINK])
+@pytest.mark.parametrize("link", [LOCAL_LINK, SSH_LINK, SLOW_LINK])
 @pytest.mark.parametrize("cost", [300, 1500, 3000, 6000])
 def test_output_stays_within_the_budget_whatever_a_frame_costs(link, cost) -> None:
     _, written = frames_and_bytes(FrameScheduler(link), cost, seconds=60)
@@ -50,7 +53,7 @@ def test_frames_are_never_further_apart_than_the_maximum() -> None:
 
 
 def test_frames_become_rarer_without_input_and_a_key_brings_them_back() -> None:
-    scheduler = FrameScheduler(FAST_LINK)
+    scheduler = FrameScheduler(SSH_LINK)
     drawn, _ = frames_and_bytes(scheduler, 500, seconds=1000, keys=(900.0,))
 
     def rate(start: float, stop: float) -> float:
@@ -70,12 +73,12 @@ def test_a_key_draws_at_once_on_a_slow_link_and_polls_faster_for_a_moment() -> N
     assert scheduler.seconds_until_due(100.5, 4000) > 1
     scheduler.input_received(100.5)
     assert scheduler.seconds_until_due(100.5, 4000) <= 0
-    assert scheduler.polls_per_second(100.6) == FAST_LINK.frames_per_second
+    assert scheduler.polls_per_second(100.6) == ACTIVE_POLLS_PER_SECOND
     assert scheduler.polls_per_second(105.0) == SLOW_LINK.frames_per_second
 
 
 def test_a_terminal_that_falls_behind_gets_fewer_frames_and_recovers() -> None:
-    scheduler = FrameScheduler(FAST_LINK)
+    scheduler = FrameScheduler(SSH_LINK)
     scheduler.frame_started(0.0, 0)
     for _ in range(8):
         scheduler.back_off()
@@ -85,13 +88,31 @@ def test_a_terminal_that_falls_behind_gets_fewer_frames_and_recovers() -> None:
 
 
 def test_a_requested_frame_is_due_at_once() -> None:
-    scheduler = FrameScheduler(FAST_LINK, 0.0)
+    scheduler = FrameScheduler(SSH_LINK, 0.0)
     scheduler.frame_started(100.0, 0)
     assert scheduler.seconds_until_due(100.1, 50_000) > 0
     scheduler.request_frame()
     assert scheduler.seconds_until_due(100.1, 50_000) == 0
     scheduler.frame_started(100.1, 50_000)
     assert scheduler.seconds_until_due(100.2, 90_000) > 0
+
+
+@pytest.mark.parametrize(
+    ("slow_link", "environment", "link", "cell_updates"),
+    [
+        (False, {}, LOCAL_LINK, False),
+        (False, {"SSH_CONNECTION": "10.0.0.1 50000 10.0.0.2 22"}, SSH_LINK, True),
+        (False, {"SSH_TTY": "/dev/pts/1"}, SSH_LINK, True),
+        (True, {}, SLOW_LINK, True),
+        (True, {"TUI_TRAINER_CELL_UPDATES": "0"}, SLOW_LINK, False),
+        (False, {"TUI_TRAINER_CELL_UPDATES": "1"}, LOCAL_LINK, True),
+        (False, {"TUI_TRAINER_CELL_UPDATES": ""}, LOCAL_LINK, False),
+    ],
+)
+def test_cells_are_sent_singly_where_it_pays(slow_link, environment, link, cell_updates) -> None:
+    chosen = terminal_link(slow_link, environment)
+    assert chosen.cell_updates is cell_updates
+    assert chosen.bytes_per_second == link.bytes_per_second
 
 
 async def test_the_app_draws_nothing_while_the_terminal_reads_nothing(monkeypatch) -> None:
@@ -120,7 +141,7 @@ async def test_the_run_is_polled_less_on_a_slow_link() -> None:
     session = fake.fake_gpt(300)
     app = TuiTrainerApp(session, slow_link=True)
     async with app.run_test(size=(120, 40)) as pilot:
-        assert session.rate == FAST_LINK.frames_per_second  # the app has just been opened
+        assert session.rate == ACTIVE_POLLS_PER_SECOND  # the app has just been opened
         app.frame_scheduler._active_until = 0.0
         await pilot.pause(0.8)
         assert session.rate == SLOW_LINK.frames_per_second

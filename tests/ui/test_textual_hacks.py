@@ -1,21 +1,38 @@
+"""What relies on Textual's private names does what it should with the installed Textual."""
+
 from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import pyte
 import pytest
 from rich.color import ColorSystem
-from textual._compositor import CompositorUpdate
+from rich.console import Console
+from rich.segment import Segment
+from rich.style import Style
+from textual._compositor import ChopsUpdate, Compositor, CompositorUpdate
+from textual.drivers import linux_driver
+from textual.drivers._writer_thread import WriterThread
+from textual.drivers.headless_driver import HeadlessDriver
+from textual.strip import Strip
 
 from tests.ui import fake
+from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.textual_hacks import CellUpdate
+from tui_trainer.ui.textual_hacks import CellCompositor, CellUpdate
 from tui_trainer.ui.widgets import chart
 
 
 class Terminal(TuiTrainerApp):
-    """Writes into a terminal emulator what it would write to the terminal."""
+    """Also writes into a terminal emulator what it would write to the terminal."""
 
-    def __init__(self, session, size):
+    def __init__(self, session, size, cell_updates=True):
         super().__init__(session, frames_per_second=0.01)
+        self.link = replace(self.link, cell_updates=cell_updates)
         self.console._color_system = ColorSystem.TRUECOLOR
         self.emulator = pyte.Screen(*size)
         self.stream = pyte.Stream(self.emulator)
@@ -34,8 +51,8 @@ def full(app):
     return ["".join(segment.text for segment in strip) for strip in strips]
 
 
-def drawn_anew(app, size):
-    """What a terminal shows that is sent everything, in Rich's own way."""
+def rendered_by_rich(app, size):
+    """What a terminal shows that is sent the whole screen by Rich."""
     emulator = pyte.Screen(*size)
     lines = app.screen._compositor.render_strips()
     console = app.console
@@ -46,7 +63,7 @@ def drawn_anew(app, size):
 
 
 def cells(emulator):
-    """Every cell with all that can be seen of it: of a space, not the colour of its text."""
+    """Everything visible of each cell: of a space not the color of its text."""
     seen = []
     for y in range(emulator.lines):
         for x in range(emulator.columns):
@@ -60,7 +77,7 @@ def cells(emulator):
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
-async def test_the_terminal_shows_what_the_screen_holds(size):
+async def test_cell_updates_show_what_the_screen_holds(size):
     chart.load()
     session = fake.fake_gpt(300)
     app = Terminal(session, size)
@@ -76,13 +93,13 @@ async def test_the_terminal_shows_what_the_screen_holds(size):
         assert CellUpdate in {kind for kind, _ in app.updates}
         for shown, wanted in zip(app.emulator.display, full(app), strict=True):
             assert shown == wanted
-        assert cells(app.emulator) == cells(drawn_anew(app, size))
+        assert cells(app.emulator) == cells(rendered_by_rich(app, size))
 
 
-async def test_a_frame_of_the_default_view_is_a_few_kilobytes_at_most():
+async def bytes_per_frame(cell_updates: bool) -> float:
     chart.load()
     session = fake.fake_gpt(700)
-    app = Terminal(session, (120, 40))
+    app = Terminal(session, (120, 40), cell_updates)
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.pause()
         app.updates.clear()
@@ -90,6 +107,79 @@ async def test_a_frame_of_the_default_view_is_a_few_kilobytes_at_most():
             session.advance(10)
             app.draw_frame()
             await pilot.pause()
-        sizes = [size for kind, size in app.updates if kind is CellUpdate]
-        assert sizes
-        assert sum(sizes) / len(sizes) < 3500
+        kind = CellUpdate if cell_updates else ChopsUpdate
+        sizes = [size for updated, size in app.updates if updated is kind]
+        assert len(sizes) == len(app.updates) > 0
+        return sum(sizes) / len(sizes)
+
+
+async def test_cell_updates_take_a_fraction_of_the_bytes():
+    few = await bytes_per_frame(cell_updates=True)
+    assert few < 3500
+    assert few < 0.5 * await bytes_per_frame(cell_updates=False)
+
+
+async def test_without_cell_updates_the_compositor_is_textuals_own():
+    app = Terminal(fake.fake_gpt(10), (80, 24), cell_updates=False)
+    async with app.run_test(size=(80, 24)):
+        assert type(app.screen._compositor) is Compositor
+    app = Terminal(fake.fake_gpt(10), (80, 24), cell_updates=True)
+    async with app.run_test(size=(80, 24)):
+        assert type(app.screen._compositor) is CellCompositor
+
+
+def test_true_color_becomes_one_of_256():
+    console = Console(force_terminal=True, color_system="truecolor")
+    textual_hacks.use_256_colors(console)
+    assert console.color_system == "256"
+    with console.capture() as capture:
+        console.print("x", style="#5cb3f2")
+    assert "\x1b[38;5;" in capture.get()
+    console = Console(force_terminal=True, color_system="standard")
+    textual_hacks.use_256_colors(console)
+    assert console.color_system == "standard"
+
+
+def test_links_and_controls_keep_their_sequences():
+    console = Console(force_terminal=True, color_system="truecolor")
+    style = Style(color="red", link="https://example.org")
+    strip = Strip([Segment("here", style), Segment(" there", Style(color="red"))])
+    update = CellUpdate([{0: strip}], [(0, 0, 10)], [[10]])
+    written = update.render_segments(console)
+    assert "https://example.org" in written
+    screen = pyte.Screen(20, 1)
+    pyte.Stream(screen).feed(written)
+    assert screen.display[0].rstrip() == "here there"
+
+
+async def test_writes_that_the_terminal_has_not_read_are_counted():
+    app = TuiTrainerApp(None)
+    driver = textual_hacks.metered(HeadlessDriver)(app)
+    assert textual_hacks.pending_writes(None) == textual_hacks.pending_writes(driver) == 0
+    writer = WriterThread(StringIO())  # not started: it takes nothing from its queue
+    driver._writer_thread = writer
+    for number in range(3):
+        writer.write("x")
+        assert textual_hacks.pending_writes(driver) == number + 1
+    driver.write("größer")
+    assert textual_hacks.bytes_written(driver) == 8
+
+
+def test_the_driver_of_a_terminal_writes_on_such_a_thread():
+    source = Path(linux_driver.__file__).read_text()
+    assert "self._writer_thread = WriterThread(" in source
+
+
+async def test_the_bindings_of_a_node_are_its_own():
+    app = TuiTrainerApp(fake.fake_gpt(10))
+    async with app.run_test(size=(80, 24)):
+        assert [b.action for b in textual_hacks.bindings_of(app.screen, "right")] == ["tab(1)"]
+        assert textual_hacks.bindings_of(app.screen, "f12") == []
+
+
+def test_parts_of_the_screen_are_drawn_up_to_250_times_a_second():
+    code = (
+        "import tui_trainer.ui.app, textual.screen\n"
+        "assert textual.screen.UPDATE_PERIOD == 1 / 250, textual.screen.UPDATE_PERIOD"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

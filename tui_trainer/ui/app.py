@@ -27,7 +27,7 @@ from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import TAKE_CONTROL_TEXT, Ack, Action, Notice
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.frames import FAST_LINK, SLOW_LINK, FrameScheduler
+from tui_trainer.ui.frames import FrameScheduler, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog
@@ -104,8 +104,7 @@ class TuiTrainerApp(App[int]):
         super().__init__()
         self.session = session
         self.snapshot = Snapshot()
-        self.link = SLOW_LINK if slow_link else FAST_LINK
-        self.cell_updates = True
+        self.link = terminal_link(slow_link)
         if frames_per_second is not None:
             self.link = replace(self.link, frames_per_second=frames_per_second)
         self.frame_scheduler = FrameScheduler(self.link)

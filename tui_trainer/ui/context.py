@@ -25,8 +25,6 @@ class AppContext(DrawingContext, Protocol):
     """The snapshot on screen."""
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
-    cell_updates: bool
-    """Whether the terminal is sent only the cells that changed."""
 
     def command(self, action: Action) -> None:
         """Send a command to the run and show its answer."""

@@ -6,15 +6,22 @@ watched never sends the terminal more than its budget. A key press draws at once
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 IDLE_INTERVALS = ((600.0, 4.0), (60.0, 2.0))
 """(seconds without input, factor by which frames are further apart from then on)."""
 ACTIVE_S = 1.5
 """After a key press, frames are drawn at full rate for this long."""
+ACTIVE_POLLS_PER_SECOND = 4.0
 MAX_INTERVAL_S = 8.0
 """Longest time between frames due to their size."""
 MAX_BACK_OFF = 16.0
+
+
+CELL_UPDATES_VARIABLE = "TUI_TRAINER_CELL_UPDATES"
+"""Environment variable: 0 never sends single cells, 1 always does."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,22 @@ class TerminalLink:
     """Budget while no key is pressed."""
     slow: bool = False
     """Whether to draw coarser, too: numbers and trends that change less often."""
+    cell_updates: bool = False
+    """Whether to send only the cells that changed (see `textual_hacks`)."""
 
 
-FAST_LINK = TerminalLink(4.0, 8000.0)
-SLOW_LINK = TerminalLink(0.5, 900.0, slow=True)
+LOCAL_LINK = TerminalLink(4.0, 64_000.0)
+SSH_LINK = TerminalLink(4.0, 8_000.0, cell_updates=True)
+SLOW_LINK = TerminalLink(0.5, 900.0, slow=True, cell_updates=True)
 """For `--slow-link`."""
+
+
+def terminal_link(slow_link: bool, environment: Mapping[str, str] = os.environ) -> TerminalLink:
+    """The link for `--slow-link`, for an SSH session, or for a terminal on this machine."""
+    over_ssh = environment.get("SSH_CONNECTION") or environment.get("SSH_TTY")
+    link = SLOW_LINK if slow_link else SSH_LINK if over_ssh else LOCAL_LINK
+    requested = environment.get(CELL_UPDATES_VARIABLE)
+    return replace(link, cell_updates=requested == "1") if requested in ("0", "1") else link
 
 
 class FrameScheduler:
@@ -75,7 +93,7 @@ class FrameScheduler:
     def polls_per_second(self, now: float) -> float:
         """How often to poll the run: as often as frames are drawn, or at full rate after a key."""
         if now < self._active_until:
-            return FAST_LINK.frames_per_second
+            return ACTIVE_POLLS_PER_SECOND
         return self.link.frames_per_second / self._idle_factor(now)
 
     def _interval(self, now: float, bytes_written: int) -> float:

@@ -52,7 +52,7 @@ class RunScreen(Screen[Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        if self.context.cell_updates:
+        if self.context.link.cell_updates:
             textual_hacks.use_cell_compositor(self)
 
     @property
