@@ -39,6 +39,7 @@ from report import begin, environment, finish
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.protocol import PHASES, schema
+from tui_trainer.runs.registry import connect_run
 
 GIVE_UP_S = 5.0
 PRIVATE = re.compile(rb"\x1b\[[>=<][\d;]*[a-zA-Z]")
@@ -174,7 +175,7 @@ def measure(screen: Screen, presses: int) -> dict[str, list[float]]:
 
 def longest_phase(run: Path) -> dict[str, str | float]:
     """The phase that takes longest, with the median and the 99th percentile of its milliseconds."""
-    session = LiveSession(connector(run), read_only=True)
+    session = LiveSession(connector(lambda: connect_run(run)), read_only=True)
     session.set_rate(20)
     end = time.monotonic() + 30.0
     while time.monotonic() < end:

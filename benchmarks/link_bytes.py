@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 
 from tui_trainer import __version__
-from tui_trainer.client.connection import Cursor
+from tui_trainer.client.connection import next_poll
 from tui_trainer.client.ssh import OPTIONS
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import encode
-from tui_trainer.protocol.messages import Command, Hello, Throttle, ToViewer, Update
+from tui_trainer.protocol.messages import Command, Hello, Poll, Throttle, ToViewer, Update
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.ssh.sshd import PATH_WITH_US, Sshd
@@ -98,7 +98,7 @@ class Link:
         self._process = psutil.Process(self._relay.pid)
         while b"TUI-TRAINER-RELAY" not in self._receive.readline():
             pass
-        self._cursor = Cursor()
+        self._next_poll = Poll(budget=BUDGET)
         self._decoder = msgspec.msgpack.Decoder(ToViewer)
         self._compressor = zlib.compressobj(6)
         self.tables: dict[int, tuple[str, int]] = {}
@@ -136,9 +136,9 @@ class Link:
 
     def poll(self) -> Update:
         """One poll, as the app sends it."""
-        update = self._exchange(encode(self._cursor.poll(frozenset(), BUDGET)))
+        update = self._exchange(encode(self._next_poll))
         assert isinstance(update, Update)
-        self._cursor.advance(update)
+        self._next_poll = next_poll(self._next_poll, update)
         self.polls += 1
         self._count(update)
         self.step = update.status.step

@@ -99,8 +99,9 @@ def _throttle(runs: str, name: str, rate: float) -> None:
     from tui_trainer.client.connection import connector
     from tui_trainer.client.live import LiveSession
     from tui_trainer.protocol.messages import Throttle
+    from tui_trainer.runs.registry import connect_run
 
-    session = LiveSession(connector(Path(runs) / name))
+    session = LiveSession(connector(lambda: connect_run(Path(runs) / name)))
     try:
         while session.poll().status.step < 3:
             time.sleep(0.1)

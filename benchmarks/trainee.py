@@ -19,6 +19,7 @@ from started import RUN_NAME, Started, Way
 
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
+from tui_trainer.runs.registry import connect_run
 from tui_trainer.ui.frames import ACTIVE_S, IDLE_INTERVALS
 
 START_TIMEOUT_S = 300.0
@@ -140,7 +141,8 @@ class Trainee:
     def cadences(self) -> dict[str, int]:
         """Every so many steps each table is measured at present, by its name."""
         self._started.go_on()
-        session = LiveSession(connector(self._started.folder / "runs" / RUN_NAME), read_only=True)
+        run = self._started.folder / "runs" / RUN_NAME
+        session = LiveSession(connector(lambda: connect_run(run)), read_only=True)
         try:
             deadline = time.monotonic() + 20.0
             while (info := session.poll().info) is None or not info.tables:

@@ -18,11 +18,12 @@ from pathlib import Path
 from cells import redraw
 from textual.pilot import Pilot
 
-from tui_trainer.client.launch import launch
+from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
 
@@ -77,7 +78,7 @@ async def make(picture: Picture, runs: Path) -> None:
         name=name, directory=str(directory), task=picture.task, configuration=configuration
     )
     launched = launch(spec)
-    app = TuiTrainerApp(LiveSession(launched.connect))
+    app = TuiTrainerApp(LiveSession(connector(launched.connect)))
     try:
         async with app.run_test(size=picture.size) as pilot:
             await until(pilot, app, lambda: app.snapshot.status.step >= picture.step)

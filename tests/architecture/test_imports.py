@@ -10,7 +10,8 @@ import sys
 VIEWING = (
     "tui_trainer.ui.app",
     "tui_trainer.client.api",
-    "tui_trainer.client.launch",
+    "tui_trainer.client.live",
+    "tui_trainer.runs.launch",
     "tui_trainer.protocol.messages",
     "tui_trainer.history",
     "tui_trainer.config",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tui_trainer.client.connection import Stream, open_unix_stream
+from tui_trainer.client.connection import Connector, connector
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
@@ -27,6 +27,7 @@ from tui_trainer.protocol.messages import (
     Welcome,
 )
 from tui_trainer.protocol.schema import Column, RunInfo, Table
+from tui_trainer.runs.security import connect_unix
 
 TABLES = (
     Table(0, "step", (Column("loss"), Column("learning_rate"))),
@@ -57,8 +58,9 @@ class ScriptedRun:
         self._listening.listen(8)
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def connect(self) -> Stream:
-        return open_unix_stream(self.path)
+    @property
+    def connector(self) -> Connector:
+        return connector(lambda: connect_unix(self.path))
 
     def steps(self, count: int) -> None:
         """Make steps: loss 1/step with a spike at each hundredth, norms equal to the step."""

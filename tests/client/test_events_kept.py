@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tui_trainer.client.connection import Cursor
-from tui_trainer.client.live import SnapshotBuilder
+from tui_trainer.client.connection import next_poll
+from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import Clip, Notice, Poll
 from tui_trainer.protocol.schema import STEP_COLUMNS, RunInfo, Table
@@ -23,11 +23,11 @@ def test_a_command_is_still_told_after_thousands_of_clips():
             recorder.notice("command", f"pause {step}", who="me")
         if step % 1000 == 0:
             assert recorder.update_for(Poll(event=1 << 60)).status.step == step
-    seen, cursor = SnapshotBuilder(), Cursor()
+    seen, poll = SnapshotBuilder(), Poll(budget=1 << 20)
     more = True
     while more:
-        update = recorder.update_for(cursor.poll(frozenset(), 1 << 20))
-        cursor.advance(update)
+        update = recorder.update_for(poll)
+        poll = next_poll(poll, update)
         seen.apply(update)
         more = update.more
     events = seen.snapshot.events

@@ -9,7 +9,7 @@ import pytest
 
 from tests.client.scripted import ScriptedRun, answer_one, greet, obey, obey_for, until
 from tui_trainer.client import connection, live
-from tui_trainer.client.connection import NotReady, RunGone, Stream
+from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.protocol.framing import encode, read_to_run
 from tui_trainer.protocol.messages import (
@@ -25,6 +25,7 @@ from tui_trainer.protocol.messages import (
     Status,
     Update,
 )
+from tui_trainer.runs.errors import NotListening, RunGone
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def start(tmp_path):
 
     def begin(*behaviours):
         run = ScriptedRun(tmp_path / "run.sock", *behaviours)
-        session = LiveSession(run.connect)
+        session = LiveSession(run.connector)
         session.set_rate(200)
         open_things.extend([session, run])
         return run, session
@@ -303,13 +304,13 @@ def test_topics_are_asked_for_at_once(start):
 def test_waits_for_a_run_that_boots_and_says_when_it_died():
     attempts = []
 
-    def connect() -> Stream:
+    def connect():
         attempts.append(1)
         if len(attempts) < 4:
-            raise NotReady("starting the run process")
+            raise NotListening("starting the run process")
         raise RunGone("the run process died: exit status 1", "ImportError: …", "crashed")
 
-    session = LiveSession(connect)
+    session = LiveSession(connector(connect))
     until(lambda: session.poll().link.state == "closed")
     seen = session.poll()
     assert len(attempts) == 4
@@ -319,7 +320,7 @@ def test_waits_for_a_run_that_boots_and_says_when_it_died():
 def test_closing_ends_the_thread_and_the_connection(start):
     _, session = start()
     until(lambda: session.poll().link.state == "live")
-    thread = session._speaker
+    thread = session._thread
     session.close()
     session.close()
     thread.join(60)
@@ -329,7 +330,7 @@ def test_closing_ends_the_thread_and_the_connection(start):
 
 
 def test_a_slow_link_makes_updates_smaller(start, monkeypatch):
-    monkeypatch.setattr(connection, "SLOW_UPDATE_S", 0.02)
+    monkeypatch.setattr(live, "SLOW_UPDATE_S", 0.02)
 
     def slow(run, connection):
         greet(run, connection)
@@ -347,7 +348,7 @@ def test_a_slow_link_makes_updates_smaller(start, monkeypatch):
 
 
 def test_silence_is_said_while_the_link_still_stands(start, monkeypatch):
-    monkeypatch.setattr(live, "SAY_SILENT_S", 0.1)
+    monkeypatch.setattr(live, "SHOW_SILENCE_S", 0.1)
 
     def quiet(run, connection):
         greet(run, connection)

@@ -14,11 +14,12 @@ import pytest
 from tests.client.scripted import until
 from tests.run.test_server import Rig
 from tui_trainer.client import live
-from tui_trainer.client.connection import open_unix_stream
+from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol.messages import Mark, Pause, Resume
 from tui_trainer.protocol.schema import Column, Table
+from tui_trainer.runs.security import connect_unix
 
 COLUMNS = 30
 
@@ -60,7 +61,7 @@ def until_seen(session, rig):
 
 
 def test_follows_commands_and_ends(rig):
-    session = LiveSession(lambda: open_unix_stream(rig.path), viewer="me@here")
+    session = LiveSession(connector(lambda: connect_unix(rig.path)), viewer="me@here")
     session.set_rate(100)
     record(rig, 40)
     until_seen(session, rig)
@@ -79,9 +80,9 @@ def test_follows_commands_and_ends(rig):
 
 def test_a_late_viewer_and_one_that_only_watches(rig):
     record(rig, 3000)
-    early = LiveSession(lambda: open_unix_stream(rig.path))
+    early = LiveSession(connector(lambda: connect_unix(rig.path)))
     until_seen(early, rig)
-    watcher = LiveSession(lambda: open_unix_stream(rig.path), read_only=True)
+    watcher = LiveSession(connector(lambda: connect_unix(rig.path)), read_only=True)
     until_seen(watcher, rig)
     assert watcher.poll().link.read_only
     refused = watcher.send(Pause()).result(60)
@@ -93,13 +94,13 @@ def test_a_late_viewer_and_one_that_only_watches(rig):
 
 def test_no_gap_after_broken_connections(rig, monkeypatch):
     monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.01)
-    streams = []
+    sockets = []
 
     def connect():
-        streams.append(open_unix_stream(rig.path))
-        return streams[-1]
+        sockets.append(connect_unix(rig.path))
+        return sockets[-1]
 
-    session = LiveSession(connect)
+    session = LiveSession(connector(connect))
     session.set_rate(100)
 
     def break_it():
@@ -108,7 +109,7 @@ def test_no_gap_after_broken_connections(rig, monkeypatch):
             # Between two connections there is nothing to break.
             with (
                 contextlib.suppress(OSError),
-                socket.socket(fileno=os.dup(streams[-1].read_fd)) as copy,
+                socket.socket(fileno=os.dup(sockets[-1].fileno())) as copy,
             ):
                 copy.shutdown(socket.SHUT_RDWR)
 
@@ -121,5 +122,5 @@ def test_no_gap_after_broken_connections(rig, monkeypatch):
         time.sleep(0.01)
     until(lambda: session.poll().link.state == "live")
     until_seen(session, rig)
-    assert len(streams) > 3
+    assert len(sockets) > 3
     session.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from tui_trainer.client.ssh import RelayGreeting
+from tui_trainer.client.relay_greeting import RelayGreeting
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.messages import ToRun, ToViewer
 

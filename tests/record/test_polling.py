@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from tui_trainer.client.connection import Cursor
-from tui_trainer.client.live import SnapshotBuilder
+from tui_trainer.client.connection import next_poll
+from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import encode
-from tui_trainer.protocol.messages import LogLine, Update
+from tui_trainer.protocol.messages import LogLine, Poll, Update
 from tui_trainer.protocol.schema import Column, RunInfo
 from tui_trainer.record import polling
 from tui_trainer.record.polling import BACKLOG_BYTES, BURST_BYTES, BYTES_PER_SECOND, TokenBucket
@@ -34,14 +34,13 @@ class Watched:
 
     def __init__(self, recorder, clock, budget, viewer):
         self.recorder, self.clock, self.budget, self.viewer = recorder, clock, budget, viewer
-        self.cursor, self.intake = Cursor(), SnapshotBuilder()
+        self.next_poll, self.builder = Poll(budget=budget), SnapshotBuilder()
         self.sizes, self.answers = [], 0
 
     def poll(self):
-        asked = self.cursor.poll(frozenset(), self.budget)
-        update = self.recorder.update_for(asked, self.viewer)
-        self.cursor.advance(update)
-        self.intake.apply(update)
+        update = self.recorder.update_for(self.next_poll, self.viewer)
+        self.next_poll = next_poll(self.next_poll, update)
+        self.builder.apply(update)
         if update.info is None:  # the description is sent whole, when it changes
             self.sizes.append(len(encode(update)))
         self.answers += 1
@@ -53,7 +52,7 @@ class Watched:
 
     @property
     def log(self):
-        return self.intake.snapshot.log
+        return self.builder.snapshot.log
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def test_rows_come_beside_a_flood(recorder, clock):
             recorder.log("stdout", LINE)
         clock.now += 0.25
         viewer.poll()
-        table = viewer.intake.history.table("figures")
+        table = viewer.builder.history.table("figures")
         assert table.last_step == step
 
 
@@ -179,9 +178,9 @@ def test_an_allowance_grows_to_a_burst_and_keeps_its_backlog():
 
 
 def test_the_end_of_a_gap_is_said_by_the_session():
-    intake = SnapshotBuilder()
-    empty = Update(status=intake.snapshot.status)
+    builder = SnapshotBuilder()
+    empty = Update(status=builder.snapshot.status)
     lines = tuple(LogLine(i, 1.0, 7, "stdout", f"line {i}") for i in (3, 4, 9))
-    intake.apply(type(empty)(status=empty.status, log=lines))
-    assert [line.id for line in intake.snapshot.log] == [2, 3, 4, 8, 9]
-    assert [t.split()[1] for t in left_out(intake.snapshot.log)] == ["3", "4"]
+    builder.apply(type(empty)(status=empty.status, log=lines))
+    assert [line.id for line in builder.snapshot.log] == [2, 3, 4, 8, 9]
+    assert [t.split()[1] for t in left_out(builder.snapshot.log)] == ["3", "4"]

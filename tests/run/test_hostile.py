@@ -332,25 +332,6 @@ def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):
     assert "(and 30 before it)" in rig.dropped()[-1]
 
 
-def test_the_viewer_trusts_no_run_either(tmp_path):
-    """What a run sends is made harmless before a screen or a command shows it."""
-    from tui_trainer.client.live import SnapshotBuilder
-    from tui_trainer.protocol.messages import LogLine, Notice, Status
-
-    intake = SnapshotBuilder()
-    intake.apply(
-        Update(
-            Status(reason=ESCAPES, viewers=(ESCAPES,)),
-            events=(Notice(0, 1, 0.0, "mark", ESCAPES, who=ESCAPES),),
-            log=(LogLine(0, 0.0, 1, "stdout", ESCAPES),),
-        )
-    )
-    seen = intake.snapshot
-    for text in (seen.status.reason, seen.events[0].text, seen.events[0].who, seen.log[0].text):
-        assert "\x1b" not in text
-        assert "owned" in text
-
-
 def test_peers_are_independent(rig):
     """One that sends nonsense, one that reads nothing, one that only looks, one in control."""
     with rig.viewer("holder") as holder, rig.viewer("watcher", read_only=True) as watcher:

@@ -18,7 +18,7 @@ from tests.runs.starting import last_step, until
 from tui_trainer.cli.commands import doctor
 from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
 from tui_trainer.cli.commands.logs import Printed
-from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE
 from tui_trainer.config.run_state import write_state
 from tui_trainer.protocol.messages import Mark, Notice, Pause
@@ -68,12 +68,12 @@ def test_step_with_what_is_no_number(runs, wrong):
 def test_a_command_takes_control_and_all_see_it(runs):
     runs.start("gpt-held")
     run = inspect_run(runs.directory / "gpt-held")
-    with BlockingConnection.with_run(run, "the holder", read_only=False) as holder:
+    with RunClient.connect(run, "the holder", read_only=False) as holder:
         assert holder.command(Mark("mine")).ok
         assert holder.poll().status.controller == holder.viewer_id
         assert "paused" in runs.call("pause", "gpt-held").stdout
         until(lambda: holder.poll().status.state == "paused", "the holder sees the pause")
-        said = [e for e in holder.events if isinstance(e, Notice) and e.kind == "command"]
+        said = [e for e in holder.snapshot.events if isinstance(e, Notice) and e.kind == "command"]
         assert [e.text for e in said] == ["take control", "pause"]
         assert all("tui-trainer pause" in e.who for e in said)
 
@@ -81,8 +81,8 @@ def test_a_command_takes_control_and_all_see_it(runs):
 def test_read_only_cannot_control(runs):
     runs.start("gpt-watched")
     run = inspect_run(runs.directory / "gpt-watched")
-    with BlockingConnection.with_run(run, "watcher", read_only=True) as watcher:
-        ack = watcher.insist(Pause())
+    with RunClient.connect(run, "watcher") as watcher:
+        ack = watcher.command_in_control(Pause())
         assert not ack.ok
         assert "read-only" in ack.message
         assert watcher.poll().status.state == "running"
@@ -219,7 +219,7 @@ def test_rm(runs):
 def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
     process = runs.start("gpt-over", steps=30)
     run = inspect_run(runs.directory / "gpt-over")
-    with BlockingConnection.with_run(run, "a viewer that has not fetched the end"):
+    with RunClient.connect(run, "a viewer that has not fetched the end"):
         until(lambda: runs.said("gpt-over").ended, "it ends")
         os.kill(process.pid, signal.SIGSTOP)  # it lingers for as long as we like
         removing = subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs.starting import until
-from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.client.connection import RunClient
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory
 
@@ -25,7 +25,7 @@ SMALL = 8192
 
 def seen(runs, name):
     """The status that a viewer is told."""
-    with BlockingConnection.with_run(inspect_run(runs.directory / name), "test") as talk:
+    with RunClient.connect(inspect_run(runs.directory / name), "test") as talk:
         return talk.poll().status
 
 

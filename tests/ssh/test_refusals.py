@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 
@@ -9,13 +10,15 @@ import pytest
 
 from tests.runs.starting import until
 from tui_trainer import __version__
-from tui_trainer.client.ssh import (
+from tui_trainer.client.relay_greeting import (
     MAX_NOISE_BYTES,
     NoGreeting,
     RelayGreeting,
-    SshConnector,
     encode_greeting,
     find_greeting,
+)
+from tui_trainer.client.ssh import (
+    SshConnector,
     parse_address,
     remote_command,
     ssh_command,
@@ -125,7 +128,12 @@ def test_several_runs_are_offered(host, runs):
     assert connect.begin(choose, False) == "gpt-one"
     assert [run.name for run in offered] == ["gpt-two", "gpt-one"]
     assert all(run.step > 0 for run in offered)
-    connect().close()
+
+    async def enter():
+        async with connect() as connected:
+            return connected.fileno()
+
+    assert asyncio.run(enter()) >= 0
     assert connect.address.run == "gpt-one"
 
 

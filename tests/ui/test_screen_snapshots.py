@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite, fake_vit
 from tests.ui.screens import SIZES, settle
-from tui_trainer.client.launch import LaunchRequest
+from tui_trainer.runs.launch import LaunchRequest
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import task as vit
 from tui_trainer.ui.app import TuiTrainerApp

@@ -9,10 +9,10 @@ from textual.widgets import Input
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import settle, text_of
 from tui_trainer.client.api import Session
-from tui_trainer.client.launch import LaunchError, LaunchRequest
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
 from tui_trainer.config.training import resolve
+from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import task as vit
 from tui_trainer.ui.app import TuiTrainerApp

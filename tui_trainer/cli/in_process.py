@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from tui_trainer.cli.errors import FAULT, USAGE
 from tui_trainer.cli.exit_summary import status_on_disk
 from tui_trainer.cli.run_setup import discard_refused
-from tui_trainer.client.connection import RunGone, Stream
+from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.protocol.formatting import number
@@ -20,6 +21,7 @@ from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.run.sinks.plain import PlainLines
 from tui_trainer.run.worker import Worker
+from tui_trainer.runs.errors import RunGone
 
 
 def show_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
@@ -46,18 +48,18 @@ class InApp:
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._worker = Worker(spec)
-        self._stream: Stream | None = Stream.of_socket(self._worker.viewer)
-        self.session = LiveSession(self._connect)
+        self._unused: socket.socket | None = self._worker.viewer
+        self.session = LiveSession(connector(self._connect))
 
     @property
     def directory(self) -> Path:
         return Path(self._spec.directory)
 
-    def _connect(self) -> Stream:
-        stream, self._stream = self._stream, None
-        if stream is None:
+    def _connect(self) -> socket.socket:
+        connected, self._unused = self._unused, None
+        if connected is None:
             raise RunGone("the training thread has ended")
-        return stream
+        return connected
 
     def print_summary(self) -> int:
         """End the training if it is still running, print its state and return the exit status."""

@@ -18,8 +18,8 @@ from tui_trainer.cli.exit_summary import exit_status, exit_summary, outcome_of, 
 from tui_trainer.cli.run_setup import discard, discard_refused
 from tui_trainer.cli.terminal import restored_terminal
 from tui_trainer.client.api import Session, Snapshot
-from tui_trainer.client.launch import Launched, LaunchError, LaunchRequest, launch
 from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.runs.launch import LaunchError, LaunchRequest, RunProcess, launch
 
 if TYPE_CHECKING:
     from tui_trainer.ui.screens.start import TaskForm
@@ -46,13 +46,14 @@ class OpenedRun:
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         try:
-            self.launched: Launched = launch(spec)
+            self.launched: RunProcess = launch(spec)
         except OSError as fault:
             discard(spec)
             raise CommandError(f"cannot start the run process: {fault}") from fault
+        from tui_trainer.client.connection import connector
         from tui_trainer.client.live import LiveSession
 
-        self.session: Session = LiveSession(self.launched.connect)
+        self.session: Session = LiveSession(connector(self.launched.connect))
 
     @property
     def directory(self) -> Path:

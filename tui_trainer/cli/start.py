@@ -19,7 +19,7 @@ from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 
 if TYPE_CHECKING:
-    from tui_trainer.client.launch import Launched, LaunchRequest
+    from tui_trainer.runs.launch import LaunchRequest, RunProcess
 
 
 def start_task(
@@ -112,7 +112,7 @@ LISTEN_TIMEOUT_S = 30.0
 def start_detached(spec: RunSpec) -> int:
     """Start the run process, wait until it listens, and print only the run's name to stdout, for
     `RUN=$(tui-trainer gpt --detach)`. Raises CommandError when it does not start."""
-    from tui_trainer.client.launch import launch
+    from tui_trainer.runs.launch import launch
 
     try:
         launched = launch(spec)
@@ -126,16 +126,16 @@ def start_detached(spec: RunSpec) -> int:
     return 0
 
 
-def _wait_until_started(launched: Launched) -> None:
+def _wait_until_started(launched: RunProcess) -> None:
     deadline = time.monotonic() + LISTEN_TIMEOUT_S
     while find_socket(launched.spec.directory) is None:
         status = launched.process.poll()
         if status is not None:
-            words = launched.last_words()
+            words = launched.last_output()
             discard(launched.spec)
             raise CommandError(f"the run process exited at once (exit status {status})", words)
         if time.monotonic() > deadline:
             with contextlib.suppress(OSError):
                 launched.process.terminate()
-            raise CommandError("the run process does not start", launched.last_words())
+            raise CommandError("the run process does not start", launched.last_output())
         time.sleep(0.02)

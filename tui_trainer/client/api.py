@@ -1,6 +1,6 @@
-"""What the ui is given: a `Session` to pull snapshots from and send commands to.
+"""What the app is given: a `Session` to pull snapshots from and to send commands to.
 
-The ui does not know whether the training is a thread of its own process, another process, another
+The app does not know whether the training is a thread of its own process, another process, another
 machine or a recording.
 """
 
@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tui_trainer.history import History, MemoryHistory
 from tui_trainer.protocol.messages import Ack, Action, Artifact, Event, LogLine, PhaseReport, Status
 from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.launch import LaunchRequest
+
+LinkState = Literal["connecting", "live", "lost", "closed", "replay"]
+"""`lost`: trying again; `closed`: no more will come."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """How the connection to the run is."""
+    """The state of the connection to the run."""
 
-    state: str = "connecting"
-    """`connecting`, `live`, `lost` (trying again), `closed` (no more will come) or `replay`."""
+    state: LinkState = "connecting"
     message: str = ""
-    """One line for people, such as `connection lost, trying again in 4 s`."""
+    """One line to show, such as `connection lost, trying again in 4 s`."""
     hint: str = ""
     bytes_received: int = 0
     latency_ms: float | None = None
@@ -33,8 +36,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is known at one pull. Immutable, but for `history`, which only `poll()` grows and
-    which therefore is read on the thread that polls."""
+    """Everything known at one pull. Immutable, except that `poll()` adds to `history`, which is
+    therefore to be read on the thread that polls."""
 
     link: Link = field(default_factory=Link)
     status: Status = field(default_factory=Status)
@@ -45,11 +48,11 @@ class Snapshot:
     log: tuple[LogLine, ...] = ()
     """The last `LOG_LINES_KEPT` lines, oldest first."""
     artifacts: tuple[Artifact, ...] = ()
-    """The last few of each kind, oldest first."""
+    """The last `ARTIFACTS_KEPT` of each kind, oldest first."""
     report: PhaseReport | None = None
     """What the phase that has just ended produced; None unless paused."""
     version: int = 0
-    """Grows whenever anything in the snapshot changed: equal versions need no drawing."""
+    """Grows with every change: snapshots of equal versions look the same."""
 
 
 EVENTS_KEPT = 2_000
@@ -58,23 +61,27 @@ ARTIFACTS_KEPT = 20
 
 
 class Session(Protocol):
-    """A link to one run, live or recorded. All methods return at once."""
+    """A link to one run, live or recorded. No method waits for the run."""
 
     def poll(self) -> Snapshot:
-        """Take in what has arrived and return the present picture; never waits."""
+        """Take in what has arrived and return the current snapshot."""
 
     def send(self, action: Action) -> Future[Ack]:
-        """Send a command; the future resolves with its acknowledgement (ok=False, with a reason,
-        when refused or when the link is down)."""
+        """Send a command. The future resolves with its acknowledgement: `ok=False`, with a reason,
+        when it is refused or the link is down."""
 
     def watch(self, topics: frozenset[str]) -> None:
-        """Say which on-request tables the screen shows now."""
+        """Say which tables that are measured on request are on the screen now."""
 
     def set_rate(self, polls_per_second: float) -> None:
-        """How often to pull from the run."""
+        """Set how often the run is polled."""
 
     def on_arrival(self, callback: Callable[[], None] | None) -> None:
-        """Call `callback`, from any thread, when something new is there to poll."""
+        """Call `callback`, from any thread, when there is something new to poll."""
 
     def close(self) -> None:
         """End the link; the run goes on."""
+
+
+OnLaunch = Callable[[LaunchRequest], Session]
+"""Starts a run and returns a session with it; called on a thread of its own. Raises LaunchError."""

@@ -1,360 +1,384 @@
-"""A session with a run that lives: in this process, on this machine or on another one."""
+"""A session with a live run: in this process, on this machine or on another one."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import getpass
-import os
-import socket
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import replace
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from tui_trainer import __version__
-from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
+from tui_trainer.client.api import Link, LinkState, Snapshot
 from tui_trainer.client.connection import (
-    CommandQueue,
-    Connect,
     Connection,
-    ConnectionEnd,
     ConnectionLost,
-    Cursor,
-    Delivery,
-    NotReady,
-    RunGone,
-    Unreachable,
+    Connector,
+    next_poll,
+    whoami,
 )
-from tui_trainer.history import MemoryHistory
+from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.messages import (
-    Ack,
-    Action,
-    Artifact,
-    Clip,
-    Event,
-    Hello,
-    LogLine,
-    Status,
-    Update,
-    Welcome,
-)
-from tui_trainer.protocol.text import sanitize, sanitize_message
+from tui_trainer.protocol.messages import Ack, Action, Hello, Poll, Status, Update, Welcome
+from tui_trainer.protocol.text import sanitize
+from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
 
-# ---- intake
-# The ui's side of a session: what arrived becomes the next snapshot, on the thread that polls.
-
-
-class SnapshotBuilder:
-    """Grows one `Snapshot` out of updates. Used from one thread."""
-
-    def __init__(self) -> None:
-        self.history = MemoryHistory()
-        self.snapshot = Snapshot(history=self.history)
-        # Apart: a run may clip at every step, and what somebody did must not be lost among that.
-        self._clips: deque[Event] = deque(maxlen=EVENTS_KEPT)
-        self._others: deque[Event] = deque(maxlen=EVENTS_KEPT)
-        self._newest_event = -1
-        self._log: deque[LogLine] = deque(maxlen=LOG_LINES_KEPT)
-        self._artifacts: dict[str, deque[Artifact]] = {}
-
-    def apply(self, update: Update) -> None:
-        """Take in one answer. Raises ValueError when its rows do not fit; what came before the
-        faulty rows is kept."""
-        update = sanitize_message(update)
-        known = self.snapshot
-        changes: dict[str, object] = {}
-        if update.info is not None:
-            for table in update.info.tables:
-                self.history.declare(table)
-            changes["info"] = update.info
-        elif known.info is not None and update.cadences:
-            info = known.info.with_cadences(update.cadences)
-            if info is not known.info:
-                for table in info.tables:
-                    self.history.declare(table)
-                changes["info"] = info
-        if update.status != known.status:
-            changes["status"] = update.status
-        if self._take_events(update.events):
-            both = (*self._others, *self._clips)
-            changes["events"] = tuple(sorted(both, key=lambda event: event.id))
-        if _extend(self._log, update.log):
-            changes["log"] = tuple(self._log)
-        if update.artifacts:
-            changes["artifacts"] = self._keep(update.artifacts)
-        if update.report is not None:
-            changes["report"] = update.report
-        elif update.status.state != "paused" and known.report is not None:
-            changes["report"] = None
-        if update.rows or changes:
-            self.snapshot = replace(known, version=known.version + 1, **changes)  # type: ignore[arg-type]
-        for rows in update.rows:
-            self.history.apply(rows)
-
-    def show_status(self, status: Status) -> None:
-        """Take in a state that came without an update."""
-        status = sanitize_message(status)
-        known = self.snapshot
-        if status != known.status:
-            report = known.report if status.state == "paused" else None
-            self.snapshot = replace(known, status=status, report=report, version=known.version + 1)
-
-    def show_link(self, link: Link) -> None:
-        """Take in how the connection is; figures that always change are no reason to draw."""
-        link = replace(link, message=sanitize(link.message), hint=sanitize(link.hint))
-        known = self.snapshot
-        if link != known.link:
-            told = (link.state, link.message, link.hint, link.viewer_id, link.read_only)
-            before = known.link
-            same = told == (
-                before.state,
-                before.message,
-                before.hint,
-                before.viewer_id,
-                before.read_only,
-            )
-            self.snapshot = replace(known, link=link, version=known.version + (not same))
-
-    def _take_events(self, events: tuple[Event, ...]) -> bool:
-        fresh = [event for event in events if event.id > self._newest_event]
-        for event in fresh:
-            (self._clips if isinstance(event, Clip) else self._others).append(event)
-            self._newest_event = event.id
-        return bool(fresh)
-
-    def _keep(self, artifacts: tuple[Artifact, ...]) -> tuple[Artifact, ...]:
-        for artifact in artifacts:
-            kind = type(artifact).__name__
-            held = self._artifacts.setdefault(kind, deque(maxlen=ARTIFACTS_KEPT))
-            if not held or artifact.id > held[-1].id:
-                held.append(artifact)
-        kept = [artifact for held in self._artifacts.values() for artifact in held]
-        return tuple(sorted(kept, key=lambda artifact: artifact.id))
-
-
-def _extend(held: deque[LogLine], new: tuple[LogLine, ...]) -> bool:
-    """Add what is newer than what is held; whether there was any."""
-    newest = held[-1].id if held else -1
-    fresh = [item for item in new if item.id > newest]
-    for line in fresh:
-        if line.id > newest + 1:
-            held.append(_left_out(line, line.id - newest - 1))
-        held.append(line)
-        newest = line.id
-    return bool(fresh)
-
-
-def _left_out(before: LogLine, count: int) -> LogLine:
-    """In place of lines that the run did not send: too many were printed, or long ago."""
-    text = f"… {count:,} lines are left out here: tui-trainer logs has them all"
-    return LogLine(before.id - 1, before.time, before.step, before.stream, text)
-
-
+UNREAD_UPDATES = 4
+"""With this many updates not taken in by the app, the run is not polled."""
+FASTEST_S, SLOWEST_S = 0.01, 60.0
+"""Limits of the interval between polls."""
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 8.0
 STEADY_S = 5.0
-"""A connection that lasted so long was a good one: the next attempt follows soon."""
-NOT_YET_S = 0.05
-SAY_SILENT_S = 2.5
-"""An answer that takes longer is said to be missing; long before the link is given up."""
+"""After a connection that lasted this long the back-off starts again from the first."""
+NOT_LISTENING_S = 0.05
+"""Pause between two attempts while the run starts to listen."""
+EAGER_S, EAGER_FACTOR = 0.6, 10
+"""For so long after a command it is polled so many times as often: a pause, for one, takes effect
+only at the end of the running phase."""
+SMALLEST_BUDGET, LARGEST_BUDGET = 4 * 1024, 256 * 1024
+"""Limits of `Poll.budget`, in bytes."""
+SLOW_UPDATE_S, QUICK_UPDATE_S = 0.3, 0.1
+"""Updates that take longer halve the budget, since a command waits behind at most one of them;
+quicker ones double it."""
+NOT_CONNECTED = "there is no connection to the run"
+SHOW_SILENCE_S = 2.5
+"""The link shows that an answer is missing long before it is given up."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """An update on its way to the app."""
+
+    update: Update
+    poll: Poll
+    """What it answers."""
+    generation: int
+    """How often the session had started over when it was asked for."""
 
 
 class LiveSession:
-    """Implements `session.api.Session` over any duplex byte stream.
+    """Implements `client.api.Session` over a socket.
 
-    One background thread connects, polls, sends commands and connects again; what it receives is
-    queued and taken in by `poll`, on the ui's thread. A poll goes out only when the answer to the
-    one before has come, so a slow link or a slow ui gets less, never more and more late.
+    A background thread runs an asyncio event loop that connects, polls, sends commands and connects
+    again. What it receives is queued and taken in by `poll`, on the app's thread. A poll is sent
+    only when the previous one is answered and the app keeps up, so over a slow link or to a slow
+    app less is sent, not the same later and later.
     """
 
-    def __init__(self, connect: Connect, *, read_only: bool = False, viewer: str = "") -> None:
-        self._box = CommandQueue()
-        self._intake = SnapshotBuilder()
+    def __init__(self, connect: Connector, *, read_only: bool = False, viewer: str = "") -> None:
+        self._connect = connect
+        self._hello = Hello(PROTOCOL_VERSION, __version__, viewer or whoami(), read_only)
+        # Shared by both threads without a lock: deques, whose append and popleft are atomic, and
+        # attributes that hold immutable values.
+        self._arrived: deque[Delivery | Status | Link] = deque()
+        self._commands: deque[tuple[Action, Future[Ack]]] = deque()
+        self._topics: frozenset[str] = frozenset()
+        self._interval_s = 0.25
+        self._callback: Callable[[], None] | None = None
+        self._start_over: tuple[int, Poll] | None = None
+        self._closing = False
+        self._link = Link(read_only=read_only)
+        self._latency_ms: float | None = None
+        self._bytes_received = 0
+        """Over all connections before this one."""
+        self._connection: Connection | None = None
+        # Used by the app's thread alone.
+        self._builder = SnapshotBuilder()
         self._generation = 0
-        hello = Hello(PROTOCOL_VERSION, __version__, viewer or whoami(), read_only)
-        self._speaker = _Speaker(connect, self._box, hello)
-        self._speaker.start()
+        # Used by the session's thread alone.
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._next_poll = Poll(budget=LARGEST_BUDGET // 4)
+        self._polled_generation = 0
+        self._answered_at = 0.0
+        self._poll_at_once = False
+        self._eager_until = 0.0
+        self._backing_off = False
+        self._run_name: str | None = None
+        self._status = Status()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="tui-trainer session", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ on the app's thread
 
     def poll(self) -> Snapshot:
-        """See `Session.poll`."""
-        arrived, taken = self._box.arrived, 0
-        while arrived:
-            self._take(arrived.popleft())
-            taken += 1
-        figures = self._speaker.link
-        if figures.state == self._intake.snapshot.link.state:
-            self._intake.show_link(figures)
+        taken = False
+        while self._arrived:
+            self._take(self._arrived.popleft())
+            taken = True
+        link = self._current_link()
+        if link.state == self._builder.snapshot.link.state:
+            self._builder.set_link(link)
         if taken:
-            self._box.wake()
-        return self._intake.snapshot
+            self._call(self._wake.set)  # there is room for another update
+        return self._builder.snapshot
 
-    def _take(self, item: Delivery | Status | Link | ConnectionEnd) -> None:
+    def _take(self, item: Delivery | Status | Link) -> None:
         match item:
             case Link():
-                self._intake.show_link(item)
+                self._builder.set_link(item)
             case Status():
-                self._intake.show_status(item)
-            case ConnectionEnd():
-                status = self._intake.snapshot.status
-                if not status.ended:
-                    ended = msgspec.structs.replace(
-                        status, state=item.state, reason=item.message, hint=item.hint
-                    )
-                    self._intake.show_status(ended)
+                self._builder.set_status(item)
             case Delivery() if item.generation == self._generation:
                 try:
-                    self._intake.apply(item.update)
+                    self._builder.apply(item.update)
                 except ValueError:
                     self._generation += 1
-                    self._box.restart = (self._generation, self._where())
+                    held = self._builder.history.cursors()
+                    poll = msgspec.structs.replace(item.poll, revision=-1, rows=held)
+                    self._start_over = (self._generation, poll)
+                    self._call(self._drop_connection)
 
-    def _where(self) -> Cursor:
-        """The cursor after what was taken in."""
-        seen = self._intake.snapshot
-        return Cursor(
-            rows=dict(enumerate(seen.history.cursors())),
-            event=seen.events[-1].id + 1 if seen.events else 0,
-            log=seen.log[-1].id + 1 if seen.log else 0,
-            artifact=seen.artifacts[-1].id + 1 if seen.artifacts else 0,
-        )
+    def _current_link(self) -> Link:
+        link, connection, received = self._link, self._connection, self._bytes_received
+        if connection is None:
+            return replace(link, bytes_received=received)
+        received += connection.bytes_received
+        polled_at = connection.polled_at
+        silence = time.monotonic() - polled_at if polled_at is not None else 0.0
+        if silence > SHOW_SILENCE_S and link.state == "live":
+            return replace(link, bytes_received=received, message=f"no answer for {silence:.0f} s")
+        return replace(link, bytes_received=received, latency_ms=self._latency_ms)
 
     def send(self, action: Action) -> Future[Ack]:
-        """See `Session.send`."""
-        return self._box.post(action)
+        future: Future[Ack] = Future()
+        self._commands.append((action, future))
+        if not self._call(self._send_commands):
+            self._refuse_commands(NOT_CONNECTED)
+        return future
 
     def watch(self, topics: frozenset[str]) -> None:
-        """See `Session.watch`."""
-        if topics != self._box.topics:
-            self._box.topics = frozenset(topics)
-            self._box.wake()
+        if topics != self._topics:
+            self._topics = frozenset(topics)
+            self._call(self._wake.set)
 
     def set_rate(self, polls_per_second: float) -> None:
-        """See `Session.set_rate`."""
-        self._box.set_rate(polls_per_second)
+        interval = 1 / polls_per_second if polls_per_second > 0 else SLOWEST_S
+        self._interval_s = min(max(interval, FASTEST_S), SLOWEST_S)
+        self._call(self._wake.set)
 
     def on_arrival(self, callback: Callable[[], None] | None) -> None:
-        """See `Session.on_arrival`."""
-        self._box.callback = callback
-        if callback is not None and self._box.arrived:
+        self._callback = callback
+        if callback is not None and self._arrived:
             callback()
 
     def close(self) -> None:
-        """See `Session.close`."""
-        self._box.callback = None
-        self._box.closing.set()
-        self._box.wake()
+        self._callback = None
+        self._closing = True
+        self._call(self._cancel)
 
-
-class _Speaker(threading.Thread):
-    """Connects, speaks, and connects again."""
-
-    def __init__(self, connect: Connect, box: CommandQueue, hello: Hello) -> None:
-        super().__init__(name="tui-trainer session", daemon=True)
-        self._connect, self._box, self._hello = connect, box, hello
-        self._cursor, self._generation = Cursor(), 0
-        self._run_name: str | None = None
-        self._received = 0
-        self._talk: Connection | None = None
-        self._link = Link(read_only=hello.read_only)
-
-    @property
-    def link(self) -> Link:
-        """The link with its figures of this moment."""
-        talk, link = self._talk, self._link
-        if talk is None:
-            return replace(link, bytes_received=self._received)
-        received = self._received + talk.received
-        silent = talk.silent_s
-        if silent > SAY_SILENT_S and link.state == "live":
-            return replace(link, bytes_received=received, message=f"no answer for {silent:.0f} s")
-        return replace(link, bytes_received=received, latency_ms=talk.latency_ms)
-
-    def run(self) -> None:
-        """Until closed, ended or refused for good."""
-        back_off, began = FIRST_BACK_OFF_S, time.monotonic()
+    def _call(self, function: Callable[[], object]) -> bool:
+        """Call a function on the session's thread; returns whether that is still running."""
         try:
-            while not self._box.closing.is_set():
-                began = time.monotonic()
-                try:
-                    if self._converse():
-                        self._show("closed", "the run has ended")
-                        return
-                    continue
-                except NotReady as fault:
-                    self._show("connecting" if self._run_name is None else "lost", str(fault))
-                    self._pause(NOT_YET_S)
-                    continue
-                except (ConnectionLost, Unreachable) as fault:
-                    back_off = FIRST_BACK_OFF_S if time.monotonic() - began > STEADY_S else back_off
-                    self._say_lost(str(fault), getattr(fault, "hint", ""), back_off)
-                self._pause(back_off)
-                back_off = min(back_off * 2, LONGEST_BACK_OFF_S)
-        except RunGone as fault:
-            self._show("closed", str(fault), fault.hint)
-            if fault.state:
-                self._box.deliver(ConnectionEnd(fault.state, str(fault), fault.hint))
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+    # ------------------------------------------------------------ on the session's thread
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._main())
+        finally:
+            self._refuse_commands(NOT_CONNECTED)
+
+    async def _main(self) -> None:
+        self._task = asyncio.current_task()
+        try:
+            if not self._closing:
+                await self._stay_connected()
+        except asyncio.CancelledError:
+            pass  # closed by the app
+        except RunError as fault:
+            self._show("closed", fault.message, fault.hint)
+            if isinstance(fault, RunGone) and fault.state and not self._status.ended:
+                ended = msgspec.structs.replace(
+                    self._status,
+                    state=fault.state,
+                    reason=sanitize(fault.message),
+                    hint=sanitize(fault.hint),
+                )
+                self._deliver(ended)
         except Exception as fault:
-            # A fault of ours must be seen, not leave a screen that waits for ever.
+            # Our own bug must be seen, not leave a screen that waits for ever.
             self._show("closed", f"the session failed: {type(fault).__name__}: {fault}")
             raise
-        finally:
-            self._box.closing.set()
-            self._box.refuse_commands("there is no connection to the run")
-            self._box.release()
 
-    def _converse(self) -> bool:
-        """One connection, from first to last byte; whether there is nothing left to fetch."""
-        if self._box.restart is not None:
-            (self._generation, self._cursor), self._box.restart = self._box.restart, None
-        stream = self._connect()
-        talk = self._talk = Connection(stream, self._box, self._cursor, self._generation)
-        try:
-            talk.run(self._hello, self._welcomed)
-        except ConnectionLost:
-            if not talk.said_end or self._box.restart is not None:
-                raise
-        finally:
-            self._received += talk.received
-            self._talk = None
-        return talk.said_end
+    async def _stay_connected(self) -> None:
+        """Until the run has ended. Raises RunError when there is no point in trying again."""
+        back_off = FIRST_BACK_OFF_S
+        while True:
+            began = time.monotonic()
+            try:
+                await self._follow()
+            except NotListening as fault:
+                self._show(self._unconnected(), fault.message)
+                pause = NOT_LISTENING_S
+            except (ConnectionLost, Unreachable) as fault:
+                if time.monotonic() - began > STEADY_S:
+                    back_off = FIRST_BACK_OFF_S
+                again = f"trying again in {max(1, round(back_off))} s"
+                self._show(self._unconnected(), f"{fault.message}, {again}", fault.hint)
+                pause, back_off = back_off, min(back_off * 2, LONGEST_BACK_OFF_S)
+            else:
+                self._show("closed", "the run has ended")
+                return
+            # Commands are refused, not kept for a run that has moved on by then.
+            self._backing_off = True
+            self._refuse_commands(NOT_CONNECTED)
+            await asyncio.sleep(pause)
+            self._backing_off = False
+
+    async def _follow(self) -> None:
+        """Follow the run over one connection until it has ended and everything was fetched.
+
+        Raises RunError when the connection cannot be made or ends before that.
+        """
+        if self._start_over is not None:
+            (self._polled_generation, self._next_poll), self._start_over = self._start_over, None
+        async with self._connect() as connected:
+            connection = self._connection = Connection(on_lost=self._wake.set)
+            end_seen = False
+            try:
+                self._welcomed(await connection.greet(connected, self._hello))
+                self._poll_at_once = True
+                while True:
+                    update = await self._poll_run(connection)
+                    ended = update.status.ended and not update.more
+                    # Polled once more after the end: the last lines printed come with that.
+                    if ended and end_seen and not connection.commands_due:
+                        return
+                    end_seen = ended
+            except ConnectionLost:
+                if not end_seen or self._start_over is not None:
+                    raise
+            finally:
+                self._connection = None
+                self._bytes_received += connection.bytes_received
+                connection.close()
 
     def _welcomed(self, welcome: Welcome) -> None:
         if self._run_name not in (None, welcome.run):
             raise RunGone(f"{self._run_name} has ended; {welcome.run} answers in its place")
         self._run_name = welcome.run
-        self._show("live", viewer=welcome.viewer_id)
+        self._show("live", viewer_id=welcome.viewer_id)
+        self._send_commands()
 
-    def _say_lost(self, why: str, hint: str, seconds: float) -> None:
-        state = "connecting" if self._run_name is None else "lost"
-        message = f"{why}, trying again in {max(1, round(seconds))} s"
-        self._show(state, message, hint)
+    async def _poll_run(self, connection: Connection) -> Update:
+        await self._until_due(connection)
+        self._poll_at_once = False
+        poll = msgspec.structs.replace(self._next_poll, watch=tuple(sorted(self._topics)))
+        asked_at = time.monotonic()
+        update = await connection.poll(poll)
+        self._answered_at = time.monotonic()
+        took = self._answered_at - asked_at
+        self._latency_ms = took * 1e3
+        budget = poll.budget
+        if took > SLOW_UPDATE_S:
+            budget = max(SMALLEST_BUDGET, budget // 2)
+        elif took < QUICK_UPDATE_S:
+            budget = min(LARGEST_BUDGET, budget * 2)
+        self._next_poll = msgspec.structs.replace(next_poll(poll, update), budget=budget)
+        self._poll_at_once |= update.more
+        self._status = update.status
+        self._deliver(Delivery(update, poll, self._polled_generation))
+        return update
+
+    async def _until_due(self, connection: Connection) -> None:
+        """Wait for the moment of the next poll, and until the app keeps up."""
+        while True:
+            self._wake.clear()
+            if connection.error is not None:
+                raise connection.error
+            now, interval = time.monotonic(), self._interval_s
+            if now < self._eager_until:
+                interval /= EAGER_FACTOR
+            at_once = self._poll_at_once or tuple(sorted(self._topics)) != self._next_poll.watch
+            wait = 0.0 if at_once else self._answered_at + interval - now
+            has_room = len(self._arrived) < UNREAD_UPDATES
+            if has_room and wait <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait if has_room else None):
+                    await self._wake.wait()
+
+    def _send_commands(self) -> None:
+        """Send the commands that are waiting. While the connection is being made they stay."""
+        connection = self._connection
+        if self._backing_off:
+            self._refuse_commands(NOT_CONNECTED)
+        elif connection is not None and self._link.state == "live":
+            while self._commands:
+                action, future = self._commands.popleft()
+                if future.set_running_or_notify_cancel():
+                    answer = connection.command(action)
+                    answer.add_done_callback(functools.partial(self._answered, future))
+
+    def _answered(self, future: Future[Ack], answer: asyncio.Future[Ack]) -> None:
+        if answer.cancelled() or answer.exception() is not None:
+            _resolve(future, refusal("the connection was lost before the answer came"))
+            return
+        ack = answer.result()
+        self._status = ack.status
+        self._deliver(ack.status)  # first: the app may look as soon as it has its answer
+        _resolve(future, ack)
+        self._eager_until = time.monotonic() + EAGER_S
+        self._poll_at_once = True
+        self._wake.set()
+
+    def _refuse_commands(self, why: str) -> None:
+        while self._commands:
+            with contextlib.suppress(IndexError):  # the other thread does the same
+                _resolve(self._commands.popleft()[1], refusal(why))
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.fail(ConnectionLost("what the run sent does not fit together"))
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _unconnected(self) -> LinkState:
+        return "connecting" if self._run_name is None else "lost"
 
     def _show(
-        self, state: str, message: str = "", hint: str = "", viewer: int | None = None
+        self, state: LinkState, message: str = "", hint: str = "", viewer_id: int | None = None
     ) -> None:
-        link = Link(state, message, hint, viewer_id=viewer, read_only=self._hello.read_only)
+        link = Link(
+            state,
+            sanitize(message),
+            sanitize(hint),
+            viewer_id=viewer_id,
+            read_only=self._hello.read_only,
+        )
         if link != self._link:
             self._link = link
-            self._box.deliver(link)
+            self._deliver(link)
 
-    def _pause(self, seconds: float) -> None:
-        """Wait; commands given meanwhile are refused, not kept for a run that has moved on."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0 and not self._box.closing.is_set():
-            self._box.refuse_commands("there is no connection to the run now")
-            self._box.closing.wait(min(left, 0.05))
+    def _deliver(self, item: Delivery | Status | Link) -> None:
+        self._arrived.append(item)
+        callback = self._callback
+        if callback is not None:
+            # The app may be closing down, which is no error of the link.
+            with contextlib.suppress(Exception):
+                callback()
 
 
-def whoami() -> str:
-    """`user@host`, and the terminal if there is one."""
-    name = "somebody"
-    with contextlib.suppress(OSError, KeyError, ImportError):
-        name = getpass.getuser()
-    terminal = ""
-    with contextlib.suppress(OSError):
-        terminal = " " + os.ttyname(0).removeprefix("/dev/")
-    return f"{name}@{socket.gethostname()}{terminal}"
+def refusal(why: str) -> Ack:
+    """The answer to a command that did not reach the run."""
+    return Ack(0, False, Status(), why)
+
+
+def _resolve(future: Future[Ack], ack: Ack) -> None:
+    with contextlib.suppress(InvalidStateError):  # it was cancelled
+        future.set_result(ack)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, runs_directory
 from tui_trainer.config.run_state import STATE_FILE, RunState, machine_identity
 from tui_trainer.protocol.text import sanitize
-from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.errors import NotListening, RunError, RunGone
 from tui_trainer.runs.liveness import EntryState, RunEntry, inspect_run
-from tui_trainer.runs.security import check_directory
+from tui_trainer.runs.security import check_directory, connect_unix
 
 
 def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[RunEntry]:
@@ -111,11 +113,13 @@ def newest(runs: Sequence[RunEntry], live: bool = True) -> RunEntry:
 
 
 def live_socket(run: RunEntry) -> Path:
-    """The socket a live run listens on. Raises RunError when it has ended or does not listen."""
+    """The socket a live run listens on. Raises RunGone when it has ended and NotListening when it
+    has no socket."""
     if not run.live:
-        raise RunError(
+        raise RunGone(
             f"{run.name} has {_ended_as(run.state)}" + (f": {run.note}" if run.note else ""),
             f"tui-trainer show {run.name} shows what was recorded of it",
+            run.end_state,
         )
     path = find_socket(run.directory)
     if path is not None:
@@ -126,9 +130,30 @@ def live_socket(run: RunEntry) -> Path:
     else:
         message = f"{run.name} is live but listens nowhere on this machine"
     if reported.machine in ("", machine_identity()):
-        raise RunError(message, "try again in a moment")
+        raise NotListening(message, "try again in a moment")
     address = f"ssh://{reported.host}/{run.name}"
-    raise RunError(message, f"it runs on {reported.host}: tui-trainer attach {address}")
+    raise NotListening(message, f"it runs on {reported.host}: tui-trainer attach {address}")
+
+
+def connect_run(directory: str | os.PathLike[str]) -> socket.socket:
+    """Connect to the run in `directory`, whatever its status says.
+
+    Raises NotListening and Unreachable while the run is live, RunGone when it is not.
+    """
+    directory = Path(directory).absolute()
+    try:
+        check_directory(directory)
+        path = find_socket(directory)
+        if path is not None:
+            with contextlib.suppress(NotListening):
+                return connect_unix(path)
+    except OSError as fault:
+        raise RunGone(f"there is no run in {directory}: {fault.strerror}") from fault
+    run = inspect_run(directory)
+    if run is None:
+        raise RunGone(f"there is no run in {directory}")
+    live_socket(run)
+    raise NotListening("waiting for the run to listen")
 
 
 def _ended_as(state: EntryState) -> str:

@@ -21,8 +21,7 @@ from textual.screen import ModalScreen, Screen
 from textual.theme import BUILTIN_THEMES
 from textual.timer import Timer
 
-from tui_trainer.client.api import Session, Snapshot
-from tui_trainer.client.launch import OnLaunch
+from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import TAKE_CONTROL_TEXT, Ack, Action, Notice
 from tui_trainer.ui import textual_hacks, theme

@@ -11,8 +11,7 @@ from typing import Any, Protocol, cast
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from tui_trainer.client.api import Session, Snapshot
-from tui_trainer.client.launch import OnLaunch
+from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol.messages import Action
 from tui_trainer.ui.widgets.lines import DrawingContext
 

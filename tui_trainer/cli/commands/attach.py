@@ -15,11 +15,11 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.terminal import why_no_screen
-from tui_trainer.client.connection import Connect
+from tui_trainer.client.connection import Connector, connector
+from tui_trainer.client.relay_greeting import RemoteRun
 from tui_trainer.client.ssh import (
     REMOTE_COMMAND_VARIABLE,
     SCHEME,
-    RemoteRun,
     SshConnector,
     parse_address,
 )
@@ -27,7 +27,7 @@ from tui_trainer.config.run_state import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
-from tui_trainer.runs.registry import live_socket
+from tui_trainer.runs.registry import connect_run, live_socket
 
 
 def attach(
@@ -66,9 +66,8 @@ def attach(
             return _attach_remote(run, look, remote_command, runs_dir)
         found = choose_run_by_name(run, runs_dir)
         live_socket(found)
-    from tui_trainer.client.connection import connector
-
-    return _open(connector(found.directory), look, found.name, found)
+    connect = connector(lambda: connect_run(found.directory))
+    return _open(connect, look, found.name, found)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | Non
     return _open(connect, look, f"{name} on {where.destination}", None)
 
 
-def _open(connect: Connect, look: _Look, name: str, run: RunEntry | None) -> int:
+def _open(connect: Connector, look: _Look, name: str, run: RunEntry | None) -> int:
     from tui_trainer.cli.screen import load_app, run_app_until_exit
     from tui_trainer.client.live import LiveSession
 

@@ -21,7 +21,8 @@ from tui_trainer.cli.commands.common import (
     require_single_run,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
-from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.client.connection import RunClient
+from tui_trainer.history import History
 from tui_trainer.protocol import messages, schema
 from tui_trainer.protocol.formatting import number, rough_duration
 from tui_trainer.protocol.messages import Action, Event, Notice, Status
@@ -97,37 +98,37 @@ def _do(
 ) -> int:
     with cli_errors():
         found = require_single_run(run, runs)
-        with BlockingConnection.with_run(found, f"tui-trainer {name}", read_only=False) as talk:
-            _catch_up(talk)
-            known = len(talk.events)
-            ack = talk.insist(action)
+        with RunClient.connect(found, f"tui-trainer {name}", read_only=False) as client:
+            _catch_up(client)
+            ack = client.command_in_control(action)
             if not ack.ok:
                 raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
-            status = ack.status if no_wait else _wait(talk, reached, known, found)
-            since = [e for e in talk.events[known:] if isinstance(e, Notice)]
-            print(_sentence(found.name, status, talk, no_wait), flush=True)
+            since: list[Event] = []
+            status = ack.status if no_wait else _wait(client, reached, since, found)
+            print(_sentence(found.name, status, client.snapshot.history, no_wait), flush=True)
     if not no_wait:
-        _check_checkpoint(action, found, status, [e for e in since if e.kind == "checkpoint"])
+        notices = [event for event in since if isinstance(event, Notice)]
+        _check_checkpoint(action, found, status, [e for e in notices if e.kind == "checkpoint"])
     return 0
 
 
-def _catch_up(talk: BlockingConnection) -> None:
-    while talk.poll(BYTES).more:
+def _catch_up(client: RunClient) -> None:
+    while client.poll(BYTES).more:
         pass
 
 
-def _wait(talk: BlockingConnection, reached: Reached, known: int, run: RunEntry) -> Status:
-    status = Status()
+def _wait(client: RunClient, reached: Reached, since: list[Event], run: RunEntry) -> Status:
+    """The status once `reached` holds; the events until then are added to `since`."""
     while True:
         try:
-            update = talk.poll(BYTES)
+            update = client.poll(BYTES)
         except RunError:
             if (ended := _end_on_disk(run)) is not None:
                 return ended
             raise
-        status = update.status
-        if not update.more and (status.ended or reached(status, talk.events[known:])):
-            return status
+        since += update.events
+        if not update.more and (update.status.ended or reached(update.status, since)):
+            return update.status
         if not update.more:
             time.sleep(LOOK_EVERY_S)
 
@@ -184,8 +185,8 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, told: list[
     print(place, flush=True)
 
 
-def _sentence(name: str, status: Status, talk: BlockingConnection, early: bool) -> str:
-    table = talk.history.table(schema.STEP)
+def _sentence(name: str, status: Status, history: History, early: bool) -> str:
+    table = history.table(schema.STEP)
     latest = table.latest() if table is not None else None
     loss = f", loss {number(float(latest[1][0]), 0)}" if latest is not None else ""
     state = "accepted" if early else status.state

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tui_trainer.cli.commands.common import RunName, RunsDir
-from tui_trainer.client.ssh import RelayGreeting, RemoteRun, encode_greeting
+from tui_trainer.client.relay_greeting import RelayGreeting, RemoteRun, encode_greeting
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
@@ -34,7 +34,7 @@ def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
         found = _find(run, runs_dir)
         connection = connect_unix(live_socket(found))
     except RunError as fault:
-        ended = found.state if found and not found.live else ""
+        ended = found.end_state if found and not found.live else ""
         _greet(RelayGreeting("error", message=fault.message, hint=fault.hint, state=ended))
         return 1
     except (OSError, EOFError):

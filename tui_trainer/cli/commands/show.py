@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.commands.ls import STYLES, as_object
-from tui_trainer.client.connection import BlockingConnection
+from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
@@ -73,8 +73,8 @@ def summarize_run(run: RunEntry) -> RunSummary:
     if not run.live:
         return summarize_recording(run)
     try:
-        with BlockingConnection.with_run(run, "tui-trainer show", read_only=True) as talk:
-            return summarize_live(run, talk)
+        with RunClient.connect(run, "tui-trainer show") as client:
+            return summarize_live(run, client)
     except RunError as fault:
         seen = summarize_recording(run)
         seen.run["note"] = seen.run["note"] or fault.message
@@ -107,13 +107,13 @@ def summarize_recording(run: RunEntry) -> RunSummary:
     return msgspec.structs.replace(seen, viewers=(), recording=recording)
 
 
-def summarize_live(run: RunEntry, talk: BlockingConnection) -> RunSummary:
+def summarize_live(run: RunEntry, client: RunClient) -> RunSummary:
     """Ask for all that is new, and put together how the run is. Raises RunError."""
-    update = talk.poll()
-    while update.more:
-        update = talk.poll()
-    assert talk.info is not None
-    return _put_together(run, talk.history, talk.info, update.status, talk.events)
+    while client.poll().more:
+        pass
+    seen = client.snapshot
+    assert seen.info is not None
+    return _put_together(run, seen.history, seen.info, seen.status, seen.events)
 
 
 def _put_together(
@@ -255,12 +255,12 @@ def _as_json(seen: RunSummary) -> str:
 
 def _keep_showing(run: RunEntry, console: Console) -> None:
     with (
-        BlockingConnection.with_run(run, "tui-trainer show", read_only=True) as talk,
+        RunClient.connect(run, "tui-trainer show") as client,
         Live(console=console, auto_refresh=False) as live,
     ):
         while True:
             try:
-                seen = summarize_live(run, talk)
+                seen = summarize_live(run, client)
             except RunError:
                 run = inspect_run(run.directory) or run
                 live.update(picture(summarize_run(run), console), refresh=True)

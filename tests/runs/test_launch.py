@@ -8,12 +8,15 @@ import sys
 import pytest
 
 from tests.client.scripted import until
-from tui_trainer.client import launch as launching
-from tui_trainer.client.connection import NotReady, RunGone, connector, open_unix_stream
-from tui_trainer.client.launch import launch
+from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory, new_socket_path
+from tui_trainer.runs import launch as launching
 from tui_trainer.runs.boot_log import BOOT_LOG
+from tui_trainer.runs.errors import NotListening, RunError, RunGone
+from tui_trainer.runs.launch import launch
+from tui_trainer.runs.registry import connect_run
+from tui_trainer.runs.security import connect_unix
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_a_process_that_dies_before_it_listens_is_explained(spec, stand_in):
         launched.connect()
     assert fault.value.hint == "ImportError: no module named torch"
     assert fault.value.state == "crashed"
-    session = LiveSession(launched.connect)
+    session = LiveSession(connector(launched.connect))
     until(lambda: session.poll().link.state == "closed")
     assert session.poll().status.state == "crashed"
     assert "no module named torch" in session.poll().status.hint
@@ -61,10 +64,10 @@ def test_the_process_is_waited_for_and_has_a_session_of_its_own(spec, stand_in):
     stand_in('echo "$@" "$(pwd)"; exec sleep 60')
     launched = launch(spec)
     try:
-        with pytest.raises(NotReady, match="starting the run process"):
+        with pytest.raises(NotListening, match="starting the run process"):
             launched.connect()
-        until(lambda: launched.last_words() != "")
-        assert launched.last_words() == (
+        until(lambda: launched.last_output() != "")
+        assert launched.last_output() == (
             f"-P -m tui_trainer.run {spec.directory} {spec.working_directory}"
         )
         assert os.getsid(launched.process.pid) == launched.process.pid
@@ -75,7 +78,7 @@ def test_the_process_is_waited_for_and_has_a_session_of_its_own(spec, stand_in):
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(str(path))
             os.chmod(path, 0o600)
-            with pytest.raises(NotReady):
+            with pytest.raises(NotListening):
                 launched.connect()  # bound, but not listening yet
             listening.listen()
             launched.connect().close()
@@ -87,25 +90,25 @@ def test_the_process_is_waited_for_and_has_a_session_of_its_own(spec, stand_in):
 def test_a_directory_without_a_run(tmp_path):
     os.chmod(tmp_path, 0o700)
     with pytest.raises(RunGone, match="there is no run in"):
-        connector(tmp_path)()
+        connect_run(tmp_path)
     with pytest.raises(RunGone, match="there is no run in"):
-        connector(tmp_path / "nothing")()
+        connect_run(tmp_path / "nothing")
 
 
 def test_only_our_own_sockets_are_trusted(tmp_path):
     os.chmod(tmp_path, 0o700)
     plain = tmp_path / "plain"
     plain.touch()
-    with pytest.raises(RunGone, match="is not a socket"):
-        open_unix_stream(plain)
+    with pytest.raises(RunError, match="is not a socket"):
+        connect_unix(plain)
     path = tmp_path / "open.sock"
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
         os.chmod(path, 0o666)
-        with pytest.raises(RunGone, match="others can write"):
-            open_unix_stream(path)
+        with pytest.raises(RunError, match="others can write"):
+            connect_unix(path)
         os.chmod(path, 0o600)
-        open_unix_stream(path).close()
-    with pytest.raises(NotReady):
-        open_unix_stream(path)
+        connect_unix(path).close()
+    with pytest.raises(NotListening):
+        connect_unix(path)
