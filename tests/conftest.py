@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.once import SESSION
@@ -22,6 +24,12 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
+
+# A loaded machine takes its time over an example: that is no fault of what is tested.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 SLOW = ("packaging", "ssh", "terminal")
 """Folders of nothing but slow tests; elsewhere each is marked."""
@@ -46,3 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(here).parts[0] in SLOW:
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """What the modules of the tests hold stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()

@@ -105,6 +105,7 @@ def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
     assert_refused(done, device)
 
 
+@pytest.mark.slow
 def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
     env = {"CXX": "/nonexistent/g++"}
     done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env=env, cold=True)
@@ -234,6 +235,7 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     assert isinstance(losses[3], float)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     import subprocess
 

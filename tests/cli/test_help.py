@@ -79,11 +79,17 @@ def test_a_task_that_cannot_be_loaded_does_not_take_the_others_with_it(tmp_path:
     assert "Traceback" not in named.stderr
 
 
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return call("--help", cwd=tmp_path_factory.mktemp("help")).stdout
+
+
 @pytest.mark.parametrize("command", commands.COMMANDS)
-def test_every_command_for_runs_has_help_of_one_voice(command: str, tmp_path: Path) -> None:
+def test_every_command_for_runs_has_help_of_one_voice(
+    command: str, listed: str, tmp_path: Path
+) -> None:
     done = call(command, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    listed = call("--help", cwd=tmp_path).stdout
     about = done.stdout.split("\n\n")[1].strip()
     assert re.search(rf"│ {command} +{re.escape(about)} +│", listed)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 
+import pytest
 from safetensors.torch import load_file
 
 from tests import processes
@@ -35,6 +36,7 @@ def validated_in(text):
     }
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     whole = call("vit", *OPTIONS, "--name", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr

@@ -19,6 +19,7 @@ def home() -> Path:
 def _train_two(place: Path) -> None:
     for name, rate in (("calm", "0.001"), ("eager", "0.02")):
         options = ("--steps", str(STEPS), "--threads", "1", "--learning-rate", rate)
+        options += ("--eval-batches", "2", "--sample-length", "40")
         done = call("gpt", *options, "--name", name, "--json", cwd=place)
         assert done.returncode == 0, done.stderr
         (place / f"{name}.jsonl").write_text(done.stdout, encoding="utf-8")

@@ -206,6 +206,7 @@ def test_joining_loses_nothing(long):
     assert {t.table.optimizer for t in measured(history)} == {"", "second"}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_run(tmp_path):
     peaks = []
     for steps in (3000, 12000):

@@ -231,7 +231,7 @@ OWN_SESSION = "import sys; from tui_trainer.run.__main__ import start; start(sys
 def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(place, command):
     place.loop(steps=5, after="import time; time.sleep(120)")
     code, *arguments = command
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, "-c", BACKGROUND + code, str(place.run), *arguments],
         cwd=place.folder,
         env=hosting.ENVIRONMENT,

@@ -313,6 +313,7 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
     assert (inside / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_doctor(runs):
     done = runs.call("doctor", "--json", timeout=170)
     found = {each["name"]: each for each in json.loads(done.stdout)}
@@ -321,6 +322,9 @@ def test_doctor(runs):
         assert name in found, name
     assert found["directory"]["value"].startswith(str(runs.directory))
     assert done.returncode == 0
+    place = runs.made("gpt-open")
+    place.chmod(0o770)
+    assert f"chmod go-w {place}" in runs.call("doctor", timeout=170).stdout
     runs.directory.chmod(0o777)
     unsafe = runs.call("doctor", timeout=170)
     assert unsafe.returncode == 1

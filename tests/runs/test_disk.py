@@ -96,6 +96,7 @@ def test_a_store_that_somebody_removed(runs):
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root may become another user"
 )
+@pytest.mark.slow
 def test_permissions_as_a_user_for_whom_they_count():
     """Root may write anywhere, so the tests of refusals are done by nobody."""
     with tempfile.TemporaryDirectory() as place:

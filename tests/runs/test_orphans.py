@@ -118,7 +118,7 @@ def test_a_run_whose_directory_others_can_write_to_is_listed_and_refused(runs):
     assert runs.call("stop").returncode == 0
 
 
-ASKED = (("stop",), ("stop", "gpt-open"), ("show",), ("ls", "--live"), ("doctor",))
+ASKED = (("stop",), ("stop", "gpt-open"), ("show",), ("ls", "--live"))
 
 
 def test_a_run_is_found_again_after_its_directory_was_removed(runs):

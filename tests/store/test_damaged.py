@@ -254,6 +254,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("value", [2**62, -5, "text", b"\x00", float("inf"), 0.5])
+@pytest.mark.slow
 def test_a_value_of_any_kind_may_stand_in_any_column(short, tmp_path, capsys, value):
     """SQLite keeps whatever it is given: a damaged record may be of any type."""
     runs = shutil.copytree(short, tmp_path / "runs")

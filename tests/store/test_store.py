@@ -488,6 +488,7 @@ AT_ONCE = 20
 
 
 @pytest.mark.parametrize("batch", range(-(-KILLS // AT_ONCE)))
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing_that_was_committed(tmp_path, batch):
     """Writers are killed at random moments, hundreds of them, many at a time."""
     random = np.random.default_rng(batch)

@@ -342,6 +342,7 @@ def test_data_that_is_not_a_folder(tmp_path):
         tiny("images", data=str(tmp_path / "file"), **FOLDER)
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_training_is_killed(folder):
     code = f"""
 import torch, psutil

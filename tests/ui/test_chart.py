@@ -54,7 +54,7 @@ def plotted(rows):
     width=st.integers(GUTTER + 4, 120),
     height=st.integers(3, 30),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, width, height):
     history = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step, value in enumerate(values, 1):

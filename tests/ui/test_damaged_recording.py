@@ -57,6 +57,7 @@ async def test_the_screen_says_what_cannot_be_read(copied):
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.slow
 async def test_no_damage_reaches_the_event_loop(copied, seed):
     damage(copied / STORE_FILE, seed)
     app, replay, _ = opened(copied)

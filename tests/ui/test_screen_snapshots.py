@@ -69,6 +69,7 @@ def test_looks(snap_compare: Compare, look: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.slow
 def test_looks_in_the_light_theme(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), theme_name="tui-trainer-light")
@@ -76,6 +77,7 @@ def test_looks_in_the_light_theme(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.slow
 def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), ascii=True)
@@ -83,6 +85,7 @@ def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.slow
 def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), theme_name="ansi-dark")
@@ -90,6 +93,7 @@ def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.slow
 def test_looks_without_colour(
     snap_compare: Compare, look: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
