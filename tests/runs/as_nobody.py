@@ -25,7 +25,7 @@ def until(found, what):
 def main(parent):
     from tests.runs.fake_host import FakeHost
     from tui_trainer.config.run_spec import RunSpec, write_spec
-    from tui_trainer.run.worker import WorkerSignals
+    from tui_trainer.run.worker import WorkerStopHandler
 
     # What was imported by now was readable to whoever started this; the run alone is nobody's.
     os.setgroups([])
@@ -38,7 +38,7 @@ def main(parent):
         open(os.path.join(place, "probe"), "w").close()
         raise SystemExit("this user may write anywhere")
     host = FakeHost(place, 1_000_000, 0.005)
-    host.signals = WorkerSignals(host.gate)
+    host.stops = WorkerStopHandler(host.gate)
     seen = {}
     host.open(None)
     threading.Thread(target=host.train, daemon=True).start()

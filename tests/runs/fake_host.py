@@ -16,9 +16,9 @@ from tui_trainer.config.run_spec import read_spec
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.schema import Column, ParameterInfo
-from tui_trainer.run.host import Host, finish
-from tui_trainer.run.outcome import Outcome, judge
-from tui_trainer.run.signals import Signals
+from tui_trainer.run.host import Host, run_to_end
+from tui_trainer.run.outcome import Outcome, outcome_of
+from tui_trainer.run.signals import StopHandler
 
 PARAMETERS = tuple(f"blocks.{i}.weight" for i in range(30))
 
@@ -28,11 +28,11 @@ class FakeHost(Host):
 
     def __init__(self, directory: str, steps: int, seconds: float) -> None:
         super().__init__(read_spec(directory))
-        assert isinstance(self.signals, Signals)
+        assert isinstance(self.stops, StopHandler)
         self.steps, self.seconds = steps, seconds
-        self.save = self.write_checkpoint
+        self.save_with(self)
 
-    def write_checkpoint(self, step: int, asked: bool = False) -> object:
+    def write(self, step: int, requested: bool = False) -> object:
         """Leave a file, as a checkpoint would."""
         path = os.path.join(self.spec.directory, f"checkpoint-{step}")
         with open(path, "w") as file:
@@ -59,13 +59,13 @@ class FakeHost(Host):
                 recorder.record(StepRecord(number, time.time(), "", rows))
                 print("step", number, flush=True)
                 self.gate.reached(PHASES[-1], number)
-        except BaseException as fault:
-            self.signals.over()
-            outcome = judge(fault)
-            return Outcome("stopped", "stopped on request") if self.signals.asked else outcome
-        self.signals.over()
+        except BaseException as error:
+            self.stops.training_ended()
+            outcome = outcome_of(error)
+            return Outcome("stopped", "stopped on request") if self.stops.requested else outcome
+        self.stops.training_ended()
         return Outcome("finished", "all steps are made")
 
 
 if __name__ == "__main__":
-    sys.exit(finish(FakeHost(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])), None))
+    sys.exit(run_to_end(FakeHost(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])), None))

@@ -1,4 +1,4 @@
-"""Who may command the run, and what each command does."""
+"""Which viewer controls the run, and what each command does."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate, Refusal
 
-MOST_STEPS = 10**12
-LEAST_STEPS_PER_SECOND, MOST_STEPS_PER_SECOND = 1e-3, 1e6
+MAX_STEPS = 10**12
+MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """One connected viewer."""
+    """A connected viewer."""
 
     id: int
     name: str
@@ -40,7 +40,7 @@ class Viewer:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """Whether a command was accepted, and what to say about it."""
+    """Whether a command was accepted, and a text about it for the viewer."""
 
     ok: bool
     message: str = ""
@@ -48,86 +48,91 @@ class CommandResult:
 
 
 class CommandHandler:
-    """Keeps the viewers apart and maps what the controlling one says to the gate."""
+    """Knows the viewers, lets one of them control the run, and applies its commands to the gate.
+
+    Thread-safe: each viewer's commands arrive on its own thread.
+    """
 
     def __init__(
         self,
         gate: Gate,
         recorder: Recorder,
         stop: Callable[[bool], None],
-        checkpoint: Callable[[], None],
+        save_checkpoint: Callable[[], None],
     ) -> None:
+        """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot."""
         self._gate = gate
         self._recorder = recorder
         self._stop = stop
-        self._checkpoint = checkpoint
+        self._save_checkpoint = save_checkpoint
         self._lock = threading.RLock()
         self._viewers: dict[int, Viewer] = {}
         self._controller: int | None = None
 
     def joined(self, viewer: Viewer) -> None:
-        """A viewer has been welcomed; the first that may control does."""
+        """Add a viewer; the first one that is not read-only gets control."""
         with self._lock:
             self._viewers[viewer.id] = viewer
             if self._controller is None and not viewer.read_only:
                 self._controller = viewer.id
-            self._tell()
+            self._publish()
 
     def left(self, viewer: Viewer) -> None:
-        """A viewer has gone; control falls to nobody until somebody uses or takes it."""
+        """Remove a viewer; if it had control, the next viewer that sends a command gets it."""
         with self._lock:
             self._viewers.pop(viewer.id, None)
             if self._controller == viewer.id:
                 self._controller = None
-            self._tell()
+            self._publish()
         self._recorder.viewer_gone(viewer.id)
 
     def perform(self, viewer: Viewer, action: Action) -> CommandResult:
-        """Do what this viewer asks, or say why not."""
+        """Carry out a command, or refuse it with a reason."""
         refusal = self._refusal(viewer, action)
         if refusal is not None:
             return refusal
         try:
-            said = self._do(viewer, action)
+            text = self._apply(viewer, action)
         except Refusal as refused:
-            return CommandResult(False, str(refused), refused.hint)
+            return CommandResult(False, refused.message, refused.hint)
         if not isinstance(action, Mark):
-            # The gate's own step: the recorder's lags by the steps that wait to be recorded.
+            # The gate's step: the recorder has not yet seen the steps in its queue.
             step = self._gate.completed
-            self._recorder.notice("command", said, step=step, who=viewer.name)
-        return CommandResult(True, said)
+            self._recorder.notice("command", text, step=step, who=viewer.name)
+        return CommandResult(True, text)
 
     def _refusal(self, viewer: Viewer, action: Action) -> CommandResult | None:
+        """Why this viewer may not command this now; None if it may."""
         if viewer.read_only:
             return CommandResult(
                 False, "this viewer is read-only", "attach again without --read-only to control"
             )
-        state = self._recorder.status
-        if state.ended and not isinstance(action, TakeControl):
-            return CommandResult(
-                False, f"the run has {_ended(state.state)}: nothing is left to control"
-            )
+        status = self._recorder.status
+        if status.ended and not isinstance(action, TakeControl):
+            ended = "been stopped" if status.state == "stopped" else status.state
+            return CommandResult(False, f"the run has {ended}: there is nothing to control")
         if isinstance(action, (TakeControl, Mark)):
             return None
         with self._lock:
             if self._controller is None:
-                self._take(viewer)
+                self._take_control(viewer)
             if self._controller != viewer.id:
-                holder = self._viewers[self._controller].name if self._controller else "nobody"
+                controller = self._viewers[self._controller].name if self._controller else "nobody"
                 return CommandResult(
-                    False, f"{holder} holds control", "take control first: ctrl+t on a screen"
+                    False, f"{controller} holds control", "take control first: ctrl+t on a screen"
                 )
         return None
 
-    def _take(self, viewer: Viewer) -> None:
+    def _take_control(self, viewer: Viewer) -> None:
         self._controller = viewer.id
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         names = tuple(viewer.name for viewer in self._viewers.values())
         self._recorder.set_status(viewers=names, controller=self._controller)
 
-    def _do(self, viewer: Viewer, action: Action) -> str:
+    def _apply(self, viewer: Viewer, action: Action) -> str:
+        """Carry out `action`; returns a text for the log. Raises Refusal."""
         gate = self._gate
         match action:
             case Pause():
@@ -150,35 +155,31 @@ class CommandHandler:
                 self._stop(checkpoint)
                 return "stop, with a checkpoint" if checkpoint else "stop"
             case Checkpoint():
-                self._checkpoint()
+                self._save_checkpoint()
                 return "checkpoint"
             case TakeControl():
                 with self._lock:
-                    self._take(viewer)
+                    self._take_control(viewer)
                 return TAKE_CONTROL_TEXT
             case Mark(text=text):
-                said = single_line(text, MARK_CHARACTERS)
-                if not said:
+                mark = single_line(text, MARK_CHARACTERS)
+                if not mark:
                     raise Refusal("a mark needs some text")
                 step = self._gate.completed
-                self._recorder.notice("mark", said, step=step, who=viewer.name)
-                return said
+                self._recorder.notice("mark", mark, step=step, who=viewer.name)
+                return mark
 
     def _step(self, count: int) -> str:
-        if not 1 <= count <= MOST_STEPS - (self._gate.run_to or 0):
-            raise Refusal(f"cannot run {count:,} steps: give a number from 1 to {MOST_STEPS:,}")
+        if not 1 <= count <= MAX_STEPS - (self._gate.run_to or 0):
+            raise Refusal(f"cannot run {count:,} steps: give a number from 1 to {MAX_STEPS:,}")
         self._gate.step(count)
         return "one step" if count == 1 else f"{count} steps"
 
     def _throttle(self, rate: float | None) -> str:
-        least, most = LEAST_STEPS_PER_SECOND, MOST_STEPS_PER_SECOND
-        if rate is not None and not least <= rate <= most:  # as NaN is not either
+        low, high = MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND
+        if rate is not None and not low <= rate <= high:  # also false for NaN
             raise Refusal(
-                f"cannot hold {rate:g} steps a second: give a number from {least:g} to {most:,.0f}"
+                f"cannot run at {rate:g} steps/s: give a number from {low:g} to {high:,.0f}"
             )
         self._gate.throttle(rate)
-        return "full speed" if rate is None else f"at most {rate:g} steps a second"
-
-
-def _ended(state: str) -> str:
-    return {"stopped": "been stopped"}.get(state, state)
+        return "full speed" if rate is None else f"at most {rate:g} steps/s"

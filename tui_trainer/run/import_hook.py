@@ -1,7 +1,7 @@
-"""Doing something right after torch has been imported, by whoever imports it first.
+"""Calls back around the first import of torch, whoever imports it.
 
 A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
-PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported for it beforehand.
+PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported before the script imports it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-class _Watcher:
-    """A finder that finds torch the usual way, and calls back around its import, once."""
+class _TorchFinder:
+    """A meta path finder that wraps the loader of torch, once."""
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._before = before
@@ -31,11 +31,11 @@ class _Watcher:
         if spec is None or spec.loader is None:
             return spec
         loader = spec.loader
-        execute = loader.exec_module
+        original = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # the class's own shows again
-            execute(module)
+            del loader.exec_module  # uncovers the method of the class
+            original(module)
             self._after()
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -43,10 +43,10 @@ class _Watcher:
 
 
 def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Call `before()` when torch is about to be imported and `after()` when it has been; both at
-    once when it is there already. Neither may raise."""
+    """Call `before()` when torch is about to be imported and `after()` once it is; both at once
+    if it has been imported already. Neither may raise."""
     if "torch" in sys.modules:
         before()
         after()
     else:
-        sys.meta_path.insert(0, _Watcher(before, after))
+        sys.meta_path.insert(0, _TorchFinder(before, after))

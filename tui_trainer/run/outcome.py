@@ -1,4 +1,8 @@
-"""How a run ended, in words for people, with a hint where we know one."""
+"""How a run ended: the outcome of the exception that ended its training, and what is printed.
+
+This decides for a living run whether it finished, was stopped or crashed, with a reason, a hint and
+an exit status. Of a run whose process was killed, `runs/liveness.py` decides.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import os
 import re
 import sys
 import traceback
+import types
 from dataclasses import dataclass
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.protocol.messages import EndState
-from tui_trainer.run.script import OUR_DIRECTORY, exit_status, print_exception
 from tui_trainer.trace.gate import StopTraining
 
-FAULT, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-"""Exit statuses: it failed; it cannot be run as asked; 128 + SIGINT; 128 + SIGTERM."""
+FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+"""Exit statuses: it failed; it cannot run as configured; 128 + SIGINT; 128 + SIGTERM."""
 REASON_CHARACTERS = 500
+TRACEBACK_HINT = "the traceback is in the log"
+OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @dataclass(frozen=True)
@@ -32,76 +38,79 @@ class Outcome:
     """As `Status.refused`."""
 
 
-def judge(fault: BaseException, script: bool = True) -> Outcome:
-    """What an exception that ended the training means; `script`: of somebody's own program, which
-    has not our options."""
-    match fault:
+STOPPED = Outcome("stopped", "stopped on request")
+
+
+def outcome_of(error: BaseException, script: bool = True) -> Outcome:
+    """The outcome of a run whose training raised `error`. `script`: a user's program, for which
+    hints that name options of ours make no sense."""
+    match error:
         case StopTraining():
-            return Outcome("stopped", "stopped on request")
+            return STOPPED
         case KeyboardInterrupt():
             return Outcome("stopped", "interrupted", status=INTERRUPTED)
         case SystemExit():
-            return _left(fault)
+            return _outcome_of_exit(error)
         case ConfigurationError():
-            return Outcome("crashed", fault.message, fault.hint, USAGE)
+            return Outcome("crashed", error.message, error.hint, USAGE)
         case SyntaxError():
-            place = f"{os.path.basename(fault.filename or 'the script')}, line {fault.lineno}"
-            return Outcome("crashed", f"{place}: {fault.msg}", "", FAULT)
+            place = f"{os.path.basename(error.filename or 'the script')}, line {error.lineno}"
+            return Outcome("crashed", f"{place}: {error.msg}", "", FAILURE)
         case ModuleNotFoundError():
             hint = f"install it for this Python: {sys.executable}"
-            return Outcome("crashed", _said(fault), hint, FAULT)
-    if out_of_memory(fault):
+            return Outcome("crashed", _summary(error), hint, FAILURE)
+    if is_out_of_memory(error):
         hint = (
             "try a smaller batch, a smaller model or a lower precision"
             if script
             else "try a smaller --batch-size, a smaller model (--width, --layers) or --dtype bf16"
         )
-        return Outcome("crashed", f"out of memory{_what_was_asked(fault)}", hint, FAULT)
-    if no_compiler(fault):
+        return Outcome("crashed", f"out of memory{_allocation(error)}", hint, FAILURE)
+    if is_missing_compiler(error):
         hint = "install one, such as g++, or " + (
-            "train without" if script else "give --no-compile"
+            "train without torch.compile" if script else "give --no-compile"
         )
         reason = "torch.compile found no working C++ compiler"
-        return Outcome("crashed", reason, hint, FAULT if script else USAGE)
-    return Outcome("crashed", _said(fault), _hint(fault), FAULT)
+        return Outcome("crashed", reason, hint, FAILURE if script else USAGE)
+    return Outcome("crashed", _summary(error), _hint(error), FAILURE)
 
 
-def _left(leaving: SystemExit) -> Outcome:
-    if isinstance(leaving.code, str):
-        return Outcome("crashed", leaving.code[:REASON_CHARACTERS], "", exit_status(leaving))
-    status = exit_status(leaving)
+def _outcome_of_exit(error: SystemExit) -> Outcome:
+    status = exit_status(error)
+    if isinstance(error.code, str):
+        return Outcome("crashed", error.code[:REASON_CHARACTERS], "", status)
     if status == 0:
         return Outcome("finished")
-    return Outcome("crashed", f"it left with exit status {status}", "", status)
+    return Outcome("crashed", f"exited with status {status}", "", status)
 
 
-def told_in_full(fault: BaseException, script_runs: bool) -> bool:
-    """Whether one message says all that there is to say of `fault`. A script that has begun may
-    have printed anything, and its traceback is worth keeping."""
-    if isinstance(fault, (ConfigurationError, SyntaxError)):
-        return not script_runs
-    return not script_runs and bool(out_of_memory(fault) or no_compiler(fault))
+def is_fully_explained(error: BaseException, script_started: bool) -> bool:
+    """Whether the outcome's message says everything. A script that has started may have printed
+    anything, and its traceback is worth keeping."""
+    if isinstance(error, (ConfigurationError, SyntaxError)):
+        return not script_started
+    return not script_started and (is_out_of_memory(error) or is_missing_compiler(error))
 
 
-def out_of_memory(fault: BaseException) -> bool:
-    """Whether memory ran out, on the host or on a device."""
-    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the host or on a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(fault)
+    text = str(error)
     words = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(fault, RuntimeError) and any(word in text for word in words)
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
-def no_compiler(fault: BaseException) -> bool:
-    """Whether torch.compile failed for want of a C++ compiler."""
-    return "InvalidCxxCompiler" in str(fault) or type(fault).__name__ == "InvalidCxxCompiler"
+def is_missing_compiler(error: BaseException) -> bool:
+    """Whether torch.compile failed because there is no C++ compiler."""
+    return "InvalidCxxCompiler" in str(error) or type(error).__name__ == "InvalidCxxCompiler"
 
 
-def _what_was_asked(fault: BaseException) -> str:
-    """Such as `: 4 TiB could not be had (train.py, line 3)`, in the allocator's own unit."""
-    asked = re.search(r"tried to allocate ([\d.]+) ?([A-Za-z]+)", str(fault), re.IGNORECASE)
-    said = f": {_amount(asked[1], asked[2])} could not be had" if asked else ""
-    return said + _place(fault)
+def _allocation(error: BaseException) -> str:
+    """Such as `: 4 TiB could not be allocated (train.py, line 3)`."""
+    found = re.search(r"tried to allocate ([\d.]+) ?([A-Za-z]+)", str(error), re.IGNORECASE)
+    amount = f": {_amount(found[1], found[2])} could not be allocated" if found else ""
+    return amount + _place(error)
 
 
 def _amount(number: str, unit: str) -> str:
@@ -115,24 +124,27 @@ def _amount(number: str, unit: str) -> str:
     return f"{size:,.0f} PiB"
 
 
-def _hint(fault: BaseException) -> str:
-    text = str(fault)
+def _hint(error: BaseException) -> str:
+    text = str(error)
     if "CUDA error: device-side assert" in text:
         return "run it again with CUDA_LAUNCH_BLOCKING=1 to see where"
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
-        return "a worker process died, often for want of memory: try fewer workers"
-    return "the traceback is in the log"
+        return "a worker process died, often because it ran out of memory: try fewer workers"
+    return TRACEBACK_HINT
 
 
-def _said(fault: BaseException) -> str:
-    return f"{type(fault).__name__}: {_first_line(fault)}".rstrip(": ") + _place(fault)
+def _summary(error: BaseException) -> str:
+    """Such as `ValueError: no data (train.py, line 3)`."""
+    lines = str(error).strip().splitlines()
+    message = lines[0][:REASON_CHARACTERS] if lines else ""
+    return f"{type(error).__name__}: {message}".rstrip(": ") + _place(error)
 
 
-def _place(fault: BaseException) -> str:
+def _place(error: BaseException) -> str:
     """Such as ` (train.py, line 3)`: where in the user's own files it was raised."""
     frames = [
         frame
-        for frame in traceback.extract_tb(fault.__traceback__)
+        for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((OUR_DIRECTORY, "<"))
         and "site-packages" not in frame.filename
     ]
@@ -141,35 +153,78 @@ def _place(fault: BaseException) -> str:
     return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
 
 
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0][:REASON_CHARACTERS] if lines else ""
+def exit_status(error: SystemExit) -> int:
+    """The exit status that python would use; prints a text to stderr, as python does."""
+    code = error.code
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
 
 
-# ---- telling
-# Saying on stderr how a run ended, where that is where people look.
+# ---------------------------------------------------------------- printing
 
 
-def report_outcome(fault: BaseException, outcome: Outcome, script: bool = True) -> None:
-    """Say on stderr what ended the training: one message where that is enough, else a traceback,
-    which a script always has."""
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        if isinstance(fault, (StopTraining, SystemExit)):
-            return
-        enough = out_of_memory(fault) or no_compiler(fault)
-        if isinstance(fault, ConfigurationError) or (enough and not script):
-            say(outcome)
-            return
-        print_exception(fault)
-        if outcome.hint and outcome.hint != "the traceback is in the log":
-            print(f"  hint: {outcome.hint}", file=sys.stderr)
-        sys.stderr.flush()
-
-
-def say(outcome: Outcome) -> None:
-    """Print one message and its hint to stderr."""
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+def print_outcome(outcome: Outcome) -> None:
+    """Print the reason and the hint to stderr."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         print(f"tui-trainer: {outcome.reason}", file=sys.stderr)
         if outcome.hint:
             print(f"  hint: {outcome.hint}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def print_failure(error: BaseException, outcome: Outcome, script: bool = True) -> None:
+    """Print to stderr what ended the training: a message where that is enough, otherwise a
+    traceback. A script's exception always has its traceback, as under python itself."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+        if isinstance(error, (StopTraining, SystemExit)):
+            return
+        explained = is_out_of_memory(error) or is_missing_compiler(error)
+        if isinstance(error, ConfigurationError) or (explained and not script):
+            print_outcome(outcome)
+            return
+        print_exception(error)
+        if outcome.hint and outcome.hint != TRACEBACK_HINT:
+            print(f"  hint: {outcome.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def print_exception(error: BaseException) -> None:
+    """Print the traceback as python would, without frames of this program."""
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, _without_our_first_frames(error.__traceback__))
+        return
+    print(format_exception(error), end="", file=sys.stderr, flush=True)
+
+
+def format_exception(error: BaseException) -> str:
+    """The traceback without frames of this program."""
+    formatted = traceback.TracebackException.from_exception(error, compact=True)
+    _remove_our_frames(formatted)
+    return "".join(formatted.format())
+
+
+def _remove_our_frames(formatted: traceback.TracebackException | None) -> None:
+    if formatted is None:
+        return
+    kept = [frame for frame in formatted.stack if not _is_ours(frame.filename)]
+    formatted.stack = traceback.StackSummary.from_list(kept)
+    _remove_our_frames(formatted.__cause__)
+    _remove_our_frames(formatted.__context__)
+    for part in formatted.exceptions or ():
+        _remove_our_frames(part)
+
+
+def _without_our_first_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
+    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    return trace
+
+
+def _is_ours(filename: str) -> bool:
+    # The shipped tasks are the program that runs, as a script is.
+    inside = filename.startswith(OUR_DIRECTORY)
+    return inside and not filename.startswith(OUR_DIRECTORY + "tasks")

@@ -1,8 +1,8 @@
-"""Running somebody's unmodified script so that it notices nothing.
+"""Runs a user's unmodified script as python would, traced from its own import of torch on.
 
-It gets its own `sys.argv`, `sys.path[0]` and a real `__main__` module, so that pickling its classes
-and starting worker processes (fork, spawn, forkserver) work; the working directory, the signal
-handlers and the process are simply its own.
+The script gets its own `sys.argv`, `sys.path[0]` and a real `__main__` module, so that pickling its
+classes and starting worker processes (fork, spawn, forkserver) work. The working directory, the
+signal handlers and the process are its own.
 """
 
 from __future__ import annotations
@@ -14,20 +14,114 @@ import io
 import os
 import runpy
 import sys
-import traceback
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.run.context import RunContext, create_tracer
+from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
+from tui_trainer.run.import_hook import around_torch_import
+from tui_trainer.run.outcome import STOPPED, Outcome
+from tui_trainer.trace.gate import StopTraining
 
-OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+if TYPE_CHECKING:
+    import torch
+
+    from tui_trainer.run.checkpoints import Stateful
+    from tui_trainer.trace.tracer import Tracer
+
 _kept_alive: list[types.ModuleType] = []
+
+
+def train_script(run: RunContext) -> Outcome:
+    """Run the script to its end. Raises whatever the script raises, except `StopTraining`."""
+    spec = run.spec
+    if spec.resume is not None:
+        raise ConfigurationError(
+            "a script resumes by its own means",
+            "give the script its own option for it; a run's checkpoints hold weights and "
+            "optimizers as safetensors",
+        )
+    load = load_module if spec.module else load_script
+    program = load(spec.script or "", spec.arguments)
+    tracers: list[Tracer] = []
+    around_torch_import(
+        lambda: run.show_waiting_for("importing torch"), lambda: _trace(run, tracers)
+    )
+    run.show_waiting_for("the script's first step")
+    run.script_started()
+    try:
+        program.run()
+    except StopTraining:  # the gate has already written a checkpoint if one was requested
+        return STOPPED
+    finally:
+        for tracer in tracers:
+            tracer.detach()
+    return STOPPED if run.gate.mode in ("stopping", "ended") else Outcome("finished")
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def _trace(run: RunContext, tracers: list[Tracer]) -> None:
+    """Called right after the script imported torch; an exception must not reach the script."""
+    try:
+        from tui_trainer.run.checkpoints import CheckpointSaver
+
+        tracer = create_tracer(run)
+        tracer.attach()
+        tracers.append(tracer)
+        run.show_waiting_for("the script's first step")
+        run.recorder.describe(versions=with_torch_versions(run.recorder.info.versions))
+        saver = CheckpointSaver(run.spec, run.recorder, lambda: _visible_state(tracer))
+        run.gate.call_every(saver.cadences, saver.after_step)
+        run.save_with(saver)
+        run.recorder.extra_info = _DeviceOfScript(run, tracer)
+    except Exception as error:
+        run.recorder.fault("tracing the script", error)
+
+
+class _DeviceOfScript:
+    """The device as a field of `RunInfo`, known once the script has called its model."""
+
+    def __init__(self, run: RunContext, tracer: Tracer) -> None:
+        self._run = run
+        self._tracer = tracer
+        self._warned = False
+
+    def __call__(self) -> dict[str, Any]:
+        torch = sys.modules["torch"]
+        threads = torch.get_num_threads()
+        device = next((device_info(model, threads) for model in self._tracer.roots), None)
+        warning = busy_cores_warning(threads)
+        if device is not None and device.kind == "cpu" and warning and not self._warned:
+            self._warned = True
+            self._run.recorder.notice("threads", warning)
+        return {"device": device}
+
+
+def _visible_state(tracer: Tracer) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]:
+    """Weights of the models that the script calls, and its optimizers."""
+    weights: dict[str, torch.Tensor] = {}
+    for number, model in enumerate(tracer.roots):
+        prefix = "" if number == 0 else f"{type(model).__name__}#{number + 1}."
+        weights.update({f"{prefix}{name}": value for name, value in model.state_dict().items()})
+    stateful: dict[str, Stateful] = {}
+    for measurer in tracer.registry.measurers:
+        optimizer = tracer.registry.optimizer_of(measurer)
+        if optimizer is not None:
+            stateful[measurer.tracked.name] = optimizer
+    return weights, stateful
+
+
+# ---------------------------------------------------------------- running
 
 
 @dataclass(frozen=True)
 class Program:
-    """A script or module, compiled, and the `__main__` that it shall run in."""
+    """A compiled script or module and the `__main__` module that it runs in."""
 
     code: types.CodeType
     module: types.ModuleType
@@ -35,7 +129,7 @@ class Program:
     path_entry: str
 
     def run(self) -> None:
-        """Execute it to its end; every exception passes."""
+        """Execute it to its end; raises whatever it raises."""
         sys.argv = list(self.argv)
         if sys.flags.safe_path:
             sys.path.insert(0, self.path_entry)
@@ -47,18 +141,20 @@ class Program:
 
 
 def load_script(path: str, arguments: tuple[str, ...]) -> Program:
-    """As `python path arguments`: of a file, or of a folder with a `__main__.py`. Raises
-    ConfigurationError when there is no such file, SyntaxError when it is not Python."""
+    """The program of `python path arguments`: a file, or a folder with a `__main__.py`.
+
+    Raises ConfigurationError when there is no such file, SyntaxError when it is not Python.
+    """
     if os.path.isdir(path):
         return _load_folder(path, arguments)
     try:
         with io.open_code(os.path.abspath(path)) as file:
             source = file.read()
     except FileNotFoundError:
-        raise ConfigurationError(f"there is no script {path}", _hint_for_missing(path)) from None
-    except OSError as fault:
-        raise ConfigurationError(f"cannot read {path}: {fault.strerror or fault}") from None
-    absolute = os.path.abspath(path)  # as python itself does; argv keeps what was typed
+        raise ConfigurationError(f"there is no script {path}", _other_scripts(path)) from None
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror or error}") from None
+    absolute = os.path.abspath(path)  # as python does; argv keeps the path as given
     code = compile(source, absolute, "exec", dont_inherit=True)
     loader = importlib.machinery.SourceFileLoader("__main__", absolute)
     module = _main_module(absolute, loader)
@@ -74,20 +170,20 @@ def _load_folder(path: str, arguments: tuple[str, ...]) -> Program:
             f"{path} is a folder without a __main__.py", "name the script in it that trains"
         )
     code = spec.loader.get_code("__main__")
-    assert code is not None  # it is Python or there is a SyntaxError
+    assert code is not None  # otherwise get_code raises SyntaxError
     return Program(code, _module_of(spec), (path, *arguments), entry)
 
 
 def load_module(name: str, arguments: tuple[str, ...]) -> Program:
-    """As `python -m name arguments`. Raises ConfigurationError when it cannot be found."""
+    """The program of `python -m name arguments`. Raises ConfigurationError if it is not found."""
     if sys.flags.safe_path:
         sys.path.insert(0, os.getcwd())
     else:
         sys.path[0] = os.getcwd()
     try:
         _, spec, code = runpy._get_module_details(name, ConfigurationError)  # type: ignore[attr-defined]
-    except ConfigurationError as fault:
-        raise ConfigurationError(f"cannot run module {name}: {fault}") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"cannot run module {name}: {error}") from None
     finally:
         if sys.flags.safe_path:
             del sys.path[0]
@@ -117,63 +213,11 @@ def _main_module(path: str, loader: Any) -> types.ModuleType:
     return module
 
 
-def _hint_for_missing(path: str) -> str:
+def _other_scripts(path: str) -> str:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         return f"there is no folder {folder} either"
     found = sorted(entry for entry in os.listdir(folder) if entry.endswith(".py"))
     if not found:
-        return f"there is no Python file in {folder}"
-    return f"in {folder} there is {', '.join(found[:8])}"
-
-
-# ---------------------------------------------------------------- how it ended
-
-
-def exit_status(leaving: SystemExit) -> int:
-    """What python would leave with; text is printed to stderr, as python does."""
-    code = leaving.code
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF
-    print(code, file=sys.stderr)
-    return 1
-
-
-def print_exception(fault: BaseException) -> None:
-    """The traceback as python would have printed it, without our frames."""
-    if sys.excepthook is not sys.__excepthook__:
-        sys.excepthook(type(fault), fault, _without_our_beginning(fault.__traceback__))
-        return
-    print(format_exception(fault), end="", file=sys.stderr, flush=True)
-
-
-def format_exception(fault: BaseException) -> str:
-    """The traceback as text, without our frames."""
-    told = traceback.TracebackException.from_exception(fault, compact=True)
-    _strip(told)
-    return "".join(told.format())
-
-
-def _strip(told: traceback.TracebackException | None) -> None:
-    if told is None:
-        return
-    kept = [frame for frame in told.stack if not _ours(frame.filename)]
-    told.stack = traceback.StackSummary.from_list(kept)
-    _strip(told.__cause__)
-    _strip(told.__context__)
-    for part in told.exceptions or ():
-        _strip(part)
-
-
-def _without_our_beginning(trace: types.TracebackType | None) -> types.TracebackType | None:
-    while trace is not None and _ours(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    return trace
-
-
-def _ours(filename: str) -> bool:
-    # The shipped tasks are the program that runs, like a script.
-    inside = filename.startswith(OUR_DIRECTORY)
-    return inside and not filename.startswith(OUR_DIRECTORY + "tasks")
+        return f"{folder} contains no Python file"
+    return f"{folder} contains {', '.join(found[:8])}"

@@ -1,4 +1,7 @@
-"""One viewer's connection: greeting, polls and commands, on a thread of its own."""
+"""Serves viewers over a Unix socket that only the user can connect to, with a thread for each.
+
+Nothing that a viewer does can stop or slow down the training.
+"""
 
 from __future__ import annotations
 
@@ -37,59 +40,58 @@ from tui_trainer.runs.security import peer_user
 GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 10.0
-"""A message that has begun must have come whole by then."""
-SILENT_S = 300.0
-"""A viewer that has asked nothing for so long is frozen or forgotten; the app polls at least once
-a minute, and one that wakes up later connects again."""
+"""For the rest of a message once its first byte has arrived."""
+IDLE_TIMEOUT_S = 300.0
+"""A viewer that polls less often is disconnected; the app polls at least once a minute, and
+reconnects when it has been suspended for longer."""
 VIEWER_NAME_CHARACTERS = 80
 
 
-class StuckViewer(Exception):
-    """The viewer does not read what it asked for, or says nothing more."""
+class ViewerTimeout(Exception):
+    """The viewer does not read what it asked for, or sends nothing."""
 
 
 class ViewerConnection:
-    """Speaks the protocol over one connected socket. Only `run` touches the stream."""
+    """The protocol with one viewer over a connected socket. `serve` alone uses the stream."""
 
     def __init__(
         self,
         stream: socket.socket,
-        identity: int,
-        run: str,
+        viewer_id: int,
+        run_name: str,
         recorder: Recorder,
         control: CommandHandler,
-        silent_s: float | None = None,
+        idle_timeout_s: float | None = None,
     ) -> None:
         self._stream = stream
-        self._silent_s = silent_s
-        self._identity = identity
-        self._run = run
+        self._viewer_id = viewer_id
+        self._run_name = run_name
         self._recorder = recorder
         self._control = control
-        self._too_large: set[str] = set()
-        """What was said to be."""
+        self._idle_timeout_s = idle_timeout_s
+        self._reported_too_large: set[str] = set()
         self.viewer: Viewer | None = None
         self.seen_end = threading.Event()
-        """Set once this viewer was sent all there is of a run that has ended."""
+        """Set once the viewer has everything of a run that has ended, or is gone."""
 
-    def serve(self, drop: Callable[[str], None]) -> None:
-        """Answer until the stream ends. `drop(why)` is called when it is we who end it."""
+    def serve(self, on_drop: Callable[[str], None]) -> None:
+        """Answer until the connection ends; `on_drop(reason)` if the viewer is at fault."""
         try:
             self._greet()
             while self.viewer is not None:
-                self._answer(self._next())
+                self._answer(self._receive())
         except ConnectionClosed as closed:
             if closed.left:
-                drop(f"it left in the middle of a message, after {closed.left:,} bytes of it")
+                on_drop(f"it disconnected {closed.left:,} bytes into a message")
         except ConnectionError:
             pass
-        except (ProtocolError, StuckViewer) as fault:
-            drop(str(fault))
+        except (ProtocolError, ViewerTimeout) as error:
+            on_drop(str(error))
         except TimeoutError:
-            drop(f"it did not greet within {GREETING_TIMEOUT_S:.0f} s")
-        except OSError as fault:
+            on_drop(f"it sent no greeting within {GREETING_TIMEOUT_S:.0f} s")
+        except OSError as error:
             if self._stream.fileno() >= 0:
-                drop(str(fault))
+                on_drop(str(error))
         finally:
             self.seen_end.set()
             if self.viewer is not None:
@@ -97,13 +99,13 @@ class ViewerConnection:
             self.close()
 
     def close(self) -> None:
-        """End the stream, also where a forked child still holds a copy of it."""
+        """End the connection, even if a forked child still has a copy of the socket."""
         with contextlib.suppress(OSError):
             self._stream.shutdown(socket.SHUT_RDWR)
         self._stream.close()
 
     def close_descriptor(self) -> None:
-        """In a forked child: let go of our copy without ending the parent's stream."""
+        """In a forked child: close its copy and leave the parent's connection open."""
         with contextlib.suppress(OSError):
             os.close(self._stream.detach())
 
@@ -120,8 +122,8 @@ class ViewerConnection:
         hello = read_to_run(read)
         self._stream.settimeout(None)
         if not isinstance(hello, Hello):
-            self._send(Refused("a greeting must come first"))
-            raise ProtocolError(f"a {type(hello).__name__} came before the greeting")
+            self._send(Refused("the first message must be a greeting"))
+            raise ProtocolError(f"its first message was a {type(hello).__name__}, not a greeting")
         if hello.protocol != PROTOCOL_VERSION:
             theirs = f"protocol {hello.protocol} (tui-trainer {single_line(hello.product, 40)})"
             self._send(
@@ -131,19 +133,19 @@ class ViewerConnection:
                     "use the same version of tui-trainer on both sides",
                 )
             )
-            raise ProtocolError(f"a viewer speaks {theirs}")
-        name = single_line(hello.viewer, VIEWER_NAME_CHARACTERS) or f"viewer {self._identity}"
-        self.viewer = Viewer(self._identity, name, hello.read_only)
+            raise ProtocolError(f"it speaks {theirs}")
+        name = single_line(hello.viewer, VIEWER_NAME_CHARACTERS) or f"viewer {self._viewer_id}"
+        self.viewer = Viewer(self._viewer_id, name, hello.read_only)
         self._control.joined(self.viewer)
-        self._send(Welcome(PROTOCOL_VERSION, __version__, self._run, self._identity))
+        self._send(Welcome(PROTOCOL_VERSION, __version__, self._run_name, self._viewer_id))
 
-    def _next(self) -> Hello | Poll | Command:
-        """What the viewer says next; it may think, but not stop in the middle of a message."""
+    def _receive(self) -> Hello | Poll | Command:
+        """The next message. The viewer may be idle between messages, but not within one."""
         deadline: float | None = None
 
         def read(size: int) -> bytes:
             nonlocal deadline
-            left = self._silent_s if deadline is None else deadline - time.monotonic()
+            left = self._idle_timeout_s if deadline is None else deadline - time.monotonic()
             self._stream.settimeout(left if left is None else max(0.001, left))
             part = self._stream.recv(size)
             deadline = deadline or time.monotonic() + FRAME_TIMEOUT_S
@@ -153,8 +155,8 @@ class ViewerConnection:
             return read_to_run(read)
         except TimeoutError:
             if deadline is not None:
-                raise StuckViewer("it stopped in the middle of a message") from None
-            raise StuckViewer(f"it asked nothing for {self._silent_s:.0f} s") from None
+                raise ViewerTimeout("it stopped in the middle of a message") from None
+            raise ViewerTimeout(f"it sent nothing for {self._idle_timeout_s:.0f} s") from None
         finally:
             self._stream.settimeout(None)
 
@@ -162,33 +164,16 @@ class ViewerConnection:
         assert self.viewer is not None
         match message:
             case Poll():
-                update = self._recorder.update_for(message, self._identity)
+                update = self._recorder.update_for(message, self._viewer_id)
                 self._send(update)
                 if update.status.ended and not update.more:
                     self.seen_end.set()
             case Command():
-                verdict = self._control.perform(self.viewer, message.action)
+                result = self._control.perform(self.viewer, message.action)
                 status = self._recorder.status
-                self._send(Ack(message.id, verdict.ok, status, verdict.message, verdict.hint))
+                self._send(Ack(message.id, result.ok, status, result.message, result.hint))
             case Hello():
-                raise ProtocolError("a second greeting")
-
-    def _without_bulk(self, update: Update) -> bytes:
-        """What can be said of an answer that would be over the size of a frame, and a line in the
-        log that the rest cannot."""
-        reduced = msgspec.structs.replace(update, artifacts=(), report=None, more=False)
-        what = "samples and the report of the phase"
-        try:
-            data = encode(reduced)
-        except ProtocolError:  # there may be hundreds of thousands of parameters to describe
-            reduced = msgspec.structs.replace(reduced, info=None, rows=(), cadences=())
-            data, what = encode(reduced), "the description of the run and all that is measured"
-        if what not in self._too_large:
-            self._too_large.add(what)
-            name = self.viewer.name if self.viewer else ""
-            text = f"too large to be sent to {name}, and left out: {what}"
-            self._recorder.notice("viewer", text, "error")
-        return data
+                raise ProtocolError("it sent a second greeting")
 
     def _send(self, message: ToViewer) -> None:
         try:
@@ -196,77 +181,87 @@ class ViewerConnection:
         except ProtocolError:
             if not isinstance(message, Update):
                 raise
-            data = memoryview(self._without_bulk(message))
+            data = memoryview(self._encode_reduced(message))
         deadline = time.monotonic() + SEND_TIMEOUT_S
         try:
             while data:
                 self._stream.settimeout(max(0.001, deadline - time.monotonic()))
                 data = data[self._stream.send(data) :]
         except TimeoutError:
-            raise StuckViewer(f"it took nothing for {SEND_TIMEOUT_S:.0f} s") from None
+            raise ViewerTimeout(f"it read nothing for {SEND_TIMEOUT_S:.0f} s") from None
         self._stream.settimeout(None)
 
-
-# ---- server
-# Serving viewers: a Unix socket that only its owner can reach, one thread a connection.
+    def _encode_reduced(self, update: Update) -> bytes:
+        """An update that exceeds the size of a frame, without its large parts; logs which."""
+        reduced = msgspec.structs.replace(update, artifacts=(), report=None, more=False)
+        omitted = "samples and the report of the phase"
+        try:
+            data = encode(reduced)
+        except ProtocolError:  # there may be hundreds of thousands of parameters to describe
+            reduced = msgspec.structs.replace(reduced, info=None, rows=(), cadences=())
+            data, omitted = encode(reduced), "the description of the run and all measurements"
+        if omitted not in self._reported_too_large:
+            self._reported_too_large.add(omitted)
+            name = self.viewer.name if self.viewer else "a viewer"
+            self._recorder.notice("viewer", f"too large to send to {name}: {omitted}", "error")
+        return data
 
 
 MAX_CONNECTIONS = 64
-LOOK_EVERY_S = 1.0
-"""How often the server looks whether its socket is still there."""
-DROPS_SAID, DROPS_SAID_EVERY_S = 20, 600.0
-"""So many dropped connections get a line in the log within so many seconds; of a flood of them the
-rest is counted in one line."""
+CHECK_SOCKET_EVERY_S = 1.0
+"""How often the server checks that its socket still exists."""
+MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
+"""Dropped viewers that get a line of their own within a period; the rest is only counted."""
 
 
 class Server:
-    """Accepts viewers until closed. Nothing that a viewer does can stop or slow the training."""
+    """Accepts viewers until it is closed."""
 
-    def __init__(self, run: str, recorder: Recorder, control: CommandHandler) -> None:
-        self._run = run
+    def __init__(self, run_name: str, recorder: Recorder, control: CommandHandler) -> None:
+        self._run_name = run_name
         self._recorder = recorder
         self._control = control
         self._lock = threading.Lock()
         self._connections: dict[int, ViewerConnection] = {}
-        self._identities = itertools.count(1)
-        self._listening: socket.socket | None = None
+        self._viewer_ids = itertools.count(1)
+        self._socket: socket.socket | None = None
         self._path: Path | None = None
-        self._drops: deque[float] = deque()
-        self._drops_unsaid = 0
+        self._reported_drops: deque[float] = deque()
+        self._unreported_drops = 0
         self._served_any = threading.Event()
         self._closed = False
-        _after_fork(self)
+        _close_in_children(self)
 
     def listen(self, path: Path) -> None:
-        """Listen on a Unix socket at `path` (mode 0600); if somebody removes it, again as soon as
-        its directory is there. Raises OSError."""
-        self._listening, self._path = _listen(path), path
+        """Listen on a Unix socket at `path` (mode 0600). A socket that is removed is created again
+        as soon as its directory exists. Raises OSError."""
+        self._socket, self._path = _listen(path), path
         threading.Thread(target=self._accept, name="tui-trainer accept", daemon=True).start()
 
     def serve(self, stream: socket.socket) -> threading.Thread:
-        """Serve one viewer over a connected socket, on a new thread."""
+        """Serve a viewer over a connected socket, on a new thread."""
         return self._serve(stream, None)
 
-    def _serve(self, stream: socket.socket, silent_s: float | None) -> threading.Thread:
-        identity = next(self._identities)
+    def _serve(self, stream: socket.socket, idle_timeout_s: float | None) -> threading.Thread:
+        viewer_id = next(self._viewer_ids)
         connection = ViewerConnection(
-            stream, identity, self._run, self._recorder, self._control, silent_s
+            stream, viewer_id, self._run_name, self._recorder, self._control, idle_timeout_s
         )
         with self._lock:
-            self._connections[identity] = connection
+            self._connections[viewer_id] = connection
         thread = threading.Thread(
             target=self._work,
-            args=(identity, connection),
-            name=f"tui-trainer viewer {identity}",
+            args=(viewer_id, connection),
+            name=f"tui-trainer viewer {viewer_id}",
             daemon=True,
         )
         thread.start()
         return thread
 
     def wait_until_seen(self, timeout: float, first_within: float = 0.0) -> bool:
-        """After the end: wait until every viewer was sent all of it, at most `timeout` seconds.
+        """After the end: wait up to `timeout` seconds until every viewer has everything.
 
-        When no viewer has ever come, wait `first_within` seconds for one: an app that has just
+        If no viewer has ever connected, wait `first_within` seconds for one: the app that has just
         started this process is still connecting.
         """
         deadline = time.monotonic() + timeout
@@ -279,7 +274,7 @@ class Server:
         """Stop listening, end all connections and remove the socket."""
         with self._lock:
             self._closed = True
-            listening, self._listening = self._listening, None
+            listening, self._socket = self._socket, None
         if listening is not None:
             with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
@@ -287,84 +282,83 @@ class Server:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink()
-            if self._path.parent.name.startswith("tui-trainer-"):
+            if self._path.parent.name.startswith(SOCKET_DIRECTORY_PREFIX):
                 with contextlib.suppress(OSError):
-                    self._path.parent.rmdir()  # made for nothing but a short socket path
+                    self._path.parent.rmdir()
         with self._lock:
             connections = list(self._connections.values())
         for connection in connections:
             connection.close()
 
     def _accept(self) -> None:
-        while (listening := self._listening) is not None:
+        while (listening := self._socket) is not None:
             try:
                 stream, _ = listening.accept()
             except TimeoutError:
-                self._look_after_socket(listening)
+                self._restore_socket(listening)
                 continue
-            except OSError as fault:
+            except OSError as error:
                 if self._closed:
                     return
-                self._recorder.fault("accepting viewers", fault)
+                self._recorder.fault("accepting viewers", error)
                 time.sleep(0.5)  # such as: too many open files; it may pass
                 continue
             if len(self._connections) >= MAX_CONNECTIONS:
                 with contextlib.suppress(OSError), stream:
                     stream.settimeout(0.1)
-                    stream.send(encode(Refused(f"{MAX_CONNECTIONS} viewers look at this run")))
+                    stream.send(encode(Refused(f"this run already has {MAX_CONNECTIONS} viewers")))
                 continue
-            self._serve(stream, SILENT_S)
+            self._serve(stream, IDLE_TIMEOUT_S)
 
-    def _look_after_socket(self, listening: socket.socket) -> None:
-        """What listens at a path that is gone is reached by nobody."""
+    def _restore_socket(self, listening: socket.socket) -> None:
+        """Listen on a new socket if the file of the current one was removed."""
         path = self._path
         if path is None or path.exists():
             return
         try:
-            if path.parent.name.startswith(
-                SOCKET_DIRECTORY_PREFIX
-            ):  # some tidy temporary files away
+            if path.parent.name.startswith(SOCKET_DIRECTORY_PREFIX):  # by a cleaner of /tmp
                 path.parent.mkdir(mode=0o700, exist_ok=True)
-            again = _listen(path)
+            restored = _listen(path)
         except OSError:
-            return  # its directory is not there yet
+            return  # its directory does not exist yet
         with self._lock:
             if self._closed:
-                again.close()
+                restored.close()
                 path.unlink(missing_ok=True)
                 return
-            self._listening = again
+            self._socket = restored
         listening.close()
-        text = "the run's directory was removed: it was made again, so that the run can be found"
+        text = "the run's directory was removed; it was created again so that viewers can attach"
         self._recorder.notice("state", text, "warning")
 
-    def _work(self, identity: int, connection: ViewerConnection) -> None:
+    def _work(self, viewer_id: int, connection: ViewerConnection) -> None:
         self._served_any.set()
         try:
-            connection.serve(self._drop)
-        except Exception as fault:
-            self._recorder.fault("serving a viewer", fault)
+            connection.serve(self._report_drop)
+        except Exception as error:
+            self._recorder.fault("serving a viewer", error)
         finally:
             with self._lock:
-                self._connections.pop(identity, None)
+                self._connections.pop(viewer_id, None)
 
-    def _drop(self, why: str) -> None:
+    def _report_drop(self, reason: str) -> None:
         with self._lock:
             now = time.monotonic()
-            while self._drops and self._drops[0] < now - DROPS_SAID_EVERY_S:
-                self._drops.popleft()
-            if len(self._drops) >= DROPS_SAID:
-                self._drops_unsaid += 1
+            reported = self._reported_drops
+            while reported and reported[0] < now - REPORTED_DROPS_PERIOD_S:
+                reported.popleft()
+            if len(reported) >= MAX_REPORTED_DROPS:
+                self._unreported_drops += 1
                 return
-            self._drops.append(now)
-            unsaid, self._drops_unsaid = self._drops_unsaid, 0
-        more = f" (and {unsaid:,} before it)" if unsaid else ""
-        text = f"a viewer was dropped: {single_line(why, 300)}{more}"
+            reported.append(now)
+            unreported, self._unreported_drops = self._unreported_drops, 0
+        more = f" (and {unreported:,} before it)" if unreported else ""
+        text = f"a viewer was dropped: {single_line(reason, 300)}{more}"
         self._recorder.notice("viewer", text, "warning")
 
-    def _let_go(self) -> None:
-        """In a forked child (a data-loader worker): our sockets are the parent's alone."""
-        listening, self._listening = self._listening, None
+    def _close_in_child(self) -> None:
+        """In a forked child, such as a data-loader worker: the sockets belong to the parent."""
+        listening, self._socket = self._socket, None
         self._path = None
         if listening is not None:
             with contextlib.suppress(OSError):
@@ -378,25 +372,24 @@ class Server:
 def _listen(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+    umask = os.umask(0o177)
     try:
         listening.bind(os.fspath(path))
     except OSError:
         listening.close()
         raise
     finally:
-        os.umask(before)
+        os.umask(umask)
     listening.listen(16)
-    listening.settimeout(LOOK_EVERY_S)
+    listening.settimeout(CHECK_SOCKET_EVERY_S)
     return listening
 
 
-def _after_fork(server: Server) -> None:
+def _close_in_children(server: Server) -> None:
     reference = weakref.ref(server)
 
-    def let_go() -> None:
-        found = reference()
-        if found is not None:
-            found._let_go()
+    def close() -> None:
+        if (found := reference()) is not None:
+            found._close_in_child()
 
-    os.register_at_fork(after_in_child=let_go)
+    os.register_at_fork(after_in_child=close)

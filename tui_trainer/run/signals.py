@@ -1,6 +1,7 @@
-"""Signals that end a run: finish the step, leave a checkpoint, go.
+"""Stops a run on request: on SIGTERM, SIGHUP, Ctrl-C or a viewer's command.
 
-A script may replace all of these handlers with its own, as it could without us.
+The current step is finished and a checkpoint is written first. A script may replace these signal
+handlers with its own, as it could without us.
 """
 
 from __future__ import annotations
@@ -16,45 +17,52 @@ from tui_trainer.run.outcome import INTERRUPTED, TERMINATED
 from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 
 GRACE_S = 20.0
-"""After a request to stop that no step boundary has answered, a script is interrupted …"""
+"""How long a script that was asked to stop may take to reach the end of a step …"""
 GRACE_STEPS = 3.0
-"""… or after so many times the longest of its recent steps, where that is more."""
+"""… or this many times its longest recent step, if that is more; then it is interrupted."""
 
 
-class Signals:
-    """What asks the run to stop, however it comes: a signal or a viewer's command."""
+class StopHandler:
+    """Handles requests to stop, from signals and from viewers' commands."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        longest_step_s: Callable[[], float] = lambda: 0.0,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`longest_step_s()`: the longest recent step; `warn(text)` tells the user of an
+        interrupted script. Both are called on a timer's thread."""
         self._gate = gate
-        self.longest_step_s: Callable[[], float] = lambda: 0.0
-        """The longest of the recent steps. Asked on a thread of ours."""
-        self.say: Callable[[str], None] = lambda text: None
-        """What people should know of an end that is forced."""
+        self._longest_step_s = longest_step_s
+        self._warn = warn
         self.exit_status: int | None = None
-        """What the process leaves with when a signal has stopped it."""
+        """Exit status of the process once a signal has stopped it."""
         self._requests = 0
-        self._over = False
-        self._insists = False
-        self._breaks_off = False
-        """Whether the next SIGTERM is `_interrupt`'s."""
+        self._training_ended = False
+        self._is_script = False
+        self._sigterm_interrupts = False
+        """Whether the next SIGTERM was sent by `_interrupt`."""
 
     @property
-    def asked(self) -> bool:
-        """Whether somebody has asked the run to stop."""
+    def requested(self) -> bool:
+        """Whether a stop was requested."""
         return self._requests > 0
 
     def install(self, task: bool, own_session: bool) -> None:
-        """On the main thread. A task finishes its step on Ctrl-C; a script has Python's own
-        `KeyboardInterrupt`. A process with its own session does not mind a hang-up; for one that
-        stands or falls with its terminal it is a request to end (not under nohup)."""
-        self._insists = not task
+        """Set the signal handlers; call it on the main thread.
+
+        A task finishes its step on Ctrl-C; a script gets Python's `KeyboardInterrupt`. SIGHUP is
+        ignored by a process with its own session; otherwise it stops the run, except under nohup.
+        """
+        self._is_script = not task
         signal.signal(signal.SIGTERM, self._on_terminate)
         if own_session:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self._on_terminate)
-        # Started in the background (`&`, nohup) it is ignored, and stays so; but what was started
-        # there with a session of its own is in nobody's background.
+        # A shell's background job (`&`, nohup) inherits an ignored SIGINT, which stays ignored. A
+        # process with its own session was not started by a shell, even if it inherited this.
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         if task and (own_session or not ignored):
             signal.signal(signal.SIGINT, self._on_interrupt)
@@ -62,92 +70,94 @@ class Signals:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self, checkpoint: bool) -> None:
-        """Stop at the end of the running step. When there is none yet, or when asked a second
-        time, at once, as Ctrl-C would."""
+        """Stop at the end of the current step. Before the first step, and on a second request,
+        interrupt the main thread instead, as Ctrl-C would."""
         self._requests += 1
-        waits_for_a_step = self._ask(checkpoint)
-        if self._over:
+        in_step = self._request_stop(checkpoint)
+        if self._training_ended:
             return
-        if not waits_for_a_step or self._requests > 1:
+        if not in_step or self._requests > 1:
             self._interrupt()
         else:
-            self._insist_later()
+            self._start_grace_period()
 
-    def over(self) -> None:
-        """The training has ended: nothing is to be interrupted any more."""
-        self._over = True
+    def training_ended(self) -> None:
+        """From now on nothing is interrupted."""
+        self._training_ended = True
 
-    def _ask(self, checkpoint: bool) -> bool:
+    def _request_stop(self, checkpoint: bool) -> bool:
+        """Ask the gate to stop; returns whether the end of a step can be expected."""
         try:
             self._gate.stop(checkpoint)
         except Refusal:
             return False
         return bool(self._gate.phase)
 
-    def _insist_later(self) -> None:
-        """A script may have made its last step long ago: then no boundary will come. A task's loop
-        always comes to one, however long the step or an evaluation takes, and is waited for."""
-        if self._insists:
-            self._insist_after(GRACE_S, 0.0)
+    def _start_grace_period(self) -> None:
+        """A script may have made its last step already, so that the gate is never reached again. A
+        task's loop always reaches it, however long a step or an evaluation takes."""
+        if self._is_script:
+            self._check_again(GRACE_S, 0.0)
 
-    def _insist_after(self, seconds: float, waited: float) -> None:
-        timer = threading.Timer(seconds, self._insist, (self._gate.completed, waited + seconds))
+    def _check_again(self, seconds: float, waited: float) -> None:
+        timer = threading.Timer(seconds, self._check, (self._gate.completed, waited + seconds))
         timer.daemon = True
         timer.start()
 
-    def _insist(self, step: int, waited: float) -> None:
-        if self._over or self._gate.mode != "stopping":
+    def _check(self, step: int, waited: float) -> None:
+        """Interrupt a script that has not reached the gate since `step` for too long."""
+        if self._training_ended or self._gate.mode != "stopping":
             return
-        if self._gate.in_gate or self._gate.completed != step:  # about to end by itself
-            self._insist_after(GRACE_S, 0.0)
+        if self._gate.in_gate or self._gate.completed != step:  # it will stop by itself
+            self._check_again(GRACE_S, 0.0)
             return
-        patience = GRACE_STEPS * self.longest_step_s()
-        if waited < patience:
-            self._insist_after(patience - waited, waited)
+        grace = GRACE_STEPS * self._longest_step_s()
+        if waited < grace:
+            self._check_again(grace - waited, waited)
             return
         lost = ", so no checkpoint is written" if self._gate.checkpoint_on_stop else ""
-        self.say(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
+        self._warn(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
         self._interrupt()
 
     def _interrupt(self) -> None:
-        """As Ctrl-C would; where that is ignored, by the signal that is ours, if it still is."""
+        """As Ctrl-C would; by SIGTERM where SIGINT is ignored and SIGTERM is still ours."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            _send(signal.SIGINT)
+            _send_to_main_thread(signal.SIGINT)
         elif signal.getsignal(signal.SIGTERM) == self._on_terminate:
-            self._breaks_off = True
-            _send(signal.SIGTERM)
+            self._sigterm_interrupts = True
+            _send_to_main_thread(signal.SIGTERM)
         else:
-            self.say("the script ignores SIGINT and takes SIGTERM itself: it is not interrupted")
+            self._warn("the script ignores SIGINT and handles SIGTERM: it is not interrupted")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if self._breaks_off and number == signal.SIGTERM:
-            self._breaks_off = False
+        if self._sigterm_interrupts and number == signal.SIGTERM:
+            self._sigterm_interrupts = False
             raise KeyboardInterrupt
         self.exit_status = TERMINATED if number == signal.SIGTERM else 128 + number
-        self._from_signal()
+        self._stop_from_signal()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._gate.mode == "stopping" and self._requests and self.exit_status is None:
             raise StopTraining  # a viewer's second request
         self.exit_status = self.exit_status or INTERRUPTED
         if not self._requests:
-            with contextlib.suppress(OSError):  # `print` may be what the signal has interrupted
-                os.write(2, b"\nfinishing the step; Ctrl-C again breaks it off\n")
-        self._from_signal()
+            with contextlib.suppress(OSError):  # not `print`, which the signal may have interrupted
+                os.write(2, b"\nfinishing the step; press Ctrl-C again to abort it\n")
+        self._stop_from_signal()
 
-    def _from_signal(self) -> None:
+    def _stop_from_signal(self) -> None:
         """On the main thread, wherever it is."""
         self._requests += 1
-        waits_for_a_step = self._ask(checkpoint=True)
-        if self._over:
+        in_step = self._request_stop(checkpoint=True)
+        if self._training_ended:
             return
-        if not waits_for_a_step or self._requests > 1:
+        if not in_step or self._requests > 1:
             raise StopTraining
-        self._insist_later()
+        self._start_grace_period()
 
 
-def _send(number: int) -> None:
-    """A real signal, which wakes a main thread that sleeps or waits in C."""
+def _send_to_main_thread(number: int) -> None:
+    """Send a real signal, which wakes a main thread that sleeps or waits in C."""
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, number)

@@ -1,6 +1,6 @@
-"""A run on a worker thread of a process that also does something else: of an app, of a notebook.
+"""A run on a worker thread of a process that does something else too, such as an app or a notebook.
 
-It cannot outlive that process, nor can its signals be handled; all else is as in a run process.
+It ends with that process and does not handle its signals; otherwise it is like a run process.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import threading
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.run.host import Host
 from tui_trainer.run.outcome import Outcome
-from tui_trainer.run.signals import Signals
+from tui_trainer.run.signals import StopHandler
 
 
-class WorkerSignals(Signals):
-    """The process's signals, and its main thread, belong to somebody else."""
+class WorkerStopHandler(StopHandler):
+    """Leaves the process's signals and its main thread alone."""
 
     def install(self, task: bool, own_session: bool) -> None:
-        """No handler is set."""
+        """Set no handler."""
 
     def stop(self, checkpoint: bool) -> None:
-        """Stop at the end of the running step, or of the first one where there is none yet."""
+        """Stop at the end of the current step, or of the first step if none has begun."""
         self._requests += 1
-        self._ask(checkpoint)
+        self._request_stop(checkpoint)
 
 
 class Worker:
-    """Trains what `spec` describes; `viewer` is one end of a socketpair whose other end the run
-    serves. The run listens on its socket besides, so that others can attach."""
+    """Trains what `spec` describes. The run also listens on its socket, so that others can
+    attach."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self._host = Host(spec, WorkerSignals)
+        self._host = Host(spec, WorkerStopHandler)
         self.outcome: Outcome | None = None
         """How it ended; None until then."""
         self.viewer, served = socket.socketpair()
@@ -46,10 +46,10 @@ class Worker:
         self.outcome = outcome
 
     def stop(self, checkpoint: bool = True) -> None:
-        """Ask the training to end after its step."""
-        self._host.signals.stop(checkpoint)
+        """Ask the training to stop after its current step."""
+        self._host.stops.stop(checkpoint)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for its end, the records written; whether it has come."""
+        """Wait until the run has ended and everything is written; returns whether it has."""
         self._thread.join(timeout)
         return not self._thread.is_alive()

@@ -1,0 +1,48 @@
+"""What a training needs of the run around it, and the tracer that both kinds of training use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.trace.gate import Gate
+
+if TYPE_CHECKING:
+    from tui_trainer.run.checkpoints import CheckpointSaver
+    from tui_trainer.trace.tracer import Tracer
+
+
+class RunContext(Protocol):
+    """A run as its training sees it; `run.host.Host` implements it."""
+
+    @property
+    def spec(self) -> RunSpec: ...
+
+    @property
+    def recorder(self) -> Recorder: ...
+
+    @property
+    def gate(self) -> Gate: ...
+
+    def show_waiting_for(self, what: str) -> None:
+        """Show what the run is doing while it makes no steps; "" once it does."""
+
+    def save_with(self, saver: CheckpointSaver) -> None:
+        """Set the saver of the checkpoints that are requested by viewers or when stopping."""
+
+    def script_started(self) -> None:
+        """The user's script was found and compiled, and starts now."""
+
+
+def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
+    """A tracer with all probes, not attached yet. Imports torch."""
+    from tui_trainer.probes import PROBES
+    from tui_trainer.trace.probe import Options
+    from tui_trainer.trace.tracer import Tracer
+
+    options = Options(budget=run.spec.budget, attention_pattern=run.spec.attention_pattern)
+    tracer = Tracer(run.recorder, run.gate, PROBES, options)
+    tracer.step = first_step
+    run.recorder.on_tick = tracer.flush_idle
+    return tracer
