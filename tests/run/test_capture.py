@@ -28,7 +28,7 @@ class Disk(io.BytesIO):
 
 def test_the_log_file_goes_on_when_the_disk_has_room_again(tmp_path):
     disk = Disk()
-    log = LogFile(tmp_path / "log.txt", opened=lambda path: disk)
+    log = LogFile(tmp_path / "log.txt", open_file=lambda path: disk)
     log._append(b"first\n")
     disk.room = 9
     for _ in range(3):
@@ -46,12 +46,12 @@ def test_a_disk_that_stalls_holds_up_nobody_and_what_is_missing_is_counted(tmp_p
         moves.wait()
         return disk
 
-    log = LogFile(tmp_path / "log.txt", queue_bytes=100, opened=opened)
+    log = LogFile(tmp_path / "log.txt", queue_bytes=100, open_file=opened)
     said = []
     capture = Capture(lambda stream, text: said.append(text))
     capture._log = log
     for number in range(1000):
-        capture._take(1, b"line %03d\n" % number)
+        capture._add(1, b"line %03d\n" % number)
     assert len(said) == 1000
     moves.set()
     assert log.close()
@@ -67,8 +67,8 @@ def test_the_log_says_where_it_is_cut(tmp_path):
         log.write(b"0123456789\n")
     assert log.close()
     assert path.read_text() == (
-        "0123456789\n0123456789\n\n… (the log is cut here, at 20 bytes; "
-        "the screen shows what follows)\n"
+        "0123456789\n0123456789\n\n… (the log file ends here, at 20 bytes; "
+        "the app shows later output)\n"
     )
 
 

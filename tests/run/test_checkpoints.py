@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.run import checkpoints as checkpointing
 from tui_trainer.run.checkpoints import (
-    CannotFlatten,
-    Checkpoints,
+    CheckpointWriter,
+    NotSerializable,
     flatten,
-    load,
+    load_checkpoint,
     random_state,
     restore,
     restore_random_state,
     unflatten,
 )
+from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.tasks.devices import GradScaler
 
 
@@ -58,7 +59,7 @@ def test_any_state_survives_bit_for_bit():
 
 
 def test_what_cannot_be_written_is_named():
-    with pytest.raises(CannotFlatten, match="/a/1 is a function"):
+    with pytest.raises(NotSerializable, match="/a/1 is a function"):
         flatten({"a": [1, print.__class__ and (lambda: 0)]})
 
 
@@ -105,11 +106,11 @@ def test_sixty_and_forty_are_a_hundred(tmp_path):
     first, first_parts = make()
     restore_random_state(begin)
     losses = train(first, first_parts, 60)
-    Checkpoints(tmp_path).write(60, first.state_dict(), first_parts, {"why": "test"})
+    CheckpointWriter(tmp_path).write(60, first.state_dict(), first_parts, {"why": "test"})
     train(first, first_parts, 5)  # the writer going on changes nothing on disk
 
     second, second_parts = make(seed=9)
-    checkpoint = load(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
     restore(checkpoint, second, second_parts)
     restore_random_state(checkpoint.random)
     losses = torch.cat([losses, train(second, second_parts, 40)])
@@ -160,13 +161,13 @@ def test_sixty_and_forty_are_a_hundred_under_a_scaler(tmp_path, at, implementati
 
     def write(*_):  # as the gate does: inside the optimizer's step
         if first_parts["position"].position == at:
-            Checkpoints(tmp_path).write(at, first.state_dict(), first_parts)
+            CheckpointWriter(tmp_path).write(at, first.state_dict(), first_parts)
 
     first_parts["optimizer"].register_step_post_hook(write)
     train_scaled(first, first_parts, at + 2, infinite)
 
     second, second_parts = make_scaled(implementation)
-    checkpoint = load(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
     restore(checkpoint, second, second_parts)
     restore_random_state(checkpoint.random)
     if implementation == "fused" and at == 60:
@@ -180,38 +181,38 @@ def test_sixty_and_forty_are_a_hundred_under_a_scaler(tmp_path, at, implementati
 def test_writing_draws_no_random_number(tmp_path):
     model, parts = make()
     before = random_state()
-    Checkpoints(tmp_path).write(1, model.state_dict(), parts)
+    CheckpointWriter(tmp_path).write(1, model.state_dict(), parts)
     assert same(before, random_state())
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     model, parts = make()
-    written = Checkpoints(tmp_path, keep=2)
+    written = CheckpointWriter(tmp_path, keep=2)
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: math.nan, 50: 2.5, 60: 2.4}
     for step, loss in losses.items():
-        improves = written.improves(loss)
+        improves = written.is_best(loss)
         written.write(step, model.state_dict(), parts)
         if improves:
             written.mark_best(step, loss)
-    assert sorted(checkpointing.all_steps(tmp_path / "checkpoints")) == [20, 50, 60]
-    assert load(tmp_path).step == 60
-    assert load(tmp_path / "checkpoints" / "step-00000020").step == 20
-    again = Checkpoints(tmp_path, keep=2)
-    assert not again.improves(1.5)
-    assert again.improves(0.9)
+    assert checkpoint_steps(tmp_path) == [20, 50, 60]
+    assert load_checkpoint(tmp_path).step == 60
+    assert load_checkpoint(tmp_path / "checkpoints" / "step-00000020").step == 20
+    again = CheckpointWriter(tmp_path, keep=2)
+    assert not again.is_best(1.5)
+    assert again.is_best(0.9)
 
 
 def test_weights_are_readable_by_anybody_and_tied_ones_are_written(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    path = Checkpoints(tmp_path).write(1, model.state_dict(), {})
+    path = CheckpointWriter(tmp_path).write(1, model.state_dict(), {})
     assert set(load_file(path / "weights.safetensors")) == set(model.state_dict())
     assert not list(path.parent.glob(".*"))
 
 
 def test_a_write_that_fails_leaves_the_former_one(tmp_path, monkeypatch):
     model, parts = make()
-    written = Checkpoints(tmp_path)
+    written = CheckpointWriter(tmp_path)
     written.write(1, model.state_dict(), parts)
 
     def full(*args):
@@ -220,7 +221,7 @@ def test_a_write_that_fails_leaves_the_former_one(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         written.write(2, model.state_dict(), parts)
-    assert load(tmp_path).step == 1
+    assert load_checkpoint(tmp_path).step == 1
     assert not list((tmp_path / "checkpoints").glob(".writing*"))
 
 
@@ -228,7 +229,7 @@ def test_a_write_that_fails_leaves_the_former_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "missing", "noise"])
 def test_damage_is_one_clear_message(tmp_path, file, damage):
     model, parts = make()
-    path = Checkpoints(tmp_path).write(1, model.state_dict(), parts) / file
+    path = CheckpointWriter(tmp_path).write(1, model.state_dict(), parts) / file
     data = path.read_bytes()
     path.unlink()
     if damage == "cut":
@@ -236,11 +237,11 @@ def test_damage_is_one_clear_message(tmp_path, file, damage):
     elif damage == "noise":
         path.write_bytes(bytes(reversed(data)))
     with pytest.raises(ConfigurationError):
-        load(tmp_path / "checkpoints" / "step-00000001")
+        load_checkpoint(tmp_path / "checkpoints" / "step-00000001")
 
 
 def test_another_model_does_not_fit(tmp_path):
     model, parts = make()
-    Checkpoints(tmp_path).write(1, model.state_dict(), parts)
+    CheckpointWriter(tmp_path).write(1, model.state_dict(), parts)
     with pytest.raises(ConfigurationError, match="does not fit"):
-        restore(load(tmp_path), torch.nn.Linear(3, 3), {})
+        restore(load_checkpoint(tmp_path), torch.nn.Linear(3, 3), {})

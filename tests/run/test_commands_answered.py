@@ -110,7 +110,7 @@ def test_a_checkpoint_between_steps_is_written_once_and_answered_twice(begun):
     said = notices(viewer, "checkpoint")
     assert [text for text in said if text.startswith("checkpoint step-")] == [
         f"checkpoint {path.name}",
-        f"checkpoint {path.name} is there already",
+        f"checkpoint {path.name} exists already",
     ]
 
 

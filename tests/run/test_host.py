@@ -297,7 +297,7 @@ def test_a_closed_pipe_ends_the_lines_not_the_training(place):
     err = process.stderr.read().decode()
     assert process.wait(60) == 0
     assert (place.folder / "done").exists()
-    assert err.count("nobody reads") == 1
+    assert err.count("the reader closed the output") == 1
     assert "Traceback" not in err
 
 
@@ -330,7 +330,7 @@ def test_data_loader_workers_and_the_exit_of_a_script(place):
     status, lines, err = place.lines()
     assert (status, err) == (3, "")
     assert lines[-1]["steps"] == 8
-    assert lines[-1]["message"] == "it left with exit status 3"
+    assert lines[-1]["message"] == "exited with status 3"
 
 
 def test_terminate_finishes_the_step_and_leaves_a_checkpoint(place):

@@ -7,7 +7,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.run.output import LINE_CHARACTERS, LineSplitter
+from tui_trainer.run.output import MAX_LINE_CHARACTERS, LineSplitter
 
 
 def lines(*parts):
@@ -33,7 +33,7 @@ def test_bytes_that_are_no_text_and_escapes_do_no_harm():
 
 def test_a_megabyte_without_newline_is_cut_and_says_so():
     (line,) = lines(b"x" * 1_000_000)
-    assert len(line) < LINE_CHARACTERS + 100
+    assert len(line) < MAX_LINE_CHARACTERS + 100
     assert "996,000 more" in line
 
 

@@ -12,7 +12,7 @@ import pytest
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.run import signals as signalling
 from tui_trainer.run.host import Host
-from tui_trainer.run.signals import Signals
+from tui_trainer.run.signals import StopHandler
 from tui_trainer.trace.gate import Gate, StopTraining
 
 
@@ -70,12 +70,12 @@ class Busy(io.StringIO):
 @pytest.mark.parametrize("closed", [False, True])
 def test_ctrl_c_in_the_middle_of_a_print(monkeypatch, capfd, closed):
     gate = Gate()
-    signals = Signals(gate)
+    stops = StopHandler(gate)
     gate.reached("step", 1)
     monkeypatch.setattr(sys, "stderr", Busy())
     if closed:
         monkeypatch.setattr(signalling.os, "write", write_to_nobody)
-    signals._on_interrupt(signal.SIGINT, None)
+    stops._on_interrupt(signal.SIGINT, None)
     assert gate.mode == "stopping"
     monkeypatch.undo()
     said = capfd.readouterr().err

@@ -22,7 +22,7 @@ from tui_trainer.protocol.schema import (
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines, step_object
-from tui_trainer.run.sinks.plain import PlainLines, ending, facts, notice
+from tui_trainer.run.sinks.plain import PlainLines, facts, notice, summary
 
 _spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")
 schema = importlib.util.module_from_spec(_spec)
@@ -180,11 +180,11 @@ def test_plain_lines(tmp_path):
 
 def test_the_last_plain_line():
     could_not = Status(state="crashed", step=0, reason="no data", hint="find some")
-    assert ending(could_not, "r") == "it could not start: no data"  # stderr has the hint
+    assert summary(could_not, "r") == "could not start: no data"  # stderr has the hint
     idle = Status(state="finished", step=0)
-    assert ending(idle, "r") == "finished; it made no step of a torch optimizer"
+    assert summary(idle, "r") == "finished, without a step of a torch optimizer"
     nan = Status(state="finished", step=1, elapsed_s=78, hint="the loss was nan")
-    assert ending(nan, "r") == "finished after 1 step in 1:18\nhint: the loss was nan"
+    assert summary(nan, "r") == "finished after 1 step in 1:18\nhint: the loss was nan"
 
 
 def test_a_notice_of_many_lines_is_one_plain_line():

@@ -15,7 +15,7 @@ import pytest
 from tests import processes
 from tui_trainer.protocol.messages import Stop
 from tui_trainer.run import signals as signalling
-from tui_trainer.run.signals import GRACE_S, GRACE_STEPS, Signals
+from tui_trainer.run.signals import GRACE_S, GRACE_STEPS, StopHandler
 from tui_trainer.trace.gate import Gate, StopTraining
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
@@ -47,13 +47,13 @@ class Timers:
 class Stopped:
     def __init__(self, task, monkeypatch):
         self.gate = Gate()
-        self.signals = Signals(self.gate)
-        self.timers, self.interrupts, self.said = Timers(), [], []
-        self.signals.say = self.said.append
+        self.timers, self.interrupts, self.warnings = Timers(), [], []
+        self.longest_step_s = 0.0
+        self.stops = StopHandler(self.gate, lambda: self.longest_step_s, self.warnings.append)
         monkeypatch.setattr(signalling, "threading", self.timers)
-        monkeypatch.setattr(signalling, "_send", self.interrupts.append)
+        monkeypatch.setattr(signalling, "_send_to_main_thread", self.interrupts.append)
         monkeypatch.setattr(signalling.signal, "signal", lambda *_: None)
-        self.signals.install(task, own_session=True)
+        self.stops.install(task, own_session=True)
         self.gate.reached("step", 1)
         self.gate.reached("forward", 2)  # in mid-step
 
@@ -68,13 +68,13 @@ def task(monkeypatch):
     return Stopped(True, monkeypatch)
 
 
-def terminate(signals):
-    signals._on_terminate(signal.SIGTERM, None)
+def terminate(stops):
+    stops._on_terminate(signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize("ask", [lambda s: s.stop(True), terminate])
 def test_a_task_is_waited_for_however_long_it_takes(task, ask):
-    ask(task.signals)
+    ask(task.stops)
     assert task.timers.set == task.interrupts == []
     with pytest.raises(StopTraining) as stopped:
         task.gate.reached("step", 2)
@@ -82,59 +82,59 @@ def test_a_task_is_waited_for_however_long_it_takes(task, ask):
 
 
 def test_a_task_asked_twice_is_broken_off(task):
-    task.signals.stop(True)
-    task.signals.stop(True)
+    task.stops.stop(True)
+    task.stops.stop(True)
     assert len(task.interrupts) == 1
     with pytest.raises(StopTraining) as stopped:
-        terminate(task.signals)
+        terminate(task.stops)
     assert not stopped.value.checkpoint
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_script_that_makes_no_step_is_interrupted_and_told(script, checkpoint):
-    script.signals.stop(checkpoint)
+    script.stops.stop(checkpoint)
     assert [seconds for seconds, _ in script.timers.set] == [GRACE_S]
     assert script.interrupts == []
     script.timers.run_down()
     assert len(script.interrupts) == 1
-    (said,) = script.said
+    (said,) = script.warnings
     assert "20 s" in said
     assert ("checkpoint" in said) == checkpoint
     assert script.timers.set == []
 
 
 def test_a_script_with_long_steps_is_waited_for_longer(script):
-    script.signals.longest_step_s = lambda: 100.0
-    terminate(script.signals)
+    script.longest_step_s = 100.0
+    terminate(script.stops)
     script.timers.run_down()
     assert script.interrupts == []
     assert [seconds for seconds, _ in script.timers.set] == [GRACE_STEPS * 100.0 - GRACE_S]
     script.timers.run_down()
     assert len(script.interrupts) == 1
-    assert "300 s" in script.said[0]
+    assert "300 s" in script.warnings[0]
 
 
 def test_a_script_that_is_at_the_gate_is_not_interrupted(script):
     script.gate.armed = True
     script.gate.after_step.append(lambda step: script.timers.run_down())
-    script.signals.stop(True)
+    script.stops.stop(True)
     with pytest.raises(StopTraining):
         script.gate.reached("step", 2)
     script.timers.run_down()  # set again, and idle: it has ended
-    assert script.interrupts == script.said == script.timers.set == []
+    assert script.interrupts == script.warnings == script.timers.set == []
 
 
 def test_a_script_is_not_interrupted_while_its_last_checkpoint_is_written(script):
     script.gate.hooks.save_checkpoint = lambda step: script.timers.run_down()
-    script.signals.stop(True)
+    script.stops.stop(True)
     with pytest.raises(StopTraining):
         script.gate.reached("step", 2)
     assert script.interrupts == []
 
 
 def test_what_has_ended_is_not_interrupted(script):
-    script.signals.stop(False)
-    script.signals.over()
+    script.stops.stop(False)
+    script.stops.training_ended()
     script.timers.run_down()
     assert script.interrupts == []
 
@@ -143,7 +143,7 @@ def test_what_has_ended_is_not_interrupted(script):
 
 IMPATIENT = """
 import os, signal, time
-from tui_trainer.run import signals, training as evaluating
+from tui_trainer.run import signals, evaluations as evaluating
 from tui_trainer.tasks import optimizers as schedules
 signals.GRACE_S = 0.1
 
@@ -253,10 +253,10 @@ def test_a_script_that_takes_sigterm_itself_is_not_killed_by_us(script, monkeypa
         "getsignal",
         lambda number: signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL,
     )
-    script.signals.stop(False)
-    script.signals.stop(False)
+    script.stops.stop(False)
+    script.stops.stop(False)
     assert script.interrupts == []
-    assert "not interrupted" in script.said[-1]
+    assert "not interrupted" in script.warnings[-1]
 
 
 def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place):

@@ -55,13 +55,13 @@ def test_what_cannot_start(
 
 def test_no_memory_for_the_model(runs: Path) -> None:
     command = ["gpt", "--width", "131072", "--layers", "100", *SHORT]
-    shown(command, "out of memory: 64 GiB could not be had", "--batch-size", status=1)
+    shown(command, "out of memory: 64 GiB could not be allocated", "--batch-size", status=1)
 
 
 def test_no_memory_at_step_7_keeps_what_was_measured(runs: Path, train: Path) -> None:
     then = "if step == 7: torch.empty(10**15)"
     train.write_text(train.read_text().replace("# then", then))
-    said = ["crashed at step 7", "out of memory: 4 PiB could not be had", "a smaller batch"]
+    said = ["crashed at step 7", "out of memory: 4 PiB could not be allocated", "a smaller batch"]
     seen = shown(["run", "--name", "mine", str(train)], *said, status=1)
     assert "weight" in seen, "the gradients measured so far are gone"
     state = read_state(runs / "mine")

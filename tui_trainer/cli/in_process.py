@@ -16,7 +16,7 @@ from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.protocol.formatting import number
 from tui_trainer.record.events import Sink
-from tui_trainer.run.output import stdout_to_stderr, whole_lines
+from tui_trainer.run.output import redirect_stdout_to_stderr, use_line_buffering
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.run.sinks.plain import PlainLines
@@ -37,8 +37,8 @@ def open_sink(kind: Literal["plain", "json"]) -> Sink:
     """The sink that writes to stdout. With `json`, everything else that this process and its
     children print to stdout goes to stderr, so that stdout is only JSON."""
     if kind == "json":
-        return JsonLines(Output(stdout_to_stderr()))
-    whole_lines()
+        return JsonLines(Output(redirect_stdout_to_stderr()))
+    use_line_buffering()
     return PlainLines(Output(os.dup(1)))
 
 

@@ -15,7 +15,7 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """All but tab and newline; and halves of surrogate pairs, which cannot be encoded."""
-_ESCAPE_SEQUENCE = re.compile(
+ESCAPE_SEQUENCE = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
     r"|\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC: titles, links
     r"|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])"
@@ -88,7 +88,7 @@ def strip_escapes(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     if "\x1b" in text:
-        text = _ESCAPE_SEQUENCE.sub("", text)
+        text = ESCAPE_SEQUENCE.sub("", text)
     if "\r" in text:
         text = text.rstrip("\r").rpartition("\r")[2]
     return _UNDRAWABLE.sub("·", text.expandtabs(4))

@@ -41,11 +41,13 @@ class Evaluations:
         self._run([each for each in self._evaluations if each.at_start], 0)
 
     def after_step(self, step: int) -> None:
-        self._run([each for each in self._evaluations if each.every and step % each.every == 0], step)
+        due = [each for each in self._evaluations if each.every and step % each.every == 0]
+        self._run(due, step)
 
     def after_last_step(self, step: int) -> None:
         """Run the evaluations that have not seen the final weights."""
-        self._run([each for each in self._evaluations if self._last_step.get(each.name) != step], step)
+        due = [each for each in self._evaluations if self._last_step.get(each.name) != step]
+        self._run(due, step)
 
     def _run(self, due: list[Evaluation], step: int) -> None:
         if not due:

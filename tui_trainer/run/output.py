@@ -10,7 +10,6 @@ import codecs
 import contextlib
 import io
 import os
-import re
 import select
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tui_trainer.protocol.messages import Stream
+from tui_trainer.protocol.text import ESCAPE_SEQUENCE
 
 STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
 READ_BYTES = 1 << 16
@@ -123,11 +123,6 @@ def _flush() -> None:
 # ---------------------------------------------------------------- lines
 
 MAX_LINE_CHARACTERS = 4_000
-_ESCAPE_SEQUENCES = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC: titles, links
-    r"|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])"
-)
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
 _CONTROLS[ord("\t")] = "    "
 
@@ -191,7 +186,7 @@ class LineSplitter:
 
 def clean(text: str) -> str:
     """`text` without escape sequences and with other control characters replaced."""
-    return _ESCAPE_SEQUENCES.sub("", text).translate(_CONTROLS).rstrip()
+    return ESCAPE_SEQUENCE.sub("", text).translate(_CONTROLS).rstrip()
 
 
 # ---------------------------------------------------------------- log file

@@ -1,4 +1,4 @@
-"""Writing to a file descriptor, whole lines, however long the reader takes."""
+"""Where a run is written to when no app shows it: plain lines and JSON lines on a descriptor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import os
 import sys
 
-NOBODY_READS = "tui-trainer: nobody reads the output any more; the training goes on without it"
+READER_GONE = "tui-trainer: the reader closed the output; the training continues without it"
 
 
 class Output:
-    """A descriptor of our own. `write` blocks while a pipe is full and raises OSError: a
-    BrokenPipeError when the reader has gone."""
+    """A file descriptor of its own, usually a pipe.
+
+    `write` blocks while the pipe is full and raises OSError: BrokenPipeError once the reader has
+    closed it.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -23,18 +26,14 @@ class Output:
             while left:
                 left = left[os.write(self._descriptor, left) :]
         except BrokenPipeError:
-            # A batch job is worth more than its pipe: `| head` ends the lines, not the training.
+            # `| head` ends the lines, not the training.
             with contextlib.suppress(OSError, ValueError):
-                print(NOBODY_READS, file=sys.stderr, flush=True)
+                print(READER_GONE, file=sys.stderr, flush=True)
             raise
 
     def close(self) -> None:
-        """Close the descriptor, unless it is one of the process's standard streams."""
+        """Close the descriptor, unless it is a standard stream of the process."""
         if self._descriptor > 2:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = -1
-
-
-# ---- sinks
-# Where a run's story goes when no app is looking: plain lines and JSON lines.

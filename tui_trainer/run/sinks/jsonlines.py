@@ -1,4 +1,4 @@
-"""JSON objects of the JSON-lines output, as described in docs/json-lines.md."""
+"""JSON lines for programs, one object a line, as documented in docs/json-lines.md."""
 
 from __future__ import annotations
 
@@ -35,18 +35,94 @@ from tui_trainer.record.events import (
 from tui_trainer.run.sinks import Output
 
 SCHEMA_VERSION = 1
-SHORTEST_UP_TO = 4096
-"""Rows wider than this are written with more digits than float32 needs: it is faster."""
+MAX_SHORTEST = 4096
+"""Wider rows are written with more digits than float32 needs, which is faster."""
+MAX_HELD_BACK = 10_000
 
 Object = dict[str, Any]
 
 
+class JsonLines:
+    """Writes the items of a run in their order, after a header.
+
+    The header needs the parameters, which are known after the first step; what comes before, such
+    as an evaluation at the start, is held back until then.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._encoder = msgspec.json.Encoder()
+        self._info: RunInfo | None = None
+        self._header: tuple[object, ...] | None = None
+        self._held_back: list[Object] = []
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        objects: list[Object] = []
+        for item in items:
+            objects += self._objects(item)
+        if objects:
+            self._output.write(self._encoder.encode_lines(objects))
+
+    def close(self) -> None:
+        self._output.close()
+
+    def _objects(self, item: Item) -> list[Object]:
+        match item:
+            case InfoChanged():
+                self._info = item.info
+                return []
+            case StepRecorded():
+                assert self._info is not None, "InfoChanged comes first"
+                return [*self._due_header(), step_object(self._info, item.record)]
+            case RunEnded():
+                return [*self._due_header(), end_object(item.status)]
+            case Clip() | LogLine():
+                return []  # a clip is part of its step; log lines are on stderr
+        made = self._other_object(item)
+        if self._header is None:
+            self._held_back = [*self._held_back[-MAX_HELD_BACK:], made]
+            return []
+        return [made]
+
+    def _other_object(
+        self, item: RowRecorded | StepsDropped | NonFinite | Notice | Artifact
+    ) -> Object:
+        match item:
+            case RowRecorded():
+                assert self._info is not None, "InfoChanged comes first"
+                return row_object(self._info, item)
+            case StepsDropped():
+                return {"type": "lost", "steps": item.steps}
+            case NonFinite() | Notice():
+                return event_object(item)
+            case _:
+                return sample_object(item)
+
+    def _due_header(self) -> list[Object]:
+        """The header and what was held back, at first; the header alone when it has changed."""
+        info = self._info
+        if info is None:
+            return []
+        header = (
+            *(info.parameters, info.attention, info.optimizers, info.device, info.total_steps),
+            info.unseen,
+        )
+        if header == self._header:
+            return []
+        is_first, self._header = self._header is None, header
+        held_back, self._held_back = self._held_back, []
+        return [run_object(info), *held_back] if is_first else [run_object(info)]
+
+
+# ---------------------------------------------------------------- objects
+
+
 def run_object(info: RunInfo) -> Object:
-    """The header: what is trained, on what, and with what."""
-    whole: Object = msgspec.to_builtins(info)
+    """The header: model, device, optimizers and configuration."""
+    fields: Object = msgspec.to_builtins(info)
     for name in ("tables", "revision"):
-        del whole[name]
-    return {"type": "run", "schema": SCHEMA_VERSION, **whole}
+        del fields[name]
+    return {"type": "run", "schema": SCHEMA_VERSION, **fields}
 
 
 def end_object(status: Status) -> Object:
@@ -62,11 +138,11 @@ def end_object(status: Status) -> Object:
 
 
 def event_object(event: NonFinite | Notice) -> Object:
-    """A line for something that happened; clips are part of their step."""
-    shared = {"type": "event", "step": event.step, "time": event.time}
+    """An event; clips are part of their step."""
+    common = {"type": "event", "step": event.step, "time": event.time}
     if isinstance(event, NonFinite):
         return {
-            **shared,
+            **common,
             "kind": "nonfinite",
             "level": "warning",
             "text": f"{event.quantity} is {event.value}{event.seen}",
@@ -76,7 +152,7 @@ def event_object(event: NonFinite | Notice) -> Object:
             "finite_at": event.finite_at,
         }
     return {
-        **shared,
+        **common,
         "kind": event.kind,
         "level": event.level,
         "text": event.text,
@@ -86,13 +162,13 @@ def event_object(event: NonFinite | Notice) -> Object:
 
 def sample_object(artifact: Artifact) -> Object:
     """A sample without its pixels."""
-    shared = {"type": "sample", "step": artifact.step}
+    common = {"type": "sample", "step": artifact.step}
     match artifact:
         case TextSample():
-            return {**shared, "kind": "text", "prompt": artifact.prompt, "text": artifact.text}
+            return {**common, "kind": "text", "prompt": artifact.prompt, "text": artifact.text}
         case ImageSample():
             return {
-                **shared,
+                **common,
                 "kind": "images",
                 "predictions": artifact.predictions,
                 "confidences": artifact.confidences,
@@ -100,7 +176,7 @@ def sample_object(artifact: Artifact) -> Object:
             }
         case ConfusionMatrix():
             return {
-                **shared,
+                **common,
                 "kind": "confusion",
                 "labels": artifact.labels,
                 "counts": artifact.counts,
@@ -108,13 +184,17 @@ def sample_object(artifact: Artifact) -> Object:
 
 
 def row_object(info: RunInfo, row: RowRecorded) -> Object:
-    """A row measured outside a step: a validation, or another table by its name."""
+    """A row measured outside a step: a validation, or a row of another table."""
     table = info.tables[row.table]
     kind = "validation" if table.name == schema.VALIDATION else "measurement"
     made: Object = {"type": kind, "step": row.step, "time": row.time}
     if kind == "measurement":
         made["table"] = table.name
-    return _finished(made, {}, _named(table.columns, row.values))
+    nonfinite: dict[str, str] = {}
+    _add_values(made, nonfinite, _by_column(table.columns, row.values))
+    if nonfinite:
+        made["nonfinite"] = nonfinite
+    return made
 
 
 def step_object(info: RunInfo, record: StepRecord) -> Object:
@@ -132,38 +212,40 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
     }
     nonfinite: dict[str, str] = {}
     layers: dict[str, Object] = {}
-    for number, values in record.rows:
+    for number, row in record.rows:
         table = info.tables[number]
         match table.name:
             case schema.STEP:
-                named = _named(table.columns, values)
-                named["lr"] = named.pop("learning_rate", math.nan)
-                _finished(made, nonfinite, named)
+                values = _by_column(table.columns, row)
+                values["lr"] = values.pop("learning_rate", math.nan)
+                _add_values(made, nonfinite, values)
             case schema.CLIP:
-                made["clip"] = _clip(info, table, record, values, nonfinite)
+                made["clip"] = _clip_object(info, table, record, row, nonfinite)
             case schema.ATTENTION | schema.ATTENTION_SPECTRUM | schema.ATTENTION_HEALTH:
-                _by_layer(layers, info, table, values, nonfinite)
+                _add_layers(layers, info, table, row, nonfinite)
             case schema.ATTENTION_HEADS:
-                pass  # measured only while somebody looks at them
+                pass  # measured only while a viewer shows it
             case schema.PHASE_MS:
-                named = _named(table.columns, values)  # a phase that did not happen took no time
-                made[table.name] = {k: v for k, v in named.items() if v > 0}
+                values = _by_column(table.columns, row)  # 0 or NaN: not in this step
+                made[table.name] = {name: value for name, value in values.items() if value > 0}
             case schema.MEMORY | schema.OVERHEAD:
-                named = _named(table.columns, values)  # what does not exist here is NaN
-                made[table.name] = {k: v for k, v in named.items() if math.isfinite(v)}
+                values = _by_column(table.columns, row)  # NaN: does not exist here
+                made[table.name] = {k: v for k, v in values.items() if math.isfinite(v)}
             case _:
-                named = _named(table.columns, values)
-                made[table.name] = _finished({}, nonfinite, named, f"{table.name}.")
+                made[table.name] = {}
+                values = _by_column(table.columns, row)
+                _add_values(made[table.name], nonfinite, values, f"{table.name}.")
     made["attention"] = list(layers.values())
     if nonfinite:
         made["nonfinite"] = nonfinite
     return made
 
 
-def _clip(
-    info: RunInfo, table: Table, record: StepRecord, values: Floats, nonfinite: dict[str, str]
+def _clip_object(
+    info: RunInfo, table: Table, record: StepRecord, row: Floats, nonfinite: dict[str, str]
 ) -> Object:
-    made = _finished({}, nonfinite, _named(table.columns, values), "clip.")
+    made: Object = {}
+    _add_values(made, nonfinite, _by_column(table.columns, row), "clip.")
     clip = record.clip
     made["clipped"] = clip is not None and clip.scale < 1.0
     if clip is not None and clip.scale < 1.0:
@@ -176,129 +258,36 @@ def _clip(
     return made
 
 
-def _by_layer(
-    layers: dict[str, Object],
-    info: RunInfo,
-    table: Table,
-    values: Floats,
-    nonfinite: dict[str, str],
+def _add_layers(
+    layers: dict[str, Object], info: RunInfo, table: Table, row: Floats, nonfinite: dict[str, str]
 ) -> None:
+    """Add the columns `layer.statistic` of a row to the objects of their layers."""
     noted = {found.layer: found for found in info.attention if found.note}
-    for name, value in _named(table.columns, values).items():
+    for name, value in _by_column(table.columns, row).items():
         layer, _, statistic = name.rpartition(".")
-        place = layers.setdefault(layer, {"layer": layer})
-        place[statistic] = value if math.isfinite(value) else None
+        made = layers.setdefault(layer, {"layer": layer})
+        made[statistic] = value if math.isfinite(value) else None
         if not math.isfinite(value):
-            part = statistic.rpartition("_")[2]
-            if layer not in noted or noted[layer].comparable(part) or math.isinf(value):
+            pair = statistic.rpartition("_")[2]
+            if layer not in noted or noted[layer].comparable(pair) or math.isinf(value):
                 nonfinite[f"attention.{name}"] = nonfinite_word(value)
 
 
-def _named(columns: tuple[Column, ...], values: Floats) -> dict[str, float]:
-    """Column name to value, in the fewest digits that give the same float32 again."""
-    if len(values) > SHORTEST_UP_TO:
-        plain = values.tolist()
+def _by_column(columns: tuple[Column, ...], row: Floats) -> dict[str, float]:
+    """Column name to value, in the fewest digits that give the same float32."""
+    if len(row) > MAX_SHORTEST:
+        values = row.tolist()
     else:
-        plain = [float(np.format_float_scientific(value)) for value in values]
-    return dict(zip((column.name for column in columns), plain, strict=True))
+        values = [float(np.format_float_scientific(value)) for value in row]
+    return dict(zip((column.name for column in columns), values, strict=True))
 
 
-def _finished(
-    made: Object, nonfinite: dict[str, str], named: dict[str, float], prefix: str = ""
-) -> Object:
-    """Add `named` to `made` with null for what JSON cannot say, which goes to `nonfinite`."""
-    missed: dict[str, str] = {}
-    for name, value in named.items():
+def _add_values(
+    made: Object, nonfinite: dict[str, str], values: dict[str, float], prefix: str = ""
+) -> None:
+    """Add `values` to `made`; JSON has no NaN or infinity, so they become null and are named in
+    `nonfinite`."""
+    for name, value in values.items():
         made[name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
-            missed[f"{prefix}{name}"] = nonfinite_word(value)
-    nonfinite.update(missed)
-    if made.get("type") in ("validation", "measurement") and missed:
-        made["nonfinite"] = missed
-    return made
-
-
-# ---- jsonlines
-# One JSON object a line, for programs. The schema is docs/json-lines.md.
-
-
-HELD_BACK = 10_000
-
-
-class JsonLines:
-    """The header comes first, so what happens before the first step (evaluations at the start,
-    notices) is held back until the parameters are known; nothing is reordered."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._encoder = msgspec.json.Encoder()
-        self._info: RunInfo | None = None
-        self._headed: tuple[object, ...] | None = None
-        self._waiting: list[Object] = []
-
-    def take(self, items: Sequence[Item], status: Status) -> None:
-        """Write these items."""
-        objects: list[Object] = []
-        for item in items:
-            objects += self._objects(item)
-        if objects:
-            self._output.write(self._encoder.encode_lines(objects))
-
-    def close(self) -> None:
-        """Close the output."""
-        self._output.close()
-
-    def _objects(self, item: Item) -> list[Object]:
-        match item:
-            case InfoChanged():
-                self._info = item.info
-                return []
-            case StepRecorded():
-                assert self._info is not None, "the recorder describes before it tells"
-                return [*self._head(), step_object(self._info, item.record)]
-            case RunEnded():
-                return [*self._head(), end_object(item.status)]
-            case Clip() | LogLine():
-                return []  # part of the step; on stderr
-        made = self._other(item)
-        if self._headed is None:
-            self._waiting = [*self._waiting[-HELD_BACK:], made]
-            return []
-        return [made]
-
-    def _other(
-        self,
-        item: RowRecorded
-        | StepsDropped
-        | NonFinite
-        | Notice
-        | TextSample
-        | ImageSample
-        | ConfusionMatrix,
-    ) -> Object:
-        match item:
-            case RowRecorded():
-                assert self._info is not None, "the recorder describes before it tells"
-                return row_object(self._info, item)
-            case StepsDropped():
-                return {"type": "lost", "steps": item.steps}
-            case NonFinite() | Notice():
-                return event_object(item)
-            case _:
-                return sample_object(item)
-
-    def _head(self) -> list[Object]:
-        """The header when it is due: at first, and again when what it says of the model or the
-        optimizers has changed."""
-        info = self._info
-        if info is None:
-            return []
-        said = (
-            *(info.parameters, info.attention, info.optimizers, info.device, info.total_steps),
-            info.unseen,
-        )
-        if said == self._headed:
-            return []
-        first, self._headed = self._headed is None, said
-        held, self._waiting = self._waiting, []
-        return [run_object(info), *held] if first else [run_object(info)]
+            nonfinite[f"{prefix}{name}"] = nonfinite_word(value)

@@ -1,4 +1,4 @@
-"""Plain progress lines, for pipes, batch systems and terminals that cannot show more."""
+"""Plain progress lines, for pipes, batch systems and simple terminals."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import count, duration, number
-from tui_trainer.protocol.messages import NonFinite, Notice, Status, TextSample
+from tui_trainer.protocol.formatting import count, duration, number, scalar
+from tui_trainer.protocol.messages import NonFinite, Notice, NoticeKind, Status, TextSample
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
@@ -22,132 +22,129 @@ from tui_trainer.record.events import (
 )
 from tui_trainer.run.sinks import Output
 
-EVERY_S = 1.0
+PROGRESS_EVERY_S = 1.0
 NOTICE_CHARACTERS = 300
-_IN_HEADER = ("parameters", "device", "threads")
-"""Facts of a task that the header has in its own words."""
-_QUIET = ("evaluation", "state", "cadence")
-"""Kinds of notices that another line says already, or that concern nothing shown here."""
+FACTS_IN_HEADER = ("parameters", "device", "threads")
+SILENT_KINDS: tuple[NoticeKind, ...] = ("evaluation", "state", "cadence")
+"""Notices that repeat another line, or concern nothing that is shown here."""
 
 
 class PlainLines:
-    """A header, a line about once a second, and a line for whatever else is worth one."""
+    """A header, about one progress line a second, and a line for every event worth one."""
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
         self._output = output
         self._clock = clock
         self._info: RunInfo | None = None
-        self._headed = False
+        self._has_header = False
         self._waiting_for = ""
-        self._last: StepRecord | None = None
-        self._said: StepRecord | None = None
-        self._due = 0.0
+        self._newest: StepRecord | None = None
+        self._shown: StepRecord | None = None
+        self._next_progress = 0.0
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        """Write what is due."""
         lines: list[str] = []
         if self._info is None:
             lines += [title(item.info) for item in items[:1] if isinstance(item, InfoChanged)]
-        if status.waiting_for != self._waiting_for and not self._headed:
+        if status.waiting_for != self._waiting_for and not self._has_header:
             self._waiting_for = status.waiting_for
             if status.waiting_for:
                 lines.append(f"{status.waiting_for} …")
         for item in items:
-            self._one(item, status, lines)
-        if self._last is not self._said and self._clock() >= self._due:
-            self._progress(status, lines)
+            self._add(item, status, lines)
+        if self._newest is not self._shown and self._clock() >= self._next_progress:
+            self._add_progress(status, lines)
         if lines:
             text = "\n".join(lines) + "\n"
             self._output.write(text.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        """Close the output."""
         self._output.close()
 
-    def _one(self, item: Item, status: Status, lines: list[str]) -> None:
+    def _add(self, item: Item, status: Status, lines: list[str]) -> None:
         match item:
             case InfoChanged():
                 self._info = item.info
             case StepRecorded():
-                self._head(lines)
-                self._last = item.record
+                self._add_header(lines)
+                self._newest = item.record
             case RowRecorded():
-                self._validation(item, status, lines)
+                self._add_validation(item, status, lines)
             case NonFinite():
                 where = f" in {item.parameter}" if item.parameter else ""
                 text = f"the {item.quantity} is {item.value}{where}{item.seen}"
                 lines.append(f"step {item.step}: {text}")
-            case Notice() if item.kind not in _QUIET:
+            case Notice() if item.kind not in SILENT_KINDS:
                 lines.append(notice(item))
             case TextSample():
                 sample = (item.prompt + item.text).strip().splitlines()
                 lines += [f"step {item.step}: sample:", *(f"    {line}" for line in sample)]
             case StepsDropped():
-                lines.append(f"{item.steps} steps are not shown: the output is too slow")
+                lines.append(f"{item.steps} steps omitted: the output is too slow")
             case RunEnded():
-                self._head(lines)
-                if self._last is not self._said:
-                    self._progress(item.status, lines)
-                lines.append(ending(item.status, self._info.name if self._info else ""))
+                self._add_header(lines)
+                if self._newest is not self._shown:
+                    self._add_progress(item.status, lines)
+                lines.append(summary(item.status, self._info.name if self._info else ""))
 
-    def _head(self, lines: list[str]) -> None:
-        if self._headed or self._info is None:
+    def _add_header(self, lines: list[str]) -> None:
+        if self._has_header or self._info is None:
             return
-        self._headed = True
+        self._has_header = True
         if self._info.parameters:
             lines.append(header(self._info))
             if self._info.facts:
                 lines.append(facts(self._info))
 
-    def _progress(self, status: Status, lines: list[str]) -> None:
-        if self._last is not None and self._info is not None:
-            self._said, self._due = self._last, self._clock() + EVERY_S
-            lines.append(progress(self._info, self._last, status))
+    def _add_progress(self, status: Status, lines: list[str]) -> None:
+        if self._newest is not None and self._info is not None:
+            self._shown, self._next_progress = self._newest, self._clock() + PROGRESS_EVERY_S
+            lines.append(progress(self._info, self._newest, status))
 
-    def _validation(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
+    def _add_validation(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
         if self._info is None or self._info.tables[row.table].name != schema.VALIDATION:
             return
-        if self._last is not self._said and self._last is not None:
-            self._progress(status, lines)
+        if self._newest is not self._shown and self._newest is not None:
+            self._add_progress(status, lines)
         columns = self._info.tables[row.table].columns
-        said = "  ".join(
+        metrics = "  ".join(
             f"{column.name} {number(float(value), 0, 5)}"
             for column, value in zip(columns, row.values, strict=True)
             if not math.isnan(value) or column.name == "loss"
         )
-        lines.append(f"step {row.step}: validation: {said}")
+        lines.append(f"step {row.step}: validation: {metrics}")
 
 
 def title(info: RunInfo) -> str:
-    """What this is, said at once."""
+    """The first line."""
     return f"tui-trainer {__version__} · {info.title or info.task} · run {info.name}"
 
 
 def header(info: RunInfo) -> str:
-    """What is trained, and on what: known once the first step was made."""
+    """The model, the device and the optimizers, which are known after the first step."""
     trained = sum(parameter.numel for parameter in info.parameters)
     device = info.device
-    said = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
+    parts = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
     if device is not None:
         plural = "" if device.threads == 1 else "s"
         threads = f", {device.threads} thread{plural}" if device.threads else ""
-        said.append(f"{device.kind} ({device.name}{threads})")
+        parts.append(f"{device.kind} ({device.name}{threads})")
     if info.optimizers:
-        said.append(", ".join(info.optimizers))
-    return " · ".join(said)
+        parts.append(", ".join(info.optimizers))
+    return " · ".join(parts)
 
 
 def facts(info: RunInfo) -> str:
-    """What is known of the data, less what the header says already."""
+    """The facts of the data, such as `data handwritten digits · images 1,797`."""
     return " · ".join(
-        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        f"{name} {scalar(value)}"
         for name, value in info.facts.items()
-        if name not in _IN_HEADER
+        if name not in FACTS_IN_HEADER
     )
 
 
 def notice(item: Notice) -> str:
-    """One line; a text of many lines is folded into it."""
+    """A notice on one line of bounded length."""
     text = " ".join(item.text.split())
     if len(text) > NOTICE_CHARACTERS:
         text = text[:NOTICE_CHARACTERS] + " …"
@@ -155,7 +152,7 @@ def notice(item: Notice) -> str:
 
 
 def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
-    """One line about the newest step."""
+    """The newest step, the speed and the remaining time."""
     values: dict[str, float] = {}
     for table, row in record.rows:
         if info.tables[table].name == schema.STEP:
@@ -179,15 +176,15 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
     return "  ".join(parts)
 
 
-def ending(status: Status, name: str) -> str:
-    """The last line, and a hint where stderr has not given it. `name` is the run's."""
+def summary(status: Status, name: str) -> str:
+    """How the run called `name` ended, with a hint unless stderr has one."""
     reason = f": {status.reason}" if status.reason else ""
     if status.refused or (status.state == "crashed" and not status.step):
-        return f"it could not start{reason}"
+        return f"could not start{reason}"
     if status.state == "finished" and not status.step:
-        return f"finished{reason}; it made no step of a torch optimizer"
+        return f"finished{reason}, without a step of a torch optimizer"
     steps = "1 step" if status.step == 1 else f"{status.step} steps"
-    said = f"{status.state} after {steps} in {duration(status.elapsed_s, 0)}{reason}"
+    text = f"{status.state} after {steps} in {duration(status.elapsed_s, 0)}{reason}"
     if status.state == "crashed":
-        return f"{said}\nhint: tui-trainer show {name} shows what was measured"
-    return f"{said}\nhint: {status.hint}" if status.hint else said
+        return f"{text}\nhint: tui-trainer show {name} shows what was measured"
+    return f"{text}\nhint: {status.hint}" if status.hint else text
