@@ -67,7 +67,7 @@ def test_only_one_of_two_gets_a_name(runs):
     ]
     said = [process.communicate(timeout=90)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
-    assert sum("exists already" in text for text in said) == 1
+    assert sum("already exists" in text for text in said) == 1
     assert len(list_runs(runs.directory)) == 1
 
 
@@ -90,12 +90,12 @@ def test_a_stale_socket_misleads_nobody(runs):
 
 def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
     """Another process may have the number by then, and even the same age in clock ticks."""
-    from tui_trainer.config import run_spec
+    from tui_trainer.config import run_state
 
     runs.start("gpt-before")
     place = runs.directory / "gpt-before"
     assert inspect_run(place).state == "live"
-    monkeypatch.setattr(run_spec, "_boot", lambda: "another-boot")
+    monkeypatch.setattr(run_state, "_boot_id", lambda: "another-boot")
     seen = inspect_run(place)
     assert seen.state == "crashed"
     assert "gone without an end record" in seen.note

@@ -109,7 +109,7 @@ def test_in_app_is_not_for_scripts(runs, tmp_path):
     (tmp_path / "train.py").write_text("print('x')\n")
     refused = runs.call("run", "--in-app", str(tmp_path / "train.py"))
     assert refused.returncode == 2
-    assert "a script has the main thread" in refused.stderr
+    assert "--in-app does not work with a script" in refused.stderr
 
 
 def test_attach_without_a_terminal(runs):
