@@ -1,6 +1,7 @@
 # make run      a small GPT, live in the terminal (installs what is needed first)
 # make test     make check, then every test
 # make test-fast  the tests without real terminals, ssh, packaging and long trainings, unchecked
+# make oracle   generated training loops against their own truth: LOOPS=2000, SEED=0
 # make check    ruff, mypy --strict and the import contracts
 # make bench    what watching costs, measured; see docs/performance.md
 #
@@ -18,7 +19,7 @@ DEVELOPED := $(VENV)/developed.stamp
 BENCHED := $(VENV)/benched.stamp
 SOURCES := tui_trainer models tests benchmarks screenshots
 
-.PHONY: run test test-fast check lint types contracts format bench screenshots clean
+.PHONY: run test test-fast oracle check lint types contracts format bench screenshots clean
 
 run: $(INSTALLED)
 	$(BIN)/tui-trainer gpt
@@ -28,6 +29,12 @@ test: check
 
 test-fast: $(DEVELOPED)
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+# What is printed after a failure is a Python program that shows it.
+LOOPS ?= 2000
+SEED ?= 0
+oracle: $(DEVELOPED)
+	TUI_TRAINER_ORACLE_LOOPS=$(LOOPS) TUI_TRAINER_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/oracle
 
 check: lint types contracts
 

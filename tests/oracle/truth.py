@@ -1,0 +1,454 @@
+"""What a training loop really did, told by the loop itself and computed in float64.
+
+A generated script calls these methods beside its own calls of PyTorch. The rules are those of
+docs/json-lines.md, written down a second time, without the tracer:
+
+* A step is one call of an optimizer that changes the weights. Its loss is the sum of the losses
+  that were backpropagated into this optimizer's parameters since its last step, as far as
+  `zero_grad` has not thrown their gradients away. Of a closure the first evaluation counts.
+* Its gradients are those after the last of these backward passes, before any clipping that follows
+  and without a loss scale. A gradient that is not there has no norm, not the norm 0.
+* A clip belongs to the step that uses the gradients it changed. After the step it belongs to none.
+* What is thrown away before any optimizer has used it is a skipped iteration.
+
+This module is also printed in front of a failing script, so that the script runs by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Clip:
+    """One call that clipped gradients."""
+
+    kind: str
+    """`norm`, `value` or `hand`."""
+    limit: float | None
+    before: float
+    """Norm of what it clipped, in the caller's norm type and with any loss scale still on it."""
+    after: float
+    scale: float
+    shares: dict[str, float]
+    """Parameter to its part of the sum of squares of what was clipped."""
+    loss_scale: float
+    returned: float
+    """The norm before as `clip_grad_norm_` computed it, which may have overflowed."""
+    rounded: bool
+    """Whether it computed in half precision."""
+
+
+@dataclass
+class Step:
+    """One optimizer step."""
+
+    optimizer: int
+    """Position among the script's optimizers."""
+    loss: float | None
+    """None: no loss was backpropagated into these parameters."""
+    lr: float | None
+    norms: dict[str, float | None]
+    """Parameter of the optimizer to the norm of its gradient."""
+    outside: dict[str, float | None]
+    """The same of the models' parameters that are in no optimizer."""
+    gone: list[float]
+    """The same of the optimizer's parameters that are in no model any more, but have a gradient."""
+    clips: list[Clip]
+    weights: dict[str, float]
+    """Norms after the update."""
+    ratios: dict[str, float | None]
+    """‖update‖ / ‖weights before‖; None where the latter is 0."""
+    poisoned: dict[str, str]
+    """Parameter to `nan` or `inf`, where some element of its gradient is that."""
+    phases: set[str]
+    """Phases that the step must have had."""
+    evaluations: int = 0
+    """How often a closure was evaluated."""
+
+    @property
+    def total(self) -> float:
+        """√Σ‖g‖² over the optimizer's parameters."""
+        norms = [*self.norms.values(), *self.gone]
+        return math.sqrt(sum(norm**2 for norm in norms if norm is not None))
+
+
+@dataclass
+class Skipped:
+    """An iteration whose gradients no optimizer used."""
+
+    why: str
+    """`hand`, `scaler`, or `end`: the script ended before the step."""
+    before_step: int
+    """Number of the step that comes next."""
+    loss: float
+    norms: dict[str, float | None]
+    clips: list[Clip]
+
+
+@dataclass
+class Parameter:
+    """A parameter as it is at the end."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    held: bool
+    """Whether some optimizer holds it."""
+
+
+@dataclass(eq=False)
+class Backward:
+    """One backward pass."""
+
+    loss: float
+    claims: set[int]
+    """Optimizers whose gradients it is part of and that have neither used nor lost them."""
+    used: bool = False
+    norms: dict[str, float | None] = field(default_factory=dict)
+    clips: list[Clip] = field(default_factory=list)
+
+
+@dataclass
+class State:
+    """What waits in the gradients of one optimizer."""
+
+    passes: list[Backward] = field(default_factory=list)
+    norms: dict[str, float | None] = field(default_factory=dict)
+    outside: dict[str, float | None] = field(default_factory=dict)
+    gone: list[float] = field(default_factory=list)
+    poisoned: dict[str, str] = field(default_factory=dict)
+    clips: list[Clip] = field(default_factory=list)
+
+    def taken(self) -> State:
+        """All of it; nothing is left."""
+        taken = replace(self)
+        self.passes, self.norms, self.outside, self.gone = [], {}, {}, []
+        self.poisoned, self.clips = {}, []
+        return taken
+
+
+class ByHand:
+    """Stands for an optimizer in a script that updates its weights itself."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": None}]
+
+
+class Truth:
+    """Collects the truth of one script."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.skipped: list[Skipped] = []
+        self.parameters: dict[str, Parameter] = {}
+        self.optimizers: list[Any] = []
+        self.nets: dict[str, torch.nn.Module] = {}
+        self.loss_scale = 1.0
+        self._states: list[State] = []
+        self._evaluations = 0
+        self._first: State | None = None
+        self._stepping: int | None = None
+
+    # ------------------------------------------------------------ what there is
+
+    def watch(self, nets: dict[str, torch.nn.Module], optimizers: Sequence[Any]) -> None:
+        """These are the models, by name, and the optimizers."""
+        self.nets = nets
+        self.optimizers = list(optimizers)
+        self._states = [State() for _ in self.optimizers]
+
+    def end(self) -> None:
+        """The script is over."""
+        open_passes = {id(each): each for state in self._states for each in state.passes}
+        left = [each for each in open_passes.values() if not each.used]
+        if left:
+            norms = {n: norm for state in self._states for n, norm in state.norms.items()}
+            clips = [clip for state in self._states for clip in state.clips]
+            loss = sum(each.loss for each in left)
+            self.skipped.append(Skipped("end", len(self.steps) + 1, loss, norms, clips))
+        held = {id(p) for o in range(len(self.optimizers)) for p in self._own(o)}
+        for name, p in self._named().items():
+            dtype = str(p.dtype).removeprefix("torch.")
+            shape = tuple(p.shape)
+            self.parameters[name] = Parameter(shape, dtype, p.requires_grad, id(p) in held)
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {name: p for net in self.nets.values() for name, p in net.named_parameters()}
+
+    def _own(self, optimizer: int) -> list[torch.Tensor]:
+        return [p for group in self.optimizers[optimizer].param_groups for p in group["params"]]
+
+    def _everything(self) -> dict[int, torch.Tensor]:
+        found = {id(p): p for p in self._named().values()}
+        for number in range(len(self.optimizers)):
+            found |= {id(p): p for p in self._own(number)}
+        return found
+
+    # ------------------------------------------------------------ backward
+
+    @contextmanager
+    def backward(
+        self,
+        *losses: torch.Tensor,
+        scaled: bool = False,
+        replaces: bool = False,
+        again: Callable[..., torch.Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Around a backward pass of `losses`, which are given as they are without a loss scale.
+
+        `again(*nets)` computes their sum anew from copies of the models in float64. `replaces`: the
+        gradients take the place of those that were there.
+        """
+        everything = self._everything()
+        before = {key: _copy(p.grad) for key, p in everything.items()}
+        marks = {key: _mark(p.grad) for key, p in everything.items()}
+        yield
+        factor = self.loss_scale if scaled else 1.0
+        touched = {key for key, p in everything.items() if _mark(p.grad) != marks[key]}
+        if again is not None:
+            self._check(again, factor, {} if replaces else before, touched)
+        made = Backward(sum(_number(loss) for loss in losses), set())
+        for number, state in enumerate(self._states):
+            if any(id(p) in touched for p in self._own(number)):
+                made.claims.add(number)
+                state.passes.append(made)
+                self._measure(number, factor)
+
+    def _measure(self, number: int, factor: float) -> None:
+        state, named = self._states[number], self._named()
+        own = {id(p) for p in self._own(number)}
+        held = {id(p) for o in range(len(self.optimizers)) for p in self._own(o)}
+        state.norms = {n: _scaled(p.grad, factor) for n, p in named.items() if id(p) in own}
+        state.outside = {n: _scaled(p.grad, factor) for n, p in named.items() if id(p) not in held}
+        inside = {id(p) for p in named.values()}
+        gone = [_scaled(p.grad, factor) for p in self._own(number) if id(p) not in inside]
+        state.gone = [norm for norm in gone if norm is not None]
+        seen = {n: p for n, p in named.items() if n in state.norms or n in state.outside}
+        state.poisoned = {n: bad for n, p in seen.items() if (bad := _poison(p.grad))}
+
+    def _check(
+        self,
+        again: Callable[..., torch.Tensor],
+        factor: float,
+        before: dict[int, torch.Tensor | None],
+        touched: set[int],
+    ) -> None:
+        """Hold the gradients against autograd in float64."""
+        named = self._named()
+        nets = copy.deepcopy(self.nets)
+        copies = {n: p for net in nets.values() for n, p in net.double().named_parameters()}
+        wanted = {n: p for n, p in copies.items() if id(named[n]) in touched}
+        with torch.enable_grad():
+            total = again(*nets.values())
+        gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+        for name, gradient in zip(wanted, gradients, strict=True):
+            found, earlier = named[name].grad, before.get(id(named[name]))
+            assert found is not None
+            assert gradient is not None, f"{name} has a gradient that float64 autograd has not"
+            change = _wide(found) if earlier is None else _wide(found) - _wide(earlier)
+            tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 0.2
+            expected = _wide(gradient) * factor
+            if torch.isfinite(change).all() and torch.isfinite(expected).all():
+                reference = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-300)
+                if earlier is not None and earlier.numel():
+                    # What is added to something far larger loses its last digits.
+                    reference = max(reference, float(_wide(earlier).abs().max()))
+                worst = float((change - expected).abs().max()) if expected.numel() else 0.0
+                near = (
+                    worst <= tolerance * reference or worst <= 1e-5 * abs(_number(total)) * factor
+                )
+                assert near, f"{name}: {change} is not {expected}"
+
+    # ------------------------------------------------------------ clipping and zeroing
+
+    @contextmanager
+    def clip(
+        self,
+        kind: str,
+        parameters: Iterable[torch.Tensor],
+        limit: float | None = None,
+        norm_type: float = 2.0,
+    ) -> Iterator[SimpleNamespace]:
+        """Around a call that clips the gradients of these parameters; `total` of what it gives is
+        set to what `clip_grad_norm_` returned."""
+        clipped = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+        names = {id(p): n for n, p in self._named().items()}
+        squares = {names[id(p)]: _norm(p.grad) ** 2 for p in clipped if id(p) in names}
+        whole = sum(squares.values())
+        shares = {n: square / whole for n, square in squares.items()} if whole > 0 else {}
+        before = _total([p.grad for p in clipped], norm_type)
+        call = SimpleNamespace(total=None)
+        yield call
+        after = _total([p.grad for p in clipped], norm_type)
+        returned = before if call.total is None else _number(call.total)
+        if kind == "norm" and limit is not None:
+            # By what the function has computed itself: in float32 a sum of squares may be infinite.
+            scale = returned if math.isnan(returned) else min(1.0, limit / (returned + 1e-6))
+        else:
+            scale = after / before if before else 1.0
+        rounded = any(p.dtype in (torch.bfloat16, torch.float16) for p in clipped)
+        made = Clip(kind, limit, before, after, scale, shares, self.loss_scale, returned, rounded)
+        ids = {id(p) for p in clipped}
+        for number, state in enumerate(self._states):
+            if state.passes and any(id(p) in ids for p in self._own(number)):
+                state.clips.append(made)
+
+    def zeroed(self) -> None:
+        """Gradients have just been zeroed or released; which, is seen."""
+        lost: list[Backward] = []
+        for number, state in enumerate(self._states):
+            gone = all(p.grad is None or not _dense(p.grad).any() for p in self._own(number))
+            if not gone or not state.passes:
+                continue
+            taken = state.taken()
+            for each in taken.passes:
+                each.claims.discard(number)
+                each.used |= number == self._stepping  # a closure begins its next evaluation
+                each.norms |= taken.norms
+                each.clips += [clip for clip in taken.clips if clip not in each.clips]
+                if not each.claims and not each.used:
+                    lost.append(each)
+        if lost:
+            last = lost[-1]
+            self.skipped.append(
+                Skipped(
+                    "hand", len(self.steps) + 1, sum(b.loss for b in lost), last.norms, last.clips
+                )
+            )
+
+    # ------------------------------------------------------------ steps
+
+    def evaluation(self) -> None:
+        """A closure begins."""
+        self._evaluations += 1
+        if self._evaluations == 2 and self._stepping is not None:
+            state = self._states[self._stepping]
+            self._first = replace(state, passes=[*state.passes], clips=[*state.clips])
+
+    @contextmanager
+    def step(self, optimizer: Any, scaler: bool = False) -> Iterator[None]:
+        """Around an optimizer's step. `scaler`: a GradScaler decides whether it is made."""
+        number = next(i for i, o in enumerate(self.optimizers) if o is optimizer)
+        self._stepping, self._evaluations, self._first = number, 0, None
+        named = {n: p for n, p in self._named().items() if any(p is q for q in self._own(number))}
+        before = {n: p.detach().clone() for n, p in named.items()}
+        rate = optimizer.param_groups[0]["lr"]
+        skips = scaler and any(_poison(p.grad) for p in self._own(number))
+        if not self._states[number].passes:
+            self._measure(number, 1.0)  # what an earlier step has left, or a closure's first call
+        yield
+        self._stepping = None
+        last = self._states[number].taken()
+        taken = self._first or last
+        for each in [*taken.passes, *last.passes]:
+            each.claims.discard(number)
+            each.used = True
+        loss = sum(b.loss for b in taken.passes) if taken.passes else None
+        if skips:
+            assert loss is not None
+            self.skipped.append(
+                Skipped("scaler", len(self.steps) + 1, loss, taken.norms, taken.clips)
+            )
+            return
+        ratios: dict[str, float | None] = {}
+        for name, p in named.items():
+            length = _norm(before[name])
+            moved = _norm(_wide(p) - _wide(before[name]))
+            ratios[name] = moved / length if length else None
+        norms = {name: taken.norms.get(name) for name in named}
+        phases = {"step"} if rate is not None else set()
+        if taken.passes:
+            phases |= {"backward"}
+        self.steps.append(
+            Step(
+                optimizer=number,
+                loss=loss,
+                lr=None if rate is None else float(rate),
+                norms=norms,
+                outside=taken.outside,
+                gone=taken.gone,
+                clips=taken.clips,
+                weights={n: _norm(p.detach()) for n, p in named.items()},
+                ratios=ratios,
+                poisoned=taken.poisoned,
+                phases=phases,
+                evaluations=self._evaluations,
+            )
+        )
+
+
+class Silence:
+    """In place of `Truth`, where a script only trains."""
+
+    def __init__(self) -> None:
+        self.loss_scale = 1.0
+
+    def watch(self, *args: Any) -> None:
+        """Nothing."""
+
+    end = zeroed = evaluation = watch
+
+    @contextmanager
+    def backward(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Nothing around it."""
+        yield
+
+    step = backward
+
+    @contextmanager
+    def clip(self, *args: Any) -> Iterator[SimpleNamespace]:
+        """Nothing around it."""
+        yield SimpleNamespace()
+
+
+def _mark(gradient: torch.Tensor | None) -> tuple[int, int] | None:
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
+def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.detach().clone()
+
+
+def _number(loss: torch.Tensor) -> float:
+    return float(loss.detach().double())
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In double precision, its elements real numbers."""
+    tensor = _dense(tensor)
+    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _scaled(gradient: torch.Tensor | None, factor: float) -> float | None:
+    return None if gradient is None else _norm(gradient) / factor
+
+
+def _total(gradients: Sequence[torch.Tensor], norm_type: float) -> float:
+    if not gradients:
+        return 0.0
+    flat = torch.cat([_wide(g).flatten() for g in gradients])
+    return float(torch.linalg.vector_norm(flat, norm_type)) if flat.numel() else 0.0
+
+
+def _poison(gradient: torch.Tensor | None) -> str:
+    if gradient is None or torch.isfinite(_wide(gradient)).all():
+        return ""
+    return "nan" if torch.isnan(_wide(gradient)).any() else "inf"
