@@ -1,4 +1,4 @@
-"""A run's side of a connection, in as many lines as tests need: obedient, or as told otherwise."""
+"""The run's side of a connection: a small server that answers as a test scripts it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Behaviour = Callable[["ScriptedRun", socket.socket], None]
 
 
 class ScriptedRun:
-    """Listens on a Unix socket; connection k is treated by `behaviours[k]`, then obediently."""
+    """Listens on a Unix socket. Connection k is served by `behaviours[k]`, the rest by `serve`."""
 
     def __init__(self, path: Path, *behaviours: Behaviour) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class ScriptedRun:
         return connector(lambda: connect_unix(self.path))
 
     def steps(self, count: int) -> None:
-        """Make steps: loss 1/step with a spike at each hundredth, norms equal to the step."""
+        """Make steps: the loss is 1/step with a spike at every hundredth, each norm is the step."""
         with self.lock:
             for step in range(self.status.step + 1, self.status.step + count + 1):
                 loss = 1e6 if step % 100 == 0 else 1 / step
@@ -91,10 +91,10 @@ class ScriptedRun:
             except OSError:
                 return
             self.connections.append(connection)
-            behaviour = self.behaviours.pop(0) if self.behaviours else obey
-            threading.Thread(target=self._treat, args=(behaviour, connection), daemon=True).start()
+            behaviour = self.behaviours.pop(0) if self.behaviours else serve
+            threading.Thread(target=self._serve, args=(behaviour, connection), daemon=True).start()
 
-    def _treat(self, behaviour: Behaviour, connection: socket.socket) -> None:
+    def _serve(self, behaviour: Behaviour, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ConnectionClosed, ProtocolError):
             behaviour(self, connection)
         drop(connection)
@@ -135,14 +135,14 @@ def answer_one(run: ScriptedRun, connection: socket.socket) -> None:
         connection.sendall(encode(Ack(message.id, True, run.status, "done")))
 
 
-def obey(run: ScriptedRun, connection: socket.socket) -> None:
+def serve(run: ScriptedRun, connection: socket.socket) -> None:
     greet(run, connection)
     while True:
         answer_one(run, connection)
 
 
-def obey_for(count: int) -> Behaviour:
-    """Answer so many messages, then close."""
+def serve_for(count: int) -> Behaviour:
+    """Answer `count` messages, then close."""
 
     def behave(run: ScriptedRun, connection: socket.socket) -> None:
         greet(run, connection)
@@ -153,8 +153,8 @@ def obey_for(count: int) -> Behaviour:
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for it."""
+    """Wait until `condition()` is true."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, "not within the time"
         time.sleep(0.005)

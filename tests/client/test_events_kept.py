@@ -1,4 +1,4 @@
-"""What somebody did is not lost among thousands of clips, in the run or on a screen."""
+"""Commands are not lost among thousands of clips, in the run or in a snapshot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tui_trainer.protocol.schema import STEP_COLUMNS, RunInfo, Table
 from tui_trainer.record.recorder import Recorder
 
 
-def test_a_command_is_still_told_after_thousands_of_clips():
+def test_commands_are_kept_after_thousands_of_clips():
     recorder = Recorder(RunInfo("r", "gpt"))
     recorder.declare([Table(0, "step", STEP_COLUMNS)])
     clip = ClipRecord(1.0, 2.0, 0.5, (), ())
@@ -31,8 +31,8 @@ def test_a_command_is_still_told_after_thousands_of_clips():
         seen.apply(update)
         more = update.more
     events = seen.snapshot.events
-    said = [event.text for event in events if isinstance(event, Notice)]
-    assert said == ["pause 10", "pause 100"]
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert notices == ["pause 10", "pause 100"]
     numbers = [event.id for event in events]
     assert numbers == sorted(set(numbers))
     assert events[-1].step == 60_000

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import struct
 import threading
 import time
@@ -7,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.client.scripted import ScriptedRun, answer_one, greet, obey, obey_for, until
+from tests.client.scripted import ScriptedRun, answer_one, greet, serve, serve_for, until
 from tui_trainer.client import connection, live
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
@@ -30,7 +32,7 @@ from tui_trainer.runs.errors import NotListening, RunGone
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a scripted run; all is closed at the end."""
+    """Start a scripted run and a session with it; both are closed at the end."""
     open_things = []
 
     def begin(*behaviours):
@@ -46,7 +48,7 @@ def start(tmp_path):
 
 
 def until_has(session, run):
-    """Until the newest row, line and event are there."""
+    """Wait until the newest row, line and event have arrived."""
 
     def has_all():
         seen = session.poll()
@@ -88,7 +90,7 @@ def test_follows_a_run_to_its_end(start):
     assert session.poll().link.bytes_received > 1000
 
 
-def test_the_version_stands_still_while_nothing_changes(start):
+def test_the_version_does_not_grow_while_nothing_changes(start):
     run, session = start()
     run.steps(10)
     until_has(session, run)
@@ -144,7 +146,7 @@ def test_a_command_does_not_wait_for_the_answer_to_a_poll(start):
 
 def test_reconnects_without_a_gap(start, monkeypatch):
     monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.01)
-    run, session = start(*[obey_for(n) for n in (0, 1, 3, 2, 7)])
+    run, session = start(*[serve_for(n) for n in (0, 1, 3, 2, 7)])
     for _ in range(60):
         run.steps(20)
         session.poll()
@@ -155,9 +157,9 @@ def test_reconnects_without_a_gap(start, monkeypatch):
     assert session.poll().link.state == "live"
 
 
-def test_a_lost_connection_is_said_and_commands_are_refused(start, monkeypatch):
+def test_commands_are_refused_while_the_connection_is_lost(start, monkeypatch):
     monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.6)
-    run, session = start(obey_for(2))
+    run, session = start(serve_for(2))
     until(lambda: session.poll().link.state == "lost")
     assert "trying again in" in session.poll().link.message
     ack = session.send(Pause()).result(60)
@@ -167,7 +169,7 @@ def test_a_lost_connection_is_said_and_commands_are_refused(start, monkeypatch):
     until(lambda: session.poll().link.state == "live")
 
 
-def test_an_unanswered_command_is_refused_when_the_link_dies(start):
+def test_an_unanswered_command_is_refused_when_the_connection_is_lost(start):
     def swallow(run, connection):
         greet(run, connection)
         while not isinstance(read_to_run(connection.recv), Command):
@@ -243,7 +245,7 @@ def rows_that_do_not_fit(run, connection):
         rows_that_do_not_fit,
     ],
 )
-def test_a_faulty_peer_is_left_and_tried_again(start, monkeypatch, behaviour):
+def test_a_faulty_run_is_disconnected_and_connected_again(start, monkeypatch, behaviour):
     monkeypatch.setattr(connection, "SILENCE_S", 0.3)
     monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.02)
     run, session = start(behaviour)
@@ -266,19 +268,19 @@ def test_a_refusal_is_final(start):
     assert not session.send(Pause()).result(60).ok
 
 
-def test_another_run_in_its_place_is_not_mixed_in(start, monkeypatch):
+def test_another_run_at_the_same_socket_is_refused(start, monkeypatch):
     monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.02)
 
     def other(run, connection):
         run.info = run.info.__class__("loud-heron", "gpt", revision=1, tables=run.info.tables)
-        obey(run, connection)
+        serve(run, connection)
 
-    _, session = start(obey_for(2), other)
+    _, session = start(serve_for(2), other)
     until(lambda: session.poll().link.state == "closed")
     assert "loud-heron" in session.poll().link.message
 
 
-def test_a_ui_that_does_not_poll_is_not_flooded(start):
+def test_the_run_is_not_polled_while_the_app_does_not_take_updates(start):
     run, session = start()
     arrivals = []
     session.on_arrival(lambda: arrivals.append(1))
@@ -292,7 +294,7 @@ def test_a_ui_that_does_not_poll_is_not_flooded(start):
     check_same(session, run)
 
 
-def test_topics_are_asked_for_at_once(start):
+def test_watched_topics_are_polled_at_once(start):
     run, session = start()
     session.set_rate(0.1)
     until(lambda: len(run.polls) > 0 and session.poll().link.state == "live")
@@ -301,7 +303,7 @@ def test_topics_are_asked_for_at_once(start):
     until(lambda: run.polls[-1].watch == ("attention_heads",))
 
 
-def test_waits_for_a_run_that_boots_and_says_when_it_died():
+def test_waits_for_a_run_that_starts_and_shows_when_it_died():
     attempts = []
 
     def connect():
@@ -347,7 +349,7 @@ def test_a_slow_link_makes_updates_smaller(start, monkeypatch):
     check_same(session, run)
 
 
-def test_silence_is_said_while_the_link_still_stands(start, monkeypatch):
+def test_silence_is_shown_while_the_connection_is_kept(start, monkeypatch):
     monkeypatch.setattr(live, "SHOW_SILENCE_S", 0.1)
 
     def quiet(run, connection):
@@ -358,3 +360,24 @@ def test_silence_is_said_while_the_link_still_stands(start, monkeypatch):
     _, session = start(quiet)
     until(lambda: "no answer for" in session.poll().link.message)
     assert session.poll().link.state == "live"
+
+
+def test_closing_interrupts_an_attempt_to_connect():
+    """An ssh that waits for its network must not keep the session's thread."""
+    entered, left = threading.Event(), threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def connect():
+        entered.set()
+        try:
+            await asyncio.sleep(600)
+            yield
+        finally:
+            left.set()
+
+    session = LiveSession(connect)
+    assert entered.wait(60)
+    refused = session.send(Pause())
+    session.close()
+    assert left.wait(60)
+    assert not refused.result(60).ok

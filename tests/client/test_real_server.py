@@ -1,4 +1,4 @@
-"""A session against the run's own server and recorder."""
+"""A session with the real server and recorder."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def until_seen(session, rig):
     assert [line.id for line in session.poll().log] == list(range(rig.step))
 
 
-def test_follows_commands_and_ends(rig):
+def test_commands_and_the_end_of_a_run(rig):
     session = LiveSession(connector(lambda: connect_unix(rig.path)), viewer="me@here")
     session.set_rate(100)
     record(rig, 40)
@@ -78,7 +78,7 @@ def test_follows_commands_and_ends(rig):
     assert rig.server.wait_until_seen(10)
 
 
-def test_a_late_viewer_and_one_that_only_watches(rig):
+def test_a_late_viewer_and_a_read_only_one(rig):
     record(rig, 3000)
     early = LiveSession(connector(lambda: connect_unix(rig.path)))
     until_seen(early, rig)

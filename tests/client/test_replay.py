@@ -28,7 +28,7 @@ STEPS = 1000
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A run of 1,000 steps at 10 a second, with something said at each hundredth."""
+    """A run of 1,000 steps at 10 a second, with an event, a line and a sample every 100 steps."""
     _, values = series(1, STEPS)
     sink = StoreWriter(tmp_path)
     info = INFO.__class__("quiet-otter", "gpt", tables=TABLES, steps_per_epoch=300)
@@ -111,7 +111,7 @@ def test_the_time_of_a_step_is_known(recorded):
     assert replay.speed == pytest.approx(10)
 
 
-def test_follows_a_living_run(tmp_path):
+def test_follows_a_live_run(tmp_path):
     sink = StoreWriter(tmp_path)
     three = np.ones(3, np.float32)
     sink.take([InfoChanged(INFO), stepped(1, three)], Status(state="running", step=1))
@@ -126,7 +126,7 @@ def test_follows_a_living_run(tmp_path):
     sink.take([stepped(3, three)], Status(state="running", step=3))
     sink.commit()
     clock.now += 2
-    assert replay.poll().status.step == 1  # whoever looks back is left where they look
+    assert replay.poll().status.step == 1  # the cursor stays where it was put
     assert replay.last_step == 3
     sink.close()
 

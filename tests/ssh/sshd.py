@@ -1,4 +1,4 @@
-"""A real sshd on loopback, with its own keys, and an ssh that knows it."""
+"""A real sshd on loopback with keys of its own, and the ssh command that connects to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MISSING = next(
 
 
 class Sshd:
-    """Listens on 127.0.0.1; logins get `home` as their home and `environment`."""
+    """Listens on 127.0.0.1. Logins have `home` as their home and get `environment`."""
 
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
         directory.mkdir(parents=True, mode=0o700)
@@ -72,11 +72,11 @@ class Sshd:
 
     @property
     def command(self) -> str:
-        """For $TUI_TRAINER_SSH: the user's ssh, with a config that knows this host as `Box`."""
+        """For $TUI_TRAINER_SSH: ssh with a configuration in which this host is called `Box`."""
         return f"ssh -F {self.directory}/ssh_config"
 
     def start(self) -> None:
-        """Listen, and wait until that can be seen."""
+        """Start listening, and wait until a connection is accepted."""
         if os.geteuid() == 0:
             os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
         assert SSHD
@@ -109,12 +109,12 @@ class Sshd:
         self.process = None
 
     def login_shell(self, text: str) -> None:
-        """What the login shell does first: bash reads .bashrc when sshd starts it."""
+        """Set what the login shell runs first: bash reads .bashrc when sshd starts it."""
         (self.home / ".bashrc").write_text(text)
 
 
 def our_ssh() -> list[psutil.Process]:
-    """The ssh processes that this one has started and that live."""
+    """The live ssh processes among our children."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

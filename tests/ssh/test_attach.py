@@ -1,4 +1,4 @@
-"""The screen here and the run there, in a real pseudo-terminal."""
+"""`attach ssh://…` in a real pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def terminal(runs, host):
         each.__exit__()
 
 
-def test_choose_by_number_pause_cut_and_go_on(host, runs, terminal):
+def test_choose_a_run_pause_it_and_reconnect(host, runs, terminal):
     runs.start("gpt-first")
     runs.start("gpt-second")
     screen = terminal("ssh://Box")
@@ -54,7 +54,7 @@ def test_choose_by_number_pause_cut_and_go_on(host, runs, terminal):
     until(resumed, "resumed over the new link")
 
 
-def test_a_refusal_is_one_message_and_no_screen(host, runs, terminal):
+def test_a_refusal_is_one_message_without_a_screen(host, runs, terminal):
     screen = terminal("ssh://Box/gpt-none")
     assert screen.wait_for_exit() == 1
     assert "Box: there is no run gpt-none" in screen.text()

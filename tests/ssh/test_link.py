@@ -1,4 +1,4 @@
-"""A session over a real ssh: steady, cut, frozen, and back again without a gap."""
+"""A session over a real ssh: connections that are cut or frozen are replaced without a gap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tui_trainer.protocol.messages import Pause, Resume
 
 
 def steps_held(session):
-    """The step numbers that the session has of the loss."""
+    """The step numbers of the losses that the session has."""
     table = session.poll().history.table("step")
     if table is None or not table.rows:
         return []
@@ -31,11 +31,11 @@ def assert_no_gap(session):
 
 
 def only_ssh():
-    """The one ssh that is connected, once there is exactly one."""
+    """Wait until there is exactly one ssh, and return it."""
     return until(lambda: our_ssh() if len(our_ssh()) == 1 else None, "one ssh")[0]
 
 
-def test_measurements_commands_and_leaving(host, runs, attach):
+def test_measurements_commands_and_close(host, runs, attach):
     runs.start("gpt-far")
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 20, "steps arrive")
@@ -86,7 +86,7 @@ def test_a_frozen_ssh_is_noticed_and_replaced(host, runs, attach):
     assert_no_gap(session)
 
 
-def test_a_frozen_far_end_is_noticed(host, runs, attach):
+def test_a_frozen_remote_host_is_noticed(host, runs, attach):
     runs.start("gpt-far")
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 10, "steps arrive")
@@ -127,7 +127,7 @@ def test_the_end_of_a_run_is_seen(host, runs, attach):
     assert_no_gap(session)
 
 
-def test_a_run_killed_meanwhile(host, runs, attach):
+def test_a_run_that_is_killed(host, runs, attach):
     runs.start("gpt-doomed")
     session = attach("ssh://Box/gpt-doomed")
     grows_by(session, 5, "steps arrive")
@@ -137,7 +137,7 @@ def test_a_run_killed_meanwhile(host, runs, attach):
     assert session.poll().status.state == "crashed"
 
 
-def test_a_key_that_is_refused_later_is_not_tried_again_and_again(host, runs, attach):
+def test_a_key_that_is_refused_later_is_not_retried_at_once(host, runs, attach):
     runs.start("gpt-far")
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 5, "steps arrive")
@@ -149,7 +149,7 @@ def test_a_key_that_is_refused_later_is_not_tried_again_and_again(host, runs, at
     assert log.count("Connection closed by authenticating user") <= 2
 
 
-def test_a_run_goes_on_when_its_viewer_is_frozen_for_good(host, runs, attach):
+def test_a_run_goes_on_while_its_viewer_is_frozen(host, runs, attach):
     runs.start("gpt-free")
     session = attach("ssh://Box/gpt-free")
     grows_by(session, 5, "steps arrive")

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong at the far end has its own message."""
+"""Everything that can be wrong on the remote host has its own message."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tui_trainer.runs.errors import RunError
 
 
 def refusal(address, **options):
-    """What `attach` says."""
+    """The error of `attach`."""
     with pytest.raises(RunError) as refused:
         SshConnector(parse_address(address), **options).begin(lambda runs: runs[0].name, False)
     return refused.value
 
 
-def test_no_tui_trainer_there(bare_host):
+def test_tui_trainer_is_not_installed_there(bare_host):
     said = refusal("ssh://Box/gpt")
     assert "Box has no tui-trainer" in said.message
     assert "TUI_TRAINER_REMOTE_COMMAND" in said.hint
@@ -57,19 +57,19 @@ def test_another_version_there(host):
     assert "same version" in said.hint
 
 
-def test_a_version_that_knows_no_relay(host):
+def test_a_version_without_a_relay(host):
     said = refusal("ssh://Box/gpt", command="sh -c 'echo no such command >&2; exit 2' x")
     assert "is no relay of tui-trainer" in said.message
     assert "no such command" in said.message
 
 
-def test_a_shell_that_never_gets_there(host):
+def test_a_login_shell_that_exits(host):
     host.login_shell("echo welcome to the login menu; exit 0\n")
     said = refusal("ssh://Box/gpt")
     assert "welcome to the login menu" in said.message
 
 
-def test_a_shell_that_prints_before(host, runs, attach):
+def test_a_login_shell_that_prints(host, runs, attach):
     host.login_shell("echo welcome; printf 'no newline at the end'; echo to stderr >&2\n")
     runs.start("gpt-noisy")
     session = attach("ssh://Box/gpt-noisy")
@@ -98,7 +98,7 @@ def test_nobody_listens(host):
     assert f"ssh -p {host.port} Box true" in said.hint
 
 
-def test_a_host_that_there_is_not(host):
+def test_an_unknown_host(host):
     said = refusal("ssh://no-such-host.invalid/gpt")
     assert "ssh cannot reach no-such-host.invalid" in said.message
 
@@ -192,7 +192,7 @@ def test_addresses(given, destination, port, run):
         "http://host",
     ],
 )
-def test_what_is_no_address(given):
+def test_invalid_addresses(given):
     with pytest.raises(RunError):
         parse_address(given)
 

@@ -1,5 +1,5 @@
-"""The whole story of a run that outlives everything that looks at it: started without a screen,
-watched and hung up on, reached over ssh, cut off, killed, looked back at, and gone on with."""
+"""A run through its whole life: started detached, attached to and hung up on, reached over ssh, cut
+off, killed, replayed and resumed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OPTIONS = (*SMALL, "--threads", "1", "--schedule", "constant", "--eval-every", "
 
 
 def steps_in(lines: str) -> dict[int, tuple[object, ...]]:
-    """What `--json` or `export` printed: step to loss, learning rate, norm and clip scale."""
+    """Loss, learning rate, norm and clip scale of each step in JSON lines."""
     told = [json.loads(line) for line in lines.splitlines()]
     return {
         line["step"]: (line["loss"], line["lr"], line["grad_norm_preclip"], line["clip"]["scale"])
@@ -92,7 +92,7 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     assert shown["state"] == "crashed"
     assert shown["step"] >= said.step
 
-    # Replay: every step, up to the last second (here taken threefold).
+    # Replay has every step but those of the last second (three are allowed here).
     kept = steps_in(runs.call("export", name, "--format", "jsonl").stdout)
     assert list(kept) == list(range(1, max(kept) + 1))
     assert max(kept) >= said.step - 3 * said.steps_per_second
@@ -101,7 +101,7 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     back.press("q")
     assert back.wait_for_exit() == 0
 
-    # Going on ends where a run ends that nobody ever interrupted.
+    # A resumed run ends with the weights of one that was never interrupted.
     branched, _ = newest(runs.directory / name)
     last = branched + 60
     rest = runs.call("gpt", "--resume", name, "--steps", str(last), "--name", "rest", "--json")
