@@ -45,7 +45,7 @@ async def test_a_finished_run(tmp_path):
 async def test_a_killed_run(runs):  # noqa: F811
     runs.start("gpt-killed", seconds=0.002)
     path = runs.directory / "gpt-killed"
-    until(lambda: runs.said("gpt-killed").step > 300, "it trains")
+    until(lambda: runs.reported("gpt-killed").step > 300, "it trains")
     runs.kill("gpt-killed")
     assert (path / f"{STORE_FILE}-wal").stat().st_size  # what it did not live to put in order
     before = fingerprint(path)
@@ -76,20 +76,20 @@ async def test_a_living_run(runs):  # noqa: F811
     The index of the journal is shared memory by design, and no part of what is recorded."""
     runs.start("gpt-living", seconds=0.002)
     path = runs.directory / "gpt-living"
-    until(lambda: runs.said("gpt-living").step > 100, "it trains")
+    until(lambda: runs.reported("gpt-living").step > 100, "it trains")
     assert runs.call("pause", "gpt-living").returncode == 0
     names = (STORE_FILE, "run.json", "log.txt")
 
     def kept():
         return {name: found for name, found in fingerprint(path).items() if name in names}
 
-    until(lambda: recorded_pause(path) == runs.said("gpt-living").step, "the pause is recorded")
+    until(lambda: recorded_pause(path) == runs.reported("gpt-living").step, "the pause is recorded")
     before = kept()
     assert await look_through(path) > 90
     assert kept() == before
     assert runs.call("resume", "gpt-living").returncode == 0
-    here = runs.said("gpt-living").step
-    until(lambda: runs.said("gpt-living").step > here + 50, "it trains on")
+    here = runs.reported("gpt-living").step
+    until(lambda: runs.reported("gpt-living").step > here + 50, "it trains on")
     replay = ReplaySession(path)
     assert replay.living
     first = replay.poll().status.step
@@ -98,7 +98,7 @@ async def test_a_living_run(runs):  # noqa: F811
 
 
 def test_nothing_recorded_is_said(tmp_path, runs):  # noqa: F811
-    runs.made("gpt-empty")
+    runs.create("gpt-empty")
     done = runs.call("replay", "gpt-empty")
     assert done.returncode == 2  # no terminal here
     assert "not a terminal" in done.stderr

@@ -1,4 +1,4 @@
-"""Starting fake runs in processes of their own, and calling the command about them."""
+"""Starts fake runs in processes of their own, and runs `tui-trainer` commands on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def until(found: Callable[[], T], what: str, seconds: float = 60.0) -> T:
-    """Wait until `found()` is true; returns it."""
+    """Wait until `found()` returns something true, and return that."""
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, f"never: {what}"
@@ -29,7 +29,7 @@ def until(found: Callable[[], T], what: str, seconds: float = 60.0) -> T:
 
 
 def last_step(done: subprocess.CompletedProcess[str]) -> int:
-    """The step in what a command printed, which went well."""
+    """The step that a successful command printed."""
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("step ")[1].split(",")[0].split()[0].replace(",", ""))
 
@@ -47,8 +47,8 @@ class Runs:
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 
-    def made(self, name: str, **fields: Any) -> Path:
-        """The directory of a run that was made and not started."""
+    def create(self, name: str, **fields: Any) -> Path:
+        """Create the directory of a run without starting it."""
         path = self.directory / name
         write_spec(RunSpec(name=name, directory=str(path), task="gpt", title="fake", **fields))
         return path
@@ -56,8 +56,8 @@ class Runs:
     def start(
         self, name: str, steps: int = 1_000_000, seconds: float = 0.01, **fields: Any
     ) -> subprocess.Popen[bytes]:
-        """Start one and wait until it listens and has made a step (or waits for its first)."""
-        path = self.made(name, **fields)
+        """Start a run and wait until it has made a step, or listens where it starts paused."""
+        path = self.create(name, **fields)
         with open(path / LOG_FILE, "wb") as log:
             process = processes.Popen(
                 [sys.executable, "-m", "tests.runs.fake_host", path, str(steps), str(seconds)],
@@ -72,23 +72,23 @@ class Runs:
         until(
             lambda: (
                 process.poll() is not None
-                or self.said(name).step > 0
+                or self.reported(name).step > 0
                 or (find_socket(path) and fields.get("start_paused"))
             ),
             f"{name} runs",
         )
         return process
 
-    def said(self, name: str) -> RunState:
+    def reported(self, name: str) -> RunState:
         return read_state(self.directory / name) or RunState(name=name)
 
     def kill(self, name: str) -> None:
-        """SIGKILL: it says nothing more."""
+        """Kill a run with SIGKILL, so that it reports no end."""
         self.processes[name].kill()
         self.processes[name].wait()
 
     def call(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """`tui-trainer arguments…` about these runs."""
+        """Run `tui-trainer arguments…` with this runs directory."""
         return processes.run(
             [sys.executable, "-m", "tui_trainer", *arguments],
             env={**self.environment, "COLUMNS": "160"},

@@ -97,7 +97,7 @@ def test_checkpoint(runs):
 
 def test_show_of_a_live_run(runs):
     runs.start("gpt-seen")
-    until(lambda: runs.said("gpt-seen").step > 20, "some steps")
+    until(lambda: runs.reported("gpt-seen").step > 20, "some steps")
     text = runs.call("show", "gpt-seen", "--once").stdout
     assert "gpt-seen · fake" in text
     assert "grad norm" in text
@@ -115,7 +115,7 @@ def test_show_of_a_live_run(runs):
 
 def test_show_of_a_crashed_run(runs):
     runs.start("gpt-dead")
-    until(lambda: runs.said("gpt-dead").step > 50, "some steps")
+    until(lambda: runs.reported("gpt-dead").step > 50, "some steps")
     runs.kill("gpt-dead")
     done = runs.call("show", "gpt-dead")
     assert done.returncode == 0
@@ -151,7 +151,7 @@ def test_logs_and_follow_until_the_end(runs):
     lines = following.stdout.splitlines()
     assert lines == [f"step {i}" for i in range(1, 41)]
     assert runs.call("logs", "gpt-told").stdout == following.stdout
-    runs.made("gpt-mute")
+    runs.create("gpt-mute")
     assert "has printed nothing" in runs.call("logs", "gpt-mute").stderr
 
 
@@ -184,7 +184,7 @@ def test_what_killed_a_detached_run_is_told(runs, tmp_path):
 
 def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
     """What the process printed before it began its log may be longer than the log."""
-    path = runs.made("gpt-boots")
+    path = runs.create("gpt-boots")
     (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
     printed = Printed(inspect_run(path))
     printed.go_on()
@@ -220,7 +220,7 @@ def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
     process = runs.start("gpt-over", steps=30)
     run = inspect_run(runs.directory / "gpt-over")
     with RunClient.connect(run, "a viewer that has not fetched the end"):
-        until(lambda: runs.said("gpt-over").ended, "it ends")
+        until(lambda: runs.reported("gpt-over").ended, "it ends")
         os.kill(process.pid, signal.SIGSTOP)  # it lingers for as long as we like
         removing = subprocess.Popen(
             [sys.executable, "-m", "tui_trainer", "rm", "-y", "gpt-over"],
@@ -239,7 +239,7 @@ def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
 
 def test_rm_asks_on_a_terminal(runs):
     runs.start("gpt-asked", steps=2)
-    until(lambda: runs.said("gpt-asked").ended, "it ends")
+    until(lambda: runs.reported("gpt-asked").ended, "it ends")
     for answer, left in (("n", True), ("y", False)):
         asking = pexpect.spawn(
             sys.executable,
@@ -260,7 +260,7 @@ def test_rm_touches_nothing_that_is_no_run(runs, tmp_path):
     refused = runs.call("rm", "--yes", str(precious))
     assert refused.returncode == 1
     assert "is not a run's directory" in refused.stderr
-    os.symlink(precious, runs.made("gpt-linked") / "link")
+    os.symlink(precious, runs.create("gpt-linked") / "link")
     until(lambda: runs.call("rm", "-y", "gpt-linked") and True, "tried")
     assert (precious / "thesis.tex").exists()
 
@@ -283,7 +283,7 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     (place / "status.json").write_bytes(lost)
     runs.kill("gpt-quiet")
     elsewhere = msgspec.structs.replace(
-        runs.said("gpt-quiet"), machine="far", host="far", written_at=time.time() - 60
+        runs.reported("gpt-quiet"), machine="far", host="far", written_at=time.time() - 60
     )
     write_state(place, elsewhere)
     assert inspect_run(place).state == "crashed"
@@ -300,10 +300,10 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
     (project / "thesis.tex").write_text("x")
     removal_refused(runs, project, "is not surely a run's directory")
     linked = runs.directory / "linked"
-    linked.symlink_to(runs.made("gpt-kept"))
+    linked.symlink_to(runs.create("gpt-kept"))
     os.utime(runs.directory / "gpt-kept" / "run.json", (1, 1))
     removal_refused(runs, "linked", "is a link")
-    inside = runs.made("gpt-outer") / "gpt-inner"
+    inside = runs.create("gpt-outer") / "gpt-inner"
     os.utime(runs.directory / "gpt-outer" / "run.json", (1, 1))
     inside.mkdir()
     (inside / "run.json").write_bytes((runs.directory / "gpt-outer" / "run.json").read_bytes())
@@ -322,7 +322,7 @@ def test_doctor(runs):
         assert name in found, name
     assert found["directory"]["value"].startswith(str(runs.directory))
     assert done.returncode == 0
-    place = runs.made("gpt-open")
+    place = runs.create("gpt-open")
     place.chmod(0o770)
     assert f"chmod go-w {place}" in runs.call("doctor", timeout=170).stdout
     runs.directory.chmod(0o777)

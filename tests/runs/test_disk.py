@@ -55,14 +55,14 @@ def test_a_full_disk(runs):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     until(lambda: not seen(runs, "gpt-full").recording, "recording resumes")
     step = seen(runs, "gpt-full").step
-    until(lambda: runs.said("gpt-full").step > step + 50, "more steps")
+    until(lambda: runs.reported("gpt-full").step > step + 50, "more steps")
     runs.kill("gpt-full")
     assert_whole(runs, "gpt-full", step)
 
 
 def test_pages_that_became_noise(runs):
     process = runs.start("gpt-noise", seconds=0.01)
-    until(lambda: runs.said("gpt-noise").step > 100, "some rows")
+    until(lambda: runs.reported("gpt-noise").step > 100, "some rows")
     place = runs.directory / "gpt-noise"
     # What SQLite holds in memory hides the damage until it has to read again.
     hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
@@ -76,19 +76,19 @@ def test_pages_that_became_noise(runs):
     goes_on(runs, "gpt-noise")
     assert list(place.glob("damaged-*"))
     step = seen(runs, "gpt-noise").step
-    until(lambda: runs.said("gpt-noise").step > step + 50, "more steps")
+    until(lambda: runs.reported("gpt-noise").step > step + 50, "more steps")
     runs.kill("gpt-noise")
     assert_whole(runs, "gpt-noise", step)  # what was damaged came from memory
 
 
 def test_a_store_that_somebody_removed(runs):
     runs.start("gpt-bereft", seconds=0.002)
-    until(lambda: runs.said("gpt-bereft").step > 600, "some chunks")
+    until(lambda: runs.reported("gpt-bereft").step > 600, "some chunks")
     for path in (runs.directory / "gpt-bereft").glob("history.sqlite*"):
         path.unlink()
     until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "it is said")
     step = seen(runs, "gpt-bereft").step
-    until(lambda: runs.said("gpt-bereft").step > step + 500, "more steps")
+    until(lambda: runs.reported("gpt-bereft").step > step + 500, "more steps")
     runs.kill("gpt-bereft")
     assert_whole(runs, "gpt-bereft", step)
 

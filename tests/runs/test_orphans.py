@@ -30,16 +30,16 @@ GPT = ("--threads", "1", "--steps", "100000")
 def test_killing_the_app_leaves_a_run_that_is_found_and_ended_cleanly(runs):
     command = [sys.executable, "-m", "tui_trainer", "gpt", "--name", "gpt-kept", *GPT]
     with Terminal(command, env=runs.environment, timeout=60) as screen:
-        until(lambda: screen.pump(0.05) and runs.said("gpt-kept").step > 3, "it trains")
+        until(lambda: screen.pump(0.05) and runs.reported("gpt-kept").step > 3, "it trains")
         os.kill(screen.child.pid, signal.SIGKILL)
     found = runs.ls()["gpt-kept"]
     try:
         assert found["state"] == "live"
         assert process_identity(found["pid"])
-        before = runs.said("gpt-kept").step
-        until(lambda: runs.said("gpt-kept").step > before + 5, "it trains on")
+        before = runs.reported("gpt-kept").step
+        until(lambda: runs.reported("gpt-kept").step > before + 5, "it trains on")
         os.kill(found["pid"], signal.SIGTERM)
-        until(lambda: runs.said("gpt-kept").ended, "it ends on SIGTERM")
+        until(lambda: runs.reported("gpt-kept").ended, "it ends on SIGTERM")
         until(lambda: not process_identity(found["pid"]), "nothing is left of it")
     finally:
         if process_identity(found["pid"]):
@@ -129,8 +129,8 @@ def test_a_run_is_found_again_after_its_directory_was_removed(runs):
     found = runs.ls()["gpt-removed"]
     assert (found["state"], found["title"]) == ("live", "fake")
     assert place.stat().st_mode & 0o777 == 0o700
-    before = runs.said("gpt-removed").step
-    until(lambda: runs.said("gpt-removed").step > before, "it trains on")
+    before = runs.reported("gpt-removed").step
+    until(lambda: runs.reported("gpt-removed").step > before, "it trains on")
     until(lambda: "removed" in runs.call("show", "gpt-removed", "--json").stdout, "it is said")
     done = runs.call("stop", "gpt-removed")
     assert done.returncode == 0, done.stderr

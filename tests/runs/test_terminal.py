@@ -39,7 +39,7 @@ def test_detach_prints_the_name_and_the_run_goes_on(runs):
     assert done.returncode == 0, done.stderr
     name = done.stdout.strip()
     assert re.fullmatch(r"gpt-[a-z]+-[a-z]+", name)
-    until(lambda: runs.said(name).step > 5, "it trains")
+    until(lambda: runs.reported(name).step > 5, "it trains")
     assert runs.ls()[name]["state"] == "live"
     assert os.getsid(runs.ls()[name]["pid"]) == runs.ls()[name]["pid"]
     stopped = runs.call("stop", "--checkpoint", name)
@@ -57,19 +57,19 @@ def test_detach_shows_nothing_else(runs):
 def test_hang_up_leaves_the_run_going(runs, terminal):
     first = terminal("gpt", "--name", "gpt-kept", *GPT)
     first.wait_for("running")
-    until(lambda: runs.said("gpt-kept").step > 5, "it trains")
+    until(lambda: runs.reported("gpt-kept").step > 5, "it trains")
     first.hang_up()
     first.wait_for_exit()
-    before = runs.said("gpt-kept").step
-    until(lambda: runs.said("gpt-kept").step > before + 20, "it trains on")
+    before = runs.reported("gpt-kept").step
+    until(lambda: runs.reported("gpt-kept").step > before + 20, "it trains on")
     assert runs.ls()["gpt-kept"]["state"] == "live"
     second = terminal("attach")
     second.wait_for("running")
     second.press("space")
-    until(lambda: runs.said("gpt-kept").state == "paused", "the new screen controls it")
+    until(lambda: runs.reported("gpt-kept").state == "paused", "the new screen controls it")
     second.wait_for("‖ paused")  # space means resume to whoever sees that it is paused
     second.press("space")
-    until(lambda: runs.said("gpt-kept").state == "running", "and lets it go on")
+    until(lambda: runs.reported("gpt-kept").state == "running", "and lets it go on")
 
 
 def test_read_only_attach_cannot_pause(runs, terminal):
@@ -77,15 +77,15 @@ def test_read_only_attach_cannot_pause(runs, terminal):
     screen = terminal("attach", "--read-only", "gpt-watched")
     screen.wait_for("running")
     screen.press("space")
-    before = runs.said("gpt-watched").step
-    until(lambda: runs.said("gpt-watched").step > before + 50, "it goes on")
-    assert runs.said("gpt-watched").state == "running"
+    before = runs.reported("gpt-watched").step
+    until(lambda: runs.reported("gpt-watched").step > before + 50, "it goes on")
+    assert runs.reported("gpt-watched").state == "running"
 
 
 def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     screen = terminal("gpt", "--in-app", "--name", "gpt-inside", *GPT)
     screen.wait_for("running")
-    until(lambda: runs.said("gpt-inside").step > 5, "it trains")
+    until(lambda: runs.reported("gpt-inside").step > 5, "it trains")
     assert runs.ls()["gpt-inside"]["pid"] == screen.child.pid
     here = last_step(runs.call("pause", "gpt-inside"))
     assert last_step(runs.call("step", "2", "gpt-inside")) == here + 2
@@ -97,10 +97,10 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
 
 def test_in_app_ends_in_order_when_its_terminal_is_closed(runs, terminal):
     screen = terminal("gpt", "--in-app", "--threads", "1", "--steps", "100000", "--name", "inside")
-    until(lambda: screen.pump(0.01) and runs.said("inside").step > 3, "it trains")
+    until(lambda: screen.pump(0.01) and runs.reported("inside").step > 3, "it trains")
     screen.hang_up()
     screen.wait_for_exit()
-    said = runs.said("inside")
+    said = runs.reported("inside")
     assert said.state == "stopped"
     assert (runs.directory / "inside" / "checkpoints" / f"step-{said.step:08}").is_dir()
 

@@ -37,8 +37,8 @@ def test_choose_a_run_pause_it_and_reconnect(host, runs, terminal):
     screen.press("2", "enter")
     screen.wait_for("running")
     screen.press("space")
-    until(lambda: runs.said("gpt-first").state == "paused", "paused from here")
-    assert runs.said("gpt-second").state == "running"
+    until(lambda: runs.reported("gpt-first").state == "paused", "paused from here")
+    assert runs.reported("gpt-second").state == "running"
     until(our_ssh, "ssh is there")[0].kill()
     screen.wait_until(
         lambda text: "lost" in text or "trying again" in text, "that the link is lost"
@@ -49,7 +49,7 @@ def test_choose_a_run_pause_it_and_reconnect(host, runs, terminal):
     def resumed():
         screen.press("space")
         screen.settle(1.0)
-        return runs.said("gpt-first").state == "running"
+        return runs.reported("gpt-first").state == "running"
 
     until(resumed, "resumed over the new link")
 

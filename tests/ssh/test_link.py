@@ -156,6 +156,6 @@ def test_a_run_goes_on_while_its_viewer_is_frozen(host, runs, attach):
     frozen = only_ssh()
     frozen.suspend()
     session.close()
-    before = runs.said("gpt-free").step
-    until(lambda: runs.said("gpt-free").step > before + 100, "training goes on")
+    before = runs.reported("gpt-free").step
+    until(lambda: runs.reported("gpt-free").step > before + 100, "training goes on")
     until(lambda: not our_ssh(), "even a stopped ssh is ended")

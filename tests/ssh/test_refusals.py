@@ -108,7 +108,7 @@ def test_an_unknown_run_and_one_that_ended(host, runs):
     assert "Box: there is no run gpt-quiet" in said.message
     assert "Box: there are no runs yet" in refusal("ssh://Box").message
     runs.start("gpt-silent", steps=1)
-    until(lambda: runs.said("gpt-silent").ended, "it ends")
+    until(lambda: runs.reported("gpt-silent").ended, "it ends")
     assert "did you mean gpt-silent" in refusal("ssh://Box/gpt-slient").hint
     assert "gpt-silent has finished" in refusal("ssh://Box/gpt-silent").message
     assert "no run is live" in refusal("ssh://Box").message

@@ -58,20 +58,20 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     started = runs.call("gpt", "--detach", *endless)
     assert started.returncode == 0, started.stderr
     name = started.stdout.strip()
-    until(lambda: runs.said(name).step > 5, "it trains")
-    process = runs.said(name).pid
+    until(lambda: runs.reported(name).step > 5, "it trains")
+    process = runs.reported(name).pid
     try:
         here = terminal("attach", name)
         here.wait_for("running")
         here.hang_up()
         here.wait_for_exit()
-        before = runs.said(name).step
-        until(lambda: runs.said(name).step > before + 10, "it trains on after the hang-up")
+        before = runs.reported(name).step
+        until(lambda: runs.reported(name).step > before + 10, "it trains on after the hang-up")
 
         there = terminal("attach", f"ssh://Box/{name}")
         there.wait_for("running")
         there.press("space")
-        until(lambda: there.pump(0.01) and runs.said(name).state == "paused", "paused over ssh")
+        until(lambda: there.pump(0.01) and runs.reported(name).state == "paused", "paused over ssh")
         until(our_ssh, "the ssh of the screen")[0].kill()
         there.wait_until(lambda text: "trying again" in text or "lost" in text, "the loss, said")
         there.hang_up()
@@ -83,11 +83,11 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
         here_step = last_step(runs.call("step", "1", name))
         assert last_step(runs.call("resume", "--no-wait", name)) >= here_step
         again.wait_for("running")
-        until(lambda: runs.said(name).step > here_step + 10, "it trains on")
+        until(lambda: runs.reported(name).step > here_step + 10, "it trains on")
     finally:
         os.kill(process, signal.SIGKILL)
     until(lambda: runs.ls()[name]["state"] == "crashed", "ls says crashed")
-    said = runs.said(name)
+    said = runs.reported(name)
     shown = json.loads(runs.call("show", name, "--json").stdout)
     assert shown["state"] == "crashed"
     assert shown["step"] >= said.step

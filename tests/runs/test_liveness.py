@@ -29,9 +29,9 @@ def test_states_of_all_kinds(runs):
     runs.start("gpt-told")
     runs.kill("gpt-killed")
     runs.processes["gpt-told"].send_signal(signal.SIGTERM)
-    until(lambda: runs.said("gpt-told").ended, "SIGTERM is heard")
-    until(lambda: runs.said("gpt-finished").ended, "three steps are made")
-    until(lambda: runs.said("gpt-paused").state in ("paused", "starting"), "it waits")
+    until(lambda: runs.reported("gpt-told").ended, "SIGTERM is heard")
+    until(lambda: runs.reported("gpt-finished").ended, "three steps are made")
+    until(lambda: runs.reported("gpt-paused").state in ("paused", "starting"), "it waits")
     seen = runs.ls()
     states = {name: run["state"] for name, run in seen.items()}
     assert states.pop("gpt-paused") in ("paused", "live")
@@ -49,7 +49,7 @@ def test_states_of_all_kinds(runs):
     assert "gone without an end record" in seen["gpt-killed"]["note"]
 
 
-def test_ls_for_people_and_live_alone(runs):
+def test_ls_prints_a_table_and_live_runs_only(runs):
     runs.start("gpt-here")
     runs.start("gpt-dead")
     runs.kill("gpt-dead")
@@ -71,9 +71,9 @@ def test_no_runs_at_all(runs):
     assert "there are no runs yet" in refused.stderr
 
 
-def test_names_prefixes_directories_and_near_misses(runs, monkeypatch):
+def test_a_run_is_found_by_name_prefix_and_directory(runs, monkeypatch):
     for name in ("gpt-quiet-otter", "gpt-quiet-owl", "vit-bold-hare"):
-        runs.made(name)
+        runs.create(name)
     monkeypatch.setenv("TUI_TRAINER_RUNS_DIR", str(runs.directory))
     assert resolve("gpt-quiet-owl").name == "gpt-quiet-owl"
     assert resolve("vit").name == "vit-bold-hare"
@@ -95,13 +95,13 @@ def test_names_prefixes_directories_and_near_misses(runs, monkeypatch):
         resolve(str(runs.directory))
 
 
-def test_a_name_that_begins_another_is_found(runs):
-    runs.made("gpt")
-    runs.made("gpt-2")
+def test_a_name_that_is_a_prefix_of_another_is_found(runs):
+    runs.create("gpt")
+    runs.create("gpt-2")
     assert resolve("gpt", runs.directory).name == "gpt"
 
 
-def test_newest_live_one_comes_first(runs):
+def test_the_newest_live_run_is_taken(runs):
     runs.start("gpt-old")
     runs.start("gpt-new")
     runs.start("gpt-dead")
@@ -114,7 +114,7 @@ def test_newest_live_one_comes_first(runs):
         live_socket(listed[0])
 
 
-def said(**fields):
+def reported(**fields):
     known = {
         "name": "r",
         "state": "running",
@@ -127,21 +127,23 @@ def said(**fields):
 
 
 def test_a_process_with_the_same_number_is_not_the_run():
-    assert judge_state(said())[0] == "live"
-    assert judge_state(said(state="paused"))[0] == "paused"
-    assert judge_state(said(process="another:1"))[0] == "crashed"
-    assert judge_state(said(process=""))[0] == "crashed"
-    assert judge_state(said(state="finished", process="another:1"))[0] == "finished"
+    assert judge_state(reported())[0] == "live"
+    assert judge_state(reported(state="paused"))[0] == "paused"
+    assert judge_state(reported(process="another:1"))[0] == "crashed"
+    assert judge_state(reported(process=""))[0] == "crashed"
+    assert judge_state(reported(state="finished", process="another:1"))[0] == "finished"
 
 
-def test_a_run_elsewhere_is_judged_by_its_silence():
-    assert judge_state(said(machine="other-host", pid=1))[0] == "live"
-    state, why = judge_state(said(machine="other-host", host="far", written_at=time.time() - 100))
+def test_a_run_on_another_machine_is_judged_by_its_silence():
+    assert judge_state(reported(machine="other-host", pid=1))[0] == "live"
+    state, why = judge_state(
+        reported(machine="other-host", host="far", written_at=time.time() - 100)
+    )
     assert state == "crashed"
     assert "no sign of life from far" in why
 
 
-def test_a_process_that_ended_but_was_not_waited_for_is_gone(runs):
+def test_a_zombie_process_counts_as_gone(runs):
     process = runs.start("gpt-zombie")
     process.kill()
     until(lambda: process_identity(process.pid) == "", "the zombie counts as gone")
@@ -149,8 +151,8 @@ def test_a_process_that_ended_but_was_not_waited_for_is_gone(runs):
     assert inspect_run(runs.directory / "gpt-zombie").state == "crashed"
 
 
-def test_a_run_that_never_spoke(runs):
-    path = runs.made("gpt-mute")
+def test_a_run_that_wrote_no_status(runs):
+    path = runs.create("gpt-mute")
     assert inspect_run(path).state == "live"
     long_ago = time.time() - 1000
     os.utime(path / "run.json", (long_ago, long_ago))
@@ -158,13 +160,13 @@ def test_a_run_that_never_spoke(runs):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": 3}', b"\xff\xfe", b"[]"])
-def test_what_cannot_be_read_is_no_state(tmp_path, content):
+def test_an_unreadable_status_is_none(tmp_path, content):
     (tmp_path / "status.json").write_bytes(content)
     assert read_state(tmp_path) is None
 
 
-def test_state_is_kept_and_read_back(tmp_path):
-    state = said(step=7, loss=0.5, loss_text="", title="t")
+def test_a_status_is_written_and_read_back(tmp_path):
+    state = reported(step=7, loss=0.5, loss_text="", title="t")
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
@@ -172,7 +174,7 @@ def test_state_is_kept_and_read_back(tmp_path):
 
 
 def test_a_runs_directory_that_others_can_write_to_is_refused(runs):
-    runs.made("gpt-mine")
+    runs.create("gpt-mine")
     runs.directory.chmod(0o777)
     refused = runs.call("ls")
     assert refused.returncode == 1
