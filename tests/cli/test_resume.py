@@ -67,7 +67,7 @@ def test_going_on_equals_never_having_stopped(place):
     shown = json.loads(call("show", "rest", "--json", cwd=place).stdout)
     assert (shown["parent"], shown["branch_step"]) == (str(parent), 7)
     assert "from whole@7" in call("ls", cwd=place).stdout
-    assert "goes on from whole@7" in call("show", "rest", cwd=place).stdout
+    assert "continues whole@7" in call("show", "rest", cwd=place).stdout
     assert "goes on" not in call("show", "whole", cwd=place).stdout
     assert header["host"]
     assert {"tui-trainer", "python", "torch"} <= set(header["versions"])
@@ -76,11 +76,11 @@ def test_going_on_equals_never_having_stopped(place):
     more = call("gpt", "--resume", "rest", "--steps", "14", "--json", cwd=place)
     assert more.returncode == 0, more.stderr
     assert list(steps_in(more.stdout)[1]) == [13, 14]
-    assert "schedule has another end" in more.stderr
+    assert "schedule ends at another step" in more.stderr
     assert "schedule" not in done.stderr
     # The parent had gone further than the checkpoint: those steps are made again, which is said.
-    assert "going on from step 7 of whole, which came to step 12" in done.stderr
-    assert "going on from step 12 of rest\n" in more.stderr
+    assert "continuing from step 7 of whole, which reached step 12" in done.stderr
+    assert "continuing from step 12 of rest\n" in more.stderr
 
 
 def test_checkpoints_are_found_as_they_are_written(place):

@@ -102,7 +102,7 @@ def test_too_many(tmp_path):
         shutil.copytree(directory("calm"), tmp_path / "runs" / f"run{number}")
     (tmp_path / "runs").chmod(0o700)
     names = [f"run{number}" for number in range(compare.MOST + 1)]
-    assert_refused(call("compare", *names, cwd=tmp_path), "cannot be told apart")
+    assert_refused(call("compare", *names, cwd=tmp_path), "cannot be distinguished")
     fewer = call("compare", *names[1:], cwd=tmp_path)
     assert fewer.returncode == 0
     assert "set up alike" not in fewer.stdout or "differently" not in fewer.stdout

@@ -142,7 +142,7 @@ def test_a_missing_package_is_said_with_its_command(tmp_path, package):
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "out"
     path.write_text("mine")
-    assert_refused(export("calm", "--format", "csv", "--output", path), "is there already")
+    assert_refused(export("calm", "--format", "csv", "--output", path), "already exists")
     assert path.read_text() == "mine"
     done = export("calm", "--format", "csv", "--output", path, "--overwrite")
     assert done.returncode == 0, done.stderr

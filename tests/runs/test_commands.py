@@ -17,7 +17,7 @@ import pytest
 from tests.runs.starting import last_step, until
 from tui_trainer.cli.commands import doctor
 from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
-from tui_trainer.cli.commands.logs import Printed
+from tui_trainer.cli.commands.logs import LogCopier
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE
 from tui_trainer.config.run_state import write_state
@@ -186,14 +186,14 @@ def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
     """What the process printed before it began its log may be longer than the log."""
     path = runs.create("gpt-boots")
     (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
-    printed = Printed(inspect_run(path))
-    printed.go_on()
+    printed = LogCopier(inspect_run(path))
+    printed.copy_new()
     (path / LOG_FILE).write_text("step 1\n")
-    printed.go_on()
-    printed.go_on()
+    printed.copy_new()
+    printed.copy_new()
     with open(path / LOG_FILE, "a") as log:
         log.write("step 2\n")
-    printed.go_on()
+    printed.copy_new()
     assert capsysbinary.readouterr().out == (
         b"a warning of some library's, rather long\nstep 1\nstep 2\n"
     )
@@ -247,7 +247,7 @@ def test_rm_asks_on_a_terminal(runs):
             env=runs.environment,
             timeout=60,
         )
-        asking.expect("remove it for good")
+        asking.expect("remove it permanently")
         asking.sendline(answer)
         asking.expect(pexpect.EOF)
         assert (runs.directory / "gpt-asked").exists() is left
@@ -298,7 +298,7 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
     project.mkdir(mode=0o700)
     (project / "status.json").write_text('{"name": "my deployment"}')
     (project / "thesis.tex").write_text("x")
-    removal_refused(runs, project, "is not surely a run's directory")
+    removal_refused(runs, project, "may not be a run")
     linked = runs.directory / "linked"
     linked.symlink_to(runs.create("gpt-kept"))
     os.utime(runs.directory / "gpt-kept" / "run.json", (1, 1))

@@ -1,4 +1,4 @@
-"""What goes wrong before or around a run, said in one message with a hint, never as a traceback."""
+"""Errors of the command line: one message with a hint, never a traceback."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize
 
 FAULT, USAGE = 1, 2
-"""Exit statuses: something failed; the command line was not understood."""
+"""Exit statuses: something failed; the command line is wrong."""
 INTERRUPTED = 130
-"""As a shell reports Ctrl-C: 128 + SIGINT."""
+"""128 + SIGINT, as a shell reports Ctrl-C."""
 
 
 class CommandError(UserError):
-    """A message for the person at the terminal; the command ends with `status`."""
+    """An error message and a hint; the command exits with `status`."""
 
     def __init__(self, message: str, hint: str = "", status: int = FAULT) -> None:
         super().__init__(message, hint)
@@ -35,22 +35,22 @@ class UsageError(CommandError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
-    """There is no `kind` (command, task, …) called `given`; the hint is the near one."""
+    """The error for a `kind` (command, task, …) that does not exist, with the nearest as hint."""
     return UsageError(f"there is no {kind} {given}", near_miss(given, known))
 
 
 def say(message: str, hint: str = "") -> None:
-    """Print `tui-trainer: message` and the hint on its own line, to stderr."""
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+    """Print `tui-trainer: message` and the hint to stderr."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         print(f"tui-trainer: {sanitize(message)}", file=sys.stderr)
         if hint:
             print(f"  hint: {sanitize(hint)}", file=sys.stderr)
         sys.stderr.flush()
 
 
-def say_our_fault(fault: Exception) -> None:
-    """One line for a fault of ours that nothing else has caught; its traceback goes to a file."""
-    message = f"this is a fault of tui-trainer itself: {type(fault).__name__}: {fault}"
+def report_internal_error(fault: Exception) -> None:
+    """Print one line about an internal error and write its traceback to a file."""
+    message = f"internal error: {type(fault).__name__}: {fault}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="tui-trainer-fault-", suffix=".txt", delete=False, encoding="utf-8"
@@ -62,7 +62,7 @@ def say_our_fault(fault: Exception) -> None:
         say(message, f"please report it, with {file.name}")
 
 
-def leave_pipe_quietly() -> None:
-    """After a broken pipe: point stdout elsewhere, so that its last flush does not complain too."""
+def discard_stdout() -> None:
+    """After a broken pipe, redirect stdout so that its last flush raises no second error."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

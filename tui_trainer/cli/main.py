@@ -1,4 +1,4 @@
-"""The command line: which command, with which flags; each error is one message and a status."""
+"""The command line: parses it, runs the command, and turns errors into a message and a status."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tui_trainer.cli.errors import (
     USAGE,
     CommandError,
     UsageError,
-    leave_pipe_quietly,
+    discard_stdout,
+    report_internal_error,
     say,
-    say_our_fault,
     unknown,
 )
 from tui_trainer.cli.options import RunOptions, StartOptions
@@ -29,15 +29,15 @@ from tui_trainer.config.errors import ConfigurationError
 ABOUT = (
     "The debugger for neural-network training, in the terminal.\n\n"
     "Without a command it opens the start screen. `tui-trainer gpt` trains a small GPT and shows "
-    "it live; `tui-trainer run train.py` does so with your own script. Off a terminal the same "
+    "it live; `tui-trainer run train.py` does so with your own script. Without a terminal the same "
     "commands print plain progress lines. `tui-trainer gpt --help` lists the options of a command."
 )
 TASKS = Group("Train", sort_key=0)
-OTHERWISE = Group("Otherwise", sort_key=200)
+OTHER = Group("Other", sort_key=200)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do what the command line asks; returns the exit status. Raises nothing but SystemExit."""
+    """Run a command line and return the exit status. Raises only SystemExit."""
     given = list(arguments)
     try:
         return _dispatch(given)
@@ -48,21 +48,21 @@ def run(arguments: Sequence[str]) -> int:
         say(fault.message, fault.hint)
         return USAGE
     except CycloptsError as fault:
-        message, hint = _in_our_words(fault)
-        say(message, hint or _where_help_is(given))
+        message, hint = _message_of(fault)
+        say(message, hint or _help_hint(given))
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        leave_pipe_quietly()
+        discard_stdout()
         return FAULT
     except Exception as fault:
-        say_our_fault(fault)
+        report_internal_error(fault)
         return FAULT
 
 
-def _in_our_words(fault: CycloptsError) -> tuple[str, str]:
-    """Message and hint of one of cyclopts' errors."""
+def _message_of(fault: CycloptsError) -> tuple[str, str]:
+    """Message and hint of a cyclopts error."""
     if isinstance(fault, UnusedCliTokensError):
         extra = " ".join(fault.unused_tokens or [])
         return f"unexpected argument {extra}", "options begin with --"
@@ -73,7 +73,7 @@ def _in_our_words(fault: CycloptsError) -> tuple[str, str]:
     return message.rstrip("."), f"did you mean {suggestion}" if suggestion else ""
 
 
-def _where_help_is(given: Sequence[str]) -> str:
+def _help_hint(given: Sequence[str]) -> str:
     command = f" {given[0]}" if given and not given[0].startswith("-") else ""
     return f"tui-trainer{command} --help lists the options"
 
@@ -107,12 +107,12 @@ def _unknown_command(given: str, known: list[str]) -> UsageError:
 
 
 def _app(names: Sequence[str], with_runs: bool = False) -> App:
-    """The commands, of which only the tasks called `names` are loaded: the rest costs time."""
+    """The commands. Only the tasks in `names` are loaded, since loading takes time."""
     from tui_trainer.cli.options import task_command
     from tui_trainer.cli.start import start_screen, start_task
 
     app = App(name="tui-trainer", help=ABOUT, version=__version__, help_format="plaintext")
-    app["--help"].group = app["--version"].group = OTHERWISE
+    app["--help"].group = app["--version"].group = OTHER
     tasks = [load_task(names[0])] if len(names) == 1 else usable_tasks(names)
     for task in tasks:
         app.command(task_command(task, start_task), name=task.name, group=TASKS)
@@ -135,7 +135,7 @@ def _script_command(
     *script: Annotated[
         str,
         Parameter(
-            help="the script, or -m and a module; everything after it is the script's own",
+            help="the script, or -m and a module, followed by its own arguments",
             show_default=False,
         ),
     ],
@@ -151,7 +151,7 @@ def _run_script(arguments: list[str]) -> int:
 
     ours, script = split(arguments)
     options = _call(_app(()), ["run", *ours])
-    if not isinstance(options, RunOptions):  # help was asked for, and given
+    if not isinstance(options, RunOptions):  # help was printed
         return 0
     if script is None:
         raise UsageError("run needs a script", "tui-trainer run train.py, or run -m package.train")

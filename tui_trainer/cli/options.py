@@ -1,4 +1,4 @@
-"""The flags that every run takes, whatever it trains."""
+"""The options of every run, and the options of a task made from its configuration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tui_trainer.config.training import GROUPS, default_preset
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 
-RUNNING = Group("The run", sort_key=100)
-SHOWING = Group("Showing", sort_key=101)
-"""Both come after the groups of a task's own configuration."""
+RUNNING = Group("Run", sort_key=100)
+SHOWING = Group("Display", sort_key=101)
+"""Both after the groups of a task's own configuration."""
 
 DEFAULT_BUDGET = 0.01
-"""Share of the step time that measuring may take."""
+"""Share of step time that measuring may take."""
 
 
 def _flag(
@@ -32,51 +32,50 @@ def _flag(
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How to show a run, where to keep it and what measuring it may cost."""
+    """How to show a run, where to keep it, and how much overhead it may have."""
 
     plain: Annotated[bool, _flag("print progress lines instead of opening the screen", SHOWING)] = (
         False
     )
-    json: Annotated[
-        bool, _flag("print one JSON object a line: the run, every step, the end", SHOWING)
-    ] = False
-    ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    json: Annotated[bool, _flag("print JSON lines: the run, every step, the end", SHOWING)] = False
+    ascii: Annotated[bool, _flag("draw with ASCII characters only", SHOWING)] = False
     slow_link: Annotated[
         bool,
-        _flag("send the terminal little: at most one frame in 2 s, but at once on a key", SHOWING),
+        _flag("send less to the terminal: one frame in 2 s, and at once after a key", SHOWING),
     ] = False
     paused: Annotated[
-        bool, _flag("stop before the first step and wait for keys, or for `resume`", RUNNING)
+        bool, _flag("pause before the first step, until a key or `resume`", RUNNING)
     ] = False
     detach: Annotated[
-        bool, _flag("start it without a screen and print its name; attach shows it", RUNNING)
+        bool,
+        _flag("start without a screen and print the name of the run; attach shows it", RUNNING),
     ] = False
     in_app: Annotated[
         bool,
-        _flag("train on a thread of the app, so that it ends with the terminal", RUNNING),
+        _flag("train on a thread of the app, so that the run ends with the terminal", RUNNING),
     ] = False
     name: Annotated[
         str | None,
-        _flag("what to call the run (default: a name is made up)", RUNNING, metavar="NAME"),
+        _flag("name of the run (default: a random name)", RUNNING, metavar="NAME"),
     ] = None
     resume: Annotated[
         str | None,
         _flag(
-            "go on from the newest checkpoint of a run, or from that of a step: a new run, which "
-            "takes over the other's options",
+            "continue from the newest checkpoint of a run, or from that of a step, as a new run "
+            "with the same options",
             RUNNING,
             metavar="RUN\\[@STEP]",
         ),
     ] = None
     runs_dir: Annotated[
         Path | None,
-        _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
+        _flag("directory of the runs (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
     ] = None
     budget: Annotated[
         float | None,
         _flag(
-            "share of the step time that measuring may take; 0 measures all at its own cadence, "
-            "whatever it costs (default: 0.01, under --json 0)",
+            "share of step time that measuring may take, 0 for no limit (default: 0.01, with "
+            "--json 0)",
             RUNNING,
             metavar="SHARE",
         ),
@@ -84,8 +83,8 @@ class RunOptions:
     attention_pattern: Annotated[
         str | None,
         _flag(
-            "regular expression over parameter names that finds the attention layers, where their "
-            "names do not say it: with a group (?P<layer>…) and either (?P<q>…), (?P<k>…) and "
+            "regular expression over parameter names that finds attention layers with unusual "
+            "names: with a group (?P<layer>…) and either (?P<q>…), (?P<k>…) and "
             "(?P<v>…), or (?P<qkv>…)",
             RUNNING,
             metavar="REGEX",
@@ -94,8 +93,8 @@ class RunOptions:
     checkpoint_every: Annotated[
         int | None,
         _flag(
-            "steps between checkpoints (without it: at the lowest validation loss, when asked, and "
-            "at the end; of a script only when asked)",
+            "steps between checkpoints (default: at the lowest validation loss, on request, and at "
+            "the end; for a script on request only)",
             RUNNING,
             metavar="N",
         ),
@@ -103,7 +102,7 @@ class RunOptions:
     keep_checkpoints: Annotated[
         int,
         _flag(
-            "how many of the newest checkpoints to keep, the best one besides",
+            "number of newest checkpoints to keep, besides the best one",
             RUNNING,
             metavar="N",
             default=True,
@@ -112,7 +111,7 @@ class RunOptions:
 
     @property
     def measuring_budget(self) -> float:
-        """The budget in force: a program that reads every step is promised every step."""
+        """The budget in force. JSON lines have every quantity at every step, so it is 0 there."""
         if self.budget is not None:
             return self.budget
         return 0.0 if self.json else DEFAULT_BUDGET
@@ -120,22 +119,20 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
-    """The flags of the start screen: what does not depend on the run that is going to be made."""
+    """The options of the start screen."""
 
-    ascii: Annotated[bool, _flag("draw with ASCII characters alone", SHOWING)] = False
+    ascii: Annotated[bool, _flag("draw with ASCII characters only", SHOWING)] = False
     slow_link: Annotated[
         bool,
-        _flag("send the terminal little: at most one frame in 2 s, but at once on a key", SHOWING),
+        _flag("send less to the terminal: one frame in 2 s, and at once after a key", SHOWING),
     ] = False
     runs_dir: Annotated[
         Path | None,
-        _flag("where runs are kept (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
+        _flag("directory of the runs (also $TUI_TRAINER_RUNS_DIR)", RUNNING, metavar="DIR"),
     ] = None
 
 
-# ---- flags
-# Command-line flags of a task, made from its typed configuration: each overrides the preset.
-
+# ---------------------------------------------------------------- options of a task
 
 PRESET = Group("Preset", sort_key=0)
 _PLAIN = RunOptions()
@@ -146,10 +143,10 @@ Start = Callable[[TaskDefinition, str | None, dict[str, Scalar], RunOptions], in
 
 
 def task_command(task: TaskDefinition, start: Start) -> Callable[..., int]:
-    """The function behind `tui-trainer <task>`, with one keyword for every field it can override.
+    """The function behind `tui-trainer <task>`, with one keyword for every option of the task.
 
-    Values are handed on as typed: `config.resolve` converts and checks them, for the form of the
-    start screen too, so that both say the same of a wrong one.
+    Values are passed on as typed: `config.resolve` converts and checks them, as it does for the
+    start screen, so that both report the same error.
     """
 
     def command(
@@ -193,10 +190,10 @@ def _override_keywords(task: TaskDefinition) -> list[inspect.Parameter]:
 
 def _preset_flag(task: TaskDefinition) -> Parameter:
     return Parameter(
-        help=f"where the options start from: {', '.join(task.presets)}",
+        help=f"the preset that the options override: {', '.join(task.presets)}",
         group=PRESET,
         metavar="NAME",
-        show_default=_always(f"{default_preset(task)}, whose values are shown here"),
+        show_default=_constant(f"{default_preset(task)}, whose values are shown as defaults"),
     )
 
 
@@ -208,11 +205,11 @@ def _task_flag(option: Option, group: Group, value: Scalar) -> Parameter:
         group=group,
         metavar=metavar,
         negative=() if option.kind != "bool" else None,
-        show_default=False if value is None else _always(_plainly(value)),
+        show_default=False if value is None else _constant(_default_text(value)),
     )
 
 
-def _plainly(value: Scalar) -> str:
+def _default_text(value: Scalar) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str) and not value.isprintable():
@@ -220,8 +217,8 @@ def _plainly(value: Scalar) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _always(text: str) -> Callable[[Any], str]:
-    """Shown as the default of a flag whose own default, None, only means `as the preset has it`."""
+def _constant(text: str) -> Callable[[Any], str]:
+    """The shown default of an option whose own default, None, means the value of the preset."""
 
     def shown(_: Any) -> str:
         return text

@@ -1,4 +1,4 @@
-"""The tasks that are installed: ours, and any package's that registers one."""
+"""The installed tasks: the shipped ones, and those that other packages register."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from tui_trainer.cli import commands
 from tui_trainer.cli.errors import CommandError, say, unknown
 from tui_trainer.tasks.definition import GROUP, TaskDefinition
 
-OURS = ("gpt", "vit")
+SHIPPED = ("gpt", "vit")
 RESERVED = ("run", "script", *commands.COMMANDS, *commands.HIDDEN)
-"""Names that mean something else: commands, and `script`, the task of a user's own script."""
+"""Names of commands, and `script`, the task of a user's own script."""
 
 
 def _entries() -> dict[str, EntryPoint]:
     found = {each.name: each for each in entry_points(group=GROUP)}
-    names = [name for name in OURS if name in found]
-    names += sorted(name for name in found if name not in OURS and name not in RESERVED)
+    names = [name for name in SHIPPED if name in found]
+    names += sorted(name for name in found if name not in SHIPPED and name not in RESERVED)
     return {name: found[name] for name in names}
 
 
 def task_names() -> list[str]:
-    """Every task that is installed, ours first; nothing of them is imported."""
+    """Names of all installed tasks, the shipped ones first, without importing them."""
     return list(_entries())
 
 
 def load_task(name: str) -> TaskDefinition:
-    """The task called `name`. Raises CommandError when it cannot be loaded."""
+    """Load the task `name`. Raises CommandError."""
     entries = _entries()
     if name not in entries:
         raise unknown("task", name, entries)
@@ -41,7 +41,7 @@ def load_task(name: str) -> TaskDefinition:
         ) from fault
     if not isinstance(loaded, TaskDefinition):
         raise CommandError(
-            f"the task {name} is no TaskDefinition but {type(loaded).__name__}",
+            f"the task {name} is a {type(loaded).__name__}, not a TaskDefinition",
             _installed_by(entry),
         )
     return loaded
@@ -53,7 +53,7 @@ def _installed_by(entry: EntryPoint) -> str:
 
 
 def usable_tasks(names: Sequence[str]) -> list[TaskDefinition]:
-    """Those of `names` that can be loaded; of each other one, one line to stderr."""
+    """Load the tasks in `names`; those that fail are reported on stderr."""
     tasks = []
     for name in names:
         try:

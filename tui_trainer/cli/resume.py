@@ -1,4 +1,4 @@
-"""`--resume RUN`: the options of a run that goes on from another one's checkpoint."""
+"""`--resume RUN`: the options of a run that continues from a checkpoint of another one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resumed(
     overrides: Mapping[str, Scalar],
     options: RunOptions,
 ) -> tuple[dict[str, Scalar], Branch]:
-    """The parent's configuration with `overrides` on top, and where to begin.
+    """The parent's configuration with `overrides` applied, and the checkpoint to start from.
 
     Raises CommandError and ConfigurationError.
     """
@@ -39,44 +39,44 @@ def resumed(
     if preset is not None:
         raise UsageError(
             "--preset cannot be given with --resume",
-            f"the options are those of {branch.run.name}; single ones can be changed",
+            f"the options are those of {branch.run.name}; override single ones instead",
         )
     values: dict[str, Scalar] = dict(parent.configuration)
     if any(overrides.get(name) is not None for name in _LENGTH):
         values.update(dict.fromkeys(_LENGTH))
-    values["data"] = _found_from(parent.working_directory, values.get("data"))
+    values["data"] = _resolve_data(parent.working_directory, values.get("data"))
     configuration = to_flat(from_flat(task.config, {**values, **overrides}))
     total = configuration.get("steps")
     if isinstance(total, int) and total <= branch.step:
         raise CommandError(
             f"{branch.run.name} has made all of its {branch.step:,} steps",
-            f"--steps {branch.step * 2} lets it go on",
+            f"--steps {branch.step * 2} continues it",
         )
-    _tell_where(branch)
-    _tell_of_another_schedule(parent.configuration, configuration)
+    _print_start(branch)
+    _print_schedule_note(parent.configuration, configuration)
     return configuration, branch
 
 
-def _tell_where(branch: Branch) -> None:
+def _print_start(branch: Branch) -> None:
     reached = branch.run.reported.step
-    beyond = f", which came to step {reached:,}" if reached > branch.step else ""
-    print(f"going on from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
+    beyond = f", which reached step {reached:,}" if reached > branch.step else ""
+    print(f"continuing from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
 
 
-def _tell_of_another_schedule(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    """A learning rate that falls towards the end falls otherwise when the end is moved."""
+def _print_schedule_note(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
+    """A learning rate that decays towards the end depends on where the end is."""
     schedule = now.get("schedule")
     moved = any(before.get(name) != now.get(name) for name in _LENGTH)
     if moved and schedule != "constant":
         print(
-            f"note: the {schedule} schedule has another end than before, so learning rates differ "
-            "from those of a run that was this long from the start",
+            f"note: the {schedule} schedule ends at another step than before, so its learning "
+            "rates differ from those of a run of this length",
             file=sys.stderr,
         )
 
 
-def _found_from(directory: str, data: Scalar) -> Scalar:
-    """The parent's `--data`, which was given where the parent was started."""
+def _resolve_data(directory: str, data: Scalar) -> Scalar:
+    """The parent's `--data`, relative to where the parent was started."""
     if isinstance(data, str) and directory and not os.path.isabs(data):
         there = Path(directory) / Path(data).expanduser()
         return str(there) if there.exists() else data

@@ -1,4 +1,4 @@
-"""The commands for runs that are there already: list, attach, control, look back, remove."""
+"""The commands for existing runs, one file each, imported when they are called."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 _PACKAGE = "tui_trainer.cli.commands"
-_ABOUT_RUNS = {
+_RUNS = {
     "attach": ("attach", "open the screen over a live run, here or over ssh"),
-    "ls": ("ls", "the runs: live, paused, finished, stopped, crashed"),
-    "show": ("show", "one picture of a run in text, or one JSON object"),
-    "logs": ("logs", "what a run printed; -f follows it"),
-    "pause": ("control", "stop a run at its next phase boundary; resume goes on"),
-    "resume": ("control", "let a paused run go on"),
-    "step": ("control", "make one optimizer step, or so many, then pause"),
+    "ls": ("ls", "list the runs: live, paused, finished, stopped, crashed"),
+    "show": ("show", "show a run as text, or as one JSON object"),
+    "logs": ("logs", "print the output of a run; -f follows it"),
+    "pause": ("control", "pause a run at its next phase boundary"),
+    "resume": ("control", "resume a paused run"),
+    "step": ("control", "make one optimizer step, or N, then pause"),
     "stop": ("control", "finish the running step, then end the run"),
-    "checkpoint": ("control", "write a checkpoint at the next step boundary and go on"),
-    "rm": ("rm", "remove runs that have ended, with all that was recorded"),
+    "checkpoint": ("control", "write a checkpoint at the next step boundary"),
+    "rm": ("rm", "remove runs that have ended"),
 }
-"""Command to its module and its line in the help. The modules are imported when they are called
-for: together they take longer than the help takes to print."""
-_ABOUT_THE_PAST = {
-    "replay": ("replay", "look back at a run, step by step; read-only, live ones too"),
-    "compare": ("compare", "overlay losses and norms of runs, and how their options differ"),
-    "report": ("report", "one page with a run's charts, configuration and events"),
-    "export": ("export", "a run as CSV, JSON lines, Parquet or TensorBoard files"),
+"""Command to its module and its line in the help, so that help imports no command."""
+_RECORDINGS = {
+    "replay": ("replay", "replay a run step by step, read-only; a live one too"),
+    "compare": ("compare", "overlay the losses and norms of runs, and how their options differ"),
+    "report": ("report", "write one HTML page about a run"),
+    "export": ("export", "write a run as CSV, JSON lines, Parquet or TensorBoard files"),
 }
-_ABOUT_MACHINE = {
-    "doctor": ("doctor", "versions, device, terminal, permissions, and what is missing"),
+_MACHINE = {
+    "doctor": ("doctor", "check versions, device, terminal, permissions, and what is missing"),
 }
 
-COMMANDS = (*_ABOUT_RUNS, *_ABOUT_THE_PAST, *_ABOUT_MACHINE)
+COMMANDS = (*_RUNS, *_RECORDINGS, *_MACHINE)
 HIDDEN = ("relay",)
-"""For the far end of an ssh connection, not for people."""
+"""Used on the remote side of an ssh connection."""
 
 
 def register(app: App) -> None:
@@ -42,9 +41,9 @@ def register(app: App) -> None:
     from cyclopts import Group
 
     for about, group in (
-        (_ABOUT_RUNS, Group("Runs", sort_key=1)),
-        (_ABOUT_THE_PAST, Group("Looking back", sort_key=2)),
-        (_ABOUT_MACHINE, Group("This machine", sort_key=3)),
+        (_RUNS, Group("Runs", sort_key=1)),
+        (_RECORDINGS, Group("Recordings", sort_key=2)),
+        (_MACHINE, Group("This machine", sort_key=3)),
     ):
         for name, (module, line) in about.items():
             app.command(f"{_PACKAGE}.{module}:{name}", name=name, help=line, group=group)

@@ -1,4 +1,4 @@
-"""`tui-trainer attach`: the screen over a run that is there already, here or on another machine."""
+"""`tui-trainer attach`: opens the screen over a live run, on this machine or another one."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def attach(
     run: Annotated[
         str | None,
         Parameter(
-            help="the run: its name, the beginning of it, or its directory (default: the newest "
-            "live one); or ssh://[user@]host[:port][/RUN], through your own ssh",
+            help="the run: its name, a prefix of it, or its directory (default: the newest live "
+            "one); or ssh://[user@]host[:port][/RUN], with your own ssh",
             show_default=False,
         ),
     ] = None,
     *,
-    read_only: Annotated[bool, flag("watch; never control")] = False,
-    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    read_only: Annotated[bool, flag("watch only, without control")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
     slow_link: Annotated[
         bool,
-        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
+        flag("send less to the terminal: one frame in 2 s, and at once after a key"),
     ] = False,
     remote_command: Annotated[
         str,
         Parameter(
-            help="what runs tui-trainer on the other machine, where it is not found by itself "
+            help="the command of tui-trainer on the other machine, if it is not found "
             f"(also ${REMOTE_COMMAND_VARIABLE})",
             show_default=False,
             metavar="COMMAND",
@@ -59,7 +59,7 @@ def attach(
 ) -> int:
     """open the screen over a live run, here or over ssh"""
     if reason := why_no_screen():
-        raise UsageError(reason, "tui-trainer show RUN prints a picture, --json an object")
+        raise UsageError(reason, "tui-trainer show RUN prints the run as text, --json as an object")
     look = _Look(read_only, ascii, slow_link)
     with cli_errors():
         if run is not None and run.startswith(SCHEME):
@@ -72,7 +72,7 @@ def attach(
 
 @dataclass(frozen=True)
 class _Look:
-    """How to watch."""
+    """How to show the run."""
 
     read_only: bool
     ascii: bool
@@ -103,7 +103,7 @@ def _open(connect: Connector, look: _Look, name: str, run: RunEntry | None) -> i
 
 
 class AttachResult:
-    """What was on the screen, for the last line after it has closed."""
+    """The run that was shown, for the exit summary."""
 
     def __init__(self, session: object, name: str, run: RunEntry | None) -> None:
         from tui_trainer.client.live import LiveSession
@@ -115,7 +115,7 @@ class AttachResult:
         self.directory = run.directory if run else Path(tempfile.gettempdir())
 
     def print_summary(self) -> int:
-        """Print how the run stands; returns the exit status."""
+        """Print the state of the run and return the exit status."""
         snapshot = self._session.poll()
         status = snapshot.status
         said = _waited_for(self._run) if self._run and status.state == "stopping" else None
@@ -129,7 +129,7 @@ class AttachResult:
 
 
 def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
-    """The end of a run that is being stopped: it finishes a step, perhaps a checkpoint."""
+    """Wait until a run that is stopping has ended, with its step and perhaps a checkpoint."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         now = inspect_run(run.directory)
@@ -143,7 +143,7 @@ def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
 
 
 def choose_run(runs: Sequence[RemoteRun]) -> str:
-    """Ask on the terminal, by number, before anything is painted."""
+    """Ask on the terminal which run to open."""
     now = time.time()
     width = max(len(run.name) for run in runs)
     for place, run in enumerate(runs, 1):
@@ -158,10 +158,10 @@ def choose_run(runs: Sequence[RemoteRun]) -> str:
         print(f"which run? [1-{len(runs)}, Enter for 1] ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            raise RunError("several runs are live there", "say which: ssh://host/RUN")
+            raise RunError("several runs are live there", "name one: ssh://host/RUN")
         given = line.strip() or "1"
         if given.isascii() and given.isdigit() and 1 <= int(given) <= len(runs):
             return names[int(given) - 1]
         if given in names:
             return given
-        print("a number or a name from the list, please", file=sys.stderr)
+        print("enter a number or a name from the list", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the commands for runs share: their common flags, and errors in one voice."""
+"""Flags and helpers shared by the commands for existing runs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, newest, resolve
 from tui_trainer.store.schema import StoreError
 
-NAMED = "the run: its name, the beginning of it, or its directory"
+NAMED = "the run: its name, a prefix of it, or its directory"
 RunName = Annotated[
     str | None,
     Parameter(help=f"{NAMED} (default: the newest live one, else the newest)", show_default=False),
 ]
 LiveRunName = Annotated[
     str | None,
-    Parameter(
-        help=f"{NAMED} (default: the live one, where there is one alone)", show_default=False
-    ),
+    Parameter(help=f"{NAMED} (default: the live one, if there is only one)", show_default=False),
 ]
 RunsDir = Annotated[
     Path | None,
     Parameter(
-        help="where runs are kept (also $TUI_TRAINER_RUNS_DIR)",
+        help="directory of the runs (also $TUI_TRAINER_RUNS_DIR)",
         show_default=False,
         negative=(),
         metavar="DIR",
@@ -38,13 +36,13 @@ RunsDir = Annotated[
 
 
 def flag(help: str) -> Parameter:
-    """A flag that is off unless given."""
+    """A flag that is off by default."""
     return Parameter(help=help, negative=(), show_default=False)
 
 
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
-    """What is wrong with a run becomes the one message of the command."""
+    """Turn a RunError into the error message of the command."""
     try:
         yield
     except RunError as fault:
@@ -53,16 +51,16 @@ def cli_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """A recording that cannot be opened becomes the one message, with where to look instead."""
+    """Turn a recording that cannot be opened into the error message of the command."""
     try:
         yield
     except (StoreError, OSError) as fault:
-        hint = f"tui-trainer show {directory} says what is known"
+        hint = f"tui-trainer show {directory} shows what is known"
         raise CommandError(str(fault), hint) from fault
 
 
 def choose_run_by_name(run: str | None, runs_dir: Path | None, live: bool = True) -> RunEntry:
-    """The run that is named, or else the newest live one (any, where `live` is False)."""
+    """The named run, or the newest live one (the newest of all if none is and `live` is False)."""
     if run is not None:
         return resolve(run, runs_dir)
     runs = list_runs(runs_dir)
@@ -72,12 +70,12 @@ def choose_run_by_name(run: str | None, runs_dir: Path | None, live: bool = True
 
 
 def require_single_run(run: str | None, runs_dir: Path | None) -> RunEntry:
-    """The run that is named, or else the live one: commands do not guess between several."""
+    """The named run, or the only live one. Raises RunError if there are several."""
     if run is not None:
         return resolve(run, runs_dir)
     runs = list_runs(runs_dir)
     live = [each for each in runs if each.live]
     if len(live) > 1:
         names = ", ".join(each.name for each in live[:8])
-        raise RunError(f"{len(live)} runs are live", f"say which: {names}")
+        raise RunError(f"{len(live)} runs are live", f"name one: {names}")
     return newest(runs)

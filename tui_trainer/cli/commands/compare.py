@@ -1,4 +1,4 @@
-"""`tui-trainer compare RUN RUN…`: several runs on one chart, or, off a terminal, as a table."""
+"""`tui-trainer compare RUN RUN…`: several runs on one chart, or as a table without a terminal."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def compare(
     *runs: Annotated[
         str,
         Parameter(
-            help="two runs or more: names, beginnings of names, or directories",
+            help="two runs or more: names, prefixes of names, or directories",
             show_default=False,
         ),
     ],
     plain: Annotated[bool, flag("print a table instead of opening the screen")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
-    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """overlay losses and norms of runs, and how their options differ"""
+    """overlay the losses and norms of runs, and list how their options differ"""
     with cli_errors():
         found = list({run.directory: run for run in (resolve(r, runs_dir) for r in runs)}.values())
         if len(found) < 2:
             raise UsageError("compare needs two runs or more", "tui-trainer ls lists them")
         if len(found) > MOST:
-            raise UsageError(f"more than {MOST} runs cannot be told apart on a chart")
+            raise UsageError(f"more than {MOST} runs cannot be distinguished on a chart")
         compared = [ComparedRun(run) for run in found]
     if json:
         print(_as_json(compared))
@@ -66,20 +66,19 @@ def _open(compared: list[ComparedRun], ascii: bool) -> int:
 
 
 class ComparisonResult:
-    """What was on the screen. Nothing is left to be said of it but what could not be read."""
+    """The compared runs, for the exit summary: only what could not be read is printed."""
 
     def __init__(self, compared: list[ComparedRun]) -> None:
         self.directory: Path = compared[0].run.directory
         self._compared = compared
 
     def print_summary(self) -> int:
-        """Returns the exit status."""
         _say_faults(self._compared)
         return 0
 
 
 def as_lines(compared: list[ComparedRun]) -> list[str]:
-    """A table for people: how each run ended, and what was set up differently."""
+    """A table of how each run ended and which options differ."""
     names = ("", *(run.name for run in compared))
     ends = [_texts(line) for line in outcome(compared)]
     unlike = [_texts(line) for line in differences(compared)]
@@ -92,8 +91,8 @@ def as_lines(compared: list[ComparedRun]) -> list[str]:
     rule = "-" * (sum(widths) + len(GAP) * len(compared))
     lines = [row(names), rule, *map(row, ends), ""]
     if not unlike:
-        return [*lines, "set up alike"]
-    return [*lines, "set up differently", rule, *map(row, unlike)]
+        return [*lines, "same options"]
+    return [*lines, "different options", rule, *map(row, unlike)]
 
 
 def _texts(line: Difference) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""`pause`, `resume`, `step`, `stop` and `checkpoint`: for scripts, and for hands without a screen.
+"""`pause`, `resume`, `step`, `stop` and `checkpoint`: control a live run without its screen.
 
-Each takes control of the run if another viewer holds it (all viewers are told), waits until what
-was asked for has come about, and says in one line how the run is then.
+Each command takes control of the run from any other viewer (all viewers see a notice), waits until
+it has taken effect, and prints the state of the run on one line.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from tui_trainer.runs.checkpoints import CHECKPOINTS, WHOLE
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 
-LOOK_EVERY_S = 0.05
-MOST_STEPS, DIGITS = 10**12, 20
-"""As many steps as a run takes; digits that are read of a number that may be far longer."""
-BYTES = 256 * 1024
-"""Wanted with each answer: enough to keep up with what a fast run tells."""
-NoWait = Annotated[bool, flag("return as soon as the run has accepted it")]
+POLL_EVERY_S = 0.05
+MAX_STEPS = 10**12
+MAX_DIGITS = 20
+ANSWER_BYTES = 256 * 1024
+"""Enough per answer to keep up with the events of a fast run."""
+NoWait = Annotated[bool, flag("return as soon as the run has accepted the command")]
 
 Reached = Callable[[Status, "list[Event]"], bool]
-"""Whether what was asked for has come about, from the status and the events since."""
+"""Whether the command has taken effect, from the status and the events since."""
 
 
 def pause(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
-    """stop a run at its next phase boundary; resume goes on"""
-    return _do("pause", messages.Pause(), _paused, run, no_wait, runs_dir)
+    """pause a run at its next phase boundary"""
+    return _execute("pause", messages.Pause(), _paused, run, no_wait, runs_dir)
 
 
 def resume(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
-    """let a paused run go on"""
-    return _do("resume", messages.Resume(), _running, run, no_wait, runs_dir)
+    """resume a paused run"""
+    return _execute("resume", messages.Resume(), _running, run, no_wait, runs_dir)
 
 
 def step(
     run: Annotated[
         str | None,
         Parameter(
-            help="the run (default: the live one, where there is one alone), and how many steps "
-            "(default: 1): in any order",
+            help="the run (default: the live one, if there is only one) and the number of steps "
+            "(default: 1), in any order",
             show_default=False,
         ),
     ] = None,
@@ -66,9 +66,9 @@ def step(
     no_wait: NoWait = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """make one optimizer step, or so many, then pause"""
+    """make one optimizer step, or N, then pause"""
     name, wanted = _run_and_count([each for each in (run, count) if each is not None])
-    return _do("step", messages.Step(wanted), _paused, name, no_wait, runs_dir)
+    return _execute("step", messages.Step(wanted), _paused, name, no_wait, runs_dir)
 
 
 def stop(
@@ -80,20 +80,17 @@ def stop(
 ) -> int:
     """finish the running step, then end the run"""
     action = messages.Stop(checkpoint=checkpoint)
-    return _do("stop", action, _ended, run, no_wait, runs_dir)
+    return _execute("stop", action, _ended, run, no_wait, runs_dir)
 
 
 def checkpoint(
     run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None
 ) -> int:
-    """write a checkpoint at the next step boundary and go on"""
-    return _do("checkpoint", messages.Checkpoint(), _written, run, no_wait, runs_dir)
+    """write a checkpoint at the next step boundary"""
+    return _execute("checkpoint", messages.Checkpoint(), _written, run, no_wait, runs_dir)
 
 
-# ---------------------------------------------------------------- doing
-
-
-def _do(
+def _execute(
     name: str, action: Action, reached: Reached, run: str | None, no_wait: bool, runs: Path | None
 ) -> int:
     with cli_errors():
@@ -113,7 +110,7 @@ def _do(
 
 
 def _catch_up(client: RunClient) -> None:
-    while client.poll(BYTES).more:
+    while client.poll(ANSWER_BYTES).more:
         pass
 
 
@@ -121,7 +118,7 @@ def _wait(client: RunClient, reached: Reached, since: list[Event], run: RunEntry
     """The status once `reached` holds; the events until then are added to `since`."""
     while True:
         try:
-            update = client.poll(BYTES)
+            update = client.poll(ANSWER_BYTES)
         except RunError:
             if (ended := _end_on_disk(run)) is not None:
                 return ended
@@ -130,11 +127,11 @@ def _wait(client: RunClient, reached: Reached, since: list[Event], run: RunEntry
         if not update.more and (update.status.ended or reached(update.status, since)):
             return update.status
         if not update.more:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
 
 
 def _end_on_disk(run: RunEntry) -> Status | None:
-    """How the run ended, where it left before it could tell us."""
+    """How the run ended, if it exited before it could answer."""
     now = inspect_run(run.directory)
     if now is None or now.live:
         return None
@@ -156,30 +153,32 @@ def _ended(status: Status, _: list[Event]) -> bool:
 
 
 def _written(status: Status, events: list[Event]) -> bool:
-    """Whether it is written, or cannot be for as long as nobody lets the run go on."""
-    told = any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
-    return told or (status.state == "paused" and status.phase != "step")
+    """Whether it is written, or cannot be until the run is resumed."""
+    reported = any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
+    return reported or (status.state == "paused" and status.phase != "step")
 
 
-def _check_checkpoint(action: Action, run: RunEntry, status: Status, told: list[Notice]) -> None:
-    """Whether the checkpoint that was asked for is there, and where. Raises CommandError."""
-    failure = next((each.text for each in reversed(told) if each.level == "error"), "")
+def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: list[Notice]) -> None:
+    """Print the path of the requested checkpoint. Raises CommandError if it was not written."""
+    failure = next((each.text for each in reversed(notices) if each.level == "error"), "")
     place = run.directory / CHECKPOINTS / f"step-{status.step:08}"
     match action:
         case messages.Stop(checkpoint=True):
             if not (place / WHOLE).is_file():
-                raise CommandError(failure or "it has ended, and no checkpoint was written")
+                raise CommandError(failure or "the run has ended without writing a checkpoint")
         case messages.Checkpoint():
-            if not told and status.ended:
-                raise CommandError("the run ended before its step did: no checkpoint was written")
-            if not told:
+            if not notices and status.ended:
+                raise CommandError(
+                    "the run ended before the step was complete: no checkpoint was written"
+                )
+            if not notices:
                 raise CommandError(
                     f"{run.name} has paused after {status.phase}, in the middle of a step",
-                    "the checkpoint is written as soon as the step is made: tui-trainer step",
+                    "the checkpoint is written once the step is complete: tui-trainer step",
                 )
             if failure:
                 raise CommandError(failure)
-            place = run.directory / CHECKPOINTS / f"step-{told[-1].step:08}"
+            place = run.directory / CHECKPOINTS / f"step-{notices[-1].step:08}"
         case _:
             return
     print(place, flush=True)
@@ -188,7 +187,11 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, told: list[
 def _sentence(name: str, status: Status, history: History, early: bool) -> str:
     table = history.table(schema.STEP)
     latest = table.latest() if table is not None else None
-    loss = f", loss {number(float(latest[1][0]), 0)}" if latest is not None else ""
+    loss = (
+        f", loss {number(float(latest[1][schema.STEP_INDEX['loss']]), 0)}"
+        if latest is not None
+        else ""
+    )
     state = "accepted" if early else status.state
     elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
     reason = f" ({status.reason})" if status.reason and not early else ""
@@ -196,12 +199,12 @@ def _sentence(name: str, status: Status, history: History, early: bool) -> str:
 
 
 def _run_and_count(given: list[str]) -> tuple[str | None, int]:
-    """From `RUN`, `N`, `RUN N` or `N RUN`."""
+    """Parse `RUN`, `N`, `RUN N` or `N RUN`."""
     counts = [each for each in given if each.isascii() and each.removeprefix("-").isdigit()]
     names = [each for each in given if each not in counts]
     if len(counts) > 1 or len(names) > 1:
         raise UsageError("step takes one run and one number", "tui-trainer step RUN 10")
-    count = int(counts[0][:DIGITS]) if counts else 1
-    if not 1 <= count <= MOST_STEPS:
-        raise UsageError(f"step needs a number from 1 to {MOST_STEPS:,}")
+    count = int(counts[0][:MAX_DIGITS]) if counts else 1
+    if not 1 <= count <= MAX_STEPS:
+        raise UsageError(f"step needs a number from 1 to {MAX_STEPS:,}")
     return (names[0] if names else None), count

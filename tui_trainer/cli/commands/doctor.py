@@ -1,4 +1,7 @@
-"""What the doctor looks at. Nothing here imports torch: a process of its own is asked about it."""
+"""`tui-trainer doctor`: checks versions, device, terminal, permissions and disk.
+
+Nothing here imports torch, which is examined in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,9 @@ LIBRARIES = {
     "rich": "tables in the terminal",
     "jinja2": "reports",
     "plotext": "charts",
-    "msgspec": "messages, and the files of a run",
+    "msgspec": "messages and the files of a run",
     "numpy": "measurements",
-    "platformdirs": "where runs are kept",
+    "platformdirs": "the directory of the runs",
     "psutil": "memory of the process and the machine",
     "safetensors": "weights in checkpoints",
     "pillow": "images for the vision transformer",
@@ -49,7 +52,7 @@ OPTIONAL = {
     "tensorboard": ('"tui-trainer[tensorboard]"', "export --format tensorboard"),
     "nvidia-ml-py": ("nvidia-ml-py", "torch.cuda.utilization() and its like in a script"),
 }
-"""What much goes without: how it is installed, and what needs it."""
+"""Optional packages: how to install them, and what needs them."""
 TORCH_TIMEOUT_S = 120.0
 PROGRAM_TIMEOUT_S = 10.0
 _ASK_TORCH = """
@@ -69,18 +72,18 @@ print(json.dumps(found))
 
 
 class CheckResult(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     group: str
     name: str
     level: str
-    """`good`, `note`, `warning` or `bad` (tui-trainer cannot work so)."""
+    """`bad`: tui-trainer cannot work."""
     value: str
     hint: str = ""
 
 
 def examine(runs_dir: Path | None = None) -> list[CheckResult]:
-    """Look at everything; takes as long as importing torch does."""
+    """Run every check; takes as long as importing torch."""
     return [*_versions(), *_optional(), *_training(), *_terminal(), *_storage(runs_dir)]
 
 
@@ -149,7 +152,7 @@ def _training() -> Iterator[CheckResult]:
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as fault:
-        yield CheckResult(group, "torch", "bad", f"importing it does not end: {fault}")
+        yield CheckResult(group, "torch", "bad", f"importing it does not finish: {fault}")
         return
     try:
         found = json.loads(asked.stdout.strip().splitlines()[-1])
@@ -166,10 +169,8 @@ def _training() -> Iterator[CheckResult]:
     if not found["devices"]:
         hint = ""
         if shutil.which("nvidia-smi"):
-            hint = (
-                "there is an NVIDIA driver, but this torch does not see a GPU: which build is it?"
-            )
-        yield CheckResult(group, "device", "warning" if hint else "note", "cpu alone", hint)
+            hint = "there is an NVIDIA driver, but this build of torch does not see a GPU"
+        yield CheckResult(group, "device", "warning" if hint else "note", "CPU only", hint)
 
 
 def _terminal() -> Iterator[CheckResult]:
@@ -184,14 +185,14 @@ def _terminal() -> Iterator[CheckResult]:
             "size",
             "warning" if small else "good",
             f"{size.columns}×{size.lines}",
-            "80×24 is the least that shows a dashboard" if small else "",
+            "a dashboard needs at least 80×24" if small else "",
         )
     term, depth = os.environ.get("TERM", "not set"), os.environ.get("COLORTERM", "")
     yield CheckResult(
         group, "TERM", "good", term + (f", {depth}" if depth else ""), _colour_hint(term)
     )
     if os.environ.get("NO_COLOR"):
-        yield CheckResult(group, "NO_COLOR", "note", "set: no colour is used")
+        yield CheckResult(group, "NO_COLOR", "note", "set: colours are off")
     encoding = locale.getpreferredencoding(False)
     if encoding.lower().replace("-", "") == "utf8":
         yield CheckResult(group, "encoding", "good", encoding)
@@ -201,7 +202,7 @@ def _terminal() -> Iterator[CheckResult]:
         if os.environ.get(name):
             yield CheckResult(group, "inside", "note", "tmux" if name == "TMUX" else "screen")
     if os.environ.get("SSH_CONNECTION"):
-        hint = "tui-trainer attach ssh://this-host, from where you sit, draws there instead"
+        hint = "tui-trainer attach ssh://this-host, run on your own machine, draws there instead"
         yield CheckResult(group, "inside", "note", "an ssh login", hint)
 
 
@@ -220,7 +221,7 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
     if not writable:
         yield CheckResult(group, "directory", "bad", f"cannot write to {existing}", move)
     else:
-        there = "" if directory.exists() else " (made with the first run)"
+        there = "" if directory.exists() else " (created with the first run)"
         yield CheckResult(group, "directory", "good", f"{directory}{there}")
     try:
         if directory.exists():
@@ -245,7 +246,10 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
     longest = len(os.fsencode(directory / ("x" * 24) / SOCKET_FILE))
     if longest >= MAX_SOCKET_PATH_BYTES:
         yield CheckResult(
-            group, "sockets", "note", "the directory's path is long: sockets go elsewhere"
+            group,
+            "sockets",
+            "note",
+            "the path of the directory is long: sockets are kept elsewhere",
         )
 
 
@@ -266,7 +270,7 @@ def doctor(
     json: Annotated[bool, flag("print a list of objects instead")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """versions, device, terminal, permissions, and what is missing"""
+    """check versions, device, terminal, permissions, and what is missing"""
     findings = examine(runs_dir)
     if json:
         print(msgspec.json.encode(findings).decode())

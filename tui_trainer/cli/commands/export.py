@@ -1,4 +1,4 @@
-"""`tui-trainer export RUN`: what was recorded, in the formats of other tools."""
+"""`tui-trainer export RUN`: writes a recording in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
 PACKAGES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
-"""What a format needs beyond what is always installed."""
+"""Packages that a format needs besides the required ones."""
 
 
 def export(
@@ -36,24 +36,24 @@ def export(
     format: Annotated[
         Literal["csv", "jsonl", "parquet", "tensorboard"] | None,
         Parameter(
-            help="csv, parquet: a folder with steps and one file a wide table; jsonl: what --json "
-            "prints; tensorboard: a folder with an event file",
+            help="csv, parquet: a folder with the steps and one file for each wide table; jsonl: "
+            "what --json prints; tensorboard: a folder with an event file",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         Parameter(
-            help="where to (default: jsonl to standard output, else a new folder here, named after "
-            "the run)",
+            help="where to write (default: jsonl to standard output, else a new folder here, named "
+            "after the run)",
             show_default=False,
             metavar="PATH",
         ),
     ] = None,
-    overwrite: Annotated[bool, flag("replace what is there")] = False,
+    overwrite: Annotated[bool, flag("replace an existing file or folder")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """a run as CSV, JSON lines, Parquet or TensorBoard files"""
+    """write a run as CSV, JSON lines, Parquet or TensorBoard files"""
     if format is None:
         raise UsageError("export needs a --format", "csv, jsonl, parquet or tensorboard")
     with cli_errors():
@@ -73,7 +73,7 @@ def export(
         raise CommandError(f"cannot export {found.name}: {_reason(fault)}") from fault
     finally:
         if history.store.fault:
-            say(f"{history.store.fault}: what can be was exported")
+            say(f"{history.store.fault}: the rest was exported")
         history.close()
 
 
@@ -126,9 +126,9 @@ def _folder(
 
 @contextlib.contextmanager
 def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A place beside `output` that takes its place when all went well, and else goes away."""
+    """A temporary path that replaces `output` on success and is removed otherwise."""
     if output.exists() and not overwrite:
-        raise CommandError(f"{output} is there already", "--overwrite replaces it")
+        raise CommandError(f"{output} already exists", "--overwrite replaces it")
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`tui-trainer logs RUN`: what the run printed, as its log file has it."""
+"""`tui-trainer logs RUN`: the output of a run, from its log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tui_trainer.config.run_spec import LOG_FILE
 from tui_trainer.runs.boot_log import BOOT_LOG, fatal_traceback
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 
-LOOK_EVERY_S = 0.2
+POLL_EVERY_S = 0.2
 _BLOCK = 1 << 16
 
 
@@ -27,57 +27,58 @@ def logs(
         bool,
         Parameter(
             name=("--follow", "-f"),
-            help="go on printing until the run ends",
+            help="print new output until the run ends",
             negative=(),
             show_default=False,
         ),
     ] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """what a run printed; -f follows it"""
+    """print the output of a run; -f follows it"""
     with cli_errors():
         found = choose_run_by_name(run, runs_dir, live=False)
-    printed = Printed(found)
-    while follow and _still_there(found):
-        printed.go_on()
-        time.sleep(LOOK_EVERY_S)
-    printed.go_on()
-    if not _still_there(found):
-        printed.say_fatal_end()
-    if printed.path is None and not (follow and found.live):
+    copier = LogCopier(found)
+    while follow and _is_live(found):
+        copier.copy_new()
+        time.sleep(POLL_EVERY_S)
+    copier.copy_new()
+    if not _is_live(found):
+        copier.copy_fatal_traceback()
+    if copier.path is None and not (follow and found.live):
         raise CommandError(
             f"{found.name} has printed nothing", f"its directory is {found.directory}"
         )
     return 0
 
 
-class Printed:
-    """What of a run's output was copied so far."""
+class LogCopier:
+    """Copies the output of a run to stdout, and remembers how far."""
 
     def __init__(self, run: RunEntry) -> None:
         self._run = run
         self.path: Path | None = None
         self._position = 0
 
-    def go_on(self) -> None:
-        """Copy what has come since."""
+    def copy_new(self) -> None:
+        """Copy what was added since the last call."""
         path = _log_of(self._run)
         if path is None:
             return
-        if path != self.path:  # the run has begun its log
+        if path != self.path:  # the run has opened its log
             self.path, self._position = path, 0
         self._position = _copy(path, self._position)
 
-    def say_fatal_end(self) -> None:
-        """What killed the process cannot be in its own log any more."""
-        pages = fatal_traceback(self._run.directory).encode()
-        if pages and self.path is not None and self.path.name == LOG_FILE:
-            _write(pages)
+    def copy_fatal_traceback(self) -> None:
+        """Print the traceback of a fatal error, which the process could not write to its log."""
+        text = fatal_traceback(self._run.directory).encode()
+        if text and self.path is not None and self.path.name == LOG_FILE:
+            _write(text)
             sys.stdout.flush()
 
 
 def _log_of(run: RunEntry) -> Path | None:
-    """The log, or what the process printed before it began one: why it did not start, perhaps."""
+    """The log file, or the output from before it was opened, which may say why the run did not
+    start."""
     for name in (LOG_FILE, BOOT_LOG):
         path = run.directory / name
         if path.is_file() and path.stat().st_size:
@@ -85,19 +86,19 @@ def _log_of(run: RunEntry) -> Path | None:
     return None
 
 
-def _still_there(run: RunEntry) -> bool:
+def _is_live(run: RunEntry) -> bool:
     now = inspect_run(run.directory)
     return now is not None and now.live
 
 
 def _copy(path: Path, position: int) -> int:
-    """Print what follows `position`; returns where it ends now."""
+    """Print what follows `position` and return the new end."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) < position:
-            position = 0  # another file: the run's directory was removed and made again
+            position = 0  # another file: the directory was removed and created again
         file.seek(position)
         while block := file.read(_BLOCK):
-            if block.endswith(b"\xc2"):  # with what follows it may be a control character
+            if block.endswith(b"\xc2"):  # the next byte may complete a control character
                 block += file.read(1)
             _write(block)
             position += len(block)
@@ -106,12 +107,12 @@ def _copy(path: Path, position: int) -> int:
 
 
 def _write(block: bytes) -> None:
-    sys.stdout.buffer.write(_harmless(block) if sys.stdout.isatty() else block)
+    sys.stdout.buffer.write(_without_controls(block) if sys.stdout.isatty() else block)
 
 
-def _harmless(block: bytes) -> bytes:
-    """On a terminal, what a script printed must not move the cursor or answer for the user: only
-    colours (which end in `m`) pass."""
+def _without_controls(block: bytes) -> bytes:
+    """Remove control sequences other than colours (which end in `m`): the output of a script must
+    not move the cursor or make the terminal answer."""
     import re
 
     passed = re.sub(rb"\x1b(?!\[[\d;:]*m)|\xc2[\x80-\x9f]", b"\xef\xbf\xbd", block)

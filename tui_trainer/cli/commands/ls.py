@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 from rich.console import Console, JustifyMethod
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -34,10 +35,10 @@ MAX_WIDTH = 10_000
 def ls(
     *,
     json: Annotated[bool, flag("print a list of objects instead of a table")] = False,
-    live: Annotated[bool, flag("only the runs whose process is there")] = False,
+    live: Annotated[bool, flag("only live and paused runs")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """the runs: live, paused, finished, stopped, crashed"""
+    """list the runs: live, paused, finished, stopped, crashed"""
     with cli_errors():
         found = list_runs(runs_dir)
     runs = [run for run in found if run.live or not live]
@@ -50,39 +51,39 @@ def ls(
         print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
         return 0
     rows = table(runs, time.time())
-    console = Console(highlight=False)
-    # Lines longer than the terminal are left to it to wrap: nothing is cut off, in a pipe neither.
-    width = rows.__rich_measure__(console, console.options.update(width=MAX_WIDTH)).maximum
-    console.print(rows, width=width, soft_wrap=True)
+    # As wide as needed: nothing is cut off, and the terminal wraps what does not fit.
+    wide = Console(highlight=False, width=MAX_WIDTH)
+    width = Measurement.get(wide, wide.options, rows).maximum
+    Console(highlight=False, width=width).print(rows, soft_wrap=True)
     return 0
 
 
 def as_object(run: RunEntry) -> dict[str, Any]:
-    """A run as JSON: the names are documented in docs/runs.md and do not change."""
-    said = run.reported
+    """A run as JSON. The names are documented in docs/runs.md and stay as they are."""
+    status = run.reported
     return {
         "name": run.name,
         "state": run.state,
-        "step": said.step,
-        "total_steps": said.total_steps,
-        "loss": said.loss,
-        "loss_text": said.loss_text or None,
-        "steps_per_second": said.steps_per_second if run.live else None,
-        "items_per_second": said.items_per_second if run.live else None,
-        "item_unit": said.item_unit,
+        "step": status.step,
+        "total_steps": status.total_steps,
+        "loss": status.loss,
+        "loss_text": status.loss_text or None,
+        "steps_per_second": status.steps_per_second if run.live else None,
+        "items_per_second": status.items_per_second if run.live else None,
+        "item_unit": status.item_unit,
         "directory": str(run.directory),
-        "task": said.task,
-        "title": said.title,
-        "started_at": said.started_at,
-        "ended_at": said.ended_at,
-        "age_s": max(0.0, time.time() - said.started_at),
-        "elapsed_s": said.elapsed_s,
-        "remaining_s": said.remaining_s if run.live else None,
-        "device": said.device,
-        "host": said.host,
-        "pid": said.pid or None,
-        "parent": said.parent or None,
-        "branch_step": said.branch_step,
+        "task": status.task,
+        "title": status.title,
+        "started_at": status.started_at,
+        "ended_at": status.ended_at,
+        "age_s": max(0.0, time.time() - status.started_at),
+        "elapsed_s": status.elapsed_s,
+        "remaining_s": status.remaining_s if run.live else None,
+        "device": status.device,
+        "host": status.host,
+        "pid": status.pid or None,
+        "parent": status.parent or None,
+        "branch_step": status.branch_step,
         "note": run.note,
     }
 
@@ -100,20 +101,22 @@ def table(runs: list[RunEntry], now: float) -> Table:
 
 
 def _cells(run: RunEntry, now: float) -> tuple[str, ...]:
-    said = run.reported
+    status = run.reported
     speed = (
-        f"{number(said.steps_per_second, 0, 3)}/s" if said.steps_per_second and run.live else "–"
+        f"{number(status.steps_per_second, 0, 3)}/s"
+        if status.steps_per_second and run.live
+        else "–"
     )
     origin = f"from {run.branched_from}" if run.branched_from else ""
-    what = " · ".join(part for part in (said.title or said.task, origin) if part)
+    what = " · ".join(part for part in (status.title or status.task, origin) if part)
     if run.state in ("crashed", "refused") and run.note:
         what = f"{what} · {run.note}" if what else run.note
     return (
         sanitize(run.name),
         run.state,
-        step_of(said.step, said.total_steps),
-        said.loss_text or number(said.loss, 0),
+        step_of(status.step, status.total_steps),
+        status.loss_text or number(status.loss, 0),
         speed,
-        rough_duration(now - said.started_at),
+        rough_duration(now - status.started_at),
         " ".join(sanitize(what).split()),
     )

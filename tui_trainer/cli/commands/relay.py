@@ -21,8 +21,8 @@ from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
 from tui_trainer.runs.security import connect_unix
 
 SILENT_S = 180.0
-"""A viewer that has sent nothing for so long is gone, though nobody told this host's sshd; viewers
-poll every few seconds at least, and one that wakes up connects again."""
+"""A viewer that has sent nothing for this long is gone, even if sshd has not noticed. Viewers poll
+every few seconds at least, and reconnect when they wake up."""
 LONGEST_ANSWER = 4096
 _BLOCK = 1 << 16
 

@@ -1,4 +1,4 @@
-"""`tui-trainer replay RUN`: the screens over what was recorded, with a cursor in time."""
+"""`tui-trainer replay RUN`: opens the screens over a recording, with a cursor in time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from tui_trainer.client.replay import ReplaySession
 def replay(
     run: RunName = None,
     *,
-    ascii: Annotated[bool, flag("draw with ASCII characters alone")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
     slow_link: Annotated[
         bool,
-        flag("send the terminal little: at most one frame in 2 s, but at once on a key"),
+        flag("send less to the terminal: one frame in 2 s, and at once after a key"),
     ] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """look back at a run, step by step; read-only, live ones too"""
+    """replay a run step by step, read-only; a live one too"""
     if reason := why_no_screen():
-        raise UsageError(reason, "tui-trainer report RUN writes a page, export RUN the numbers")
+        raise UsageError(
+            reason, "tui-trainer report RUN writes a page, tui-trainer export RUN the values"
+        )
     with cli_errors():
         found = choose_run_by_name(run, runs_dir, live=False)
     session = open_recording(found.directory)
@@ -50,7 +52,7 @@ def open_recording(directory: Path) -> ReplaySession:
 
 
 class ReplayResult:
-    """What was on the screen, for the last line after it has closed."""
+    """The replayed run, for the exit summary."""
 
     def __init__(self, session: ReplaySession, name: str, directory: Path) -> None:
         self._session = session
@@ -58,7 +60,7 @@ class ReplayResult:
         self.directory = directory
 
     def print_summary(self) -> int:
-        """Say where the cursor stood; returns the exit status."""
+        """Print the step of the cursor and return the exit status."""
         session = self._session
-        print(f"{self._name} seen at step {session.cursor:,} of {session.last_step:,}", flush=True)
+        print(f"{self._name} shown at step {session.cursor:,} of {session.last_step:,}", flush=True)
         return 0

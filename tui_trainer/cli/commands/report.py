@@ -27,7 +27,7 @@ def report(
     output: Annotated[
         Path | None,
         Parameter(
-            help="the file to write (default: <run>.html here; - is standard output)",
+            help="the file to write (default: <run>.html here; - for standard output)",
             show_default=False,
             metavar="FILE",
             allow_leading_hyphen=True,
@@ -35,7 +35,7 @@ def report(
     ] = None,
     runs_dir: RunsDir = None,
 ) -> int:
-    """one page with a run's charts, configuration and events"""
+    """write one HTML page about a run: charts, configuration and events"""
     from tui_trainer.report.page import render
     from tui_trainer.report.read import ReportData
 

@@ -1,4 +1,4 @@
-"""`tui-trainer rm RUN`: a run's directory, with its records and checkpoints, for good."""
+"""`tui-trainer rm RUN`: removes a run's directory with its recording and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tui_trainer.runs.liveness import RunEntry, may_be_running
 from tui_trainer.runs.registry import resolve
 from tui_trainer.runs.security import answers
 
-LEAVES_WITHIN_S, LOOK_EVERY_S = 20.0, 0.1
-"""A run that has ended lingers for its viewers, and for a disk or a reader that is slow."""
+EXIT_TIMEOUT_S, POLL_EVERY_S = 20.0, 0.1
+"""An ended run stays a few seconds for its viewers, or for a slow disk or reader."""
 
 
 def rm(
     *runs: Annotated[
         str,
-        Parameter(help="the runs: names, beginnings of names, or directories", show_default=False),
+        Parameter(help="the runs: names, prefixes of names, or directories", show_default=False),
     ],
     yes: Annotated[
         bool,
@@ -33,7 +33,7 @@ def rm(
     ] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """remove runs that have ended, with all that was recorded"""
+    """remove runs that have ended, with everything they recorded"""
     if not runs:
         raise UsageError("rm needs a run", "tui-trainer ls lists them")
     with cli_errors():
@@ -46,7 +46,7 @@ def rm(
         _check(run)
     if yes:
         _refuse_abbreviations(runs, found)
-    elif not _agreed(found):
+    elif not _confirmed(found):
         return 1
     for run in found:
         _remove(run)
@@ -55,46 +55,47 @@ def rm(
 
 
 def _check(run: RunEntry) -> None:
-    """Only what is surely a run, and surely over. Raises CommandError."""
+    """Raise CommandError unless this is certainly a run and certainly over."""
     try:
         read_spec(run.directory)
     except (OSError, ValueError) as fault:
         raise CommandError(
-            f"{run.directory} is not surely a run's directory: it holds no {SPEC_FILE} of one",
-            "remove it by hand, if that is what you mean",
+            f"{run.directory} may not be a run: it has no valid {SPEC_FILE}",
+            "remove it by hand if you are sure",
         ) from fault
     if run.directory.is_symlink():
         raise CommandError(f"{run.directory} is a link to another directory", "remove it by hand")
-    _let_it_leave(run)
+    _wait_for_exit(run)
     if why := may_be_running(run):
-        raise CommandError(f"{run.name} may still live: {why}", "end it first, where it runs")
+        raise CommandError(
+            f"{run.name} may still be running: {why}", "end it first, on its machine"
+        )
     within = [
         path.parent for path in run.directory.rglob(SPEC_FILE) if path.parent != run.directory
     ]
     if within:
         raise CommandError(
-            f"other runs are kept within {run.directory}, such as {within[0].name}",
+            f"{run.directory} contains other runs, such as {within[0].name}",
             "remove or move those first",
         )
 
 
-def _let_it_leave(run: RunEntry) -> None:
-    """Wait for a run that has told its end and stays a few seconds more, for its viewers."""
-    deadline = time.monotonic() + LEAVES_WITHIN_S
-    said = False
+def _wait_for_exit(run: RunEntry) -> None:
+    """Wait for an ended run that is still answering its viewers."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    status = False
     while (
         run.reported.ended and answers(find_socket(run.directory)) and time.monotonic() < deadline
     ):
-        if not said:
-            text = f"{run.name} has ended and tells its viewers: waiting until it has left"
+        if not status:
+            text = f"{run.name} has ended: waiting for its process to exit"
             print(text, file=sys.stderr, flush=True)
-            said = True
-        time.sleep(LOOK_EVERY_S)
+            status = True
+        time.sleep(POLL_EVERY_S)
 
 
 def _refuse_abbreviations(given: tuple[str, ...], found: list[RunEntry]) -> None:
-    """What is removed unasked must have been named in full: the beginning of a name may mean
-    another run tomorrow."""
+    """Without a question, names must be complete: tomorrow a prefix may mean another run."""
     names = {run.name for run in found}
     for name in set(given) - names:
         for full in names:
@@ -102,19 +103,19 @@ def _refuse_abbreviations(given: tuple[str, ...], found: list[RunEntry]) -> None
                 raise UsageError(f"{name} is not the whole name of a run", f"it is {full}")
 
 
-def _agreed(runs: list[RunEntry]) -> bool:
+def _confirmed(runs: list[RunEntry]) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("rm asks before it removes, and nobody can answer here", "say --yes")
+        raise UsageError("rm asks before it removes, and the input is not a terminal", "add --yes")
     for run in runs:
-        said = run.reported
+        status = run.reported
         print(
-            f"{run.name}: {run.state} at step {said.step:,} "
-            f"after {rough_duration(said.elapsed_s)}, "
+            f"{run.name}: {run.state} at step {status.step:,} "
+            f"after {rough_duration(status.elapsed_s)}, "
             f"{_size(run.directory) / 1e6:,.1f} MB in {run.directory}"
         )
     what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
     try:
-        return input(f"remove {what} for good? [y/N] ").strip().casefold() in ("y", "yes")
+        return input(f"remove {what} permanently? [y/N] ").strip().casefold() in ("y", "yes")
     except EOFError:
         return False
 

@@ -1,4 +1,4 @@
-"""One look at a run: what is known of it, as one object, whatever it is shown as."""
+"""`tui-trainer show RUN`: a run on a dozen lines of text, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
-from tui_trainer.protocol.messages import Clip, Event, NonFinite, Notice, Status
+from tui_trainer.protocol.messages import END_STATES, Clip, Event, NonFinite, Notice, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
@@ -36,20 +36,20 @@ ATTENTION_SHOWN = ("cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v"
 
 
 class SummaryCurve(msgspec.Struct, frozen=True):
-    """A series over the whole run, in at most CURVE_POINTS stretches of steps."""
+    """A series over the whole run, in at most CURVE_POINTS buckets of steps."""
 
     steps: tuple[int, ...] = ()
-    """The first step of each stretch."""
+    """The first step of each bucket."""
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
     last: float | None = None
 
 
 class RunSummary(msgspec.Struct, frozen=True):
-    """How a run is now."""
+    """What is known of a run now."""
 
     run: dict[str, Any]
-    """As `tui-trainer ls --json` has it."""
+    """As in `tui-trainer ls --json`."""
     loss_curve: SummaryCurve = SummaryCurve()
     grad_norm_curve: SummaryCurve = SummaryCurve()
     grad_norm_preclip: float | None = None
@@ -60,29 +60,29 @@ class RunSummary(msgspec.Struct, frozen=True):
     attention: tuple[dict[str, Any], ...] = ()
     phase: str = ""
     parameters: int | None = None
-    """Numbers in all trainable parameters."""
+    """Number of elements of all trainable parameters."""
     viewers: tuple[str, ...] = ()
     recording: str = ""
-    """What is wrong with recording to disk; "" while all is well."""
+    """What is wrong with recording to disk; "" while nothing is."""
     events: tuple[dict[str, Any], ...] = ()
-    """The newest, oldest of them first."""
+    """The newest events, oldest first."""
 
 
 def summarize_run(run: RunEntry) -> RunSummary:
-    """Ask a live run; of one that has ended, or does not answer, what it has recorded."""
+    """Ask a live run; read the recording of one that has ended or does not answer."""
     if not run.live:
         return summarize_recording(run)
     try:
         with RunClient.connect(run, "tui-trainer show") as client:
             return summarize_live(run, client)
     except RunError as fault:
-        seen = summarize_recording(run)
-        seen.run["note"] = seen.run["note"] or fault.message
-        return seen
+        summary = summarize_recording(run)
+        summary.run["note"] = summary.run["note"] or fault.message
+        return summary
 
 
 def summarize_recording(run: RunEntry) -> RunSummary:
-    """What a run has recorded, or, where that cannot be read, what it last said of itself."""
+    """From the run's recording, or from its status file where that cannot be read."""
     try:
         replay = ReplaySession(run.directory)
     except StoreError as fault:
@@ -94,36 +94,36 @@ def summarize_recording(run: RunEntry) -> RunSummary:
         snapshot = replay.poll()
         if snapshot.info is None:
             return RunSummary(as_object(run))
-        seen = _put_together(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
+        summary = _summary(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
     finally:
         replay.close()
-    # How it is now, its directory knows: a run that was killed did not record that.
-    seen.run.update(state=run.state, note=run.note)
-    if run.reported.step > seen.run["step"]:
+    # The registry knows the current state: a run that was killed could not record it.
+    summary.run.update(state=run.state, note=run.note)
+    if run.reported.step > summary.run["step"]:
         last = as_object(run)
-        seen.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
-    seen.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
-    recording = "; ".join(text for text in (seen.recording, snapshot.link.message) if text)
-    return msgspec.structs.replace(seen, viewers=(), recording=recording)
+        summary.run.update({name: last[name] for name in ("step", "loss", "loss_text")})
+    summary.run.update(steps_per_second=None, items_per_second=None, remaining_s=None)
+    recording = "; ".join(text for text in (summary.recording, snapshot.link.message) if text)
+    return msgspec.structs.replace(summary, viewers=(), recording=recording)
 
 
 def summarize_live(run: RunEntry, client: RunClient) -> RunSummary:
-    """Ask for all that is new, and put together how the run is. Raises RunError."""
+    """Poll a live run for everything new. Raises RunError."""
     while client.poll().more:
         pass
-    seen = client.snapshot
-    assert seen.info is not None
-    return _put_together(run, seen.history, seen.info, seen.status, seen.events)
+    snapshot = client.snapshot
+    assert snapshot.info is not None
+    return _summary(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
 
 
-def _put_together(
+def _summary(
     run: RunEntry, history: History, info: RunInfo, status: Status, events: Sequence[Event]
 ) -> RunSummary:
     step = history.table(schema.STEP)
     loss = _curve(step, "loss")
-    seen = as_object(run)
-    seen |= {
-        "state": "paused" if status.state == "paused" else seen["state"],
+    summary = as_object(run)
+    summary |= {
+        "state": "paused" if status.state == "paused" else summary["state"],
         "step": status.step,
         "total_steps": info.total_steps,
         "loss": _finite(loss.last) if loss.last is not None else None,
@@ -134,27 +134,27 @@ def _put_together(
         "title": info.title or info.task,
         "elapsed_s": status.elapsed_s,
         "remaining_s": status.remaining_s,
-        "device": info.device.name if info.device else seen["device"],
+        "device": info.device.name if info.device else summary["device"],
         "note": status.reason or status.waiting_for,
     }
     if status.ended:
-        seen["state"] = status.state
+        summary["state"] = status.state
     trainable = sum(p.numel for p in info.parameters if p.trainable)
     return RunSummary(
-        seen,
+        summary,
         msgspec.structs.replace(loss, last=_finite(loss.last)),
         _curve(step, "grad_norm_preclip"),
-        _newest(step).get("grad_norm_preclip"),
-        _newest(step).get("learning_rate"),
-        _newest(history.table(schema.VALIDATION)),
+        _latest(step).get("grad_norm_preclip"),
+        _latest(step).get("learning_rate"),
+        _latest(history.table(schema.VALIDATION)),
         status.clipped_share,
-        _newest(history.table(schema.PHASE_MS)),
+        _latest(history.table(schema.PHASE_MS)),
         _attention(info, history),
         status.phase,
         trainable or None,
         status.viewers,
         status.recording,
-        tuple(_as_object(event) for event in events[-EVENTS_SHOWN:]),
+        tuple(_event_object(event) for event in events[-EVENTS_SHOWN:]),
     )
 
 
@@ -162,7 +162,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _newest(table: SeriesReader | None) -> dict[str, float | None]:
+def _latest(table: SeriesReader | None) -> dict[str, float | None]:
     latest = table.latest() if table is not None else None
     if table is None or latest is None:
         return {}
@@ -190,7 +190,7 @@ def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
 def _attention(info: RunInfo, history: History) -> tuple[dict[str, Any], ...]:
     newest: dict[str, float | None] = {}
     for table in attention_tables(history, schema.ATTENTION):
-        newest |= _newest(table)
+        newest |= _latest(table)
     if not newest:
         return ()
     return tuple(
@@ -202,26 +202,24 @@ def _attention(info: RunInfo, history: History) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _as_object(event: Event) -> dict[str, Any]:
-    made: dict[str, Any] = {"step": event.step, "time": event.time}
+def _event_object(event: Event) -> dict[str, Any]:
+    shared: dict[str, Any] = {"step": event.step, "time": event.time}
     match event:
         case Clip():
             text = f"clipped: norm {event.norm_before:.4g} over {event.max_norm:.4g}"
-            return made | {"kind": "clip", "text": text, "scale": event.scale}
+            return shared | {"kind": "clip", "text": text, "scale": event.scale}
         case NonFinite():
             where = f" in {event.parameter}" if event.parameter else ""
             text = f"{event.value} in the {event.quantity}{where}{event.seen}"
-            return made | {"kind": "nonfinite", "text": text}
+            return shared | {"kind": "nonfinite", "text": text}
         case Notice():
             who = f" ({event.who})" if event.who else ""
-            return made | {"kind": event.kind, "text": event.text + who, "level": event.level}
+            return shared | {"kind": event.kind, "text": event.text + who, "level": event.level}
 
 
-# ---- showing
-# `tui-trainer show RUN`: one picture in text, or one JSON object, for cron and chat bots.
+# ---------------------------------------------------------------- the command
 
-
-EVERY_S = 1.0
+REFRESH_EVERY_S = 1.0
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-~=*#@"
 LAYERS_SHOWN = 12
@@ -230,11 +228,11 @@ LAYERS_SHOWN = 12
 def show(
     run: RunName = None,
     *,
-    once: Annotated[bool, flag("print one picture and leave")] = False,
-    json: Annotated[bool, flag("print one JSON object and leave")] = False,
+    once: Annotated[bool, flag("print the run once, even if it is live")] = False,
+    json: Annotated[bool, flag("print one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """one picture of a run in text, or one JSON object"""
+    """show a run on a dozen lines, or as one JSON object"""
     with cli_errors():
         found = choose_run_by_name(run, runs_dir, live=False)
         if json:
@@ -244,77 +242,79 @@ def show(
         if once or not found.live or not sys.stdout.isatty():
             console.print(picture(summarize_run(found), console))
         else:
-            _keep_showing(found, console)
+            _follow(found, console)
     return 0
 
 
-def _as_json(seen: RunSummary) -> str:
-    fields = msgspec.to_builtins(seen)
+def _as_json(summary: RunSummary) -> str:
+    fields = msgspec.to_builtins(summary)
     return msgspec.json.encode({**fields.pop("run"), **fields}).decode()
 
 
-def _keep_showing(run: RunEntry, console: Console) -> None:
+def _follow(run: RunEntry, console: Console) -> None:
     with (
         RunClient.connect(run, "tui-trainer show") as client,
         Live(console=console, auto_refresh=False) as live,
     ):
         while True:
             try:
-                seen = summarize_live(run, client)
+                summary = summarize_live(run, client)
             except RunError:
                 run = inspect_run(run.directory) or run
                 live.update(picture(summarize_run(run), console), refresh=True)
                 return
-            live.update(picture(seen, console), refresh=True)
-            if seen.run["state"] in ("finished", "stopped", "crashed"):
+            live.update(picture(summary, console), refresh=True)
+            if summary.run["state"] in END_STATES:
                 return
-            time.sleep(EVERY_S)
+            time.sleep(REFRESH_EVERY_S)
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def picture(seen: RunSummary, console: Console) -> RenderableType:
+def picture(summary: RunSummary, console: Console) -> RenderableType:
     """The run on a dozen lines."""
-    run = seen.run
-    lines = [_heading(seen), Text(_progress(seen))]
+    run = summary.run
+    lines = [_heading(summary), Text(_progress(summary))]
     if run["parent"]:
         step = "" if run["branch_step"] is None else f"@{run['branch_step']}"
-        lines.append(Text(f"goes on from {Path(run['parent']).name}{step}"))
+        lines.append(Text(f"continues {Path(run['parent']).name}{step}"))
     if run["note"]:
         lines.append(Text(" ".join(str(run["note"]).split()), STYLES.get(run["state"], "")))
-    if seen.recording:
-        lines.append(Text(seen.recording, "red"))
+    if summary.recording:
+        lines.append(Text(summary.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
     loss = number(run["loss"], 0) if run["loss"] is not None else (run["loss_text"] or "–")
-    lines.append(_row("loss", loss, _sparkline(seen.loss_curve, bars), _extremes(seen.loss_curve)))
-    if seen.grad_norm_curve.steps:
-        curve = seen.grad_norm_curve
+    lines.append(
+        _row("loss", loss, _sparkline(summary.loss_curve, bars), _extremes(summary.loss_curve))
+    )
+    if summary.grad_norm_curve.steps:
+        curve = summary.grad_norm_curve
         lines.append(
             _row("grad norm", number(curve.last, 0), _sparkline(curve, bars), _extremes(curve))
         )
-    if seen.clipped_share is not None:
-        lines.append(_row("clipped", f"{seen.clipped_share:.0%}", "of the last steps"))
-    if seen.learning_rate is not None:
-        lines.append(_row("learning rate", number(seen.learning_rate, 0)))
-    for name, value in seen.validation.items():
+    if summary.clipped_share is not None:
+        lines.append(_row("clipped", f"{summary.clipped_share:.0%}", "of the last steps"))
+    if summary.learning_rate is not None:
+        lines.append(_row("learning rate", number(summary.learning_rate, 0)))
+    for name, value in summary.validation.items():
         lines.append(_row(f"validation {name}", number(value, 0)))
-    if seen.phase_ms:
+    if summary.phase_ms:
         parts = [
-            f"{name} {number(ms, 0, 3)}" for name, ms in seen.phase_ms.items() if ms is not None
+            f"{name} {number(ms, 0, 3)}" for name, ms in summary.phase_ms.items() if ms is not None
         ]
         lines.append(_row("phases (ms)", "", " · ".join(parts)))
-    lines += _attention_lines(seen)
-    lines += [_event_line(event) for event in seen.events[-4:]]
+    lines += _attention_lines(summary)
+    lines += [_event_line(event) for event in summary.events[-4:]]
     lines.append(Text(str(run["directory"]), "dim"))
     return Group(*lines)
 
 
-def _heading(seen: RunSummary) -> Text:
-    run = seen.run
+def _heading(summary: RunSummary) -> Text:
+    run = summary.run
     what = f" · {run['title'] or run['task']}" if run["title"] or run["task"] else ""
     state = run["state"] + (
-        f" after {seen.phase}" if run["state"] == "paused" and seen.phase else ""
+        f" after {summary.phase}" if run["state"] == "paused" and summary.phase else ""
     )
     device = f" · {run['device']}" if run["device"] else ""
     return Text.assemble(
@@ -322,8 +322,8 @@ def _heading(seen: RunSummary) -> Text:
     )
 
 
-def _progress(seen: RunSummary) -> str:
-    run = seen.run
+def _progress(summary: RunSummary) -> str:
+    run = summary.run
     parts = [f"step {step_of(run['step'], run['total_steps'])}"]
     if run["total_steps"]:
         parts[0] += f" ({run['step'] / run['total_steps']:.0%})"
@@ -335,8 +335,8 @@ def _progress(seen: RunSummary) -> str:
         parts.append(f"{rough_duration(run['elapsed_s'])} so far")
     if run["remaining_s"]:
         parts.append(f"{rough_duration(run['remaining_s'])} left")
-    if seen.parameters:
-        parts.append(f"{seen.parameters:,} parameters")
+    if summary.parameters:
+        parts.append(f"{summary.parameters:,} parameters")
     return " · ".join(parts)
 
 
@@ -346,7 +346,7 @@ def _row(name: str, value: str, *rest: str) -> Text:
 
 
 def _sparkline(curve: SummaryCurve, bars: str) -> str:
-    """The highest value of each stretch, so that no spike is left out; ! where none was finite."""
+    """The highest value of each bucket, so that no spike is lost; ! where none is finite."""
     known = [value for value in curve.high if value is not None]
     if not known:
         return ""
@@ -363,17 +363,17 @@ def _extremes(curve: SummaryCurve) -> str:
     return f"{number(min(lows), 0)} … {number(max(highs), 0)}" if lows and highs else ""
 
 
-def _attention_lines(seen: RunSummary) -> Sequence[Text]:
-    if not seen.attention:
+def _attention_lines(summary: RunSummary) -> Sequence[Text]:
+    if not summary.attention:
         return []
-    shown = seen.attention[:LAYERS_SHOWN]
+    shown = summary.attention[:LAYERS_SHOWN]
     width = max(len(layer["layer"]) for layer in shown)
     names = [name for name in shown[0] if name != "layer"]
     lines = [Text("  ".join([f"{'attention':<{width}}", *(f"{n:>8}" for n in names)]), "dim")]
     for layer in shown:
         values = (f"{number(layer[name], 0, 3):>8}" for name in names)
         lines.append(Text("  ".join([f"{layer['layer']:<{width}}", *values])))
-    left = len(seen.attention) - len(shown)
+    left = len(summary.attention) - len(shown)
     if left:
         lines.append(Text(f"and {left} more layers", "dim"))
     return lines
