@@ -307,7 +307,7 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
     os.utime(runs.directory / "gpt-outer" / "run.json", (1, 1))
     inside.mkdir()
     (inside / "run.json").write_bytes((runs.directory / "gpt-outer" / "run.json").read_bytes())
-    removal_refused(runs, "gpt-outer", "other runs are kept within")
+    removal_refused(runs, "gpt-outer", "contains other runs")
     assert (project / "thesis.tex").exists()
     assert (runs.directory / "gpt-kept" / "run.json").exists()
     assert (inside / "run.json").exists()
