@@ -1,2 +1,1 @@
-"""A recorded run in the formats of other tools. Everything streams: memory does not grow with the
-length of a run."""
+"""A recorded run in the formats of other tools, streamed in bounded memory."""

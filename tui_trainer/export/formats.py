@@ -1,4 +1,4 @@
-"""CSV: `steps.csv` with a row a step, and a file for each wide table."""
+"""Writers of a recorded run: CSV, JSON lines, Parquet and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tui_trainer.export.read import (
     wide,
 )
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
@@ -30,10 +30,10 @@ from tui_trainer.store.replay import replay_items
 
 
 def write_csv(history: StoredHistory, folder: Path) -> list[Path]:
-    """Write the files of a run into `folder`; returns them. Raises OSError.
+    """Write `steps.csv`, a file for each wide table and `events.csv`; return their paths.
 
-    A value that was not measured at a step is empty; a measured NaN is `nan`, infinities are `inf`
-    and `-inf`.
+    A value that was not measured at a step is empty; what is not finite is `nan`, `inf` or `-inf`.
+    Raises OSError.
     """
     written = [_write_steps(history, per_step(history), folder)]
     written += [_write_table(table, folder) for table in wide(history)]
@@ -70,9 +70,7 @@ def _write_table(table: StoredSeries, folder: Path) -> Path:
 
 
 def _write_events(history: StoredHistory, folder: Path) -> Path:
-    """Clips and what else happened, in order."""
-    from tui_trainer.protocol.messages import Clip, NonFinite, Notice
-
+    """Clips, non-finite values and notices, in order."""
     path = folder / "events.csv"
     info = history.store.info()
     names = [parameter.name for parameter in info.parameters] if info else []
@@ -100,26 +98,27 @@ def _write_events(history: StoredHistory, folder: Path) -> Path:
 
 
 def file_stem(name: str) -> str:
-    """`name` with nothing in it that a file's name cannot hold everywhere."""
+    """`name` with characters replaced that are not allowed in file names everywhere."""
     return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name) or "table"
 
 
-# ---- jsonlines
-# JSON lines: what `--json` printed, or would have printed.
+# ---------------------------------------------------------------- JSON lines
 
-
-AT_ONCE = 256
+ITEMS_PER_WRITE = 256
 
 
 def write_jsonl(history: StoredHistory, descriptor: int) -> None:
-    """Tell the run again to a file descriptor, which is closed. Raises OSError and StoreFault."""
+    """Write the lines that `--json` prints to `descriptor`, which is then closed.
+
+    Raises OSError and StoreError.
+    """
     lines = JsonLines(Output(descriptor))
     status = history.store.status() or Status()
     try:
         batch = []
         for item in replay_items(history):
             batch.append(item)
-            if len(batch) == AT_ONCE:
+            if len(batch) == ITEMS_PER_WRITE:
                 lines.take(batch, status)
                 batch = []
         lines.take(batch, status)
@@ -127,19 +126,17 @@ def write_jsonl(history: StoredHistory, descriptor: int) -> None:
         lines.close()
 
 
-# ---- parquet
-# Parquet: the same tables as in CSV, typed and compressed. Needs pyarrow.
-
+# ---------------------------------------------------------------- Parquet
 
 ROW_GROUP = 8192
-"""Rows written at once; in a wide table fewer."""
+"""Rows per row group; fewer in a wide table."""
 GROUP_VALUES = 4_000_000
 
 
 def write_parquet(history: StoredHistory, folder: Path) -> list[Path]:
-    """`steps.parquet` and a file for each wide table, with the run's description as their metadata
-    (`tui_trainer.run`, JSON). Null: not measured at that step. Raises ImportError and OSError."""
-
+    """Write the tables of `write_csv` with the run's description as metadata (`tui_trainer.run`,
+    JSON); return their paths. Null means not measured. Raises ImportError (pyarrow) and OSError.
+    """
     written = [_write_parquet_steps(history, per_step(history), folder)]
     return written + [_write_parquet_table(history, table, folder) for table in wide(history)]
 
@@ -226,21 +223,19 @@ def _write_parquet_table(history: StoredHistory, table: StoredSeries, folder: Pa
     return path
 
 
-# ---- tensorboard
-# TensorBoard's event files. Needs the tensorboard package, not TensorFlow.
-
+# ---------------------------------------------------------------- TensorBoard
 
 TRAIN = "train"
-"""Group of the tags of a step's own figures."""
+"""Group of the tags of table `step`."""
 
 
 def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
-    """One event file in `folder` with every series as scalars; returns it.
+    """Write one event file with every series as scalars; return its path.
 
     Tags: `train/loss`, `validation/loss`, `grad_norm/<parameter>`,
     `attention/<layer>.<statistic>`, … Each point has the step and the time at which it was
-    measured. A NaN is written as such: TensorBoard shows it as a triangle. Raises ImportError and
-    OSError.
+    measured. A nan is written as such; TensorBoard shows it as a triangle. Raises ImportError
+    (tensorboard; TensorFlow is not needed) and OSError.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -267,7 +262,7 @@ def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
 
 
 def tags(table: StoredSeries) -> list[str]:
-    """What TensorBoard calls the columns of a table: what stands before the / is a group."""
+    """Tags of the columns of a table; TensorBoard groups them by what precedes the slash."""
     group = title(table)
     if table.table.name == schema.STEP:
         group = TRAIN + group.removeprefix(schema.STEP)

@@ -1,4 +1,4 @@
-"""Reading a whole run front to back: tables block by block, or joined step by step."""
+"""Reads a whole recording in order: single tables in blocks, or several joined by step."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PER_STEP = (
     schema.OVERHEAD,
     schema.VALIDATION,
 )
-"""Tables of a handful of columns: together they are one row a step."""
+"""Tables with few columns, which are exported as one row for each step."""
 
 
 class ExportBlock(NamedTuple):
     """Consecutive rows of a table."""
 
     steps: Steps
-    """(n,)"""
+    """Shape (n,)."""
     values: Floats
-    """(n, columns)"""
+    """Shape (n, columns)."""
 
 
 def measured(history: StoredHistory) -> list[StoredSeries]:
@@ -41,18 +41,18 @@ def measured(history: StoredHistory) -> list[StoredSeries]:
 
 
 def per_step(history: StoredHistory) -> list[StoredSeries]:
-    """The narrow tables, the step's own figures first."""
+    """The tables in PER_STEP that have rows, in that order."""
     found = [table for table in measured(history) if table.table.name in PER_STEP]
     return sorted(found, key=lambda table: PER_STEP.index(table.table.name))
 
 
 def wide(history: StoredHistory) -> list[StoredSeries]:
-    """The other tables, each a file of its own."""
+    """The other tables, which are exported as a file each."""
     return [table for table in measured(history) if table.table.name not in PER_STEP]
 
 
 def blocks(table: StoredSeries) -> Iterator[ExportBlock]:
-    """All rows of a table, CHUNK at a time; a damaged part is left out."""
+    """All rows of a table, CHUNK at a time, without damaged ones."""
     level = table.levels()[0]
     for start in range(0, level.stop, CHUNK):
         found = level.buckets(start, min(start + CHUNK, level.stop))
@@ -61,29 +61,29 @@ def blocks(table: StoredSeries) -> Iterator[ExportBlock]:
 
 
 def title(table: StoredSeries) -> str:
-    """Name of a table, with its optimizer where there are several."""
+    """Name of a table, with its optimizer if the run has several."""
     named = table.table
     return f"{named.name}.{named.optimizer}" if named.optimizer else named.name
 
 
 def column_names(table: StoredSeries) -> list[str]:
-    """Columns of a table in a row that many share: those of the step itself go by their own
-    names (`loss`), others by the table's too (`clip.scale`)."""
+    """Names of a table's columns in a joined row: `loss` for table `step`, `clip.scale` for
+    others."""
     bare = table.table.name == schema.STEP and not table.table.optimizer
     names = [column.name for column in table.table.columns]
     return names if bare else [f"{title(table)}.{name}" for name in names]
 
 
 class Joined(NamedTuple):
-    """Everything that some tables have of one step."""
+    """The rows of several tables for one step."""
 
     step: int
     rows: dict[int, Floats]
-    """Place of the table among those joined, to its row (columns,)."""
+    """Index of the table in the list that was joined, to its row of shape (columns,)."""
 
 
 def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
-    """The rows of several tables, step by step. Of two rows of a table for one step, the later."""
+    """The rows of several tables, step by step; the later of two rows for the same step."""
 
     def rows(place: int, table: StoredSeries) -> Iterator[tuple[int, int, Floats]]:
         for block in blocks(table):
@@ -126,6 +126,6 @@ class Times:
 
 
 def shortest(values: Floats) -> list[str]:
-    """Each float32 in the fewest digits that give it again."""
+    """Each float32 with the fewest digits that parse to the same value."""
     texts: list[str] = np.asarray(values, np.float32).astype("U32").tolist()
     return texts

@@ -253,8 +253,7 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
         )
 
 
-# ---- diagnosing
-# `tui-trainer doctor`: what is here, what is missing, and what to do about it.
+# ---------------------------------------------------------------- the command
 
 
 SIGNS = {
