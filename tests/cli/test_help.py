@@ -40,7 +40,7 @@ def test_the_defaults_shown_are_those_of_the_default_preset(tmp_path: Path) -> N
     text = re.sub(r"[│\s]+", " ", call("gpt", "--help", cwd=tmp_path).stdout)
     definition = load_task("gpt")
     preset = definition.presets["light"]
-    assert re.search(rf"--steps N optimizer steps to make \[default: {preset['steps']}\]", text)
+    assert re.search(rf"--steps N number of optimizer steps \[default: {preset['steps']}\]", text)
 
 
 def test_the_commands_are_listed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tui_trainer.config import (
     resolve,
     to_flat,
 )
-from tui_trainer.config.errors import near_miss
+from tui_trainer.config.errors import did_you_mean
 from tui_trainer.config.training import GROUPS
 from tui_trainer.tasks.gpt import GptConfig
 from tui_trainer.tasks.gpt import task as gpt
@@ -128,8 +128,8 @@ def test_misspelt_preset_suggests_the_near_one():
         ({"patch_size": 3}, "patches of 3 pixels do not tile an image of 8"),
         ({"patch_size": 16}, "patches of 16 pixels do not tile an image of 8"),
         ({"heads": 5}, "64 cannot be divided among 5 heads"),
-        ({"shift": 8}, "--shift 8 moves an image of 8 pixels out of sight"),
-        ({"channels": "3"}, "learns from your own images"),
+        ({"shift": 8}, "--shift 8 moves the whole image of 8 pixels out"),
+        ({"channels": "3"}, "trains on your own images"),
     ],
 )
 def test_bad_vit_shapes(overrides, message):
@@ -202,7 +202,8 @@ def test_tasks_and_configuration_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_near_name_is_told_apart_from_all_there_are():
-    assert near_miss("lite", ["light", "large"]) == "did you mean light? there are light, large"
-    assert near_miss("lop.py", ["loop.py"]) == "did you mean loop.py?"
-    assert near_miss("x", ["loop.py"]) == "there is only loop.py"
+def test_a_similar_name_is_suggested():
+    hint = did_you_mean("lite", ["light", "large"])
+    assert hint == "did you mean light? (choose from light, large)"
+    assert did_you_mean("lop.py", ["loop.py"]) == "did you mean loop.py?"
+    assert did_you_mean("x", ["loop.py"]) == "there is only loop.py"

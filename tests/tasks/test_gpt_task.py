@@ -8,8 +8,7 @@ import torch
 
 from tui_trainer.config import ConfigurationError, resolve
 from tui_trainer.tasks.definition import Training, build, find_task
-from tui_trainer.tasks.gpt import data
-from tui_trainer.tasks.gpt.data import TextBatches, cut
+from tui_trainer.tasks.gpt.data import TextBatches, cut_blocks, load_corpus
 from tui_trainer.tasks.gpt.training import ValidationLoss
 
 TINY = {
@@ -150,7 +149,7 @@ def test_sample_continues_the_prompt_and_repeats():
 
 
 def test_targets_are_the_next_characters():
-    inputs, targets = cut(torch.arange(100), torch.tensor([0, 17]), 4)
+    inputs, targets = cut_blocks(torch.arange(100), torch.tensor([0, 17]), 4)
     assert inputs.tolist() == [[0, 1, 2, 3], [17, 18, 19, 20]]
     assert targets.tolist() == [[1, 2, 3, 4], [18, 19, 20, 21]]
 
@@ -158,7 +157,7 @@ def test_targets_are_the_next_characters():
 def test_an_epoch_takes_every_piece_once():
     options = {"batch_size": 2, "block_size": 4, "total": 15, "seed": 3}
     batches = TextBatches(torch.arange(45), **options, device=torch.device("cpu"))
-    assert batches.per_epoch == 5
+    assert batches.batches_per_epoch == 5
     targets = [targets for _, targets in batches]
     offsets = set()
     for epoch in range(3):
@@ -191,7 +190,7 @@ def test_batches_go_on_from_a_state():
 
 
 def test_default_corpus_is_the_language_reference():
-    loaded = data.load(None)
+    loaded = load_corpus(None)
     assert len(loaded.tokens) > 300_000
     assert "lambda" in loaded.decode(loaded.tokens)
 
@@ -200,7 +199,7 @@ def test_text_survives_as_numbers(tmp_path):
     text = "naïve — 日本語 🙂\nend"
     file = tmp_path / "text.txt"
     file.write_text(text, encoding="utf-8")
-    loaded = data.load(str(file))
+    loaded = load_corpus(str(file))
     assert loaded.decode(loaded.tokens) == text
     assert loaded.decode(loaded.encode("naïve 🙂")) == "naïve 🙂"
     assert list(loaded.alphabet) == sorted(set(text))
@@ -212,7 +211,7 @@ def test_folder_of_text_leaves_out_the_rest(tmp_path, caplog):
     (tmp_path / "b" / "c.md").write_text("second")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / ".hidden").write_text("never")
-    loaded = data.load(str(tmp_path))
+    loaded = load_corpus(str(tmp_path))
     assert loaded.decode(loaded.tokens) == "first\nsecond"
     assert "picture.png" in caplog.text
 

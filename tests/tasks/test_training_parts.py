@@ -7,8 +7,8 @@ import torch
 
 from tui_trainer.config import ConfigurationError, TrainingConfig
 from tui_trainer.tasks.definition import find_task
-from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads, evaluating
-from tui_trainer.tasks.optimizers import LearningRate, make_optimizer
+from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads, evaluation_mode
+from tui_trainer.tasks.optimizers import LearningRate, create_optimizer
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_every_optimizer_lowers_a_loss_and_decays_matrices_only(optimizer, imple
     config = TrainingConfig(
         optimizer=optimizer, implementation=implementation, learning_rate=0.01, weight_decay=0.3
     )
-    made = make_optimizer(model, config, CPU)
+    made = create_optimizer(model, config, CPU)
     decays = {
         tuple(parameter.shape): group["weight_decay"]
         for group in made.param_groups
@@ -89,9 +89,9 @@ def test_every_optimizer_lowers_a_loss_and_decays_matrices_only(optimizer, imple
 
 def test_momentum_and_betas_are_passed_on():
     model = torch.nn.Linear(2, 2)
-    adam = make_optimizer(model, TrainingConfig(beta1=0.8, beta2=0.7), CPU)
+    adam = create_optimizer(model, TrainingConfig(beta1=0.8, beta2=0.7), CPU)
     assert adam.param_groups[0]["betas"] == (0.8, 0.7)
-    sgd = make_optimizer(model, TrainingConfig(optimizer="sgd", momentum=0.6), CPU)
+    sgd = create_optimizer(model, TrainingConfig(optimizer="sgd", momentum=0.6), CPU)
     assert sgd.param_groups[0]["momentum"] == 0.6
 
 
@@ -172,7 +172,7 @@ def test_evaluating_restores_mode_and_generator():
     state = torch.get_rng_state()
 
     def evaluate() -> None:
-        with evaluating(model):
+        with evaluation_mode(model):
             assert not model.training
             assert not torch.is_grad_enabled()
             torch.rand(3)

@@ -15,18 +15,15 @@ from PIL import Image
 from tests.cli.calling import call
 from tui_trainer.config import ConfigurationError, resolve
 from tui_trainer.tasks.definition import Training, build, find_task
-from tui_trainer.tasks.vit import data
-from tui_trainer.tasks.vit.config import EpochPlan
-from tui_trainer.tasks.vit.data import (
-    BatchOrder,
-    Decoder,
+from tui_trainer.tasks.vit import images as image_files
+from tui_trainer.tasks.vit.batches import BatchOrder, Decoder, EpochPlan, ImageBatches
+from tui_trainer.tasks.vit.images import (
     FolderImages,
-    ImageBatches,
     UnreadableImageError,
     decode,
     load_images,
 )
-from tui_trainer.tasks.vit.training import facts
+from tui_trainer.tasks.vit.training import data_facts
 
 TINY = {"layers": 1, "heads": 2, "width": 16, "threads": 1, "device": "cpu", "warmup_steps": 5}
 FOLDER = {**TINY, "image_size": 16, "patch_size": 8, "batch_size": 4, "workers": 0, "steps": 10}
@@ -80,15 +77,15 @@ def test_epoch_arithmetic():
 
 
 def test_digits_are_those_of_scikit_learn_without_importing_it():
-    code = "import sys; from tui_trainer.tasks.vit.data import read_digits; read_digits()"
+    code = "import sys; from tui_trainer.tasks.vit.images import read_digits; read_digits()"
     code += "; assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     from sklearn.datasets import load_digits
 
-    scans, labels = data.read_digits()
+    scans, labels = image_files.read_digits()
     assert np.array_equal(scans, load_digits().images)
     assert np.array_equal(labels, load_digits().target)
-    assert all(map(np.array_equal, (scans, labels), data._by_scikit_learn()))
+    assert all(map(np.array_equal, (scans, labels), image_files._load_with_sklearn()))
 
 
 def test_epoch_arithmetic_is_among_the_facts_of_a_training():
@@ -101,7 +98,7 @@ def test_epoch_arithmetic_is_among_the_facts_of_a_training():
         image_size=224,
         channels=3,
     )
-    found = facts(images, images.subset(torch.empty(0, dtype=torch.long)), plan)
+    found = data_facts(images, images.subset(torch.empty(0, dtype=torch.long)), plan)
     assert list(found.items())[:4] == [
         ("data", "faces"),
         ("images", 494_149),
@@ -348,9 +345,8 @@ def test_workers_end_when_the_training_is_killed(folder):
 import torch, psutil
 from tui_trainer.config import resolve
 from tui_trainer.tasks.definition import find_task
-from tui_trainer.tasks.vit.config import EpochPlan
-from tui_trainer.tasks.vit.data import Decoder, ImageBatches
-from tui_trainer.tasks.vit.data import load_images
+from tui_trainer.tasks.vit.batches import Decoder, EpochPlan, ImageBatches
+from tui_trainer.tasks.vit.images import load_images
 images, _ = load_images(resolve(find_task("vit"), "images", {{"data": {str(folder)!r}}}))
 batches = iter(ImageBatches(Decoder(images), EpochPlan(32, 4, steps=10**6), 0,
                             torch.device("cpu"), 2))

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable
 
-from tui_trainer.config.errors import near_miss
+from tui_trainer.config.errors import did_you_mean
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize
 
@@ -36,7 +36,7 @@ class UsageError(CommandError):
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
     """The error for a `kind` (command, task, …) that does not exist, with the nearest as hint."""
-    return UsageError(f"there is no {kind} {given}", near_miss(given, known))
+    return UsageError(f"there is no {kind} {given}", did_you_mean(given, known))
 
 
 def say(message: str, hint: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import get_type_hints
 
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.config.errors import near_miss
+from tui_trainer.config.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _check_file(path: Path) -> None:
         siblings = sorted(each.name for each in _listing(path.parent) if each.suffix == ".py")
         raise UsageError(
             f"there is no script {path}",
-            near_miss(path.name, siblings) if siblings else "check the path",
+            did_you_mean(path.name, siblings) if siblings else "check the path",
         )
     else:
         try:

@@ -1,7 +1,6 @@
-"""Typed configuration: what can be set, its bounds and defaults, and clear refusals of bad values.
+"""Typed configuration: what can be set, with defaults, bounds and presets, and the run's files.
 
-Free of torch and fast to import: the command line and the start screen read it before anything
-trains.
+Imports fast and without torch, since the command line and the start screen read it first.
 """
 
 from __future__ import annotations

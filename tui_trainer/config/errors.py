@@ -12,13 +12,14 @@ class ConfigurationError(UserError):
     """A setting, a file or a device that cannot be used."""
 
 
-def near_miss(given: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the near one if there is one, else all there are."""
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A hint for a misspelled name: the most similar known name, and all of them if they are few
+    or none is similar."""
     names = list(known)
-    folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(given.casefold(), folded, n=1, cutoff=0.5)
-    everything = ("there are " if len(names) > 1 else "there is only ") + ", ".join(names)
-    if not near:
-        return everything
-    guess = f"did you mean {folded[near[0]]}?"
-    return f"{guess} {everything}" if 1 < len(names) <= 8 else guess
+    by_folded = {name.casefold(): name for name in names}
+    similar = difflib.get_close_matches(given.casefold(), by_folded, n=1, cutoff=0.5)
+    all_names = ("choose from " if len(names) > 1 else "there is only ") + ", ".join(names)
+    if not similar:
+        return all_names
+    guess = f"did you mean {by_folded[similar[0]]}?"
+    return f"{guess} ({all_names})" if 1 < len(names) <= 8 else guess

@@ -1,6 +1,7 @@
-"""What a field of a configuration says of itself: help, group, unit, choices and bounds.
+"""Options: dataclass fields with a help text, a group, a unit, choices and bounds.
 
-The command line makes its flags, the start screen its form and `resolve` its checks from this.
+The command line makes its flags from them and the start screen its form. Both pass what the user
+typed to `parse`, so that they report the same errors.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, cast
 
-from tui_trainer.config.errors import ConfigurationError, near_miss
+from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.protocol.schema import Scalar
 
 Kind = Literal["int", "float", "bool", "str"]
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0")
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting, as people see it."""
+    """One setting."""
 
     name: str
-    """The field's name; the flag is `--` and this with hyphens."""
+    """Name of the field."""
     kind: Kind
     default: Scalar
     help: str
@@ -34,14 +35,15 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
-    """An open lower bound: the value must be greater."""
+    """Exclusive lower bound."""
     below: float | None = None
+    """Exclusive upper bound."""
     optional: bool = False
-    """Whether None (unset) is a value."""
+    """Whether the value may be None, which means that it is not set."""
 
     @property
     def flag(self) -> str:
-        """The long flag on the command line."""
+        """The flag on the command line, such as `--batch-size`."""
         return "--" + self.name.replace("_", "-")
 
 
@@ -56,7 +58,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field that describes itself."""
+    """A dataclass field that is an option; its type gives the kind and the choices."""
     metadata = {
         "help": help,
         "group": group,
@@ -70,12 +72,12 @@ def option(
 
 
 def options_of(config: type) -> tuple[Option, ...]:
-    """The options of a configuration class, in order of declaration, base class first."""
+    """The options of a configuration class, in the order of declaration, base class first."""
     hints = typing.get_type_hints(config)
     return tuple(
         Option(
             item.name,
-            **_shape_of(hints[item.name]),
+            **_type_of(hints[item.name]),
             default=cast(Scalar, item.default),
             **item.metadata,
         )
@@ -84,20 +86,20 @@ def options_of(config: type) -> tuple[Option, ...]:
     )
 
 
-def _shape_of(hint: Any) -> dict[str, Any]:
+def _type_of(hint: Any) -> dict[str, Any]:
     optional = False
     if typing.get_origin(hint) in (Union, types.UnionType):
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        optional, hint = len(inner) < len(typing.get_args(hint)), inner[0]
+        members = [part for part in typing.get_args(hint) if part is not type(None)]
+        optional, hint = len(members) < len(typing.get_args(hint)), members[0]
     if typing.get_origin(hint) is Literal:
         return {"kind": "str", "choices": typing.get_args(hint), "optional": optional}
     return {"kind": hint.__name__, "optional": optional}
 
 
 def parse(option: Option, value: Scalar) -> Scalar:
-    """`value` (typed, or as typed by a person) as the option's type, checked against its bounds.
+    """Convert `value`, which may be a text that the user typed, to the option's type.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError if it cannot be converted or is out of bounds.
     """
     blank = isinstance(value, str) and not (value if option.kind == "str" else value.strip())
     if value is None or (blank and option.optional):
@@ -109,7 +111,7 @@ def parse(option: Option, value: Scalar) -> Scalar:
     if option.kind == "str":
         if option.choices and str(value) not in option.choices:
             raise ConfigurationError(
-                f"{option.flag} cannot be {value!r}", near_miss(str(value), option.choices)
+                f"{option.flag} cannot be {value!r}", did_you_mean(str(value), option.choices)
             )
         return str(value)
     return _parse_number(option, value)
@@ -119,27 +121,27 @@ def _parse_bool(option: Option, value: Scalar) -> bool:
     if isinstance(value, bool):
         return value
     word = str(value).strip().casefold()
-    if word in _TRUE + _FALSE:
-        return word in _TRUE
-    raise ConfigurationError(f"{option.flag} cannot be {value!r}", "it is on or off")
+    if word in TRUE_WORDS + FALSE_WORDS:
+        return word in TRUE_WORDS
+    raise ConfigurationError(f"{option.flag} cannot be {value!r}", _expected(option))
 
 
 def _parse_number(option: Option, value: Scalar) -> int | float:
-    refusal = ConfigurationError(f"{option.flag} cannot be {value!r}", _expected(option))
+    error = ConfigurationError(f"{option.flag} cannot be {value!r}", _expected(option))
     if isinstance(value, bool):
-        raise refusal
+        raise error
     try:
         number = float(cast("str | float", value))
         if option.kind == "int":
-            # 1e4 and 10_000 are integers to a person; 2**63 and up would lose digits as a float.
+            # 1e4 and 10_000 are accepted as integers; from 2**53 on a float would lose digits.
             exact = int(value) if isinstance(value, (int, str)) and _is_int(value) else int(number)
             if exact != number:
-                raise refusal
+                raise error
     except (ValueError, OverflowError):
-        raise refusal from None
+        raise error from None
     result: int | float = exact if option.kind == "int" else number
-    if not math.isfinite(number) or not _within(option, number):
-        raise refusal
+    if not math.isfinite(number) or not _is_within_bounds(option, number):
+        raise error
     return result
 
 
@@ -151,7 +153,7 @@ def _is_int(value: int | str) -> bool:
     return True
 
 
-def _within(option: Option, number: float) -> bool:
+def _is_within_bounds(option: Option, number: float) -> bool:
     return (
         (option.minimum is None or number >= option.minimum)
         and (option.maximum is None or number <= option.maximum)
@@ -161,9 +163,10 @@ def _within(option: Option, number: float) -> bool:
 
 
 def _expected(option: Option) -> str:
+    """Such as `expected a whole number, at least 1`."""
     if option.choices:
-        return "it is one of " + ", ".join(option.choices)
-    words = {"int": "a whole number", "float": "a number", "bool": "on or off", "str": "a text"}
+        return "choose from " + ", ".join(option.choices)
+    kinds = {"int": "a whole number", "float": "a number", "bool": "on or off", "str": "a text"}
     bounds = [
         f"{word} {limit:g}"
         for word, limit in (
@@ -174,4 +177,4 @@ def _expected(option: Option) -> str:
         )
         if limit is not None
     ]
-    return " ".join(["it is", words[option.kind], " and ".join(bounds)]).rstrip()
+    return f"expected {kinds[option.kind]}" + (", " + " and ".join(bounds) if bounds else "")

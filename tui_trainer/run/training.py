@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tui_trainer.config.errors import ConfigurationError, near_miss
+from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import from_flat
 from tui_trainer.run.context import RunContext, create_tracer
@@ -84,7 +84,7 @@ def _find_definition(name: str) -> TaskDefinition:
         from importlib.metadata import entry_points
 
         known = [entry.name for entry in entry_points(group="tui_trainer.tasks")]
-        raise ConfigurationError(f"there is no task {name!r}", near_miss(name, known)) from None
+        raise ConfigurationError(f"there is no task {name!r}", did_you_mean(name, known)) from None
 
 
 def _describe(run: RunContext, training: Training, threads: int) -> None:

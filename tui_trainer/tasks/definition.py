@@ -1,9 +1,8 @@
-"""What a task is: the shipped GPT and ViT, and any third party's, through one entry-point group.
+"""What a task is: the shipped GPT and ViT, or a third party's, registered as an entry point.
 
-A package registers `name = "package.module:task"` in the group `tui_trainer.tasks`. The module
-that holds the `TaskDefinition` must import fast (no torch): the command line and the start screen
-read it.
-What trains is imported only in the training process, from `build`.
+A package registers `name = "package.module:task"` in the group `tui_trainer.tasks`, where `task` is
+a `TaskDefinition`. Its module must import fast and without torch, since the command line and the
+start screen read it; `build` is imported in the training process.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 
 GROUP = "tui_trainer.tasks"
 
+EvaluationResult = tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]
+"""Metrics, which become columns of the table `validation` such as {"loss": 1.9, "accuracy": 0.97},
+and artifacts to show; the recorder sets their ids."""
+
 
 @dataclass(frozen=True)
 class TaskDefinition:
@@ -32,60 +35,58 @@ class TaskDefinition:
     summary: str
     config: type[TrainingConfig]
     presets: Mapping[str, Mapping[str, Scalar]]
-    """Preset name to the fields it sets; the first is the default."""
+    """The fields that each preset sets; the first preset is the default."""
     build: str
-    """`module:function` with signature `(config) -> Training`, imported where torch is."""
+    """`module:function` of a function `(config) -> Training`."""
     preset_for_data: str = ""
-    """The default preset once `--data` is given, where it is another one."""
+    """The default preset when `--data` is given, if it is another one."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something measured on a cadence between steps, on the training thread, outside the loop.
+    """A measurement on a cadence, on the training thread between steps and outside the loop.
 
-    `run()` must leave the model's mode and every random generator of the training as it found
-    them; it returns scalar metrics (columns of table `validation`, such as {"loss": 1.9,
-    "accuracy": 0.97}) and artifacts to show. The recorder numbers the artifacts.
+    `run()` must restore the model's mode and every random generator of the training.
     """
 
     name: str
     every: int
-    """Steps between two runs; it also runs before the first step if `at_start`, and at the end."""
-    run: Callable[[], tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]]
+    """Cadence in steps. It also runs after the last step, and before the first if `at_start`."""
+    run: Callable[[], EvaluationResult]
     at_start: bool = False
 
 
 @dataclass
 class Training:
-    """A task made ready to run: everything but the tracer."""
+    """A task that is ready to run."""
 
     model: torch.nn.Module
     loop: Callable[[], None]
-    """The plain PyTorch loop; returns when all steps are made."""
+    """The plain PyTorch loop; returns after the last step."""
     total_steps: int
     steps_per_epoch: int | None
     items_per_step: int
     item_unit: str
     evaluations: tuple[Evaluation, ...] = ()
     facts: dict[str, Scalar] = field(default_factory=dict)
-    """What to say of the data: characters, vocabulary size, images, batches per epoch, …"""
+    """About the data: characters, vocabulary size, images, batches per epoch, …"""
     stateful: dict[str, Any] = field(default_factory=dict)
-    """Name to object with `state_dict()` / `load_state_dict()` that a checkpoint holds beside the
-    model: optimizer, scheduler, scaler, batches (their position and generator)."""
+    """Objects with `state_dict()` and `load_state_dict()` that a checkpoint holds in addition to
+    the model: optimizer, scheduler, scaler, batches (their position and generator)."""
 
 
 def find_task(name: str) -> TaskDefinition:
     """The task registered under `name`. Raises KeyError."""
     for entry in entry_points(group=GROUP, name=name):
-        loaded = entry.load()
-        if isinstance(loaded, TaskDefinition):
-            return loaded
+        task = entry.load()
+        if isinstance(task, TaskDefinition):
+            return task
     raise KeyError(name)
 
 
 def build(definition: TaskDefinition, config: TrainingConfig) -> Training:
-    """Import the training part of a task (and with it torch) and make it ready to run."""
+    """Import the training part of a task, and torch with it, and build the training."""
     module, _, function = definition.build.partition(":")
-    made = getattr(importlib.import_module(module), function)(config)
-    assert isinstance(made, Training)
-    return made
+    training = getattr(importlib.import_module(module), function)(config)
+    assert isinstance(training, Training)
+    return training

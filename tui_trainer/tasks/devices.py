@@ -1,4 +1,4 @@
-"""Which device trains, in which precision, with how many threads."""
+"""The device that trains, its precision and threads, and the seeds."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ import psutil
 import torch
 from torch import nn
 
-from tui_trainer.config.errors import ConfigurationError, near_miss
+from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.training import TrainingConfig
 
-# type: ignore[import-untyped, unused-ignore]
-
-
-_PREFERRED = ("cuda", "mps", "xpu", "cpu")
-_SMALL_WORK = 5e8
-"""Parameters × items per step below which more than four threads only wait for each other."""
+DEVICE_KINDS = ("cuda", "mps", "xpu", "cpu")
+"""In the order in which `auto` prefers them."""
+SMALL_WORK = 5e8
+"""Parameters × items per step below which more than four threads do not make a step faster."""
+MAX_THREADS_FOR_SMALL_WORK = 4
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto`: CUDA, then MPS, XPU, CPU. Raises ConfigurationError."""
-    there = {kind: _count(kind) for kind in _PREFERRED}
+    """The device called `name`; `auto` is the first of DEVICE_KINDS that exists.
+
+    Raises ConfigurationError.
+    """
+    counts = {kind: _device_count(kind) for kind in DEVICE_KINDS}
     if name == "auto":
-        return torch.device(next(kind for kind in _PREFERRED if there[kind]))
+        return torch.device(next(kind for kind in DEVICE_KINDS if counts[kind]))
     kind, _, index = name.partition(":")
-    if kind not in there or (index and not index.isdigit()):
+    if kind not in counts or (index and not index.isdigit()):
         raise ConfigurationError(
-            f"there is no kind of device {name!r}", near_miss(kind, ("auto", *_PREFERRED))
+            f"there is no kind of device {name!r}", did_you_mean(kind, ("auto", *DEVICE_KINDS))
         )
-    found = [f"{kind}:{number}" for kind in there for number in range(there[kind])]
-    listing = ", ".join("cpu" if device == "cpu:0" else device for device in found)
-    if not there[kind] or int(index or 0) >= there[kind]:
-        hint = f"there is {listing}; --device auto takes the best"
+    if not counts[kind] or int(index or 0) >= counts[kind]:
+        devices = [f"{kind}:{number}" for kind in counts for number in range(counts[kind])]
+        listing = ", ".join("cpu" if device == "cpu:0" else device for device in devices)
+        hint = f"available: {listing}; --device auto chooses the best"
         raise ConfigurationError(f"there is no device {name} here", hint)
     return torch.device(name)
 
 
-def _count(kind: str) -> int:
+def _device_count(kind: str) -> int:
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "xpu":
@@ -52,29 +54,32 @@ def _count(kind: str) -> int:
 
 
 def choose_threads(requested: int, work: float = 0.0) -> int:
-    """Threads for PyTorch: as requested, or (0) all cores but one, which the screen and the rest
-    of the machine need; with all of them taken, OpenMP's barriers wait for whoever else runs.
+    """The number of PyTorch's threads: `requested`, or if that is 0 all cores but one.
 
-    `work` is parameters × items per step: small work gets four at most.
+    The free core is for the screen and other programs: with all cores taken, every barrier of
+    OpenMP waits for the thread that shares its core. `work` is parameters × items per step.
     """
     if requested:
         return requested
-    allowed = usable_cores()
-    free = max(1, min(allowed, psutil.cpu_count(logical=False) or allowed) - 1)
-    return min(free, 4) if work < _SMALL_WORK else free
+    cores = usable_cores()
+    threads = max(1, min(cores, psutil.cpu_count(logical=False) or cores) - 1)
+    return min(threads, MAX_THREADS_FOR_SMALL_WORK) if work < SMALL_WORK else threads
 
 
-def prepare(config: TrainingConfig) -> torch.device:
-    """Choose the device and seed everything random. Raises ConfigurationError."""
+def set_up(config: TrainingConfig) -> torch.device:
+    """Choose the device, configure determinism and seed all generators; returns the device.
+
+    Raises ConfigurationError.
+    """
     device = choose_device(config.device)
     if config.compile and device.type == "cpu":
-        _check_compiler()
+        _require_compiler()
     if config.deterministic:
         if device.type == "cuda":
-            # what cuBLAS asks for; it must be there before the first CUDA call
+            # Required by cuBLAS, and read at the first CUDA call.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # filling fresh memory is for finding bugs in kernels, and dear
+        # Filling uninitialised memory only serves to find bugs in kernels, and is slow.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,27 +89,41 @@ def prepare(config: TrainingConfig) -> torch.device:
     return device
 
 
-def _check_compiler() -> None:
-    """torch.compile makes C++ of a model for the CPU. Raises ConfigurationError."""
+def _require_compiler() -> None:
+    """torch.compile generates C++ for the CPU. Raises ConfigurationError."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError:  # not public: then the first forward pass will say it
+    except ImportError:  # a private name: the first forward pass reports it instead
         return
     try:
         get_cpp_compiler()
     except Exception:
         raise ConfigurationError(
-            "--compile needs a C++ compiler, and none is found here",
+            "--compile needs a C++ compiler, and none was found",
             "install one, such as g++ (or name it in $CXX), or give --no-compile",
         ) from None
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to the configured precision; nothing for float32. May be entered again and again."""
+    """Autocast to the configured precision; reusable, and no-op for float32."""
     if config.dtype == "float32":
         return nullcontext()
     precision = torch.bfloat16 if config.dtype == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=precision)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; restores the model's mode and PyTorch's CPU generator."""
+    was_training = model.training
+    state = torch.get_rng_state()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        torch.set_rng_state(state)
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -155,24 +174,6 @@ class GradScaler(torch.amp.GradScaler):
         return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]
 
 
-def make_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:
-    """Loss scaling, which fp16 needs and which does nothing for the others."""
+def create_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:
+    """Loss scaling for fp16; disabled for other precisions."""
     return GradScaler(device.type, enabled=config.dtype == "fp16")
-
-
-# ---- evaluating
-# What evaluations share.
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; the model's mode and PyTorch's generators are left as found."""
-    was_training = model.training
-    state = torch.get_rng_state()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        torch.set_rng_state(state)

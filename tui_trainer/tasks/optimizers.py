@@ -1,4 +1,4 @@
-"""Optimizers by name, as PyTorch has them."""
+"""The configured optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 from tui_trainer.config.training import TrainingConfig
 
 
-def make_optimizer(
+def create_optimizer(
     model: nn.Module, config: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters of `model`.
+    """The configured optimizer over all trainable parameters of `model`.
 
-    Only parameters with two dimensions or more decay: biases, norms and single tokens do not.
+    Weight decay applies to parameters of two or more dimensions: not to biases, norms and single
+    tokens.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -42,10 +43,10 @@ def make_optimizer(
 
 
 def _implementation(config: TrainingConfig, device: torch.device) -> dict[str, bool]:
-    """The arguments that choose among PyTorch's implementations.
+    """The argument that selects one of PyTorch's implementations.
 
-    `auto`: fused on CUDA and on the CPU, where it is fastest, for all that have it; elsewhere
-    whatever PyTorch itself takes.
+    `auto` is the fused one on CUDA and on the CPU, where it is the fastest, if the optimizer has
+    one; otherwise PyTorch chooses.
     """
     if config.implementation == "auto":
         fused = config.optimizer != "rmsprop" and device.type in ("cuda", "cpu")
@@ -55,36 +56,35 @@ def _implementation(config: TrainingConfig, device: torch.device) -> dict[str, b
     return {config.implementation: True}
 
 
-# ---- schedules
-# How the learning rate runs over the steps.
-
-
 class LearningRate:
-    """The learning rate of each step, a function of the step alone: there is nothing to save."""
+    """The learning rate as a function of the step alone, so that it has no state to save."""
 
     def __init__(self, config: TrainingConfig, total_steps: int) -> None:
-        self.kind = config.schedule
+        self.schedule = config.schedule
         self.peak = config.learning_rate
-        self.floor = config.min_learning_rate
-        self.warmup = config.warmup_steps
+        self.minimum = config.min_learning_rate
+        self.warmup_steps = config.warmup_steps
         self.total_steps = total_steps
 
     def at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0.
 
-        Warm-up rises as nanoGPT's: peak · (step + 1) / (warmup + 1). Then it stays (constant),
-        falls in a straight line (linear) or as half a cosine (Loshchilov & Hutter 2017), to reach
-        the floor at `total_steps`.
+        It rises as in nanoGPT, peak · (step + 1) / (warmup_steps + 1). Then it is constant or falls
+        to the minimum at `total_steps`, linearly or as half a cosine (Loshchilov & Hutter 2017).
         """
-        if step < self.warmup:
-            return self.peak * (step + 1) / (self.warmup + 1)
-        if self.kind == "constant":
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
             return self.peak
-        done = min(1.0, (step - self.warmup) / max(1, self.total_steps - self.warmup))
-        left = 1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.floor + left * (self.peak - self.floor)
+        decay_steps = max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / decay_steps)
+        if self.schedule == "linear":
+            share = 1 - progress
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.minimum + share * (self.peak - self.minimum)
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Give every parameter group the learning rate of step `step`, counted from 0."""
+        """Set the learning rate of step `step`, counted from 0, in every parameter group."""
         for group in optimizer.param_groups:
             group["lr"] = self.at(step)

@@ -1,4 +1,4 @@
-"""The GPT task. Importing this must stay fast: no torch here."""
+"""The GPT task. Imports fast: no torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be set of the GPT, and its presets."""
+"""Options of the GPT task, and its presets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tui_trainer.protocol.schema import Scalar
 
 @dataclass(frozen=True, kw_only=True)
 class GptConfig(TrainingConfig):
-    """A character-level GPT and its training."""
+    """Options of a character-level GPT and its training."""
 
     data: str | None = option(
         None, "a text file, or a folder of them; default: Python's language reference", group=DATA
@@ -27,24 +27,30 @@ class GptConfig(TrainingConfig):
     dropout: float = option(0.0, "dropout probability", group=MODEL, minimum=0, below=1)
     bias: bool = option(False, "biases in linear layers and layer norms", group=MODEL)
     vocabulary: int | None = option(
-        None, "rows of the token embedding; default: the characters of the corpus", group=MODEL,
-        minimum=1, maximum=1 << 22,
-    )  # fmt: skip
+        None,
+        "rows of the token embedding; default: one for each character of the corpus",
+        group=MODEL,
+        minimum=1,
+        maximum=1 << 22,
+    )
     prompt: str | None = option(
-        None, "what the sampled text continues; default: the start of a line", group=EVALUATION
+        None, "prompt of the sampled text; default: the start of a line", group=EVALUATION
     )
     sample_every: int = option(
-        250, "steps between two sampled texts; 0: none", group=EVALUATION, unit="steps", minimum=0
+        250, "steps between sampled texts; 0: none", group=EVALUATION, unit="steps", minimum=0
     )
     sample_length: int = option(
         200, "length of a sampled text", group=EVALUATION, unit="characters", minimum=1
     )
     temperature: float = option(
-        0.8, "how freely to sample: 1 as the model says, less is safer", group=EVALUATION, above=0
+        0.8,
+        "sampling temperature; 1: as the model predicts",
+        group=EVALUATION,
+        above=0,
     )
 
     def check(self) -> None:
-        """Refuse what no single field can see. Raises ConfigurationError."""
+        """Check combinations of fields. Raises ConfigurationError."""
         super().check()
         check_heads(self.width, self.heads)
         if self.validation_share == 0:
@@ -86,8 +92,8 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "sample_length": 160,
     },
     "nanogpt-cpu": {
-        # The README's line for a machine without a GPU. Its 1.88 is from when the default weight
-        # decay was 0.01, which is a little better at so few steps; it is 0.1 today.
+        # The command that nanoGPT's README gives for a machine without a GPU. Its loss of 1.88 is
+        # from when the default weight decay was 0.01; it is now 0.1.
         **_NANOGPT,
         "weight_decay": 0.01,
         "steps": 2000,
@@ -97,7 +103,7 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "heads": 4,
         "width": 128,
         "dropout": 0.0,
-        "eval_batches": 150,  # all of tiny Shakespeare's validation text: no noise
+        "eval_batches": 150,  # all of tiny Shakespeare's validation text
         "device": "cpu",
     },
     "nanogpt-gpu": {

@@ -1,4 +1,4 @@
-"""The text that a GPT learns: where it comes from, its characters as numbers, its two parts."""
+"""The text that a GPT trains on: read, split and numbered, and the batches drawn from it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from tui_trainer.config.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "Python's language reference"
+MAX_NAMED_FILES = 5
+"""Skipped files that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,23 @@ class Corpus:
 
     name: str
     alphabet: str
-    """Every character that occurs, sorted: character i has number i."""
+    """Every character that occurs, sorted; the index of a character is its token."""
     tokens: Tensor
     """int32 of shape (characters,)."""
 
     def encode(self, text: str) -> Tensor:
-        """Character numbers, int64 of shape (len(text),). Raises KeyError for a strange one."""
+        """Tokens, int64 of shape (len(text),). Raises KeyError for an unknown character."""
         numbers = {character: number for number, character in enumerate(self.alphabet)}
         return torch.tensor([numbers[character] for character in text])
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of numbers of shape (n,)."""
+        """The text of tokens of shape (n,)."""
         return "".join(self.alphabet[number] for number in tokens.tolist())
 
     def split(self, validation_share: float, block_size: int) -> tuple[Tensor, Tensor]:
-        """Training and validation tokens: the end of the text validates, as nanoGPT has it.
+        """Training and validation tokens; the end of the text validates, as in nanoGPT.
 
-        Raises ConfigurationError where either cannot hold a block and the character after it.
+        Raises ConfigurationError if either part is shorter than a block and its last target.
         """
         border = int(len(self.tokens) * (1 - validation_share))
         training, validation = self.tokens[:border], self.tokens[border:]
@@ -50,19 +52,19 @@ class Corpus:
                 raise ConfigurationError(
                     f"{self.name} is too short: of its {len(self.tokens):,} characters the {name} "
                     f"part has {len(part):,}, and a block needs {block_size + 1:,}",
-                    _what_fits(len(part)),
+                    _short_text_hint(len(part)),
                 )
         return training, validation
 
 
-def _what_fits(characters: int) -> str:
+def _short_text_hint(characters: int) -> str:
     if characters < 9:
         return "give it more text"
     return f"give it more text, or try --block-size {characters // 2}"
 
 
-def load(data: str | None) -> Corpus:
-    """The corpus of `--data`, or the default one. Raises ConfigurationError."""
+def load_corpus(data: str | None) -> Corpus:
+    """The corpus at the path `data`, or the default one. Raises ConfigurationError."""
     name, text = _read_default() if data is None else _read(Path(data).expanduser())
     if not text:
         raise ConfigurationError(f"{name} is empty", "give it a file with some text in it")
@@ -77,7 +79,7 @@ def _read_default() -> tuple[str, str]:
         from pydoc_data.topics import topics
     except ImportError:
         raise ConfigurationError(
-            "this Python came without its language reference (pydoc_data)",
+            "this Python was installed without its language reference (pydoc_data)",
             "give it a text of yours with --data FILE",
         ) from None
     return DEFAULT_NAME, "\n\n".join(topics[name].strip() for name in sorted(topics))
@@ -92,17 +94,17 @@ def _read(path: Path) -> tuple[str, str]:
         raise ConfigurationError(
             f"there is no file or folder {path}", "--data takes a text file, or a folder of them"
         ) from None
-    except _NotTextError as fault:
-        raise ConfigurationError(f"{path} is not text: {fault}", "it must be UTF-8") from None
-    except OSError as fault:
+    except _NotTextError as error:
+        raise ConfigurationError(f"{path} is not text: {error}", "it must be UTF-8") from None
+    except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be read: {fault.strerror}", "--data takes a file that you may read"
+            f"{path} cannot be read: {error.strerror}", "--data takes a file that you may read"
         ) from None
 
 
 def _read_folder(folder: Path) -> str:
-    """All text files under a folder, in order of their paths; the others are named in the log."""
-    texts, left_out = [], []
+    """All text files below a folder, in the order of their paths; logs the files it skips."""
+    texts, skipped = [], []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not path.is_file():
@@ -110,10 +112,13 @@ def _read_folder(folder: Path) -> str:
         try:
             texts.append(_decode(path))
         except (_NotTextError, OSError):
-            left_out.append(str(path.relative_to(folder)))
-    if left_out:
-        more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
-        logger.warning("left out, not readable text: %s%s", ", ".join(left_out[:5]), more)
+            skipped.append(str(path.relative_to(folder)))
+    if skipped:
+        rest = len(skipped) - MAX_NAMED_FILES
+        more = f" and {rest:,} more" if rest > 0 else ""
+        logger.warning(
+            "skipped, not readable text: %s%s", ", ".join(skipped[:MAX_NAMED_FILES]), more
+        )
     if not texts:
         raise ConfigurationError(
             f"{folder} has no text file in it", "give it a folder of UTF-8 text files, or one file"
@@ -122,39 +127,38 @@ def _read_folder(folder: Path) -> str:
 
 
 class _NotTextError(Exception):
-    """A file is something else than text."""
+    pass
 
 
 def _decode(path: Path) -> str:
     raw = path.read_bytes()
     if b"\0" in raw:
-        raise _NotTextError("there are zero bytes in it")
+        raise _NotTextError("it contains zero bytes")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as fault:
-        raise _NotTextError(f"byte {fault.start:,} is not UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise _NotTextError(f"byte {error.start:,} is not UTF-8") from None
 
 
-# ---- batches
-# Pieces of a text, in random order.
+# ---------------------------------------------------------------- batches
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, int64 of shape (B, T)."""
 
 
-Pair = tuple[Tensor, Tensor]
-
-
-def cut(tokens: Tensor, starts: Tensor, block_size: int) -> Pair:
-    """Inputs and targets, int64 of shape (B, T): the target of each character is the next one."""
+def cut_blocks(tokens: Tensor, starts: Tensor, block_size: int) -> Batch:
+    """The blocks that begin at `starts`, shape (B,); each token's target is the next token."""
     offsets = torch.arange(block_size + 1)  # (T + 1,)
-    pieces = tokens[starts[:, None] + offsets].long()  # (B, 1) + (T + 1,) -> (B, T + 1)
-    return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
+    blocks = tokens[starts[:, None] + offsets].long()  # (B, 1) + (T + 1,) -> (B, T + 1)
+    return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
 
 class TextBatches:
-    """`total` batches of pieces of a text, the same ones for the same seed.
+    """`total` batches of blocks of a text.
 
-    An epoch takes every piece once, in a new order, cut from a new offset: at as many steps a
-    model has seen more of the text than with pieces drawn from anywhere. Iterating goes on from
-    `position`, and what comes is a function of the seed and the position alone.
+    Every epoch takes each block once, in a new order and cut from a new offset: in as many steps a
+    model sees more of the text than with blocks drawn at random. Iterating continues from
+    `position`, and the batches depend on the seed and the position alone.
     """
 
     def __init__(
@@ -174,50 +178,47 @@ class TextBatches:
         self.seed = seed
         self.device = device
         self.position = 0
-        """Batches handed out so far."""
+        """Number of batches taken so far."""
 
     def __len__(self) -> int:
         return self.total
 
     @property
-    def pieces(self) -> int:
-        """Pieces per epoch, wherever the first one begins."""
+    def blocks_per_epoch(self) -> int:
+        """The same for every offset."""
         return (len(self.tokens) - self.block_size) // self.block_size
 
     @property
-    def per_epoch(self) -> int:
-        """Batches per epoch."""
-        return max(1, self.pieces // self.batch_size)
+    def batches_per_epoch(self) -> int:
+        return max(1, self.blocks_per_epoch // self.batch_size)
 
-    def __iter__(self) -> Iterator[Pair]:
-        order, order_epoch = torch.empty(0), -1
+    def __iter__(self) -> Iterator[Batch]:
+        starts, starts_epoch = torch.empty(0), -1
         while self.position < self.total:
-            epoch, place = divmod(self.position, self.per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self._order(epoch), epoch
-            starts = order[place * self.batch_size : (place + 1) * self.batch_size]
-            inputs, targets = cut(self.tokens, starts, self.block_size)
+            epoch, index = divmod(self.position, self.batches_per_epoch)
+            if epoch != starts_epoch:
+                starts, starts_epoch = self._starts(epoch), epoch
+            chosen = starts[index * self.batch_size : (index + 1) * self.batch_size]
+            inputs, targets = cut_blocks(self.tokens, chosen, self.block_size)
             self.position += 1
-            yield self._move(inputs), self._move(targets)
+            yield self._to_device(inputs), self._to_device(targets)
 
-    def _order(self, epoch: int) -> Tensor:
-        """Where the pieces of an epoch start, int64 of shape (at least B,)."""
+    def _starts(self, epoch: int) -> Tensor:
+        """Where the blocks of an epoch begin, in order, int64 of shape (at least B,)."""
         generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
-        if self.pieces < self.batch_size:  # a text too short for one batch of different pieces
-            places = len(self.tokens) - self.block_size
-            return torch.randint(places, (self.batch_size,), generator=generator)
+        if self.blocks_per_epoch < self.batch_size:  # too short for a batch of distinct blocks
+            positions = len(self.tokens) - self.block_size
+            return torch.randint(positions, (self.batch_size,), generator=generator)
         offset = torch.randint(self.block_size, (), generator=generator)
-        return offset + self.block_size * torch.randperm(self.pieces, generator=generator)
+        return offset + self.block_size * torch.randperm(self.blocks_per_epoch, generator=generator)
 
-    def _move(self, batch: Tensor) -> Tensor:
+    def _to_device(self, batch: Tensor) -> Tensor:
         if self.device.type == "cuda":  # pinned memory lets the copy overlap with the last step
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
         self.position = int(state["position"])

@@ -20,7 +20,7 @@ def train(
     scaler: GradScaler,
     config: GptConfig,
 ) -> None:
-    """Train `model` on all that is left of `batches`."""
+    """Train `model` on the remaining `batches`."""
     precision = autocast(config, batches.device)
     model.train()
     for step, (inputs, targets) in enumerate(batches, start=batches.position):

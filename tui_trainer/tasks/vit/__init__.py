@@ -1,4 +1,4 @@
-"""The vision transformer task. Importing this must stay fast: no torch here."""
+"""The vision transformer task. Imports fast: no torch here."""
 
 from __future__ import annotations
 

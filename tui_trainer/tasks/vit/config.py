@@ -1,4 +1,4 @@
-"""What can be set of the vision transformer, and its presets."""
+"""Options of the vision transformer task, and its presets."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tui_trainer.protocol.schema import Scalar
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig(TrainingConfig):
-    """A vision transformer that classifies images, and its training."""
+    """Options of a vision transformer that classifies images, and of its training."""
 
     data: str | None = option(
         None, "a folder with one sub-folder of images per class; default: handwritten digits",
         group=DATA,
     )  # fmt: skip
     workers: int | None = option(
-        None, "processes that decode images; default: by the number of cores", group=DATA,
+        None, "processes that decode images; default: depends on the number of cores", group=DATA,
         minimum=0, maximum=256,
     )  # fmt: skip
-    flip: bool = option(False, "mirror training images at random", group=DATA)
+    flip: bool = option(False, "flip training images horizontally at random", group=DATA)
     shift: int = option(
-        0, "move training images at random by up to this", group=DATA, unit="pixels", minimum=0
+        0, "shift training images at random by up to this", group=DATA, unit="pixels", minimum=0
     )
     image_size: int = option(
-        224, "side of the square that images are brought to", group=MODEL, unit="pixels",
+        224, "side of the square that images are resized to", group=MODEL, unit="pixels",
         minimum=1, maximum=8192,
     )  # fmt: skip
     channels: Literal["1", "3"] = option("3", "1: grey, 3: colour", group=MODEL)
@@ -38,7 +38,7 @@ class VitConfig(TrainingConfig):
     heads: int = option(6, "attention heads per block", group=MODEL, minimum=1)
     width: int = option(384, "size of a patch's embedding", group=MODEL, minimum=1, maximum=1 << 17)
     pooling: Literal["class", "mean"] = option(
-        "class", "what stands for the image: a class token or the mean of its patches", group=MODEL
+        "class", "what represents the image: a class token or the mean of its patches", group=MODEL
     )
     embedding: int = option(
         0, "dimensions of the image embedding before the head; 0: none", group=MODEL, minimum=0
@@ -51,19 +51,19 @@ class VitConfig(TrainingConfig):
         return (self.image_size // self.patch_size) ** 2
 
     def check(self) -> None:
-        """Refuse what no single field can see. Raises ConfigurationError."""
+        """Check combinations of fields. Raises ConfigurationError."""
         super().check()
         check_heads(self.width, self.heads)
         if self.data is None and self.channels == "3":
-            who = f"preset {self.preset}" if self.preset else "a ViT on colour images"
+            what = f"preset {self.preset}" if self.preset else "a ViT on colour images"
             raise ConfigurationError(
-                f"{who} learns from your own images",
-                "say where they are: --data FOLDER, with one sub-folder per class",
+                f"{what} trains on your own images",
+                "give their path: --data FOLDER, with one sub-folder per class",
             )
         rest = self.image_size % self.patch_size
         if rest:
-            fits = [size for size in range(1, self.image_size + 1) if self.image_size % size == 0]
-            near = sorted(fits, key=lambda size: abs(size - self.patch_size))[0]
+            divisors = [n for n in range(1, self.image_size + 1) if self.image_size % n == 0]
+            near = min(divisors, key=lambda size: abs(size - self.patch_size))
             raise ConfigurationError(
                 f"patches of {self.patch_size} pixels do not tile an image of {self.image_size}",
                 f"try --patch-size {near}, or --image-size "
@@ -71,7 +71,7 @@ class VitConfig(TrainingConfig):
             )
         if self.shift >= self.image_size:
             raise ConfigurationError(
-                f"--shift {self.shift} moves an image of {self.image_size} pixels out of sight",
+                f"--shift {self.shift} moves the whole image of {self.image_size} pixels out",
                 f"try --shift {max(1, self.image_size // 8)}",
             )
 
@@ -96,7 +96,7 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "eval_every": 100,
     },
     "images": {
-        # the default for a folder of images: small enough to learn something without a GPU
+        # the default for a folder of images: small enough for a machine without a GPU
         "epochs": 30,
         "batch_size": 64,
         "image_size": 64,
@@ -127,7 +127,7 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "width": 384,
         "pooling": "class",
         "embedding": 512,
-        "validation_share": 0.0,  # every image of the folder is trained on
+        "validation_share": 0.0,  # trains on every image of the folder
         "learning_rate": 5e-4,
         "min_learning_rate": 1e-6,
         "warmup_steps": 2000,
@@ -138,40 +138,3 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = {
         "eval_batches": 8,
     },
 }
-
-
-# ---- arithmetic
-# Images, batches, epochs and updates.
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """How many updates a training makes. Only full batches count: each epoch leaves out the rest,
-    which is different images each time."""
-
-    images: int
-    batch_size: int
-    epochs: int | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.images < self.batch_size:
-            raise ConfigurationError(
-                f"{self.images:,} training images do not fill one batch of {self.batch_size:,}",
-                f"try --batch-size {max(1, self.images // 2)}",
-            )
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Full batches in one pass."""
-        return self.images // self.batch_size
-
-    @property
-    def left_out(self) -> int:
-        """Images that one pass leaves out, since they do not fill a batch."""
-        return self.images % self.batch_size
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps in all."""
-        return self.steps or (self.epochs or 1) * self.batches_per_epoch

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tui_trainer.tasks.devices import GradScaler, autocast
 from tui_trainer.tasks.optimizers import LearningRate
+from tui_trainer.tasks.vit.batches import ImageBatches
 from tui_trainer.tasks.vit.config import VitConfig
-from tui_trainer.tasks.vit.data import ImageBatches
 
 
 def train(
@@ -20,7 +20,7 @@ def train(
     scaler: GradScaler,
     config: VitConfig,
 ) -> None:
-    """Train `model` on all that is left of `batches`."""
+    """Train `model` on the remaining `batches`."""
     precision = autocast(config, batches.device)
     model.train()
     for step, (images, labels) in enumerate(batches, start=batches.position):

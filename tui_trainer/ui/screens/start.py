@@ -20,7 +20,7 @@ from textual.widgets import Input, Static
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
-from tui_trainer.config.training import GROUPS, ConfigSource, default_preset, resolve
+from tui_trainer.config.training import GROUPS, ConfigurableTask, default_preset, resolve
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.screens.base import RunScreen
@@ -49,7 +49,7 @@ COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer",
 """What people change most: on the form at once; the rest is folded by group."""
 
 
-class TaskForm(ConfigSource, Protocol):
+class TaskForm(ConfigurableTask, Protocol):
     """A task as the start screen shows it; `tasks.definition.TaskDefinition` is one."""
 
     @property
