@@ -98,10 +98,10 @@ def test_what_cannot_be_compared(arguments, said):
 
 
 def test_too_many(tmp_path):
-    for number in range(compare.MOST + 1):
+    for number in range(compare.MAX_RUNS + 1):
         shutil.copytree(directory("calm"), tmp_path / "runs" / f"run{number}")
     (tmp_path / "runs").chmod(0o700)
-    names = [f"run{number}" for number in range(compare.MOST + 1)]
+    names = [f"run{number}" for number in range(compare.MAX_RUNS + 1)]
     assert_refused(call("compare", *names, cwd=tmp_path), "cannot be distinguished")
     fewer = call("compare", *names[1:], cwd=tmp_path)
     assert fewer.returncode == 0

@@ -53,7 +53,7 @@ async def test_a_killed_run(runs):  # noqa: F811
     assert fingerprint(path) == before
     replay = ReplaySession(path)
     assert replay.poll().status.state == "crashed"
-    assert not replay.living
+    assert not replay.live
     replay.close()
     assert fingerprint(path) == before
     (path / f"{STORE_FILE}-shm").unlink()
@@ -91,7 +91,7 @@ async def test_a_living_run(runs):  # noqa: F811
     here = runs.reported("gpt-living").step
     until(lambda: runs.reported("gpt-living").step > here + 50, "it trains on")
     replay = ReplaySession(path)
-    assert replay.living
+    assert replay.live
     first = replay.poll().status.step
     until(lambda: replay.poll().status.step > first, "its replay follows")
     replay.close()

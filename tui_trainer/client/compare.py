@@ -1,4 +1,4 @@
-"""Several runs side by side: their series on one axis, their ends, and how they were set up."""
+"""Comparing runs: their series on one axis, their outcomes, and how their settings differ."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tui_trainer.runs.recording import open_history, reported_info
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
-MOST = 8
-"""Runs that can be told apart on one chart."""
+MAX_RUNS = 8
+"""Runs that can be distinguished on one chart."""
 SERIES = {
     "loss": (schema.STEP, "loss", "Training loss"),
     "validation": (schema.VALIDATION, "loss", "Validation loss"),
     "norm": (schema.STEP, "grad_norm_preclip", "Gradient norm"),
 }
-"""What is overlaid: table, column, and its name for people."""
-FINER = 4
-"""Stretches of steps for each stretch of time, when series are aligned by time."""
+"""The series that can be overlaid: table, column and title."""
+STEP_BUCKETS = 4
+"""Buckets of steps read for each bucket of time, when series are aligned by time."""
 
 
 @dataclass(frozen=True)
 class ComparedCurve:
-    """A series in equal stretches of steps or of seconds; NaN where nothing was measured."""
+    """A series in equal buckets of steps or of seconds; NaN where nothing was measured."""
 
     low: NDArray[np.float32]
     """(buckets,)"""
@@ -44,7 +44,7 @@ class ComparedCurve:
 
 
 class ComparedRun:
-    """One of the runs. Raises RunError when nothing of it can be read."""
+    """One of the compared runs. Raises RunError when its recording cannot be read."""
 
     def __init__(self, run: RunEntry) -> None:
         self.run = run
@@ -57,16 +57,15 @@ class ComparedRun:
 
     @property
     def name(self) -> str:
-        """What it is called."""
         return self.run.name
 
     @property
     def fault(self) -> str:
-        """What of its recording cannot be read, for people; "" while all can."""
+        """What of the recording cannot be read; "" while everything can."""
         return self.history.store.fault
 
     def refresh(self) -> None:
-        """See what is recorded now."""
+        """Read what has been recorded since."""
         self.run = inspect_run(self.run.directory) or self.run
         self.history.refresh()
         self.info = self.history.store.info() or self.info
@@ -93,15 +92,15 @@ class ComparedRun:
 
     @property
     def length(self) -> tuple[int, float]:
-        """Steps and seconds recorded."""
+        """Recorded steps and seconds."""
         last = self.history.last_step
         return last, float(self.seconds_at(np.array([last]))[0])
 
     def curve(
         self, series: str, stop: float, buckets: int, by_time: bool = False
     ) -> ComparedCurve | None:
-        """A series of SERIES from the beginning to `stop` (steps, or seconds where `by_time`); None
-        where the run has none of it."""
+        """A series of SERIES from the beginning to `stop`, in steps or, `by_time`, in seconds; None
+        when the run does not have it."""
         found = self.series(series)
         if found is None:
             return None
@@ -116,11 +115,11 @@ class ComparedRun:
                 window.nonfinite[:, 0],
             )
         last = (table.last_step or 0) + 1
-        window = table.window([column], 1, last, min(buckets * FINER, max(1, last - 1)))
+        window = table.window([column], 1, last, min(buckets * STEP_BUCKETS, max(1, last - 1)))
         kept = np.flatnonzero(window.filled)
         seconds = self.seconds_at(np.maximum(window.edges[1:][kept] - 1, 0))
         place = np.minimum((seconds / max(stop, 1e-9) * buckets).astype(np.int64), buckets - 1)
-        return _gathered(
+        return _into_buckets(
             place,
             buckets,
             window.low[kept, 0],
@@ -130,19 +129,19 @@ class ComparedRun:
         )
 
     def series(self, series: str) -> tuple[SeriesReader, int] | None:
-        """Table and column of a series of SERIES, where it has rows."""
+        """Table and column of a series of SERIES; None when it has no rows."""
         name, column, _ = SERIES[series]
         return find_column(self.history, name, column)
 
 
 def find_column(history: History, name: str, column: str) -> tuple[SeriesReader, int] | None:
-    """A measured table and the place of one of its columns."""
+    """A table and the index of one of its columns; None when it has no rows or no such column."""
     table = history.table(name)
     names = [each.name for each in table.table.columns] if table is not None else []
     return (table, names.index(column)) if table and table.rows and column in names else None
 
 
-def _gathered(
+def _into_buckets(
     place: NDArray[np.int64],
     buckets: int,
     low: NDArray[np.float32],
@@ -150,7 +149,7 @@ def _gathered(
     last: NDArray[np.float32],
     bad: NDArray[np.bool_],
 ) -> ComparedCurve:
-    """Values by the stretch that each falls into: the lowest, the highest, the last."""
+    """Lowest, highest and last value of each bucket; `place` is the bucket of each value."""
     lows = np.full(buckets, np.inf, np.float32)
     highs = np.full(buckets, -np.inf, np.float32)
     np.fmin.at(lows, place, low)
@@ -166,20 +165,20 @@ def _gathered(
     return ComparedCurve(lows, highs, lasts, filled, nonfinite)
 
 
-# ---------------------------------------------------------------- in words
+# ---------------------------------------------------------------- tables of runs
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One row of a table of runs."""
+    """One row of a table with a column per run."""
 
     name: str
     values: tuple[Scalar, ...]
-    """One a run; None where there is none."""
+    """One per run; None where the run has none."""
 
 
 def outcome(runs: Sequence[ComparedRun]) -> list[Difference]:
-    """How far each came, and its last and best values."""
+    """How far each run came, with its last and best values."""
     found = [_outcome_of(run) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
     return [Difference(name, tuple(each.get(name) for each in found)) for name in names]
@@ -187,7 +186,11 @@ def outcome(runs: Sequence[ComparedRun]) -> list[Difference]:
 
 def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
     steps, seconds = run.length
-    made: dict[str, Scalar] = {"state": run.run.state, "steps": steps, "seconds": round(seconds, 1)}
+    values: dict[str, Scalar] = {
+        "state": run.run.state,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+    }
     for series, lowest in (("loss", True), ("validation", True), ("norm", False)):
         found = run.series(series)
         name = {"loss": "loss", "validation": "validation loss", "norm": "gradient norm"}[series]
@@ -195,44 +198,46 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
             continue
         table, column = found
         latest = table.latest()
-        made[f"{name}, last"] = float(latest[1][column]) if latest else None
+        values[f"{name}, last"] = float(latest[1][column]) if latest else None
         first, last = table.first_step or 0, (table.last_step or 0) + 1
         seen = table.window([column], first, last, 1)
         best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
-        made[f"{name}, {'best' if lowest else 'highest'}"] = None if math.isnan(best) else best
+        values[f"{name}, {'best' if lowest else 'highest'}"] = None if math.isnan(best) else best
     accuracy = find_column(run.history, schema.VALIDATION, "accuracy")
     if accuracy is not None:
         table, column = accuracy
         latest = table.latest()
-        made["accuracy, last"] = float(latest[1][column]) if latest else None
-    return made
+        values["accuracy, last"] = float(latest[1][column]) if latest else None
+    return values
 
 
 def differences(runs: Sequence[ComparedRun]) -> list[Difference]:
-    """What was set up differently: options, data, device, versions, the user's own code."""
-    found = [_set_up(run.info) for run in runs]
+    """The settings that differ: options, data, device, versions, the user's own code."""
+    found = [_settings(run.info) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
     lines = [Difference(name, tuple(each.get(name) for each in found)) for name in names]
     return [line for line in lines if len({_distinct(value) for value in line.values}) > 1]
 
 
 def _distinct(value: Scalar) -> tuple[str, Scalar]:
-    return type(value).__name__, value  # 1 and True are not the same
+    return type(value).__name__, value  # 1 == True, but they are different settings
 
 
-def _set_up(info: RunInfo) -> dict[str, Scalar]:
-    made: dict[str, Scalar] = {"task": info.task, **info.configuration}
+def _settings(info: RunInfo) -> dict[str, Scalar]:
+    values: dict[str, Scalar] = {"task": info.task, **info.configuration}
     if info.task == "script":
-        made["command"] = " ".join(info.command)
-    made |= {f"data: {name}": value for name, value in info.facts.items()}
-    made["parameters"] = sum(each.numel for each in info.parameters if each.trainable) or None
+        values["command"] = " ".join(info.command)
+    values |= {f"data: {name}": value for name, value in info.facts.items()}
+    values["parameters"] = sum(each.numel for each in info.parameters if each.trainable) or None
     if info.device is not None:
-        made["device"] = info.device.name
-        made["torch threads"] = info.device.threads
-    made["host"] = info.host
-    made |= {f"version of {name}": value for name, value in info.versions.items()}
+        values["device"] = info.device.name
+        values["torch threads"] = info.device.threads
+    values["host"] = info.host
+    values |= {f"version of {name}": value for name, value in info.versions.items()}
     if info.source is not None:
-        made["commit"] = info.source.commit[:12] + (" + changes" if info.source.dirty else "")
+        values["commit"] = info.source.commit[:12] + (" + changes" if info.source.dirty else "")
     if info.parent:
-        made["goes on from"] = f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
-    return made
+        values["resumed from"] = (
+            f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
+        )
+    return values

@@ -1,7 +1,7 @@
 """A recorded run as a session: the same screens, with a cursor in time.
 
-`Resume` plays, `Pause` stands still, `Step` moves the cursor, `Throttle` sets the speed; what would
-change the run is refused. All of it happens on the thread that polls.
+`Resume` plays, `Pause` stops playing, `Step` moves the cursor, `Throttle` sets the speed; commands
+that would change the run are refused. Everything happens on the thread that polls.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.recording import end_status, reported_info, reported_status, with_end
 from tui_trainer.store.reader import StoredEvents, StoredHistory
 
-# ---- standing
-# How a recorded run stood at a step: its status then, from what was measured by then.
-
-
 SPEED_ROWS = 20
-"""Steps before the cursor that the speed there is taken over."""
+"""Steps before the cursor over which the speed at the cursor is taken."""
+REFRESH_S = 1.0
+"""How often a run that may still be live is read again."""
 
 
 def status_at(
@@ -53,10 +51,10 @@ def status_at(
     at_end: bool,
     elapsed_s: float,
 ) -> Status:
-    """The status to show with the cursor at `step`, up to which `history` is seen.
+    """The status to show with the cursor at `step`; `history` is positioned there.
 
     `recorded` is the last status that the run recorded, which is shown `at_end`; elsewhere the run
-    is `paused`, or `running` where the cursor plays.
+    is `paused`, or `running` while the cursor plays.
     """
     if at_end and recorded.ended and not playing:
         state = recorded.state
@@ -88,7 +86,7 @@ def status_at(
 
 
 def _speed(history: History) -> float | None:
-    """Steps a second of the newest steps seen, pauses not counted."""
+    """Steps per second of the steps before the cursor, without pauses."""
     table = history.table(schema.STEP)
     if table is None or not table.rows:
         return None
@@ -102,24 +100,21 @@ def _speed(history: History) -> float | None:
 
 
 def _clipped_share(history: History, window: int) -> float | None:
-    """Of the newest steps seen that could be clipped, those that were."""
+    """Share of the last `window` steps before the cursor that were clipped."""
     table = history.table(schema.CLIP)
     if table is None or not table.rows:
         return None
     _, values = table.tail(window)
     if not len(values):  # a damaged recording
         return None
-    return float((values[:, 3] < 1).mean())
-
-
-REFRESH_S = 1.0
-"""How often a run that may still be living is looked at again."""
+    names = [column.name for column in table.table.columns]
+    return float((values[:, names.index("scale")] < 1).mean())
 
 
 class ReplaySession:
-    """Implements `session.api.Session` over a run's store, read-only.
+    """Implements `client.api.Session` over a run's store, read-only.
 
-    Opens at the end of what was recorded. Raises StoreFault when there is nothing to read.
+    The cursor starts at the last recorded step. Raises StoreError when there is nothing to read.
     """
 
     def __init__(
@@ -131,7 +126,7 @@ class ReplaySession:
         self._history = StoredHistory(directory, ended=self._over)
         store = self._history.store
         self.moments = StoredEvents(store)
-        """Where something happened: what to jump to."""
+        """Recorded events, log lines and samples."""
         self._clock = clock
         self._info = store.info() or reported_info(self._directory)
         self._recorded = with_end(store.status() or reported_status(self._directory), end)
@@ -142,7 +137,7 @@ class ReplaySession:
         self._fraction = 0.0
         self._callback: Callable[[], None] | None = None
         self.cursor = self._history.last_step
-        """The step that every panel shows."""
+        """The step that is shown."""
         self._follows = True
         self._snapshot = Snapshot(link=Link("replay", read_only=True), history=self._history)
         self._show()
@@ -151,65 +146,63 @@ class ReplaySession:
 
     @property
     def history(self) -> StoredHistory:
-        """What was recorded, as it was at the cursor."""
+        """The recorded history, up to the cursor."""
         return self._history
 
     @property
     def last_step(self) -> int:
-        """The newest step recorded."""
         return self._history.last_step
 
     @property
     def first_step(self) -> int:
-        """Where the cursor can begin: before the first step recorded."""
+        """The first position of the cursor, before the first recorded step."""
         return self._info.branch_step or 0
 
     def seek(self, step: int) -> None:
-        """Show the run as it was when `step` had been made (or the nearest step there is)."""
+        """Move the cursor to the end of `step`, or to the nearest recorded step."""
         self.cursor = min(max(step, self.first_step), self.last_step)
         self._fraction = 0.0
         self._follows = self.cursor == self.last_step
         self._show()
 
     def play(self, steps_per_second: float | None = None) -> None:
-        """Let the cursor run, at the recorded speed or at this one. At the end of a living run it
-        follows that, at the end of one that is over it begins anew."""
+        """Play at the recorded speed or at this one. At the end of a live run the cursor follows
+        the run; at the end of one that is over it starts again from the beginning."""
         self._speed, self._playing, self._played_at = steps_per_second, True, self._clock()
         if self.cursor >= self.last_step:
-            if self.living:
+            if self.live:
                 self._follows, self._playing = True, False
             else:
                 self.cursor, self._follows = self.first_step, False
         self._show()
 
-    def stand(self) -> None:
-        """Let the cursor stand."""
+    def stop_playing(self) -> None:
         self._playing = self._follows = False
         self._show()
 
     @property
     def playing(self) -> bool:
-        """Whether the cursor runs, by itself or because it follows the end."""
+        """Whether the cursor moves, by itself or because it follows a live run."""
         return self._playing or self.follows
 
     @property
     def follows(self) -> bool:
-        """Whether the cursor stays at the end of a run that grows."""
-        return self._follows and self.living and not self._playing
+        """Whether the cursor stays at the end of a live run."""
+        return self._follows and self.live and not self._playing
 
     @property
     def recorded_speed(self) -> float:
-        """Steps a second that the run made, pauses included."""
+        """Steps per second of the whole run, pauses included."""
         return self.moments.steps_per_second() or self._recorded.steps_per_second or 10.0
 
     @property
     def speed(self) -> float:
-        """Steps a second at which the cursor runs when it plays."""
+        """Steps per second at which the cursor plays."""
         return self._speed or self.recorded_speed
 
     @property
     def factor(self) -> float:
-        """How many times the recorded speed that is."""
+        """`speed` as a multiple of the recorded speed."""
         return self.speed / self.recorded_speed
 
     @factor.setter
@@ -230,16 +223,15 @@ class ReplaySession:
         return self._spikes[1]
 
     @property
-    def living(self) -> bool:
-        """Whether more may come."""
+    def live(self) -> bool:
+        """Whether more steps may come."""
         return not self._over and not self._recorded.ended
 
     # ------------------------------------------------------------ the session
 
     def poll(self) -> Snapshot:
-        """See `Session.poll`."""
         now = self._clock()
-        if self.living and now - self._refreshed_at >= REFRESH_S:
+        if self.live and now - self._refreshed_at >= REFRESH_S:
             self._refresh(now)
         if self._playing:
             self._fraction += (now - self._played_at) * self.speed
@@ -250,16 +242,15 @@ class ReplaySession:
                 self.seek(self.cursor + whole)
                 self._fraction = fraction
             elif self.cursor >= self.last_step:
-                self._playing = False  # and goes on with the run, if that lives
+                self._playing = False  # follows the run from here, if it is live
                 self._show()
         return self._snapshot
 
     def send(self, action: Action) -> Future[Ack]:
-        """See `Session.send`."""
         refused = ""
         match action:
             case Pause():
-                self.stand()
+                self.stop_playing()
             case Resume():
                 self.play(self._speed)
             case Step():
@@ -272,7 +263,7 @@ class ReplaySession:
             case Throttle():
                 self._speed = action.steps_per_second
             case _:
-                refused = "this is a recording: it can be looked at, not changed"
+                refused = "this is a recording, which cannot be changed"
         future: Future[Ack] = Future()
         future.set_result(Ack(0, not refused, self._snapshot.status, refused))
         if self._callback is not None:
@@ -280,25 +271,23 @@ class ReplaySession:
         return future
 
     def watch(self, topics: frozenset[str]) -> None:
-        """See `Session.watch`; all that was recorded is there."""
+        """Nothing to do: every recorded table is there."""
 
     def set_rate(self, polls_per_second: float) -> None:
-        """See `Session.set_rate`; the screen's own rate is what counts."""
+        """Nothing to do: there is no run to poll."""
 
     def on_arrival(self, callback: Callable[[], None] | None) -> None:
-        """See `Session.on_arrival`."""
         self._callback = callback
 
     def close(self) -> None:
-        """See `Session.close`."""
         self._callback = None
         self._history.close()
 
-    # ------------------------------------------------------------ the picture
+    # ------------------------------------------------------------ the snapshot
 
     def _refresh(self, now: float) -> None:
         self._refreshed_at = now
-        self._history.refresh()  # damage of any kind is said by `store.fault`
+        self._history.refresh()  # `store.fault` describes any damage
         store = self._history.store
         end = end_status(self._directory)
         self._over = end is not None
@@ -336,6 +325,6 @@ class ReplaySession:
             artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
             version=self._snapshot.version + 1,
         )
-        # Last, when all of it has been read.
+        # Last, since reading is what finds damage.
         link = Link("replay", self._history.store.fault, read_only=True)
         self._snapshot = replace(self._snapshot, link=link)

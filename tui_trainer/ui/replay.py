@@ -129,13 +129,13 @@ class ReplayApp(TuiTrainerApp):
 
     def action_seek_by(self, steps: int) -> None:
         """Pause and move the cursor by some steps."""
-        self.replay.stand()
+        self.replay.stop_playing()
         self.replay.seek(self.replay.cursor + steps)
         self.draw_frame()
 
     def action_seek_to(self, end: int) -> None:
         """Pause and move the cursor to the beginning (0) or the end (1)."""
-        self.replay.stand()
+        self.replay.stop_playing()
         self.replay.seek(self.replay.last_step if end else 0)
         self.draw_frame()
 
@@ -171,7 +171,7 @@ class ReplayApp(TuiTrainerApp):
         self._jump(spike.step, f"{rank}: loss {spike.loss:.4g}")
 
     def _jump(self, step: int, message: str) -> None:
-        self.replay.stand()
+        self.replay.stop_playing()
         self.replay.seek(step)
         self.draw_frame()
         self.show_status_message(message)

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.terminal import why_no_screen
-from tui_trainer.client.compare import MOST, ComparedRun, Difference, differences, outcome
+from tui_trainer.client.compare import MAX_RUNS, ComparedRun, Difference, differences, outcome
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.registry import resolve
@@ -37,8 +37,8 @@ def compare(
         found = list({run.directory: run for run in (resolve(r, runs_dir) for r in runs)}.values())
         if len(found) < 2:
             raise UsageError("compare needs two runs or more", "tui-trainer ls lists them")
-        if len(found) > MOST:
-            raise UsageError(f"more than {MOST} runs cannot be distinguished on a chart")
+        if len(found) > MAX_RUNS:
+            raise UsageError(f"more than {MAX_RUNS} runs cannot be distinguished on a chart")
         compared = [ComparedRun(run) for run in found]
     if json:
         print(_as_json(compared))

@@ -10,7 +10,7 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.compare import (
-    MOST,
+    MAX_RUNS,
     SERIES,
     ComparedCurve,
     ComparedRun,
@@ -30,7 +30,7 @@ from tui_trainer.ui.widgets.table import TableColumn, VirtualTable, fitted
 
 SIGNS, ASCII_SIGNS = "●◆▲■○◇△□", "ox+#@%&="
 STYLES = ("q", "k", "v", "validation", "norm", "warning", "accent", "error")
-assert len(SIGNS) == len(ASCII_SIGNS) == len(STYLES) == MOST
+assert len(SIGNS) == len(ASCII_SIGNS) == len(STYLES) == MAX_RUNS
 EVERY = 22
 """Dot columns between two signs on a curve."""
 

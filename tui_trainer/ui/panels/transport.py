@@ -137,7 +137,9 @@ class TransportLine(Panel):
         event.stop()
         start, cells = self._track
         if event.x < start:
-            self.replay.stand() if self.replay.playing else self.replay.play(self.replay.speed)
+            self.replay.stop_playing() if self.replay.playing else self.replay.play(
+                self.replay.speed
+            )
         elif event.x < start + cells:
             self._dragging = True
             self.capture_mouse()
