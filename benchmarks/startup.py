@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from processes import kill_all_of
 from report import begin, environment, finish
 
-from tui_trainer.store.reader import Store
+from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
 PAINTED_CELLS = 200
@@ -83,11 +83,11 @@ def first_step(child: pexpect.spawn, run: Path) -> float:
         if readable:
             os.read(child.child_fd, 1 << 16)
         with contextlib.suppress(OSError, sqlite3.Error, StoreError):
-            store = Store(run)
-            moment = store.first_moment()
-            store.close()
-            if moment is not None:
-                return moment[1]
+            history = StoredHistory(run)
+            first = history.timeline.first_step
+            history.close()
+            if first is not None:
+                return first[1]
     raise TimeoutError(f"no step within {FIRST_STEP_WITHIN_S:.0f} s")
 
 

@@ -29,7 +29,7 @@ from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.store import codec
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import STORE_FILE, open_for_writing
-from tui_trainer.store.writer import SeriesWriter
+from tui_trainer.store.series import SeriesWriter
 
 
 def norms(steps: int, series: int) -> np.ndarray:
@@ -56,9 +56,9 @@ def write(directory: Path, steps: int, series: int, minutes: float) -> tuple[int
         if time.perf_counter() - begin > 60 * minutes or size > room:
             break
         for step in range(start, min(steps, start + 2_000)):
-            writer.add(step, values[step % 20_000])
+            writer.add(2 * step, step, values[step % 20_000])
         connection.execute("BEGIN IMMEDIATE")
-        writer.write(connection)
+        writer.write(connection, 0)
         connection.execute("COMMIT")
         writer.written()
         written = min(steps, start + 2_000)

@@ -14,9 +14,9 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.looking_back.runs import STEPS, directory, fingerprint, home
-from tests.record.test_retelling import train
+from tests.store.test_replay import train
 from tui_trainer.export.formats import write_csv
-from tui_trainer.export.read import Times, joined, measured, per_step
+from tui_trainer.export.read import joined, measured, per_step
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store import STORE_FILE
@@ -191,12 +191,11 @@ def test_joining_loses_nothing(long):
     history = StoredHistory(long, ended=True)
     chosen = per_step(history)
     seen = {place: [] for place in range(len(chosen))}
-    times = Times(history)
     last = -1
     for step, rows in joined(chosen):
         assert step > last
         last = step
-        assert not math.isnan(times.at(step))
+        assert not math.isnan(history.timeline.time_of(step))
         for place, row in rows.items():
             seen[place].append((step, row))
     for place, table in enumerate(chosen):

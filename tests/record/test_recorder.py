@@ -14,7 +14,7 @@ from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunI
 from tui_trainer.record.events import InfoChanged, RunEnded, StepRecorded, StepsDropped
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.sinks.jsonlines import event_object
-from tui_trainer.store.reader import decode_event, encode
+from tui_trainer.store.codec import decode_event, encode
 from tui_trainer.ui.panels.log import from_event
 
 

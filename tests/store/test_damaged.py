@@ -1,5 +1,5 @@
-"""Damaged recordings: whatever is broken, what can be read is shown, and nothing but clear messages
-come out."""
+"""Damaged recordings: what can be read is shown, the rest is named in one sentence, and no viewer
+crashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.record.test_retelling import train
+from tests.store.test_replay import train
 from tui_trainer.cli.commands.compare import compare
 from tui_trainer.cli.commands.export import export
 from tui_trainer.cli.commands.report import report
@@ -35,26 +35,26 @@ SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "30"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Two runs of 1,300 steps: events, lines, samples of every kind, tables narrow and wide."""
+def intact(tmp_path_factory):
+    """Two runs of 1,300 steps with events, lines, samples of every kind, narrow and wide tables."""
     runs = tmp_path_factory.mktemp("runs")
     runs.chmod(0o700)
     for name in ("calm", "eager"):
-        make(runs / name)
+        record(runs / name)
     return runs
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """The same of 600 steps: one chunk that is full, and the next begun."""
+    """The same of 600 steps: one full chunk, and a tail."""
     runs = tmp_path_factory.mktemp("short")
     runs.chmod(0o700)
     for name in ("calm", "eager"):
-        make(runs / name, 600)
+        record(runs / name, 600)
     return runs
 
 
-def make(place, steps=STEPS):
+def record(place, steps=STEPS):
     title, configuration = "gpt · small", {"layers": 2, "text": "ü"}
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt", title=title))
     info = RunInfo(place.name, "gpt", title, configuration=configuration, total_steps=steps)
@@ -71,17 +71,17 @@ def make(place, steps=STEPS):
     recorder.notice("mark", "look here")
     recorder.end("finished", "all steps made")
     assert recorder.close(60)
-    said = RunState(
+    state = RunState(
         name=place.name, task="gpt", title=title, state="finished", step=steps, total_steps=steps,
         started_at=1.7e9, written_at=time.time(), reason="all steps made", loss=0.5,
     )  # fmt: skip
-    write_state(place, said)
+    write_state(place, state)
 
 
 @pytest.fixture
-def runs(whole, tmp_path):
-    """A copy that a test may damage."""
-    copied = shutil.copytree(whole, tmp_path / "runs")
+def runs(intact, tmp_path):
+    """A copy for a test to damage."""
+    copied = shutil.copytree(intact, tmp_path / "runs")
     copied.chmod(0o700)
     return copied
 
@@ -93,9 +93,10 @@ def change(runs, *statements):
     connection.close()
 
 
-def everything(runs, tmp_path, capsys):
-    """What each command prints; one that refuses must say why."""
-    said = {}
+def run_commands(runs, tmp_path, capsys):
+    """(exit status, stdout, stderr) of each command that reads a recording; the status is None for
+    one that refuses, with its message."""
+    results = {}
     calls = {
         "show": lambda: show("calm", once=True, runs_dir=runs),
         "json": lambda: show("calm", json=True, runs_dir=runs),
@@ -107,12 +108,12 @@ def everything(runs, tmp_path, capsys):
     for name, run in calls.items():
         try:
             status = run()
-        except CommandError as refused:
-            said[name] = (None, "", refused.message)
+        except CommandError as error:
+            results[name] = (None, "", error.message)
             continue
         out = capsys.readouterr()
-        said[name] = (status, out.out, out.err)
-    return said
+        results[name] = (status, out.out, out.err)
+    return results
 
 
 def exported(format, runs, output):
@@ -120,7 +121,7 @@ def exported(format, runs, output):
 
 
 def look_back(runs):
-    """Go through a recording as its screens do; returns the last picture."""
+    """Read a recording as its screens do; returns the last snapshot."""
     replay = ReplaySession(runs / "calm")
     for step in (0, 7, 600, STEPS // 2, 10**9):
         replay.seek(step)
@@ -143,13 +144,13 @@ def look_back(runs):
     return seen
 
 
-def test_what_is_whole_is_read_without_a_word(runs, tmp_path, capsys):
-    said = everything(runs, tmp_path, capsys)
-    assert {name: status for name, (status, _, _) in said.items()} == dict.fromkeys(said, 0)
-    assert not any(error for _, _, error in said.values())
-    seen = look_back(runs)
-    assert seen.link.message == ""
-    assert Counter(type(each).__name__ for each in seen.artifacts) == {
+def test_an_intact_recording_is_read_without_a_warning(runs, tmp_path, capsys):
+    results = run_commands(runs, tmp_path, capsys)
+    assert {name: status for name, (status, _, _) in results.items()} == dict.fromkeys(results, 0)
+    assert not any(error for _, _, error in results.values())
+    snapshot = look_back(runs)
+    assert snapshot.link.message == ""
+    assert Counter(type(each).__name__ for each in snapshot.artifacts) == {
         "TextSample": 20, "ConfusionMatrix": 1, "ImageSample": 1
     }  # fmt: skip
 
@@ -160,122 +161,123 @@ NOISE = b"\xff\x00noise"
 @pytest.mark.parametrize(
     ("named", "statement"),
     [
-        ("the run's description", "UPDATE meta SET value = ? WHERE key = 'info'"),
         ("its last state", "UPDATE meta SET value = ? WHERE key = 'status'"),
-        ("1 event", "UPDATE event SET data = ? WHERE id = 3"),
-        ("1 event", "UPDATE event SET data = ? WHERE kind = 'mark'"),
-        ("1 sample", "UPDATE artifact SET data = ? WHERE id = (SELECT max(id) FROM artifact)"),
-        ("1 line of output", "UPDATE log SET stream = ? WHERE id = (SELECT max(id) FROM log)"),
-        ("1 table", "UPDATE series SET description = ? WHERE id = 2"),
-        ("1 stretch of measurements", "UPDATE tail SET data = ? WHERE series = 0 AND level = 0"),
-        ("1 piece of the story", "UPDATE told SET data = ? WHERE id = 2"),
+        ("events", "UPDATE event SET data = ? WHERE id = 3"),
+        ("events", "UPDATE event SET data = ? WHERE kind = 'mark'"),
+        ("samples", "UPDATE artifact SET data = ? WHERE id = (SELECT max(id) FROM artifact)"),
+        ("lines of output", "UPDATE log SET stream = ? WHERE id = (SELECT max(id) FROM log)"),
+        ("tables", "UPDATE series SET description = ? WHERE id = 2"),
+        ("measurements", "UPDATE tail SET data = ? WHERE series = 0 AND level = 0"),
+        ("measurements", "UPDATE chunk SET seqs = ? WHERE id = 1"),
+        ("times of steps", "UPDATE timeline SET data = ? WHERE id = 2"),
         ("the run's description", "UPDATE description SET data = ?"),
+        ("the run's description", "UPDATE description SET data = ? WHERE seq > 0"),
     ],
 )
-def test_one_damaged_thing_is_left_out_and_named(runs, tmp_path, capsys, named, statement):
+def test_what_is_damaged_is_left_out_and_named(runs, tmp_path, capsys, named, statement):
     change(runs, (statement, NOISE))
-    said = everything(runs, tmp_path, capsys)
+    results = run_commands(runs, tmp_path, capsys)
     for name in ("show", "json", "report", "compare"):
-        assert said[name][0] == 0, said[name]
+        assert results[name][0] == 0, results[name]
     for name in ("csv", "jsonl"):
-        assert said[name][0] in (0, FAULT), said[name]
-        assert (named in said[name][2]) == (said[name][0] == FAULT), said[name]
-    assert FAULT in (said["csv"][0], said["jsonl"][0]) or named in said["show"][1]
-    assert "finished" in said["show"][1]
-    assert "gpt · small" in said["show"][1]
+        assert results[name][0] in (0, FAULT), results[name]
+        assert (named in results[name][2]) == (results[name][0] == FAULT), results[name]
+    assert FAULT in (results["csv"][0], results["jsonl"][0]) or named in results["show"][1]
+    assert "finished" in results["show"][1]
+    assert "gpt · small" in results["show"][1]
     assert "<svg" in (tmp_path / "calm.html").read_text()
     assert len((tmp_path / "csv" / "steps.csv").read_text().splitlines()) > STEPS - 600
-    seen = look_back(runs)
-    assert seen.info.name == "calm"
-    assert seen.status.state == "finished"
-    assert len(seen.events) > 300
-    assert len(seen.history.tables) == 6
+    snapshot = look_back(runs)
+    assert snapshot.info.name == "calm"
+    assert snapshot.status.state == "finished"
+    assert len(snapshot.events) > 300
+    assert len(snapshot.history.tables) == 6
 
 
-def test_the_rows_after_a_lost_piece_of_the_story_keep_their_steps(runs, tmp_path):
+def test_the_lines_after_a_damaged_piece_of_the_timeline_are_those_of_the_run(runs, tmp_path):
     exported("jsonl", runs, tmp_path / "whole.jsonl")
-    change(runs, ("UPDATE told SET data = ? WHERE id = 2", NOISE))
+    change(runs, ("UPDATE timeline SET data = ? WHERE id = 2", NOISE))
     assert exported("jsonl", runs, tmp_path / "calm.jsonl") == FAULT
-    known = (tmp_path / "whole.jsonl").read_text().splitlines()
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
     kept = (tmp_path / "calm.jsonl").read_text().splitlines()
-    assert 0 < len(known) - len(kept) <= 512
-    assert set(kept) < set(known)
+    assert 0 < len(whole) - len(kept) <= 512
+    assert set(kept) < set(whole)
 
 
-def test_without_description_and_tables_the_run_file_says_what_it_was(runs):
+def test_a_run_without_description_and_state_is_described_by_its_files(runs):
     change(
         runs,
         ("UPDATE meta SET value = ?", NOISE),
         ("UPDATE description SET data = ?", NOISE),
     )
-    seen = look_back(runs)
-    assert (seen.info.name, seen.info.title) == ("calm", "gpt · small")
-    assert (seen.status.state, seen.status.step) == ("finished", STEPS)
-    assert seen.history.table(schema.STEP).rows == STEPS
-    assert seen.link.message == (
+    snapshot = look_back(runs)
+    assert (snapshot.info.name, snapshot.info.title) == ("calm", "gpt · small")
+    assert (snapshot.status.state, snapshot.status.step) == ("finished", STEPS)
+    assert snapshot.history.table(schema.STEP).rows == STEPS
+    assert snapshot.link.message == (
         "part of the recording cannot be read: the run's description, its last state"
     )
 
 
-def test_a_number_that_cannot_be_is_not_counted_up_to(runs, tmp_path, capsys):
+def test_an_absurd_number_is_not_counted_up_to(runs, tmp_path, capsys):
     change(
         runs,
         ("UPDATE chunk SET number = ? WHERE id = 1", 2**60),
-        ("UPDATE told SET id = ? WHERE id = (SELECT max(id) FROM told)", 2**60),
+        ("UPDATE timeline SET id = ? WHERE id = (SELECT max(id) FROM timeline)", 2**60),
     )
-    everything(runs, tmp_path, capsys)
+    run_commands(runs, tmp_path, capsys)
     look_back(runs)
 
 
-def test_a_database_that_does_not_open_leaves_what_the_run_said(runs, tmp_path, capsys):
+def test_a_run_whose_database_does_not_open_is_shown_by_its_files(runs, tmp_path, capsys):
     (runs / "calm" / STORE_FILE).write_bytes(b"no database" * 1000)
-    said = everything(runs, tmp_path, capsys)
-    assert said["show"][0] == said["json"][0] == 0
-    assert "finished" in said["show"][1]
-    assert "cannot be read" in said["show"][1]
+    results = run_commands(runs, tmp_path, capsys)
+    assert results["show"][0] == results["json"][0] == 0
+    assert "finished" in results["show"][1]
+    assert "cannot be read" in results["show"][1]
     for name in ("report", "compare", "csv", "jsonl"):
-        assert said[name][0] is None
-        assert "cannot be read" in said[name][2]
+        assert results[name][0] is None
+        assert "cannot be read" in results[name][2]
 
 
 COLUMNS = {
     "meta": ("value",),
+    "description": ("seq", "data"),
+    "timeline": ("id", "last_seq", "last_step", "last_time", "data"),
     "series": ("id", "description"),
-    "chunk": ("number", "last_step", "steps"),
+    "chunk": ("number", "last_step", "steps", "seqs"),
     "part": ("data",),
-    "tail": ("first", "count", "data"),
-    "event": ("step", "kind", "data"),
-    "log": ("step", "time", "text"),
-    "artifact": ("step", "kind", "data"),
-    "clock": ("time",),
-    "told": ("data",),
-    "description": ("data",),
+    "tail": ("first", "data", "seqs"),
+    "event": ("seq", "step", "kind", "data"),
+    "log": ("seq", "step", "time", "text"),
+    "artifact": ("seq", "step", "kind", "data"),
 }
+KEYS = {"meta": "key", "tail": "first", "description": "seq", "part": "chunk"}
 
 
 @pytest.mark.parametrize("value", [2**62, -5, "text", b"\x00", float("inf"), 0.5])
 @pytest.mark.slow
-def test_a_value_of_any_kind_may_stand_in_any_column(short, tmp_path, capsys, value):
-    """SQLite keeps whatever it is given: a damaged record may be of any type."""
+def test_a_column_may_hold_a_value_of_any_type(short, tmp_path, capsys, value):
+    """SQLite stores a value of any type in any column: a damaged record may have any."""
     runs = shutil.copytree(short, tmp_path / "runs")
     runs.chmod(0o700)
-    keys = {"meta": "key", "tail": "first", "clock": "step", "part": "chunk"}
     for table, column in [(table, each) for table, columns in COLUMNS.items() for each in columns]:
         path = runs / "calm" / STORE_FILE
         path.unlink()
         shutil.copy(runs / "eager" / STORE_FILE, path)
-        key = keys.get(table, "id")
+        key = KEYS.get(table, "id")
         newest = f"UPDATE {table} SET {column} = ? WHERE {key} = (SELECT max({key}) FROM {table})"
-        with contextlib.suppress(sqlite3.IntegrityError):  # that column holds numbers alone
+        with contextlib.suppress(sqlite3.IntegrityError):  # an INTEGER PRIMARY KEY holds integers
             change(runs, (newest, value))
-        said = everything(runs, tmp_path, capsys)
-        assert {status for status, _, _ in said.values()} <= {0, FAULT}, (table, column, said)
+        results = run_commands(runs, tmp_path, capsys)
+        statuses = {status for status, _, _ in results.values()}
+        assert statuses <= {0, FAULT}, (table, column, results)
         look_back(runs)
 
 
 def damage(path, seed):
-    """One page of noise, or forty flipped bytes; never in the first page, without which nothing
-    opens."""
+    """One page of noise, or forty changed bytes; not in the first page, without which the database
+    does not open."""
     random = np.random.default_rng(seed)
     data = bytearray(path.read_bytes())
     if seed % 2:
@@ -288,30 +290,30 @@ def damage(path, seed):
 
 
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
-def test_damage_of_the_first_page_is_told_in_a_sentence(runs, tmp_path, capsys, seed):
-    """The page by which SQLite knows the rest: all may be there, some, or nothing."""
+def test_damage_of_the_first_page_is_reported_in_a_sentence(runs, tmp_path, capsys, seed):
+    """That page holds the schema: all may be readable, some, or nothing."""
     path = runs / "calm" / STORE_FILE
     random = np.random.default_rng(seed)
     data = bytearray(path.read_bytes())
     for place in random.integers(0 if seed % 2 else 100, 4096, 1 + seed):
         data[place] ^= int(random.integers(1, 256))
     path.write_bytes(data)
-    said = everything(runs, tmp_path, capsys)
+    results = run_commands(runs, tmp_path, capsys)
     for name in ("show", "json"):
-        assert said[name][0] == 0, said[name]
-    assert "finished" in said["show"][1]
-    for name, (status, _, error) in said.items():
+        assert results[name][0] == 0, results[name]
+    assert "finished" in results["show"][1]
+    for name, (status, _, error) in results.items():
         assert status in (0, FAULT) or error, name
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_corrupt_pages_and_bytes_never_stop_a_reader(runs, tmp_path, capsys, seed):
     damage(runs / "calm" / STORE_FILE, seed)
-    said = everything(runs, tmp_path, capsys)
+    results = run_commands(runs, tmp_path, capsys)
     for name in ("show", "json", "report", "compare", "csv", "jsonl"):
-        assert said[name][0] in (0, FAULT), said[name]
-    assert "calm" in said["show"][1]
-    assert "finished" in said["show"][1]
+        assert results[name][0] in (0, FAULT), results[name]
+    assert "calm" in results["show"][1]
+    assert "finished" in results["show"][1]
     try:
         history = StoredHistory(runs / "calm")
     except StoreError:

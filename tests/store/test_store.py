@@ -22,7 +22,8 @@ from tui_trainer.history.sync import apply_rows, rows_since
 from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, TextSample
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.events import InfoChanged, RowRecorded, RunEnded, StepRecorded, StepsDropped
-from tui_trainer.store.reader import StoredEvents, StoredHistory
+from tui_trainer.store.events import StoredEvents
+from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
 from tui_trainer.store.writer import StoreWriter
 
@@ -134,9 +135,9 @@ def test_what_was_said_is_kept(tmp_path):
     store = StoredHistory(tmp_path).store
     assert store.info() == INFO
     assert store.status() == ended.status
-    assert store.ask("SELECT text FROM log") == [("ü\n",)]
-    assert store.ask("SELECT step, kind FROM event") == [(3, "mark")]
-    assert store.ask("SELECT kind FROM artifact") == [("TextSample",)]
+    assert store.query("SELECT text FROM log") == [("ü\n",)]
+    assert store.query("SELECT step, kind FROM event") == [(3, "mark")]
+    assert store.query("SELECT kind FROM artifact") == [("TextSample",)]
     sink.close()
 
 
@@ -301,7 +302,7 @@ def test_a_directory_that_is_gone_does_not_stop_the_run(tmp_path):
 def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
     from tui_trainer.store import writer
 
-    monkeypatch.setattr(writer, "MOST_WAITING_BYTES", 10_000)
+    monkeypatch.setattr(writer, "MAX_WAITING_BYTES", 10_000)
     said, clock = [], Clock()
     sink = StoreWriter(tmp_path / "later", said.append, clock)
     sink.take([InfoChanged(INFO)], Status())
@@ -316,9 +317,9 @@ def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
 
 
 def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, monkeypatch):
-    from tui_trainer.store import writer
+    from tui_trainer.store import events
 
-    monkeypatch.setattr(writer, "MOST_WAITING_SAYINGS", 100)
+    monkeypatch.setattr(events, "MAX_WAITING", 100)
     said, clock = [], Clock()
     sink = StoreWriter(tmp_path / "later", said.append, clock)
     sink.take([InfoChanged(INFO)], Status())
@@ -361,7 +362,7 @@ def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered
     from tui_trainer.store import writer
 
     if not whole:
-        monkeypatch.setattr(writer, "KEPT_BYTES", 300_000)
+        monkeypatch.setattr(writer, "RECENT_BYTES", 300_000)
     steps, values = series(11, 3000)
     said, clock = [], Clock()
     sink = StoreWriter(tmp_path, said.append, clock)

@@ -53,7 +53,6 @@ class ComparedRun:
         except (StoreError, OSError) as fault:
             raise RunError(f"{run.name} cannot be compared: {fault}") from fault
         self.info: RunInfo = self.history.store.info() or reported_info(run.directory)
-        self._clock = self._read_clock()
 
     @property
     def name(self) -> str:
@@ -69,26 +68,15 @@ class ComparedRun:
         self.run = inspect_run(self.run.directory) or self.run
         self.history.refresh()
         self.info = self.history.store.info() or self.info
-        self._clock = self._read_clock()
-
-    def _read_clock(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Steps, and seconds since the first step when they were made; pauses count, what came
-        before the first step (imports, compilation) does not."""
-        store = self.history.store
-        found = store.numbers("SELECT step, time FROM clock ORDER BY step")
-        rows = np.array(found, np.float64).reshape(-1, 2)
-        first = store.first_moment()
-        if first is not None and (not len(rows) or first[0] < rows[0, 0]):
-            rows = np.vstack([np.array([first]), rows])
-        began = rows[0, 1] if len(rows) else 0.0
-        return rows[:, 0], np.maximum.accumulate(rows[:, 1] - began)
 
     def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-        """When each step was made, in seconds since the first."""
-        known, seconds = self._clock
-        if not len(known):
+        """When each of some ascending steps ended, in seconds since the first one did. Pauses
+        count; what came before the first step (imports, compilation) does not."""
+        first = self.history.timeline.first_step
+        if first is None:
             return np.zeros(len(steps))
-        return np.interp(steps, known, seconds)
+        seconds = self.history.timeline.times(steps) - first[1]
+        return np.maximum.accumulate(np.maximum(seconds, 0.0))
 
     @property
     def length(self) -> tuple[int, float]:

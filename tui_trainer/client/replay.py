@@ -33,7 +33,8 @@ from tui_trainer.protocol.messages import (
 )
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.recording import end_status, reported_info, reported_status, with_end
-from tui_trainer.store.reader import StoredEvents, StoredHistory
+from tui_trainer.store.events import StoredEvents
+from tui_trainer.store.reader import StoredHistory
 
 SPEED_ROWS = 20
 """Steps before the cursor over which the speed at the cursor is taken."""
@@ -193,7 +194,7 @@ class ReplaySession:
     @property
     def recorded_speed(self) -> float:
         """Steps per second of the whole run, pauses included."""
-        return self.moments.steps_per_second() or self._recorded.steps_per_second or 10.0
+        return self._history.timeline.steps_per_second() or self._recorded.steps_per_second or 10.0
 
     @property
     def speed(self) -> float:
@@ -317,7 +318,7 @@ class ReplaySession:
                 self._recorded,
                 playing=self.playing,
                 at_end=cursor >= self.last_step,
-                elapsed_s=moments.elapsed_s(cursor),
+                elapsed_s=self._history.timeline.elapsed_s(cursor),
             ),
             info=self._info,
             events=moments.events(cursor, EVENTS_KEPT),

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from tui_trainer.export.read import (
-    Times,
-    blocks,
     column_names,
     joined,
     measured,
@@ -25,8 +23,9 @@ from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
-from tui_trainer.store.reader import StoredHistory, StoredSeries
+from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.replay import replay_items
+from tui_trainer.store.series import StoredSeries
 
 
 def write_csv(history: StoredHistory, folder: Path) -> list[Path]:
@@ -43,14 +42,13 @@ def write_csv(history: StoredHistory, folder: Path) -> list[Path]:
 
 def _write_steps(history: StoredHistory, chosen: list[StoredSeries], folder: Path) -> Path:
     path = folder / "steps.csv"
-    times = Times(history)
     names = [name for table in chosen for name in column_names(table)]
     blank = [[""] * table.columns for table in chosen]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "time", *names])
         for step, rows in joined(chosen):
-            when = times.at(step)
+            when = history.timeline.time_of(step)
             line = [str(step), "" if math.isnan(when) else repr(when)]
             for place in range(len(chosen)):
                 line += shortest(rows[place]) if place in rows else blank[place]
@@ -63,8 +61,8 @@ def _write_table(table: StoredSeries, folder: Path) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(column.name for column in table.table.columns)])
-        for block in blocks(table):
-            for step, values in zip(block.steps.tolist(), block.values, strict=True):
+        for block in table.blocks():
+            for step, values in zip(block.step.tolist(), block.value, strict=True):
                 writer.writerow([step, *shortest(values)])
     return path
 
@@ -158,7 +156,6 @@ def _write_parquet_steps(history: StoredHistory, chosen: list[StoredSeries], fol
     fields = [("step", pyarrow.int64()), ("time", pyarrow.float64())]
     schema = _schema(history, [*fields, *((name, pyarrow.float32()) for name in names)])
     path = folder / "steps.parquet"
-    times = Times(history)
     places = np.cumsum([0, *(table.columns for table in chosen)])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         steps: list[int] = []
@@ -167,7 +164,7 @@ def _write_parquet_steps(history: StoredHistory, chosen: list[StoredSeries], fol
 
         def write() -> None:
             count = len(steps)
-            when = np.array([times.at(step) for step in steps], np.float64)
+            when = np.array([history.timeline.time_of(step) for step in steps], np.float64)
             columns = [pyarrow.array(steps, pyarrow.int64())]
             columns.append(pyarrow.array(when, mask=np.isnan(when)))
             columns += [
@@ -213,9 +210,9 @@ def _write_parquet_table(history: StoredHistory, table: StoredSeries, folder: Pa
             steps.clear()
             values.clear()
 
-        for block in blocks(table):
-            steps.append(block.steps)
-            values.append(block.values)
+        for block in table.blocks():
+            steps.append(block.step)
+            values.append(block.value)
             if sum(map(len, steps)) >= rows:
                 write()
         if steps:
@@ -245,11 +242,10 @@ def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
     names = [tags(table) for table in chosen]
     info = history.store.info()
     when = info.started_at if info else 0.0
-    times = Times(history)
     writer = EventFileWriter(str(folder))
     try:
         for step, rows in joined(chosen):
-            found = times.at(step)
+            found = history.timeline.time_of(step)
             when = when if math.isnan(found) else found
             summary = Summary()
             for place, row in rows.items():

@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui_trainer.history.buckets import Steps
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
-from tui_trainer.store import told
-from tui_trainer.store.codec import CHUNK
-from tui_trainer.store.reader import StoredHistory, StoredSeries
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.series import StoredSeries
 
 PER_STEP = (
     schema.STEP,
@@ -24,15 +22,6 @@ PER_STEP = (
     schema.VALIDATION,
 )
 """Tables with few columns, which are exported as one row for each step."""
-
-
-class ExportBlock(NamedTuple):
-    """Consecutive rows of a table."""
-
-    steps: Steps
-    """Shape (n,)."""
-    values: Floats
-    """Shape (n, columns)."""
 
 
 def measured(history: StoredHistory) -> list[StoredSeries]:
@@ -49,15 +38,6 @@ def per_step(history: StoredHistory) -> list[StoredSeries]:
 def wide(history: StoredHistory) -> list[StoredSeries]:
     """The other tables, which are exported as a file each."""
     return [table for table in measured(history) if table.table.name not in PER_STEP]
-
-
-def blocks(table: StoredSeries) -> Iterator[ExportBlock]:
-    """All rows of a table, CHUNK at a time, without damaged ones."""
-    level = table.levels()[0]
-    for start in range(0, level.stop, CHUNK):
-        found = level.buckets(start, min(start + CHUNK, level.stop))
-        table.store.forget()
-        yield ExportBlock(found.last, found.value)
 
 
 def title(table: StoredSeries) -> str:
@@ -86,8 +66,8 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
     """The rows of several tables, step by step; the later of two rows for the same step."""
 
     def rows(place: int, table: StoredSeries) -> Iterator[tuple[int, int, Floats]]:
-        for block in blocks(table):
-            for step, values in zip(block.steps.tolist(), block.values, strict=True):
+        for block in table.blocks():
+            for step, values in zip(block.step.tolist(), block.value, strict=True):
                 yield step, place, values
 
     merged = heapq.merge(
@@ -102,27 +82,6 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
         current.rows[place] = values
     if current is not None:
         yield current
-
-
-class Times:
-    """When steps were made, in seconds since the epoch, asked for in order of the steps."""
-
-    def __init__(self, history: StoredHistory) -> None:
-        self._entries = self._moments(history)
-        self._now: tuple[int, float] | None = next(self._entries, None)
-
-    @staticmethod
-    def _moments(history: StoredHistory) -> Iterator[tuple[int, float]]:
-        for number, data in history.store.pieces():
-            for entry, _ in history.store.story(number, data):
-                if entry.kind in (told.STEPPED, told.ROWED):
-                    yield entry.step, entry.time
-
-    def at(self, step: int) -> float:
-        """NaN where it is not known."""
-        while self._now is not None and self._now[0] < step:
-            self._now = next(self._entries, None)
-        return self._now[1] if self._now is not None and self._now[0] == step else float("nan")
 
 
 def shortest(values: Floats) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -285,12 +286,17 @@ class EventLog:
 
 
 def rounded_for_storage(record: StepRecord) -> StepRecord:
-    """`record` with its clip and own time rounded as the store keeps them.
+    """`record` with its times and its clip rounded as the store keeps them, its rows by table.
 
     Live viewers, sinks and a replay then show the same digits, and the digits of noise, which are
     most of what a clip costs on a slow line, are not sent.
     """
-    record = replace(record, own_ms=float(np.float32(record.own_ms)))
+    record = replace(
+        record,
+        time=round(record.time, 6),
+        rows=tuple(sorted(record.rows, key=itemgetter(0))),
+        own_ms=float(np.float32(record.own_ms)),
+    )
     clip = record.clip
     if clip is None:
         return record

@@ -118,7 +118,7 @@ class Recorder:
 
     def row(self, table: int, step: int, values: Floats) -> None:
         """Record a row measured outside a step, such as a validation."""
-        self._enqueue(self._add_row, RowRecorded(table, step, values, self._clock()))
+        self._enqueue(self._add_row, RowRecorded(table, step, values, round(self._clock(), 6)))
 
     def notice(
         self,

@@ -9,7 +9,8 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.history.window import Window
 from tui_trainer.protocol.messages import Event, Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.store.reader import StoredEvents, StoredHistory
+from tui_trainer.store.events import StoredEvents
+from tui_trainer.store.reader import StoredHistory
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,7 @@ class ReportData:
 
     def event_count(self, kind: str = "") -> int:
         """Number of events of `kind`; of all but clips without it."""
-        store = self.history.store
-        question = (
-            "SELECT count(*) FROM event WHERE kind = ?"
-            if kind
-            else "SELECT count(*) FROM event WHERE kind <> ?"
-        )
-        found = store.numbers(question, kind or "clip")
-        return int(found[0][0]) if found else 0
+        return StoredEvents(self.history.store).count(kind)
 
     def events(self, count: int) -> list[Event]:
         """The first `count` events that are not clips."""
@@ -69,5 +63,4 @@ class ReportData:
 
     def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
         """The steps with an event of `kind`."""
-        question = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
-        return [int(step) for (step,) in self.history.store.numbers(question, kind, count)]
+        return StoredEvents(self.history.store).steps_of(kind, count)

@@ -1,122 +1,230 @@
-"""How steps and values lie in the store: byte planes, compressed.
+"""How arrays and messages are encoded in the store.
 
-The bytes of a float32 series differ in kind: sign and exponent hardly change, the low mantissa bits
-are noise. Planes of equal bytes side by side compress well where there is anything to compress.
+Arrays are split into byte planes and compressed. The bytes of a float32 series differ in kind: sign
+and exponent hardly change, the low bits of the mantissa are noise. Planes of equal kind compress
+well where there is anything to compress.
+
+Events and the status are JSON objects with named fields. On the wire they are arrays, which saves
+bytes; in a file that outlives its program, and that people read with `sqlite3`, names are better.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
+from typing import Any, NamedTuple, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import Buckets, Flags, Steps
+from tui_trainer.history.buckets import Buckets, Flags, RawRows, Steps
 from tui_trainer.history.records import Floats
+from tui_trainer.history.sync import decode_rows, encode_rows, level_of
+from tui_trainer.protocol.messages import (
+    Artifact,
+    Clip,
+    ConfusionMatrix,
+    Event,
+    ImageSample,
+    LogLine,
+    NonFinite,
+    Notice,
+    Rows,
+    Status,
+)
+from tui_trainer.protocol.text import sanitize_message
 
 CHUNK = 512
 """Entries of a chunk: a power of 8, so that a full chunk of rows ends in full buckets."""
 GROUP = 16
 """Columns of a part: drawing one series unpacks no more than its neighbours."""
-LAST_STEP = 2**48
-"""A greater number is no step: nothing counts so far."""
+DECODE_ERRORS = (ValueError, TypeError, IndexError, OverflowError)
+"""What decoding damaged data raises: SQLite allows a value of any type in any column."""
 _LEVEL = 1
 
+# ------------------------------------------------------------------------------ arrays
 
-def pack(array: NDArray[np.generic]) -> bytes:
+
+def pack(array: NDArray[Any]) -> bytes:
     """Byte planes, compressed."""
     raw = np.ascontiguousarray(array)
     planes = raw.view(np.uint8).reshape(-1, raw.itemsize).T
     return zlib.compress(planes.tobytes(), _LEVEL)
 
 
-def unpack(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
-    """The array again. Raises ValueError for damaged data."""
+def unpack(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Reverse `pack`. Raises ValueError for damaged data."""
     try:
         raw = np.frombuffer(zlib.decompress(data), np.uint8)
-        planes = raw.reshape(np.dtype(dtype).itemsize, -1)
-        return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
-    except zlib.error as fault:
-        raise ValueError(f"damaged values: {fault}") from fault
+    except zlib.error as error:
+        raise ValueError(f"damaged values: {error}") from error
+    planes = raw.reshape(np.dtype(dtype).itemsize, -1)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
 
 
-def pack_steps(last: Steps, first: Steps | None) -> bytes:
-    """Steps as differences, which are all alike."""
-    arrays = [last] if first is None else [last, first]
-    return pack(np.stack([np.diff(steps, prepend=0) for steps in arrays]).astype("<i8"))
+def pack_integers(*columns: Steps) -> bytes:
+    """Columns of one length, as differences, which are nearly constant."""
+    return pack(np.stack([np.diff(column, prepend=0) for column in columns]).astype("<i8"))
 
 
-def unpack_steps(data: bytes, level: int) -> tuple[Steps, Steps]:
-    """(first, last) steps of a chunk's entries."""
-    stacked = unpack(data, "<i8", (1 if level == 0 else 2, CHUNK)).cumsum(axis=1)
-    return stacked[-1].astype(np.int64), stacked[0].astype(np.int64)
+def unpack_integers(data: bytes, columns: int, count: int = -1) -> NDArray[np.int64]:
+    """(columns, count). Raises ValueError for damaged data."""
+    return unpack(data, "<i8", (columns, count)).cumsum(axis=1, dtype=np.int64)
 
 
-def pack_values(buckets: Buckets, level: int, columns: slice) -> bytes:
+def pack_values(entries: RawRows | Buckets, columns: slice) -> bytes:
     """The values of CHUNK entries and some columns, column after column."""
-    fields = [buckets.value] if level == 0 else [buckets.low, buckets.high, buckets.value]
-    planes = np.stack([field[:, columns].T for field in fields]).astype("<f4")
-    if level == 0:
-        return pack(planes)
-    flags = buckets.flags[:, columns]
-    marks = pack(flags.T) if flags.any() else b""
-    return len(marks).to_bytes(4, "little") + marks + pack(planes)
+    if isinstance(entries, RawRows):
+        return pack(entries.value[:, columns].T.astype("<f4"))
+    fields = (entries.low, entries.high, entries.value)
+    values = np.stack([field[:, columns].T for field in fields]).astype("<f4")
+    flags = entries.flags[:, columns]
+    packed_flags = pack(flags.T) if flags.any() else b""
+    return len(packed_flags).to_bytes(4, "little") + packed_flags + pack(values)
 
 
-def unpack_values(data: bytes, level: int, columns: int) -> tuple[Floats, Floats, Floats, Flags]:
-    """(low, high, value, flags) of a part, each (CHUNK, columns). For rows only `value` counts."""
+class Part(NamedTuple):
+    """Some columns of a chunk, (CHUNK, columns) each; rows have a `value` alone."""
+
+    value: Floats
+    low: Floats
+    high: Floats
+    flags: Flags
+
+
+def unpack_values(data: bytes, level: int, columns: int) -> Part:
+    """Reverse `pack_values`. Raises ValueError for damaged data."""
     if level == 0:
         value = unpack(data, "<f4", (columns, CHUNK)).T.astype(np.float32)
-        return value, value, value, np.zeros((0, columns), np.uint8)
+        return Part(value, value, value, np.zeros((0, columns), np.uint8))
     size = int.from_bytes(data[:4], "little")
     low, high, value = unpack(data[4 + size :], "<f4", (3, columns, CHUNK)).astype(np.float32)
     if size:
         flags = unpack(data[4 : 4 + size], "u1", (columns, CHUNK)).T.astype(np.uint8)
     else:
         flags = np.zeros((CHUNK, columns), np.uint8)
-    return low.T, high.T, value.T, flags
+    return Part(value.T, low.T, high.T, flags)
 
 
-def pack_tail(buckets: Buckets, level: int) -> bytes:
-    """Some entries of all columns as they are."""
-    arrays: list[NDArray[np.generic]] = [buckets.last.astype("<i8"), buckets.value.astype("<f4")]
-    if level:
-        arrays += [buckets.first.astype("<i8"), buckets.low.astype("<f4")]
-        arrays += [buckets.high.astype("<f4"), buckets.flags]
-    return b"".join(array.tobytes() for array in arrays)
+def encode_tail(table: int, first: int, entries: RawRows | Buckets, size: int) -> bytes:
+    """Entries as the protocol's message `Rows`; `first` is the index of the first one."""
+    return msgspec.msgpack.encode(encode_rows(table, first * size, entries, size))
 
 
-def unpack_tail(data: bytes, level: int, count: int, columns: int) -> Buckets:
-    """The entries again. Raises ValueError when the size is wrong, or what are no steps stands in
-    their place (there is no checksum)."""
-    if count < 0:
-        raise ValueError("a piece of the tail has the wrong size")
-    kinds = [("<i8", 1), ("<f4", columns)]
-    if level:
-        kinds += [("<i8", 1), ("<f4", columns), ("<f4", columns), ("u1", columns)]
-    arrays, offset = [], 0
-    for kind, width in kinds:
-        array = np.frombuffer(data, kind, count * width, offset)
-        offset += array.nbytes
-        arrays.append(array if kind == "<i8" else array.reshape(count, columns))
-    if offset != len(data):
-        raise ValueError("a piece of the tail has the wrong size")
-    last, value = arrays[0].astype(np.int64), arrays[1].astype(np.float32)
-    _check_steps(last)
-    if not level:
-        return row_buckets(last, value)
-    first, low, high, flags = arrays[2:]
-    _check_steps(first)
-    if (first > last).any():
-        raise ValueError("a piece of the tail has steps that run backwards")
-    return Buckets(first.astype(np.int64), last, low, high, value, flags)
+def decode_raw_tail(data: bytes, columns: int) -> RawRows:
+    """Entries of level 0. Raises ValueError for damaged data."""
+    rows = msgspec.msgpack.decode(data, type=Rows)
+    entries = decode_rows(rows, columns)
+    if not isinstance(entries, RawRows):
+        raise ValueError("buckets are not rows")
+    return entries
 
 
-def _check_steps(steps: NDArray[np.generic]) -> None:
-    if len(steps) and (steps[0] < 0 or steps[-1] > LAST_STEP or (np.diff(steps) < 0).any()):
-        raise ValueError("a piece of the tail has steps that run backwards")
+def decode_bucket_tail(data: bytes, level: int, columns: int) -> Buckets:
+    """Entries of a level above 0. Raises ValueError for damaged data."""
+    rows = msgspec.msgpack.decode(data, type=Rows)
+    entries = decode_rows(rows, columns)
+    if not isinstance(entries, Buckets) or level_of(rows, len(entries.last)) != level:
+        raise ValueError("entries are of another level")
+    return entries
 
 
-def row_buckets(steps: Steps, values: Floats) -> Buckets:
-    """Rows as buckets of one, whose extremes are worked out by whoever draws them."""
-    return Buckets(steps, steps, values, values, values, np.zeros((0, values.shape[1]), np.uint8))
+class Timeline(NamedTuple):
+    """n steps, or rows measured outside a step, in the order of `seq`."""
+
+    seq: NDArray[np.int64]
+    step: Steps
+    time: NDArray[np.float64]
+    """Seconds since the epoch, to a microsecond."""
+    own_ms: Floats
+    """Overhead of tracing the step; NaN for a row measured outside a step."""
+
+
+def pack_timeline(timeline: Timeline) -> bytes:
+    microseconds = np.rint(timeline.time * 1e6).astype(np.int64)
+    integers = pack_integers(timeline.seq, timeline.step, microseconds)
+    return msgspec.msgpack.encode((integers, pack(timeline.own_ms.astype("<f4"))))
+
+
+def unpack_timeline(data: bytes) -> Timeline:
+    """Raises ValueError for damaged data."""
+    integers, floats = msgspec.msgpack.decode(data, type=tuple[bytes, bytes])
+    seq, step, microseconds = unpack_integers(integers, 3)
+    own_ms = unpack(floats, "<f4", (len(seq),)).astype(np.float32)
+    return Timeline(seq, step, microseconds / 1e6, own_ms)
+
+
+# ------------------------------------------------------------------------------ messages
+
+
+def _with_names(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """A struct with the same fields, encoded as an object."""
+    fields = [
+        (each.name, each.type)
+        if each.required
+        else (each.name, each.type, msgspec.field(default=each.default))
+        for each in msgspec.structs.fields(kind)
+    ]
+    tag = kind.__struct_config__.tag
+    return msgspec.defstruct(kind.__name__, fields, tag=tag, frozen=True)
+
+
+_CLIP, _NONFINITE = _with_names(Clip), _with_names(NonFinite)
+_NOTICE, _STATUS = _with_names(Notice), _with_names(Status)
+_NAMED: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
+    Clip: _CLIP,
+    NonFinite: _NONFINITE,
+    Notice: _NOTICE,
+    Status: _STATUS,
+}
+_MESSAGES = {named: kind for kind, named in _NAMED.items()}
+_SUSPICIOUS = re.compile(rb"\\u|\\b|\\f|\\r|\x7f|\xc2")
+"""Control characters in JSON: escaped, DEL, or the first byte of those above it in UTF-8."""
+_event_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_CLIP | _NONFINITE | _NOTICE)
+_status_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_STATUS)
+_artifact_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Artifact)
+assert set(get_args(Event)) | {Status} == set(_NAMED)
+
+
+def encode(message: Event | Status) -> bytes:
+    """A JSON object."""
+    return msgspec.json.encode(_NAMED[type(message)](**msgspec.structs.asdict(message)))
+
+
+def decode_event(data: bytes) -> Event:
+    """Raises one of DECODE_ERRORS."""
+    event: Event = _message(_event_decoder.decode(data))
+    if isinstance(event, Clip) and len(event.parameters) != len(event.shares):
+        raise ValueError("a clip has another number of parameters than of shares")
+    # A store may come from anywhere; only what can hold a control character is sanitised.
+    return sanitize_message(event) if _SUSPICIOUS.search(data) else event
+
+
+def decode_status(data: bytes) -> Status:
+    """Raises one of DECODE_ERRORS."""
+    status: Status = _message(_status_decoder.decode(data))
+    return sanitize_message(status)
+
+
+def _message(named: msgspec.Struct) -> Any:
+    return _MESSAGES[type(named)](**msgspec.structs.asdict(named))
+
+
+def decode_artifact(data: bytes) -> Artifact:
+    """Raises one of DECODE_ERRORS, also where sizes do not agree."""
+    artifact: Artifact = _artifact_decoder.decode(data)
+    if isinstance(artifact, ImageSample):
+        image_bytes = 3 * artifact.width * artifact.height
+        if min(artifact.width, artifact.height) <= 0 or len(artifact.pixels) % image_bytes:
+            raise ValueError("the pixels do not fill the images")
+    if isinstance(artifact, ConfusionMatrix):
+        sides = {len(artifact.labels), len(artifact.counts), *map(len, artifact.counts)}
+        if len(sides) > 1:
+            raise ValueError("the confusion matrix is not square")
+    return sanitize_message(artifact)
+
+
+def decode_line(*row: Any) -> LogLine:
+    """id, time, step, stream and text of a row of table `log`. Raises one of DECODE_ERRORS."""
+    return sanitize_message(msgspec.convert(row, LogLine))

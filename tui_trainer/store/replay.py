@@ -1,17 +1,19 @@
-"""Telling a recorded run again: the items that its sinks were given, in the same order.
+"""Replays a recorded run as the items that its sinks were given, in the same order.
 
-What writes the story of a living run (JSON lines, plain lines) can so write that of a recorded one,
-word for word. Memory stays bounded: rows are read chunk by chunk.
+A sink (JSON lines, plain lines) writes the same output for a recorded run as it did for the living
+one. Memory is bounded: rows are read chunk by chunk.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from tui_trainer.history.buckets import Steps
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.protocol.schema import RunInfo
@@ -23,173 +25,126 @@ from tui_trainer.record.events import (
     StepRecorded,
     StepsDropped,
 )
-from tui_trainer.store import told
-from tui_trainer.store.codec import CHUNK
-from tui_trainer.store.reader import StoredEvents, StoredHistory, StoredSeries
-from tui_trainer.store.told import Entry, Shape
+from tui_trainer.store.database import DESCRIPTION, Store, decode_info
+from tui_trainer.store.events import StoredEvents
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.series import StoredSeries
 
 
-class RowReader:
-    """The rows of one table, first to last."""
+class _Measured(NamedTuple):
+    """A step, or a row measured outside a step."""
 
-    def __init__(self, table: StoredSeries) -> None:
-        self.table = table.table
-        self._store = table.store
-        self._level = table.levels()[0]
-        self._place = self._start = 0
-        self._steps: Steps | None = None
-        self._values: Floats = np.zeros((0, 0), np.float32)
-
-    def next(self, step: int) -> Floats | None:
-        """Values (columns,) of the next row of this step; None where it cannot be read. Rows of
-        earlier steps are passed over: what told of them is damaged."""
-        while self._place < self._level.stop:
-            if self._steps is None or self._place >= self._start + CHUNK:
-                self._read()
-            assert self._steps is not None
-            at = self._place - self._start
-            if at >= len(self._steps):  # of a damaged chunk nothing is left
-                self._place = self._start + CHUNK
-                continue
-            if self._steps[at] > step:
-                break
-            self._place += 1
-            if self._steps[at] == step:
-                row: Floats = self._values[at].copy()
-                return row
-        return None
-
-    def _read(self) -> None:
-        self._start = self._place // CHUNK * CHUNK
-        stop = min(self._start + CHUNK, self._level.stop)
-        found = self._level.buckets(self._start, stop)
-        self._store.forget()
-        self._steps, self._values = found.last, found.value
+    step: int
+    time: float
+    own_ms: float
+    """NaN for a row measured outside a step."""
+    rows: tuple[tuple[int, Floats], ...]
+    """(table, values)"""
 
 
 def replay_items(history: StoredHistory) -> Iterator[Item]:
-    """The story of the run so far; `history` is brought up to date. What is damaged is left out,
-    and `history.store.fault` says so."""
+    """All items of the run so far; `history` is refreshed. What is damaged is left out, and
+    `history.store.fault` says what it was."""
     store = history.store
-    # Read before the rows: of a living run they may then be more than is told, never less.
-    newest = store.ask("SELECT id, data FROM told ORDER BY id DESC LIMIT 1")
-    history.refresh()
-    return _Teller(history).tell(newest)
+    with store.snapshot():
+        history.refresh()
+        sources: list[Iterator[tuple[int, Any]]] = [
+            _descriptions(history),
+            _measurements(history),
+            *StoredEvents(store).in_order(),
+            _dropped(store),
+        ]
+        in_order = heapq.merge(*sources, key=itemgetter(0))
+        info = RunInfo("", "")
+        for (_, item), (_, following) in pairwise(chain(in_order, [(0, None)])):
+            match item:
+                case InfoChanged():
+                    info = item.info
+                    yield item
+                case _Measured():
+                    yield from _measured(item, following, info)
+                case _:
+                    yield item
+        status = store.status()
+    if status is not None and status.ended:
+        yield RunEnded(status)
 
 
-class _Teller:
-    """Tells one story."""
-
-    def __init__(self, history: StoredHistory) -> None:
-        self._store = history.store
-        self._moments = StoredEvents(history.store)
-        tables = history.tables.items()
-        self._rows = {n: RowReader(t) for n, t in tables}
-        found = self._store.ask("SELECT id, data FROM description ORDER BY id")
-        read = ((number, self._store.description(number, data)) for number, data in found)
-        self._descriptions = {number: info for number, info in read if info is not None}
-        self._info: RunInfo | None = None
-
-    def tell(self, newest: list[tuple[Any, ...]]) -> Iterator[Item]:
-        if self._descriptions or self._store.fault:
-            yield self._described(min(self._descriptions, default=0))
-        ahead = _Ahead(self._joined(newest))
-        for entry, shape in ahead:
-            yield from self._items(entry, shape, ahead)
-        status = self._store.status()
-        if status is not None and status.ended:
-            yield RunEnded(status)
-
-    def _described(self, number: int) -> InfoChanged:
-        """A description; for one that is damaged the next that is not, which tells more rather than
-        less, or what else is known of the run."""
-        known = self._descriptions
-        later = min((n for n in known if n >= number), default=max(known, default=None))
-        if later is not None:
-            info = known[later]
-        else:
-            tables = tuple(reader.table for reader in self._rows.values())
-            dense = [table.id for table in tables] == list(range(len(tables)))
-            info = self._store.info() or RunInfo("", "", tables=tables if dense else ())
-        self._info = info
-        return InfoChanged(info)
-
-    def _row(self, table: int, step: int) -> Floats | None:
-        """The next row, where what was described has such a table."""
-        reader, declared = self._rows.get(table), self._info.tables if self._info else ()
-        row = reader.next(step) if reader is not None else None
-        if row is None or table >= len(declared) or len(declared[table].columns) != len(row):
-            return None
-        return row
-
-    def _items(self, entry: Entry, shape: Shape | None, ahead: _Ahead) -> Iterator[Item]:
-        match entry.kind:
-            case told.DESCRIBED:
-                yield self._described(entry.ref)
-            case told.STEPPED:
-                assert shape is not None
-                values = ((n, self._row(n, entry.step)) for n in shape.tables)
-                known = tuple((n, row) for n, row in values if row is not None)
-                clip = self._clip_after(entry, ahead)
-                yield StepRecorded(
-                    StepRecord(
-                        entry.step, entry.time, shape.optimizer, known, clip, own_ms=entry.own_ms
-                    )
-                )
-            case told.ROWED:
-                if (row := self._row(entry.ref, entry.step)) is not None:
-                    yield RowRecorded(entry.ref, entry.step, row, entry.time)
-            case told.LOST:
-                yield StepsDropped(entry.ref)
-            case told.EVENT:
-                if (event := self._moments.event(entry.ref)) is not None:
-                    yield event
-            case told.LOG:
-                if (line := self._moments.line(entry.ref)) is not None:
-                    yield line
-            case told.ARTIFACT:
-                if (artifact := self._moments.artifact(entry.ref)) is not None:
-                    yield artifact
-
-    def _clip_after(self, step: Entry, ahead: _Ahead) -> ClipRecord | None:
-        """A step's clip is told right after it."""
-        found = ahead.peek()
-        if found is None or found[0].kind != told.EVENT:
-            return None
-        event = self._moments.event(found[0].ref)
-        if not isinstance(event, Clip) or event.step != step.step:
-            return None
-        return ClipRecord(
-            event.max_norm,
-            event.norm_before,
-            event.scale,
-            event.parameters,
-            event.shares,
-            event.kind,
+def _measured(
+    found: _Measured, following: object, info: RunInfo
+) -> Iterator[StepRecorded | RowRecorded]:
+    """The item of a step or a row, none where nothing of it can be read; `info` declares its
+    tables. A step that was clipped is followed by its clip."""
+    declared = {table.id: table for table in info.tables}
+    rows = tuple(
+        (number, values)
+        for number, values in found.rows
+        if number in declared and len(declared[number].columns) == len(values)
+    )
+    if not rows:
+        return
+    if math.isnan(found.own_ms):
+        for number, values in rows:
+            yield RowRecorded(number, found.step, values, found.time)
+        return
+    optimizer = next((o for number, _ in rows if (o := declared[number].optimizer)), "")
+    record = StepRecord(found.step, found.time, optimizer, rows, own_ms=found.own_ms)
+    if isinstance(following, Clip) and following.step == found.step:
+        clip = ClipRecord(
+            following.max_norm,
+            following.norm_before,
+            following.scale,
+            following.parameters,
+            following.shares,
+            following.kind,
         )
-
-    def _joined(self, newest: list[tuple[Any, ...]]) -> Iterator[tuple[Entry, Shape | None]]:
-        """The entries of all pieces, in order."""
-        for last, newest_data in newest:
-            for number, data in self._store.pieces(last):
-                yield from self._store.story(number, data)
-            yield from self._store.story(last, newest_data)
+        record = replace(record, clip=clip)
+    yield StepRecorded(record)
 
 
-class _Ahead:
-    """Entries, with a look at the one after."""
+def _descriptions(history: StoredHistory) -> Iterator[tuple[int, InfoChanged]]:
+    """Descriptions with their seq. The first comes before everything else; a damaged one is
+    replaced by the next, or by what else is known of the run."""
+    store, found = history.store, []
+    later: RunInfo | None = None
+    for seq, data in store.query("SELECT seq, data FROM description ORDER BY seq DESC"):
+        read = next(store.decoded(DESCRIPTION, decode_info, iter([(data,)])), None)
+        later = read or later
+        found.append((seq, later))
+    known = [(seq, InfoChanged(info)) for seq, info in reversed(found) if info is not None]
+    if known:
+        yield -1, known[0][1]
+        yield from known[1:]
+    elif store.fault:
+        tables = tuple(series.table for series in history.tables.values())
+        dense = [table.id for table in tables] == list(range(len(tables)))
+        yield -1, InfoChanged(RunInfo("", "", tables=tables if dense else ()))
 
-    def __init__(self, entries: Iterator[tuple[Entry, Shape | None]]) -> None:
-        self._entries = entries
-        self._next: tuple[Entry, Shape | None] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Entry, Shape | None]]:
-        while (found := self.peek()) is not None:
-            self._next = None
-            yield found
+def _measurements(history: StoredHistory) -> Iterator[tuple[int, _Measured]]:
+    """Steps and rows with their seq; what has no time, because that is damaged, is left out."""
+    sources = [_times(history), *(_rows(series) for series in history.tables.values())]
+    in_order = heapq.merge(*sources, key=itemgetter(0, 1))
+    for seq, group in groupby(in_order, key=itemgetter(0)):
+        (_, table, first), *rows = group
+        if table < 0:
+            step, time, own_ms = first
+            yield seq, _Measured(step, time, own_ms, tuple((n, values) for _, n, values in rows))
 
-    def peek(self) -> tuple[Entry, Shape | None] | None:
-        """The next entry, which stays the next; None at the end."""
-        if self._next is None:
-            self._next = next(self._entries, None)
-        return self._next
+
+def _times(history: StoredHistory) -> Iterator[tuple[int, int, Any]]:
+    for piece in history.timeline.pieces():
+        columns = (each.tolist() for each in piece)
+        for seq, step, time, own_ms in zip(*columns, strict=True):
+            yield seq, -1, (step, time, own_ms)
+
+
+def _rows(series: StoredSeries) -> Iterator[tuple[int, int, Any]]:
+    for block in series.blocks():
+        for seq, values in zip(block.seq.tolist(), block.value, strict=True):
+            yield seq, series.table.id, values
+
+
+def _dropped(store: Store) -> Iterator[tuple[int, StepsDropped]]:
+    for seq, steps in store.numbers("steps", "SELECT seq, steps FROM dropped ORDER BY seq"):
+        yield int(seq), StepsDropped(int(steps))

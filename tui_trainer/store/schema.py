@@ -10,91 +10,126 @@ from urllib.parse import quote
 from tui_trainer.protocol.text import single_line
 
 STORE_FILE = "history.sqlite"
-APPLICATION_ID = 0x54545231  # "TTR1": `file` and other tools tell our databases by it
+APPLICATION_ID = 0x54545231  # "TTR1", by which `file` and other tools recognise the database
 SCHEMA_VERSION = 1
-"""Of `PRAGMA user_version`; 0 is an empty database."""
+"""Of `PRAGMA user_version`; an empty database has 0."""
 
 SCHEMA = """
 CREATE TABLE meta (
-    key TEXT PRIMARY KEY,   -- 'info', 'status'
-    value BLOB NOT NULL     -- JSON
+    key TEXT PRIMARY KEY,       -- 'status': the last known state of the run
+    value BLOB NOT NULL         -- JSON
 ) WITHOUT ROWID;
 
+-- `seq` numbers everything that a run produces in the order in which it happened: a description, a
+-- step with its rows, a row measured outside a step, an event, a log line, an artifact.
+
+-- The description of the run from `seq` on, JSON; the last one is in force.
+CREATE TABLE description (
+    seq INTEGER PRIMARY KEY,
+    data BLOB NOT NULL
+);
+
+-- When each step ended: up to 512 consecutive steps, or rows measured outside a step.
+CREATE TABLE timeline (
+    id INTEGER PRIMARY KEY,
+    last_seq INTEGER NOT NULL,
+    last_step INTEGER NOT NULL,
+    last_time REAL NOT NULL,    -- seconds since the epoch
+    data BLOB NOT NULL          -- packed int64 and float32: seq, step, time in µs; own_ms
+);
+CREATE INDEX timeline_by_step ON timeline (last_step, last_time);
+
 CREATE TABLE series (
-    id INTEGER PRIMARY KEY, -- number of the measured table
-    description BLOB NOT NULL, -- JSON: name, columns with unit and direction, cadence, optimizer
+    id INTEGER PRIMARY KEY,     -- number of the measured table
+    description BLOB NOT NULL,  -- JSON: name, columns with unit and direction, cadence, optimizer
     rows INTEGER NOT NULL DEFAULT 0 -- raw rows stored
 );
 
--- 512 consecutive entries of one level of one measured table: rows (level 0) or buckets of 8^level.
+-- 512 consecutive entries of one level of a measured table: rows (level 0) or buckets of 8^level.
 CREATE TABLE chunk (
     id INTEGER PRIMARY KEY,
     series INTEGER NOT NULL,
     level INTEGER NOT NULL,
-    number INTEGER NOT NULL,     -- entries number*512 ... number*512+511
-    last_step INTEGER NOT NULL,  -- step of the last row
-    steps BLOB NOT NULL,         -- packed int64: last steps, then (levels > 0) first steps
+    number INTEGER NOT NULL,    -- entries number*512 ... number*512+511
+    last_step INTEGER NOT NULL, -- step of the last row
+    steps BLOB NOT NULL,        -- packed int64: last steps, then (levels > 0) first steps
+    seqs BLOB,                  -- packed int64: seq of each row (level 0)
     UNIQUE (series, level, number)
 );
 CREATE INDEX chunk_by_step ON chunk (series, level, last_step, number);
 
--- The values of 16 consecutive columns in a chunk.
+-- The values of 16 consecutive columns of a chunk.
 CREATE TABLE part (
     chunk INTEGER NOT NULL,
-    columns INTEGER NOT NULL,    -- columns columns*16 ... columns*16+15
+    columns INTEGER NOT NULL,   -- columns columns*16 ... columns*16+15
     data BLOB NOT NULL,
     PRIMARY KEY (chunk, columns)
 ) WITHOUT ROWID;
 
--- Entries that do not fill a chunk yet, as they were committed, unpacked.
+-- Entries that do not fill a chunk yet, one row per commit, not packed.
 CREATE TABLE tail (
     series INTEGER NOT NULL,
     level INTEGER NOT NULL,
-    first INTEGER NOT NULL,      -- index of the first entry
-    count INTEGER NOT NULL,
-    data BLOB NOT NULL,
+    first INTEGER NOT NULL,     -- index of the first entry
+    data BLOB NOT NULL,         -- MessagePack: the protocol's message `Rows`
+    seqs BLOB,                  -- int64: seq of each row (level 0)
     PRIMARY KEY (series, level, first)
 ) WITHOUT ROWID;
 
 -- Clips, non-finite values and notices, JSON.
-CREATE TABLE event (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL,
-    data BLOB NOT NULL);
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY,
+    seq INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    data BLOB NOT NULL
+);
 CREATE INDEX event_by_step ON event (step);
-CREATE TABLE log (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, time REAL NOT NULL,
-    stream TEXT NOT NULL, text TEXT NOT NULL);
+CREATE INDEX event_by_kind ON event (kind, step);
+-- A run may clip at every step: the other events are found without reading all of those.
+CREATE INDEX event_but_clips ON event (step) WHERE kind <> 'clip';
+
+CREATE TABLE log (
+    id INTEGER PRIMARY KEY,
+    seq INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    time REAL NOT NULL,
+    stream TEXT NOT NULL,
+    text TEXT NOT NULL
+);
 CREATE INDEX log_by_step ON log (step);
+
 -- Samples and confusion matrices, MessagePack.
-CREATE TABLE artifact (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT NOT NULL,
-    data BLOB NOT NULL);
+CREATE TABLE artifact (
+    id INTEGER PRIMARY KEY,
+    seq INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    data BLOB NOT NULL
+);
 CREATE INDEX artifact_by_kind ON artifact (kind, step);
 
--- When a step ended (seconds since the epoch), about one step a second.
-CREATE TABLE clock (step INTEGER PRIMARY KEY, time REAL NOT NULL);
-
--- What came after what, and when: pieces of the thread that joins rows, events, output and samples.
--- MessagePack, packed columns.
-CREATE TABLE told (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
--- The description of the run as it was at a moment of the story, JSON.
-CREATE TABLE description (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
-CREATE INDEX event_by_kind ON event (kind, step);
--- A run may clip at every step: what else happened is found without looking at all of those.
-CREATE INDEX event_but_clips ON event (step) WHERE kind <> 'clip';
+-- Steps that were not recorded, because the recorder could not keep up.
+CREATE TABLE dropped (
+    seq INTEGER PRIMARY KEY,
+    steps INTEGER NOT NULL
+);
 """
 
-
-REFUSALS = (sqlite3.Error, UnicodeDecodeError, OverflowError)
-"""What a question raises: the second where the message quotes a damaged name of a table."""
+READ_ERRORS = (sqlite3.Error, UnicodeDecodeError, OverflowError)
+"""What a query of a damaged database raises; UnicodeDecodeError where the message quotes a damaged
+name."""
 
 
 class StoreError(Exception):
-    """The store cannot be read, and why, for people."""
+    """The store cannot be read or written; the message says why."""
 
 
-def reason_of(fault: Exception) -> str:
-    """One of REFUSALS for people, on one line; what it quotes may come from anywhere."""
-    if isinstance(fault, UnicodeDecodeError):
+def error_text(error: Exception) -> str:
+    """One of READ_ERRORS on one line; what it quotes may be any text."""
+    if isinstance(error, UnicodeDecodeError):
         return "malformed database schema"
-    return single_line(str(fault), 200)
+    return single_line(str(error), 200)
 
 
 def open_for_writing(directory: str | os.PathLike[str]) -> sqlite3.Connection:
@@ -142,35 +177,35 @@ def schema_version(connection: sqlite3.Connection) -> int:
 
 
 def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> sqlite3.Connection:
-    """The store of a run, read-only, while it is written or after. Raises StoreError.
+    """Open the store of a run read-only, while the run writes to it or later. Raises StoreError.
 
-    `ended`: nobody writes to it any more. Then nothing is written beside it either, neither a
-    journal nor the index of one that a killed writer has left (SQLite's own way of reading a
-    journal is through a shared index in a file, which it makes and changes).
+    `ended`: the run no longer writes. Reading then changes nothing in the directory: neither a
+    journal nor the index of a journal that a killed writer left is created. (SQLite reads a journal
+    through a shared index in a file, which it creates and changes.)
     """
     path = Path(directory) / STORE_FILE
     if not path.exists():
         raise StoreError(f"nothing was recorded in {directory}")
     journal = path.with_name(path.name + "-wal").exists()
-    # Where neither the journal nor the right to make one is there, the file alone is all there is.
+    # Without a journal, and without the right or the need to create one, the file is read alone.
     alone = not journal and (ended or not os.access(directory, os.W_OK))
-    ending = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
-    address = f"file:{quote(str(path))}?mode=ro{ending}"
+    options = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
+    uri = f"file:{quote(str(path))}?mode=ro{options}"
     try:
         connection = sqlite3.connect(
-            address, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
+            uri, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
         )
         # A damaged text must not hide the rows after it.
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         if ended:  # the index of the journal is then kept in memory
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)
-    except REFUSALS as fault:
-        raise StoreError(f"{path} cannot be read: {reason_of(fault)}") from fault
+    except READ_ERRORS as error:
+        raise StoreError(f"{path} cannot be read: {error_text(error)}") from error
     if version != SCHEMA_VERSION:
         connection.close()
         if version:
             raise StoreError(_other_version(version))
-        # A run that is starting: its store is there, its tables are not.
+        # A run that is starting: the file exists, its tables do not yet.
         raise StoreError(f"nothing was recorded in {directory}")
     return connection

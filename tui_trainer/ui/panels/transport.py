@@ -69,9 +69,9 @@ class TransportLine(Panel):
         step = f" step {replay.cursor:>{len(last)},}"
         row: Row = [Segment(step, palette.strong), Segment(f"/{last} ", palette.dim)]
         if width >= 70:
-            whole = replay.moments.elapsed_s(replay.last_step)
+            whole = replay.history.timeline.elapsed_s(replay.last_step)
             wide = 5 if whole < 3600 else 8
-            here = f.duration(replay.moments.elapsed_s(replay.cursor), wide)
+            here = f.duration(replay.history.timeline.elapsed_s(replay.cursor), wide)
             row += (
                 Segment(f" {here}", palette.text),
                 Segment(f"/{f.duration(whole, wide).strip()} ", palette.dim),

@@ -14,7 +14,6 @@ from tui_trainer.record.events import InfoChanged, StepRecorded
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
-from tui_trainer.store import told
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.replay import replay_items
 from tui_trainer.store.schema import STORE_FILE
@@ -76,15 +75,6 @@ def test_a_run_is_told_again_word_for_word(tmp_path, steps):
     live = (tmp_path / "live").read_bytes()
     assert live.count(b'"type":"step"') == 2 * steps
     assert (tmp_path / "again").read_bytes() == live
-
-
-def test_the_order_and_the_times_survive_packing():
-    times = [1795222856.734476, 0.0, 1e300, 3.5]
-    entries = [told.Entry(told.STEPPED, i % 2, i, t, 0.5) for i, t in enumerate(times)]
-    shapes = (told.Shape("", (0, 2)), told.Shape("b", (1,)))
-    back = told.entries(told.pack(entries, shapes))
-    assert [entry for entry, _ in back] == entries
-    assert [shape for _, shape in back] == [shapes[i % 2] for i in range(4)]
 
 
 def test_of_a_living_run_as_much_as_is_there(tmp_path):
