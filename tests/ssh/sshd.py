@@ -92,9 +92,9 @@ class Sshd:
                 socket.create_connection(("127.0.0.1", self.port), 1),
             ):
                 return
-            said = (self.directory / "sshd.log").read_text()
-            assert self.process.poll() is None, said
-            assert time.monotonic() < deadline, said
+            log = (self.directory / "sshd.log").read_text()
+            assert self.process.poll() is None, log
+            assert time.monotonic() < deadline, log
             time.sleep(0.02)
 
     def stop(self) -> None:

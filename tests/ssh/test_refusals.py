@@ -35,15 +35,15 @@ def refusal(address, **options):
 
 
 def test_tui_trainer_is_not_installed_there(bare_host):
-    said = refusal("ssh://Box/gpt")
-    assert "Box has no tui-trainer" in said.message
-    assert "TUI_TRAINER_REMOTE_COMMAND" in said.hint
+    error = refusal("ssh://Box/gpt")
+    assert "Box has no tui-trainer" in error.message
+    assert "TUI_TRAINER_REMOTE_COMMAND" in error.hint
 
 
 def test_a_remote_command_that_is_not_there(host):
-    said = refusal("ssh://Box/gpt", command="/nowhere/tui-trainer")
-    assert "Box cannot run the remote command" in said.message
-    assert "/nowhere/tui-trainer" in said.message
+    error = refusal("ssh://Box/gpt", command="/nowhere/tui-trainer")
+    assert "Box cannot run the remote command" in error.message
+    assert "/nowhere/tui-trainer" in error.message
 
 
 def test_another_version_there(host):
@@ -51,22 +51,22 @@ def test_another_version_there(host):
     old = host.home / "old"
     old.write_text(f"#!/bin/sh\necho 'TUI-TRAINER-RELAY {greeting}'\ncat >/dev/null\n")
     old.chmod(0o755)
-    said = refusal("ssh://Box/gpt", command=str(old))
-    assert "tui-trainer 9.9, which speaks protocol 99" in said.message
-    assert f"{__version__}, which speaks {PROTOCOL_VERSION}" in said.message
-    assert "same version" in said.hint
+    error = refusal("ssh://Box/gpt", command=str(old))
+    assert "tui-trainer 9.9, which speaks protocol 99" in error.message
+    assert f"{__version__}, which speaks {PROTOCOL_VERSION}" in error.message
+    assert "same version" in error.hint
 
 
 def test_a_version_without_a_relay(host):
-    said = refusal("ssh://Box/gpt", command="sh -c 'echo no such command >&2; exit 2' x")
-    assert "is no relay of tui-trainer" in said.message
-    assert "no such command" in said.message
+    error = refusal("ssh://Box/gpt", command="sh -c 'echo no such command >&2; exit 2' x")
+    assert "is no relay of tui-trainer" in error.message
+    assert "no such command" in error.message
 
 
 def test_a_login_shell_that_exits(host):
     host.login_shell("echo welcome to the login menu; exit 0\n")
-    said = refusal("ssh://Box/gpt")
-    assert "welcome to the login menu" in said.message
+    error = refusal("ssh://Box/gpt")
+    assert "welcome to the login menu" in error.message
 
 
 def test_a_login_shell_that_prints(host, runs, attach):
@@ -79,10 +79,10 @@ def test_a_login_shell_that_prints(host, runs, attach):
 def test_a_refused_key(host):
     (host.directory / "user").unlink()
     shutil.copy(host.directory / "stranger", host.directory / "user")
-    said = refusal("ssh://Box/gpt")
-    assert "ssh cannot reach Box" in said.message
-    assert "Permission denied" in said.message
-    assert said.hint == "try it alone: ssh Box true"
+    error = refusal("ssh://Box/gpt")
+    assert "ssh cannot reach Box" in error.message
+    assert "Permission denied" in error.message
+    assert error.hint == "try it alone: ssh Box true"
 
 
 def test_a_host_key_that_changed(host):
@@ -93,19 +93,19 @@ def test_a_host_key_that_changed(host):
 
 def test_nobody_listens(host):
     host.stop()
-    said = refusal(f"ssh://Box:{host.port}/gpt")
-    assert "Connection refused" in said.message
-    assert f"ssh -p {host.port} Box true" in said.hint
+    error = refusal(f"ssh://Box:{host.port}/gpt")
+    assert "Connection refused" in error.message
+    assert f"ssh -p {host.port} Box true" in error.hint
 
 
 def test_an_unknown_host(host):
-    said = refusal("ssh://no-such-host.invalid/gpt")
-    assert "ssh cannot reach no-such-host.invalid" in said.message
+    error = refusal("ssh://no-such-host.invalid/gpt")
+    assert "ssh cannot reach no-such-host.invalid" in error.message
 
 
 def test_an_unknown_run_and_one_that_ended(host, runs):
-    said = refusal("ssh://Box/gpt-quiet")
-    assert "Box: there is no run gpt-quiet" in said.message
+    error = refusal("ssh://Box/gpt-quiet")
+    assert "Box: there is no run gpt-quiet" in error.message
     assert "Box: there are no runs yet" in refusal("ssh://Box").message
     runs.start("gpt-silent", steps=1)
     until(lambda: runs.reported("gpt-silent").ended, "it ends")

@@ -40,10 +40,10 @@ OPTIONS = (*SMALL, "--threads", "1", "--schedule", "constant", "--eval-every", "
 
 def steps_in(lines: str) -> dict[int, tuple[object, ...]]:
     """Loss, learning rate, norm and clip scale of each step in JSON lines."""
-    told = [json.loads(line) for line in lines.splitlines()]
+    records = [json.loads(line) for line in lines.splitlines()]
     return {
         line["step"]: (line["loss"], line["lr"], line["grad_norm_preclip"], line["clip"]["scale"])
-        for line in told
+        for line in records
         if line["type"] == "step"
     }
 
@@ -73,7 +73,9 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
         there.press("space")
         until(lambda: there.pump(0.01) and runs.reported(name).state == "paused", "paused over ssh")
         until(our_ssh, "the ssh of the screen")[0].kill()
-        there.wait_until(lambda text: "trying again" in text or "lost" in text, "the loss, said")
+        there.wait_until(
+            lambda text: "trying again" in text or "lost" in text, "that the connection is lost"
+        )
         there.hang_up()
         there.wait_for_exit()
         assert runs.ls()[name]["state"] == "paused"
@@ -87,15 +89,15 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     finally:
         os.kill(process, signal.SIGKILL)
     until(lambda: runs.ls()[name]["state"] == "crashed", "ls says crashed")
-    said = runs.reported(name)
+    reported = runs.reported(name)
     shown = json.loads(runs.call("show", name, "--json").stdout)
     assert shown["state"] == "crashed"
-    assert shown["step"] >= said.step
+    assert shown["step"] >= reported.step
 
     # Replay has every step but those of the last second (three are allowed here).
     kept = steps_in(runs.call("export", name, "--format", "jsonl").stdout)
     assert list(kept) == list(range(1, max(kept) + 1))
-    assert max(kept) >= said.step - 3 * said.steps_per_second
+    assert max(kept) >= reported.step - 3 * reported.steps_per_second
     back = terminal("replay", name)
     back.wait_until(lambda text: re.search(rf"step +{max(kept):,}/{max(kept):,}", text), "its end")
     back.press("q")

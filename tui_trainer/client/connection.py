@@ -317,8 +317,8 @@ class RunClient:
         return self._runner.run(self._command(action))
 
     def command_in_control(self, action: Action) -> Ack:
-        """Send a command, taking control of the run if another viewer holds it; all of them are
-        told."""
+        """Send a command, taking control of the run if another viewer holds it, which every viewer
+        is shown."""
         ack = self.command(action)
         if ack.ok or ack.status.controller in (None, self.viewer_id):
             return ack

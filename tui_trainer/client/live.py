@@ -39,7 +39,7 @@ STEADY_S = 5.0
 NOT_LISTENING_S = 0.05
 """Pause between two attempts while the run starts to listen."""
 EAGER_S, EAGER_FACTOR = 0.6, 10
-"""For so long after a command it is polled so many times as often: a pause, for one, takes effect
+"""For this long after a command the run is polled this many times as often: a pause takes effect
 only at the end of the running phase."""
 SMALLEST_BUDGET, LARGEST_BUDGET = 4 * 1024, 256 * 1024
 """Limits of `Poll.budget`, in bytes."""

@@ -21,7 +21,7 @@ from tui_trainer.runs.errors import NotListening, RunGone, Unreachable
 from tui_trainer.runs.security import connect_unix
 
 _OUT_OF_MEMORY = (
-    "if nobody killed it, the kernel did for want of memory (dmesg says so): try a smaller batch, "
+    "probably killed by the kernel when memory ran out (dmesg would show it): try a smaller batch, "
     "a smaller model or fewer workers"
 )
 

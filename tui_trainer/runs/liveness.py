@@ -115,8 +115,8 @@ def judge_state(reported: RunState) -> tuple[EntryState, str]:
 
 
 def process_exists(reported: RunState) -> bool:
-    """Whether the process that wrote this status runs on this machine; a later process with the
-    same number is told apart by its start time."""
+    """Whether the process that wrote this status runs on this machine. Its start time distinguishes
+    it from a later process with the same number."""
     return (
         reported.machine == machine_identity()
         and reported.process != ""
