@@ -114,7 +114,7 @@ def test_all_columns_are_read_back(tmp_path):
     np.testing.assert_equal(table.at(int(steps[1000])), wide(steps[1000]))
 
 
-def test_a_recorded_table_serves_viewers(tmp_path):
+def test_a_stored_table_serves_viewers(tmp_path):
     steps, values = series(4, 6000)
     write(tmp_path, steps, values)
     recorded = StoredHistory(tmp_path).tables[0]
@@ -124,7 +124,7 @@ def test_a_recorded_table_serves_viewers(tmp_path):
     check_window(viewer, steps, values, int(steps[0]), int(steps[-1]) + 1, 30)
 
 
-def test_what_was_said_is_kept(tmp_path):
+def test_events_lines_and_samples_are_kept(tmp_path):
     sink = StoreWriter(tmp_path)
     line = LogLine(0, 1.5, 3, "stdout", "ü\n")
     notice = Notice(0, 3, 1.5, "mark", "here")
@@ -147,29 +147,29 @@ def test_commands_are_found_among_thousands_of_clips(tmp_path):
     sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(1, 9000)], Status())
     sink.take([Notice(9000, 9000, 0.0, "mark", "here"), RunEnded(Status())], Status())
     sink.close()
-    moments = StoredEvents(StoredHistory(tmp_path).store)
-    events = moments.events(10_000, 2000)
+    stored = StoredEvents(StoredHistory(tmp_path).store)
+    events = stored.events(10_000, 2000)
     assert [e.text for e in events if isinstance(e, Notice)] == ["pause", "here"]
     assert [e.id for e in events] == [0, *range(7000, 9001)]
-    assert [e.id for e in moments.events(3, 2000)] == [0, 1, 2, 3]
+    assert [e.id for e in stored.events(3, 2000)] == [0, 1, 2, 3]
 
 
-def test_a_store_from_anywhere_holds_no_escape_sequence_when_read(tmp_path):
+def test_escape_sequences_in_a_store_are_removed_when_read(tmp_path):
     hostile = "\x1b]0;owned\x07\x9b2J\x7f"
-    sink = StoreWriter(tmp_path)  # not through a recorder, which would have made it harmless
+    sink = StoreWriter(tmp_path)  # without a recorder, which would have removed them
     info = msgspec.structs.replace(INFO, title=hostile)
-    said = [
+    items = [
         Notice(0, 1, 0.0, "mark", hostile, who=hostile),
         LogLine(0, 0.0, 1, "stdout", hostile),
         TextSample(0, 1, hostile, hostile),
         RunEnded(Status(reason=hostile)),
     ]
-    sink.take([InfoChanged(info), *said], Status())
+    sink.take([InfoChanged(info), *items], Status())
     sink.close()
     store = StoredHistory(tmp_path).store
-    moments = StoredEvents(store)
+    events = StoredEvents(store)
     read = [store.info(), store.status()]
-    read += [*moments.events(9, 9), *moments.log(9, 9), *moments.artifacts(9, 9)]
+    read += [*events.events(9, 9), *events.log(9, 9), *events.artifacts(9, 9)]
     assert len(read) == 5
     for each in read:
         assert "owned" in repr(each)
@@ -177,8 +177,8 @@ def test_a_store_from_anywhere_holds_no_escape_sequence_when_read(tmp_path):
 
 
 def test_rows_that_do_not_fit_are_counted(tmp_path):
-    said = []
-    sink = StoreWriter(tmp_path, said.append)
+    reports = []
+    sink = StoreWriter(tmp_path, reports.append)
     three = np.ones(3, np.float32)
     items = [
         stepped(1, three),
@@ -188,11 +188,11 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
     ]
     sink.take([InfoChanged(INFO), *items, stepped(0, three)], Status())
     sink.close()
-    assert said == ["7 rows could not be recorded"]
+    assert reports == ["7 rows could not be recorded"]
     assert StoredHistory(tmp_path).tables[0].rows == 2
 
 
-def test_a_second_writer_goes_on_where_the_first_stopped(tmp_path):
+def test_a_second_writer_continues_where_the_first_stopped(tmp_path):
     steps, values = series(5, 3000)
     write(tmp_path, steps[:1700], values[:1700])
     write(tmp_path, steps[1700:], values[1700:])
@@ -200,7 +200,7 @@ def test_a_second_writer_goes_on_where_the_first_stopped(tmp_path):
     check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 33)
 
 
-def test_the_reader_follows_a_living_run(tmp_path):
+def test_the_reader_follows_a_running_run(tmp_path):
     steps, values = series(6, 4000)
     clock = Clock()
     sink = StoreWriter(tmp_path, clock=clock)
@@ -224,27 +224,27 @@ needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write
 
 
 def check_resumes(tmp_path, break_it, mend):
-    """Whatever `break_it` does, rows that were taken meanwhile are there after `mend`."""
+    """Rows that were taken while recording was broken are there after `mend`."""
     steps, values = series(7, 600)
-    said, clock = [], Clock()
-    sink = StoreWriter(tmp_path, said.append, clock)
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path, reports.append, clock)
     sink.take([InfoChanged(INFO)], Status())
     break_it()
     clock.now += 100
     sink.take([stepped(s, v) for s, v in zip(steps[:300], values[:300], strict=True)], Status())
-    assert said
-    assert "training goes on" in said[-1]
+    assert reports
+    assert "training goes on" in reports[-1]
     mend()
     clock.now += 100
     sink.take([stepped(s, v) for s, v in zip(steps[300:], values[300:], strict=True)], Status())
     sink.close()
-    assert said[-1] == ""
+    assert reports[-1] == ""
     table = StoredHistory(tmp_path).tables[0]
     assert table.rows == 600
     check_window(table, steps, values, int(steps[0]), int(steps[-1]) + 1, 10)
 
 
-def test_a_full_disk_is_said_and_recording_resumes(tmp_path):
+def test_a_full_disk_is_reported_and_recording_resumes(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -261,7 +261,7 @@ def test_a_full_disk_is_said_and_recording_resumes(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_locked_store_is_said_and_recording_resumes(tmp_path):
+def test_a_locked_store_is_reported_and_recording_resumes(tmp_path):
     other = []
 
     def lock():
@@ -272,39 +272,39 @@ def test_a_locked_store_is_said_and_recording_resumes(tmp_path):
 
 
 @needs_permissions
-def test_a_read_only_directory_is_said_and_recording_begins_later(tmp_path):
+def test_a_read_only_directory_is_reported_and_recording_starts_later(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     run.chmod(0o500)
-    said, clock = [], Clock()
-    sink = StoreWriter(run, said.append, clock)
+    reports, clock = [], Clock()
+    sink = StoreWriter(run, reports.append, clock)
     sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
-    assert "not recording" in said[-1]
+    assert "not recording" in reports[-1]
     run.chmod(0o700)
     clock.now += 100
     sink.take([], Status())
     sink.close()
-    assert said[-1] == ""
+    assert reports[-1] == ""
     assert StoredHistory(run).tables[0].rows == 1
     run.chmod(0o500)
     assert StoredHistory(run).tables[0].rows == 1  # readable where nothing can be written
     run.chmod(0o700)
 
 
-def test_a_directory_that_is_gone_does_not_stop_the_run(tmp_path):
-    said = []
-    sink = StoreWriter(tmp_path / "nowhere", said.append)
+def test_a_missing_directory_does_not_stop_the_run(tmp_path):
+    reports = []
+    sink = StoreWriter(tmp_path / "nowhere", reports.append)
     sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
     sink.close()
-    assert "not recording" in said[-1]
+    assert "not recording" in reports[-1]
 
 
 def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
     from tui_trainer.store import writer
 
     monkeypatch.setattr(writer, "MAX_WAITING_BYTES", 10_000)
-    said, clock = [], Clock()
-    sink = StoreWriter(tmp_path / "later", said.append, clock)
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path / "later", reports.append, clock)
     sink.take([InfoChanged(INFO)], Status())
     sink.take([stepped(i, np.ones(3, np.float32)) for i in range(1000)], Status())
     (tmp_path / "later").mkdir()
@@ -313,15 +313,15 @@ def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
     sink.close()
     rows = StoredHistory(tmp_path / "later").tables[0].rows
     assert 100 < rows < 200
-    assert said[-1] == f"{1000 - rows} rows could not be recorded"
+    assert reports[-1] == f"{1000 - rows} rows could not be recorded"
 
 
-def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, monkeypatch):
+def test_clips_are_dropped_first_and_commands_never(tmp_path, monkeypatch):
     from tui_trainer.store import events
 
     monkeypatch.setattr(events, "MAX_WAITING", 100)
-    said, clock = [], Clock()
-    sink = StoreWriter(tmp_path / "later", said.append, clock)
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path / "later", reports.append, clock)
     sink.take([InfoChanged(INFO)], Status())
     sink.take([Clip(i, i, 0.0, 1.0, 2.0, 0.5) for i in range(90)], Status())
     sink.take([LogLine(i, 0.0, i, "stdout", "x") for i in range(60)], Status())
@@ -331,32 +331,32 @@ def test_of_what_was_said_clips_are_given_up_first_and_commands_never(tmp_path, 
     (tmp_path / "later").mkdir()
     clock.now += 100
     sink.take([], Status())
-    assert said[-1] == "91 clips, 1 line, 1 sample could not be recorded"
+    assert reports[-1] == "91 clips, 1 line, 1 sample could not be recorded"
     sink.close()
-    moments = StoredEvents(StoredHistory(tmp_path / "later").store)
-    kept = moments.events(1000, 1000)
+    stored = StoredEvents(StoredHistory(tmp_path / "later").store)
+    kept = stored.events(1000, 1000)
     assert [event.id for event in kept] == list(range(90, 160))
-    assert len(moments.log(1000, 1000)) == 60
-    assert moments.artifacts(1000, 10) == ()
+    assert len(stored.log(1000, 1000)) == 60
+    assert stored.artifacts(1000, 10) == ()
 
 
-def test_a_damaged_store_is_set_aside_and_a_new_one_begun(tmp_path):
+def test_a_damaged_store_is_renamed_and_a_new_one_started(tmp_path):
     steps, values = series(8, 2000)
     write(tmp_path, steps, values)
     path = tmp_path / STORE_FILE
     path.write_bytes(b"not a database at all" * 1000)
-    said = []
-    sink = StoreWriter(tmp_path, said.append)
+    reports = []
+    sink = StoreWriter(tmp_path, reports.append)
     sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
     sink.commit()
     sink.close()
-    assert "the recording was damaged" in said[-1]
+    assert "the recording was damaged" in reports[-1]
     assert StoredHistory(tmp_path).tables[0].rows == 1
     assert [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered(
+def test_a_store_damaged_while_written_is_replaced_with_the_recent_items(
     tmp_path, monkeypatch, whole
 ):
     from tui_trainer.store import writer
@@ -364,8 +364,8 @@ def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered
     if not whole:
         monkeypatch.setattr(writer, "RECENT_BYTES", 300_000)
     steps, values = series(11, 3000)
-    said, clock = [], Clock()
-    sink = StoreWriter(tmp_path, said.append, clock)
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path, reports.append, clock)
     sink.take([InfoChanged(INFO)], Status())
     for part in np.array_split(np.arange(3000), 30):
         clock.now += 1
@@ -378,7 +378,7 @@ def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered
                 path.write_bytes(noise(path.stat().st_size))
             sink._disconnect()  # as a page that is no longer in SQLite's own memory
     sink.close()
-    assert "the recording was damaged" in said[-1]
+    assert "the recording was damaged" in reports[-1]
     assert len([p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]) >= 1
     held = StoredHistory(tmp_path)
     table = held.tables[0]
@@ -388,8 +388,8 @@ def test_a_store_damaged_while_it_is_written_begins_anew_with_what_is_remembered
     check_window(table, steps[kept], values[kept], table.first_step, int(steps[-1]) + 1, 20)
     from tui_trainer.store.replay import replay_items
 
-    told = [item.record.step for item in replay_items(held) if isinstance(item, StepRecorded)]
-    assert told == [int(step) for step in steps[kept]]
+    replayed = [item.record.step for item in replay_items(held) if isinstance(item, StepRecorded)]
+    assert replayed == [int(step) for step in steps[kept]]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -421,10 +421,10 @@ def test_a_store_of_another_version_is_left_alone(tmp_path):
     open_for_writing(tmp_path).execute("PRAGMA user_version = 99")
     with pytest.raises(StoreError, match="another version of tui-trainer"):
         StoredHistory(tmp_path)
-    said = []
-    sink = StoreWriter(tmp_path, said.append)
+    reports = []
+    sink = StoreWriter(tmp_path, reports.append)
     sink.take([InfoChanged(INFO)], Status())
-    assert "another version of tui-trainer" in said[-1]
+    assert "another version of tui-trainer" in reports[-1]
     with pytest.raises(StoreError, match="nothing was recorded"):
         StoredHistory(tmp_path / "nowhere")
 
@@ -444,7 +444,7 @@ def test_what_happened_is_committed_within_half_a_second(tmp_path):
     sink.close()
 
 
-NURSERY = """
+WRITERS = """
 import os, sys, time
 import numpy as np
 from tests.store.test_store import INFO, stepped, wide
@@ -497,10 +497,10 @@ def test_a_killed_run_loses_nothing_that_was_committed(tmp_path, batch):
     for place in places:
         place.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", NURSERY, *map(str, places)], stdout=subprocess.PIPE, text=True
-    ) as nursery:
-        assert nursery.stdout is not None
-        children = [int(nursery.stdout.readline()) for _ in places]
+        [sys.executable, "-c", WRITERS, *map(str, places)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        children = [int(parent.stdout.readline()) for _ in places]
         moments = time.monotonic() + np.sort(random.uniform(0.0, 2.0, AT_ONCE))
         for child, moment in zip(children, moments, strict=True):
             time.sleep(max(0.0, moment - time.monotonic()))

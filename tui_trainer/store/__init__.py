@@ -1,7 +1,8 @@
 """The run store: everything measured in a run, in one SQLite database in the run's directory.
 
-Here are its schema, how values are packed, and its reader; what writes it is with the recorder.
-The format is described in docs/store.md.
+`writer` is a sink of the recorder, `reader` a history for viewers, `replay` the items of the run in
+order. `series`, `timeline` and `events` write and read the tables of those names. The format is
+described in docs/store.md.
 """
 
 from __future__ import annotations

@@ -114,14 +114,14 @@ class Store:
             self._cache.move_to_end(key)
             value: T = found[0]
             return value
-        made = read()
-        if made is not None:
-            self._cache[key] = made, size
+        fresh = read()
+        if fresh is not None:
+            self._cache[key] = fresh, size
             self._cached_bytes += size
             while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
                 _, (_, freed) = self._cache.popitem(last=False)
                 self._cached_bytes -= freed
-        return made
+        return fresh
 
     def clear_cache(self) -> None:
         """A reader that goes once from the first row to the last returns to none of them."""
