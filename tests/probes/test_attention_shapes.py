@@ -98,7 +98,11 @@ def test_statistics_of_fused_grouped_heads():
     [
         ({"n_head": 4, "head_dim": 2}, "wqkv", "number of its key/value heads is unknown"),
         ({}, "wqkv", "number of its heads is unknown"),
-        ({"n_head": 4, "n_kv_head": 3, "head_dim": 2}, "wqkv", "does not hold 4 heads and twice 3"),
+        (
+            {"n_head": 4, "n_kv_head": 3, "head_dim": 2},
+            "wqkv",
+            "does not consist of 4 heads and twice 3",
+        ),
         ({"num_heads": 4, "num_kv_heads": 2}, "query_key_value", "order of its heads"),
     ],
 )
@@ -176,7 +180,7 @@ UNEVEN = {
     "d_v": (Wider, ("qv", "kv"), "V is of another shape"),
     "vdim": (lambda: Multihead(vdim=6), ("qv", "kv"), "V is of another shape"),
     "kdim": (lambda: Multihead(kdim=6), ("qk", "kv"), "K is of another shape"),
-    "both": (lambda: Multihead(kdim=6, vdim=6), ("qk", "qv"), "Q reads other inputs"),
+    "both": (lambda: Multihead(kdim=6, vdim=6), ("qk", "qv"), "Q has inputs of another width"),
     "each": (lambda: Multihead(kdim=6, vdim=4), ("qk", "qv", "kv"), "each of another shape"),
 }
 

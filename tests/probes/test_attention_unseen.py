@@ -152,4 +152,4 @@ def test_the_calls_of_another_model_are_not_taken_for_its_own():
         if t.name == "attention_health" and t.columns[0].name.startswith("Stack.")
     )
     assert recorder.rows("attention_health", of_decoder) == {}
-    assert probe.ELSEWHERE in recorder.info["unseen"].values()
+    assert probe.OTHER_MODEL in recorder.info["unseen"].values()

@@ -123,7 +123,7 @@ def test_the_update_of_a_single_step_covers_all_parameters_despite_the_copy_budg
 
 
 def test_weights_too_large_to_copy_are_reported(monkeypatch):
-    monkeypatch.setattr(update_ratio, "MOST_ON_HOST", 300)
+    monkeypatch.setattr(update_ratio, "MAX_HOST_BYTES", 300)
     reports, _, _ = reports_of(2, SMALL_COPIES)
     summary = reports[2, "step"].summary
     assert summary.startswith(
@@ -133,7 +133,7 @@ def test_weights_too_large_to_copy_are_reported(monkeypatch):
 
 
 def test_a_copy_without_memory_is_reported_and_switches_nothing_off(monkeypatch):
-    monkeypatch.setattr(update_ratio, "room_while_stepping", lambda *_: 1 << 60)
+    monkeypatch.setattr(update_ratio, "room_before_pause", lambda *_: 1 << 60)
     copied = []
 
     def no_room(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_a_copy_without_memory_is_reported_and_switches_nothing_off(monkeypatch)
 
     monkeypatch.setattr(update_ratio, "_copy", no_room)
     reports, seen, recorder = reports_of(2, SMALL_COPIES)
-    assert "found no room: out of memory" in reports[1, "step"].summary
+    assert "could not be allocated: out of memory" in reports[1, "step"].summary
     assert "update ratio of 0.weight" in {q.name for q in reports[2, "step"].quantities}
     close(list(recorder.rows("update_ratio")[2].values()), seen[1]["ratios"], 1e-4)
     assert recorder.said("fault") == []

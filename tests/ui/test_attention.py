@@ -211,7 +211,7 @@ async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
     run.steps[health], run.values[health] = run.steps[health][:0], run.values[health][:0]
     reason = (  # the longest that the probe gives
         "scaled_dot_product_attention is not called as one of torch.nn.functional: attention is "
-        "computed otherwise, or it was imported by itself"
+        "computed otherwise, or it was imported by name"
     )
     for size in ((80, 24), (120, 40)):
         waiting = app_on("attention", FakeSession(run, 300))

@@ -1,5 +1,8 @@
-"""What is measured: one file per quantity. `PROBES` lists them in the order in which their rows are
-made, so that later ones can use what earlier ones have found."""
+"""The probes: one file for each quantity that is measured.
+
+`PROBES` lists them in the order in which their rows are made, so that later ones can use what
+earlier ones have found. A new probe is added to this list.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,4 @@ PROBES: tuple[type[Probe], ...] = (
     Memory,
     Overhead,
 )
+Overhead.probe_names = tuple(probe.name for probe in PROBES)

@@ -1,4 +1,4 @@
-"""What clipping did to the gradient of each step."""
+"""The clip scale: how much clipping scaled down the gradient of each step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import numpy as np
 
 from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
-from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import ClipMeasurement, Options, Probe, StepFacts, TableSpec
+from tui_trainer.trace.probe import ClipMeasurement, Probe, StepFacts, TableSpec
 
-DOMINANT = 8
-"""How many parameters an event names."""
+MAX_DOMINANT = 8
+"""Parameters that an event names, those with the largest gradients."""
 
 
 def clip_scale(clip: ClipMeasurement) -> float:
-    """What the gradient was multiplied by.
+    """The factor that the gradient was multiplied by.
 
-    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value the norm after over
-    the norm before. NaN where the norm is.
+    For clipping by norm it is PyTorch's formula, min(1, max_norm / (norm + 1e-6)); for clipping by
+    value it is the norm after over the norm before. NaN if the norm is NaN.
     """
     before = clip.norm_before
     if clip.kind == "value":
@@ -31,29 +30,26 @@ def clip_scale(clip: ClipMeasurement) -> float:
 
 
 class Clipping(Probe):
-    """Table `clip`, and an event for every step with scale < 1.
+    """Table `clip`, and an event for every step with a scale below 1.
 
-    Of several calls in one step (groups clipped apart) the one that clipped hardest counts. Norms
-    are un-scaled; the scale is the one that was applied.
+    If a step has several calls (groups that are clipped separately), the smallest scale counts.
+    Norms are un-scaled; the scale is the one that was applied.
     """
 
     name = schema.CLIP
     importance = 100
-
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
-        super().__init__(tracked, options)
-        self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
+    tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """None when nothing was clipped or could have been."""
+        """None for a step without a call of a clipping function."""
         if not facts.clips:
             return (None,)
         hardest, scale = facts.clips[0], clip_scale(facts.clips[0])
         for clip in facts.clips[1:]:
-            if not clip_scale(clip) >= scale:  # also where it is NaN
+            if not clip_scale(clip) >= scale:  # true for NaN as well
                 hardest, scale = clip, clip_scale(clip)
         before = hardest.norm_before / facts.gradient_scale
-        # By value single elements may be cut without the norm changing in float32.
+        # Clipping by value may change single elements but not the norm in float32.
         if scale < 1:
             facts.clip = self._event(hardest, before, scale, facts)
         row = (hardest.max_norm, before, before * scale, scale)
@@ -69,7 +65,7 @@ class Clipping(Probe):
             squares = norms * norms
             total = float(squares.sum())
             if 0 < total < math.inf:
-                largest = np.argsort(-squares, kind="stable")[:DOMINANT]
+                largest = np.argsort(-squares, kind="stable")[:MAX_DOMINANT]
                 parameters = tuple(self.tracked.indices[i] for i in largest)
                 shares = tuple(float(squares[i] / total) for i in largest)
         return ClipRecord(clip.max_norm, before, scale, parameters, shares, clip.kind)

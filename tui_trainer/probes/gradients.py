@@ -29,7 +29,7 @@ class Gradients(Probe):
         self._norms = Norms(tracked.parameters, tracked.device)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
-        """One reading per parameter, and 0."""
+        """One reading per parameter, and a 0 that marks them as our own."""
         return [*self._norms.read(gradients), self._norms.zero]
 
     def clip_norms(self, norms: Readings) -> Readings:
@@ -37,7 +37,7 @@ class Gradients(Probe):
         return [*norms, self._norms.one]
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Also tells the other probes the norms, and the total."""
+        """Also sets the norms and the total for later probes."""
         norms = self._norms.values(values[:-1], bool(values[-1])) / facts.gradient_scale
         facts.gradient_norms = norms
         facts.total_norm = math.sqrt(np.dot(norms, norms))

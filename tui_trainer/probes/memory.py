@@ -1,4 +1,4 @@
-"""Memory of the device and of the process, by the clock."""
+"""Memory of the device and of the process, measured about once a second."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class Memory(Probe):
         self._next = 0.0
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """A row when a second has passed since the last."""
         now = monotonic()
         if now < self._next:
             return (None,)
@@ -44,7 +43,7 @@ class Memory(Probe):
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that torch has allocated on `device` now and at most; NaN where it does not say."""
+    """Bytes that torch has allocated on `device`, now and at the peak; NaN where it is unknown."""
     kind = device.type
     if kind == "mps":
         return float(torch.mps.current_allocated_memory()), float("nan")

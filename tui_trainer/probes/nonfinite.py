@@ -1,4 +1,4 @@
-"""NaN and infinities in loss, gradients and weights: said when they appear."""
+"""Reports NaN and infinity in loss, gradients and weights when they appear."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tui_trainer.trace.probe import Options, Probe, StepFacts
 
 
 class NonFinite(Probe):
-    """No table: events. Said once when a quantity turns non-finite, again only after it had gone.
-    Each is looked at whenever it is measured: the loss at every step, the others more seldom. So it
-    is said, too, at which step the quantity was last seen to be finite.
+    """Makes events and no table: one when a quantity becomes non-finite, and another only after it
+    was finite again.
 
-    Costs nothing of its own: a norm is finite exactly when every element is (or its square
-    overflows, which is as bad). Without any backward the loss is unknown, not NaN.
+    The loss is measured at every step, the others less often, so an event also names the last step
+    at which the quantity was finite. It needs no measurement of its own: a norm is finite exactly
+    if every element is (or its square overflows, which is as bad). Without a backward the loss is
+    unknown, not NaN.
     """
 
     name = "nonfinite"
@@ -32,30 +33,29 @@ class NonFinite(Probe):
         self._finite_at: dict[NonFiniteQuantity, int] = {}
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Adds to `facts.nonfinite`."""
         if facts.loss_known:
             if math.isfinite(facts.loss):
-                self._finite("loss", facts)
+                self._is_finite("loss", facts)
             else:
-                self._see("loss", np.array([facts.loss]), facts)
+                self._check("loss", np.array([facts.loss]), facts)
         if facts.gradient_norms is not None and math.isfinite(facts.total_norm or 0.0):
-            self._finite("gradient", facts)
+            self._is_finite("gradient", facts)
         else:
-            self._see("gradient", facts.gradient_norms, facts)
-        self._see("weight", facts.weight_norms, facts)
+            self._check("gradient", facts.gradient_norms, facts)
+        self._check("weight", facts.weight_norms, facts)
         return ()
 
-    def _finite(self, quantity: NonFiniteQuantity, facts: StepFacts) -> None:
+    def _is_finite(self, quantity: NonFiniteQuantity, facts: StepFacts) -> None:
         self._present.discard(quantity)
         self._finite_at[quantity] = facts.step
 
-    def _see(
+    def _check(
         self, quantity: NonFiniteQuantity, found: NDArray[np.float64] | None, facts: StepFacts
     ) -> None:
         if found is None:
             return
         if math.isfinite(found.sum()):
-            self._finite(quantity, facts)
+            self._is_finite(quantity, facts)
         elif quantity not in self._present:
             self._present.add(quantity)
             first = int(np.argmin(np.isfinite(found)))

@@ -1,4 +1,4 @@
-"""The 2-norms of many tensors at once, by what is fastest where they live."""
+"""The 2-norms of many tensors at once, in the way that is fastest on their device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tui_trainer.history.records import Floats
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor can be summed over: the values alone, if it is sparse; real numbers."""
+    """The elements of a tensor as real numbers; of a sparse tensor, its values."""
     if tensor.layout != torch.strided:
         tensor = (
             tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -21,10 +21,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Norms:
-    """Norms of a fixed number of tensors, some of which may be absent at times.
+    """Norms of a fixed number of tensors, some of which may be None.
 
-    On the CPU Σx² by BLAS, since one call per tensor costs half of `_foreach_norm`'s; elsewhere one
-    foreach norm. Low precision is accumulated in float32.
+    On the CPU Σx² by BLAS, since one call per tensor takes half the time of `_foreach_norm`;
+    elsewhere one foreach norm. Low precision is accumulated in float32.
     """
 
     def __init__(self, like: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Norms:
         self._flat: list[torch.Tensor] = []
 
     def read(self, tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
-        """One 0-d tensor for each; of an absent one zero."""
+        """A 0-d tensor for each; zero for None."""
         if self._squares:
             if self._plain:
                 try:
@@ -54,7 +54,7 @@ class Norms:
         return [self.zero if t is None else next(found) for t in tensors]
 
     def read_kept(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The same for tensors that stay where they are from step to step, such as weights."""
+        """The same for tensors whose memory stays the same from step to step, such as weights."""
         if not self._squares:
             return self.read(tensors)
         where = [tensor.data_ptr() for tensor in tensors]

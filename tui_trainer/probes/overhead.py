@@ -1,8 +1,9 @@
-"""What measuring costs: our own time on the training thread, by probe."""
+"""The overhead of measuring: our time on the training thread, by probe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,29 +14,30 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
 
 STEPS = 10
+"""How many steps a row averages over."""
 
 
 class Overhead(Probe):
-    """Table `overhead_ms`: mean per step over the last ten; `tracer` is what is no probe's."""
+    """Table `overhead_ms`: mean per step over the last ten; `tracer` is what no probe accounts
+    for."""
 
     name = schema.OVERHEAD
     importance = 100
+    probe_names: ClassVar[tuple[str, ...]] = ()
+    """Of all probes, set where they are listed; each has a column."""
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:
         super().__init__(tracked, options)
-        from tui_trainer.probes import PROBES
-
-        self._names = ("tracer", *(probe.name for probe in PROBES))
+        self._names = ("tracer", *self.probe_names)
         columns = tuple(Column(name, "ms", "lower") for name in self._names)
         self.tables = (TableSpec(schema.OVERHEAD, columns, every=STEPS),)
         self._sums = dict.fromkeys(self._names, 0.0)
         self._count = 0
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """A row after every ten steps."""
-        for name, spent in facts.own_ms.items():
+        for name, ms in facts.own_ms.items():
             if name in self._sums:
-                self._sums[name] += spent
+                self._sums[name] += ms
         self._count += 1
         if self._count < STEPS:
             return (None,)

@@ -18,18 +18,17 @@ from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSp
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
-"""Of the free memory: what a single step that somebody looks at may use for a moment."""
-MOST_ON_HOST = 1 << 30
+"""Share of the free memory that measuring a whole step before a pause may use."""
+MAX_HOST_BYTES = 1 << 30
 
 
 class UpdateRatio(Probe):
     """Table `update_ratio`: one column per parameter, NaN for a parameter that was zero before.
 
-    The copies of the weights that this needs are bounded: where they would take more than
+    It needs copies of the weights, whose size is bounded: if they would take more than
     `Options.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
-    turns, and a row comes when every one of them has had its turn. A single step that somebody is
-    about to look at may take longer: it is measured whole where memory allows a copy of all weights
-    for its duration.
+    turns, and there is a row once all of them have been measured. A step before a pause is measured
+    whole if memory allows a copy of all weights for its duration.
     """
 
     name = schema.UPDATE_RATIO
@@ -44,17 +43,17 @@ class UpdateRatio(Probe):
         self.latest: tuple[int, list[float], list[float]] | None = None
         """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
         self.missing: tuple[int, str] = (0, "")
-        """(step, why it could not be measured whole), for the phase report."""
+        """(step, why it was not measured whole), for the phase report."""
         self._whole = list(range(len(tracked.parameters)))
         self._whole_step = 0
         """The step that is measured whole."""
         self._now: list[int] = []
-        """Indices of the parameters that are being measured."""
+        """Indices of the parameters measured in this step."""
         self._turns = in_turns(tracked.parameters, copy_budget(tracked.device, options))
         self._turn = 0
         self._copies: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
-        """Memory for copies of all parameters, where one turn takes them all: fresh memory for each
+        """Memory for copies of all parameters, if they fit into one turn: allocating it for each
         measurement would take as long as the measurement."""
         self._under_way: deque[list[int]] = deque()
         self._norms = Norms(tracked.parameters, tracked.device)
@@ -62,23 +61,23 @@ class UpdateRatio(Probe):
         self._ratios = np.full(len(tracked.names), np.nan)
 
     def wants(self, step: int) -> bool:
-        """A person about to stop at the end of this step wants to see it, all of it."""
+        """A step before a pause is measured whole."""
         if len(self._turns) == 1 or self._whole_step == step:
             return True
         if self.missing[0] != step:
             size = sum(p.numel() * p.element_size() for p in self.tracked.parameters)
-            room = room_while_stepping(self.tracked.device, self.options)
+            room = room_before_pause(self.tracked.device, self.options)
             if size <= room:
                 self._whole_step = step
             else:
                 text = (
-                    f"a copy of the weights takes {_mib(size)}, and there is room for {_mib(room)}"
+                    f"a copy of the weights takes {_mib(size)}, but only {_mib(room)} are available"
                 )
                 self.missing = step, text
         return self._whole_step == step
 
     def before_update(self) -> None:
-        """Keep the weights of this turn, or all of them."""
+        """Copy the weights of this turn, or all of them."""
         step, self._whole_step = self._whole_step, 0
         self._now = self._turns[self._turn]
         if step:
@@ -87,12 +86,12 @@ class UpdateRatio(Probe):
                 self._now = self._whole
                 return
             except (MemoryError, RuntimeError) as fault:
-                self.missing = step, f"its copy found no room: {fault}"
+                self.missing = step, f"the copy could not be allocated: {fault}"
         weights = [self.tracked.parameters[i].detach() for i in self._now]
         if len(self._turns) > 1:
             self._copies = [_copy(weight) for weight in weights]
             return
-        if not all(map(_alike, self._kept, weights)) or not self._kept:
+        if not all(map(_same_layout, self._kept, weights)) or not self._kept:
             self._kept = [torch.empty_like(weight) for weight in weights]
         torch._foreach_copy_(self._kept, weights)
         self._copies = self._kept
@@ -109,7 +108,7 @@ class UpdateRatio(Probe):
         return [*before, *self._norms.read(copies)]
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """A row when all parameters have had their turn."""
+        """A row once all parameters have been measured."""
         turn = self._under_way.popleft()
         before, update = np.split(self._norms.values(values), 2)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -125,24 +124,24 @@ def _copy(weight: torch.Tensor) -> torch.Tensor:
     return weight.clone()
 
 
-def _alike(kept: torch.Tensor, weight: torch.Tensor) -> bool:
+def _same_layout(kept: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         kept.shape == weight.shape and kept.dtype == weight.dtype and kept.device == weight.device
     )
 
 
 def copy_budget(device: torch.device, options: Options) -> int:
-    """Bytes that copies of weights may take at once on `device`."""
+    """Maximum bytes of the copies of weights on `device`."""
     if device.type != "cuda":
         return options.copy_budget_bytes
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1 << 20, min(options.copy_budget_bytes, int(SHARE_OF_DEVICE * memory)))
 
 
-def room_while_stepping(device: torch.device, options: Options) -> int:
-    """Bytes that a copy of all weights may take on `device` for the duration of a single step."""
+def room_before_pause(device: torch.device, options: Options) -> int:
+    """Maximum bytes of a copy of all weights on `device` during a step before a pause."""
     if device.type == "cpu":
-        return min(MOST_ON_HOST, int(SHARE_OF_FREE * psutil.virtual_memory().available))
+        return min(MAX_HOST_BYTES, int(SHARE_OF_FREE * psutil.virtual_memory().available))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""‖p‖₂ of every parameter, after the update: it moves by some thousandth a step."""
+"""‖p‖₂ of every parameter, after the update. It changes by about a thousandth in a step."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ class Weights(Probe):
         self._norms = Norms(tracked.parameters, tracked.device)
 
     def after_update(self) -> Readings:
-        """One reading per parameter."""
         return self._norms.read_kept(self.tracked.parameters)
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Also tells the other probes the norms."""
+        """Also sets the norms for later probes."""
         facts.weight_norms = self._norms.values(values)
         return (facts.weight_norms.astype(np.float32),)

@@ -1,4 +1,4 @@
-"""Wq, Wk and Wv of every single head, while somebody looks."""
+"""Wq, Wk and Wv of every head, measured only while a viewer shows them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class AttentionHeads(Probe):
         ]
 
     def after_update(self) -> Readings:
-        """For each layer squares of norms (q, k, v), products (qk, qv, kv) and drift (q, k, v)."""
+        """For each layer squared norms (q, k, v), products (qk, qv, kv) and drift (q, k, v)."""
         readings: list[torch.Tensor] = []
         for layer, start in zip(self._layers, self._start, strict=True):
             q, k, v = now = self._matrices(layer)
@@ -78,7 +78,7 @@ class AttentionHeads(Probe):
         return readings
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Columns layer, head, statistic."""
+        """In the order layer, head, statistic."""
         position = 0
         out: list[Floats] = []
         for layer, norms_at_start in zip(self._layers, self._norms_at_start, strict=True):
@@ -95,7 +95,7 @@ class AttentionHeads(Probe):
 def _head_rows(
     layer: AttentionLayer, parts: Sequence[Doubles], norms_at_start: Sequence[Doubles]
 ) -> Floats:
-    """(heads · statistics,) of one layer; key/value heads repeated for those that share them."""
+    """(heads · statistics,) of one layer; shared key/value heads are repeated."""
     qq, kk, vv, qk, qv, kv, drift_q, drift_k, drift_v = parts
 
     def shared(values: Doubles) -> Doubles:

@@ -1,4 +1,4 @@
-"""What attention does with its queries and keys, on sampled steps: logits, entropy, alignment."""
+"""Attention health on sampled steps: largest logit, entropy, and cosine of queries and keys."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSp
 FUNCTION = "scaled_dot_product_attention"
 NOT_CALLED = (
     f"{FUNCTION} is not called as one of torch.nn.functional: attention is computed otherwise, "
-    "or it was imported by itself"
+    "or it was imported by name"
 )
-NOT_ONCE = f"{FUNCTION} is not called just once for each of these layers"
-ELSEWHERE = "attention is looked at in the first forward of a step, and that is another model's"
-COMPILED = "the model is compiled: attention inside it cannot be looked at"
-NO_FORWARD = "attention is looked at in the model's forward, which was not called from outside"
+NOT_ONCE = f"{FUNCTION} is not called exactly once for each of these layers"
+OTHER_MODEL = "attention is measured in the first forward of a step, which is another model's"
+COMPILED = "the model is compiled: attention inside it cannot be measured"
+NO_FORWARD = "attention is measured in the model's forward, which was not called from outside"
 PATIENCE = 2
-"""So many samples in a row without what is sought, before it is said."""
+"""Consecutive failed samples after which the reason is shown."""
 EXAMPLES = 2
 ROWS = 32
-"""Of each call the first examples and evenly spaced query rows are looked at, with every key."""
+"""Of each call, this many examples and evenly spaced query rows are measured, with every key."""
 
 Attend = Callable[..., torch.Tensor]
 
@@ -38,9 +38,9 @@ class AttentionHealth(Probe):
     """Table `attention_health`: largest logit, mean entropy of the attention rows (nats), mean
     cosine between queries and keys, over a sample of the first forward of the step.
 
-    `scaled_dot_product_attention` is replaced for just that forward; its n-th call is the n-th
-    layer. Where it is called otherwise than once per layer, nothing is seen, and the panel says why
-    until it is; in a compiled model it is not replaced, which would have the model compiled anew.
+    `scaled_dot_product_attention` is replaced during that forward only; its n-th call belongs to
+    the n-th layer. If it is not called exactly once per layer, nothing is measured and the panel
+    says why. In a compiled model it is not replaced, since the model would be compiled again.
     """
 
     name = schema.ATTENTION_HEALTH
@@ -67,53 +67,53 @@ class AttentionHealth(Probe):
         self._seen: list[torch.Tensor] = []
         self._own = {id(tracked.parameters[each.q.parameter]) for each in self._layers}
         self._reason = NO_FORWARD
-        """Why this step gave nothing, if it did not."""
+        """Why this step was not measured, if it was not."""
         self._missed, self._patience = 0, PATIENCE
 
     def before_forward(self, root: torch.nn.Module) -> None:
-        """Listen to the calls of this forward."""
+        """Replace the function."""
         self._seen = []
         if is_compiled(root):
             self._reason = COMPILED
             return
         if not any(id(parameter) in self._own for parameter in root.parameters()):
-            self._reason = ELSEWHERE
+            self._reason = OTHER_MODEL
             return
         self._reason = NOT_CALLED
         original = self._original = functional.scaled_dot_product_attention
 
         def attend(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(self._seen) <= len(self._layers) and not torch.compiler.is_compiling():
-                self._look(query, key, args, kwargs)
+                self._measure(query, key, args, kwargs)
             return original(query, key, *args, **kwargs)
 
         self._ours = attend
         functional.scaled_dot_product_attention = attend
 
     def after_forward(self) -> None:
-        """Put the function back."""
+        """Restore the function."""
         if self._original is not None:
             if functional.scaled_dot_product_attention is self._ours:
                 functional.scaled_dot_product_attention = self._original
             self._original = self._ours = None
 
-    def _look(
+    def _measure(
         self, query: torch.Tensor, key: torch.Tensor, args: Any, kwargs: dict[str, Any]
     ) -> None:
         try:
             with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
                 self._seen.append(health(query, key, *_settings(args, kwargs)))
-        except Exception:  # shapes that we do not understand: the layer is not seen
+        except Exception:  # unusual shapes: the layer is not measured
             self._seen.append(query.new_full((3,), torch.nan, dtype=torch.float32))
 
     def after_update(self) -> Readings:
-        """Three readings per layer, when there was one call for each."""
+        """Three readings per layer, if there was one call for each."""
         seen, self._seen = self._seen, []
         reason, self._reason = self._reason, NO_FORWARD
         if len(seen) == len(self._layers):
             self._missed = 0
             if self.unseen:
-                self._patience *= 2  # it comes and goes
+                self._patience *= 2  # it succeeds only now and then
                 self.set_unseen("")
             return seen
         self._missed += 1
@@ -122,12 +122,11 @@ class AttentionHealth(Probe):
         return ()
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """As they were read."""
         return (values.copy() if values.size else None,)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether torch.compile has, or will have, to do with it."""
+    """Whether the module is, or will be, compiled by torch.compile."""
     return (
         type(module).__name__ == "OptimizedModule"  # by name: importing dynamo takes seconds
         or getattr(module, "_compiled_call_impl", None) is not None

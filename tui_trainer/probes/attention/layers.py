@@ -1,8 +1,10 @@
-"""Finding attention layers by the names and shapes of their parameters.
+"""Finds attention layers by the names and shapes of their parameters.
 
-Layers are separate (`q_proj`, `k_proj`, `v_proj` and their like), fused (one matrix, split by rows,
-by columns, or interleaved per head), or `nn.MultiheadAttention`; keys and values may be fewer than
-queries (grouped queries). Where the usual names are not used, a pattern tells.
+A layer has separate matrices (`q_proj`, `k_proj`, `v_proj` and the like), a fused matrix (split by
+rows, by columns, or interleaved per head), or is an `nn.MultiheadAttention`; with grouped queries
+it has fewer key and value heads than query heads. A pattern finds layers with other names.
+
+A fused matrix is split only where its layout is known: a wrong split would be shown as fact.
 """
 
 from __future__ import annotations
@@ -16,14 +18,10 @@ import torch
 from tui_trainer.protocol.schema import AttentionInfo
 from tui_trainer.trace.parameters import TrackedParameters
 
-# ---- attention_parts
-# Where Wq, Wk and Wv lie in their parameters: each in one of its own, or fused in one.
-#
-# A fused matrix is taken apart only where it is known how: a wrong split would be shown as fact.
-
+# ---------------------------------------------------------------- projections
 
 View = Callable[[torch.Tensor], torch.Tensor]
-"""Takes a parameter (or its gradient) to the matrix (output features, input features) in it."""
+"""Maps a parameter, or its gradient, to the matrix (output features, input features) in it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Projection:
     rows: int
     columns: int
     first: int | None = None
-    """Where it begins in a contiguous parameter, when it lies there in one piece."""
+    """Its first element in the flattened parameter, if it is contiguous there."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,11 +42,11 @@ class Projection:
         return self.rows, self.columns
 
     def lies_in(self, tensor: torch.Tensor) -> bool:
-        """Whether `flat` is a view."""
+        """Whether `flat` returns a view."""
         return self.first is not None and tensor.is_contiguous()
 
     def flat(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its elements (rows · columns,), a view where possible; their order is that of `view`."""
+        """Its elements (rows · columns,) in the order of `view`, as a view where possible."""
         if self.first is not None and tensor.is_contiguous():
             size = self.rows * self.columns
             whole = tensor.view(-1)
@@ -58,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a layer's module, or its configuration, says of its heads."""
+    """Numbers of heads as the layer's module or its configuration declares them."""
 
     query: int | None
     key_value: int | None
@@ -73,16 +71,15 @@ class Matrix:
     outputs: int
     inputs: int
     transposed: bool
-    """(inputs, outputs), as Hugging Face's Conv1D has it."""
+    """Whether its shape is (inputs, outputs), as in Hugging Face's Conv1D."""
 
     @classmethod
     def of(cls, position: int, parameter: torch.Tensor, transposed: bool) -> Matrix:
-        """Its sides."""
         outputs = parameter.shape[1] if transposed else parameter.shape[0]
         return cls(position, outputs, parameter.numel() // outputs, transposed)
 
     def by_rows(self, sizes: tuple[int, ...]) -> tuple[Projection, ...]:
-        """One after the other, so many output features each."""
+        """Consecutive parts with these numbers of output features."""
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         return tuple(self._part(start, size) for start, size in zip(starts, sizes, strict=True))
 
@@ -100,7 +97,7 @@ class Matrix:
         )
 
     def interleaved(self, heads: int) -> tuple[Projection, ...]:
-        """Rows are (head, q|k|v, head_dim)."""
+        """Wq, Wk and Wv of rows in the order (head, q|k|v, head_dim)."""
         size, inputs = self.outputs // 3, self.inputs
 
         def part(which: int) -> Projection:
@@ -116,38 +113,35 @@ class Matrix:
 def split(
     matrix: Matrix, heads: Heads, mixed: bool, projected: Callable[[int], bool]
 ) -> tuple[Projection, ...] | str:
-    """Wq, Wk and Wv; or why they cannot be told apart.
+    """Wq, Wk and Wv; or the reason why they cannot be separated.
 
-    They are equal thirds where the heads say so, where the outputs are three times the inputs, or
-    where the layer's output projection reads a third of them (`projected`). `mixed`: fused per
-    head, as GPT-NeoX and BLOOM have them.
+    They are equal thirds if the number of heads says so, if the outputs are three times the inputs,
+    or if the layer's output projection reads a third of them (`projected`). `mixed`: fused per
+    head, as in GPT-NeoX and BLOOM.
     """
     h, kv, outputs = heads.query, heads.key_value, matrix.outputs
     if h and kv:
         each = heads.dim or outputs // (h + 2 * kv)
         if each * (h + 2 * kv) == outputs:
-            if not mixed or kv == 1:  # one key head: no order to mix them in but this one
+            if not mixed or kv == 1:  # with one key head there is only this order
                 return matrix.by_rows((h * each, kv * each, kv * each))
             if kv == h:
                 return matrix.interleaved(h)
-            return "the order of its heads is not known"
+            return "the order of its heads is unknown"
     third, rest = divmod(outputs, 3)
     if rest or not (
         third == matrix.inputs or (h and heads.dim and third == h * heads.dim) or projected(third)
     ):
         unknown = "key/value heads" if h else "heads"
         if h and kv:
-            return f"it does not hold {h} heads and twice {kv} key/value heads"
+            return f"it does not consist of {h} heads and twice {kv} key/value heads"
         return f"the number of its {unknown} is unknown"
     if not mixed:
         return matrix.by_rows((third, third, third))
     return matrix.interleaved(h) if h and third % h == 0 else "the number of its heads is unknown"
 
 
-# ---- attention_names
-# Which parameters are those of an attention layer: the names that models give them, and what
-# their modules say of their heads.
-
+# ---------------------------------------------------------------- names
 
 SEPARATE = (
     ("w_query", "w_key", "w_value"),
@@ -170,26 +164,26 @@ FUSED = (
     *("c_attn", "qkv", "wqkv", "w_qkv", "qkv_proj", "to_qkv", "attn_qkv", "c_qkv", "w_pack"),
     *("in_proj_weight", "query_key_value"),
 )
-QUERY_BESIDE = ("q_attn", "q_proj", "to_q", "wq", "w_q", "q_linear", "query", "q")
+QUERY_OF_CROSS_ATTENTION = ("q_attn", "q_proj", "to_q", "wq", "w_q", "q_linear", "query", "q")
 KEY_VALUE = ("c_attn", "kv_proj", "to_kv", "wkv", "w_kv", "kv_linear", "key_value", "kv")
-"""Cross-attention: Wq beside a matrix of Wk and Wv, as Hugging Face's GPT-2 has it."""
+"""Cross-attention: Wq and a fused matrix of Wk and Wv, as in Hugging Face's GPT-2."""
 INTERLEAVED = ("query_key_value",)
-"""Fused per head: rows are (head, q|k|v, head_dim), as GPT-NeoX and BLOOM have them."""
+"""Fused per head: rows are (head, q|k|v, head_dim), as in GPT-NeoX and BLOOM."""
 
 HEADS = ("n_head", "num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "nheads")
 KEY_VALUE_HEADS = (
     *("n_kv_head", "num_key_value_heads", "n_kv_heads", "num_kv_heads", "kv_heads", "n_head_kv"),
     *("num_heads_kv", "kv_n_heads", "n_query_groups", "num_query_groups", "n_local_kv_heads"),
-    "n_local_heads",  # gpt-fast; where Llama calls the query heads so, it has one of the others
+    "n_local_heads",  # gpt-fast; Llama means the query heads by it, and has one of the others
 )
 HEAD_DIM = ("head_dim", "head_size", "dim_head", "attention_head_size", "d_head", "dim_per_head")
 
 Roles = dict[str, dict[str, int]]
-"""Layer path to role (`q`, `k`, `v`, or a fused name) to the parameter's position."""
+"""Layer path → role (`q`, `k`, `v`, or a fused name) → position of the parameter."""
 
 
 def by_pattern(tracked: TrackedParameters, pattern: str) -> Roles:
-    """By a regular expression over parameter names, with named groups."""
+    """Roles by a regular expression over parameter names, with named groups."""
     roles: Roles = {}
     for position, name in enumerate(tracked.names):
         match = re.search(pattern, name)
@@ -203,7 +197,7 @@ def by_pattern(tracked: TrackedParameters, pattern: str) -> Roles:
 
 
 def by_name(tracked: TrackedParameters) -> Roles:
-    """By the usual names."""
+    """Roles by the usual names."""
     members: dict[str, dict[str, int]] = {}
     for position, name in enumerate(tracked.names):
         if tracked.parameters[position].dim() >= 2:
@@ -216,7 +210,7 @@ def by_name(tracked: TrackedParameters) -> Roles:
                 roles[path] = dict(zip("qkv", (found[role] for role in triple), strict=True))
                 break
         else:
-            query = next((name for name in QUERY_BESIDE if name in found), None)
+            query = next((name for name in QUERY_OF_CROSS_ATTENTION if name in found), None)
             both = next((name for name in KEY_VALUE if name in found), None)
             fused = next((name for name in FUSED if name in found), None)
             if query is not None and both is not None:
@@ -227,13 +221,13 @@ def by_name(tracked: TrackedParameters) -> Roles:
 
 
 def declared_heads(tracked: TrackedParameters, path: str) -> Heads:
-    """What the modules around a layer, or their configurations, say of its heads."""
+    """Numbers of heads from the modules around a layer, or from their configurations."""
     modules = list(_modules_around(tracked, path))
     return Heads(*(_first_number(modules, names) for names in (HEADS, KEY_VALUE_HEADS, HEAD_DIM)))
 
 
 def _modules_around(tracked: TrackedParameters, path: str) -> Iterator[object]:
-    """The layer's module and the two around it, each followed by its configuration."""
+    """The layer's module and the two that contain it, each followed by its configuration."""
     for _ in range(3):
         module = tracked.modules.get(path)
         if module is not None:
@@ -263,7 +257,7 @@ NO_LAYERS = "no attention layer was found by its parameters' names"
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """An attention layer."""
+    """An attention layer and where its Wq, Wk and Wv are."""
 
     path: str
     kind: str
@@ -275,18 +269,17 @@ class AttentionLayer:
 
     @property
     def parts(self) -> tuple[Projection, Projection, Projection]:
-        """Q, K, V."""
         return self.q, self.k, self.v
 
     @property
     def group(self) -> int:
-        """Query heads that share one key/value head."""
+        """Number of query heads that share a key/value head."""
         if self.heads and self.key_value_heads:
             return self.heads // self.key_value_heads
         return 1
 
     def comparable(self, pair: str) -> bool:
-        """Whether the two of `qk`, `qv` or `kv` can be compared: same shape, or per shared head."""
+        """Whether `qk`, `qv` or `kv` can be compared: same shape, or per shared head."""
         if pair == "kv":
             return self.k.shape == self.v.shape
         other = self.k if pair == "qk" else self.v
@@ -294,19 +287,17 @@ class AttentionLayer:
 
     @property
     def incomparable(self) -> tuple[str, ...]:
-        """The pairs that cannot."""
+        """The pairs that cannot be compared."""
         return tuple(pair for pair in ("qk", "qv", "kv") if not self.comparable(pair))
 
     @property
     def note(self) -> str:
-        """Why they cannot."""
+        """Why some pairs cannot be compared; "" if all can."""
         match self.incomparable:
             case ():
                 return ""
             case ("qk", "qv") if self.q.columns != self.k.columns:
-                return (
-                    "Q reads other inputs than K and V, of another width: they cannot be compared"
-                )
+                return "Q has inputs of another width than K and V: they cannot be compared"
             case ("qk", "qv"):
                 return "the number of heads is unknown: Q cannot be compared with K and V"
             case ("qv", "kv"):
@@ -321,7 +312,7 @@ class AttentionLayer:
         return self.q.shape == self.k.shape == self.v.shape
 
     def info(self, names: list[str]) -> AttentionInfo:
-        """As it is described to viewers."""
+        """Its description for viewers."""
         return AttentionInfo(
             layer=self.path,
             kind=self.kind,
@@ -338,21 +329,21 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """What there is of attention in a model."""
+    """The attention layers of a model."""
 
     layers: list[AttentionLayer]
     """In the order of the model."""
     left_out: tuple[str, ...] = ()
-    """Matrix matrices that cannot be taken apart, each with the reason."""
+    """Matrices that cannot be split, each with the reason."""
 
     @property
     def nothing(self) -> str:
-        """Why there is no layer; "" when there is one."""
+        """Why there is no layer; "" if there is one."""
         return "" if self.layers else self.remark or NO_LAYERS
 
     @property
     def remark(self) -> str:
-        """What was left out, in one line."""
+        """What was left out, on one line."""
         more = len(self.left_out) - 1
         return "".join(self.left_out[:1]) + (f", and {more} more like it" if more > 0 else "")
 
@@ -377,8 +368,8 @@ def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> Found
 
 
 def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> AttentionLayer | str:
-    """The layer; or which matrix cannot be taken apart, and why."""
-    told = declared_heads(tracked, path)
+    """The layer; or which matrix cannot be split, and why."""
+    declared = declared_heads(tracked, path)
     if set(roles) >= {"q", "k", "v"}:
         parts: tuple[Projection, ...] = tuple(_whole(tracked, roles[role]) for role in "qkv")
         multihead = isinstance(tracked.modules.get(path), torch.nn.MultiheadAttention)
@@ -388,25 +379,25 @@ def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> Atte
         if not name:
             return f"{path}: only {' and '.join(roles)} of it was found"
         position = roles[name]
-        taken = _take_apart(tracked, path, name, position, told)
-        if isinstance(taken, str):
-            return f"{tracked.names[position]} cannot be split into its parts: {taken}"
-        parts = (_whole(tracked, roles["q"]), *taken) if name == "kv" else taken
+        parts_or_reason = _split_fused(tracked, path, name, position, declared)
+        if isinstance(parts_or_reason, str):
+            return f"{tracked.names[position]} cannot be split into its parts: {parts_or_reason}"
+        parts = (_whole(tracked, roles["q"]), *parts_or_reason) if name == "kv" else parts_or_reason
         kind = "multihead" if name == "in_proj_weight" else "fused"
     q, k, v = parts
-    heads, key_value_heads = _heads(told, q, k, v)
+    heads, key_value_heads = _heads(declared, q, k, v)
     if k.rows != q.rows and kind != "multihead":
         kind = "grouped"
     return AttentionLayer(path, kind, q, k, v, heads, key_value_heads)
 
 
 def _heads(
-    told: Heads, q: Projection, k: Projection, v: Projection
+    declared: Heads, q: Projection, k: Projection, v: Projection
 ) -> tuple[int | None, int | None]:
-    """Query heads and key/value heads, where they fit the shapes."""
-    heads = told.query
-    if heads is None and told.dim and q.rows % told.dim == 0:
-        heads = q.rows // told.dim
+    """Numbers of query heads and of key/value heads; None where they do not fit the shapes."""
+    heads = declared.query
+    if heads is None and declared.dim and q.rows % declared.dim == 0:
+        heads = q.rows // declared.dim
     if heads is None or heads <= 0 or q.rows % heads:
         return None, None
     shared, rest = divmod(k.rows, q.rows // heads)
@@ -415,7 +406,7 @@ def _heads(
 
 
 def _matrix(tracked: TrackedParameters, position: int) -> Matrix:
-    """A parameter, and which of its sides is which."""
+    """A parameter as a matrix."""
     module = tracked.modules.get(tracked.names[position].removesuffix(".weight"))
     conv1d = type(module).__name__ == "Conv1D"  # Hugging Face's GPT-2: (inputs, outputs)
     return Matrix.of(position, tracked.parameters[position], conv1d)
@@ -426,17 +417,17 @@ def _whole(tracked: TrackedParameters, position: int) -> Projection:
     return matrix.by_rows((matrix.outputs,))[0]
 
 
-def _take_apart(
-    tracked: TrackedParameters, path: str, name: str, position: int, told: Heads
+def _split_fused(
+    tracked: TrackedParameters, path: str, name: str, position: int, declared: Heads
 ) -> tuple[Projection, ...] | str:
-    """Wq, Wk and Wv of a fused matrix (`kv`: Wk and Wv); or why they cannot be told apart."""
+    """Wq, Wk and Wv of a fused matrix (`kv`: Wk and Wv); or why they cannot be separated."""
     fused = _matrix(tracked, position)
     if name == "kv":
         half, rest = divmod(fused.outputs, 2)
-        return "its outputs are not even in number" if rest else fused.by_rows((half, half))
+        return "the number of its outputs is odd" if rest else fused.by_rows((half, half))
 
     def projected(width: int) -> bool:
-        """Whether a matrix beside it takes so many features back to the inputs."""
+        """Whether another matrix of the layer maps `width` features back to the inputs."""
         wanted = (width, fused.inputs) if fused.transposed else (fused.inputs, width)
         return bool(path) and any(
             other.startswith(f"{path}.")
@@ -445,4 +436,4 @@ def _take_apart(
             for other, parameter in zip(tracked.names, tracked.parameters, strict=True)
         )
 
-    return split(fused, told, name in INTERLEAVED, projected)
+    return split(fused, declared, name in INTERLEAVED, projected)

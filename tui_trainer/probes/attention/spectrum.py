@@ -18,19 +18,15 @@ from tui_trainer.protocol.schema import SPECTRUM_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
 
-# ---- decomposing
-# Singular values: at once on a CPU, on a thread of our own for weights of an accelerator.
-
-
 LARGEST_SIDE = 4096
-"""Matrices with a smaller side beyond this are left out (NaN): their spectrum takes seconds."""
+"""Matrices whose smaller side exceeds this are not decomposed (NaN): it takes seconds."""
 
 Values = NDArray[np.float64]
 
 
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """Of a matrix on the CPU, in ascending order and float64; NaN for one that is too large or not
-    finite. The square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
+    """Singular values of a matrix on the CPU, ascending, float64; one NaN if it is too large or not
+    finite. They are the square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
     if min(matrix.shape) > LARGEST_SIDE:
         return torch.full((1,), torch.nan, dtype=torch.float64)
     matrix = matrix.to(torch.float64)
@@ -42,18 +38,21 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Decomposer:
-    """Decomposes matrices on a thread of its own, one at a time: numpy lets go of Python's lock for
-    it, so that the training thread, busy with launching work on an accelerator, hardly notices."""
+    """Decomposes matrices on a thread of its own, one at a time.
+
+    numpy releases the GIL meanwhile, so that the training thread, which launches work on an
+    accelerator, is hardly delayed.
+    """
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[int, Values]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, Values]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.under_way = 0
-        """Matrices that were put in and whose values were not taken out yet."""
+        """Matrices that were put and whose values were not taken yet."""
 
     def put(self, key: int, matrix: Values) -> None:
-        """Decompose this matrix."""
+        """Queue a matrix."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_work,
@@ -66,7 +65,7 @@ class Decomposer:
         self._waiting.put((key, matrix))
 
     def take(self, found: Callable[[int, Values], None]) -> None:
-        """Tell what has been found since the last call: (key, singular values, ascending)."""
+        """Pass the results since the last call to `found(key, ascending singular values)`."""
         while not self._done.empty():
             self.under_way -= 1
             found(*self._done.get())
@@ -91,12 +90,12 @@ def _decompose(matrix: Values) -> Values:
 
 
 class AttentionSpectrum(Probe):
-    """Table `attention_spectrum`: a row when every layer has had its turn.
+    """Table `attention_spectrum`: a row once every layer has been decomposed.
 
-    One matrix is decomposed at a time, so that no single step pays for all: with L layers a row
-    comes after 3·L measurements, and its values are up to so many measurements old. Spectra move
-    slowly. From an accelerator the matrix itself is copied like any other reading, without waiting,
-    and decomposed beside the training; a turn comes once the one before it is done.
+    One matrix is decomposed at a time, so that no single step takes long: with L layers there is a
+    row every 3·L measurements, whose values are up to that many measurements old. Spectra change
+    slowly. On an accelerator the matrix is copied to the host like any other reading and decomposed
+    on a thread; the next matrix follows once the last one is done.
     """
 
     name = schema.ATTENTION_SPECTRUM
@@ -119,14 +118,14 @@ class AttentionSpectrum(Probe):
         self._turns = 3 * len(self._layers)
         self._turn = 0
         self._sent: deque[tuple[int, tuple[int, int]]] = deque()
-        """Turn and shape of the matrices on their way to the host."""
+        """Turn and shape of the matrices that are being copied to the host."""
         self._decomposer = None if tracked.device.type == "cpu" else Decomposer()
         self._values = np.full((len(self._layers), 3, 3), np.nan)
         """(layer, statistic, q|k|v)."""
         self._complete = False
 
     def after_update(self) -> Readings:
-        """The singular values of one matrix; on an accelerator the matrix."""
+        """Singular values of one matrix; on an accelerator, the matrix."""
         if self._decomposer is not None and (self._sent or self._decomposer.under_way):
             return ()
         turn = self._turn
@@ -138,10 +137,10 @@ class AttentionSpectrum(Probe):
             return [singular_values(matrix)]
         if min(matrix.shape) > LARGEST_SIDE:
             return [matrix.new_full((1,), torch.nan)]
-        return [matrix.reshape(-1).clone()]  # the weights move on before it is fetched
+        return [matrix.reshape(-1).clone()]  # the weights change before it is fetched
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """A row after the last matrix."""
+        """A row after the last matrix of the last layer."""
         self._complete = False
         if self._decomposer is not None:
             self._decomposer.take(self._found)
@@ -161,14 +160,13 @@ class AttentionSpectrum(Probe):
 def ranks(values: Values) -> tuple[float, float, float]:
     """σ_max, stable rank ‖W‖²/σ_max², and effective rank exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ
     (Roy & Vetterli 2007)."""
-    sigma = values
-    largest = float(sigma.max())
+    largest = float(values.max())
     if not largest > 0:
         return largest, float("nan"), float("nan")
-    share = sigma / sigma.sum()
+    share = values / values.sum()
     share = share[share > 0]
     return (
         largest,
-        float(np.sum(sigma**2) / largest**2),
+        float(np.sum(values**2) / largest**2),
         float(np.exp(-np.sum(share * np.log(share)))),
     )

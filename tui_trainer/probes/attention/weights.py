@@ -1,9 +1,9 @@
-"""Inner products between the Wq, Wk and Wv of every attention layer, in few large operations.
+"""Statistics of the Wq, Wk and Wv of every attention layer: norms, cosines, distances, drift.
 
-Layers whose three matrices have one shape are copied side by side into one float32 block of shape
+Layers whose three matrices have the same shape are copied into one float32 block of shape
 (layers, 3, elements), so that a single batched product gives all norms and inner products of a
-model: at nanoGPT's CPU size 0.07 ms, where one call per quantity takes 0.3 ms. Blocks are bounded,
-and kept between steps.
+model: at nanoGPT's CPU size it takes 0.07 ms, where one call per quantity takes 0.3 ms. The size of
+a block is bounded, and blocks are kept between steps.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFact
 
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
-"""Gives a parameter, or its gradient, by position."""
+"""Returns a parameter, or its gradient, by position."""
 SQUARES = [0, 4, 8]
 """‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
 
 
 @dataclass
 class ProductBlock:
-    """Layers that are computed together."""
+    """Layers whose products are computed together."""
 
     layers: list[int]
-    """Their positions among all layers."""
+    """Positions among all layers."""
     work: torch.Tensor
-    """(layers, 3, elements), float32: overwritten at each use."""
+    """(layers, 3, elements), float32; overwritten at each use."""
     start: torch.Tensor
-    """The same of the weights at the start."""
+    """The same, of the weights at the start."""
     positions: list[int]
-    """The parameters in it."""
+    """Positions of its parameters."""
     where: list[int] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ class EvenLayers:
         return ProductBlock(members, work, torch.empty_like(work), positions)
 
     def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
-        """Through views that are kept for as long as the weights stay where they are."""
+        """Through views that are kept while the memory of the weights stays the same."""
         weights = [weight(position) for position in block.positions]
         where = [0 if tensor is None else tensor.data_ptr() for tensor in weights]
         if where != block.where:
@@ -81,7 +81,7 @@ class EvenLayers:
             pairs = [(p, t) for p, t in zip(parts, weights, strict=True) if t is not None]
             block.views = [part.flat(tensor) for part, tensor in pairs]
             views = all(part.lies_in(tensor) for part, tensor in pairs)
-            block.where = where if views else []  # copies would not follow the weights
+            block.where = where if views else []  # a copy would not follow the weights
         self._copy(block, block.views)
 
     def _fill(self, block: ProductBlock, source: Source) -> bool:
@@ -110,7 +110,7 @@ class EvenLayers:
             self._fill_weights(block, weight)
             readings.append(self._products(block.work))
             readings.append(block.work.sum(-1).view(-1))
-            # Subtracted directly: from norms and products the small difference would cancel.
+            # Subtracted first: computed from norms and products, the small difference would cancel.
             torch.sub(block.work, block.start, out=block.work)
             readings.append(torch.linalg.vector_norm(block.work, dim=-1).view(-1))
         return readings
@@ -127,7 +127,7 @@ class EvenLayers:
     def _products(self, matrices: torch.Tensor) -> torch.Tensor:
         """(layers, 3, n) → (9 · layers,), in full float32 precision.
 
-        A matrix product is fastest on a CPU, but may be told to compute in less than float32.
+        A matrix product is fastest on a CPU, but may be configured to use less than float32.
         """
         if self._by_product and torch.get_float32_matmul_precision() == "highest":
             return torch.bmm(matrices, matrices.transpose(1, 2)).view(-1)
@@ -142,10 +142,10 @@ _UPPER = ((0, 1, 2), (1, 3, 4), (2, 4, 5))
 
 
 class UnevenLayers:
-    """The others (grouped queries, other input widths), one by one.
+    """The other layers (grouped queries, different input widths), one at a time.
 
-    With grouped queries Wk stands once for each query head that shares it: ⟨Wq, Wk⟩ is summed over
-    query heads.
+    With grouped queries Wk counts once for each query head that shares it: ⟨Wq, Wk⟩ is summed over
+    the query heads.
     """
 
     def __init__(
@@ -211,10 +211,10 @@ def _sum_over_group(layer: AttentionLayer, q: torch.Tensor) -> torch.Tensor:
 
 
 def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
-    """(layers, 24): where each layer's values lie among the readings of gradients and weights.
+    """(layers, 24): where the values of each layer are in the readings of gradients and weights.
 
-    For each layer nine products of gradients, nine of weights (both rows of a 3×3 matrix over q, k,
-    v), three sums, three drifts.
+    For each layer nine products of gradients, nine of weights (3×3 matrices over q, k, v by rows),
+    three sums and three drifts.
     """
     order = np.empty((len(even.layers), 24), dtype=np.intp)
     position = 0
@@ -241,15 +241,11 @@ def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
     return order
 
 
-# ---- attention
-# How Wq, Wk and Wv of every attention layer grow, turn and drift apart, at every step.
-
-
 class Attention(Probe):
-    """Table `attention`: the statistics of `tables.ATTENTION_STATISTICS` for each layer.
+    """Table `attention`: the statistics of `schema.ATTENTION_STATISTICS` for each layer.
 
-    Weights are those after the step, their drift is from what they were when the optimizer was
-    first seen (before its first step); gradients are those before clipping. A cosine with a matrix
+    Weights are those after the step, and their drift is measured from what they were before the
+    optimizer's first step; gradients are those before clipping. A cosine with a matrix
     that is zero, or a comparison that has no meaning (see `AttentionInfo.note`), is NaN.
     """
 
@@ -300,12 +296,11 @@ class Attention(Probe):
         return [*even, *self._uneven.read_weights(self._weight)]
 
     def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Statistics from products."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return (self._statistics(values.astype(np.float64)[self._order]),)
 
     def _statistics(self, read: NDArray[np.float64]) -> Floats:
-        """`read` (layers, 24) in the order of `attention_products.order_of`."""
+        """`read` is (layers, 24), in the order of `order_of`."""
         gradients, weights, sums, drift = read[:, :9], read[:, 9:18], read[:, 18:21], read[:, 21:]
         norms = np.sqrt(weights[:, SQUARES])
         mean = sums / self._sizes
@@ -325,8 +320,8 @@ class Attention(Probe):
         return np.concatenate(columns, axis=1).astype(np.float32).reshape(-1)
 
     def _pairs(self, products: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """(layers, 9) → (layers, 3) each: ⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv, a shared head
-        counted as often as it is compared."""
+        """(layers, 9) → (layers, 3) each: ⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv. A shared head
+        counts once for each comparison."""
         return (
             products[:, [1, 2, 5]],
             products[:, [0, 0, 4]],
@@ -335,7 +330,7 @@ class Attention(Probe):
 
 
 def _repeats(layers: Sequence[AttentionLayer]) -> NDArray[np.float64]:
-    """(layers, 3): how often the second matrix stands in the comparisons qk, qv and kv."""
+    """(layers, 3): how often the second matrix counts in the comparisons qk, qv and kv."""
     return np.array([[layer.group, layer.group, 1.0] for layer in layers])
 
 
