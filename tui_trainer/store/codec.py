@@ -42,6 +42,8 @@ GROUP = 16
 DECODE_ERRORS = (ValueError, TypeError, IndexError, OverflowError)
 """What decoding damaged data raises: SQLite allows a value of any type in any column."""
 _LEVEL = 1
+_rows_decoder = msgspec.msgpack.Decoder(Rows)
+_pair_decoder = msgspec.msgpack.Decoder(tuple[bytes, bytes])
 
 # ------------------------------------------------------------------------------ arrays
 
@@ -114,7 +116,7 @@ def encode_tail(table: int, first: int, entries: RawRows | Buckets, size: int) -
 
 def decode_raw_tail(data: bytes, columns: int) -> RawRows:
     """Entries of level 0. Raises ValueError for damaged data."""
-    rows = msgspec.msgpack.decode(data, type=Rows)
+    rows = _rows_decoder.decode(data)
     entries = decode_rows(rows, columns)
     if not isinstance(entries, RawRows):
         raise ValueError("buckets are not rows")
@@ -123,7 +125,7 @@ def decode_raw_tail(data: bytes, columns: int) -> RawRows:
 
 def decode_bucket_tail(data: bytes, level: int, columns: int) -> Buckets:
     """Entries of a level above 0. Raises ValueError for damaged data."""
-    rows = msgspec.msgpack.decode(data, type=Rows)
+    rows = _rows_decoder.decode(data)
     entries = decode_rows(rows, columns)
     if not isinstance(entries, Buckets) or level_of(rows, len(entries.last)) != level:
         raise ValueError("entries are of another level")
@@ -149,7 +151,7 @@ def pack_timeline(timeline: Timeline) -> bytes:
 
 def unpack_timeline(data: bytes) -> Timeline:
     """Raises ValueError for damaged data."""
-    integers, floats = msgspec.msgpack.decode(data, type=tuple[bytes, bytes])
+    integers, floats = _pair_decoder.decode(data)
     seq, step, microseconds = unpack_integers(integers, 3)
     own_ms = unpack(floats, "<f4", (len(seq),)).astype(np.float32)
     return Timeline(seq, step, microseconds / 1e6, own_ms)

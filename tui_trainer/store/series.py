@@ -267,8 +267,8 @@ class StoredLevel:
         question = "SELECT count(*) FROM chunk WHERE series = ? AND level = ?"
         count = store.numbers(MEASUREMENTS, question, series, level)
         self._chunks = int(count[0][0]) if count else 0
-        self._tail: Buckets | None = None
-        self._tail_seqs = np.zeros(0, np.int64)
+        self._tail: RawRows | Buckets | None = None
+        self._tail_seqs: Steps = np.zeros(0, np.int64)
         self._read_tail()
         in_tail = 0 if self._tail is None else len(self._tail.last)
         self.stop: int = self._chunks * CHUNK + in_tail
@@ -278,30 +278,33 @@ class StoredLevel:
             "SELECT data, seqs FROM tail WHERE series = ? AND level = ? AND first >= ? "
             "ORDER BY first"
         )
-        pieces: list[Buckets] = []
+        rows: list[RawRows] = []
         seqs: list[Steps] = []
+        buckets: list[Buckets] = []
+        newest = 0
         where = (self._series, self._level, self._chunks * CHUNK)
         for data, raw_seqs in self._store.stream(question, *where):
             try:
-                piece, piece_seqs = self._decode_tail(data, raw_seqs)
-                if pieces and piece.last[0] < pieces[-1].last[-1]:
+                piece: RawRows | Buckets
+                if self._level:
+                    piece = codec.decode_bucket_tail(data, self._level, self._columns)
+                else:
+                    piece = codec.decode_raw_tail(data, self._columns)
+                if piece.last[0] < newest:
                     raise ValueError("steps decrease")
+                if isinstance(piece, Buckets):
+                    buckets.append(piece)
+                else:
+                    seqs.append(_decode_seqs(raw_seqs, len(piece.last)))
+                    rows.append(piece)
             except DECODE_ERRORS:
                 self._store.unreadable(MEASUREMENTS)
                 continue
-            pieces.append(piece)
-            seqs.append(piece_seqs)
-        if pieces:
-            self._tail, self._tail_seqs = Buckets.join(pieces), np.concatenate(seqs)
-
-    def _decode_tail(self, data: bytes, raw_seqs: Any) -> tuple[Buckets, Steps]:
-        if self._level:
-            return codec.decode_bucket_tail(data, self._level, self._columns), self._tail_seqs
-        rows = codec.decode_raw_tail(data, self._columns)
-        seqs = np.frombuffer(raw_seqs, "<i8").astype(np.int64)
-        if len(seqs) != len(rows.last):
-            raise ValueError("a seq is missing")
-        return rows.as_buckets(), seqs
+            newest = int(piece.last[-1])
+        if buckets:
+            self._tail = Buckets.join(buckets)
+        elif rows:
+            self._tail, self._tail_seqs = RawRows.join(rows), np.concatenate(seqs)
 
     def find(self, step: int) -> int:
         """See `Level.find`."""
@@ -340,7 +343,10 @@ class StoredLevel:
         begin = self._chunks * CHUNK
         if self._tail is not None and stop > begin:
             tail = self._tail.part(slice(max(0, start - begin), stop - begin))
-            parts.append(tail.of_columns(chosen))
+            if isinstance(tail, RawRows):
+                parts.append(RawRows(tail.last, tail.value.take(chosen, axis=1)).as_buckets())
+            else:
+                parts.append(tail.of_columns(chosen))
         if not parts:
             none = np.zeros(0, np.int64)
             empty = np.zeros((0, len(chosen)), np.float32)
@@ -450,6 +456,13 @@ class _LevelAtCursor:
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
         """See `Level.buckets`."""
         return self._level.buckets(start, stop, columns)
+
+
+def _decode_seqs(data: Any, count: int) -> Steps:
+    seqs = np.frombuffer(data, "<i8").astype(np.int64)
+    if len(seqs) != count:
+        raise ValueError("a seq is missing")
+    return seqs
 
 
 def _unpack_seqs(data: bytes) -> NDArray[np.int64]:
