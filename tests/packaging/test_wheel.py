@@ -125,3 +125,4 @@ def test_the_screen_opens_away_from_the_checkout(clean: Path, tmp_path: Path) ->
         terminal.press("q")
         assert terminal.wait_for_exit() == 0
         terminal.assert_restored()
+        assert "finished at step 5" in terminal.output.decode(errors="replace")

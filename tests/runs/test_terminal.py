@@ -89,6 +89,9 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     assert runs.ls()["gpt-inside"]["pid"] == screen.child.pid
     here = last_step(runs.call("pause", "gpt-inside"))
     assert last_step(runs.call("step", "2", "gpt-inside")) == here + 2
+    screen.press("q")
+    screen.wait_for("leaving ends it")
+    assert "Detach" not in screen.text()
     os.kill(screen.child.pid, signal.SIGTERM)
     screen.wait_for_exit()
     screen.assert_restored()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.terminal.harness import COMMAND, Terminal
 from tui_trainer.protocol import PHASES
 
@@ -39,10 +37,15 @@ def wait_for_phase(terminal: Terminal, phase: str) -> None:
     terminal.wait_until(lambda screen: paused_after(screen) == phase, f"a pause after {phase}")
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(120, 40), (80, 24)])
-def test_watch_pause_step_go_on_and_leave(runs: Path, columns: int, rows: int) -> None:
-    with Terminal(GPT, columns, rows, timeout=90) as terminal:
-        wait_for_step(terminal, 5)
+def test_watch_pause_step_go_on_and_leave(runs: Path) -> None:
+    with Terminal([*GPT, "--paused"], columns=120, rows=40, timeout=90) as terminal:
+        terminal.wait_for("paused")
+        assert step_on(terminal.settle(1.0)) in (0, None), "it did not wait"
+        terminal.press("s")
+        wait_for_step(terminal, 1)
+        assert step_on(terminal.settle(1.0)) == 1
+        terminal.press("space")
+        wait_for_step(terminal, 6)
 
         terminal.press("space")
         terminal.wait_for("paused")
@@ -60,6 +63,7 @@ def test_watch_pause_step_go_on_and_leave(runs: Path, columns: int, rows: int) -
         assert step_on(terminal.settle(1.0)) == stood + 3, "three keys, three steps"
         wait_for_phase(terminal, "step")
 
+        terminal.resize(80, 24)
         for phase in PHASES:
             terminal.press("p")
             wait_for_phase(terminal, phase)
@@ -76,23 +80,3 @@ def test_watch_pause_step_go_on_and_leave(runs: Path, columns: int, rows: int) -
         terminal.assert_restored()
         last = terminal.output.decode(errors="replace").splitlines()[-1]
         assert re.search(r"stopped at step [\d,]+, loss [\d.]+ · ", last), last
-
-
-def test_it_starts_paused_when_asked(runs: Path) -> None:
-    with Terminal([*GPT, "--paused"], timeout=90) as terminal:
-        terminal.wait_for("paused")
-        assert step_on(terminal.settle(1.0)) in (0, None)
-        terminal.press("s")
-        wait_for_step(terminal, 1)
-        assert step_on(terminal.settle(1.0)) == 1
-
-
-def test_a_run_to_its_end(runs: Path) -> None:
-    command = [*COMMAND, "gpt", "--steps", "20", "--threads", "1", "--name", "short"]
-    with Terminal(command, timeout=90) as terminal:
-        terminal.wait_for("finished")
-        assert step_on(terminal.text()) == 20
-        terminal.press("q")
-        assert terminal.wait_for_exit() == 0
-        terminal.assert_restored()
-        assert "short finished at step 20" in terminal.output.decode(errors="replace")

@@ -6,16 +6,29 @@ import fcntl
 import struct
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.runs.starting import until
-from tests.terminal.harness import Terminal
+import pytest
+
+from tests.runs.starting import Runs, until
+from tests.terminal.harness import COMMAND, Terminal
 from tests.terminal.test_main_job import GPT, step_on, wait_for_step
 from tui_trainer.config.run_state import read_state
 
 
-def the_run(runs: Path) -> Path:
-    return next(runs.iterdir())
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run without torch, which takes no core of its own."""
+    runs = Runs(tmp_path / "runs")
+    runs.start("gpt-fake")
+    yield runs.directory / "gpt-fake"
+    runs.end()
+
+
+def attach(run: Path) -> Terminal:
+    environment = {"TUI_TRAINER_RUNS_DIR": str(run.parent)}
+    return Terminal([*COMMAND, "attach", run.name], 120, 40, env=environment, timeout=90)
 
 
 def state_of(run: Path) -> tuple[str, int]:
@@ -49,10 +62,9 @@ def wait_until_full(terminal: Terminal) -> None:
     until(full, "a full terminal")
 
 
-def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(runs: Path) -> None:
-    with Terminal(GPT, 120, 40, timeout=90) as terminal:
+def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(run: Path) -> None:
+    with attach(run) as terminal:
         wait_for_step(terminal, 5)
-        run = the_run(runs)
         # From here on nobody reads.
         wait_until_full(terminal)
         before = state_of(run)[1]
@@ -71,10 +83,9 @@ def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(runs: 
         terminal.assert_restored()
 
 
-def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(runs: Path) -> None:
-    with Terminal(GPT, 120, 40, timeout=90) as terminal:
+def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(run: Path) -> None:
+    with attach(run) as terminal:
         wait_for_step(terminal, 5)
-        run = the_run(runs)
         wait_until_full(terminal)
         terminal.press("q", "d")
         deadline = time.monotonic() + 60
@@ -100,14 +111,3 @@ def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
         terminal.find(r"step [\d,]+ after \w+: ")
         terminal.press("q", "s")
         assert terminal.wait_for_exit() == 0
-
-
-def test_leaving_a_run_inside_the_app_says_that_it_ends(runs: Path) -> None:
-    with Terminal([*GPT, "--in-app"], 80, 24, timeout=90) as terminal:
-        wait_for_step(terminal, 3)
-        terminal.press("q")
-        terminal.wait_for("leaving ends it")
-        assert "Detach" not in terminal.text()
-        terminal.press("s")
-        assert terminal.wait_for_exit() == 0
-    assert state_of(the_run(runs))[0] == "stopped"
