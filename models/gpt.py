@@ -1,4 +1,4 @@
-"""A GPT, whole, in one file: read it from top to bottom.
+"""A complete GPT in one file, to be read from top to bottom.
 
 Decoder-only transformer with pre-norm blocks, as in GPT-2 (Radford et al. 2019, "Language Models
 are Unsupervised Multitask Learners"); shapes follow the letters
@@ -7,8 +7,8 @@ are Unsupervised Multitask Learners"); shapes follow the letters
     C  width of the embedding       H  heads, each of size D = C / H
     V  size of the vocabulary
 
-Unlike GPT-2's code, the query, key and value projections are three matrices, so that each can be
-looked at by itself.
+Unlike in GPT-2's code, the query, key and value projections are three matrices, so that each can be
+measured on its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and from the positions before it."""
+    """Multi-head self-attention in which a position attends to itself and to those before it."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Every position thinks by itself, in four times the width."""
+    """A two-layer perceptron, applied to each position, with four times the width inside."""
 
     def __init__(self, width: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each adding to the residual stream what it makes of its normed input."""
+    """Attention, then MLP, each on a normalised input and added to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, blocks, a norm, and the head that is tied to the tokens."""
+    """Token and position embeddings, blocks, a norm, and a head tied to the token embedding."""
 
     def __init__(
         self,
@@ -107,10 +107,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout, bias) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        # one matrix says what a token means and what predicts it (Press & Wolf 2017)
+        # weight tying (Press & Wolf 2017)
         self.head.weight = self.token_embedding.weight
         self.apply(_initialise)
-        # GPT-2: each block adds twice to the residual stream; keep its variance at 1 in all
+        # as in GPT-2: each block adds twice to the residual stream, whose variance stays bounded
         for block in self.blocks:
             block = cast(Block, block)
             for projection in (block.attention.W_out, block.mlp.down):
@@ -137,22 +137,22 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continue tokens (B, T) by `count` sampled ones: (B, T + count), on the CPU.
 
-        Draws on the CPU from `generator`, so the same one gives the same text on every device.
-        `vocabulary` keeps to the first so many tokens, where the embedding has spare rows.
+        Samples on the CPU from `generator`, so that it gives the same text on every device.
+        `vocabulary` limits sampling to the first tokens, if the embedding has more rows.
         """
         device = self.token_embedding.weight.device
         tokens = tokens.cpu()
         for _ in range(count):
             context = tokens[:, -self.block_size :].to(device)  # (B, ≤ block_size)
             logits = self(context)[:, -1, :vocabulary].float().cpu()  # (B, V)
-            chances = F.softmax(logits / temperature, dim=-1)  # (B, V)
-            following = torch.multinomial(chances, 1, generator=generator)  # (B, 1)
-            tokens = torch.cat((tokens, following), dim=1)  # (B, T + 1)
+            probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
+            next_tokens = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+            tokens = torch.cat((tokens, next_tokens), dim=1)  # (B, T + 1)
         return tokens
 
 
 def _initialise(module: nn.Module) -> None:
-    """GPT-2's: matrices and embeddings from N(0, 0.02²), biases zero, norms at one."""
+    """As in GPT-2: matrices and embeddings from N(0, 0.02²), biases zero, norms one."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

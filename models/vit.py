@@ -1,4 +1,4 @@
-"""A vision transformer, whole, in one file: read it from top to bottom.
+"""A complete vision transformer in one file, to be read from top to bottom.
 
 An image is cut into patches, each patch is a token (Dosovitskiy et al. 2021, "An Image is Worth
 16x16 Words"); shapes follow the letters
@@ -7,7 +7,7 @@ An image is cut into patches, each patch is a token (Dosovitskiy et al. 2021, "A
     C  width of the embedding       H  heads, each of size D = C / H
     P  side of a patch in pixels    E  dimensions of the image embedding (C where there is none)
 
-The query, key and value projections are three matrices, so that each can be looked at by itself.
+The query, key and value projections are three matrices, so that each can be measured on its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 
 class SelfAttention(nn.Module):
-    """Every token gathers from all tokens."""
+    """Multi-head self-attention in which every token attends to all tokens."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Every token thinks by itself, in four times the width."""
+    """A two-layer perceptron, applied to each token, with four times the width inside."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each adding to the residual stream what it makes of its normed input."""
+    """Attention, then MLP, each on a normalised input and added to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -114,9 +114,9 @@ class ViT(nn.Module):
         embedding: int = 0,
         dropout: float = 0.0,
     ) -> None:
-        """`pooling`: `class` (a token of its own stands for the image) or `mean` (of the patches).
+        """`pooling`: `class` (an extra token represents the image) or `mean` (of the patches).
 
-        `embedding`: dimensions of the image embedding before the head; 0: the pooled token is it.
+        `embedding`: dimensions of the image embedding before the head; 0: the pooled token itself.
         """
         super().__init__()
         if image_size % patch_size:
@@ -152,9 +152,9 @@ class ViT(nn.Module):
         return cast(Tensor, self.head(self.embed(images)))
 
     def _initialise(self, layers: int) -> None:
-        """As GPT-2: weights from N(0, 0.02²), residual projections by 1/√(2·layers), biases zero.
+        """As in GPT-2: weights N(0, 0.02²), residual projections by 1/√(2·layers), biases zero.
 
-        The embedding keeps unit scale instead (variance 1 / inputs): nothing norms what it makes.
+        The embedding has variance 1 / inputs instead, since no norm follows it.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
