@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cli.calling import assert_refused, call
-from tests.looking_back.runs import STEPS, directory, fingerprint, home
+from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.client import compare
 from tui_trainer.client.compare import ComparedRun, Difference, differences, outcome

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cli.calling import assert_refused, call
-from tests.looking_back.runs import STEPS, directory, fingerprint, home
+from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.ui.test_replay import BAD, CLIPS, SPIKE, WORSE, loss_at, record_run
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema

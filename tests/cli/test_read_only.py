@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.looking_back.runs import directory, fingerprint
+from tests.recorded_runs import directory, fingerprint
 from tests.runs.conftest import runs  # noqa: F401
 from tests.runs.starting import until
 from tests.ui.screens import settle

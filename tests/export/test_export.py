@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.cli.calling import assert_refused, call
-from tests.looking_back.runs import STEPS, directory, fingerprint, home
+from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.store.test_replay import train
 from tui_trainer.export.formats import write_csv
 from tui_trainer.export.read import joined, measured, per_step

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.looking_back.runs import directory, fingerprint, home
+from tests.recorded_runs import directory, fingerprint, home
 from tests.terminal.harness import Terminal
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def test_replay_from_the_command_line() -> None:
         terminal.press("right")
         terminal.wait_for("step  1/30")
         terminal.press("q")
-        terminal.wait_for("calm seen at step 1 of 30")
+        terminal.wait_for("calm shown at step 1 of 30")
         assert terminal.wait_for_exit() == 0
     assert fingerprint(directory("calm")) == before
 
