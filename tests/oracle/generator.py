@@ -37,9 +37,10 @@ class Optimizer:
 class Clip:
     """One clipping of gradients."""
 
-    kind: Literal["norm", "infinity", "value", "hand", "strict"] = "norm"
-    """`infinity`: by the largest element; `hand`: multiplied in place; `strict`: by norm, with an
-    error where it is not finite, after which the batch is given up."""
+    kind: Literal["norm", "infinity", "value", "hand", "data", "strict"] = "norm"
+    """`infinity`: by the largest element; `hand`: multiplied in place; `data`: the same through
+    `.data`, which counts no version; `strict`: by norm, with an error where it is not finite, after
+    which the batch is given up."""
     over: Literal["all", "own", "first"] = "all"
     """Every parameter of the models, the stepping optimizer's, or the first layer's."""
     tight: bool = True
@@ -60,7 +61,8 @@ class Loop:
     rounds: Literal["joint", "alternate"] = "joint"
     """One backward for all optimizers, or one for each."""
     zero: Literal["start", "before backward", "end", "never"] = "start"
-    zero_by: Literal["optimizer", "model", "hand"] = "optimizer"
+    zero_by: Literal["optimizer", "model", "hand", "data"] = "optimizer"
+    """`hand`: `p.grad = None` or `p.grad.zero_()`; `data`: `p.grad.data.zero_()`."""
     set_to_none: bool = True
     micro_batches: int = 1
     losses: int = 1
@@ -195,6 +197,7 @@ def sensible(loop: Loop) -> bool:
             and loop.size == "normal"
             and not any(c.over == "all" for c in loop.clips)
             and (loop.set_to_none or loop.zero == "never")
+            and loop.zero_by != "data"
         ),
         not loop.complex
         or (
@@ -269,7 +272,7 @@ def loops(draw: st.DrawFn) -> Loop:
         st.lists(
             st.builds(
                 Clip,
-                some("norm", "infinity", "value", "hand"),  # type: ignore[arg-type]
+                some("norm", "infinity", "value", "hand", "data"),  # type: ignore[arg-type]
                 some("all", "own", "first"),  # type: ignore[arg-type]
                 st.booleans(),
                 some("before", "after", "each"),  # type: ignore[arg-type]
@@ -285,7 +288,7 @@ def loops(draw: st.DrawFn) -> Loop:
         optimizers=tuple(made),
         rounds=draw(st.sampled_from(("joint", "alternate"))) if len(made) > 1 else "joint",
         zero=draw(some("start", "before backward", "end", "never")),  # type: ignore[arg-type]
-        zero_by=draw(some("optimizer", "model", "hand")),  # type: ignore[arg-type]
+        zero_by=draw(some("optimizer", "model", "hand", "data")),  # type: ignore[arg-type]
         set_to_none=draw(some(True, False)),  # type: ignore[arg-type]
         micro_batches=draw(some(1, 2, 3)),  # type: ignore[arg-type]
         losses=draw(some(1, 2)),  # type: ignore[arg-type]
@@ -545,6 +548,8 @@ def _round(loop: Loop, members: list[int], first: bool) -> list[str]:
         micro += _losses(loop)[0]
         chosen = " and micro == 0" if loop.micro_batches > 1 else ""
         micro += [f"if iteration == {loop.skip_at}{chosen}:", "    continue"]
+        if loop.zero == "before backward":
+            micro += zero
         micro += _backward(loop, members, again=False)
     else:
         if loop.zero == "before backward":
@@ -594,13 +599,17 @@ def _skip(loop: Loop, zero: list[str]) -> list[str]:
 
 def _zero(loop: Loop, members: list[int]) -> list[str]:
     flag = "" if loop.set_to_none else "set_to_none=False"
-    by_hand = loop.by_hand or loop.zero_by == "hand"
+    by_hand = loop.by_hand or loop.zero_by in ("hand", "data")
     lines: list[str] = []
     if loop.zero_by == "model":
         lines = ["for net in nets.values():", f"    net.zero_grad({flag})"]
     elif by_hand:
         for number in [*([-1] if loop.sparse else []), *members]:
-            inner = "p.grad = None" if loop.set_to_none else "p.grad is None or p.grad.zero_()"
+            inner = "p.grad is None or p.grad.zero_()"
+            if loop.zero_by == "data":
+                inner = "p.grad is None or p.grad.data.zero_()"
+            elif loop.set_to_none:
+                inner = "p.grad = None"
             lines += [
                 f"for group in optimizer{number + 1}.param_groups:",
                 "    for p in group['params']:",
@@ -693,13 +702,14 @@ def _clips(loop: Loop, members: list[int], when: str, over: tuple[str, ...]) -> 
             parameters = "[p for net in nets.values() for p in net.parameters()]"
         limit = LIMITS[clip.tight] * SIZES[loop.size]
         lines.append(f"clipped = {parameters}")
-        if clip.kind == "hand":
+        if clip.kind in ("hand", "data"):
+            gradient = "p.grad" if clip.kind == "hand" else "p.grad.data"
             factor = 0.25 if clip.tight else 1.0
             lines += [
                 "with truth.clip('hand', clipped):",
                 "    for p in dict.fromkeys(clipped):",
                 "        if p.grad is not None:",
-                f"            p.grad.mul_({factor})",
+                f"            {gradient}.mul_({factor})",
             ]
         elif clip.kind == "strict":
             lines += [
@@ -739,7 +749,7 @@ def _step(loop: Loop, number: int) -> list[str]:
             f"            {change}",
         ]
     if loop.scaler:
-        return [f"with truth.step({name}, scaler=True):", f"    scaler.step({name})"]
+        return [f"with truth.step({name}, scaler=scaler):", f"    scaler.step({name})"]
     return [f"with truth.step({name}):", f"    {name}.step()"]
 
 

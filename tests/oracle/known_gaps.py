@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.oracle.generator import Clip, Loop, Optimizer
+from tests.oracle.generator import Clip, Loop, Optimizer, shares_parameters
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ def has_lbfgs(loop: Loop) -> bool:
 
 def clips_when(loop: Loop, *when: str) -> bool:
     return any(clip.when in when for clip in loop.clips)
+
+
+def clips_after_its_step(loop: Loop) -> bool:
+    """Whether some clip changes gradients that an optimizer has already used."""
+    own = any(clip.over == "own" for clip in loop.clips)
+    return clips_when(loop, "after") or (own and shares_parameters(loop))
 
 
 def clips_kind(loop: Loop, *kinds: str) -> bool:
@@ -148,7 +154,7 @@ KNOWN_GAPS: tuple[Gap, ...] = (
     Gap(
         "clip after the step",
         "A clip after the step is booked on the next step, as if it had been clipped.",
-        lambda loop: clips_when(loop, "after"),
+        clips_after_its_step,
         ("clips", "total_norms", "shown"),
         (Loop(clips=(Clip(when="after"),)),),
     ),
@@ -237,8 +243,11 @@ KNOWN_GAPS: tuple[Gap, ...] = (
         "parameters in no optimizer",
         "Their gradients are not watched, and not to blame.",
         has_outside,
-        ("outside_gradients",),
-        (Loop(optimizers=(Optimizer(layers=("b",)),)),),
+        ("outside_gradients", "alarms"),
+        (
+            Loop(optimizers=(Optimizer(layers=("b",)),)),
+            Loop(optimizers=(Optimizer(layers=("b",)),), scaler="unscale", overflow_at=1),
+        ),
     ),
     Gap(
         "shares of a clip over other parameters",
@@ -246,6 +255,13 @@ KNOWN_GAPS: tuple[Gap, ...] = (
         clips_a_part,
         ("shares",),
         (Loop(clips=(Clip(over="first"),)),),
+    ),
+    Gap(
+        "shares of one clip among several",
+        "Shares are of the gradients after the last backward, whichever clip is shown.",
+        lambda loop: loop.micro_batches > 1 and clips_when(loop, "each"),
+        ("shares",),
+        (Loop(iterations=2, micro_batches=2, clips=(Clip(when="each"),)),),
     ),
     Gap(
         "an optimizer that was not seen before its first clip",
@@ -285,9 +301,9 @@ KNOWN_GAPS: tuple[Gap, ...] = (
     Gap(
         "clipping by hand",
         "Gradients that the script itself scales are not clipped; their norms are those after.",
-        lambda loop: clips_kind(loop, "hand"),
+        lambda loop: clips_kind(loop, "hand", "data"),
         ("clips", "gradient_norms", "total_norms", "shown"),
-        (Loop(clips=(Clip("hand"),)),),
+        (Loop(clips=(Clip("hand"),)), Loop(clips=(Clip("data"),))),
     ),
     Gap(
         "huge and tiny gradients",

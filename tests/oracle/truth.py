@@ -335,14 +335,13 @@ class Truth:
             self._first = replace(state, passes=[*state.passes], clips=[*state.clips])
 
     @contextmanager
-    def step(self, optimizer: Any, scaler: bool = False) -> Iterator[None]:
-        """Around an optimizer's step. `scaler`: a GradScaler decides whether it is made."""
+    def step(self, optimizer: Any, scaler: Any = None) -> Iterator[None]:
+        """Around an optimizer's step. `scaler`: the GradScaler that decides whether it is made."""
         number = next(i for i, o in enumerate(self.optimizers) if o is optimizer)
         self._stepping, self._evaluations, self._first = number, 0, None
         named = {n: p for n, p in self._named().items() if any(p is q for q in self._own(number))}
         before = {n: p.detach().clone() for n, p in named.items()}
         rate = optimizer.param_groups[0]["lr"]
-        skips = scaler and any(_poison(p.grad) for p in self._own(number))
         if not self._states[number].passes:
             self._measure(number, 1.0)  # what an earlier step has left, or a closure's first call
         yield
@@ -353,7 +352,7 @@ class Truth:
             each.claims.discard(number)
             each.used = True
         loss = sum(b.loss for b in taken.passes) if taken.passes else None
-        if skips:
+        if scaler is not None and _skips(scaler, optimizer):
             assert loss is not None
             self.skipped.append(
                 Skipped("scaler", len(self.steps) + 1, loss, taken.norms, taken.clips)
@@ -408,6 +407,12 @@ class Silence:
     def clip(self, *args: Any) -> Iterator[SimpleNamespace]:
         """Nothing around it."""
         yield SimpleNamespace()
+
+
+def _skips(scaler: Any, optimizer: Any) -> bool:
+    """Whether the scaler has just found gradients of the optimizer that are not finite."""
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(float(value) > 0 for value in found.values())
 
 
 def _mark(gradient: torch.Tensor | None) -> tuple[int, int] | None:
