@@ -40,7 +40,8 @@ from textual.pilot import Pilot
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import describe, synthesise
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
+from tui_trainer.ui.panels.attention.layers_table import LayersTable
+from tui_trainer.ui.panels.attention.trend_chart import TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.loss import LossPanel
@@ -52,7 +53,7 @@ CASES: dict[str, tuple[int, tuple[int, int]]] = {
     "27 parameters, 200×60": (27, (200, 60)),
     "27 parameters, 80×24": (27, (80, 24)),
 }
-PANELS = (LossPanel, ClippingPanel, GradientsPanel, LayersTable, TrendPanel)
+PANELS = (LossPanel, ClippingPanel, GradientsPanel, LayersTable, TrendChart)
 KEYS = {"cursor": ("down", "up"), "sort": ("o",)}
 """On the table of all parameters."""
 SCREENS = {"attention": "2", "parameters": "3", "samples": "4", "log": "5", "help": "6"}

@@ -16,7 +16,7 @@ from tui_trainer.client.compare import ComparedRun, Difference, differences, out
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.ui.compare import CompareApp
-from tui_trainer.ui.panels.runs import ASCII_SIGNS, SIGNS
+from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS
 
 
 def losses(name):
@@ -121,14 +121,14 @@ async def test_runs_are_told_apart_without_colour(size):
         assert "◆ eager" in text
         assert "by step" in text
         chart = "\n".join(text.splitlines()[3:])
-        assert chart.count(SIGNS[0]) > 2
-        assert chart.count(SIGNS[1]) > 2
+        assert chart.count(RUN_MARKERS[0]) > 2
+        assert chart.count(RUN_MARKERS[1]) > 2
         await pilot.press("left" if size[0] < 100 else "down")
         await settle(pilot)
         text = text_of(app)
         assert "learning_rate" in text
         assert "0.02" in text
-        assert "set up differently" in text
+        assert "configuration" in text
 
 
 async def test_keys_align_smooth_and_scale():
@@ -159,7 +159,7 @@ async def test_ascii_alone():
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         assert text_of(app).isascii()
-        assert f"{ASCII_SIGNS[1]} eager" in text_of(app)
+        assert f"{ASCII_RUN_MARKERS[1]} eager" in text_of(app)
 
 
 async def test_runs_without_a_series(tmp_path):

@@ -15,7 +15,7 @@ from tui_trainer.record.events import InfoChanged, RunEnded, StepRecorded, Steps
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.sinks.jsonlines import event_object
 from tui_trainer.store.codec import decode_event, encode
-from tui_trainer.ui.panels.log import from_event
+from tui_trainer.ui.panels.log import entry_of_event
 
 
 class Collector:
@@ -140,8 +140,8 @@ def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
     recorder.record(step(7, nonfinite=(late, at_once, never)))
     events = recorder.update_for(Poll()).events
     assert [event.seen for event in events] == [", seen at step 7, finite at step 4", "", ""]
-    assert from_event(events[0], None).text.endswith("in a, seen at step 7, finite at step 4")
-    assert from_event(events[1], None).text == "loss became nan"
+    assert entry_of_event(events[0], None).text.endswith("in a, seen at step 7, finite at step 4")
+    assert entry_of_event(events[1], None).text == "loss became nan"
     said = event_object(events[0])
     assert said["text"] == "gradient is inf, seen at step 7, finite at step 4"
     assert said["finite_at"] == 4

@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
+from rich.style import Style
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
 from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import schema
-from tui_trainer.ui.panels.attention import (
-    SHOWN_STATISTICS,
-    TREND_COLUMNS,
-    HeadsTable,
-    LayersTable,
-    StatisticTable,
-)
+from tui_trainer.ui.panels.attention.heads_table import HeadsTable
+from tui_trainer.ui.panels.attention.layers_table import LayersTable
+from tui_trainer.ui.panels.attention.statistic_table import StatisticTable
+from tui_trainer.ui.panels.attention.statistics import BY_KEY, SHOWN_STATISTICS
+from tui_trainer.ui.widgets.table import TableColumn, VirtualTable
+
+
+def first_row(
+    table: VirtualTable, columns: Sequence[TableColumn] | None = None
+) -> dict[str, tuple[str, Style | None]]:
+    """Column key to text and style; by default of the columns in view."""
+    shown = columns or table.visible_columns(table.view_size.width)[0]
+    cells = table.cells(0, shown, [column.width or 12 for column in shown])
+    return {c.key: (s.text.strip(), s.style) for c, s in zip(shown, cells, strict=True)}
 
 
 def test_every_measured_statistic_is_on_offer() -> None:
@@ -30,7 +40,7 @@ def test_every_measured_statistic_is_on_offer() -> None:
 
 def test_explanations_fit_the_narrow_screen() -> None:
     for statistic in SHOWN_STATISTICS:
-        assert len(statistic.means) <= 78
+        assert len(statistic.meaning) <= 78
         assert len("healthy  " + statistic.healthy) <= 78
 
 
@@ -64,7 +74,7 @@ async def test_every_statistic_shows_its_newest_values() -> None:
         await settle(pilot)
         for statistic in SHOWN_STATISTICS:
             text = text_of(app)
-            assert statistic.means in text
+            assert statistic.meaning in text
             history = session.history.table(statistic.table)
             assert history is not None
             value = history.latest()[1][statistic.index(statistic.parts[0])]  # type: ignore[index]
@@ -86,15 +96,15 @@ async def test_the_heads_are_those_of_the_layer_under_the_cursor() -> None:
         heads = app.screen.query_one(HeadsTable)
         latest = session.history.table(schema.ATTENTION_HEADS).latest()  # type: ignore[union-attr]
         count = len(schema.HEAD_STATISTICS)
-        assert heads._values is not None
-        assert np.array_equal(heads._values, latest[1][8 * count : 12 * count])  # type: ignore[index]
+        expected = latest[1][8 * count : 12 * count]  # type: ignore[index]
+        assert np.array_equal(heads._values.ravel(), expected)
 
 
 async def test_heads_replace_the_layers_where_there_is_little_room() -> None:
     app = app_on("attention", fake_gpt())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        assert "head " not in text_of(app)
+        assert "‖W‖ q" not in text_of(app)
         await pilot.press("h")
         await settle(pilot)
         assert "drift v" in text_of(app)
@@ -113,7 +123,7 @@ async def test_the_chosen_tab_stays_in_sight_and_tabs_are_clicked() -> None:
         await pilot.press("m")
         await settle(pilot)
         line = text_of(app).split("\n")[1]
-        await pilot.click("ScrollingTabs", offset=(line.index("norm") + 1, 0))
+        await pilot.click("TabLine", offset=(line.index("norm") + 1, 0))
         await settle(pilot)
         assert "Frobenius" in text_of(app)
 
@@ -172,37 +182,24 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         table, heads_table = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
-        styles = {}
-        for statistic, part in (("cos", "qk"), ("cos", "qv"), ("cos", "kv"), ("norm", "q")):
-            chosen = next(each for each in SHOWN_STATISTICS if each.key == statistic)
-            cell = table._number(chosen, 0, part, 9, app.palette.text)
-            styles[part] = cell.text.strip(), cell.style
-        assert styles["qv"] == styles["kv"] == ("n/a", app.palette.faint)
-        assert styles["q"] == ("nan", app.palette.error)
-        assert styles["qk"][1] == app.palette.text
-        cells = heads_table.cells(0, heads_table.columns, [7] * len(heads_table.columns))
-        shown = {c.key: s for c, s in zip(heads_table.columns, cells, strict=True)}
-        assert shown["cos_qv"].text.strip() == "n/a"
-        assert (shown["drift_k"].text.strip(), shown["drift_k"].style) == (
-            "nan",
-            app.palette.error,
-        )
+        table.choose(BY_KEY["cos"])
+        cosines = first_row(table)
+        assert cosines["qv"] == cosines["kv"] == ("n/a", app.palette.faint)
+        assert cosines["qk"][1] == app.palette.v
+        table.choose(BY_KEY["norm"])
+        assert first_row(table)["q"] == ("nan", app.palette.error)
+        heads = first_row(heads_table)
+        assert heads["cos_qv"] == ("n/a", app.palette.faint)
+        assert heads["drift_k"] == ("nan", app.palette.error)
     for size in ((80, 24), (120, 40)):
         app = app_on("dashboard", FakeSession(run, 300))
         async with app.run_test(size=size) as pilot:
             await settle(pilot)
             layers = app.screen.query_one(LayersTable)
             layers.show(app.snapshot)
-            row = {
-                c.key: s
-                for c, s in zip(
-                    TREND_COLUMNS,
-                    layers.cells(0, TREND_COLUMNS, [7] * len(TREND_COLUMNS)),
-                    strict=True,
-                )
-            }
-            assert row["cos_qv"].text.strip() == row["cos_kv"].text.strip() == "n/a"
-            assert row["norm_q"].text.strip() == "nan"
+            row = first_row(layers, columns=layers.columns)
+            assert row["cos_qv"] == row["cos_kv"] == ("n/a", app.palette.faint)
+            assert row["norm_q"] == ("nan", app.palette.error)
 
 
 async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
@@ -219,7 +216,7 @@ async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
             for _ in range(9):
                 await pilot.press("m")
             await settle(pilot)
-            assert "on its way" in " ".join(text_of(waiting).split())
+            assert "no value yet" in " ".join(text_of(waiting).split())
         said = synthesise(with_unseen(run.info, attention_health=reason))
         said.steps, said.values = run.steps, run.values
         app = app_on("attention", FakeSession(said, 300))
@@ -228,7 +225,7 @@ async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
                 await pilot.press("m")
             await settle(pilot)
             text = text_of(app)
-            assert "on its way" not in text
+            assert "no value yet" not in text
             for word in reason.split():
                 assert word in text
 

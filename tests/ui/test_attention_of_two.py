@@ -15,13 +15,11 @@ from tui_trainer.cli.commands.show import _attention
 from tui_trainer.history.analysis import layers_in, location_of
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.report.charts import _attention as charts_of
-from tui_trainer.ui.panels.attention import (
-    SHOWN_STATISTICS,
-    HeadsTable,
-    LayersTable,
-    StatisticTable,
-    TrendPanel,
-)
+from tui_trainer.ui.panels.attention.heads_table import HeadsTable
+from tui_trainer.ui.panels.attention.layers_table import LayersTable
+from tui_trainer.ui.panels.attention.statistic_table import StatisticTable
+from tui_trainer.ui.panels.attention.statistics import BY_KEY, SHOWN_STATISTICS
+from tui_trainer.ui.panels.attention.trend_chart import TrendChart
 from tui_trainer.ui.screens.dashboard import TAB_PANELS, DashboardScreen
 
 SIZES = ((80, 24), (120, 40))
@@ -59,16 +57,18 @@ async def test_the_dashboard_shows_the_layers_of_both(size: tuple[int, int]) -> 
         await settle(pilot)
         assert len(table.order) == 7
         for layer in range(7):
-            assert table.current == layer
-            assert app.screen.query_one("#trend-0", TrendPanel).shown_layer == layer
+            assert table.current_row == layer
+            assert app.screen.query_one("#trend-0", TrendChart).layer_index == layer
             value = newest(session, schema.ATTENTION, layer, "cos_qk")
             assert formatting.signed(value, 6, 3) in text_of(app)
-            assert table._value(layer, "cos_qk") == pytest.approx(value)
+            cell = table._value(BY_KEY["cos"], "qk", layer)
+            assert cell is not None
+            assert cell.value == pytest.approx(value)
             await pilot.press("down")
             session.advance(1)
             app.draw_frame()
             await settle(pilot)
-        trend = app.screen.query_one("#trend-0", TrendPanel)._rows[0]
+        trend = app.screen.query_one("#trend-0", TrendChart)._rows[0]
         assert "generator.blocks.2" in "".join(segment.text for segment in trend)
 
 
@@ -80,14 +80,13 @@ async def test_every_statistic_and_the_heads_of_the_layers_of_both(size: tuple[i
         await settle(pilot)
         table, heads = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
         for layer in range(7):
-            assert table.current == layer
+            assert table.current_row == layer
             for statistic in SHOWN_STATISTICS:
                 for part in statistic.parts:
                     value = newest(session, statistic.table, layer, statistic.column(part))
                     assert table.value(statistic, layer, part) == pytest.approx(value)
             first = newest(session, schema.ATTENTION_HEADS, layer, "0.norm_q")
-            assert heads._values is not None
-            assert heads._values[0] == pytest.approx(first)
+            assert heads._values[0, 0] == pytest.approx(first)
             await pilot.press("h")
             await settle(pilot)
             assert "‖W‖ q" in text_of(app)
@@ -96,7 +95,7 @@ async def test_every_statistic_and_the_heads_of_the_layers_of_both(size: tuple[i
         for _ in SHOWN_STATISTICS:
             shown = [layer for layer, _ in table._trends]
             assert not shown or max(shown) > 3
-            assert "on its way" not in text_of(app)
+            assert "no value yet" not in text_of(app)
             await pilot.press("m")
             await settle(pilot)
 
@@ -117,7 +116,7 @@ async def test_what_one_of_them_has_not_measured_is_said_for_its_layers_alone() 
         await settle(pilot)
         assert reason in text_of(app)
         table = app.screen.query_one(StatisticTable)
-        entropy = next(each for each in SHOWN_STATISTICS if each.key == "entropy")
+        entropy = BY_KEY["entropy"]
         assert table.value(entropy, 6, "") is None
         assert table.value(entropy, 0, "") is not None
 

@@ -14,19 +14,20 @@ from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, to_ascii
-from tui_trainer.ui.widgets import braille, chart
-from tui_trainer.ui.widgets.braille import sparkline, sparklines
+from tui_trainer.ui.widgets import braille
+from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.chart import (
-    GUTTER,
+    AXIS_WIDTH,
+    AxisMarks,
     Band,
     Chart,
     Line,
-    Marks,
     Points,
-    Rule,
+    Threshold,
+    smooth,
     value_labels,
 )
-from tui_trainer.ui.widgets.scale import Scale, fit, window
+from tui_trainer.ui.widgets.scale import Scale, fit_scale, step_window
 
 PALETTE = theme.palette(theme.DARK.to_color_system().generate())
 STYLE = Style(color="red")
@@ -34,24 +35,30 @@ LIMIT = float(np.float32(1e30))
 finite = st.floats(-LIMIT, LIMIT, width=32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _plotext():
-    chart.load()
-
-
 def text_of(rows):
     return ["".join(segment.text for segment in row) for row in rows]
 
 
+def dots_of(text, width, height):
+    """The dots of lines of braille characters."""
+    grid = braille.blank_dots(width, height)
+    for y, line in enumerate(text.split("\n")):
+        codes = np.array([ord(character) - 0x2800 for character in line])
+        codes = np.where((codes >= 0) & (codes < 256), codes, 0)
+        cells = braille._PATTERN_DOTS[codes]
+        grid[4 * y : 4 * y + 4, : 2 * len(codes)] = cells.transpose(1, 0, 2).reshape(4, -1)
+    return grid
+
+
 def plotted(rows):
     """The dots of the plot itself."""
-    lines = [line[GUTTER:] for line in text_of(rows)[:-1]]
-    return braille.from_braille("\n".join(lines), max(map(len, lines)), len(lines))
+    lines = [line[AXIS_WIDTH:] for line in text_of(rows)[:-1]]
+    return dots_of("\n".join(lines), max(map(len, lines)), len(lines))
 
 
 @given(
     values=hnp.arrays(np.float32, st.integers(1, 700), elements=finite),
-    width=st.integers(GUTTER + 4, 120),
+    width=st.integers(AXIS_WIDTH + 4, 120),
     height=st.integers(3, 30),
 )
 @settings(max_examples=100, deadline=None)
@@ -60,10 +67,10 @@ def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, wi
     for step, value in enumerate(values, 1):
         history.append(step, np.array([value], np.float32))
     chart = Chart()
-    steps = window(len(values), None)
+    steps = step_window(len(values), None)
     buckets = 2 * chart.plot_width(width)
     seen = history.window([0], *steps, buckets)
-    rows = chart.rows(width, height, steps, [Band.of(seen, 0, STYLE)], PALETTE, UNICODE)
+    rows = chart.rows(width, height, steps, [Band.from_window(seen, 0, STYLE)], PALETTE, UNICODE)
     grid = plotted(rows)
     scale = chart.scale
     assert scale is not None
@@ -83,7 +90,9 @@ def test_one_spike_in_ten_thousand_steps_is_drawn_to_its_full_height():
         history.append(step, np.array([100.0 if step == 4567 else 1.0], np.float32))
     chart = Chart()
     seen = history.window([0], 1, 10_001, 2 * chart.plot_width(80))
-    grid = plotted(chart.rows(80, 12, (1, 10_001), [Band.of(seen, 0, STYLE)], PALETTE, UNICODE))
+    grid = plotted(
+        chart.rows(80, 12, (1, 10_001), [Band.from_window(seen, 0, STYLE)], PALETTE, UNICODE)
+    )
     top = round(chart.scale.dot_rows(np.array([100.0], np.float32), len(grid))[0])
     assert grid[top].sum() == 1
 
@@ -114,8 +123,8 @@ def test_every_value_a_float_can_have_is_drawn_in_the_given_size(values, log):
         Band(STYLE, finite_only, finite_only, bad),
         Line(STYLE, finite_only),
         Points(STYLE, np.arange(len(numbers)), finite_only, "o"),
-        Rule(STYLE, 1.0),
-        Marks(STYLE, np.arange(len(values)), "|"),
+        Threshold(STYLE, 1.0),
+        AxisMarks(STYLE, np.arange(len(values)), "|"),
     ]
     lines = text_of(Chart(log=log).rows(60, 10, (1, 41), layers, PALETTE, UNICODE))
     assert len(lines) == 10
@@ -127,28 +136,50 @@ def test_a_value_that_is_not_finite_is_marked_on_the_axis():
     bad = np.zeros(40, bool)
     bad[20] = True
     rows = Chart().rows(29, 6, (1, 41), [Band(STYLE, values, values, bad)], PALETTE, UNICODE)
-    assert text_of(rows)[-1][GUTTER + 10] == UNICODE.failed
+    assert text_of(rows)[-1][AXIS_WIDTH + 10] == UNICODE.failed
 
 
-def test_the_same_points_give_the_same_dots_through_plotext_and_by_hand():
-    width, height = 30, 8
-    x = np.array([0.0, 59.0])
-    by_plotext = chart.line(x, np.array([0.0, 1.0]), width, height, (0, 59, 0, 1))
-    assert by_plotext[-1, 0]
-    assert by_plotext[0, -1]
-    assert by_plotext.any(0).all()
+@given(hnp.arrays(np.float64, st.integers(1, 90), elements=st.floats(0, 39) | st.just(np.nan)))
+def test_a_line_has_a_dot_for_every_value_and_no_gap_between_two(rows):
+    dots = braille.blank_dots(45, 10)
+    rows = np.append(rows, np.full(90 - len(rows), np.nan))
+    braille.draw_line(dots, rows)
+    for column, row in enumerate(rows):
+        drawn = np.flatnonzero(dots[:, column])
+        if np.isnan(row):
+            assert len(drawn) == 0
+            continue
+        assert round(row) in drawn
+        assert len(drawn) == drawn[-1] - drawn[0] + 1
+        if column and not np.isnan(rows[column - 1]):
+            before = np.flatnonzero(dots[:, column - 1])
+            assert before[0] - 1 <= drawn[-1]
+            assert drawn[0] - 1 <= before[-1]
+
+
+def test_every_value_of_a_smoothed_line_is_drawn():
+    values = np.random.default_rng(0).normal(2, 0.3, 400).astype(np.float32)
+    history = MemorySeries(Table(0, "step", (Column("loss"),)))
+    for step, value in enumerate(values, 1):
+        history.append(step, np.array([value], np.float32))
+    chart = Chart()
+    band = Band.from_window(history.window([0], 1, 401, 2 * chart.plot_width(80)), 0, STYLE)
+    line = Line(STYLE, smooth(band.low, band.high))
+    grid = plotted(chart.rows(80, 12, (1, 401), [line], PALETTE, UNICODE))
+    expected = np.rint(chart.scale.dot_rows(line.values, len(grid))).astype(int)
+    assert grid[expected, np.arange(len(expected))].all()
 
 
 def test_braille_survives_the_way_to_text_and_back():
     grid = np.random.default_rng(1).random((12, 20)) < 0.4
-    codes = braille.characters(braille.masks(grid))
+    codes = braille.pattern_codes(braille.cell_patterns(grid))
     text = "\n".join("".join(map(chr, row)) for row in codes)
-    assert (braille.from_braille(text, 10, 3) == grid).all()
+    assert (dots_of(text, 10, 3) == grid).all()
 
 
 def test_ascii_charts_hold_nothing_but_ascii():
     values = np.sin(np.arange(2 * Chart().plot_width(60)) / 7).astype(np.float32)
-    layers = [Band(STYLE, values, values), Line(STYLE, values), Rule(STYLE, 0.5)]
+    layers = [Band(STYLE, values, values), Line(STYLE, values), Threshold(STYLE, 0.5)]
     rows = Chart().rows(60, 12, (1, 101), layers, PALETTE, ASCII)
     assert "".join(text_of(rows)).isascii()
     assert to_ascii("‖W−W₀‖ · ▶ é").isascii()
@@ -157,9 +188,9 @@ def test_ascii_charts_hold_nothing_but_ascii():
 
 @given(st.integers(0, 10**8), st.sampled_from([None, 200, 1000]))
 def test_the_window_holds_the_newest_step_and_moves_in_jumps(step, shown):
-    start, stop = window(step, shown)
+    start, stop = step_window(step, shown)
     assert start <= max(step, 1) < stop
-    assert (start, stop) == window(max(start, stop - 1), shown)
+    assert (start, stop) == step_window(max(start, stop - 1), shown)
     if shown is not None:
         assert stop - start <= shown
 
@@ -167,17 +198,17 @@ def test_the_window_holds_the_newest_step_and_moves_in_jumps(step, shown):
 @given(finite, finite, st.booleans())
 def test_a_scale_holds_what_it_was_made_for_and_stands_still(a, b, log):
     low, high = min(a, b), max(a, b)
-    scale = fit(low, high, log)
+    scale = fit_scale(low, high, log)
     if not log:
         assert scale.low <= low
         assert high <= scale.high
-        assert fit(low, high, log, old=scale) == scale
+        assert fit_scale(low, high, log, previous=scale) == scale
     assert scale.low < scale.high
     assert all(math.isfinite(tick) for tick in scale.ticks(5))
 
 
 def test_log_places_decades_evenly():
-    places = Scale(1.0, 100.0, log=True).place(np.array([1, 10, 100, 0, -1], np.float32))
+    places = Scale(1.0, 100.0, log=True).fraction(np.array([1, 10, 100, 0, -1], np.float32))
     assert np.allclose(places[:3], [0, 0.5, 1])
     assert np.isnan(places[3:]).all()
 
@@ -191,15 +222,14 @@ def test_what_is_measured_now_and_then_is_held_between():
 
 
 def test_sparklines_show_the_range_the_gaps_and_what_is_not_finite():
-    values = np.array([0, 1, 2, 7, np.nan, 3], np.float32)
-    bad = np.array([False] * 4 + [True, False])
-    assert sparkline(values, bad) == "▁▂▃█!▄"
-    assert sparkline(np.full(4, 2.0, np.float32)) == "▁▁▁▁"
-    assert sparkline(values[:5]) == "▁▂▃█ "
+    values = np.array([[0, 1, 2, 7, np.nan, 3]], np.float32)
+    bad = np.array([[False] * 4 + [True, False]])
+    assert sparklines(values, bad) == ["▁▂▃█!▄"]
+    assert sparklines(values[:, :5]) == ["▁▂▃█ "]
+    assert sparklines(np.full((1, 4), 2.0, np.float32)) == ["▁▁▁▁"]
     assert sparklines(np.empty((2, 0), np.float32)) == ["", ""]
-    extreme = np.array([-3e38, 0, 3e38], np.float32)
-    assert sparkline(extreme)[0] == "▁"
-    assert sparkline(extreme)[-1] == "█"
+    (extreme,) = sparklines(np.array([[-3e38, 0, 3e38]], np.float32))
+    assert (extreme[0], extreme[-1]) == ("▁", "█")
 
 
 @given(
@@ -210,7 +240,7 @@ def test_sparklines_show_the_range_the_gaps_and_what_is_not_finite():
 )
 def test_no_label_of_an_axis_is_missing_between_two_others(low, size, rows, log):
     low = max(abs(low), 1e-3) if log else low
-    scale = fit(low, low + size, log)
+    scale = fit_scale(low, low + size, log)
     ticks = scale.ticks(rows)
     labels = value_labels(scale, rows)
     assert len(labels) == len(ticks) >= 2  # every tick has a row of its own

@@ -8,22 +8,17 @@ from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
 from tui_trainer.protocol import PHASES, messages
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
+from tui_trainer.ui.panels.attention.layers_table import LayersTable
+from tui_trainer.ui.panels.attention.trend_chart import TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import Banner, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
 from tui_trainer.ui.screens.dialogs import NumberPrompt, QuitDialog
-from tui_trainer.ui.widgets import chart
-from tui_trainer.ui.widgets.lines import Lines
+from tui_trainer.ui.widgets.lines import LineView
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plotext():
-    chart.load()
 
 
 def app_of(session: FakeSession | None, **options: object) -> TuiTrainerApp:
@@ -36,7 +31,7 @@ def screen_text(app: TuiTrainerApp) -> str:
     return "\n".join("".join(segment.text for segment in strip) for strip in strips)
 
 
-def drawn(app: TuiTrainerApp, kind: type[Lines]) -> str:
+def drawn(app: TuiTrainerApp, kind: type[LineView]) -> str:
     widget = app.screen.query(kind).first()
     return "\n".join("".join(segment.text for segment in row) for row in widget._rows)
 
@@ -142,14 +137,14 @@ async def test_filter_sort_and_fold():
         await pilot.press("enter", "o")
         await pilot.pause()
         norms = [table._norms[row] for row in table.order]
-        assert table.sorting == "norm"
+        assert table.sort_key == "norm"
         assert len(norms) == 8
         await pilot.press("o")
-        names = [table.modules.names[row] for row in table.order]
+        names = [table.name_tree.names[row] for row in table.order]
         assert names == sorted(names)
         await pilot.press("escape", "o")
         await pilot.pause()
-        assert table.sorting == "model"
+        assert table.sort_key == "model"
         rows = len(table.order)
         await pilot.press("home", "down", "down", "enter")
         await pilot.pause()
@@ -164,7 +159,7 @@ async def test_log_scale_window_and_trend_keys():
         assert "log · last 1,000" in drawn(pilot.app, LossPanel)
         await pilot.press("L", "m")
         await pilot.pause()
-        assert drawn(pilot.app, TrendPanel).startswith("cos")
+        assert drawn(pilot.app, TrendChart).startswith("cos")
         assert "log" in drawn(pilot.app, ClippingPanel).splitlines()[0]
 
 
@@ -244,7 +239,7 @@ async def test_too_small_a_terminal_says_so_and_comes_back():
     async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
         await pilot.resize_terminal(20, 5)
         await pilot.pause()
-        assert screen_text(pilot.app).split("\n")[0].strip() == "needs 40×10 or more"
+        assert screen_text(pilot.app).split("\n")[0].strip() == "needs at least 40×10"
         assert "Loss" not in screen_text(pilot.app)
         await pilot.press("s", "q", "escape")
         await pilot.resize_terminal(120, 40)
@@ -317,7 +312,7 @@ async def test_an_unchanged_frame_draws_nothing():
     async with app_of(session, frames_per_second=0.01).run_test(size=(120, 40)) as pilot:
         await pilot.pause()
         calls = []
-        for panel in pilot.app.screen.query(Lines):
+        for panel in pilot.app.screen.query(LineView):
             panel.update_rows = lambda panel=panel: calls.append(panel)
         pilot.app.draw_frame()
         assert calls == []
@@ -365,7 +360,7 @@ async def test_mouse_wheel_and_clicks():
         assert table.cursor == 3
         await pilot.click(GradientsPanel, offset=(40, 1))
         await pilot.pause()
-        assert table.sorting == "norm"
+        assert table.sort_key == "norm"
         top = table.top
         await pilot._post_mouse_events([events.MouseScrollDown], table)
         await pilot.pause()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
 from tests.ui import fake
 from tests.ui.screens import text_of
@@ -13,14 +12,8 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.widgets import chart
 from tui_trainer.ui.widgets.keys import KeyLine
 from tui_trainer.ui.widgets.tabs import TabLine
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plotext():
-    chart.load()
 
 
 async def test_every_optimizer_is_shown_with_its_loss_and_its_gradients():
@@ -32,7 +25,7 @@ async def test_every_optimizer_is_shown_with_its_loss_and_its_gradients():
         assert "sgd" in seen
         assert "adam" in seen
         assert f"of {2 * len(fake.fake_gpt(1).run.info.parameters)} parameters" in seen
-        assert len(app.screen.query_one(GradientsPanel).modules.names) == 54
+        assert len(app.screen.query_one(GradientsPanel).name_tree.names) == 54
 
 
 async def test_where_there_is_no_attention_the_gradients_have_its_room():
@@ -73,7 +66,7 @@ async def test_phases_of_the_step_in_the_making_stand_out():
         assert style["backward"] == style["step"] == app.palette.dim
         measured = [s.text for s in times if s.style == app.palette.provisional]
         assert len(measured) == 3
-        assert "its answer to the batch" in drawn(app, PhaseStrip)
+        assert "the model's predictions for the batch" in drawn(app, PhaseStrip)
 
 
 async def test_a_run_inside_the_app_cannot_be_detached_from():

@@ -8,7 +8,7 @@ import pytest
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_vit
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.schema import Scalar
-from tui_trainer.ui.panels.header import FactsLine, facts_of
+from tui_trainer.ui.panels.header import FactsLine, shown_facts
 
 FACES: dict[str, Scalar] = {
     "data": "/data/casia-webface",
@@ -69,7 +69,7 @@ async def test_whole_facts_are_left_out_where_they_do_not_fit() -> None:
 def test_counts_come_before_texts_and_what_the_header_says_is_left_out() -> None:
     session = on_faces()
     assert session.run is not None
-    names = [name for name, _ in facts_of(session.run.info)]
+    names = [name for name, _ in shown_facts(session.run.info)]
     assert names == ["images", "batches per epoch", "updates", "classes", "data"]
 
 

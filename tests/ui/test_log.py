@@ -8,7 +8,7 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import Clip, LogLine, Notice
 from tui_trainer.protocol.text import strip_escapes, truncate, wrap
-from tui_trainer.ui.panels.log import CLIPS, KEPT, LogModel, LogView
+from tui_trainer.ui.panels.log import MAX_ENTRIES, LogModel, LogView
 
 
 @pytest.fixture(autouse=True)
@@ -27,60 +27,60 @@ def notice(number: int, when: float, level: str = "info") -> Notice:
 
 def test_lines_and_events_are_merged_in_time() -> None:
     log = LogModel()
-    assert log.take([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 0
+    assert log.update([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 0
     assert [entry.kind for entry in log.shown] == ["stdout", "events", "stdout"]
 
 
 def test_a_late_event_is_put_in_its_place() -> None:
     log = LogModel()
-    log.take([line(0, 1.0), line(1, 3.0)], [], None)
-    assert log.take([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 1
+    log.update([line(0, 1.0), line(1, 3.0)], [], None)
+    assert log.update([line(0, 1.0), line(1, 3.0)], [notice(0, 2.0)], None) == 1
     assert [entry.time for entry in log.shown] == [1.0, 2.0, 3.0]
 
 
 def test_nothing_is_taken_twice() -> None:
     log = LogModel()
-    log.take([line(0, 1.0)], [notice(0, 2.0)], None)
-    assert log.take([line(0, 1.0)], [notice(0, 2.0)], None) is None
+    log.update([line(0, 1.0)], [notice(0, 2.0)], None)
+    assert log.update([line(0, 1.0)], [notice(0, 2.0)], None) is None
     assert len(log.entries) == 2
 
 
 def test_a_tail_that_has_moved_on_is_joined_by_its_ids() -> None:
     log = LogModel()
-    log.take([line(number, number) for number in range(5)], [], None)
-    log.take([line(number, number) for number in range(3, 8)], [], None)
-    assert [entry.order for entry in log.entries] == list(range(8))
+    log.update([line(number, number) for number in range(5)], [], None)
+    log.update([line(number, number) for number in range(3, 8)], [], None)
+    assert [entry.id for entry in log.entries] == list(range(8))
 
 
 def test_memory_is_bounded() -> None:
     log = LogModel()
-    for start in range(0, 3 * KEPT, 500):
-        log.take([line(number, number) for number in range(start, start + 500)], [], None)
-    assert KEPT <= len(log.entries) <= KEPT * 9 // 8
-    assert log.shown[-1].order == 3 * KEPT - 1
+    for start in range(0, 3 * MAX_ENTRIES, 500):
+        log.update([line(number, number) for number in range(start, start + 500)], [], None)
+    assert MAX_ENTRIES <= len(log.entries) <= MAX_ENTRIES * 9 // 8
+    assert log.shown[-1].id == 3 * MAX_ENTRIES - 1
     assert log.shown[0] is log.entries[0]
 
 
 def test_clips_are_shown_when_asked_for() -> None:
     log = LogModel()
-    log.take([line(0, 1.0)], [Clip(0, 7, 2.0, 1.0, 4.0, 0.25)], None)
+    log.update([line(0, 1.0)], [Clip(0, 7, 2.0, 1.0, 4.0, 0.25)], None)
     assert [entry.kind for entry in log.shown] == ["stdout"]
-    log.filter(kinds=log.kinds | {CLIPS})
+    log.filter(kinds=log.kinds | {"clips"})
     assert "scaled by 0.25" in log.shown[-1].text
 
 
 def test_filter_by_text_and_level() -> None:
     log = LogModel()
-    log.take([line(0, 1.0, "Loss 3"), line(1, 2.0, "else")], [notice(0, 3.0, "error")], None)
+    log.update([line(0, 1.0, "Loss 3"), line(1, 2.0, "else")], [notice(0, 3.0, "error")], None)
     log.filter(text="LOSS")
     assert [entry.text for entry in log.shown] == ["Loss 3"]
-    log.filter(text="", worst_only=True)
+    log.filter(text="", warnings_only=True)
     assert [entry.level for entry in log.shown] == ["error"]
 
 
 def test_find_goes_round() -> None:
     log = LogModel()
-    log.take([line(n, n, "hit" if n in (2, 6) else "miss") for n in range(8)], [], None)
+    log.update([line(n, n, "hit" if n in (2, 6) else "miss") for n in range(8)], [], None)
     assert log.find("HIT", 2) == 6
     assert log.find("hit", 6) == 2
     assert log.find("hit", 6, backwards=True) == 2
@@ -222,5 +222,5 @@ async def test_five_thousand_lines_draw_only_what_is_in_sight() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         view = app.screen.query_one(LogView)
-        assert view.count() >= 4_990
-        assert len(view._strips) < 100
+        assert view.line_count() >= 4_990
+        assert len(view._lines) < 100

@@ -5,12 +5,12 @@ import numpy as np
 from tests.ui.fake import fake_empty, fake_extremes, fake_gpt, fake_large, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
-from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
+from tui_trainer.ui.panels.parameters import ParameterTable, ParameterValues
 
 
 def values_of(session: object) -> ParameterValues:
     values = ParameterValues()
-    values.take(session.poll())  # type: ignore[attr-defined]
+    values.update(session.poll())  # type: ignore[attr-defined]
     return values
 
 
@@ -21,12 +21,12 @@ def test_values_are_those_of_the_newest_rows() -> None:
     assert history is not None
     newest = history.latest()
     assert newest is not None
-    assert np.array_equal(values.latest[schema.GRAD_NORM], newest[1])
+    assert np.array_equal(values.newest[schema.GRAD_NORM], newest[1])
 
 
 def test_shares_are_of_the_squared_norm() -> None:
     values = values_of(fake_gpt())
-    norms = values.latest[schema.GRAD_NORM].astype(float)
+    norms = values.newest[schema.GRAD_NORM].astype(float)
     assert np.allclose(values.shares, norms**2 / (norms**2).sum(), rtol=1e-5)
     assert abs(values.shares.sum() - 1) < 1e-5
 
@@ -34,7 +34,7 @@ def test_shares_are_of_the_squared_norm() -> None:
 def test_trends_lose_no_spike() -> None:
     session = fake_gpt()
     values = values_of(session)
-    high, bad = values.trends(schema.GRAD_NORM, [3, 0], 10)
+    high, bad = values.maxima(schema.GRAD_NORM, [3, 0], 10)
     _, rows = session.history.table(schema.GRAD_NORM).tail(300)  # type: ignore[union-attr]
     assert np.allclose(np.nanmax(high, axis=1), rows[:, [3, 0]].max(0))
     assert not bad.any()
@@ -42,7 +42,7 @@ def test_trends_lose_no_spike() -> None:
 
 def test_trends_mark_what_is_not_finite() -> None:
     values = values_of(fake_non_finite())
-    _, bad = values.trends(schema.GRAD_NORM, [0, 5], 10)
+    _, bad = values.maxima(schema.GRAD_NORM, [0, 5], 10)
     assert bad[0].any()
     assert not bad[1].any()
 
@@ -52,7 +52,7 @@ async def test_every_sort_order_shows_every_parameter() -> None:
     async with app.run_test(size=(200, 60)) as pilot:
         await settle(pilot)
         table = app.screen.query_one(ParameterTable)
-        for key in SORTABLE[1:]:
+        for key in table.sort_keys[1:]:
             await pilot.press("o")
             await settle(pilot)
             assert table.sorted_by == key
@@ -65,7 +65,7 @@ async def test_sorted_by_norm_the_largest_is_first_and_reversed_the_smallest() -
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         table = app.screen.query_one(ParameterTable)
-        norms = table.values.latest[schema.GRAD_NORM]
+        norms = table.values.newest[schema.GRAD_NORM]
         await pilot.press("o", "o")
         await settle(pilot)
         assert table.order[0] == norms.argmax()
@@ -87,9 +87,9 @@ async def test_a_click_on_a_title_sorts_and_on_a_row_selects() -> None:
         await settle(pilot)
         assert table.cursor == 3
         assert app.snapshot.info is not None
-        assert table.current is not None
+        assert table.current_row is not None
         selected = text_of(app).split("\n")[app.screen.query_one("#selected").region.y]
-        assert app.snapshot.info.parameters[table.current].name in selected
+        assert app.snapshot.info.parameters[table.current_row].name in selected
 
 
 async def test_filter_keeps_what_has_all_words() -> None:
@@ -151,11 +151,11 @@ async def test_the_cursor_stays_on_its_parameter_while_values_change() -> None:
         await pilot.press("o", "o", "down", "down")
         await settle(pilot)
         table = app.screen.query_one(ParameterTable)
-        before = table.current
+        before = table.current_row
         session.advance(50)
         app.screen._sorted_at = 0.0  # type: ignore[attr-defined]
         await frame(pilot)
-        assert table.current == before
+        assert table.current_row == before
 
 
 async def test_non_finite_values_are_named_with_their_step() -> None:
@@ -164,7 +164,7 @@ async def test_non_finite_values_are_named_with_their_step() -> None:
         await settle(pilot)
         assert "inf" in text_of(app)
         table = app.screen.query_one(ParameterTable)
-        table.sorted_by, table.descending = "bad", True
+        table.sorted_by, table.descending = "nonfinite", True
         table.rearrange()
         assert set(table.order[:3].tolist()) == {0, 1, 2}
 

@@ -211,7 +211,7 @@ async def test_the_line_marks_what_happened(recorded):
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         line = app.screen.query_one(TransportLine)
-        marks = line._marked(line._track[1])
+        marks = line._find_marks(line._track[1])
         expected = dict.fromkeys(CLIPS, "clip") | {BAD: "nonfinite", MARK: "mark"}
         for step, kind in (expected | {WORSE: "spike"}).items():
             assert marks[line.cell_of(step)] == kind
@@ -250,7 +250,7 @@ async def test_a_living_run_is_followed(tmp_path):
     app, replay, clock = opened(tmp_path)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        assert "follows" in text_of(app)
+        assert "following" in text_of(app)
         assert replay.cursor == 100
         values = np.float32([1, 1e-3, 0.5, 50])
         recorder.record(StepRecord(101, 1.7e9 + 6, "", ((0, values),)))

@@ -8,12 +8,12 @@ from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.samples import (
     accuracy,
-    fit,
+    fit_image,
     half_blocks,
+    most_confused,
     pixels_of,
     resize,
     tiles_of,
-    worst,
 )
 
 
@@ -45,13 +45,13 @@ def test_an_odd_row_is_not_lost_and_equal_neighbours_share_a_segment() -> None:
 def test_without_half_blocks_light_is_written_as_characters() -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     image[:, 1] = 255
-    assert half_blocks(image, ascii_only=True)[0][0].text == " @"
+    assert half_blocks(image, ascii=True)[0][0].text == " @"
 
 
 @pytest.mark.parametrize("size", [(8, 8, 20, 10), (64, 64, 16, 8), (3, 300, 40, 10), (1, 1, 1, 1)])
 def test_images_keep_their_shape_and_fit(size: tuple[int, int, int, int]) -> None:
     width, height, columns, rows = size
-    drawn = fit(width, height, columns, rows)
+    drawn = fit_image(width, height, columns, rows)
     assert drawn[0] <= columns
     assert drawn[1] <= 2 * rows
     made = resize(np.full((height, width, 3), 9, np.uint8), *drawn)
@@ -77,7 +77,7 @@ def test_wrong_ones_first() -> None:
 
 def test_the_commonest_mistakes() -> None:
     matrix = ConfusionMatrix(0, 1, ("a", "b"), ((8, 2), (3, 7)))
-    assert worst(matrix) == [(3, "b", "a"), (2, "a", "b")]
+    assert most_confused(matrix) == [(3, "b", "a"), (2, "a", "b")]
     assert accuracy(matrix) == 0.75
     assert accuracy(ConfusionMatrix(0, 1, ("a",), ((0,),))) is None
 
@@ -150,7 +150,7 @@ async def test_under_ascii_nothing_else_is_drawn() -> None:
             from tui_trainer.ui.panels.samples import ImageGrid
 
             grid = app.screen.query_one(ImageGrid)
-            if grid.count():
+            if grid.line_count():
                 assert "▀" not in grid.render_line(0).text
 
 

@@ -6,12 +6,6 @@ import pytest
 
 from tests.ui import fake
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.widgets import chart
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plotext():
-    chart.load()
 
 
 def still(session, **options):

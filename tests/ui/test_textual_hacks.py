@@ -24,7 +24,6 @@ from tests.ui import fake
 from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.textual_hacks import CellCompositor, CellUpdate
-from tui_trainer.ui.widgets import chart
 
 
 class Terminal(TuiTrainerApp):
@@ -78,7 +77,6 @@ def cells(emulator):
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 async def test_cell_updates_show_what_the_screen_holds(size):
-    chart.load()
     session = fake.fake_gpt(300)
     app = Terminal(session, size)
     async with app.run_test(size=size) as pilot:
@@ -97,7 +95,6 @@ async def test_cell_updates_show_what_the_screen_holds(size):
 
 
 async def bytes_per_frame(cell_updates: bool) -> float:
-    chart.load()
     session = fake.fake_gpt(700)
     app = Terminal(session, (120, 40), cell_updates)
     async with app.run_test(size=(120, 40)) as pilot:

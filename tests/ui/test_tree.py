@@ -29,11 +29,11 @@ def test_a_model_reads_as_its_modules():
 def test_every_parameter_is_shown_once_and_modules_add_up(names):
     tree = NameTree(names)
     visible = tree.visible().tolist()
-    assert sorted(n for n in visible if not tree.is_branch(n)) == list(range(len(names)))
+    assert sorted(n for n in visible if not tree.is_module(n)) == list(range(len(names)))
     assert len(set(visible)) == len(visible)
     values = np.arange(1, len(names) + 1, dtype=np.float32)
     norms = tree.root_sum_squares(values)
-    for node, members in tree.members.items():
+    for node, members in tree.leaves.items():
         assert np.isclose(norms[node], np.sqrt((values[members].astype(float) ** 2).sum()))
         assert all(names[m].startswith(names[members[0]].split(".")[0]) for m in members)
 
@@ -41,12 +41,12 @@ def test_every_parameter_is_shown_once_and_modules_add_up(names):
 def test_folding_hides_what_is_inside():
     tree = NameTree(NAMES)
     everything = len(tree.visible())
-    node = next(n for n in tree.members if tree.labels[n] == "blocks.0")
+    node = next(n for n in tree.leaves if tree.labels[n] == "blocks.0")
     tree.toggle(node)
     assert len(tree.visible()) == everything - 8
     tree.toggle(node)
     assert len(tree.visible()) == everything
-    tree.fold_deeper_than(0)
+    tree.fold_from_depth(0)
     assert len(tree.visible()) == 7
 
 
@@ -63,5 +63,5 @@ def test_how_much_a_depth_leaves_in_sight_is_known_before_folding():
     names = [f"blocks.{i}.{part}.{x}" for i in range(3) for part in ("a.q", "m") for x in "wb"]
     tree = NameTree([*names, "head.weight", "norm"])
     for depth in range(5):
-        tree.fold_deeper_than(depth)
-        assert tree.rows_folded_at(depth) == len(tree.visible())
+        tree.fold_from_depth(depth)
+        assert tree.visible_count(depth) == len(tree.visible())

@@ -31,7 +31,6 @@ from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog
 from tui_trainer.ui.screens.registry import SCREENS
-from tui_trainer.ui.widgets import chart
 
 if TYPE_CHECKING:
     from tui_trainer.ui.context import AppContext
@@ -150,10 +149,7 @@ class TuiTrainerApp(App[int]):
             self.attach(self.session)
 
     def _load_rest(self) -> None:
-        """Import the plotting library and the other screens after the first paint, on a thread."""
-        if not chart.ready():
-            chart.load()
-        self.call_from_thread(self.redraw)
+        """Import the other screens after the first paint, on a thread."""
         for entry in SCREENS:
             entry.load()
         self.call_from_thread(self._loaded)

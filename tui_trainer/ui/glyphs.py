@@ -32,17 +32,14 @@ class Glyphs:
     arrow: str = "→"
     point: str = "◆"
     mark: str = "╵"
-    deed: str = "▴"
+    user_event: str = "▴"
     current: str = "▶"
     ellipsis: str = "…"
     separator: str = "·"
     missing: str = "–"
     times: str = "×"
-    full: str = "█"
     track: str = "─"
     bar: str = "━"
-    thumb: str = "┃"
-    eighths: str = " ▏▎▍▌▋▊▉█"
     sparks: str = "▁▂▃▄▅▆▇█"
 
 
@@ -67,17 +64,14 @@ ASCII = Glyphs(
     arrow=">",
     point="o",
     mark="'",
-    deed="^",
+    user_event="^",
     current=">",
     ellipsis="~",
     separator="-",
     missing="-",
     times="x",
-    full="#",
     track="-",
     bar="=",
-    thumb="|",
-    eighths="  ...:###",
     sparks="_.,-=+*#",
 )
 

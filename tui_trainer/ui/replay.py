@@ -13,7 +13,7 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.ui.app import TuiTrainerApp, choose_theme
-from tui_trainer.ui.panels.transport import TransportLine, factor_text
+from tui_trainer.ui.panels.transport import TransportLine, format_factor
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.textual_hacks import bindings_of
 from tui_trainer.ui.widgets.keys import KeyLine
@@ -145,7 +145,7 @@ class ReplayApp(TuiTrainerApp):
         beyond = [n for n in SPEED_FACTORS if (n > now * 1.01 if by > 0 else n < now * 0.99)]
         if beyond:
             self.replay.factor = beyond[0] if by > 0 else beyond[-1]
-        self.show_status_message(f"{factor_text(self.replay.factor)}× the recorded speed")
+        self.show_status_message(f"{format_factor(self.replay.factor)}× the recorded speed")
         self.draw_frame()
 
     def action_jump(self, kind: str, backwards: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""What the panels share: a title and its figures in one thin line, and how they read."""
+"""What the instruments share: the base class, their title line, and how missing and provisional
+values are shown."""
 
 from __future__ import annotations
 
@@ -12,89 +13,86 @@ from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
-from tui_trainer.ui.widgets.lines import Lines, Row
+from tui_trainer.protocol.messages import Notice
+from tui_trainer.ui.widgets.chart import AxisMarks
+from tui_trainer.ui.widgets.lines import LineView, Row
 
-Item = tuple[str, str, Style]
-"""A figure in a title: its label, its value (of fixed width), and the style of the value."""
+Figure = tuple[str, str, Style]
+"""A figure of a title line: its label, its value (of fixed width), and the value's style."""
+
+NO_STEP_YET = "no step yet"
+USER_EVENTS = ("command", "mark")
+"""Kinds of `Notice` that a user caused: they may explain why a curve bends."""
 
 
-class Panel(Lines):
-    """One instrument of the dashboard. `quantity` names what it shows in `RunInfo.unseen`."""
+class Panel(LineView):
+    """An instrument: it is given a snapshot and draws what has changed."""
 
+    panel_title = ""
     quantity = ""
+    """What it shows, as `RunInfo.unseen` names it."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
         self.snapshot = Snapshot()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Take the snapshot and redraw what it changed."""
+        """Draw a snapshot."""
         self.snapshot = snapshot
         self.update_rows()
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """The reason why there is nothing to see, where there is one; else `content`."""
-        reason = unseen(self.snapshot, self.quantity)
+        """The content, or the reason why this run does not have any."""
+        reason = unavailable_reason(self.snapshot, self.quantity)
         if reason:
-            return [self.title(size.width), [], note(reason, self.palette.dim)]
+            return [self.title_line(size.width), [], message_row(reason, self.palette.dim)]
         return self.content(size)
 
     def content(self, size: Size) -> Sequence[Row]:
-        """The panel's rows, its title first."""
+        """The rows of the panel, its title first."""
         raise NotImplementedError
 
-    def title(self, width: int, items: Sequence[Item] = (), right: str = "") -> Row:
-        """The title line."""
-        raise NotImplementedError
-
-    def waiting(self) -> str:
-        """What to say where values will come."""
-        return waiting_text(self.snapshot)
+    def title_line(self, width: int, figures: Sequence[Figure] = (), right: str = "") -> Row:
+        """The title with some figures."""
+        return title_line(self, width, self.panel_title, figures, right)
 
 
-def title_row(
-    lines: Lines, width: int, name: str, items: Sequence[Item] = (), right: str = ""
+def title_line(
+    view: LineView, width: int, title: str, figures: Sequence[Figure] = (), right: str = ""
 ) -> Row:
-    """`name  label value  label value ──────── right`, in exactly `width` cells; figures that do
-    not fit are left out whole, last ones first."""
-    palette, rule = lines.palette, lines.glyphs.rule
-    row: Row = [Segment(name, palette.title), Segment(" ", palette.text)]
-    left = width - len(name) - 1
+    """`title  label value  label value ──────── right`, in exactly `width` cells. Figures that do
+    not fit are left out, the last ones first."""
+    palette = view.palette
+    row: Row = [Segment(title, palette.title), Segment(" ", palette.text)]
+    left = width - len(title) - 1
     if right and len(right) + 2 <= left:
         left -= len(right) + 1
     else:
         right = ""
-    for label, value, style in items:
-        cost = len(label) + len(value) + (2 if label else 1) + 1
-        if cost > left:
+    for label, value, style in figures:
+        needed = len(label) + len(value) + (3 if label else 2)
+        if needed > left:
             break
-        if label:
-            row.append(Segment(f" {label} ", palette.dim))
-        else:
-            row.append(Segment(" ", palette.dim))
+        row.append(Segment(f" {label} " if label else " ", palette.dim))
         row += (Segment(value, style), Segment(" ", palette.text))
-        left -= cost
-    row.append(Segment(rule * max(0, left), palette.faint))
+        left -= needed
+    row.append(Segment(view.glyphs.rule * max(0, left), palette.faint))
     if right:
         row.append(Segment(f" {right}", palette.dim))
     return row
 
 
-def note(text: str, style: Style) -> Row:
-    """A line of plain words."""
+def message_row(text: str, style: Style) -> Row:
+    """A message in place of values."""
     return [Segment(f" {text}", style)]
 
 
-def unseen(snapshot: Snapshot, quantity: str) -> str:
-    """Why `quantity` cannot be seen in this run; "" when it can."""
+def unavailable_reason(snapshot: Snapshot, quantity: str) -> str:
+    """Why this run does not have `quantity`; "" when it does."""
     return snapshot.info.unseen.get(quantity, "") if snapshot.info and quantity else ""
 
 
-FIRST_STEP = "from the first step on"
-"""What every panel but the first says before there is anything: once is enough."""
-
-
-def waiting_text(snapshot: Snapshot) -> str:
+def waiting_message(snapshot: Snapshot) -> str:
     """What a panel without values is waiting for."""
     status = snapshot.status
     if status.ended:
@@ -103,26 +101,71 @@ def waiting_text(snapshot: Snapshot) -> str:
         return snapshot.link.message or "connecting to the run"
     if status.waiting_for:
         return f"waiting: {status.waiting_for}"
-    return "waiting for the first step" if not status.step else "not measured yet"
+    return "not measured yet" if status.step else "waiting for the first step"
 
 
-def column(history: SeriesReader, name: str) -> int:
-    """Number of the column called `name` (-1: there is none)."""
-    for number, known in enumerate(history.table.columns):
-        if known.name == name:
-            return number
-    return -1
+def placeholder_message(snapshot: Snapshot, default: str, *quantities: str) -> tuple[str, str]:
+    """(message, hint) for a screen without data: the reason why this run does not have one of
+    `quantities`, how the run or the connection ended, what a starting run is waiting for, or
+    `default`."""
+    for quantity in quantities:
+        if reason := unavailable_reason(snapshot, quantity):
+            return reason, ""
+    status, link = snapshot.status, snapshot.link
+    if link.state in ("lost", "closed") and snapshot.info is None:
+        return link.message or "no connection to the run", link.hint
+    if status.ended:
+        reason = f": {status.reason}" if status.reason else ""
+        return f"the run {status.state} at step {status.step:,}{reason}", status.hint
+    if snapshot.info is None or not status.step:
+        waiting_for = f": {status.waiting_for}" if status.waiting_for else " for the first step"
+        return f"waiting{waiting_for} …", ""
+    return default, ""
 
 
-def provisional(snapshot: Snapshot, history: SeriesReader) -> NDArray[np.float32] | None:
-    """The values of the step in the making, while paused inside it: shape (columns,)."""
+def column_index(series: SeriesReader, name: str) -> int | None:
+    """Index of the column called `name`."""
+    names = (column.name for column in series.table.columns)
+    return next((index for index, known in enumerate(names) if known == name), None)
+
+
+def newest_value(series: SeriesReader | None, name: str) -> float | None:
+    """The newest value of a column; None before the first."""
+    if series is None or (index := column_index(series, name)) is None:
+        return None
+    newest = series.latest()
+    return float(newest[1][index]) if newest is not None else None
+
+
+def provisional_row(snapshot: Snapshot, series: SeriesReader) -> NDArray[np.float32] | None:
+    """The values (columns,) of the unfinished step that a paused run stands in; they become final
+    with the step."""
     report = snapshot.report
     if report is None or snapshot.status.state != "paused":
         return None
     for rows in report.rows:
-        if rows.table == history.table.id:
+        if rows.table == series.table.id:
             values = np.frombuffer(rows.values, "<f4")
-            columns = len(history.table.columns)
+            columns = len(series.table.columns)
             if len(values) >= columns:
                 return values[-columns:]
     return None
+
+
+def newest_row(snapshot: Snapshot, series: SeriesReader) -> tuple[NDArray[np.float32] | None, bool]:
+    """The newest values (columns,), None before the first, and whether they are provisional."""
+    provisional = provisional_row(snapshot, series)
+    if provisional is not None:
+        return provisional, True
+    newest = series.latest()
+    return (newest[1] if newest is not None else None), False
+
+
+def user_event_marks(
+    view: LineView, snapshot: Snapshot, steps: tuple[int, int], columns: int
+) -> list[AxisMarks]:
+    """Marks at the steps of a chart at which a user gave a command or set a mark."""
+    notices = (event for event in snapshot.events if isinstance(event, Notice))
+    at = [notice.step for notice in notices if notice.kind in USER_EVENTS]
+    marks = AxisMarks.at_steps(at, steps, columns, view.palette.accent, view.glyphs.user_event)
+    return [marks] if len(marks.columns) else []

@@ -1,158 +1,177 @@
-"""Clipping: the total gradient norm against its threshold, and the ledger of events."""
+"""The clipping panel: the total gradient norm against its limit, and the clipped steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.protocol import formatting as f
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.panels.base import (
-    FIRST_STEP,
-    Item,
+    NO_STEP_YET,
+    Figure,
     Panel,
-    column,
-    note,
-    provisional,
-    title_row,
-    unseen,
+    column_index,
+    message_row,
+    newest_row,
+    newest_value,
+    unavailable_reason,
+    user_event_marks,
 )
-from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Marks, Rule
+from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold, put_message
 from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.scale import window
-from tui_trainer.ui.widgets.text import user_marks
+from tui_trainer.ui.widgets.scale import step_window
 
-LEDGER_SHARE = 0.42
+CLIPS_SHARE = 0.42
+"""Share of the panel's height for the list of clipped steps."""
+MIN_HEIGHT_FOR_CLIPS = 10
+CLIP_FIGURES_WIDTH = 25
+SHARE_WIDTH = 30
+"""Cells for a parameter and its share, where there are at least twice as many."""
+MIN_SHARE_WIDTH = 18
 
 
 class ClippingPanel(Panel):
-    """Norm, threshold, how often, and which parameters were to blame."""
+    """A chart of the norm with the limit, and below it the clipped steps with the parameters that
+    contributed most to the norm."""
 
-    quantity = ""  # the norm is shown even where nothing clips
+    panel_title = "Clipping"
+    # The norm is shown where nothing clips, too: no `quantity`.
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.chart = Chart(zero=True)
-        self.shown: int | None = None
+        self.chart = Chart(include_zero=True)
+        self.max_steps: int | None = None
+        """Steps that the chart shows; None for the whole run."""
 
-    def toggle_log(self) -> bool:
-        """Switch between a linear and a logarithmic axis; whether it is logarithmic now."""
+    def toggle_log(self) -> None:
+        """Switch between a linear and a logarithmic axis."""
         self.chart.log = not self.chart.log
         self.update_rows()
-        return self.chart.log
-
-    def title(self, width: int, items: Sequence[Item] = (), right: str = "") -> Row:
-        """`Clipping` and its figures."""
-        return title_row(self, width, "Clipping", items, right)
 
     def content(self, size: Size) -> Sequence[Row]:
-        """Title, chart, ledger."""
-        ledger = max(3, int((size.height - 1) * LEDGER_SHARE)) if size.height > 9 else 0
-        tall = size.height - 1 - ledger
-        steps, layers, items = self._read(size.width)
-        info = self.snapshot.info
-        # With several optimizers this is the first one's norm: the ledger has the clips of all.
-        whose = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
-        dot = f" {self.glyphs.separator} "
-        right = dot.join(word for word in ("log" if self.chart.log else "", whose) if word)
-        rows = self.chart.rows(size.width, tall, steps, layers, self.palette, self.glyphs)
+        """Title, chart, clipped steps."""
+        clips_height = 0
+        if size.height >= MIN_HEIGHT_FOR_CLIPS:
+            clips_height = max(3, int((size.height - 1) * CLIPS_SHARE))
+        chart_height = size.height - 1 - clips_height
+        steps, layers = self._chart_layers(size.width)
+        rows = self.chart.rows(size.width, chart_height, steps, layers, self.palette, self.glyphs)
         if not layers:
-            self.chart.say(rows, FIRST_STEP, self.palette)
-        return [self.title(size.width, items, right), *rows, *self._ledger(size.width, ledger)]
+            put_message(rows, NO_STEP_YET, self.palette.dim)
+        # With several optimizers this is the norm of the first; the list has the clips of all.
+        info = self.snapshot.info
+        optimizer = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
+        right = [word for word in ("log" if self.chart.log else "", optimizer) if word]
+        title = self.title_line(
+            size.width, self._figures(), f" {self.glyphs.separator} ".join(right)
+        )
+        return [title, *rows, *self._clipped_steps(size.width, clips_height)]
 
-    def _read(self, width: int) -> tuple[tuple[int, int], list[Layer], list[Item]]:
-        snapshot, palette = self.snapshot, self.palette
-        step = snapshot.history.table(schema.STEP)
-        clip = snapshot.history.table(schema.CLIP)
-        info = snapshot.info
-        last = (step.last_step or 0) if step is not None else 0
-        steps = window(last, self.shown, info.total_steps if info else None, self.slow_link)
-        if step is None or not step.rows:
-            return steps, [], []
-        buckets = 2 * self.chart.plot_width(width)
-        norm_at = column(step, "grad_norm_preclip")
-        seen = step.window([norm_at], *steps, buckets)
-        layers: list[Layer] = [Band.of(seen, 0, palette.norm)]
-        items: list[Item] = []
-        latest = step.latest()
-        fresh = provisional(snapshot, clip) if clip is not None else None
-        norm = float(latest[1][norm_at]) if latest is not None else None
-        known = clip.latest() if clip is not None and clip.rows else None
-        values = fresh if fresh is not None else known[1] if known is not None else None
-        style = palette.provisional if fresh is not None else palette.norm
-        if values is not None:
-            threshold, before, _, scale = (float(v) for v in values[:4])
-            layers.insert(0, Rule(palette.clip, threshold))
-            clipped = palette.clip if scale < 1 else style
-            items += [
-                ("norm", f.number(before, 6, 3), clipped),
-                ("limit", f.number(threshold, 5, 3), palette.clip),
-                ("scale", f.number(scale, 5, 4), clipped),
-            ]
-        else:
-            items.append(("norm", f.number(norm, 6, 3), palette.norm))
-        events = [e.step for e in snapshot.events if isinstance(e, Clip)]
-        if events:
-            at = np.array(events, np.int64)
-            inside = (at >= steps[0]) & (at < steps[1])
-            places = (at[inside] - steps[0]) * buckets // max(1, steps[1] - steps[0])
-            layers.append(Marks(palette.clip, places, self.glyphs.mark))
-        layers += user_marks(snapshot, steps, buckets, palette, self.glyphs)
-        return steps, layers, items
+    def _chart_layers(self, width: int) -> tuple[tuple[int, int], list[Layer]]:
+        """The steps that the chart shows, and its layers; none before the first step."""
+        snapshot, info = self.snapshot, self.snapshot.info
+        table = snapshot.history.table(schema.STEP)
+        last_step = (table.last_step or 0) if table is not None else 0
+        total_steps = info.total_steps if info else None
+        steps = step_window(last_step, self.max_steps, total_steps, self.slow_link)
+        index = column_index(table, "grad_norm_preclip") if table is not None else None
+        if table is None or not table.rows or index is None:
+            return steps, []
+        columns = 2 * self.chart.plot_width(width)
+        layers: list[Layer] = []
+        if (limit := self._newest_clip()[0].get("max_norm")) is not None:
+            layers.append(Threshold(self.palette.clip, limit))
+        window = table.window([index], *steps, columns)
+        layers.append(Band.from_window(window, 0, self.palette.norm))
+        clipped = [event.step for event in snapshot.events if isinstance(event, Clip)]
+        layers.append(
+            AxisMarks.at_steps(clipped, steps, columns, self.palette.clip, self.glyphs.mark)
+        )
+        layers += user_event_marks(self, snapshot, steps, columns)
+        return steps, layers
 
-    def _ledger(self, width: int, height: int) -> list[Row]:
+    def _newest_clip(self) -> tuple[dict[str, float], bool]:
+        """The newest values of the clip table by column, {} before the first, and whether they are
+        provisional."""
+        table = self.snapshot.history.table(schema.CLIP)
+        if table is None:
+            return {}, False
+        row, provisional = newest_row(self.snapshot, table)
+        if row is None:
+            return {}, False
+        names = (column.name for column in table.table.columns)
+        return dict(zip(names, row.tolist(), strict=True)), provisional
+
+    def _figures(self) -> list[Figure]:
+        palette, table = self.palette, self.snapshot.history.table(schema.STEP)
+        if table is None or not table.rows:
+            return []
+        clip, provisional = self._newest_clip()
+        if not clip:
+            norm = newest_value(table, "grad_norm_preclip")
+            return [("norm", formatting.number(norm, 6, 3), palette.norm)]
+        style = palette.provisional if provisional else palette.norm
+        style = palette.clip if clip["scale"] < 1 else style
+        return [
+            ("norm", formatting.number(clip["norm_before"], 6, 3), style),
+            ("limit", formatting.number(clip["max_norm"], 5, 3), palette.clip),
+            ("scale", formatting.number(clip["scale"], 5, 4), style),
+        ]
+
+    # ------------------------------------------------------------ the clipped steps
+
+    def _clipped_steps(self, width: int, height: int) -> list[Row]:
+        """The newest clips first, below a line of titles."""
         if height < 2:
             return []
-        palette = self.palette
-        reason = unseen(self.snapshot, "clip")
+        titles = self._clip_titles(width)
         clips = [event for event in self.snapshot.events if isinstance(event, Clip)]
-        rows = [self._ledger_title(width)]
+        reason = unavailable_reason(self.snapshot, "clip")
         if reason or not clips:
-            nothing = "no step was clipped so far" if self.snapshot.status.step else ""
-            return [*rows, note(reason or nothing, palette.dim)]
-        return rows + [self._event(clip, width) for clip in clips[:-height:-1]]
+            no_clip = "no step was clipped" if self.snapshot.status.step else ""
+            return [titles, message_row(reason or no_clip, self.palette.dim)]
+        return [titles, *(self._clip_row(clip, width) for clip in clips[:-height:-1])]
 
-    def _ledger_title(self, width: int) -> Row:
-        """Column titles, and how often the last steps were clipped."""
+    def _clip_titles(self, width: int) -> Row:
+        """Column titles, and how many of the last steps were clipped."""
         palette, status = self.palette, self.snapshot.status
-        text = "    step     norm  scale  dominated by, share"
+        titles = "    step     norm  scale  dominated by, share"
         share = status.clipped_share
         if share is None:
-            return [Segment(text, palette.dim)]
-        rate = f"{100 * share:3.0f}% of last {status.clip_window}"
-        if len(text) + len(rate) + 2 > width:
-            text = text.removesuffix(", share")
-        gap = max(1, width - len(text) - len(rate))
+            return [Segment(titles, palette.dim)]
+        rate = f"{formatting.percent(share, 4, 0)} of last {status.clip_window}"
+        if len(titles) + len(rate) + 2 > width:
+            titles = titles.removesuffix(", share")
+        gap = " " * max(1, width - len(titles) - len(rate))
         return [
-            Segment(text + " " * gap, palette.dim),
+            Segment(titles + gap, palette.dim),
             Segment(rate, palette.clip if share else palette.dim),
         ]
 
-    def _event(self, clip: Clip, width: int) -> Row:
+    def _clip_row(self, clip: Clip, width: int) -> Row:
         palette, info = self.palette, self.snapshot.info
         row: Row = [
             Segment(f"{clip.step:8,} ", palette.text),
-            Segment(f.number(clip.norm_before, 8, 3), palette.clip),
-            Segment(f" {f.number(clip.scale, 6, 3)} ", palette.text),
+            Segment(formatting.number(clip.norm_before, 8, 3), palette.clip),
+            Segment(f" {formatting.number(clip.scale, 6, 3)} ", palette.text),
         ]
         if not clip.parameters:  # the norms of the parameters are measured less often
             return [*row, Segment(f" {self.glyphs.missing}", palette.faint)]
-        left = width - 25
-        each = 30 if left >= 60 else max(18, left)
+        left = width - CLIP_FIGURES_WIDTH
+        needed = SHARE_WIDTH if left >= 2 * SHARE_WIDTH else max(MIN_SHARE_WIDTH, left)
         for index, share in zip(clip.parameters, clip.shares, strict=False):
-            if each > left or info is None or index >= len(info.parameters):
+            if needed > left or info is None or index >= len(info.parameters):
                 break
             name = info.parameters[index].name.removesuffix(".weight")
-            shown = truncate_middle(name, each - 7, self.glyphs.ellipsis)
+            name = truncate_middle(name, needed - 7, self.glyphs.ellipsis)
             row += (
-                Segment(f" {shown:<{each - 7}}", palette.dim),
-                Segment(f.percent(share, 4, 0), palette.text),
+                Segment(f" {name:<{needed - 7}}", palette.dim),
+                Segment(formatting.percent(share, 4, 0), palette.text),
                 Segment("  ", palette.text),
             )
-            left -= each
+            left -= needed
         return row

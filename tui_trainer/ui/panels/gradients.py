@@ -1,354 +1,360 @@
-"""Gradient norms as a module tree: the norm of each parameter and module, its share, its trend."""
+"""The gradients panel: the norm of each parameter's gradient in the tree of modules, with its share
+of the total norm and its trend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from operator import is_
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.segment import Segment
-from rich.style import Style
 from textual import events
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import formatting as f
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.schema import Table
 from tui_trainer.ui.panels.base import (
-    FIRST_STEP,
-    Item,
-    provisional,
-    title_row,
-    unseen,
-    waiting_text,
+    NO_STEP_YET,
+    Figure,
+    newest_row,
+    provisional_row,
+    title_line,
+    unavailable_reason,
+    waiting_message,
 )
+from tui_trainer.ui.panels.staleness import steps_ago
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.scale import nice_above, window
-from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
-from tui_trainer.ui.widgets.text import ago
+from tui_trainer.ui.widgets.scale import round_up, step_window
+from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.tree import NameTree
-
-# ---- gradient_values
-# Gradient norms of every parameter, whichever optimizer's table they are in.
-
 
 Values = NDArray[np.float32]
 
+SortKey = Literal["model", "norm", "name"]
+SORT_KEYS: tuple[SortKey, ...] = ("model", "norm", "name")
+"""`model` is the order of the model, as a tree."""
+
+TREND_WIDTH = 14
+MIN_TREND_STEPS = 200
+AVERAGED_STEPS = 20
+"""Rows are sorted by the mean norm of so many steps."""
+FRAMES_PER_SORT = 8
+"""Frames between two sortings by norm: rows that change places all the time cannot be read."""
+FRAMES_PER_TREND = 5
+"""Frames between two drawings of the trends on a slow line."""
+MAX_TREND_PARAMETERS = 256
+"""A module with more parameters has no trend: reading all of them would take too long."""
+MAX_COLOURED_LAYERS = 128
+"""In models with more attention layers, the names of Wq, Wk and Wv are not coloured."""
+
 
 class GradientNorms:
-    """The columns of all tables, one after the other."""
+    """The gradient norms of all parameters, in the tables of one or several optimizers, as one
+    array: the columns of the first table, then those of the second, …"""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self.histories = snapshot.history.tables_named(schema.GRAD_NORM)
-        self._starts = np.cumsum([0, *(each.columns for each in self.histories)])
+        self.tables = snapshot.history.tables_named(schema.GRAD_NORM)
+        self._starts = np.cumsum([0, *(table.columns for table in self.tables)])
 
     @property
     def names(self) -> list[str]:
         """Of the parameters."""
-        return [column.name for each in self.histories for column in each.table.columns]
+        return [column.name for table in self.tables for column in table.table.columns]
 
     @property
     def measured(self) -> bool:
-        """Whether there is a value at all."""
-        return any(each.rows for each in self.histories)
+        """Whether there is a value."""
+        return any(table.rows for table in self.tables)
+
+    @property
+    def provisional(self) -> bool:
+        """Whether values are those of an unfinished step."""
+        return any(provisional_row(self._snapshot, table) is not None for table in self.tables)
 
     @property
     def every(self) -> int:
-        """The longest cadence among the tables."""
-        return max((each.table.every for each in self.histories), default=1)
+        """The longest cadence, in steps, of the tables."""
+        return max((table.table.every for table in self.tables), default=1)
 
     @property
     def last_step(self) -> int:
-        """The newest step that was measured."""
-        return max((each.last_step or 0 for each in self.histories), default=0)
+        """The last step that was measured."""
+        return max((table.last_step or 0 for table in self.tables), default=0)
 
-    def fresh(self) -> bool:
-        """Whether some values are those of a step in the making."""
-        return any(provisional(self._snapshot, each) is not None for each in self.histories)
+    def newest(self) -> Values:
+        """The newest value of each, (parameters,); NaN before the first."""
+        rows = [(table, newest_row(self._snapshot, table)[0]) for table in self.tables]
+        return _concatenated(
+            [_unmeasured(table.columns) if row is None else row for table, row in rows]
+        )
 
-    def latest(self) -> Values:
-        """The newest of each, (parameters,); NaN: not measured yet."""
-        found: list[Values] = []
-        for each in self.histories:
-            newest = each.latest()
-            values = provisional(self._snapshot, each)
-            if values is None:
-                values = newest[1] if newest else np.full(each.columns, np.nan, np.float32)
-            found.append(values)
-        return np.concatenate(found) if found else np.empty(0, np.float32)
+    def mean(self, rows: int) -> Values:
+        """The mean of the last `rows` values of each, (parameters,)."""
+        return _concatenated(
+            [
+                table.tail(rows)[1].mean(0) if table.rows else _unmeasured(table.columns)
+                for table in self.tables
+            ]
+        )
 
-    def recent(self, rows: int) -> Values:
-        """The mean of the last `rows` of each, (parameters,)."""
-        found = [
-            each.tail(rows)[1].mean(0) if each.rows else np.full(each.columns, np.nan, np.float32)
-            for each in self.histories
-        ]
-        return np.concatenate(found) if found else np.empty(0, np.float32)
-
-    def highest(
-        self, wanted: Sequence[int], start: int, stop: int, cells: int
+    def maxima(
+        self, parameters: Sequence[int], start: int, stop: int, buckets: int
     ) -> tuple[Values, NDArray[np.bool_]]:
-        """The highest value in each of `cells` stretches of steps, and whether one was not finite:
-        both (len(wanted), cells)."""
-        places = np.asarray(wanted, np.int64)
-        high = np.full((len(places), cells), np.nan, np.float32)
-        bad = np.zeros((len(places), cells), np.bool_)
-        for number, each in enumerate(self.histories):
+        """The highest value in each of `buckets` parts of start <= step < stop, and whether one was
+        not finite: both (parameters, buckets)."""
+        wanted = np.asarray(parameters, np.int64)
+        high = np.full((len(wanted), buckets), np.nan, np.float32)
+        nonfinite = np.zeros((len(wanted), buckets), np.bool_)
+        for number, table in enumerate(self.tables):
             first, end = self._starts[number], self._starts[number + 1]
-            here = np.flatnonzero((places >= first) & (places < end))
-            if len(here) and each.rows:
-                seen = each.window((places[here] - first).tolist(), start, stop, cells)
-                high[here], bad[here] = seen.high.T, seen.nonfinite.T
-        return high, bad
+            here = np.flatnonzero((wanted >= first) & (wanted < end))
+            if len(here) and table.rows:
+                window = table.window((wanted[here] - first).tolist(), start, stop, buckets)
+                high[here], nonfinite[here] = window.high.T, window.nonfinite.T
+        return high, nonfinite
 
 
-ORDERS = ("model", "norm", "name")
-TREND_STEPS = 200
-AVERAGED = 20
-FRUGAL_FRAMES = 5
-"""On a slow line trends are drawn anew only every so many frames."""
-SETTLE_FRAMES = 8
-"""Frames between two sortings by norm: rows that change places all the time cannot be read."""
-MOST_MEMBERS = 256
-"""Modules with more parameters than this have no trend: it would have to read them all."""
+def _unmeasured(columns: int) -> Values:
+    return np.full(columns, np.nan, np.float32)
 
-COLUMNS = (
-    TableColumn("name", "", 0, left=True),
-    TableColumn("norm", "‖∂L/∂p‖", 9, tooltip="Norm of the gradient before clipping"),
-    TableColumn("share", "share", 5, tooltip="Part of the squared total norm"),
-    TableColumn("trend", "trend", 14, left=True),
-)
+
+def _concatenated(parts: Sequence[Values]) -> Values:
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
 class GradientsPanel(VirtualTable):
-    """A tree while in model order and unfiltered, else a flat list of parameters."""
+    """A tree of modules in the order of the model; a flat list of parameters when it is sorted
+    otherwise or filtered."""
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(COLUMNS, id=id)
+        super().__init__(id=id)
+        percent = partial(formatting.percent, decimals=0)
+        self.columns = (
+            TableColumn("name", "", 0, self._name_cell, left=True),
+            TableColumn(
+                "norm", "‖∂L/∂p‖", 9, self._norm_cell,
+                tooltip="Norm of the gradient before clipping",
+            ),
+            TableColumn(
+                "share", "share", 5, self._share_cell, percent, style="dim",
+                tooltip="Part of the squared total norm",
+            ),
+            TableColumn("trend", "trend", TREND_WIDTH, self._trend_cell, left=True),
+        )  # fmt: skip
+        self.header_height = 1
         self.snapshot = Snapshot()
-        self.modules = NameTree(())
-        self.sorting = "model"
+        self.name_tree = NameTree(())
+        self.sort_key: SortKey = "model"
         self.filter = ""
-        self.heading = 1
+        self._gradients = GradientNorms(Snapshot())
+        self._described: list[Table] = []
         self._norms: NDArray[np.float64] = np.empty(0)
-        self._total = 0.0
+        """Of each node of the tree."""
+        self._total_norm = 0.0
         self._provisional = False
         self._trends: dict[int, str] = {}
-        self._trending: list[int] = []
-        """The rows that the trends are of."""
+        self._trend_rows: list[int] = []
+        """The rows in view when the trends were drawn."""
         self._frames = 0
-        self._folded_by_hand = False
-        self._values = GradientNorms(Snapshot())
-        self._described: list[Table] = []
+        self._folded_by_user = False
+        self._name_styles: dict[str, str] = {}
 
     # ------------------------------------------------------------ what is shown
 
     def show(self, snapshot: Snapshot) -> None:
-        """Take the snapshot and redraw the visible rows."""
+        """Draw a snapshot."""
         self.snapshot = snapshot
-        self._values = GradientNorms(snapshot)
+        self._gradients = GradientNorms(snapshot)
         self._take_names()
         self._take_norms()
-        self.empty = unseen(snapshot, "grad_norm") or (
-            f"nothing matches “{self.filter}”"
-            if self.filter and self.modules.leaves
-            else waiting_text(snapshot)
-            if snapshot.status.step
-            else FIRST_STEP
-        )
+        self._name_styles = _attention_styles(snapshot)
+        self.placeholder = unavailable_reason(snapshot, "grad_norm") or self._placeholder_message()
         self._frames += 1
-        if self.sorting == "norm" and self._frames % SETTLE_FRAMES == 1:
+        if self.sort_key == "norm" and self._frames % FRAMES_PER_SORT == 1:
             self._arrange()
         self.update_rows()
 
+    def _placeholder_message(self) -> str:
+        if self.filter and self.name_tree.leaf_count:
+            return f"no parameter matches “{self.filter}”"
+        return waiting_message(self.snapshot) if self.snapshot.status.step else NO_STEP_YET
+
     def _take_names(self) -> None:
-        described = [each.table for each in self._values.histories]
+        described = [table.table for table in self._gradients.tables]
         if len(described) == len(self._described) and all(map(is_, described, self._described)):
             return  # the usual case: 10,000 names need not be compared each frame
         self._described = described
-        names = self._values.names
-        if len(names) == self.modules.leaves and tuple(names) == self.modules.names:
-            return
-        self.modules = NameTree(names)
-        self._fold_to_fit()
-        self._arrange()
+        names = self._gradients.names
+        if tuple(names) != self.name_tree.names:
+            self.name_tree = NameTree(names)
+            self._fold_to_fit()
+            self._arrange()
+
+    def _take_norms(self) -> None:
+        self._provisional = self._gradients.provisional
+        if self._measured:
+            self._norms = self.name_tree.root_sum_squares(self._gradients.newest())
+            leaves = self._norms[: self.name_tree.leaf_count]
+            self._total_norm = float(np.sqrt(np.square(leaves).sum()))
+        else:
+            self._norms = np.full(len(self.name_tree.labels), np.nan)
+            self._total_norm = np.nan
+
+    @property
+    def _measured(self) -> bool:
+        return self._gradients.measured or self._provisional
 
     def on_resize(self, event: events.Resize) -> None:
-        """As many modules unfold as there is room for now."""
-        if not self._folded_by_hand and self.modules.leaves:
-            before = self.modules.folded
+        """Unfold as many modules as there is room for now."""
+        if not self._folded_by_user and self.name_tree.leaf_count:
+            folded = self.name_tree.folded
             self._fold_to_fit()
-            if self.modules.folded != before:
+            if self.name_tree.folded != folded:
                 self._arrange()
 
     def _fold_to_fit(self) -> None:
-        """As deep as fits on the screen and half of it again: a little scrolling is better than
+        """Unfold to the depth that fits on one and a half pages: scrolling a little is better than
         rows that stay empty."""
         room = 3 * max(self.page, 12) // 2
-        fitting = (depth for depth in (9, 2, 1) if self.modules.rows_folded_at(depth) <= room)
-        self.modules.fold_deeper_than(next(fitting, 0))
-
-    def _take_norms(self) -> None:
-        self._provisional = self._values.fresh()
-        if not self._values.measured and not self._provisional:
-            self._norms = np.full(len(self.modules.labels), np.nan)
-            self._total = np.nan
-            return
-        self._norms = self.modules.root_sum_squares(self._values.latest())
-        self._total = float(np.sqrt(np.square(self._norms[: self.modules.leaves]).sum()))
+        fitting = (depth for depth in (9, 2, 1) if self.name_tree.visible_count(depth) <= room)
+        self.name_tree.fold_from_depth(next(fitting, 0))
 
     def _arrange(self) -> None:
-        tree = self.modules
-        if self.sorting == "model" and not self.filter:
+        tree = self.name_tree
+        if self.sort_key == "model" and not self.filter:
             self.set_order(tree.visible())
             return
-        found = tree.matching(self.filter)
-        if self.sorting == "norm" and self._values.measured:
-            recent = self._values.recent(AVERAGED)
-            found = found[np.argsort(-np.nan_to_num(recent[found], nan=np.inf), kind="stable")]
-        elif self.sorting == "name":
-            found = found[np.argsort(np.array(tree.names)[found], kind="stable")]
-        self.set_order(found)
+        matching = tree.matching(self.filter)
+        if self.sort_key == "norm" and self._gradients.measured:
+            norms = np.nan_to_num(self._gradients.mean(AVERAGED_STEPS)[matching], nan=np.inf)
+            matching = matching[np.argsort(-norms, kind="stable")]
+        elif self.sort_key == "name":
+            matching = matching[np.argsort(np.array(tree.names)[matching], kind="stable")]
+        self.set_order(matching)
 
     def set_filter(self, text: str) -> None:
-        """Show only parameters whose names hold these words."""
+        """Show only parameters whose names contain all words of `text`."""
         self.filter = text.strip()
         self._arrange()
         self.show(self.snapshot)
 
-    def sort(self, order: str | None = None) -> str:
-        """Sort by `order`, or by the next one."""
-        following = ORDERS[(ORDERS.index(self.sorting) + 1) % len(ORDERS)]
-        self.sorting = order if order in ORDERS else following
-        self.sorted_by = {"norm": "norm", "name": "name"}.get(self.sorting, "")
-        self.descending = self.sorting == "norm"
+    def sort(self, key: SortKey | None = None) -> None:
+        """Sort by `key`, or by the next one."""
+        following = SORT_KEYS[(SORT_KEYS.index(self.sort_key) + 1) % len(SORT_KEYS)]
+        self.sort_key = key or following
+        self.sorted_by = "" if self.sort_key == "model" else self.sort_key
+        self.descending = self.sort_key == "norm"
         self._arrange()
         self.update_rows()
-        return self.sorting
 
     def toggle(self, node: int) -> None:
-        """Fold or unfold a module; from then on nothing folds by itself."""
-        self._folded_by_hand = True
-        self.modules.toggle(node)
+        """Fold or unfold a module; from then on the panel does not fold by itself."""
+        self._folded_by_user = True
+        self.name_tree.toggle(node)
         self._arrange()
         self.update_rows()
 
     # ------------------------------------------------------------ drawing
 
-    def head(self, width: int) -> list[Row]:
+    def header(self, width: int) -> list[Row]:
         """The title."""
-        count = self.modules.leaves
-        items: list[Item] = []
-        if count and len(self._norms):
-            style = self.palette.provisional if self._provisional else self.palette.norm
-            known = self._values.measured or self._provisional
-            items = [("total", f.number(self._total, 7), style)] if known else []
-            items.append(("of", f"{count:,} parameters", self.palette.dim))
-        behind = self.snapshot.status.step - self._values.last_step
-        if items and self._values.measured and not self._provisional and behind > 0:
-            # Measuring was stretched to stay within the budget: say how old this is.
-            items.insert(1, ("", _age(behind, self._values.every), self.palette.dim))
-        if self._provisional:
-            items.insert(1, ("", "this step, before its update", self.palette.provisional))
+        palette = self.palette
+        figures: list[Figure] = []
         if self.filter:
-            items.insert(0, ("/", self.filter, self.palette.accent))
-        right = "" if self.sorting == "model" else f"by {self.sorting}"
-        return [title_row(self, width, "Gradients", items, right)]
+            figures.append(("/", self.filter, palette.accent))
+        if self.name_tree.leaf_count and self._measured:
+            style = palette.provisional if self._provisional else palette.norm
+            figures.append(("total", formatting.number(self._total_norm, 7), style))
+            if self._provisional:
+                figures.append(("", "this step, before its update", palette.provisional))
+            elif age := self._age():
+                figures.append(("", age, palette.dim))
+        if self.name_tree.leaf_count:
+            figures.append(("of", f"{self.name_tree.leaf_count:,} parameters", palette.dim))
+        right = "" if self.sort_key == "model" else f"by {self.sort_key}"
+        return [title_line(self, width, "Gradients", figures, right)]
 
-    def prepare(self, visible: Ids) -> None:
-        """The trends of the visible rows, in one read of the history."""
-        if not self._values.measured:
+    def _age(self) -> str:
+        """How old the norms are, where measuring was slowed down to stay within the budget."""
+        age, every = self.snapshot.status.step - self._gradients.last_step, self._gradients.every
+        if age <= 0:
+            return ""
+        return f"{steps_ago(age)}, every {every:,}" if every > 1 else steps_ago(age)
+
+    def prepare(self, visible: RowIds) -> None:
+        """Draw the trends of the visible rows, from one read of the history."""
+        rows = visible.tolist()
+        if not self._gradients.measured:
             self._trends = {}
             return
-        if self.slow_link and self._frames % FRUGAL_FRAMES and visible.tolist() == self._trending:
+        if self.slow_link and self._frames % FRAMES_PER_TREND and rows == self._trend_rows:
             return
-        self._trends, self._trending = {}, visible.tolist()
-        cells = COLUMNS[-1].width
-        start, stop = window(self._values.last_step, self._trend_steps(), coarse=self.slow_link)
-        wanted: list[int] = []
-        parts: list[tuple[int, int]] = []
-        for node in visible.tolist():
-            members = (
-                self.modules.members[node] if self.modules.is_branch(node) else np.array([node])
-            )
-            if len(members) <= MOST_MEMBERS:
-                parts.append((node, len(members)))
-                wanted += members.tolist()
-        if not wanted:
+        self._trends, self._trend_rows = {}, rows
+        parameters = {row: self._parameters_of(row) for row in rows}
+        drawn = {row: p for row, p in parameters.items() if len(p) <= MAX_TREND_PARAMETERS}
+        if not drawn:
             return
-        high, nonfinite = self._values.highest(wanted, start, stop, cells)
-        squares = np.square(high.astype(np.float64))
-        starts = np.concatenate([[0], np.cumsum([count for _, count in parts])[:-1]])
-        values = np.sqrt(np.add.reduceat(squares, starts, axis=0)).astype(np.float32)
-        bad = np.logical_or.reduceat(nonfinite, starts, axis=0)
-        drawn = sparklines(values, bad, self.glyphs, hold=True)
-        self._trends = {node: line for (node, _), line in zip(parts, drawn, strict=True)}
-        title = f"last {self._trend_steps():,}"
-        if self.columns[-1].title != title:
-            self.columns = (*COLUMNS[:-1], replace(COLUMNS[-1], title=title))
+        steps = self._trend_steps()
+        window = step_window(self._gradients.last_step, steps, coarse=self.slow_link)
+        every = np.concatenate(list(drawn.values())).tolist()
+        high, nonfinite = self._gradients.maxima(every, *window, TREND_WIDTH)
+        starts = np.cumsum([0, *(len(p) for p in drawn.values())])[:-1]
+        sums = np.add.reduceat(np.square(high.astype(np.float64)), starts, axis=0)
+        nonfinite = np.logical_or.reduceat(nonfinite, starts, axis=0)
+        lines = sparklines(np.sqrt(sums).astype(np.float32), nonfinite, self.glyphs, hold=True)
+        self._trends = dict(zip(drawn, lines, strict=True))
+        *others, trend = self.columns
+        self.columns = (*others, replace(trend, title=f"last {steps:,}"))
 
-    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
-        """Name, norm, share, trend."""
-        palette, glyphs, tree = self.palette, self.glyphs, self.modules
-        branch = tree.is_branch(row)
-        norm = float(self._norms[row]) if row < len(self._norms) else float("nan")
-        finite = np.isfinite(norm)
-        flat = self.sorting != "model" or bool(self.filter)
-        style = palette.provisional if self._provisional else palette.text
-        out: Row = []
-        for column, width in zip(columns, widths, strict=True):
-            if column.key == "name":
-                out.append(
-                    Segment(self._label_of(row, branch, flat, width), _named(self, row, branch))
-                )
-            elif column.key == "norm":
-                measured = self._values.measured or self._provisional
-                text = f.number(norm, width) if measured else glyphs.missing.rjust(width)
-                out.append(Segment(text, style if finite or not measured else palette.error))
-            elif column.key == "share":
-                share = (norm / self._total) ** 2 if finite and self._total > 0 else None
-                out.append(Segment(f.percent(share, width, 0), palette.dim))
-            else:
-                trend = self._trends.get(row, "").ljust(width)[:width]
-                out.append(Segment(trend, palette.norm if not branch else palette.loss_raw))
-        return out
+    def _parameters_of(self, row: int) -> NDArray[np.int64]:
+        return self.name_tree.leaves[row] if self.name_tree.is_module(row) else np.array([row])
 
     def _trend_steps(self) -> int:
         """Steps that a trend covers: more where the norms are measured less often, so that every
         cell has a value."""
-        return max(TREND_STEPS, int(nice_above(2 * self._values.every * COLUMNS[-1].width)))
+        return max(MIN_TREND_STEPS, int(round_up(2 * self._gradients.every * TREND_WIDTH)))
 
-    def _label_of(self, row: int, branch: bool, flat: bool, width: int) -> str:
-        tree, glyphs = self.modules, self.glyphs
-        if flat:
-            return fitted(f" {tree.names[row]}", width, left=True)
-        sign = (glyphs.folded if row in tree.folded else glyphs.unfolded) if branch else " "
-        count = f" {len(tree.members[row])}" if row in tree.folded else ""
-        indent = "  " * tree.depths[row]
+    def _name_cell(self, row: int) -> Cell:
+        tree, glyphs = self.name_tree, self.glyphs
+        module = tree.is_module(row)
+        style = "strong" if module else self._name_styles.get(tree.names[row], "text")
+        if self.sort_key != "model" or self.filter:
+            return Cell(f" {tree.names[row]}", style)
+        folded = row in tree.folded
+        arrow = (glyphs.folded if folded else glyphs.unfolded) if module else " "
+        count = f" {len(tree.leaves[row])}" if folded else ""
         label = tree.labels[row].removesuffix(".weight")
-        return fitted(f"{indent}{sign} {label}{count}", width, left=True)
+        return Cell(f"{'  ' * tree.depths[row]}{arrow} {label}{count}", style)
+
+    def _norm_cell(self, row: int) -> Cell | float | None:
+        if not self._measured:
+            return None
+        norm = float(self._norms[row])
+        return Cell(norm, "provisional") if self._provisional else norm
+
+    def _share_cell(self, row: int) -> float | None:
+        norm = float(self._norms[row])
+        finite = np.isfinite(norm) and self._total_norm > 0
+        return (norm / self._total_norm) ** 2 if finite else None
+
+    def _trend_cell(self, row: int) -> Cell:
+        return Cell(
+            self._trends.get(row, ""), "loss_raw" if self.name_tree.is_module(row) else "norm"
+        )
 
 
-def _age(behind: int, every: int) -> str:
-    """How old the values are, and, where that is so by design, how often they are measured."""
-    return f"{ago(behind)}, every {every:,}" if every > 1 else ago(behind)
-
-
-def _named(panel: GradientsPanel, row: int, branch: bool) -> Style:
-    """Names of Wq, Wk and Wv wear their colours everywhere."""
-    palette = panel.palette
-    if branch:
-        return palette.strong
-    name = panel.modules.names[row]
-    info = panel.snapshot.info
-    for layer in info.attention if info and len(info.attention) <= 128 else ():
-        if layer.kind in ("fused", "multihead"):
-            continue
-        for letter, part in (("q", layer.query), ("k", layer.key), ("v", layer.value)):
-            if name == part:
-                return palette.series(letter)
-    return palette.text
+def _attention_styles(snapshot: Snapshot) -> dict[str, str]:
+    """The styles of the names of Wq, Wk and Wv, which have the same colours everywhere."""
+    info = snapshot.info
+    if info is None or len(info.attention) > MAX_COLOURED_LAYERS:
+        return {}
+    styles: dict[str, str] = {}
+    for layer in info.attention:
+        if layer.kind not in ("fused", "multihead"):  # one parameter holds all three
+            styles |= {layer.query: "q", layer.key: "k", layer.value: "v"}
+    return styles

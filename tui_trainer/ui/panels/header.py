@@ -1,9 +1,10 @@
-"""The two lines at the top: which run this is and how it is, and how far it has come."""
+"""The lines at the top of the screens: the run and its state, its progress, facts about its data,
+and a banner when something is wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 from rich.cells import cell_len
 from rich.segment import Segment
@@ -11,78 +12,71 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import formatting as f
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.panels.base import Item, Panel
-from tui_trainer.ui.widgets.lines import DrawingContext, Row
+from tui_trainer.protocol.text import strip_escapes, truncate, truncate_middle
+from tui_trainer.ui.panels.base import Figure, Panel, newest_value
+from tui_trainer.ui.widgets.lines import DrawingContext, Row, Span
 
 WIDE = 120
-"""Columns from which the budget stands beside an own cost that exceeds it."""
-OVER = 1.1
-"""Times the budget: less is no excess, but the swing of a cost that is kept at it."""
-FAR_OVER = 5.0
-"""Times the budget: what deserves a warning colour. Steps of a few milliseconds are always over,
-and nobody wants to look at a warning all day that only says so."""
+"""Columns from which the budget is shown beside an overhead that exceeds it."""
+OVER_BUDGET = 1.1
+"""Times the budget: an overhead that is kept at the budget fluctuates around it."""
+FAR_OVER_BUDGET = 5.0
+"""Times the budget, shown as a warning. With steps of a few milliseconds the overhead is above the
+budget all the time, which deserves no warning."""
+STATE_WIDTH = 8
+MIN_NAME_WIDTH = 12
+MAX_MESSAGE_SHARE = 24
+"""Cells of the message for which the run's name gives way."""
+MIN_BAR_WIDTH = 12
 
 
 class HeaderLine(Panel):
-    """Title, name, state, what the run is doing or why it stands still; device and link at the
-    right."""
+    """Title, name and state of the run, a message, and at the right device and connection.
+
+    Where there is little room, the device gives way first, then the name and last the message;
+    title, state and connection stay.
+    """
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """One row. Where there is little room the device goes first, then the name, and last the
-        words that say what the run does; title, state and link stay."""
-        info, palette = self.snapshot.info, self.palette
+        """One row."""
+        info = self.snapshot.info
         title = (info.title or info.name) if info else "tui-trainer"
-        sign, word, style = self._state()
-        state = f"{sign} {word:<8}"
-        about = self._about()
-        left = size.width - 2 - len(title) - 2 - len(state)
+        sign, word, state_style = self._state()
+        state = f"{sign} {word:<{STATE_WIDTH}}"
         link, link_style = self._link()
-        left -= len(link)
-        said = len(about) + 2 if about else 0
-        name = self._run_name(left - min(said, 24))
+        message = self._message()
+        message_width = len(message) + 2 if message else 0
+        left = size.width - 2 - len(title) - 2 - len(state) - len(link)
+        name = self._run_name(left - min(message_width, MAX_MESSAGE_SHARE))
         left -= len(name)
-        facts = self._facts(left - max(said, 2), size.width >= WIDE)
-        used = sum(len(segment.text) for segment in facts)
-        about = truncate_middle(about, max(0, left - used - 2), self.glyphs.ellipsis)
-        gap = max(1, left - used - len(about))
-        return [
-            [
-                Segment(f" {title}", palette.strong),
-                Segment(name, palette.dim),
-                Segment("  ", palette.text),
-                Segment(state, style),
-                Segment(f" {about}", palette.text),
-                Segment(" " * (gap - 1), palette.text),
-                *facts,
-                Segment(f"{link} ", link_style),
-            ]
-        ]
+        facts = self._facts(left - max(message_width, 2), size.width >= WIDE)
+        left -= sum(len(segment.text) for segment in facts)
+        message = truncate_middle(message, max(0, left - 2), self.glyphs.ellipsis)
+        gap = max(1, left - cell_len(message))
+        row = self.styled([(f" {title}", "strong"), (name, "dim"), ("  ", "text")])
+        row.append(Segment(state, state_style))
+        row += self.styled([(f" {message}", "text"), (" " * (gap - 1), "text")])
+        return [[*row, *facts, Segment(f"{link} ", link_style)]]
 
     def _run_name(self, room: int) -> str:
-        """What to call the run by, for `tui-trainer attach`; unless the title says it."""
+        """The name by which to attach to the run, unless it is the title."""
         info = self.snapshot.info
-        if info is None or not info.name or info.name == info.title:
+        if info is None or info.name in ("", info.title):
             return ""
-        whole = f"  {info.name}"
-        if len(whole) <= room:
-            return whole
-        return (
-            f"  {truncate_middle(info.name, room - 2, self.glyphs.ellipsis)}" if room >= 14 else ""
-        )
+        if len(info.name) + 2 <= room:
+            return f"  {info.name}"
+        if room < MIN_NAME_WIDTH + 2:
+            return ""
+        return f"  {truncate_middle(info.name, room - 2, self.glyphs.ellipsis)}"
 
     def _state(self) -> tuple[str, str, Style]:
-        status, link, palette, glyphs = (
-            self.snapshot.status,
-            self.snapshot.link,
-            self.palette,
-            self.glyphs,
-        )
+        """(sign, word, style)"""
+        status, link = self.snapshot.status, self.snapshot.link
+        palette, glyphs = self.palette, self.glyphs
         if status.state == "crashed":
             return glyphs.failed, "crashed", palette.error
         if status.ended:
@@ -95,10 +89,11 @@ class HeaderLine(Panel):
             return glyphs.running, "running", palette.good
         return glyphs.waiting, status.state, palette.dim
 
-    def _about(self) -> str:
+    def _message(self) -> str:
+        """The answer to the last command, or what the run is doing or why it is paused."""
         status = self.snapshot.status
-        if said := cast("DrawingContext", self.app).status_message:
-            return said
+        if answer := cast("DrawingContext", self.app).status_message:
+            return answer
         if status.state == "paused":
             return f"after {status.phase}" if status.phase else status.reason
         if status.state == "starting":
@@ -109,116 +104,116 @@ class HeaderLine(Panel):
             return f"at most {status.throttle:g} steps/s"
         return ""
 
-    def _memory(self) -> float | None:
-        """Bytes on the accelerator, or of the training process where there is none."""
-        history = self.snapshot.history.table(schema.MEMORY)
-        latest = history.latest() if history is not None else None
-        if latest is None:
-            return None
-        device, _, host = (float(value) for value in latest[1][:3])
-        return device if device == device else host
-
     def _link(self) -> tuple[str, Style]:
+        """The connection to the run, and its style."""
         link = self.snapshot.link
-        latency = f" {link.latency_ms:.0f} ms" if link.latency_ms and link.latency_ms >= 1 else ""
-        style = self.palette.error if link.state in ("lost", "closed") else self.palette.dim
-        if link.state == "closed" and self.snapshot.status.ended:
-            style = self.palette.dim  # nothing is wrong: the run is over
-        slow = " slow link" if cast("DrawingContext", self.app).link.slow else ""
-        if link.state == "live" and link.message:  # nothing has come for a while
+        slow = " slow link" if self.slow_link else ""
+        if link.state == "live" and link.message:  # nothing has arrived for a while
             return f"{link.message}{slow}", self.palette.warning
+        latency = f" {link.latency_ms:.0f} ms" if link.latency_ms and link.latency_ms >= 1 else ""
+        broken = link.state == "lost" or (link.state == "closed" and not self.snapshot.status.ended)
+        style = self.palette.error if broken else self.palette.dim
         return f"{self._role()}{slow}{latency}", style
 
     def _role(self) -> str:
-        """Whether this screen steers: worth a word where there is more than one."""
+        """The state of the link; with several viewers, whether this one controls the run."""
         link, status = self.snapshot.link, self.snapshot.status
         if link.read_only:
-            return "watching only"
+            return "read-only"
         if link.state != "live" or status.controller is None or len(status.viewers) < 2:
             return link.state
         return "in control" if status.controller == link.viewer_id else "watching"
 
     def _facts(self, room: int, wide: bool) -> Row:
-        """Device, memory and own cost, as many as fit: those that matter least go first."""
-        info, dot = self.snapshot.info, f" {self.glyphs.separator} "
-        facts: list[tuple[int, str]] = []
-        style = self.palette.dim
+        """Device, memory and overhead, as many as fit; the least important are left out first."""
+        info, separator = self.snapshot.info, f" {self.glyphs.separator} "
+        facts: list[tuple[int, Span]] = []
+        """(rank, fact): a higher rank is left out earlier."""
         if info and info.device:
             device = info.device
-            facts.append((3, device.kind))
-            facts.append((5 if device.kind == "cpu" else 2, device.name))
+            facts.append((3, (device.kind, "dim")))
+            facts.append((5 if device.kind == "cpu" else 2, (device.name, "dim")))
             if device.threads:
-                facts.append((4, f"{device.threads} thread{'' if device.threads == 1 else 's'}"))
+                threads = f"{device.threads} thread{'' if device.threads == 1 else 's'}"
+                facts.append((4, (threads, "dim")))
         if (memory := self._memory()) is not None:
-            facts.append((1, f.bytes_(memory, 0)))
-        if (share := self.snapshot.status.cost_share) is not None:
-            cost, budget = f"own cost {f.percent(share, 0, 2)}", info.budget if info else 0.0
-            if 0 < budget * OVER < share:
-                style = self.palette.warning if share > FAR_OVER * budget else self.palette.text
-                cost += f" of {100 * budget:.3g}%" if wide else ""
-            facts.append((0, cost))
-        while facts and len(dot.join(text for _, text in facts)) + len(dot) > room:
+            facts.append((1, (formatting.bytes_(memory, 0), "dim")))
+        if (overhead := self._overhead(wide)) is not None:
+            facts.append((0, overhead))
+        while facts and sum(len(text) + len(separator) for _, (text, _) in facts) > room:
             facts.remove(max(facts))
-        row: Row = []
-        for place, text in facts:
-            row.append(Segment(text, self.palette.dim if place else style))
-            row.append(Segment(dot, self.palette.dim))
-        return row
+        return self.styled(span for _, fact in facts for span in (fact, (separator, "dim")))
+
+    def _memory(self) -> float | None:
+        """Bytes on the accelerator, or of the training process where there is none."""
+        table = self.snapshot.history.table(schema.MEMORY)
+        device = newest_value(table, "device_bytes")
+        if device is not None and device == device:
+            return device
+        return newest_value(table, "host_bytes")
+
+    def _overhead(self, wide: bool) -> Span | None:
+        """The share of step time that measuring takes; where it exceeds the budget, with that."""
+        share, info = self.snapshot.status.cost_share, self.snapshot.info
+        if share is None:
+            return None
+        text = f"overhead {formatting.percent(share, 0, 2)}"
+        budget = info.budget if info else 0.0
+        if not 0 < budget * OVER_BUDGET < share:
+            return text, "dim"
+        if wide:
+            text = f"{text} (budget {100 * budget:.3g}%)"
+        return text, "warning" if share > FAR_OVER_BUDGET * budget else "text"
 
 
 class ProgressLine(Panel):
-    """A bar and the figures: step, epoch, speed, elapsed and remaining time, memory, own cost."""
+    """A progress bar and step, speed, remaining time, epoch, elapsed time and throughput."""
 
     DEFAULT_CSS = "ProgressLine { height: 1; }"
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """One row; the figures that matter least go first when there is no room."""
-        palette = self.palette
-        items = self._items()
-        minimum = 12
+        """One row; the figures that do not fit are left out, the last ones first."""
         row: Row = []
-        left = size.width - 2 - minimum
-        for label, value, style in items:
-            cost = len(label) + len(value) + 3
-            if cost > left:
+        left = size.width - 2 - MIN_BAR_WIDTH
+        for label, value, style in self._figures():
+            needed = len(label) + len(value) + (3 if label else 2)
+            if needed > left:
                 break
             row += (
-                Segment("  ", palette.text),
+                Segment("  ", self.palette.text),
                 Segment(value, style),
-                Segment(f" {label}" if label else "", palette.dim),
+                Segment(f" {label}" if label else "", self.palette.dim),
             )
-            left -= cost - (0 if label else 1)
-        return [[Segment(" ", palette.text), *self._bar(minimum + max(0, left)), *row]]
+            left -= needed
+        bar = self._bar(MIN_BAR_WIDTH + max(0, left))
+        return [[Segment(" ", self.palette.text), *bar, *row]]
 
     def _bar(self, width: int) -> Row:
-        info, status, palette, glyphs = (
-            self.snapshot.info,
-            self.snapshot.status,
-            self.palette,
-            self.glyphs,
-        )
+        info, step = self.snapshot.info, self.snapshot.status.step
         total = info.total_steps if info else None
-        share = min(1.0, status.step / total) if total else 0.0
-        done = int(share * width)
+        filled = int(min(1.0, step / total) * width) if total else 0
         return [
-            Segment(glyphs.bar * done, palette.accent),
-            Segment(glyphs.track * (width - done), palette.faint),
+            Segment(self.glyphs.bar * filled, self.palette.accent),
+            Segment(self.glyphs.track * (width - filled), self.palette.faint),
         ]
 
-    def _items(self) -> list[Item]:
+    def _figures(self) -> list[Figure]:
         info, status, palette = self.snapshot.info, self.snapshot.status, self.palette
         total = info.total_steps if info else None
         width = len(f"{total:,}") if total else 9
         steps = f"{status.step:,}".rjust(width) + (f"/{total:,}" if total else "")
-        items: list[Item] = [("", f"step {steps}", palette.strong)]
-        items.append(("steps/s", self._speed(), palette.text))
-        items.append(("left", _clock(status.remaining_s), palette.text))
-        items.append(("elapsed", _clock(status.elapsed_s), palette.text))
-        if info and info.items_per_step:
-            items.append((f"{info.item_unit}/s", f.count(status.items_per_second, 6), palette.text))
+        figures: list[Figure] = [
+            ("", f"step {steps}", palette.strong),
+            ("steps/s", self._speed(), palette.text),
+            ("left", _clock(status.remaining_s), palette.text),
+        ]
         if info and info.steps_per_epoch:
-            items.insert(3, ("epoch", f"{status.epoch:6.2f}", palette.text))
-        return items
+            figures.append(("epoch", f"{status.epoch:6.2f}", palette.text))
+        figures.append(("elapsed", _clock(status.elapsed_s), palette.text))
+        if info and info.items_per_step:
+            throughput = formatting.count(status.items_per_second, 6)
+            figures.append((f"{info.item_unit}/s", throughput, palette.text))
+        return figures
 
     def _speed(self) -> str:
         speed = self.snapshot.status.steps_per_second
@@ -228,19 +223,13 @@ class ProgressLine(Panel):
 
 
 def _clock(seconds: float | None) -> str:
-    """As wide as minutes and seconds, or as hours, days: it grows once, not every minute."""
-    return f.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)
-
-
-# ---- banner
-# One line across the screen when the run has ended, crashed, or cannot be reached.
-
-
-BOLD = Style(bold=True)
+    """As wide as minutes and seconds, or as days: the width changes once, not every minute."""
+    return formatting.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)
 
 
 class Banner(Panel):
-    """Hidden while all is well. The history stays visible below it."""
+    """A line across the screen when the run has ended or cannot be reached, with a hint below it;
+    hidden otherwise."""
 
     DEFAULT_CSS = """
     Banner { height: 1; display: none; }
@@ -249,17 +238,17 @@ class Banner(Panel):
     """
 
     def show(self, snapshot: Snapshot) -> None:
-        """Appear when there is something to say."""
+        """Draw a snapshot, and appear or disappear."""
         self.snapshot = snapshot
-        kind, _, hint = self._said()
+        kind, _, hint = self._message()
         self.set_class(bool(kind), "-shown")
         self.set_class(bool(hint), "-hinted")
         self.update_rows()
 
-    def _said(self) -> tuple[str, str, str]:
-        """(kind, what happened, what to do)."""
+    def _message(self) -> tuple[Literal["error", "warning", "end", ""], str, str]:
+        """(kind, what happened, what to do about it)"""
         status, link = self.snapshot.status, self.snapshot.link
-        if link.state == "replay" and link.message:  # how the run ended, the header has too
+        if link.state == "replay" and link.message:  # the header says how the run ended
             return "warning", link.message, link.hint
         if status.state == "crashed" and status.refused:
             return "error", f"could not start: {status.reason}", status.hint
@@ -276,36 +265,28 @@ class Banner(Panel):
             return "warning", status.recording, ""
         return "", "", ""
 
-    def _cut(self, text: str, room: int) -> str:
-        """A sentence is told from its beginning."""
-        return text if len(text) <= room else f"{text[: max(0, room - 1)]}{self.glyphs.ellipsis}"
-
     def rows(self, size: Size) -> Sequence[Row]:
-        """The sentence, and the hint below it."""
-        kind, text, hint = self._said()
-        palette = self.palette
-        style = {"error": palette.error, "warning": palette.warning}.get(kind, palette.accent)
+        """The message, and the hint below it."""
+        kind, message, hint = self._message()
+        style = "accent" if kind in ("end", "") else kind
         sign = self.glyphs.ended if kind == "end" else self.glyphs.failed
-        # An error's first line is what a person must read; the log has the rest.
-        first = text.splitlines()[0] if text else ""
+        first_line = message.splitlines()[0] if message else ""  # the log has the rest
         room = size.width - 4
-        rows: list[Row] = [[Segment(f" {sign} {self._cut(first, room)}", style + BOLD)]]
+        text = truncate(first_line, room, self.glyphs.ellipsis)
+        rows = [self.styled([(f" {sign} {text}", f"{style} bold")])]
         if hint:
-            rows.append([Segment(f"   {self._cut(' '.join(hint.split()), room)}", palette.dim)])
+            hint = truncate(" ".join(hint.split()), room, self.glyphs.ellipsis)
+            rows.append(self.styled([(f"   {hint}", "dim")]))
         return rows
 
 
-# ---- facts
-# One dim line on the data: how many images or characters, batches per epoch, updates in all.
-
-
-IN_HEADER = ("device", "threads")
-"""Facts that the header says in its own words."""
+SHOWN_IN_HEADER = ("device", "threads")
+"""Facts that the header line shows in its own way."""
 
 
 class FactsLine(Panel):
-    """What a task says of its data, as many facts as fit: counts first, in the task's order, then
-    texts such as a path. A run that has nothing to say of it has no such line."""
+    """Facts about the data (images, characters, batches per epoch, …), as many as fit; hidden for
+    runs that have none."""
 
     DEFAULT_CSS = """
     FactsLine { height: 1; display: none; }
@@ -313,29 +294,28 @@ class FactsLine(Panel):
     """
 
     def show(self, snapshot: Snapshot) -> None:
-        """Take the room before the facts are known: nothing moves when they come."""
+        """Draw a snapshot. The line appears before its facts are known, so that nothing moves when
+        they arrive."""
         info = snapshot.info
-        to_come = info is not None and info.task != "script" and snapshot.status.state == "starting"
-        self.set_class(bool(info and info.facts) or to_come, "-known")
+        starting = snapshot.status.state == "starting"
+        expected = starting and info is not None and info.task != "script"
+        self.set_class(bool(info and info.facts) or expected, "-known")
         super().show(snapshot)
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """The one row."""
-        palette, info = self.palette, self.snapshot.info
-        row: Row = [Segment(" ", palette.text)]
-        left = size.width - 2
-        for name, value in facts_of(info) if info else ():
-            between = f" {self.glyphs.separator} " if len(row) > 1 else ""
-            cost = cell_len(f"{between}{name} {value}")
-            if cost > left:
+        """One row."""
+        info = self.snapshot.info
+        text = ""
+        for name, value in shown_facts(info) if info else ():
+            longer = f"{text} {self.glyphs.separator} {name} {value}" if text else f"{name} {value}"
+            if cell_len(longer) > size.width - 2:
                 break
-            row.append(Segment(f"{between}{name} {value}", palette.dim))
-            left -= cost
-        return [row]
+            text = longer
+        return [self.styled([(f" {text}", "dim")])]
 
 
-def facts_of(info: RunInfo) -> list[tuple[str, str]]:
-    """The facts that are worth a line, in the order in which they are left out last."""
-    facts = [(n, value) for n, value in info.facts.items() if n not in IN_HEADER]
+def shown_facts(info: RunInfo) -> list[tuple[str, str]]:
+    """(name, value) of the facts about the data: counts first, then texts such as a path."""
+    facts = [fact for fact in info.facts.items() if fact[0] not in SHOWN_IN_HEADER]
     facts.sort(key=lambda fact: isinstance(fact[1], str))
-    return [(strip_escapes(name), strip_escapes(f.scalar(value))) for name, value in facts]
+    return [(strip_escapes(name), strip_escapes(formatting.scalar(value))) for name, value in facts]

@@ -1,100 +1,103 @@
-"""The text of the help: keys and explanations, in as many columns as the width allows."""
+"""The text of the help (keys, phases, quantities, signs), and its view in columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.keys import KeyGroup
-from tui_trainer.ui.panels.attention import SHOWN_STATISTICS
-from tui_trainer.ui.widgets.lines import Line, LinesView
-from tui_trainer.ui.widgets.text import stretched
+from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
+from tui_trainer.ui.panels.staleness import slowed_tables
+from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 
-# ---- explanations
-# What a step is made of and what is measured, in a sentence each, for people who learn.
+Entries = tuple[tuple[str, str], ...]
+"""(key, name or sign, what it means)"""
 
-
-PHASES = (
-    ("data", "the next batch of inputs and targets is fetched"),
-    ("zero_grad", "the gradients of the step before are thrown away"),
+PHASES: tuple[tuple[Phase, str], ...] = (
+    ("data", "the next batch of inputs and targets is loaded"),
+    ("zero_grad", "the gradients of the previous step are cleared"),
     ("forward", "the model turns inputs into predictions"),
-    ("loss", "one number says how wrong they are"),
-    ("backward", "from it, the gradient of every parameter: where to go to make it smaller"),
-    ("clip", "a gradient that is too long is shortened, its direction kept"),
-    ("step", "the optimizer moves the parameters, a little, against the gradient"),
+    ("loss", "one number says how wrong the predictions are"),
+    ("backward", "the gradient of the loss with respect to every parameter is computed"),
+    ("clip", "a gradient that is too long is scaled down; its direction stays"),
+    ("step", "the optimizer moves each parameter a little against its gradient"),
 )
 
-QUANTITIES = (
-    ("loss", "what training makes smaller; validation: the same on data never trained on"),
+QUANTITIES: Entries = (
+    ("loss", "what training minimizes; validation is the same on data that is not trained on"),
     ("gradient norm", "‖∂L/∂p‖₂ of a parameter, before clipping and after un-scaling"),
-    ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its threshold"),
+    ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its limit"),
     (
         "clip scale",
         "by norm min(1, max_norm / (norm + 1e-6)), by value the norm after / the norm before: "
         "below 1 the step was clipped",
     ),
-    ("share", "‖gᵢ‖² / Σ‖g‖²: how much of the total norm is this parameter's"),
-    ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, above 1e-2 too fast"),
-    ("weight norm", "‖w‖₂; without weight decay it mostly grows"),
-    ("non-finite", "NaN or infinity: usually a step too large, or a number too big for its type"),
+    ("share", "‖gᵢ‖² / Σ‖g‖²: a parameter's part of the squared total norm"),
+    ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, too large above 1e-2"),
+    ("weight norm", "‖w‖₂; without weight decay it usually grows"),
+    ("non-finite", "nan or inf: usually a step that is too large, or an overflow of the data type"),
     (
-        "own cost",
-        "time that our code takes on the training thread, by its own clock, as a share of all its "
-        "time. Not in it: caches that it empties, threads it wakes, what the viewer and other "
-        "processes take of the machine",
+        "overhead",
+        "time that tui-trainer takes on the training thread, as a share of step time. Not counted: "
+        "caches it evicts, threads it wakes, and what the viewer and other processes use",
     ),
 )
 
-ATTENTION = tuple(
-    (each.title, f"{each.means}. Healthy: {each.healthy}") for each in SHOWN_STATISTICS
+ATTENTION: Entries = tuple(
+    (statistic.title, f"{statistic.meaning}. Healthy: {statistic.healthy}")
+    for statistic in SHOWN_STATISTICS
 )
 
 
-def cadences(info: RunInfo | None) -> tuple[tuple[str, str], ...]:
-    """What is measured less often now than it naturally is, to stay within the run's budget."""
+def cadence_entries(info: RunInfo | None) -> Entries:
+    """The tables that are measured less often to stay within the overhead budget."""
     if info is None:
         return ()
-    nothing = ("nothing", "each quantity is measured as often as it naturally is")
-    return tuple(stretched(info)) or (nothing,)
+    return tuple(slowed_tables(info)) or (("none", "every quantity is measured at its own rate"),)
 
 
-def signs(glyphs: Glyphs) -> tuple[tuple[str, str], ...]:
-    """What the signs mean, as `glyphs` has them."""
+def sign_entries(glyphs: Glyphs) -> Entries:
+    """The signs as they are drawn with `glyphs`."""
     return (
-        (glyphs.point, "on the loss: a validation; on the line of a replay: a note"),
-        (glyphs.deed, "on the axis of a chart: a command or a note was given there"),
-        (glyphs.mark, "on the axis of the clipping, on the line of a replay: a clipped step"),
-        (glyphs.failed, "on the line of a replay: a value that was not finite"),
+        (glyphs.point, "on the loss chart, a validation; on the line of a replay, a mark"),
+        (glyphs.user_event, "on a step axis: a user gave a command or set a mark"),
+        (glyphs.mark, "on the axis of the clipping chart and the line of a replay: a clipped step"),
+        (glyphs.failed, "on a step axis and the line of a replay: a value that was not finite"),
         (glyphs.ascending, "on the line of a replay: the worst spike of the loss"),
-        ("yellow, slanted", "a value of the step in the making, while paused inside it"),
-        ("layer*", "there is a note on this layer: screen 2 has it where the cursor is on it"),
+        ("yellow, italic", "provisional: a value of the unfinished step that the run is paused in"),
+        ("layer*", "there is a note on this layer: screen 2 shows it under the cursor"),
         (glyphs.missing, "not measured yet"),
         ("n/a", "a comparison that has no meaning here; the screen says why"),
-        ("! in a trend", "something was not finite there"),
+        ("! in a trend", "a value that was not finite"),
     )
 
 
-COLUMN = 66
-"""Cells that a column of text needs to be read with ease."""
-GAP = 3
+COLUMN_WIDTH = 66
+"""Cells in which a text is easy to read."""
+COLUMN_GAP = 3
+MAX_COLUMNS = 3
+MAX_NAME_WIDTH = 20
+MIN_TEXT_WIDTH = 10
 
 
 @dataclass(frozen=True)
 class HelpBlock:
-    """A heading and its entries: what stands left (a key, a name) and what it means."""
+    """A heading and its entries: a key or a name, and what it means."""
 
     title: str
-    entries: tuple[tuple[str, str], ...]
+    entries: Sequence[tuple[str, str]]
     style: str = "accent"
+    """Of the names."""
 
 
-def blocks(
+def help_blocks(
     groups: Sequence[KeyGroup], glyphs: Glyphs, info: RunInfo | None = None
 ) -> list[HelpBlock]:
-    """All of the help, keys first. `info`: of the run whose stretched cadences are listed."""
+    """All of the help, keys first; `info` is that of the run whose cadences are listed."""
     keys = [
         HelpBlock(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))
         for group in groups
@@ -103,74 +106,74 @@ def blocks(
         *keys,
         HelpBlock("The phases of a step", PHASES, "strong"),
         HelpBlock("What is measured", QUANTITIES, "strong"),
-        HelpBlock("Stretched now, for the budget", cadences(info), "strong"),
+        HelpBlock("Measured less often to stay within the budget", cadence_entries(info), "strong"),
         HelpBlock("Attention: Wq, Wk, Wv of every layer", ATTENTION, "strong"),
-        HelpBlock("Signs", signs(glyphs), "strong"),
+        HelpBlock("Signs", sign_entries(glyphs), "strong"),
     ]
 
 
-class HelpView(LinesView):
-    """Blocks flow down one column, then the next."""
+class HelpView(ScrollingLines):
+    """Blocks in columns of about equal height."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._blocks: list[HelpBlock] = []
-        self._rows: list[Line] = []
+        self._blocks: Sequence[HelpBlock] = ()
+        self._layout: list[list[Span]] = []
 
-    def show_blocks(self, shown: list[HelpBlock]) -> None:
-        """Show these."""
-        self._blocks = shown
-        self.changed()
+    def show_blocks(self, blocks: Sequence[HelpBlock]) -> None:
+        """Show some blocks."""
+        self._blocks = blocks
+        self.lines_changed()
 
-    def changed(self, first: int = 0) -> None:
+    def lines_changed(self, first: int = 0) -> None:
         """Lay the text out for the present width."""
-        self._rows = self._lay_out()
-        super().changed(first)
+        self._layout = self._laid_out(max(1, self.view_size.width))
+        super().lines_changed(first)
 
-    def count(self) -> int:
+    def line_count(self) -> int:
         """Rows of the longest column."""
-        return len(self._rows)
+        return len(self._layout)
 
-    def line(self, index: int) -> Line:
+    def line(self, index: int) -> Row:
         """One row through all columns."""
-        return self._rows[index]
+        return self.styled(self._layout[index])
 
-    def _lay_out(self) -> list[Line]:
+    def _laid_out(self, width: int) -> list[list[Span]]:
         if not self._blocks:
             return []
-        number = max(1, min(3, (self.width + GAP) // (COLUMN + GAP)))
-        width = (self.width - GAP * (number - 1)) // number
-        made = [self._block(block, width) for block in self._blocks]
-        columns = _flow(made, number)
-        rows: list[Line] = []
+        count = max(1, min(MAX_COLUMNS, (width + COLUMN_GAP) // (COLUMN_WIDTH + COLUMN_GAP)))
+        column_width = (width - COLUMN_GAP * (count - 1)) // count
+        columns = _columns([self._block_rows(block, column_width) for block in self._blocks], count)
+        rows: list[list[Span]] = []
         for y in range(max(map(len, columns))):
-            row: Line = []
+            row: list[Span] = []
             for column in columns:
-                piece = column[y] if y < len(column) else []
-                used = sum(len(text) for text, _ in piece)
-                row += [*piece, (" " * (width - used + GAP), "")]
+                spans = column[y] if y < len(column) else []
+                used = sum(len(text) for text, _ in spans)
+                row += [*spans, (" " * (column_width - used + COLUMN_GAP), "text")]
             rows.append(row)
         return rows
 
-    def _block(self, block: HelpBlock, width: int) -> list[Line]:
+    def _block_rows(self, block: HelpBlock, width: int) -> list[list[Span]]:
         rule = self.glyphs.rule * max(0, width - len(block.title) - 1)
-        rows: list[Line] = [[(block.title, "title"), (f" {rule}", "faint")]]
-        left = min(max((len(name) for name, _ in block.entries), default=0) + 2, 20)
+        rows: list[list[Span]] = [[(block.title, "title"), (f" {rule}", "faint")]]
+        longest = max((len(name) for name, _ in block.entries), default=0)
+        left = min(longest + 2, MAX_NAME_WIDTH)
         for name, text in block.entries:
-            for place, part in enumerate(wrap(text, max(10, width - left))):
-                head = name if place == 0 else ""
-                rows.append([(f"{head:<{left}}"[: max(left, len(head))], block.style), (part, "")])
+            for number, part in enumerate(wrap(text, max(MIN_TEXT_WIDTH, width - left))):
+                head = name if number == 0 else ""
+                rows.append([(f"{head:<{left}}", block.style), (part, "text")])
         return [*rows, []]
 
 
-def _flow(made: list[list[Line]], number: int) -> list[list[Line]]:
-    """Blocks in order down `number` columns of about equal height, none cut in two."""
-    target = sum(map(len, made)) / number
-    columns: list[list[Line]] = [[]]
+def _columns(blocks: Sequence[list[list[Span]]], count: int) -> list[list[list[Span]]]:
+    """The rows of blocks in `count` columns of about equal height; no block is split."""
+    target = sum(map(len, blocks)) / count
+    columns: list[list[list[Span]]] = [[]]
     total = 0
-    for rows in made:
+    for rows in blocks:
         full = total + len(rows) / 2 > target * len(columns)
-        if full and len(columns) < number and columns[-1]:
+        if full and len(columns) < count and columns[-1]:
             columns.append([])
         columns[-1] += rows
         total += len(rows)

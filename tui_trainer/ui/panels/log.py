@@ -1,7 +1,7 @@
-"""The log as one list in time: what the script printed and what happened to the run.
+"""The log: what the script printed and what happened to the run, as one filtered list in order of
+time.
 
-Kept apart from its view, so that merging and filtering are tested without a screen. A snapshot
-holds the newest lines and events; `Log.take` picks those it has not seen, by their dense ids.
+`LogModel` is kept apart from its view, so that merging and filtering are tested without a screen.
 """
 
 from __future__ import annotations
@@ -11,280 +11,277 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from textual.message import Message
 
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.messages import Clip, Event, LogLine, NonFinite, Notice
+from tui_trainer.protocol.messages import Clip, Event, Level, LogLine, NonFinite, Notice
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate
-from tui_trainer.ui.widgets.lines import Line, LinesView
+from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 
-STDOUT, STDERR, EVENTS, CLIPS = "stdout", "stderr", "events", "clips"
-KINDS = (STDOUT, STDERR, EVENTS, CLIPS)
-KEPT = 8_000
+Kind = Literal["stdout", "stderr", "events", "clips"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_ENTRIES = 8_000
+"""About as many entries are kept; the oldest are dropped an eighth of it at a time."""
+MAX_CLIP_SHARES = 2
 
 T = TypeVar("T", LogLine, Event)
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line of the merged log."""
+    """One line of the log."""
 
     time: float
     step: int
-    kind: str
-    """One of `KINDS`."""
+    kind: Kind
     tag: str
-    """What it is, in at most ten letters: `stdout`, `clip`, `checkpoint`, …"""
-    level: str
-    """`info`, `warning` or `error`."""
+    """What it is in at most ten letters: `stdout`, `clip`, `checkpoint`, …"""
+    level: Level
     text: str
-    order: int = field(default=0, compare=False)
+    id: int = field(default=0, compare=False)
 
 
-def from_line(line: LogLine) -> LogEntry:
+def entry_of_line(line: LogLine) -> LogEntry:
     """What the script printed."""
-    stream = STDERR if line.stream == STDERR else STDOUT
-    return LogEntry(line.time, line.step, stream, stream, "info", strip_escapes(line.text), line.id)
+    text = strip_escapes(line.text)
+    return LogEntry(line.time, line.step, line.stream, line.stream, "info", text, line.id)
 
 
-def from_event(event: Event, info: RunInfo | None) -> LogEntry:
-    """What happened, in words."""
+def entry_of_event(event: Event, info: RunInfo | None) -> LogEntry:
+    """An event in words."""
     if isinstance(event, Clip):
-        return LogEntry(event.time, event.step, CLIPS, "clip", "info", _clip(event, info), event.id)
+        text = _clip_text(event, info)
+        return LogEntry(event.time, event.step, "clips", "clip", "info", text, event.id)
     if isinstance(event, NonFinite):
         where = f" in {event.parameter}" if event.parameter else ""
         text = f"{event.quantity} became {event.value}{where}{event.seen}"
-        return LogEntry(event.time, event.step, EVENTS, "non-finite", "error", text, event.id)
-    return _notice(event)
+        return LogEntry(event.time, event.step, "events", "non-finite", "error", text, event.id)
+    return _notice_entry(event)
 
 
-def _notice(event: Notice) -> LogEntry:
+def _notice_entry(event: Notice) -> LogEntry:
     text = strip_escapes(event.text.replace("\n", " · "))
     if event.who:
         text += f"  ({event.who})"
     tag = event.kind.replace("_", " ")
-    return LogEntry(event.time, event.step, EVENTS, tag, event.level, text, event.id)
+    return LogEntry(event.time, event.step, "events", tag, event.level, text, event.id)
 
 
-def _clip(event: Clip, info: RunInfo | None) -> str:
-    how = "value" if event.kind == "value" else "norm"
-    text = f"{how} {event.norm_before:.4g} over {event.max_norm:.4g}, scaled by {event.scale:.3g}"
-    names = info.parameters if info else ()
+def _clip_text(event: Clip, info: RunInfo | None) -> str:
+    """`norm 3.2 over 1, scaled by 0.31: blocks.0.mlp.weight 60%, …`"""
+    text = (
+        f"{event.kind} {event.norm_before:.4g} over {event.max_norm:.4g}, "
+        f"scaled by {event.scale:.3g}"
+    )
+    parameters = info.parameters if info else ()
     shares = [
-        f"{names[place].name} {share:.0%}"
-        for place, share in zip(event.parameters[:2], event.shares, strict=False)
-        if place < len(names)
+        f"{parameters[index].name} {share:.0%}"
+        for index, share in zip(event.parameters[:MAX_CLIP_SHARES], event.shares, strict=False)
+        if index < len(parameters)
     ]
     return f"{text}: {', '.join(shares)}" if shares else text
 
 
 class LogModel:
-    """Entries in order of time, and the filtered view of them."""
+    """Entries in order of time, and those of them that pass the filter."""
 
     def __init__(self) -> None:
         self.entries: list[LogEntry] = []
         self.shown: list[LogEntry] = []
-        self.counts = dict.fromkeys(KINDS, 0)
-        self.kinds = frozenset((STDOUT, STDERR, EVENTS))
-        """Clips are many: shown when asked for."""
-        self.worst_only = False
+        self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.kinds: frozenset[Kind] = frozenset(("stdout", "stderr", "events"))
+        """Clips are many, so they are hidden at first."""
+        self.warnings_only = False
         self.text = ""
         self._next_line = 0
         self._next_event = 0
 
-    def take(
+    def update(
         self, lines: Sequence[LogLine], events: Sequence[Event], info: RunInfo | None
     ) -> int | None:
-        """Take in what is new. Returns the first place of `shown` that changed, or None."""
-        fresh = [from_line(line) for line in _unseen(lines, self._next_line)]
-        fresh += [from_event(event, info) for event in _unseen(events, self._next_event)]
+        """Add the lines and events that are new, by their ids. Returns the first index of `shown`
+        that changed, or None."""
+        new = [entry_of_line(line) for line in _from_id(lines, self._next_line)]
+        new += [entry_of_event(event, info) for event in _from_id(events, self._next_event)]
         if lines:
             self._next_line = max(self._next_line, lines[-1].id + 1)
         if events:
             self._next_event = max(self._next_event, events[-1].id + 1)
-        if not fresh:
+        if not new:
             return None
-        for entry in fresh:
+        for entry in new:
             self.counts[entry.kind] += 1
-        fresh.sort(key=_when)
-        _merge(self.entries, fresh)
-        first = _merge(self.shown, [entry for entry in fresh if self.passes(entry)])
-        return 0 if self._forget_oldest() else first
+        new.sort(key=_order)
+        _merge(self.entries, new)
+        first_changed = _merge(self.shown, [entry for entry in new if self.passes(entry)])
+        return 0 if self._drop_oldest() else first_changed
 
     def filter(
         self,
         *,
-        kinds: Iterable[str] | None = None,
+        kinds: Iterable[Kind] | None = None,
         text: str | None = None,
-        worst_only: bool | None = None,
+        warnings_only: bool | None = None,
     ) -> None:
-        """Change what is shown."""
+        """Change what is shown; None leaves a criterion as it is."""
         self.kinds = self.kinds if kinds is None else frozenset(kinds)
         self.text = self.text if text is None else text.casefold()
-        self.worst_only = self.worst_only if worst_only is None else worst_only
+        self.warnings_only = self.warnings_only if warnings_only is None else warnings_only
         self.shown = [entry for entry in self.entries if self.passes(entry)]
 
     def passes(self, entry: LogEntry) -> bool:
-        """Whether the filter lets `entry` through."""
-        if self.worst_only and entry.level == "info":
+        """Whether an entry passes the filter."""
+        if self.warnings_only and entry.level == "info":
             return False
         if entry.kind not in self.kinds:
             return False
         return not self.text or self.text in entry.text.casefold() or self.text in entry.tag
 
     def find(self, text: str, start: int, backwards: bool = False) -> int | None:
-        """Place in `shown` of the next entry with `text` after `start`, going round at the ends."""
-        needle, size = text.casefold(), len(self.shown)
+        """Index in `shown` of the next entry after `start` that contains `text`; the search wraps
+        around at the end."""
+        needle, count = text.casefold(), len(self.shown)
         if not needle:
             return None
-        places = range(1, size + 1)
-        for step in places:
-            place = (start - step if backwards else start + step) % size
-            if needle in self.shown[place].text.casefold():
-                return place
+        for distance in range(1, count + 1):
+            index = (start - distance if backwards else start + distance) % count
+            if needle in self.shown[index].text.casefold():
+                return index
         return None
 
-    def _forget_oldest(self) -> bool:
-        extra = len(self.entries) - KEPT
-        if extra <= KEPT // 8:
+    def _drop_oldest(self) -> bool:
+        excess = len(self.entries) - MAX_ENTRIES
+        if excess <= MAX_ENTRIES // 8:
             return False
-        gone = self.entries[extra - 1]
-        del self.entries[:extra]
-        del self.shown[: bisect_right(self.shown, _when(gone), key=_when)]
+        newest_dropped = _order(self.entries[excess - 1])
+        del self.entries[:excess]
+        del self.shown[: bisect_right(self.shown, newest_dropped, key=_order)]
         return True
 
 
-def _when(entry: LogEntry) -> tuple[float, str, int]:
-    return entry.time, entry.kind, entry.order
+def _order(entry: LogEntry) -> tuple[float, str, int]:
+    return entry.time, entry.kind, entry.id
 
 
-def _unseen(items: Sequence[T], first: int) -> Sequence[T]:
-    """The tail of `items`, whose ids grow, from id `first` on."""
-    for back in count(1):
-        if back > len(items) or items[-back].id < first:
-            return items[len(items) - back + 1 :]
-    return ()
+def _from_id(items: Sequence[T], first: int) -> Sequence[T]:
+    """The items, whose ids grow, from id `first` on."""
+    return items[bisect_right(items, first - 1, key=lambda item: item.id) :]
 
 
-def _merge(into: list[LogEntry], fresh: list[LogEntry]) -> int | None:
-    """Merge sorted `fresh` into sorted `into`; the first place that changed."""
-    if not fresh:
+def _merge(entries: list[LogEntry], new: list[LogEntry]) -> int | None:
+    """Merge sorted entries into others; the first index that changed."""
+    if not new:
         return None
-    place = bisect_right(into, _when(fresh[0]), key=_when)
-    tail = into[place:]
-    del into[place:]
-    into += sorted([*tail, *fresh], key=_when) if tail else fresh
-    return place
+    index = bisect_right(entries, _order(new[0]), key=_order)
+    tail = entries[index:]
+    entries[index:] = sorted([*tail, *new], key=_order) if tail else new
+    return index
 
 
-# ---- log_view
-# The merged log, drawn line by line: 5,000 lines cost what is in sight.
+TIME_WIDTH, STEP_WIDTH, TAG_WIDTH = 8, 7, 11
+MIN_TEXT_WIDTH = 10
 
 
-TIME, STEP, TAG = 8, 7, 11
-_LEVELS = {"error": "error", "warning": "warning"}
+class LogView(ScrollingLines):
+    """Time, step, tag and text of each entry. It follows the end until it is scrolled up."""
 
+    class FollowChanged(Message):
+        """Following was switched on or off, with a key or by scrolling."""
 
-class LogView(LinesView):
-    """Time, step, kind, text. Follows the end until scrolled away from it."""
-
-    class Followed(Message):
-        """Following was switched on or off, by key or by scrolling."""
-
-    def __init__(self, log: LogModel, *, id: str | None = None) -> None:
+    def __init__(self, model: LogModel, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.log_model = log
+        self.model = model
         self.follow = True
-        self.since: float | None = None
+        self.relative_to: float | None = None
         """Times are shown since this moment (seconds since the epoch); None: by the clock."""
         self.found: int | None = None
-        """Place of the line that a search has found."""
-        self.needle = ""
-        self._shift = 0
+        """Index of the line that a search has found."""
+        self.search_text = ""
+        self._text_offset = 0
+        """Characters of the texts that are scrolled out to the left."""
 
-    def count(self) -> int:
-        """Lines that pass the filter."""
-        return len(self.log_model.shown)
+    def line_count(self) -> int:
+        """Entries that pass the filter."""
+        return len(self.model.shown)
 
-    def changed(self, first: int = 0) -> None:
-        """New lines: follow them if asked."""
-        super().changed(first)
+    def lines_changed(self, first: int = 0) -> None:
+        """Scroll to new lines when following."""
+        super().lines_changed(first)
         if self.follow:
-            self.scroll_to(y=self.max_scroll_y, animate=False, immediate=True, force=True)
+            self._scroll_to_line(self.max_scroll_y)
 
     def set_follow(self, follow: bool) -> None:
-        """Follow the end, or stand still."""
+        """Follow new lines, or stay where the view is."""
         if follow != self.follow:
             self.follow = follow
-            self.post_message(self.Followed())
+            self.post_message(self.FollowChanged())
         if follow:
-            self.scroll_to(y=self.max_scroll_y, animate=False, immediate=True, force=True)
+            self._scroll_to_line(self.max_scroll_y)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
-        """Scrolling up stops following; reaching the end takes it up again."""
+        """Scrolling up stops following; reaching the end resumes it."""
         super().watch_scroll_y(old_value, new_value)
         at_end = new_value >= self.max_scroll_y
         if at_end != self.follow and (new_value < old_value or at_end):
             self.follow = at_end
-            self.post_message(self.Followed())
+            self.post_message(self.FollowChanged())
 
-    def shift(self, by: int) -> None:
-        """Look further right (or back) in long lines, `by` half widths."""
-        wanted = max(0, self._shift + by * (self._room() // 2))
-        if wanted != self._shift:
-            self._shift = wanted
-            self.changed()
+    def scroll_text(self, by: int) -> None:
+        """Show long texts further right, or further left, by half of their column."""
+        offset = max(0, self._text_offset + by * (self._text_width() // 2))
+        if offset != self._text_offset:
+            self._text_offset = offset
+            self.lines_changed()
 
-    def show_found(self, place: int | None) -> None:
-        """Bring the line that a search has found into sight."""
-        self.found = place
-        if place is not None:
+    def show_found(self, index: int | None) -> None:
+        """Scroll to the line that a search has found."""
+        self.found = index
+        if index is not None:
             self.set_follow(False)
-            top = max(0, place - self.height // 2)
-            self.scroll_to(y=top, animate=False, immediate=True, force=True)
-        self.changed()
+            self._scroll_to_line(max(0, index - self.view_size.height // 2))
+        self.lines_changed()
 
-    # ------------------------------------------------------------ one line
+    def _scroll_to_line(self, y: int) -> None:
+        self.scroll_to(y=y, animate=False, immediate=True, force=True)
 
-    def _room(self) -> int:
-        return max(10, self.width - TIME - STEP - TAG - 3)
+    def _text_width(self) -> int:
+        return max(MIN_TEXT_WIDTH, self.view_size.width - TIME_WIDTH - STEP_WIDTH - TAG_WIDTH - 3)
 
-    def line(self, index: int) -> Line:
+    def line(self, index: int) -> Row:
         """One entry, cut to the width."""
-        entry = self.log_model.shown[index]
+        entry = self.model.shown[index]
         step = f"{entry.step:,}" if entry.step else ""
-        strong = index == self.found
-        level = _LEVELS.get(entry.level, "")
-        tag = level or ("warning" if entry.kind == STDERR else "dim")
-        return [
-            (self._time(entry), "accent reverse" if strong else "faint"),
-            (f" {step:>{STEP}} ", "dim"),
-            (f"{truncate(entry.tag, TAG - 1, self.glyphs.ellipsis):<{TAG}} ", tag),
-            *self._marked(self._text(entry), level),
-        ]
-
-    def _text(self, entry: LogEntry) -> str:
-        text = entry.text[self._shift :] if self._shift else entry.text
-        return truncate(text, self._room(), self.glyphs.ellipsis)
+        level_style = "text" if entry.level == "info" else entry.level
+        stderr_style = "warning" if entry.kind == "stderr" else "dim"
+        tag_style = stderr_style if entry.level == "info" else level_style
+        tag = truncate(entry.tag, TAG_WIDTH - 1, self.glyphs.ellipsis)
+        text = truncate(entry.text[self._text_offset :], self._text_width(), self.glyphs.ellipsis)
+        return self.styled(
+            [
+                (self._time(entry), "accent reverse" if index == self.found else "faint"),
+                (f" {step:>{STEP_WIDTH}} ", "dim"),
+                (f"{tag:<{TAG_WIDTH}} ", tag_style),
+                *self._highlighted(text, level_style),
+            ]
+        )
 
     def _time(self, entry: LogEntry) -> str:
-        if self.since is not None:
-            return formatting.duration(entry.time - self.since, TIME)
+        if self.relative_to is not None:
+            return formatting.duration(entry.time - self.relative_to, TIME_WIDTH)
         try:
             return time.strftime("%H:%M:%S", time.localtime(entry.time))
-        except (ValueError, OverflowError, OSError):  # no time at all: a damaged recording
-            return " " * TIME
+        except (ValueError, OverflowError, OSError):  # a damaged recording
+            return " " * TIME_WIDTH
 
-    def _marked(self, text: str, style: str) -> Iterator[tuple[str, str]]:
+    def _highlighted(self, text: str, style: str) -> Iterator[Span]:
         """`text` with what is searched or filtered for in reverse video."""
-        wanted = [re.escape(word) for word in (self.needle, self.log_model.text) if word]
+        wanted = [re.escape(word) for word in (self.search_text, self.model.text) if word]
         if not wanted:
             yield text, style
             return
-        for place, piece in enumerate(re.split(f"({'|'.join(wanted)})", text, flags=re.IGNORECASE)):
-            if piece:
-                yield piece, "accent reverse" if place % 2 else style
+        pieces = re.split(f"({'|'.join(wanted)})", text, flags=re.IGNORECASE)
+        for number, piece in enumerate(pieces):
+            yield piece, "accent reverse" if number % 2 else style

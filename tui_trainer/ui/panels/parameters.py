@@ -1,149 +1,150 @@
-"""Every column of every parameter: sorted, filtered, and drawn only where it is in sight."""
+"""The table of all parameters: every quantity of each, sorted and filtered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.segment import Segment
-from rich.style import Style
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.messages import NonFinite
-from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.ui.panels.base import provisional
+from tui_trainer.protocol.schema import ParameterInfo, RunInfo
+from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.braille import sparklines
-from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.table import Ids, TableColumn, VirtualTable, fitted
-
-# ---- parameter_values
-# The newest values of every parameter, as arrays in the order of `RunInfo.parameters`.
-#
-# With several optimizers each has its own tables; here they are one again. Arrays, not objects, so
-# that 10,000 parameters sort in a millisecond.
-
+from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable
 
 Values = NDArray[np.float32]
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
+
 QUANTITIES = (schema.GRAD_NORM, schema.WEIGHT_NORM, schema.UPDATE_RATIO)
+MODEL_ORDER = "order"
+"""`sorted_by` of a table in the order of the model."""
+TREND_WIDTH = 14
+MAX_TREND_WIDTH = 3 * TREND_WIDTH
+MAX_NAME_SHARE = 0.42
+"""Of the width, for names."""
+MIN_NAME_WIDTH = 20
 
 
 @dataclass(frozen=True)
-class Source:
-    """One table and the parameters of its columns."""
+class ParameterTableSource:
+    """A recorded table and the parameters that its columns belong to."""
 
-    history: SeriesReader
-    parameters: Places
-    """Of each column, its place in `RunInfo.parameters`; -1: not among them."""
+    series: SeriesReader
+    parameters: Indices
+    """Index of each column in `RunInfo.parameters`; -1 for none."""
 
 
 class ParameterValues:
-    """What is known of every parameter now."""
+    """The newest values of all parameters, as arrays in the order of `RunInfo.parameters`.
+
+    With several optimizers each has its own tables; here they are joined. Arrays rather than
+    objects, so that 10,000 parameters are sorted in a millisecond.
+    """
 
     def __init__(self) -> None:
         self.info: RunInfo | None = None
-        self.sources: dict[str, list[Source]] = {}
-        self.latest: dict[str, Values] = {}
+        self.newest: dict[str, Values] = {}
+        """Quantity to its values, (parameters,); NaN before the first."""
         self.provisional: dict[str, bool] = {}
-        """Whether a quantity's values are those of a step in the making."""
-        self.first_bad: dict[int, NonFinite] = {}
-        """Parameter to the last event that named it."""
-        self._events_seen = 0
+        """Quantity to whether its values are those of an unfinished step."""
+        self.last_nonfinite: dict[int, NonFinite] = {}
+        """Parameter to the last event that names it."""
+        self._sources: dict[str, list[ParameterTableSource]] = {}
+        self._indices: dict[str, int] = {}
+        self._next_event = 0
         self._revision: tuple[int, int] | None = None
 
-    def take(self, snapshot: Snapshot) -> bool:
-        """Read the newest values. Returns whether the parameters themselves are others now."""
+    def update(self, snapshot: Snapshot) -> bool:
+        """Read the newest values. Returns whether the parameters themselves have changed."""
         info = snapshot.info
         if info is None:
             return False
         revision = (info.revision, len(snapshot.history.tables))
-        anew = self.info is None or revision != self._revision
-        if anew:
-            self._index(snapshot, info)
+        changed = revision != self._revision
+        if changed:
             self._revision = revision
-        count = len(info.parameters)
+            self._index(snapshot, info)
         for quantity in QUANTITIES:
-            values = np.full(count, np.nan, np.float32)
-            self.provisional[quantity] = False
-            for source in self.sources[quantity]:
-                row = provisional(snapshot, source.history)
-                self.provisional[quantity] |= row is not None
-                if row is None:
-                    newest = source.history.latest()
-                    row = newest[1] if newest else None
-                if row is not None:
-                    known = source.parameters >= 0
-                    values[source.parameters[known]] = row[known]
-            self.latest[quantity] = values
-        self._events(snapshot)
-        return anew
+            self._read(snapshot, quantity, len(info.parameters))
+        self._read_events(snapshot)
+        return changed
 
     def _index(self, snapshot: Snapshot, info: RunInfo) -> None:
         self.info = info
-        places = {parameter.name: place for place, parameter in enumerate(info.parameters)}
-        self.first_bad.clear()
-        self._events_seen = 0
+        self._indices = {parameter.name: i for i, parameter in enumerate(info.parameters)}
+        self.last_nonfinite.clear()
+        self._next_event = 0
         for quantity in QUANTITIES:
-            self.sources[quantity] = [
-                Source(history, np.array([places.get(c.name, -1) for c in history.table.columns]))
-                for history in snapshot.history.tables.values()
-                if history.table.name == quantity
+            self._sources[quantity] = [
+                ParameterTableSource(
+                    series,
+                    np.array([self._indices.get(c.name, -1) for c in series.table.columns]),
+                )
+                for series in snapshot.history.tables_named(quantity)
             ]
-        self._places = places
 
-    def _events(self, snapshot: Snapshot) -> None:
-        for event in reversed(snapshot.events):
-            if event.id < self._events_seen:
-                break
-            if isinstance(event, NonFinite) and event.parameter in self._places:
-                self.first_bad.setdefault(self._places[event.parameter], event)
-        if snapshot.events:
-            self._events_seen = snapshot.events[-1].id + 1
+    def _read(self, snapshot: Snapshot, quantity: str, count: int) -> None:
+        values = np.full(count, np.nan, np.float32)
+        self.provisional[quantity] = False
+        for source in self._sources[quantity]:
+            row, provisional = newest_row(snapshot, source.series)
+            self.provisional[quantity] |= provisional
+            if row is not None:
+                known = source.parameters >= 0
+                values[source.parameters[known]] = row[known]
+        self.newest[quantity] = values
 
-    def measured(self, quantity: str, parameter: int) -> bool:
-        """Whether `quantity` of `parameter` has been measured at all."""
-        return self.series(quantity, parameter) is not None
+    def _read_events(self, snapshot: Snapshot) -> None:
+        newest_first = reversed(snapshot.events)
+        new = list(takewhile(lambda event: event.id >= self._next_event, newest_first))
+        for event in reversed(new):
+            if isinstance(event, NonFinite) and event.parameter in self._indices:
+                self.last_nonfinite[self._indices[event.parameter]] = event
+        if new:
+            self._next_event = new[0].id + 1
 
-    def all_measured(self, quantity: str) -> NDArray[np.bool_]:
-        """Of each parameter, whether `quantity` has been measured at all."""
-        known = np.zeros(len(self.latest[quantity]), np.bool_)
-        for source in self.sources.get(quantity, ()):
-            if source.history.rows:
-                known[source.parameters[source.parameters >= 0]] = True
-        return known
+    def measured(self, quantity: str) -> NDArray[np.bool_]:
+        """Whether `quantity` of each parameter has been measured at all, (parameters,)."""
+        measured = np.zeros(len(self.newest[quantity]), np.bool_)
+        for source in self._sources.get(quantity, ()):
+            if source.series.rows:
+                measured[source.parameters[source.parameters >= 0]] = True
+        return measured
 
     def series(self, quantity: str, parameter: int) -> tuple[SeriesReader, int] | None:
-        """History and column of `quantity` of `parameter`; None before its first value."""
-        for source in self.sources.get(quantity, ()):
+        """The series and column of `quantity` of one parameter; None before its first value."""
+        for source in self._sources.get(quantity, ()):
             found = np.flatnonzero(source.parameters == parameter)
-            if len(found) and source.history.rows:
-                return source.history, int(found[0])
+            if len(found) and source.series.rows:
+                return source.series, int(found[0])
         return None
 
     @property
     def shares(self) -> Values:
         """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm."""
-        squares = np.square(self.latest[schema.GRAD_NORM].astype(np.float64))
+        squares = np.square(self.newest[schema.GRAD_NORM].astype(np.float64))
         total = squares[np.isfinite(squares)].sum()
         if not total > 0:
             return np.full(len(squares), np.nan, np.float32)
         return np.asarray(squares / total, np.float32)
 
-    def trends(
-        self, quantity: str, parameters: Sequence[int] | Places, buckets: int
+    def maxima(
+        self, quantity: str, parameters: Sequence[int] | Indices, buckets: int
     ) -> tuple[Values, NDArray[np.bool_]]:
-        """Highest value and whether something was not finite, in each of `buckets` stretches of the
-        run so far; both (parameters, buckets). Fewer stretches are filled by fewer rows."""
+        """The highest value in each of `buckets` parts of the run so far, and whether one was not
+        finite: both (parameters, buckets). Where there are fewer rows, as many parts are filled."""
         wanted = np.asarray(parameters, np.int64)
         high = np.full((len(wanted), buckets), np.nan, np.float32)
-        bad = np.zeros((len(wanted), buckets), np.bool_)
-        for source in self.sources.get(quantity, ()):
-            history = source.history
-            if not history.rows or not len(source.parameters):
+        nonfinite = np.zeros((len(wanted), buckets), np.bool_)
+        for source in self._sources.get(quantity, ()):
+            series = source.series
+            if not series.rows or not len(source.parameters):
                 continue
             order = np.argsort(source.parameters)
             at = np.searchsorted(source.parameters, wanted, sorter=order)
@@ -151,225 +152,237 @@ class ParameterValues:
             here = np.flatnonzero(source.parameters[columns] == wanted)
             if not len(here):
                 continue
-            start, stop = history.first_step or 0, (history.last_step or 0) + 1
-            filled = min(buckets, history.rows)  # no gaps between rare measurements
-            seen = history.window(columns[here].tolist(), start, stop, filled)
-            high[here, :filled] = seen.high.T
-            bad[here, :filled] = seen.nonfinite.T
-        return high, bad
-
-
-TREND = 14
-NAME_SHARE = 0.42
-"""Of the width, at most, for names."""
-NAME = TableColumn("name", "parameter", 0, left=True, tooltip="Name, as the model has it")
-TREND_COLUMN = TableColumn(
-    "trend", "trend", TREND, left=True, tooltip="Largest gradient norm over the run"
-)
-COLUMNS = (
-    TableColumn("grad", "grad norm", 9, tooltip="‖∂L/∂p‖₂ before clipping"),
-    TREND_COLUMN,
-    TableColumn("share", "share", 6, tooltip="‖g‖² as a share of the total norm²"),
-    TableColumn("update", "update", 8, tooltip="‖Δw‖ / ‖w‖ of a step; healthy near 1e-3"),
-    TableColumn("weight", "‖w‖", 9, tooltip="Norm of the weights"),
-    TableColumn("bad", "non-finite", 10, tooltip="NaN or infinity: now, or at which step last"),
-    TableColumn("numel", "numel", 7, tooltip="Number of elements"),
-    TableColumn("shape", "shape", 15, left=True, tooltip="Shape of the tensor"),
-    TableColumn("dtype", "dtype", 8, left=True, tooltip="Type of its elements"),
-    TableColumn("optimizer", "optimizer", 10, left=True, tooltip="Which optimizer updates it"),
-)
-SORTABLE = ("order", "name", *(column.key for column in COLUMNS if column.key != "trend"))
-"""What the table can be sorted by; `order` is the model's own."""
+            start, stop = series.first_step or 0, (series.last_step or 0) + 1
+            filled = min(buckets, series.rows)  # no gaps between rare measurements
+            window = series.window(columns[here].tolist(), start, stop, filled)
+            high[here, :filled] = window.high.T
+            nonfinite[here, :filled] = window.nonfinite.T
+        return high, nonfinite
 
 
 class ParameterTable(VirtualTable):
-    """Rows are parameters, numbered as in `RunInfo.parameters`."""
+    """Rows are parameters, by their index in `RunInfo.parameters`."""
 
     def __init__(self, values: ParameterValues, *, id: str | None = None) -> None:
-        super().__init__((NAME, *COLUMNS), id=id)
+        super().__init__(id=id)
         self.values = values
         self.filter = ""
-        self.sorted_by = "order"
+        self.sorted_by = MODEL_ORDER
         self.first_column = 0
-        """Columns after the name that are shifted out to the left."""
-        self.elements = 0
+        """Columns after the name that are scrolled out of view."""
+        self.element_count = 0
         """Of all parameters together."""
+        self._name_column = TableColumn("name", "parameter", 0, self._name_cell, left=True)
+        self._value_columns = self._columns()
+        self.columns = (self._name_column, *self._value_columns)
+        self._parameters: tuple[ParameterInfo, ...] = ()
         self._names: tuple[str, ...] = ()
-        self._longest = 12
-        self._matched: tuple[str, Ids] | None = None
+        self._longest_name = MIN_NAME_WIDTH
+        self._matching: tuple[str, RowIds] | None = None
+        """The filter, and the parameters that match it."""
         self._trends: dict[int, str] = {}
-        self._trend_width = TREND
+        self._trend_width = TREND_WIDTH
         self._shares: Values = np.empty(0, np.float32)
+        self._measured: dict[str, NDArray[np.bool_]] = {}
+
+    def _columns(self) -> tuple[TableColumn, ...]:
+        scientific, percent, dim = formatting.scientific, formatting.percent, "dim"
+        return (
+            TableColumn(
+                "grad", "grad norm", 9, self._newest(schema.GRAD_NORM),
+                tooltip="‖∂L/∂p‖₂ before clipping",
+            ),
+            TableColumn(
+                "trend", "trend", TREND_WIDTH, self._trend_cell, style="norm", left=True,
+                tooltip="Largest gradient norm over the run",
+            ),
+            TableColumn(
+                "share", "share", 6, self._share_cell, percent,
+                tooltip="‖g‖² as a share of the total norm²",
+            ),
+            TableColumn(
+                "update", "update", 8, self._newest(schema.UPDATE_RATIO), scientific,
+                tooltip="‖Δw‖ / ‖w‖ of a step; healthy near 1e-3",
+            ),
+            TableColumn(
+                "weight", "‖w‖", 9, self._newest(schema.WEIGHT_NORM), tooltip="Norm of the weights"
+            ),
+            TableColumn(
+                "nonfinite", "non-finite", 10, self._nonfinite_cell,
+                tooltip="nan or inf now, or the step at which it was last seen",
+            ),
+            TableColumn(
+                "numel", "numel", 7, self._numel_cell, formatting.count, dim,
+                tooltip="Number of elements",
+            ),
+            TableColumn(
+                "shape", "shape", 15, self._shape_cell, style=dim, left=True,
+                tooltip="Shape of the tensor",
+            ),
+            TableColumn(
+                "dtype", "dtype", 8, self._dtype_cell, style=dim, left=True,
+                tooltip="Type of its elements",
+            ),
+            TableColumn(
+                "optimizer", "optimizer", 10, self._optimizer_cell, style=dim, left=True,
+                tooltip="The optimizer that updates it",
+            ),
+        )  # fmt: skip
+
+    @property
+    def sort_keys(self) -> tuple[str, ...]:
+        """What the table can be sorted by."""
+        return (MODEL_ORDER, *(c.key for c in self.columns_by_key.values() if c.key != "trend"))
+
+    @property
+    def columns_by_key(self) -> dict[str, TableColumn]:
+        """All columns, in view or not."""
+        return {column.key: column for column in (self._name_column, *self._value_columns)}
 
     # ------------------------------------------------------------ order
 
-    def take_names(self) -> None:
-        """The parameters are others."""
+    def parameters_changed(self) -> None:
+        """Read the names of the parameters again."""
         info = self.values.info
-        self._names = tuple(p.name.casefold() for p in info.parameters) if info else ()
-        self._longest = max(map(len, self._names), default=12)
-        self.elements = sum(parameter.numel for parameter in info.parameters) if info else 0
-        self._matched = None
+        self._parameters = info.parameters if info else ()
+        self._names = tuple(parameter.name.casefold() for parameter in self._parameters)
+        self._longest_name = max(map(len, self._names), default=MIN_NAME_WIDTH)
+        self.element_count = sum(parameter.numel for parameter in self._parameters)
+        self._matching = None
 
     def rearrange(self) -> None:
-        """Filter and sort anew; the cursor stays on its parameter."""
-        order = self._matching()
-        if self.sorted_by != "order" and len(order):
-            order = order[_argsort(self._keys(order), self.descending)]
-        elif self.sorted_by == "order" and not self.descending:
+        """Filter and sort the parameters again."""
+        order = self._matching_parameters()
+        if self.sorted_by != MODEL_ORDER and len(order):
+            order = order[_argsort(self._sort_values(order), self.descending)]
+        elif not self.descending:
             order = order[::-1]
         self.set_order(order)
 
-    def _matching(self) -> Ids:
-        """The parameters whose name has all words of the filter."""
-        if self._matched is None or self._matched[0] != self.filter:
-            words = self.filter.casefold().split()
-            names = self._names
-            found = [i for i, name in enumerate(names) if all(word in name for word in words)]
-            self._matched = (self.filter, np.array(found, np.int64))
-        return self._matched[1]
+    def _matching_parameters(self) -> RowIds:
+        """The parameters whose name contains every word of the filter."""
+        if self._matching is None or self._matching[0] != self.filter:
+            words, names = self.filter.casefold().split(), enumerate(self._names)
+            rows = [row for row, name in names if all(word in name for word in words)]
+            self._matching = (self.filter, np.array(rows, np.int64))
+        return self._matching[1]
 
-    def _keys(self, order: Ids) -> NDArray[np.generic]:
-        values, info = self.values, self.values.info
-        assert info is not None
-        parameters = info.parameters
+    def _sort_values(self, rows: RowIds) -> NDArray[np.generic]:
+        values = self.values
         match self.sorted_by:
             case "grad":
-                return values.latest[schema.GRAD_NORM][order]
+                return values.newest[schema.GRAD_NORM][rows]
             case "share":
-                return values.shares[order]
+                return values.shares[rows]
             case "update":
-                return values.latest[schema.UPDATE_RATIO][order]
+                return values.newest[schema.UPDATE_RATIO][rows]
             case "weight":
-                return values.latest[schema.WEIGHT_NORM][order]
-            case "bad":
-                return self._badness()[order]
-            case "numel":
-                return np.array([parameters[i].numel for i in order])
+                return values.newest[schema.WEIGHT_NORM][rows]
+            case "nonfinite":
+                return self._nonfinite_severity()[rows]
             case "shape":
-                return np.array([str(parameters[i].shape) for i in order])
-            case "dtype":
-                return np.array([parameters[i].dtype for i in order])
-            case "optimizer":
-                return np.array([parameters[i].optimizer for i in order])
-        return np.array([parameters[i].name for i in order])
+                return np.array([str(self._parameters[row].shape) for row in rows])
+        return np.array([getattr(self._parameters[row], self.sorted_by) for row in rows])
 
-    def _badness(self) -> NDArray[np.float32]:
-        """Of each parameter: infinite while something is not finite, else the step at which it
-        last was; 0: never."""
-        worst = np.zeros(len(self._names), np.float32)
-        for parameter, event in self.values.first_bad.items():
-            worst[parameter] = event.step
-        for quantity in (schema.GRAD_NORM, schema.WEIGHT_NORM, schema.UPDATE_RATIO):
-            measured = self.values.all_measured(quantity)
-            worst[measured & ~np.isfinite(self.values.latest[quantity])] = np.inf
-        return worst
+    def _nonfinite_severity(self) -> NDArray[np.float32]:
+        """Infinite for parameters with a quantity that is not finite now, else the step at which
+        one last was; 0 for never."""
+        severity = np.zeros(len(self._names), np.float32)
+        for row, event in self.values.last_nonfinite.items():
+            severity[row] = event.step
+        for quantity in QUANTITIES:
+            bad = self.values.measured(quantity) & ~np.isfinite(self.values.newest[quantity])
+            severity[bad] = np.inf
+        return severity
 
-    def _bad_now(self, parameter: int) -> str:
-        for quantity in (schema.GRAD_NORM, schema.WEIGHT_NORM, schema.UPDATE_RATIO):
-            value = float(self.values.latest[quantity][parameter])
-            if not np.isfinite(value) and self.values.measured(quantity, parameter):
-                return "nan" if value != value else "inf"
-        return ""
-
-    def shift(self, by: int) -> None:
-        """Show columns further right, or back."""
-        self.first_column = min(max(self.first_column + by, 0), len(COLUMNS) - 1)
-        self.columns = (NAME, *COLUMNS[self.first_column :])
+    def scroll_columns(self, by: int) -> None:
+        """Show columns further right, or further left."""
+        self.first_column = min(max(self.first_column + by, 0), len(self._value_columns) - 1)
+        self.columns = (self._name_column, *self._value_columns[self.first_column :])
         self.update_rows()
 
     # ------------------------------------------------------------ drawing
 
-    def prepare(self, visible: Ids) -> None:
-        """Trends of the rows in sight, in one look at the history."""
-        high, bad = self.values.trends(schema.GRAD_NORM, visible, self._trend_width)
-        lines = sparklines(high, bad, self.glyphs, hold=True)
-        self._trends = dict(zip(visible.tolist(), lines, strict=True))
-        self._shares = self.values.shares
-
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The name first: names differ in their middle, so it has the room it needs if there is."""
-        name = min(self._longest, max(20, int(width * NAME_SHARE)))
-        columns, widths, left = [self.columns[0]], [name], width - 2 - name
+        """Names have all the room that they need, if there is enough, because they differ in their
+        middle; the trend takes some of what is left."""
+        name = min(self._longest_name, max(MIN_NAME_WIDTH, int(width * MAX_NAME_SHARE)))
+        columns, widths, left = [self.columns[0]], [name], width - 1 - name
         for column in self.columns[1:]:
             if column.width < left:
                 columns.append(column)
                 widths.append(column.width)
                 left -= column.width + 1
-        more = max(0, min(left, self._longest - name))
-        widths[0] += more
-        if TREND_COLUMN in columns:
-            place = columns.index(TREND_COLUMN)
-            widths[place] += max(0, min(left - more, 2 * TREND))
-            self._trend_width = widths[place]
+        widened = max(0, min(left, self._longest_name - name))
+        widths[0] += widened
+        keys = [column.key for column in columns]
+        if "trend" in keys:
+            index = keys.index("trend")
+            widths[index] += max(0, min(left - widened, MAX_TREND_WIDTH - TREND_WIDTH))
+            self._trend_width = widths[index]
         return columns, widths
 
-    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
-        """One parameter."""
-        return [
-            self._cell(column.key, row, width)
-            for column, width in zip(columns, widths, strict=True)
-        ]
+    def prepare(self, visible: RowIds) -> None:
+        """Draw the trends of the rows in view, from one read of the history."""
+        high, nonfinite = self.values.maxima(schema.GRAD_NORM, visible, self._trend_width)
+        lines = sparklines(high, nonfinite, self.glyphs, hold=True)
+        self._trends = dict(zip(visible.tolist(), lines, strict=True))
+        self._shares = self.values.shares
+        self._measured = {quantity: self.values.measured(quantity) for quantity in QUANTITIES}
 
-    def _cell(self, key: str, row: int, width: int) -> Segment:
-        info, palette = self.values.info, self.palette
-        assert info is not None
-        parameter = info.parameters[row]
-        match key:
-            case "name":
-                style = palette.text if parameter.trainable else palette.dim
-                return Segment(fitted(parameter.name, width, left=True), style)
-            case "grad":
-                return self._value(schema.GRAD_NORM, row, width, formatting.number)
-            case "update":
-                return self._value(schema.UPDATE_RATIO, row, width, formatting.scientific)
-            case "weight":
-                return self._value(schema.WEIGHT_NORM, row, width, formatting.number)
-            case "share":
-                share = float(self._shares[row]) if row < len(self._shares) else None
-                return Segment(formatting.percent(share, width), palette.text)
-            case "trend":
-                return Segment(self._trends.get(row, "").ljust(width), palette.norm)
-            case "bad":
-                return self._bad_cell(row, width)
-            case "numel":
-                return Segment(formatting.count(parameter.numel, width), palette.dim)
-            case "shape":
-                shape = f" {self.glyphs.times} ".join(map(str, parameter.shape)) or "scalar"
-                return Segment(fitted(shape, width, left=True), palette.dim)
-            case "dtype":
-                return Segment(fitted(parameter.dtype, width, left=True), palette.dim)
-        frozen = "" if parameter.trainable else "frozen"
-        return Segment(fitted(parameter.optimizer or frozen, width, left=True), palette.dim)
+    def _name_cell(self, row: int) -> Cell:
+        parameter = self._parameters[row]
+        return Cell(parameter.name, "text" if parameter.trainable else "dim")
 
-    def _value(
-        self, quantity: str, row: int, width: int, show: Callable[[float | None, int], str]
-    ) -> Segment:
-        value = float(self.values.latest[quantity][row])
-        if not np.isfinite(value):
-            if not self.values.measured(quantity, row):
-                return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
-            return Segment(show(value, width), self.palette.error)
-        style: Style = self.palette.text
-        if self.values.provisional.get(quantity):
-            style = self.palette.provisional
-        return Segment(show(value, width), style)
+    def _newest(self, quantity: str) -> Callable[[int], Cell | float | None]:
+        def value(row: int) -> Cell | float | None:
+            newest = float(self.values.newest[quantity][row])
+            if not np.isfinite(newest) and not self._measured[quantity][row]:
+                return None
+            return Cell(newest, "provisional") if self.values.provisional[quantity] else newest
 
-    def _bad_cell(self, row: int, width: int) -> Segment:
-        if now := self._bad_now(row):
-            return Segment(now.rjust(width), self.palette.error)
-        event = self.values.first_bad.get(row)
-        if event is None:
-            return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
-        return Segment(fitted(f"at {event.step:,}", width), self.palette.warning)
+        return value
+
+    def _share_cell(self, row: int) -> float | None:
+        share = float(self._shares[row])
+        return share if np.isfinite(share) else None
+
+    def _trend_cell(self, row: int) -> str:
+        return self._trends.get(row, "")
+
+    def _nonfinite_cell(self, row: int) -> Cell | float | None:
+        for quantity in QUANTITIES:
+            value = float(self.values.newest[quantity][row])
+            if not np.isfinite(value) and self._measured[quantity][row]:
+                return value
+        event = self.values.last_nonfinite.get(row)
+        return Cell(f"at {event.step:,}", "warning") if event is not None else None
+
+    def _numel_cell(self, row: int) -> float:
+        return self._parameters[row].numel
+
+    def _shape_cell(self, row: int) -> str:
+        return format_shape(self._parameters[row], self.glyphs.times)
+
+    def _dtype_cell(self, row: int) -> str:
+        return self._parameters[row].dtype
+
+    def _optimizer_cell(self, row: int) -> str:
+        parameter = self._parameters[row]
+        return parameter.optimizer or ("" if parameter.trainable else "frozen")
 
 
-def _argsort(keys: NDArray[np.generic], descending: bool) -> Ids:
-    """Stable; what is not known comes last either way, and infinity is the largest."""
-    if keys.dtype.kind == "f":
-        numbers = keys.astype(np.float64)
+def format_shape(parameter: ParameterInfo, times: str) -> str:
+    """`64 × 256`, or `scalar`."""
+    return f" {times} ".join(map(str, parameter.shape)) or "scalar"
+
+
+def _argsort(values: NDArray[np.generic], descending: bool) -> RowIds:
+    """A stable sort. NaN comes last in either direction; infinity is the largest number."""
+    if values.dtype.kind == "f":
+        numbers = values.astype(np.float64)
         unknown = np.isnan(numbers)
         numbers = np.where(unknown, np.inf, -numbers if descending else numbers)
         return np.lexsort((numbers, unknown)).astype(np.int64)
-    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order = np.argsort(values, kind="stable").astype(np.int64)
     return order[::-1] if descending else order

@@ -1,12 +1,13 @@
-"""One series of several runs on one chart: a colour and a sign for each, with a legend."""
+"""Several runs compared: a chart of one series of each, their legend, and a table of their final
+values and configurations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from rich.segment import Segment
-from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.compare import (
@@ -18,36 +19,28 @@ from tui_trainer.client.compare import (
     differences,
     outcome,
 )
-from tui_trainer.protocol import formatting as f
+from tui_trainer.protocol import formatting
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.panels.base import note
-from tui_trainer.ui.panels.loss import SMOOTHED_SHARE, smoothed
-from tui_trainer.ui.theme import Palette
-from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, Points, bridge
-from tui_trainer.ui.widgets.lines import Lines, Row
-from tui_trainer.ui.widgets.table import TableColumn, VirtualTable, fitted
+from tui_trainer.ui.panels.base import message_row
+from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, Points, fill_gaps, smooth
+from tui_trainer.ui.widgets.lines import LineView, Row
+from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
-SIGNS, ASCII_SIGNS = "●◆▲■○◇△□", "ox+#@%&="
-STYLES = ("q", "k", "v", "validation", "norm", "warning", "accent", "error")
-assert len(SIGNS) == len(ASCII_SIGNS) == len(STYLES) == MAX_RUNS
-EVERY = 22
-"""Dot columns between two signs on a curve."""
+RUN_MARKERS, ASCII_RUN_MARKERS = "●◆▲■○◇△□", "ox+#@%&="
+RUN_STYLES = ("q", "k", "v", "validation", "norm", "warning", "accent", "error")
+assert len(RUN_MARKERS) == len(ASCII_RUN_MARKERS) == len(RUN_STYLES) == MAX_RUNS
+MARKER_SPACING = 22
+"""Dot columns between two markers of a curve."""
 
 
-def sign_of(number: int, glyphs: Glyphs) -> str:
-    """What marks a run's curve, colour or not."""
-    return (ASCII_SIGNS if glyphs.ascii else SIGNS)[number]
+def run_marker(number: int, glyphs: Glyphs) -> str:
+    """The marker of a run, which tells curves apart without colour too."""
+    return (ASCII_RUN_MARKERS if glyphs.ascii else RUN_MARKERS)[number]
 
 
-def style_of(number: int, palette: Palette) -> Style:
-    """The colour of a run."""
-    style: Style = getattr(palette, STYLES[number])
-    return style
-
-
-class OverlayChart(Lines):
-    """A series of `SERIES` of all runs, by step or by time."""
+class OverlayChart(LineView):
+    """One of `SERIES` of all runs, by step or by time."""
 
     DEFAULT_CSS = "OverlayChart { width: 1fr; height: 1fr; }"
 
@@ -59,79 +52,70 @@ class OverlayChart(Lines):
         self.by_time = False
         self.smooth = True
 
-    def stop(self) -> float:
-        """The end of the axis: steps, or seconds."""
-        lengths = [run.length[1 if self.by_time else 0] for run in self.runs]
-        return max(1.0, *lengths)
-
     def rows(self, size: Size) -> Sequence[Row]:
-        """Title, then the chart."""
-        buckets = 2 * self.chart.plot_width(size.width)
-        stop = self.stop()
-        curves = [run.curve(self.series, stop, buckets, self.by_time) for run in self.runs]
-        title = self._title(size.width)
+        """Title and chart."""
+        columns = 2 * self.chart.plot_width(size.width)
+        stop = max(1.0, *(run.length[1 if self.by_time else 0] for run in self.runs))
+        curves = [run.curve(self.series, stop, columns, self.by_time) for run in self.runs]
+        title = self._title_row(size.width)
         if all(curve is None for curve in curves):
-            return [title, [], note("none of these runs measured it", self.palette.dim)]
-        layers = self._layers(curves, buckets)
-        axis = (0, max(1, round(stop))) if self.by_time else (1, int(stop) + 1)
-        rows = self.chart.rows(size.width, size.height - 1, axis, layers, self.palette, self.glyphs)
+            return [title, [], message_row("not measured in any of these runs", self.palette.dim)]
+        layers = self._layers(curves)
+        steps = (0, max(1, round(stop))) if self.by_time else (1, int(stop) + 1)
+        height = size.height - 1
+        rows = self.chart.rows(size.width, height, steps, layers, self.palette, self.glyphs)
         if self.by_time:
-            first = rows[-1][0]
-            rows[-1][0] = Segment("seconds ".rjust(len(first.text)), first.style)
+            unit = rows[-1][0]
+            rows[-1][0] = Segment("seconds ".rjust(len(unit.text)), unit.style)
         return [title, *rows]
 
-    def _layers(self, curves: Sequence[ComparedCurve | None], buckets: int) -> list[Layer]:
+    def _layers(self, curves: Sequence[ComparedCurve | None]) -> list[Layer]:
+        """Bands below, then lines, then markers."""
         bands: list[Layer] = []
         lines: list[Layer] = []
-        signs: list[Layer] = []
+        markers: list[Layer] = []
         for number, curve in enumerate(curves):
             if curve is None:
                 continue
-            style = style_of(number, self.palette)
+            style = self.style(RUN_STYLES[number])
+            low, high = fill_gaps(curve.low, curve.high, curve.filled)
             if self.series == "validation" or not self.smooth:
-                low, high = bridge(curve.low, curve.high, curve.filled)
                 lines.append(Band(style, low, high, curve.nonfinite))
                 middle = np.asarray(low / 2 + high / 2, np.float32)
             else:
-                # Where the curve is smoothed, what it was drawn from stays behind it, so that no
-                # spike goes unseen.
-                low, high = bridge(curve.low, curve.high, curve.filled)
+                # All values stay behind the smoothed curve, so that no spike is hidden.
                 bands.append(Band(self.palette.faint, low, high, curve.nonfinite))
-                middle = smoothed(low, high, max(2.0, buckets * SMOOTHED_SHARE))
+                middle = smooth(low, high)
                 lines.append(Line(style, middle))
             known = np.flatnonzero(np.isfinite(middle))
-            if not len(known):
-                continue
-            apart = number * EVERY // max(1, len(curves))
-            at = np.unique(np.r_[known[(known - apart) % EVERY == 0], known[-1]])
-            signs.append(Points(style, at, middle[at], sign_of(number, self.glyphs)))
-        return [*bands, *lines, *signs]
+            if len(known):
+                offset = number * MARKER_SPACING // max(1, len(curves))
+                at = np.unique(np.r_[known[(known - offset) % MARKER_SPACING == 0], known[-1]])
+                marker = run_marker(number, self.glyphs)
+                markers.append(Points(style, at, middle[at], marker))
+        return [*bands, *lines, *markers]
 
-    def _title(self, width: int) -> Row:
-        """`Training loss  ● 1.43  ◆ 1.51 ───── log`."""
+    def _title_row(self, width: int) -> Row:
+        """`Training loss  ● 1.43  ◆ 1.51 ───── log`"""
         palette = self.palette
         row: Row = [Segment(f"{SERIES[self.series][2]} ", palette.title)]
         left = width - len(row[0].text)
         right = " log" if self.chart.log else ""
         for number, run in enumerate(self.runs):
             found = run.series(self.series)
-            latest = found[0].latest() if found else None
-            value = float(latest[1][found[1]]) if found and latest else None
-            text = f" {sign_of(number, self.glyphs)} {f.number(value, 6)}"
+            newest = found[0].latest() if found else None
+            value = float(newest[1][found[1]]) if found and newest else None
+            text = f" {run_marker(number, self.glyphs)} {formatting.number(value, 6)}"
             if len(text) + len(right) > left:
                 break
-            row.append(Segment(text, style_of(number, palette)))
+            row += self.styled([(text, RUN_STYLES[number])])
             left -= len(text)
-        rule = self.glyphs.rule * max(0, left - len(right) - 1)
-        return [
-            *row,
-            Segment(f" {rule}"[: max(0, left)], palette.faint),
-            Segment(right, palette.dim),
-        ]
+        rule = f" {self.glyphs.rule * max(0, left - len(right) - 1)}"[: max(0, left)]
+        return [*row, *self.styled([(rule, "faint"), (right, "dim")])]
 
 
-class Legend(Lines):
-    """Which sign is which run."""
+class Legend(LineView):
+    """The marker and name of each run."""
 
     DEFAULT_CSS = "Legend { width: 1fr; height: 1; }"
 
@@ -141,91 +125,87 @@ class Legend(Lines):
         self.by_time = False
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """One row: every run at least by its sign and the beginning of its name."""
-        how = "by time" if self.by_time else "by step"
-        each = max(6, (size.width - len(how) - 3) // len(self.runs))
-        row: Row = [Segment(" ", self.palette.text)]
-        left = size.width - len(how) - 2
+        """One row: of every run at least the marker and the ends of its name."""
+        alignment = "by time" if self.by_time else "by step"
+        run_width = max(6, (size.width - len(alignment) - 3) // len(self.runs))
+        row = self.styled([(" ", "text")])
+        left = size.width - len(alignment) - 2
         for number, run in enumerate(self.runs):
-            live = f" {self.glyphs.separator} {run.run.state}" if run.run.live else ""
-            name = truncate_middle(run.name + live, each - 4, self.glyphs.ellipsis)
-            text = f"{sign_of(number, self.glyphs)} {name}  "[: max(0, left)]
-            row.append(Segment(text, style_of(number, self.palette)))
+            state = f" {self.glyphs.separator} {run.run.state}" if run.run.live else ""
+            name = truncate_middle(run.name + state, run_width - 4, self.glyphs.ellipsis)
+            text = f"{run_marker(number, self.glyphs)} {name}  "[: max(0, left)]
+            row += self.styled([(text, RUN_STYLES[number])])
             left -= len(text)
-        return [[*row, Segment(" " * left + how, self.palette.dim)]]
+        return [[*row, *self.styled([(" " * left + alignment, "dim")])]]
 
 
-# ---- differences
-# A table of runs: how each ended, and what was set up differently.
-
-
-LEAST = 9
+MIN_RUN_WIDTH, MAX_RUN_WIDTH = 9, 20
 """Cells of a run's column."""
-HEADINGS = len("set up differently ")
+SAME, DIFFERENT, OUTCOME = "same configuration", "configuration", "final values"
 
 
 class DifferencesTable(VirtualTable):
-    """Rows are quantities and options, columns are runs; the better end is set off."""
+    """Rows are final values and settings, columns are runs; the best value is coloured."""
 
     def __init__(self, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.runs = runs
-        self.empty = "nothing was recorded"
+        self.placeholder = "nothing was recorded"
         self._lines: list[Difference | str] = []
-        self.show_cursor = True
+        """Headings and rows."""
 
     def read(self) -> None:
-        """Look at the runs again."""
-        unlike = differences(self.runs)
-        self._lines = [
-            "at the end",
-            *outcome(self.runs),
-            "set up differently" if unlike else "set up alike",
-            *unlike,
-        ]
+        """Read the runs again."""
+        settings = differences(self.runs)
+        heading = DIFFERENT if settings else SAME
+        self._lines = [OUTCOME, *outcome(self.runs), heading, *settings]
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The names as wide as they are, the rest shared by the runs; all runs are shown."""
-        names = [line.name for line in self._lines if isinstance(line, Difference)]
-        count = len(self.runs)
-        most = max(HEADINGS, width - (LEAST + 1) * count - 2)
-        left = min(max(HEADINGS, *map(len, names)), most)
-        each = max(3, min(20, (width - left - 2) // count - 1))
-        columns = [TableColumn("name", "", left, left=True)]
-        columns += [TableColumn(str(n), sign_of(n, self.glyphs), each) for n in range(count)]
+        """The names as wide as they are, the rest shared by the runs. All runs are shown."""
+        names = [line if isinstance(line, str) else line.name for line in self._lines]
+        longest, count = max(map(len, names), default=len(SAME)), len(self.runs)
+        name_width = min(longest, max(len(SAME), width - (MIN_RUN_WIDTH + 1) * count - 1))
+        run_width = max(3, min(MAX_RUN_WIDTH, (width - name_width - 1) // count - 1))
+        columns = [TableColumn("name", "", name_width, self._name_cell, left=True)]
+        for number in range(count):
+            marker, value = run_marker(number, self.glyphs), partial(self._value_cell, number)
+            columns.append(TableColumn(str(number), marker, run_width, value))
         return columns, [column.width for column in columns]
 
     def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
-        """One quantity or option."""
-        line, palette = self._lines[row], self.palette
-        if isinstance(line, str):
-            total = sum(widths) + len(widths) - 1
-            text = f"{line} ".ljust(total, self.glyphs.rule)[:total]
-            pieces, at = [], 0
-            for width in widths:  # the table puts a space after each column
-                pieces.append(Segment(text[at : at + width], palette.title))
-                at += width + 1
-            return pieces
-        best = _best(line)
-        out: Row = [Segment(fitted(line.name, widths[0], True), palette.dim)]
-        for number, value in enumerate(line.values):
-            text = truncate_middle(
-                strip_escapes(f.scalar(value)), widths[number + 1], self.glyphs.ellipsis
-            )
-            style = style_of(number, palette) if number == best else palette.text
-            sign = self.glyphs.missing if value is None else text
-            out.append(Segment(sign.rjust(widths[number + 1]), style))
-        return out
+        """A row, or a heading across all columns."""
+        line = self._lines[row]
+        if not isinstance(line, str):
+            return super().cells(row, columns, widths)
+        total = sum(widths) + len(widths) - 1
+        text = f"{line} ".ljust(total, self.glyphs.rule)[:total]
+        heading, start = [], 0
+        for width in widths:  # the table puts a space after each column
+            heading.append(Segment(text[start : start + width], self.palette.title))
+            start += width + 1
+        return heading
+
+    def _name_cell(self, row: int) -> Cell:
+        line = self._lines[row]
+        return Cell(line if isinstance(line, str) else line.name, "dim")
+
+    def _value_cell(self, number: int, row: int) -> Cell | None:
+        line = self._lines[row]
+        value = None if isinstance(line, str) else line.values[number]
+        if isinstance(line, str) or value is None:
+            return None
+        best = _best_run(line) == number
+        return Cell(strip_escapes(formatting.scalar(value)), RUN_STYLES[number] if best else "text")
 
 
-def _best(line: Difference) -> int:
-    """Which run did best in this row; -1 where that cannot be said."""
-    lower = line.name.startswith(("loss", "validation"))
-    if not lower and not line.name.startswith("accuracy"):
-        return -1
+def _best_run(line: Difference) -> int | None:
+    """The run with the best value; None where that cannot be said."""
+    lower_is_better = line.name.startswith(("loss", "validation"))
+    if not lower_is_better and not line.name.startswith("accuracy"):
+        return None
     values = [v if isinstance(v, float) and np.isfinite(v) else np.nan for v in line.values]
     if np.isnan(values).all() or len(set(values)) == 1:
-        return -1
-    return int(np.nanargmin(values) if lower else np.nanargmax(values))
+        return None
+    return int(np.nanargmin(values) if lower_is_better else np.nanargmax(values))

@@ -1,4 +1,5 @@
-"""Images with what the model made of them: half-block thumbnails, a line of verdict under each."""
+"""What the model produces: generated texts, images with their predictions, and the confusion
+matrix."""
 
 from __future__ import annotations
 
@@ -8,34 +9,33 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.cells import set_cell_size
+from rich.cells import cell_len
 from rich.color import Color
 from rich.segment import Segment
 from rich.style import Style
-from textual.color import Color as Colour
-from textual.strip import Strip
+from textual.color import Color as TextualColor
 
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
-from tui_trainer.protocol.text import wrap
-from tui_trainer.ui.widgets.lines import Line, LinesView
+from tui_trainer.protocol.text import truncate, wrap
+from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 
-# ---- confusion
-# A confusion matrix: heat cells that carry their counts, so that it reads without colour too.
+# ---------------------------------------------------------------- the confusion matrix
+
+MAX_LABEL_WIDTH = 14
+MAX_COLUMN_LABEL_WIDTH = 4
+MAX_COUNT_DIGITS = 7
+RECALL_WIDTH = 8
 
 
-LONGEST_LABEL = 14
-WIDEST_COLUMN = 7
-
-
-def worst(matrix: ConfusionMatrix, most: int = 3) -> list[tuple[int, str, str]]:
-    """(count, truth, prediction) of the commonest mistakes, the most frequent first."""
-    found = [
-        (count, matrix.labels[truth], matrix.labels[predicted])
+def most_confused(matrix: ConfusionMatrix, count: int = 3) -> list[tuple[int, str, str]]:
+    """(count, truth, prediction) of the most frequent mistakes."""
+    mistakes = [
+        (number, matrix.labels[truth], matrix.labels[prediction])
         for truth, row in enumerate(matrix.counts)
-        for predicted, count in enumerate(row)
-        if truth != predicted and count
+        for prediction, number in enumerate(row)
+        if truth != prediction and number
     ]
-    return sorted(found, key=lambda each: -each[0])[:most]
+    return sorted(mistakes, key=lambda mistake: -mistake[0])[:count]
 
 
 def accuracy(matrix: ConfusionMatrix) -> float | None:
@@ -44,127 +44,115 @@ def accuracy(matrix: ConfusionMatrix) -> float | None:
     return sum(row[i] for i, row in enumerate(matrix.counts)) / total if total else None
 
 
-class ConfusionView(LinesView):
-    """Truth down, prediction across. The diagonal in one colour, mistakes in the colour of errors,
-    each the stronger the larger its share of the row; zeros are dots."""
-
-    fits = False
+class ConfusionView(ScrollingLines):
+    """Truth down, prediction across. Cells are coloured by their share of the row, correct ones and
+    mistakes differently; they show their counts, so the matrix can be read without colour."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.matrix: ConfusionMatrix | None = None
+        self._label_width = 0
+        self._column_width = 0
 
     def show_matrix(self, matrix: ConfusionMatrix | None) -> None:
-        """Show `matrix`; nothing is drawn again when it is shown already."""
-        if matrix != self.matrix:
-            self.matrix = matrix
-            self.changed()
+        """Show a matrix."""
+        if matrix == self.matrix:
+            return
+        self.matrix = matrix
+        if matrix is not None:
+            longest = max((len(label) for label in matrix.labels), default=1)
+            digits = len(str(max((count for row in matrix.counts for count in row), default=0)))
+            self._label_width = min(MAX_LABEL_WIDTH, longest) + 1
+            self._column_width = 2 + max(
+                min(digits, MAX_COUNT_DIGITS), min(longest, MAX_COLUMN_LABEL_WIDTH)
+            )
+        self.lines_changed()
 
-    # ------------------------------------------------------------ layout
-
-    def _label_width(self) -> int:
-        assert self.matrix is not None
-        return min(LONGEST_LABEL, max((len(label) for label in self.matrix.labels), default=0)) + 1
-
-    def _column_width(self) -> int:
-        assert self.matrix is not None
-        most = max((count for row in self.matrix.counts for count in row), default=0)
-        longest = max((len(label) for label in self.matrix.labels), default=1)
-        return max(len(str(most)), min(longest, 4)) + 2 if most < 10**WIDEST_COLUMN else 9
-
-    def count(self) -> int:
-        """Two lines of heading, then a line a class."""
+    def line_count(self) -> int:
+        """Two lines of headings, then a line for each class."""
         return 2 + len(self.matrix.labels) if self.matrix else 0
 
     def line_width(self) -> int:
-        """Label, columns and the recall at the end of the row."""
+        """Label, columns, and the recall at the end of each row."""
         if self.matrix is None:
             return 0
-        return self._label_width() + self._column_width() * len(self.matrix.labels) + 8
+        return self._label_width + self._column_width * len(self.matrix.labels) + RECALL_WIDTH
 
-    def line(self, index: int) -> Line | Strip:
-        """The heading, or the row of a class."""
+    def line(self, index: int) -> Row:
+        """A heading, or the row of a class."""
         assert self.matrix is not None
-        label, column = self._label_width(), self._column_width()
-        across = f"predicted {self.glyphs.arrow}"
-        down = "truth" if label > 5 else ""
         if index == 0:
-            return [(down.ljust(label) + across, "dim")]
+            truth = "truth" if self._label_width > len("truth") else ""
+            across = f"predicted {self.glyphs.arrow}"
+            return self.styled([(truth.ljust(self._label_width) + across, "dim")])
         if index == 1:
-            names = "".join(name[: column - 1].rjust(column) for name in self.matrix.labels)
-            return [(" " * label, ""), (names, "strong"), ("  recall", "dim")]
-        return self._row(index - 2, label, column)
+            width = self._column_width
+            names = "".join(label[: width - 1].rjust(width) for label in self.matrix.labels)
+            spans = [(" " * self._label_width, "text"), (names, "strong"), ("  recall", "dim")]
+            return self.styled(spans)
+        return self._class_row(self.matrix, index - 2)
 
-    def _row(self, truth: int, label: int, column: int) -> Strip:
-        assert self.matrix is not None
-        counts, name = self.matrix.counts[truth], self.matrix.labels[truth]
+    def _class_row(self, matrix: ConfusionMatrix, truth: int) -> Row:
+        counts = matrix.counts[truth]
         total = sum(counts)
-        if len(name) >= label:
-            name = name[: label - 2] + self.glyphs.ellipsis
-        segments = [Segment(name.ljust(label), self.style("strong"))]
-        for predicted, count in enumerate(counts):
+        label = truncate(matrix.labels[truth], self._label_width - 1, self.glyphs.ellipsis)
+        row = self.styled([(label.ljust(self._label_width), "strong")])
+        for prediction, count in enumerate(counts):
             share = count / total if total else 0.0
-            segments.append(self._cell(count, share, truth == predicted, column))
+            row.append(self._cell(count, share, truth == prediction))
         recall = f"{counts[truth] / total:8.1%}" if total else "     n/a"
-        return Strip([*segments, Segment(recall, self.style("dim"))])
+        return [*row, Segment(recall, self.palette.dim)]
 
-    def _cell(self, count: int, share: float, right: bool, column: int) -> Segment:
-        empty = self.glyphs.separator
+    def _cell(self, count: int, share: float, correct: bool) -> Segment:
+        width = self._column_width - 1
         if not count:
-            return Segment(empty.rjust(column - 1) + " ", self.style("dim"))
-        style = self.style("good" if right else "error")
-        text = str(count)
-        if not right and self.glyphs.ascii:
-            text = text + "!"
-        return Segment(text.rjust(column - 1) + " ", _heat(style, self.style(""), share))
+            return Segment(f"{self.glyphs.separator:>{width}} ", self.palette.dim)
+        text = str(count) if correct or not self.glyphs.ascii else f"{count}!"
+        style = self.palette.good if correct else self.palette.error
+        return Segment(f"{text:>{width}} ", _heat(style, self.palette.text, share))
 
 
 def _heat(colour: Style, base: Style, share: float) -> Style:
-    """The background mixed towards `colour`: √share, since one mistake in fifty must be seen."""
+    """The background blended towards `colour` by √share: one mistake in fifty must be visible."""
     if colour.color is None or base.bgcolor is None:
         return colour
-    strong = Colour.from_rich_color(colour.color)
-    ground = Colour.from_rich_color(base.bgcolor)
-    mixed = ground.blend(strong, 0.15 + 0.65 * min(1.0, share) ** 0.5)
-    text = mixed.get_contrast_text(1.0)
+    background = TextualColor.from_rich_color(base.bgcolor)
+    full = TextualColor.from_rich_color(colour.color)
+    blended = background.blend(full, 0.15 + 0.65 * min(1.0, share) ** 0.5)
+    text = blended.get_contrast_text(1.0)
     return base + Style(
         color=Color.from_rgb(text.r, text.g, text.b),
-        bgcolor=Color.from_rgb(mixed.r, mixed.g, mixed.b),
+        bgcolor=Color.from_rgb(blended.r, blended.g, blended.b),
         bold=True,
     )
 
 
-# ---- pixels
-# Images in the terminal: two pixels a cell with half blocks, or a ramp of characters in ASCII.
-#
-# `▀` has the upper pixel as its foreground and the lower as its background, so a cell, twice as
-# high
-# as wide, shows two square pixels.
-
+# ---------------------------------------------------------------- pixels
 
 Pixels = NDArray[np.uint8]
 
-RAMP = " .:-=+*#%@"
-"""From dark to bright, one pixel of two in height a cell."""
+BRIGHTNESS = " .:-=+*#%@"
+"""Characters from dark to bright, each for one pixel above another."""
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+"""Rec. 709 weights of red, green and blue."""
+MAX_CACHED_STYLES = 65_536
 
-_styles: dict[bytes, Style] = {}
-_STYLES_KEPT = 65_536
+_pixel_styles: dict[bytes, Style] = {}
 
 
-def fit(width: int, height: int, columns: int, rows: int) -> tuple[int, int]:
-    """The largest (width, height) in pixels of an image drawn in `columns` × `rows` cells.
+def fit_image(width: int, height: int, columns: int, rows: int) -> tuple[int, int]:
+    """The largest (width, height) in pixels of an image that is drawn in `columns` × `rows` cells.
 
-    Small images are enlarged by a whole factor, so that their pixels stay square and equal.
+    Small images are enlarged by an integer factor, so that their pixels stay square and equal.
     """
-    room_x, room_y = max(1, columns), max(1, rows) * 2
-    scale = min(room_x / max(1, width), room_y / max(1, height))
+    scale = min(max(1, columns) / max(1, width), 2 * max(1, rows) / max(1, height))
     if scale >= 1:
         scale = float(int(scale))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def resize(image: Pixels, width: int, height: int) -> Pixels:
-    """`image` (h, w, 3) at (height, width, 3): repeated where larger, averaged where smaller."""
+    """`image` (h, w, 3) at (height, width, 3): pixels are repeated or averaged."""
     rows, columns = image.shape[:2]
     if (height, width) == (rows, columns):
         return image
@@ -174,50 +162,44 @@ def resize(image: Pixels, width: int, height: int) -> Pixels:
     return np.clip(np.rint(averaged), 0, 255).astype(np.uint8)
 
 
-def half_blocks(
-    image: Pixels, ascii_only: bool = False, plain: Style | None = None
-) -> list[list[Segment]]:
-    """Lines of segments for `image` (h, w, 3): ⌈h/2⌉ of them, each `w` cells wide. `plain` is the
-    style of characters under `ascii_only`."""
-    rows = image.shape[0]
-    if rows % 2:
+def half_blocks(image: Pixels, ascii: bool = False, ascii_style: Style | None = None) -> list[Row]:
+    """Rows of cells for `image` (h, w, 3): ⌈h/2⌉ of them, `w` cells wide.
+
+    A cell is about twice as high as wide: `▀` with the upper pixel as its foreground and the lower
+    one as its background shows two square pixels. In ASCII, a character shows their brightness.
+    """
+    if image.shape[0] % 2:
         image = np.concatenate([image, image[-1:]])
     upper, lower = image[0::2], image[1::2]
-    if ascii_only:
-        return [_ramp(line, plain) for line in _luminance(upper, lower)]
-    pairs = np.concatenate([upper, lower], axis=2)  # (h/2, w, 6)
-    return [_blocks(line) for line in pairs]
+    if ascii:
+        brightness = (upper.astype(np.float32) + lower) / 2 @ LUMINANCE
+        return [[Segment(_brightness_text(row), ascii_style)] for row in brightness]
+    return [_block_row(row) for row in np.concatenate([upper, lower], axis=2)]
 
 
-def _blocks(line: Pixels) -> list[Segment]:
-    """One row of cells; equal neighbours share a segment, which is what makes flat images cheap."""
-    segments: list[Segment] = []
-    starts = np.flatnonzero(np.any(line[1:] != line[:-1], axis=1)) + 1
-    edges = [0, *starts.tolist(), len(line)]
-    for start, stop in pairwise(edges):
-        segments.append(Segment("▀" * (stop - start), _style(line[start].tobytes())))
-    return segments
+def _block_row(pairs: Pixels) -> Row:
+    """One row of cells from pixel pairs (w, 6). Equal neighbours share a segment."""
+    changes = np.flatnonzero(np.any(pairs[1:] != pairs[:-1], axis=1)) + 1
+    edges = [0, *changes.tolist(), len(pairs)]
+    return [
+        Segment("▀" * (stop - start), _pixel_style(pairs[start].tobytes()))
+        for start, stop in pairwise(edges)
+    ]
 
 
-def _style(pair: bytes) -> Style:
-    found = _styles.get(pair)
-    if found is None:
-        if len(_styles) >= _STYLES_KEPT:
-            _styles.clear()
-        found = Style.from_color(Color.from_rgb(*pair[:3]), Color.from_rgb(*pair[3:]))
-        _styles[pair] = found
-    return found
+def _pixel_style(pair: bytes) -> Style:
+    style = _pixel_styles.get(pair)
+    if style is None:
+        if len(_pixel_styles) >= MAX_CACHED_STYLES:
+            _pixel_styles.clear()
+        style = Style.from_color(Color.from_rgb(*pair[:3]), Color.from_rgb(*pair[3:]))
+        _pixel_styles[pair] = style
+    return style
 
 
-def _luminance(upper: Pixels, lower: Pixels) -> NDArray[np.float32]:
-    mean = (upper.astype(np.float32) + lower) / 2
-    weights = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
-    return np.asarray(mean @ weights, dtype=np.float32)
-
-
-def _ramp(line: NDArray[np.float32], plain: Style | None) -> list[Segment]:
-    places = np.clip(line / 256 * len(RAMP), 0, len(RAMP) - 1).astype(int)
-    return [Segment("".join(RAMP[place] for place in places), plain)]
+def _brightness_text(row: NDArray[np.float32]) -> str:
+    levels = np.clip(row / 256 * len(BRIGHTNESS), 0, len(BRIGHTNESS) - 1).astype(int)
+    return "".join(BRIGHTNESS[level] for level in levels)
 
 
 def _nearest(old: int, new: int) -> NDArray[np.int64]:
@@ -235,10 +217,15 @@ def _average(image: NDArray[np.float32], size: int, axis: int) -> NDArray[np.flo
     return np.asarray(np.add.reduceat(image, edges, axis=axis) / counts.reshape(shape))
 
 
-TILE_COLUMNS = 18
-"""Narrowest tile: room for a verdict such as `✗ 3 is 8  62%`."""
-LARGEST = 36
-GAP = 2
+# ---------------------------------------------------------------- images
+
+MIN_TILE_WIDTH = 18
+"""Room for a caption such as `✗ 3 is 8  62%`."""
+MAX_THUMBNAIL_WIDTH = 36
+SMALL_THUMBNAIL_WIDTH = 28
+TILE_GAP = 2
+CAPTION_LINES = 2
+"""The caption and an empty line."""
 
 
 @dataclass(frozen=True)
@@ -252,34 +239,35 @@ class Tile:
 
     @property
     def wrong(self) -> bool:
-        """Whether the model took it for another class."""
+        """Whether the model predicted another class."""
         return self.prediction != self.truth
 
 
 def tiles_of(sample: ImageSample, wrong_first: bool) -> list[Tile]:
-    """The images in the order in which they are shown; the surest of the wrong ones first."""
-    count = min(len(sample.predictions), len(sample.truths), len(sample.confidences))
+    """The images in the order in which they are shown; of the wrong ones, the most confident
+    first."""
     tiles = [
-        Tile(i, sample.predictions[i], sample.truths[i], sample.confidences[i])
-        for i in range(count)
+        Tile(index, *fields)
+        for index, fields in enumerate(
+            zip(sample.predictions, sample.truths, sample.confidences, strict=False)
+        )
     ]
     if wrong_first:
-        tiles.sort(
-            key=lambda tile: (not tile.wrong, -tile.confidence if tile.wrong else tile.index)
-        )
+        tiles.sort(key=lambda t: (not t.wrong, -t.confidence if t.wrong else t.index))
     return tiles
 
 
 def pixels_of(sample: ImageSample) -> Pixels:
-    """uint8 (n, height, width, 3); empty when the bytes do not hold whole images."""
+    """uint8 (n, height, width, 3); empty when the sample does not hold whole images."""
     size = sample.height * sample.width * 3
     count = len(sample.pixels) // size if size else 0
     flat = np.frombuffer(sample.pixels, dtype=np.uint8, count=count * size)
     return flat.reshape(count, sample.height, sample.width, 3)
 
 
-class ImageGrid(LinesView):
-    """As many images in a row as fit; wrong ones are marked by sign, reverse video and colour."""
+class ImageGrid(ScrollingLines):
+    """As many images in a row as fit, each with its prediction below. Wrong predictions differ in
+    sign, reverse video and colour."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -287,162 +275,167 @@ class ImageGrid(LinesView):
         self.wrong_first = True
         self._tiles: list[Tile] = []
         self._pixels: Pixels = np.zeros((0, 1, 1, 3), np.uint8)
-        self._drawn: dict[int, list[list[Segment]]] = {}
+        self._thumbnails: dict[int, list[Row]] = {}
 
     def show_sample(self, sample: ImageSample | None, wrong_first: bool) -> None:
-        """Show `sample`; nothing is drawn again when it is shown already."""
+        """Show a sample."""
         if (sample, wrong_first) == (self.sample, self.wrong_first):
             return
         self.sample, self.wrong_first = sample, wrong_first
         self._tiles = tiles_of(sample, wrong_first) if sample else []
         self._pixels = pixels_of(sample) if sample else self._pixels[:0]
-        self.changed()
+        self.lines_changed()
 
-    def changed(self, first: int = 0) -> None:
-        """As in the base; the thumbnails depend on the width."""
-        self._drawn.clear()
-        super().changed(first)
+    def lines_changed(self, first: int = 0) -> None:
+        """The thumbnails depend on the width, too."""
+        self._thumbnails.clear()
+        super().lines_changed(first)
 
-    # ------------------------------------------------------------ layout
+    def discard_drawn(self) -> None:
+        """Without half blocks, thumbnails have the colours of the theme."""
+        super().discard_drawn()
+        self._thumbnails.clear()
 
-    def _image_size(self) -> tuple[int, int]:
-        """Pixels (width, height) of a thumbnail; a cell shows one beside and two above another.
+    def _thumbnail_size(self, sample: ImageSample) -> tuple[int, int]:
+        """(width, height) in pixels: a cell shows one pixel across and two down.
 
-        As large as lets all images be seen at once, within reason; the least is a tile's width.
+        The largest size at which all images are in view at once, down to that of a tile.
         """
-        assert self.sample is not None
-        smallest = TILE_COLUMNS - GAP if self.sample.width <= TILE_COLUMNS else 28
-        for columns in range(LARGEST, smallest, -4):
-            width, height = fit(self.sample.width, self.sample.height, columns, self.height)
-            across = (self.width + GAP) // max(TILE_COLUMNS, width + GAP)
-            if across and -(-len(self._tiles) // across) * (-(-height // 2) + 2) - 1 <= self.height:
-                return width, height
-        room = max(8, min(smallest, self.width - GAP))
-        return fit(self.sample.width, self.sample.height, room, max(3, self.height - 2))
+        width, height = self.view_size
+        smallest = MIN_TILE_WIDTH - TILE_GAP
+        if sample.width > MIN_TILE_WIDTH:
+            smallest = SMALL_THUMBNAIL_WIDTH
+        for columns in range(MAX_THUMBNAIL_WIDTH, smallest, -4):
+            size = fit_image(sample.width, sample.height, columns, height)
+            across = (width + TILE_GAP) // max(MIN_TILE_WIDTH, size[0] + TILE_GAP)
+            lines = -(-size[1] // 2) + CAPTION_LINES
+            if across and -(-len(self._tiles) // across) * lines - 1 <= height:
+                return size
+        columns = max(8, min(smallest, width - TILE_GAP))
+        return fit_image(sample.width, sample.height, columns, max(3, height - CAPTION_LINES))
 
-    def _layout(self) -> tuple[int, int, int]:
-        """(tiles in a row, cells of a tile, lines of a tile with its verdict and a gap)."""
-        width, height = self._image_size()
-        cells = max(TILE_COLUMNS, width + GAP)
-        across = max(1, (self.width + GAP) // cells)
-        return across, min(cells, self.width), -(-height // 2) + 2
+    def _layout(self, sample: ImageSample) -> tuple[int, int, int]:
+        """(tiles in a row, cells of a tile, lines of a tile)"""
+        width, height = self._thumbnail_size(sample)
+        tile_width = max(MIN_TILE_WIDTH, width + TILE_GAP)
+        across = max(1, (self.view_size.width + TILE_GAP) // tile_width)
+        return across, min(tile_width, self.view_size.width), -(-height // 2) + CAPTION_LINES
 
-    def count(self) -> int:
-        """Lines of the whole grid."""
-        if not self._tiles:
+    def line_count(self) -> int:
+        """Lines of all tiles."""
+        if self.sample is None or not self._tiles:
             return 0
-        across, _, lines = self._layout()
+        across, _, lines = self._layout(self.sample)
         return -(-len(self._tiles) // across) * lines - 1
 
-    def line(self, index: int) -> Strip:
-        """One line through a row of thumbnails, or through their verdicts."""
-        across, cells, lines = self._layout()
-        row, inside = divmod(index, lines)
-        segments: list[Segment] = []
-        for tile in self._tiles[row * across : (row + 1) * across]:
-            segments += self._piece(tile, inside, cells, lines)
-        return Strip(segments)
+    def line(self, index: int) -> Row:
+        """One line through a row of thumbnails or captions."""
+        assert self.sample is not None
+        across, width, lines = self._layout(self.sample)
+        tile_row, line = divmod(index, lines)
+        row: Row = []
+        for tile in self._tiles[tile_row * across : (tile_row + 1) * across]:
+            if line == lines - 1:
+                row += self.styled([(" " * width, "text")])
+            elif line == lines - 2:
+                row += self._caption(tile, width)
+            else:
+                row += self._thumbnail_row(self.sample, tile, line, width)
+        return row
 
-    def _piece(self, tile: Tile, inside: int, cells: int, lines: int) -> list[Segment]:
-        plain = self.style("")
-        if inside == lines - 1:
-            return [Segment(" " * cells, plain)]
-        if inside == lines - 2:
-            return self._verdict(tile, cells)
-        picture = self._picture(tile.index)
-        line = picture[inside] if inside < len(picture) else []
-        used = sum(segment.cell_length for segment in line)
-        return [*line, Segment(" " * max(0, cells - used), plain)]
+    def _thumbnail_row(self, sample: ImageSample, tile: Tile, line: int, width: int) -> Row:
+        thumbnail = self._thumbnail(sample, tile.index)
+        row = thumbnail[line] if line < len(thumbnail) else []
+        used = sum(segment.cell_length for segment in row)
+        return [*row, *self.styled([(" " * max(0, width - used), "text")])]
 
-    def _picture(self, index: int) -> list[list[Segment]]:
-        drawn = self._drawn.get(index)
-        if drawn is None:
+    def _thumbnail(self, sample: ImageSample, index: int) -> list[Row]:
+        thumbnail = self._thumbnails.get(index)
+        if thumbnail is None:
             if index >= len(self._pixels):
                 return []
-            width, height = self._image_size()
-            image = resize(self._pixels[index], width, height)
-            drawn = self._drawn[index] = half_blocks(image, self.glyphs.ascii, self.style(""))
-        return drawn
+            image = resize(self._pixels[index], *self._thumbnail_size(sample))
+            thumbnail = half_blocks(image, self.glyphs.ascii, self.palette.text)
+            self._thumbnails[index] = thumbnail
+        return thumbnail
 
-    def _verdict(self, tile: Tile, cells: int) -> list[Segment]:
-        sure = f"{tile.confidence:4.0%}" if 0 <= tile.confidence <= 1 else "   ?"
+    def _caption(self, tile: Tile, width: int) -> Row:
+        """`✗ 3 is 8   62%`"""
+        confidence = f"{tile.confidence:4.0%}" if 0 <= tile.confidence <= 1 else "   ?"
         right, wrong = ("+", "x") if self.glyphs.ascii else ("✓", "✗")
-        said = (
-            f"{wrong} {tile.prediction} is {tile.truth}" if tile.wrong else f"{right} {tile.truth}"
+        text = f"{right} {tile.truth}"
+        if tile.wrong:
+            text = f"{wrong} {tile.prediction} is {tile.truth}"
+        room = max(0, width - TILE_GAP - len(confidence) - 1)
+        text = truncate(text, room, self.glyphs.ellipsis)
+        return self.styled(
+            [
+                (text, "error reverse" if tile.wrong else "good"),
+                (" " * (room - cell_len(text) + 1), "text"),
+                (confidence, "dim"),
+                (" " * TILE_GAP, "text"),
+            ]
         )
-        room = cells - GAP - len(sure) - 1
-        if len(said) > room:
-            said = said[: max(0, room - 1)] + self.glyphs.ellipsis
-        name = "error reverse" if tile.wrong else "good"
-        return [
-            Segment(said, self.style(name)),
-            Segment(set_cell_size("", max(0, room - len(said))) + " ", self.style("")),
-            Segment(sure, self.style("dim")),
-            Segment(" " * GAP, self.style("")),
-        ]
 
 
-# ---- continuations
-# What a language model made of its prompt, newest first, the prompt marked.
+# ---------------------------------------------------------------- texts
+
+MAX_TEXT_WIDTH = 100
+"""Longer rows are hard to read, however wide the terminal is."""
+PROMPT_STYLE = "accent bold underline"
 
 
-COMFORTABLE = 100
-"""Longer rows are hard to read, however wide the terminal."""
-
-
-class Continuations(LinesView):
-    """Samples under each other, each with the step at which it was drawn."""
+class GeneratedTexts(ScrollingLines):
+    """The texts that a language model generated, newest first, each with its step and its prompt
+    marked."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.samples: tuple[TextSample, ...] = ()
-        self._rows: list[Line] = []
+        """Newest first."""
+        self._layout: list[list[Span]] = []
 
     def show_samples(self, samples: Sequence[TextSample]) -> None:
-        """Show `samples` (oldest first, as they came); nothing is done when they are shown."""
+        """Show `samples`, given oldest first."""
         newest_first = tuple(reversed(samples))
         if newest_first != self.samples:
             self.samples = newest_first
-            self.changed()
+            self.lines_changed()
 
-    def changed(self, first: int = 0) -> None:
+    def lines_changed(self, first: int = 0) -> None:
         """Lay the texts out for the present width."""
-        self._rows = self._lay_out(min(self.width, COMFORTABLE))
-        super().changed(first)
+        self._layout = self._laid_out(max(1, min(self.view_size.width, MAX_TEXT_WIDTH)))
+        super().lines_changed(first)
 
-    def count(self) -> int:
+    def line_count(self) -> int:
         """Rows of all samples."""
-        return len(self._rows)
+        return len(self._layout)
 
-    def line(self, index: int) -> Line:
+    def line(self, index: int) -> Row:
         """One row of a sample."""
-        return self._rows[index]
+        return self.styled(self._layout[index])
 
-    def _lay_out(self, width: int) -> list[Line]:
-        rows: list[Line] = []
-        for place, sample in enumerate(self.samples):
-            title = f"step {sample.step:,}" + ("  newest" if place == 0 else "")
-            name = "accent bold" if place == 0 else "title"
-            rest = " " + self.glyphs.rule * max(0, width - len(title) - 1)
-            rows.append([(title, name), (rest, "faint")])
-            rows += self._text(sample, width)
+    def _laid_out(self, width: int) -> list[list[Span]]:
+        rows: list[list[Span]] = []
+        for number, sample in enumerate(self.samples):
+            title = f"step {sample.step:,}" + ("  newest" if number == 0 else "")
+            rule = " " + self.glyphs.rule * max(0, width - len(title) - 1)
+            rows.append([(title, "accent bold" if number == 0 else "title"), (rule, "faint")])
+            rows += _text_rows(sample, width)
             rows.append([])
         return rows[:-1]
 
-    def _text(self, sample: TextSample, width: int) -> list[Line]:
-        """Rows of prompt and continuation, some of which hold the end of the one and the start of
-        the other. A sampled text may or may not repeat its prompt."""
-        body = sample.text
-        if sample.prompt and body.startswith(sample.prompt):
-            body = body[len(sample.prompt) :]
-        prompt = wrap(sample.prompt, width) if sample.prompt.strip() else []
-        if not prompt:
-            return [[(row, "")] for row in wrap((sample.prompt + body).strip("\n"), width)]
-        *whole, last = prompt
-        rows: list[Line] = [[(row, "accent bold underline")] for row in whole]
-        joined = wrap(last + body, width)
-        for row in joined:
-            known = min(len(last), len(row))
-            rows.append([(row[:known], "accent bold underline"), (row[known:], "")])
-            last = last[known:].lstrip(" ") if known < len(last) else ""
-        return rows
+
+def _text_rows(sample: TextSample, width: int) -> list[list[Span]]:
+    """Rows of the prompt and of what was generated, of which one may hold the end of the prompt and
+    the beginning of the rest. The text of a sample may repeat its prompt or not."""
+    generated = sample.text.removeprefix(sample.prompt)
+    if not sample.prompt.strip():
+        return [[(row, "text")] for row in wrap((sample.prompt + generated).strip("\n"), width)]
+    *whole, last = wrap(sample.prompt, width)
+    rows: list[list[Span]] = [[(row, PROMPT_STYLE)] for row in whole]
+    for row in wrap(last + generated, width):
+        known = min(len(last), len(row))
+        rows.append([(row[:known], PROMPT_STYLE), (row[known:], "text")])
+        last = last[known:].lstrip(" ") if known < len(last) else ""
+    return rows

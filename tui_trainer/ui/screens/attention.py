@@ -13,19 +13,23 @@ from textual.widget import Widget
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui.panels.attention import (
+from tui_trainer.ui.panels.attention.heads_table import HeadsTable
+from tui_trainer.ui.panels.attention.statistic_table import MODEL_ORDER, StatisticTable
+from tui_trainer.ui.panels.attention.statistics import (
+    NO_ATTENTION,
     SHOWN_STATISTICS,
-    HeadsTable,
     Statistic,
-    StatisticTable,
-    why_nothing,
+    missing_statistic_message,
 )
-from tui_trainer.ui.panels.series_chart import SeriesChart
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.staleness import staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.series_chart import SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.tabs import ScrollingTabs
-from tui_trainer.ui.widgets.text import Caption, EmptyState, Piece, age_of, awaited
+from tui_trainer.ui.widgets.tabs import TabLine
+from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 CHART = (39, 9)
 """Cells that a chart needs, with the gap beside it, so that its axis can be read."""
@@ -78,10 +82,10 @@ class AttentionScreen(DetailScreen):
 
     def body(self) -> Iterable[Widget]:
         """Statistics, what the chosen one means, layers and heads, charts."""
-        yield ScrollingTabs([statistic.title for statistic in SHOWN_STATISTICS])
+        yield TabLine([statistic.title for statistic in SHOWN_STATISTICS])
         yield Caption(id="means")
         yield Caption(id="healthy")
-        yield EmptyState()
+        yield Placeholder()
         yield Container(StatisticTable(), HeadsTable(), id="upper")
         yield PromptLine()
         yield Caption(id="layer")
@@ -105,12 +109,8 @@ class AttentionScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         """Layers, then what belongs to the one under the cursor."""
         known = snapshot.info is not None and bool(snapshot.info.attention)
-        empty = self.query_one(EmptyState)
-        if known:
-            empty.say("")
-        else:
-            nothing = "no attention layer was found in this model"
-            empty.say(*awaited(snapshot, nothing, "attention"))
+        message = ("", "") if known else placeholder_message(snapshot, NO_ATTENTION, "attention")
+        self.query_one(Placeholder).set_message(*message)
         for name in ("#upper", "#charts", "#layer"):
             self.query_one(name).display = known
         if known:
@@ -123,24 +123,25 @@ class AttentionScreen(DetailScreen):
 
     def _show_layer(self) -> None:
         """Heads and charts of the layer under the cursor."""
-        snapshot, row = self.context.snapshot, self.by_layer.current
+        snapshot, row = self.context.snapshot, self.by_layer.current_row
         info = snapshot.info
         if info is None or row is None or row >= len(info.attention):
-            self.by_layer.empty = f"no layer has “{self.by_layer.filter}”: escape clears the filter"
+            filter = self.by_layer.filter
+            self.by_layer.placeholder = f"no layer has “{filter}”: escape clears the filter"
             return
         layer = info.attention[row]
         heads = f"{layer.heads} heads" if layer.heads else ""
         if layer.key_value_heads and layer.key_value_heads != layer.heads:
             heads += f", {layer.key_value_heads} for keys and values"
-        pieces: list[Piece] = [(layer.layer, "accent"), (layer.kind, "dim"), (heads, "dim")]
+        pieces: list[Span] = [(layer.layer, "accent"), (layer.kind, "dim"), (heads, "dim")]
         if layer.head_dim:
             pieces.append((f"{layer.head_dim} wide", "dim"))
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
-        age = age_of(snapshot, snapshot.history.tables_named(schema.ATTENTION_HEADS))
+        age = staleness(snapshot, snapshot.history.tables_named(schema.ATTENTION_HEADS))
         aged = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
         said = [piece for piece in pieces if piece[0]]
-        self.query_one("#layer", Caption).say(said, aged, yielding=True)
+        self.query_one("#layer", Caption).update(said, aged, right_is_optional=True)
         self.query_one(HeadsTable).show_layer(snapshot, layer, _why_no_heads(snapshot, layer))
         self._show_charts(snapshot, layer)
 
@@ -149,17 +150,17 @@ class AttentionScreen(DetailScreen):
         shown = self._ordered()
         charts = list(self.query(SeriesChart))
         for chart, statistic in zip(charts, shown, strict=False):
-            place = statistic.place(snapshot, layer)
-            series = statistic.series(layer, place) if place is not None else []
-            optimizer = place.history.table.optimizer if place is not None else ""
-            measured = place is not None and place.history.rows > 0
-            nothing = why_nothing(statistic, snapshot, optimizer)
-            chart.draw(
+            location = statistic.location(snapshot, layer)
+            curves = statistic.curves(layer, location) if location is not None else []
+            optimizer = location.history.table.optimizer if location is not None else ""
+            measured = location is not None and location.history.rows > 0
+            missing = missing_statistic_message(statistic, snapshot, optimizer)
+            chart.plot(
                 statistic.title,
-                place.history if place is not None else None,
-                series,
-                why=f"n/a: {layer.note}" if measured and not series else nothing,
-                total=total,
+                location.history if location is not None else None,
+                curves,
+                placeholder=f"n/a: {layer.note}" if measured and not curves else missing,
+                total_steps=total,
                 log=self._log and not statistic.signed,
                 selected=statistic is self.statistic,
             )
@@ -175,16 +176,16 @@ class AttentionScreen(DetailScreen):
 
     def _explain(self) -> None:
         statistic = self.statistic
-        self.query_one(ScrollingTabs).choose(self._chosen)
-        self.query_one("#means", Caption).say([(statistic.means, "text")])
+        self.query_one(TabLine).choose(self._chosen)
+        self.query_one("#means", Caption).update([(statistic.meaning, "text")])
         self._say_healthy()
 
     def _say_healthy(self) -> None:
         """What is healthy, and of when the values are."""
         statistic, snapshot = self.statistic, self.context.snapshot
-        age = age_of(snapshot, snapshot.history.tables_named(statistic.table))
+        age = staleness(snapshot, snapshot.history.tables_named(statistic.table))
         pieces = [("healthy", "good"), (statistic.healthy, "dim")]
-        self.query_one("#healthy", Caption).say(pieces, age)
+        self.query_one("#healthy", Caption).update(pieces, age)
 
     # ------------------------------------------------------------ actions
 
@@ -192,7 +193,7 @@ class AttentionScreen(DetailScreen):
         """Another statistic."""
         self._choose((self._chosen + by) % len(SHOWN_STATISTICS))
 
-    def on_tab_line_chosen(self, event: ScrollingTabs.Chosen) -> None:
+    def on_tab_line_chosen(self, event: TabLine.Chosen) -> None:
         """A click on its name."""
         self._choose(event.number)
 
@@ -213,18 +214,18 @@ class AttentionScreen(DetailScreen):
 
     def action_order(self) -> None:
         """Sort by the next part of the statistic."""
-        keys = ["order", *self.statistic.parts]
+        keys = [MODEL_ORDER, *self.statistic.parts]
         table = self.by_layer
         place = keys.index(table.sorted_by) if table.sorted_by in keys else 0
         self._sort(keys[(place + 1) % len(keys)])
 
-    def on_virtual_table_sort_asked(self, event: VirtualTable.SortAsked) -> None:
+    def on_virtual_table_sort_requested(self, event: VirtualTable.SortRequested) -> None:
         """A click on a title; a second one turns the order round."""
         table = self.by_layer
         key = "" if event.key == "value" else event.key
         if event.table is not table or key not in ("layer", *self.statistic.parts):
             return
-        key = "order" if key == "layer" else key
+        key = MODEL_ORDER if key == "layer" else key
         if key == table.sorted_by:
             table.descending = not table.descending
         self._sort(key)

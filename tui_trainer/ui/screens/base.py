@@ -163,7 +163,7 @@ class DetailScreen(ControlScreen):
 
     def show_keys(self) -> None:
         """Update the line of keys: those that cannot be used now are dimmed."""
-        self.query_one(KeyLine).show()
+        self.query_one(KeyLine).update_rows()
 
     def on_descendant_focus(self) -> None:
         """Show the keys of the widget that has the focus now."""

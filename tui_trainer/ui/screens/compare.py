@@ -82,7 +82,7 @@ class CompareScreen(RunScreen):
             chart.update_rows()
         self.query_one(Legend).update_rows()
         self.query_one(DifferencesTable).update_rows()
-        self.query_one(KeyLine).show()
+        self.query_one(KeyLine).update_rows()
 
     def _look_again(self) -> None:
         living = [run for run in self.runs if run.run.live]

@@ -12,10 +12,11 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.panels.attention import LayersTable, TrendPanel
-from tui_trainer.ui.panels.base import Panel, unseen
+from tui_trainer.ui.panels.attention.layers_table import LayersTable
+from tui_trainer.ui.panels.attention.trend_chart import TrendChart
+from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.panels.clipping import ClippingPanel
-from tui_trainer.ui.panels.gradients import GradientsPanel
+from tui_trainer.ui.panels.gradients import GradientsPanel, SortKey
 from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
@@ -27,7 +28,7 @@ from tui_trainer.ui.widgets.tabs import TabLine
 TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "attention")
 SHOWN_TRENDS = (0, 1, 4)
-"""Statistics of Wq, Wk, Wv (numbers in TRENDS): the first everywhere, all where there is room."""
+"""Numbers in TREND_STATISTICS: the first at every size, all where there is room."""
 FULL = (100, 30)
 """Columns and rows from which all panels stand side by side."""
 
@@ -78,7 +79,7 @@ class DashboardScreen(ControlScreen):
             with Vertical(id="attention"):
                 yield LayersTable(id="layers")
                 for number in range(len(SHOWN_TRENDS)):
-                    yield TrendPanel(SHOWN_TRENDS[number], id=f"trend-{number}")
+                    yield TrendChart(SHOWN_TRENDS[number], id=f"trend-{number}")
         yield Input(placeholder="names that hold these words", id="filter", compact=True)
         yield KeyLine()
 
@@ -89,13 +90,13 @@ class DashboardScreen(ControlScreen):
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
-        self.set_class(bool(unseen(snapshot, "attention")), "-no-attention")
+        self.set_class(bool(unavailable_reason(snapshot, "attention")), "-no-attention")
         for panel in self._panels:
             if panel.is_on_screen or isinstance(panel, Banner | FactsLine):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
-        keys.renamed["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"
-        keys.show()
+        keys.labels["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"
+        keys.update_rows()
 
     def on_mount(self) -> None:
         """Show what is known."""
@@ -153,9 +154,9 @@ class DashboardScreen(ControlScreen):
 
     def action_window(self) -> None:
         """Other steps in the charts."""
-        shown = self.query_one(LossPanel).cycle_window()
+        max_steps = self.query_one(LossPanel).cycle_window()
         clipping = self.query_one(ClippingPanel)
-        clipping.shown = shown
+        clipping.max_steps = max_steps
         clipping.update_rows()
 
     def action_sort(self) -> None:
@@ -164,7 +165,7 @@ class DashboardScreen(ControlScreen):
 
     def action_trend(self) -> None:
         """Another statistic of Wq, Wk, Wv."""
-        self.query_one("#trend-0", TrendPanel).cycle()
+        self.query_one("#trend-0", TrendChart).cycle_statistic()
 
     def action_filter(self) -> None:
         """Open the filter."""
@@ -200,15 +201,15 @@ class DashboardScreen(ControlScreen):
         if isinstance(message.table, GradientsPanel):
             message.table.toggle(message.row)
 
-    def on_virtual_table_sort_asked(self, message: VirtualTable.SortAsked) -> None:
+    def on_virtual_table_sort_requested(self, message: VirtualTable.SortRequested) -> None:
         """A click on a title sorts by it."""
         if isinstance(message.table, GradientsPanel):
-            key = message.key if message.key in ("norm", "name") else "norm"
-            message.table.sort("model" if message.table.sorting == key else key)
+            key: SortKey = "name" if message.key == "name" else "norm"
+            message.table.sort("model" if message.table.sort_key == key else key)
 
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
         """The chart follows the layer under the cursor."""
         if isinstance(message.table, LayersTable):
-            for trend in self.query(TrendPanel):
-                trend.shown_layer = message.row
+            for trend in self.query(TrendChart):
+                trend.layer_index = message.row
                 trend.update_rows()

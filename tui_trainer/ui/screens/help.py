@@ -10,7 +10,7 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.ui.keys import key_groups
-from tui_trainer.ui.panels.help import HelpBlock, HelpView, blocks, cadences
+from tui_trainer.ui.panels.help import HelpBlock, HelpView, cadence_entries, help_blocks
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
 
@@ -45,14 +45,14 @@ class HelpScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         """Of a run the cadences are shown: anew when one of them has changed."""
-        found = cadences(snapshot.info)
+        found = cadence_entries(snapshot.info)
         if found != self._cadences:
             self._cadences = found
             self._show(self.query_one(PromptLine).text("filter"))
 
     def _show(self, text: str) -> None:
         context = self.context
-        every = blocks(key_groups(self.app), context.glyphs, context.snapshot.info)
+        every = help_blocks(key_groups(self.app), context.glyphs, context.snapshot.info)
         words = text.casefold().split()
         found = [
             HelpBlock(

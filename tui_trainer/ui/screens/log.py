@@ -10,17 +10,18 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import count
+from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.header import FactsLine
-from tui_trainer.ui.panels.log import CLIPS, EVENTS, STDERR, STDOUT, LogModel, LogView
+from tui_trainer.ui.panels.log import Kind, LogModel, LogView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import Chip, Chips, PromptLine
-from tui_trainer.ui.widgets.text import EmptyState, awaited
+from tui_trainer.ui.widgets.text import Placeholder
 
-_KIND_KEYS = (
-    (STDOUT, "o", "out"),
-    (STDERR, "r", "err"),
-    (EVENTS, "v", EVENTS),
-    (CLIPS, "c", CLIPS),
+_KIND_KEYS: tuple[tuple[Kind, str, str], ...] = (
+    ("stdout", "o", "out"),
+    ("stderr", "r", "err"),
+    ("events", "v", "events"),
+    ("clips", "c", "clips"),
 )
 
 
@@ -42,13 +43,13 @@ class LogScreen(DetailScreen):
                 tooltip="Go to the place found before"),
         Binding("f", "follow", "Follow", id="log.follow",
                 tooltip="Follow new lines, or stand still"),
-        Binding("o", f"kind('{STDOUT}')", "stdout", id="log.stdout", show=False,
+        Binding("o", "kind('stdout')", "stdout", id="log.stdout", show=False,
                 tooltip="Show or hide what was printed"),
-        Binding("r", f"kind('{STDERR}')", "stderr", id="log.stderr", show=False,
+        Binding("r", "kind('stderr')", "stderr", id="log.stderr", show=False,
                 tooltip="Show or hide what was printed to stderr"),
-        Binding("v", f"kind('{EVENTS}')", "Events", id="log.events", show=False,
+        Binding("v", "kind('events')", "Events", id="log.events", show=False,
                 tooltip="Show or hide what happened to the run"),
-        Binding("c", f"kind('{CLIPS}')", "Clips", id="log.clips", show=False,
+        Binding("c", "kind('clips')", "Clips", id="log.clips", show=False,
                 tooltip="Show or hide every step that was clipped"),
         Binding("w", "worst", "Warnings", id="log.warnings", show=False,
                 tooltip="Show only warnings and errors, or everything"),
@@ -73,7 +74,7 @@ class LogScreen(DetailScreen):
         """What there is to know of the data; switches, lines, prompt, keys."""
         yield FactsLine()
         yield Chips()
-        yield EmptyState()
+        yield Placeholder()
         yield LogView(self.lines, id="lines")
         yield PromptLine()
 
@@ -94,9 +95,9 @@ class LogScreen(DetailScreen):
             if self._run:  # the app was attached to another run
                 self.lines.__init__()  # type: ignore[misc]
             self._run, self._started_at = info.name, info.started_at or None
-        first = self.lines.take(snapshot.log, snapshot.events, info)
+        first = self.lines.update(snapshot.log, snapshot.events, info)
         if first is not None:
-            self.view.changed(first)
+            self.view.lines_changed(first)
         self._show_state(snapshot)
 
     def _show_state(self, snapshot: Snapshot) -> None:
@@ -106,18 +107,20 @@ class LogScreen(DetailScreen):
             for kind, key, name in _KIND_KEYS
         ]
         chips.append(Chip("follow", "f", "follow", self.view.follow))
-        chips.append(Chip("worst", "w", "warnings", lines.worst_only))
+        chips.append(Chip("worst", "w", "warnings", lines.warnings_only))
         if lines.text:
             chips.append(Chip("filter", "/", f"filter “{lines.text}”", True))
         self.query_one(Chips).show_chips(tuple(chips))
-        empty = self.query_one(EmptyState)
+        placeholder = self.query_one(Placeholder)
         if lines.shown:
-            empty.say("")
+            placeholder.set_message("")
         elif lines.entries:
             hidden = len(lines.entries)
-            empty.say(f"{hidden:,} lines are hidden", "escape clears the filter; o r v c: kinds")
+            placeholder.set_message(
+                f"{hidden:,} lines are hidden", "escape clears the filter; o r v c: kinds"
+            )
         else:
-            empty.say(*awaited(snapshot, "nothing was printed yet"))
+            placeholder.set_message(*placeholder_message(snapshot, "nothing was printed yet"))
         self.view.display = bool(lines.shown)
 
     # ------------------------------------------------------------ actions
@@ -140,7 +143,7 @@ class LogScreen(DetailScreen):
             self.view.focus()
 
     def _find(self, text: str) -> None:
-        self.view.needle = text
+        self.view.search_text = text
         start = (self.view.found or len(self.lines.shown)) + 1
         self.view.show_found(self.lines.find(text, start, backwards=True))
 
@@ -148,49 +151,49 @@ class LogScreen(DetailScreen):
         """The next place, or the one before."""
         view = self.view
         start = view.found if view.found is not None else (0 if backwards else -1)
-        view.show_found(self.lines.find(view.needle, start, backwards))
+        view.show_found(self.lines.find(view.search_text, start, backwards))
 
     def action_follow(self) -> None:
         """Follow, or stand still."""
         self.view.set_follow(not self.view.follow)
 
-    def action_kind(self, kind: str) -> None:
+    def action_kind(self, kind: Kind) -> None:
         """Show or hide a kind."""
         self._refilter(kinds=self.lines.kinds ^ {kind})
 
     def action_worst(self) -> None:
         """Only warnings and errors, or everything."""
-        self._refilter(worst_only=not self.lines.worst_only)
+        self._refilter(warnings_only=not self.lines.warnings_only)
 
     def action_clear(self) -> None:
         """Everything is shown again."""
         self.query_one(PromptLine).clear("filter")
-        self.view.needle = ""
+        self.view.search_text = ""
         self.view.found = None
-        self._refilter(text="", worst_only=False)
+        self._refilter(text="", warnings_only=False)
 
     def action_since(self) -> None:
         """The other kind of time."""
-        self.view.since = self._started_at if self.view.since is None else None
-        self.view.changed()
+        self.view.relative_to = self._started_at if self.view.relative_to is None else None
+        self.view.lines_changed()
 
     def action_shift(self, by: int) -> None:
         """Right or left in long lines."""
-        self.view.shift(by)
+        self.view.scroll_text(by)
 
     def _refilter(
         self,
         *,
-        kinds: frozenset[str] | None = None,
+        kinds: frozenset[Kind] | None = None,
         text: str | None = None,
-        worst_only: bool | None = None,
+        warnings_only: bool | None = None,
     ) -> None:
-        self.lines.filter(kinds=kinds, text=text, worst_only=worst_only)
+        self.lines.filter(kinds=kinds, text=text, warnings_only=warnings_only)
         self.view.found = None
-        self.view.changed()
+        self.view.lines_changed()
         self._show_state(self.context.snapshot)
 
-    def on_log_view_followed(self) -> None:
+    def on_log_view_follow_changed(self) -> None:
         """Show whether it follows."""
         self._show_state(self.context.snapshot)
 
@@ -203,5 +206,5 @@ class LogScreen(DetailScreen):
                 self.action_follow()
             case "filter":
                 self.action_clear()
-            case kind:
+            case "stdout" | "stderr" | "events" | "clips" as kind:
                 self.action_kind(kind)

@@ -13,12 +13,20 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
-from tui_trainer.ui.panels.parameters import SORTABLE, ParameterTable, ParameterValues
-from tui_trainer.ui.panels.series_chart import ChartSeries, SeriesChart
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.parameters import (
+    MODEL_ORDER,
+    ParameterTable,
+    ParameterValues,
+    format_shape,
+)
+from tui_trainer.ui.panels.staleness import staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.form import PromptLine
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.series_chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.text import Caption, EmptyState, Piece, age_of, awaited
+from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 RESORT_SECONDS = 2.0
 """Rows sorted by a value that changes move at most this often: they must be readable."""
@@ -79,7 +87,7 @@ class ParametersScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         """Header, figures, table, the selected one's strip, keys."""
         yield Caption(id="summary")
-        yield EmptyState()
+        yield Placeholder()
         yield ParameterTable(self.values)
         yield PromptLine()
         yield Caption(id="selected")
@@ -97,22 +105,26 @@ class ParametersScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         """Take in the newest values."""
-        anew = self.values.take(snapshot)
+        anew = self.values.update(snapshot)
         table, info = self.table, snapshot.info
         known = info is not None and bool(info.parameters)
-        empty = self.query_one(EmptyState)
+        placeholder = self.query_one(Placeholder)
         if known:
-            empty.say("")
+            placeholder.set_message("")
         else:
-            empty.say(*awaited(snapshot, "no parameter is known yet", "parameters", "grad_norm"))
+            placeholder.set_message(
+                *placeholder_message(
+                    snapshot, "no parameter is known yet", "parameters", "grad_norm"
+                )
+            )
         for part in (table, self.query_one("#charts"), self.query_one("#selected")):
             part.display = known
         if not known:
             return
         if anew:
-            table.take_names()
+            table.parameters_changed()
         due = time.monotonic() - self._sorted_at > RESORT_SECONDS
-        if anew or (due and table.sorted_by not in ("order", "name")):
+        if anew or (due and table.sorted_by not in (MODEL_ORDER, "name")):
             self._arrange()
         table.update_rows()
         self._say_summary()
@@ -126,38 +138,38 @@ class ParametersScreen(DetailScreen):
         info, table = self.values.info, self.table
         assert info is not None
         count, shown = len(info.parameters), len(table.order)
-        pieces: list[Piece] = [("Parameters", "title")]
+        pieces: list[Span] = [("Parameters", "title")]
         pieces.append((f"{shown:,} of {count:,}" if shown != count else f"{count:,}", "text"))
-        pieces.append((f"{formatting.count(table.elements, 0)} elements", "dim"))
+        pieces.append((f"{formatting.count(table.element_count, 0)} elements", "dim"))
         by = f"by {_title(table.sorted_by)}"
-        pieces.append(("in the model's order" if table.sorted_by == "order" else by, "dim"))
+        pieces.append(("in the model's order" if table.sorted_by == MODEL_ORDER else by, "dim"))
         if table.filter:
             pieces.append((f"filter “{table.filter}”", "accent"))
-        self.query_one("#summary", Caption).say(pieces, self._ages())
-        table.empty = f"no name has “{table.filter}”: escape clears the filter"
+        self.query_one("#summary", Caption).update(pieces, self._ages())
+        table.placeholder = f"no name has “{table.filter}”: escape clears the filter"
 
     def _ages(self) -> str:
         """Of when the columns in sight are that are not of the newest step."""
         snapshot, table = self.context.snapshot, self.table
-        in_sight = {column.key for column in table.visible_columns(table.size.width)[0]}
+        in_sight = {column.key for column in table.visible_columns(table.view_size.width)[0]}
         by_age: dict[str, list[str]] = {}
         for quantity, key, title in _COLUMNS:
-            age = age_of(snapshot, snapshot.history.tables_named(quantity))
+            age = staleness(snapshot, snapshot.history.tables_named(quantity))
             if age and key in in_sight:
                 by_age.setdefault(age, []).append(title)
         return ", ".join(f"{' and '.join(titles)} {age}" for age, titles in by_age.items())
 
     def _show_selected(self) -> None:
-        info, row = self.values.info, self.table.current
+        info, row = self.values.info, self.table.current_row
         if info is None or row is None:
-            self.query_one("#selected", Caption).say(())
+            self.query_one("#selected", Caption).update(())
             return
-        parameter, times = info.parameters[row], self.context.glyphs.times
-        shape = f" {times} ".join(map(str, parameter.shape)) or "scalar"
+        parameter = info.parameters[row]
+        shape = format_shape(parameter, self.context.glyphs.times)
         facts = f"{shape}  {parameter.dtype}  {parameter.numel:,} elements"
         by = f"updated by {parameter.optimizer}" if parameter.optimizer else "not updated"
-        pieces: list[Piece] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
-        self.query_one("#selected", Caption).say(pieces)
+        pieces: list[Span] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
+        self.query_one("#selected", Caption).update(pieces)
         room = max(1, self.size.width // CHART_WIDTH)
         for place, (chart, (quantity, name, style)) in enumerate(
             zip(self.query(SeriesChart), _CHARTS, strict=True)
@@ -165,9 +177,10 @@ class ParametersScreen(DetailScreen):
             chart.display = place < room
             found = self.values.series(quantity, row)
             why = info.unseen.get(quantity, "") or "not measured yet"
-            history, column = found if found else (None, 0)
-            series = [ChartSeries("", style, column)] if found else []
-            chart.draw(name, history, series, why=why, total=info.total_steps, log=self._log)
+            series, column = found if found else (None, 0)
+            curves = [ChartCurve("", style, column)] if found else []
+            total = info.total_steps
+            chart.plot(name, series, curves, placeholder=why, total_steps=total, log=self._log)
 
     # ------------------------------------------------------------ actions
 
@@ -192,14 +205,15 @@ class ParametersScreen(DetailScreen):
 
     def action_order(self, by: int) -> None:
         """Sort by the next column."""
-        place = SORTABLE.index(self.table.sorted_by)
-        self._sort(SORTABLE[(place + by) % len(SORTABLE)])
+        keys = self.table.sort_keys
+        place = keys.index(self.table.sorted_by)
+        self._sort(keys[(place + by) % len(keys)])
 
-    def on_virtual_table_sort_asked(self, event: VirtualTable.SortAsked) -> None:
+    def on_virtual_table_sort_requested(self, event: VirtualTable.SortRequested) -> None:
         """A click on a title; a second one turns the order round."""
         if event.key == self.table.sorted_by:
             self.action_reverse()
-        elif event.key in SORTABLE:
+        elif event.key in self.table.sort_keys:
             self._sort(event.key)
 
     def _sort(self, key: str) -> None:
@@ -217,14 +231,14 @@ class ParametersScreen(DetailScreen):
             return
         self._arrange()
         if to_top:
-            self.table.move_to(0)
+            self.table.move_cursor(0)
         self.table.update_rows()
         self._say_summary()
         self._show_selected()
 
     def action_shift(self, by: int) -> None:
         """Other columns."""
-        self.table.shift(by)
+        self.table.scroll_columns(by)
 
     def action_log(self) -> None:
         """The other scale."""
@@ -241,4 +255,6 @@ class ParametersScreen(DetailScreen):
 
 
 def _title(key: str) -> str:
-    return {"grad": "gradient norm", "bad": "non-finite", "weight": "weight norm"}.get(key, key)
+    return {"grad": "gradient norm", "nonfinite": "non-finite", "weight": "weight norm"}.get(
+        key, key
+    )

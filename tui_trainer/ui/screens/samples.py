@@ -12,16 +12,17 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.samples import (
     ConfusionView,
-    Continuations,
+    GeneratedTexts,
     ImageGrid,
     accuracy,
+    most_confused,
     tiles_of,
-    worst,
 )
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
-from tui_trainer.ui.widgets.text import Caption, EmptyState, awaited
+from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 BESIDE = 100
 """From this width on images and matrix stand beside each other."""
@@ -40,7 +41,7 @@ class SamplesScreen(DetailScreen):
     SamplesScreen.-matrix #matrix { display: block; }
     SamplesScreen.-beside #images { display: block; }
     SamplesScreen.-beside #matrix { display: block; }
-    SamplesScreen LinesView { height: 1fr; }
+    SamplesScreen ScrollingLines { height: 1fr; }
     SamplesScreen .-none { display: none !important; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -63,9 +64,9 @@ class SamplesScreen(DetailScreen):
 
     def body(self) -> Iterable[Widget]:
         """Texts, images and matrix; those without data are hidden."""
-        yield EmptyState()
+        yield Placeholder()
         yield Horizontal(
-            Vertical(Continuations(), id="texts"),
+            Vertical(GeneratedTexts(), id="texts"),
             Vertical(Caption(id="images-caption"), ImageGrid(), id="images"),
             Vertical(Caption(id="matrix-caption"), ConfusionView(), id="matrix"),
         )
@@ -75,8 +76,8 @@ class SamplesScreen(DetailScreen):
         texts = _of(snapshot, TextSample)
         images, matrices = _of(snapshot, ImageSample), _of(snapshot, ConfusionMatrix)
         nothing = not (texts or images or matrices)
-        empty = self.query_one(EmptyState)
-        empty.say(*awaited(snapshot, *_no_samples(snapshot))) if nothing else empty.say("")
+        message = placeholder_message(snapshot, *_no_samples(snapshot)) if nothing else ("", "")
+        self.query_one(Placeholder).set_message(*message)
         self.query_one(Horizontal).display = not nothing
         self._back = min(self._back, max(0, len(images) - 1, len(matrices) - 1))
         self._there("#texts", bool(texts))
@@ -84,7 +85,7 @@ class SamplesScreen(DetailScreen):
         self._there("#matrix", bool(matrices))
         if not images:
             self.set_class(bool(matrices), "-matrix")
-        self.query_one(Continuations).show_samples(texts)
+        self.query_one(GeneratedTexts).show_samples(texts)
         self._show_images(_pick(images, self._back), len(images))
         self._show_matrix(_pick(matrices, self._back))
         self.show_keys()
@@ -103,7 +104,7 @@ class SamplesScreen(DetailScreen):
             pieces.append((f"{self._back} before the newest", "warning"))
         elif count > 1:
             pieces.append(("newest", "dim"))
-        self.query_one("#images-caption", Caption).say(pieces)
+        self.query_one("#images-caption", Caption).update(pieces)
 
     def _show_matrix(self, matrix: ConfusionMatrix | None) -> None:
         self.query_one(ConfusionView).show_matrix(matrix)
@@ -114,10 +115,12 @@ class SamplesScreen(DetailScreen):
         if share is not None:
             pieces.append((f"accuracy {share:.1%}", "text"))
         arrow = self.context.glyphs.arrow
-        mistakes = [f"{truth}{arrow}{guess} {count}" for count, truth, guess in worst(matrix)]
+        mistakes = [
+            f"{truth}{arrow}{guess} {count}" for count, truth, guess in most_confused(matrix)
+        ]
         if mistakes:
             pieces.append(("most confused " + ", ".join(mistakes), "dim"))
-        self.query_one("#matrix-caption", Caption).say(pieces)
+        self.query_one("#matrix-caption", Caption).update(pieces)
 
     # ------------------------------------------------------------ keys
 

@@ -399,7 +399,7 @@ class StartScreen(RunScreen):
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Say what the field is."""
-        self.call_after_refresh(self.query_one(KeyLine).show)
+        self.call_after_refresh(self.query_one(KeyLine).update_rows)
         for node in event.widget.ancestors_with_self:
             if isinstance(node, FormRow | FoldRow):
                 self.query_one("#help", Static).update(node.help)

@@ -1,10 +1,14 @@
-"""A chart of steps against values: bands that lose no spike, lines, points and thresholds."""
+"""A chart of values against steps, drawn in braille: layers (bands, lines, points, …), the canvas
+that they are drawn on, and the two axes.
+
+A band reaches exactly from the smallest to the largest value of each column of dots, so that no
+spike is lost.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,91 +20,98 @@ from tui_trainer.protocol import formatting
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille
-from tui_trainer.ui.widgets.braille import Dots, blank, from_braille
 from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.scale import Scale, fit
-
-# ---- layers
-# What a chart can show: bands that lose no spike, lines, points, names, thresholds and marks.
-
+from tui_trainer.ui.widgets.scale import Scale, fit_scale
 
 Floats = NDArray[np.float32]
+
+AXIS_WIDTH = 9
+"""Cells left of the plot: a label of 8, right-aligned, and the axis itself."""
+SMOOTHING_SHARE = 1 / 24
+"""A smoothed line averages over about this share of the chart's width."""
+SPACE = 0x20
 
 
 @dataclass(frozen=True)
 class Band:
-    """The smallest to the largest value of each dot column (two to a cell); NaN: there is none."""
+    """The smallest to the largest value of each dot column, two to a cell; NaN leaves a gap."""
 
     style: Style
     low: Floats
     high: Floats
-    bad: NDArray[np.bool_] | None = None
-    """Dot columns in which a NaN or an infinity was measured: marked on the axis."""
+    nonfinite: NDArray[np.bool_] | None = None
+    """Dot columns in which a NaN or an infinity was measured; they are marked on the step axis."""
 
     @staticmethod
-    def of(window: Window, column: int, style: Style) -> Band:
-        """A band from a column of a history window of two buckets a cell."""
-        low, high = window.low[:, column], window.high[:, column]
-        bad = window.nonfinite[:, column]
-        return Band(style, *bridge(low, high, window.filled), bad)
+    def from_window(window: Window, column: int, style: Style) -> Band:
+        """A band from a column of a history window with two buckets to a cell."""
+        low, high = fill_gaps(window.low[:, column], window.high[:, column], window.filled)
+        return Band(style, low, high, window.nonfinite[:, column])
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line through one value a dot column, NaN where there is none; drawn by plotext."""
+    """A line through one value a dot column; NaN interrupts it."""
 
     style: Style
     values: Floats
-    bad: NDArray[np.bool_] | None = None
+    nonfinite: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class Points:
-    """Single values, each a sign in its cell."""
+    """Single values, each drawn as a marker in its cell."""
 
     style: Style
     columns: NDArray[np.int64]
     """Dot columns."""
     values: Floats
-    sign: str
+    marker: str
 
 
 @dataclass(frozen=True)
 class Label:
-    """A name at the end of a curve, so that curves can be told apart without colour too."""
+    """The name of a curve at its end, which tells curves apart without colour too."""
 
     style: Style
     column: int
-    """Dot column of the curve's end: the name stands right of it."""
+    """Dot column of the curve's end; the name stands right of it."""
     value: float
     text: str
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A dashed level, such as the threshold of clipping."""
+class Threshold:
+    """A dashed horizontal line, such as the limit of gradient clipping."""
 
     style: Style
     value: float
 
 
 @dataclass(frozen=True)
-class Marks:
-    """Dot columns to mark on the axis: clip events, notes."""
+class AxisMarks:
+    """Dot columns that are marked on the step axis, such as those of clipped steps."""
 
     style: Style
     columns: NDArray[np.int64]
-    sign: str
+    marker: str
+
+    @staticmethod
+    def at_steps(
+        marked: Sequence[int], steps: tuple[int, int], columns: int, style: Style, marker: str
+    ) -> AxisMarks:
+        """Marks at some of the steps of a chart of start <= step < stop, `columns` dots wide."""
+        start, stop = steps
+        found = np.array([step for step in marked if start <= step < stop], np.int64)
+        return AxisMarks(style, (found - start) * columns // max(1, stop - start), marker)
 
 
-Layer = Band | Line | Points | Label | Rule | Marks
+Layer = Band | Line | Points | Label | Threshold | AxisMarks
 
 
-def bridge(
-    low: Floats, high: Floats, filled: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Dot columns without a measurement between two that have one (fewer steps than dots) take
-    values between theirs; a measured NaN stays a gap."""
+def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Interpolate dot columns without a measurement between two that have one (where there are
+    fewer steps than dots). A measured NaN stays a gap."""
     at = np.flatnonzero(filled)
     if len(at) < 2 or len(at) == at[-1] - at[0] + 1:
         return low, high
@@ -111,174 +122,125 @@ def bridge(
     return low, high
 
 
-# ---- axes
-# The frame of a chart: values beside it, steps below it, and the marks on its axis.
+def smooth(low: Floats, high: Floats) -> Floats:
+    """The middle of each dot column's extent, averaged with a Gaussian over SMOOTHING_SHARE of the
+    width; NaN where nothing was measured."""
+    middle = low / 2 + high / 2
+    known = np.isfinite(middle)
+    if not known.any():
+        return np.full(len(low), np.nan, np.float32)
+    width = max(2.0, len(low) * SMOOTHING_SHARE)
+    reach = int(2 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 2)) ** 2)
+    largest = float(np.abs(middle[known]).max()) or 1.0
+    scaled = np.where(known, middle / largest, 0.0)
+    total = np.convolve(scaled, kernel)[reach : reach + len(middle)]
+    weight = np.convolve(known.astype(float), kernel)[reach : reach + len(middle)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(known, total / weight * largest, np.nan), np.float32)
 
 
-GUTTER = 9
-"""Cells left of the plot: a label of 8, right-aligned, and the axis."""
+class Canvas:
+    """The cells of a plot, `width` × `height`, that layers are drawn on."""
 
+    def __init__(
+        self, width: int, height: int, scale: Scale, palette: Palette, glyphs: Glyphs
+    ) -> None:
+        self.width, self.height = width, height
+        self.scale = scale
+        self._glyphs = glyphs
+        self._codes = np.full((height, width), SPACE, np.uint32)
+        self._style_numbers = np.zeros((height, width), np.int64)
+        self._styles: list[Style] = [palette.text]
 
-def value_labels(scale: Scale, rows: int) -> dict[int, str]:
-    """Row to what is written beside it: round values, evenly spaced."""
-    labels: dict[int, str] = {}
-    ticks = scale.ticks(rows)
-    texts = _texts(ticks, scale.log)
-    for value, text in zip(ticks, texts, strict=True):
-        place = float(scale.place(np.array([value], np.float64))[0])
-        y = round((1 - place) * (4 * rows - 1)) // 4
-        if 0 <= y < rows:
-            labels[y] = text
-    return labels
+    def draw(self, layers: Sequence[Layer]) -> None:
+        """Draw thresholds, then bands and lines, points, and labels on top."""
+        for layer in layers:
+            if isinstance(layer, Threshold):
+                self._draw_threshold(layer)
+        self._draw_curves([layer for layer in layers if isinstance(layer, Band | Line)])
+        for layer in layers:
+            if isinstance(layer, Points):
+                self._draw_points(layer)
+        for layer in layers:
+            if isinstance(layer, Label):
+                self._draw_label(layer)
 
+    def rows(self) -> list[Row]:
+        """The cells as rows of segments."""
+        return braille.styled_rows(self._codes, self._style_numbers, self._styles)
 
-def _texts(ticks: Sequence[float], log: bool) -> list[str]:
-    """The ticks with as many decimals as tell them apart."""
-    room = GUTTER - 1
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    if log:  # `0.1`, `1`, `1e-30`
-        return [f"{tick:.3g}".replace("e+", "e").replace("e-0", "e-") for tick in ticks]
-    if len(ticks) < 2 or not 1e-5 < largest < 1e6:
-        return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
-    for decimals in range(7):
-        texts = [f"{tick:.{decimals}f}" for tick in ticks]
-        exact = all(
-            abs(float(t) - tick) < 1e-3 * largest for t, tick in zip(texts, ticks, strict=True)
-        )
-        if exact and len(set(texts)) == len(texts):
-            break
-    return [
-        text if len(text) <= room else formatting.number(float(text), room, 3) for text in texts
-    ]
+    def _add_style(self, style: Style) -> int:
+        self._styles.append(style)
+        return len(self._styles) - 1
 
+    def _draw_threshold(self, layer: Threshold) -> None:
+        y = self.scale.cell_row(layer.value, self.height)
+        if y is not None:
+            self._codes[y] = ord(self._glyphs.dash)
+            self._style_numbers[y] = self._add_style(layer.style)
 
-def step_axis(
-    cells: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
-) -> Row:
-    """The rule under the plot with step numbers in it, and marks where something is to be seen.
+    def _draw_curves(self, layers: Sequence[Band | Line]) -> None:
+        patterns = np.zeros(self._codes.shape, np.uint8)
+        has_band = any(isinstance(layer, Band) for layer in layers)
+        for layer in layers:
+            drawn = braille.cell_patterns(self._dots(layer))
+            self._style_numbers[drawn > 0] = self._add_style(layer.style)
+            if isinstance(layer, Line) and has_band:
+                # The line replaces the band in its cells, or it would drown in it. What reaches
+                # beyond these cells is still drawn, so a spike is never hidden.
+                patterns[drawn > 0] = 0
+            patterns |= drawn
+        filled = patterns > 0
+        self._codes[filled] = braille.pattern_codes(patterns, self._glyphs.ascii)[filled]
 
-    A NaN's mark drives a step number away; an event's colours the digit that it falls on.
-    """
-    line = [(glyphs.axis, palette.faint)] * cells
-    for layer in layers:
-        bad = getattr(layer, "bad", None)
-        if bad is not None and bad.any():
-            for column in np.unique(np.flatnonzero(bad) // 2):
-                line[column] = (glyphs.failed, palette.error)
-    _number_axis(line, steps, palette)
-    for layer in layers:
-        if isinstance(layer, Marks):
-            for column in np.unique(layer.columns // 2):
-                if 0 <= column < cells and line[column][1] is not palette.error:
-                    digit = line[column][1] is palette.dim
-                    line[column] = (line[column][0] if digit else layer.sign, layer.style)
-    row: Row = [
-        Segment("step ".rjust(GUTTER - 1), palette.dim),
-        Segment(glyphs.corner, palette.faint),
-    ]
-    text, style = "", line[0][1]
-    for sign, kind in line:
-        if kind is not style:
-            row.append(Segment(text, style))
-            text, style = "", kind
-        text += sign
-    row.append(Segment(text, style))
-    return row
+    def _dots(self, layer: Band | Line) -> braille.Dots:
+        dots, rows = braille.blank_dots(self.width, self.height), 4 * self.height
+        if isinstance(layer, Line):
+            braille.draw_line(dots, self.scale.dot_rows(layer.values, rows))
+        else:
+            top, bottom = (self.scale.dot_rows(v, rows) for v in (layer.high, layer.low))
+            braille.draw_extents(dots, top, bottom)
+        return dots
 
+    def _draw_points(self, layer: Points) -> None:
+        number = self._add_style(layer.style)
+        rows = self.scale.dot_rows(layer.values, 4 * self.height)
+        for x, row in zip(layer.columns // 2, rows, strict=True):
+            if 0 <= x < self.width and np.isfinite(row):
+                y = self._clamped_row(row)
+                self._codes[y, x], self._style_numbers[y, x] = ord(layer.marker), number
 
-def _number_axis(line: list[tuple[str, Style]], steps: tuple[int, int], palette: Palette) -> None:
-    (start, stop), cells = steps, len(line)
-    for tick in _step_ticks(start, stop, max(1, cells // 10)):
-        text = f"{tick:,}"
-        at = int((tick - start) * cells / max(1, stop - start)) - len(text) // 2
-        at = min(max(at, 0), cells - len(text))
-        around = line[max(0, at - 1) : at + len(text) + 1]
-        if at >= 0 and all(style is palette.faint for _, style in around):
-            line[at : at + len(text)] = [(sign, palette.dim) for sign in text]
+    def _draw_label(self, layer: Label) -> None:
+        """In the row of its value, or in the next one where that is taken."""
+        rows = self.scale.dot_rows(np.array([layer.value], np.float32), 4 * self.height)
+        start = min(layer.column // 2 + 2, self.width - len(layer.text))
+        if not np.isfinite(rows[0]) or start < 0:
+            return
+        middle, cells = self._clamped_row(rows[0]), slice(start, start + len(layer.text))
+        nearby = (y for y in (middle, middle + 1, middle - 1) if 0 <= y < self.height)
+        y = next((y for y in nearby if (self._codes[y, cells] == SPACE).all()), middle)
+        self._codes[y, cells] = [ord(character) for character in layer.text]
+        self._style_numbers[y, cells] = self._add_style(layer.style)
 
-
-def _step_ticks(start: int, stop: int, count: int) -> list[int]:
-    every = max(1, -(-(stop - start) // max(1, count)))
-    power = 10 ** (len(str(every)) - 1)
-    every = next(n * power for n in (1, 2, 5, 10) if n * power >= every)
-    first = -(-start // every) * every
-    return list(range(first, stop + 1, every))
-
-
-# ---- plot
-# Lines drawn by plotext 6, taken as a matrix of braille cells: no ANSI, no terminal in between.
-
-
-_figure: Any = None
-
-
-def load() -> None:
-    """Import plotext (0.1 s: on a thread, so that no frame waits for it) and free its figure from
-    the size of the terminal."""
-    global _figure
-    import plotext
-
-    plotext.terminal.limit(False, False)
-    _figure = plotext.figure
-
-
-def ready() -> bool:
-    """Whether lines can be drawn yet."""
-    return _figure is not None
-
-
-def line(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    width: int,
-    height: int,
-    limits: tuple[float, float, float, float],
-) -> Dots:
-    """The dots of a line through (x, y) on `width` × `height` cells; NaN in y interrupts it;
-    none before plotext is loaded.
-
-    `limits` are (left, right, bottom, top). Costs about 10 µs a point: hand it at most two
-    a column.
-    """
-    known = np.isfinite(y)
-    if not ready() or not known.any() or width < 1 or height < 1:
-        return blank(width, height)
-    left, right, bottom, top = limits
-    figure = _figure
-    figure.clear.all()
-    figure.plot_size(width, height)
-    figure.canvas("default")
-    figure.axes(False)
-    for axis in ("x", "y"):
-        figure.ruler(axis).ticks([]).alignment(lim="edge")
-    figure.ruler("x").lim(left, right)
-    figure.ruler("y").lim(bottom, top)
-    at = np.flatnonzero(known)
-    inside = np.clip(y[at], bottom, top)
-    signal = figure.signal(x[at].tolist(), inside.tolist(), marker="braille").lines(True)
-    for place in np.flatnonzero(np.diff(at) > 1) + 1:
-        signal.line(int(place), False)
-    figure.draw(signal)
-    return from_braille(figure.build().string(colorless=True), width, height)
-
-
-__all__ = ["GUTTER", "Band", "Chart", "Label", "Layer", "Line", "Marks", "Points", "Rule"]
+    def _clamped_row(self, dot_row: float) -> int:
+        return min(max(round(dot_row) // 4, 0), self.height - 1)
 
 
 @dataclass
 class Chart:
-    """Draws layers on cells and remembers its scale, so that the axis stands still while it can."""
+    """Draws layers with their axes, and keeps its value axis from one frame to the next while the
+    values still fit it."""
 
     log: bool = False
-    zero: bool = False
-    """Whether 0 belongs on the (linear) axis."""
-    scale: Scale | None = field(default=None, repr=False)
-    """The axis as drawn last."""
-    _lines: dict[int, tuple[object, braille.Dots]] = field(default_factory=dict, repr=False)
+    include_zero: bool = False
+    """Whether a linear value axis always includes 0."""
+    scale: Scale | None = None
+    """The value axis as last drawn."""
 
     def plot_width(self, width: int) -> int:
-        """Cells across the plot in a chart `width` cells wide: twice as many dot columns."""
-        return max(1, width - GUTTER)
+        """Cells across the plot of a chart `width` cells wide; twice as many dot columns."""
+        return max(1, width - AXIS_WIDTH)
 
     def rows(
         self,
@@ -289,154 +251,126 @@ class Chart:
         palette: Palette,
         glyphs: Glyphs,
     ) -> list[Row]:
-        """`height` rows: the plot, and below it the axis with its steps (start <= step < stop)."""
-        cells, tall = self.plot_width(width), max(1, height - 1)
-        scale = self.scale = _fit(layers, self.log, self.zero, self.scale)
-        codes = np.full((tall, cells), 0x20, np.uint32)
-        styles = np.zeros((tall, cells), np.int64)
-        table: list[Style] = [palette.text]
-        self._rules(layers, scale, codes, styles, table, glyphs)
-        self._dots(layers, scale, codes, styles, table, glyphs)
-        self._points(layers, scale, codes, styles, table)
-        self._names(layers, scale, codes, styles, table)
-        labels = value_labels(scale, tall) if len(layers) else {}
-        plotted = braille.segments(codes, styles, table)
-        out = []
-        for y, row in enumerate(plotted):
-            label = labels.get(y)
-            edge = glyphs.tick if label is not None else glyphs.vertical
-            text = (label or "").rjust(GUTTER - 1)
-            out.append([Segment(text, palette.dim), Segment(edge, palette.faint), *row])
-        out.append(step_axis(cells, steps, layers, palette, glyphs))
-        return out
-
-    @staticmethod
-    def say(rows: list[Row], text: str, palette: Palette) -> None:
-        """Put a sentence in the middle of a plot that has nothing to show yet."""
-        y = max(0, len(rows) // 2 - 1)
-        rows[y] = [*rows[y][:2], Segment(f"  {text}", palette.dim)]
-
-    def _rules(
-        self,
-        layers: Sequence[Layer],
-        scale: Scale,
-        codes: NDArray[np.uint32],
-        styles: NDArray[np.int64],
-        table: list[Style],
-        glyphs: Glyphs,
-    ) -> None:
-        for layer in layers:
-            if isinstance(layer, Rule):
-                place = scale.place(np.array([layer.value], np.float64))[0]
-                if 0 <= place <= 1:
-                    y = round((1 - place) * (4 * len(codes) - 1)) // 4
-                    table.append(layer.style)
-                    codes[y], styles[y] = ord(glyphs.dash), len(table) - 1
-
-    def _dots(
-        self,
-        layers: Sequence[Layer],
-        scale: Scale,
-        codes: NDArray[np.uint32],
-        styles: NDArray[np.int64],
-        table: list[Style],
-        glyphs: Glyphs,
-    ) -> None:
-        height, width = codes.shape
-        patterns = np.zeros(codes.shape, np.uint8)
-        banded = any(isinstance(layer, Band) for layer in layers)
-        for number, layer in enumerate(layers):
-            if isinstance(layer, Band):
-                grid = braille.blank(width, height)
-                top, bottom = (scale.dot_rows(v, 4 * height) for v in (layer.high, layer.low))
-                braille.extents(grid, top, bottom)
-            elif isinstance(layer, Line):
-                grid = self._line(number, layer, scale, width, height)
-            else:
-                continue
-            mask = braille.masks(grid)
-            table.append(layer.style)
-            styles[mask > 0] = len(table) - 1
-            # A line stands alone in its cells, or it would drown in the band that it sums up;
-            # what reaches beyond them is still drawn, so a spike is never hidden.
-            keep = mask == 0 if isinstance(layer, Line) and banded else True
-            patterns = np.where(keep, patterns, 0).astype(np.uint8) | mask
-        drawn = patterns > 0
-        codes[drawn] = braille.characters(patterns, glyphs.ascii)[drawn]
-
-    def _line(
-        self, number: int, layer: Line, scale: Scale, width: int, height: int
-    ) -> braille.Dots:
-        """Through plotext, unless the very same line was drawn the last time."""
-        places = scale.place(layer.values)
-        key = (places.tobytes(), width, height)
-        known = self._lines.get(number)
-        if known is not None and known[0] == key:
-            return known[1]
-        # One point a cell says all that a smooth line has to say, at half the cost of two.
-        x = np.arange(len(places), dtype=np.float64)
-        last = np.flatnonzero(np.isfinite(places))[-1:]
-        few = np.unique(np.concatenate([x[::2], last])).astype(np.int64)
-        grid = line(x[few], places[few], width, height, (0.0, 2.0 * width - 1, 0.0, 1.0))
-        if ready():
-            self._lines[number] = (key, grid)
-        return grid
-
-    def _points(
-        self,
-        layers: Sequence[Layer],
-        scale: Scale,
-        codes: NDArray[np.uint32],
-        styles: NDArray[np.int64],
-        table: list[Style],
-    ) -> None:
-        height, width = codes.shape
-        for layer in layers:
-            if not isinstance(layer, Points):
-                continue
-            table.append(layer.style)
-            rows = scale.dot_rows(layer.values, 4 * height)
-            for column, row in zip(layer.columns // 2, rows, strict=True):
-                if 0 <= column < width and row == row:
-                    y = min(max(round(row) // 4, 0), height - 1)
-                    codes[y, column], styles[y, column] = ord(layer.sign), len(table) - 1
-
-    def _names(
-        self,
-        layers: Sequence[Layer],
-        scale: Scale,
-        codes: NDArray[np.uint32],
-        styles: NDArray[np.int64],
-        table: list[Style],
-    ) -> None:
-        height, width = codes.shape
-        for layer in layers:
-            if not isinstance(layer, Label):
-                continue
-            row = float(scale.dot_rows(np.array([layer.value], np.float32), 4 * height)[0])
-            start = min(layer.column // 2 + 2, width - len(layer.text))
-            if not np.isfinite(row) or start < 0:
-                continue
-            table.append(layer.style)
-            middle = min(max(round(row) // 4, 0), height - 1)
-            cells = slice(start, start + len(layer.text))
-            free = (y for y in (middle, middle + 1, middle - 1) if 0 <= y < height)
-            y = next((y for y in free if (codes[y, cells] == 0x20).all()), middle)
-            codes[y, cells] = [ord(sign) for sign in layer.text]
-            styles[y, cells] = len(table) - 1
+        """`height` rows of a chart of start <= step < stop: the plot, and the step axis below."""
+        plot_height = max(1, height - 1)
+        self.scale = _fit_layers(layers, self.log, self.include_zero, self.scale)
+        canvas = Canvas(self.plot_width(width), plot_height, self.scale, palette, glyphs)
+        canvas.draw(layers)
+        labels = value_labels(self.scale, plot_height) if layers else {}
+        rows = []
+        for y, plotted in enumerate(canvas.rows()):
+            label = labels.get(y, "").rjust(AXIS_WIDTH - 1)
+            axis = glyphs.tick if y in labels else glyphs.vertical
+            rows.append([Segment(label, palette.dim), Segment(axis, palette.faint), *plotted])
+        rows.append(step_axis(canvas.width, steps, layers, palette, glyphs))
+        return rows
 
 
-def _fit(layers: Sequence[Layer], log: bool, zero: bool, old: Scale | None) -> Scale:
-    values: list[NDArray[np.floating]] = []
+def put_message(rows: list[Row], text: str, style: Style) -> None:
+    """Write a message into the middle of a chart that has nothing to show yet."""
+    y = max(0, len(rows) // 2 - 1)
+    rows[y] = [*rows[y][:2], Segment(f"  {text}", style)]
+
+
+def _fit_layers(
+    layers: Sequence[Layer], log: bool, include_zero: bool, previous: Scale | None
+) -> Scale:
+    values: list[NDArray[np.floating]] = [np.empty(0)]
     for layer in layers:
         if isinstance(layer, Band):
             values += [layer.low, layer.high]
         elif isinstance(layer, Line | Points):
             values.append(layer.values)
-        elif isinstance(layer, Rule):
+        elif isinstance(layer, Threshold):
             values.append(np.array([layer.value]))
-    every = np.concatenate([np.asarray(v, np.float64) for v in values]) if values else np.empty(0)
-    every = every[np.isfinite(every) & (every > 0)] if log else every[np.isfinite(every)]
-    if not len(every):
-        return fit(np.nan, np.nan, log, zero, old)
-    return fit(float(every.min()), float(every.max()), log, zero, old)
+    numbers = np.concatenate(values).astype(np.float64)
+    numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log))]
+    if not len(numbers):
+        return fit_scale(np.nan, np.nan, log, include_zero, previous)
+    return fit_scale(float(numbers.min()), float(numbers.max()), log, include_zero, previous)
+
+
+def value_labels(scale: Scale, rows: int) -> dict[int, str]:
+    """Cell row to the label beside it: round values, evenly spaced."""
+    ticks = scale.ticks(rows)
+    placed = zip(ticks, _tick_texts(ticks, scale.log), strict=True)
+    labels = {scale.cell_row(tick, rows): text for tick, text in placed}
+    return {row: text for row, text in labels.items() if row is not None}
+
+
+def _tick_texts(ticks: Sequence[float], log: bool) -> list[str]:
+    """The ticks with as many decimals as are needed to tell them apart."""
+    room = AXIS_WIDTH - 1
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    if log:  # `0.1`, `1`, `1e-30`
+        return [f"{tick:.3g}".replace("e+", "e").replace("e-0", "e-") for tick in ticks]
+    if len(ticks) < 2 or not 1e-5 < largest < 1e6:
+        return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
+    for decimals in range(7):
+        texts = [f"{tick:.{decimals}f}" for tick in ticks]
+        exact = all(
+            abs(float(text) - tick) < 1e-3 * largest
+            for text, tick in zip(texts, ticks, strict=True)
+        )
+        if exact and len(set(texts)) == len(texts):
+            break
+    return [
+        text if len(text) <= room else formatting.number(float(text), room, 3) for text in texts
+    ]
+
+
+def step_axis(
+    width: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
+) -> Row:
+    """The step axis: a rule with step numbers in it and the marks of the layers.
+
+    Where marks and numbers meet, a NaN's mark displaces the number and any other mark only colours
+    the digit under it.
+    """
+    cells = [(glyphs.axis, palette.faint)] * width
+    for layer in layers:
+        if isinstance(layer, Band | Line) and layer.nonfinite is not None:
+            for x in np.unique(np.flatnonzero(layer.nonfinite) // 2):
+                cells[x] = (glyphs.failed, palette.error)
+    _write_step_numbers(cells, steps, palette)
+    for layer in layers:
+        if isinstance(layer, AxisMarks):
+            for x in np.unique(layer.columns // 2):
+                if 0 <= x < width and cells[x][1] is not palette.error:
+                    is_digit = cells[x][1] is palette.dim
+                    cells[x] = (cells[x][0] if is_digit else layer.marker, layer.style)
+    label = Segment("step ".rjust(AXIS_WIDTH - 1), palette.dim)
+    return [label, Segment(glyphs.corner, palette.faint), *_joined(cells)]
+
+
+def _joined(cells: Sequence[tuple[str, Style]]) -> Row:
+    """Cells as segments, neighbours of one style in one segment."""
+    row: Row = []
+    text, style = "", cells[0][1]
+    for character, next_style in cells:
+        if next_style is not style:
+            row.append(Segment(text, style))
+            text, style = "", next_style
+        text += character
+    return [*row, Segment(text, style)]
+
+
+def _write_step_numbers(
+    cells: list[tuple[str, Style]], steps: tuple[int, int], palette: Palette
+) -> None:
+    (start, stop), width = steps, len(cells)
+    for tick in _step_ticks(start, stop, max(1, width // 10)):
+        text = f"{tick:,}"
+        x = int((tick - start) * width / max(1, stop - start)) - len(text) // 2
+        x = min(max(x, 0), width - len(text))
+        around = cells[max(0, x - 1) : x + len(text) + 1]
+        if x >= 0 and all(style is palette.faint for _, style in around):
+            cells[x : x + len(text)] = [(character, palette.dim) for character in text]
+
+
+def _step_ticks(start: int, stop: int, max_count: int) -> list[int]:
+    spacing = max(1, -(-(stop - start) // max(1, max_count)))
+    power = 10 ** (len(str(spacing)) - 1)
+    spacing = next(n * power for n in (1, 2, 5, 10) if n * power >= spacing)
+    first = -(-start // spacing) * spacing
+    return list(range(first, stop + 1, spacing))

@@ -1,97 +1,106 @@
-"""The line of keys at the foot of a screen: as many as fit, help always among them."""
+"""The line of keys at the bottom of a screen, and the notice that a terminal is too small."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.segment import Segment
 from textual import events
 from textual.geometry import Size
 
-from tui_trainer.ui.widgets.lines import Lines, Row
+from tui_trainer.ui.widgets.lines import LineView, Row
 
-LAST = ("?", "q")
-"""Keys that stay however narrow the screen."""
-FIRST = "replay."
-"""Bindings whose identity begins so come before all others."""
+ALWAYS_SHOWN = ("?", "q")
+"""Keys that are shown however narrow the screen is."""
+FIRST_ID_PREFIX = "replay."
+"""Bindings with such an id come first: over a recording, they are the ones that matter."""
 
 
-class KeyLine(Lines):
-    """Key and name of every binding meant to be shown; dimmed where it cannot be used now.
+@dataclass(frozen=True)
+class KeyHint:
+    """A key as it is shown, what it is bound to, and whether it can be used now."""
 
-    Textual's own footer is built anew from widgets whenever a binding changes state; this one is a
-    row of cells, so it costs nothing while it stays the same. A click presses the key.
+    display: str
+    label: str
+    key: str
+    enabled: bool
+
+    @property
+    def width(self) -> int:
+        """Cells with the gap after it."""
+        return len(self.display) + len(self.label) + 3
+
+
+class KeyLine(LineView):
+    """Key and label of every binding that is to be shown, dimmed where it cannot be used now. A
+    click presses the key.
+
+    Textual's own footer is composed again of widgets whenever a binding changes its state; a row of
+    cells costs nothing while it stays the same.
     """
 
     DEFAULT_CSS = "KeyLine { height: 1; dock: bottom; }"
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.renamed: dict[str, str] = {}
-        """Binding id to the name it has now (`run.pause`: `Resume`)."""
-        self._places: list[tuple[int, int, str]] = []
-
-    def show(self) -> None:
-        """Look at the bindings again."""
-        self.update_rows()
+        self.labels: dict[str, str] = {}
+        """Binding id to the label that it has for now (`run.pause`: `Resume`)."""
+        self._key_ranges: list[tuple[int, int, str]] = []
+        """(start, stop, key) of the cells of each key on screen."""
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """One row."""
-        palette = self.palette
-        entries = self._entries()
-        last = [entry for entry in entries if entry[0] in LAST]
-        others = [entry for entry in entries if entry[0] not in LAST]
-        room = size.width - 1 - sum(_cells(entry) for entry in last)
+        """As many keys as fit."""
+        hints = self._hints()
+        last = [hint for hint in hints if hint.display in ALWAYS_SHOWN]
+        room = size.width - 1 - sum(hint.width for hint in last)
         shown = []
-        for entry in others:
-            if _cells(entry) > room:
+        for hint in hints:
+            if hint in last:
+                continue
+            if hint.width > room:
                 break
-            room -= _cells(entry)
-            shown.append(entry)
-        row: Row = [Segment(" ", palette.text)]
-        self._places = []
-        at = 1
-        for key, name, action, enabled in [*shown, *last]:
-            style = palette.accent if enabled else palette.faint
-            row.append(Segment(key, style))
-            row.append(Segment(f" {name}  ", palette.dim if enabled else palette.faint))
-            width = _cells((key, name, action, enabled))
-            self._places.append((at, at + width, action))
-            at += width
+            room -= hint.width
+            shown.append(hint)
+        row: Row = [Segment(" ", self.palette.text)]
+        self._key_ranges = []
+        x = 1
+        for hint in [*shown, *last]:
+            row += self.styled(
+                [
+                    (hint.display, "accent" if hint.enabled else "faint"),
+                    (f" {hint.label}  ", "dim" if hint.enabled else "faint"),
+                ]
+            )
+            self._key_ranges.append((x, x + hint.width, hint.key))
+            x += hint.width
         return [row]
 
-    def _entries(self) -> list[tuple[str, str, str, bool]]:
-        """(key as shown, name, key, whether it can be used now) in order of declaration; keys that
-        move through a recording first, since there they are what one came for."""
-        entries: dict[str, tuple[str, str, str, bool]] = {}
-        active_ones = list(self.screen.active_bindings.values())
-        active_ones.sort(key=lambda one: not (one.binding.id or "").startswith(FIRST))
-        for active in active_ones:
+    def _hints(self) -> list[KeyHint]:
+        """The keys in the order in which they are bound, one for each action."""
+        hints: dict[str, KeyHint] = {}
+        active_bindings = sorted(
+            self.screen.active_bindings.values(),
+            key=lambda active: not (active.binding.id or "").startswith(FIRST_ID_PREFIX),
+        )
+        for active in active_bindings:
             binding = active.binding
-            if not binding.show or binding.system or binding.action in entries:
+            if not binding.show or binding.system or binding.action in hints:
                 continue
-            key = self.app.get_key_display(binding)
-            name = self.renamed.get(binding.id or "", binding.description)
-            entries[binding.action] = (key, name, binding.key, active.enabled)
-        return list(entries.values())
+            label = self.labels.get(binding.id or "", binding.description)
+            display = self.app.get_key_display(binding)
+            hints[binding.action] = KeyHint(display, label, binding.key, active.enabled)
+        return list(hints.values())
 
     def on_click(self, event: events.Click) -> None:
         """Press the key under the pointer."""
-        for start, stop, key in self._places:
+        for start, stop, key in self._key_ranges:
             if start <= event.x < stop:
                 self.app.simulate_key(key.split(",")[0])
 
 
-def _cells(entry: tuple[str, str, str, bool]) -> int:
-    return len(entry[0]) + len(entry[1]) + 3
-
-
-# ---- too_small
-# What stands in place of a screen that has no room.
-
-
-class TooSmall(Lines):
-    """One clear line; the screen comes back when the terminal is made larger."""
+class TooSmall(LineView):
+    """One line in place of a screen that the terminal is too small for."""
 
     DEFAULT_CSS = "TooSmall { display: none; }"  # the rest is in app.tcss: it concerns siblings
 
@@ -100,12 +109,12 @@ class TooSmall(Lines):
         self._needed = f"{columns}×{rows}"
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """The longest way of saying it that fits."""
-        sayings = (
-            f"needs {self._needed} cells or more, this is {size.width}×{size.height}",
-            f"needs {self._needed} or more",
+        """The longest wording that fits."""
+        wordings = (
+            f"needs at least {self._needed} cells, this terminal has {size.width}×{size.height}",
+            f"needs at least {self._needed}",
             f"needs {self._needed}",
             "too small",
         )
-        text = next((s for s in sayings if len(s) <= size.width), sayings[-1][: size.width])
-        return [[Segment(text, self.palette.warning)]]
+        text = next((text for text in wordings if len(text) <= size.width), wordings[-1])
+        return [[Segment(text[: size.width], self.palette.warning)]]

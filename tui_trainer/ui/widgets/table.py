@@ -1,13 +1,15 @@
-"""A virtual table on the line API: only the rows on screen are built, so 10,000 cost as 50 do."""
+"""A table of any number of rows, of which only those in view are built."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -15,125 +17,170 @@ from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
 
+from tui_trainer.protocol import formatting
 from tui_trainer.protocol.text import truncate_middle
-from tui_trainer.ui.widgets.lines import Lines, Row
+from tui_trainer.ui.widgets.lines import LineView, Row
 
-Ids = NDArray[np.int64]
+RowIds = NDArray[np.int64]
+
+MIN_FLEXIBLE_WIDTH = 12
+NOT_COMPARABLE = "n/a"
+"""Shown where a comparison has no meaning."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value in a style other than its column's."""
+
+    value: float | str | None
+    style: str
+    """Name of a style of the palette."""
+
+
+CellValue = Cell | float | str | None
+"""None: not measured yet."""
 
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column: fixed in width (0: it takes what is left), so that nothing jitters."""
+    """A column: what it shows of a row, and how."""
 
     key: str
     title: str
     width: int
+    """Cells, whatever the values, so that nothing moves; 0 takes what the other columns leave."""
+    value: Callable[[int], CellValue]
+    """Of a row, by its id."""
+    format: Callable[[float | None, int], str] = formatting.number
+    """Writes a number in exactly `width` cells."""
+    style: str = "text"
+    """Name of a style of the palette, for values that are finite."""
+    title_style: str = "dim"
     left: bool = False
-    """Left-aligned (names); numbers are right-aligned."""
-    style: str = "dim"
-    """Palette style of its title."""
+    """Left-aligned, for names; numbers are right-aligned."""
     tooltip: str = ""
 
 
-class VirtualTable(Lines, can_focus=True):
-    """Rows are numbers (`order`, any ids in any order); a subclass draws one: `cells(id, columns)`.
+class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
+    """Shows the rows `order` (ids, in any order) in `columns`, with a cursor.
 
-    Keys: up, down, page up and down, home, end move the cursor; enter activates. The wheel scrolls,
-    a click moves the cursor or, on a title, asks for that order (`SortAsked`).
+    Keys: up, down, page up, page down, home and end move the cursor; enter activates its row. The
+    wheel scrolls; a click moves the cursor or, on a title, asks to sort by that column.
     """
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = set()
+    DEFAULT_CSS = "VirtualTable { scrollbar-gutter: stable; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False, id="table.up", tooltip="One row up"),
         Binding("down,j", "move(1)", "Down", show=False, id="table.down", tooltip="One row down"),
-        Binding("pageup", "page(-1)", "Page up", show=False, id="table.page_up"),
-        Binding("pagedown", "page(1)", "Page down", show=False, id="table.page_down"),
-        Binding("home,g", "edge(0)", "First", show=False, id="table.first"),
-        Binding("end,G", "edge(1)", "Last", show=False, id="table.last"),
-        Binding("enter", "activate", "Open", show=False, id="table.activate"),
-    ]
+        Binding("pageup", "page(-1)", "Page up", show=False, id="table.page_up",
+                tooltip="One page up"),
+        Binding("pagedown", "page(1)", "Page down", show=False, id="table.page_down",
+                tooltip="One page down"),
+        Binding("home,g", "edge(0)", "First", show=False, id="table.first",
+                tooltip="To the first row"),
+        Binding("end,G", "edge(1)", "Last", show=False, id="table.last",
+                tooltip="To the last row"),
+        Binding("enter", "activate", "Open", show=False, id="table.activate",
+                tooltip="Fold or unfold the module under the cursor"),
+    ]  # fmt: skip
 
     @dataclass
     class Highlighted(Message):
-        """The cursor came to another row."""
+        """The cursor moved to another row."""
 
         table: VirtualTable
         row: int
 
     @dataclass
     class Activated(Message):
-        """Enter, or a second click, on a row."""
+        """Enter was pressed on a row, or it was clicked twice."""
 
         table: VirtualTable
         row: int
 
     @dataclass
-    class SortAsked(Message):
-        """A click on a title."""
+    class SortRequested(Message):
+        """A column title was clicked."""
 
         table: VirtualTable
         key: str
 
-    def __init__(
-        self,
-        columns: Sequence[TableColumn] = (),
-        *,
-        id: str | None = None,
-        classes: str | None = None,
-    ) -> None:
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
-        self.columns: tuple[TableColumn, ...] = tuple(columns)
-        self.order: Ids = np.empty(0, np.int64)
+        self.columns: tuple[TableColumn, ...] = ()
+        self.order: RowIds = np.empty(0, np.int64)
         self.cursor = 0
-        """Place of the cursor in `order`."""
-        self.top = 0
-        """Place of the first row on screen."""
-        self.empty = ""
-        """What to say while there are no rows."""
+        """Index of the cursor's row in `order`."""
+        self.placeholder = ""
+        """Shown while there are no rows."""
         self.sorted_by = ""
         self.descending = True
-        self.show_cursor = True
-        self.heading = 0
-        """Rows that a subclass puts above the column titles."""
+        self.header_height = 0
+        """Rows that a subclass draws above the column titles."""
 
     # ------------------------------------------------------------ for subclasses and owners
 
-    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
-        """The segments of one row, one for each column, each exactly as wide as its column."""
-        raise NotImplementedError
-
-    def prepare(self, visible: Ids) -> None:
-        """Called before the visible rows are drawn, to fetch their values in one go."""
-
-    def head(self, width: int) -> list[Row]:
-        """Rows above the column titles: `heading` of them."""
+    def header(self, width: int) -> list[Row]:
+        """Rows above the column titles: `header_height` of them."""
         return []
 
-    def set_order(self, order: Ids) -> None:
-        """Other rows, or another order; the cursor stays on its row where that is still there."""
-        current = self.current
+    def prepare(self, visible: RowIds) -> None:
+        """Called before the visible rows are drawn, to fetch their values at once."""
+
+    def cells(self, row: int, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
+        """The segments of one row, one for each column and exactly as wide."""
+        return [
+            self.cell(column, row, width) for column, width in zip(columns, widths, strict=True)
+        ]
+
+    def cell(self, column: TableColumn, row: int, width: int) -> Segment:
+        """One cell: a text, or a number that is red where it is not finite."""
+        cell = column.value(row)
+        if not isinstance(cell, Cell):
+            cell = Cell(cell, column.style)
+        value, style = cell.value, cell.style
+        if isinstance(value, str):
+            return Segment(fitted(value, width, column.left), self.style(style))
+        if value is None:
+            return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
+        if not math.isfinite(value):
+            style = "error"
+        return Segment(column.format(value, width), self.style(style))
+
+    def set_order(self, order: RowIds) -> None:
+        """Show other rows, or in another order. The cursor stays on its row if that is still shown,
+        and is kept in view if the table has the focus."""
+        current = self.current_row
         self.order = order
         found = np.flatnonzero(order == current) if current is not None else order[:0]
         self.cursor = int(found[0]) if len(found) else min(self.cursor, max(0, len(order) - 1))
-        self._keep_visible(0)
+        virtual_size = Size(0, self.header_height + 1 + len(order))
+        if virtual_size != self.virtual_size:
+            self.virtual_size = virtual_size
+        if self.has_focus:
+            self._scroll_to_cursor()
 
     @property
-    def current(self) -> int | None:
-        """The row under the cursor."""
+    def current_row(self) -> int | None:
+        """The id of the row under the cursor."""
         return int(self.order[self.cursor]) if 0 <= self.cursor < len(self.order) else None
 
     # ------------------------------------------------------------ drawing
 
     @property
     def page(self) -> int:
-        """Rows that fit."""
-        return max(1, self.size.height - 1 - self.heading)
+        """Rows that fit below the titles."""
+        return max(1, self.view_size.height - 1 - self.header_height)
+
+    @property
+    def top(self) -> int:
+        """Index of the first row in view."""
+        return min(self.scroll_offset.y, max(0, len(self.order) - self.page))
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The columns that fit, leftmost first, and their widths; the scroll bar keeps one cell."""
-        columns, left = [], width - 1
-        flexible = max((12 for column in self.columns if not column.width), default=0)
-        left -= flexible
+        """The columns that fit, leftmost first, and their widths; a cell is between two of them."""
+        flexible = 0 if all(column.width for column in self.columns) else MIN_FLEXIBLE_WIDTH
+        columns, left = [], width - flexible
         for column in self.columns:
             if column.width and left < column.width + 1:
                 continue
@@ -142,141 +189,124 @@ class VirtualTable(Lines, can_focus=True):
         return columns, [column.width or flexible + max(0, left) for column in columns]
 
     def rows(self, size: Size) -> list[Row]:
-        """The heading, the titles, and as many rows as fit."""
+        """The header, the titles, and the rows in view."""
         columns, widths = self.visible_columns(size.width)
-        rows = [*self.head(size.width), self._titles(columns, widths)]
+        rows = [*self.header(size.width), self._titles(columns, widths)]
         visible = self.order[self.top : self.top + self.page]
         if not len(visible):
-            return [*rows, [Segment(" " + self.empty, self.palette.dim)]]
+            return [*rows, [Segment(" " + self.placeholder, self.palette.dim)]]
         self.prepare(visible)
-        focused = self.has_focus and self.show_cursor
-        for place, row in enumerate(visible.tolist(), self.top):
-            cells: Row = []
-            for segment in self.cells(row, columns, widths):
-                cells += (segment, Segment(" ", self.palette.text))
-            cells.append(self._scroll_bar(place - self.top))
-            if focused and place == self.cursor:
+        for index, row in enumerate(visible.tolist(), self.top):
+            cells = self._spaced(self.cells(row, columns, widths))
+            if index == self.cursor and self.has_focus:
                 cells = [
-                    Segment(text, _under(style, self.palette.cursor)) for text, style, _ in cells
+                    Segment(text, _highlighted(style, self.palette.cursor))
+                    for text, style, _ in cells
                 ]
             rows.append(cells)
         return rows
 
     def _titles(self, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
-        row: Row = []
+        titles: Row = []
         for column, width in zip(columns, widths, strict=True):
-            title = column.title
-            style = getattr(self.palette, column.style)
+            title, style = column.title, self.style(column.title_style)
             if column.key == self.sorted_by:
-                sign = self.glyphs.descending if self.descending else self.glyphs.ascending
-                title, style = f"{title}{sign}", self.palette.accent
+                arrow = self.glyphs.descending if self.descending else self.glyphs.ascending
+                title, style = f"{title}{arrow}", self.palette.accent
             text = title[:width].ljust(width) if column.left else title[:width].rjust(width)
-            row += (Segment(text, style), Segment(" ", self.palette.text))
-        return row
+            titles.append(Segment(text, style))
+        return self._spaced(titles)
 
-    def _scroll_bar(self, y: int) -> Segment:
-        count, page = len(self.order), self.page
-        if count <= page:
-            return Segment(" ", self.palette.faint)
-        length = max(1, page * page // count)
-        start = round(self.top / (count - page) * (page - length))
-        inside = start <= y < start + length
-        return Segment(self.glyphs.thumb if inside else " ", self.palette.dim)
+    def _spaced(self, cells: Row) -> Row:
+        """Cells with a space between them."""
+        gap = Segment(" ", self.palette.text)
+        return [segment for cell in cells for segment in (cell, gap)][:-1]
 
     # ------------------------------------------------------------ moving
 
-    def move_to(self, place: int) -> None:
-        """Put the cursor on the row at `place` of the order."""
-        place = min(max(place, 0), max(0, len(self.order) - 1))
-        moved = place != self.cursor
-        self.cursor = place
-        self._keep_visible(1)
+    def move_cursor(self, index: int) -> None:
+        """Put the cursor on the row at `index` of the order and scroll it into view."""
+        index = min(max(index, 0), max(0, len(self.order) - 1))
+        moved = index != self.cursor
+        self.cursor = index
+        self._scroll_to_cursor()
         self.update_rows()
-        if moved and (row := self.current) is not None:
+        if moved:
+            self._post_highlighted()
+
+    def _post_highlighted(self) -> None:
+        if (row := self.current_row) is not None:
             self.post_message(self.Highlighted(self, row))
 
-    def _keep_visible(self, margin: int) -> None:
-        last = max(0, len(self.order) - self.page)
-        if margin or self.has_focus:
-            self.top = min(max(self.top, self.cursor - self.page + 1), self.cursor)
-        self.top = min(max(self.top, 0), last)
+    def _scroll_to_cursor(self) -> None:
+        top = min(max(self.top, self.cursor - self.page + 1), self.cursor)
+        if top != self.scroll_offset.y:
+            self.scroll_to(y=top, animate=False, force=True)
 
-    def scroll_rows(self, rows: int) -> None:
-        """Scroll without the cursor, unless it would leave the screen."""
-        last = max(0, len(self.order) - self.page)
-        self.top = min(max(self.top + rows, 0), last)
-        self.cursor = min(
-            max(self.cursor, self.top), min(self.top + self.page, len(self.order)) - 1
-        )
-        self.cursor = max(self.cursor, 0)
-        self.update_rows()
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """The cursor stays in view when the wheel or the scrollbar moves the rows."""
+        last = min(self.top + self.page, len(self.order)) - 1
+        cursor = max(0, min(max(self.cursor, self.top), last))
+        if cursor != self.cursor:
+            self.cursor = cursor
+            self._post_highlighted()
+        super().watch_scroll_y(old_value, new_value)
 
     def action_move(self, rows: int) -> None:
-        """Move the cursor."""
-        self.move_to(self.cursor + rows)
+        """Move the cursor by some rows."""
+        self.move_cursor(self.cursor + rows)
 
     def action_page(self, pages: int) -> None:
-        """Move the cursor by pages."""
-        self.move_to(self.cursor + pages * self.page)
+        """Move the cursor by some pages."""
+        self.move_cursor(self.cursor + pages * self.page)
 
     def action_edge(self, end: int) -> None:
-        """First or last row."""
-        self.move_to((len(self.order) - 1) * end)
+        """Move the cursor to the first (0) or last (1) row."""
+        self.move_cursor((len(self.order) - 1) * end)
 
     def action_activate(self) -> None:
         """Open the row under the cursor."""
-        if (row := self.current) is not None:
+        if (row := self.current_row) is not None:
             self.post_message(self.Activated(self, row))
 
     def on_focus(self) -> None:
-        """The cursor shows."""
+        """Show the cursor."""
         self.update_rows()
 
     def on_blur(self) -> None:
-        """The cursor hides."""
+        """Hide the cursor."""
         self.update_rows()
 
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Scroll."""
-        event.stop()
-        self.scroll_rows(3)
-
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Scroll."""
-        event.stop()
-        self.scroll_rows(-3)
-
     def on_click(self, event: events.Click) -> None:
-        """Sort by a title, or go to a row; a click on the row under the cursor opens it."""
-        y = event.y - self.heading
-        if y < 0:
-            return
+        """Sort by a title, or move the cursor; a second click on the cursor's row opens it."""
+        y = event.y - self.header_height
         if y == 0:
             if (key := self._title_at(event.x)) is not None:
-                self.post_message(self.SortAsked(self, key))
+                self.post_message(self.SortRequested(self, key))
             return
-        place = self.top + y - 1
-        if place >= len(self.order):
+        index = self.top + y - 1
+        if y < 0 or index >= len(self.order):
             return
-        if place == self.cursor and event.chain > 1:
+        if index == self.cursor and event.chain > 1:
             self.action_activate()
-        self.move_to(place)
+        self.move_cursor(index)
 
     def _title_at(self, x: int) -> str | None:
-        columns, widths = self.visible_columns(self.size.width)
-        at = 0
+        columns, widths = self.visible_columns(self.view_size.width)
+        start = 0
         for column, width in zip(columns, widths, strict=True):
-            if at <= x <= at + width:
+            if start <= x <= start + width:
                 return column.key
-            at += width + 1
+            start += width + 1
         return None
 
 
 def fitted(text: str, width: int, left: bool = False) -> str:
     """`text` in exactly `width` cells."""
     text = truncate_middle(text, width)
-    return text.ljust(width) if left else text.rjust(width)
+    padding = " " * (width - cell_len(text))
+    return text + padding if left else padding + text
 
 
-def _under(style: Style | None, cursor: Style) -> Style:
+def _highlighted(style: Style | None, cursor: Style) -> Style:
     return style + cursor if style is not None else cursor

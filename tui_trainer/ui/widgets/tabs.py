@@ -1,4 +1,4 @@
-"""A line of tabs that keeps the chosen one in sight where not all of them fit."""
+"""A line of tabs, scrolled so that the chosen one is in view."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from textual import events
 from textual.geometry import Size
 from textual.message import Message
 
-from tui_trainer.ui.widgets.lines import Lines, Row
+from tui_trainer.ui.widgets.lines import LineView, Row
 
-# ---- tabs
-# A line of names of which one is shown: what panels fold into where there is little room.
+PADDING = 3
+"""Cells of a tab besides its name: a space on either side, and the gap to the next."""
+MORE_LEFT, MORE_RIGHT = "‹", "›"
 
 
-class TabLine(Lines):
-    """The names, the current one marked; a click chooses."""
+class TabLine(LineView):
+    """The names of the tabs, the current one highlighted; a click chooses.
+
+    Where not all of them fit, the first ones are replaced by an arrow until the current one does.
+    """
 
     DEFAULT_CSS = "TabLine { height: 1; }"
 
@@ -33,74 +37,46 @@ class TabLine(Lines):
         self.current = 0
 
     def choose(self, number: int) -> None:
-        """Mark another tab."""
+        """Highlight another tab."""
         self.current = number % len(self.names)
         self.update_rows()
 
-    def rows(self, size: Size) -> Sequence[Row]:
-        """One row."""
-        palette = self.palette
-        row: Row = [Segment(" ", palette.text)]
-        for number, name in enumerate(self.names):
-            style = palette.current if number == self.current else palette.dim
-            row += (Segment(f" {name} ", style), Segment(" ", palette.text))
-        used = sum(len(segment.text) for segment in row)
-        row.append(Segment(self.glyphs.rule * max(0, size.width - used - 1), palette.faint))
-        return [row]
-
-    def on_click(self, event: events.Click) -> None:
-        """Choose the tab under the pointer."""
-        at = 1
-        for number, name in enumerate(self.names):
-            at += len(name) + 3
-            if event.x < at:
-                self.post_message(self.Chosen(number))
-                return
-
-
-_AROUND = 3
-"""Cells of a tab besides its name: a space on either side, and the gap."""
-
-
-class ScrollingTabs(TabLine):
-    """Leaves out leading names, with a sign in their place, until the chosen one fits."""
-
-    def first(self, width: int) -> int:
-        """Number of the first name shown."""
+    def first_visible(self, width: int) -> int:
+        """Number of the first tab that is shown."""
         first = 0
-        while first < self.current and self._reach(first) > width - 2:
+        while first < self.current and self._end(first, self.current) > width - 2:
             first += 1
         return first
 
-    def _reach(self, first: int) -> int:
-        return 2 + sum(len(name) + _AROUND for name in self.names[first : self.current + 1])
+    def _end(self, first: int, last: int) -> int:
+        """Cells from the left edge to the end of tab `last`, when `first` is the first shown."""
+        return 2 + sum(len(name) + PADDING for name in self.names[first : last + 1])
 
     def rows(self, size: Size) -> Sequence[Row]:
         """One row."""
-        palette, first = self.palette, self.first(size.width)
-        row: Row = [Segment("‹" if first else " ", palette.dim)]
+        palette, first = self.palette, self.first_visible(size.width)
+        row: Row = [Segment(MORE_LEFT if first else " ", palette.dim)]
         left = size.width - 1
         for number, name in enumerate(self.names[first:], first):
             if len(name) + 2 > left - 1:
-                row.append(Segment("›".rjust(left), palette.dim))
+                row.append(Segment(MORE_RIGHT.rjust(left), palette.dim))
                 left = 0
                 break
             style = palette.current if number == self.current else palette.dim
             row += (Segment(f" {name} ", style), Segment(" ", palette.text))
-            left -= len(name) + _AROUND
+            left -= len(name) + PADDING
         row.append(Segment(self.glyphs.rule * max(0, left - 1), palette.faint))
         return [row]
 
     def on_click(self, event: events.Click) -> None:
-        """Choose the tab under the pointer; a click on a sign shows what is behind it."""
-        event.prevent_default()
-        first = self.first(self.size.width)
+        """Choose the tab under the pointer; a click on an arrow chooses the tab behind it."""
+        first = self.first_visible(self.size.width)
         if event.x < 1:
             self.post_message(self.Chosen(max(0, first - 1)))
             return
-        at = 1
+        end = 1
         for number, name in enumerate(self.names[first:], first):
-            at += len(name) + _AROUND
-            if event.x < at:
+            end += len(name) + PADDING
+            if event.x < end:
                 self.post_message(self.Chosen(number))
                 return

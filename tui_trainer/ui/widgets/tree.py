@@ -1,4 +1,4 @@
-"""Dotted names (`blocks.0.attention.W_query.weight`) as a tree whose branches fold."""
+"""Dotted names (`blocks.0.attention.W_query.weight`) as a tree of modules that can be folded."""
 
 from __future__ import annotations
 
@@ -7,44 +7,36 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+NodeIds = NDArray[np.int64]
 
 
 class NameTree:
-    """Nodes are numbered so that 0 … n-1 are the leaves (as given) and the rest the branches.
+    """Nodes 0 … n-1 are the names, in the given order; further nodes are their modules.
 
-    A branch with one child is joined to it (`head.weight` is one row, not two).
+    A module with a single child is merged with it: `head.weight` is one row, not two.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.leaves = len(names)
+        self.leaf_count = len(names)
         self.labels: list[str] = list(names)
-        self.depths: list[int] = [0] * self.leaves
-        self.members: dict[int, Ids] = {}
-        """Branch to its leaves."""
-        self._walk: list[int] = []
-        """Every node, parents before their children."""
-        self._ends: dict[int, int] = {}
-        """Branch to the place in `_walk` after its last descendant."""
-        self._sums: tuple[Ids, Ids, Ids] | None = None
-        self._lower = tuple(name.lower() for name in names)
-        root: dict[str, object] = {}
-        for leaf, name in enumerate(names):
-            at = root
-            *branches, last = name.split(".")
-            for part in branches:
-                below = at.setdefault(part, {})
-                if not isinstance(below, dict):
-                    below = at[part] = {"": below}
-                at = below
-            at[last if last not in at else f"{last} "] = leaf
-        self._add(root, 0)
+        """What each node is called under its parent."""
+        self.depths: list[int] = [0] * self.leaf_count
+        self.leaves: dict[int, NodeIds] = {}
+        """The leaves of each module."""
         self.folded: set[int] = set()
+        self._nodes: list[int] = []
+        """All nodes, each before its children."""
+        self._subtree_ends: dict[int, int] = {}
+        """Module to the index in `_nodes` after its last descendant."""
+        self._leaves_of_modules: tuple[NodeIds, NodeIds, NodeIds] | None = None
+        self._lowercase_names = tuple(name.lower() for name in names)
+        self._add(_nested(names), 0)
 
-    def _add(self, branch: dict[str, object], depth: int) -> list[int]:
+    def _add(self, children: dict[str, object], depth: int) -> list[int]:
+        """Add the children of one module; their leaves."""
         leaves: list[int] = []
-        for label, child in branch.items():
+        for label, child in children.items():
             while isinstance(child, dict) and len(child) == 1:
                 ((below, child),) = child.items()
                 label = f"{label}.{below}" if below else label
@@ -52,72 +44,89 @@ class NameTree:
                 # A list of blocks is no level of its own: `blocks.0`, `blocks.1`, …
                 numbered = {f"{label}.{name}": block for name, block in child.items()}
                 leaves += self._add(numbered, depth)
-                continue
-            if isinstance(child, int):
-                self.labels[child], self.depths[child] = label, depth
-                self._walk.append(child)
-                leaves.append(child)
             elif isinstance(child, dict):
-                node = len(self.labels)
-                self.labels.append(label)
-                self.depths.append(depth)
-                self._walk.append(node)
-                inside = self._add(child, depth + 1)
-                self.members[node] = np.array(inside, np.int64)
-                self._ends[node] = len(self._walk)
-                leaves += inside
+                leaves += self._add_module(label, child, depth)
+            elif isinstance(child, int):
+                self.labels[child], self.depths[child] = label, depth
+                self._nodes.append(child)
+                leaves.append(child)
         return leaves
 
-    def is_branch(self, node: int) -> bool:
-        """Whether it has children."""
-        return node >= self.leaves
+    def _add_module(self, label: str, children: dict[str, object], depth: int) -> list[int]:
+        node = len(self.labels)
+        self.labels.append(label)
+        self.depths.append(depth)
+        self._nodes.append(node)
+        leaves = self._add(children, depth + 1)
+        self.leaves[node] = np.array(leaves, np.int64)
+        self._subtree_ends[node] = len(self._nodes)
+        return leaves
+
+    def is_module(self, node: int) -> bool:
+        """Whether a node has children."""
+        return node >= self.leaf_count
 
     def toggle(self, node: int) -> None:
-        """Fold or unfold a branch."""
-        if self.is_branch(node):
+        """Fold or unfold a module."""
+        if self.is_module(node):
             self.folded ^= {node}
 
-    def fold_deeper_than(self, depth: int) -> None:
-        """Fold every branch at `depth` and below."""
-        self.folded = {node for node in self.members if self.depths[node] >= depth}
+    def fold_from_depth(self, depth: int) -> None:
+        """Fold the modules at `depth` and below it."""
+        self.folded = {node for node in self.leaves if self.depths[node] >= depth}
 
-    def rows_folded_at(self, depth: int) -> int:
-        """How many nodes `fold_deeper_than(depth)` leaves in sight, without folding anything."""
+    def visible_count(self, depth: int) -> int:
+        """How many nodes are visible after `fold_from_depth(depth)`."""
         return int((np.asarray(self.depths) <= depth).sum())
 
-    def visible(self) -> Ids:
-        """The nodes to show, in order."""
-        shown: list[int] = []
-        place = 0
-        while place < len(self._walk):
-            node = self._walk[place]
-            shown.append(node)
-            place = self._ends[node] if node in self.folded else place + 1
-        return np.array(shown, np.int64)
+    def visible(self) -> NodeIds:
+        """The nodes that are not inside a folded module, in order."""
+        visible: list[int] = []
+        index = 0
+        while index < len(self._nodes):
+            node = self._nodes[index]
+            visible.append(node)
+            index = self._subtree_ends[node] if node in self.folded else index + 1
+        return np.array(visible, np.int64)
 
-    def matching(self, text: str) -> Ids:
-        """The leaves whose whole name holds every word of `text`."""
+    def matching(self, text: str) -> NodeIds:
+        """The leaves whose full name contains every word of `text`."""
         words = text.lower().split()
-        found = [i for i, name in enumerate(self._lower) if all(word in name for word in words)]
-        return np.array(found, np.int64)
+        names = enumerate(self._lowercase_names)
+        return np.array([i for i, name in names if all(word in name for word in words)], np.int64)
 
     def root_sum_squares(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
-        """√Σx² over each node's leaves, for all nodes: the norm of a module from those of its
-        parameters."""
+        """√Σx² over the leaves of every node, (nodes,): the norm of a module from those of its
+        parameters, (leaves,)."""
         squares = np.square(values.astype(np.float64))
-        every = np.empty(len(self.labels))
-        every[: self.leaves] = squares
-        if self.members:
-            branches, joined, starts = self._joined()
-            every[branches] = np.add.reduceat(squares[joined], starts)
-        return np.sqrt(every)
+        sums = np.empty(len(self.labels))
+        sums[: self.leaf_count] = squares
+        if self.leaves:
+            modules, leaves, starts = self._concatenated_leaves()
+            sums[modules] = np.add.reduceat(squares[leaves], starts)
+        return np.sqrt(sums)
 
-    def _joined(self) -> tuple[Ids, Ids, Ids]:
-        """The branches, the leaves of all of them in one, and where those of each begin."""
-        if self._sums is None:
-            members = list(self.members.values())
-            ends = np.cumsum([len(leaves) for leaves in members])
+    def _concatenated_leaves(self) -> tuple[NodeIds, NodeIds, NodeIds]:
+        """The modules, the leaves of all of them in one array, and where those of each begin."""
+        if self._leaves_of_modules is None:
+            leaves = list(self.leaves.values())
+            ends = np.cumsum([len(each) for each in leaves])
             starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-            branches = np.array(list(self.members), np.int64)
-            self._sums = (branches, np.concatenate(members), starts)
-        return self._sums
+            modules = np.array(list(self.leaves), np.int64)
+            self._leaves_of_modules = (modules, np.concatenate(leaves), starts)
+        return self._leaves_of_modules
+
+
+def _nested(names: Sequence[str]) -> dict[str, object]:
+    """The names as nested dictionaries, with the index of the name at each leaf."""
+    root: dict[str, object] = {}
+    for index, name in enumerate(names):
+        children = root
+        *modules, last = name.split(".")
+        for module in modules:
+            below = children.setdefault(module, {})
+            if not isinstance(below, dict):  # a parameter and a module of one name
+                below = children[module] = {"": below}
+            children = below
+        children[last if last not in children else f"{last} "] = index
+    return root

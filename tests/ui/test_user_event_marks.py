@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import Clip, Notice
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE
+from tui_trainer.ui.panels.base import user_event_marks
 from tui_trainer.ui.widgets.chart import Chart
-from tui_trainer.ui.widgets.text import user_marks
 
 
 def notice(number: int, step: int, kind: str) -> Notice:
@@ -26,13 +28,13 @@ def test_commands_and_marks_are_marks_on_the_axis() -> None:
     )
     seen = Snapshot(events=events)
     for glyphs in (UNICODE, ASCII):
-        layers = user_marks(seen, (0, 100), 80, PALETTE, glyphs)
-        (marks,) = layers
-        assert list(marks.columns) == [0, 44, 79]  # type: ignore[union-attr]
+        view = SimpleNamespace(palette=PALETTE, glyphs=glyphs)
+        (marks,) = layers = user_event_marks(view, seen, (0, 100), 80)  # type: ignore[arg-type]
+        assert list(marks.columns) == [0, 44, 79]
         chart = Chart()
         width = 40 + 80 - chart.plot_width(80)
         axis = chart.rows(width, 4, (0, 100), layers, PALETTE, glyphs)[-1]
         styles = [s.style for s in axis for _ in s.text]
         assert styles.count(PALETTE.accent) == 3
-        assert any(glyphs.deed in segment.text for segment in axis)
-    assert user_marks(seen, (200, 300), 80, PALETTE, UNICODE) == []
+        assert any(glyphs.user_event in segment.text for segment in axis)
+    assert user_event_marks(view, seen, (200, 300), 80) == []  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from tests.ui.fake import FakeSession, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.widgets.text import age_of
+from tui_trainer.ui.panels.staleness import staleness
 
 CADENCES = {
     schema.GRAD_NORM: (1, 1),
@@ -80,14 +80,14 @@ async def test_the_table_of_parameters_says_it_of_each_column_in_sight() -> None
 
 
 async def test_the_help_lists_what_is_stretched_now() -> None:
-    rows = await rows_of("help", stretched(), (80, 24), "slash", *"stretched", "enter")
+    rows = await rows_of("help", stretched(), (80, 24), "slash", *"less often", "enter")
     said = [" ".join(row.split()) for row in rows]
-    assert "update_ratio every 320 steps, naturally every 10 steps" in said
-    assert "attention every 32 steps, naturally every step" in said
-    assert "attention_heads every 4 steps, naturally every step" in said
+    assert "update_ratio every 320 steps instead of every 10 steps" in said
+    assert "attention every 32 steps instead of every step" in said
+    assert "attention_heads every 4 steps instead of every step" in said
     assert not any("weight_norm" in row for row in said)
-    rows = await rows_of("help", fake_gpt(700), (80, 24), "slash", *"stretched", "enter")
-    assert any("nothing" in row for row in rows)
+    rows = await rows_of("help", fake_gpt(700), (80, 24), "slash", *"less often", "enter")
+    assert any("every quantity" in row for row in rows)
 
 
 async def test_the_help_follows_the_cadences() -> None:
@@ -95,23 +95,23 @@ async def test_the_help_follows_the_cadences() -> None:
     app = app_on("help", session)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        await pilot.press("slash", *"stretched", "enter")
+        await pilot.press("slash", *"less often", "enter")
         assert session.run is not None
         info = session.run.info
         every = tuple(5 if t.name == schema.ATTENTION else t.every for t in info.tables)
         session.run.info = info.with_cadences(every)
         session.advance(1)
         await frame(pilot)
-        assert "every 5 steps, naturally every step" in text_of(app)
+        assert "every 5 steps instead of every step" in text_of(app)
 
 
 def test_an_age_is_in_steps_where_it_is_longer_than_a_cadence() -> None:
     session = stretched()
     histories = session.history.tables_named(schema.WEIGHT_NORM)
-    assert age_of(session.poll(), histories) == "every 10 steps"
+    assert staleness(session.poll(), histories) == "every 10 steps"
     histories[0].cut(histories[0].rows - 3)
-    assert age_of(session.poll(), histories) == "30 steps ago"
-    assert age_of(session.poll(), session.history.tables_named(schema.GRAD_NORM)) == ""
+    assert staleness(session.poll(), histories) == "30 steps ago"
+    assert staleness(session.poll(), session.history.tables_named(schema.GRAD_NORM)) == ""
 
 
 def style_of(app: TuiTrainerApp, text: str) -> object:
@@ -125,11 +125,11 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
 @pytest.mark.parametrize(
     ("size", "share", "said"),
     [
-        ((80, 24), 0.0204, "own cost 2.04%"),
-        ((120, 40), 0.0204, "own cost 2.04% of 1%"),
-        ((120, 40), 0.0702, "own cost 7.02% of 1%"),
-        ((120, 40), 0.0102, "own cost 1.02%"),
-        ((120, 40), 0.0072, "own cost 0.72%"),
+        ((80, 24), 0.0204, "overhead 2.04%"),
+        ((120, 40), 0.0204, "overhead 2.04% (budget 1%)"),
+        ((120, 40), 0.0702, "overhead 7.02% (budget 1%)"),
+        ((120, 40), 0.0102, "overhead 1.02%"),
+        ((120, 40), 0.0072, "overhead 0.72%"),
     ],
 )
 async def test_the_header_warns_of_a_cost_over_the_budget(
@@ -140,6 +140,6 @@ async def test_the_header_warns_of_a_cost_over_the_budget(
         await settle(pilot)
         line = text_of(app).splitlines()[0]
         assert f"{said} ·" in line
-        shown = style_of(app, "own cost")
+        shown = style_of(app, "overhead")
         assert (shown == app.palette.dim.color) == (share < 0.011)
         assert (shown == app.palette.warning.color) == (share > 0.05)
