@@ -135,7 +135,9 @@ class TransportLine(Panel):
         event.stop()
         start, cells = self._track
         if event.x < start:
-            self.replay.stop_playing() if self.replay.playing else self.replay.play(self.replay.speed)
+            self.replay.stop_playing() if self.replay.playing else self.replay.play(
+                self.replay.speed
+            )
         elif event.x < start + cells:
             self._dragging = True
             self.capture_mouse()
