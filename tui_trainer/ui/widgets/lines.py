@@ -140,11 +140,19 @@ class LineView(ScrollView, can_focus=False):
         """Redraw when the theme changes."""
         self.app.theme_changed_signal.subscribe(self, lambda _: self.call_later(self.update_rows))
 
+    def view_resized(self) -> None:
+        """Build what depends on the size of the view."""
+        self.update_rows()
+
     def on_resize(self, event: events.Resize) -> None:
         """Build the rows for the new size."""
         self._rows = []
         self.refresh()
-        self.update_rows()
+        self.view_resized()
+
+    def watch_show_vertical_scrollbar(self) -> None:
+        """A scrollbar that appears narrows the view."""
+        self.call_later(self.view_resized)
 
     def on_show(self) -> None:
         """Build the rows that were not built while the widget was hidden."""
@@ -214,7 +222,7 @@ class ScrollingLines(LineView, can_focus=True):
             line = self._lines[index] = self.line(index)
         return line
 
-    def on_resize(self, event: events.Resize) -> None:
+    def view_resized(self) -> None:
         """Lay the lines out for the new width."""
         self.lines_changed()
 
