@@ -177,4 +177,4 @@ def test_the_picture_and_the_report_have_the_layers_of_both() -> None:
     )
     drawn = list(charts_of(recorded))  # type: ignore[arg-type]
     assert len(drawn) == 14
-    assert "generator.blocks.2.attention: drift" in drawn[-1]
+    assert "generator.blocks.2.attention: drift" in drawn[-1].title
