@@ -32,7 +32,7 @@ def shown(command: list[str], *said: str, status: int) -> str:
     ("options", "said"),
     [
         (["gpt", "--data", "nowhere.txt"], ["there is no file or folder nowhere.txt", "--data"]),
-        (["vit", "--data", "one"], ["only one class", "two classes or more"]),
+        (["vit", "--data", "one"], ["only one class", "at least two classes"]),
     ],
     ids=["missing", "class"],
 )
@@ -76,7 +76,7 @@ def test_a_script_with_signal_handlers_of_its_own(runs: Path, train: Path) -> No
     own += "signal.signal(signal.SIGTERM, lambda *a: got.append(a))\n"
     own += "signal.signal(signal.SIGINT, lambda *a: got.append(a))\n"
     train.write_text(own + train.read_text().replace("# then", then))
-    shown(["run", str(train)], "at step 9", "exit status 2", status=2)
+    shown(["run", str(train)], "at step 9", "exited with status 2", status=2)
 
 
 @pytest.mark.parametrize(
