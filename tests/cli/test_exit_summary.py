@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tui_trainer.cli.exit_summary import exit_status, exit_summary, outcome_of
+from tui_trainer.cli.exit_summary import exit_status, exit_summary, final_outcome
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.run_state import RunState
@@ -89,7 +89,7 @@ def test_a_run_that_has_ended(
     snapshot: Snapshot, kept: RunState | None, code: str, line: str, statuses: tuple[int, int]
 ) -> None:
     with process(code) as ended:
-        outcome = outcome_of(snapshot, kept, ended)
+        outcome = final_outcome(snapshot, kept, ended)
     assert outcome.ended
     place = "" if outcome.refused else " · /runs/gpt-quiet-otter"
     assert exit_summary(TASK, outcome) == f"gpt-quiet-otter {line}{place}"
@@ -99,7 +99,7 @@ def test_a_run_that_has_ended(
 @pytest.mark.parametrize(("state", "word"), [("running", "still training"), ("paused", "paused")])
 def test_a_run_that_goes_on(state: str, word: str) -> None:
     with process(None) as living:
-        outcome = outcome_of(seen(state, 12), told(state, 14, 2.0), living)
+        outcome = final_outcome(seen(state, 12), told(state, 14, 2.0), living)
         line = exit_summary(TASK, outcome)
         assert f"{word} at step 14, loss 2.000; tui-trainer attach gpt-quiet-otter" in line
     assert not outcome.ended
@@ -108,5 +108,5 @@ def test_a_run_that_goes_on(state: str, word: str) -> None:
 
 def test_a_reason_of_many_lines_stays_one_line() -> None:
     with process("raise SystemExit(1)") as ended:
-        outcome = outcome_of(seen("crashed", 1, "one\n  two\n"), None, ended)
+        outcome = final_outcome(seen("crashed", 1, "one\n  two\n"), None, ended)
     assert "\n" not in exit_summary(TASK, outcome)

@@ -34,7 +34,7 @@ class Outcome:
         return self.state in END_STATES
 
 
-def outcome_of(
+def final_outcome(
     snapshot: Snapshot, on_disk: RunState | None, process: subprocess.Popen[bytes]
 ) -> Outcome:
     """The newer of the session's last snapshot and the run's status file. A process that is gone

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.cli.errors import FAULT, INTERRUPTED, CommandError, say
-from tui_trainer.cli.exit_summary import exit_status, exit_summary, outcome_of, status_on_disk
+from tui_trainer.cli.exit_summary import exit_status, exit_summary, final_outcome, status_on_disk
 from tui_trainer.cli.run_setup import discard, discard_refused
 from tui_trainer.cli.terminal import restored_terminal
 from tui_trainer.client.api import Session, Snapshot
@@ -71,7 +71,7 @@ class OpenedRun:
         if self._is_ending(snapshot):
             with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
                 self.launched.process.wait(EXIT_SUMMARY_TIMEOUT_S)
-        outcome = outcome_of(snapshot, status_on_disk(self.spec), self.launched.process)
+        outcome = final_outcome(snapshot, status_on_disk(self.spec), self.launched.process)
         print(exit_summary(self.spec, outcome), flush=True)
         if outcome.state == "crashed" and outcome.hint:
             print(f"  hint: {outcome.hint}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """The probes: one file for each quantity that is measured.
 
 `PROBES` lists them in the order in which their rows are made, so that later ones can use what
-earlier ones have found. A new probe is added to this list.
+earlier ones have found. A new probe is added to this list, and its columns to
+`protocol/schema.py`.
 """
 
 from __future__ import annotations

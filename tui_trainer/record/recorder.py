@@ -48,9 +48,9 @@ from tui_trainer.record.events import (
     StepsDropped,
     rounded_for_storage,
 )
-from tui_trainer.record.polling import PollHandler
 from tui_trainer.record.sinks import SinkThread
 from tui_trainer.record.throughput import Throughput
+from tui_trainer.record.viewer_updates import PollHandler
 
 DRAIN_EVERY_S = 0.05
 QUEUE_STEPS = 4096

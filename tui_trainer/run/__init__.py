@@ -1,0 +1,1 @@
+"""The run process: it trains, serves viewers, writes checkpoints and prints lines."""

@@ -1,0 +1,1 @@
+"""The instruments of the app, each drawn from the current snapshot."""

@@ -1,0 +1,1 @@
+"""Widgets and drawing that are not specific to one instrument."""

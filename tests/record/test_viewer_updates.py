@@ -14,9 +14,14 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import encode
 from tui_trainer.protocol.messages import LogLine, Poll, Update
 from tui_trainer.protocol.schema import Column, RunInfo
-from tui_trainer.record import polling
-from tui_trainer.record.polling import BACKLOG_BYTES, BURST_BYTES, BYTES_PER_SECOND, TokenBucket
+from tui_trainer.record import viewer_updates
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.viewer_updates import (
+    BACKLOG_BYTES,
+    BURST_BYTES,
+    BYTES_PER_SECOND,
+    TokenBucket,
+)
 
 LINE = "epoch 3 batch 1200 loss 0.4183 accuracy 0.8712 lr 3.0e-04 éè"
 
@@ -58,7 +63,7 @@ class Watched:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(polling, "time", clock)
+    monkeypatch.setattr(viewer_updates, "time", clock)
     return clock
 
 
@@ -82,13 +87,15 @@ def test_a_flood_of_lines_stays_within_the_budget_and_its_newest_come(recorder, 
         for _ in range(1_500):
             recorder.log("stdout", f"{LINE} {next(numbers)}")
         clock.now += 0.25
-        for _ in range(1 + polling.PARTS * 2):
+        for _ in range(1 + viewer_updates.PARTS * 2):
             if not viewer.poll().more:
                 break
     viewer.catch_up()
     assert max(viewer.sizes) < 1.25 * budget + 1_000
     sent = sum(viewer.sizes)
-    allowed = BACKLOG_BYTES + 20 * min(BYTES_PER_SECOND, budget) + 81 * budget / polling.PARTS
+    allowed = (
+        BACKLOG_BYTES + 20 * min(BYTES_PER_SECOND, budget) + 81 * budget / viewer_updates.PARTS
+    )
     assert sent < allowed + viewer.answers * 600
     assert viewer.log[-1].text == f"{LINE} {next(numbers) - 1}"
     said = left_out(viewer.log)
