@@ -1,7 +1,8 @@
 """Answers a viewer's poll with everything since its cursor, within its budget of bytes.
 
-A viewer on a slow line is sent less: rows are summarised to fit `Poll.budget`, which `client/live.py`
-derives from the time that answers take, and of a flood of printed lines only the newest are sent.
+A viewer on a slow line is sent less: rows are summarised to fit `Poll.budget`, which
+`client/live.py` derives from the time that answers take, and of a flood of printed lines only the
+newest are sent.
 """
 
 from __future__ import annotations

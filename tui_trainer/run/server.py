@@ -1,7 +1,7 @@
 """Serves viewers over a Unix socket that only the user can connect to, with a thread for each.
 
-Nothing that a viewer does can stop or slow down the training. What a viewer is sent, and how much of
-it, is decided in `record/viewer_updates.py`.
+Nothing that a viewer does can stop or slow down the training. What a viewer is sent, and how much,
+is decided in `record/viewer_updates.py`.
 """
 
 from __future__ import annotations

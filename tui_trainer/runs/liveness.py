@@ -2,8 +2,8 @@
 
 No run is asked. `status.json` has what the run last reported, about once a second, and which
 process it is: a run that reported no end and whose process is gone has crashed. The process of a
-run on another machine cannot be looked up; such a run counts as crashed after a silence. How the training of a live process ended is decided in
-`run/outcome.py`.
+run on another machine cannot be looked up; such a run counts as crashed after a silence. How the
+training of a live process ended is decided in `run/outcome.py`.
 """
 
 from __future__ import annotations
