@@ -99,7 +99,9 @@ class CommandHandler:
             # The gate's step: the recorder has not yet seen the steps in its queue.
             step = self._gate.completed
             self._recorder.notice("command", text, step=step, who=viewer.name)
-        return CommandResult(True, text)
+        # The new state of the run answers these; a word beside it would repeat it.
+        shown = isinstance(action, (Pause, Resume, Step, StepPhase))
+        return CommandResult(True, "" if shown else text)
 
     def _refusal(self, viewer: Viewer, action: Action) -> CommandResult | None:
         """Why this viewer may not command this now; None if it may."""
