@@ -27,6 +27,8 @@ Row = list[Segment]
 Span = tuple[str, str]
 """A text and the name of its style in the palette, with attributes if wanted: `error reverse`."""
 
+NARROW = frozenset(map(chr, (*range(0x20, 0x7F), *range(0x2500, 0x25FD), *range(0x2800, 0x2900))))
+"""Characters of one cell, with which nearly everything is drawn: ASCII, boxes, blocks, braille."""
 JOINED_CELLS = 6
 """Changed stretches of a row closer than this are refreshed as one region."""
 
@@ -68,7 +70,7 @@ class LineView(ScrollView, can_focus=False):
         """The rows on screen."""
         self._rows_palette: Palette | None = None
         self._styles: dict[str, Style] = {}
-        self._styles_palette: Palette | None = None
+        """Of that palette."""
 
     def rows(self, size: Size) -> Sequence[Row]:
         """The visible rows, from the top, of a view of this size."""
@@ -95,10 +97,8 @@ class LineView(ScrollView, can_focus=False):
         return self.scrollable_content_region.size
 
     def style(self, name: str) -> Style:
-        """A style of the palette by name, with attributes if wanted: `dim`, `error reverse`."""
-        if self._styles_palette is not self.palette:
-            self._styles_palette = self.palette
-            self._styles.clear()
+        """A style of the palette by name, with attributes if wanted: `dim`, `error reverse`. To be
+        called while rows are built."""
         style = self._styles.get(name)
         if style is None:
             base, *attributes = name.split()
@@ -116,9 +116,11 @@ class LineView(ScrollView, can_focus=False):
         size = self.view_size
         if not size.width or not size.height or not self.is_attached:
             return
-        theme_changed = self._rows_palette is not self.palette
+        palette = self.palette
+        theme_changed = self._rows_palette is not palette
         if theme_changed:
-            self._rows_palette = self.palette
+            self._rows_palette = palette
+            self._styles.clear()
             self.discard_drawn()
         old, new = self._rows, list(self.rows(size))[: size.height]
         self._rows = new
@@ -236,9 +238,8 @@ def _changed_stretches(old: Row, new: Row, width: int) -> list[tuple[int, int]]:
     if old == new:
         return []
     stretches: list[tuple[int, int]] = []
-    for x, (before, after) in enumerate(zip(_cells(old, width), _cells(new, width), strict=True)):
-        if before == after:
-            continue
+    pairs = enumerate(zip(_cells(old, width), _cells(new, width), strict=True))
+    for x in [x for x, (before, after) in pairs if before != after]:
         if stretches and x - sum(stretches[-1]) < JOINED_CELLS:
             stretches[-1] = (stretches[-1][0], x + 1 - stretches[-1][0])
         else:
@@ -251,7 +252,7 @@ def _cells(row: Row, width: int) -> list[tuple[str, Style | None]]:
     the cell before it."""
     cells: list[tuple[str, Style | None]] = []
     for text, style, _ in row:
-        if text.isascii():
+        if NARROW.issuperset(text):
             cells += [(character, style) for character in text]
             continue
         for character in text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,7 @@ NOT_COMPARABLE = "n/a"
 """Shown where a comparison has no meaning."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A value in a style other than its column's."""
 
     value: float | str | None
@@ -196,9 +195,10 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         if not len(visible):
             return [*rows, [Segment(" " + self.placeholder, self.palette.dim)]]
         self.prepare(visible)
+        gap, focused = Segment(" ", self.palette.text), self.has_focus
         for index, row in enumerate(visible.tolist(), self.top):
-            cells = self._spaced(self.cells(row, columns, widths))
-            if index == self.cursor and self.has_focus:
+            cells = _spaced(self.cells(row, columns, widths), gap)
+            if focused and index == self.cursor:
                 cells = [
                     Segment(text, _highlighted(style, self.palette.cursor))
                     for text, style, _ in cells
@@ -215,12 +215,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
                 title, style = f"{title}{arrow}", self.palette.accent
             text = title[:width].ljust(width) if column.left else title[:width].rjust(width)
             titles.append(Segment(text, style))
-        return self._spaced(titles)
-
-    def _spaced(self, cells: Row) -> Row:
-        """Cells with a space between them."""
-        gap = Segment(" ", self.palette.text)
-        return [segment for cell in cells for segment in (cell, gap)][:-1]
+        return _spaced(titles, Segment(" ", self.palette.text))
 
     # ------------------------------------------------------------ moving
 
@@ -299,6 +294,10 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
                 return column.key
             start += width + 1
         return None
+
+
+def _spaced(cells: Row, gap: Segment) -> Row:
+    return [segment for cell in cells for segment in (cell, gap)][:-1]
 
 
 def fitted(text: str, width: int, left: bool = False) -> str:
