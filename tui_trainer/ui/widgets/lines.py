@@ -258,7 +258,7 @@ def _cells(row: Row, width: int) -> list[tuple[str, Style | None]]:
         for character in text:
             size = get_character_cell_size(character)
             if size:
-                cells += [(character, style), ("", style)][:size]
+                cells += [(character, style)] * size
             elif cells:
                 cells[-1] = (cells[-1][0] + character, cells[-1][1])
     del cells[width:]
