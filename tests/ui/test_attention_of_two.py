@@ -137,8 +137,8 @@ async def test_a_layer_whose_heads_are_not_known_has_none_on_their_way() -> None
         await pilot.press("end")
         await settle(pilot)
         assert len(heads.order) == 0
-        assert "its heads are not known" in text_of(app)
-        assert "soon here" not in text_of(app)
+        assert "the number of heads is not known" in text_of(app)
+        assert "measured while" not in text_of(app)
 
 
 def test_the_table_of_an_optimizer_that_was_made_anew_comes_first_once_it_has_rows() -> None:

@@ -77,7 +77,7 @@ async def test_filter_and_back() -> None:
         await settle(pilot)
         await pilot.press("slash", *"wrong", "enter")
         await settle(pilot)
-        assert "Wrong images first" in text_of(app)
+        assert "wrong images first" in text_of(app)
         assert "Controlling the run" not in text_of(app)
         await pilot.press("escape")
         await settle(pilot)

@@ -160,7 +160,7 @@ async def test_a_click_on_a_switch_shows_the_clips() -> None:
         await settle(pilot)
         assert "scaled by" not in text_of(app)
         row = next(row for row in text_of(app).split("\n") if "clips" in row)
-        await pilot.click("Chips", offset=(row.index("clips") - 1, 0))
+        await pilot.click("#toggles", offset=(row.index("clips"), 0))
         await settle(pilot)
         assert "scaled by" in text_of(app)
 

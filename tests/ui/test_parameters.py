@@ -113,7 +113,7 @@ async def test_a_filter_without_a_match_says_so() -> None:
         await settle(pilot)
         await pilot.press("slash", *"zzz", "enter")
         await settle(pilot)
-        assert "no name has “zzz”" in text_of(app)
+        assert "no name contains “zzz”" in text_of(app)
 
 
 async def test_columns_without_room_are_reached_with_the_arrows() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from tui_trainer.ui.screens.start import (
     Launcher,
     StartScreen,
     common_options,
-    folded_options,
+    grouped_options,
     preset_value,
     request_for,
     script_request,
     value_text,
 )
-from tui_trainer.ui.widgets.form import Choice
+from tui_trainer.ui.widgets.form import ChoiceRow
 
 
 class Started:
@@ -49,11 +50,21 @@ def app_with(start: Started) -> TuiTrainerApp:
     return TuiTrainerApp(None, start_mode="start", on_launch=Launcher((gpt, vit), start))
 
 
+async def launched(app: TuiTrainerApp, start: Started, times: int = 1) -> None:
+    """Until the launcher has been called, and what it returned or raised is on the screen."""
+    for _ in range(2000):
+        if len(start.requests) >= times:
+            break
+        await asyncio.sleep(0.005)
+    assert len(start.requests) == times
+    await app.workers.wait_for_complete()
+
+
 @pytest.mark.parametrize("task", [gpt, vit], ids=lambda task: task.name)
 def test_every_option_is_on_the_form_once(task: object) -> None:
     every = [option.name for option in options_of(task.config)]  # type: ignore[attr-defined]
     on_form = [option.name for option in common_options(task)]  # type: ignore[arg-type]
-    for options in folded_options(task).values():  # type: ignore[arg-type]
+    for options in grouped_options(task).values():  # type: ignore[arg-type]
         on_form += [option.name for option in options]
     assert sorted(on_form) == sorted(every)
 
@@ -129,7 +140,7 @@ async def test_enter_starts_the_defaults(size: tuple[int, int]) -> None:
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
         await settle(pilot)
         assert app.current_mode == "dashboard"
     assert dict(start.requests[0].settings) == {"preset": "light"}
@@ -147,7 +158,7 @@ async def test_keys_alone_choose_task_preset_and_values() -> None:
         assert isinstance(field, Input)
         assert field.id == "option-steps"
         await pilot.press("end", *["backspace"] * 6, *"77", "enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
     assert dict(start.requests[0].settings) == {"preset": "nanogpt-cpu", "steps": 77}
 
 
@@ -156,13 +167,13 @@ async def test_mouse_chooses_task_and_preset() -> None:
     app = app_with(start)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        task = app.screen.query_one("#task", Choice)
+        task = app.screen.query_one("#task", ChoiceRow)
         await pilot.click("#task", offset=(task.choices[0].__len__() + 5, 0))
         await settle(pilot)
         assert task.value == "vit"
         assert "digits" in text_of(app)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
     assert start.requests[0].task == "vit"
 
 
@@ -176,18 +187,18 @@ async def test_a_folder_of_images_takes_the_preset_of_the_command_line(tmp_path:
         app.screen.query_one("#option-steps", Input).value = "77"
         app.screen.query_one("#option-data", Input).focus()
         await settle(pilot)
-        assert app.screen.query_one("#preset", Choice).value == "digits"
+        assert app.screen.query_one("#preset", ChoiceRow).value == "digits"
         await pilot.press(*"/x")
         await settle(pilot)
-        assert app.screen.query_one("#preset", Choice).value == "images"
+        assert app.screen.query_one("#preset", ChoiceRow).value == "images"
         assert app.screen.query_one("#option-image_size", Input).value == "64"
         await pilot.press("backspace", "backspace")
         await settle(pilot)
-        assert app.screen.query_one("#preset", Choice).value == "digits"
+        assert app.screen.query_one("#preset", ChoiceRow).value == "digits"
         assert app.screen.query_one("#option-image_size", Input).value == "8"
         app.screen.query_one("#option-data", Input).value = str(tmp_path)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
     settings = dict(start.requests[0].settings)
     assert settings == {"preset": "images", "data": str(tmp_path), "steps": 77}
     config = resolve(vit, None, settings)
@@ -201,11 +212,11 @@ async def test_a_preset_chosen_by_hand_stays_when_data_is_typed(tmp_path: Path) 
         await settle(pilot)
         await pilot.press("right", "down", "left")
         await settle(pilot)
-        assert app.screen.query_one("#preset", Choice).value == "face-s14"
+        assert app.screen.query_one("#preset", ChoiceRow).value == "face-s14"
         app.screen.query_one("#option-data", Input).value = str(tmp_path)
         await settle(pilot)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
     assert start.requests[0].settings["preset"] == "face-s14"
 
 
@@ -255,14 +266,14 @@ async def test_a_refused_start_is_told_and_nothing_typed_is_lost(refusal: Except
         app.screen.query_one("#option-steps", Input).value = "123"
         await settle(pilot)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
         await settle(pilot)
         text = text_of(app)
         assert str(refusal.args[0]) in text
         assert app.current_mode == "start"
         assert app.screen.query_one("#option-steps", Input).value == "123"
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start, times=2)
     assert len(start.requests) == 2
 
 
@@ -298,7 +309,7 @@ async def test_a_script_with_its_arguments(tmp_path: Path) -> None:
         app.screen.query_one("#option-arguments", Input).value = "--fast"
         await settle(pilot)
         await pilot.press("enter")
-        await app.workers.wait_for_complete()
+        await launched(app, start)
     assert start.requests[0].script == str(script)
     assert start.requests[0].arguments == ("--fast",)
 

@@ -12,7 +12,8 @@ from textual.binding import Binding, BindingType
 from tui_trainer.ui.screens import dialogs
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS
 from tui_trainer.ui.screens.registry import SCREENS
-from tui_trainer.ui.widgets.form import Choice, FoldRow, PromptLine
+from tui_trainer.ui.widgets.form import ChoiceRow
+from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 
 
@@ -55,7 +56,7 @@ def key_groups(app: App[Any]) -> tuple[KeyGroup, ...]:
     for title, screen in getattr(app, "OWN_SCREENS", ()):
         groups.insert(1, KeyGroup(title, _keys(app, screen.BINDINGS)))
     groups.append(KeyGroup("In tables", _keys(app, VirtualTable.BINDINGS)))
-    forms = [*Choice.BINDINGS, *FoldRow.BINDINGS, *PromptLine.BINDINGS]
+    forms = [*ChoiceRow.BINDINGS, *SearchInput.BINDINGS]
     groups.append(KeyGroup("In forms and prompts", _keys(app, forms)))
     in_dialogs = [*dialogs.NumberPrompt.BINDINGS, *dialogs.QuitDialog.BINDINGS]
     groups.append(KeyGroup("In dialogs", _keys(app, in_dialogs)))

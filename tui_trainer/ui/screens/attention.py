@@ -8,7 +8,9 @@ from typing import ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.containers import Container
+from textual.geometry import Size
 from textual.widget import Widget
+from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
@@ -24,23 +26,25 @@ from tui_trainer.ui.panels.attention.statistics import (
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.staleness import staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
-from tui_trainer.ui.widgets.form import PromptLine
 from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.series_chart import SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
-CHART = (39, 9)
-"""Cells that a chart needs, with the gap beside it, so that its axis can be read."""
-BESIDE, STACKED = 150, 32
-"""Columns from which layers and heads stand beside each other, rows from which below."""
-AROUND = 6
-"""Rows of header, names of the statistics, explanation, the layer's line, and keys."""
+CHART_SIZE = (39, 9)
+"""Cells that a chart needs for a readable axis, including the gap to the next one."""
+MIN_WIDTH_BESIDE = 150
+"""Width from which layers and heads stand beside each other."""
+MIN_HEIGHT_BOTH = 32
+"""Height from which heads stand below the layers; else one of the two is shown."""
+FIXED_ROWS = 6
+"""Rows of the header, the statistics' names, the explanation, the layer's line, and the keys."""
 
 
 class AttentionScreen(DetailScreen):
-    """The dear statistics are measured only while this screen is open: it says so to the run."""
+    """Its `topics` are measured only while it is shown, because they are expensive."""
 
     topics = frozenset({schema.ATTENTION_HEADS, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH})
 
@@ -59,75 +63,73 @@ class AttentionScreen(DetailScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m,right", "statistic(1)", "Statistic", key_display="m", id="attention.statistic",
                 tooltip="Show the next statistic of every layer"),
-        Binding("M,left", "statistic(-1)", "Statistic before", id="attention.statistic_back",
-                show=False, tooltip="Show the statistic before"),
+        Binding("M,left", "statistic(-1)", "Previous statistic", id="attention.statistic_back",
+                show=False, tooltip="Show the previous statistic"),
         Binding("h", "heads", "Heads", id="attention.heads",
-                tooltip="Layers, or the heads of the layer under the cursor"),
+                tooltip="Show the layers, or the heads of the layer under the cursor"),
         Binding("slash", "filter", "Filter", key_display="/", id="attention.filter",
-                tooltip="Show only layers whose name has these words; escape clears it"),
+                tooltip="Show only layers whose name contains these words; escape clears it"),
         Binding("o", "order", "Sort", id="attention.order",
                 tooltip="Sort the layers by the next column"),
         Binding("l", "log", "Log scale", id="attention.log",
                 tooltip="Logarithmic or linear charts"),
         Binding("escape", "clear", "Clear", id="attention.clear", show=False,
-                tooltip="Clear the filter; from the heads back to the layers"),
+                tooltip="Clear the filter; from the heads return to the layers"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self._chosen = 0
-        self._log = False
-        self._laid_out: object = None
+        self._log_scale = False
+        self._layout_key: tuple[int, Size] | None = None
+        """The number of layers and the size that the screen was laid out for."""
 
     def body(self) -> Iterable[Widget]:
-        """Statistics, what the chosen one means, layers and heads, charts."""
         yield TabLine([statistic.title for statistic in SHOWN_STATISTICS])
         yield Caption(id="means")
         yield Caption(id="healthy")
         yield Placeholder()
         yield Container(StatisticTable(), HeadsTable(), id="upper")
-        yield PromptLine()
+        yield SearchInput("names with these words")
         yield Caption(id="layer")
         yield Container(*(SeriesChart() for _ in SHOWN_STATISTICS), id="charts")
 
     @property
     def statistic(self) -> Statistic:
-        """The chosen one."""
+        """The chosen statistic."""
         return SHOWN_STATISTICS[self._chosen]
 
     @property
-    def by_layer(self) -> StatisticTable:
-        """The layers."""
+    def layer_table(self) -> StatisticTable:
         return self.query_one(StatisticTable)
 
     def on_mount(self) -> None:
-        """Keys go to the layers."""
         self._explain()
-        self.by_layer.focus()
+        self.layer_table.focus()
 
     def show_body(self, snapshot: Snapshot) -> None:
-        """Layers, then what belongs to the one under the cursor."""
         known = snapshot.info is not None and bool(snapshot.info.attention)
         message = ("", "") if known else placeholder_message(snapshot, NO_ATTENTION, "attention")
         self.query_one(Placeholder).set_message(*message)
-        for name in ("#upper", "#charts", "#layer"):
-            self.query_one(name).display = known
+        for selector in ("#upper", "#charts", "#layer"):
+            self.query_one(selector).display = known
         if known:
             assert snapshot.info is not None
-            if self._laid_out != (len(snapshot.info.attention), self.size):
+            if self._layout_key != (len(snapshot.info.attention), self.size):
                 self._lay_out()
-            self.by_layer.show(snapshot)
-            self._say_healthy()
+            self.layer_table.show(snapshot)
+            self._show_healthy()
             self._show_layer()
 
     def _show_layer(self) -> None:
-        """Heads and charts of the layer under the cursor."""
-        snapshot, row = self.context.snapshot, self.by_layer.current_row
+        """Description, heads and charts of the layer under the cursor."""
+        snapshot, row = self.context.snapshot, self.layer_table.current_row
         info = snapshot.info
         if info is None or row is None or row >= len(info.attention):
-            filter = self.by_layer.filter
-            self.by_layer.placeholder = f"no layer has “{filter}”: escape clears the filter"
+            self.layer_table.placeholder = (
+                f"no layer contains “{self.layer_table.filter}”: escape clears the filter"
+            )
             return
         layer = info.attention[row]
         heads = f"{layer.heads} heads" if layer.heads else ""
@@ -139,17 +141,16 @@ class AttentionScreen(DetailScreen):
         if layer.note:
             pieces.append((f"n/a: {layer.note}", "warning"))
         age = staleness(snapshot, snapshot.history.tables_named(schema.ATTENTION_HEADS))
-        aged = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
-        said = [piece for piece in pieces if piece[0]]
-        self.query_one("#layer", Caption).update(said, aged, right_is_optional=True)
+        age_text = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
+        caption = self.query_one("#layer", Caption)
+        caption.update([piece for piece in pieces if piece[0]], age_text, right_is_optional=True)
         self.query_one(HeadsTable).show_layer(snapshot, layer, _why_no_heads(snapshot, layer))
         self._show_charts(snapshot, layer)
 
     def _show_charts(self, snapshot: Snapshot, layer: AttentionInfo) -> None:
         total = snapshot.info.total_steps if snapshot.info else None
-        shown = self._ordered()
         charts = list(self.query(SeriesChart))
-        for chart, statistic in zip(charts, shown, strict=False):
+        for chart, statistic in zip(charts, self._charted_statistics(), strict=False):
             location = statistic.location(snapshot, layer)
             curves = statistic.curves(layer, location) if location is not None else []
             optimizer = location.history.table.optimizer if location is not None else ""
@@ -161,13 +162,12 @@ class AttentionScreen(DetailScreen):
                 curves,
                 placeholder=f"n/a: {layer.note}" if measured and not curves else missing,
                 total_steps=total,
-                log=self._log and not statistic.signed,
+                log=self._log_scale and not statistic.signed,
                 selected=statistic is self.statistic,
             )
 
-    def _ordered(self) -> list[Statistic]:
-        """The statistics that have a chart: all in their order where they fit, else from the chosen
-        one on."""
+    def _charted_statistics(self) -> list[Statistic]:
+        """All statistics where their charts fit, else as many as fit from the chosen one on."""
         count = sum(chart.display for chart in self.query(SeriesChart))
         if count >= len(SHOWN_STATISTICS):
             return list(SHOWN_STATISTICS)
@@ -175,13 +175,12 @@ class AttentionScreen(DetailScreen):
         return [SHOWN_STATISTICS[(start + i) % len(SHOWN_STATISTICS)] for i in range(count)]
 
     def _explain(self) -> None:
-        statistic = self.statistic
+        """Say what the chosen statistic means, and which values are healthy."""
         self.query_one(TabLine).choose(self._chosen)
-        self.query_one("#means", Caption).update([(statistic.meaning, "text")])
-        self._say_healthy()
+        self.query_one("#means", Caption).update([(self.statistic.meaning, "text")])
+        self._show_healthy()
 
-    def _say_healthy(self) -> None:
-        """What is healthy, and of when the values are."""
+    def _show_healthy(self) -> None:
         statistic, snapshot = self.statistic, self.context.snapshot
         age = staleness(snapshot, snapshot.history.tables_named(statistic.table))
         pieces = [("healthy", "good"), (statistic.healthy, "dim")]
@@ -190,120 +189,116 @@ class AttentionScreen(DetailScreen):
     # ------------------------------------------------------------ actions
 
     def action_statistic(self, by: int) -> None:
-        """Another statistic."""
+        """Choose the next or previous statistic."""
         self._choose((self._chosen + by) % len(SHOWN_STATISTICS))
 
     def on_tab_line_chosen(self, event: TabLine.Chosen) -> None:
-        """A click on its name."""
         self._choose(event.number)
 
     def _choose(self, number: int) -> None:
         self._chosen = number
         self._explain()
-        self.by_layer.choose(self.statistic)
+        self.layer_table.choose(self.statistic)
         self._show_layer()
 
     def action_heads(self) -> None:
-        """The other of the two, or the focus where both are there."""
+        """Show the other table, or move the focus to it where both are shown."""
         heads = self.query_one(HeadsTable)
         if self.has_class("-both"):
-            (self.by_layer if heads.has_focus else heads).focus()
+            (self.layer_table if heads.has_focus else heads).focus()
             return
         self.toggle_class("-heads")
-        (heads if self.has_class("-heads") else self.by_layer).focus()
+        (heads if self.has_class("-heads") else self.layer_table).focus()
 
     def action_order(self) -> None:
         """Sort by the next part of the statistic."""
         keys = [MODEL_ORDER, *self.statistic.parts]
-        table = self.by_layer
-        place = keys.index(table.sorted_by) if table.sorted_by in keys else 0
-        self._sort(keys[(place + 1) % len(keys)])
+        sorted_by = self.layer_table.sorted_by
+        number = keys.index(sorted_by) if sorted_by in keys else 0
+        self._sort_by(keys[(number + 1) % len(keys)])
 
     def on_virtual_table_sort_requested(self, event: VirtualTable.SortRequested) -> None:
-        """A click on a title; a second one turns the order round."""
-        table = self.by_layer
+        """Sort by a title that was clicked; a second click reverses the order."""
         key = "" if event.key == "value" else event.key
-        if event.table is not table or key not in ("layer", *self.statistic.parts):
+        if event.table is not self.layer_table or key not in ("layer", *self.statistic.parts):
             return
         key = MODEL_ORDER if key == "layer" else key
-        if key == table.sorted_by:
-            table.descending = not table.descending
-        self._sort(key)
+        if key == self.layer_table.sorted_by:
+            self.layer_table.descending = not self.layer_table.descending
+        self._sort_by(key)
 
-    def _sort(self, key: str) -> None:
-        self.by_layer.sorted_by = key
-        self.by_layer.rearrange()
-        self.by_layer.update_rows()
+    def _sort_by(self, key: str) -> None:
+        self.layer_table.sorted_by = key
+        self.layer_table.rearrange()
+        self.layer_table.update_rows()
 
     def action_filter(self) -> None:
-        """Type words."""
-        self.query_one(PromptLine).ask("filter", "filter")
+        self.query_one(SearchInput).open()
 
-    def on_prompt_line_typed(self, event: PromptLine.Typed) -> None:
-        """Filter as it is typed."""
-        self._set_filter(event.text)
-        if event.done:
-            self.by_layer.focus()
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter as the text is typed."""
+        self.layer_table.filter = event.value
+        self.layer_table.rearrange()
+        self._show_layer()
+        self.layer_table.update_rows()
+
+    def on_search_input_closed(self) -> None:
+        self.layer_table.focus()
 
     def action_clear(self) -> None:
-        """All layers again."""
-        if self.has_class("-heads") and not self.by_layer.filter:
+        """Clear the filter; without one, return from the heads to the layers."""
+        if self.has_class("-heads") and not self.layer_table.filter:
             self.action_heads()
-        self.query_one(PromptLine).clear("filter")
-        self._set_filter("")
-
-    def _set_filter(self, text: str) -> None:
-        self.by_layer.filter = text
-        self.by_layer.rearrange()
-        self._show_layer()
-        self.by_layer.update_rows()
+        self.query_one(SearchInput).value = ""
 
     def action_log(self) -> None:
-        """The other scale."""
-        self._log = not self._log
+        """Switch between logarithmic and linear charts."""
+        self._log_scale = not self._log_scale
         self._show_layer()
 
     def on_virtual_table_highlighted(self, event: VirtualTable.Highlighted) -> None:
-        """Another layer."""
-        if event.table is self.by_layer:
+        if event.table is self.layer_table:
             self._show_layer()
 
+    # ------------------------------------------------------------ layout
+
     def on_resize(self, event: events.Resize) -> None:
-        """As many charts as there is room for."""
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Tables as high as they need, within a third of the screen; the charts have the rest."""
+        """Give the tables the rows they need, up to a third of the screen; the charts the rest."""
         width, height = self.size
         info = self.context.snapshot.info
         layers = info.attention if info else ()
-        beside, room = width >= BESIDE, max(4, height - AROUND)
-        both = beside or height >= STACKED
-        first = min(len(layers) + 1, max(5, room // 3))
-        second = min(max((layer.heads or 0 for layer in layers), default=0) + 1, 9)
+        beside, available = width >= MIN_WIDTH_BESIDE, max(4, height - FIXED_ROWS)
+        both = beside or height >= MIN_HEIGHT_BOTH
+        layer_rows = min(len(layers) + 1, max(5, available // 3))
+        head_rows = min(max((layer.heads or 0 for layer in layers), default=0) + 1, 9)
+        if beside:
+            layer_rows = max(layer_rows, head_rows)
         self.set_class(beside, "-beside")
         self.set_class(both, "-both")
-        self.by_layer.styles.height = first = max(first, second) if beside else first
-        self.query_one(HeadsTable).styles.height = first if beside or not both else second
-        charts = room - first - (second + 1 if both and not beside else 0)
-        across = max(1, (width - 2) // CHART[0])
-        down = min(max(1, charts // CHART[1]), -(-len(SHOWN_STATISTICS) // across))
+        self.layer_table.styles.height = layer_rows
+        self.query_one(HeadsTable).styles.height = layer_rows if beside or not both else head_rows
+        chart_rows = available - layer_rows - (head_rows + 1 if both and not beside else 0)
+        across = max(1, (width - 2) // CHART_SIZE[0])
+        down = min(max(1, chart_rows // CHART_SIZE[1]), -(-len(SHOWN_STATISTICS) // across))
         grid = self.query_one("#charts")
         grid.styles.grid_size_columns = across
         grid.styles.grid_size_rows = down
-        for place, chart in enumerate(self.query(SeriesChart)):
-            chart.display = place < across * down
-        self._laid_out = (len(layers), self.size)
+        for number, chart in enumerate(self.query(SeriesChart)):
+            chart.display = number < across * down
+        self._layout_key = (len(layers), self.size)
         self.call_after_refresh(self._show_layer)
 
 
 def _why_no_heads(snapshot: Snapshot, layer: AttentionInfo) -> str:
-    """What stands where a layer's heads will be, or would."""
+    """What to show in place of a layer's heads."""
     unseen = snapshot.info.unseen if snapshot.info else {}
     if schema.ATTENTION_HEADS in unseen:
         return unseen[schema.ATTENTION_HEADS]
     if not (layer.heads and layer.key_value_heads):
-        return "its heads are not known"
+        return "the number of heads is not known"
     if snapshot.status.ended:
         return "the run ended before this was measured"
-    return "measured while this is open: soon here"
+    return "measured while this screen is open"

@@ -1,4 +1,4 @@
-"""Runs over each other: losses, gradient norms, and what was set up differently."""
+"""Several runs on top of each other: losses, gradient norms, and differences in their options."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.client.compare import SERIES, ComparedRun
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
-from tui_trainer.ui.screens.base import RunScreen
+from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
 TABS = ("Loss", "Validation", "Gradient norm", "Differences")
-ROOM, FULL = (40, 10), (100, 30)
-"""Below the first nothing can be shown, from the second on all stands side by side."""
-LOOK_AGAIN_S = 1.0
+FULL_SIZE = (100, 30)
+"""Columns and rows from which all panels are shown at once."""
+REFRESH_INTERVAL_S = 1.0
+"""How often live runs are read again."""
 
 
 class CompareScreen(RunScreen):
-    """Charts of all runs, and a table of them."""
+    """Charts of all runs, and a table of their differences."""
 
     CSS = """
     CompareScreen #charts { width: 3fr; height: 1fr; padding: 0 1; }
@@ -42,12 +43,12 @@ class CompareScreen(RunScreen):
         Binding("t", "align", "By time/step", id="compare.align",
                 tooltip="Align the runs by step or by time"),
         Binding("m", "smooth", "Smooth", id="compare.smooth",
-                tooltip="Smoothed curves over all values, or all values alone"),
-        Binding("l", "log", "Log", id="compare.log", tooltip="Logarithmic axes"),
+                tooltip="Show smoothed curves with all values behind them, or only the values"),
+        Binding("l", "log", "Log", id="compare.log", tooltip="Logarithmic or linear axes"),
         Binding("left", "tab(-1)", "Tab", show=False, id="compare.tab_left",
-                tooltip="Panel before, where there is room for one"),
+                tooltip="Show the previous panel, where only one fits"),
         Binding("right", "tab(1)", "Tab", show=False, id="compare.tab_right",
-                tooltip="Panel after, where there is room for one"),
+                tooltip="Show the next panel, where only one fits"),
     ]  # fmt: skip
 
     def __init__(self, runs: Sequence[ComparedRun]) -> None:
@@ -58,8 +59,7 @@ class CompareScreen(RunScreen):
         self._folded = False
 
     def compose(self) -> ComposeResult:
-        """Legend, charts, table, keys."""
-        yield TooSmall(*ROOM)
+        yield TooSmall(*MIN_SIZE)
         yield Legend(self.runs)
         yield TabLine(TABS)
         with Horizontal(id="body"):
@@ -70,78 +70,78 @@ class CompareScreen(RunScreen):
         yield KeyLine()
 
     def on_mount(self) -> None:
-        """Read the runs; those that live are read again."""
         table = self.query_one(DifferencesTable)
         table.read()
         table.focus()
-        self.set_interval(LOOK_AGAIN_S, self._look_again)
+        self.set_interval(REFRESH_INTERVAL_S, self._refresh_live_runs)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw all of it again: what the charts were drawn from is theirs."""
+        """Draw the runs; the snapshot, that of a single run, is empty here."""
         for chart in self.query(OverlayChart):
             chart.update_rows()
         self.query_one(Legend).update_rows()
         self.query_one(DifferencesTable).update_rows()
         self.query_one(KeyLine).update_rows()
 
-    def _look_again(self) -> None:
-        living = [run for run in self.runs if run.run.live]
-        for run in living:
-            run.refresh()
-        if living:
-            self.query_one(DifferencesTable).read()
-            self.show(self.context.snapshot)
+    def _redraw(self) -> None:
+        self.show(self.context.snapshot)
 
-    # ------------------------------------------------------------ room
+    def _refresh_live_runs(self) -> None:
+        live = [run for run in self.runs if run.run.live]
+        for run in live:
+            run.refresh()
+        if live:
+            self.query_one(DifferencesTable).read()
+            self._redraw()
+
+    # ------------------------------------------------------------ layout
 
     def on_resize(self, event: events.Resize) -> None:
-        """Fold or unfold."""
+        """Choose between all panels and tabs."""
         width, height = event.size
-        self.set_class(width < ROOM[0] or height < ROOM[1], "-too-small")
-        self._folded = width < FULL[0] or height < FULL[1]
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
+        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
         self.set_class(self._folded, "-folded")
         self._show_tab()
 
     def _show_tab(self) -> None:
-        names = (*SERIES, "differences")
-        for number, name in enumerate(names):
+        for number, name in enumerate((*SERIES, "differences")):
             self.query_one(f"#{name}").display = not self._folded or number == self._tab
         self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
         self.query_one(TabLine).choose(self._tab)
-        self.call_after_refresh(self.show, self.context.snapshot)
+        self.call_after_refresh(self._redraw)
+
+    # ------------------------------------------------------------ actions
 
     def action_tab(self, by: int) -> None:
-        """Another panel."""
-        self._choose((self._tab + by) % len(TABS))
+        """Show the next or previous panel."""
+        self._choose_tab((self._tab + by) % len(TABS))
 
     def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
-        """A tab was clicked."""
-        self._choose(message.number)
+        self._choose_tab(message.number)
 
-    def _choose(self, number: int) -> None:
+    def _choose_tab(self, number: int) -> None:
         self._tab = number
         self._show_tab()
         if number == len(TABS) - 1:
             self.query_one(DifferencesTable).focus()
 
-    # ------------------------------------------------------------ keys
-
     def action_align(self) -> None:
-        """By time, or by step."""
+        """Align the runs by time, or by step."""
         self.by_time = not self.by_time
         for chart in self.query(OverlayChart):
             chart.by_time = self.by_time
         self.query_one(Legend).by_time = self.by_time
-        self.show(self.context.snapshot)
+        self._redraw()
 
     def action_smooth(self) -> None:
-        """Smoothed, or as measured."""
+        """Switch between smoothed curves and measured values."""
         for chart in self.query(OverlayChart):
             chart.smooth = not chart.smooth
             chart.update_rows()
 
     def action_log(self) -> None:
-        """Logarithmic, or linear."""
+        """Switch between logarithmic and linear axes."""
         for chart in self.query(OverlayChart):
             chart.chart.log = not chart.chart.log
             chart.update_rows()

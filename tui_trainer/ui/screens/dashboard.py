@@ -1,4 +1,4 @@
-"""The dashboard: everything at a glance, and the controls of the run."""
+"""The dashboard: everything at a glance, and the keys that control the run."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, MIN_SIZE, ControlScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 
 TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "attention")
 SHOWN_TRENDS = (0, 1, 4)
-"""Numbers in TREND_STATISTICS: the first at every size, all where there is room."""
-FULL = (100, 30)
-"""Columns and rows from which all panels stand side by side."""
+"""Indices in TREND_STATISTICS: the first at every size, all where there is room."""
+FULL_SIZE = (100, 30)
+"""Columns and rows from which all panels are shown at once."""
 
 
 class DashboardScreen(ControlScreen):
-    """Panels side by side, or folded into tabs where there is little room."""
+    """Panels side by side, or one at a time with tabs where there is little room."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *CONTROL_BINDINGS,
         Binding("slash", "filter", "Filter", key_display="/", id="dashboard.filter",
-                tooltip="Show only parameters whose name holds these words"),
+                tooltip="Show only parameters whose name contains these words; escape clears it"),
         Binding("o", "sort", "Sort", id="dashboard.sort",
-                tooltip="Order of the gradients: of the model, by norm, by name"),
+                tooltip="Sort the gradients: in the model's order, by norm, by name"),
         Binding("l", "log('loss')", "Log", id="dashboard.log_loss",
                 tooltip="Logarithmic axis of the loss"),
         Binding("L", "log('clipping')", "Log of the norm", show=False, id="dashboard.log_norm",
@@ -51,9 +52,11 @@ class DashboardScreen(ControlScreen):
         Binding("m", "trend", "Trend", id="dashboard.trend",
                 tooltip="Statistic in the chart of Wq, Wk, Wv"),
         Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left",
-                tooltip="Panel before"),
+                tooltip="Show the previous panel"),
         Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
-                tooltip="Panel after"),
+                tooltip="Show the next panel"),
+        Binding("escape", "clear_filter", "Clear", id="dashboard.clear", show=False,
+                tooltip="Clear the filter"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -63,7 +66,6 @@ class DashboardScreen(ControlScreen):
         self._panels: list[Panel | GradientsPanel | LayersTable] = []
 
     def compose(self) -> ComposeResult:
-        """Every panel is there from the first paint on."""
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
         yield ProgressLine()
@@ -80,13 +82,13 @@ class DashboardScreen(ControlScreen):
                 yield LayersTable(id="layers")
                 for number in range(len(SHOWN_TRENDS)):
                     yield TrendChart(SHOWN_TRENDS[number], id=f"trend-{number}")
-        yield Input(placeholder="names that hold these words", id="filter", compact=True)
+        yield SearchInput("names with these words")
         yield KeyLine()
 
     # ------------------------------------------------------------ frames
 
     def show(self, snapshot: Snapshot) -> None:
-        """Hand the snapshot to the panels that can be seen."""
+        """Pass the snapshot to the visible panels."""
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
@@ -99,7 +101,6 @@ class DashboardScreen(ControlScreen):
         keys.update_rows()
 
     def on_mount(self) -> None:
-        """Show what is known."""
         self._panels = [
             widget
             for widget in self.query("*").results()
@@ -107,13 +108,13 @@ class DashboardScreen(ControlScreen):
         ]
         self.query_one("#gradients").focus()
 
-    # ------------------------------------------------------------ room
+    # ------------------------------------------------------------ layout
 
     def on_resize(self, event: events.Resize) -> None:
-        """Fold or unfold."""
+        """Choose between all panels and tabs."""
         width, height = event.size
         self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
-        self._folded = width < FULL[0] or height < FULL[1]
+        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
         self.set_class(self._folded, "-folded")
         self._show_tab()
 
@@ -123,92 +124,73 @@ class DashboardScreen(ControlScreen):
         left = not self._folded or TAB_PANELS[self._tab] in ("loss", "clipping")
         self.query_one("#left").display = left
         self.query_one(TabLine).choose(self._tab)
-        self.call_after_refresh(self._shown)
+        self.call_after_refresh(lambda: self.show(self.context.snapshot))
 
-    def _shown(self) -> None:
-        self.show(self.context.snapshot)
-
-    # ------------------------------------------------------------ keys
+    # ------------------------------------------------------------ actions
 
     def action_tab(self, by: int) -> None:
-        """Another tab."""
-        self._tab = (self._tab + by) % len(TABS)
-        self._show_tab()
-        self._focus_shown()
+        """Show the next or previous panel."""
+        self._choose_tab((self._tab + by) % len(TABS))
 
     def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
-        """A tab was clicked."""
-        self._tab = message.number
-        self._show_tab()
-        self._focus_shown()
+        self._choose_tab(message.number)
 
-    def _focus_shown(self) -> None:
+    def _choose_tab(self, number: int) -> None:
+        self._tab = number
+        self._show_tab()
         target = {"gradients": "#gradients", "attention": "#layers"}.get(TAB_PANELS[self._tab])
         self.set_focus(self.query_one(target) if target else None)
 
     def action_log(self, name: str) -> None:
-        """Logarithmic or linear."""
+        """Switch between a logarithmic and a linear axis."""
         panel: Widget = self.query_one(f"#{name}")
         assert isinstance(panel, LossPanel | ClippingPanel)
         panel.toggle_log()
 
     def action_window(self) -> None:
-        """Other steps in the charts."""
+        """Show other steps in the charts."""
         max_steps = self.query_one(LossPanel).cycle_window()
         clipping = self.query_one(ClippingPanel)
         clipping.max_steps = max_steps
         clipping.update_rows()
 
     def action_sort(self) -> None:
-        """Other order of the gradients."""
         self.query_one(GradientsPanel).sort()
 
     def action_trend(self) -> None:
-        """Another statistic of Wq, Wk, Wv."""
+        """Show the next statistic of Wq, Wk, Wv."""
         self.query_one("#trend-0", TrendChart).cycle_statistic()
 
     def action_filter(self) -> None:
-        """Open the filter."""
-        field = self.query_one("#filter", Input)
-        field.add_class("-open")
+        """Open the filter, and the panel that it filters."""
         if self._folded and TAB_PANELS[self._tab] != "gradients":
             self._tab = TAB_PANELS.index("gradients")
             self._show_tab()
-        field.focus()
+        self.query_one(SearchInput).open()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter as it is typed."""
+        """Filter as the text is typed."""
         self.query_one(GradientsPanel).set_filter(event.value)
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Keep the filter and go back to the table."""
-        self._close_filter()
-
-    def on_key(self, event: events.Key) -> None:
-        """Escape gives the filter up."""
-        field = self.query_one("#filter", Input)
-        if event.key == "escape" and (field.has_class("-open") or field.value):
-            field.value = ""
-            self._close_filter()
-            event.stop()
-
-    def _close_filter(self) -> None:
-        self.query_one("#filter").remove_class("-open")
+    def on_search_input_closed(self) -> None:
         self.query_one(GradientsPanel).focus()
 
+    def action_clear_filter(self) -> None:
+        self.query_one(SearchInput).value = ""
+
     def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
-        """Enter on a module folds it."""
+        """Fold or unfold a module in the tree of gradients."""
         if isinstance(message.table, GradientsPanel):
             message.table.toggle(message.row)
 
     def on_virtual_table_sort_requested(self, message: VirtualTable.SortRequested) -> None:
-        """A click on a title sorts by it."""
+        """Sort by a title that was clicked; a second click restores the model's order."""
         if isinstance(message.table, GradientsPanel):
             key: SortKey = "name" if message.key == "name" else "norm"
             message.table.sort("model" if message.table.sort_key == key else key)
 
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
-        """The chart follows the layer under the cursor."""
+        """Show the charts of the layer under the cursor."""
         if isinstance(message.table, LayersTable):
             for trend in self.query(TrendChart):
                 trend.layer_index = message.row

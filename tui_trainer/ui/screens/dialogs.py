@@ -1,4 +1,4 @@
-"""The small questions: how many steps, how fast, and what becomes of the run on leaving."""
+"""Dialogs: a number, a note, and what to do with the run on leaving."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+MAX_NOTE_LENGTH = 200
+
 
 class NumberPrompt(ModalScreen[float | None]):
-    """Asks for one number; escape gives None, an empty answer the number `empty`."""
+    """Asks for a positive number. Escape returns None, an empty answer `empty`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Cancel", id="prompt.cancel", tooltip="Leave as it is")
+        Binding("escape", "dismiss(None)", "Cancel", id="prompt.cancel", tooltip="Change nothing")
     ]
 
     def __init__(
@@ -27,14 +29,13 @@ class NumberPrompt(ModalScreen[float | None]):
         self._whole, self._empty = whole, empty
 
     def compose(self) -> ComposeResult:
-        """The question and a field."""
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
             yield Input(self._value, type="integer" if self._whole else "number", compact=True)
-            yield Static("", id="prompt-fault", markup=False)
+            yield Static("", classes="error", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Give the answer, if it is one."""
+        """Return the number, or say that it is none."""
         text = event.value.strip()
         if not text:
             self.dismiss(self._empty)
@@ -46,14 +47,14 @@ class NumberPrompt(ModalScreen[float | None]):
         if value > 0:
             self.dismiss(value)
         else:
-            self.query_one("#prompt-fault", Static).update("a number above 0, or escape")
+            self.query_one(".error", Static).update("enter a number above 0, or press escape")
 
 
 class TextPrompt(ModalScreen[str | None]):
-    """Asks for a few words; escape or an empty answer gives None."""
+    """Asks for a line of text. Escape and an empty answer return None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Cancel", id="text.cancel", tooltip="Leave as it is")
+        Binding("escape", "dismiss(None)", "Cancel", id="text.cancel", tooltip="Change nothing")
     ]
 
     def __init__(self, question: str) -> None:
@@ -61,58 +62,56 @@ class TextPrompt(ModalScreen[str | None]):
         self._question = question
 
     def compose(self) -> ComposeResult:
-        """The question and a field."""
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield Input(max_length=200, compact=True)
+            yield Input(max_length=MAX_NOTE_LENGTH, compact=True)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Give the answer."""
         self.dismiss(event.value.strip() or None)
 
 
 class QuitDialog(ModalScreen[str | None]):
-    """What becomes of a living run: `detach`, `stop`, `checkpoint` or None (stay)."""
+    """Asks what to do with a live run: `detach`, `stop`, `checkpoint` or None (stay)."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Stay", id="quit.stay", tooltip="Go on watching"),
-        Binding("d,q,x", "first", "Detach", id="quit.detach",
-                tooltip="Leave: the run goes on, unless it trains inside the app"),
+        Binding("escape", "dismiss(None)", "Stay", id="quit.stay", tooltip="Stay in the app"),
+        Binding("d,q,x", "default", "Detach", id="quit.detach",
+                tooltip="Leave; the run continues, unless it trains inside the app"),
         Binding("s", "dismiss('stop')", "Stop", id="quit.stop", tooltip="End the run"),
         Binding("c", "dismiss('checkpoint')", "Checkpoint, stop", id="quit.checkpoint",
                 tooltip="Write a checkpoint, then end the run"),
     ]  # fmt: skip
 
-    DETACH = ("detach", "Detach", "the run goes on; attach again any time", "d")
-    STOPS = (
-        ("checkpoint", "Checkpoint and stop", "write a checkpoint, then end", "c"),
-        ("stop", "Stop", "finish the running step, then end", "s"),
-    )
+    DETACH = ("detach", "Detach", "the run continues; attach again any time", "d")
+    STOP = ("stop", "Stop", "finish the current step, then end", "s")
+    CHECKPOINT = ("checkpoint", "Checkpoint and stop", "write a checkpoint, then end", "c")
 
     def __init__(self, ends_with_app: bool = False) -> None:
-        """`ends_with_app`: the run cannot outlive the screen, so detaching is no choice."""
+        """`ends_with_app`: the run trains inside the app, so detaching is not offered."""
         super().__init__()
-        self._ends = ends_with_app
-        self.choices = self.STOPS if ends_with_app else (self.DETACH, *self.STOPS[::-1])
+        self._ends_with_app = ends_with_app
+        self.choices = (
+            (self.CHECKPOINT, self.STOP)
+            if ends_with_app
+            else (self.DETACH, self.STOP, self.CHECKPOINT)
+        )
+        """The answers; the first one, which loses least, is the default."""
 
     def compose(self) -> ComposeResult:
-        """The question and its answers."""
         with Vertical(classes="dialog"):
             yield Static("Leave this run?", classes="question")
-            if self._ends:
-                yield Static("[dim]It trains inside this app (--in-app), so leaving ends it.[/dim]")
+            if self._ends_with_app:
+                yield Static("[dim]It trains inside this app (--in-app): leaving ends it.[/dim]")
             yield OptionList(
                 *(
-                    Option(f"[b]{key}[/b]  {title}  [dim]{what}[/dim]", id=choice)
-                    for choice, title, what, key in self.choices
+                    Option(f"[b]{key}[/b]  {title}  [dim]{help}[/dim]", id=choice)
+                    for choice, title, help, key in self.choices
                 )
             )
-            yield Static("[dim]enter chooses, escape stays[/dim]")
+            yield Static("[dim]enter: choose, escape: stay[/dim]")
 
-    def action_first(self) -> None:
-        """The gentlest way to leave."""
+    def action_default(self) -> None:
         self.dismiss(self.choices[0][0])
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Give the answer."""
         self.dismiss(event.option.id)

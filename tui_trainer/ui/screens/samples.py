@@ -1,4 +1,4 @@
-"""What the model makes: a GPT's continuations, a ViT's images with its verdicts and confusions."""
+"""What the model produces: a GPT's continuations, a ViT's predictions and their confusion."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tui_trainer.ui.panels.samples import (
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
-BESIDE = 100
-"""From this width on images and matrix stand beside each other."""
+MIN_WIDTH_BESIDE = 100
+"""Width from which images and confusion matrix stand beside each other."""
 
-A = TypeVar("A", TextSample, ImageSample, ConfusionMatrix)
+SampleT = TypeVar("SampleT", TextSample, ImageSample, ConfusionMatrix)
 
 
 class SamplesScreen(DetailScreen):
-    """Only what there is takes room; older samples are kept and can be looked at."""
+    """Shows the kinds of samples that the run has; earlier samples can be browsed."""
 
     CSS = """
     SamplesScreen Horizontal { height: 1fr; }
@@ -46,24 +46,23 @@ class SamplesScreen(DetailScreen):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left_square_bracket", "older(1)", "Older", key_display="[", id="samples.older",
-                tooltip="Look at the sample before"),
+                tooltip="Show the previous sample"),
         Binding("right_square_bracket", "older(-1)", "Newer", key_display="]", id="samples.newer",
-                tooltip="Look at the sample after, up to the newest"),
+                tooltip="Show the next sample, up to the newest"),
         Binding("w", "wrong_first", "Wrong first", id="samples.wrong_first",
-                tooltip="Wrong images first, the surest of them first; or all as they came"),
+                tooltip="Sort wrong images first, by confidence; or keep the original order"),
         Binding("m", "matrix", "Matrix", id="samples.matrix",
-                tooltip="Images or the confusion matrix, where there is room for one"),
+                tooltip="Show images or confusion matrix, where only one fits"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self._back = 0
-        """How many samples before the newest are looked at."""
+        """How many samples before the newest the shown one is."""
         self._wrong_first = False
 
     def body(self) -> Iterable[Widget]:
-        """Texts, images and matrix; those without data are hidden."""
         yield Placeholder()
         yield Horizontal(
             Vertical(GeneratedTexts(), id="texts"),
@@ -72,17 +71,16 @@ class SamplesScreen(DetailScreen):
         )
 
     def show_body(self, snapshot: Snapshot) -> None:
-        """Show what there is."""
-        texts = _of(snapshot, TextSample)
-        images, matrices = _of(snapshot, ImageSample), _of(snapshot, ConfusionMatrix)
+        texts = _samples(snapshot, TextSample)
+        images, matrices = _samples(snapshot, ImageSample), _samples(snapshot, ConfusionMatrix)
         nothing = not (texts or images or matrices)
         message = placeholder_message(snapshot, *_no_samples(snapshot)) if nothing else ("", "")
         self.query_one(Placeholder).set_message(*message)
         self.query_one(Horizontal).display = not nothing
         self._back = min(self._back, max(0, len(images) - 1, len(matrices) - 1))
-        self._there("#texts", bool(texts))
-        self._there("#images", bool(images))
-        self._there("#matrix", bool(matrices))
+        self._show_part("#texts", bool(texts))
+        self._show_part("#images", bool(images))
+        self._show_part("#matrix", bool(matrices))
         if not images:
             self.set_class(bool(matrices), "-matrix")
         self.query_one(GeneratedTexts).show_samples(texts)
@@ -90,16 +88,16 @@ class SamplesScreen(DetailScreen):
         self._show_matrix(_pick(matrices, self._back))
         self.show_keys()
 
-    def _there(self, part: str, there: bool) -> None:
-        self.query_one(part).set_class(not there, "-none")
+    def _show_part(self, selector: str, available: bool) -> None:
+        self.query_one(selector).set_class(not available, "-none")
 
     def _show_images(self, sample: ImageSample | None, count: int) -> None:
         self.query_one(ImageGrid).show_sample(sample, self._wrong_first)
         if sample is None:
             return
         tiles = tiles_of(sample, False)
-        right = sum(not tile.wrong for tile in tiles)
-        pieces = [(f"step {sample.step:,}", "title"), (f"{right} of {len(tiles)} right", "text")]
+        correct = sum(not tile.wrong for tile in tiles)
+        pieces = [(f"step {sample.step:,}", "title"), (f"{correct} of {len(tiles)} right", "text")]
         if self._back:
             pieces.append((f"{self._back} before the newest", "warning"))
         elif count > 1:
@@ -122,47 +120,46 @@ class SamplesScreen(DetailScreen):
             pieces.append(("most confused " + ", ".join(mistakes), "dim"))
         self.query_one("#matrix-caption", Caption).update(pieces)
 
-    # ------------------------------------------------------------ keys
+    # ------------------------------------------------------------ actions
 
     def action_older(self, by: int) -> None:
-        """Another sample."""
+        """Show an older (1) or newer (-1) sample."""
         self._back = max(0, self._back + by)
         self.show(self.context.snapshot)
 
     def action_wrong_first(self) -> None:
-        """The other order."""
         self._wrong_first = not self._wrong_first
         self.show(self.context.snapshot)
 
     def action_matrix(self) -> None:
-        """The other of the two."""
+        """Show images instead of the matrix, or the other way round."""
         self.toggle_class("-matrix")
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys for images only where there are images."""
+        """Dim or hide the keys for images where there are none."""
         snapshot = self.context.snapshot
         if action in ("older", "wrong_first"):
-            return bool(_of(snapshot, ImageSample)) or None
+            return bool(_samples(snapshot, ImageSample)) or None
         if action == "matrix":
-            both = bool(_of(snapshot, ImageSample)) and bool(_of(snapshot, ConfusionMatrix))
-            return both and not self.has_class("-beside")
+            images, matrices = _samples(snapshot, ImageSample), _samples(snapshot, ConfusionMatrix)
+            return bool(images and matrices) and not self.has_class("-beside")
         return super().check_action(action, parameters)
 
     def on_resize(self, event: events.Resize) -> None:
-        """Both beside each other where there is room."""
-        self.set_class(event.size.width >= BESIDE, "-beside")
+        self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
         self.show_keys()
 
 
-def _of(snapshot: Snapshot, kind: type[A]) -> tuple[A, ...]:
+def _samples(snapshot: Snapshot, kind: type[SampleT]) -> tuple[SampleT, ...]:
     return tuple(artifact for artifact in snapshot.artifacts if isinstance(artifact, kind))
 
 
-def _pick(samples: tuple[A, ...], back: int) -> A | None:
+def _pick(samples: tuple[SampleT, ...], back: int) -> SampleT | None:
     return samples[max(0, len(samples) - 1 - back)] if samples else None
 
 
 def _no_samples(snapshot: Snapshot) -> tuple[str, ...]:
+    """Text and topic for a run without samples."""
     if snapshot.info is not None and snapshot.info.task == "script":
-        return ("a script's samples cannot be seen: what it prints is in the log", "samples")
+        return ("a script has no samples: the log shows what it prints", "samples")
     return ("no sample yet: the first comes with the next evaluation", "samples")

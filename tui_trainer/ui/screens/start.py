@@ -1,4 +1,8 @@
-"""What `tui-trainer` alone opens: choose a task or a script, change what should differ, Enter."""
+"""What `tui-trainer` alone opens: a form to choose a task or a script and change its options.
+
+The ui may not import the tasks, so the command line passes their definitions in: a
+`TaskDefinition` satisfies `TaskForm`. What the form returns is plain values, too.
+"""
 
 from __future__ import annotations
 
@@ -10,93 +14,76 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from textual import events, on
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Collapsible, Input, Static
 
-from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.client.api import Session, Snapshot
+from tui_trainer.client.launch import LaunchError, LaunchRequest, OnLaunch
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
 from tui_trainer.config.training import GROUPS, ConfigurableTask, default_preset, resolve
 from tui_trainer.protocol.schema import Scalar
-from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.widgets.form import (
-    Choice,
-    FoldRow,
-    FormRow,
-    Toggle,
-    fixed_row,
-    open_faulty,
-    row_for,
-)
+from tui_trainer.ui.widgets.form import ChoiceRow, FormRow, switch, text_field
 from tui_trainer.ui.widgets.keys import KeyLine
-
-# ---- start_model
-# What the start screen is given of the tasks, and what it hands back: plain values, no torch.
-#
-# The ui may not import the tasks, so the command line hands it their definitions: a
-# `TaskDefinition`
-# is a `TaskForm` as it is, and a `Launcher` goes with them.
-
 
 SCRIPT = "script"
 SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
 COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer", "device", "seed")
-"""What people change most: on the form at once; the rest is folded by group."""
+"""Options that are changed most and always visible; the others are in groups."""
 
 
 class TaskForm(ConfigurableTask, Protocol):
-    """A task as the start screen shows it; `tasks.definition.TaskDefinition` is one."""
+    """A task as the start screen needs it."""
 
     @property
     def summary(self) -> str:
-        """One line on what it trains."""
+        """One line that says what it trains."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the command line gives the app as `on_launch`: the tasks to offer, and what starts them.
+    """The `on_launch` of an app that opens with the start screen: the tasks, and what starts them.
 
     run_app(None, start_mode="start", on_launch=Launcher(tuple(definitions), start))
     """
 
     tasks: tuple[TaskForm, ...]
-    """In the order in which they are offered; the script comes after them by itself."""
+    """In the order in which they are offered; a script is offered last."""
     start: OnLaunch
-    """Raises LaunchError or ConfigurationError: shown on the form, at the field it speaks of."""
+    """Raises LaunchError or ConfigurationError; the form shows it at the field it names."""
 
     def __call__(self, request: LaunchRequest) -> Session:
-        """Start what was asked for."""
         return self.start(request)
 
 
-def common_options(form: TaskForm) -> tuple[Option, ...]:
-    """The options that are visible at once, in the order of `COMMON`."""
-    known = {option.name: option for option in options_of(form.config)}
+def common_options(task: TaskForm) -> tuple[Option, ...]:
+    """The options that are always visible, in the order of `COMMON`."""
+    known = {option.name: option for option in options_of(task.config)}
     return tuple(known[name] for name in COMMON if name in known)
 
 
-def folded_options(form: TaskForm) -> dict[str, tuple[Option, ...]]:
-    """The other options by group, in the order in which people see the groups."""
+def grouped_options(task: TaskForm) -> dict[str, tuple[Option, ...]]:
+    """The other options by group, in the order of `GROUPS`."""
     groups: dict[str, list[Option]] = {}
-    for option in options_of(form.config):
+    for option in options_of(task.config):
         if option.name not in COMMON:
             groups.setdefault(option.group, []).append(option)
     ordered = sorted(groups, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
     return {name: tuple(groups[name]) for name in ordered}
 
 
-def preset_value(form: TaskForm, preset: str, option: Option) -> Scalar:
-    """What `option` is when only the preset is chosen."""
-    return form.presets.get(preset, {}).get(option.name, option.default)
+def preset_value(task: TaskForm, preset: str, option: Option) -> Scalar:
+    """The value of an option when only the preset is chosen."""
+    return task.presets.get(preset, {}).get(option.name, option.default)
 
 
 def value_text(value: Scalar) -> str:
-    """How a value stands in its input field: what is typed back gives the same value."""
+    """A value as text for its field; parsing the text gives the same value."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -108,19 +95,19 @@ def value_text(value: Scalar) -> str:
 
 
 def typed_value(option: Option, text: str | bool) -> str | bool:
-    """What was typed; `\\n` is a line break in texts that may hold one, such as a prompt."""
+    """The text of a field; `\\n` is a line break in options that may contain one, as a prompt."""
     if isinstance(text, str) and "\n" in str(option.default):
         return text.replace("\\n", "\n")
     return text
 
 
 def request_for(
-    form: TaskForm, preset: str, entered: Mapping[str, str | bool], start_paused: bool = False
+    task: TaskForm, preset: str, entered: Mapping[str, str | bool], start_paused: bool = False
 ) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
-    """The request that the form stands for, or what is wrong by field ("" for no one field)."""
+    """The request for these settings, or the errors by field ("" where it is no single field)."""
     overrides: dict[str, Scalar] = {}
     errors: dict[str, ConfigurationError] = {}
-    for option in options_of(form.config):
+    for option in options_of(task.config):
         if option.name not in entered:
             continue
         try:
@@ -128,30 +115,30 @@ def request_for(
         except ConfigurationError as error:
             errors[option.name] = error
             continue
-        if value != preset_value(form, preset, option):
+        if value != preset_value(task, preset, option):
             overrides[option.name] = value
     if errors:
         return None, errors
-    overrides = _one_length(form, preset, overrides)
+    overrides = _one_length(task, preset, overrides)
     try:
-        resolve(form, preset, overrides)
+        resolve(task, preset, overrides)
     except ConfigurationError as error:
-        return None, {faulty_option(form, error): error}
+        return None, {faulty_option(task, error): error}
     settings: dict[str, Scalar] = {"preset": preset} if preset else {}
-    return LaunchRequest(form.name, {**settings, **overrides}, paused=start_paused), {}
+    return LaunchRequest(task.name, {**settings, **overrides}, paused=start_paused), {}
 
 
-def _one_length(form: TaskForm, preset: str, overrides: dict[str, Scalar]) -> dict[str, Scalar]:
-    """A length emptied because the other one was given is no change of its own."""
+def _one_length(task: TaskForm, preset: str, overrides: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Drop a length that was emptied because the other one was given."""
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if overrides.get(name, "") is None and overrides.get(other) is not None:
             return {key: value for key, value in overrides.items() if key != name}
     return overrides
 
 
-def faulty_option(form: TaskForm, error: ConfigurationError) -> str:
-    """The field that an error of the whole configuration speaks of first; "" when of none."""
-    flags = {option.flag: option.name for option in options_of(form.config)}
+def faulty_option(task: TaskForm, error: ConfigurationError) -> str:
+    """The first option that an error of the whole configuration names; "" if none."""
+    flags = {option.flag: option.name for option in options_of(task.config)}
     for flag in re.findall(r"--[a-z0-9-]+", f"{error.message} {error.hint}"):
         if flag in flags:
             return flags[flag]
@@ -161,20 +148,20 @@ def faulty_option(form: TaskForm, error: ConfigurationError) -> str:
 def script_request(
     path: str, arguments: str, start_paused: bool = False
 ) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
-    """The request to run a script, or what is wrong by field (`script`, `arguments`)."""
-    wrong = _script_fault(path.strip())
-    if wrong is not None:
-        return None, {"script": wrong}
+    """The request to run a script, or the errors by field (`script`, `arguments`)."""
+    error = _script_error(path.strip())
+    if error is not None:
+        return None, {"script": error}
     try:
         words = tuple(shlex.split(arguments))
-    except ValueError as error:
+    except ValueError as unbalanced:
         hint = "quotes come in pairs, as in a shell"
-        return None, {"arguments": ConfigurationError(f"cannot be read: {error}", hint)}
+        return None, {"arguments": ConfigurationError(f"cannot be parsed: {unbalanced}", hint)}
     file = str(Path(path.strip()).expanduser())
     return LaunchRequest(SCRIPT, script=file, arguments=words, paused=start_paused), {}
 
 
-def _script_fault(path: str) -> ConfigurationError | None:
+def _script_error(path: str) -> ConfigurationError | None:
     file = Path(path).expanduser()
     if not path:
         return ConfigurationError("which script?", "the path of a Python file, such as train.py")
@@ -185,60 +172,79 @@ def _script_fault(path: str) -> ConfigurationError | None:
     return None
 
 
-# ---- start_rows
-# What the start screen's form is made of: the rows of a task, or those of a script.
+MIN_WIDTH_BESIDE = 110
+"""Width from which the groups stand beside the common options, expanded."""
+EMPTY_MEANS: Mapping[str, str] = {"data": "built in"}
+"""Meaning of an empty field, where it is not `automatic`."""
+
+
+def option_row(option: Option, value: str) -> FormRow:
+    """The row of an option whose default is written `value`."""
+    name = f"option-{option.name}"
+    editor: ChoiceRow | Input
+    if option.kind == "bool":
+        editor = switch(value == "on", id=name)
+    elif option.choices:
+        editor = ChoiceRow(option.choices, value, id=name)
+    else:
+        placeholder = EMPTY_MEANS.get(option.name, "automatic") if option.optional else ""
+        editor = text_field(value, id=name, placeholder=placeholder, wide=option.kind == "str")
+    unit = option.unit if isinstance(editor, Input) else ""
+    return FormRow(option.name, editor, default=value, unit=unit, help=option.help)
 
 
 def preset_row(task: TaskForm, preset: str) -> FormRow:
-    """The choice of a preset."""
-    chooser = Choice(tuple(task.presets), preset, id="preset")
-    return FormRow("preset", chooser, help="A set of defaults: size, length, schedule")
+    """The row in which a preset is chosen."""
+    editor = ChoiceRow(tuple(task.presets), preset, id="preset")
+    return FormRow(
+        "preset", editor, default=preset, help="A set of defaults: size, length, schedule"
+    )
 
 
-def task_rows(task: TaskForm, preset: str, *, unfolded: bool) -> list[Widget]:
-    """The common options, then the others under headings, open where there is room for them."""
+def paused_row() -> FormRow:
+    """The row that says whether to stop before the first phase."""
+    return FormRow(
+        "start paused",
+        switch(False, id="paused"),
+        default="off",
+        help="Stop before the first phase, to step from there",
+    )
+
+
+def task_rows(task: TaskForm, preset: str, *, expanded: bool) -> list[Widget]:
+    """The common options, and the others in collapsible groups."""
 
     def row(option: Option) -> FormRow:
-        return row_for(option, value_text(preset_value(task, preset, option)))
+        return option_row(option, value_text(preset_value(task, preset, option)))
 
     common = [row(option) for option in common_options(task)]
-    folded: list[Widget] = []
-    for name, options in folded_options(task).items():
-        rows = Vertical(*(row(option) for option in options), classes="group")
-        fold = FoldRow(name, rows, len(options))
-        fold.open = rows.display = unfolded
-        folded += [fold, rows]
-    sides = Vertical(*common, paused_row(), id="common"), Vertical(*folded, id="folded")
-    return [Vertical(*sides, id="columns")]
+    groups = [
+        Collapsible(
+            *(row(option) for option in options),
+            title=f"{name} ({len(options)})",
+            collapsed=not expanded,
+            collapsed_symbol="▸",
+            expanded_symbol="▾",
+        )
+        for name, options in grouped_options(task).items()
+    ]
+    columns = Vertical(*common, paused_row(), id="common"), Vertical(*groups, id="groups")
+    return [Vertical(*columns, id="columns")]
 
 
 def script_rows() -> list[Widget]:
-    """A path and arguments."""
-    path = Input(placeholder="train.py", compact=True, id="option-script", classes="-text")
-    arguments = Input(placeholder="none", compact=True, id="option-arguments", classes="-text")
+    """Path and arguments of a script."""
+    path = text_field(id="option-script", placeholder="train.py", wide=True)
+    arguments = text_field(id="option-arguments", placeholder="none", wide=True)
     return [
-        FormRow(
-            "script",
-            fixed_row(path),
-            help="The Python file that trains, as you would give it to python",
-        ),
-        FormRow("arguments", fixed_row(arguments), help="Its own arguments, quoted as in a shell"),
+        FormRow("script", path, help="The Python file that trains, as you would give it to python"),
+        FormRow("arguments", arguments, help="Its own arguments, quoted as in a shell"),
         paused_row(),
     ]
 
 
-def paused_row() -> FormRow:
-    """Whether to stop before the first phase."""
-    toggle = Toggle(False, id="paused")
-    return FormRow("start paused", toggle, help="Stop before the first phase, to step from there")
-
-
-WIDE = 110
-"""From this width on the folded groups stand beside the common options, unfolded."""
-
-
 class StartScreen(RunScreen):
-    """The form. Nothing typed is lost when a start fails or another task is looked at."""
+    """The form. What was typed is kept when a start fails or another task is looked at."""
 
     CSS = """
     StartScreen #title { height: 1; padding: 0 1; }
@@ -248,34 +254,46 @@ class StartScreen(RunScreen):
     StartScreen #presets { height: auto; }
     StartScreen #columns { height: auto; }
     StartScreen #common { height: auto; }
-    StartScreen #folded { height: auto; margin-top: 1; }
-    StartScreen .group { height: auto; padding-left: 2; }
+    StartScreen #groups { height: auto; margin-top: 1; }
+    StartScreen Collapsible { border: none; padding: 0; background: transparent; }
+    StartScreen Collapsible:focus-within { background-tint: $foreground 0%; }
+    StartScreen CollapsibleTitle { padding: 0; width: 1fr; }
+    StartScreen Contents { padding: 0 0 0 2; }
     StartScreen #summary { padding-left: 20; color: $text-muted; }
-    StartScreen #fault { display: none; height: auto; padding: 0 1; color: $text-error; }
-    StartScreen.-faulty #fault { display: block; }
+    StartScreen #error { display: none; height: auto; padding: 0 1; color: $text-error; }
+    StartScreen.-failed #error { display: block; }
     StartScreen #help { height: 1; padding: 0 1; color: $text-muted; }
     StartScreen.-beside #columns { layout: grid; grid-size: 2; grid-columns: 1fr 1fr;
         grid-rows: auto; grid-gutter: 0 4; height: auto; }
-    StartScreen.-beside #folded { margin-top: 0; }
+    StartScreen.-beside #groups { margin-top: 0; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "start", "Start", id="start.start", priority=True,
-                tooltip="Start the training with what the form says"),
+                tooltip="Start the training with these settings"),
         Binding("down", "app.focus_next", "Next field", id="start.next", key_display="↓",
                 tooltip="Go to the next field (tab too)"),
         Binding("up", "app.focus_previous", "Previous field", id="start.previous", show=False,
-                tooltip="Go to the field before (shift+tab too)"),
+                tooltip="Go to the previous field (shift+tab too)"),
+        Binding("space", "expand('toggle')", "Expand/collapse", id="start.toggle_group", show=False,
+                tooltip="Show or hide the options of the group"),
+        Binding("right", "expand('yes')", "Expand", id="start.expand_group", show=False,
+                tooltip="Show the options of the group"),
+        Binding("left", "expand('no')", "Collapse", id="start.collapse_group", show=False,
+                tooltip="Hide the options of the group"),
         Binding("ctrl+r", "reset", "Reset", id="start.reset",
-                tooltip="Put every field back to what the preset says"),
+                tooltip="Set every field to the value of the preset"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
-        self._chosen = ""
+        self._task_name = ""
+        """The chosen task, or `SCRIPT`."""
         self._preset: dict[str, str] = {}
-        self._preset_by_hand: set[str] = set()
-        """Tasks whose preset the person chose: it no longer follows the data."""
+        """The preset of each task."""
+        self._preset_chosen: set[str] = set()
+        """Tasks whose preset the user chose, so that it no longer follows the data."""
         self._entered: dict[str, dict[str, str]] = {}
+        """The changed values of each task."""
         self._starting = False
 
     # ------------------------------------------------------------ the form
@@ -287,217 +305,239 @@ class StartScreen(RunScreen):
         return launcher.tasks if isinstance(launcher, Launcher) else ()
 
     @property
-    def form(self) -> TaskForm | None:
+    def chosen_task(self) -> TaskForm | None:
         """The chosen task; None for a script."""
-        return next((task for task in self.tasks if task.name == self._chosen), None)
+        return next((task for task in self.tasks if task.name == self._task_name), None)
+
+    @property
+    def option_rows(self) -> list[FormRow]:
+        """All rows but those of task and preset."""
+        rows = self.query(FormRow)
+        return [row for row in rows if row.option_name not in ("train", "preset")]
 
     def compose(self) -> ComposeResult:
-        """Title, task, form, help, keys."""
         names = [*(task.name for task in self.tasks), SCRIPT]
-        self._chosen = names[0]
+        self._task_name = names[0]
         yield Static(
             "[b $accent]tui-trainer[/] [$text-muted]· the debugger for neural-network training[/]",
             id="title",
         )
         with Vertical(id="what"):
-            yield FormRow("train", Choice(names, names[0], id="task"), help="What to train")
+            choices = ChoiceRow(names, names[0], id="task")
+            yield FormRow("train", choices, default=names[0], help="What to train")
             yield Static("", id="summary", markup=False)
             yield Vertical(id="presets")
         yield Vertical(id="form")
-        yield Static("", id="fault", markup=False)
+        yield Static("", id="error", markup=False)
         yield Static("", id="help", markup=False)
         yield KeyLine()
 
     async def on_mount(self) -> None:
-        """The first task's form."""
         await self._show_task()
         self.query_one("#task").focus()
 
     async def _show_task(self) -> None:
-        task = self.form
-        summary = task.summary if task else SCRIPT_SUMMARY
-        self.query_one("#summary", Static).update(summary)
+        task = self.chosen_task
+        self.query_one("#summary", Static).update(task.summary if task else SCRIPT_SUMMARY)
         if task:
             preset = self._preset.setdefault(task.name, next(iter(task.presets), ""))
-            rows = task_rows(task, preset, unfolded=self._beside())
+            rows = task_rows(task, preset, expanded=self._wide)
         else:
             rows = script_rows()
-        body, presets = (
-            self.query_one("#form", Vertical),
-            self.query_one("#presets", Vertical),
-        )
+        form, presets = self.query_one("#form", Vertical), self.query_one("#presets", Vertical)
         with self.app.batch_update():
             await presets.remove_children()
             if task and task.presets:
                 await presets.mount(preset_row(task, self._preset[task.name]))
-            await body.remove_children()
-            await body.mount(*rows)
+            await form.remove_children()
+            await form.mount(*rows)
         self._fill()
-        self._say_fault(None)
+        self._show_error(None)
 
     def _fill(self) -> None:
-        """Put in what was typed before, else what the preset says."""
-        entered = self._entered.get(self._chosen, {})
-        task = self.form
-        known = {option.name: option for option in options_of(task.config)} if task else {}
-        for row in self.query(FormRow):
-            if row.option_name in ("train", "preset"):
-                continue
+        """Set each field to what was typed before, else to the value of the preset."""
+        entered = self._entered.get(self._task_name, {})
+        task = self.chosen_task
+        options = {option.name: option for option in options_of(task.config)} if task else {}
+        for row in self.option_rows:
             default = "off" if row.option_name == "start paused" else ""
-            if task and row.option_name in known:
-                option = known[row.option_name]
+            if task and row.option_name in options:
+                option = options[row.option_name]
                 default = value_text(preset_value(task, self._preset.get(task.name, ""), option))
             row.set_value(entered.get(row.option_name, default), default)
 
-    def _beside(self) -> bool:
-        return self.app.size.width >= WIDE
+    @property
+    def _wide(self) -> bool:
+        return self.app.size.width >= MIN_WIDTH_BESIDE
 
-    # ------------------------------------------------------------ what the person does
+    def on_resize(self, event: events.Resize) -> None:
+        """Show options and groups beside each other where there is room."""
+        self.set_class(self._wide, "-beside")
 
-    @on(Choice.Changed, "#task")
-    async def choose_task(self, event: Choice.Changed) -> None:
-        """Another form; what was typed in this one is kept."""
-        self._remember()
-        self._chosen = event.value
-        await self._show_task()
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """Show the help of the field that has the focus."""
+        self.call_after_refresh(self.query_one(KeyLine).update_rows)
+        for node in event.widget.ancestors_with_self:
+            if isinstance(node, FormRow):
+                self.query_one("#help", Static).update(node.help)
+                return
+            if isinstance(node, Collapsible):
+                self.query_one("#help", Static).update("space shows or hides these options")
+                return
 
-    @on(Choice.Changed, "#preset")
-    def choose_preset(self, event: Choice.Changed) -> None:
-        """Other defaults; what was changed by hand stays changed."""
-        self._preset_by_hand.add(self._chosen)
-        self._use_preset(event.value)
-        self._say_fault(None)
+    # ------------------------------------------------------------ changes
+
+    async def on_form_row_changed(self, event: FormRow.Changed) -> None:
+        """Show another task, use another preset, or take note of a changed option."""
+        event.stop()
+        value = event.row.value
+        match event.row.option_name:
+            case "train":
+                event.row.set_value(value, default=value)
+                self._remember()
+                self._task_name = value
+                await self._show_task()
+            case "preset":
+                event.row.set_value(value, default=value)
+                self._preset_chosen.add(self._task_name)
+                self._use_preset(value)
+            case _:
+                self._follow_data()
+        self._show_error(None)  # that of an earlier start may no longer hold
 
     def _use_preset(self, preset: str) -> None:
         self._remember()
-        self._preset[self._chosen] = preset
+        self._preset[self._task_name] = preset
         self._fill()
 
     def _follow_data(self) -> None:
-        """Where no preset was chosen by hand it is the one that the command line would take."""
-        task = self.form
-        if task is None or task.name in self._preset_by_hand:
+        """Unless the user chose a preset, use the one that the command line would use."""
+        task = self.chosen_task
+        if task is None or task.name in self._preset_chosen:
             return
-        data = next((row.value for row in self.query(FormRow) if row.option_name == "data"), "")
+        data = next((row.value for row in self.option_rows if row.option_name == "data"), "")
         preset = default_preset(task, data.strip())
         if preset != self._preset.get(task.name, ""):
-            self.query_one("#preset", Choice).value = preset
+            self.query_one("#row-preset", FormRow).set_value(preset, preset)
             self._use_preset(preset)
 
     def _remember(self) -> None:
-        self._entered[self._chosen] = {
-            row.option_name: row.value
-            for row in self.query(FormRow)
-            if row.option_name not in ("train", "preset") and row.changed
+        self._entered[self._task_name] = {
+            row.option_name: row.value for row in self.option_rows if row.changed
         }
 
-    def on_form_row_changed(self, event: FormRow.Changed) -> None:
-        """Something was typed: an old complaint no longer holds."""
-        event.stop()
-        self._follow_data()
-        self._say_fault(None)
+    # ------------------------------------------------------------ actions
 
-    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
-        """Say what the field is."""
-        self.call_after_refresh(self.query_one(KeyLine).update_rows)
-        for node in event.widget.ancestors_with_self:
-            if isinstance(node, FormRow | FoldRow):
-                self.query_one("#help", Static).update(node.help)
-                return
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that expand and collapse are those of a group's title."""
+        if action == "expand":
+            return self.focused is not None and isinstance(self.focused.parent, Collapsible)
+        return True
 
-    def on_resize(self, event: events.Resize) -> None:
-        """Two columns where there is room."""
-        self.set_class(self._beside(), "-beside")
+    def action_expand(self, how: str) -> None:
+        """Expand or collapse the group whose title has the focus."""
+        group = self.focused.parent if self.focused is not None else None
+        if isinstance(group, Collapsible):
+            group.collapsed = not group.collapsed if how == "toggle" else how == "no"
 
     def action_reset(self) -> None:
-        """Forget the changes."""
-        self._entered.pop(self._chosen, None)
+        """Set every field to the value of the preset."""
+        self._entered.pop(self._task_name, None)
         for row in self.query(FormRow):
-            row.fault(None)
+            row.show_error(None)
         self._fill()
         self._follow_data()
-        self._say_fault(None)
+        self._show_error(None)
 
     def action_start(self) -> None:
-        """Check the form; start if nothing is wrong."""
+        """Start the run once the field with the focus has taken the keys typed before enter."""
+        (self.focused or self).call_later(self._start)
+
+    def _start(self) -> None:
+        """Start the run unless a value is invalid."""
         if self._starting:
             return
-        self._follow_data()  # Enter may overtake the news of the last letter typed
+        self._follow_data()  # the message about the last letter may still be on its way
         request, errors = self._request()
         for row in self.query(FormRow):
-            row.fault(errors.get(row.option_name))
+            row.show_error(errors.get(row.option_name))
         if request is None:
-            self._blame(errors)
+            self._show_errors(errors)
             return
         if self.context.on_launch is None:
-            self._say_fault(ConfigurationError("nothing can be started from here"))
+            self._show_error(ConfigurationError("nothing can be started from here"))
             return
-        self._say_fault(None)
+        self._show_error(None)
         self._set_starting(True)
-        self.run_worker(partial(self._launch, request), thread=True, exclusive=True)
+        self.run_worker(
+            partial(self._launch, self.context.on_launch, request), thread=True, exclusive=True
+        )
 
     def _request(self) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
-        entered = {row.option_name: row.value for row in self.query(FormRow)}
-        paused = self.query_one("#paused", Toggle).value == "on"
-        task = self.form
+        entered = {row.option_name: row.value for row in self.option_rows}
+        paused = entered["start paused"] == "on"
+        task = self.chosen_task
         if task is None:
             return script_request(entered["script"], entered["arguments"], paused)
         return request_for(task, self._preset.get(task.name, ""), entered, paused)
 
-    def _blame(self, errors: dict[str, ConfigurationError]) -> None:
-        first = open_faulty(self.query(FormRow), self.query(FoldRow))
-        if first is not None:
-            self.call_after_refresh(self._go_to, first)  # once its group is laid out
-        shown = {row.option_name for row in self.query(FormRow)}
+    # ------------------------------------------------------------ errors
+
+    def _show_errors(self, errors: dict[str, ConfigurationError]) -> None:
+        """Go to the first invalid field, expanding its group; show other errors below the form."""
+        invalid = [row for row in self.query(FormRow) if row.option_name in errors]
+        for row in invalid:
+            for node in row.ancestors:
+                if isinstance(node, Collapsible):
+                    node.collapsed = False
+        if invalid:
+            self.call_after_refresh(self._go_to, invalid[0])  # once its group is laid out
+        shown = {row.option_name for row in invalid}
         for name, error in errors.items():
             if name not in shown:
-                self._say_fault(error)
+                self._show_error(error)
 
     def _go_to(self, row: FormRow) -> None:
         row.editor.focus(scroll_visible=False)
-        row.scroll_visible(animate=False)  # with what is said below it
+        row.scroll_visible(animate=False)  # with the message below it
+
+    def _show_error(self, error: ConfigurationError | None) -> None:
+        self.set_class(error is not None, "-failed")
+        if error is not None:
+            hint = f"\n  {error.hint}" if error.hint else ""
+            self.query_one("#error", Static).update(f"✗ {error.message}{hint}")
 
     # ------------------------------------------------------------ starting
 
-    def _launch(self, request: LaunchRequest) -> None:
-        """On a worker thread: the run process takes a moment to start."""
-        assert self.context.on_launch is not None
+    def _launch(self, launch: OnLaunch, request: LaunchRequest) -> None:
+        """Runs on a worker thread: a run process takes a moment to start."""
         try:
-            session = self.context.on_launch(request)
+            session = launch(request)
         except (LaunchError, ConfigurationError) as error:
-            told = ConfigurationError(error.args[0], error.hint)
-            self.app.call_from_thread(self._failed, told)
-        except Exception as error:  # said on the form: what was typed must not be lost
-            told = ConfigurationError(f"{type(error).__name__}: {error}")
-            self.app.call_from_thread(self._failed, told)
+            failure = ConfigurationError(error.args[0], error.hint)
+        except Exception as error:  # shown on the form, so that nothing typed is lost
+            failure = ConfigurationError(f"{type(error).__name__}: {error}")
         else:
             self.app.call_from_thread(self._launched, session)
+            return
+        self.app.call_from_thread(self._launch_failed, failure)
 
     def _launched(self, session: Session) -> None:
         self._set_starting(False)
         self.context.attach(session)
         self.context.action_go("dashboard")
 
-    def _failed(self, error: ConfigurationError) -> None:
+    def _launch_failed(self, error: ConfigurationError) -> None:
         self._set_starting(False)
-        name = faulty_option(self.form, error) if self.form else ""
-        rows = [row for row in self.query(FormRow) if row.option_name == name]
+        name = faulty_option(self.chosen_task, error) if self.chosen_task else ""
+        rows = [row for row in self.option_rows if row.option_name == name]
         for row in rows:
-            row.fault(error)
-        if rows:
-            self._blame({name: error})
-        else:
-            self._say_fault(error)
+            row.show_error(error)
+        self._show_errors({name if rows else "": error})
 
     def _set_starting(self, starting: bool) -> None:
         self._starting = starting
         self.query_one("#help", Static).update("starting …" if starting else "")
-
-    def _say_fault(self, error: ConfigurationError | None) -> None:
-        self.set_class(error is not None, "-faulty")
-        if error is not None:
-            hint = f"\n  {error.hint}" if error.hint else ""
-            self.query_one("#fault", Static).update(f"✗ {error.message}{hint}")
 
     def show(self, snapshot: Snapshot) -> None:
         """No run is shown here."""
