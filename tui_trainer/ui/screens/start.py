@@ -21,12 +21,12 @@ from textual.containers import Vertical
 from textual.widget import Widget
 from textual.widgets import Collapsible, Input, Static
 
-from tui_trainer.client.api import Session, Snapshot
-from tui_trainer.client.launch import LaunchError, LaunchRequest, OnLaunch
+from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
 from tui_trainer.config.training import GROUPS, ConfigurableTask, default_preset, resolve
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.form import ChoiceRow, FormRow, switch, text_field
 from tui_trainer.ui.widgets.keys import KeyLine
