@@ -41,7 +41,7 @@ SORT_KEYS: tuple[SortKey, ...] = ("model", "norm", "name")
 TREND_WIDTH = 14
 MIN_TREND_STEPS = 200
 AVERAGED_STEPS = 20
-"""Rows are sorted by the mean norm of so many steps."""
+"""Steps whose mean norm the rows are sorted by."""
 FRAMES_PER_SORT = 8
 """Frames between two sortings by norm: rows that change places all the time cannot be read."""
 FRAMES_PER_TREND = 5

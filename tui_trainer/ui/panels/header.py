@@ -19,7 +19,7 @@ from tui_trainer.ui.panels.base import Figure, Panel, newest_value
 from tui_trainer.ui.widgets.lines import DrawingContext, Row, Span
 
 WIDE = 120
-"""Columns from which the budget is shown beside an overhead that exceeds it."""
+"""Columns from which the budget is shown with an overhead that exceeds it."""
 OVER_BUDGET = 1.1
 """Times the budget: an overhead that is kept at the budget fluctuates around it."""
 FAR_OVER_BUDGET = 5.0

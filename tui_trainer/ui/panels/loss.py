@@ -33,7 +33,7 @@ from tui_trainer.ui.widgets.scale import step_window
 WINDOWS: tuple[int | None, ...] = (None, 1000, 200)
 """Steps that the chart can show: the whole run, or the last ones."""
 FEW_STEPS = 3
-"""Up to so many steps are drawn as points: a single dot is easily overlooked."""
+"""Up to this number, steps are drawn as points: a single dot is easily overlooked."""
 OTHER_LOSS_STYLES = ("accent", "warning", "good")
 """Of the losses of further optimizers."""
 

@@ -18,7 +18,7 @@ from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
 AVERAGED_STEPS = 20
-"""Times are averaged over so many steps, so that they can be read."""
+"""Steps that the times are averaged over, so that they can be read."""
 PURPOSES: dict[Phase, str] = {
     "data": "the batch that this step learns from",
     "zero_grad": "or this step's gradients would be added to the last step's",

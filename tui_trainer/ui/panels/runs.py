@@ -201,7 +201,7 @@ class DifferencesTable(VirtualTable):
 
 
 def _best_run(line: Difference) -> int | None:
-    """The run with the best value; None where that cannot be said."""
+    """The run with the best value; None where no value is better."""
     lower_is_better = line.name.startswith(("loss", "validation"))
     if not lower_is_better and not line.name.startswith("accuracy"):
         return None

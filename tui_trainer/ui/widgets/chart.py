@@ -291,7 +291,7 @@ def _fit_layers(
 
 
 def value_labels(scale: Scale, rows: int) -> dict[int, str]:
-    """Cell row to the label beside it: round values, evenly spaced."""
+    """Cell row to its label: round values, evenly spaced."""
     ticks = scale.ticks(rows)
     placed = zip(ticks, _tick_texts(ticks, scale.log), strict=True)
     labels = {scale.cell_row(tick, rows): text for tick, text in placed}

@@ -29,7 +29,7 @@ READABLE_TREND_WIDTH = 16
 """Cells of a trend below which summary columns give way to it."""
 MIN_NAME_WIDTH = 8
 SUMMARY = (("growth", ""), ("cos", "qk"), ("max_logit", ""), ("entropy", ""), ("grad_cos", "qk"))
-"""(statistic, part) shown beside the chosen statistic where there is room."""
+"""(statistic, part) shown next to the chosen statistic where there is room."""
 MODEL_ORDER = "order"
 """`sorted_by` of a table in the order of the model."""
 
