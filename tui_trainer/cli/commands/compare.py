@@ -6,17 +6,22 @@ import math
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 from cyclopts import Parameter
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.terminal import why_no_screen
+from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.compare import MAX_RUNS, ComparedRun, Difference, differences, outcome
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.registry import resolve
 
 GAP = "  "
+MARKERS = "*o+x#@%&"
+CHART_BUCKETS = 70
+CHART_WIDTH, CHART_HEIGHT = 78, 12
 
 
 def compare(
@@ -89,10 +94,27 @@ def as_lines(compared: list[ComparedRun]) -> list[str]:
         return GAP.join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip()
 
     rule = "-" * (sum(widths) + len(GAP) * len(compared))
-    lines = [row(names), rule, *map(row, ends), ""]
+    lines = [*_loss_chart(compared), row(names), rule, *map(row, ends), ""]
     if not unlike:
         return [*lines, "same options"]
     return [*lines, "different options", rule, *map(row, unlike)]
+
+
+def _loss_chart(compared: list[ComparedRun]) -> list[str]:
+    """The training losses on one chart, with the marker of each run."""
+    stop = max(run.length[0] for run in compared)
+    curves, legend = [], []
+    for run, marker in zip(compared, MARKERS, strict=False):
+        curve = run.curve("loss", stop, CHART_BUCKETS) if stop else None
+        if curve is None:
+            continue
+        kept = np.flatnonzero(curve.filled)
+        steps = (1 + kept * stop // CHART_BUCKETS).tolist()
+        low, high = curve.low[kept].tolist(), curve.high[kept].tolist()
+        curves.append(TextCurve(steps, low, high, marker))
+        legend.append(f"{marker} {run.name}")
+    chart = text_chart(curves, CHART_WIDTH, CHART_HEIGHT)
+    return ["training loss   " + "   ".join(legend), *chart, ""] if chart else []
 
 
 def _texts(line: Difference) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ LIBRARIES = {
     "textual": "the screens",
     "rich": "tables in the terminal",
     "jinja2": "reports",
-    "plotext": "charts",
+    "plotext": "charts of show and compare --plain",
     "msgspec": "messages and the files of a run",
     "numpy": "measurements",
     "platformdirs": "the directory of the runs",

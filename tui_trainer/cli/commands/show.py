@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.commands.ls import STYLES, as_object
+from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history import History
@@ -223,6 +224,7 @@ REFRESH_EVERY_S = 1.0
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-~=*#@"
 LAYERS_SHOWN = 12
+CHART_WIDTH, CHART_HEIGHT = 78, 10
 
 
 def show(
@@ -285,9 +287,11 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
         lines.append(Text(summary.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
     loss = number(run["loss"], 0) if run["loss"] is not None else (run["loss_text"] or "–")
-    lines.append(
-        _row("loss", loss, _sparkline(summary.loss_curve, bars), _extremes(summary.loss_curve))
-    )
+    lines.append(_row("loss", loss, _extremes(summary.loss_curve)))
+    marker = "braille" if bars is BARS else "*"
+    curve = summary.loss_curve
+    chart = TextCurve(curve.steps, curve.low, curve.high, marker)
+    lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
     if summary.grad_norm_curve.steps:
         curve = summary.grad_norm_curve
         lines.append(

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from tui_trainer.cli.text_chart import TextCurve, text_chart
+
+VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=60)
+
+
+@settings(max_examples=60)
+@given(VALUES, st.integers(30, 120), st.integers(5, 20))
+def test_any_curve_fits_its_size(values, width, height):
+    lines = text_chart([TextCurve(range(1, len(values) + 1), values, values)], width, height)
+    assert bool(lines) == any(value is not None for value in values)
+    assert len(lines) <= height
+    assert all(cell_len(line) <= width for line in lines)
+
+
+def test_a_spike_within_a_bucket_reaches_its_value():
+    steps = range(1, 61)
+    low = [1.0] * 60
+    high = [1.0] * 60
+    high[30] = 9.0
+    lines = text_chart([TextCurve(steps, low, high)], 72, 10)
+    top = next(line for line in lines if line.lstrip().startswith("9"))
+    column = next(i for i, cell in enumerate(top) if "⠀" < cell <= "⣿")
+    assert abs(column - 72 / 2) < 6  # in the middle of the chart, on its highest line
+
+
+def test_nothing_finite_is_no_chart():
+    assert text_chart([TextCurve([1, 2], [None, math.nan], [None, math.inf])], 72, 10) == []
+    assert text_chart([], 72, 10) == []
+
+
+def test_each_run_has_its_own_marker():
+    curves = [
+        TextCurve([1, 50, 100], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], "*"),
+        TextCurve([1, 50, 100], [1.0, 1.5, 2.5], [1.0, 1.5, 2.5], "o"),
+    ]
+    text = "\n".join(text_chart(curves, 60, 10))
+    assert "*" in text
+    assert "o" in text
+    assert "100" in text
