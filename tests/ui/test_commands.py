@@ -40,6 +40,21 @@ async def test_an_answer_that_comes_late_does_not_undo_what_was_shown_since() ->
         assert app.snapshot.status.state == "paused"
 
 
+async def test_the_answer_to_a_pause_does_not_repeat_the_state() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        await pilot.press("space")
+        await settle(pilot)
+        first = text_of(app).splitlines()[0]
+        assert first.count("paused") == 1
+        assert "after step" in first
+        await pilot.press("s")
+        await settle(pilot)
+        assert "1 step" in text_of(app).splitlines()[0]
+
+
 async def test_who_steers_is_said_where_several_look() -> None:
     session = fake_gpt(steps=20)
     app = app_on("dashboard", session)

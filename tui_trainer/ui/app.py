@@ -8,6 +8,7 @@ import os
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +41,8 @@ MIN_TICKS_PER_SECOND = 4.0
 MAX_PENDING_WRITES = 3
 """Pieces of output that may wait for the terminal before drawing stops. A frame is about three."""
 DUE_TOLERANCE_S = 0.002
+SHOWN_BY_STATE = (messages.Pause, messages.Resume)
+"""Commands whose effect the header shows anyway: `paused  after forward`, `running`."""
 STATUS_MESSAGE_S = 4.0
 """How long the answer to a command stays in the header."""
 
@@ -313,14 +316,14 @@ class TuiTrainerApp(App[int]):
         if self.session is None:
             self.notify("no run is open yet", severity="warning")
             return
-        self.session.send(action).add_done_callback(self._answered)
+        self.session.send(action).add_done_callback(partial(self._answered, action))
 
-    def _answered(self, answer: Future[Ack]) -> None:
+    def _answered(self, action: Action, answer: Future[Ack]) -> None:
         """Called by the session, on any thread."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.call_next, self._show_answer, answer)
+            self._loop.call_soon_threadsafe(self.call_next, self._show_answer, action, answer)
 
-    def _show_answer(self, answer: Future[Ack]) -> None:
+    def _show_answer(self, action: Action, answer: Future[Ack]) -> None:
         error = answer.exception() if not answer.cancelled() else None
         if answer.cancelled() or error is not None:
             self.notify(str(error or "not sent"), title="command failed", severity="error")
@@ -330,7 +333,7 @@ class TuiTrainerApp(App[int]):
             self._stopping = False
             text = f"{ack.message}\n{ack.hint}" if ack.hint else ack.message
             self.notify(text, title="command refused", severity="warning", markup=False)
-        elif ack.message:
+        elif ack.message and not isinstance(action, SHOWN_BY_STATE):
             self.show_status_message(ack.message)
         # Not ack.status: the session delivers it in order with the others, and drawn from here it
         # could replace a newer one.

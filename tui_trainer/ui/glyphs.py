@@ -1,4 +1,4 @@
-"""Every sign the screens draw, with an ASCII stand-in of the same width for each."""
+"""The characters that screens draw with, and their ASCII replacements of the same width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textual.filter import LineFilter
 
 @dataclass(frozen=True)
 class Glyphs:
-    """One set of signs."""
+    """One set of characters."""
 
     ascii: bool = False
     rule: str = "─"
@@ -75,7 +75,7 @@ ASCII = Glyphs(
     sparks="_.,-=+*#",
 )
 
-_STAND_INS = str.maketrans(
+_REPLACEMENTS = str.maketrans(
     {
         **dict.fromkeys("─━╌┄┈═▔▁▂▃–—‾⎯", "-"),
         **dict.fromkeys("│┃┆║▏▎▌▍▐▕‖", "|"),
@@ -121,18 +121,17 @@ _STAND_INS = str.maketrans(
 
 
 def to_ascii(text: str) -> str:
-    """`text` with every other sign replaced by one ASCII character; its length stays."""
+    """`text` with each other character replaced by one ASCII character, so its length is kept."""
     if text.isascii():
         return text
-    translated = text.translate(_STAND_INS)
+    translated = text.translate(_REPLACEMENTS)
     if translated.isascii():
         return translated
-    return "".join(sign if sign.isascii() else "?" for sign in translated)
+    return "".join(char if char.isascii() else "?" for char in translated)
 
 
 class AsciiFilter(LineFilter):
-    """Catches what other widgets draw (toasts, a script's own output) under `--ascii`."""
+    """Applies `to_ascii` to all output, for what other widgets draw (toasts, a script's output)."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Translate the text of each segment."""
         return [Segment(to_ascii(text), style, control) for text, style, control in segments]

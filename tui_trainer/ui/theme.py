@@ -1,7 +1,8 @@
-"""Colours: one meaning each, derived from the Textual theme in force.
+"""The colors of everything that is drawn: one for each meaning, taken from the Textual theme.
 
-The two themes of our own name every meaning; under any other theme (Textual's, a user's) the
-meanings take the nearest of its colours, and in 16-colour terminals the sixteen named ones.
+To change a color, such as that of the validation points, edit `tt-validation` in `DARK` and
+`LIGHT`, and `validation` in `_ansi_palette` for terminals with 16 colors. Under Textual's other
+themes, which do not define the `tt-` variables, each meaning has a fallback in `_theme_palette`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ THEMES = (DARK, LIGHT)
 
 @dataclass(frozen=True)
 class Palette:
-    """A style for each meaning, to be put on segments."""
+    """A Rich style for each meaning."""
 
     text: Style
     strong: Style
@@ -95,46 +96,54 @@ class Palette:
     """Rules, axes and tracks."""
     title: Style
     accent: Style
-    """What can be acted on: the cursor, keys, the current phase."""
+    """Keys, the current phase, and other things that can be acted on."""
     good: Style
     warning: Style
     error: Style
     loss: Style
+    """The smoothed training loss."""
     loss_raw: Style
+    """The loss of every step."""
     validation: Style
+    """The validation points and their values."""
     norm: Style
+    """Gradient norms."""
     clip: Style
+    """The clipping threshold and clipped steps."""
     q: Style
     k: Style
     v: Style
     cursor: Style
-    """The row under the cursor, laid over its own styles."""
+    """The row under the cursor; added to the styles of its cells."""
     current: Style
-    """The phase that runs now."""
+    """The current phase."""
     provisional: Style
-    """Values of a step in the making."""
+    """Values of the unfinished step, while paused inside it."""
 
     def series(self, letter: str) -> Style:
-        """The colour of `q`, `k` or `v`; of a pair (`qk`) the text colour."""
+        """The color of `q`, `k` or `v`; that of text for a pair (`qk`)."""
         return {"q": self.q, "k": self.k, "v": self.v}.get(letter, self.text)
 
 
 def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
-    """The palette of the theme whose CSS variables these are."""
-    return _palette(tuple(sorted((k, v) for k, v in variables.items() if k in _WANTED)), ansi)
+    """The palette for the CSS variables of a theme; `ansi`: for a terminal with 16 colors."""
+    return _cached_palette(
+        tuple(sorted((k, v) for k, v in variables.items() if k in _USED_VARIABLES)), ansi
+    )
 
 
-_WANTED = frozenset(
+_USED_VARIABLES = frozenset(
     ("foreground", "background", "accent", "warning", "error", "success", *DARK.variables)
 )
 
 
 @lru_cache(maxsize=16)
-def _palette(items: tuple[tuple[str, str], ...], ansi: bool) -> Palette:
-    return _ansi() if ansi else _truecolor(dict(items))
+def _cached_palette(items: tuple[tuple[str, str], ...], ansi: bool) -> Palette:
+    return _ansi_palette() if ansi else _theme_palette(dict(items))
 
 
-def _truecolor(variables: dict[str, str]) -> Palette:
+def _theme_palette(variables: dict[str, str]) -> Palette:
+    """Blends all colors with the background, since Rich knows no transparency."""
     background = Color.parse(variables["background"])
     foreground = Color.parse(variables["foreground"])
     if foreground.a < 1:
@@ -142,8 +151,8 @@ def _truecolor(variables: dict[str, str]) -> Palette:
     dark = background.brightness < 0.5
     ours = (DARK if dark else LIGHT).variables
 
-    def style(name: str, otherwise: Color | str, bold: bool = False, italic: bool = False) -> Style:
-        color = variables.get(name) or otherwise
+    def style(name: str, fallback: Color | str, bold: bool = False, italic: bool = False) -> Style:
+        color = variables.get(name) or fallback
         color = color if isinstance(color, Color) else Color.parse(color)
         solid = background.blend(color.with_alpha(1), color.a)
         return Style(
@@ -182,8 +191,8 @@ def _truecolor(variables: dict[str, str]) -> Palette:
     )
 
 
-def _ansi() -> Palette:
-    """The sixteen named colours: whatever the user's terminal makes of them."""
+def _ansi_palette() -> Palette:
+    """The 16 named colors, which are defined by the terminal."""
     plain = Style()
     return Palette(
         text=plain,
