@@ -1,11 +1,11 @@
-# make run      a small GPT, live in the terminal (installs what is needed first)
+# make run      train a small GPT, live in the terminal (installs everything first)
 # make test     make check, then every test
-# make test-fast  the tests without real terminals, ssh, packaging and long trainings, unchecked
-# make oracle   generated training loops against their own truth: LOOPS=2000, SEED=0
+# make test-fast  the tests without real terminals, ssh, packaging and long trainings; no checks
+# make oracle   generated training loops compared with float64 references: LOOPS=2000, SEED=0
 # make check    ruff, mypy --strict and the import contracts
-# make bench    what watching costs, measured; see docs/performance.md
+# make bench    the cost of watching a training; see docs/performance.md
 #
-# TORCH says which build of PyTorch to install, PYTHON which interpreter makes the environment:
+# TORCH says which build of PyTorch to install, PYTHON which interpreter creates the environment:
 #   make run TORCH=torch PYTHON=python3.12
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ test: check
 test-fast: $(DEVELOPED)
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
-# What is printed after a failure is a Python program that shows it.
+# A failure prints a Python program that reproduces it.
 LOOPS ?= 2000
 SEED ?= 0
 oracle: $(DEVELOPED)
@@ -43,7 +43,7 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff format --check $(SOURCES)
 
 # mypy and import-linter look for packages on disk, where models/ is not inside tui_trainer/ as it is
-# once installed: they are shown the installed shape, made of links.
+# once installed: a tree of links gives them the installed layout.
 CHECKED := build/checked
 types: $(DEVELOPED) link-tree
 	cd $(CHECKED) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
@@ -61,10 +61,10 @@ format: $(DEVELOPED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Every table of docs/performance.md, in its order: some eleven minutes, with fewer pairs, shorter turns
-# and fewer keys than the figures there were taken with. `make bench FIGURES=1` takes as many: a good
-# half hour, of which slowdown takes twenty minutes. MEASURED="frames startup" takes those alone.
-# On a quiet machine: every table says so when it was not. RESULTS keeps the figures as JSON.
+# Every table of docs/performance.md, in its order: about eleven minutes, with fewer pairs, shorter turns
+# and fewer keys than the figures there. `make bench FIGURES=1` uses the same numbers as those figures: a
+# little over half an hour, twenty minutes of it for slowdown. MEASURED="frames startup" runs only those.
+# Run it on a quiet machine: a table says when others used it. RESULTS is the folder of the JSON files.
 RESULTS ?= build/benchmarks
 MEASURED := slowdown gpu frames keys terminal_bytes startup scale history
 ifndef FIGURES
@@ -91,7 +91,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# PyTorch comes first and alone: once the build that was asked for is there, the rest takes it as it is.
+# PyTorch comes first and alone: once the requested build is installed, the other packages accept it.
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet "$(TORCH)"
 	$(PIP) install --quiet --editable .
@@ -102,7 +102,7 @@ $(DEVELOPED): pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable ".[test,check]"
 	@touch $@ $(INSTALLED)
 
-# Without what we are compared with (TensorBoard, wandb) its rows are left out, and the rest is measured.
+# Where TensorBoard or wandb cannot be installed, their rows are left out of the comparison.
 $(BENCHED): pyproject.toml | $(DEVELOPED)
 	-$(PIP) install --quiet --editable ".[bench]"
 	@touch $@
