@@ -46,7 +46,7 @@ def main(parent):
     until(lambda: "not recording" in recorder.status.recording, "it is said")
     seen["said"] = recorder.status.recording
     before = recorder.status.step
-    until(lambda: recorder.status.step > before + 50, "training goes on")
+    until(lambda: recorder.status.step > before + 50, "training continues")
     seen["files meanwhile"] = sorted(os.listdir(place))
     os.chmod(place, 0o700)
     until(lambda: not recorder.status.recording, "recording resumes")

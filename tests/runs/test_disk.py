@@ -1,4 +1,4 @@
-"""A run whose disk refuses: training goes on, the screen says so, recording resumes by itself."""
+"""A run whose disk refuses: training continues, the screen says so, recording resumes by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seen(runs, name):
 
 def goes_on(runs, name):
     before = seen(runs, name).step
-    until(lambda: seen(runs, name).step > before + 20, "training goes on")
+    until(lambda: seen(runs, name).step > before + 20, "training continues")
 
 
 def assert_whole(runs, name, at_least):
@@ -49,7 +49,7 @@ def test_a_full_disk(runs):
     until(lambda: "not recording" in seen(runs, "gpt-full").recording, "it is said")
     goes_on(runs, "gpt-full")
     shown = json.loads(runs.call("show", "gpt-full", "--json").stdout)
-    assert "training goes on" in shown["recording"]
+    assert "training continues" in shown["recording"]
     assert shown["state"] == "live"
     assert "not recording" in runs.call("show", "gpt-full", "--once").stdout
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
@@ -137,7 +137,7 @@ def test_a_directory_that_the_user_may_not_write_to():
         assert done.returncode == 0, done.stdout + done.stderr
         seen = json.loads(done.stdout.splitlines()[-1])
         assert "not recording" in seen["said"]
-        assert "training goes on" in seen["said"]
+        assert "training continues" in seen["said"]
         assert seen["files meanwhile"] == ["run.json"]
         run = Path(place) / "gpt-shut"
         steps = StoredHistory(run).tables[0].tail(10**6)[0].tolist()

@@ -157,5 +157,5 @@ def test_a_run_goes_on_while_its_viewer_is_frozen(host, runs, attach):
     frozen.suspend()
     session.close()
     before = runs.reported("gpt-free").step
-    until(lambda: runs.reported("gpt-free").step > before + 100, "training goes on")
+    until(lambda: runs.reported("gpt-free").step > before + 100, "training continues")
     until(lambda: not our_ssh(), "even a stopped ssh is ended")

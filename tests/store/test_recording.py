@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
     recorder.declare([table()])
     record(recorder, range(1, 1001))
     until(lambda: "not recording" in recorder.status.recording)
-    assert "training goes on" in recorder.status.recording
+    assert "training continues" in recorder.status.recording
     place.mkdir()
     until(lambda: not recorder.status.recording)
     recorder.end("finished")

@@ -233,7 +233,7 @@ def check_resumes(tmp_path, break_it, mend):
     clock.now += 100
     sink.take([stepped(s, v) for s, v in zip(steps[:300], values[:300], strict=True)], Status())
     assert reports
-    assert "training goes on" in reports[-1]
+    assert "training continues" in reports[-1]
     mend()
     clock.now += 100
     sink.take([stepped(s, v) for s, v in zip(steps[300:], values[300:], strict=True)], Status())

@@ -68,7 +68,7 @@ def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(run: P
         # From here on nobody reads.
         wait_until_full(terminal)
         before = state_of(run)[1]
-        until(lambda: state_of(run)[1] > before + 20, "training goes on")
+        until(lambda: state_of(run)[1] > before + 20, "training continues")
         terminal.press("space")  # the app still hears, though it cannot show
         paused_at = wait_for_state(run, "paused")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, validators
 
 from tui_trainer.config.options import Option, options_of
 from tui_trainer.config.training import GROUPS, default_preset
@@ -24,9 +24,21 @@ DEFAULT_BUDGET = 0.01
 
 
 def _flag(
-    help: str, group: Group, *, metavar: str | None = None, default: bool = False
+    help: str,
+    group: Group,
+    *,
+    metavar: str | None = None,
+    default: bool = False,
+    validator: validators.Number | None = None,
 ) -> Parameter:
-    return Parameter(help=help, group=group, negative=(), metavar=metavar, show_default=default)
+    return Parameter(
+        help=help,
+        group=group,
+        negative=(),
+        metavar=metavar,
+        show_default=default,
+        validator=validator,
+    )
 
 
 @Parameter(name="*")
@@ -78,6 +90,7 @@ class RunOptions:
             "--json 0)",
             RUNNING,
             metavar="SHARE",
+            validator=validators.Number(gte=0, lte=1),
         ),
     ] = None
     attention_pattern: Annotated[
@@ -97,6 +110,7 @@ class RunOptions:
             "the end; for a script on request only)",
             RUNNING,
             metavar="N",
+            validator=validators.Number(gte=1),
         ),
     ] = None
     keep_checkpoints: Annotated[
@@ -106,6 +120,7 @@ class RunOptions:
             RUNNING,
             metavar="N",
             default=True,
+            validator=validators.Number(gte=1),
         ),
     ] = 3
 

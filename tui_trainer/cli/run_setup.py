@@ -39,14 +39,6 @@ def check_options(options: RunOptions) -> None:
         raise UsageError(
             "--detach shows nothing and outlives this terminal", "leave out the other option"
         )
-    if options.budget is not None and not 0 <= options.budget <= 1:
-        raise UsageError(
-            f"--budget cannot be {options.budget:g}", "it is a share of step time, such as 0.01"
-        )
-    if options.checkpoint_every is not None and options.checkpoint_every < 1:
-        raise UsageError("--checkpoint-every must be at least 1", "it counts steps, such as 1000")
-    if options.keep_checkpoints < 1:
-        raise UsageError("--keep-checkpoints must be at least 1")
     if options.name is not None and not _NAME.fullmatch(options.name):
         raise UsageError(
             f"--name cannot be {options.name!r}", "letters, digits and . _ + - make a name"

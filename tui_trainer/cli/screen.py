@@ -163,10 +163,10 @@ def run_app_until_exit(run: Callable[[], int], opened: Callable[[], ShownRun | N
 
 
 def _run_catching_crash(run: Callable[[], int]) -> str:
-    """Run the app; returns what is to be said of its crash, "" when it left in order.
+    """Run the app and return the traceback of its crash; "" when it left in order.
 
-    Textual prints the traceback of a fault in the app to stderr once the terminal is restored; it
-    is on_disk from there, because a screen full of our own source helps nobody who is training.
+    Textual prints the traceback to stderr once the terminal is restored. It goes to a file instead,
+    because a screen full of our source code does not help a user who is training.
     """
     printed = io.StringIO()
     try:

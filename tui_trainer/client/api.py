@@ -80,7 +80,7 @@ class Session(Protocol):
         """Call `callback`, from any thread, when there is something new to poll."""
 
     def close(self) -> None:
-        """End the link; the run goes on."""
+        """Close the connection; the run continues."""
 
 
 OnLaunch = Callable[[LaunchRequest], Session]

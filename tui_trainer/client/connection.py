@@ -329,7 +329,7 @@ class RunClient:
         return await self._connection.command(action)
 
     def close(self) -> None:
-        """Leave; the run goes on."""
+        """Close the connection; the run continues."""
         self._connection.close()
         self._runner.close()
 

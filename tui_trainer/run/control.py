@@ -119,7 +119,9 @@ class CommandHandler:
             if self._controller is None:
                 self._take_control(viewer)
             if self._controller != viewer.id:
-                controller = self._viewers[self._controller].name if self._controller else "nobody"
+                controller = (
+                    self._viewers[self._controller].name if self._controller else "another viewer"
+                )
                 return CommandResult(
                     False, f"{controller} holds control", "take control first: ctrl+t on a screen"
                 )

@@ -1,7 +1,7 @@
 """What a run process prints: captured as lines for the recorder, and appended to a log file.
 
 File descriptors 1 and 2 are replaced by pipes, so that the output of C code and of child processes
-is captured too. The log file is written on a thread of its own: a slow disk delays nobody.
+is captured too. The log file is written on a thread of its own: a slow disk delays nothing else.
 """
 
 from __future__ import annotations

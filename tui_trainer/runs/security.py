@@ -2,7 +2,7 @@
 
 A user who can write to a run's directory could put a socket of their own there and read what a
 viewer sends, or have files removed. So directories and sockets must belong to this user, and
-nobody else may write to them.
+no other user may write to them.
 """
 
 from __future__ import annotations

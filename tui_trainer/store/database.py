@@ -91,7 +91,7 @@ class Store:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All queries inside see the same state, while the run goes on writing."""
+        """All queries inside see the same state, while the run keeps writing."""
         if self.connection.in_transaction:
             yield
             return
@@ -124,7 +124,7 @@ class Store:
         return fresh
 
     def clear_cache(self) -> None:
-        """A reader that goes once from the first row to the last returns to none of them."""
+        """A reader that reads once from the first row to the last returns to none of them."""
         self._cache.clear()
         self._cached_bytes = 0
 

@@ -1,7 +1,7 @@
 """Writes the store of a run: a sink of the recorder, on a thread of its own.
 
 Items are committed about twice a second, so that a killed process loses at most the last second.
-When the disk refuses, the training goes on: what waits is kept, within bounds, the problem is
+When the disk refuses, the training continues: what waits is kept, within bounds, the problem is
 reported, and recording resumes as soon as it can.
 """
 
@@ -308,7 +308,7 @@ class StoreWriter:
             self._next_commit = self._clock()
             return
         reason = getattr(error, "strerror", None) or str(error)
-        self._set_problem(f"not recording: {reason}; training goes on, trying again")
+        self._set_problem(f"not recording: {reason}; the training continues, trying again")
         self._next_commit = self._clock() + self._back_off
         self._back_off = min(self._back_off * 2, MAX_BACK_OFF_S)
 

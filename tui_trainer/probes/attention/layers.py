@@ -29,7 +29,7 @@ class Projection:
     """Wq, Wk or Wv of a layer: a parameter and where in it."""
 
     parameter: int
-    """Position in the tracked."""
+    """Index of the parameter in the tracked parameters."""
     view: View
     rows: int
     columns: int
