@@ -129,7 +129,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class GradScaler(torch.amp.GradScaler):
     """PyTorch's, whose state may be taken between its `step` and its `update` as well.
 
-    A checkpoint is taken when the optimizer has stepped, which is inside `step`; a run that continues
+    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues
     from it has not to make that step's `update` any more. It may be the update of a step that was
     skipped for infinite gradients: a fused optimizer is called for it too, and skips by itself.
     """
