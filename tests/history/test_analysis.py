@@ -50,21 +50,21 @@ def test_the_worst_comes_first():
     losses[901] += 1.0
     losses[1200] = np.nan
     losses[1201] = np.inf
-    found = find_spikes(series(losses), 0)
+    found = find_spikes(series(losses), "loss")
     assert [spike.step for spike in found[:2]] == [901, 401]
     assert found[0].loss == pytest.approx(losses[900])
     assert all(spike.deviations >= THRESHOLD for spike in found)
-    assert len(find_spikes(series(losses), 0, 1)) == 1
+    assert len(find_spikes(series(losses), "loss", 1)) == 1
 
 
 def test_the_exact_step_is_found_in_a_long_run(monkeypatch):
     monkeypatch.setattr(analysis, "BINS", 64)
     losses = 1 + 0.01 * np.random.default_rng(3).standard_normal(5000)
     losses[3141] = 4.0
-    worst = find_spikes(series(losses), 0)[0]
+    worst = find_spikes(series(losses), "loss")[0]
     assert (worst.step, worst.loss) == (3142, 4.0)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0] * 500, [np.nan] * 50, list(range(300, 0, -1))])
 def test_series_without_spikes(values):
-    assert find_spikes(series(values), 0) == []
+    assert find_spikes(series(values), "loss") == []

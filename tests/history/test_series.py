@@ -232,3 +232,13 @@ def test_history_serves_all_tables_within_a_budget():
     assert there.table("clip") is None
     with pytest.raises(ValueError, match="not declared"):
         there.apply(Rows(9, 0, 1, b"", b""))
+
+
+def test_a_column_and_its_newest_value_by_name() -> None:
+    held = MemorySeries(table())
+    assert (held.column("c2"), held.column("loss")) == (2, None)
+    assert held.newest("c2") is None
+    held.append(1, np.float32([1, 2, 3]))
+    held.append(4, np.float32([5, 6, 7]))
+    assert held.newest("c2") == 7
+    assert held.newest("loss") is None

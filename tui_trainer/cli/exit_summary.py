@@ -56,8 +56,7 @@ def final_outcome(
 
 def _last_loss(snapshot: Snapshot) -> float | None:
     table = snapshot.history.table(schema.STEP)
-    latest = table.latest() if table is not None else None
-    return float(latest[1][schema.STEP_INDEX["loss"]]) if latest is not None else None
+    return table.newest("loss") if table is not None else None
 
 
 def _ending(code: int) -> str:

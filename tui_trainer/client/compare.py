@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.history import History
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo, Scalar
@@ -119,14 +118,13 @@ class ComparedRun:
     def series(self, series: str) -> tuple[SeriesReader, int] | None:
         """Table and column of a series of SERIES; None when it has no rows."""
         name, column, _ = SERIES[series]
-        return find_column(self.history, name, column)
+        return self.history.find(name, column)
 
-
-def find_column(history: History, name: str, column: str) -> tuple[SeriesReader, int] | None:
-    """A table and the index of one of its columns; None when it has no rows or no such column."""
-    table = history.table(name)
-    names = [each.name for each in table.table.columns] if table is not None else []
-    return (table, names.index(column)) if table and table.rows and column in names else None
+    def newest(self, series: str) -> float | None:
+        """The newest value of a series of SERIES; None when it has no rows."""
+        name, column, _ = SERIES[series]
+        table = self.history.table(name)
+        return table.newest(column) if table is not None else None
 
 
 def _into_buckets(
@@ -185,17 +183,14 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
         if found is None:
             continue
         table, column = found
-        latest = table.latest()
-        values[f"{name}, last"] = float(latest[1][column]) if latest else None
+        values[f"{name}, last"] = run.newest(series)
         first, last = table.first_step or 0, (table.last_step or 0) + 1
         seen = table.window([column], first, last, 1)
         best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
         values[f"{name}, {'best' if lowest else 'highest'}"] = None if math.isnan(best) else best
-    accuracy = find_column(run.history, schema.VALIDATION, "accuracy")
+    accuracy = run.history.find(schema.VALIDATION, "accuracy")
     if accuracy is not None:
-        table, column = accuracy
-        latest = table.latest()
-        values["accuracy, last"] = float(latest[1][column]) if latest else None
+        values["accuracy, last"] = accuracy[0].newest("accuracy")
     return values
 
 

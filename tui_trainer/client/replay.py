@@ -91,11 +91,11 @@ def _speed(history: History) -> float | None:
     table = history.table(schema.STEP)
     if table is None or not table.rows:
         return None
-    names = [column.name for column in table.table.columns]
-    if "step_ms" not in names:
+    column = table.column("step_ms")
+    if column is None:
         return None
     _, values = table.tail(SPEED_ROWS)
-    took = values[:, names.index("step_ms")]
+    took = values[:, column]
     took = took[np.isfinite(took) & (took > 0)]
     return float(1000 / np.median(took)) if len(took) else None
 
@@ -103,13 +103,13 @@ def _speed(history: History) -> float | None:
 def _clipped_share(history: History, window: int) -> float | None:
     """Share of the last `window` steps before the cursor that were clipped."""
     table = history.table(schema.CLIP)
-    if table is None or not table.rows:
+    column = table.column("scale") if table is not None else None
+    if table is None or not table.rows or column is None:
         return None
     _, values = table.tail(window)
     if not len(values):  # a damaged recording
         return None
-    names = [column.name for column in table.table.columns]
-    return float((values[:, names.index("scale")] < 1).mean())
+    return float((values[:, column] < 1).mean())
 
 
 class ReplaySession:
@@ -218,7 +218,7 @@ class ReplaySession:
             table = self._history.table(schema.STEP)
             if table is not None:
                 self._history.seek(self.last_step)
-                found = find_spikes(table, 0)
+                found = find_spikes(table, "loss")
                 self._history.seek(self.cursor)
             self._spikes = (self.last_step, found)
         return self._spikes[1]

@@ -33,8 +33,8 @@ class Spike(NamedTuple):
     deviations: float
 
 
-def find_spikes(series: SeriesReader, column: int, count: int = 10) -> list[Spike]:
-    """The `count` worst spikes of a series, worst first.
+def find_spikes(series: SeriesReader, name: str, count: int = 10) -> list[Spike]:
+    """The `count` worst spikes of the column called `name`, worst first.
 
     A loss xₜ is (xₜ − m) / s deviations high, where m is the median of the MEDIAN_BINS bins before
     it and s is 1.4826 times the median of |x − m| over the same (the robust standard deviation; at
@@ -42,7 +42,8 @@ def find_spikes(series: SeriesReader, column: int, count: int = 10) -> list[Spik
     THRESHOLD deviations high and higher than both neighbours. NaN and infinities are no spikes:
     they are reported as non-finite values.
     """
-    if series.first_step is None or series.last_step is None:
+    column = series.column(name)
+    if column is None or series.first_step is None or series.last_step is None:
         return []
     first, last = series.first_step, series.last_step
     window = series.window([column], first, last + 1, max(1, min(BINS, last + 1 - first)))

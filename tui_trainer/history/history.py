@@ -25,6 +25,13 @@ class History:
                 return series
         return None
 
+    def find(self, name: str, column: str) -> tuple[SeriesReader, int] | None:
+        """A table and the index of one of its columns; None when it has no rows or no such
+        column."""
+        table = self.table(name)
+        index = table.column(column) if table is not None else None
+        return (table, index) if table and table.rows and index is not None else None
+
     def tables_named(self, name: str) -> list[SeriesReader]:
         """The tables of that name: one for each optimizer."""
         return [series for series in self.tables.values() if series.table.name == name]

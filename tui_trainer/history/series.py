@@ -41,6 +41,11 @@ class SeriesReader(ABC):
     first_step: int | None
     last_step: int | None
 
+    def column(self, name: str) -> int | None:
+        """Index of the column called `name`; None when there is none."""
+        names = (column.name for column in self.table.columns)
+        return next((index for index, known in enumerate(names) if known == name), None)
+
     @abstractmethod
     def levels(self) -> Sequence[Level]:
         """All levels, finest (raw rows) first. Every row is in one of them at least."""
@@ -54,6 +59,13 @@ class SeriesReader(ABC):
                 if len(newest.last):
                     return int(newest.last[-1]), newest.value[-1].copy()
         return None
+
+    def newest(self, name: str) -> float | None:
+        """The newest value of the column called `name`; None before the first row or without such
+        a column."""
+        column = self.column(name)
+        latest = self.latest() if column is not None else None
+        return None if column is None or latest is None else float(latest[1][column])
 
     def at(self, step: int) -> Floats | None:
         """Values (columns,) of the last row at or before `step`; None when there is none.

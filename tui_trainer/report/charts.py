@@ -253,12 +253,12 @@ def _panel(title: str, chart: SvgChart) -> Panel:
 
 
 def _loss(data: ReportData) -> Panel | None:
-    found = data.found(schema.STEP, "loss")
+    found = data.history.find(schema.STEP, "loss")
     if found is None:
         return None
     table, column = found
     series = [SvgSeries.of("loss", "training", data.window(table, [column], BUCKETS), 0)]
-    validation = data.found(schema.VALIDATION, "loss")
+    validation = data.history.find(schema.VALIDATION, "loss")
     if validation is not None:
         seen = data.window(validation[0], [validation[1]], BUCKETS)
         series.append(SvgSeries.of("validation", "validation", seen, 0, points=True))
@@ -267,18 +267,17 @@ def _loss(data: ReportData) -> Panel | None:
 
 
 def _norm(data: ReportData) -> Panel | None:
-    found = data.found(schema.STEP, "grad_norm_preclip")
+    found = data.history.find(schema.STEP, "grad_norm_preclip")
     if found is None:
         return None
     table, column = found
-    clip = data.found(schema.CLIP, "max_norm")
-    latest = clip[0].latest() if clip else None
+    clip = data.history.find(schema.CLIP, "max_norm")
     chart = SvgChart(
         [SvgSeries.of("norm", "before clipping", data.window(table, [column], BUCKETS), 0)],
         data.last_step,
         height=260,
         zero=True,
-        rule=float(latest[1][clip[1]]) if clip and latest else None,
+        rule=clip[0].newest("max_norm") if clip else None,
         marks=data.steps_of("clip"),
         start=data.first_step,
     )
@@ -288,7 +287,7 @@ def _norm(data: ReportData) -> Panel | None:
 
 
 def _rate(data: ReportData) -> Panel | None:
-    found = data.found(schema.STEP, "learning_rate")
+    found = data.history.find(schema.STEP, "learning_rate")
     if found is None:
         return None
     seen = data.window(found[0], [found[1]], BUCKETS)

@@ -122,7 +122,7 @@ def _figures(data: ReportData) -> Iterator[Figure]:
         share = data.event_count("clip") / data.last_step
         yield Figure("of the steps clipped", f"{share:.1%}")
     steps = data.history.table(schema.STEP)
-    if steps is not None and (spikes := find_spikes(steps, 0, 1)):
+    if steps is not None and (spikes := find_spikes(steps, "loss", 1)):
         yield Figure("largest loss spike", f"{spikes[0].loss:.3g} at step {spikes[0].step:,}")
     if nonfinite := data.event_count("nonfinite"):
         yield Figure("times a value became nan or inf", f"{nonfinite:,}")

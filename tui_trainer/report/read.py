@@ -25,12 +25,6 @@ class ReportData:
     def last_step(self) -> int:
         return self.history.last_step
 
-    def found(self, name: str, column: str) -> tuple[SeriesReader, int] | None:
-        """A table with rows, and the index of one of its columns."""
-        table = self.history.table(name)
-        names = [each.name for each in table.table.columns] if table is not None else []
-        return (table, names.index(column)) if table and table.rows and column in names else None
-
     def window(self, table: SeriesReader, columns: list[int], buckets: int) -> Window:
         """`columns` over the whole run, in at most `buckets` buckets."""
         return table.window(columns, self.first_step, self.last_step + 1, buckets)
@@ -44,14 +38,14 @@ class ReportData:
         self, name: str, column: str, lowest: bool
     ) -> tuple[float | None, float | None]:
         """The last and the best value of a column; None where there is none."""
-        found = self.found(name, column)
-        latest = found[0].latest() if found else None
-        if found is None or latest is None:
+        found = self.history.find(name, column)
+        last = found[0].newest(column) if found else None
+        if found is None or last is None:
             return None, None
         table, place = found
         seen = table.window([place], table.first_step or 0, (table.last_step or 0) + 1, 1)
         best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
-        return float(latest[1][place]), None if math.isnan(best) else best
+        return last, None if math.isnan(best) else best
 
     def event_count(self, kind: str = "") -> int:
         """Number of events of `kind`; of all but clips without it."""

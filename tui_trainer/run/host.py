@@ -142,8 +142,7 @@ class Host:
 
     def _last_loss(self) -> float | None:
         table = self.recorder.info and self.recorder.history.table(schema.STEP)
-        latest = table.latest() if table else None
-        return None if latest is None else float(latest[1][schema.STEP_INDEX["loss"]])
+        return table.newest("loss") if table else None
 
     def _nonfinite_hint(self) -> str:
         first = self.recorder.first_nonfinite

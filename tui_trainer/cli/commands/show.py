@@ -172,19 +172,17 @@ def _latest(table: SeriesReader | None) -> dict[str, float | None]:
 
 
 def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
-    names = [column.name for column in table.table.columns] if table is not None else []
-    if table is None or name not in names or table.first_step is None or table.last_step is None:
+    column = table.column(name) if table is not None else None
+    if table is None or column is None or table.first_step is None or table.last_step is None:
         return SummaryCurve()
-    column = names.index(name)
     buckets = max(1, min(CURVE_POINTS, table.rows))
     window = table.window([column], table.first_step, table.last_step + 1, buckets)
     kept = np.flatnonzero(window.filled)
-    latest = table.latest()
     return SummaryCurve(
         tuple(int(window.edges[i]) for i in kept),
         tuple(_finite(float(window.low[i, 0])) for i in kept),
         tuple(_finite(float(window.high[i, 0])) for i in kept),
-        float(latest[1][column]) if latest is not None else None,
+        table.newest(name),
     )
 
 

@@ -123,20 +123,6 @@ def placeholder_message(snapshot: Snapshot, default: str, *quantities: str) -> t
     return default, ""
 
 
-def column_index(series: SeriesReader, name: str) -> int | None:
-    """Index of the column called `name`."""
-    names = (column.name for column in series.table.columns)
-    return next((index for index, known in enumerate(names) if known == name), None)
-
-
-def newest_value(series: SeriesReader | None, name: str) -> float | None:
-    """The newest value of a column; None before the first."""
-    if series is None or (index := column_index(series, name)) is None:
-        return None
-    newest = series.latest()
-    return float(newest[1][index]) if newest is not None else None
-
-
 def provisional_row(snapshot: Snapshot, series: SeriesReader) -> NDArray[np.float32] | None:
     """The values (columns,) of the unfinished step that a paused run stands in; they become final
     with the step."""

@@ -14,10 +14,8 @@ from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
     Panel,
-    column_index,
     message_row,
     newest_row,
-    newest_value,
     unavailable_reason,
     user_event_marks,
 )
@@ -78,7 +76,7 @@ class ClippingPanel(Panel):
         last_step = (table.last_step or 0) if table is not None else 0
         total_steps = info.total_steps if info else None
         steps = step_window(last_step, self.max_steps, total_steps, self.slow_link)
-        index = column_index(table, "grad_norm_preclip") if table is not None else None
+        index = table.column("grad_norm_preclip") if table is not None else None
         if table is None or not table.rows or index is None:
             return steps, []
         columns = 2 * self.chart.plot_width(width)
@@ -112,7 +110,7 @@ class ClippingPanel(Panel):
             return []
         clip, provisional = self._newest_clip()
         if not clip:
-            norm = newest_value(table, "grad_norm_preclip")
+            norm = table.newest("grad_norm_preclip")
             return [("norm", formatting.number(norm, 6, 3), palette.norm)]
         style = palette.provisional if provisional else palette.norm
         style = palette.clip if clip["scale"] < 1 else style

@@ -15,7 +15,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate, truncate_middle
-from tui_trainer.ui.panels.base import Figure, Panel, newest_value
+from tui_trainer.ui.panels.base import Figure, Panel
 from tui_trainer.ui.widgets.lines import DrawingContext, Row, Span
 
 WIDE = 120
@@ -147,10 +147,12 @@ class HeaderLine(Panel):
     def _memory(self) -> float | None:
         """Bytes on the accelerator, or of the training process where there is none."""
         table = self.snapshot.history.table(schema.MEMORY)
-        device = newest_value(table, "device_bytes")
+        if table is None:
+            return None
+        device = table.newest("device_bytes")
         if device is not None and device == device:
             return device
-        return newest_value(table, "host_bytes")
+        return table.newest("host_bytes")
 
     def _overhead(self, wide: bool) -> Span | None:
         """The share of step time that measuring takes; where it exceeds the budget, with that."""

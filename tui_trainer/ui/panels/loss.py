@@ -12,8 +12,6 @@ from tui_trainer.protocol import formatting, schema
 from tui_trainer.ui.panels.base import (
     Figure,
     Panel,
-    column_index,
-    newest_value,
     user_event_marks,
     waiting_message,
 )
@@ -80,7 +78,7 @@ class LossPanel(Panel):
             layers += self._validation_points(validation, steps, columns)
             figures += self._validation_figures(validation)
         layers += user_event_marks(self, self.snapshot, steps, columns)
-        learning_rate = newest_value(tables[0] if tables else None, "learning_rate")
+        learning_rate = tables[0].newest("learning_rate") if tables else None
         if learning_rate is not None:
             figures.append(("lr", formatting.scientific(learning_rate, 8), palette.text))
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, glyphs)
@@ -95,7 +93,7 @@ class LossPanel(Panel):
     ) -> list[Layer]:
         """The loss of the first optimizer in full. The losses of further ones (as those of a GAN)
         are smoothed lines with the optimizer's name at their end."""
-        index = column_index(table, "loss")
+        index = table.column("loss")
         if index is None or not table.rows:
             return []
         window = table.window([index], *steps, columns)
@@ -113,7 +111,7 @@ class LossPanel(Panel):
         return [band, Points(self.palette.loss, at, window.last[at, 0], self.glyphs.running)]
 
     def _training_figures(self, table: SeriesReader, number: int, several: bool) -> list[Figure]:
-        value = newest_value(table, "loss")
+        value = table.newest("loss")
         if value is None:
             return []
         label = "train"
@@ -126,7 +124,7 @@ class LossPanel(Panel):
     def _validation_points(
         self, table: SeriesReader, steps: tuple[int, int], columns: int
     ) -> list[Layer]:
-        index = column_index(table, "loss")
+        index = table.column("loss")
         if index is None:
             return []
         window = table.window([index], *steps, columns)
@@ -136,9 +134,9 @@ class LossPanel(Panel):
     def _validation_figures(self, table: SeriesReader) -> list[Figure]:
         figures: list[Figure] = []
         style = self.palette.validation
-        if (loss := newest_value(table, "loss")) is not None:
+        if (loss := table.newest("loss")) is not None:
             figures.append(("validation", formatting.loss(loss, 7), style))
-        if (accuracy := newest_value(table, "accuracy")) is not None:
+        if (accuracy := table.newest("accuracy")) is not None:
             figures.append(("accuracy", formatting.percent(accuracy, 6, 2), style))
         return figures
 

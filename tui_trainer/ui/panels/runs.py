@@ -102,10 +102,8 @@ class OverlayChart(LineView):
         left = width - len(row[0].text)
         right = " log" if self.chart.log else ""
         for number, run in enumerate(self.runs):
-            found = run.series(self.series)
-            newest = found[0].latest() if found else None
-            value = float(newest[1][found[1]]) if found and newest else None
-            text = f" {run_marker(number, self.glyphs)} {formatting.number(value, 6)}"
+            value = formatting.number(run.newest(self.series), 6)
+            text = f" {run_marker(number, self.glyphs)} {value}"
             if len(text) + len(right) > left:
                 break
             row += self.styled([(text, RUN_STYLES[number])])
