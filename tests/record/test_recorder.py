@@ -143,7 +143,7 @@ def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
     assert entry_of_event(events[0], None).text.endswith("in a, seen at step 7, finite at step 4")
     assert entry_of_event(events[1], None).text == "loss became nan"
     said = event_object(events[0])
-    assert said["text"] == "gradient is inf, seen at step 7, finite at step 4"
+    assert said["text"] == "gradient became inf in a, seen at step 7, finite at step 4"
     assert said["finite_at"] == 4
     assert decode_event(encode(events[0])) == events[0]
 

@@ -133,7 +133,7 @@ def test_spikes_clips_and_gaps_are_drawn(eventful):
     text = Reader(page).text
     assert "limit 1, 3 clips" in text
     assert f"at step {WORSE}" in text
-    assert "the loss is nan" in text
+    assert "loss became nan" in text
     assert f"{BAD}" in text
     assert "look here (me)" in text
     assert SPIKE < WORSE

@@ -85,10 +85,8 @@ def _write_events(history: StoredHistory, folder: Path) -> Path:
                     text += f", mostly {', '.join(blamed)}" if blamed else ""
                     writer.writerow([item.step, repr(item.time), "clip", "info", text, ""])
                 case NonFinite():
-                    text = " ".join(("the", item.quantity, item.parameter, "is", item.value))
-                    text += item.seen
                     line = [item.step, repr(item.time), "nonfinite", "warning"]
-                    writer.writerow([*line, " ".join(text.split()), ""])
+                    writer.writerow([*line, item.text, ""])
                 case Notice():
                     line = [item.step, repr(item.time), item.kind, item.level]
                     writer.writerow([*line, item.text, item.who])

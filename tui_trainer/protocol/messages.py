@@ -199,6 +199,12 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
     measured between that step and this one."""
 
     @property
+    def text(self) -> str:
+        """`gradient became inf in blocks.0.mlp.weight, seen at step 7, finite at step 4`"""
+        where = f" in {self.parameter}" if self.parameter else ""
+        return f"{self.quantity} became {self.value}{where}{self.seen}"
+
+    @property
     def seen(self) -> str:
         """The range of steps in which it may have appeared, for a message; "" if known."""
         if self.finite_at is None or self.finite_at >= self.step - 1:

@@ -186,9 +186,7 @@ def _events(events: list[Event]) -> list[EventRow]:
             who = f" ({event.who})" if event.who else ""
             rows.append(EventRow(event.step, event.kind, event.level, event.text + who))
         elif isinstance(event, NonFinite):
-            where = f" in {event.parameter}" if event.parameter else ""
-            text = f"the {event.quantity}{where} is {event.value}{event.seen}"
-            rows.append(EventRow(event.step, "non-finite", "error", text))
+            rows.append(EventRow(event.step, "non-finite", "error", event.text))
     return rows
 
 

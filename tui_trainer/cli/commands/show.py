@@ -208,9 +208,7 @@ def _event_object(event: Event) -> dict[str, Any]:
             text = f"clipped: norm {event.norm_before:.4g} over {event.max_norm:.4g}"
             return shared | {"kind": "clip", "text": text, "scale": event.scale}
         case NonFinite():
-            where = f" in {event.parameter}" if event.parameter else ""
-            text = f"{event.value} in the {event.quantity}{where}{event.seen}"
-            return shared | {"kind": "nonfinite", "text": text}
+            return shared | {"kind": "nonfinite", "text": event.text}
         case Notice():
             who = f" ({event.who})" if event.who else ""
             return shared | {"kind": event.kind, "text": event.text + who, "level": event.level}

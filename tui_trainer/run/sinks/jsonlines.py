@@ -145,7 +145,7 @@ def event_object(event: NonFinite | Notice) -> Object:
             **common,
             "kind": "nonfinite",
             "level": "warning",
-            "text": f"{event.quantity} is {event.value}{event.seen}",
+            "text": event.text,
             "quantity": event.quantity,
             "parameter": event.parameter or None,
             "value": event.value,

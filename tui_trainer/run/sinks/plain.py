@@ -71,9 +71,7 @@ class PlainLines:
             case RowRecorded():
                 self._add_validation(item, status, lines)
             case NonFinite():
-                where = f" in {item.parameter}" if item.parameter else ""
-                text = f"the {item.quantity} is {item.value}{where}{item.seen}"
-                lines.append(f"step {item.step}: {text}")
+                lines.append(f"step {item.step}: {item.text}")
             case Notice() if item.kind not in SILENT_KINDS:
                 lines.append(notice(item))
             case TextSample():

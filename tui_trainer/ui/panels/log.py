@@ -56,9 +56,9 @@ def entry_of_event(event: Event, info: RunInfo | None) -> LogEntry:
         text = _clip_text(event, info)
         return LogEntry(event.time, event.step, "clips", "clip", "info", text, event.id)
     if isinstance(event, NonFinite):
-        where = f" in {event.parameter}" if event.parameter else ""
-        text = f"{event.quantity} became {event.value}{where}{event.seen}"
-        return LogEntry(event.time, event.step, "events", "non-finite", "error", text, event.id)
+        return LogEntry(
+            event.time, event.step, "events", "non-finite", "error", event.text, event.id
+        )
     return _notice_entry(event)
 
 
