@@ -106,7 +106,7 @@ def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> Non
         assert terminal.wait_for_exit() == 1
         terminal.assert_restored()
         said = terminal.output.decode(errors="replace")
-        assert "the screen failed" in said
+        assert "the screen crashed" in said
         assert "Traceback" not in said
     assert "ZeroDivisionError" in (runs / "mine" / "app-crash.txt").read_text()
     soon(runs, lambda state: lives(state) and state.step > 0)
