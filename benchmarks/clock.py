@@ -1,6 +1,6 @@
-"""Inside the process that trains: its own clock, and the turns it is told to take.
+"""The clock inside the training process, and the turns that are requested of it.
 
-Spoken over two FIFOs in a directory, `to` and `from`, one JSON object a line:
+The protocol uses two FIFOs in a directory, `to` and `from`, one JSON object per line:
 
     {"do": "train", "seconds": 0.5, "warm": 0.2, "threads": 2}
         → {"steps": 13, "seconds": 0.51, "median_ms": 38.9, "longest_ms": 44.0,
@@ -9,7 +9,7 @@ Spoken over two FIFOs in a directory, `to` and `from`, one JSON object a line:
     {"do": "memory"}                   → {"peak_bytes": …, "held_bytes": …}
     {"do": "quit"}
 
-Nothing is written while a turn lasts: a step costs one reading of the clock, bare and traced alike.
+Nothing is written during a turn: a step costs one reading of the clock, bare and traced alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-SYNCHRONISES = (
+SYNCHRONIZING = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaEventSynchronize",
@@ -32,12 +32,12 @@ SYNCHRONISES = (
     "Memcpy DtoH (Device -> Pageable)",
     "aten::_local_scalar_dense",
 )
-"""What makes the host wait for a device. The last is `.item()`: a wait where the tensor is on one
-(it then shows as a `cudaStreamSynchronize` besides)."""
+"""Operations that make the host wait for a device. The last is `.item()`, which waits where the
+tensor is on a device (and then also counts as a `cudaStreamSynchronize`)."""
 
 
 class Clock:
-    """Asked once after each step whether the training is over."""
+    """Called once after each step; decides whether the training is over."""
 
     def __init__(self, directory: Path | None, steps: int, device: torch.device) -> None:
         self._steps_left = steps
@@ -47,14 +47,14 @@ class Clock:
         self._warm_until = self._until = 0.0
         self._profiler: torch.profiler.profile | None = None
         self._profiled = 0
-        self._said_ready = False
+        self._ready_sent = False
         self._to = self._from = None
         if directory is not None:
             self._to = open(directory / "to")  # noqa: SIM115
             self._from = open(directory / "from", "w")  # noqa: SIM115
 
     def over(self) -> bool:
-        """A step was made."""
+        """Record the end of a step; whether the training is over."""
         if self._to is None:
             self._steps_left -= 1
             return self._steps_left <= 0
@@ -64,7 +64,7 @@ class Clock:
         if now < self._until:
             if now >= self._warm_until:
                 if not self._ends:
-                    self._synchronise()  # what is still under way is no part of what comes
+                    self._synchronize()  # work that is still running does not belong to the turn
                     now = time.perf_counter()
                     self._cpu = time.thread_time(), time.process_time()
                 self._ends.append(now)
@@ -72,16 +72,16 @@ class Clock:
         return self._turn_over()
 
     def _turn_over(self) -> bool:
-        if not self._said_ready:
-            self._said_ready = True
-            self._say({"pid": os.getpid(), "threads": torch.get_num_threads()})
+        if not self._ready_sent:
+            self._ready_sent = True
+            self._send({"pid": os.getpid(), "threads": torch.get_num_threads()})
         elif self._until:
-            self._synchronise()
+            self._synchronize()
             self._ends.append(time.perf_counter())
             times = [1e3 * (b - a) for a, b in zip(self._ends, self._ends[1:], strict=False)]
             seconds = self._ends[-1] - self._ends[0]
             median, longest = (statistics.median(times), max(times)) if times else (0.0, 0.0)
-            self._say(
+            self._send(
                 {
                     "steps": len(times),
                     "seconds": seconds,
@@ -94,7 +94,7 @@ class Clock:
         return self._obey()
 
     def _obey(self) -> bool:
-        """Wait for the next order; whether it is to end."""
+        """Wait for the next order; whether the training is to end."""
         assert self._to is not None
         while line := self._to.readline():
             order = json.loads(line)
@@ -102,7 +102,7 @@ class Clock:
                 case "train":
                     if order.get("threads"):
                         torch.set_num_threads(order["threads"])
-                    self._synchronise()
+                    self._synchronize()
                     self._ends = []
                     self._warm_until = time.perf_counter() + order["warm"]
                     self._until = self._warm_until + order["seconds"]
@@ -111,17 +111,17 @@ class Clock:
                     self._begin_profile(order["steps"])
                     return False
                 case "memory":
-                    self._say(self._memory())
+                    self._send(self._memory())
                 case "quit":
                     return True
         return True
 
-    def _say(self, thing: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         assert self._from is not None
-        self._from.write(json.dumps(thing) + "\n")
+        self._from.write(json.dumps(message) + "\n")
         self._from.flush()
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -133,14 +133,14 @@ class Clock:
             "held_bytes": torch.cuda.memory_allocated(self._device),
         }
 
-    # ------------------------------------------------------------ synchronisations
+    # ------------------------------------------------------------ synchronizations
 
     def _begin_profile(self, steps: int) -> None:
-        self._synchronise()
+        self._synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        # One extra step: what the profiler itself does at its start falls into the first.
+        # One extra step: the profiler's own startup falls into the first.
         schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
         self._counts: Counter[str] = Counter()
         self._profiler = torch.profiler.profile(
@@ -151,7 +151,7 @@ class Clock:
 
     def _count(self, profiler: torch.profiler.profile) -> None:
         for event in profiler.events() or ():
-            if event.name in SYNCHRONISES:
+            if event.name in SYNCHRONIZING:
                 self._counts[event.name] += 1
 
     def _step_profiled(self) -> bool:
@@ -162,6 +162,6 @@ class Clock:
             return False
         self._profiler.stop()
         self._profiler = None
-        self._say({"steps": self._profile_steps, "counts": dict(self._counts)})
+        self._send({"steps": self._profile_steps, "counts": dict(self._counts)})
         self._until = 0.0
         return self._obey()

@@ -1,15 +1,14 @@
-"""What being watched costs on a CUDA GPU: slow-down, waits for the device, memory.
+"""The cost of being watched on a CUDA GPU: slow-down, waits for the device, memory.
 
     python -m benchmarks.gpu [--rounds 6] [--seconds 3] [--json FILE]     # on a machine with one
     python -m benchmarks.gpu --dry                                        # its logic, on the CPU
 
 nanoGPT's GPU shape in bf16, and GPT-2 124M with and without `torch.compile`, each in three
 processes that take turns (`turns.py`): bare, under `tui-trainer run` without a viewer, and with
-one. Waits are counted with torch.profiler, in turns of their own, in what the bare loop and the
-watched one both do, over forty steps, into which with `--budget 0` every cadence falls: the row is
-their difference per step. The memory added is the difference of
-`torch.cuda.max_memory_allocated`; beside it stand the copies of the initial Wq, Wk and Wv that the
-drift from initialisation needs.
+one. Waits are counted with torch.profiler in separate turns of forty steps, bare and watched, in
+which every cadence occurs with `--budget 0`: the row is their difference per step. The memory added
+is the difference of `torch.cuda.max_memory_allocated`; the next column is what remains without the
+copies of the initial Wq, Wk and Wv that the drift from initialization needs.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from clock import SYNCHRONISES
+from clock import SYNCHRONIZING
 from loop import GPTS
 from report import begin, finish, machine, write_json
-from started import NOTHING_STRETCHED, RUN, Way
+from started import NATURAL_CADENCES, RUN, Way
 from trainee import Trainee
 from turns import SETTLE_S, WARM_S, compare, trainees
 
@@ -35,7 +34,7 @@ WAYS = (
     Way("bare again"),
     Way("tui-trainer, no viewer", home=RUN),
     Way("tui-trainer, viewer", home=RUN, viewer=True),
-    Way("natural cadences, no viewer", home=RUN, flags=NOTHING_STRETCHED),
+    Way("natural cadences, no viewer", home=RUN, flags=NATURAL_CADENCES),
 )
 CASES: dict[str, tuple[str, ...]] = {
     "nanoGPT's GPU shape, bf16": ("--shape", "gpt-gpu", "--dtype", "bf16"),
@@ -49,15 +48,15 @@ DRY: dict[str, tuple[str, ...]] = {
 
 
 def copies_bytes(loop: tuple[str, ...]) -> int:
-    """Of the initial query, key and value matrices, in float32."""
+    """Size of the initial query, key and value matrices, in float32."""
     shape = GPTS[loop[loop.index("--shape") + 1]]
     return 3 * 4 * int(shape["layers"]) * int(shape["width"]) ** 2
 
 
 def waits(trainee: Trainee, steps: int) -> dict[str, float]:
     """Waits for the device per step, by name."""
-    said = trainee.ask(600.0, do="profile", steps=steps)
-    return {name: said["counts"].get(name, 0) / said["steps"] for name in SYNCHRONISES}
+    answer = trainee.ask(600.0, do="profile", steps=steps)
+    return {name: answer["counts"].get(name, 0) / answer["steps"] for name in SYNCHRONIZING}
 
 
 def measure(loop: tuple[str, ...], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -87,8 +86,8 @@ def measure(loop: tuple[str, ...], options: argparse.Namespace) -> list[dict[str
     return rows
 
 
-def tell(case: str, rows: list[dict[str, Any]]) -> None:
-    """Print them."""
+def print_rows(case: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one case."""
     bare_peak = rows[0]["peak_bytes"]
     for row in rows:
         ratio = (
@@ -112,20 +111,20 @@ def main() -> None:
     parser.add_argument("--warm", type=float, default=WARM_S, help="seconds first, not counted")
     parser.add_argument("--profiled", type=int, default=40, help="steps under the profiler")
     parser.add_argument("--settle", type=float, default=SETTLE_S, help="s before the first pair")
-    parser.add_argument("--cases", nargs="+", help="parts of their names; default: all")
+    parser.add_argument("--cases", nargs="+", help="parts of case names; default: all")
     parser.add_argument("--batch", type=int, help="examples per step, where memory is small")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
-        said = "no CUDA GPU here: nothing is measured (--dry tries the logic on the CPU)"
-        print(said)
-        write_json(options.json, {"machine": machine(), "not_measured": said})
+        reason = "no CUDA GPU here: nothing is measured (--dry tries the logic on the CPU)"
+        print(reason)
+        write_json(options.json, {"machine": machine(), "not_measured": reason})
         return
     cases, device = (DRY, "cpu") if options.dry else (CASES, "cuda")
     if options.dry:
         options.rounds, options.seconds, options.warm, options.settle = 1, 2.0, 0.3, 1.0
-    card = "no GPU: a dry run, whose figures mean nothing"
+    card = "no GPU: a dry run with meaningless figures"
     if not options.dry:
         card = torch.cuda.get_device_name()
     begin(card)
@@ -137,7 +136,7 @@ def main() -> None:
         if options.cases and not any(part in case for part in options.cases):
             continue
         rows = found[case] = measure((*loop, *batch, "--device", device), options)
-        tell(case, rows)
+        print_rows(case, rows)
     finish(options.json, {"device": card, "cases": found})
 
 

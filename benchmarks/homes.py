@@ -1,11 +1,11 @@
-"""What the screen costs a run in each of its homes: a process of its own, or `--in-app`.
+"""The cost of the screen for a run in its own process and for one with `--in-app`.
 
     python benchmarks/homes.py [--rounds 5] [--steps 400] [--threads 1] [--preset light]
 
 The real command in a pseudo-terminal of 120×40, whose output is read and thrown away, in turns:
-detached (nobody looks), with the screen on a process of its own, and with `--in-app`. Printed are
-the medians over all rounds of each run's median step, mean step and 95th percentile, taken from
-what the run has stored, without its first steps.
+detached (no viewer), with the screen in a process of its own, and with `--in-app`. It prints
+the medians over all rounds of each run's median step, mean step and 95th percentile, read from
+the run's store, without its first steps.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def train(command: list[str], directory: str, name: str) -> None:
     child.close(force=True)
 
 
-def wait_for_end(directory: str, name: str, deadline: float, meanwhile) -> None:  # noqa: ANN001
+def wait_for_end(directory: str, name: str, deadline: float, between) -> None:  # noqa: ANN001
     while True:
         state = read_state(Path(directory) / name)
         if state is not None and state.ended:
             assert state.state == "finished", state.reason
             return
         assert time.monotonic() < deadline, f"{name} does not end"
-        meanwhile()
+        between()
 
 
 def steps_of(run: Path) -> tuple[float, float, float]:

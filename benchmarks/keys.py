@@ -1,13 +1,13 @@
-"""From a key to what it does on the screen, while training at full speed.
+"""The time from a key to its effect on the screen, while training at full speed.
 
     python -m benchmarks.keys [--presses 100] [--json FILE]
 
-The real command in a real pseudo-terminal of 120×40 over nanoGPT's CPU shape, an emulator (pyte)
-behind it. Keys come at random moments, so many of each kind. Timed is from writing the key to the
-arrival of the bytes that change what the key is about: the row under the cursor, the caption of the
-selected parameter (whose charts come in the same piece of output), the column sorted by, the screen
-in front, `paused` in the header. Drawing by the emulator is not in it. A pause waits for the end of
-the running phase: how long the longest phase takes stands beside it. Takes about four minutes.
+The real command trains nanoGPT's CPU shape in a pseudo-terminal of 120×40, read by an emulator
+(pyte). Keys come at random moments, `--presses` of each kind. The time runs from writing the key to
+the arrival of the bytes that show its effect: the row under the cursor, the caption of the selected
+parameter (whose charts come in the same piece of output), the column sorted by, the screen in
+front, `paused` in the header. It does not include drawing by the emulator. A pause waits for the
+end of the running phase, so the time of the longest phase is printed too. Takes about four minutes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ About = Callable[[Screen], object]
 
 
 def under_cursor(screen: Screen) -> object:
-    """How a cell of each line looks: that of the row under the cursor has another background."""
+    """The style of one cell of each line: the row under the cursor has another background."""
     cells = (screen.pyte.buffer[line][CURSOR_COLUMN] for line in range(screen.pyte.lines))
     return tuple((cell.bg, cell.reverse) for cell in cells)
 
@@ -121,8 +121,8 @@ def selected(screen: Screen) -> str:
 
 def sorted_by(screen: Screen) -> str:
     """The column that the table is sorted by."""
-    said = (SORTED_BY.search(line) for line in screen.lines())
-    return next((found[1] for found in said if found), "")
+    matches = (SORTED_BY.search(line) for line in screen.lines())
+    return next((found[1] for found in matches if found), "")
 
 
 def in_front(screen: Screen) -> bool:
@@ -131,7 +131,7 @@ def in_front(screen: Screen) -> bool:
 
 
 def paused(screen: Screen) -> bool:
-    """Whether the header says `paused`."""
+    """Whether the header shows `paused`."""
     return any("paused" in line for line in screen.lines()[:2])
 
 
@@ -184,7 +184,7 @@ def longest_phase(run: Path) -> dict[str, str | float]:
             break
         time.sleep(0.05)
     else:
-        raise TimeoutError("the run told nothing of its phases")
+        raise TimeoutError("the run sent no phases")
     time.sleep(1.0)
     session.poll()
     _, values = table.tail(2000)
@@ -220,13 +220,13 @@ def main() -> None:
     print(f"{'ms':32}{'median':>9}{'p99':>9}{'longest':>9}{'keys':>6}{'unseen':>8}")
     for kind, one in figures.items():
         times = "".join(f"{one[k]:9.1f}" for k in ("median", "p99", "longest"))
-        beside = ""
+        note = ""
         if kind == PAUSE:
-            beside = (
+            note = (
                 f"   the longest phase, {phase['name']}: {phase['median_ms']:.1f} in the median, "
                 f"{phase['p99_ms']:.1f} at the 99th percentile"
             )
-        print(f"{kind:32}{times}{one['keys']:6}{one['unseen']:8}{beside}")
+        print(f"{kind:32}{times}{one['keys']:6}{one['unseen']:8}{note}")
     finish(options.json, {"ms": figures, "longest_phase": phase})
 
 

@@ -156,7 +156,7 @@ class Link:
             self.by_kind[f"table {name} ({columns})"] += len(msgspec.msgpack.encode(rows))
 
     def wait_for_steps(self, count: int) -> None:
-        """Until the run has made so many and nothing more is waiting."""
+        """Until the run has made this many steps and no data is waiting."""
         while self.poll().status.step < count:
             time.sleep(0.2)
         while self.poll().more:

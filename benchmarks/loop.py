@@ -1,13 +1,13 @@
-"""A plain training script, such as anyone would write: what the benchmarks train, bare and traced.
+"""The plain training script that the benchmarks run, bare and traced.
 
     python benchmarks/loop.py --shape gpt --steps 200 [--threads 2]     # by itself
     tui-trainer run benchmarks/loop.py --shape vit --steps 2000
 
-`--turns DIR`: train only when told to, over two FIFOs in DIR, and say how long steps took by this
-process's own clock (see `turns.py`). `--rival NAME`: with what people log by today (`rivals.py`).
+`--turns DIR`: train only on requests over two FIFOs in DIR, and report the times of the steps by
+this process's own clock (see `turns.py`). `--rival NAME`: log with another tool (`rivals.py`).
 
 Shapes: `gpt` is nanoGPT's CPU shape, `gpt-gpu` its GPU shape, `gpt2` GPT-2 124M, `vit` the shipped
-ViT on scikit-learn's digits, `tiny` something for trying the benchmarks themselves.
+ViT on scikit-learn's digits, `tiny` one for testing the benchmarks themselves.
 """
 
 from __future__ import annotations

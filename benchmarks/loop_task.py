@@ -1,4 +1,4 @@
-"""`loop.py` as a task, the way a third party's package offers one: `tui-trainer loop`."""
+"""`loop.py` as a third party's task: `tui-trainer loop`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(TrainingConfig):
-    """What loop.py is told on its command line."""
+    """The options of loop.py."""
 
     shape: Literal["tiny", "gpt", "gpt-gpu", "gpt2", "vit"] = option(
         "gpt", "what to train", group=MODEL
     )
     turns: str | None = option(
-        None, "folder of the FIFOs over which it is told when to train", group=MODEL
+        None, "folder of the FIFOs that carry the training requests", group=MODEL
     )
 
 

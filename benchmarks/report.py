@@ -1,4 +1,4 @@
-"""What every benchmark says beside its figures: on what machine, and who else was using it."""
+"""The header and footer of every benchmark: the machine, and its load from other processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 import psutil
 
 BUSY = 0.15
-"""Cores used by others from which figures are marked."""
-LOOK_S = 2.0
+"""Figures are marked when other processes use more cores than this."""
+IDLE_S = 2.0
 TERMINAL = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-"""What the terminals of the benchmarks say of themselves."""
+"""How the benchmarks' terminals identify themselves."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def environment() -> dict[str, str]:
-    """For a command on a terminal: ours, whatever the terminal that we are on."""
+    """The environment of a command in a benchmark's terminal, independent of the caller's."""
     without = ("COLUMNS", "LINES", "NO_COLOR")
     return {name: value for name, value in os.environ.items() if name not in without} | TERMINAL
 
 
 def machine() -> str:
-    """Processor, cores and versions in a line."""
+    """Processor, cores and versions in one line."""
     from importlib.metadata import version
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -50,18 +50,18 @@ def _processor() -> str:
 
 
 class Others:
-    """The cores that others use: all CPU time of the machine less that of our own processes.
+    """The cores that other processes use: the machine's CPU time minus that of our processes.
 
-    `over_all` holds where orphans become our children (Linux): run processes outlive the app that
-    has started them, and once they are gone nobody else could say what they used.
+    `over_all` is true where orphans become our children (Linux): run processes outlive the app that
+    started them, and their CPU time is lost unless we collect them.
     """
 
     def __init__(self) -> None:
         self.over_all = _adopt_orphans()
         begun = self._now()
-        time.sleep(LOOK_S)
+        time.sleep(IDLE_S)
         self.before = self._since(begun)
-        """In the seconds before anything was measured."""
+        """In the seconds before the benchmark."""
         self._begun = self._now()
 
     def _now(self) -> tuple[float, float, float]:
@@ -72,19 +72,19 @@ class Others:
         return max(0.0, (busy - own) / seconds)
 
     def during(self) -> float:
-        """In the mean since the benchmark began."""
+        """The mean since the benchmark began."""
         return self._since(self._begun) if self.over_all else self.before
 
 
 def _all_busy_s() -> float:
-    """CPU seconds of the whole machine; what a hypervisor took away counts as used by others."""
+    """CPU seconds of the whole machine; time stolen by a hypervisor counts as used by others."""
     times = psutil.cpu_times()
     guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # in user, nice
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - guests)
 
 
 def _own_s() -> float:
-    """CPU seconds of this process, those it has started and those they have started."""
+    """CPU seconds of this process and all of its descendants."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error, ChildProcessError):
             if child.status() == psutil.STATUS_ZOMBIE:
@@ -111,34 +111,34 @@ _others: Others | None = None
 
 
 def begin(*more: str) -> None:
-    """Print on what machine this is, and look for 2 s whether others use it."""
+    """Print the machine, and measure for 2 s whether other processes use it."""
     global _others
     print(machine(), *more, sep="\n")
     _others = Others()
-    print(f"before: {_said(_others.before)}", flush=True)
+    print(f"before: {_load_text(_others.before)}", flush=True)
 
 
 def finish(path: Path | None, figures: dict[str, Any]) -> None:
-    """Print how loaded the machine was meanwhile; write the figures where the user wants them."""
+    """Print the load during the benchmark; write the figures to `path`."""
     assert _others is not None
     during = _others.during()
-    print(f"{'meanwhile' if _others.over_all else 'before'}: {_said(during)}", flush=True)
+    print(f"{'during' if _others.over_all else 'before'}: {_load_text(during)}", flush=True)
     load = {
-        "load": _said(during),
+        "load": _load_text(during),
         "others_cores_before": round(_others.before, 3),
         "others_cores": round(during, 3),
     }
     write_json(path, {"machine": machine(), **load, **figures})
 
 
-def _said(cores: float) -> str:
+def _load_text(cores: float) -> str:
     if cores > BUSY:
-        return f"UNDER LOAD: others used {cores:.2f} cores; take these again"
+        return f"UNDER LOAD: others used {cores:.2f} cores; repeat the benchmark"
     return f"quiet: others used {cores:.2f} cores"
 
 
 def write_json(path: Path | None, figures: Any) -> None:
-    """Write to a file whose folder need not be there yet; nothing without a path."""
+    """Write JSON, creating the folder; do nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")

@@ -1,16 +1,16 @@
-"""Models with very many parameter tensors: what tracing a step costs, and a key on the screen.
+"""Models with very many parameter tensors: the cost of tracing a step, and of a key on the screen.
 
     python -m benchmarks.scale [--layers 5 50 250 1000] [--json FILE]
 
-A model of so many attention layers, of ten tiny tensors each: all cost is that of their number. Own
-cost is what the tracer itself counts on the training thread, probe by probe, over forty steps, into
-which every natural cadence falls (`--budget 0`). With the default budget the governor stretches
-some cadences to several hundred steps; a mean over few steps would leave those out, so the governed
-share is computed: what one measurement of a probe costs, divided by the cadence it was given, and
-for all that is not stretched the mean as measured.
+The models have `--layers` attention layers of ten tiny tensors each, so that only the number of
+tensors matters. The overhead is what the tracer counts on the training thread, probe by probe, over
+forty steps, in which every natural cadence occurs (`--budget 0`). With the default budget the
+governor stretches some cadences to several hundred steps; a mean over a few steps would miss those,
+so the governed share is computed: the cost of one measurement of a probe divided by its cadence,
+plus the measured mean of everything that is not stretched.
 
-On screen: CPU of one key on the table of all parameters, drawn headless. Last, what a billion
-parameters would cost, from one transformer block of 50 million that is measured here.
+On screen: CPU of one key on the table of all parameters, drawn headless. Last, the cost for a
+billion parameters, computed from one transformer block of 50 million that is measured here.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from tui_trainer.ui.app import TuiTrainerApp
 
 WIDTH = 8
 ROUND = 40
-"""Steps into which every natural cadence falls a whole number of times (8, 10, 20)."""
+"""A multiple of every natural cadence (8, 10, 20)."""
 BLOCKS, BLOCK_WIDTH = 20, 2048
-"""Of a transformer of a billion parameters: 20 times 12·2048²."""
+"""A transformer of a billion parameters: 20 times 12·2048²."""
 TOKENS, TRIED_TOKENS = 2048, 64
 IN_TURNS = (schema.UPDATE_RATIO, schema.ATTENTION_SPECTRUM)
-"""What is measured one part after another: a step pays for 64 MiB of weights, or one matrix,
-however many there are."""
+"""Tables that are measured in parts: a step pays for 64 MiB of weights, or one matrix, for any
+number of tensors."""
 
 
 class Attention(nn.Module):
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Of a transformer: 12·width² parameters in matrices."""
+    """A transformer block: 12·width² parameters in matrices."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
-class Kept(Recorder):
-    """Also keeps what measuring has cost, by probe."""
+class OverheadRecorder(Recorder):
+    """A recorder that also keeps the cost of measuring, by probe."""
 
     def __init__(self) -> None:
         super().__init__(RunInfo(name="benchmark", task="scale"))
@@ -95,7 +95,6 @@ class Kept(Recorder):
         """Rows of `overhead_ms`: each the mean of ten steps."""
 
     def record(self, record: StepRecord) -> None:
-        """As the recorder's."""
         wanted = self._table(schema.OVERHEAD).id
         self.overhead += [row for table, row in record.rows if table == wanted]
         super().record(record)
@@ -104,13 +103,13 @@ class Kept(Recorder):
         return next(table for table in self.info.tables if table.name == name)
 
     def costs_ms(self) -> dict[str, float]:
-        """Mean of a step, by probe; `tracer` is what is no probe's."""
+        """Mean per step, by probe; `tracer` is the cost outside the probes."""
         columns = self._table(schema.OVERHEAD).columns
         means = [statistics.fmean(column) for column in zip(*self.overhead, strict=True)]
         return {column.name: mean for column, mean in zip(columns, means, strict=True) if mean}
 
     def cadences(self) -> dict[str, int]:
-        """In force now, by table, which is by probe."""
+        """Current cadences, by table."""
         return {table.name: table.every for table in self.info.tables}
 
 
@@ -132,7 +131,7 @@ def train(
 
 
 Costs = tuple[dict[str, float], dict[str, int]]
-"""Milliseconds a step by probe, and the cadences in force."""
+"""Milliseconds a step by probe, and the current cadences."""
 
 
 def traced(
@@ -143,8 +142,8 @@ def traced(
     steps: int,
     x: Tensor | None = None,
 ) -> Costs:
-    """Train and measure so many steps; `warm` and `steps` are multiples of ten."""
-    recorder = Kept()
+    """Train and measure `steps` steps; `warm` and `steps` are multiples of ten."""
+    recorder = OverheadRecorder()
     try:
         with Tracer(recorder, Gate(), PROBES, Options(budget=budget)) as tracer:
             train(model, optimizer, warm, x)
@@ -158,8 +157,8 @@ def traced(
 
 
 def governed_ms(natural: Costs, governed: Costs) -> dict[str, float]:
-    """By probe: one measurement's cost ÷ the governor's cadence; what is not stretched as it was
-    measured beside it."""
+    """By probe: the cost of one measurement divided by the governor's cadence, or the measured cost
+    where the cadence is not stretched."""
     costs, usual = natural
     found = {}
     for name, cost in costs.items():
@@ -169,7 +168,7 @@ def governed_ms(natural: Costs, governed: Costs) -> dict[str, float]:
 
 
 def trace(layers: int, settle: int) -> dict[str, Any]:
-    """Cost of a step: bare, and ours without and with the governor."""
+    """Cost of a step: bare, and the overhead without and with the governor."""
     model = nn.Sequential(*(Attention() for _ in range(layers)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     train(model, optimizer, 2)
@@ -196,7 +195,7 @@ async def table_ms(parameters: int, times: int) -> dict[str, float]:
     """CPU milliseconds of one key on the table of all parameters, until it is drawn."""
     app = TuiTrainerApp(fake_large(parameters, 60), frames_per_second=0.01)
     async with app.run_test(size=(120, 40)) as pilot:
-        await app.workers.wait_for_complete()  # what is imported after the first paint
+        await app.workers.wait_for_complete()  # imports after the first paint
         await pilot.press("3")
         await pilot.pause()
         figures = {}
@@ -231,10 +230,10 @@ async def _keys(app: TuiTrainerApp, pilot: Any, keys: tuple[str, ...], times: in
 
 
 def billion(width: int = BLOCK_WIDTH) -> dict[str, Any]:
-    """What every natural cadence would cost a transformer of 20 blocks such as one that is measured
-    here, by probe; and how long its step would take."""
+    """The cost of all natural cadences for a transformer of 20 blocks like the one measured here,
+    by probe, and the length of its step."""
     model = Block(width)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # holds nothing; none of it is ours
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # has no state of its own
     x = torch.randn(1, TRIED_TOKENS, width)
     train(model, optimizer, 1, x)
     costs, cadences = traced(model, optimizer, 0.0, 10, ROUND, x)
@@ -262,22 +261,23 @@ def billion(width: int = BLOCK_WIDTH) -> dict[str, Any]:
     }
 
 
-def tell_billion(guess: dict[str, Any]) -> None:
-    """Print it, with what it rests on."""
+def print_billion(guess: dict[str, Any]) -> None:
+    """Print the extrapolation and its assumptions."""
     print(f"\n{guess['parameters']:,} parameters, extrapolated, one thread, ms a step:")
     for name, cost in sorted(guess["natural_ms_by_probe"].items(), key=lambda pair: -pair[1]):
         every = guess["every"].get(name, 1)
-        often = f"every {every} steps" if every > 1 else ""
-        print(f"  {name:20}{cost:9.1f}  {often}")
+        cadence = f"every {every} steps" if every > 1 else ""
+        print(f"  {name:20}{cost:9.1f}  {cadence}")
     print(
         f"  {'all':20}{guess['natural_ms']:9.1f}  of a step of {guess['step_ms']:,.0f}: "
-        f"{guess['natural_share']:.2%} where no cadence is stretched\n"
-        f"Rests on: one block of {guess['measured_parameters']:,} parameters, measured over "
+        f"{guess['natural_share']:.2%} with no cadence stretched\n"
+        f"Assumes: one block of {guess['measured_parameters']:,} parameters, measured over "
         f"{ROUND} steps at every natural cadence;\n{BLOCKS} such blocks and no embeddings; "
-        f"{' and '.join(IN_TURNS)} cost a step what they cost here, since they are\nmeasured in "
-        f"turns of one size, all else {BLOCKS} times that; a step of {guess['tokens']:,} tokens "
-        f"takes 6 operations a parameter and\ntoken at the {guess['gflops']:,.0f} Gflop/s of a "
-        "matrix product here, which no training reaches: the share is an upper bound."
+        f"{' and '.join(IN_TURNS)} cost the same a step, since they are\nmeasured in "
+        f"turns of one size, everything else costs {BLOCKS} times as much; a step of "
+        f"{guess['tokens']:,} tokens takes 6 operations a parameter and\n"
+        f"token at the {guess['gflops']:,.0f} Gflop/s of a "
+        "matrix product here, which no training reaches, so the share is an upper bound."
     )
 
 
@@ -307,7 +307,7 @@ def main() -> None:
     for count in options.parameters:
         keys[count] = shown = asyncio.run(table_ms(count, options.times))
         print(f"{count:>14,}" + "".join(f"{value:9.1f}" for value in shown.values()), flush=True)
-    tell_billion(guess := billion(options.width))
+    print_billion(guess := billion(options.width))
     finish(options.json, {"tracing": rows, "keys_ms": keys, "billion": guess})
 
 

@@ -1,17 +1,17 @@
-"""How much slower training gets by being watched: ours beside what people use today.
+"""The slow-down of a watched training: tui-trainer compared with established tools.
 
     python -m benchmarks.slowdown [--launches 2] [--rounds 2] [--shapes gpt vit] [--json FILE]
 
 The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
-that trains. `bare again` is a second process with the same bare loop: what it differs by is the
+that trains. `bare again` is a second process with the same bare loop: its difference is the
 noise. `--launches` times `--rounds` is the number of pairs of each row, at least four: every
-process is started anew in between, since two of them differ by some percent for as long as they
-live. `CPU` is the ratio of the CPU time of the training thread alone, which other load on the
-machine does not touch; `others` the CPU milliseconds a step of all other threads of the process
-(OpenMP's, and those that record, store and serve). With a viewer, what it sent to its terminal in
-the counted parts stands behind.
+process is restarted for each launch, because two of them differ by a few percent throughout their
+lives. `CPU` is the ratio of the CPU time of the training thread alone, which does not include other
+load on the machine; `others` is the CPU milliseconds a step of all other threads of the process
+(OpenMP's, and those that record, store and serve). With a viewer, the last columns are the bytes
+and frames that it sent to its terminal in the counted parts.
 
-Takes some twenty minutes on four cores; without the rivals and with one shape seven.
+Takes about twenty minutes on four cores; without the rivals and with one shape, seven.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 from rivals import NEEDS, RIVALS
-from started import IN_APP, NOTHING_STRETCHED, RUN, Way
+from started import IN_APP, NATURAL_CADENCES, RUN, Way
 from turns import SETTLE_S, TURN_S, WARM_S, Compared, compare, trainees
 
 LEAST_PAIRS = 4
@@ -38,11 +38,11 @@ HOMES = (
     Way("tui-trainer, viewer", home=RUN, viewer=True),
     Way("tui-trainer, in the app", home=IN_APP, viewer=True),
 )
-UNSTRETCHED = Way("natural cadences, viewer", home=RUN, viewer=True, flags=NOTHING_STRETCHED)
+UNSTRETCHED = Way("natural cadences, viewer", home=RUN, viewer=True, flags=NATURAL_CADENCES)
 
 
 def rivals() -> list[Way]:
-    """Those that are installed; a line for each that is not."""
+    """The installed rivals; print a line for each one that is missing."""
     found = []
     for name in RIVALS:
         package = NEEDS.get(name)
@@ -54,7 +54,7 @@ def rivals() -> list[Way]:
 
 
 def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of one shape: homes for each number of threads, then the rest for the middle."""
+    """Every row of one shape: homes for each number of threads, rivals for the middle number."""
     loop = ("--shape", shape, "--threads", str(max(threads)))
     turn = {"rounds": options.rounds, "seconds": options.seconds, "warm": options.warm}
     homes: dict[int, dict[str, Compared]] = {count: {} for count in threads}
@@ -64,21 +64,21 @@ def measure(shape: str, threads: list[int], options: argparse.Namespace) -> list
             for count in threads:
                 compare(bare, others, threads=count, settle=settle, known=homes[count], **turn)
                 settle = options.settle / 3
-    rows = [row for count in threads for row in tell(shape, count, homes[count])]
+    rows = [row for count in threads for row in print_rows(shape, count, homes[count])]
     if options.rivals:
         count = threads[len(threads) // 2]
-        beside: dict[str, Compared] = {}
+        compared: dict[str, Compared] = {}
         for _ in range(options.launches):
             with trainees([BARE, AGAIN, UNSTRETCHED, *rivals()], loop) as (bare, *others):
-                compare(bare, others, threads=count, settle=options.settle, known=beside, **turn)
-        rows += tell(shape, count, beside, "beside the rivals")
+                compare(bare, others, threads=count, settle=options.settle, known=compared, **turn)
+        rows += print_rows(shape, count, compared, "rivals")
     return rows
 
 
-def tell(
+def print_rows(
     shape: str, threads: int, found: dict[str, Compared], part: str = "homes"
 ) -> list[dict[str, Any]]:
-    """Print them."""
+    """Print the rows and return them."""
     rows = []
     for name, compared in found.items():
         one = compared.figures()
@@ -96,7 +96,7 @@ def tell(
 def main() -> None:
     """Print the table; write it as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", type=int, default=2, help="of every process, anew")
+    parser.add_argument("--launches", type=int, default=2, help="of every process")
     parser.add_argument("--rounds", type=int, default=2, help="pairs of every row and launch")
     parser.add_argument("--settle", type=float, default=SETTLE_S, help="s before the first pair")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
@@ -109,7 +109,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     threads = options.threads or sorted({1, max(1, cores // 2), cores})
     if options.launches * options.rounds < LEAST_PAIRS:
-        print(f"fewer than {LEAST_PAIRS} pairs: good for a try, not for figures")
+        print(f"fewer than {LEAST_PAIRS} pairs: too few for figures")
     begin()
     print(
         f"{'shape':6}{'thr':>3}  {'':30}{'ms/step':>9}{'ratio':>9}   quartiles       pairs", end=""

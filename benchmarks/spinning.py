@@ -1,12 +1,12 @@
-"""How long OpenMP's threads should spin at a barrier before they sleep: alone, and beside others.
+"""How long OpenMP's threads should spin at a barrier: on an idle machine, and on a shared one.
 
     python benchmarks/spinning.py [--threads 2 3 4] [--json FILE]
 
-Alone: `loop.py` (nanoGPT's CPU shape) under `tui-trainer run`, nobody looking, beside the bare loop
-in turns (`turns.py`), with different GOMP_SPINCOUNT. Beside others: milliseconds a step of the bare
-loop, while processes that do nothing but compute, or compute now and then, are on the same cores;
-`over` where 60 steps and the start took longer than 25 s. Last, two such loops begun together, of
-which the slower one ends alone. Takes some twelve minutes.
+Idle: `loop.py` (nanoGPT's CPU shape) under `tui-trainer run` without a viewer, compared in turns
+with the bare loop (`turns.py`), with different GOMP_SPINCOUNT. Shared: milliseconds a step of the
+bare loop, while processes that compute all the time, or part of the time, use the same cores;
+`over` where 60 steps and the start took longer than 25 s. Last, two such loops started together, of
+which the slower one ends without the other. Takes about twelve minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from started import RUN, Way
 from turns import SETTLE_S, TURN_S, WARM_S, compare, trainees
 
 COUNTS = ("", "100000", "30000", "10000")
-"""Of GOMP_SPINCOUNT; "": not set, which is 300,000."""
+"""Values of GOMP_SPINCOUNT; "": not set, which means 300,000."""
 STEPS, GIVE_UP_S = 60, 25.0
 SOMETIMES = """
 import time
@@ -38,7 +38,7 @@ while True:
     time.sleep({rest})
 """
 LOADS = {
-    "nobody": [],
+    "no other": [],
     "9 ms in 250": [SOMETIMES.format(busy=0.009, rest=0.241)],
     "30 ms in 100": [SOMETIMES.format(busy=0.03, rest=0.07)],
     "one process": ["while True: pass"],
@@ -49,7 +49,7 @@ LOOP = Path(__file__).parent / "loop.py"
 
 @contextlib.contextmanager
 def running(codes: Sequence[str]) -> Iterator[None]:
-    """Others on the same cores."""
+    """Run other processes on the same cores."""
     processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
     try:
         yield
@@ -60,14 +60,14 @@ def running(codes: Sequence[str]) -> Iterator[None]:
 
 
 def start(count: str, threads: int) -> subprocess.Popen[str]:
-    """The bare loop for a while."""
+    """Start the bare loop."""
     command = [sys.executable, str(LOOP), "--steps", str(STEPS), "--threads", str(threads)]
     environment = {**os.environ, **({"GOMP_SPINCOUNT": count} if count else {})}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def step_ms(process: subprocess.Popen[str]) -> float | None:
-    """As it says in the end; None when it took too long."""
+    """The time that it prints at its end; None when it took too long."""
     try:
         printed, _ = process.communicate(timeout=GIVE_UP_S)
     except subprocess.TimeoutExpired:
@@ -79,12 +79,12 @@ def step_ms(process: subprocess.Popen[str]) -> float | None:
 
 
 def line(name: str, threads: int, cells: Sequence[float | None], form: str = "10.1f") -> None:
-    """One row."""
+    """Print one row."""
     text = "".join(f"{cell:{form}}" if cell is not None else f"{'over':>10}" for cell in cells)
     print(f"{name:16}{threads:3}{text}", flush=True)
 
 
-def alone(threads: Sequence[int]) -> list[dict[str, Any]]:
+def idle_machine(threads: Sequence[int]) -> list[dict[str, Any]]:
     """Ratio of a watched loop to the bare one, by spin count."""
     ways = [Way(f"spin {count}", home=RUN, env={"GOMP_SPINCOUNT": count or "300000"})
             for count in COUNTS]  # fmt: skip
@@ -98,7 +98,7 @@ def alone(threads: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def beside(threads: Sequence[int]) -> list[dict[str, Any]]:
+def shared_machine(threads: Sequence[int]) -> list[dict[str, Any]]:
     """Milliseconds a step of the bare loop, by load and spin count."""
     rows = []
     for name, codes in LOADS.items():
@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     begin()
     print(f"{'':16}{'thr':>3}" + "".join(f"{count or 'unset':>10}" for count in COUNTS))
-    figures = {"alone": alone(options.threads), "beside": beside(options.threads)}
+    figures = {"idle": idle_machine(options.threads), "shared": shared_machine(options.threads)}
     print("two at once: ms of the first, of the second")
     figures["two"] = two_at_once(options.threads[:-1])
     finish(options.json, figures)

@@ -1,4 +1,4 @@
-"""The process that holds a training, and the app over it: started, stopped and ended."""
+"""Start, stop and end a training process and the app that shows it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from report import environment as terminal_environment
 HERE = Path(__file__).resolve().parent
 PLAIN, RUN, IN_APP = "plain python", "own process", "thread in the app"
 COLUMNS, ROWS = 120, 40
-NOTHING_STRETCHED = ("--budget", "0")
+NATURAL_CADENCES = ("--budget", "0")
 HARMLESS = "\x1b[24~"
 """F12: bound to nothing."""
 ANSWERED_S = 0.05
-"""Within which an idle run answers whoever asks, and an idle screen takes in a key."""
+"""An idle run answers a viewer, and an idle screen handles a key, within this time."""
 RUN_NAME = "benchmark"
 
 
@@ -47,7 +47,7 @@ class Way:
     @property
     def governed(self) -> bool:
         """Whether it measures at cadences that have to settle first."""
-        return self.home != PLAIN and self.flags[:2] != NOTHING_STRETCHED
+        return self.home != PLAIN and self.flags[:2] != NATURAL_CADENCES
 
 
 class Started:
@@ -57,7 +57,7 @@ class Started:
         self.way = way
         self.folder = folder
         self.pid = 0
-        """Of the process that trains, once it has said so."""
+        """Of the process that trains, once it has reported it."""
         self.drawn: list[tuple[float, int]] = []
         """(when, bytes) of what the screen has sent."""
         self.touched = time.monotonic()
@@ -77,7 +77,7 @@ class Started:
             flags = ["--runs-dir", str(self.folder / "runs"), "--name", RUN_NAME]
             flags += ["--detach"] * (not self.way.viewer) + list(self.way.flags)
             command = [sys.executable, str(HERE / "stoppable.py")]
-            if self.way.home == IN_APP:  # which trains tasks alone: a script needs the main thread
+            if self.way.home == IN_APP:  # only tasks: a script needs the main thread
                 environment["PYTHONPATH"] = register_loop_as_task(self.folder)
                 command += ["loop", "--in-app", *flags, *script[1:]]
             else:
@@ -103,7 +103,7 @@ class Started:
         log.close()
 
     def _read_screen(self) -> None:
-        """A terminal that takes everything at once."""
+        """Read as fast as the screen writes."""
         assert self._screen is not None
         with contextlib.suppress(OSError):
             while received := os.read(self._screen.child_fd, 1 << 16):
@@ -112,17 +112,17 @@ class Started:
                     file.write(received)
 
     def touch(self) -> None:
-        """Let somebody be there who presses a key."""
+        """Press a key that does nothing, so that the screen does not count as idle."""
         if self._screen is not None:
             os.write(self._screen.child_fd, HARMLESS.encode())
             self.touched = time.monotonic()
 
-    def said(self) -> str:
-        """The end of what it has printed."""
+    def output(self) -> str:
+        """The end of its output."""
         return (self.folder / "output.txt").read_text(errors="replace")[-2000:]
 
     def gone(self) -> bool:
-        """Whether there is nobody any more who could answer."""
+        """Whether the process has ended."""
         if self.pid:
             return not psutil.pid_exists(self.pid)
         return time.monotonic() - self._began > 5.0 and not processes_of(str(self.folder))
@@ -143,8 +143,8 @@ class Started:
         return [psutil.Process(self._screen.pid)]
 
     def stop(self) -> None:
-        """The screen first, and only once what it has asked for was answered: an answer that it is
-        owed for 10 s would be a lost link when it goes on."""
+        """Stop the screen first, after its last request is answered: a request that is unanswered
+        for 10 s would be a lost connection once it continues."""
         for processes in (self._viewer(), self._tree()):
             if self._screen is not None:
                 time.sleep(ANSWERED_S)
@@ -152,14 +152,14 @@ class Started:
                 with contextlib.suppress(psutil.Error):
                     process.suspend()
 
-    def go_on(self) -> None:
-        """Both of them."""
+    def resume(self) -> None:
+        """Continue the training and its screen."""
         for process in [*self._tree(), *self._viewer()]:
             with contextlib.suppress(psutil.Error):
                 process.resume()
 
     def close(self) -> None:
-        """End it at once: what it has made goes with its folder."""
+        """Kill it; its files are removed with its folder."""
         for process in [*self._tree(), *processes_of(str(self.folder))]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -170,7 +170,7 @@ class Started:
 
 
 def register_loop_as_task(folder: Path) -> str:
-    """What to put on PYTHONPATH for `tui-trainer loop`: a package that offers it as any would."""
+    """Create a package that offers the loop as a task; return the PYTHONPATH it needs."""
     about = folder / "packages" / "benchmark_loop-0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: benchmark-loop\nVersion: 0\n")

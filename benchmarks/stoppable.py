@@ -1,9 +1,9 @@
-"""`tui-trainer`, which can be stopped by SIGSTOP and goes on as if nothing had been.
+"""`tui-trainer`, in a form that can be stopped by SIGSTOP and continued by SIGCONT.
 
     python benchmarks/stoppable.py run script.py …
 
-Textual takes SIGCONT for the end of a Ctrl+Z: it would start its terminal's threads a second time,
-beside those it has. Here it is deaf to it. Nothing else differs from the command.
+Textual interprets SIGCONT as the end of a Ctrl+Z and would start its terminal threads a second
+time. Here it ignores the signal. Everything else is the same as in the command.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from textual.drivers.linux_driver import LinuxDriver
 from tui_trainer.__main__ import main
 
 
-def _go_on(*_: Any) -> None:
-    """Whoever was stopped by SIGSTOP has left nothing that would have to be taken up again."""
+def _ignore(*_: Any) -> None:
+    """Do nothing: SIGSTOP did not reset the terminal, so there is nothing to restore."""
 
 
 if __name__ == "__main__":
     sys.argv[0] = "tui-trainer"
-    LinuxDriver._sigcont_application = _go_on  # type: ignore[method-assign]
+    LinuxDriver._sigcont_application = _ignore  # type: ignore[method-assign]
     main()

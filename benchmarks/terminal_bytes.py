@@ -143,7 +143,7 @@ def watch(
 
 
 def _read(terminal: int, seconds: float) -> list[tuple[float, bytes]]:
-    """What comes within so many seconds, and when."""
+    """The output within this many seconds, with its times."""
     began = time.monotonic()
     got: list[tuple[float, bytes]] = []
     while (left := began + seconds - time.monotonic()) > 0:

@@ -1,11 +1,11 @@
-"""What tracing costs: the same training, bare and traced in turn, in one process.
+"""The cost of tracing: the same training, bare and traced in turn, in one process.
 
     python benchmarks/tracer_cost.py [--blocks 12] [--steps 40] [--threads 2] [--budget 0.01]
 
 nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks
-of steps alternate (bare, traced, bare, traced, …), so that whatever else the machine does strikes
-both; printed are the median step of each, the median of the pairwise ratios with its quartiles, and
-our own account of the cost by probe. `--profile` prints where our time goes.
+of steps alternate (bare, traced, bare, traced, …), so that other load on the machine
+affects both. It prints the median step of each, the median of the pairwise ratios with its
+quartiles, and the tracer's own count of the cost by probe. `--profile` prints where our time goes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training that runs when it is told to, and says by its own clock how long its steps took."""
+"""One training process that trains on request and reports the times of its steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tui_trainer.runs.registry import connect_run
 from tui_trainer.ui.frames import ACTIVE_S, IDLE_INTERVALS
 
 START_TIMEOUT_S = 300.0
-"""Until the first step: torch.compile takes its time."""
+"""Until the first step: torch.compile is slow."""
 BURST_S = 0.05
 """Bytes that come closer together than this are one frame."""
-LEFT_ALONE_S = min(seconds for seconds, _ in IDLE_INTERVALS)
+IDLE_AFTER_S = min(seconds for seconds, _ in IDLE_INTERVALS)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Turn:
     longest_ms: float
     steps: int
     thread_ms: float
-    """CPU of the training thread alone, per step: what other load does to it is not in it."""
+    """CPU of the training thread alone, per step; it does not include other load."""
     others_ms: float
     """CPU of all other threads of the process, per step: OpenMP's, and ours."""
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Trainee:
         own.mkdir()
         for name in ("to", "from"):
             os.mkfifo(own / name)
-        # Opened for both directions, so that opening waits for nobody.
+        # Opened for both directions, so that opening does not block.
         self._to = os.open(own / "to", os.O_RDWR)
         self._from = os.open(own / "from", os.O_RDWR | os.O_NONBLOCK)
         self._received = b""
@@ -73,12 +73,12 @@ class Trainee:
         return self._started.pid
 
     def wait_until_ready(self) -> None:
-        """Until the first step is made."""
+        """Return after the first step."""
         self._started.pid = int(self._receive(START_TIMEOUT_S)["pid"])
         self._started.stop()
 
     def close(self) -> None:
-        """End it at once: what it has made goes with its folder."""
+        """Kill it; its files are removed with its folder."""
         self._started.close()
         os.close(self._to)
         os.close(self._from)
@@ -93,61 +93,61 @@ class Trainee:
             if readable:
                 self._received += os.read(self._from, 1 << 16)
             elif time.monotonic() > deadline or self._started.gone():
-                said = self._started.said()
-                raise RuntimeError(f"{self.way.name}: no answer; it said:\n{said}")
+                output = self._started.output()
+                raise RuntimeError(f"{self.way.name}: no answer; its output:\n{output}")
         line, _, self._received = self._received.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def ask(self, timeout: float = 120.0, **order: Any) -> dict[str, Any]:
-        """Give an order, and its answer; the process runs for so long and no longer."""
-        self._started.go_on()
+        """Send an order and return its answer; the process runs only until then."""
+        self._started.resume()
         self._send(order)
         answer = self._receive(timeout)
         self._started.stop()
         return answer
 
     def turn(self, seconds: float, warm: float, threads: int) -> Turn:
-        """Train for so long; at least one step is timed."""
-        alone_at = self._started.touched + LEFT_ALONE_S
-        if self.way.viewer and time.monotonic() + warm + seconds > alone_at:
+        """Train for `seconds`; at least one step is timed."""
+        idle_at = self._started.touched + IDLE_AFTER_S
+        if self.way.viewer and time.monotonic() + warm + seconds > idle_at:
             self._started.touch()
             warm = max(warm, ACTIVE_S + 0.5)
-        self._started.go_on()
+        self._started.resume()
         self._started.drawn.clear()
         self._send({"do": "train", "seconds": seconds, "warm": warm, "threads": threads})
-        said = self._receive(120.0)
+        answer = self._receive(120.0)
         drawn, end = list(self._started.drawn), time.monotonic()
         self._started.touch()
         self._started.stop()
-        if not said["steps"]:
+        if not answer["steps"]:
             return self.turn(4 * seconds, warm, threads)
-        mean = 1e3 * said["seconds"] / said["steps"]
-        thread = 1e3 * said["thread_s"] / said["steps"]
-        others = 1e3 * said["process_s"] / said["steps"] - thread
-        counted = [(when, size) for when, size in drawn if when > end - said["seconds"]]
+        mean = 1e3 * answer["seconds"] / answer["steps"]
+        thread = 1e3 * answer["thread_s"] / answer["steps"]
+        others = 1e3 * answer["process_s"] / answer["steps"] - thread
+        counted = [(when, size) for when, size in drawn if when > end - answer["seconds"]]
         return Turn(
             mean,
-            said["median_ms"],
-            said["longest_ms"],
-            said["steps"],
+            answer["median_ms"],
+            answer["longest_ms"],
+            answer["steps"],
             thread,
             others,
-            said["seconds"],
+            answer["seconds"],
             drawn_bytes=sum(size for _, size in counted),
             frames=bursts(when for when, _ in counted),
         )
 
     def cadences(self) -> dict[str, int]:
-        """Every so many steps each table is measured at present, by its name."""
-        self._started.go_on()
+        """The current cadence of each table in steps, by name."""
+        self._started.resume()
         run = self._started.folder / "runs" / RUN_NAME
         session = LiveSession(connector(lambda: connect_run(run)), read_only=True)
         try:
             deadline = time.monotonic() + 20.0
             while (info := session.poll().info) is None or not info.tables:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{self.way.name} told nothing of its tables")
+                    raise TimeoutError(f"{self.way.name} sent no description of its tables")
                 time.sleep(0.02)
             return {table.name: table.every for table in info.tables}
         finally:
@@ -156,7 +156,7 @@ class Trainee:
 
 
 def bursts(moments: Iterable[float]) -> int:
-    """How many there are of them."""
+    """The number of bursts."""
     count, last = 0, -math.inf
     for moment in moments:
         count += moment - last > BURST_S

@@ -1,19 +1,19 @@
-"""Taking turns: several processes that hold the same training, of which one runs at a time.
+"""Run several processes with the same training in turns, one at a time.
 
-Each is started once (`loop.py --turns`), trains when its turn comes and says by its own clock how
-long its steps took. Turns go A B A C A D …: each way of watching stands between two turns of the
+Each is started once (`loop.py --turns`), trains in its turns and reports the times of its steps by
+its own clock. Turns go A B A C A D …: each way of watching comes between two turns of the
 same bare loop, and its ratio is to the mean of these two. Between turns a process is stopped
-(SIGSTOP), and so is the app that shows it, so that nothing of either runs in the turns of others.
+(SIGSTOP), and so is the app that shows it, so that neither runs in the turns of others.
 
-What fell due while a process was stopped is done at once when it goes on: that is in the first part
-of a turn, which is warm-up and not counted. The counted part must then be long enough for what
-recurs every second to recur within it.
+Work that became due while a process was stopped is done as soon as it continues, in the first part
+of a turn, which is warm-up and not counted. The counted part must be long enough to contain the
+work that recurs every second.
 
-Nobody presses a key in a counted part. A key that does nothing is sent to the screen when its turn
-is over: it is then neither that of somebody who is pressing keys nor one that has been left alone,
-both of which would be drawn and polled at another rate than the default one.
+No key is pressed in a counted part. A key that does nothing is sent to the screen at the end of its
+turn, so that the screen is neither in use nor idle: in both states it would be drawn and polled at
+another rate than the default one.
 
-Compared are mean times per step, not medians: what is done every 32nd step costs too.
+Mean times per step are compared, not medians, because work at every 32nd step costs too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from started import PLAIN, Way
 from trainee import Trainee, Turn
 
 TURN_S, WARM_S = 2.0, 0.4
-"""Of a turn by default: the state file is written every second, the store every 0.4 s."""
+"""Defaults of a turn: the state file is written every second, the store every 0.4 s."""
 SETTLE_S, WARM_UP_S = 8.0, 1.5
-"""Of a first turn that does not count: of what a governor has to settle in, and of all others."""
+"""Lengths of the first turn, which is not counted: with a governor to settle, and without."""
 
 
 @contextlib.contextmanager
 def trainees(ways: Sequence[Way], loop: Sequence[str]) -> Iterator[list[Trainee]]:
-    """Start all of them, one after another, ready for their first turn: a run looks at its start
-    whether others use the machine."""
+    """Start all of them, one after another, because a run measures at its start whether other
+    processes use the machine; yield them ready for their first turn."""
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as name:
         started: list[Trainee] = []
         try:
@@ -56,7 +56,7 @@ def trainees(ways: Sequence[Way], loop: Sequence[str]) -> Iterator[list[Trainee]
 
 @dataclass
 class Compared:
-    """One way beside the bare loop."""
+    """One way compared with the bare loop."""
 
     name: str
     viewer: bool = False
@@ -68,10 +68,10 @@ class Compared:
     drawn_bytes: int = 0
     frames: int = 0
     every: dict[str, int] = field(default_factory=dict)
-    """The cadences in force at the end, by table; of what we watch alone."""
+    """The final cadences by table, where tui-trainer watches."""
 
     def add(self, took: Turn, before: Turn, after: Turn) -> None:
-        """A turn, and the bare ones before and after it."""
+        """Add a turn, with the bare turns before and after it."""
         self.ratios.append(2 * took.mean_ms / (before.mean_ms + after.mean_ms))
         self.cpu_ratios.append(2 * took.thread_ms / (before.thread_ms + after.thread_ms))
         self.others_ms.append(took.others_ms)
@@ -81,8 +81,8 @@ class Compared:
         self.frames += took.frames
 
     def drawn(self) -> dict[str, float]:
-        """What the screen has sent to its terminal in the counted parts, per second. Raises
-        RuntimeError when that was nothing."""
+        """Bytes and frames per second that the screen sent to its terminal in the counted parts.
+        Raises RuntimeError when it sent nothing."""
         if not self.drawn_bytes or not self.frames:
             raise RuntimeError(f"{self.name}: the screen drew nothing in {self.seconds:.1f} s")
         return {
@@ -122,12 +122,11 @@ def compare(
     settle: float = SETTLE_S,
     known: dict[str, Compared] | None = None,
 ) -> dict[str, Compared]:
-    """Turns A B A C A D …, `rounds` times over, after a first one each that does not count: where
-    there is a governor `settle` seconds, some hundred steps, in which it finds the cadences that it
-    then keeps.
+    """Run the turns A B A C A D …, `rounds` times, after a first turn each that is not counted:
+    with a governor it lasts `settle` seconds, some hundred steps, in which the cadences settle.
 
-    Added to what is `known` from other processes, by name: two processes of the same program may
-    differ by some percent for as long as they live, by where their memory lies.
+    The results are added to `known`, those of earlier processes, by name: two processes of the same
+    program may differ by a few percent throughout their lives, depending on their memory layout.
     """
     for trainee in (bare, *others):
         trainee.turn(0.05, settle if trainee.way.governed else min(settle, WARM_UP_S), threads)
