@@ -17,6 +17,8 @@ def test_a_number_is_always_exactly_as_wide_as_its_column(value, width, digits):
     assert len(f.percent(value, 6)) == 6
     assert len(f.count(value, 7)) == 7
     assert len(f.bytes_(value, 9)) == 9
+    assert len(f.milliseconds(value, 9)) == 9
+    assert len(f.duration(value, 9)) == 9
     assert len(f.scientific(value, 9)) == 9
 
 
@@ -44,7 +46,18 @@ def test_durations(seconds, expected):
     assert f.duration(seconds).strip() == expected
 
 
+@pytest.mark.parametrize("show", [f.percent, f.count, f.bytes_, f.duration, f.milliseconds])
+def test_a_value_that_is_not_finite_differs_from_one_that_was_not_measured(show):
+    values = (None, math.nan, math.inf, -math.inf)
+    assert [show(value).strip() for value in values] == ["–", "nan", "inf", "-inf"]
+
+
 def test_units():
+    assert (f.percent(0.125).strip(), f.percent(0.125, 0)) == ("12.5%", "12.5 %")
+    assert [f.percent(share, 0, 2) for share in (0.01, 0.0204, 0, 1)] == [
+        "1 %", "2.04 %", "0 %", "100 %"
+    ]  # fmt: skip
+    assert f.percent(0.1, 0, 0) == "10 %"
     assert f.count(154_400).strip() == "154.4k"
     assert f.count(494_149_000).strip() == "494.1M"
     assert f.bytes_(611 * 2**20).strip() == "611.0 MB"

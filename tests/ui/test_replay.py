@@ -293,7 +293,7 @@ async def test_the_keys_of_time_come_first_and_those_of_training_not_at_all(reco
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         last = text_of(app).splitlines()[-1]
-        for key in ("c Clip", "i NaN/Inf", "z Spike", "b Mark"):
+        for key in ("c Clip", "i nan/inf", "z Spike", "b Mark"):
             assert key in last
         for key in ("p Phase", "t Throttle"):
             assert key not in last

@@ -125,11 +125,11 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
 @pytest.mark.parametrize(
     ("size", "share", "said"),
     [
-        ((80, 24), 0.0204, "overhead 2.04%"),
-        ((120, 40), 0.0204, "overhead 2.04% (budget 1%)"),
-        ((120, 40), 0.0702, "overhead 7.02% (budget 1%)"),
-        ((120, 40), 0.0102, "overhead 1.02%"),
-        ((120, 40), 0.0072, "overhead 0.72%"),
+        ((80, 24), 0.0204, "overhead 2.04 %"),
+        ((120, 40), 0.0204, "overhead 2.04 % (budget 1 %)"),
+        ((120, 40), 0.0702, "overhead 7.02 % (budget 1 %)"),
+        ((120, 40), 0.0102, "overhead 1.02 %"),
+        ((120, 40), 0.0072, "overhead 0.72 %"),
     ],
 )
 async def test_the_header_warns_of_a_cost_over_the_budget(

@@ -81,29 +81,32 @@ def scientific(value: float | None, width: int = 8, digits: int = 2) -> str:
 
 
 def percent(share: float | None, width: int = 6, decimals: int = 1) -> str:
-    """`12.5 %` of a share of 0.125."""
+    """`12.5%` of a share of 0.125 in a column; in text (width 0) `12.5 %`, and `1 %` of 0.01."""
     if share is None or not math.isfinite(share):
-        return MISSING.rjust(width)
-    return _fit(f"{100 * share:.{decimals}f}%", width)
+        return _no_number(share, width)
+    shown = f"{100 * share:.{decimals}f}"
+    if width:
+        return _fit(f"{shown}%", width)
+    return f"{shown.rstrip('0').rstrip('.') if decimals else shown} %"
 
 
 def count(value: float | None, width: int = 7) -> str:
     """`27`, `1,234`, `494k`, `154.4M`: at most four digits."""
     if value is None or not math.isfinite(value):
-        return MISSING.rjust(width)
+        return _no_number(value, width)
     if abs(value) < 10_000:
         return _fit(f"{value:,.0f}", width)
     for unit in ("k", "M", "G", "T"):
         value /= 1000
         if abs(value) < 999.95 or unit == "T":
-            return _fit(f"{value:.1f}{unit}", width)
-    return MISSING.rjust(width)
+            break
+    return _fit(f"{value:.1f}{unit}", width)
 
 
 def bytes_(value: float | None, width: int = 9) -> str:
     """`611.2 MB`, powers of 1024."""
     if value is None or not math.isfinite(value):
-        return MISSING.rjust(width)
+        return _no_number(value, width)
     for unit in ("B", "KB", "MB", "GB"):
         if abs(value) < 1000:
             return _fit(f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}", width)
@@ -113,7 +116,9 @@ def bytes_(value: float | None, width: int = 9) -> str:
 
 def duration(seconds: float | None, width: int = 9) -> str:
     """`0:47`, `3:05`, `2:03:04`, `3d 04:05`."""
-    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+    if seconds is None or not math.isfinite(seconds):
+        return _no_number(seconds, width)
+    if seconds < 0:
         return MISSING.rjust(width)
     whole = int(seconds)
     minutes, second = divmod(whole, 60)
@@ -129,7 +134,7 @@ def duration(seconds: float | None, width: int = 9) -> str:
 def rough_duration(seconds: float | None) -> str:
     """`42 s`, `3 min`, `2 h 05`, `4 d`: for ages in tables."""
     if seconds is None or not math.isfinite(seconds):
-        return MISSING
+        return _no_number(seconds, 0)
     seconds = max(0.0, seconds)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -143,7 +148,7 @@ def rough_duration(seconds: float | None) -> str:
 def milliseconds(value: float | None, width: int = 7) -> str:
     """`46.1 ms`, and `1.53 s` from a second on."""
     if value is None or not math.isfinite(value):
-        return MISSING.rjust(width)
+        return _no_number(value, width)
     if value < 0.995:
         return _fit(f"{value:.2f} ms", width)
     if value < 999.5:
@@ -184,6 +189,11 @@ def cadence(every: int) -> str:
     if every <= 0:
         return "not measured"
     return "every step" if every == 1 else f"every {every:,} steps"
+
+
+def _no_number(value: float | None, width: int) -> str:
+    """A value that is missing or not finite."""
+    return _fit(MISSING if value is None else nonfinite(value), width)
 
 
 def _fit(text: str, width: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tui_trainer.config.run_spec import SOCKET_POINTER_FILE, SPEC_FILE
 from tui_trainer.config.run_state import RunState, machine_identity, process_identity, write_state
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
@@ -114,7 +115,7 @@ class StatusFile:
             total_steps=info.total_steps,
             epoch=status.epoch,
             loss=loss if finite else None,
-            loss_text="" if finite or loss is None else str(loss),
+            loss_text="" if finite or loss is None else nonfinite(loss),
             steps_per_second=status.steps_per_second,
             items_per_second=status.items_per_second,
             item_unit=info.item_unit,

@@ -24,7 +24,7 @@ from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import number, rough_duration, step_of
+from tui_trainer.protocol.formatting import nonfinite, number, rough_duration, step_of
 from tui_trainer.protocol.messages import END_STATES, Clip, Event, NonFinite, Notice, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
@@ -128,7 +128,9 @@ def _summary(
         "step": status.step,
         "total_steps": info.total_steps,
         "loss": _finite(loss.last) if loss.last is not None else None,
-        "loss_text": None if loss.last is None or math.isfinite(loss.last) else str(loss.last),
+        "loss_text": None
+        if loss.last is None or math.isfinite(loss.last)
+        else nonfinite(loss.last),
         "steps_per_second": status.steps_per_second,
         "items_per_second": status.items_per_second,
         "item_unit": info.item_unit,
@@ -161,6 +163,10 @@ def _summary(
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _nonfinite(value: float | None) -> str | None:
+    return nonfinite(value) if value is not None and not math.isfinite(value) else None
 
 
 def _latest(table: SeriesReader | None) -> dict[str, float | None]:

@@ -149,10 +149,8 @@ class HeaderLine(Panel):
         table = self.snapshot.history.table(schema.MEMORY)
         if table is None:
             return None
-        device = table.newest("device_bytes")
-        if device is not None and device == device:
-            return device
-        return table.newest("host_bytes")
+        values = (table.newest(name) for name in ("device_bytes", "host_bytes"))
+        return next((value for value in values if value is not None and value == value), None)
 
     def _overhead(self, wide: bool) -> Span | None:
         """The share of step time that measuring takes; where it exceeds the budget, with that."""
@@ -164,7 +162,7 @@ class HeaderLine(Panel):
         if not 0 < budget * OVER_BUDGET < share:
             return text, "dim"
         if wide:
-            text = f"{text} (budget {100 * budget:.3g}%)"
+            text = f"{text} (budget {formatting.percent(budget, 0, 2)})"
         return text, "warning" if share > FAR_OVER_BUDGET * budget else "text"
 
 
