@@ -8,7 +8,6 @@ from dataclasses import replace
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import (
-    TAKE_CONTROL_TEXT,
     Ack,
     Action,
     Notice,
@@ -65,9 +64,7 @@ async def test_who_steers_is_said_where_several_look() -> None:
         session._changed()
         await frame(pilot)
         assert "in control" in text_of(app).splitlines()[0]
-        session.events.append(
-            Notice(10_000, 20, 0.0, "command", TAKE_CONTROL_TEXT, who="them@there")
-        )
+        session.events.append(Notice(10_000, 20, 0.0, "control", "take control", who="them@there"))
         session._status(controller=2)
         session._changed()
         await frame(pilot)

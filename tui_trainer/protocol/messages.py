@@ -27,6 +27,7 @@ NoticeKind = Literal[
     "cadence",
     "checkpoint",
     "command",
+    "control",
     "device",
     "evaluation",
     "fault",
@@ -355,12 +356,8 @@ class Checkpoint(msgspec.Struct, tag="checkpoint", frozen=True):
     """Write a checkpoint at the next step boundary and continue."""
 
 
-TAKE_CONTROL_TEXT = "take control"
-"""The text of its notice in the log."""
-
-
 class TakeControl(msgspec.Struct, tag="take_control", frozen=True):
-    """Become the viewer that may command; the other viewers see a notice."""
+    """Become the viewer that may command; the other viewers see a notice of kind `control`."""
 
 
 class Mark(msgspec.Struct, tag="mark", frozen=True):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tui_trainer.protocol.messages import (
-    TAKE_CONTROL_TEXT,
     Action,
     Checkpoint,
     Mark,
+    NoticeKind,
     Pause,
     Resume,
     RunToEpochEnd,
@@ -98,7 +98,8 @@ class CommandHandler:
         if not isinstance(action, Mark):
             # The gate's step: the recorder has not yet seen the steps in its queue.
             step = self._gate.completed
-            self._recorder.notice("command", text, step=step, who=viewer.name)
+            kind: NoticeKind = "control" if isinstance(action, TakeControl) else "command"
+            self._recorder.notice(kind, text, step=step, who=viewer.name)
         # The new state of the run answers these; a word beside it would repeat it.
         shown = isinstance(action, (Pause, Resume, Step, StepPhase))
         return CommandResult(True, "" if shown else text)
@@ -164,7 +165,7 @@ class CommandHandler:
             case TakeControl():
                 with self._lock:
                     self._take_control(viewer)
-                return TAKE_CONTROL_TEXT
+                return "take control"
             case Mark(text=text):
                 mark = single_line(text, MARK_CHARACTERS)
                 if not mark:

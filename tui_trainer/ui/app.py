@@ -24,7 +24,7 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import TAKE_CONTROL_TEXT, Ack, Action, Notice
+from tui_trainer.protocol.messages import Ack, Action, Notice
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
@@ -359,7 +359,7 @@ class TuiTrainerApp(App[int]):
         if self.snapshot.status.controller != own_id:
             return
         notices = (event for event in reversed(new.events) if isinstance(event, Notice))
-        taken = (n for n in notices if n.kind == "command" and n.text == TAKE_CONTROL_TEXT)
+        taken = (notice for notice in notices if notice.kind == "control")
         who = next((notice.who for notice in taken), "")
         self.notify(
             f"{who or 'another viewer'} has taken control\nctrl+t takes it back",

@@ -21,7 +21,7 @@ Figure = tuple[str, str, Style]
 """A figure of a title line: its label, its value (of fixed width), and the value's style."""
 
 NO_STEP_YET = "no step yet"
-USER_EVENTS = ("command", "mark")
+USER_EVENTS = ("command", "control", "mark")
 """Kinds of `Notice` that a user caused: they may explain why a curve bends."""
 
 
