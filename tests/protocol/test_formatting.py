@@ -63,7 +63,7 @@ def test_units():
     assert f.bytes_(611 * 2**20).strip() == "611.0 MB"
     assert f.milliseconds(46.12).strip() == "46.1 ms"
     assert f.milliseconds(1530).strip() == "1.53 s"
-    assert f.rate(0.1, "steps") == "10.0 s/step"
+    assert [f.counted(n, "step") for n in (0, 1, 1240)] == ["0 steps", "1 step", "1,240 steps"]
 
 
 @pytest.mark.parametrize(

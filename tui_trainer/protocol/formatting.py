@@ -156,16 +156,6 @@ def milliseconds(value: float | None, width: int = 7) -> str:
     return _fit(f"{value / 1000:.2f} s", width)
 
 
-def rate(value: float | None, unit: str, width: int = 0) -> str:
-    """`21.7 steps/s`, or `9.3 s/step` when slower than one in two seconds."""
-    if value is None or not math.isfinite(value) or value <= 0:
-        return _fit(f"{MISSING} {unit}/s", width)
-    if value < 0.5 and unit == "steps":
-        return _fit(f"{1 / value:.1f} s/step", width)
-    shown = f"{value:.1f}" if value < 1000 else count(value, 0)
-    return _fit(f"{shown} {unit}/s", width)
-
-
 def scalar(value: Scalar) -> str:
     """A setting or fact: `yes`, `494,149`, `0.0003`; MISSING for None and empty text."""
     if value is None or value == "":
@@ -182,6 +172,11 @@ def scalar(value: Scalar) -> str:
 def step_of(step: int, total: int | None) -> str:
     """`1,240 of 2,000`, or `1,240` without a total."""
     return f"{step:,} of {total:,}" if total else f"{step:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `1,240 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def cadence(every: int) -> str:

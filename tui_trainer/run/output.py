@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Stream
 from tui_trainer.protocol.text import ESCAPE_SEQUENCE
 
@@ -320,7 +321,7 @@ class MissingOutput:
 
     def notice(self) -> bytes:
         """A line for the file."""
-        lines = "1 line" if self.lines == 1 else f"{self.lines:,} lines"
+        lines = counted(self.lines, "line")
         return f"\n… ({lines}, {self.bytes:,} bytes, could not be written)\n".encode()
 
 

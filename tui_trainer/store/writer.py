@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 
 from tui_trainer.history.records import Floats
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import (
     ConfusionMatrix,
     ImageSample,
@@ -266,7 +267,7 @@ class StoreWriter:
 
     def _dropped(self) -> str:
         counts = [("row", self._dropped_rows), *self._events.dropped.items()]
-        parts = [f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts if count]
+        parts = [counted(count, name) for name, count in counts if count]
         return f"{', '.join(parts)} could not be recorded" if parts else ""
 
     # -------------------------------------------------------------------- the disk

@@ -28,6 +28,7 @@ from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.run_spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.registry import list_runs
 from tui_trainer.runs.security import check_directory
@@ -240,7 +241,7 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
         group,
         "disk",
         "warning" if low else "good",
-        f"{free / 2**30:,.1f} GiB free",
+        f"{bytes_(free, 0)} free",
         move if low else "",
     )
     longest = len(os.fsencode(directory / ("x" * 24) / SOCKET_FILE))

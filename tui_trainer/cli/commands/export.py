@@ -21,6 +21,7 @@ from tui_trainer.cli.commands.common import (
     readable,
 )
 from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.recording import open_history
 from tui_trainer.store.reader import StoredHistory
@@ -118,8 +119,7 @@ def _folder(
         else:
             from tui_trainer.export.formats import write_tensorboard as write
         written = write(history, partial)
-    many = "file" if len(written) == 1 else "files"
-    print(f"wrote {len(written)} {many} to {output}{os.sep}")
+    print(f"wrote {counted(len(written), 'file')} to {output}{os.sep}")
     if format == "tensorboard":
         print(f"  tensorboard --logdir {output}")
 

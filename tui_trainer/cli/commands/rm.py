@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunsDir, cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec, remove_run
-from tui_trainer.protocol.formatting import rough_duration
+from tui_trainer.protocol.formatting import bytes_, rough_duration
 from tui_trainer.runs.liveness import RunEntry, may_be_running
 from tui_trainer.runs.registry import resolve
 from tui_trainer.runs.security import answers
@@ -111,7 +111,7 @@ def _confirmed(runs: list[RunEntry]) -> bool:
         print(
             f"{run.name}: {run.state} at step {status.step:,} "
             f"after {rough_duration(status.elapsed_s)}, "
-            f"{_size(run.directory) / 1e6:,.1f} MB in {run.directory}"
+            f"{bytes_(_size(run.directory), 0)} in {run.directory}"
         )
     what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
     try:

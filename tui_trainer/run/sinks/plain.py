@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import count, duration, number, scalar
+from tui_trainer.protocol.formatting import count, counted, duration, number, scalar
 from tui_trainer.protocol.messages import NonFinite, Notice, NoticeKind, Status, TextSample
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
@@ -124,8 +124,7 @@ def header(info: RunInfo) -> str:
     device = info.device
     parts = [f"{len(info.parameters)} parameter tensors, {trained:,} numbers"]
     if device is not None:
-        plural = "" if device.threads == 1 else "s"
-        threads = f", {device.threads} thread{plural}" if device.threads else ""
+        threads = f", {counted(device.threads, 'thread')}" if device.threads else ""
         parts.append(f"{device.kind} ({device.name}{threads})")
     if info.optimizers:
         parts.append(", ".join(info.optimizers))
@@ -181,7 +180,7 @@ def summary(status: Status, name: str) -> str:
         return f"could not start{reason}"
     if status.state == "finished" and not status.step:
         return f"finished{reason}, without a step of a torch optimizer"
-    steps = "1 step" if status.step == 1 else f"{status.step} steps"
+    steps = counted(status.step, "step")
     text = f"{status.state} after {steps} in {duration(status.elapsed_s, 0)}{reason}"
     if status.state == "crashed":
         return f"{text}\nhint: tui-trainer show {name} shows what was measured"

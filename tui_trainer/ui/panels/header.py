@@ -134,8 +134,7 @@ class HeaderLine(Panel):
             facts.append((3, (device.kind, "dim")))
             facts.append((5 if device.kind == "cpu" else 2, (device.name, "dim")))
             if device.threads:
-                threads = f"{device.threads} thread{'' if device.threads == 1 else 's'}"
-                facts.append((4, (threads, "dim")))
+                facts.append((4, (formatting.counted(device.threads, "thread"), "dim")))
         if (memory := self._memory()) is not None:
             facts.append((1, (formatting.bytes_(memory, 0), "dim")))
         if (overhead := self._overhead(wide)) is not None:

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import cadence
+from tui_trainer.protocol.formatting import cadence, counted
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.panels.base import provisional_row
 
 
 def steps_ago(steps: int) -> str:
     """`1 step ago`, `30 steps ago`."""
-    return f"{steps:,} step{'' if steps == 1 else 's'} ago"
+    return f"{counted(steps, 'step')} ago"
 
 
 def newest_step(snapshot: Snapshot) -> int:

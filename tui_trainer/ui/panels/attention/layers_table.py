@@ -8,6 +8,7 @@ import numpy as np
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.ui.panels.attention.statistics import (
     BY_KEY,
     NO_ATTENTION,
@@ -84,7 +85,7 @@ class LayersTable(VirtualTable):
             ("", "Wv", palette.v),
         ]
         if layers:
-            figures.append(("", f"{layers:,} layer{'' if layers == 1 else 's'}", palette.dim))
+            figures.append(("", counted(layers, "layer"), palette.dim))
         tables = self.snapshot.history.tables_named(schema.ATTENTION)
         age = staleness(self.snapshot, tables)
         return [title_line(self, width, "Attention", figures, age)]
