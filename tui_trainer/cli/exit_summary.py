@@ -15,7 +15,7 @@ from tui_trainer.protocol.messages import END_STATES, State
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExitState:
     """The state of a run when its screen was closed."""
 
     state: State
@@ -36,15 +36,15 @@ class Outcome:
 
 def final_outcome(
     snapshot: Snapshot, on_disk: RunState | None, process: subprocess.Popen[bytes]
-) -> Outcome:
+) -> ExitState:
     """The newer of the session's last snapshot and the run's status file. A process that is gone
     without an end record has crashed."""
     status = snapshot.status
     code = process.poll()
-    outcome = Outcome(status.state, status.step, _last_loss(snapshot))
+    outcome = ExitState(status.state, status.step, _last_loss(snapshot))
     outcome = replace(outcome, reason=status.reason, hint=status.hint, refused=status.refused)
     if on_disk is not None and (on_disk.ended or on_disk.step > outcome.step) and not outcome.ended:
-        outcome = Outcome(on_disk.state, on_disk.step, on_disk.loss)
+        outcome = ExitState(on_disk.state, on_disk.step, on_disk.loss)
         outcome = replace(
             outcome, reason=on_disk.reason, hint=on_disk.hint, refused=on_disk.refused
         )
@@ -67,7 +67,7 @@ def _as_status(code: int | None) -> int | None:
     return 128 - code if code is not None and code < 0 else code
 
 
-def exit_status(spec: RunSpec, outcome: Outcome) -> int:
+def exit_status(spec: RunSpec, outcome: ExitState) -> int:
     """The script's own exit status for `run`. For a task: 0, 1 after a crash or when the last loss
     is not finite, 2 when it could not start as requested."""
     if spec.task == "script" and outcome.ended and outcome.exit_status is not None:
@@ -79,7 +79,7 @@ def exit_status(spec: RunSpec, outcome: Outcome) -> int:
     return USAGE if outcome.exit_status == USAGE else FAULT
 
 
-def exit_summary(spec: RunSpec, outcome: Outcome) -> str:
+def exit_summary(spec: RunSpec, outcome: ExitState) -> str:
     """One line for the shell after the app has closed."""
     at = f"step {outcome.step:,}"
     if outcome.loss is not None:

@@ -14,9 +14,9 @@ from tui_trainer.probes.attention.weights import Attention
 from tui_trainer.probes.clipping import Clipping
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
-from tui_trainer.probes.nonfinite import NonFinite
+from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.overhead import Overhead
-from tui_trainer.probes.step import Phases, Step
+from tui_trainer.probes.step import PhasesProbe, StepProbe
 from tui_trainer.probes.update_ratio import UpdateRatio
 from tui_trainer.probes.weights import Weights
 from tui_trainer.trace.probe import Probe
@@ -29,10 +29,10 @@ PROBES: tuple[type[Probe], ...] = (
     AttentionSpectrum,
     AttentionHealth,
     AttentionHeads,
-    Step,
+    StepProbe,
     Clipping,
-    Phases,
-    NonFinite,
+    PhasesProbe,
+    NonFiniteProbe,
     Memory,
     Overhead,
 )

@@ -14,7 +14,7 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts
 
 
-class NonFinite(Probe):
+class NonFiniteProbe(Probe):
     """Makes events and no table: one when a quantity becomes non-finite, and another only after it
     was finite again.
 

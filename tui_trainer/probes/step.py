@@ -13,7 +13,7 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
 
 
-class Step(Probe):
+class StepProbe(Probe):
     """Table `step`.
 
     The total norm is what `clip_grad_norm_` returned if one call of it covered every gradient of
@@ -40,7 +40,7 @@ class Step(Probe):
         return (np.array(row, dtype=np.float32),)
 
 
-class Phases(Probe):
+class PhasesProbe(Probe):
     """Table `phase_ms`: time of each phase in the step; NaN for a phase that did not happen."""
 
     name = schema.PHASE_MS

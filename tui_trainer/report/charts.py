@@ -231,7 +231,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Panel:
+class ChartPanel:
     """A chart with its title and legend."""
 
     title: str
@@ -239,7 +239,7 @@ class Panel:
     svg: str
 
 
-def panels(data: ReportData) -> Iterator[Panel]:
+def panels(data: ReportData) -> Iterator[ChartPanel]:
     """Every chart that this run has measurements for."""
     for make in (_loss, _norm, _rate, _phases):
         if (made := make(data)) is not None:
@@ -247,12 +247,12 @@ def panels(data: ReportData) -> Iterator[Panel]:
     yield from _attention(data)
 
 
-def _panel(title: str, chart: SvgChart) -> Panel:
+def _panel(title: str, chart: SvgChart) -> ChartPanel:
     keys = tuple(Key(each.style, each.label, each.last) for each in chart.series)
-    return Panel(title, keys, draw(chart, title))
+    return ChartPanel(title, keys, draw(chart, title))
 
 
-def _loss(data: ReportData) -> Panel | None:
+def _loss(data: ReportData) -> ChartPanel | None:
     found = data.history.find(schema.STEP, "loss")
     if found is None:
         return None
@@ -266,7 +266,7 @@ def _loss(data: ReportData) -> Panel | None:
     return _panel("Loss", chart)
 
 
-def _norm(data: ReportData) -> Panel | None:
+def _norm(data: ReportData) -> ChartPanel | None:
     found = data.history.find(schema.STEP, "grad_norm_preclip")
     if found is None:
         return None
@@ -286,7 +286,7 @@ def _norm(data: ReportData) -> Panel | None:
     return _panel(title + (f", {count:,} clips" if count else ""), chart)
 
 
-def _rate(data: ReportData) -> Panel | None:
+def _rate(data: ReportData) -> ChartPanel | None:
     found = data.history.find(schema.STEP, "learning_rate")
     if found is None:
         return None
@@ -298,7 +298,7 @@ def _rate(data: ReportData) -> Panel | None:
     return _panel("Learning rate", chart)
 
 
-def _phases(data: ReportData) -> Panel | None:
+def _phases(data: ReportData) -> ChartPanel | None:
     table = data.history.table(schema.PHASE_MS)
     if table is None or not table.rows:
         return None
@@ -315,7 +315,7 @@ def _phases(data: ReportData) -> Panel | None:
     return _panel("Time of each phase", chart)
 
 
-def _attention(data: ReportData) -> Iterator[Panel]:
+def _attention(data: ReportData) -> Iterator[ChartPanel]:
     for layer in data.info.attention[:LAYERS_SHOWN]:
         place = location_of(data.history, schema.ATTENTION, layer.layer)
         if place is None or not place.history.rows:

@@ -222,7 +222,7 @@ def _read_best(folder: Path) -> tuple[int, float] | None:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LoadedCheckpoint:
     """A checkpoint in memory."""
 
     path: Path
@@ -234,7 +234,7 @@ class Checkpoint:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     """The checkpoint in the directory `path`, or the newest one of the run in `path`.
 
     Raises ConfigurationError when there is none or it cannot be read.
@@ -249,7 +249,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             )
         state = unflatten(document["state"], load_file(found / TENSORS_FILE))
         weights = load_file(found / WEIGHTS_FILE)
-        return Checkpoint(
+        return LoadedCheckpoint(
             found, document["step"], weights, state["states"], state["random"], document["facts"]
         )
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
@@ -270,7 +270,7 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def restore(
-    checkpoint: Checkpoint, model: torch.nn.Module, stateful: Mapping[str, Stateful]
+    checkpoint: LoadedCheckpoint, model: torch.nn.Module, stateful: Mapping[str, Stateful]
 ) -> None:
     """Load the state of the model and of everything else except the random generators.
 

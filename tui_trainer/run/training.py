@@ -20,7 +20,7 @@ from tui_trainer.trace.gate import StopTraining
 if TYPE_CHECKING:
     import torch
 
-    from tui_trainer.run.checkpoints import Checkpoint, CheckpointSaver, Stateful
+    from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint, Stateful
 
 
 def train_task(run: RunContext) -> Outcome:
@@ -116,7 +116,7 @@ def _schedule_between_steps(
     return saver, evaluations
 
 
-def _checkpoint_to_resume(spec: RunSpec) -> Checkpoint | None:
+def _checkpoint_to_resume(spec: RunSpec) -> LoadedCheckpoint | None:
     if spec.resume is None:
         return None
     from tui_trainer.run.checkpoints import load_checkpoint
@@ -131,7 +131,7 @@ def _optimizers(training: Training) -> list[torch.optim.Optimizer]:
     return [part for part in parts if isinstance(part, torch.optim.Optimizer)]
 
 
-def _resume(run: RunContext, checkpoint: Checkpoint, training: Training) -> None:
+def _resume(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -> None:
     from tui_trainer.run.checkpoints import restore, restore_random_state
 
     restore(checkpoint, training.model, training.stateful)
