@@ -1,4 +1,4 @@
-"""Bad data and failing scripts, off a terminal: stderr says it once, the exit status is right."""
+"""Bad data and failing scripts without a terminal: one error on stderr, the right exit status."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def records(text: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- data and settings
 
 
-def test_data_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_data(tmp_path: Path) -> None:
     done = call("gpt", "--data", "nowhere.txt", *SHORT, cwd=tmp_path)
     assert_refused(done, "nowhere.txt")
 
@@ -91,7 +91,7 @@ def test_a_single_class(tmp_path: Path) -> None:
     assert_refused(call("vit", "--data", "images", *SHORT, cwd=tmp_path), "class")
 
 
-def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
+def test_only_unreadable_images(tmp_path: Path) -> None:
     for name in ("a", "b"):
         folder = tmp_path / "images" / name
         folder.mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+def test_a_missing_device(device: str, tmp_path: Path) -> None:
     done = call("gpt", "--steps", "3", "--device", device, cwd=tmp_path)
     assert_refused(done, device)
 
@@ -112,7 +112,7 @@ def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
     assert_refused(done, "C++ compiler", "--no-compile", status=2)
 
 
-def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
+def test_a_model_too_large_for_memory(tmp_path: Path) -> None:
     done = call("gpt", "--width", "131072", "--layers", "100", *SHORT, cwd=tmp_path)
     assert_refused(done, "out of memory: 64 GiB could not be allocated", "--batch-size", status=1)
 
@@ -122,10 +122,10 @@ def test_a_task_whose_loss_ends_as_nan_has_failed(tmp_path: Path) -> None:
     explosive += ["--schedule", "constant", "--optimizer", "sgd", "--sample-every", "0"]
     done = call("gpt", "--json", *explosive, *SHORT, cwd=tmp_path)
     assert_refused(done, "the loss is nan", "lower learning rate", status=1)
-    told = records(done.stdout)
-    assert (told[-1]["reason"], told[-1]["steps"]) == ("finished", 3)
-    assert [each["step"] for each in told if each["type"] == "step"] == [1, 2, 3]
-    assert any(each["type"] == "event" and each["kind"] == "nonfinite" for each in told)
+    lines = records(done.stdout)
+    assert (lines[-1]["reason"], lines[-1]["steps"]) == ("finished", 3)
+    assert [each["step"] for each in lines if each["type"] == "step"] == [1, 2, 3]
+    assert any(each["type"] == "event" and each["kind"] == "nonfinite" for each in lines)
 
 
 # ---------------------------------------------------------------- scripts
@@ -144,34 +144,34 @@ def test_an_exception_at_step_7(tmp_path: Path) -> None:
     path = script(tmp_path, then="if step == 7: raise ValueError('the seventh')")
     done = call("run", "--json", path, cwd=tmp_path)
     assert done.returncode == 1
-    told = records(done.stdout)
-    assert [each["step"] for each in told if each["type"] == "step"] == [*range(1, 8)]
-    assert told[-1]["type"] == "end"
-    assert told[-1]["steps"] == 7
+    lines = records(done.stdout)
+    assert [each["step"] for each in lines if each["type"] == "step"] == [*range(1, 8)]
+    assert lines[-1]["type"] == "end"
+    assert lines[-1]["steps"] == 7
     assert "the seventh" in done.stderr
     assert "/tui_trainer/" not in done.stderr, "our frames are in its traceback"
 
 
 @pytest.mark.parametrize(
-    ("allocate", "said"),
+    ("allocate", "message"),
     [("torch.empty(10**15)", "out of memory: 4 PiB"), ("bytearray(10**18)", "out of memory")],
 )
-def test_memory_that_is_not_there(allocate: str, said: str, tmp_path: Path) -> None:
+def test_out_of_memory(allocate: str, message: str, tmp_path: Path) -> None:
     path = script(tmp_path, then=f"if step == 7: {allocate}")
     done = call("run", "--json", path, cwd=tmp_path)
     assert done.returncode == 1
-    told = records(done.stdout)
-    assert told[-1]["reason"] == "crashed"
-    assert said in told[-1]["message"]
-    assert "train.py, line 10" in told[-1]["message"]
-    assert "smaller batch" in told[-1]["hint"]
-    assert "--batch-size" not in told[-1]["hint"], "the script has not our options"
-    assert [each["step"] for each in told if each["type"] == "step"] == [*range(1, 8)]
+    lines = records(done.stdout)
+    assert lines[-1]["reason"] == "crashed"
+    assert message in lines[-1]["message"]
+    assert "train.py, line 10" in lines[-1]["message"]
+    assert "smaller batch" in lines[-1]["hint"]
+    assert "--batch-size" not in lines[-1]["hint"], "the script does not have our options"
+    assert [each["step"] for each in lines if each["type"] == "step"] == [*range(1, 8)]
     assert allocate in done.stderr, "the script's own traceback is missing"
 
 
 def test_plain_lines_come_between_whole_lines_of_the_script(tmp_path: Path) -> None:
-    """Python writes the text and its newline apart when it does not buffer."""
+    """Python writes the text and its newline separately when it does not buffer."""
     then = "import time; time.sleep(0.01); print('x' * 20)"
     path = script(tmp_path, steps=250, then=then)
     done = call("run", "--plain", path, cwd=tmp_path, env={"PYTHONUNBUFFERED": "1"})
@@ -210,8 +210,8 @@ def test_a_megabyte_of_output_keeps_out_of_the_json(tmp_path: Path) -> None:
     path = script(tmp_path, then="sys.stdout.write('x' * 99 + '\\n'); print('y' * 100_000)")
     done = call("run", "--json", path, cwd=tmp_path)
     assert done.returncode == 0
-    told = records(done.stdout)
-    assert (told[0]["type"], told[-1]["type"], told[-1]["steps"]) == ("run", "end", 10)
+    lines = records(done.stdout)
+    assert (lines[0]["type"], lines[-1]["type"], lines[-1]["steps"]) == ("run", "end", 10)
     assert done.stderr.count("y") >= 1_000_000
 
 
@@ -257,12 +257,12 @@ def test_a_run_without_a_screen_ends_in_order(number: int, status: int, tmp_path
     process = processes.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     run = tmp_path / "runs" / "it"
     try:
-        until(lambda: (said := read_state(run)) and said.step > 3, "it trains")
+        until(lambda: (state := read_state(run)) and state.step > 3, "it trains")
         process.send_signal(number)
         assert process.wait(60) == status
     finally:
         process.kill()
-    said = read_state(run)
-    assert said is not None
-    assert said.state == "stopped"
-    assert (run / "checkpoints" / f"step-{said.step:08}").is_dir()
+    state = read_state(run)
+    assert state is not None
+    assert state.state == "stopped"
+    assert (run / "checkpoints" / f"step-{state.step:08}").is_dir()

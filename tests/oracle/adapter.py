@@ -1,6 +1,6 @@
 """Runs a generated script under the tracer and returns everything that is written about it.
 
-The only module of these tests that knows how tui_trainer is built.
+The only module of these tests that depends on the structure of tui_trainer.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Object = dict[str, Any]
 
 @dataclass
 class Output:
-    """What is written about one run."""
+    """Everything written about one run."""
 
     live: list[Object]
     """The lines of `--json`."""
     export: list[Object]
     """The lines of `export --format jsonl`."""
     show: Object
-    """What `show --json` prints."""
+    """The output of `show --json`."""
     tables: dict[str, list[dict[str, str]]]
     """The files of `export --format csv`, without their ending, row by row."""
     every_step: bool
@@ -54,13 +54,13 @@ class Output:
 
 
 def weights_of(names: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that a script has ended with."""
+    """The final weights of a script."""
     found = {n: p for net in names["nets"].values() for n, p in net.named_parameters()}
     return {name: parameter.detach().clone() for name, parameter in found.items()}
 
 
 def run_alone(script: str) -> tuple[Truth, dict[str, torch.Tensor]]:
-    """Run a script without the tracer: its truth and its last weights."""
+    """Run a script without the tracer: its truth and its final weights."""
     truth = Truth()
     names: dict[str, Any] = {"truth": truth, "ByHand": ByHand, "__name__": "__main__"}
     exec(compile(script, "<loop>", "exec"), names)
@@ -70,7 +70,7 @@ def run_alone(script: str) -> tuple[Truth, dict[str, torch.Tensor]]:
 def run_traced(
     script: str, folder: Path, gradients_every: int = 1
 ) -> tuple[Output, dict[str, torch.Tensor]]:
-    """Run a script in this process as a run traces it: what is written of it, its last weights.
+    """Run a traced script in this process; return its output and its final weights.
 
     `gradients_every`: cadence of the gradient norms; everything else is measured at every step."""
     run = folder / "loop"
@@ -110,7 +110,7 @@ def run_traced(
 
 
 def run_command(program: str, folder: Path) -> Output:
-    """Run a whole program by the command line, and ask the command line about it."""
+    """Run a whole program through the command line; return its output."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loop.py").write_text(program, encoding="utf-8")
     environment = {

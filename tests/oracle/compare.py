@@ -1,6 +1,6 @@
-"""Holds what was written about a run against the truth of its script, number by number.
+"""Compares everything written about a run with the truth of its script, number by number.
 
-A number is true, or it is absent. Absent is allowed only where the truth has none either.
+A number is correct or absent; it may be absent only where the truth has none either.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tests.oracle.truth import Clip, Skipped, Step, Truth
 
 TOLERANCE = 1e-4
 ROUNDED = 1e-2
-"""Of what was computed in half precision."""
+"""Tolerance of values computed in half precision."""
 SHARE_TOLERANCE = 2e-3
-"""Shares are kept in half precision."""
+"""Shares are stored in half precision."""
 LARGEST, SMALLEST = 3.4e38, 1e-37
-"""Of what float32 can hold with all its digits."""
+"""The normal range of float32."""
 WORDS = {"nan", "inf", "-inf"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is written and not so, or so and not written."""
+    """A written value that is wrong, or a true value that is missing."""
 
     check: str
     """Which of `CHECKS` found it."""
@@ -39,12 +39,12 @@ class Difference:
 
 
 def differences(loop: Loop, truth: Truth, output: Output) -> list[Difference]:
-    """All of them, by every check."""
-    seen = Seen(loop, truth, output)
-    return [Difference(name, text) for name, check in CHECKS.items() for text in check(seen)]
+    """The differences found by all checks."""
+    comparison = Comparison(loop, truth, output)
+    return [Difference(name, text) for name, check in CHECKS.items() for text in check(comparison)]
 
 
-class Seen:
+class Comparison:
     """A run and its truth, step by step."""
 
     def __init__(self, loop: Loop, truth: Truth, output: Output) -> None:
@@ -59,69 +59,69 @@ class Seen:
 
 
 Found = Iterator[str]
-Check = Callable[[Seen], Found]
+Check = Callable[[Comparison], Found]
 
 
 # ---------------------------------------------------------------- the steps
 
 
-def steps(seen: Seen) -> Found:
-    """As many steps as were made, numbered from 1."""
-    found = [step["step"] for step in seen.steps]
-    made = len(seen.truth.steps)
+def steps(comparison: Comparison) -> Found:
+    """All steps are written, numbered from 1."""
+    found = [step["step"] for step in comparison.steps]
+    made = len(comparison.truth.steps)
     if found != list(range(1, made + 1)):
         yield f"{made} steps were made, and {found} are written"
-    ends = [line["steps"] for line in seen.output.live if line["type"] == "end"]
+    ends = [line["steps"] for line in comparison.output.live if line["type"] == "end"]
     if ends != [made]:
-        yield f"{made} steps were made, and the end says {ends}"
-    faults = [event["text"] for event in seen.events if event["kind"] == "fault"]
+        yield f"{made} steps were made, and the end line has {ends}"
+    faults = [event["text"] for event in comparison.events if event["kind"] == "fault"]
     if faults:
         yield f"the tracer failed: {faults}"
 
 
-def optimizers(seen: Seen) -> Found:
-    """Each optimizer has one name of its own for the whole run."""
+def optimizers(comparison: Comparison) -> Found:
+    """Each optimizer has its own name throughout the run."""
     names: dict[int, str] = {}
-    for step, true in seen.pairs:
+    for step, true in comparison.pairs:
         name = step["optimizer"]
         if names.setdefault(true.optimizer, name) != name:
             yield f"step {step['step']}: {names[true.optimizer]} is now called {name}"
     if len(set(names.values())) != len(names):
-        yield f"several optimizers have one name: {names}"
-    if seen.headers:
-        described = seen.headers[-1]["optimizers"]
+        yield f"several optimizers share a name: {names}"
+    if comparison.headers:
+        described = comparison.headers[-1]["optimizers"]
         stepped = set(names.values())
         idle = [name for name in described if name not in stepped]
-        if idle and not seen.truth.skipped:
+        if idle and not comparison.truth.skipped:
             yield f"{idle} never steps"
 
 
-def losses(seen: Seen) -> Found:
-    """The loss of each step; a loss that was not seen is absent, and not NaN."""
-    for step, true in seen.pairs:
+def losses(comparison: Comparison) -> Found:
+    """The loss of each step; a loss that was not seen is absent, not NaN."""
+    for step, true in comparison.pairs:
         yield from _number(step, "loss", step["loss"], true.loss)
 
 
-def learning_rates(seen: Seen) -> Found:
-    """The rate that the optimizer's first group had."""
-    for step, true in seen.pairs:
+def learning_rates(comparison: Comparison) -> Found:
+    """The learning rate of the optimizer's first group."""
+    for step, true in comparison.pairs:
         yield from _number(step, "lr", step["lr"], true.lr)
 
 
-def total_norms(seen: Seen) -> Found:
+def total_norms(comparison: Comparison) -> Found:
     """√Σ‖g‖² over the optimizer's gradients; absent at a step that did not measure it."""
-    for step, true in seen.pairs:
-        if seen.loop.measured_every > 1 and step["grad_norm_preclip"] is None:
+    for step, true in comparison.pairs:
+        if comparison.loop.measured_every > 1 and step["grad_norm_preclip"] is None:
             continue
         there = any(norm is not None for norm in true.norms.values())
         total = true.total if there else None
         yield from _number(step, "grad_norm_preclip", step["grad_norm_preclip"], total)
 
 
-def gradient_norms(seen: Seen) -> Found:
-    """Of every parameter of the optimizer that has a gradient."""
-    for step, true in seen.pairs:
-        if seen.loop.measured_every > 1 and not step.get("grad_norm"):
+def gradient_norms(comparison: Comparison) -> Found:
+    """The norm of every parameter of the optimizer that has a gradient."""
+    for step, true in comparison.pairs:
+        if comparison.loop.measured_every > 1 and not step.get("grad_norm"):
             continue
         found = step.get("grad_norm", {})
         for name, norm in true.norms.items():
@@ -134,9 +134,9 @@ def gradient_norms(seen: Seen) -> Found:
                 yield from _number(step, f"grad_norm.{key}", found[key], norm)
 
 
-def absent_gradients(seen: Seen) -> Found:
-    """A gradient that is not there has no norm."""
-    for step, true in seen.pairs:
+def absent_gradients(comparison: Comparison) -> Found:
+    """A missing gradient has no norm."""
+    for step, true in comparison.pairs:
         found = step.get("grad_norm", {})
         for name, norm in [*true.norms.items(), *true.outside.items()]:
             key = _key(found, name)
@@ -150,12 +150,12 @@ def absent_gradients(seen: Seen) -> Found:
                 yield from _number(step, f"grad_norm.{key}", found[key], None)
 
 
-def outside_gradients(seen: Seen) -> Found:
-    """Parameters that are in no optimizer are watched as well."""
-    for step, true in seen.pairs:
+def outside_gradients(comparison: Comparison) -> Found:
+    """Parameters in no optimizer are watched too."""
+    for step, true in comparison.pairs:
         found = step.get("grad_norm", {})
         for name, norm in true.outside.items():
-            if norm is None or (seen.loop.measured_every > 1 and not found):
+            if norm is None or (comparison.loop.measured_every > 1 and not found):
                 continue
             key = _key(found, name)
             if key is None:
@@ -164,9 +164,9 @@ def outside_gradients(seen: Seen) -> Found:
                 yield from _number(step, f"grad_norm.{key}", found[key], norm)
 
 
-def reasons(seen: Seen) -> Found:
-    """What is absent is null, and has a reason; what cannot be there is null, not left out."""
-    for step, true in seen.pairs:
+def reasons(comparison: Comparison) -> Found:
+    """Absent values are null with a reason; impossible values are null, not left out."""
+    for step, true in comparison.pairs:
         known = {**step.get("nonfinite", {}), **step.get("absent", {})}
         found = {name: step[name] for name in ("loss", "lr", "grad_norm_preclip")}
         for table in ("grad_norm", "weight_norm", "update_ratio"):
@@ -180,20 +180,22 @@ def reasons(seen: Seen) -> Found:
                     yield f"step {step['step']}: the gradient of {name} is left out"
 
 
-def weight_norms(seen: Seen) -> Found:
+def weight_norms(comparison: Comparison) -> Found:
     """After the update."""
-    yield from _by_parameter(seen, "weight_norm", lambda true: true.weights)
+    yield from _by_parameter(comparison, "weight_norm", lambda true: true.weights)
 
 
-def update_ratios(seen: Seen) -> Found:
+def update_ratios(comparison: Comparison) -> Found:
     """‖update‖ / ‖weights before‖; none where the weights were 0."""
-    yield from _by_parameter(seen, "update_ratio", lambda true: true.ratios)
+    yield from _by_parameter(comparison, "update_ratio", lambda true: true.ratios)
 
 
-def _by_parameter(seen: Seen, name: str, of: Callable[[Step], Mapping[str, float | None]]) -> Found:
-    for step, true in seen.pairs:
+def _by_parameter(
+    comparison: Comparison, name: str, of: Callable[[Step], Mapping[str, float | None]]
+) -> Found:
+    for step, true in comparison.pairs:
         if name not in step:
-            if seen.output.every_step and of(true):
+            if comparison.output.every_step and of(true):
                 yield f"step {step['step']}: no {name}"
             continue
         for parameter, value in of(true).items():
@@ -207,9 +209,9 @@ def _by_parameter(seen: Seen, name: str, of: Callable[[Step], Mapping[str, float
             yield from _number(step, f"{name}.{key}", step[name][key], value)
 
 
-def clips(seen: Seen) -> Found:
-    """What clipped the gradients that the step used: of several calls the one that did most."""
-    for step, true in seen.pairs:
+def clips(comparison: Comparison) -> Found:
+    """The clip of the gradients that the step used: of several calls the hardest."""
+    for step, true in comparison.pairs:
         found, where = step["clip"], f"step {step['step']}"
         if not true.clips:
             if found is not None:
@@ -225,15 +227,15 @@ def clips(seen: Seen) -> Found:
             yield f"{where}: clipped is {found['clipped']}, and it is {clipped}"
 
 
-def shares(seen: Seen) -> Found:
-    """A parameter's part of the sum of squares of what was clipped."""
-    for step, true in seen.pairs:
+def shares(comparison: Comparison) -> Found:
+    """A parameter's share of the sum of squares of the clipped gradients."""
+    for step, true in comparison.pairs:
         found = step["clip"]
         if not found or not found.get("dominant") or not true.clips:
             continue
         alike = [c for c in _hardest(true.clips) if _same_clip(found, step, c)]
         if not alike:
-            continue  # `clips` has said so
+            continue  # reported by `clips`
         for each in found["dominant"]:
             parameter, share = each["parameter"], each["share"]
             fits = [
@@ -244,7 +246,7 @@ def shares(seen: Seen) -> Found:
 
 
 def _hardest(clips: list[Clip]) -> list[Clip]:
-    """Those that scaled most, in the end the only one."""
+    """The clips with the smallest scale, or with a scale of NaN."""
     known = [clip for clip in clips if not math.isnan(clip.scale)]
     if len(known) < len(clips):
         return [clip for clip in clips if math.isnan(clip.scale)]
@@ -257,7 +259,7 @@ def _same_clip(found: Object, step: Object, clip: Clip) -> bool:
         return False
     words = step.get("nonfinite", {})
     before = found["norm_before"]
-    # Either the norm, or what the function has computed itself, in the precision of the gradients.
+    # Either the true norm, or the function's own result in the precision of the gradients.
     own = before is not None and math.isclose(before, clip.returned, rel_tol=TOLERANCE)
     own |= math.isinf(clip.returned) and words.get("clip.norm_before") == "inf"
     if not own and any(_number(step, "clip.norm_before", before, clip.before)):
@@ -273,13 +275,13 @@ def _same_clip(found: Object, step: Object, clip: Clip) -> bool:
     )
 
 
-def phases(seen: Seen) -> Found:
-    """The phases that a step must have had, and none that it had not."""
-    clipping = any(true.clips for true in seen.truth.steps) or seen.loop.clips
+def phases(comparison: Comparison) -> Found:
+    """Every phase that a step must have had, and no other."""
+    clipping = any(true.clips for true in comparison.truth.steps) or comparison.loop.clips
     booked: set[int] = set()
-    for step, true in seen.pairs:
+    for step, true in comparison.pairs:
         missing = true.phases - step["phase_ms"].keys()
-        shared = missing & {"backward"} and true.optimizer > 0 and seen.loop.rounds == "joint"
+        shared = missing & {"backward"} and true.optimizer > 0 and comparison.loop.rounds == "joint"
         if missing and not shared:
             yield f"step {step['step']}: {sorted(missing)} is missing in {sorted(step['phase_ms'])}"
         if "clip" in step["phase_ms"] and not clipping:
@@ -287,80 +289,80 @@ def phases(seen: Seen) -> Found:
         booked.add(true.optimizer)
 
 
-def forwards(seen: Seen) -> Found:
-    """The model is called in every step that has a loss, but for the further optimizers of one."""
-    for step, true in seen.pairs:
-        if "backward" not in true.phases or (true.optimizer and seen.loop.rounds == "joint"):
+def forwards(comparison: Comparison) -> Found:
+    """Every step with a loss calls the model, except for further optimizers of a joint step."""
+    for step, true in comparison.pairs:
+        if "backward" not in true.phases or (true.optimizer and comparison.loop.rounds == "joint"):
             continue
         for phase in ("forward", "loss"):
             if phase not in step["phase_ms"]:
                 yield f"step {step['step']}: no {phase} in {sorted(step['phase_ms'])}"
-    for header in seen.headers:
+    for header in comparison.headers:
         if "forward" in header["unseen"]:
-            yield f"the model is called, and unseen says: {header['unseen']['forward']}"
+            yield f"the model is called, and unseen has: {header['unseen']['forward']}"
 
 
-def own_phases(seen: Seen) -> Found:
-    """The time of a clip is the time of the step whose gradients it clipped."""
-    for step, true in seen.pairs:
+def own_phases(comparison: Comparison) -> Found:
+    """The time of a clip counts for the step whose gradients it clipped."""
+    for step, true in comparison.pairs:
         if true.clips and "clip" not in step["phase_ms"] and true.clips[-1].kind != "hand":
-            others = [t for t in seen.truth.steps if t is not true]
+            others = [t for t in comparison.truth.steps if t is not true]
             if not any(clip in other.clips for clip in true.clips for other in others):
                 yield f"step {step['step']}: its clip took no time"
 
 
-def times(seen: Seen) -> Found:
-    """Phases take no more than their step."""
-    for step in seen.steps:
+def times(comparison: Comparison) -> Found:
+    """The phases take no longer than their step."""
+    for step in comparison.steps:
         whole, parts = step["step_ms"], sum(step["phase_ms"].values())
         if not whole or not parts <= whole * 1.001 + 0.01:
             yield f"step {step['step']}: phases of {parts} ms in a step of {whole} ms"
 
 
-def whole_times(seen: Seen) -> Found:
-    """Phases sum to their step."""
-    for step in seen.steps:
+def whole_times(comparison: Comparison) -> Found:
+    """The phases add up to their step."""
+    for step in comparison.steps:
         whole, parts = step["step_ms"], sum(step["phase_ms"].values())
         if whole and abs(whole - parts) > 0.01 * whole + 0.02:
             yield f"step {step['step']}: phases of {parts} ms in a step of {whole} ms"
 
 
-# ---------------------------------------------------------------- what belongs to no step
+# ---------------------------------------------------------------- skipped steps and alarms
 
 
-def skipped_steps(seen: Seen) -> Found:
-    """Every step that a GradScaler skipped is said, at its place."""
-    true = [skipped.before_step for skipped in seen.truth.skipped if skipped.why == "scaler"]
-    found = [event["step"] for event in seen.events if event["kind"] == "skipped_step"]
-    found += [line["step"] for line in seen.skipped if line["reason"] == "scaler"]
+def skipped_steps(comparison: Comparison) -> Found:
+    """Every step that a GradScaler skipped is reported, in its place."""
+    true = [skipped.before_step for skipped in comparison.truth.skipped if skipped.why == "scaler"]
+    found = [event["step"] for event in comparison.events if event["kind"] == "skipped_step"]
+    found += [line["step"] for line in comparison.skipped if line["reason"] == "scaler"]
     if sorted(set(found)) != sorted(set(true)) or (found and len(found) < len(true)):
-        yield f"steps {true} were skipped, and {found} are said to be"
+        yield f"steps {true} were skipped, and {found} are reported"
 
 
-def skipped_iterations(seen: Seen) -> Found:
-    """What `zero_grad` throws away is listed with its own numbers."""
-    true = [s for s in seen.truth.skipped if s.why == "hand"]
-    found = [line for line in seen.skipped if line["reason"] == "hand"]
+def skipped_iterations(comparison: Comparison) -> Found:
+    """Gradients that `zero_grad` discards are listed with their own numbers."""
+    true = [s for s in comparison.truth.skipped if s.why == "hand"]
+    found = [line for line in comparison.skipped if line["reason"] == "hand"]
     if len(found) != len(true):
         yield f"{len(true)} iterations were skipped by hand, and {len(found)} are listed"
     for line, skipped in zip(found, true, strict=False):
         yield from _skipped(line, skipped)
 
 
-def skipped_by_scaler(seen: Seen) -> Found:
-    """What a GradScaler skipped is listed with its own numbers."""
-    true = [s for s in seen.truth.skipped if s.why == "scaler"]
-    found = [line for line in seen.skipped if line["reason"] == "scaler"]
+def skipped_by_scaler(comparison: Comparison) -> Found:
+    """Steps that a GradScaler skipped are listed with their own numbers."""
+    true = [s for s in comparison.truth.skipped if s.why == "scaler"]
+    found = [line for line in comparison.skipped if line["reason"] == "scaler"]
     if len(found) != len(true):
         yield f"{len(true)} iterations were skipped by the scaler, and {len(found)} are listed"
     for line, skipped in zip(found, true, strict=False):
         yield from _skipped(line, skipped)
 
 
-def unfinished(seen: Seen) -> Found:
-    """A step that never came is told with what was known of it."""
-    true = [s for s in seen.truth.skipped if s.why == "end"]
-    found = [line for line in seen.skipped if line["reason"] == "end"]
+def unfinished(comparison: Comparison) -> Found:
+    """A step that never completed is listed with its known values."""
+    true = [s for s in comparison.truth.skipped if s.why == "end"]
+    found = [line for line in comparison.skipped if line["reason"] == "end"]
     if len(found) != len(true):
         yield f"{len(true)} steps were not finished, and {len(found)} are listed"
     for line, skipped in zip(found, true, strict=False):
@@ -379,49 +381,49 @@ def _skipped(line: Object, skipped: Skipped) -> Found:
             yield f"skipped before step {line['step']}: no gradient norm of {name}"
 
 
-def alarms(seen: Seen) -> Found:
+def alarms(comparison: Comparison) -> Found:
     """An alarm is raised where a loss or gradient is not finite, and nowhere else."""
-    said = [event for event in seen.events if event["kind"] == "nonfinite"]
+    raised = [event for event in comparison.events if event["kind"] == "nonfinite"]
     bad: dict[str, set[str]] = {"loss": set(), "gradient": set(), "weight": set()}
-    for true in seen.truth.steps:
+    for true in comparison.truth.steps:
         if true.loss is not None and not math.isfinite(true.loss):
             bad["loss"].add("")
         bad["gradient"] |= set(true.poisoned)
         bad["weight"] |= {n for n, norm in true.weights.items() if not math.isfinite(norm)}
-    for true_skip in seen.truth.skipped:
+    for true_skip in comparison.truth.skipped:
         if not math.isfinite(true_skip.loss):
             bad["loss"].add("")
         bad["gradient"] |= {
             n for n, norm in true_skip.norms.items() if norm is not None and not math.isfinite(norm)
         }
-    for event in said:
+    for event in raised:
         names, blamed = bad[event["quantity"]], event["parameter"] or ""
         if not names:
             yield f"a false alarm: {event['text']} at step {event['step']}"
         elif names != {""} and not any(_is(blamed, name) for name in names):
             yield f"{blamed} is blamed, and {sorted(names)} are not finite"
-    spoken = {event["quantity"] for event in said}
+    reported = {event["quantity"] for event in raised}
     for quantity in ("loss", "gradient"):
         stepped = any(
             (true.loss is not None and not math.isfinite(true.loss))
             if quantity == "loss"
             else true.poisoned
-            for true in seen.truth.steps
+            for true in comparison.truth.steps
         )
-        if stepped and quantity not in spoken:
-            yield f"the {quantity} is not finite, and nothing is said"
+        if stepped and quantity not in reported:
+            yield f"the {quantity} is not finite, and no alarm is raised"
 
 
 # ---------------------------------------------------------------- the header, show and export
 
 
-def header(seen: Seen) -> Found:
-    """The parameters as they are at the end."""
-    if not seen.headers:
+def header(comparison: Comparison) -> Found:
+    """The final state of the parameters."""
+    if not comparison.headers:
         yield "there is no header"
         return
-    described = {p["name"]: p for p in seen.headers[-1]["parameters"]}
-    for name, true in seen.truth.parameters.items():
+    described = {p["name"]: p for p in comparison.headers[-1]["parameters"]}
+    for name, true in comparison.truth.parameters.items():
         key = _key(described, name)
         if key is None:
             yield f"{name} is not described"
@@ -436,15 +438,15 @@ def header(seen: Seen) -> Found:
         for field, value in expected.items():
             if found[field] != value:
                 yield f"{name}: {field} is {value}, and {found[field]} is written"
-        if bool(found["optimizer"]) != true.held and not seen.loop.by_hand:
+        if bool(found["optimizer"]) != true.held and not comparison.loop.by_hand:
             yield f"{name}: its optimizer is written as {found['optimizer']!r}, held: {true.held}"
 
 
-def shown(seen: Seen) -> Found:
+def shown(comparison: Comparison) -> Found:
     """`show` gives the last step's values."""
-    show, made = seen.output.show, seen.truth.steps
+    show, made = comparison.output.show, comparison.truth.steps
     if show["step"] != len(made):
-        yield f"show says step {show['step']} of {len(made)}"
+        yield f"show has step {show['step']} of {len(made)}"
     if not made:
         return
     last = made[-1]
@@ -454,7 +456,7 @@ def shown(seen: Seen) -> Found:
             yield f"show gives the loss as {show['loss']}, and it is {last.loss}"
     else:
         yield from _number(where, "loss", show["loss"], last.loss)
-    # A value that is not finite has no text of its own here.
+    # A value that is not finite has no text here.
     if all(norm is None or math.isfinite(norm) for norm in last.norms.values()):
         there = any(norm is not None for norm in last.norms.values())
         total = last.total if there else None
@@ -463,50 +465,50 @@ def shown(seen: Seen) -> Found:
     curve = show["loss_curve"]
     if len(made) < 60 and curve["steps"] != list(range(1, len(made) + 1)):
         yield f"show draws the losses of steps {curve['steps']}"
-    if seen.steps:
+    if comparison.steps:
         found = {name: ms for name, ms in show["phase_ms"].items() if ms is not None}
-        expected = seen.steps[-1]["phase_ms"]
+        expected = comparison.steps[-1]["phase_ms"]
         if found.keys() != expected.keys() or any(
             not math.isclose(found[name], expected[name], rel_tol=1e-5) for name in found
         ):
             yield f"show gives the phases as {found}, and the last step has {expected}"
 
 
-def exported(seen: Seen) -> Found:
+def exported(comparison: Comparison) -> Found:
     """`export` repeats the lines of the run."""
     wanted = ("step", "event", "skipped", "end")
-    live = [line for line in seen.output.live if line["type"] in wanted]
-    again = [line for line in seen.output.export if line["type"] in wanted]
+    live = [line for line in comparison.output.live if line["type"] in wanted]
+    again = [line for line in comparison.output.export if line["type"] in wanted]
     if live != again:
         different = next(
             (a, b) for a, b in zip([*live, None], [*again, None], strict=False) if a != b
         )
         yield f"live and exported differ: {different}"
-    live_heads = [line for line in seen.output.live if line["type"] == "run"]
-    again_heads = [line for line in seen.output.export if line["type"] == "run"]
+    live_heads = [line for line in comparison.output.live if line["type"] == "run"]
+    again_heads = [line for line in comparison.output.export if line["type"] == "run"]
     if live_heads and again_heads and live_heads[-1] != again_heads[-1]:
         yield "the last header is not exported as it was"
 
 
-def stored(seen: Seen) -> Found:
-    """The tables of the store hold what the lines say."""
+def stored(comparison: Comparison) -> Found:
+    """The tables of the store hold the values of the lines."""
     columns = {"loss": "loss", "learning_rate": "lr", "grad_norm_preclip": "grad_norm_preclip"}
-    by_step = {step["step"]: step for step in seen.steps}
-    told: dict[tuple[int, str], str] = {}
-    for row in seen.output.tables.get("steps", []):
+    by_step = {step["step"]: step for step in comparison.steps}
+    stored_texts: dict[tuple[int, str], str] = {}
+    for row in comparison.output.tables.get("steps", []):
         step = int(row["step"])
         for name, text in row.items():
             base = name.rpartition(".")[2]
             if name.startswith("step.") or name in columns:
-                told[step, base] = told.get((step, base)) or text
+                stored_texts[step, base] = stored_texts.get((step, base)) or text
     for number, step in by_step.items():
         for column, key in columns.items():
-            text = told.get((number, column), "")
+            text = stored_texts.get((number, column), "")
             yield from _cell(number, column, text, step[key], step, key)
     for name in ("grad_norm", "weight_norm", "update_ratio"):
         cells = {
             (int(row["step"]), column): text
-            for table, rows in seen.output.tables.items()
+            for table, rows in comparison.output.tables.items()
             if table == name or table.startswith(f"{name}.")
             for row in rows
             for column, text in row.items()
@@ -524,8 +526,8 @@ def _cell(step: int, column: str, text: str, value: float | None, line: Object, 
     word = line.get("nonfinite", {}).get(key, "")
     if value is None:
         if text != word:
-            said = word or "absent"
-            yield f"step {step}: {column} is {said} in the lines and {text!r} in the store"
+            expected = word or "absent"
+            yield f"step {step}: {column} is {expected} in the lines and {text!r} in the store"
     elif not text or np.float32(text) != np.float32(value):
         yield f"step {step}: {column} is {value} in the lines and {text!r} in the store"
 
@@ -536,14 +538,14 @@ def _cell(step: int, column: str, text: str, value: float | None, line: Object, 
 def _number(
     line: Object, name: str, found: Any, true: float | None, tolerance: float = TOLERANCE
 ) -> Found:
-    """A number of a line against the truth."""
+    """Compare a number of a line with the truth."""
     where = f"step {line['step']}: {name}"
     word = line.get("nonfinite", {}).get(name)
     if true is None:
         if found is not None:
             yield f"{where} is {found}, and there is none"
         elif word is not None:
-            yield f"{where} is said to be {word}, and there is none"
+            yield f"{where} is written as {word}, and there is none"
         return
     if not math.isfinite(true):
         if found is not None:
@@ -552,7 +554,7 @@ def _number(
             yield f"{where} is absent, and it is {true}"
         return
     if not (true == 0 or SMALLEST < abs(true) < LARGEST) and found is None and word is None:
-        return  # out of the reach of float32
+        return  # out of the range of float32
     if found is None:
         yield f"{where} is {word or 'absent'}, and it is {true:.6g}"
     elif not math.isclose(found, true, rel_tol=tolerance, abs_tol=1e-12 * (abs(true) or 1e-30)):
@@ -560,7 +562,7 @@ def _number(
 
 
 def _is(found: str, name: str) -> bool:
-    """Whether a parameter is written as `found`: names of further models have a prefix."""
+    """Whether `found` is the written name of a parameter: further models have a prefix."""
     return found == name or found.endswith(f".{name}")
 
 

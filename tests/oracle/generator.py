@@ -1,4 +1,4 @@
-"""Training loops as data: what varies, how a loop is drawn, and the script that it stands for."""
+"""Training loops as data: their variations, how a loop is drawn, and the script it generates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 WIDTH = 4
 SIZES = {"normal": 1.0, "huge": 1e20, "tiny": 1e-25}
-"""What the loss is multiplied by."""
+"""Factors of the loss."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Clip:
     kind: Literal["norm", "infinity", "value", "hand", "data", "strict"] = "norm"
     """`infinity`: by the largest element; `hand`: multiplied in place; `data`: the same through
     `.data`, which counts no version; `strict`: by norm, with an error where it is not finite, after
-    which the batch is given up."""
+    which the batch is dropped."""
     over: Literal["all", "own", "first"] = "all"
     """Every parameter of the models, the stepping optimizer's, or the first layer's."""
     tight: bool = True
@@ -66,7 +66,7 @@ class Loop:
     set_to_none: bool = True
     micro_batches: int = 1
     losses: int = 1
-    """Losses of each micro-batch, each with a backward pass of its own."""
+    """Losses of each micro-batch, each with its own backward pass."""
     gradients: Literal["backward", "autograd", "assigned"] = "backward"
     """`loss.backward()`, `torch.autograd.backward`, or `torch.autograd.grad` assigned by hand."""
     clips: tuple[Clip, ...] = ()
@@ -83,12 +83,12 @@ class Loop:
     size: Literal["normal", "huge", "tiny"] = "normal"
     zero_bias: bool = False
     frozen: Literal["", "held", "left out"] = ""
-    """The first layer is frozen: held by its optimizer all the same, or not."""
+    """The first layer is frozen, and its optimizer holds it or not."""
     unfrozen_at: int | None = None
     unused: bool = False
     empty: bool = False
     sparse: bool = False
-    """A sparse embedding, with an optimizer of its own that steps first."""
+    """A sparse embedding, with its own optimizer, which steps first."""
     complex: bool = False
     """A complex parameter."""
     shared: bool = False
@@ -101,17 +101,17 @@ class Loop:
     stops_early: bool = False
     """The last iteration ends after its backward."""
     measured_every: int = 1
-    """Cadence of the gradient norms: how they are measured, not what the script does."""
+    """Cadence of the gradient norms; it does not change the script."""
 
     def __repr__(self) -> str:
-        """What is not as in the textbook."""
+        """The fields that differ from the textbook loop."""
         fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
         changed = (f"{name}={value!r}" for name, value, usual in fields if value != usual)
         return f"Loop({', '.join(changed)})"
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Of all models, in order."""
+        """The layers of all models, in order."""
         return tuple(layer for net in self.nets for layer in net)
 
     @property
@@ -126,7 +126,7 @@ class Loop:
 
 
 def sensible(loop: Loop) -> bool:
-    """Whether the loop can run, and somebody might write it."""
+    """Whether the loop can run and is realistic."""
     held = {layer for optimizer in loop.optimizers for layer in optimizer.layers}
     special = loop.added_at is not None or loop.replaced_at is not None
     frozen_layers = {loop.layers[0]} if loop.frozen else set()
@@ -170,7 +170,7 @@ def sensible(loop: Loop) -> bool:
         not (loop.added_at is not None and loop.replaced_at is not None),
         not (special and loop.gradients == "assigned"),
         not (loop.skip and loop.skip_at >= loop.iterations - 1),
-        # A gradient of bfloat16 times 1e-25 is nothing at all, and one of 1e20 twice is too much.
+        # A gradient of bfloat16 times 1e-25 underflows, and one times 1e20 twice overflows.
         not (loop.size != "normal" and any(c.kind != "norm" for c in loop.clips)),
         not (loop.size != "normal" and (loop.skip or loop.poison_at is not None)),
         not (loop.size != "normal" and any(o.kind not in ("sgd", "adam") for o in loop.optimizers)),
@@ -207,7 +207,7 @@ def sensible(loop: Loop) -> bool:
             and not loop.closures
         ),
         loop.skip != "after clip" or any(c.when == "before" for c in loop.clips),
-        # The first layer is in a round of its own only where its optimizer is.
+        # The first layer has its own round only where its optimizer does.
         all(c.over != "first" or loop.layers[0] in held for c in loop.clips),
         # PyTorch's clip_grad_value_ fails where there is no gradient at all.
         not (loop.frozen and any(c.over == "first" for c in loop.clips)),
@@ -229,17 +229,17 @@ RARE = (
     *("empty", "shared", "added", "replaced", "poison", "assigned", "zero bias", "sparse"),
     *("complex", "strict", "stop", "cadence"),
 )
-"""What one loop in a while has; never two of them."""
+"""Rare features; a loop has at most one of them."""
 
 
 def some(*values: object) -> st.SearchStrategy[object]:
-    """The first value most of the time: it shrinks to that."""
+    """Mostly the first value, to which hypothesis shrinks."""
     return st.sampled_from([values[0]] * 3 + list(values[1:]))
 
 
 @st.composite
 def loops(draw: st.DrawFn) -> Loop:
-    """Any loop; not always a sensible one."""
+    """Any loop, including loops that are not sensible."""
     structure = draw(
         st.sampled_from(
             (
@@ -328,7 +328,7 @@ def loops(draw: st.DrawFn) -> Loop:
 
 
 def fitted(loop: Loop) -> Loop:
-    """The nearest loop without what cannot go together."""
+    """The nearest loop without incompatible features."""
     change: dict[str, object] = {}
     if loop.closures:
         change |= {"micro_batches": 1, "zero": "start", "skip": "", "scaler": ""}
@@ -363,9 +363,9 @@ def script_of(loop: Loop) -> str:
     return "\n".join([*_models(loop), *_optimizers(loop), *_training(loop), "truth.end()", ""])
 
 
-def standalone(loop: Loop, told: str = "") -> str:
-    """The same as a program: it prints its truth. `told`: remarks for its head."""
-    remarks = "".join(f"# {line}\n" for line in [repr(loop), *told.splitlines()])
+def standalone(loop: Loop, notes: str = "") -> str:
+    """The same as a program that prints its truth. `notes`: comments at its top."""
+    remarks = "".join(f"# {line}\n" for line in [repr(loop), *notes.splitlines()])
     source = Path(__file__).with_name("truth.py").read_text(encoding="utf-8")
     body = source.partition("from __future__ import annotations\n")[2]
     tail = "for each in [*truth.steps, *truth.skipped]:\n    print(each)\n"
@@ -653,7 +653,7 @@ def _backward(loop: Loop, members: list[int], again: bool) -> list[str]:
     if loop.scaler:
         lines.append("truth.loss_scale = scaler.get_scale()")
 
-    def told(which: list[int]) -> str:
+    def context(which: list[int]) -> str:
         given = ", ".join(names[n] + (share if loop.scaler == "divide" else "") for n in which)
         total = " + ".join(f"objective(x.double(), *nets){weights[n]}" for n in which)
         recompute = f", again=lambda *nets: {total}" if check else ""
@@ -670,7 +670,7 @@ def _backward(loop: Loop, members: list[int], again: bool) -> list[str]:
         layers = [layer for number in members for layer in loop.optimizers[number].layers]
         lines += [
             f"wanted = [p for p in dict.fromkeys({_parameters(loop, layers)}) if p.requires_grad]",
-            told([0]),
+            context([0]),
             f"    found = torch.autograd.grad({tensor(0)}, wanted, allow_unused=True)",
             "    for p, g in zip(wanted, found):",
             "        p.grad = g",
@@ -678,10 +678,10 @@ def _backward(loop: Loop, members: list[int], again: bool) -> list[str]:
         return lines
     if loop.gradients == "autograd":
         tensors = ", ".join(tensor(n) for n in range(loop.losses))
-        lines += [told(list(range(loop.losses))), f"    torch.autograd.backward([{tensors}])"]
+        lines += [context(list(range(loop.losses))), f"    torch.autograd.backward([{tensors}])"]
         return lines
     for n in range(loop.losses):
-        lines += [told([n]), f"    {tensor(n)}.backward()"]
+        lines += [context([n]), f"    {tensor(n)}.backward()"]
     return lines
 
 

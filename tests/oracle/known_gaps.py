@@ -1,8 +1,8 @@
-"""What the tracer is known to get wrong: differences that do not fail a test, until they are gone.
+"""Known errors of the tracer: differences that do not fail a test until they are fixed.
 
-Each gap says in which loops it shows and which checks find it there; every other check holds in
-these loops as well. Where the examples of a gap show nothing any more the test fails: the gap is
-to be taken off this list, or the check off its gap.
+Each gap has the loops in which it shows and the checks that find it there; every other check passes
+in these loops too. When the examples of a gap no longer show it, a test fails: remove the gap from
+this list, or the check from its gap.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.oracle.generator import Clip, Loop, Optimizer, shares_parameters
 
 @dataclass(frozen=True)
 class Gap:
-    """One thing that is wrong."""
+    """One known error."""
 
     name: str
     why: str
-    """What is wrong, in a sentence."""
+    """The error in one sentence."""
     shows_in: Callable[[Loop], bool]
     checks: tuple[str, ...]
     examples: tuple[Loop, ...]
@@ -27,7 +27,7 @@ class Gap:
 
 
 CLOBBERED = "bad argument to internal function"
-"""What a thread fails with that makes a tuple while another one calls gc.get_objects(), as the
+"""The error of a thread that builds a tuple while another one calls gc.get_objects(), as the
 tracer does to find an optimizer. It comes by chance: the loop is run again."""
 
 # ---------------------------------------------------------------- where they show

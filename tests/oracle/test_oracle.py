@@ -1,6 +1,6 @@
-"""Generated training loops: every number that is written about them is true, or it is absent.
+"""Generated training loops: every number written about them is correct, or absent.
 
-100 loops are drawn, always the same. `make oracle LOOPS=2000` draws more; SEED=… draws others.
+The same 100 loops are drawn each time. `make oracle LOOPS=2000` draws more; SEED=… draws others.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from tests.oracle.known_gaps import CLOBBERED, KNOWN_GAPS, Gap
 
 LOOPS = int(os.environ.get("TUI_TRAINER_ORACLE_LOOPS", "100"))
 SEED = int(os.environ.get("TUI_TRAINER_ORACLE_SEED", "0"))
-TOGETHER = 25
-"""Loops of one test, so that several processes share them."""
-SHARDS = range(-(-LOOPS // TOGETHER))
+LOOPS_PER_TEST = 25
+"""Loops of one test, so that several processes share the work."""
+SHARDS = range(-(-LOOPS // LOOPS_PER_TEST))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _fewer_objects() -> Iterator[None]:
-    """The tracer may look through all objects for an optimizer: let it pass over pytest's."""
+    """Hide pytest's objects from the tracer's search for optimizers."""
     gc.collect()
     gc.freeze()
     yield
@@ -49,7 +49,7 @@ def _fewer_objects() -> Iterator[None]:
 
 
 def found_in(loop: Loop) -> list[Difference]:
-    """What is written about this loop and not so, known gaps included."""
+    """The differences of this loop, including known gaps."""
     for _ in range(5):
         found = _found_in(loop)
         if not any(CLOBBERED in difference.text for difference in found):
@@ -64,7 +64,7 @@ def _found_in(loop: Loop) -> list[Difference]:
         output, traced = adapter.run_traced(script, Path(folder), loop.measured_every)
     assert alone.keys() == traced.keys()
     for name, weights in alone.items():
-        assert _bits(weights) == _bits(traced[name]), f"{name} is another with the tracer"
+        assert _bits(weights) == _bits(traced[name]), f"{name} differs with the tracer"
     return differences(loop, truth, output)
 
 
@@ -73,13 +73,13 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def unknown(loop: Loop, found: list[Difference]) -> list[Difference]:
-    """Those that no known gap explains."""
+    """The differences that no known gap explains."""
     known = {check for gap in KNOWN_GAPS if gap.shows_in(loop) for check in gap.checks}
     return [difference for difference in found if difference.check not in known]
 
 
 def fail(loop: Loop, found: list[Difference]) -> None:
-    """Say what is wrong, with a program that shows it."""
+    """Fail with the differences and a program that reproduces them."""
     text = "\n".join(map(str, found))
     program = Path(tempfile.gettempdir()) / "tui-trainer-oracle.py"
     program.write_text(standalone(loop, text), encoding="utf-8")
@@ -91,7 +91,7 @@ def fail(loop: Loop, found: list[Difference]) -> None:
 def test_generated_loops(shard: int) -> None:
     @seed(SEED + shard)
     @settings(
-        max_examples=min(TOGETHER, LOOPS - shard * TOGETHER),
+        max_examples=min(LOOPS_PER_TEST, LOOPS - shard * LOOPS_PER_TEST),
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -1,15 +1,15 @@
-"""What a training loop really did, told by the loop itself and computed in float64.
+"""The actual events of a training loop, reported by the loop itself and computed in float64.
 
-A generated script calls these methods beside its own calls of PyTorch. The rules are those of
-docs/json-lines.md, written down a second time, without the tracer:
+A generated script calls these methods around its own calls of PyTorch. The rules are those of
+docs/json-lines.md, implemented a second time, without the tracer:
 
 * A step is one call of an optimizer that changes the weights. Its loss is the sum of the losses
-  that were backpropagated into this optimizer's parameters since its last step, as far as
-  `zero_grad` has not thrown their gradients away. Of a closure the first evaluation counts.
+  that were backpropagated into this optimizer's parameters since its last step, unless
+  `zero_grad` has discarded their gradients. Of a closure the first evaluation counts.
 * Its gradients are those after the last of these backward passes, before any clipping that follows
-  and without a loss scale. A gradient that is not there has no norm, not the norm 0.
+  and without a loss scale. A missing gradient has no norm, not the norm 0.
 * A clip belongs to the step that uses the gradients it changed. After the step it belongs to none.
-* What is thrown away before any optimizer has used it is a skipped iteration.
+* Gradients that are discarded before any optimizer has used them are a skipped iteration.
 
 This module is also printed in front of a failing script, so that the script runs by itself.
 """
@@ -35,11 +35,11 @@ class Clip:
     """`norm`, `value` or `hand`."""
     limit: float | None
     before: float
-    """Norm of what it clipped, in the caller's norm type and with any loss scale still on it."""
+    """Norm of the clipped gradients, in the caller's norm type and including any loss scale."""
     after: float
     scale: float
     shares: dict[str, float]
-    """Parameter to its part of the sum of squares of what was clipped."""
+    """Parameter to its share of the sum of squares of the clipped gradients."""
     loss_scale: float
     returned: float
     """The norm before as `clip_grad_norm_` computed it, which may have overflowed."""
@@ -111,7 +111,7 @@ class Backward:
 
     loss: float
     claims: set[int]
-    """Optimizers whose gradients it is part of and that have neither used nor lost them."""
+    """Optimizers whose gradients include it and that have neither used nor lost them."""
     used: bool = False
     norms: dict[str, float | None] = field(default_factory=dict)
     clips: list[Clip] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Backward:
 
 @dataclass
 class State:
-    """What waits in the gradients of one optimizer."""
+    """The pending contents of one optimizer's gradients."""
 
     passes: list[Backward] = field(default_factory=list)
     norms: dict[str, float | None] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class State:
 
 
 class ByHand:
-    """Stands for an optimizer in a script that updates its weights itself."""
+    """Replaces an optimizer in a script that updates its weights itself."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": None}]
@@ -158,16 +158,16 @@ class Truth:
         self._first: State | None = None
         self._stepping: int | None = None
 
-    # ------------------------------------------------------------ what there is
+    # ------------------------------------------------------------ models and optimizers
 
     def watch(self, nets: dict[str, torch.nn.Module], optimizers: Sequence[Any]) -> None:
-        """These are the models, by name, and the optimizers."""
+        """Register the models, by name, and the optimizers."""
         self.nets = nets
         self.optimizers = list(optimizers)
         self._states = [State() for _ in self.optimizers]
 
     def end(self) -> None:
-        """The script is over."""
+        """Call at the end of the script."""
         open_passes = {id(each): each for state in self._states for each in state.passes}
         left = [each for each in open_passes.values() if not each.used]
         if left:
@@ -203,10 +203,10 @@ class Truth:
         replaces: bool = False,
         again: Callable[..., torch.Tensor] | None = None,
     ) -> Iterator[None]:
-        """Around a backward pass of `losses`, which are given as they are without a loss scale.
+        """Wrap a backward pass of `losses`, which are given without a loss scale.
 
-        `again(*nets)` computes their sum anew from copies of the models in float64. `replaces`: the
-        gradients take the place of those that were there.
+        `again(*nets)` recomputes their sum from copies of the models in float64. `replaces`: the
+        gradients replace the existing ones.
         """
         everything = self._everything()
         before = {key: _copy(p.grad) for key, p in everything.items()}
@@ -242,7 +242,7 @@ class Truth:
         before: dict[int, torch.Tensor | None],
         touched: set[int],
     ) -> None:
-        """Hold the gradients against autograd in float64."""
+        """Compare the gradients with autograd in float64."""
         named = self._named()
         nets = copy.deepcopy(self.nets)
         copies = {n: p for net in nets.values() for n, p in net.double().named_parameters()}
@@ -253,14 +253,14 @@ class Truth:
         for name, gradient in zip(wanted, gradients, strict=True):
             found, earlier = named[name].grad, before.get(id(named[name]))
             assert found is not None
-            assert gradient is not None, f"{name} has a gradient that float64 autograd has not"
+            assert gradient is not None, f"{name} has a gradient, but not in float64"
             change = _wide(found) if earlier is None else _wide(found) - _wide(earlier)
             tolerance = 1e-3 if found.dtype in (torch.float32, torch.float64) else 0.2
             expected = _wide(gradient) * factor
             if torch.isfinite(change).all() and torch.isfinite(expected).all():
                 reference = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-300)
                 if earlier is not None and earlier.numel():
-                    # What is added to something far larger loses its last digits.
+                    # Adding to a far larger number loses the last digits.
                     reference = max(reference, float(_wide(earlier).abs().max()))
                 worst = float((change - expected).abs().max()) if expected.numel() else 0.0
                 near = (
@@ -278,8 +278,8 @@ class Truth:
         limit: float | None = None,
         norm_type: float = 2.0,
     ) -> Iterator[SimpleNamespace]:
-        """Around a call that clips the gradients of these parameters; `total` of what it gives is
-        set to what `clip_grad_norm_` returned."""
+        """Wrap a call that clips the gradients of these parameters; the caller sets `total` of the
+        yielded object to the result of `clip_grad_norm_`."""
         clipped = [p for p in dict.fromkeys(parameters) if p.grad is not None]
         names = {id(p): n for n, p in self._named().items()}
         squares = {names[id(p)]: _norm(p.grad) ** 2 for p in clipped if id(p) in names}
@@ -291,7 +291,7 @@ class Truth:
         after = _total([p.grad for p in clipped], norm_type)
         returned = before if call.total is None else _number(call.total)
         if kind == "norm" and limit is not None:
-            # By what the function has computed itself: in float32 a sum of squares may be infinite.
+            # Use the function's own result: in float32 a sum of squares may be infinite.
             scale = returned if math.isnan(returned) else min(1.0, limit / (returned + 1e-6))
         else:
             scale = after / before if before else 1.0
@@ -303,7 +303,7 @@ class Truth:
                 state.clips.append(made)
 
     def zeroed(self) -> None:
-        """Gradients have just been zeroed or released; which, is seen."""
+        """Call after gradients were zeroed or released; it finds out which."""
         lost: list[Backward] = []
         for number, state in enumerate(self._states):
             gone = all(p.grad is None or not _dense(p.grad).any() for p in self._own(number))
@@ -328,7 +328,7 @@ class Truth:
     # ------------------------------------------------------------ steps
 
     def evaluation(self) -> None:
-        """A closure begins."""
+        """Call at the start of a closure."""
         self._evaluations += 1
         if self._evaluations == 2 and self._stepping is not None:
             state = self._states[self._stepping]
@@ -336,14 +336,14 @@ class Truth:
 
     @contextmanager
     def step(self, optimizer: Any, scaler: Any = None) -> Iterator[None]:
-        """Around an optimizer's step. `scaler`: the GradScaler that decides whether it is made."""
+        """Wrap an optimizer's step. `scaler`: the GradScaler that decides whether it happens."""
         number = next(i for i, o in enumerate(self.optimizers) if o is optimizer)
         self._stepping, self._evaluations, self._first = number, 0, None
         named = {n: p for n, p in self._named().items() if any(p is q for q in self._own(number))}
         before = {n: p.detach().clone() for n, p in named.items()}
         rate = optimizer.param_groups[0]["lr"]
         if not self._states[number].passes:
-            self._measure(number, 1.0)  # what an earlier step has left, or a closure's first call
+            self._measure(number, 1.0)  # left by an earlier step, or by a closure's first call
         yield
         self._stepping = None
         last = self._states[number].taken()
@@ -386,26 +386,26 @@ class Truth:
 
 
 class Silence:
-    """In place of `Truth`, where a script only trains."""
+    """Replaces `Truth` in a script that only trains."""
 
     def __init__(self) -> None:
         self.loss_scale = 1.0
 
     def watch(self, *args: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     end = zeroed = evaluation = watch
 
     @contextmanager
     def backward(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Nothing around it."""
+        """Wrap nothing."""
         yield
 
     step = backward
 
     @contextmanager
     def clip(self, *args: Any) -> Iterator[SimpleNamespace]:
-        """Nothing around it."""
+        """Wrap nothing."""
         yield SimpleNamespace()
 
 
@@ -433,7 +433,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In double precision, its elements real numbers."""
+    """The tensor in double precision, as real numbers."""
     tensor = _dense(tensor)
     return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
 

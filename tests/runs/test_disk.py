@@ -1,4 +1,4 @@
-"""A run whose disk refuses: training continues, the screen says so, recording resumes by itself."""
+"""A run whose disk is full: training continues, the screen reports it, recording resumes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory
 
-NOBODY = 65534
+NOBODY_UID = 65534
 SMALL = 8192
-"""Bytes a file may have: enough for what the run prints in the meantime, not for a commit."""
+"""Maximum bytes of a file: enough for the output of the run, too few for a commit."""
 
 
 def seen(runs, name):
-    """The status that a viewer is told."""
+    """The status that a viewer receives."""
     with RunClient.connect(inspect_run(runs.directory / name), "test") as talk:
         return talk.poll().status
 
 
-def goes_on(runs, name):
+def assert_training_continues(runs, name):
     before = seen(runs, name).step
     until(lambda: seen(runs, name).step > before + 20, "training continues")
 
 
 def assert_whole(runs, name, at_least):
-    """Every step is in the store, those from the time of the trouble as well."""
+    """Every step is in the store, including those made during the trouble."""
     table = StoredHistory(runs.directory / name).tables[0]
     steps = [int(step) for step in table.tail(table.rows)[0]]
     assert steps == list(range(1, steps[-1] + 1))
@@ -46,8 +46,8 @@ def test_a_full_disk(runs):
     process = runs.start("gpt-full", seconds=0.02)
     hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
-    until(lambda: "not recording" in seen(runs, "gpt-full").recording, "it is said")
-    goes_on(runs, "gpt-full")
+    until(lambda: "not recording" in seen(runs, "gpt-full").recording, "the status reports it")
+    assert_training_continues(runs, "gpt-full")
     shown = json.loads(runs.call("show", "gpt-full", "--json").stdout)
     assert "training continues" in shown["recording"]
     assert shown["state"] == "live"
@@ -60,11 +60,11 @@ def test_a_full_disk(runs):
     assert_whole(runs, "gpt-full", step)
 
 
-def test_pages_that_became_noise(runs):
+def test_pages_overwritten_with_noise(runs):
     process = runs.start("gpt-noise", seconds=0.01)
     until(lambda: runs.reported("gpt-noise").step > 100, "some rows")
     place = runs.directory / "gpt-noise"
-    # What SQLite holds in memory hides the damage until it has to read again.
+    # SQLite's cache hides the damage until it has to read again.
     hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
     until(lambda: "not recording" in seen(runs, "gpt-noise").recording, "it is closed")
@@ -72,21 +72,21 @@ def test_pages_that_became_noise(runs):
         if (place / name).exists():
             (place / name).write_bytes(os.urandom((place / name).stat().st_size))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    until(lambda: "damaged" in seen(runs, "gpt-noise").recording, "it is said")
-    goes_on(runs, "gpt-noise")
+    until(lambda: "damaged" in seen(runs, "gpt-noise").recording, "the status reports it")
+    assert_training_continues(runs, "gpt-noise")
     assert list(place.glob("damaged-*"))
     step = seen(runs, "gpt-noise").step
     until(lambda: runs.reported("gpt-noise").step > step + 50, "more steps")
     runs.kill("gpt-noise")
-    assert_whole(runs, "gpt-noise", step)  # what was damaged came from memory
+    assert_whole(runs, "gpt-noise", step)  # the damaged part was written again from memory
 
 
-def test_a_store_that_somebody_removed(runs):
+def test_a_removed_store(runs):
     runs.start("gpt-bereft", seconds=0.002)
     until(lambda: runs.reported("gpt-bereft").step > 600, "some chunks")
     for path in (runs.directory / "gpt-bereft").glob("history.sqlite*"):
         path.unlink()
-    until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "it is said")
+    until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "the status reports it")
     step = seen(runs, "gpt-bereft").step
     until(lambda: runs.reported("gpt-bereft").step > step + 500, "more steps")
     runs.kill("gpt-bereft")
@@ -97,15 +97,15 @@ def test_a_store_that_somebody_removed(runs):
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="root may become another user"
 )
 @pytest.mark.slow
-def test_permissions_as_a_user_for_whom_they_count():
-    """Root may write anywhere, so the tests of refusals are done by nobody."""
+def test_permissions_as_an_unprivileged_user():
+    """Root may write anywhere, so the tests of refusals run as the user `nobody`."""
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         os.mkdir(f"{place}/own")
-        os.chown(f"{place}/own", NOBODY, NOBODY)
+        os.chown(f"{place}/own", NOBODY_UID, NOBODY_UID)
         done = subprocess.run(
             [
-                *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+                *("setpriv", f"--reuid={NOBODY_UID}", f"--regid={NOBODY_UID}", "--clear-groups"),
                 *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
                 *("-o", "addopts=-q", f"--basetemp={place}/own/tmp", "-rA"),
                 *("-k", "read_only", "tests/store/test_store.py"),
@@ -124,11 +124,11 @@ def test_permissions_as_a_user_for_whom_they_count():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone may become another user")
 def test_a_directory_that_the_user_may_not_write_to():
-    """Training goes on, the status says so, and what was made meanwhile is recorded later."""
+    """Training continues, the status reports it, and the steps of that time are recorded later."""
     with tempfile.TemporaryDirectory() as place:
-        os.chown(place, NOBODY, NOBODY)
+        os.chown(place, NOBODY_UID, NOBODY_UID)
         done = subprocess.run(
-            [sys.executable, "-m", "tests.runs.as_nobody", place],
+            [sys.executable, "-m", "tests.runs.as_unprivileged_user", place],
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
@@ -136,9 +136,9 @@ def test_a_directory_that_the_user_may_not_write_to():
         )
         assert done.returncode == 0, done.stdout + done.stderr
         seen = json.loads(done.stdout.splitlines()[-1])
-        assert "not recording" in seen["said"]
-        assert "training continues" in seen["said"]
-        assert seen["files meanwhile"] == ["run.json"]
+        assert "not recording" in seen["status"]
+        assert "training continues" in seen["status"]
+        assert seen["files while read-only"] == ["run.json"]
         run = Path(place) / "gpt-shut"
         steps = StoredHistory(run).tables[0].tail(10**6)[0].tolist()
         assert steps == list(range(1, len(steps) + 1)), "steps from before are missing"

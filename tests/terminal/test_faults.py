@@ -1,5 +1,5 @@
-"""Bad input and faults in the app: a screen that says it and keeps what was measured, a way out
-that leaves the terminal as it was, and an exit status."""
+"""Bad input and faults in the app: the screen shows the error and keeps the measurements, the
+terminal is restored on exit, and the exit status is right."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EXPLOSIVE = ["--learning-rate", "1e9", "--warmup-steps", "0", "--schedule", "con
 EXPLOSIVE += ["--clip", "off", "--optimizer", "sgd"]
 
 
-def shown(command: list[str], *said: str, status: int) -> str:
-    """Run it in the app until all of `said` is on the screen and leave; what was on the screen."""
+def shown(command: list[str], *texts: str, status: int) -> str:
+    """Run it in the app until the screen shows all of `texts`, and leave; return the screen."""
     with Terminal([*COMMAND, *command], columns=120, rows=36, timeout=90) as terminal:
-        for text in said:
+        for text in texts:
             terminal.wait_for(text)
         terminal.find(r"crashed|finished|stopped")
         seen = terminal.settle(0.5)
@@ -29,16 +29,16 @@ def shown(command: list[str], *said: str, status: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "messages"),
     [
         (["gpt", "--data", "nowhere.txt"], ["there is no file or folder nowhere.txt", "--data"]),
         (["vit", "--data", "one"], ["only one class", "at least two classes"]),
     ],
     ids=["missing", "class"],
 )
-def test_what_cannot_start(
+def test_refused_starts(
     options: list[str],
-    said: list[str],
+    messages: list[str],
     runs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -47,12 +47,12 @@ def test_what_cannot_start(
     (tmp_path / "one" / "cat").mkdir(parents=True)
     (tmp_path / "one" / "cat" / "1.png").write_bytes(b"")
     rest = ["--steps", "3", "--threads", "1"]
-    shown([*options, *rest], *said, status=2)
+    shown([*options, *rest], *messages, status=2)
 
 
 def test_a_loss_that_is_not_a_number(runs: Path) -> None:
-    said = ["the loss is nan", "the loss was nan at step 2", "a lower learning rate"]
-    shown(["gpt", *EXPLOSIVE, *SHORT], *said, status=1)
+    messages = ["the loss is nan", "the loss was nan at step 2", "a lower learning rate"]
+    shown(["gpt", *EXPLOSIVE, *SHORT], *messages, status=1)
 
 
 def test_a_script_that_is_not_python(runs: Path, train: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_megabyte_on_one_line_and_control_sequences(runs: Path, train: Path) -
     assert "xxxx" not in seen
 
 
-def test_a_script_with_signal_handlers_of_its_own(runs: Path, train: Path) -> None:
+def test_a_script_with_its_own_signal_handlers(runs: Path, train: Path) -> None:
     then = "if step == 4: os.kill(os.getpid(), 15); os.kill(os.getpid(), 2)\n"
     then += "    if step == 9: sys.exit(len(got))\n"
     own = "import os, signal\ngot = []\n"
@@ -80,7 +80,7 @@ def test_a_script_with_signal_handlers_of_its_own(runs: Path, train: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("death", "said", "status"),
+    ("death", "messages", "status"),
     [
         ("os.kill(os.getpid(), 9)", ["killed by SIGKILL", "memory ran out"], 137),
         ("ctypes.string_at(0)", ["killed by SIGSEGV", "Segmentation fault (__init__.py"], 139),
@@ -89,9 +89,9 @@ def test_a_script_with_signal_handlers_of_its_own(runs: Path, train: Path) -> No
     ids=["killed", "segmentation", "exit"],
 )
 def test_a_process_that_dies_at_once(
-    death: str, said: list[str], status: int, runs: Path, train: Path
+    death: str, messages: list[str], status: int, runs: Path, train: Path
 ) -> None:
     then = f"import os, ctypes; time.sleep(0.3 * (step % 10 == 0)); step == 60 and {death}"
     train.write_text(train.read_text().replace("# then", then))
-    seen = shown(["run", str(train)], "crashed at step", *said, status=status)
+    seen = shown(["run", str(train)], "crashed at step", *messages, status=status)
     assert "weight" in seen, "the gradients measured so far are gone"

@@ -1,6 +1,6 @@
-"""A run by a user for whom permissions count, whose directory cannot be written to for a while.
+"""A run by an unprivileged user, whose directory is read-only for a while.
 
-python -m tests.runs.as_nobody RUNS_DIRECTORY    prints one JSON object
+python -m tests.runs.as_unprivileged_user RUNS_DIRECTORY    prints one JSON object
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 def until(found, what):
@@ -27,10 +27,10 @@ def main(parent):
     from tui_trainer.config.run_spec import RunSpec, write_spec
     from tui_trainer.run.worker import WorkerStopHandler
 
-    # What was imported by now was readable to whoever started this; the run alone is nobody's.
+    # The imports above may need the caller's permissions; only the run belongs to `nobody`.
     os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+    os.setgid(NOBODY_UID)
+    os.setuid(NOBODY_UID)
     place = os.path.join(parent, "gpt-shut")
     write_spec(RunSpec(name="gpt-shut", directory=place, task="gpt"))
     os.chmod(place, 0o500)
@@ -43,15 +43,15 @@ def main(parent):
     host.open(None)
     threading.Thread(target=host.train, daemon=True).start()
     recorder = host.recorder
-    until(lambda: "not recording" in recorder.status.recording, "it is said")
-    seen["said"] = recorder.status.recording
+    until(lambda: "not recording" in recorder.status.recording, "the status reports it")
+    seen["status"] = recorder.status.recording
     before = recorder.status.step
     until(lambda: recorder.status.step > before + 50, "training continues")
-    seen["files meanwhile"] = sorted(os.listdir(place))
+    seen["files while read-only"] = sorted(os.listdir(place))
     os.chmod(place, 0o700)
     until(lambda: not recorder.status.recording, "recording resumes")
     seen["resumed at"] = recorder.status.step
-    until(lambda: recorder.status.step > seen["resumed at"] + 50, "it goes on recording")
+    until(lambda: recorder.status.step > seen["resumed at"] + 50, "recording continues")
     seen["ended at"] = recorder.status.step
     recorder.end("stopped")
     recorder.close(20)
