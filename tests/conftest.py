@@ -1,4 +1,4 @@
-"""What every test may rely on."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 SLOW = ("packaging", "ssh", "terminal")
-"""Folders of nothing but slow tests; elsewhere each is marked."""
+"""Folders that have only slow tests; elsewhere each is marked."""
 MADE_HERE = pytest.StashKey[str]()
 
 
@@ -57,6 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the modules of the tests hold stays: the garbage collector need not look at it again."""
+    """The test modules' objects live to the end: spare the garbage collector from visiting them."""
     gc.collect()
     gc.freeze()

@@ -114,13 +114,13 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Do what `python arguments…` does: `-m MODULE`, `-c CODE` or a file, perhaps after `-P`."""
+    """Behave like `python arguments…`: `-m MODULE`, `-c CODE` or a file, perhaps after `-P`."""
     safe = arguments[0] == "-P"
     kind, *rest = arguments[1:] if safe else arguments
     main = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=__builtins__, __annotations__={})
     sys.modules["__main__"] = main
-    # With -P python has no such entry; sys.flags cannot say so here, and scripts replace the first.
+    # With -P python has no such entry; sys.flags cannot be set here, and scripts replace the first.
     nowhere = os.path.join(os.sep, "nonexistent", "safe-path")
     if kind == "-m":
         sys.argv = ["-m", *rest[1:]]

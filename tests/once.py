@@ -1,4 +1,4 @@
-"""What takes long to make and is only read: made once for all test processes of a session."""
+"""Expensive read-only fixtures, made once for all test processes of a session."""
 
 from __future__ import annotations
 

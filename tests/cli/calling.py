@@ -1,4 +1,4 @@
-"""Calling the command as a shell does."""
+"""Call the command as a shell does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def call(
     torch: bool = True,
     cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `tui-trainer arguments…` in `cwd`, its runs kept there too; never on a terminal."""
+    """Run `tui-trainer arguments…` in `cwd`, with its runs there too; never on a terminal."""
     environment = {
         **os.environ,
         "TUI_TRAINER_RUNS_DIR": str(cwd / "runs"),
@@ -45,11 +45,11 @@ def call(
 
 
 def assert_refused(
-    done: subprocess.CompletedProcess[str], *said: str, status: int | None = None
+    done: subprocess.CompletedProcess[str], *messages: str, status: int | None = None
 ) -> None:
     """One clear message on stderr, a non-zero exit, and no traceback of ours."""
     assert done.returncode == status if status is not None else done.returncode > 0, done
-    for text in said:
-        assert text in done.stderr, f"{text!r} is not said:\n{done.stderr}"
+    for text in messages:
+        assert text in done.stderr, f"{text!r} is missing in:\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     assert "tui-trainer: " in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""The last line and the exit status, from what the session saw and what the run left on disk."""
+"""The last line and the exit status, from the session's snapshot and the run's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = RunSpec(name="script-tame-ibex", directory="/runs/script-tame-ibex", ta
 
 @contextmanager
 def process(code: str | None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ended with `code` run, or (None) one that lives."""
+    """A run process that ended with `code`, or (None) one that is alive."""
     sleeping = "import time; time.sleep(60)"
     command = [sys.executable, "-c", sleeping if code is None else code]
     started = subprocess.Popen(command)
@@ -38,7 +38,7 @@ def seen(state: str, step: int = 5, reason: str = "") -> Snapshot:
     return Snapshot(status=Status(state=state, step=step, reason=reason))
 
 
-def told(state: str, step: int, loss: float | None = None) -> RunState:
+def recorded(state: str, step: int, loss: float | None = None) -> RunState:
     return RunState(name="x", state=state, step=step, loss=loss)
 
 
@@ -48,12 +48,12 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
         (seen("finished", 3000), None, "", "finished at step 3,000", (0, 0)),
         (
             seen("running", 7),
-            told("finished", 9, 1.5),
+            recorded("finished", 9, 1.5),
             "",
             "finished at step 9, loss 1.500",
             (0, 0),
         ),
-        (seen("stopping", 7), told("stopped", 8), "", "stopped at step 8", (0, 0)),
+        (seen("stopping", 7), recorded("stopped", 8), "", "stopped at step 8", (0, 0)),
         (
             seen("crashed", 7, "ValueError: the seventh"),
             None,
@@ -63,7 +63,7 @@ def told(state: str, step: int, loss: float | None = None) -> RunState:
         ),
         (
             seen("running", 7),
-            told("running", 6),
+            recorded("running", 6),
             "import os; os.kill(os.getpid(), 9)",
             "crashed at step 7: its process exited without writing its status (killed by signal 9)",
             (1, 137),
@@ -97,9 +97,9 @@ def test_a_run_that_has_ended(
 
 
 @pytest.mark.parametrize(("state", "word"), [("running", "still training"), ("paused", "paused")])
-def test_a_run_that_goes_on(state: str, word: str) -> None:
+def test_a_run_that_continues(state: str, word: str) -> None:
     with process(None) as living:
-        outcome = final_outcome(seen(state, 12), told(state, 14, 2.0), living)
+        outcome = final_outcome(seen(state, 12), recorded(state, 14, 2.0), living)
         line = exit_summary(TASK, outcome)
         assert f"{word} at step 14, loss 2.000; tui-trainer attach gpt-quiet-otter" in line
     assert not outcome.ended

@@ -1,4 +1,4 @@
-"""`--json` of a shipped task: what is promised of every step is there, and the times are true."""
+"""`--json` of a shipped task: every step has the documented fields, and the times are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYER = {"layer", "cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v"}
 PHASES = {"zero_grad", "forward", "loss", "backward", "clip", "step"}
 
 
-def told(*arguments: str, cwd: Path) -> list[dict[str, Any]]:
+def json_lines(*arguments: str, cwd: Path) -> list[dict[str, Any]]:
     done = call(*arguments, *SHORT, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -24,7 +24,7 @@ def told(*arguments: str, cwd: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("task", ["gpt", "vit"])
 def test_header_steps_and_end(task: str, tmp_path: Path) -> None:
-    lines = told(task, cwd=tmp_path)
+    lines = json_lines(task, cwd=tmp_path)
     header, end = lines[0], lines[-1]
     steps = [line for line in lines if line["type"] == "step"]
     assert (header["type"], header["configuration"]["steps"]) == ("run", 5)
@@ -42,7 +42,7 @@ def test_header_steps_and_end(task: str, tmp_path: Path) -> None:
 
 
 def test_the_times_of_the_steps_fit_into_the_time_of_the_run(tmp_path: Path) -> None:
-    lines = told("gpt", "--eval-every", "2", "--sample-every", "3", cwd=tmp_path)
+    lines = json_lines("gpt", "--eval-every", "2", "--sample-every", "3", cwd=tmp_path)
     steps = [line for line in lines if line["type"] == "step"]
     lasted_ms = (steps[-1]["time"] - lines[0]["started_at"]) * 1e3
     assert 0 < sum(step["step_ms"] for step in steps) <= lasted_ms

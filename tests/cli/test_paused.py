@@ -1,4 +1,4 @@
-"""`--paused` where there is no screen, and so no key."""
+"""`--paused` without a screen, and so without keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print("trained")
 
 
 @pytest.mark.parametrize("kind", ["--json", "--plain"])
-def test_it_says_how_to_go_on_and_does(tmp_path: Path, kind: str) -> None:
+def test_it_says_how_to_continue_and_continues(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
     (folder / "__main__.py").write_text(LOOP)
@@ -42,9 +42,9 @@ def test_it_says_how_to_go_on_and_does(tmp_path: Path, kind: str) -> None:
     )
     try:
         assert process.stderr is not None
-        said = process.stderr.readline().strip()
-        assert said.startswith("tui-trainer: paused before the first step")
-        program, *arguments = shlex.split(said.partition("to continue: ")[2])
+        message = process.stderr.readline().strip()
+        assert message.startswith("tui-trainer: paused before the first step")
+        program, *arguments = shlex.split(message.partition("to continue: ")[2])
         (run,) = runs.iterdir()
         assert (program, arguments[:2]) == ("tui-trainer", ["resume", run.name])
         while find_socket(run) is None:

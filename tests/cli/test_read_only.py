@@ -1,4 +1,4 @@
-"""Looking back changes nothing in a run's directory, however the run ended, or if it lives."""
+"""Looking back changes nothing in the directory of a run, ended or alive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tui_trainer.ui.replay import ReplayApp
 
 
 async def look_through(path):
-    """Every screen, and the cursor everywhere; returns the last step seen."""
+    """Open every screen and move the cursor through the run; return the last step seen."""
     replay = ReplaySession(path)
     app = ReplayApp(replay)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -97,7 +97,7 @@ async def test_a_living_run(runs):  # noqa: F811
     replay.close()
 
 
-def test_nothing_recorded_is_said(tmp_path, runs):  # noqa: F811
+def test_an_empty_recording_is_reported(tmp_path, runs):  # noqa: F811
     runs.create("gpt-empty")
     done = runs.call("replay", "gpt-empty")
     assert done.returncode == 2  # no terminal here

@@ -1,4 +1,4 @@
-"""A start that was refused is told once and leaves nothing; what else crashed stays to be seen."""
+"""A refused start is reported once and leaves nothing; other crashed runs are kept."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_name_is_free_again_after_a_refusal(tmp_path: Path) -> None:
 
 
 def test_a_detached_start_that_was_refused_says_so_in_ls(tmp_path: Path) -> None:
-    """Nobody was there to be told."""
+    """Without a viewer there was no one to report it to."""
     name = call("gpt", "--detach", "--device", "cuda:99", cwd=tmp_path).stdout.strip()
     until(lambda: listed(tmp_path)[name]["state"] == "crashed", "it is refused")
     run = listed(tmp_path)[name]

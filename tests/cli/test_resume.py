@@ -1,4 +1,4 @@
-"""`--resume`: a new run goes on from a checkpoint of another, bit for bit, and names its parent."""
+"""`--resume`: a new run continues from another's checkpoint, bit for bit, and names its parent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps_in(text):
 
 
 def drifts_in(text):
-    """Step to what every layer's matrices have moved, where that was measured."""
+    """Step to the drift of every layer's matrices, where it was measured."""
     return {
         line["step"]: [[layer[f"drift_{m}"] for m in "qkv"] for layer in line["attention"]]
         for line in map(json.loads, text.splitlines())
@@ -78,7 +78,7 @@ def test_going_on_equals_never_having_stopped(place):
     assert list(steps_in(more.stdout)[1]) == [13, 14]
     assert "schedule ends at another step" in more.stderr
     assert "schedule" not in done.stderr
-    # The parent had gone further than the checkpoint: those steps are made again, which is said.
+    # The parent had gone beyond the checkpoint: those steps are repeated, and a message says so.
     assert "continuing from step 7 of whole, which reached step 12" in done.stderr
     assert "continuing from step 12 of rest\n" in more.stderr
 
@@ -89,7 +89,7 @@ def test_checkpoints_are_found_as_they_are_written(place):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("gpt", "--resume", "whole"), "has made all of its 12 steps"),
         (("gpt", "--resume", "whole@8"), "no checkpoint of step 8"),
@@ -99,12 +99,12 @@ def test_checkpoints_are_found_as_they_are_written(place):
         (("run", "--resume", "whole", "x.py"), "script"),
     ],
 )
-def test_what_cannot_go_on(place, arguments, said):
+def test_refused_resumes(place, arguments, message):
     (place / "x.py").write_text("")
-    assert_refused(call(*arguments, cwd=place), said)
+    assert_refused(call(*arguments, cwd=place), message)
 
 
-def test_a_script_goes_on_by_itself_and_no_weights_are_promised_that_are_not_there(place):
+def test_a_script_resumes_by_itself_and_no_missing_weights_are_promised(place):
     (place / "empty.py").write_text("import torch")
     assert call("run", "--name", "bare", "empty.py", cwd=place).returncode == 0
     refused = call("gpt", "--resume", "bare", cwd=place)

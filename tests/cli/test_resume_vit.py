@@ -1,4 +1,4 @@
-"""A vision transformer that was killed goes on from its checkpoint's files, bit for bit."""
+"""A killed vision transformer continues from its checkpoint's files, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def validated_in(text):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_continues_bit_for_bit(tmp_path):
     whole = call("vit", *OPTIONS, "--name", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     runs = tmp_path / "runs"
     saved = runs / "killed" / "checkpoints" / f"step-{SAVED:08}" / "state.json"
-    # Nobody reads what it prints, so it cannot come to its end before it is killed.
+    # Its output is not read, so it cannot finish before it is killed.
     killed = processes.Popen(
         [*COMMAND, "vit", *OPTIONS, "--name", "killed"],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Which argument is ours and which is the script's."""
+"""Which arguments belong to tui-trainer and which to the script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Screen or lines: what was asked for, and what the terminal can do."""
+"""Screen or lines: by the options, and by the terminal's abilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line itself refuses: exit status 2, one message, the near name as a hint."""
+"""Wrong usage: exit status 2, one message, and the closest name as a hint."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_it_is_refused(case: str, tmp_path: Path) -> None:
-    arguments, said = WRONG[case]
+    arguments, messages = WRONG[case]
     done = call(*arguments, cwd=tmp_path, torch=False)
-    assert_refused(done, *said, status=2)
+    assert_refused(done, *messages, status=2)
     assert done.stdout == ""
     assert not (tmp_path / "runs").exists(), "it left a run behind"
 

@@ -1,4 +1,4 @@
-"""Runs over each other: charts that can be told apart, and what was set up differently."""
+"""Runs compared: distinguishable charts, and the differences of their configurations."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def test_off_a_terminal_it_is_a_table_or_json():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "two runs or more"),
         (("calm",), "two runs or more"),
         (("calm", "calm"), "two runs or more"),
-        (("calm", "nobody"), "there is no run nobody"),
+        (("calm", "missing"), "there is no run missing"),
     ],
 )
-def test_what_cannot_be_compared(arguments, said):
-    assert_refused(call("compare", *arguments, cwd=home()), said)
+def test_refused_comparisons(arguments, message):
+    assert_refused(call("compare", *arguments, cwd=home()), message)
 
 
 def test_too_many(tmp_path):
@@ -136,10 +136,10 @@ async def test_keys_align_smooth_and_scale():
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         seen = {text_of(app)}
-        for key, said in (("t", "seconds"), ("m", "by time"), ("l", "log"), ("t", "by step")):
+        for key, message in (("t", "seconds"), ("m", "by time"), ("l", "log"), ("t", "by step")):
             await pilot.press(key)
             await settle(pilot)
-            assert said in text_of(app)
+            assert message in text_of(app)
             assert text_of(app) not in seen
             seen.add(text_of(app))
         await pilot.press("question_mark")

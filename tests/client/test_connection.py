@@ -129,7 +129,7 @@ def test_what_a_run_sends_cannot_reach_the_terminal(scripted):
 
 
 def test_a_refusal_is_read_although_the_run_has_closed_its_end():
-    """The greeting can no longer be sent then, which must not hide the reason."""
+    """The greeting can no longer be sent, which must not hide the reason."""
     for _ in range(20):
         ours, theirs = socket.socketpair()
         theirs.sendall(encode(Refused("64 viewers look at this run", "close one")))

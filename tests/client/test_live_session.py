@@ -63,7 +63,7 @@ def until_has(session, run):
 
 
 def check_same(session, run):
-    """Every row arrived, once, with its extremes, and every event and line."""
+    """Every row arrived exactly once, with its extremes, and every event and line."""
     seen = session.poll()
     assert seen.history.cursors() == run.history.cursors()
     steps = run.status.step

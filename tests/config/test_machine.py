@@ -1,4 +1,4 @@
-"""How much of the machine is ours, and how much of it others use."""
+"""The cores available to a run, and the cores that other processes use."""
 
 from __future__ import annotations
 

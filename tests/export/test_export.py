@@ -1,4 +1,4 @@
-"""What was recorded, in the formats of other tools: read back by those tools' own readers."""
+"""Exported runs, read back by the readers of the formats' own tools."""
 
 from __future__ import annotations
 
@@ -151,16 +151,16 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("calm",), "needs a --format"),
         (("calm", "--format", "xls"), "xls"),
-        (("nobody", "--format", "csv"), "there is no run nobody"),
+        (("missing", "--format", "csv"), "there is no run missing"),
         (("calm", "--format", "csv", "--output", "/proc/nowhere/x"), "cannot export calm"),
     ],
 )
-def test_what_cannot_be_exported(arguments, said):
-    assert_refused(export(*arguments), said)
+def test_refused_exports(arguments, message):
+    assert_refused(export(*arguments), message)
 
 
 @pytest.mark.parametrize("command", [("export", "--format", "csv"), ("report",)])

@@ -40,7 +40,7 @@ def check_window(
     stop: int,
     buckets: int,
 ) -> None:
-    """Every stretch says of its steps what the raw data say."""
+    """Every stretch agrees with the raw data of its steps."""
     columns = [2, 0]
     window = history.window(columns, start, stop, buckets)
     assert len(window.edges) == buckets + 1

@@ -23,7 +23,7 @@ def test_gpt2_has_124_million_parameters():
     with torch.device("meta"):
         assert count(GPT(vocabulary=50257, **shape)) == 124_337_664
         assert count(GPT(vocabulary=50257, bias=True, **shape)) == 124_439_808
-        # nanoGPT counts without position embeddings and says 123.59M for its padded vocabulary
+        # nanoGPT counts without position embeddings and prints 123.59M for its padded vocabulary
         assert count(GPT(vocabulary=50304, **shape)) - 1024 * 768 == 123_587_328
 
 

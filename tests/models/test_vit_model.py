@@ -24,7 +24,7 @@ def small(**changes) -> ViT:
     return ViT(**{**shape, "heads": 2, "width": 16, **changes})
 
 
-def test_face_s14_has_the_parameters_its_shape_says():
+def test_face_s14_has_the_parameters_of_its_shape():
     with torch.device("meta"):
         model = ViT(**FACE)
     block = 4 * (384 * 384 + 384) + 2 * 384 * 4 * 384 + 5 * 384 + 4 * 384

@@ -31,7 +31,7 @@ def checked(command: Sequence[str | Path], **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
-    """Built from a copy of the sources, so that neither leftovers nor the checkout take part."""
+    """Build it from a copy of the sources, without leftovers of earlier builds."""
     (built,) = (made_once("wheel", build) / "out").glob("*.whl")
     return built
 

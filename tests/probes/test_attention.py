@@ -1,4 +1,4 @@
-"""Attention layers of many makes, and their statistics against a slow reference in float64."""
+"""Attention layers of many kinds, and their statistics compared with a slow float64 reference."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_heads_of_every_make_of_layer(make):
                 close(row[f"{at}.drift_v"], float(drift), 1e-4)
 
 
-def test_heads_are_measured_only_while_somebody_looks():
+def test_heads_are_measured_only_while_a_viewer_shows_them():
     torch.manual_seed(0)
     recorder, _, _ = run(Stack(Separate), topics=frozenset())
     assert recorder.rows("attention_heads") == {}
@@ -300,7 +300,7 @@ def compare_spectrum(recorder, row, seen_at, relative=1e-3):
 
 
 def test_spectrum_of_an_accelerators_weights_is_computed_beside_the_training(monkeypatch):
-    """What is done for weights that are not on the CPU, on some that are."""
+    """The code path of weights on a device, run on the CPU."""
     made, put, measure = AttentionSpectrum.__init__, Decomposer.put, AttentionSpectrum.after_update
     sent_at: list[int] = []
     calls = 0

@@ -1,4 +1,4 @@
-"""Fused matrices that cannot be cut in thirds, and matrices of different shapes."""
+"""Fused matrices that do not split into thirds, and matrices of different shapes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tui_trainer.trace.parameters import TrackedParameters
 
 
 class FusedOf(nn.Module):
-    """Fused with `heads` query heads and `shared` key/value heads of `dim`, told as `told`."""
+    """Fused with `heads` query heads and `shared` key/value heads of `dim`; sets `attributes`."""
 
-    def __init__(self, told, heads=4, shared=1, dim=2, width=8, name="wqkv", out=False):
+    def __init__(self, attributes, heads=4, shared=1, dim=2, width=8, name="wqkv", out=False):
         super().__init__()
         self.name, self.sizes = name, (heads * dim, shared * dim, shared * dim)
         self.counts = heads, shared
-        for attribute, value in told.items():
+        for attribute, value in attributes.items():
             setattr(self, attribute, value)
         setattr(self, name, nn.Linear(width, sum(self.sizes), bias=False))
         if out:
@@ -62,7 +62,7 @@ def look_at(model: nn.Module):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "attributes",
     [
         GPT_FAST,
         *(
@@ -72,8 +72,8 @@ def look_at(model: nn.Module):
         *({"n_head": 4, name: 1} for name in ("n_head_kv", "num_heads_kv", "n_query_groups")),
     ],
 )
-def test_grouped_heads_are_known_by_many_names(told):
-    found = look_at(Stack(lambda: FusedOf(told)))
+def test_grouped_heads_are_found_under_many_names(attributes):
+    found = look_at(Stack(lambda: FusedOf(attributes)))
     assert found.left_out == ()
     for layer in found.layers:
         assert layer.kind == "grouped"
@@ -94,7 +94,7 @@ def test_statistics_of_fused_grouped_heads():
 
 
 @pytest.mark.parametrize(
-    ("told", "name", "why"),
+    ("attributes", "name", "why"),
     [
         ({"n_head": 4, "head_dim": 2}, "wqkv", "number of its key/value heads is unknown"),
         ({}, "wqkv", "number of its heads is unknown"),
@@ -106,9 +106,9 @@ def test_statistics_of_fused_grouped_heads():
         ({"num_heads": 4, "num_kv_heads": 2}, "query_key_value", "order of its heads"),
     ],
 )
-def test_what_cannot_be_split_is_said_and_not_shown(told, name, why):
-    shared = told.get("num_kv_heads", 1)
-    recorder, _, _ = run(Stack(lambda: FusedOf(told, shared=shared, name=name)))
+def test_unsplittable_matrices_are_reported_and_not_shown(attributes, name, why):
+    shared = attributes.get("num_kv_heads", 1)
+    recorder, _, _ = run(Stack(lambda: FusedOf(attributes, shared=shared, name=name)))
     assert recorder.info["attention"] == ()
     for quantity in ("attention", "attention_spectrum", "attention_health", "attention_heads"):
         reason = recorder.info["unseen"][quantity]
@@ -117,13 +117,13 @@ def test_what_cannot_be_split_is_said_and_not_shown(told, name, why):
         assert "and 1 more" in reason
 
 
-def test_what_cannot_be_split_beside_what_can_is_said_in_the_log():
+def test_one_unsplittable_matrix_among_others_is_logged():
     model = Stack(lambda: FusedOf(GPT_FAST))
     model.layers[1] = FusedOf({})
     recorder, _, _ = run(model)
     assert [info.layer for info in recorder.info["attention"]] == ["layers.0"]
-    (said,) = recorder.said("unseen")
-    assert "layers.1.wqkv.weight cannot be split" in said
+    (text,) = recorder.said("unseen")
+    assert "layers.1.wqkv.weight cannot be split" in text
     assert "attention" not in recorder.info["unseen"]
 
 
@@ -132,8 +132,8 @@ def test_thirds_of_other_width_than_the_inputs_are_known_by_the_output_projectio
     assert [part.shape for part in found.layers[0].parts] == [(12, 8)] * 3
     without = look_at(Stack(lambda: FusedOf({"heads": 4}, shared=4, dim=3, name="to_qkv")))
     assert without.layers == []
-    told = {"heads": 4, "dim_head": 3}
-    again = look_at(Stack(lambda: FusedOf(told, shared=4, dim=3, name="to_qkv")))
+    attributes = {"heads": 4, "dim_head": 3}
+    again = look_at(Stack(lambda: FusedOf(attributes, shared=4, dim=3, name="to_qkv")))
     assert [part.shape for part in again.layers[0].parts] == [(12, 8)] * 3
 
 

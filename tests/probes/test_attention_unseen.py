@@ -1,4 +1,4 @@
-"""Attention that cannot be looked at says why, and takes it back when it can."""
+"""Attention that cannot be observed has a reason, which is withdrawn once it is observed."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Turning(Separate):
         return (ByHand if self.by_hand else Separate).forward(self, x)
 
 
-class Sayings(KeepingRecorder):
-    """Keeps every reason that was given for not seeing attention's health."""
+class ReasonsRecorder(KeepingRecorder):
+    """A recorder that keeps every reason for missing attention health."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,38 +64,38 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
-def said_of(make, steps=4):
+def record(make, steps=4):
     model = Stack(make)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = Sayings()
+    recorder = ReasonsRecorder()
     trace(
         lambda: [step(model, optimizer) for _ in range(steps)], options=OPTIONS, recorder=recorder
     )
     return recorder
 
 
-def test_attention_by_hand_or_imported_by_name_is_said_to_be_unseen():
+def test_attention_by_hand_or_imported_by_name_is_reported_as_unseen():
     for make in (ByHand, Imported):
-        recorder = said_of(make)
+        recorder = record(make)
         assert recorder.rows("attention_health") == {}
         assert recorder.info["unseen"]["attention_health"] == probe.NOT_CALLED
         assert "scaled_dot_product_attention" in probe.NOT_CALLED
         assert "attention" not in recorder.info["unseen"]
 
 
-def test_several_calls_a_layer_are_said():
-    assert said_of(Twice).info["unseen"]["attention_health"] == probe.NOT_ONCE
+def test_several_calls_per_layer_are_reported():
+    assert record(Twice).info["unseen"]["attention_health"] == probe.NOT_ONCE
 
 
-def test_one_odd_forward_says_nothing():
-    assert said_of(ByHand, steps=1).reasons == []
-    assert said_of(Separate).reasons == []
+def test_one_unusual_forward_is_not_reported():
+    assert record(ByHand, steps=1).reasons == []
+    assert record(Separate).reasons == []
 
 
-def test_it_is_taken_back_when_attention_is_seen_later(monkeypatch):
+def test_the_reason_is_withdrawn_when_attention_is_seen_later(monkeypatch):
     model = Stack(Turning)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = Sayings()
+    recorder = ReasonsRecorder()
 
     def loop():
         for by_hand in (True, True, False, True, True, False, True, True, True, True):

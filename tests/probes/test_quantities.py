@@ -1,4 +1,4 @@
-"""Every quantity against a slow, plain reference that is computed apart, in float64."""
+"""Every quantity compared with a slow, plain reference in float64."""
 
 from __future__ import annotations
 
@@ -322,12 +322,12 @@ def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_
         hook.remove()
 
     recorder, _ = trace(healing_loop, options=Options(budget=0.0, cadences={"weight_norm": 1}))
-    said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
-    gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in said.items()}
+    reported = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
+    gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in reported.items()}
     assert gradients[3] == [("gradient", "2.weight", "nan", 2)]
     assert 4 not in gradients or gradients[4] == []
     assert gradients[6] == [("gradient", "2.weight", "inf", 5)]
-    assert ("weight", "0.bias", "nan", 6) in said[7]
+    assert ("weight", "0.bias", "nan", 6) in reported[7]
 
 
 def test_what_is_seen_late_says_when_it_was_last_finite():
@@ -346,8 +346,8 @@ def test_what_is_seen_late_says_when_it_was_last_finite():
 
     cadences = {"grad_norm": 4, "weight_norm": 4}
     recorder, _ = trace(loop, options=Options(budget=0.0, cadences=cadences))
-    said = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
-    assert said == {
+    reported = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
+    assert reported == {
         7: (("loss", "", "nan", 6),),  # the weights are NaN by then: seen at once
         9: (("gradient", "0.weight", "nan", 5), ("weight", "0.weight", "nan", 5)),
     }

@@ -20,10 +20,10 @@ MESSAGES = (
 def test_messages_come_out_whole_however_the_stream_is_cut(cuts):
     stream = b"".join(encode(message) for message in MESSAGES)
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    frames, heard = FrameBuffer(), []
+    frames, received = FrameBuffer(), []
     for low, high in itertools.pairwise(places):
-        heard += frames.feed(stream[low:high])
-    assert tuple(heard) == MESSAGES
+        received += frames.feed(stream[low:high])
+    assert tuple(received) == MESSAGES
     assert not frames.inside
 
 

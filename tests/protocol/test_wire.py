@@ -1,7 +1,7 @@
 """What crosses the wire is pinned to PROTOCOL_VERSION: fields go by place, and a peer of another
 version would take one for another.
 
-python -m tests.protocol.test_wire    writes the pinned description anew
+python -m tests.protocol.test_wire    rewrites the pinned description
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tui_trainer.protocol.messages import ToRun, ToViewer
 
 PINNED = Path(__file__).parent / "wire.txt"
 WHAT_TO_DO = """
-what crosses the wire has changed, and is no longer what tests/protocol/wire.txt says.
+the messages have changed, and no longer match tests/protocol/wire.txt.
 
 If a peer of the version before cannot read it (a field that is not the last of its message, has no
 default, or changes its type; a new message), raise PROTOCOL_VERSION in tui_trainer/protocol/__init__.py.

@@ -142,9 +142,9 @@ def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
     assert [event.seen for event in events] == [", seen at step 7, finite at step 4", "", ""]
     assert entry_of_event(events[0], None).text.endswith("in a, seen at step 7, finite at step 4")
     assert entry_of_event(events[1], None).text == "loss became nan"
-    said = event_object(events[0])
-    assert said["text"] == "gradient became inf in a, seen at step 7, finite at step 4"
-    assert said["finite_at"] == 4
+    event = event_object(events[0])
+    assert event["text"] == "gradient became inf in a, seen at step 7, finite at step 4"
+    assert event["finite_at"] == 4
     assert decode_event(encode(events[0])) == events[0]
 
 
@@ -184,14 +184,14 @@ def test_a_sink_gets_every_step_in_order_with_its_description(recorder):
     assert sink.closed
 
 
-def test_a_blocked_sink_costs_nothing_and_its_loss_is_said(recorder):
+def test_a_blocked_sink_costs_nothing_and_its_loss_is_reported(recorder):
     sink = Collector()
     sink.gate.clear()
     feed = recorder.subscribe(sink)
     feed._limit = 20_000
     for number in range(1, 1001):
         recorder.record(step(number))
-    assert recorder.status.step == 1000  # the recorder itself went on
+    assert recorder.status.step == 1000  # the recorder itself continued
     sink.gate.set()
     recorder.end("finished")
     assert recorder.flush(10)
@@ -201,7 +201,7 @@ def test_a_blocked_sink_costs_nothing_and_its_loss_is_said(recorder):
     assert len(steps) + lost == 1000
 
 
-def test_a_failing_sink_is_said_once_and_the_others_go_on(recorder):
+def test_a_failing_sink_is_reported_once_and_the_others_continue(recorder):
     class Failing(Collector):
         def take(self, items, status):
             raise ValueError("no")
@@ -221,7 +221,7 @@ def test_a_failing_sink_is_said_once_and_the_others_go_on(recorder):
 def test_the_queue_is_bounded_and_overflow_is_counted():
     recorder = make()
     recorder.flush()
-    with recorder._lock:  # nobody can drain now
+    with recorder._lock:  # nothing can drain now
         for number in range(1, 6001):
             recorder.record(step(number))
         assert len(recorder._queue) <= 4096
@@ -265,7 +265,7 @@ def test_changing_the_cadence_of_a_table_keeps_its_history(recorder):
     recorder.record(step(1))
     before = recorder.info.revision
     recorder.declare([Table(1, "grad_norm", tuple(Column(f"p{i}") for i in range(3)), every=10)])
-    assert recorder.info.revision == before  # a viewer is told the cadences alone
+    assert recorder.info.revision == before  # a viewer receives only the cadences
     update = recorder.update_for(Poll(revision=before))
     assert update.info is None
     assert update.cadences == tuple(table.every for table in recorder.info.tables)
@@ -321,10 +321,10 @@ def test_a_clip_is_told_with_the_digits_that_were_measured(recorder, share):
     recorder.subscribe(collector)
     recorder.record(step(1, clip=clip))
     assert recorder.flush(5)
-    (told,) = [item.record.clip for item in collector.items if isinstance(item, StepRecorded)]
-    assert told.norm_before == np.float32(1 / 3)
-    assert told.shares == pytest.approx((share, 0.0), abs=1 / 8192, nan_ok=True)
-    assert told.scale == pytest.approx(share, rel=1e-7, nan_ok=True)
+    (recorded,) = [item.record.clip for item in collector.items if isinstance(item, StepRecorded)]
+    assert recorded.norm_before == np.float32(1 / 3)
+    assert recorded.shares == pytest.approx((share, 0.0), abs=1 / 8192, nan_ok=True)
+    assert recorded.scale == pytest.approx(share, rel=1e-7, nan_ok=True)
 
 
 def test_own_cost_has_the_digits_that_the_store_keeps(recorder):
@@ -332,5 +332,5 @@ def test_own_cost_has_the_digits_that_the_store_keeps(recorder):
     recorder.subscribe(collector)
     recorder.record(step(1, own_ms=1.42335))
     assert recorder.flush(5)
-    (told,) = [item.record.own_ms for item in collector.items if isinstance(item, StepRecorded)]
-    assert told == float(np.float32(1.42335)) != 1.42335
+    (recorded,) = [item.record.own_ms for item in collector.items if isinstance(item, StepRecorded)]
+    assert recorded == float(np.float32(1.42335)) != 1.42335

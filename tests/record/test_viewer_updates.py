@@ -1,4 +1,4 @@
-"""However much is printed or told, an answer holds no more than the viewer asked for."""
+"""However much is printed or recorded, an answer is no larger than the viewer asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Watched:
-    """A recorder, and a viewer of it that keeps what it is sent."""
+    """A recorder, and a viewer that keeps everything it receives."""
 
     def __init__(self, recorder, clock, budget, viewer):
         self.recorder, self.clock, self.budget, self.viewer = recorder, clock, budget, viewer
@@ -98,10 +98,10 @@ def test_a_flood_of_lines_stays_within_the_budget_and_its_newest_come(recorder, 
     )
     assert sent < allowed + viewer.answers * 600
     assert viewer.log[-1].text == f"{LINE} {next(numbers) - 1}"
-    said = left_out(viewer.log)
-    assert said
-    assert "tui-trainer logs" in said[-1]
-    # Ids tell what is there; each gap is said, with its number.
+    gaps = left_out(viewer.log)
+    assert gaps
+    assert "tui-trainer logs" in gaps[-1]
+    # Ids show which lines are there; each gap is reported with its size.
     for before, line in itertools.pairwise(viewer.log):
         if "left out" in line.text:
             assert int(line.text.split()[1].replace(",", "")) == line.id - before.id
@@ -120,7 +120,7 @@ def test_a_burst_comes_whole(recorder, clock):
     assert max(viewer.sizes) < 1.25 * 64 * 1024
 
 
-def test_who_comes_late_gets_what_was_printed_before(recorder, clock):
+def test_a_late_viewer_gets_the_lines_printed_before(recorder, clock):
     for number in range(4_000):
         recorder.log("stdout", f"{LINE} {number}")
     viewer = Watched(recorder, clock, 64 * 1024, 1)
@@ -128,7 +128,7 @@ def test_who_comes_late_gets_what_was_printed_before(recorder, clock):
     assert [line.text for line in viewer.log] == [f"{LINE} {n}" for n in range(4_000)]
 
 
-def test_what_was_printed_long_before_is_said_to_be_left_out(recorder, clock):
+def test_lines_printed_long_before_are_reported_as_left_out(recorder, clock):
     for number in range(9_000):
         recorder.log("stdout", f"{LINE} {number} {'x' * 100}")
     viewer = Watched(recorder, clock, 256 * 1024, 1)

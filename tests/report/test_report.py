@@ -1,4 +1,4 @@
-"""One page about a run: whole, self-contained, and harmless whatever the run was called."""
+"""The report of a run: complete, self-contained, and safe for any name of the run."""
 
 from __future__ import annotations
 
@@ -81,10 +81,15 @@ def test_a_real_run(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert_fetches_nothing(page)
     text = Reader(page).text
-    for said in ("calm", "finished", f"{STEPS} of {STEPS}", "Gradient norm", "Learning rate"):
-        assert said in text
-    for said in ("Time of each phase", "cosines", "drift from initialisation", "largest gradients"):
-        assert said in text
+    for text_part in ("calm", "finished", f"{STEPS} of {STEPS}", "Gradient norm", "Learning rate"):
+        assert text_part in text
+    for text_part in (
+        "Time of each phase",
+        "cosines",
+        "drift from initialisation",
+        "largest gradients",
+    ):
+        assert text_part in text
     lines = [json.loads(line) for line in (home() / "calm.jsonl").read_text().splitlines()]
     for name, value in lines[0]["configuration"].items():
         if value is not None:
@@ -218,7 +223,7 @@ def test_ticks_are_few_and_inside(low, high):
 
 
 def test_what_cannot_be_reported(tmp_path):
-    assert_refused(call("report", "nobody", cwd=home()), "there is no run nobody")
+    assert_refused(call("report", "missing", cwd=home()), "there is no run missing")
     place = tmp_path / "folder"
     place.mkdir()
     assert_refused(call("report", "calm", "--output", place, cwd=home()), "cannot write")

@@ -1,4 +1,4 @@
-"""As much of JSON Schema as docs/json-lines.schema.json uses; anything else in it is an error."""
+"""The part of JSON Schema that docs/json-lines.schema.json uses; anything else is an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = {
 
 
 def faults(value, schema=SCHEMA, path="$"):
-    """What is wrong with `value`, a list of texts."""
+    """The errors of `value`, as texts."""
     assert set(schema) <= KNOWN, set(schema) - KNOWN
     if "$ref" in schema:
         return faults(value, SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]], path)

@@ -11,7 +11,7 @@ from tui_trainer.run.output import Capture, LogFile
 
 
 class Disk(io.BytesIO):
-    """Takes so many bytes at most, as a disk that is full does."""
+    """Accepts a limited number of bytes, like a full disk."""
 
     room = 1_000_000
 
@@ -26,7 +26,7 @@ class Disk(io.BytesIO):
         super().close()
 
 
-def test_the_log_file_goes_on_when_the_disk_has_room_again(tmp_path):
+def test_the_log_file_continues_when_the_disk_has_room_again(tmp_path):
     disk = Disk()
     log = LogFile(tmp_path / "log.txt", open_file=lambda path: disk)
     log._append(b"first\n")
@@ -39,7 +39,7 @@ def test_the_log_file_goes_on_when_the_disk_has_room_again(tmp_path):
     assert disk.kept == "first\nmid\n… (3 lines, 18 bytes, could not be written)\nlast\n"
 
 
-def test_a_disk_that_stalls_holds_up_nobody_and_what_is_missing_is_counted(tmp_path):
+def test_a_stalled_disk_blocks_nothing_and_missing_lines_are_counted(tmp_path):
     disk, moves = Disk(), threading.Event()
 
     def opened(path):
@@ -47,12 +47,12 @@ def test_a_disk_that_stalls_holds_up_nobody_and_what_is_missing_is_counted(tmp_p
         return disk
 
     log = LogFile(tmp_path / "log.txt", queue_bytes=100, open_file=opened)
-    said = []
-    capture = Capture(lambda stream, text: said.append(text))
+    captured = []
+    capture = Capture(lambda stream, text: captured.append(text))
     capture._log = log
     for number in range(1000):
         capture._add(1, b"line %03d\n" % number)
-    assert len(said) == 1000
+    assert len(captured) == 1000
     moves.set()
     assert log.close()
     kept = disk.kept.splitlines()
@@ -78,7 +78,7 @@ def test_a_log_that_was_removed_is_begun_again(tmp_path):
     log = LogFile(path)
     log._append(b"before\n")
     shutil.rmtree(path.parent)
-    log._append(b"meanwhile\n")
+    log._append(b"during\n")
     path.parent.mkdir()
     log._append(b"after\n")
     assert log.close()
@@ -88,8 +88,8 @@ def test_a_log_that_was_removed_is_begun_again(tmp_path):
 @pytest.mark.parametrize("held", range(12))
 def test_what_was_printed_comes_before_the_traceback_that_followed_it(held):
     """Both are waiting when they are read; `held` moves the numbers that the pipes get."""
-    said = []
-    capture = Capture(lambda stream, text: said.append((stream, text)))
+    captured = []
+    capture = Capture(lambda stream, text: captured.append((stream, text)))
     others = [os.open(os.devnull, os.O_RDONLY) for _ in range(held)]
     capture._pipes = pipes = {}
     try:
@@ -102,4 +102,4 @@ def test_what_was_printed_comes_before_the_traceback_that_followed_it(held):
     finally:
         for descriptor in others:
             os.close(descriptor)
-    assert said == [("stdout", "line"), ("stderr", "line")]
+    assert captured == [("stdout", "line"), ("stderr", "line")]

@@ -202,7 +202,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert again.is_best(0.9)
 
 
-def test_weights_are_readable_by_anybody_and_tied_ones_are_written(tmp_path):
+def test_weights_are_readable_by_any_tool_and_tied_ones_are_written(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].weight = model[0].weight
     path = CheckpointWriter(tmp_path).write(1, model.state_dict(), {})

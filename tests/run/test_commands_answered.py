@@ -1,4 +1,4 @@
-"""Commands about real runs: each is answered, and what it says has come about has."""
+"""Commands to real runs: each is answered, and its answer is true."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def notices(viewer, kind):
 
 @pytest.fixture
 def begun(place):
-    """A GPT that trains in a process of its own, and a viewer that holds control."""
+    """A GPT that trains in its own process, and a viewer that holds control."""
     place.gpt(**ENDLESS)
     process = place.process()
     viewer = place.viewer()
@@ -107,8 +107,8 @@ def test_a_checkpoint_between_steps_is_written_once_and_answered_twice(begun):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == str(path)
         assert (path / "weights.safetensors").is_file()
-    said = notices(viewer, "checkpoint")
-    assert [text for text in said if text.startswith("checkpoint step-")] == [
+    messages = notices(viewer, "checkpoint")
+    assert [text for text in messages if text.startswith("checkpoint step-")] == [
         f"checkpoint {path.name}",
         f"checkpoint {path.name} exists already",
     ]
@@ -154,9 +154,9 @@ def test_a_checkpoint_of_a_run_that_ends_first_is_no_success(place):
     viewer = place.viewer()
     hosting.wait_for(lambda: "checkpoint" in notices(viewer, "command"))
     (place.folder / "go").touch()
-    _, said = asking.communicate(timeout=60)
+    _, messages = asking.communicate(timeout=60)
     assert asking.returncode == 1
-    assert "no checkpoint was written" in said
+    assert "no checkpoint was written" in messages
     assert process.wait(60) == 0
 
 

@@ -21,7 +21,7 @@ class Busy:
 
 @pytest.fixture
 def settled(monkeypatch):
-    """What is said to OpenMP on four cores; None where it is left alone."""
+    """OpenMP's spin count on four cores; None where it is not set."""
     variables = {}
     monkeypatch.setattr(environment.os, "environ", variables)
     monkeypatch.setattr(environment, "allowed_cores", lambda: 4)
@@ -67,7 +67,7 @@ def test_where_a_core_is_left_for_them(settled):
 
 
 def test_a_quota_below_the_threads(settled):
-    """PyTorch knows of none: a script has as many threads as there are cores."""
+    """PyTorch ignores quotas: a script has as many threads as there are cores."""
     assert settled(script(), 0.0, quota=2.0) == SPIN_COUNT
     assert settled(script(), 0.0, quota=2.0, OMP_NUM_THREADS="2") is None
     assert settled(gpt(0), 0.0, quota=2.0) is None

@@ -420,13 +420,13 @@ def test_start_paused_stops_before_anything_happens(place):
     assert process.wait(60) == 0
 
 
-def test_a_script_that_crashes_at_once_is_still_told(place):
+def test_a_script_that_crashes_at_once_is_still_reported(place):
     place.script("print('before')\nraise RuntimeError('at once')")
     process = place.process()
     viewer = place.viewer()
     updates = []
     wait_for(lambda: updates.append(viewer.ask(Poll())) or updates[-1].status.ended)
-    update = updates[-1]  # the run is gone once it has told its end
+    update = updates[-1]  # the run is gone once it has sent its end
     text = [line.text for line in update.log]
     assert update.status.reason == "RuntimeError: at once (train.py, line 2)"
     assert text[0] == "before"

@@ -1,4 +1,4 @@
-"""Anybody who may connect may send anything: the run goes on, and others are served."""
+"""A peer may send anything: the run continues, and other peers are served."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[5n\x9b31m"
 
 
 class Trained(Rig):
-    """A rig whose gate a thread passes without end, as a training does."""
+    """A rig with a thread that passes the gate endlessly, as a training does."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -57,7 +57,7 @@ class Trained(Rig):
         self.thread.start()
 
     def gate_stop(self, checkpoint):
-        """Stopping is what a viewer may do; the fuzz shall not end with it."""
+        """Ignore a viewer's stop, so that the fuzzing continues."""
 
     def train(self):
         try:
@@ -73,8 +73,8 @@ class Trained(Rig):
         except BaseException as fault:
             self.fault = fault
 
-    def goes_on(self):
-        """Set free of whatever it was told, it trains."""
+    def continues(self):
+        """Whether it trains once every pause and throttle is lifted."""
         self.gate.throttle(None)
         self.gate.resume()
         before = self.steps
@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
 
 
 def send(rig, data):
-    """All that the run answers before it or we end the connection."""
+    """Send `data`; the run's answers until either side closes the connection."""
     stream = rig.connect()
     frames, answers = FrameBuffer(), []
     with contextlib.suppress(OSError), stream:
@@ -116,7 +116,7 @@ def _send_all(stream, data):
 
 
 def check(rig):
-    assert rig.goes_on(), repr(rig.fault)
+    assert rig.continues(), repr(rig.fault)
     assert rig.alive()
     assert rig.thread.is_alive()
     wait_for(lambda: not rig.server._connections)
@@ -251,11 +251,11 @@ def test_no_escape_sequence_gets_through(rig):
         rig.recorder.set_status(reason=ESCAPES)
         rig.recorder.describe(title=ESCAPES, facts={ESCAPES: ESCAPES})
         update = peer.ask(Poll())
-    said = msgspec.json.encode(msgspec.to_builtins(update), enc_hook=str).decode()
+    text = msgspec.json.encode(msgspec.to_builtins(update), enc_hook=str).decode()
     for escaped in ("\\u001b", "\\u0007", "\\u0000", "\x9b", "\x7f"):
-        assert escaped not in said
+        assert escaped not in text
     assert len([e for e in update.events if e.kind == "viewer"]) == 3
-    assert "owned" in said
+    assert "owned" in text
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_half_a_message_and_a_viewer_that_fell_silent(rig, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [3, 4, -1])
-def test_a_message_that_breaks_off_is_said(rig, cut):
+def test_a_truncated_message_is_reported(rig, cut):
     frame = encode(Poll())
     broken = rig.viewer("broken")
     broken.stream.sendall(frame[:cut])
@@ -295,7 +295,7 @@ def test_a_message_that_breaks_off_is_said(rig, cut):
     assert len(rig.dropped()) == 1
 
 
-def test_what_is_too_large_to_be_sent_is_said(rig, monkeypatch):
+def test_messages_too_large_to_send_are_reported(rig, monkeypatch):
     def limited(message):
         return encode(message, 20_000)
 
@@ -313,14 +313,14 @@ def test_what_is_too_large_to_be_sent_is_said(rig, monkeypatch):
         for _ in range(3):
             update = viewer.ask(Poll())
             assert (update.info, update.rows, update.more) == (None, (), False)
-    said = [e.text for e in update.events if e.kind == "viewer"]
-    assert [text.split(":")[0] for text in said] == ["too large to send to me"] * 2
-    assert "samples" in said[0]
-    assert "description of the run" in said[1]
+    texts = [e.text for e in update.events if e.kind == "viewer"]
+    assert [text.split(":")[0] for text in texts] == ["too large to send to me"] * 2
+    assert "samples" in texts[0]
+    assert "description of the run" in texts[1]
     assert any(e.kind == "mark" for e in update.events)
 
 
-def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):
+def test_a_flood_of_faults_is_reported_in_few_lines(rig, monkeypatch):
     from tui_trainer.run import server
 
     for _ in range(50):
@@ -333,12 +333,12 @@ def test_a_flood_of_faults_is_said_in_few_lines(rig, monkeypatch):
 
 
 def test_peers_are_independent(rig):
-    """One that sends nonsense, one that reads nothing, one that only looks, one in control."""
+    """A peer that sends nonsense, one that reads nothing, a read-only one, and one in control."""
     with rig.viewer("holder") as holder, rig.viewer("watcher", read_only=True) as watcher:
         send(rig, HELLO + b"\x00\x00\x00\x05nonsense")
         assert holder.do(Step(1)).ok
         update = watcher.ask(Poll())
         assert update.status.viewers == ("holder", "watcher")
-        said = [e for e in update.events if e.kind == "command"]
-        assert [(e.text, e.who) for e in said] == [("one step", "holder")]
-        assert said[0].time == pytest.approx(time.time(), abs=60)
+        commands = [e for e in update.events if e.kind == "command"]
+        assert [(e.text, e.who) for e in commands] == [("one step", "holder")]
+        assert commands[0].time == pytest.approx(time.time(), abs=60)

@@ -1,4 +1,4 @@
-"""A script that makes quick steps and then does something else: none of them waits to be told."""
+"""A script that makes quick steps and then does something else: all of them are recorded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def call(place, *arguments):
 
 
 def stored_steps(place):
-    """As anybody finds them on disk: none while the run has yet to make its store."""
+    """The steps on disk: none before the run has created its store."""
     lines = call(place, "export", "--format", "jsonl", str(place.run)).splitlines()
     return len(hosting.of("step", map(json.loads, lines)))
 

@@ -1,4 +1,4 @@
-"""What is told of a run, in the order of its steps."""
+"""The lines of a run are in the order of its steps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def test_lines_of_a_task_come_in_the_order_of_their_steps(place):
     place.gpt(steps=30, eval_every=10, sample_every=5, checkpoint_every=7)
     status, lines, _ = place.lines()
     assert status == 0
-    told = [line for line in lines if line["type"] in ("step", "validation", "sample", "event")]
-    assert {line["type"] for line in told} == {"step", "validation", "sample", "event"}
-    kinds = {line["kind"] for line in hosting.of("event", told)}
+    ordered = [line for line in lines if line["type"] in ("step", "validation", "sample", "event")]
+    assert {line["type"] for line in ordered} == {"step", "validation", "sample", "event"}
+    kinds = {line["kind"] for line in hosting.of("event", ordered)}
     assert {"checkpoint", "evaluation"} <= kinds
-    steps = [line["step"] for line in told]
+    steps = [line["step"] for line in ordered]
     assert steps == sorted(steps)
     # Within one step its own line is the first.
     seen = 0
-    for line in told:
+    for line in ordered:
         seen = line["step"] if line["type"] == "step" else seen
         assert line["step"] == seen
 

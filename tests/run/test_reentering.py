@@ -1,4 +1,4 @@
-"""A signal's handler runs on the main thread, in the middle of whatever that was doing."""
+"""A signal handler runs on the main thread, in the middle of any other code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def host(tmp_path):
 
 
 def interrupted(monkeypatch, recorder, by, before):
-    """Have `by` run once, as a handler would, where the recorder is told of a pause."""
+    """Run `by` once, as a handler would, where the recorder records a pause."""
     original = recorder.pause_began
     handlers = [by]
 
@@ -40,7 +40,7 @@ def interrupted(monkeypatch, recorder, by, before):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_signal_that_comes_while_a_pause_is_told(monkeypatch, host, before):
+def test_a_signal_while_a_pause_is_recorded(monkeypatch, host, before):
     left = interrupted(monkeypatch, host.recorder, lambda: host.gate.stop(True), before)
     ended = []
 
@@ -74,13 +74,13 @@ def test_ctrl_c_in_the_middle_of_a_print(monkeypatch, capfd, closed):
     gate.reached("step", 1)
     monkeypatch.setattr(sys, "stderr", Busy())
     if closed:
-        monkeypatch.setattr(signalling.os, "write", write_to_nobody)
+        monkeypatch.setattr(signalling.os, "write", write_to_closed_pipe)
     stops._on_interrupt(signal.SIGINT, None)
     assert gate.mode == "stopping"
     monkeypatch.undo()
-    said = capfd.readouterr().err
-    assert ("finishing the step" in said) != closed
+    printed = capfd.readouterr().err
+    assert ("finishing the step" in printed) != closed
 
 
-def write_to_nobody(descriptor, data):
+def write_to_closed_pipe(descriptor, data):
     raise OSError(9, "Bad file descriptor")

@@ -320,12 +320,12 @@ def test_a_forked_child_holds_no_connection_open(rig):
 
 
 told_by_the_kernel = pytest.mark.skipif(
-    not hasattr(socket, "SO_PEERCRED"), reason="this system does not say whose a peer is"
+    not hasattr(socket, "SO_PEERCRED"), reason="this system has no peer credentials"
 )
 
 
 def speaks_for(monkeypatch, user):
-    """Let every peer's process belong to this user, as the kernel would say it."""
+    """Make the kernel's answer: every peer's process belongs to this user."""
     asked = socket.socket.getsockopt
 
     class Stream(socket.socket):

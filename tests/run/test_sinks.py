@@ -31,7 +31,7 @@ _spec.loader.exec_module(schema)
 NAN, INF = float("nan"), float("inf")
 
 
-def tell(sink_class, path):
+def write_run(sink_class, path):
     """A short story with one of everything."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     recorder = Recorder(RunInfo(name="r", task="gpt", configuration={"a": None}))
@@ -82,7 +82,7 @@ def tell(sink_class, path):
 @pytest.fixture
 def lines(tmp_path):
     return [json.loads(line, parse_constant=pytest.fail) for line in
-            tell(JsonLines, tmp_path / "out").splitlines()]  # fmt: skip
+            write_run(JsonLines, tmp_path / "out").splitlines()]  # fmt: skip
 
 
 def test_every_line_fits_the_schema(lines):
@@ -170,7 +170,7 @@ def test_the_header_comes_again_when_something_turns_out_to_be_unseen(tmp_path):
 
 
 def test_plain_lines(tmp_path):
-    text = tell(PlainLines, tmp_path / "out")
+    text = write_run(PlainLines, tmp_path / "out")
     assert text.splitlines()[0].endswith("gpt · run r")
     assert "2 parameter tensors, 12 numbers" in text
     assert "step 1: gradient became inf in a.weight" in text
@@ -188,9 +188,9 @@ def test_the_last_plain_line():
 
 
 def test_a_notice_of_many_lines_is_one_plain_line():
-    said = Notice(0, 3, 10.0, "fault", "evaluation:\n\n  it " + "broke " * 100, "error")
-    assert notice(said).startswith("step 3: error: evaluation: it broke broke")
-    assert len(notice(said)) < 330
+    fault = Notice(0, 3, 10.0, "fault", "evaluation:\n\n  it " + "broke " * 100, "error")
+    assert notice(fault).startswith("step 3: error: evaluation: it broke broke")
+    assert len(notice(fault)) < 330
     assert notice(Notice(0, 3, 10.0, "checkpoint", "saved")) == "step 3: saved"
 
 

@@ -28,7 +28,7 @@ place = hosting.place
 
 
 class Timers:
-    """Instead of `threading`: timers that run down when the test says so."""
+    """Replaces `threading`: timers that expire when the test wants."""
 
     def __init__(self):
         self.set: list[tuple[float, object]] = []
@@ -91,15 +91,15 @@ def test_a_task_asked_twice_is_broken_off(task):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_a_script_that_makes_no_step_is_interrupted_and_told(script, checkpoint):
+def test_a_script_that_makes_no_step_is_interrupted_with_a_warning(script, checkpoint):
     script.stops.stop(checkpoint)
     assert [seconds for seconds, _ in script.timers.set] == [GRACE_S]
     assert script.interrupts == []
     script.timers.run_down()
     assert len(script.interrupts) == 1
-    (said,) = script.warnings
-    assert "20 s" in said
-    assert ("checkpoint" in said) == checkpoint
+    (warning,) = script.warnings
+    assert "20 s" in warning
+    assert ("checkpoint" in warning) == checkpoint
     assert script.timers.set == []
 
 
@@ -160,7 +160,7 @@ SLOW_EVALUATION = IMPATIENT + "slow(evaluating.Evaluations, '_run', 10)\n"
 SLOW_STEP = IMPATIENT + "slow(schedules.LearningRate, 'set', 9)\n"
 
 
-def told(place, before=""):
+def run_and_stop(place, before=""):
     process = processes.run(
         [sys.executable, "-c", before + hosting.IN_PROCESS, str(place.run), "json"],
         cwd=place.folder,
@@ -174,7 +174,7 @@ def told(place, before=""):
 @pytest.mark.parametrize("slow", [SLOW_EVALUATION, SLOW_STEP], ids=["evaluation", "step"])
 def test_no_checkpoint_of_a_task_is_lost_to_what_takes_long(place, slow):
     place.gpt(steps=100)
-    status, lines = told(place, slow)
+    status, lines = run_and_stop(place, slow)
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 10)
     written = [one["text"] for one in hosting.of("event", lines) if one["kind"] == "checkpoint"]
     assert written[-1] == "checkpoint step-00000010"
@@ -200,7 +200,7 @@ CATCHES = """
 @pytest.mark.parametrize("then", ["torch.save(model.state_dict(), 'own.pt')", "raise"])
 def test_a_script_that_catches_the_stop_gets_its_checkpoint_as_well(place, then):
     place.script(CATCHES.format(then=then))
-    status, lines = told(place)
+    status, lines = run_and_stop(place)
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 7)
     assert [one["text"] for one in hosting.of("event", lines)] == ["checkpoint step-00000007"]
     assert (place.run / "checkpoints" / "step-00000007" / "weights.safetensors").is_file()
@@ -212,10 +212,10 @@ def test_a_script_after_its_last_step_is_told_that_it_is_interrupted(place):
         steps=5,
         after="import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
     )
-    status, lines = told(place, IMPATIENT)
+    status, lines = run_and_stop(place, IMPATIENT)
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 5)
-    (said,) = [one for one in hosting.of("event", lines) if one["kind"] == "state"]
-    assert "interrupted" in said["text"]
+    (event,) = [one for one in hosting.of("event", lines) if one["kind"] == "state"]
+    assert "interrupted" in event["text"]
 
 
 BACKGROUND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"

@@ -31,7 +31,7 @@ def test_pause_step_resume_stop(runs):
     paused = runs.call("pause", "gpt-one")
     assert "gpt-one paused at step" in paused.stdout
     here = last_step(paused)
-    until(lambda: runs.ls()["gpt-one"]["state"] == "paused", "ls says paused")
+    until(lambda: runs.ls()["gpt-one"]["state"] == "paused", "ls shows paused")
     one = runs.call("step", "gpt-one")
     assert last_step(one) == here + 1
     for order in (("5", "gpt-one"), ("gpt-one", "5"), ("5",)):
@@ -74,11 +74,11 @@ def test_a_command_takes_control_and_all_see_it(runs):
         assert "paused" in runs.call("pause", "gpt-held").stdout
         until(lambda: holder.poll().status.state == "paused", "the holder sees the pause")
         notices = [e for e in holder.snapshot.events if isinstance(e, Notice)]
-        said = [e for e in notices if e.kind in ("command", "control")]
-        assert [(e.kind, e.text) for e in said] == [
+        shown = [e for e in notices if e.kind in ("command", "control")]
+        assert [(e.kind, e.text) for e in shown] == [
             ("control", "take control"), ("command", "pause")
         ]  # fmt: skip
-        assert all("tui-trainer pause" in e.who for e in said)
+        assert all("tui-trainer pause" in e.who for e in shown)
 
 
 def test_read_only_cannot_control(runs):
@@ -148,12 +148,12 @@ def test_show_imports_neither_torch_nor_textual(runs):
 
 
 def test_logs_and_follow_until_the_end(runs):
-    runs.start("gpt-told", steps=40, seconds=0.02)
-    following = runs.call("logs", "-f", "gpt-told")
+    runs.start("gpt-logged", steps=40, seconds=0.02)
+    following = runs.call("logs", "-f", "gpt-logged")
     assert following.returncode == 0, following.stderr
     lines = following.stdout.splitlines()
     assert lines == [f"step {i}" for i in range(1, 41)]
-    assert runs.call("logs", "gpt-told").stdout == following.stdout
+    assert runs.call("logs", "gpt-logged").stdout == following.stdout
     runs.create("gpt-mute")
     assert "has printed nothing" in runs.call("logs", "gpt-mute").stderr
 
@@ -166,7 +166,7 @@ ctypes.string_at(0)
 """
 
 
-def test_what_killed_a_detached_run_is_told(runs, tmp_path):
+def test_the_signal_that_killed_a_detached_run_is_reported(runs, tmp_path):
     script = tmp_path / "falls.py"
     script.write_text(SEGFAULTS)
     started = runs.call("run", "--detach", "--name", "fallen", str(script))
@@ -186,7 +186,7 @@ def test_what_killed_a_detached_run_is_told(runs, tmp_path):
 
 
 def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
-    """What the process printed before it began its log may be longer than the log."""
+    """The output before the log began may be longer than the log."""
     path = runs.create("gpt-boots")
     (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
     printed = LogCopier(inspect_run(path))
@@ -278,10 +278,10 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     place = runs.directory / "gpt-quiet"
     runs.start("gpt-quiet")
     lost = (place / "status.json").read_bytes()
-    os.kill(runs.processes["gpt-quiet"].pid, signal.SIGSTOP)  # it says nothing more
+    os.kill(runs.processes["gpt-quiet"].pid, signal.SIGSTOP)  # no more state is written
     (place / "status.json").write_bytes(b"")
     os.utime(place / "run.json", (1, 1))
-    assert inspect_run(place).state == "crashed"  # as far as its files tell
+    assert inspect_run(place).state == "crashed"  # according to its files
     removal_refused(runs, "gpt-quiet", "still answers on its socket")
     (place / "status.json").write_bytes(lost)
     runs.kill("gpt-quiet")

@@ -1,4 +1,4 @@
-"""No run is left behind where nobody finds it, and none is taken for another."""
+"""No run is left behind unseen, and none is mistaken for another."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_only_one_of_two_gets_a_name(runs):
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=90)[1] for process in both]
+    errors = [process.communicate(timeout=90)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2]
-    assert sum("already exists" in text for text in said) == 1
+    assert sum("already exists" in text for text in errors) == 1
     assert len(list_runs(runs.directory)) == 1
 
 
-def test_a_stale_socket_misleads_nobody(runs):
+def test_a_stale_socket_is_ignored(runs):
     runs.start("gpt-dead")
     runs.kill("gpt-dead")
     place = runs.directory / "gpt-dead"
@@ -81,7 +81,7 @@ def test_a_stale_socket_misleads_nobody(runs):
     assert "gpt-dead has crashed" in refused.stderr
     with pytest.raises(RunError, match="gpt-dead has crashed"):
         live_socket(inspect_run(place))
-    # Whoever listens in this directory again is not held up by it.
+    # A later run in this directory can listen in spite of it.
     again = new_socket_path(place)
     again.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -89,7 +89,7 @@ def test_a_stale_socket_misleads_nobody(runs):
 
 
 def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
-    """Another process may have the number by then, and even the same age in clock ticks."""
+    """Another process may have the same pid, and even the same start time in clock ticks."""
     from tui_trainer.config import run_state
 
     runs.start("gpt-before")
@@ -110,9 +110,9 @@ def test_a_run_whose_directory_others_can_write_to_is_listed_and_refused(runs):
     shown = runs.call("ls")
     assert "refused" in shown.stdout
     assert "others can write to" in shown.stdout
-    for said in (listed, shown, *(runs.call(*asked) for asked in ASKED)):
-        assert "others can write to" in said.stderr + said.stdout
-        assert f"chmod go-w {place}" in said.stderr + said.stdout
+    for done in (listed, shown, *(runs.call(*asked) for asked in ASKED)):
+        assert "others can write to" in done.stderr + done.stdout
+        assert f"chmod go-w {place}" in done.stderr + done.stdout
     place.chmod(0o700)
     assert runs.ls()["gpt-open"]["state"] == "live"
     assert runs.call("stop").returncode == 0
@@ -131,7 +131,7 @@ def test_a_run_is_found_again_after_its_directory_was_removed(runs):
     assert place.stat().st_mode & 0o777 == 0o700
     before = runs.reported("gpt-removed").step
     until(lambda: runs.reported("gpt-removed").step > before, "it trains on")
-    until(lambda: "removed" in runs.call("show", "gpt-removed", "--json").stdout, "it is said")
+    until(lambda: "removed" in runs.call("show", "gpt-removed", "--json").stdout, "show reports it")
     done = runs.call("stop", "gpt-removed")
     assert done.returncode == 0, done.stderr
     assert process.wait(60) == 0

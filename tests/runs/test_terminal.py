@@ -1,4 +1,4 @@
-"""Runs and terminals: closing the one does not end the other."""
+"""Closing a terminal does not end its run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def terminal(runs):
             os.kill(state["pid"], signal.SIGKILL)
 
 
-def test_detach_prints_the_name_and_the_run_goes_on(runs):
+def test_detach_prints_the_name_and_the_run_continues(runs):
     done = runs.call("gpt", "--detach", *GPT)
     assert done.returncode == 0, done.stderr
     name = done.stdout.strip()
@@ -67,9 +67,9 @@ def test_hang_up_leaves_the_run_going(runs, terminal):
     second.wait_for("running")
     second.press("space")
     until(lambda: runs.reported("gpt-kept").state == "paused", "the new screen controls it")
-    second.wait_for("‖ paused")  # space means resume to whoever sees that it is paused
+    second.wait_for("‖ paused")  # space resumes where the screen shows the pause
     second.press("space")
-    until(lambda: runs.reported("gpt-kept").state == "running", "and lets it go on")
+    until(lambda: runs.reported("gpt-kept").state == "running", "it is running again")
 
 
 def test_read_only_attach_cannot_pause(runs, terminal):
@@ -78,7 +78,7 @@ def test_read_only_attach_cannot_pause(runs, terminal):
     screen.wait_for("running")
     screen.press("space")
     before = runs.reported("gpt-watched").step
-    until(lambda: runs.reported("gpt-watched").step > before + 50, "it goes on")
+    until(lambda: runs.reported("gpt-watched").step > before + 50, "it continues")
     assert runs.reported("gpt-watched").state == "running"
 
 
@@ -103,9 +103,9 @@ def test_in_app_ends_in_order_when_its_terminal_is_closed(runs, terminal):
     until(lambda: screen.pump(0.01) and runs.reported("inside").step > 3, "it trains")
     screen.hang_up()
     screen.wait_for_exit()
-    said = runs.reported("inside")
-    assert said.state == "stopped"
-    assert (runs.directory / "inside" / "checkpoints" / f"step-{said.step:08}").is_dir()
+    state = runs.reported("inside")
+    assert state.state == "stopped"
+    assert (runs.directory / "inside" / "checkpoints" / f"step-{state.step:08}").is_dir()
 
 
 def test_in_app_is_not_for_scripts(runs, tmp_path):
@@ -136,7 +136,7 @@ def test_a_start_that_is_refused_is_told_and_leaves_nothing(runs, terminal, home
     opened.wait_for("crashed")
     opened.press("q")
     assert opened.wait_for_exit() == 2
-    said = opened.text()
-    assert "could not start: " in said
-    assert "cuda:99" in said
+    text = opened.text()
+    assert "could not start: " in text
+    assert "cuda:99" in text
     assert list(runs.directory.iterdir()) == []

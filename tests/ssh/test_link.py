@@ -43,7 +43,7 @@ def test_measurements_commands_and_close(host, runs, attach):
     assert session.send(Pause()).result(60).ok
     until(lambda: session.poll().status.state == "paused", "it pauses")
     assert session.send(Resume()).result(60).ok
-    grows_by(session, 5, "it goes on")
+    grows_by(session, 5, "it continues")
     assert_no_gap(session)
     session.close()
     until(lambda: not our_ssh(), "ssh ends with the session")
@@ -149,7 +149,7 @@ def test_a_key_that_is_refused_later_is_not_retried_at_once(host, runs, attach):
     assert log.count("Connection closed by authenticating user") <= 2
 
 
-def test_a_run_goes_on_while_its_viewer_is_frozen(host, runs, attach):
+def test_a_run_continues_while_its_viewer_is_frozen(host, runs, attach):
     runs.start("gpt-free")
     session = attach("ssh://Box/gpt-free")
     grows_by(session, 5, "steps arrive")

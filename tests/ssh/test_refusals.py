@@ -1,4 +1,4 @@
-"""Everything that can be wrong on the remote host has its own message."""
+"""Each problem on the remote host has its own message."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_host_key_that_changed(host):
     assert "Host key verification failed" in refusal("ssh://Box/gpt").message
 
 
-def test_nobody_listens(host):
+def test_no_listener(host):
     host.stop()
     error = refusal(f"ssh://Box:{host.port}/gpt")
     assert "Connection refused" in error.message

@@ -88,7 +88,7 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
         until(lambda: runs.reported(name).step > here_step + 10, "it trains on")
     finally:
         os.kill(process, signal.SIGKILL)
-    until(lambda: runs.ls()[name]["state"] == "crashed", "ls says crashed")
+    until(lambda: runs.ls()[name]["state"] == "crashed", "ls shows crashed")
     reported = runs.reported(name)
     shown = json.loads(runs.call("show", name, "--json").stdout)
     assert shown["state"] == "crashed"

@@ -176,7 +176,7 @@ def test_a_text_of_less_than_a_batch_is_drawn_from_anywhere():
     assert max(int(targets.max()) for targets in seen) == 5
 
 
-def test_batches_go_on_from_a_state():
+def test_batches_continue_from_a_state():
     options = {"batch_size": 2, "block_size": 4, "total": 50, "seed": 3}
     first = TextBatches(torch.arange(1000), **options, device=torch.device("cpu"))
     sequence = iter(first)

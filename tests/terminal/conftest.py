@@ -29,7 +29,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
-    """A script that trains for ever, unless it is changed to do otherwise."""
+    """A script that trains forever, unless a test changes it."""
     path = tmp_path / "train.py"
     path.write_text(
         "import sys, time, torch\n"

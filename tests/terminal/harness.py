@@ -50,7 +50,7 @@ LEFT_OFF = {
 }
 """Private modes that must be off once the program has left; mode 25, the cursor, must be on."""
 QUIET_S, WHOLE_FRAME_S = 0.02, 0.3
-"""A frame has come when nothing follows for so long, or so long after its first byte."""
+"""A frame is complete after this long without output, or this long after its first byte."""
 
 
 class Terminal:
@@ -157,7 +157,7 @@ class Terminal:
             self.child.send(KEYS.get(key, key))
 
     def resize(self, columns: int, rows: int) -> None:
-        """Give the terminal another size, as its user would."""
+        """Resize the terminal."""
         self.screen.resize(rows, columns)
         self.child.setwinsize(rows, columns)
 
@@ -180,11 +180,11 @@ class Terminal:
     # ------------------------------------------------------------ judging
 
     def modes(self) -> dict[int, bool]:
-        """The last that was said of every private mode: on or off."""
-        said: dict[int, bool] = {}
+        """The last state of every private mode: on or off."""
+        modes: dict[int, bool] = {}
         for numbers, action in MODE.findall(self.output):
-            said.update({int(number): action == b"h" for number in numbers.split(b";")})
-        return said
+            modes.update({int(number): action == b"h" for number in numbers.split(b";")})
+        return modes
 
     def assert_restored(self) -> None:
         """After the end: every mode that was set is unset, and the line discipline is as it was."""

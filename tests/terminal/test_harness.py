@@ -1,4 +1,4 @@
-"""The harness itself: it must notice a terminal that was not put back."""
+"""The harness itself: it must detect a terminal that was not restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way out: the terminal is given back, the last line and the exit status are right."""
+"""Every exit: the terminal is restored, the last line and the exit status are right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def last_line(terminal: Terminal) -> str:
 
 
 def soon(runs: Path, holds: Callable[[RunState], bool]) -> RunState:
-    """Wait until what the run says of itself on disk is so."""
+    """Wait until the run's state file satisfies the condition."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         state = read_state(runs / "mine")
@@ -105,9 +105,9 @@ def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> Non
     with Terminal(command, timeout=60) as terminal:
         assert terminal.wait_for_exit() == 1
         terminal.assert_restored()
-        said = terminal.output.decode(errors="replace")
-        assert "the screen crashed" in said
-        assert "Traceback" not in said
+        output = terminal.output.decode(errors="replace")
+        assert "the screen crashed" in output
+        assert "Traceback" not in output
     assert "ZeroDivisionError" in (runs / "mine" / "app-crash.txt").read_text()
     soon(runs, lambda state: lives(state) and state.step > 0)
 
@@ -128,9 +128,9 @@ def test_a_dumb_terminal_gets_lines(runs: Path) -> None:
     command = [*COMMAND, "gpt", "--steps", "3", "--threads", "1"]
     with Terminal(command, env={"TERM": "dumb"}, timeout=60) as terminal:
         assert terminal.wait_for_exit() == 0
-        said = terminal.output.decode(errors="replace")
-        assert "plain progress lines instead" in said
-        assert not re.search(r"\x1b\[\?", said)
+        output = terminal.output.decode(errors="replace")
+        assert "plain progress lines instead" in output
+        assert not re.search(r"\x1b\[\?", output)
 
 
 def test_control_c_while_lines_are_printed(runs: Path, train: Path) -> None:

@@ -1,4 +1,4 @@
-"""The main job as a person does it: watch a GPT learn, pause it, step it, let it go, leave."""
+"""The main job of a user: watch a GPT train, pause it, step it, resume it, leave."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ GPT = [*COMMAND, "gpt", "--steps", "100000", "--device", "cpu", "--threads", "1"
 
 
 def step_on(screen: str) -> int | None:
-    """The number of steps made, as the progress line says it."""
+    """The number of steps in the progress line."""
     found = re.search(r"step +([\d,]+)/", screen)
     return int(found[1].replace(",", "")) if found else None
 
 
 def paused_after(screen: str) -> str:
-    """The phase after which the run stands, as the phase strip says it, "" while it does not."""
+    """The phase after which the run is paused, from the phase strip; "" while it runs."""
     found = re.search(r"step [\d,]+ after (\w+):", screen)
     return found[1] if found and "paused" in screen else ""
 
 
 def wait_for_step(terminal: Terminal, least: int) -> int:
-    """Wait until the run has made so many steps; how many it has."""
+    """Wait until the run has made this many steps; return how many it has."""
     return int(
         terminal.wait_until(
             lambda screen: (made := step_on(screen)) is not None and made >= least and made,
@@ -37,7 +37,7 @@ def wait_for_phase(terminal: Terminal, phase: str) -> None:
     terminal.wait_until(lambda screen: paused_after(screen) == phase, f"a pause after {phase}")
 
 
-def test_watch_pause_step_go_on_and_leave(runs: Path) -> None:
+def test_watch_pause_step_resume_and_leave(runs: Path) -> None:
     with Terminal([*GPT, "--paused"], columns=120, rows=40, timeout=90) as terminal:
         terminal.wait_for("paused")
         assert step_on(terminal.settle(1.0)) in (0, None), "it did not wait"

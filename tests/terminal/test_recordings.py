@@ -44,6 +44,6 @@ def test_compare_from_the_command_line() -> None:
 @pytest.mark.parametrize("command", ["replay", "report", "export"])
 def test_a_run_that_is_not_there(command: str) -> None:
     more = ("--format", "csv") if command == "export" else ()
-    with opened(command, "nobody", *more) as terminal:
-        terminal.wait_for("there is no run nobody")
+    with opened(command, "missing", *more) as terminal:
+        terminal.wait_for("there is no run missing")
         assert terminal.wait_for_exit() == 1

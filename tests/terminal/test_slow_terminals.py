@@ -1,4 +1,4 @@
-"""A terminal that takes nothing for a while, and one behind a slow line."""
+"""A terminal that reads nothing for a while, and one on a slow connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tui_trainer.config.run_state import read_state
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """A run without torch, which takes no core of its own."""
+    """A run without torch, which needs no core."""
     runs = Runs(tmp_path / "runs")
     runs.start("gpt-fake")
     yield runs.directory / "gpt-fake"
@@ -38,7 +38,7 @@ def state_of(run: Path) -> tuple[str, int]:
 
 
 def wait_for_state(run: Path, wanted: str) -> int:
-    """The step at which the run's own record says that it is so."""
+    """The step at which the run's state file satisfies the condition."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         state, step = state_of(run)
@@ -65,11 +65,11 @@ def wait_until_full(terminal: Terminal) -> None:
 def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(run: Path) -> None:
     with attach(run) as terminal:
         wait_for_step(terminal, 5)
-        # From here on nobody reads.
+        # From here on nothing is read.
         wait_until_full(terminal)
         before = state_of(run)[1]
         until(lambda: state_of(run)[1] > before + 20, "training continues")
-        terminal.press("space")  # the app still hears, though it cannot show
+        terminal.press("space")  # the app still handles keys, though it cannot draw
         paused_at = wait_for_state(run, "paused")
 
         # Reading again: what is on the screen is whole, and of now.

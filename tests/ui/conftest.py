@@ -1,4 +1,4 @@
-"""Style sheets are parsed once for all apps: a fifth of what a test of a screen took."""
+"""Style sheets are parsed once for all apps, which saves a fifth of a screen test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textual.css.stylesheet import Stylesheet
 
 @pytest.fixture(autouse=True, scope="session")
 def parse_style_sheets_once() -> Iterator[None]:
-    """Rules depend on nothing but the arguments and the variables, and nobody changes them."""
+    """Rules depend only on the arguments and the variables, and are never changed."""
     parse, parsed = Stylesheet._parse_rules, dict[Any, list[RuleSet]]()
 
     def look_up(self: Stylesheet, *arguments: Any, **named: Any) -> list[RuleSet]:

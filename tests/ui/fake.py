@@ -1,4 +1,4 @@
-"""A session without a run: deterministic, pausable, in every shape that a screen must bear.
+"""A session without a run: deterministic, pausable, in every state that a screen must handle.
 
     session = fake_gpt(steps=300)          # a GPT after 300 steps, running
     session.advance(10)                    # ten more, as if the run had made them
@@ -77,7 +77,7 @@ class FakeSession:
     # ------------------------------------------------------------ the Session protocol
 
     def poll(self) -> Snapshot:
-        """The present picture."""
+        """The current snapshot."""
         if self.steps_per_poll and self.status.state == "running":
             self.advance(self.steps_per_poll)
         if self._polled is None or self._polled.version != self._version:
@@ -110,19 +110,19 @@ class FakeSession:
         return answer
 
     def watch(self, topics: frozenset[str]) -> None:
-        """Remembered."""
+        """Record the call."""
         self.topics = topics
 
     def set_rate(self, polls_per_second: float) -> None:
-        """Remembered."""
+        """Record the call."""
         self.rate = polls_per_second
 
     def on_arrival(self, callback: Callable[[], None] | None) -> None:
-        """Called whenever the picture changes."""
+        """Called whenever the snapshot changes."""
         self._arrival = callback
 
     def close(self) -> None:
-        """Remembered."""
+        """Record the call."""
         self.closed = True
 
     # ------------------------------------------------------------ the run's side
@@ -154,7 +154,7 @@ class FakeSession:
         self._changed()
 
     def phase(self) -> None:
-        """Go on to the next phase boundary."""
+        """Continue to the next phase boundary."""
         after = self.status.phase if self.status.phase in PHASES else "step"
         phase = PHASES[(PHASES.index(after) + 1) % len(PHASES)]
         if phase == "step":
@@ -382,7 +382,7 @@ def fake_extremes(steps: int = 300) -> FakeSession:
 
 
 def fake_two_optimizers(steps: int = 300) -> FakeSession:
-    """A GAN, say: `sgd` and `adam`, each with a loss and parameters of its own."""
+    """A GAN, say: `sgd` and `adam`, each with its own loss and parameters."""
     run = synthesise(describe())
     tables_of_adam = []
     for name in (schema.STEP, schema.GRAD_NORM):
@@ -432,7 +432,7 @@ def fake_two_transformers(steps: int = 300, layers: int = 3) -> FakeSession:
 
 
 def replace_name(column: Column, name: str) -> Column:
-    """The column, called otherwise."""
+    """The column under another name."""
     return msgspec.structs.replace(column, name=name)
 
 

@@ -31,7 +31,7 @@ class FakeRun:
     values: list[Array] = field(default_factory=list)
 
     def table(self, name: str) -> int:
-        """Id of the table called so."""
+        """Id of the table with this name."""
         return next(table.id for table in self.info.tables if table.name == name)
 
 
@@ -123,7 +123,7 @@ def _attention(names: list[str], statistics: tuple[str, ...]) -> tuple[Column, .
 
 
 def synthesise(info: RunInfo, seed: int = 7) -> FakeRun:
-    """All values of a whole run that learns, clips now and then, and slowly parts Wq, Wk and Wv."""
+    """All values of a run that learns, clips at times, and whose Wq, Wk and Wv slowly diverge."""
     random = np.random.default_rng(seed)
     total = info.total_steps or 2000
     run = FakeRun(info)

@@ -217,9 +217,9 @@ async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
                 await pilot.press("m")
             await settle(pilot)
             assert "no value yet" in " ".join(text_of(waiting).split())
-        said = synthesise(with_unseen(run.info, attention_health=reason))
-        said.steps, said.values = run.steps, run.values
-        app = app_on("attention", FakeSession(said, 300))
+        hidden = synthesise(with_unseen(run.info, attention_health=reason))
+        hidden.steps, hidden.values = run.steps, run.values
+        app = app_on("attention", FakeSession(hidden, 300))
         async with app.run_test(size=size) as pilot:
             for _ in range(9):
                 await pilot.press("m")
@@ -230,7 +230,7 @@ async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
                 assert word in text
 
 
-async def test_a_measured_nan_is_said() -> None:
+async def test_a_measured_nan_is_shown() -> None:
     app = app_on("attention", fake_non_finite(steps=202))
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)

@@ -146,17 +146,17 @@ def test_the_table_of_an_optimizer_that_was_made_anew_comes_first_once_it_has_ro
     history = session.history
     first = history.table(schema.ATTENTION)
     assert first is not None
-    anew = history.declare(
+    redeclared = history.declare(
         msgspec.structs.replace(first.table, id=len(history.tables), optimizer="adamw#2")
     )
     layer = next(iter(layers_in(first)))
     before = location_of(history, schema.ATTENTION, layer)
     assert before is not None
     assert before.history is first
-    anew.append(61, np.zeros(first.columns, np.float32))
+    redeclared.append(61, np.zeros(first.columns, np.float32))
     after = location_of(history, schema.ATTENTION, layer)
     assert after is not None
-    assert after.history is anew
+    assert after.history is redeclared
 
 
 def test_the_picture_and_the_report_have_the_layers_of_both() -> None:

@@ -1,4 +1,4 @@
-"""Commands and what the screen shows once they were answered."""
+"""Commands, and the screen after their answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_an_answer_that_comes_late_does_not_undo_what_was_shown_since() ->
     async with app.run_test(size=(120, 40)) as pilot:
         await frame(pilot)
         app.command(StepPhase())
-        then = session.status  # running, as the run said when it took the command
+        then = session.status  # running, as the run answered the command
         session._status(state="paused", phase="data")
         session._changed()
         await frame(pilot)

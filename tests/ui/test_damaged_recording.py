@@ -1,4 +1,4 @@
-"""The screens over a damaged recording show what is left, and say that something is missing."""
+"""The screens of a damaged recording show the rest, and report that something is missing."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ async def test_no_damage_reaches_the_event_loop(copied, seed):
     await visit(app, replay)
 
 
-async def test_what_is_damaged_while_it_is_looked_at_is_said(copied):
-    """As over a living run, whose recording is looked at again each second."""
+async def test_damage_while_the_recording_is_open_is_reported(copied):
+    """As for a live run, whose recording is read again each second."""
     app, replay, clock = opened(copied)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)

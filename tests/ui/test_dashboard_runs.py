@@ -81,7 +81,7 @@ async def test_a_run_inside_the_app_cannot_be_detached_from():
     assert messages.Stop(checkpoint=True) in app.session.sent
 
 
-async def test_a_click_on_every_key_of_the_footer_and_every_tab_does_what_it_says():
+async def test_clicks_on_the_footer_and_on_tabs_do_what_their_labels_say():
     session = fake.fake_gpt(60)
     app = TuiTrainerApp(session)
     async with app.run_test(size=(80, 24)) as pilot:

@@ -19,7 +19,7 @@ FACES: dict[str, Scalar] = {
     "device": "cuda",
     "threads": 4,
 }
-SAID = "images 494,149 · batches per epoch 3,860 · updates 154,400"
+FACTS = "images 494,149 · batches per epoch 3,860 · updates 154,400"
 
 
 def on_faces() -> FakeSession:
@@ -43,7 +43,7 @@ async def test_the_arithmetic_of_an_epoch_is_on_screen(mode: str, size: tuple[in
     app = app_on(mode, session)
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
-        assert SAID in text_of(app)
+        assert FACTS in text_of(app)
         places = [widget.region for widget in app.screen.walk_children()]
         session.advance(1)
         await frame(pilot)

@@ -17,7 +17,7 @@ def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
     time.tzset()
 
 
-def line(number: int, when: float, text: str = "said", stream: str = "stdout") -> LogLine:
+def line(number: int, when: float, text: str = "text", stream: str = "stdout") -> LogLine:
     return LogLine(number, when, number, stream, text)
 
 
@@ -119,7 +119,7 @@ async def test_follows_and_stops_following_when_scrolled_up() -> None:
         await pilot.press("pageup")
         await settle(pilot)
         assert "line 199" not in text_of(app)
-        say(session, "a new one")
+        add_line(session, "a new one")
         await frame(pilot)
         assert "a new one" not in text_of(app)
         await pilot.press("f")
@@ -127,7 +127,7 @@ async def test_follows_and_stops_following_when_scrolled_up() -> None:
         assert "a new one" in text_of(app)
 
 
-def say(session: FakeSession, text: str) -> None:
+def add_line(session: FakeSession, text: str) -> None:
     session.log.append(line(session.log[-1].id + 1, 3e9, text))
     session._changed()
 

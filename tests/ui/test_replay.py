@@ -181,7 +181,7 @@ async def test_play_pause_and_speed(recorded):
         clock.now += 50
         app.draw_frame()
         assert replay.cursor == here
-        await press(pilot, "end", "space")  # from the end it begins anew
+        await press(pilot, "end", "space")  # from the end it starts over
         assert replay.cursor == 0
         assert replay.playing
 
@@ -234,14 +234,14 @@ async def test_typing_and_panels_keep_their_keys(recorded):
         assert replay.cursor == STEPS - 1
 
 
-async def test_nothing_there_is_said(recorded, tmp_path):
+async def test_a_search_without_a_match_is_reported(recorded, tmp_path):
     record_run(tmp_path, 50)
     app, replay, _ = opened(tmp_path)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        for key, said in (("c", "no clip event"), ("i", "no non-finite"), ("z", "no spike")):
+        for key, message in (("c", "no clip event"), ("i", "no non-finite"), ("z", "no spike")):
             await press(pilot, "home", key)
-            assert said in text_of(app)
+            assert message in text_of(app)
             assert replay.cursor == 0
 
 

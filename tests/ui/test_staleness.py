@@ -81,11 +81,11 @@ async def test_the_table_of_parameters_says_it_of_each_column_in_sight() -> None
 
 async def test_the_help_lists_what_is_stretched_now() -> None:
     rows = await rows_of("help", stretched(), (80, 24), "slash", *"less often", "enter")
-    said = [" ".join(row.split()) for row in rows]
-    assert "update_ratio every 320 steps instead of every 10 steps" in said
-    assert "attention every 32 steps instead of every step" in said
-    assert "attention_heads every 4 steps instead of every step" in said
-    assert not any("weight_norm" in row for row in said)
+    wanted = [" ".join(row.split()) for row in rows]
+    assert "update_ratio every 320 steps instead of every 10 steps" in wanted
+    assert "attention every 32 steps instead of every step" in wanted
+    assert "attention_heads every 4 steps instead of every step" in wanted
+    assert not any("weight_norm" in row for row in wanted)
     rows = await rows_of("help", fake_gpt(700), (80, 24), "slash", *"less often", "enter")
     assert any("every quantity" in row for row in rows)
 
@@ -123,7 +123,7 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ("size", "share", "said"),
+    ("size", "share", "wanted"),
     [
         ((80, 24), 0.0204, "overhead 2.04 %"),
         ((120, 40), 0.0204, "overhead 2.04 % (budget 1 %)"),
@@ -133,13 +133,13 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
     ],
 )
 async def test_the_header_warns_of_a_cost_over_the_budget(
-    size: tuple[int, int], share: float, said: str
+    size: tuple[int, int], share: float, wanted: str
 ) -> None:
     app = app_on("dashboard", stretched(share))
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
         line = text_of(app).splitlines()[0]
-        assert f"{said} ·" in line
+        assert f"{wanted} ·" in line
         shown = style_of(app, "overhead")
         assert (shown == app.palette.dim.color) == (share < 0.011)
         assert (shown == app.palette.warning.color) == (share > 0.05)

@@ -31,7 +31,7 @@ from tui_trainer.ui.widgets.form import ChoiceRow
 
 
 class Started:
-    """A launcher that remembers, and refuses when told to."""
+    """A launcher that records its calls, and refuses on request."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.requests: list[LaunchRequest] = []
@@ -117,7 +117,7 @@ def test_errors_are_told_at_their_fields() -> None:
     ("path", "arguments", "field"),
     [("", "", "script"), ("/nowhere.py", "", "script"), ("/tmp", "", "script")],
 )
-def test_a_script_that_cannot_be_is_told(path: str, arguments: str, field: str) -> None:
+def test_an_invalid_script_is_reported(path: str, arguments: str, field: str) -> None:
     request, errors = script_request(path, arguments)
     assert request is None
     assert set(errors) == {field}

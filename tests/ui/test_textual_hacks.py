@@ -1,4 +1,4 @@
-"""What relies on Textual's private names does what it should with the installed Textual."""
+"""The code that relies on Textual's private names works with the installed Textual."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def full(app):
 
 
 def rendered_by_rich(app, size):
-    """What a terminal shows that is sent the whole screen by Rich."""
+    """A terminal's contents after Rich has sent the whole screen."""
     emulator = pyte.Screen(*size)
     lines = app.screen._compositor.render_strips()
     console = app.console
