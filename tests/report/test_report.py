@@ -81,15 +81,15 @@ def test_a_real_run(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert_fetches_nothing(page)
     text = Reader(page).text
-    for text_part in ("calm", "finished", f"{STEPS} of {STEPS}", "Gradient norm", "Learning rate"):
-        assert text_part in text
-    for text_part in (
+    for label in ("calm", "finished", f"{STEPS} of {STEPS}", "Gradient norm", "Learning rate"):
+        assert label in text
+    for label in (
         "Time of each phase",
         "cosines",
         "drift from initialisation",
         "largest gradients",
     ):
-        assert text_part in text
+        assert label in text
     lines = [json.loads(line) for line in (home() / "calm.jsonl").read_text().splitlines()]
     for name, value in lines[0]["configuration"].items():
         if value is not None:

@@ -26,10 +26,10 @@ def test_states_of_all_kinds(runs):
     runs.start("gpt-running")
     runs.start("gpt-paused", start_paused=True)
     runs.start("gpt-killed")
-    runs.start("gpt-stopped-by-signal")
+    runs.start("gpt-sigterm")
     runs.kill("gpt-killed")
-    runs.processes["gpt-stopped-by-signal"].send_signal(signal.SIGTERM)
-    until(lambda: runs.reported("gpt-stopped-by-signal").ended, "SIGTERM is handled")
+    runs.processes["gpt-sigterm"].send_signal(signal.SIGTERM)
+    until(lambda: runs.reported("gpt-sigterm").ended, "SIGTERM is handled")
     until(lambda: runs.reported("gpt-finished").ended, "three steps are made")
     until(lambda: runs.reported("gpt-paused").state in ("paused", "starting"), "it waits")
     seen = runs.ls()
@@ -39,7 +39,7 @@ def test_states_of_all_kinds(runs):
         "gpt-finished": "finished",
         "gpt-running": "live",
         "gpt-killed": "crashed",
-        "gpt-stopped-by-signal": "stopped",
+        "gpt-sigterm": "stopped",
     }
     assert seen["gpt-finished"]["step"] == 3
     assert seen["gpt-finished"]["loss"] == pytest.approx(1 / 3)
