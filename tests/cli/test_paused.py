@@ -59,7 +59,7 @@ def test_it_says_how_to_continue_and_continues(tmp_path: Path, kind: str) -> Non
     assert "trained" in out + err
 
 
-def test_nothing_is_said_of_a_run_that_does_not_wait(tmp_path: Path) -> None:
+def test_no_message_for_a_run_that_does_not_wait(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LOOP)
     done = call("run", "--plain", "train.py", cwd=tmp_path)
     assert done.returncode == 0

@@ -58,7 +58,7 @@ def test_a_name_is_free_again_after_a_refusal(tmp_path: Path) -> None:
     assert list(listed(tmp_path)) == ["whole"]
 
 
-def test_a_detached_start_that_was_refused_says_so_in_ls(tmp_path: Path) -> None:
+def test_ls_shows_a_refused_detached_start(tmp_path: Path) -> None:
     """Without a viewer there was no one to report it to."""
     name = call("gpt", "--detach", "--device", "cuda:99", cwd=tmp_path).stdout.strip()
     until(lambda: listed(tmp_path)[name]["state"] == "crashed", "it is refused")
@@ -82,7 +82,7 @@ def test_nothing_but_a_refused_start_is_taken_away(
     assert (tmp_path / "a").exists() is kept
 
 
-def test_what_never_began_is_taken_away_unless_something_is_in_it(tmp_path: Path) -> None:
+def test_a_run_that_never_began_is_removed_unless_it_has_files(tmp_path: Path) -> None:
     for name in ("empty", "used"):
         write_spec(RunSpec(name=name, directory=str(tmp_path / name), task="gpt"))
     (tmp_path / "used" / "history.sqlite").write_bytes(b"rows")

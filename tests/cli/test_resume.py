@@ -68,7 +68,7 @@ def test_going_on_equals_never_having_stopped(place):
     assert (shown["parent"], shown["branch_step"]) == (str(parent), 7)
     assert "from whole@7" in call("ls", cwd=place).stdout
     assert "continues whole@7" in call("show", "rest", cwd=place).stdout
-    assert "goes on" not in call("show", "whole", cwd=place).stdout
+    assert "continues" not in call("show", "whole", cwd=place).stdout
     assert header["host"]
     assert {"tui-trainer", "python", "torch"} <= set(header["versions"])
     assert files_of(parent) == before

@@ -53,5 +53,5 @@ def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> Non
         (Script(".", ()), Path.cwd().stem),
     ],
 )
-def test_what_a_run_is_called_after(script: Script, stem: str) -> None:
+def test_the_default_name_of_a_run(script: Script, stem: str) -> None:
     assert script.stem == stem

@@ -43,14 +43,14 @@ def on(monkeypatch: pytest.MonkeyPatch):
         (False, False, "xterm", "plain", False),
     ],
 )
-def test_what_the_terminal_can_do(on, stdin, stdout, term, kind, noted) -> None:
+def test_the_abilities_of_the_terminal(on, stdin, stdout, term, kind, noted) -> None:
     on(stdin, stdout, term)
     showing = screen_for(RunOptions())
     assert (showing.kind, bool(showing.note)) == (kind, noted)
     assert bool(why_no_screen()) == (kind != "screen")
 
 
-def test_what_was_asked_for_comes_first(on) -> None:
+def test_the_options_take_precedence(on) -> None:
     on(True, True, "xterm")
     assert screen_for(RunOptions(json=True)).kind == "json"
     assert screen_for(RunOptions(plain=True)).kind == "plain"

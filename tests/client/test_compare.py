@@ -32,7 +32,7 @@ def by_name(lines):
     return {line.name: line.values for line in lines}
 
 
-def test_only_what_differs_is_listed():
+def test_only_differences_are_listed():
     runs = compared("calm", "eager")
     assert by_name(differences(runs)) == {"learning_rate": (0.001, 0.02)}
     ends = by_name(outcome(runs))
@@ -112,7 +112,7 @@ def test_too_many(tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_runs_are_told_apart_without_colour(size):
+async def test_runs_are_distinguishable_without_colour(size):
     app = CompareApp(compared("calm", "eager"))
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
@@ -154,7 +154,7 @@ async def test_keys_align_smooth_and_scale():
     assert app.return_code == 0
 
 
-async def test_ascii_alone():
+async def test_ascii_only():
     app = CompareApp(compared("calm", "eager"), ascii=True)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)

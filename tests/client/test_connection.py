@@ -92,7 +92,7 @@ def test_control_is_taken_from_another_viewer(scripted):
     assert [command.action for command in run.commands] == [Pause(), TakeControl(), Pause()]
 
 
-def test_what_a_run_sends_cannot_reach_the_terminal(scripted):
+def test_control_characters_of_a_run_cannot_reach_the_terminal(scripted):
     """Neither a screen nor a command shows a control character that a run sent."""
 
     def hostile(run, connection):
@@ -170,7 +170,7 @@ def test_a_run_that_stops_answering_is_an_error(scripted, monkeypatch):
     answered.set()
 
 
-def test_the_next_poll_asks_for_what_follows():
+def test_the_next_poll_asks_for_the_following_rows():
     first = Poll(budget=1000, watch=("attention_heads",))
     report = PhaseReport(3, "backward", 1.0, "")
     update = Update(
@@ -188,6 +188,6 @@ def test_the_next_poll_asks_for_what_follows():
     assert next_poll(second, Update(Status(state="running"))).report is None
 
 
-def test_a_viewer_says_who_it_is():
+def test_a_viewer_identifies_itself():
     assert whoami("tui-trainer pause").endswith(" (tui-trainer pause)")
     assert "@" in whoami()

@@ -40,7 +40,7 @@ def test_first_preset_is_the_default():
     assert resolve(vit).preset == "digits"
 
 
-def test_own_images_have_a_default_preset_of_their_own():
+def test_own_images_have_their_own_default_preset():
     assert resolve(vit, None, {"data": "photos"}).preset == "images"
     assert resolve(vit, "digits", {"data": "photos"}).preset == "digits"
     assert resolve(gpt, None, {"data": "book.txt"}).preset == "light"

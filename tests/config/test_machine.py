@@ -66,7 +66,7 @@ def test_cores_are_those_that_are_paid_for(monkeypatch, granted, expected):
     assert usable_cores() == expected
 
 
-def test_others_count_on_our_cores_alone(tmp_path):
+def test_other_processes_count_only_on_our_cores(tmp_path):
     """Ticks: user nice system idle iowait irq softirq steal guest guest_nice."""
     stat = tmp_path / "stat"
     stat.write_text(
@@ -80,7 +80,7 @@ def test_others_count_on_our_cores_alone(tmp_path):
     assert machine._busy_s({0}, tmp_path / "nowhere") == 0.0
 
 
-def test_what_we_use_ourselves_is_not_others(monkeypatch):
+def test_our_own_use_is_not_counted(monkeypatch):
     """Read as the kernel gives it: what this process burns is taken off again."""
     busy = iter([10.0, 10.0 + 0.4])
     monkeypatch.setattr(machine, "_busy_s", lambda cores: next(busy))

@@ -126,7 +126,7 @@ def test_tensorboard_reads_its_directory(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "tensorboard"])
-def test_a_missing_package_is_said_with_its_command(tmp_path, package):
+def test_a_missing_package_is_reported_with_its_install_command(tmp_path, package):
     """An empty finder in front hides the package, as if it were not installed."""
     hidden = (
         "import sys, importlib.util as u; found = u.find_spec\n"

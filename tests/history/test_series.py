@@ -193,7 +193,7 @@ def test_hostile_rows_raise_value_error_only(data):
             there.window([0], -(2**40), 2**40, 10)
 
 
-def test_a_run_that_began_anew_replaces_what_was_seen():
+def test_a_restarted_run_replaces_the_earlier_data():
     old, new, viewer = (MemorySeries(table(), 64) for _ in range(3))
     steps, values = series(5, 3000)
     fill(old, steps, values)

@@ -332,7 +332,7 @@ def test_spectrum_of_an_accelerators_weights_is_computed_beside_the_training(mon
     assert any(thread.name == "tui-trainer spectra" for thread in threading.enumerate())
 
 
-def test_a_spectrum_that_is_not_finite_is_nan_beside_the_training():
+def test_a_non_finite_spectrum_is_nan():
     decomposer, found = Decomposer(), {}
     decomposer.put(1, np.array([[np.nan, 1.0], [2.0, 3.0]]))
     decomposer.put(2, np.diag([3.0, 4.0]))
@@ -394,7 +394,7 @@ def test_health_is_sampled_from_the_forward(make):
                 assert 0 <= value <= math.log(5) + 1e-4
 
 
-def test_other_widths_cannot_be_compared_and_say_so():
+def test_other_widths_are_reported_as_incomparable():
     torch.manual_seed(0)
     recorder, _, _ = run(Stack(lambda: Multihead(kdim=6, vdim=6)))
     (info, _) = recorder.info["attention"]

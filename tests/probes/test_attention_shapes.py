@@ -219,7 +219,7 @@ def test_only_pairs_of_one_shape_are_compared(make, monkeypatch):
         assert np.isfinite(row[f"{info.layer}.growth"])
 
 
-def test_a_pattern_that_finds_only_queries_says_so():
+def test_a_pattern_that_finds_only_queries_is_reported():
     recorder = KeepingRecorder()
     model = Stack(Separate)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -108,7 +108,7 @@ def test_the_reason_is_withdrawn_when_attention_is_seen_later(monkeypatch):
     assert recorder.info["unseen"]["attention_health"] == probe.NOT_CALLED
 
 
-def test_of_two_optimizers_the_one_that_sees_nothing_says_so():
+def test_of_two_optimizers_the_one_without_attention_is_reported():
     torch.manual_seed(0)
     first, second = Stack(Separate), Stack(ByHand)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (first, second)]
@@ -128,7 +128,7 @@ def test_of_two_optimizers_the_one_that_sees_nothing_says_so():
     assert recorder.rows("attention_health", "sgd#2") == {}
 
 
-def test_the_calls_of_another_model_are_not_taken_for_its_own():
+def test_the_calls_of_another_model_are_not_counted():
     """An encoder and its decoder with optimizers apart: the encoder comes first in every step."""
     torch.manual_seed(0)
     encoder, decoder = Stack(Separate), Stack(Separate)

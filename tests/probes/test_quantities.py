@@ -172,7 +172,7 @@ def test_clipping_that_no_longer_gives_every_norm(foreach):
         close(list(row.values()), expected, 1e-4)
 
 
-def test_clipping_that_refuses_what_is_not_finite():
+def test_clipping_that_raises_on_non_finite_norms():
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -267,7 +267,7 @@ def test_other_precisions_are_accumulated_in_full(dtype):
     close(recorder.series("weight_norm", "weight"), [layer.weight.double().norm().item()], 1e-4)
 
 
-def test_update_ratios_in_turns_come_when_all_have_had_theirs():
+def test_update_ratios_in_turns_are_recorded_once_all_are_measured():
     truth = Reference(12, 0.3)
     options = Options(budget=0.0, cadences={"update_ratio": 1}, copy_budget_bytes=200)
     recorder = traced(12, 0.3, options)
@@ -290,7 +290,7 @@ def test_turns_hold_every_parameter_once_within_the_budget(sizes, budget):
     assert all(sum(4 * sizes[i] for i in turn) <= budget or len(turn) == 1 for turn in turns)
 
 
-def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_gone():
+def test_nonfinite_is_reported_once_with_the_first_parameter_and_again_after_recovery():
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -330,7 +330,7 @@ def test_nonfinite_is_said_once_with_the_first_parameter_and_again_after_it_had_
     assert ("weight", "0.bias", "nan", 6) in reported[7]
 
 
-def test_what_is_seen_late_says_when_it_was_last_finite():
+def test_a_late_finding_has_the_last_finite_step():
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -353,7 +353,7 @@ def test_what_is_seen_late_says_when_it_was_last_finite():
     }
 
 
-def test_loss_that_is_not_finite():
+def test_non_finite_loss():
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -377,7 +377,7 @@ def test_memory_by_the_clock(monkeypatch):
     assert np.isnan(rows[1]["device_bytes"])
 
 
-def test_own_cost_is_told_by_probe():
+def test_overhead_is_recorded_by_probe():
     torch.manual_seed(0)
     model = SmallGpt()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -23,7 +23,7 @@ def test_a_number_is_always_exactly_as_wide_as_its_column(value, width, digits):
 
 
 @given(st.floats(1e-38, 1e38, allow_subnormal=False) | st.floats(1e-4, 1e4))
-def test_a_number_that_fits_says_what_it_is(value):
+def test_a_number_that_fits_is_exact(value):
     """To the third decimal where the column keeps its decimals in line, which is down to 0.001."""
     shown = f.number(value, 10, 4)
     assert float(shown) == pytest.approx(value, rel=6e-3, abs=5e-4 if value >= 1e-3 else 0)

@@ -31,7 +31,7 @@ def test_no_text_holds_a_control_character_after(text):
     assert "\n" not in single_line(text, 100)
 
 
-def test_what_is_harmless_is_left_as_it_is():
+def test_harmless_text_is_unchanged():
     for text in ("", "γράμμα 字 👩‍🔬", "two\nlines\tand a tab"):
         assert sanitize(text) is text
     status = Status(state="running", viewers=("me",))

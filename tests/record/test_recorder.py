@@ -131,7 +131,7 @@ def test_events_are_dense_and_typed(recorder):
     assert recorder.status.clipped_share == pytest.approx(1 / 3)
 
 
-def test_a_value_that_may_have_been_non_finite_before_says_since_when(recorder):
+def test_a_value_that_may_have_been_non_finite_before_has_its_last_finite_step(recorder):
     late, at_once, never = (
         ("gradient", "a", "inf", 4),
         ("loss", "", "nan", 6),
@@ -230,7 +230,7 @@ def test_the_queue_is_bounded_and_overflow_is_counted():
     recorder.close(5)
 
 
-def test_a_wrong_row_is_a_fault_said_once_not_a_crash(recorder):
+def test_a_wrong_row_is_a_fault_reported_once_not_a_crash(recorder):
     bad = StepRecord(1, 1.0, "", ((0, np.zeros(9, np.float32)),))
     recorder.record(bad)
     recorder.record(bad)
@@ -315,7 +315,7 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
 
 
 @pytest.mark.parametrize("share", [1 / 3, float("nan"), float("inf")])
-def test_a_clip_is_told_with_the_digits_that_were_measured(recorder, share):
+def test_a_clip_keeps_its_measured_digits(recorder, share):
     clip = ClipRecord(1.0, 1 / 3, share, (1, 0), (share, 0.0))
     collector = Collector()
     recorder.subscribe(collector)

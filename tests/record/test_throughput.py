@@ -34,7 +34,7 @@ def test_the_longest_of_the_recent_steps():
     assert throughput.longest_step_s == pytest.approx(0.1)
 
 
-def test_the_first_steps_do_not_stand_for_what_watching_costs():
+def test_the_first_steps_do_not_count_for_the_overhead():
     throughput = Throughput()
     now = run(throughput, 5, own_ms=40.0)
     assert throughput.cost_share() == pytest.approx(0.4)
@@ -56,7 +56,7 @@ def test_pauses_do_not_count():
     assert throughput.elapsed_s(now) == pytest.approx(4.0)
 
 
-def test_evaluations_do_not_slow_the_speed_but_lengthen_what_remains():
+def test_evaluations_do_not_lower_the_speed_but_lengthen_the_remaining_time():
     throughput = Throughput()
     now = run(throughput, 20)
     throughput.excluded_s += 2.0

@@ -184,7 +184,7 @@ def test_an_allowance_grows_to_a_burst_and_keeps_its_backlog():
     assert bucket.available(1_000.0, 1 << 20) == 0
 
 
-def test_the_end_of_a_gap_is_said_by_the_session():
+def test_the_session_reports_the_end_of_a_gap():
     builder = SnapshotBuilder()
     empty = Update(status=builder.snapshot.status)
     lines = tuple(LogLine(i, 1.0, 7, "stdout", f"line {i}") for i in (3, 4, 9))

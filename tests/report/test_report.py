@@ -222,7 +222,7 @@ def test_ticks_are_few_and_inside(low, high):
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
 
 
-def test_what_cannot_be_reported(tmp_path):
+def test_refused_reports(tmp_path):
     assert_refused(call("report", "missing", cwd=home()), "there is no run missing")
     place = tmp_path / "folder"
     place.mkdir()

@@ -60,7 +60,7 @@ def test_a_stalled_disk_blocks_nothing_and_missing_lines_are_counted(tmp_path):
     assert kept[11:] == ["", "… (989 lines, 8,901 bytes, could not be written)"]
 
 
-def test_the_log_says_where_it_is_cut(tmp_path):
+def test_the_log_marks_where_it_is_cut(tmp_path):
     path = tmp_path / "log.txt"
     log = LogFile(path, limit=20)
     for _ in range(5):
@@ -86,7 +86,7 @@ def test_a_log_that_was_removed_is_begun_again(tmp_path):
 
 
 @pytest.mark.parametrize("held", range(12))
-def test_what_was_printed_comes_before_the_traceback_that_followed_it(held):
+def test_output_comes_before_the_traceback_that_followed_it(held):
     """Both are waiting when they are read; `held` moves the numbers that the pipes get."""
     captured = []
     capture = Capture(lambda stream, text: captured.append((stream, text)))

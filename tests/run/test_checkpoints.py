@@ -58,7 +58,7 @@ def test_any_state_survives_bit_for_bit():
     assert same(state, unflatten(json.loads(json.dumps(skeleton)), tensors))
 
 
-def test_what_cannot_be_written_is_named():
+def test_unsupported_state_is_named():
     with pytest.raises(NotSerializable, match="/a/1 is a function"):
         flatten({"a": [1, print.__class__ and (lambda: 0)]})
 

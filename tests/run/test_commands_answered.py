@@ -172,7 +172,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_failure(begun, command):
     assert "no checkpoint of step" in done.stderr
 
 
-def test_stop_with_a_checkpoint_says_where_it_is(begun):
+def test_stop_with_a_checkpoint_prints_its_path(begun):
     place, _ = begun
     done = call(place, "stop", "--checkpoint")
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def gpt(threads):
     return RunSpec(name="a", directory="/a", task="gpt", configuration={"threads": threads})
 
 
-def test_alone_on_the_machine_it_is_left_as_it_is(settled):
+def test_on_an_idle_machine_nothing_is_set(settled):
     assert settled(script(), 0.1) is None
     assert settled(gpt(0), 0.1) is None
     assert settled(gpt(4), 0.1) is None

@@ -232,7 +232,7 @@ def test_sixty_and_forty_are_a_hundred(place, tmp_path):
         ({"configuration": SMALL_GPT, "resume": "/no/such/run"}, "checkpoint"),
     ],
 )
-def test_what_cannot_work_is_said_in_a_message(place, changes, word):
+def test_impossible_requests_have_a_message(place, changes, word):
     place.spec(**changes)
     status, out, err = place.do()
     assert status == 2

@@ -228,7 +228,7 @@ def test_no_rate_stops_the_training_for_good(trained, rate):
     check(trained)
 
 
-def test_steps_never_add_up_to_what_no_number_holds(trained):
+def test_step_counts_never_overflow(trained):
     with trained.viewer() as peer:
         assert peer.do(Step(10**12 - trained.steps - 1000)).ok
         assert not peer.do(Step(10**12)).ok

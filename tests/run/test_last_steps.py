@@ -58,7 +58,7 @@ def test_viewers_and_ls_see_the_last_step_of_a_script_that_sleeps(asleep):
     hosting.wait_for(lambda: json.loads(call(place, "ls", "--json"))[0]["step"] == STEPS)
 
 
-def test_a_kill_takes_no_step_that_was_made_before_it(asleep):
+def test_a_kill_loses_no_completed_step(asleep):
     place, process = asleep
     hosting.wait_for(lambda: stored_steps(place) == STEPS)
     os.kill(process.pid, signal.SIGKILL)

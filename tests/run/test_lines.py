@@ -31,7 +31,7 @@ def test_bytes_that_are_no_text_and_escapes_do_no_harm():
     assert all(char.isprintable() for char in line)
 
 
-def test_a_megabyte_without_newline_is_cut_and_says_so():
+def test_a_megabyte_without_newline_is_cut_with_a_note():
     (line,) = lines(b"x" * 1_000_000)
     assert len(line) < MAX_LINE_CHARACTERS + 100
     assert "996,000 more" in line

@@ -126,7 +126,7 @@ def test_a_folder_looks_the_same_from_inside(place, name):
     assert mine.returncode == theirs.returncode == 0
 
 
-def test_a_folder_whose_main_is_not_python(place):
+def test_a_folder_with_a_main_that_is_not_python(place):
     write(place, "def f(:", "package/__main__.py")
     done = ours(place, "package")
     assert done.returncode == 1
@@ -200,7 +200,7 @@ def test_its_own_excepthook_is_used(place):
 
 
 @pytest.mark.parametrize("name", ["missing.py", "nowhere/x.py", "."])
-def test_a_script_that_is_not_there(place, name):
+def test_a_missing_script(place, name):
     write(place, "", "almost.py")
     done = ours(place, name)
     assert done.returncode == 2
@@ -208,7 +208,7 @@ def test_a_script_that_is_not_there(place, name):
     assert "hint" in done.stderr
 
 
-def test_a_module_that_is_not_there(place):
+def test_a_missing_module(place):
     done = ours(place, "-m", "no.such.module")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

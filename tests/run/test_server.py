@@ -194,7 +194,7 @@ def test_control_is_held_by_one_and_taken_explicitly(rig):
     wait_for(lambda: not rig.recorder.status.viewers)
 
 
-def test_control_without_a_holder_goes_to_who_uses_it(rig):
+def test_free_control_goes_to_the_next_viewer_that_uses_it(rig):
     with rig.viewer("first") as first, rig.viewer("second") as second:
         first.stream.close()
         wait_for(lambda: rig.recorder.status.controller is None)
@@ -338,7 +338,7 @@ def speaks_for(monkeypatch, user):
 
 
 @told_by_the_kernel
-def test_who_connects_must_be_of_the_same_user(tmp_path, monkeypatch):
+def test_peers_must_be_of_the_same_user(tmp_path, monkeypatch):
     """Whatever the mode of the socket: another user's process may have been handed it."""
     speaks_for(monkeypatch, os.getuid() + 12345)
     rig = Rig(tmp_path / "run.sock")

@@ -89,7 +89,7 @@ def test_every_line_fits_the_schema(lines):
     assert [fault for line in lines for fault in schema.faults(line)] == []
 
 
-def test_the_schema_refuses_what_is_wrong(lines):
+def test_the_schema_refuses_invalid_lines(lines):
     for line in lines:
         assert schema.faults({**line, "type": "other"})
         assert schema.faults({k: v for k, v in line.items() if k not in ("type",)})
@@ -194,6 +194,6 @@ def test_a_notice_of_many_lines_is_one_plain_line():
     assert notice(Notice(0, 3, 10.0, "checkpoint", "saved")) == "step 3: saved"
 
 
-def test_facts_are_said_once():
+def test_facts_are_printed_once():
     info = RunInfo(name="r", task="vit", facts={"images": 494_149, "device": "cpu", "data": "x"})
     assert facts(info) == "images 494,149 · data x"

@@ -32,7 +32,7 @@ def test_directories_are_private_and_names_unique(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
-def test_a_name_that_is_taken_is_not_reused(tmp_path, monkeypatch):
+def test_an_existing_name_is_not_reused(tmp_path, monkeypatch):
     monkeypatch.setattr(specs, "random_name", lambda: "quiet-otter")
     first, _ = specs.create_run_directory("vit", tmp_path)
     second, _ = specs.create_run_directory("vit", tmp_path)

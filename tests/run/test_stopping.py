@@ -132,7 +132,7 @@ def test_a_script_is_not_interrupted_while_its_last_checkpoint_is_written(script
     assert script.interrupts == []
 
 
-def test_what_has_ended_is_not_interrupted(script):
+def test_an_ended_run_is_not_interrupted(script):
     script.stops.stop(False)
     script.stops.training_ended()
     script.timers.run_down()
@@ -172,7 +172,7 @@ def run_and_stop(place, before=""):
 
 
 @pytest.mark.parametrize("slow", [SLOW_EVALUATION, SLOW_STEP], ids=["evaluation", "step"])
-def test_no_checkpoint_of_a_task_is_lost_to_what_takes_long(place, slow):
+def test_no_checkpoint_of_a_task_is_lost_to_slow_work(place, slow):
     place.gpt(steps=100)
     status, lines = run_and_stop(place, slow)
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 10)
@@ -207,7 +207,7 @@ def test_a_script_that_catches_the_stop_gets_its_checkpoint_as_well(place, then)
     assert (place.folder / "own.pt").exists() == (then != "raise")
 
 
-def test_a_script_after_its_last_step_is_told_that_it_is_interrupted(place):
+def test_a_script_after_its_last_step_is_interrupted_with_an_event(place):
     place.loop(
         steps=5,
         after="import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",

@@ -59,7 +59,7 @@ def test_commands_do_not_guess_between_several(runs):
 
 
 @pytest.mark.parametrize("wrong", [("0",), ("1", "2"), ("a", "b"), ("-3",)])
-def test_step_with_what_is_no_number(runs, wrong):
+def test_step_with_an_invalid_number(runs, wrong):
     refused = runs.call("step", *wrong)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
@@ -185,7 +185,7 @@ def test_the_signal_that_killed_a_detached_run_is_reported(runs, tmp_path):
         assert "Segmentation fault" in runs.call(asked).stdout
 
 
-def test_following_goes_over_from_what_came_before_the_log(runs, capsysbinary):
+def test_following_continues_from_the_boot_log_to_the_log(runs, capsysbinary):
     """The output before the log began may be longer than the log."""
     path = runs.create("gpt-boots")
     (path / BOOT_LOG).write_text("a warning of some library's, rather long\n")
@@ -256,7 +256,7 @@ def test_rm_asks_on_a_terminal(runs):
         assert (runs.directory / "gpt-asked").exists() is left
 
 
-def test_rm_touches_nothing_that_is_no_run(runs, tmp_path):
+def test_rm_removes_only_runs(runs, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir(mode=0o700)
     (precious / "thesis.tex").write_text("x")
@@ -334,7 +334,7 @@ def test_doctor(runs):
     assert "others can write to" in unsafe.stdout
 
 
-def test_doctor_looks_for_all_that_is_declared():
+def test_doctor_checks_all_declared_dependencies():
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", each)[0] for each in declared["dependencies"]}
     assert names - {*LIBRARIES, *OPTIONAL} == {"torch"}  # which is asked in a process of its own
@@ -344,7 +344,7 @@ def test_doctor_looks_for_all_that_is_declared():
         assert re.match(r"[\w-]+", brought[0])[0] == package
 
 
-def test_doctor_tells_what_is_missing_from_what_may_be(monkeypatch):
+def test_doctor_distinguishes_required_from_optional_dependencies(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda package: "")
     monkeypatch.setenv("PATH", "/nowhere")
     found = {each.name: each for each in [*doctor._versions(), *doctor._optional()]}

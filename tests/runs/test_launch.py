@@ -60,7 +60,7 @@ def test_a_signal_is_named(spec, stand_in):
         launched.connect()
 
 
-def test_the_process_is_waited_for_and_has_a_session_of_its_own(spec, stand_in):
+def test_the_process_is_waited_for_and_has_its_own_session(spec, stand_in):
     stand_in('echo "$@" "$(pwd)"; exec sleep 60')
     launched = launch(spec)
     try:

@@ -188,7 +188,7 @@ def test_a_runs_directory_that_others_can_write_to_is_refused(runs):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving files to another user needs root")
-def test_what_belongs_to_another_user_is_refused(runs):
+def test_other_users_files_are_refused(runs):
     runs.start("gpt-theirs")
     os.chown(runs.directory / "gpt-theirs" / "run.sock", 12345, -1)
     refused = runs.call("pause", "gpt-theirs")

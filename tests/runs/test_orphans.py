@@ -88,7 +88,7 @@ def test_a_stale_socket_is_ignored(runs):
         listening.bind(str(again))
 
 
-def test_after_a_reboot_no_run_is_taken_for_live(runs, monkeypatch):
+def test_after_a_reboot_no_run_counts_as_live(runs, monkeypatch):
     """Another process may have the same pid, and even the same start time in clock ticks."""
     from tui_trainer.config import run_state
 
@@ -138,7 +138,7 @@ def test_a_run_is_found_again_after_its_directory_was_removed(runs):
     assert runs.ls()["gpt-removed"]["state"] == "stopped"
 
 
-def test_the_whole_runs_directory_is_made_again_for_a_living_run(runs):
+def test_a_live_run_recreates_the_whole_runs_directory(runs):
     runs.start("gpt-removed")
     shutil.rmtree(runs.directory)
     until(lambda: find_socket(runs.directory / "gpt-removed"), "it listens again")
@@ -146,7 +146,7 @@ def test_the_whole_runs_directory_is_made_again_for_a_living_run(runs):
     assert runs.call("stop").returncode == 0
 
 
-def test_what_has_ended_is_not_made_again(tmp_path):
+def test_an_ended_run_is_not_recreated(tmp_path):
     place = tmp_path / "gpt-over"
     write_spec(RunSpec(name=place.name, directory=str(place), task="gpt"))
     sink = StatusFile(place, RunInfo(place.name, "gpt"))

@@ -98,7 +98,7 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     assert runs.ls()["gpt-inside"]["state"] == "stopped"
 
 
-def test_in_app_ends_in_order_when_its_terminal_is_closed(runs, terminal):
+def test_in_app_ends_cleanly_when_its_terminal_is_closed(runs, terminal):
     screen = terminal("gpt", "--in-app", "--threads", "1", "--steps", "100000", "--name", "inside")
     until(lambda: screen.pump(0.01) and runs.reported("inside").step > 3, "it trains")
     screen.hang_up()
@@ -131,7 +131,7 @@ def test_show_keeps_showing_on_a_terminal(runs, terminal):
 
 
 @pytest.mark.parametrize("home", [(), ("--in-app",)])
-def test_a_start_that_is_refused_is_told_and_leaves_nothing(runs, terminal, home):
+def test_a_refused_start_is_reported_and_leaves_nothing(runs, terminal, home):
     opened = terminal("gpt", "--device", "cuda:99", "--name", "gpt-nowhere", *home)
     opened.wait_for("crashed")
     opened.press("q")

@@ -40,7 +40,7 @@ def test_tui_trainer_is_not_installed_there(bare_host):
     assert "TUI_TRAINER_REMOTE_COMMAND" in error.hint
 
 
-def test_a_remote_command_that_is_not_there(host):
+def test_a_missing_remote_command(host):
     error = refusal("ssh://Box/gpt", command="/nowhere/tui-trainer")
     assert "Box cannot run the remote command" in error.message
     assert "/nowhere/tui-trainer" in error.message

@@ -174,7 +174,7 @@ NOISE = b"\xff\x00noise"
         ("the run's description", "UPDATE description SET data = ? WHERE seq > 0"),
     ],
 )
-def test_what_is_damaged_is_left_out_and_named(runs, tmp_path, capsys, named, statement):
+def test_damaged_records_are_left_out_and_named(runs, tmp_path, capsys, named, statement):
     change(runs, (statement, NOISE))
     results = run_commands(runs, tmp_path, capsys)
     for name in ("show", "json", "report", "compare"):

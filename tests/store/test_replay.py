@@ -60,7 +60,7 @@ def train(recorder, steps):
 
 
 @pytest.mark.parametrize("steps", [3, 25, 1500])
-def test_a_run_is_told_again_word_for_word(tmp_path, steps):
+def test_a_run_is_replayed_exactly(tmp_path, steps):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     recorder.subscribe(lines_to(tmp_path / "live"))
     recorder.subscribe(StoreWriter(tmp_path))
@@ -91,7 +91,7 @@ def test_of_a_living_run_as_much_as_is_there(tmp_path):
     recorder.close(20)
 
 
-def test_what_is_damaged_is_left_out(tmp_path):
+def test_damaged_records_are_left_out(tmp_path):
     recorder = Recorder(RunInfo("quiet-otter", "gpt"))
     recorder.subscribe(StoreWriter(tmp_path))
     train(recorder, 900)

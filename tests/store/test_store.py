@@ -299,7 +299,7 @@ def test_a_missing_directory_does_not_stop_the_run(tmp_path):
     assert "not recording" in reports[-1]
 
 
-def test_what_waits_for_a_disk_is_bounded(tmp_path, monkeypatch):
+def test_the_queue_for_a_slow_disk_is_bounded(tmp_path, monkeypatch):
     from tui_trainer.store import writer
 
     monkeypatch.setattr(writer, "MAX_WAITING_BYTES", 10_000)
@@ -417,7 +417,7 @@ def test_corrupt_pages_never_stop_the_reader(tmp_path, seed):
             rows_since(table, row, 10_000)
 
 
-def test_a_store_of_another_version_is_left_alone(tmp_path):
+def test_a_store_of_another_version_is_unchanged(tmp_path):
     open_for_writing(tmp_path).execute("PRAGMA user_version = 99")
     with pytest.raises(StoreError, match="another version of tui-trainer"):
         StoredHistory(tmp_path)
@@ -432,7 +432,7 @@ def test_a_store_of_another_version_is_left_alone(tmp_path):
 # ---------------------------------------------------------------- killed
 
 
-def test_what_happened_is_committed_within_half_a_second(tmp_path):
+def test_rows_are_committed_within_half_a_second(tmp_path):
     clock = Clock()
     sink = StoreWriter(tmp_path, clock=clock)
     sink.take([InfoChanged(INFO)], Status())

@@ -74,7 +74,7 @@ def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
     soon(runs, lambda state: state.ended and not lives(state))
 
 
-def test_a_polite_request_to_end_closes_the_screen_alone(runs: Path, train: Path) -> None:
+def test_sigterm_closes_only_the_screen(runs: Path, train: Path) -> None:
     with Terminal(change(train, ""), timeout=60) as terminal:
         terminal.find(STEPS)
         os.kill(terminal.child.pid, signal.SIGTERM)

@@ -42,7 +42,7 @@ def test_compare_from_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("command", ["replay", "report", "export"])
-def test_a_run_that_is_not_there(command: str) -> None:
+def test_a_missing_run(command: str) -> None:
     more = ("--format", "csv") if command == "export" else ()
     with opened(command, "missing", *more) as terminal:
         terminal.wait_for("there is no run missing")

@@ -52,7 +52,7 @@ def test_columns_are_those_that_the_protocol_names() -> None:
             assert columns[place].name == f"b.{statistic.column(part)}"
 
 
-async def test_the_run_is_told_what_is_watched_only_while_it_is_shown() -> None:
+async def test_the_run_is_notified_of_watching_only_while_the_screen_is_shown() -> None:
     session = fake_gpt()
     app = app_on("attention", session)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -202,7 +202,7 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
             assert row["norm_q"] == ("nan", app.palette.error)
 
 
-async def test_why_attention_is_not_looked_at_is_said_in_full() -> None:
+async def test_the_reason_for_unseen_attention_is_shown_in_full() -> None:
     run = synthesise(describe())
     health = run.table(schema.ATTENTION_HEALTH)
     run.steps[health], run.values[health] = run.steps[health][:0], run.values[health][:0]

@@ -100,7 +100,7 @@ async def test_every_statistic_and_the_heads_of_the_layers_of_both(size: tuple[i
             await settle(pilot)
 
 
-async def test_what_one_of_them_has_not_measured_is_said_for_its_layers_alone() -> None:
+async def test_unmeasured_quantities_are_reported_only_for_their_layers() -> None:
     session = fake_two_transformers()
     run = session.run
     assert run is not None
@@ -141,7 +141,7 @@ async def test_a_layer_whose_heads_are_not_known_has_none_on_their_way() -> None
         assert "measured while" not in text_of(app)
 
 
-def test_the_table_of_an_optimizer_that_was_made_anew_comes_first_once_it_has_rows() -> None:
+def test_the_table_of_a_recreated_optimizer_comes_first_once_it_has_rows() -> None:
     session = fake_two_transformers(60)
     history = session.history
     first = history.table(schema.ATTENTION)

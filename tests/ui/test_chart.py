@@ -213,7 +213,7 @@ def test_log_places_decades_evenly():
     assert np.isnan(places[3:]).all()
 
 
-def test_what_is_measured_now_and_then_is_held_between():
+def test_values_with_a_cadence_are_held_between_measurements():
     nan = np.nan
     values = np.array([[nan, 0, nan, nan, 7, nan, nan, nan]], np.float32)
     bad = np.array([[0, 0, 0, 0, 0, 0, 1, 0]], bool)

@@ -16,7 +16,7 @@ from tui_trainer.protocol.messages import (
 )
 
 
-async def test_an_answer_that_comes_late_does_not_undo_what_was_shown_since() -> None:
+async def test_a_late_answer_does_not_undo_newer_states() -> None:
     session = fake_gpt(steps=20)
     answers: list[Future[Ack]] = []
 
@@ -54,7 +54,7 @@ async def test_the_answer_to_a_pause_does_not_repeat_the_state() -> None:
         assert "1 step" in text_of(app).splitlines()[0]
 
 
-async def test_who_steers_is_said_where_several_look() -> None:
+async def test_the_controller_is_shown_when_there_are_several_viewers() -> None:
     session = fake_gpt(steps=20)
     app = app_on("dashboard", session)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -74,7 +74,7 @@ async def test_who_steers_is_said_where_several_look() -> None:
         assert session.sent == [TakeControl()]
 
 
-async def test_an_answer_that_does_not_come_is_said_before_the_link_is_given_up() -> None:
+async def test_a_missing_answer_is_reported_before_the_link_is_lost() -> None:
     session = fake_gpt(steps=20)
     app = app_on("dashboard", session)
     async with app.run_test(size=(120, 40)) as pilot:

@@ -43,7 +43,7 @@ async def visit(app, replay):
         return text_of(app)
 
 
-async def test_the_screen_says_what_cannot_be_read(copied):
+async def test_the_screen_reports_unreadable_parts(copied):
     with sqlite3.connect(copied / STORE_FILE) as connection:
         connection.execute("UPDATE meta SET value = x'ff'")
         connection.execute("UPDATE description SET data = x'ff'")

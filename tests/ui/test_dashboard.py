@@ -78,7 +78,7 @@ async def test_fresh_gradients_stand_in_the_table_after_backward():
         assert "this step" not in drawn(pilot.app, GradientsPanel)
 
 
-async def test_a_refused_command_says_why_and_changes_nothing():
+async def test_a_refused_command_shows_the_reason_and_changes_nothing():
     session = fake.fake_gpt(300)
     session.refuse = "another viewer holds control"
     async with app_of(session).run_test(size=(120, 40)) as pilot:
@@ -180,7 +180,7 @@ async def test_every_state_is_drawn_at_every_size(make, size):
                 assert "####" not in screen_text(pilot.app)
 
 
-async def test_before_the_first_data_the_frames_stand_and_say_what_is_awaited():
+async def test_before_the_first_data_empty_panels_show_the_awaited_data():
     session = fake.fake_empty()
     async with app_of(session).run_test(size=(120, 40)) as pilot:
         text = screen_text(pilot.app)
@@ -196,7 +196,7 @@ async def test_without_any_session_keys_are_safe():
         assert "Loss" in screen_text(pilot.app)
 
 
-async def test_what_cannot_be_seen_says_so():
+async def test_unseen_quantities_are_reported():
     session = fake.fake_gpt(0)
     info = with_unseen(session.run.info, clip="this script never clips", loss="no loss seen")
     session.run.info = info
@@ -235,7 +235,7 @@ async def test_panels_fold_into_tabs_and_unfold_on_resize():
         assert shown() == ["LayersTable"]
 
 
-async def test_too_small_a_terminal_says_so_and_comes_back():
+async def test_a_too_small_terminal_shows_a_message_and_recovers():
     async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
         await pilot.resize_terminal(20, 5)
         await pilot.pause()
@@ -337,7 +337,7 @@ async def test_only_what_changed_is_refreshed():
         assert cells < 60
 
 
-async def test_ten_thousand_parameters_build_only_what_is_seen():
+async def test_ten_thousand_parameters_build_only_visible_rows():
     async with app_of(fake.fake_large(10_000, 20)).run_test(size=(120, 40)) as pilot:
         table = pilot.app.screen.query_one(GradientsPanel)
         built = []

@@ -41,7 +41,7 @@ async def test_where_there_is_no_attention_the_gradients_have_its_room():
         assert app.screen.query_one(GradientsPanel).size.height > 20
 
 
-async def test_the_header_says_by_which_name_to_attach():
+async def test_the_header_shows_the_name_to_attach_to():
     for size in ((80, 24), (120, 40)):
         app = TuiTrainerApp(fake.fake_gpt(10))
         async with app.run_test(size=size) as pilot:

@@ -51,7 +51,7 @@ async def test_the_arithmetic_of_an_epoch_is_on_screen(mode: str, size: tuple[in
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 30)])
-async def test_the_dashboard_has_no_such_line_where_there_is_no_room(size: tuple[int, int]) -> None:
+async def test_the_dashboard_has_no_facts_line_without_room(size: tuple[int, int]) -> None:
     app = app_on("dashboard", on_faces())
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
@@ -66,7 +66,7 @@ async def test_whole_facts_are_left_out_where_they_do_not_fit() -> None:
         assert line.strip() == "images 494,149 · batches per epoch 3,860"
 
 
-def test_counts_come_before_texts_and_what_the_header_says_is_left_out() -> None:
+def test_counts_come_before_texts_and_header_facts_are_left_out() -> None:
     session = on_faces()
     assert session.run is not None
     names = [name for name, _ in shown_facts(session.run.info)]
@@ -88,7 +88,7 @@ async def test_a_script_has_no_such_line_and_a_task_has_its_room_from_the_start(
         assert line.region.height == 1
 
 
-async def test_nothing_is_said_before_the_run_is_known() -> None:
+async def test_no_facts_before_the_run_is_known() -> None:
     app = app_on("log", fake_empty())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)

@@ -215,7 +215,7 @@ async def test_non_finite_values_are_errors() -> None:
         assert "loss became nan in" in text_of(app)
 
 
-async def test_five_thousand_lines_draw_only_what_is_in_sight() -> None:
+async def test_five_thousand_lines_draw_only_visible_ones() -> None:
     session = fake_gpt()
     session.log += [line(n, 2e9 + n, f"line {n}") for n in range(10, 5_010)]
     app = app_on("log", session)

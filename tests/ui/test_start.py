@@ -84,7 +84,7 @@ def test_every_preset_starts_as_it_is(task: object) -> None:
         assert set(request.settings) <= {"preset", "data"}
 
 
-def test_what_differs_is_an_override() -> None:
+def test_differences_are_overrides() -> None:
     entered = {"steps": "1e3", "learning_rate": "3e-4", "compile": "on", "data": ""}
     request, errors = request_for(gpt, "light", entered, start_paused=True)
     assert errors == {}
@@ -277,7 +277,7 @@ async def test_a_refused_start_is_told_and_nothing_typed_is_lost(refusal: Except
     assert len(start.requests) == 2
 
 
-async def test_what_was_typed_is_there_again_after_a_look_at_another_task() -> None:
+async def test_typed_values_survive_a_switch_to_another_task() -> None:
     app = app_with(Started())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
