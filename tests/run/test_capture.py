@@ -78,7 +78,7 @@ def test_a_log_that_was_removed_is_begun_again(tmp_path):
     log = LogFile(path)
     log._append(b"before\n")
     shutil.rmtree(path.parent)
-    log._append(b"during\n")
+    log._append(b"meanwhile\n")
     path.parent.mkdir()
     log._append(b"after\n")
     assert log.close()
