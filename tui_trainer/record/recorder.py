@@ -69,10 +69,8 @@ class Recorder:
         self._clock = clock
         self.history = MemoryHistory()
         self.throughput = Throughput()
-        self.extra_info: Callable[[], dict[str, Any]] = dict
-        """Further info when parameters are described; called on the training thread."""
-        self.on_tick: Callable[[], None] = _nothing
-        """Called every DRAIN_EVERY_S on the recorder's thread."""
+        self._extra_info: Callable[[], dict[str, Any]] = dict
+        self._on_tick: Callable[[], None] | None = None
 
         # Shared with the training thread without a lock.
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -170,8 +168,13 @@ class Recorder:
     def describe(self, **changes: Any) -> None:
         """Change fields of the `RunInfo`; its revision is raised."""
         if "parameters" in changes:
-            changes = {**self.extra_info(), **changes}
+            changes = {**self._extra_info(), **changes}
         self._enqueue(self._change_info, changes)
+
+    def describe_with(self, extra: Callable[[], dict[str, Any]]) -> None:
+        """Whenever parameters are described, also change the fields that `extra()` returns. It is
+        called on the training thread."""
+        self._extra_info = extra
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
@@ -240,6 +243,10 @@ class Recorder:
         self._live_status = status
         self._paused_s = paused_s
 
+    def call_regularly(self, callback: Callable[[], None]) -> None:
+        """Call `callback()` every DRAIN_EVERY_S on the recorder's thread."""
+        self._on_tick = callback
+
     def report(self, report: PhaseReport | None) -> None:
         """Set what the phase that has just ended produced; None once training continues."""
         self._polls.report = sanitize_message(report)
@@ -303,10 +310,11 @@ class Recorder:
 
     def _work(self) -> None:
         while not self._closing.wait(DRAIN_EVERY_S):
-            try:
-                self.on_tick()
-            except Exception as fault:
-                self.fault("recorder", fault)
+            if self._on_tick is not None:
+                try:
+                    self._on_tick()
+                except Exception as fault:
+                    self.fault("recorder", fault)
             with self._lock:
                 self._drain()
                 self._polls.expire()
@@ -482,10 +490,6 @@ class Recorder:
         self._lock = threading.RLock()
         self._queue.clear()
         self._sinks.clear()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _forget_in_children(recorder: Recorder) -> None:

@@ -44,5 +44,5 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     options = Options(budget=run.spec.budget, attention_pattern=run.spec.attention_pattern)
     tracer = Tracer(run.recorder, run.gate, PROBES, options)
     tracer.step = first_step
-    run.recorder.on_tick = tracer.flush_idle
+    run.recorder.call_regularly(tracer.flush_idle)
     return tracer

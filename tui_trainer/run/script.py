@@ -78,7 +78,7 @@ def _trace(run: RunContext, tracers: list[Tracer]) -> None:
         saver = CheckpointSaver(run.spec, run.recorder, lambda: _visible_state(tracer))
         run.gate.call_every(saver.cadences, saver.after_step)
         run.save_with(saver)
-        run.recorder.extra_info = _DeviceOfScript(run, tracer)
+        run.recorder.describe_with(_DeviceOfScript(run, tracer))
     except Exception as error:
         run.recorder.fault("tracing the script", error)
 
