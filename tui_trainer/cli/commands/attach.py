@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.client.connection import Connector, connector
 from tui_trainer.client.relay_greeting import RemoteRun
@@ -25,9 +28,12 @@ from tui_trainer.client.ssh import (
 )
 from tui_trainer.config.run_state import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
+from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.runs.registry import connect_run, live_socket
+
+HEADINGS = ("", "RUN", "STATE", "STEP", "LOSS", "AGE", "WHAT")
 
 
 def attach(
@@ -118,8 +124,9 @@ class AttachResult:
         """Print the state of the run and return the exit status."""
         snapshot = self._session.poll()
         status = snapshot.status
-        said = _waited_for(self._run) if self._run and status.state == "stopping" else None
-        state, step = (said.state, said.step) if said else (status.state, status.step)
+        stopping = self._run if status.state == "stopping" else None
+        ended = _wait_for_end(stopping) if stopping is not None else None
+        state, step = (ended.state, ended.step) if ended else (status.state, status.step)
         still = "still " if state in ("running", "paused", "starting") else ""
         if status.refused:
             print(f"{self._name} could not start: {status.reason}", flush=True)
@@ -128,7 +135,7 @@ class AttachResult:
         return 0
 
 
-def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
+def _wait_for_end(run: RunEntry, seconds: float = 15.0) -> RunState | None:
     """Wait until a run that is stopping has ended, with its step and perhaps a checkpoint."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -145,14 +152,21 @@ def _waited_for(run: RunEntry, seconds: float = 15.0) -> RunState | None:
 def choose_run(runs: Sequence[RemoteRun]) -> str:
     """Ask on the terminal which run to open."""
     now = time.time()
-    width = max(len(run.name) for run in runs)
+    table = new_table(HEADINGS, right=("", "STEP", "LOSS", "AGE"))
     for place, run in enumerate(runs, 1):
-        print(
-            f"{place:3}  {run.name:{width}}  {run.state:8}  "
-            f"step {step_of(run.step, run.total_steps)}  loss {number(run.loss, 0)}  "
-            f"{rough_duration(now - run.started_at)} old  {run.title}",
-            file=sys.stderr,
+        cells = (
+            str(place),
+            run.name,
+            run.state,
+            step_of(run.step, run.total_steps),
+            number(run.loss, 0),
+            rough_duration(now - run.started_at),
+            run.title,
         )
+        table.add_row(*(Text(" ".join(sanitize(cell).split())) for cell in cells))
+    console = Console(highlight=False, stderr=True)
+    for row in table_lines(table):
+        console.print(row, soft_wrap=True)
     names = [run.name for run in runs]
     while True:
         print(f"which run? [1-{len(runs)}, Enter for 1] ", end="", file=sys.stderr, flush=True)

@@ -8,17 +8,20 @@ from typing import Annotated
 
 import numpy as np
 from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, say
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.compare import MAX_RUNS, ComparedRun, Difference, differences, outcome
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.registry import resolve
 
-GAP = "  "
 MARKERS = "*o+x#@%&"
 CHART_BUCKETS = 70
 CHART_WIDTH, CHART_HEIGHT = 78, 12
@@ -48,7 +51,9 @@ def compare(
     if json:
         print(_as_json(compared))
     elif plain or why_no_screen():
-        print("\n".join(as_lines(compared)))
+        console = Console(highlight=False)
+        for line in as_lines(compared):
+            console.print(line, soft_wrap=True)
     else:
         return _open(compared, ascii)
     _say_faults(compared)
@@ -82,25 +87,21 @@ class ComparisonResult:
         return 0
 
 
-def as_lines(compared: list[ComparedRun]) -> list[str]:
-    """A table of how each run ended and which options differ."""
-    names = ("", *(run.name for run in compared))
-    ends = [_texts(line) for line in outcome(compared)]
-    unlike = [_texts(line) for line in differences(compared)]
-    widths = [max(len(row[i]) for row in (names, *ends, *unlike)) for i in range(len(names))]
-
-    def row(cells: tuple[str, ...]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return GAP.join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]).rstrip()
-
-    rule = "-" * (sum(widths) + len(GAP) * len(compared))
-    lines = [*_loss_chart(compared), row(names), rule, *map(row, ends), ""]
-    if not unlike:
-        return [*lines, "same options"]
-    return [*lines, "different options", rule, *map(row, unlike)]
+def as_lines(compared: list[ComparedRun]) -> list[Text]:
+    """How each run ended and which options differ, as one table with a column for each run."""
+    names = [sanitize(run.name) for run in compared]
+    table = new_table(["", *names], right=names)
+    for line in outcome(compared):
+        table.add_row(*_cells(line))
+    unlike = differences(compared)
+    table.add_row()
+    table.add_row(Text("different options" if unlike else "same options", "bold"))
+    for line in unlike:
+        table.add_row(*_cells(line))
+    return [*_loss_chart(compared), *table_lines(table)]
 
 
-def _loss_chart(compared: list[ComparedRun]) -> list[str]:
+def _loss_chart(compared: list[ComparedRun]) -> list[Text]:
     """The training losses on one chart, with the marker of each run."""
     stop = max(run.length[0] for run in compared)
     curves, legend = [], []
@@ -114,11 +115,12 @@ def _loss_chart(compared: list[ComparedRun]) -> list[str]:
         curves.append(TextCurve(steps, low, high, marker))
         legend.append(f"{marker} {run.name}")
     chart = text_chart(curves, CHART_WIDTH, CHART_HEIGHT)
-    return ["training loss   " + "   ".join(legend), *chart, ""] if chart else []
+    lines = ["training loss   " + "   ".join(legend), *chart, ""] if chart else []
+    return [Text(line) for line in lines]
 
 
-def _texts(line: Difference) -> tuple[str, ...]:
-    return (line.name, *(scalar(value) for value in line.values))
+def _cells(line: Difference) -> list[Text]:
+    return [Text(sanitize(line.name)), *(Text(sanitize(scalar(each))) for each in line.values)]
 
 
 def _as_json(compared: list[ComparedRun]) -> str:

@@ -24,6 +24,7 @@ from rich.text import Text
 from tui_trainer import __version__
 from tui_trainer.cli.commands.common import RunsDir, flag
 from tui_trainer.cli.errors import FAULT
+from tui_trainer.cli.table import columns, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.run_spec import MAX_SOCKET_PATH_BYTES, SOCKET_FILE, runs_directory
@@ -280,16 +281,16 @@ def doctor(
 
 
 def _print(findings: list[CheckResult]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    width = max(len(finding.name) for finding in findings)
+    table = columns("left", "left")
     group = ""
     for finding in findings:
         if finding.group != group:
             group = finding.group
-            console.print(Text(group, "bold"))
+            table.add_row(Text(group, "bold"))
         sign, style = SIGNS[finding.level]
-        console.print(
-            Text.assemble((f"  {sign:>2} ", style), f"{finding.name:{width}}  ", finding.value)
-        )
+        table.add_row(Text.assemble((f"  {sign:>2} ", style), finding.name), Text(finding.value))
         if finding.hint:
-            console.print(Text(f"     {'':{width}}  {finding.hint}", "dim"))
+            table.add_row("", Text(finding.hint, "dim"))
+    console = Console(highlight=False)
+    for line in table_lines(table):
+        console.print(line, soft_wrap=True)

@@ -6,13 +6,13 @@ import time
 from typing import Annotated, Any
 
 import msgspec
-from rich.console import Console, JustifyMethod
-from rich.measure import Measurement
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import say
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.text import sanitize
@@ -28,8 +28,8 @@ STYLES = {
     "refused": "yellow",
 }
 HEADINGS = ("RUN", "STATE", "STEP", "LOSS", "SPEED", "AGE", "WHAT")
+NUMBERS = ("STEP", "LOSS", "SPEED", "AGE")
 MAX_REPORTED_REFUSALS = 3
-MAX_WIDTH = 10_000
 
 
 def ls(
@@ -50,11 +50,9 @@ def ls(
     if not runs:
         print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
         return 0
-    rows = table(runs, time.time())
-    # As wide as needed: nothing is cut off, and the terminal wraps what does not fit.
-    wide = Console(highlight=False, width=MAX_WIDTH)
-    width = Measurement.get(wide, wide.options, rows).maximum
-    Console(highlight=False, width=width).print(rows, soft_wrap=True)
+    console = Console(highlight=False)
+    for line in table_lines(table(runs, time.time())):
+        console.print(line, soft_wrap=True)
     return 0
 
 
@@ -90,10 +88,7 @@ def as_object(run: RunEntry) -> dict[str, Any]:
 
 def table(runs: list[RunEntry], now: float) -> Table:
     """One line for each run under a line of headings, with numbers aligned to the right."""
-    found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in HEADINGS:
-        justify: JustifyMethod = "right" if heading in ("STEP", "LOSS", "SPEED", "AGE") else "left"
-        found.add_column(heading, justify=justify, no_wrap=True, overflow="ignore")
+    found = new_table(HEADINGS, right=NUMBERS)
     for run in runs:
         name, state, *rest = _cells(run, now)
         found.add_row(Text(name), Text(state, STYLES.get(run.state, "")), *map(Text, rest))

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec, remove_run
 from tui_trainer.protocol.formatting import bytes_, rough_duration
+from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.liveness import RunEntry, may_be_running
 from tui_trainer.runs.registry import resolve
 from tui_trainer.runs.security import answers
 
+HEADINGS = ("RUN", "STATE", "STEP", "TIME", "SIZE", "DIRECTORY")
 EXIT_TIMEOUT_S, POLL_EVERY_S = 20.0, 0.1
 """An ended run stays a few seconds for its viewers, or for a slow disk or reader."""
 
@@ -83,14 +88,14 @@ def _check(run: RunEntry) -> None:
 def _wait_for_exit(run: RunEntry) -> None:
     """Wait for an ended run that is still answering its viewers."""
     deadline = time.monotonic() + EXIT_TIMEOUT_S
-    status = False
+    announced = False
     while (
         run.reported.ended and answers(find_socket(run.directory)) and time.monotonic() < deadline
     ):
-        if not status:
+        if not announced:
             text = f"{run.name} has ended: waiting for its process to exit"
             print(text, file=sys.stderr, flush=True)
-            status = True
+            announced = True
         time.sleep(POLL_EVERY_S)
 
 
@@ -106,13 +111,21 @@ def _refuse_abbreviations(given: tuple[str, ...], found: list[RunEntry]) -> None
 def _confirmed(runs: list[RunEntry]) -> bool:
     if not sys.stdin.isatty():
         raise UsageError("rm asks before it removes, and the input is not a terminal", "add --yes")
+    table = new_table(HEADINGS, right=("STEP", "TIME", "SIZE"))
     for run in runs:
         status = run.reported
-        print(
-            f"{run.name}: {run.state} at step {status.step:,} "
-            f"after {rough_duration(status.elapsed_s)}, "
-            f"{bytes_(_size(run.directory), 0)} in {run.directory}"
+        cells = (
+            sanitize(run.name),
+            run.state,
+            f"{status.step:,}",
+            rough_duration(status.elapsed_s),
+            bytes_(_size(run.directory), 0),
+            sanitize(str(run.directory)),
         )
+        table.add_row(*map(Text, cells))
+    console = Console(highlight=False)
+    for line in table_lines(table):
+        console.print(line, soft_wrap=True)
     what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
     try:
         return input(f"remove {what} permanently? [y/N] ").strip().casefold() in ("y", "yes")

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors, flag
 from tui_trainer.cli.commands.ls import STYLES, as_object
+from tui_trainer.cli.table import columns, new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
@@ -288,28 +290,15 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     if summary.recording:
         lines.append(Text(summary.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
-    loss = number(run["loss"], 0) if run["loss"] is not None else (run["loss_text"] or "–")
-    lines.append(_row("loss", loss, _extremes(summary.loss_curve)))
+    values = _values(summary, bars)
+    # The chart of the loss stands under its line; the lines below it keep the same columns.
+    least = [max(cell_len(row[i]) for row in values) for i in range(2)]
+    lines += _value_lines(values[:1], least)
     marker = "braille" if bars is BARS else "*"
     curve = summary.loss_curve
     chart = TextCurve(curve.steps, curve.low, curve.high, marker)
     lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
-    if summary.grad_norm_curve.steps:
-        curve = summary.grad_norm_curve
-        lines.append(
-            _row("grad norm", number(curve.last, 0), _sparkline(curve, bars), _extremes(curve))
-        )
-    if summary.clipped_share is not None:
-        lines.append(_row("clipped", f"{summary.clipped_share:.0%}", "of the last steps"))
-    if summary.learning_rate is not None:
-        lines.append(_row("learning rate", number(summary.learning_rate, 0)))
-    for name, value in summary.validation.items():
-        lines.append(_row(f"validation {name}", number(value, 0)))
-    if summary.phase_ms:
-        parts = [
-            f"{name} {number(ms, 0, 3)}" for name, ms in summary.phase_ms.items() if ms is not None
-        ]
-        lines.append(_row("phases (ms)", "", " · ".join(parts)))
+    lines += _value_lines(values[1:], least)
     lines += _attention_lines(summary)
     lines += [_event_line(event) for event in summary.events[-4:]]
     lines.append(Text(str(run["directory"]), "dim"))
@@ -346,9 +335,33 @@ def _progress(summary: RunSummary) -> str:
     return " · ".join(parts)
 
 
-def _row(name: str, value: str, *rest: str) -> Text:
-    tail = "  ".join(part for part in rest if part)
-    return Text.assemble((f"{name:<16}", "dim"), f"{value:>10}", f"  {tail}" if tail else "")
+def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
+    """Name, value and remark of each quantity, the loss first."""
+    run = summary.run
+    loss = number(run["loss"], 0) if run["loss"] is not None else (run["loss_text"] or "–")
+    rows = [("loss", loss, _extremes(summary.loss_curve))]
+    if summary.grad_norm_curve.steps:
+        curve = summary.grad_norm_curve
+        remark = "  ".join(part for part in (_sparkline(curve, bars), _extremes(curve)) if part)
+        rows.append(("grad norm", number(curve.last, 0), remark))
+    if summary.clipped_share is not None:
+        rows.append(("clipped", f"{summary.clipped_share:.0%}", "of the last steps"))
+    if summary.learning_rate is not None:
+        rows.append(("learning rate", number(summary.learning_rate, 0), ""))
+    for name, value in summary.validation.items():
+        rows.append((f"validation {name}", number(value, 0), ""))
+    phases = {name: ms for name, ms in summary.phase_ms.items() if ms is not None}
+    if phases:
+        parts = (f"{name} {number(ms, 0, 3)}" for name, ms in phases.items())
+        rows.append(("phases (ms)", "", " · ".join(parts)))
+    return rows
+
+
+def _value_lines(rows: Sequence[tuple[str, str, str]], least: Sequence[int]) -> list[Text]:
+    table = columns("left", "right", "left", least=least)
+    for name, value, remark in rows:
+        table.add_row(Text(name, "dim"), Text(value), Text(remark))
+    return table_lines(table)
 
 
 def _sparkline(curve: SummaryCurve, bars: str) -> str:
@@ -373,12 +386,11 @@ def _attention_lines(summary: RunSummary) -> Sequence[Text]:
     if not summary.attention:
         return []
     shown = summary.attention[:LAYERS_SHOWN]
-    width = max(len(layer["layer"]) for layer in shown)
     names = [name for name in shown[0] if name != "layer"]
-    lines = [Text("  ".join([f"{'attention':<{width}}", *(f"{n:>8}" for n in names)]), "dim")]
+    table = new_table(["attention", *names], right=names, style="dim")
     for layer in shown:
-        values = (f"{number(layer[name], 0, 3):>8}" for name in names)
-        lines.append(Text("  ".join([f"{layer['layer']:<{width}}", *values])))
+        table.add_row(Text(layer["layer"]), *(Text(number(layer[n], 0, 3)) for n in names))
+    lines = table_lines(table)
     left = len(summary.attention) - len(shown)
     if left:
         lines.append(Text(f"and {left} more layers", "dim"))
