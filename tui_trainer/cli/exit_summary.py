@@ -70,7 +70,7 @@ def _as_status(code: int | None) -> int | None:
 def exit_status(spec: RunSpec, outcome: ExitState) -> int:
     """The script's own exit status for `run`. For a task: 0, 1 after a crash or when the last loss
     is not finite, 2 when it could not start as requested."""
-    if spec.task == "script" and outcome.ended and outcome.exit_status is not None:
+    if spec.is_script and outcome.ended and outcome.exit_status is not None:
         return outcome.exit_status
     if outcome.state == "finished":
         return outcome.exit_status or 0  # 1 when the last loss is not finite

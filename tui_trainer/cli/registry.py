@@ -7,11 +7,12 @@ from importlib.metadata import EntryPoint, entry_points
 
 from tui_trainer.cli import commands
 from tui_trainer.cli.errors import CommandError, say, unknown
+from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.tasks.definition import GROUP, TaskDefinition
 
 SHIPPED = ("gpt", "vit")
-RESERVED = ("run", "script", *commands.COMMANDS, *commands.HIDDEN)
-"""Names of commands, and `script`, the task of a user's own script."""
+RESERVED = ("run", SCRIPT, *commands.COMMANDS, *commands.HIDDEN)
+"""Names of commands, and the task of a user's own script."""
 
 
 def _entries() -> dict[str, EntryPoint]:

@@ -15,7 +15,7 @@ from tui_trainer.cli.script import Script
 from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.run_spec import RunSpec, find_socket
 from tui_trainer.config.training import resolve, to_flat
-from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def start_script(script: Script, options: RunOptions) -> int:
             "--in-app does not work with a script", "a script needs the main thread of a process"
         )
     script.check()
-    return _show(prepare("script", options, script=script), options)
+    return _show(prepare(SCRIPT, options, script=script), options)
 
 
 def _show(spec: RunSpec, options: RunOptions) -> int:
@@ -100,7 +100,7 @@ def spec_for(
     if request.script:
         script = Script(request.script, tuple(request.arguments))
         script.check()
-        return prepare("script", wanted, script=script)
+        return prepare(SCRIPT, wanted, script=script)
     configuration = resolve(tasks[request.task], overrides=request.settings)
     return prepare(request.task, wanted, to_flat(configuration))
 

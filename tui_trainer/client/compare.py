@@ -208,7 +208,7 @@ def _distinct(value: Scalar) -> tuple[str, Scalar]:
 
 def _settings(info: RunInfo) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {"task": info.task, **info.configuration}
-    if info.task == "script":
+    if info.is_script:
         values["command"] = " ".join(info.command)
     values |= {f"data: {name}": value for name, value in info.facts.items()}
     values["parameters"] = sum(each.numel for each in info.parameters if each.trainable) or None

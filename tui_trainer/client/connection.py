@@ -108,6 +108,12 @@ def next_poll(poll: Poll, update: Update) -> Poll:
     )
 
 
+def poll_again(poll: Poll, rows: tuple[int, ...]) -> Poll:
+    """The poll for what the answer to `poll` held but could not be applied, by a viewer that has
+    `rows` rows of each table."""
+    return msgspec.structs.replace(poll, revision=-1, rows=rows)
+
+
 class Connection(asyncio.Protocol):
     """Greets a run, then polls and commands it. A command does not wait for the answer to a poll.
 

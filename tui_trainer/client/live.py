@@ -21,6 +21,7 @@ from tui_trainer.client.connection import (
     ConnectionLost,
     Connector,
     next_poll,
+    poll_again,
     whoami,
 )
 from tui_trainer.client.snapshot import SnapshotBuilder
@@ -131,8 +132,7 @@ class LiveSession:
                     self._builder.apply(item.update)
                 except ValueError:
                     self._generation += 1
-                    held = self._builder.history.cursors()
-                    poll = msgspec.structs.replace(item.poll, revision=-1, rows=held)
+                    poll = poll_again(item.poll, self._builder.history.cursors())
                     self._start_over = (self._generation, poll)
                     self._call(self._drop_connection)
 

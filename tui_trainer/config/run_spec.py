@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from tui_trainer.protocol.schema import Scalar, SourceInfo
+from tui_trainer.protocol.schema import SCRIPT, Scalar, SourceInfo
 
 SPEC_FILE = "run.json"
 LOG_FILE = "log.txt"
@@ -37,7 +37,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     """The run's directory, absolute."""
     task: str
-    """`gpt`, `vit`, a third party's task, or `script`."""
+    """`gpt`, `vit`, a third party's task, or SCRIPT."""
     title: str = ""
     """One line for the header; "": derived from the task and preset, or from the script."""
     configuration: dict[str, Scalar] = {}
@@ -70,6 +70,11 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Directory of the run that wrote that checkpoint."""
     branch_step: int | None = None
     """The step of that checkpoint."""
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it trains a user's own script."""
+        return self.task == SCRIPT
 
 
 def write_spec(spec: RunSpec) -> Path:

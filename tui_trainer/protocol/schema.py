@@ -7,11 +7,22 @@ sent it again.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from tui_trainer.protocol import PHASES
 
 Scalar = str | int | float | bool | None
+AttentionKind = Literal["separate", "fused", "grouped", "multihead"]
+"""How a layer holds Wq, Wk and Wv: `grouped` means K and V smaller than Q, `multihead` an
+nn.MultiheadAttention."""
+DeviceKind = Literal["cpu", "cuda", "mps", "xpu", "other", ""]
+"""A type of device as torch names it; `other` for any further one, "" when it is not known."""
+Better = Literal["lower", "higher", ""]
+"""The direction in which a series improves; "" where neither is better."""
+SCRIPT = "script"
+"""The task of a run that trains a user's own script."""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True):
@@ -31,9 +42,7 @@ class AttentionInfo(msgspec.Struct, frozen=True):
 
     layer: str
     """Module path, such as `blocks.0.attention`."""
-    kind: str
-    """`separate`, `fused`, `grouped` (K and V smaller than Q) or `multihead`
-    (nn.MultiheadAttention)."""
+    kind: AttentionKind
     query: str
     key: str
     value: str
@@ -58,8 +67,7 @@ class Column(msgspec.Struct, frozen=True):
     name: str
     unit: str = ""
     """`ms`, `bytes`, `nats`, `tokens/s`, …; "" for a pure number."""
-    better: str = ""
-    """`lower`, `higher`, or "" where neither is better."""
+    better: Better = ""
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -92,9 +100,9 @@ class Table(msgspec.Struct, frozen=True):
 class DeviceInfo(msgspec.Struct, frozen=True):
     """The device that trains."""
 
-    kind: str
-    """`cpu`, `cuda`, `mps`, `xpu`, …"""
+    kind: DeviceKind
     name: str
+    """Of the processor or the GPU; of any other device, its type in torch."""
     memory_bytes: int | None = None
     threads: int | None = None
     """torch's intra-op threads."""
@@ -115,7 +123,7 @@ class RunInfo(msgspec.Struct, frozen=True):
 
     name: str
     task: str
-    """`gpt`, `vit`, a third party's task, or `script`."""
+    """`gpt`, `vit`, a third party's task, or SCRIPT."""
     title: str = ""
     """One line for the header, such as `gpt · nanogpt-cpu` or `train.py --fast`."""
     revision: int = 0
@@ -153,6 +161,11 @@ class RunInfo(msgspec.Struct, frozen=True):
     """The parent's step that this run continues: its own first step is the next one."""
     budget: float = 0.0
     """Share of step time that measuring may take; 0: unlimited."""
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it trains a user's own script."""
+        return self.task == SCRIPT
 
     def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
         """A copy with these `Table.every`, by table id; the same object where nothing changes."""

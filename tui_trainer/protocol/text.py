@@ -15,7 +15,7 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """All but tab and newline; and halves of surrogate pairs, which cannot be encoded."""
-ESCAPE_SEQUENCE = re.compile(
+_ESCAPE_SEQUENCE = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
     r"|\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC: titles, links
     r"|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])"
@@ -38,6 +38,11 @@ def sanitize(text: str) -> str:
     if _CONTROL.search(text) is None:
         return text
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def remove_escapes(text: str) -> str:
+    """`text` without escape sequences, such as colours."""
+    return _ESCAPE_SEQUENCE.sub("", text) if "\x1b" in text else text
 
 
 def sanitize_message(value: T) -> T:
@@ -87,8 +92,7 @@ def strip_escapes(text: str) -> str:
     text = text[:MAX_LINE_CHARACTERS].rstrip("\r\n")
     if text.isascii() and text.isprintable():
         return text
-    if "\x1b" in text:
-        text = ESCAPE_SEQUENCE.sub("", text)
+    text = remove_escapes(text)
     if "\r" in text:
         text = text.rstrip("\r").rpartition("\r")[2]
     return _UNDRAWABLE.sub("·", text.expandtabs(4))

@@ -52,7 +52,7 @@ def initial_info(spec: RunSpec) -> RunInfo:
 
 
 def _title(spec: RunSpec) -> str:
-    if spec.task == "script":
+    if spec.is_script:
         path = os.path.abspath(spec.script or "")  # a folder may be given as `.` or end in `/`
         name = f"-m {spec.script}" if spec.module else os.path.basename(path)
         return " ".join((name, *spec.arguments))[:TITLE_CHARACTERS]
@@ -86,7 +86,7 @@ def expected_threads(spec: RunSpec) -> int:
     For a task as configured, or all cores but one; for a script as OMP_NUM_THREADS says, or one for
     each core, since PyTorch ignores a container's CPU quota.
     """
-    if spec.task != "script":
+    if not spec.is_script:
         configured = spec.configuration.get("threads")
         if isinstance(configured, int) and configured > 0:
             return configured
@@ -134,11 +134,15 @@ def device_info(model: torch.nn.Module, threads: int) -> DeviceInfo | None:
     if parameter is None:
         return None
     device = parameter.device
-    if device.type != "cuda":
-        name = _processor_name() if device.type == "cpu" else device.type
-        return DeviceInfo(device.type, name, threads=threads)
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceInfo("cuda", properties.name, properties.total_memory, threads)
+    match device.type:
+        case "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            return DeviceInfo("cuda", properties.name, properties.total_memory, threads)
+        case "cpu":
+            return DeviceInfo("cpu", _processor_name(), threads=threads)
+        case "mps" | "xpu":
+            return DeviceInfo(device.type, device.type, threads=threads)
+    return DeviceInfo("other", device.type, threads=threads)
 
 
 def _processor_name() -> str:

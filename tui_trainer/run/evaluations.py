@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from tui_trainer.protocol.schema import VALIDATION, Column
+from tui_trainer.protocol.schema import VALIDATION, Better, Column
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.tasks.definition import Evaluation
 
-BETTER = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
+BETTER: dict[str, Better] = {"loss": "lower", "perplexity": "lower", "accuracy": "higher"}
 """The direction in which a metric improves."""
 
 

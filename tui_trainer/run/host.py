@@ -95,9 +95,8 @@ class Host:
             self._prepare_openmp()
             outcome = self._train()
         except BaseException as error:
-            script = self.spec.task == "script"
-            outcome = outcome_of(error, script)
-            print_failure(error, outcome, script)
+            outcome = outcome_of(error, self.spec.is_script)
+            print_failure(error, outcome, self.spec.is_script)
             if outcome.state == "crashed" and not self.recorder.measured:
                 refused = is_fully_explained(error, self._script_started)
                 outcome = replace(outcome, refused=refused)
@@ -118,7 +117,7 @@ class Host:
             self.recorder.fault("preparing OpenMP", error)
 
     def _train(self) -> Outcome:
-        if self.spec.task == "script":
+        if self.spec.is_script:
             from tui_trainer.run.script import train_script
 
             return train_script(self)
@@ -129,7 +128,7 @@ class Host:
     def _check_last_loss(self, outcome: Outcome) -> Outcome:
         """A task whose last loss is not finite has learnt nothing, and a batch system should see
         that. A script has its own exit status."""
-        if self.spec.task == "script":
+        if self.spec.is_script:
             return outcome
         loss = self._last_loss()
         if loss is None or math.isfinite(loss):
@@ -213,7 +212,7 @@ class Host:
             changes["state"] = "starting"
         else:
             changes["state"] = mode
-            if self.spec.task == "script":
+            if self.spec.is_script:
                 changes["waiting_for"] = ""  # its first step has begun
         return changes
 
@@ -257,7 +256,7 @@ def run_to_end(
 ) -> int:
     """Open, train and close; `after_training()` is called when nothing more will be printed."""
     host.open(sink)
-    host.stops.install(host.spec.task != "script", own_session)
+    host.stops.install(not host.spec.is_script, own_session)
     outcome = host.train()
     after_training()
     host.close(outcome, FIRST_VIEWER_S if own_session else 0.0)

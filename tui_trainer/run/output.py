@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Stream
-from tui_trainer.protocol.text import ESCAPE_SEQUENCE
+from tui_trainer.protocol.text import remove_escapes, sanitize
 
 STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
 READ_BYTES = 1 << 16
@@ -124,8 +124,6 @@ def _flush() -> None:
 # ---------------------------------------------------------------- lines
 
 MAX_LINE_CHARACTERS = 4_000
-_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
-_CONTROLS[ord("\t")] = "    "
 
 
 class LineSplitter:
@@ -178,16 +176,11 @@ class LineSplitter:
         return written.rpartition("\r")[2]
 
     def _take(self) -> str:
-        line = clean(self._line)
+        line = sanitize(remove_escapes(self._line)).replace("\t", "    ").rstrip()
         if self._cut:
             line += f" … ({self._cut:,} more characters)"
         self._line, self._cut, self._returned = "", 0, False
         return line
-
-
-def clean(text: str) -> str:
-    """`text` without escape sequences and with other control characters replaced."""
-    return ESCAPE_SEQUENCE.sub("", text).translate(_CONTROLS).rstrip()
 
 
 # ---------------------------------------------------------------- log file

@@ -52,7 +52,7 @@ def find_branch(given: str, runs_dir: str | os.PathLike[str] | None = None) -> B
     except (OSError, ValueError) as fault:
         raise RunError(f"cannot read what {run.name} trained: {fault}") from fault
     steps = checkpoint_steps(run.directory)
-    if spec.task == "script":
+    if spec.is_script:
         weights = f"; weights are in {run.directory / CHECKPOINTS}" if steps else ""
         raise RunError(
             f"{run.name} ran a script, which resumes by its own means",

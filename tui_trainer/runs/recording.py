@@ -12,7 +12,7 @@ import msgspec
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.config.run_state import RunState, read_state
 from tui_trainer.protocol.messages import Status
-from tui_trainer.protocol.schema import DeviceInfo, RunInfo
+from tui_trainer.protocol.schema import SCRIPT, DeviceInfo, RunInfo
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.liveness import inspect_run, process_exists
 from tui_trainer.store.reader import StoredHistory
@@ -61,7 +61,7 @@ def reported_status(directory: Path) -> Status:
 
 def reported_info(directory: Path) -> RunInfo:
     """The description of a run from `run.json` and `status.json`, for a store that has none."""
-    reported = read_state(directory) or RunState(name=directory.name, task="script")
+    reported = read_state(directory) or RunState(name=directory.name, task=SCRIPT)
     reported = sanitize_message(reported)
     info = RunInfo(
         reported.name,

@@ -26,7 +26,7 @@ from tui_trainer.history import History
 from tui_trainer.protocol import messages, schema
 from tui_trainer.protocol.formatting import number, rough_duration
 from tui_trainer.protocol.messages import Action, Event, Notice, Status
-from tui_trainer.runs.checkpoints import CHECKPOINTS, WHOLE
+from tui_trainer.runs.checkpoints import WHOLE, checkpoint_path
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 
@@ -161,10 +161,10 @@ def _written(status: Status, events: list[Event]) -> bool:
 def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: list[Notice]) -> None:
     """Print the path of the requested checkpoint. Raises CommandError if it was not written."""
     failure = next((each.text for each in reversed(notices) if each.level == "error"), "")
-    place = run.directory / CHECKPOINTS / f"step-{status.step:08}"
+    path = checkpoint_path(run.directory, status.step)
     match action:
         case messages.Stop(checkpoint=True):
-            if not (place / WHOLE).is_file():
+            if not (path / WHOLE).is_file():
                 raise CommandError(failure or "the run has ended without writing a checkpoint")
         case messages.Checkpoint():
             if not notices and status.ended:
@@ -178,10 +178,10 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: li
                 )
             if failure:
                 raise CommandError(failure)
-            place = run.directory / CHECKPOINTS / f"step-{notices[-1].step:08}"
+            path = checkpoint_path(run.directory, notices[-1].step)
         case _:
             return
-    print(place, flush=True)
+    print(path, flush=True)
 
 
 def _sentence(name: str, status: Status, history: History, early: bool) -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from rich.console import Console
@@ -72,14 +72,16 @@ torch.ones(2) @ torch.ones(2)
 print(json.dumps(found))
 """
 
+CheckLevel = Literal["good", "note", "warning", "bad"]
+"""`bad`: tui-trainer cannot work."""
+
 
 class CheckResult(msgspec.Struct, frozen=True):
     """The result of one check."""
 
     group: str
     name: str
-    level: str
-    """`bad`: tui-trainer cannot work."""
+    level: CheckLevel
     value: str
     hint: str = ""
 
@@ -258,7 +260,7 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
 # ---------------------------------------------------------------- the command
 
 
-SIGNS = {
+SIGNS: dict[CheckLevel, tuple[str, str]] = {
     "good": ("ok", "green"),
     "note": ("–", "dim"),
     "warning": ("!", "yellow"),

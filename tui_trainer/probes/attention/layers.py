@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tui_trainer.protocol.schema import AttentionInfo
+from tui_trainer.protocol.schema import AttentionInfo, AttentionKind
 from tui_trainer.trace.parameters import TrackedParameters
 
 # ---------------------------------------------------------------- projections
@@ -260,7 +260,7 @@ class AttentionLayer:
     """An attention layer and where its Wq, Wk and Wv are."""
 
     path: str
-    kind: str
+    kind: AttentionKind
     q: Projection
     k: Projection
     v: Projection
@@ -373,7 +373,7 @@ def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> Atte
     if set(roles) >= {"q", "k", "v"}:
         parts: tuple[Projection, ...] = tuple(_whole(tracked, roles[role]) for role in "qkv")
         multihead = isinstance(tracked.modules.get(path), torch.nn.MultiheadAttention)
-        kind = "multihead" if multihead else "separate"
+        kind: AttentionKind = "multihead" if multihead else "separate"
     else:
         name = next((name for name in roles if name not in ("q", "k", "v")), "")
         if not name:
