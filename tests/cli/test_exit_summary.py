@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tui_trainer.cli.exit_summary import exit_status, exit_summary, final_outcome
+from tui_trainer.cli.screen import exit_status, exit_summary, final_outcome
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.run_state import RunState

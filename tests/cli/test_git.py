@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.client.scripted import until as wait_for
-from tui_trainer.cli.git import find_source
+from tui_trainer.cli.run_setup import find_source
 from tui_trainer.protocol.schema import SourceInfo
 
 

@@ -11,8 +11,8 @@ import pytest
 from tests.cli.calling import call
 from tui_trainer import __version__
 from tui_trainer.cli import commands
+from tui_trainer.cli.installed_tasks import load_task
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.cli.registry import load_task
 from tui_trainer.config.options import options_of
 
 

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui_trainer.config import (
-    ConfigurationError,
-    TrainingConfig,
-    from_flat,
-    options_of,
-    parse,
-    resolve,
-    to_flat,
-)
-from tui_trainer.config.errors import did_you_mean
-from tui_trainer.config.training import GROUPS
+from tui_trainer.config.errors import ConfigurationError, did_you_mean
+from tui_trainer.config.options import options_of, parse
+from tui_trainer.config.training import GROUPS, TrainingConfig, from_flat, resolve, to_flat
 from tui_trainer.tasks.gpt import GptConfig
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import VitConfig

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from tui_trainer.config import ConfigurationError, resolve
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.training import resolve
 from tui_trainer.tasks.definition import Training, build, find_task
 from tui_trainer.tasks.gpt.data import TextBatches, cut_blocks, load_corpus
 from tui_trainer.tasks.gpt.training import ValidationLoss

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tui_trainer.config import ConfigurationError, TrainingConfig
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.training import TrainingConfig
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads, evaluation_mode
 from tui_trainer.tasks.optimizers import LearningRate, create_optimizer

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from tests.cli.calling import call
-from tui_trainer.config import ConfigurationError, resolve
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.training import resolve
 from tui_trainer.tasks.definition import Training, build, find_task
 from tui_trainer.tasks.vit import images as image_files
 from tui_trainer.tasks.vit.batches import BatchOrder, Decoder, EpochPlan, ImageBatches
@@ -343,7 +344,7 @@ def test_data_that_is_not_a_folder(tmp_path):
 def test_workers_end_when_the_training_is_killed(folder):
     code = f"""
 import torch, psutil
-from tui_trainer.config import resolve
+from tui_trainer.config.training import resolve
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.tasks.vit.batches import Decoder, EpochPlan, ImageBatches
 from tui_trainer.tasks.vit.images import load_images

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from tui_trainer.cli.errors import FAULT, USAGE
-from tui_trainer.cli.exit_summary import status_on_disk
 from tui_trainer.cli.run_setup import discard_refused
+from tui_trainer.cli.screen import status_on_disk
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec

@@ -22,8 +22,8 @@ from tui_trainer.cli.errors import (
     say,
     unknown,
 )
+from tui_trainer.cli.installed_tasks import load_task, task_names, usable_tasks
 from tui_trainer.cli.options import RunOptions, StartOptions
-from tui_trainer.cli.registry import load_task, task_names, usable_tasks
 from tui_trainer.config.errors import ConfigurationError
 
 ABOUT = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tui_trainer.cli.errors import CommandError, UsageError
-from tui_trainer.cli.git import find_source
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
 from tui_trainer.config.run_spec import (
@@ -22,7 +22,7 @@ from tui_trainer.config.run_spec import (
     write_spec,
 )
 from tui_trainer.config.run_state import read_state
-from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import Branch
 from tui_trainer.runs.errors import RunError
@@ -157,3 +157,46 @@ def discard_refused(spec: RunSpec) -> None:
     if state is not None and state.state == "crashed" and state.refused:
         with contextlib.suppress(OSError):
             remove_run(Path(spec.directory))
+
+
+# ---------------------------------------------------------------- git
+
+GIT_TIMEOUT_S = 2.0
+"""For each of the two calls: a slow file system delays the start of a run by no more."""
+_GIT_READ_ONLY = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+"""Without the first, `git status` refreshes the index."""
+
+
+def find_source(directory: str, timeout_s: float = GIT_TIMEOUT_S) -> SourceInfo | None:
+    """The commit, the branch and the state of the working tree that `directory` is in.
+
+    Asked before the run begins, so that no process of ours is a child of the training.
+    None outside a working tree, before the first commit, and when git is missing or too slow.
+    `dirty` is None when only the second call was too slow.
+    """
+    head = _git(directory, timeout_s, "rev-parse", "HEAD", "--abbrev-ref", "HEAD")
+    if head is None or len(named := head.split()) != 2:
+        return None
+    commit, branch = named
+    changes = _git(directory, timeout_s, "status", "--porcelain", "--untracked-files=no")
+    dirty = None if changes is None else changes != ""
+    return SourceInfo(commit, dirty, "" if branch == "HEAD" else branch)
+
+
+def _git(directory: str, timeout_s: float, *arguments: str) -> str | None:
+    """What git prints; None when it fails, is missing or takes too long."""
+    try:
+        done = subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", *arguments],
+            cwd=directory,
+            env={**os.environ, **_GIT_READ_ONLY},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

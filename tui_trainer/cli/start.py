@@ -81,7 +81,7 @@ def start_screen(options: StartOptions) -> int:
     """Show the start screen. Raises UsageError without a terminal."""
     if reason := why_no_screen():
         raise UsageError(reason, "say what to train: tui-trainer gpt, or tui-trainer --help")
-    from tui_trainer.cli.registry import task_names, usable_tasks
+    from tui_trainer.cli.installed_tasks import task_names, usable_tasks
     from tui_trainer.cli.screen import show_start
 
     tasks = {task.name: task for task in usable_tasks(task_names())}

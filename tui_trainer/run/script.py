@@ -10,19 +10,19 @@ from __future__ import annotations
 import builtins
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import io
 import os
 import runpy
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
-from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import STOPPED, Outcome
 from tui_trainer.trace.gate import StopTraining
 
@@ -221,3 +221,49 @@ def _other_scripts(path: str) -> str:
     if not found:
         return f"{folder} contains no Python file"
     return f"{folder} contains {', '.join(found[:8])}"
+
+
+# ---------------------------------------------------------------- the import of torch
+
+
+class _TorchFinder:
+    """A meta path finder that wraps the loader of torch, once."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before = before
+        self._after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        self._before()
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        original = loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            del loader.exec_module  # uncovers the method of the class
+            original(module)
+            self._after()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before()` when torch is about to be imported and `after()` once it is; both at once
+    if it has been imported already. Neither may raise.
+
+    A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
+    PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported before the script imports it.
+    """
+    if "torch" in sys.modules:
+        before()
+        after()
+    else:
+        sys.meta_path.insert(0, _TorchFinder(before, after))
