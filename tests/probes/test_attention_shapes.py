@@ -56,6 +56,7 @@ def look_at(model: nn.Module):
             parameters=[p for _, p in pairs],
             names=[n for n, _ in pairs],
             indices=list(range(len(pairs))),
+            own=len(pairs),
             modules=dict(model.named_modules()),
         )
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tui_trainer.history.records import StepRecord
+from tui_trainer.history.records import SkipRecord, StepRecord
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.protocol.schema import Column, Table
@@ -25,6 +25,7 @@ class KeepingRecorder:
     def __init__(self) -> None:
         self.tables: list[Table] = []
         self.records: list[StepRecord] = []
+        self.skips: list[SkipRecord] = []
         self.notices: list[tuple[str, str]] = []
         self.info: dict[str, Any] = {}
         self.reports: list[PhaseReport] = []
@@ -51,6 +52,9 @@ class KeepingRecorder:
 
     def record(self, record: StepRecord) -> None:
         self.records.append(record)
+
+    def skip(self, record: SkipRecord) -> None:
+        self.skips.append(record)
 
     def notice(
         self, kind: str, text: str, level: str = "info", step: int | None = None, who: str = ""

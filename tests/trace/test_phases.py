@@ -271,7 +271,7 @@ def test_two_optimizers_of_one_model_clipped_together():
         )
 
 
-def test_closure_measures_the_gradient_of_its_last_evaluation():
+def test_closure_measures_its_first_evaluation():
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
@@ -294,7 +294,8 @@ def test_closure_measures_the_gradient_of_its_last_evaluation():
     recorder, gate = trace(loop)
     assert all(len(found) > 1 for found in evaluations)
     close(recorder.series("step", "loss"), [found[0][0] for found in evaluations])
-    close(recorder.series("step", "grad_norm_preclip"), [found[-1][1] for found in evaluations])
+    close(recorder.series("step", "grad_norm_preclip"), [found[0][1] for found in evaluations])
+    close(recorder.series("step", "evaluations"), [len(found) for found in evaluations])
     assert gate.phases(1)[-1] == "step"
     assert gate.phases(1).count("step") == 1
     assert gate.phases(1).count("backward") == len(evaluations[0])
@@ -449,19 +450,31 @@ def test_suspended_sees_nothing():
     assert [record.step for record in recorder.records] == [1, 2]
 
 
-def test_group_added_later_gets_tables_of_its_own():
+def test_group_added_later_is_the_same_optimizer_with_further_columns():
     model = mlp()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
 
     def loop():
+        for parameter in model[2].parameters():
+            parameter.requires_grad_(False)
         plain_loop(model, optimizer, 2)
+        for parameter in model[2].parameters():
+            parameter.requires_grad_(True)
         optimizer.add_param_group({"params": model[2].parameters()})
         plain_loop(model, optimizer, 2)
 
     recorder, _ = trace(loop)
-    assert len(recorder.table("grad_norm").columns) == 2
-    assert len(recorder.table("grad_norm", "sgd#2").columns) == 4
-    assert list(recorder.rows("grad_norm", "sgd#2")) == [3, 4]
+    assert recorder.info["optimizers"] == ("sgd",)
+    tables = [table for table in recorder.tables if table.name == "grad_norm"]
+    assert [len(table.columns) for table in tables] == [2, 4]
+    assert {table.optimizer for table in recorder.tables} == {""}
+    steps = {table.id: [] for table in tables}
+    for record in recorder.records:
+        for number, _ in record.rows:
+            if number in steps:
+                steps[number].append(record.step)
+    assert list(steps.values()) == [[1, 2], [3, 4]]
+    assert all(p.optimizer == "sgd" and p.trainable for p in recorder.info["parameters"])
 
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "kept alive by its scheduler"])

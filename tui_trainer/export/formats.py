@@ -19,7 +19,7 @@ from tui_trainer.export.read import (
     wide,
 )
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Status
+from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Skipped, Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
@@ -31,11 +31,11 @@ from tui_trainer.store.series import StoredSeries
 def write_csv(history: StoredHistory, folder: Path) -> list[Path]:
     """Write `steps.csv`, a file for each wide table and `events.csv`; return their paths.
 
-    A value that was not measured at a step is empty; what is not finite is `nan`, `inf` or `-inf`.
+    A value that is absent at a step is empty; what is not finite is `nan`, `inf` or `-inf`.
     Raises OSError.
     """
     written = [_write_steps(history, per_step(history), folder)]
-    written += [_write_table(table, folder) for table in wide(history)]
+    written += [_write_table(history, table, folder) for table in wide(history)]
     written.append(_write_events(history, folder))
     return written
 
@@ -56,8 +56,8 @@ def _write_steps(history: StoredHistory, chosen: list[StoredSeries], folder: Pat
     return path
 
 
-def _write_table(table: StoredSeries, folder: Path) -> Path:
-    path = folder / f"{file_stem(title(table))}.csv"
+def _write_table(history: StoredHistory, table: StoredSeries, folder: Path) -> Path:
+    path = folder / f"{_stem(history, table)}.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(column.name for column in table.table.columns)])
@@ -87,10 +87,20 @@ def _write_events(history: StoredHistory, folder: Path) -> Path:
                 case NonFinite():
                     line = [item.step, repr(item.time), "nonfinite", "warning"]
                     writer.writerow([*line, item.text, ""])
+                case Skipped():
+                    line = [item.step, repr(item.time), "skipped", "warning"]
+                    writer.writerow([*line, item.text, ""])
                 case Notice():
                     line = [item.step, repr(item.time), item.kind, item.level]
                     writer.writerow([*line, item.text, item.who])
     return path
+
+
+def _stem(history: StoredHistory, table: StoredSeries) -> str:
+    """File name of a table; a table that continues another one with other columns has its id."""
+    same = [other for other in wide(history) if title(other) == title(table)]
+    stem = file_stem(title(table))
+    return stem if same[0].table.id == table.table.id else f"{stem}.{table.table.id}"
 
 
 def file_stem(name: str) -> str:
@@ -192,7 +202,7 @@ def _write_parquet_table(history: StoredHistory, table: StoredSeries, folder: Pa
     names = [column.name for column in table.table.columns]
     fields = [("step", pyarrow.int64()), *((name, pyarrow.float32()) for name in names)]
     schema = _schema(history, fields)
-    path = folder / f"{file_stem(title(table))}.parquet"
+    path = folder / f"{_stem(history, table)}.parquet"
     rows = max(512, min(ROW_GROUP, GROUP_VALUES // max(1, len(names))))
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         steps: list[np.ndarray[Any, Any]] = []

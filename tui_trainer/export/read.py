@@ -10,6 +10,7 @@ import numpy as np
 
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import absent_mask
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.series import StoredSeries
 
@@ -85,6 +86,7 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
 
 
 def shortest(values: Floats) -> list[str]:
-    """Each float32 with the fewest digits that parse to the same value."""
-    texts: list[str] = np.asarray(values, np.float32).astype("U32").tolist()
+    """Each float32 with the fewest digits that parse to the same value; "" where it is absent."""
+    values = np.ascontiguousarray(values, np.float32)
+    texts: list[str] = np.where(absent_mask(values), "", values.astype("U32")).tolist()
     return texts

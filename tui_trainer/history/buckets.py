@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import Floats
+from tui_trainer.protocol.absent import absent_mask
 
 FACTOR = 8
 """Entries of the level below that one bucket stands for."""
@@ -138,7 +139,7 @@ def flags_of(values: Floats) -> Flags:
     """Flags of each value, same shape."""
     flags = np.zeros(values.shape, np.uint8)
     if not np.isfinite(values).all():
-        flags[np.isnan(values)] = NAN
+        flags[np.isnan(values) & ~absent_mask(values)] = NAN
         flags[np.isposinf(values)] = POSITIVE
         flags[np.isneginf(values)] = NEGATIVE
     return flags

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.protocol.messages import ClipKind, NonFiniteQuantity, NonFiniteValue
+from tui_trainer.protocol.messages import (
+    ClipKind,
+    NonFiniteQuantity,
+    NonFiniteValue,
+    SkipReason,
+)
 
 Floats = NDArray[np.float32]
 
@@ -24,6 +29,8 @@ class ClipRecord:
     shares: tuple[float, ...]
     """‖gᵢ‖² / Σ‖g‖² of each."""
     kind: ClipKind = "norm"
+    gradient_scale: float = 1.0
+    """Loss scale that was still on the gradients; `norm_before` has it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +51,23 @@ class StepRecord:
     is NaN or infinite."""
     own_ms: float = 0.0
     """Overhead of tracing this step, on the training thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkipRecord:
+    """An iteration whose gradients no optimizer used."""
+
+    step: int
+    """The step that comes next."""
+    time: float
+    """When they were given up, seconds since the epoch."""
+    reason: SkipReason
+    text: str
+    optimizer: str
+    """Key of the (first) optimizer that they were for."""
+    rows: tuple[tuple[int, Floats], ...]
+    """(table id, values of its columns), as those of a step."""
+    clip: ClipRecord | None = None
+    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
+    loss_scale: float | None = None
+    """The scale at which a GradScaler skipped."""

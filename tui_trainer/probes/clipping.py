@@ -1,4 +1,4 @@
-"""The clip scale: how much clipping scaled down the gradient of each step."""
+"""What clipping did to the gradient of each step."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ import numpy as np
 
 from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
-from tui_trainer.trace.probe import ClipMeasurement, Probe, StepFacts, TableSpec
+from tui_trainer.protocol.absent import to_float32, why_absent
+from tui_trainer.trace.norms import norm_of
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import (
+    ClipMeasurement,
+    Options,
+    Probe,
+    StepFacts,
+    TableSpec,
+    Values,
+)
 
-MAX_DOMINANT = 8
-"""Parameters that an event names, those with the largest gradients."""
+DOMINANT = 8
+"""How many parameters an event names."""
 
 
 def clip_scale(clip: ClipMeasurement) -> float:
-    """The factor that the gradient was multiplied by.
+    """What the gradient was multiplied by.
 
-    For clipping by norm it is PyTorch's formula, min(1, max_norm / (norm + 1e-6)); for clipping by
-    value it is the norm after over the norm before. NaN if the norm is NaN.
+    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value and by hand the norm
+    after over the norm before. NaN where a norm is, absent where one is.
     """
     before = clip.norm_before
-    if clip.kind == "value":
+    if why_absent(before) is not None:
+        return before
+    if clip.kind != "norm":
         return clip.norm_after / before if before else 1.0
     if math.isnan(before):
         return before
@@ -30,42 +42,88 @@ def clip_scale(clip: ClipMeasurement) -> float:
 
 
 class Clipping(Probe):
-    """Table `clip`, and an event for every step with a scale below 1.
+    """Table `clip`, and an event for every step with scale < 1.
 
-    If a step has several calls (groups that are clipped separately), the smallest scale counts.
-    Norms are un-scaled; the scale is the one that was applied.
+    Of several clippings in one step (groups clipped apart) the one that clipped hardest counts.
+    Norms are those that the clipping saw: `gradient_scale` is the loss scale that was still on
+    them.
     """
 
     name = schema.CLIP
     importance = 100
-    tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """None for a step without a call of a clipping function."""
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """None when nothing was clipped or could have been."""
+        facts.clips = [clip for clip in facts.clips if not _untouched(clip)]
         if not facts.clips:
             return (None,)
         hardest, scale = facts.clips[0], clip_scale(facts.clips[0])
         for clip in facts.clips[1:]:
-            if not clip_scale(clip) >= scale:  # true for NaN as well
+            if not clip_scale(clip) >= scale:  # also where it is NaN
                 hardest, scale = clip, clip_scale(clip)
-        before = hardest.norm_before / facts.gradient_scale
-        # Clipping by value may change single elements but not the norm in float32.
+        before = hardest.norm_before
+        if hardest.kind == "norm":
+            # The function's own sum of squares in float32 may have underflowed.
+            if hardest.two_norm and before == 0 and hardest.total_before > 0:
+                before = hardest.total_before
+            after = before * scale if scale else 0.0
+        else:
+            after = hardest.norm_after
+        # By value single elements may be cut without the norm changing in float32.
         if scale < 1:
             facts.clip = self._event(hardest, before, scale, facts)
-        row = (hardest.max_norm, before, before * scale, scale)
-        return (np.array(row, dtype=np.float32),)
+        row = (hardest.max_norm, before, after, scale, hardest.gradient_scale)
+        return (to_float32(np.array(row)),)
 
     def _event(
         self, clip: ClipMeasurement, before: float, scale: float, facts: StepFacts
     ) -> ClipRecord:
-        norms = facts.gradient_norms
         parameters: tuple[int, ...] = ()
         shares: tuple[float, ...] = ()
+        norms = self._norms(clip, facts)
         if norms is not None:
-            squares = norms * norms
-            total = float(squares.sum())
+            total = clip.total_before
+            if why_absent(total) is not None:
+                total = norm_of(norms)
             if 0 < total < math.inf:
-                largest = np.argsort(-squares, kind="stable")[:MAX_DOMINANT]
+                parts = np.square(norms / total)
+                largest = [i for i in np.argsort(-parts, kind="stable")[:DOMINANT] if parts[i] > 0]
                 parameters = tuple(self.tracked.indices[i] for i in largest)
-                shares = tuple(float(squares[i] / total) for i in largest)
-        return ClipRecord(clip.max_norm, before, scale, parameters, shares, clip.kind)
+                shares = tuple(min(1.0, float(parts[i])) for i in largest)
+        limit = clip.max_norm
+        return ClipRecord(
+            max_norm=0.0 if why_absent(limit) is not None else limit,
+            norm_before=before,
+            scale=scale,
+            parameters=parameters,
+            shares=shares,
+            kind=clip.kind,
+            gradient_scale=clip.gradient_scale,
+        )
+
+    def _norms(self, clip: ClipMeasurement, facts: StepFacts) -> Values | None:
+        """Of the gradients that were clipped, before that; 0 for the others."""
+        if clip.norms is not None:
+            norms = clip.norms.copy()
+        elif clip.known and facts.gradient_norms is not None:
+            norms = facts.gradient_norms * clip.gradient_scale
+        else:
+            return None
+        clipped = np.ones(len(norms), bool)
+        if clip.positions is not None:
+            clipped[:] = False
+            clipped[clip.positions] = True
+        if facts.absent_gradients is not None:
+            clipped &= facts.absent_gradients == 0
+        return np.where(clipped, norms, 0.0)
+
+
+def _untouched(clip: ClipMeasurement) -> bool:
+    """Whether gradients that the script may have changed by itself turn out to be unchanged."""
+    same = clip.norm_before == clip.norm_after
+    both_nan = math.isnan(clip.norm_before) and math.isnan(clip.norm_after)
+    return clip.tentative and (same or both_nan)

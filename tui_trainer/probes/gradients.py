@@ -1,22 +1,22 @@
-"""‖∂L/∂p‖₂ of every parameter, before clipping and after un-scaling."""
+"""‖∂L/∂p‖₂ of every parameter, before clipping and after unscaling."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent, to_float32
 from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.norms import norm_of
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 
 class Gradients(Probe):
-    """Table `grad_norm`: one column per parameter; 0 where no gradient reached the parameter."""
+    """Table `grad_norm`: one column per parameter; absent where there is no gradient."""
 
     name = schema.GRAD_NORM
     importance = 50
@@ -26,19 +26,32 @@ class Gradients(Probe):
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.GRAD_NORM, tuple(Column(n) for n in tracked.names)),)
-        self._norms = Norms(tracked.parameters, tracked.device)
 
-    def gradients(self, gradients: Sequence[Gradient]) -> Readings:
-        """One reading per parameter, and a 0 that marks them as our own."""
-        return [*self._norms.read(gradients), self._norms.zero]
+    def gradient_norms(self, norms: Readings) -> Readings:
+        return norms
 
-    def clip_norms(self, norms: Readings) -> Readings:
-        """The same from the clipping, and 1."""
-        return [*norms, self._norms.one]
-
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        """Also sets the norms and the total for later probes."""
-        norms = self._norms.values(values[:-1], bool(values[-1])) / facts.gradient_scale
-        facts.gradient_norms = norms
-        facts.total_norm = math.sqrt(np.dot(norms, norms))
-        return (norms.astype(np.float32),)
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Also gives the norms and their total to the probes that follow."""
+        codes = facts.absent_gradients
+        if not values.size:  # they could not be read
+            if codes is None:
+                return (None,)
+            values = np.zeros(len(codes))
+        norms = facts.gradient_norms = values / facts.gradient_scale
+        own = norms[: self.tracked.own]
+        if len(self.tracked.gone) == self.tracked.own:
+            facts.total_norm = absent(Absent.NOT_IN_MODEL)
+            if codes is not None:
+                norms[codes != 0] = [absent(Absent(int(code))) for code in codes[codes != 0]]
+            return (to_float32(norms),)
+        if codes is not None:
+            for position in np.flatnonzero(codes):
+                norms[position] = absent(Absent(int(codes[position])))
+            there = codes[: self.tracked.own] == 0
+            if not there.any():
+                why = codes[0] if (codes == Absent.CHANGED_BY_HAND).all() else Absent.NO_GRADIENTS
+                facts.total_norm = absent(Absent(int(why)))
+                return (to_float32(norms),)
+            own = own[there]
+        facts.total_norm = norm_of(own)
+        return (to_float32(norms),)

@@ -12,7 +12,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
 
 PERIOD_S = 1.0
 
@@ -32,7 +32,7 @@ class Memory(Probe):
         self._process = psutil.Process()
         self._next = 0.0
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         now = monotonic()
         if now < self._next:
             return (None,)

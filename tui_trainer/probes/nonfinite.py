@@ -1,27 +1,26 @@
-"""Reports NaN and infinity in loss, gradients and weights when they appear."""
+"""NaN and infinities in loss, gradients and weights, reported when they appear."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import Floats
-from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.protocol.messages import NonFiniteQuantity
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts
+from tui_trainer.trace.probe import Options, Probe, StepFacts, Values
 
 
 class NonFiniteProbe(Probe):
-    """Makes events and no table: one when a quantity becomes non-finite, and another only after it
-    was finite again.
+    """No table: events, once when a quantity turns non-finite and again only after it was finite.
 
-    The loss is measured at every step, the others less often, so an event also names the last step
-    at which the quantity was finite. It needs no measurement of its own: a norm is finite exactly
-    if every element is (or its square overflows, which is as bad). Without a backward the loss is
-    unknown, not NaN.
+    Each is checked whenever it is measured: the loss at every step, the others less often, so the
+    event also has the step at which the quantity was last seen to be finite. Costs nothing of its
+    own: norms are taken so that one is finite exactly where every element is.
     """
 
     name = "nonfinite"
@@ -29,38 +28,35 @@ class NonFiniteProbe(Probe):
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:
         super().__init__(tracked, options)
-        self._present: set[str] = set()
+        self._present: set[NonFiniteQuantity] = set()
         self._finite_at: dict[NonFiniteQuantity, int] = {}
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        if facts.loss_known:
-            if math.isfinite(facts.loss):
-                self._is_finite("loss", facts)
-            else:
-                self._check("loss", np.array([facts.loss]), facts)
-        if facts.gradient_norms is not None and math.isfinite(facts.total_norm or 0.0):
-            self._is_finite("gradient", facts)
-        else:
-            self._check("gradient", facts.gradient_norms, facts)
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Adds to `facts.nonfinite`."""
+        if why_absent(facts.loss) is None:
+            self._check("loss", np.array([facts.loss]), facts)
+        self._check("gradient", facts.gradient_norms, facts, facts.absent_gradients)
         self._check("weight", facts.weight_norms, facts)
         return ()
 
-    def _is_finite(self, quantity: NonFiniteQuantity, facts: StepFacts) -> None:
-        self._present.discard(quantity)
-        self._finite_at[quantity] = facts.step
-
     def _check(
-        self, quantity: NonFiniteQuantity, found: NDArray[np.float64] | None, facts: StepFacts
+        self,
+        quantity: NonFiniteQuantity,
+        found: NDArray[np.float64] | None,
+        facts: StepFacts,
+        absent: NDArray[np.uint8] | None = None,
     ) -> None:
-        if found is None:
+        if found is None or (absent is not None and absent.all()):
             return
-        if math.isfinite(found.sum()):
-            self._is_finite(quantity, facts)
+        finite = np.isfinite(found)
+        if absent is not None:
+            finite |= absent != 0
+        if finite.all():
+            self._present.discard(quantity)
+            self._finite_at[quantity] = facts.step
         elif quantity not in self._present:
             self._present.add(quantity)
-            first = int(np.argmin(np.isfinite(found)))
+            first = int(np.argmin(finite))
             parameter = "" if quantity == "loss" else self.tracked.names[first]
-            value: NonFiniteValue = "nan"
-            if not np.isnan(found[first]):
-                value = "inf" if found[first] > 0 else "-inf"
+            value = nonfinite(float(found[first]))
             facts.nonfinite.append((quantity, parameter, value, self._finite_at.get(quantity)))

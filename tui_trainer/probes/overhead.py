@@ -11,7 +11,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
 
 STEPS = 10
 """How many steps a row averages over."""
@@ -34,7 +34,7 @@ class Overhead(Probe):
         self._sums = dict.fromkeys(self._names, 0.0)
         self._count = 0
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         for name, ms in facts.own_ms.items():
             if name in self._sums:
                 self._sums[name] += ms

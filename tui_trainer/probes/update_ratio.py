@@ -10,11 +10,12 @@ import psutil
 import torch
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent, to_float32
 from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
@@ -23,7 +24,7 @@ MAX_HOST_BYTES = 1 << 30
 
 
 class UpdateRatio(Probe):
-    """Table `update_ratio`: one column per parameter, NaN for a parameter that was zero before.
+    """Table `update_ratio`: one column per parameter, absent for a parameter that was zero before.
 
     It needs copies of the weights, whose size is bounded: if they would take more than
     `Options.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
@@ -65,7 +66,7 @@ class UpdateRatio(Probe):
         if len(self._turns) == 1 or self._whole_step == step:
             return True
         if self.missing[0] != step:
-            size = sum(p.numel() * p.element_size() for p in self.tracked.parameters)
+            size = sum(p.numel() * _wide(p).itemsize for p in self.tracked.parameters)
             room = room_before_pause(self.tracked.device, self.options)
             if size <= room:
                 self._whole_step = step
@@ -92,7 +93,7 @@ class UpdateRatio(Probe):
             self._copies = [_copy(weight) for weight in weights]
             return
         if not all(map(_same_layout, self._kept, weights)) or not self._kept:
-            self._kept = [torch.empty_like(weight) for weight in weights]
+            self._kept = [torch.empty_like(weight, dtype=_wide(weight)) for weight in weights]
         torch._foreach_copy_(self._kept, weights)
         self._copies = self._kept
 
@@ -107,26 +108,37 @@ class UpdateRatio(Probe):
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """A row once all parameters have been measured."""
         turn = self._under_way.popleft()
-        before, update = np.split(self._norms.values(values), 2)
+        before, update = np.split(values, 2)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where(before > 0, update / before, np.where(update > 0, np.nan, 0.0))
+            ratios = np.where(before == 0, absent(Absent.ZERO_WEIGHTS), update / before)
+        for position, index in enumerate(turn):
+            if index in self.tracked.empty:
+                ratios[position] = absent(Absent.EMPTY)
         self._updates[turn], self._ratios[turn] = update, ratios
         if turn is not self._turns[-1] and turn is not self._whole:
             return (None,)
         self.latest = facts.step, self._updates.tolist(), self._ratios.tolist()
-        return (self._ratios.astype(np.float32),)
+        return (to_float32(self._ratios),)
+
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+def _wide(weight: torch.Tensor) -> torch.dtype:
+    """In which differences of such weights are not rounded."""
+    return torch.float32 if weight.dtype in LOW else weight.dtype
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
-    return weight.clone()
+    return weight.to(_wide(weight), copy=True)
 
 
 def _same_layout(kept: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        kept.shape == weight.shape and kept.dtype == weight.dtype and kept.device == weight.device
+        kept.shape == weight.shape and kept.dtype == _wide(weight) and kept.device == weight.device
     )
 
 
@@ -158,7 +170,7 @@ def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]
     turns: list[list[int]] = [[]]
     used = 0
     for index, parameter in enumerate(parameters):
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.numel() * _wide(parameter).itemsize
         if turns[-1] and used + size > budget:
             turns.append([])
             used = 0

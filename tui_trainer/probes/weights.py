@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.norms import Norms
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import to_float32
 from tui_trainer.protocol.schema import Column
+from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 
 class Weights(Probe):
@@ -31,7 +30,7 @@ class Weights(Probe):
     def after_update(self) -> Readings:
         return self._norms.read_kept(self.tracked.parameters)
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Also sets the norms for later probes."""
-        facts.weight_norms = self._norms.values(values)
-        return (facts.weight_norms.astype(np.float32),)
+        facts.weight_norms = values
+        return (to_float32(values),)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.messages import NonFiniteValue
 from tui_trainer.protocol.schema import Scalar
 
@@ -44,7 +45,7 @@ def _number(value: float | None, digits: int) -> str:
     if value is None:
         return MISSING
     if not math.isfinite(value):
-        return nonfinite(value)
+        return MISSING if why_absent(value) is not None else nonfinite(value)
     if value == 0:
         return f"{0:.{digits - 1}f}"
     size = abs(value)

@@ -26,6 +26,7 @@ Level = Literal["info", "warning", "error"]
 NoticeKind = Literal[
     "cadence",
     "checkpoint",
+    "clip_after_step",
     "command",
     "control",
     "device",
@@ -41,7 +42,11 @@ NoticeKind = Literal[
 ]
 NonFiniteQuantity = Literal["loss", "gradient", "weight"]
 NonFiniteValue = Literal["nan", "inf", "-inf"]
-ClipKind = Literal["norm", "value"]
+ClipKind = Literal["norm", "value", "hand"]
+"""`hand`: the script scaled the gradients by itself."""
+SkipReason = Literal["hand", "scaler", "end"]
+"""Why no optimizer used gradients: the script threw them away, a GradScaler found them not finite,
+or the script ended before the step."""
 Stream = Literal["stdout", "stderr"]
 
 # ---------------------------------------------------------------- greeting
@@ -183,6 +188,8 @@ class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
     shares: tuple[float, ...] = ()
     """‖gᵢ‖² / Σ‖g‖² of each."""
     kind: ClipKind = "norm"
+    gradient_scale: float = 1.0
+    """Loss scale that was still on the clipped gradients, and on `norm_before`."""
 
 
 class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
@@ -213,6 +220,24 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
         return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
 
 
+class Skipped(msgspec.Struct, tag="skipped", frozen=True, array_like=True):
+    """An iteration whose gradients no optimizer used."""
+
+    id: int
+    step: int
+    """The step that comes next."""
+    time: float
+    reason: SkipReason
+    text: str
+    """What happened, with loss and gradient norm."""
+    optimizer: str = ""
+    """Key of the (first) optimizer that the gradients were for, as in `Table.optimizer`."""
+    rows: tuple[tuple[int, bytes], ...] = ()
+    """(table id, float32 values of its columns) as those of a step."""
+    loss_scale: float | None = None
+    """The scale at which a GradScaler skipped."""
+
+
 class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     """A line in the log and, depending on its kind, a mark on the charts."""
 
@@ -226,7 +251,7 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     """The viewer that caused it, for commands and marks."""
 
 
-Event = Clip | NonFinite | Notice
+Event = Clip | NonFinite | Skipped | Notice
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True):

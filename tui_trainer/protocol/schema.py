@@ -217,6 +217,7 @@ STEP_COLUMNS = (
     Column("learning_rate"),
     Column("grad_norm_preclip"),  # √Σ‖gᵢ‖² over the optimizer's parameters
     Column("step_ms", "ms", "lower"),  # wall clock, from the end of the previous step to this one's
+    Column("evaluations"),  # of the optimizer's closure
 )
 
 STEP_INDEX = {column.name: index for index, column in enumerate(STEP_COLUMNS)}
@@ -227,6 +228,7 @@ CLIP_COLUMNS = (
     Column("norm_before"),
     Column("norm_after"),
     Column("scale"),  # min(1, max_norm / (norm_before + 1e-6)); by value: norm_after / norm_before
+    Column("gradient_scale"),  # loss scale still on the gradients, and on both norms
 )
 
 PHASE_COLUMNS = tuple(Column(phase, "ms", "lower") for phase in PHASES)

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from tui_trainer.history.records import Floats, StepRecord
+from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
@@ -26,6 +26,7 @@ from tui_trainer.protocol.messages import (
     NonFinite,
     Notice,
     NoticeKind,
+    Skipped,
     Status,
     TextSample,
 )
@@ -81,6 +82,7 @@ Item = (
     | RunEnded
     | Clip
     | NonFinite
+    | Skipped
     | Notice
     | LogLine
     | Artifact
@@ -122,6 +124,8 @@ def event_bytes(event: Event) -> int:
             return 60 + 12 * len(event.parameters)
         case NonFinite():
             return 50 + len(event.parameter)
+        case Skipped():
+            return 60 + len(event.text) + sum(len(values) + 8 for _, values in event.rows)
         case Notice():
             return 40 + _utf8_length(event.text) + _utf8_length(event.who)
 
@@ -275,9 +279,29 @@ class EventLog:
                 clip.parameters,
                 clip.shares,
                 clip.kind,
+                clip.gradient_scale,
             )
             self.events.append(event)
             added.append(event)
+        return [*added, *self._add_nonfinite(record)]
+
+    def add_skip(self, record: SkipRecord) -> list[Event]:
+        """Add and return the events of an iteration without a step."""
+        skipped = Skipped(
+            self.events.next_id,
+            record.step,
+            record.time,
+            record.reason,
+            record.text,
+            record.optimizer,
+            tuple((table, values.tobytes()) for table, values in record.rows),
+            record.loss_scale,
+        )
+        self.events.append(skipped)
+        return [skipped, *self._add_nonfinite(record)]
+
+    def _add_nonfinite(self, record: StepRecord | SkipRecord) -> list[Event]:
+        added: list[Event] = []
         for found in record.nonfinite:
             nonfinite = NonFinite(self.events.next_id, record.step, record.time, *found)
             self.events.append(nonfinite)

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from tui_trainer.history import MemoryHistory
-from tui_trainer.history.records import Floats, StepRecord
+from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import (
     Artifact,
@@ -113,6 +113,10 @@ class Recorder:
             return
         paused = self._paused_s() if self._paused_s else self.throughput.paused_s
         self._queue.append((self._add_step, (record, paused + self.throughput.excluded_s)))
+
+    def skip(self, record: SkipRecord) -> None:
+        """Record an iteration whose gradients no optimizer used."""
+        self._enqueue(self._add_skip, record)
 
     def row(self, table: int, step: int, values: Floats) -> None:
         """Record a row measured outside a step, such as a validation."""
@@ -357,6 +361,13 @@ class Recorder:
             self.throughput.add_clip(clipped)
         self._out.append(StepRecorded(record))
         for event in self._events.add_step(record):
+            self._out.append(event)
+            if self._first_nonfinite is None and isinstance(event, NonFinite):
+                self._first_nonfinite = event
+
+    def _add_skip(self, record: SkipRecord) -> None:
+        self._send_info()
+        for event in self._events.add_skip(record):
             self._out.append(event)
             if self._first_nonfinite is None and isinstance(event, NonFinite):
                 self._first_nonfinite = event

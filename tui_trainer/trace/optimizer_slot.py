@@ -32,6 +32,8 @@ class OptimizerSlot:
     shapes: tuple[tuple[int, ...], ...]
     optimizer: weakref.ref[Optimizer]
     models: tuple[weakref.ref[torch.nn.Module], ...] = ()
+    count: int = 0
+    """Number of parameters in these models."""
     tables: dict[str, Table] = field(default_factory=dict)
 
     @property

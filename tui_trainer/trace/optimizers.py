@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,14 +13,70 @@ import torch
 from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
 from tui_trainer.trace.governor import GovernedProbe
-from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.measurement import StepMeasurer, WeightWatch
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
-from tui_trainer.trace.parameters import Names, group_sizes, track_parameters
+from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
 from tui_trainer.trace.schedule import ActiveProbe
 
 Optimizer = torch.optim.Optimizer
+RECOUNT_EVERY = 200
+"""Steps between two counts of a model's parameters: some ways to add a layer are not announced."""
+INNER = ("optimizer", "_optimizer", "optim")
+"""Attributes under which a wrapper has the optimizer that it wraps (accelerate, Lightning, …)."""
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer that this one wraps."""
+    held = vars(optimizer)
+    return next((i for name in INNER if isinstance(i := held.get(name), Optimizer)), None)
+
+
+def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps, inside of wrappers that are optimizers themselves.
+
+    A wrapper with more parameters than its inner optimizer (ZeRO, which gives each rank a part of
+    them) stands for itself.
+    """
+    while (inner := inner_optimizer(optimizer)) is not None:
+        own = {id(p) for p in parameters_of(optimizer)}
+        if not own <= {id(p) for p in parameters_of(inner)}:
+            break
+        optimizer = inner
+    return optimizer
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Name of the class of the innermost optimizer, in lower case."""
+    if isinstance(optimizer, HandUpdates):
+        return "by hand"
+    while (inner := inner_optimizer(optimizer)) is not None:
+        optimizer = inner
+    return type(optimizer).__name__.lower()
+
+
+class HandUpdates:
+    """Stands for the optimizer of a script that updates its weights by itself."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+
+
+class _Entry:
+    """An optimizer that is measured."""
+
+    def __init__(self, optimizer: Optimizer, measurer: StepMeasurer, structure: int) -> None:
+        self.measurer = measurer
+        self.group_sizes = group_sizes(optimizer)
+        self.structure = structure
+        """`OptimizerRegistry._structure` when it was registered."""
+        self.recount_in = RECOUNT_EVERY
+
+
+def group_sizes(optimizer: Optimizer) -> tuple[int, ...]:
+    """Number of parameters in each group: changes when a group is added."""
+    return tuple(len(group["params"]) for group in optimizer.param_groups)
 
 
 class OptimizerRegistry:
@@ -38,77 +94,160 @@ class OptimizerRegistry:
         self._probes = probes
         self._options = options
         self._names = Names()
-        self._measurers: dict[int, tuple[weakref.ref[Optimizer], StepMeasurer]] = {}
+        self._entries: dict[int, tuple[weakref.ref[Optimizer], _Entry]] = {}
+        self._created: list[weakref.ref[Optimizer]] = []
+        """Optimizers that exist and are not registered: they may never be used."""
         self._pending: list[weakref.ref[Optimizer]] = []
+        """Optimizers that are used and not registered yet."""
+        self._searched = False
+        self._structure = 0
+        """Raised when a module of a model, or the set of optimizers, has changed."""
+        self._modules: set[int] = set()
+        """Identities of the modules of all models."""
         self._infos: list[ParameterInfo] = []
         self._positions: dict[str, int] = {}
         self._slots: list[OptimizerSlot] = []
         self._phases_unseen: dict[str, str] = {}
+        self._by_hand: HandUpdates | None = None
 
     @property
     def measurers(self) -> list[StepMeasurer]:
         """Of the optimizers that are alive, in order of registration."""
         # A copy first: an optimizer may be freed meanwhile, and another thread may ask.
-        return [measurer for _, measurer in list(self._measurers.values())]
+        return [entry.measurer for _, entry in list(self._entries.values())]
 
     # ------------------------------------------------------------ finding optimizers
 
+    def add_created(self, optimizer: Optimizer) -> None:
+        """An optimizer was constructed."""
+        self._created = [r for r in self._created if r() is not None]
+        self._created.append(weakref.ref(optimizer))
+
     def add_pending(self, optimizer: Optimizer) -> None:
-        """Register an optimizer later, once its model has been called and can give it names."""
-        known = id(optimizer) in self._measurers
+        """An optimizer is used: register it once its model has been called and can name it."""
+        optimizer = unwrapped_optimizer(optimizer)
+        known = id(optimizer) in self._entries
         if not known and not any(r() is optimizer for r in self._pending):
             self._pending.append(weakref.ref(optimizer))
             self._search_roots(id(p) for group in optimizer.param_groups for p in group["params"])
 
-    def register_pending(self) -> None:
+    def refresh(self) -> None:
+        """Before a forward: register what is pending, and follow optimizers that were given
+        parameters and models that were given layers."""
         if self._pending:
             pending, self._pending = self._pending, []
             for optimizer in (reference() for reference in pending):
                 if optimizer is not None:
                     self.measurer_for(optimizer)
+        for reference, entry in list(self._entries.values()):
+            entry.recount_in -= 1
+            optimizer = reference()
+            if optimizer is not None and self._outdated(optimizer, entry):
+                self.measurer_for(optimizer)
+
+    def register_reached(self) -> list[StepMeasurer]:
+        """After a backward that reached no registered optimizer, or perhaps further ones: register
+        the existing optimizers whose parameters have a gradient now."""
+        if not self._created and not self._entries and not self._searched:
+            self.search(None)
+            return [measurer for measurer in self.measurers if measurer.any_gradient()]
+        found = []
+        created = [o for o in (reference() for reference in self._created) if o is not None]
+        wrapped = {id(inner_optimizer(optimizer)) for optimizer in self._optimizers()}
+        for optimizer in created:
+            whole = unwrapped_optimizer(optimizer)
+            if id(whole) in self._entries or (whole is optimizer and id(whole) in wrapped):
+                continue
+            if any(p.grad is not None for p in parameters_of(whole)):
+                found.append(self.measurer_for(whole))
+        return found
 
     def search(self, parameter: torch.Tensor | None) -> None:
-        """Look among all objects for the optimizers that update `parameter` (None: any).
+        """Look among all objects for the optimizers that update `parameter` (None: any of the
+        models that are called).
 
-        Some 50 ms: for a script whose optimizer is not known before its first clipping.
+        Some 50 ms: for optimizers from before the tracer was attached.
         """
-        self.register_pending()
+        self._searched = True
+        rooted = {id(p) for root in self._roots.modules for p in root.parameters()}
         if parameter is not None and self._measurer_of(parameter) is not None:
             return
         for thing in gc.get_objects():
             if issubclass(type(thing), Optimizer) and hasattr(thing, "param_groups"):
-                own = {id(p) for group in thing.param_groups for p in group["params"]}
-                if own and (parameter is None or id(parameter) in own):
+                if unwrapped_optimizer(thing) is not thing:
+                    continue  # its inner one is among the objects, too
+                own = {id(p) for p in parameters_of(thing)}
+                wanted = not own.isdisjoint(rooted) if parameter is None else id(parameter) in own
+                if wanted:
                     self.measurer_for(thing)
 
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
-        """The measurers of the optimizers that update any of these; they are searched if none is
-        known."""
+        """The measurers of the optimizers that update any of these."""
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        for _ in range(2):
-            found = [m for m in self.measurers if any(id(p) in m.tracked.ids for p in given)]
-            if found or not given:
-                return found
-            self.search(given[0])
-        return []
+        ids = {id(p) for p in given}
+        return [m for m in self.measurers if not ids.isdisjoint(m.tracked.ids)]
 
     def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
-        return next((ref() for ref, m in self._measurers.values() if m is measurer), None)
+        """None also for updates by hand."""
+        found = next((ref() for ref, e in self._entries.values() if e.measurer is measurer), None)
+        return found if isinstance(found, Optimizer) else None
+
+    def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
+        """For a script without an optimizer: measure the parameters of the models that it calls;
+        None where none of them has a gradient or is `wanted`."""
+        if self._created or self._pending:
+            return None
+        ids = {id(p) for p in wanted}
+        models = self._roots.modules
+        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+        if not any(p.grad is not None or id(p) in ids for p in parameters):
+            return None
+        self._by_hand = HandUpdates(dict.fromkeys(parameters))
+        measurer = self.measurer_for(self._by_hand)  # type: ignore[arg-type] # has `param_groups`
+        measurer.weights = WeightWatch(measurer.tracked.parameters)
+        return measurer
+
+    @property
+    def by_hand(self) -> StepMeasurer | None:
+        """The measurer of a script that updates its weights by itself."""
+        known = self._entries.get(id(self._by_hand)) if self._by_hand is not None else None
+        return None if known is None else known[1].measurer
+
+    def register_holders(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Register the existing optimizers that hold any of these parameters."""
+        if not self._created or not parameters:
+            return
+        ids = {id(p) for p in parameters}
+        for optimizer in [reference() for reference in self._created]:
+            if optimizer is not None and any(id(p) in ids for p in parameters_of(optimizer)):
+                self.measurer_for(unwrapped_optimizer(optimizer))
 
     def measurer_for(self, optimizer: Optimizer) -> StepMeasurer:
-        """The measurer of this optimizer. A new one is made on its first appearance and when it is
-        given other parameters (under another name, since its tables have other columns)."""
-        known = self._measurers.get(id(optimizer))
-        if (
-            known is not None
-            and known[0]() is optimizer
-            and known[1].tracked.group_sizes == group_sizes(optimizer)
-        ):
-            return known[1]
-        return self._register(optimizer)
+        """The measurer of this optimizer. A new one is made on its first appearance, and when the
+        parameters that are measured with it have changed."""
+        known = self._entries.get(id(optimizer))
+        if known is None or known[0]() is not optimizer:
+            return self._register(optimizer, None)
+        entry = known[1]
+        return (
+            self._register(optimizer, entry) if self._outdated(optimizer, entry) else entry.measurer
+        )
+
+    def _outdated(self, optimizer: Optimizer, entry: _Entry) -> bool:
+        if entry.structure != self._structure or entry.group_sizes != group_sizes(optimizer):
+            return True
+        if entry.recount_in <= 0:
+            entry.recount_in = RECOUNT_EVERY
+            return self._count(entry.measurer.slot) != entry.measurer.slot.count
+        return False
 
     def _measurer_of(self, parameter: torch.Tensor) -> StepMeasurer | None:
         return next((m for m in self.measurers if id(parameter) in m.tracked.ids), None)
+
+    def search_further_roots(self) -> None:
+        """A script without an optimizer may call several models."""
+        if not self._entries and not self._created and not self._pending:
+            self._roots.search()
 
     def _search_roots(self, trained: Iterable[int]) -> None:
         """Look for another model if no known one holds all of these parameters (identities)."""
@@ -118,25 +257,50 @@ class OptimizerRegistry:
 
     # ------------------------------------------------------------ registering
 
-    def _register(self, optimizer: Optimizer) -> StepMeasurer:
-        slot = self._take_over(optimizer) or self._new_slot(optimizer)
+    def module_changed(self, module: torch.nn.Module) -> None:
+        """A sub-module or a parameter is assigned to `module`."""
+        if id(module) in self._modules:
+            self._structure += 1
+
+    def _register(self, optimizer: Optimizer, entry: _Entry | None) -> StepMeasurer:
+        before = None if entry is None else entry.measurer
+        slot = before.slot if before else self._take_over(optimizer) or self._new_slot(optimizer)
         tracked = track_parameters(
             optimizer,
             slot.name,
             slot.key,
             self._roots.modules,
             self._names,
-            lambda name, parameter: self._index(name, parameter, slot.name),
+            self._held(optimizer, slot),
+            self._measured_names(),
+            [model for model in (reference() for reference in slot.models) if model is not None]
+            if entry is not None
+            else [],
         )
+        if entry is not None and _same(entry.measurer.tracked, tracked):
+            entry.structure, entry.group_sizes = self._structure, group_sizes(optimizer)
+            slot.set_models(tracked.models)
+            slot.count = self._count(slot)
+            return entry.measurer
+        tracked.indices = [
+            self._index(name, parameter, slot.name if position < tracked.own else "")
+            for position, (name, parameter) in enumerate(
+                zip(tracked.names, tracked.parameters, strict=True)
+            )
+        ]
         slot.set_models(tracked.models)
+        slot.count = self._count(slot)
         for model in tracked.models:
+            self._modules |= {id(module) for module in model.modules()}
             for name, parameter in self._names.parameters(model):
-                if id(parameter) not in tracked.ids:
+                if name not in self._positions:
                     self._index(name, parameter, "")
         self._search_roots(tracked.ids)
         measurer = StepMeasurer(
             tracked, self._probes, self._recorder, self._options, slot, self._cadence_changed
         )
+        if before is not None:
+            measurer.take_over(before)
         for active in measurer.probes:
             active.probe.on_unseen_change = self._describe_unseen
             if active.probe.partly_unseen:
@@ -145,14 +309,47 @@ class OptimizerRegistry:
         tracked.models.clear()
         tracked.modules.clear()
         key = id(optimizer)
-        reference = weakref.ref(optimizer, lambda _: self._measurers.pop(key, None))
-        self._measurers[key] = (reference, measurer)
+        if before is not None:
+            measurer.weights = before.weights and WeightWatch(tracked.parameters)
+        elif isinstance(optimizer, Optimizer) and self._by_hand is not None:
+            self._entries.pop(id(self._by_hand), None)  # there is an optimizer after all
+            self._by_hand = None
+        if before is None:
+            self._structure += bool(self._entries)  # its parameters are no other's any more
+            self._created = [r for r in self._created if r() is not optimizer]
+        reference = weakref.ref(optimizer, lambda _: self._entries.pop(key, None))
+        self._entries[key] = (reference, _Entry(optimizer, measurer, self._structure))
         self._describe()
         return measurer
 
+    def _held(self, optimizer: Optimizer, slot: OptimizerSlot) -> set[int]:
+        """Identities of the parameters that other optimizers have, or that are measured with
+        another one already."""
+        held = {id(p) for other in self._optimizers() for p in parameters_of(other)}
+        for measurer in self.measurers:
+            if measurer.slot is not slot:
+                held |= {id(p) for p in measurer.tracked.parameters[measurer.tracked.own :]}
+        return held - {id(p) for p in parameters_of(optimizer)}
+
+    def _measured_names(self) -> dict[int, str]:
+        """id(parameter) → name, of all that is measured."""
+        tracked = [measurer.tracked for measurer in self.measurers]
+        return {id(p): name for t in tracked for name, p in zip(t.names, t.parameters, strict=True)}
+
+    def _optimizers(self) -> Iterator[Optimizer]:
+        references = [*self._created, *self._pending, *(r for r, _ in self._entries.values())]
+        return (o for o in (reference() for reference in references) if o is not None)
+
+    def _count(self, slot: OptimizerSlot) -> int:
+        """Number of parameters in the models of an optimizer."""
+        models = [
+            model for model in (reference() for reference in slot.models) if model is not None
+        ]
+        return sum(1 for model in models for _ in model.parameters())
+
     def _new_slot(self, optimizer: Optimizer) -> OptimizerSlot:
         names = {slot.name for slot in self._slots}
-        name = base = type(optimizer).__name__.lower()
+        name = base = class_name(optimizer)
         number = 2
         while name in names:
             name, number = f"{base}#{number}", number + 1
@@ -166,7 +363,7 @@ class OptimizerRegistry:
         """The slot of an optimizer that is gone, where this one replaces it."""
         slot = next((s for s in self._slots if s.vacant and s.fits(optimizer)), None)
         if slot is not None:
-            self._measurers.pop(id(slot.optimizer()), None)
+            self._entries.pop(id(slot.optimizer()), None)
             slot.occupy(optimizer)
             self._names.release()
             text = f"{slot.name} continues with a new model of the same shapes: the last was freed"
@@ -175,26 +372,34 @@ class OptimizerRegistry:
 
     def _index(self, name: str, parameter: torch.Tensor, optimizer: str) -> int:
         """The position of a parameter in `RunInfo.parameters`; positions never change."""
+        info = ParameterInfo(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            numel=parameter.numel(),
+            optimizer=optimizer,
+            trainable=parameter.requires_grad,
+        )
         position = self._positions.get(name)
         if position is None:
             position = self._positions[name] = len(self._infos)
-            self._infos.append(
-                ParameterInfo(
-                    name=name,
-                    shape=tuple(parameter.shape),
-                    dtype=str(parameter.dtype).removeprefix("torch."),
-                    numel=parameter.numel(),
-                    optimizer=optimizer,
-                    trainable=parameter.requires_grad,
-                )
-            )
-        elif optimizer:
-            self._infos[position] = msgspec.structs.replace(
-                self._infos[position], optimizer=optimizer
-            )
+            self._infos.append(info)
+        else:
+            self._infos[position] = info
         return position
 
     # ------------------------------------------------------------ telling the recorder
+
+    def update_trainable(self, measurer: StepMeasurer) -> None:
+        """Parameters were frozen or unfrozen."""
+        tracked = measurer.tracked
+        for position, parameter in zip(tracked.indices, tracked.parameters, strict=True):
+            info = self._infos[position]
+            if info.trainable != parameter.requires_grad:
+                self._infos[position] = msgspec.structs.replace(
+                    info, trainable=parameter.requires_grad
+                )
+        self._recorder.describe(parameters=tuple(self._infos))
 
     def set_phases_unseen(self, reasons: dict[str, str]) -> None:
         """The phases that this script does not seem to have, with the reasons."""
@@ -241,3 +446,12 @@ class OptimizerRegistry:
         if tables:
             self._recorder.declare(tables)
         self._recorder.notice("cadence", text, level)
+
+
+def _same(before: TrackedParameters, now: TrackedParameters) -> bool:
+    """Whether the same parameters are measured under the same names."""
+    return (
+        before.names == now.names
+        and before.own == now.own
+        and all(a is b for a, b in zip(before.parameters, now.parameters, strict=True))
+    )

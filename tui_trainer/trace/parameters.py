@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from tui_trainer.trace.torch_private import plain_name, unwrapped
 
 @dataclass(eq=False)
 class TrackedParameters:
-    """The parameters of one optimizer, in the order of the model."""
+    """The parameters that are measured with one optimizer: its own, in the order of the model, then
+    the trainable ones of its models that no optimizer holds."""
 
     name: str
     """Name of the optimizer: its class in lower case, with `#2` when repeated."""
@@ -24,17 +25,21 @@ class TrackedParameters:
     names: list[str]
     indices: list[int]
     """Their positions in `RunInfo.parameters`."""
+    own: int
+    """How many of them the optimizer holds."""
+    gone: frozenset[int] = frozenset()
+    """Positions of those that are in no model any more."""
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Path to module, for the models that own these parameters."""
     models: list[torch.nn.Module] = field(default_factory=list)
     """Those models."""
-    ids: dict[int, int] = field(default_factory=dict)
-    """id(parameter) to its position here."""
-    group_sizes: tuple[int, ...] = ()
-    """Number of parameters in each of the optimizer's groups."""
 
     def __post_init__(self) -> None:
-        self.ids = {id(p): i for i, p in enumerate(self.parameters)}
+        self.ids = {id(p): i for i, p in enumerate(self.parameters[: self.own])}
+        """id(parameter) to position, of the optimizer's own."""
+        self.empty = frozenset(i for i, p in enumerate(self.parameters) if not p.numel())
+        """Positions of parameters without elements."""
+        self.trainable = [p.requires_grad for p in self.parameters]
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +59,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
-
-
-def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """Number of parameters in each group: changes when a group is added."""
-    return tuple(len(group["params"]) for group in optimizer.param_groups)
 
 
 class Names:
@@ -107,42 +107,66 @@ def track_parameters(
     key: str,
     roots: list[torch.nn.Module],
     names: Names,
-    index_of: Callable[[str, torch.Tensor], int],
+    held: Container[int],
+    known: Mapping[int, str],
+    before: Iterable[torch.nn.Module],
 ) -> TrackedParameters:
-    """Name every parameter of `optimizer` by the models that own it.
+    """Name every parameter of `optimizer` by the models that own it, and find the parameters of
+    these models that no optimizer has.
 
-    `index_of(name, parameter)` gives its position in `RunInfo.parameters`. A parameter that no
-    model owns is called `param_N` by its position in the optimizer.
+    `held`: identities of parameters that any optimizer has, or that are measured with another one.
+    `known`: identity → name of parameters that were measured before, perhaps in a layer that has
+    been replaced. `before`: models whose parameters the optimizer held earlier. A parameter that no
+    model owns is called `param_N` by its position in the optimizer. `TrackedParameters.indices` is
+    left empty.
     """
     own = list(parameters_of(optimizer))
     wanted = {id(p) for p in own}
     ordered: dict[int, tuple[str, torch.Tensor]] = {}
+    outside: dict[int, tuple[str, torch.Tensor]] = {}
     modules: dict[str, torch.nn.Module] = {}
     models = [root for root in roots if any(id(p) in wanted for p in root.parameters())]
     called = {id(p) for model in models for p in model.parameters()}
-    if len(models) > 1 or not wanted <= called:
+    if len(models) > 1 or not wanted <= called | known.keys():
         # Some of it was not called, or only in parts (a bare `model.forward`): a module around
         # these may own all of it, and its names are the ones to show.
         models = owners_of(own)
+    models += [model for model in before if not any(model is other for other in models)]
     for model in models:
-        found = [(n, p) for n, p in names.parameters(model) if id(p) in wanted]
-        if found:
-            modules.update(names.modules(model))
-        for found_name, parameter in found:
-            ordered.setdefault(id(parameter), (found_name, parameter))
+        modules.update(names.modules(model))
+        for found, parameter in names.parameters(model):
+            if id(parameter) in wanted:
+                ordered.setdefault(id(parameter), (found, parameter))
+            elif parameter.requires_grad and id(parameter) not in held:
+                outside.setdefault(id(parameter), (found, parameter))
+    gone: set[int] = set()
     for position, parameter in enumerate(own):
-        ordered.setdefault(id(parameter), (f"param_{position}", parameter))
-    pairs = list(ordered.values())
+        if id(parameter) not in ordered:
+            former = known.get(id(parameter), "")
+            if former and not former.startswith("param_"):
+                gone.add(id(parameter))
+            ordered[id(parameter)] = (gone_name(former) or f"param_{position}", parameter)
+    pairs = [*ordered.values(), *outside.values()]
     return TrackedParameters(
         name=name,
         key=key,
         parameters=[p for _, p in pairs],
         names=[n for n, _ in pairs],
-        indices=[index_of(n, p) for n, p in pairs],
+        indices=[],
+        own=len(ordered),
+        gone=frozenset(i for i, key_ in enumerate(ordered) if key_ in gone),
         modules=modules,
         models=models,
-        group_sizes=group_sizes(optimizer),
     )
+
+
+GONE = " (replaced)"
+
+
+def gone_name(name: str) -> str:
+    """The name of a parameter whose layer was replaced: the new layer's has the old one."""
+    plain = not name or name.startswith("param_") or name.endswith(GONE)
+    return name if plain else name + GONE
 
 
 def owners_of(missing: Iterable[torch.Tensor]) -> list[torch.nn.Module]:

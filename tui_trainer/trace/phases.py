@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from tui_trainer.protocol import PHASES
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.trace.gate import Gate
 
 DATA, ZERO_GRAD, FORWARD, LOSS, BACKWARD, CLIP, STEP = range(len(PHASES))
@@ -36,7 +39,8 @@ WHY_UNSEEN = {
 }
 
 PhaseTimes = Callable[[], list[float]]
-"""Returns the milliseconds of each phase; to be called once the step's values have arrived."""
+"""Returns the milliseconds of each phase, absent for one that the step did not have; to be called
+once the step's values have arrived."""
 
 
 class HostClock:
@@ -67,6 +71,13 @@ class HostClock:
         times = [seconds * 1e3 for seconds in self._totals]
         del times[OUTSIDE:]
         self._totals = [0.0] * (OUTSIDE + 1)
+        return lambda: times
+
+    def take_phase(self, phase: int) -> PhaseTimes:
+        """The time of one phase, which is not this step's."""
+        times = [0.0] * OUTSIDE
+        times[phase] = self._totals[phase] * 1e3
+        self._totals[phase] = 0.0
         return lambda: times
 
 
@@ -111,6 +122,19 @@ class CudaClock:
         used, self._events = self._events, []
         if self._start is not None and used and used[-1] is self._start:
             self._events.append(used.pop())  # it also begins the next step's first phase
+        return self._reader(spans, used)
+
+    def take_phase(self, phase: int) -> PhaseTimes:
+        """The time of one phase, which is not this step's."""
+        spans = [span for span in self._spans if span[0] == phase]
+        self._spans = [span for span in self._spans if span[0] != phase]
+        return self._reader(spans, [])
+
+    def _reader(
+        self,
+        spans: list[tuple[int, torch.cuda.Event, torch.cuda.Event]],
+        used: list[torch.cuda.Event],
+    ) -> PhaseTimes:
         times: list[float] = []
 
         def read() -> list[float]:
@@ -126,6 +150,17 @@ class CudaClock:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """The time of a clip, which goes to the next step of any of its owners."""
+
+    owners: tuple[Any, ...]
+    times: PhaseTimes
+    wall_ms: float
+    kept: bool = False
+    """Whether another optimizer has stepped since, which does not count it."""
 
 
 class Phases:
@@ -152,6 +187,8 @@ class Phases:
         """Whether the next call of the model needs a new batch."""
         self._zero_grad_due = False
         """Whether the boundary of a `zero_grad` follows that of `data`."""
+        self._clips: list[_Clip] = []
+        self._clip_began = 0.0
         self._last_end = 0.0
         self._idle_before = 0.0
         self._in_gate = False
@@ -162,6 +199,11 @@ class Phases:
     def open(self) -> int | None:
         """The innermost open phase."""
         return self._open[-1] if self._open else None
+
+    @property
+    def in_closure(self) -> bool:
+        """Whether the innermost open phase is a `step` that evaluates a closure."""
+        return self.closure and self.open == STEP
 
     # ------------------------------------------------------------ one phase
 
@@ -183,11 +225,16 @@ class Phases:
     def run(self) -> None:
         """Start the clock of the open phase, after our own preparations."""
         self._clock.switch(self._open[-1])
+        if self._open[-1] == CLIP:
+            self._clip_began = perf_counter()
 
-    def leave(self, gap: int | None = None) -> None:
+    def leave(self, gap: int | None = None, owners: tuple[Any, ...] | None = None) -> None:
         """Close the open phase and pass its boundary. `gap`: what the following time counts as
-        (None: as before)."""
+        (None: as before). `owners`: the optimizers whose gradients a clip has clipped."""
         phase = self._open.pop()
+        if owners is not None and not self.closure:
+            wall_ms = (perf_counter() - self._clip_began) * 1e3
+            self._clips.append(_Clip(owners, self._clock.take_phase(phase), wall_ms))
         if gap is not None:
             self._gap = gap
         if phase == ZERO_GRAD and self._data_due and not self.closure:
@@ -233,7 +280,8 @@ class Phases:
 
     def resume_clock(self) -> None:
         """The time from here is the script's."""
-        self._clock.switch(self._open[-1] if self._open else self._gap)
+        between = not self._open or (self.in_closure and self._gap == LOSS)
+        self._clock.switch(self._gap if between else self._open[-1])
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -289,23 +337,49 @@ class Phases:
 
     # ------------------------------------------------------------ one step
 
-    def complete_step(self) -> tuple[float, PhaseTimes]:
-        """The step has ended: its duration in milliseconds, and that of each phase."""
+    def end_step_by_hand(self) -> None:
+        """The script has updated the weights since the last phase, and a new one begins."""
+        self._clock.relabel(STEP)
+        self._clock.switch(OUTSIDE)
+        self.seen.add(STEP)
+        self._end_zero_grad()
+
+    def complete_step(
+        self, owner: Any, shared: bool = False, clipped: bool = False
+    ) -> tuple[float, PhaseTimes]:
+        """The step of optimizer `owner` has ended: its duration in milliseconds, and that of each
+        phase. `shared`: its backward was counted in another optimizer's step, and so was its clip
+        where it was `clipped`."""
+        own = [clip for clip in self._clips if owner in clip.owners]
+        step_ms, times = self._take(own, shared, clipped)
+        self._times = times
+        self.closure = False
+        self._may_change_clock = False
+        return step_ms, times
+
+    def discard_iteration(self) -> tuple[float, PhaseTimes]:
+        """An iteration ends without a step: its duration, and that of each phase. The next batch
+        belongs to the same step."""
+        self._clock.switch(OUTSIDE)
+        step_ms, times = self._take(self._clips, False, False)
+        self.seen = set(self._open)
+        self._gap = DATA
+        return step_ms, times
+
+    def _take(self, own: list[_Clip], shared: bool, clipped: bool) -> tuple[float, PhaseTimes]:
         now, idle = perf_counter(), self._gate.idle_s
         step_ms = (now - self._last_end - (idle - self._idle_before)) * 1e3
         self._last_end, self._idle_before = now, idle
-        self.closure = False
-        self._data_due = True
-        self._may_change_clock = False
+        for clip in self._clips:
+            if clip in own and clip.kept:
+                step_ms += clip.wall_ms
+            elif clip not in own and not clip.kept:
+                step_ms -= clip.wall_ms
+        self._clips = [replace(c, kept=True) for c in self._clips if c not in own and c.owners]
         self._seen_ever |= self.seen
         self.seen = set()
-        self._times = self._clock.take()
-        return step_ms, self._times
-
-    def skip_step(self) -> None:
-        """The optimizer's step was skipped: the next batch belongs to the same step."""
         self._data_due = True
-        self._gap = DATA
+        return step_ms, _step_times(self._clock.take(), own, shared, clipped)
 
     def next_step(self) -> None:
         """Pass the boundary of the completed step and begin the next."""
@@ -325,3 +399,21 @@ class Phases:
             return None
         self._reported_seen = set(self._seen_ever)
         return {PHASES[p]: why for p, why in WHY_UNSEEN.items() if p not in self._reported_seen}
+
+
+def _step_times(taken: PhaseTimes, clips: list[_Clip], shared: bool, clipped: bool) -> PhaseTimes:
+    """The times of a step, with those of its `clips`."""
+    times: list[float] = []
+
+    def read() -> list[float]:
+        if not times:
+            times.extend(taken())
+            for clip in clips:
+                times[CLIP] += clip.times()[CLIP]
+            for phase in range(OUTSIDE):
+                if times[phase] == 0:
+                    elsewhere = shared and (phase != CLIP or clipped)
+                    times[phase] = absent(Absent.SHARED if elsewhere else Absent.NO_PHASE)
+        return times
+
+    return read

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import ClipRecord, Floats, StepRecord
+from tui_trainer.history.records import ClipRecord, Floats, SkipRecord, StepRecord
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import (
     ClipKind,
     Level,
@@ -27,8 +28,11 @@ from tui_trainer.protocol.messages import (
 from tui_trainer.protocol.schema import AttentionInfo, Column, Table
 from tui_trainer.trace.parameters import TrackedParameters
 
-Readings = Sequence[torch.Tensor]
-"""0-d or 1-d tensors of any dtype and device."""
+Reading = torch.Tensor | float
+"""A 0-d or 1-d tensor of any dtype and device, or a number that is on the host already."""
+Readings = Sequence[Reading]
+Values = NDArray[np.float64]
+"""Readings on the host."""
 Gradient = torch.Tensor | None
 
 
@@ -61,16 +65,29 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class ClipMeasurement:
-    """One call of a clipping function, with its norms on the host."""
+    """One clipping of gradients, on the host. Norms are those that the clipping saw, with any loss
+    scale that was still on them."""
 
     kind: ClipKind
     max_norm: float
+    """The limit; absent where the script clips by itself."""
     norm_before: float
-    """In the caller's norm type, before un-scaling."""
+    """In the caller's norm type, as the function returned it."""
     norm_after: float
-    """NaN for clipping by norm, where it follows from the scale."""
-    complete: bool
-    """Whether it was the 2-norm over every parameter of the optimizer that has a gradient."""
+    """Absent for clipping by norm, where it follows from the scale."""
+    two_norm: bool
+    total_before: float
+    """√Σ‖g‖² of all that was clipped."""
+    gradient_scale: float
+    """The loss scale that was still on the gradients."""
+    norms: Values | None
+    """Of this optimizer's gradients before the clipping; None: `StepFacts.gradient_norms`, times
+    its scale, if they are `known`."""
+    known: bool
+    positions: list[int] | None
+    """Of this optimizer's parameters that were clipped; None: all that have a gradient."""
+    tentative: bool
+    """The script may have changed the gradients by itself: it has where the norms differ."""
 
 
 @dataclass
@@ -81,22 +98,28 @@ class StepFacts:
     step: int
     time: float
     loss: float
-    """NaN also where `loss_known` is false."""
+    """May be absent (see `protocol.absent`), as any of these numbers."""
     learning_rate: float
     step_ms: float
     phase_ms: Sequence[float]
-    """Milliseconds of each of `PHASES`."""
-    loss_known: bool = True
+    """Milliseconds of each column of table `phase_ms`."""
     clips: Sequence[ClipMeasurement] = ()
     gradient_scale: float = 1.0
     """What a GradScaler had multiplied the gradients by when they were measured."""
+    absent_gradients: NDArray[np.uint8] | None = None
+    """For each tracked parameter why it has no gradient (`Absent`), 0 where it has one; None: all
+    have one."""
+    evaluations: float = absent(Absent.NO_CLOSURE)
+    """How often the optimizer evaluated its closure."""
     skipped_at_scale: float | None = None
     """The loss scale at which the optimizer itself skipped its update."""
     own_ms: dict[str, float] = field(default_factory=dict)
     """Our overhead on the training thread by probe, `tracer` for the rest."""
     gradient_norms: NDArray[np.float64] | None = None
+    """Of each tracked parameter, set by the probe of the gradients."""
     weight_norms: NDArray[np.float64] | None = None
-    total_norm: float | None = None
+    total_norm: float = absent(Absent.NOT_MEASURED)
+    """√Σ‖g‖² over the optimizer's own parameters."""
     clip: ClipRecord | None = None
     nonfinite: list[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None]] = field(
         default_factory=list
@@ -154,12 +177,12 @@ class Probe:
         """Gradients are complete and not clipped yet; in the order of `tracked.parameters`."""
         return ()
 
-    def clip_norms(self, norms: Readings) -> Readings | None:
-        """In place of `gradients`, for a probe that needs only the 2-norm of each gradient
-        (flattened, one for each; 0 without a gradient): `clip_grad_norm_` computes them anyway.
+    def gradient_norms(self, norms: Readings) -> Readings:
+        """The same moment, for a probe that needs only the 2-norm of each gradient (flattened, one
+        for each; 0 without a gradient), which clipping may have computed anyway.
 
         A probe with this hook measures every step whose gradients are clipped."""
-        return None
+        return norms
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
@@ -168,7 +191,7 @@ class Probe:
         """The optimizer has changed the weights."""
         return ()
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """One row per table, or None for a table that has none at this step.
 
         `values` holds the readings of `gradients` and then of `after_update`, flattened. Called for
@@ -199,6 +222,9 @@ class RecorderLike(Protocol):
 
     def record(self, record: StepRecord) -> None:
         """Add one optimizer step's measurements: O(1)."""
+
+    def skip(self, record: SkipRecord) -> None:
+        """Add an iteration without a step: O(1)."""
 
     def notice(
         self,

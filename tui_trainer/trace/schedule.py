@@ -13,7 +13,7 @@ STEP_HOOKS = (
     "before_forward",
     "after_forward",
     "gradients",
-    "clip_norms",
+    "gradient_norms",
     "before_update",
     "after_update",
 )
@@ -57,9 +57,7 @@ class StepPlan:
         self.before_forward = those_with("before_forward")
         self.after_forward = those_with("after_forward")
         self.gradients = those_with("gradients")
-        self.clip_norms = those_with("clip_norms")
-        self.gradients_only = tuple(p for p in self.gradients if "clip_norms" not in p.hooks)
-        """Those that need the gradients even where clipping gives their norms."""
+        self.gradient_norms = those_with("gradient_norms")
         self.before_update = those_with("before_update")
         self.after_update = those_with("after_update")
 
@@ -106,7 +104,7 @@ class ProbeSchedule:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, bit))
-            if "clip_norms" in probe.hooks and probe.natural == 1:
+            if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit
                 self.clip_readers.append(probe)
 
@@ -131,7 +129,7 @@ class ProbeSchedule:
 
     def add_requested(self, step: int) -> None:
         """The run is about to pause after all: add what needs no gradients."""
-        self._add(self._requested(step, without="gradients"))
+        self._add(self._requested(step, without=frozenset(("gradients", "gradient_norms"))))
 
     def add_clipping(self) -> None:
         """Gradients are about to be clipped: add the probes that this serves."""
@@ -142,12 +140,14 @@ class ProbeSchedule:
         self._steps += 1
         self.plan, self._chosen = NOTHING, 0
 
-    def _requested(self, step: int, without: str = "") -> int:
+    def _requested(self, step: int, without: frozenset[str] = frozenset()) -> int:
         """Those that want to measure a step before a pause. All are asked, since a probe may then
         measure more than at its cadence."""
         requested = 0
         for position, probe in enumerate(self.probes):
-            if not probe.failed and without not in probe.hooks and probe.probe.wants(step):
+            if probe.failed or not without.isdisjoint(probe.hooks):
+                continue
+            if probe.probe.wants(step):
                 requested |= 1 << position
         return requested
 

@@ -1,121 +1,112 @@
-"""One optimizer step: what the loop did since the last one, and what is known once it completed."""
+"""One optimizer step: the backward passes and clippings that lead to it, and what came of them.
+
+The rules:
+
+* The loss of a step is the sum of the losses that were backpropagated into its optimizer's
+  parameters since the optimizer's last step, without those whose gradients `zero_grad` threw away:
+  exactly the objective whose gradient the optimizer uses. With a closure it is the loss of the
+  first evaluation, at the weights that the step began with.
+* The gradients of a step are those after the last of these backward passes, before any clipping.
+* A clipping belongs to the step that uses the gradients it changed; after the update to none.
+* Gradients that are thrown away before any optimizer has used them are a skipped iteration.
+"""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tui_trainer.history.records import Floats
-from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.history.records import SkipRecord, StepRecord
+from tui_trainer.protocol import formatting
+from tui_trainer.protocol.absent import Absent, absent, why_absent
+from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.phases import PhaseTimes
-from tui_trainer.trace.probe import ClipMeasurement, StepFacts
+from tui_trainer.trace.probe import (
+    ClipMeasurement,
+    Reading,
+    Readings,
+    RecorderLike,
+    StepFacts,
+    Values,
+    skipped_text,
+)
 from tui_trainer.trace.schedule import ActiveProbe
-from tui_trainer.trace.torch_private import NormCapture
-from tui_trainer.trace.transfer import HostTransfer
+from tui_trainer.trace.transfer import HostTransfer, Transfers, length_of
 
 MAX_KEPT = 64
-"""Losses and clip calls that are kept apart within one step."""
+"""Losses and clippings that are kept apart within one step."""
 
 
-@dataclass
-class ClipCall:
-    """A call of a clipping function, its norms still on their device."""
+@dataclass(eq=False, slots=True)
+class GradientReading:
+    """The norms of one optimizer's gradients at one moment, on their device."""
+
+    norms: Readings | None = None
+    """One for each tracked parameter, flattened; None where they were not measured."""
+    scale: torch.Tensor | None = None
+    """A factor (0-d) that a GradScaler still had on them."""
+    absent: NDArray[np.uint8] | None = None
+    """As `StepFacts.absent_gradients`."""
+
+
+@dataclass(eq=False, slots=True)
+class Clipping:
+    """One clipping of gradients, its norms still on their device."""
 
     kind: ClipKind
-    pending: list[object]
-    """Measurers of the optimizers whose gradients it clipped and that have not stepped since."""
     max_norm: float
-    readings: tuple[torch.Tensor, ...]
-    """Norm before; for clipping by value also the norm after."""
-    gradients: int
-    """Number of gradients it clipped."""
+    norm_before: Reading
+    """As the function returned it."""
+    norm_after: Reading | None
+    """None for clipping by norm, where it follows from the scale."""
+    total: Reading | None
+    """√Σ‖g‖² of all it clipped, measured apart where `norm_before` may be something else."""
     two_norm: bool
-
-    def measurement(self, values: Iterator[float], with_gradient: int) -> ClipMeasurement:
-        """The call with its `values` on the host; `with_gradient` of the optimizer's parameters
-        have a gradient."""
-        before, *after = (next(values) for _ in self.readings)
-        return ClipMeasurement(
-            kind=self.kind,
-            max_norm=self.max_norm,
-            norm_before=before,
-            norm_after=after[0] if after else float("nan"),
-            complete=self.two_norm and self.gradients == with_gradient,
-        )
+    scale: torch.Tensor | None
+    """The loss scale (0-d) that was still on the gradients."""
+    positions: dict[int, list[int] | None] = field(default_factory=dict)
+    """id(measurer) → positions of the parameters it clipped; None: all that have a gradient."""
+    readings: dict[int, GradientReading] = field(default_factory=dict)
+    """id(measurer) → its gradients before this clipping."""
+    tentative: bool = False
+    """The script may have changed the gradients by itself: it has where the norms differ."""
 
 
-def make_clip_call(
-    kind: ClipKind,
-    parameters: Any,
-    limit: Any,
-    norm_type: Any,
-    readings: Sequence[torch.Tensor],
-    measurers: Sequence[object],
-    captured: NormCapture,
-) -> ClipCall:
-    """The record of a call that clipped `parameters`, tracked by `measurers`, to `limit`."""
-    count = captured.count
-    if not count:
-        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        count = sum(p.grad is not None for p in given)
-    return ClipCall(
-        kind=kind,
-        pending=list(measurers),
-        max_norm=float(limit),
-        readings=tuple(scalar(reading) for reading in readings),
-        gradients=count,
-        two_norm=kind == "norm" and float(norm_type) == 2.0,
-    )
+@dataclass(eq=False, slots=True)
+class BackwardPass:
+    """One or several calls of `backward` whose gradients go the same way."""
 
+    losses: list[torch.Tensor]
+    """0-d each, without any loss scale."""
+    claims: set[Any] = field(default_factory=set)
+    """Measurers of the optimizers that have neither used nor lost the gradients."""
+    used: bool = False
+    lost: list[LostGradients] = field(default_factory=list)
+    returned: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
+    """Of `torch.autograd.grad`: id(parameter) → the gradient it returned, which counts once the
+    script has assigned it."""
 
-class PendingStep:
-    """Losses and clip calls since the last optimizer step.
-
-    The loss of a step is the sum of the scalars on which `backward` was called since the step
-    before (before any GradScaler): exactly the objective whose gradient the optimizer uses. With a
-    closure it is the loss of the first evaluation. An optimizer that steps without a backward of
-    its own (two optimizers for one model) shows the loss of the step before.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        """0-d each."""
-        self._last_losses: list[torch.Tensor] = []
-        self._clips: list[ClipCall] = []
-
-    def add_losses(self, losses: Sequence[torch.Tensor], closure: bool) -> None:
-        """`backward` is called on these tensors of one element each."""
-        if closure and self.losses:
-            return  # only the first evaluation is at the weights that the step began with
-        self.losses += [scalar(loss) for loss in losses]
+    def add(self, losses: Sequence[torch.Tensor]) -> None:
+        self.losses += losses
         if len(self.losses) > MAX_KEPT:
-            self.losses = [torch.stack([loss.float() for loss in self.losses]).sum()]
+            self.losses = [torch.stack([loss.double() for loss in self.losses]).sum()]
 
-    def add_clip(self, call: ClipCall) -> None:
-        self._clips.append(call)
-        del self._clips[:-MAX_KEPT]
 
-    def take(self, measurer: object) -> tuple[list[torch.Tensor], list[ClipCall]]:
-        """The losses, and the clip calls of the optimizer that `measurer` tracks: it has stepped.
-        Calls that clipped other optimizers' gradients too are kept for their own steps."""
-        if self.losses:
-            self._last_losses, self.losses = self.losses, []
-        own: list[ClipCall] = []
-        if self._clips:
-            own = [call for call in self._clips if measurer in call.pending]
-            for call in own:
-                call.pending.remove(measurer)
-            self._clips = [call for call in self._clips if call.pending]
-        return self._last_losses, own
+@dataclass(eq=False, slots=True)
+class LostGradients:
+    """What was known of one optimizer's gradients when they were thrown away."""
 
-    def clear(self) -> None:
-        """The step was skipped."""
-        self.losses, self._clips = [], []
+    measurer: Any
+    reading: GradientReading
+    clips: list[Clipping]
 
 
 class GradScaling:
@@ -132,6 +123,7 @@ class GradScaling:
         self._scaler = weakref.ref(scaler)
         if isinstance(original, torch.Tensor) and isinstance(result, torch.Tensor):
             self._losses.append((weakref.ref(result), original.detach()))
+            torch_private.mark_graph(result)
         elif isinstance(original, (list, tuple)) and isinstance(result, (list, tuple)):
             for before, after in zip(original, result, strict=True):
                 self.add(scaler, before, after)
@@ -142,6 +134,9 @@ class GradScaling:
         for reference, before in self._losses:
             if reference() is loss:
                 return before
+        if self._scaler is not None and torch_private.graph_is_marked(loss):
+            scale = self.loss_scale()  # computed from a scaled loss, as in `scaled / n`
+            return loss.detach() / scale.to(loss.device)
         return loss
 
     def gradient_scale(self, optimizer: torch.optim.Optimizer | None) -> torch.Tensor | None:
@@ -176,36 +171,24 @@ def scalar(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(()) if tensor.dim() else tensor
 
 
-def total_norm(parameters: Any) -> torch.Tensor:
-    """√Σ‖gᵢ‖² over the gradients of `parameters` (0-d)."""
-    with torch.no_grad():
-        return _total_norm(parameters)
+# ---------------------------------------------------------------- completed
 
 
-def _total_norm(parameters: Any) -> torch.Tensor:
-    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    gradients = [p.grad for p in given if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norms = torch._foreach_norm(gradients)
-    stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
-    total: torch.Tensor = torch.linalg.vector_norm(stacked)
-    return total
-
-
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class StepOutcome:
-    """What the tracer knows of a step that has just completed."""
+    """What the tracer knows of a step that has just completed, or of a skipped iteration."""
 
     step: int
-    losses: Sequence[torch.Tensor]
+    losses: Sequence[torch.Tensor] | None
+    """None: no backward since the optimizer's last step. Empty: none on a scalar."""
     learning_rate: float | torch.Tensor
     step_ms: float
     times: PhaseTimes
-    clips: Sequence[ClipCall]
+    clips: Sequence[Clipping]
+    evaluations: float = absent(Absent.NO_CLOSURE)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class CompletedStep:
     """A step whose values are on their way to the host: a header, then the readings of each probe
     that took any."""
@@ -217,49 +200,189 @@ class CompletedStep:
     probes: Sequence[ActiveProbe]
     time: float
     own_ms: dict[str, float]
-    scaled: bool
-    """Whether the header holds a factor that was still on the gradients."""
-    with_gradient: int
-    """Number of parameters that have a gradient, as far as a clipping has shown it."""
+    header: Header
+    absent: NDArray[np.uint8] | None
+    """As `StepFacts.absent_gradients`."""
 
-    def facts(self, header: Floats) -> StepFacts:
+    def facts(self, header: Values) -> StepFacts:
         """The step on the host, from which the probes make their rows."""
         outcome = self.outcome
-        values = iter(header.tolist())
-        losses = [next(values) for _ in outcome.losses]
-        rate = outcome.learning_rate
-        learning_rate = next(values) if isinstance(rate, torch.Tensor) else rate
-        clips = [call.measurement(values, self.with_gradient) for call in outcome.clips]
-        scale = next(values) if self.scaled else 1.0
-        skipped = next(values, 0.0) > 0  # see `StepMeasurer.skip`
+        values = self.header.read(header)
         return StepFacts(
             step=outcome.step,
             time=self.time,
-            loss=float(sum(losses)) if losses else float("nan"),
-            loss_known=bool(losses),
-            learning_rate=learning_rate,
+            loss=values.loss,
+            learning_rate=values.learning_rate,
             step_ms=outcome.step_ms,
             phase_ms=outcome.times(),
-            clips=clips,
-            gradient_scale=scale or 1.0,
-            skipped_at_scale=next(values) if skipped else None,
+            clips=values.clips,
+            gradient_scale=values.gradient_scale,
+            absent_gradients=self.absent,
+            evaluations=outcome.evaluations,
+            skipped_at_scale=values.skipped_at_scale,
             own_ms=self.own_ms,
         )
 
 
-def make_header(
-    outcome: StepOutcome,
-    scale: torch.Tensor | None,
-    skip: tuple[torch.Tensor, torch.Tensor] | None,
-) -> list[torch.Tensor]:
-    """What `CompletedStep.facts` reads back, in its order."""
-    header: list[torch.Tensor] = [*outcome.losses]
-    if isinstance(outcome.learning_rate, torch.Tensor):
-        header.append(scalar(outcome.learning_rate))
-    for call in outcome.clips:
-        header += call.readings
-    if scale is not None:
-        header.append(scalar(scale))
-    if skip is not None:
-        header += [scalar(value) for value in skip]
-    return header
+@dataclass(slots=True)
+class HeaderValues:
+    """What `Header.read` gives."""
+
+    loss: float
+    learning_rate: float
+    clips: list[ClipMeasurement]
+    gradient_scale: float
+    skipped_at_scale: float | None
+
+
+class Header:
+    """The readings of a step that are no probe's: losses, learning rate, clippings, scales."""
+
+    def __init__(
+        self,
+        outcome: StepOutcome,
+        reading: GradientReading,
+        skip: tuple[torch.Tensor, torch.Tensor] | None,
+        measurer: int,
+    ) -> None:
+        """`skip` as `StepMeasurer.skip`; `measurer`: the key of the optimizer in `Clipping`."""
+        self._losses = outcome.losses
+        self._rate = outcome.learning_rate
+        self._clips = outcome.clips
+        self._reading = reading
+        self._skip = skip
+        self._measurer = measurer
+        self.readings: list[Reading] = [*(outcome.losses or ())]
+        self._add(self._rate)
+        self._add(reading.scale)
+        for clip in self._clips:
+            self._add(clip.norm_before)
+            self._add(clip.norm_after)
+            self._add(clip.total)
+            self._add(clip.scale)
+            self.readings += self._norms_before(clip) or ()
+        for value in skip or ():
+            self._add(value)
+
+    def _add(self, value: Reading | None) -> None:
+        if isinstance(value, torch.Tensor):
+            self.readings.append(scalar(value))
+
+    def _norms_before(self, clip: Clipping) -> Readings | None:
+        """The norms before a clipping, where they are not those of the step."""
+        reading = clip.readings.get(self._measurer)
+        return None if reading is None or reading is self._reading else reading.norms
+
+    def read(self, values: Values) -> HeaderValues:
+        """Everything again, from its values on the host."""
+        left = values.tolist()
+        left.reverse()
+
+        def take(value: Reading | None, default: float = float("nan")) -> float:
+            if isinstance(value, torch.Tensor):
+                return float(left.pop())
+            return default if value is None else value
+
+        if self._losses is None:
+            loss = absent(Absent.NO_LOSS)
+        elif not self._losses:
+            loss = absent(Absent.LOSS_NOT_SEEN)
+        else:
+            loss = float(sum(left.pop() for _ in self._losses))
+        rate = take(self._rate)
+        scale = take(self._reading.scale, 1.0) or 1.0
+        clips = []
+        for clip in self._clips:
+            before = take(clip.norm_before)
+            after = take(clip.norm_after, absent(Absent.NOT_MEASURED))
+            total = take(clip.total, before if clip.two_norm else absent(Absent.NOT_MEASURED))
+            clip_scale = take(clip.scale, 1.0) or 1.0
+            norms = self._norms_before(clip)
+            own = None
+            if norms is not None:
+                own = np.array([left.pop() for _ in range(length_of(norms))])
+            known = clip.readings.get(self._measurer)
+            clips.append(
+                ClipMeasurement(
+                    kind=clip.kind,
+                    max_norm=clip.max_norm,
+                    norm_before=before,
+                    norm_after=after,
+                    two_norm=clip.two_norm,
+                    total_before=total,
+                    gradient_scale=clip_scale,
+                    norms=own,
+                    known=known is not None and known.norms is not None,
+                    positions=clip.positions.get(self._measurer),
+                    tentative=clip.tentative,
+                )
+            )
+        skipped = None
+        if self._skip is not None:
+            flag, at = (take(value) for value in self._skip)
+            skipped = at if flag > 0 else None
+        return HeaderValues(loss, rate, clips, scale, skipped)
+
+
+class SkippedIteration:
+    """Gradients that no optimizer used, their values on their way to the host."""
+
+    def __init__(
+        self, reason: SkipReason, loss_scale: float | None, parts: list[tuple[Any, CompletedStep]]
+    ) -> None:
+        """`parts`: (measurer, what it knew) for each optimizer that the gradients were for.
+        `loss_scale`: at which a GradScaler skipped."""
+        self.reason = reason
+        self.loss_scale = loss_scale
+        self.parts = parts
+        self.transfer = Transfers([step.transfer for _, step in parts])
+
+
+class SkipRecorder:
+    """Records skipped iterations."""
+
+    def __init__(self, recorder: RecorderLike) -> None:
+        self._recorder = recorder
+
+    def record(self, skipped: SkippedIteration) -> float:
+        """See `step_queue.StepRecorder`."""
+        records: list[StepRecord] = []
+        spent = 0.0
+        total = 0.0
+        loss = float("nan")
+        for measurer, step in skipped.parts:
+            record, facts, seconds = measurer.rows_of(step)
+            records.append(record)
+            spent += seconds
+            loss, total = facts.loss, math.hypot(total, facts.total_norm)
+        first = records[0]
+        clips = [record.clip for record in records if record.clip is not None]
+        self._recorder.skip(
+            SkipRecord(
+                step=first.step,
+                time=first.time,
+                reason=skipped.reason,
+                text=_skip_text(skipped, loss, total),
+                optimizer=first.optimizer,
+                rows=tuple(row for record in records for row in record.rows),
+                clip=clips[0] if clips else None,
+                nonfinite=tuple(found for record in records for found in record.nonfinite),
+                loss_scale=skipped.loss_scale,
+            )
+        )
+        return spent
+
+
+def _skip_text(skipped: SkippedIteration, loss: float, norm: float) -> str:
+    if skipped.reason == "scaler":
+        text = skipped_text(skipped.loss_scale or math.nan)
+    elif skipped.reason == "hand":
+        text = "skipped by the script: gradients were thrown away before any step used them"
+    else:
+        text = "the script ended before the step"
+    known = [
+        f"{name} {formatting.number(value, 0)}"
+        for name, value in (("loss", loss), ("gradient norm", norm))
+        if why_absent(value) is None
+    ]
+    return f"{text} ({', '.join(known)})" if known else text

@@ -1,13 +1,13 @@
-"""Completed steps that are not recorded yet."""
+"""Completed steps and skipped iterations that are not recorded yet."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
-from tui_trainer.trace.step import CompletedStep
+from tui_trainer.trace.transfer import HostTransfer, Transfers
 
 RECORD_EVERY_S = 0.25
 BATCH = 16
@@ -19,10 +19,17 @@ IDLE_S = 0.3
 """Time without a new step after which another thread records those that wait."""
 
 
-class StepRecorder(Protocol):
-    """Records the steps of one optimizer (`StepMeasurer`)."""
+class Queued(Protocol):
+    """A step or an iteration with values on their way to the host."""
 
-    def record(self, step: CompletedStep) -> float:
+    @property
+    def transfer(self) -> HostTransfer | Transfers: ...
+
+
+class StepRecorder(Protocol):
+    """Records what is queued (`StepMeasurer`)."""
+
+    def record(self, step: Any) -> float:
         """Record a step whose values have arrived; returns the seconds spent in probes, which
         account for their own cost."""
 
@@ -35,13 +42,13 @@ class StepQueue:
     """
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[StepRecorder, CompletedStep]] = deque()
+        self._steps: deque[tuple[StepRecorder, Queued]] = deque()
         self._recording = threading.Lock()
         self._last_put = 0.0
         self._last_drain = 0.0
         self._accounted_s = 0.0
 
-    def put(self, recorder: StepRecorder, step: CompletedStep, at_once: bool) -> None:
+    def put(self, recorder: StepRecorder, step: Queued, at_once: bool) -> None:
         """Add a step. `at_once`: record what has arrived, since the run may pause next."""
         self._steps.append((recorder, step))
         now = self._last_put = perf_counter()

@@ -6,12 +6,17 @@ that trains and while the tracer is suspended.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, Protocol
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -40,12 +45,18 @@ class TorchEvents(Protocol):
     training_thread: int
     optimizer_steps: int
 
-    def optimizer_found(self, optimizer: Optimizer) -> None: ...
+    def optimizer_created(self, optimizer: Optimizer) -> None: ...
+    def optimizer_used(self, optimizer: Optimizer) -> None: ...
+    def module_changed(self, module: torch.nn.Module) -> None: ...
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool: ...
-    def zero_grad_ended(self) -> None: ...
+    def zero_grad_ended(self, owner: Optimizer | torch.nn.Module) -> None: ...
     def backward_began(self, tensors: Any) -> bool: ...
     def backward_ended(self) -> None: ...
-    def clip_began(self, parameters: Any, kind: ClipKind) -> bool: ...
+    def gradients_began(self, outputs: Any, inputs: Any) -> bool: ...
+    def gradients_ended(self, inputs: Any, result: Any) -> None: ...
+    def functional_began(self) -> bool: ...
+    def functional_ended(self, result: Any, has_value: bool) -> None: ...
+    def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool: ...
     def clip_ended(
         self,
         kind: ClipKind,
@@ -57,9 +68,12 @@ class TorchEvents(Protocol):
     ) -> None: ...
     def step_began(self, optimizer: Optimizer, closure: bool) -> None: ...
     def step_ended(self, optimizer: Optimizer) -> None: ...
-    def step_skipped(self) -> None: ...
+    def step_skipped(self, optimizer: Optimizer) -> None: ...
+    def evaluation_began(self) -> None: ...
+    def evaluation_ended(self) -> None: ...
     def phase_failed(self) -> None: ...
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None: ...
+    def gradients_unscaled(self, optimizer: Optimizer) -> None: ...
     def scaler_updated(self) -> None: ...
 
 
@@ -76,7 +90,8 @@ class TorchHooks:
         self._wrap_backward()
         self._wrap_clipping()
         self._wrap_scaler()
-        self._handles = self._hook_optimizers()
+        self._wrap_functional()
+        self._handles = [*self._hook_optimizers(), *self._hook_modules()]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -90,20 +105,63 @@ class TorchHooks:
     def _hook_optimizers(self) -> list[Any]:
         events, ignored = self._events, self._ignored
 
-        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not ignored():
-                # Bound methods are called as step(optimizer, closure).
-                rest = args[1:] if args and args[0] is optimizer else args
-                closure = rest[0] if rest else kwargs.get("closure")
-                events.step_began(optimizer, callable(closure))
+        def before(
+            optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if ignored():
+                return None
+            # Bound methods are called as step(optimizer, closure).
+            first = 1 if args and args[0] is optimizer else 0
+            closure = args[first] if len(args) > first else kwargs.get("closure")
+            if not callable(closure):
+                events.step_began(optimizer, False)
+                return None
+            events.step_began(optimizer, True)
+            if len(args) > first:
+                args = (*args[:first], self._evaluating(closure), *args[first + 1 :])
+            else:
+                kwargs = {**kwargs, "closure": self._evaluating(closure)}
+            return args, kwargs
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not ignored():
                 events.step_ended(optimizer)
 
+        original: Callable[..., None] = Optimizer.__init__
+
+        def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            if not ignored():
+                events.optimizer_created(optimizer)
+
+        self._patches.replace(Optimizer, "__init__", copy_metadata(__init__, original))
         return [
             register_optimizer_step_pre_hook(before),
             register_optimizer_step_post_hook(after),
+        ]
+
+    def _evaluating(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        events, ignored = self._events, self._ignored
+
+        @functools.wraps(closure)
+        def evaluate() -> Any:
+            if ignored():
+                return closure()
+            events.evaluation_began()
+            result = closure()
+            events.evaluation_ended()
+            return result
+
+        return evaluate
+
+    def _hook_modules(self) -> list[Any]:
+        def changed(module: torch.nn.Module, name: str, new: Any) -> None:
+            if not self._ignored():
+                self._events.module_changed(module)
+
+        return [
+            register_module_module_registration_hook(changed),
+            register_module_parameter_registration_hook(changed),
         ]
 
     def _wrap_zero_grad(self) -> None:
@@ -121,7 +179,7 @@ class TorchHooks:
                 except BaseException:
                     events.phase_failed()
                     raise
-                events.zero_grad_ended()
+                events.zero_grad_ended(self)
                 return None
 
             self._patches.replace(owner, "zero_grad", copy_metadata(zero_grad, original))
@@ -153,9 +211,55 @@ class TorchHooks:
                 return autograd_backward(*args, **kwargs)
             return run(autograd_backward, args, kwargs)
 
+        autograd_grad: Callable[..., Any] = torch.autograd.grad
+
+        def grad(*args: Any, **kwargs: Any) -> Any:
+            if ignored():
+                return autograd_grad(*args, **kwargs)
+            outputs = args[0] if args else kwargs.get("outputs", ())
+            inputs = args[1] if len(args) > 1 else kwargs.get("inputs", ())
+            if not events.gradients_began(outputs, inputs):
+                return autograd_grad(*args, **kwargs)
+            try:
+                result = autograd_grad(*args, **kwargs)
+            except BaseException:
+                events.phase_failed()
+                raise
+            events.gradients_ended(inputs, result)
+            return result
+
         replace = self._patches.replace
         replace(torch.Tensor, "backward", copy_metadata(method, tensor_backward))
         replace(torch.autograd, "backward", copy_metadata(function, autograd_backward))
+        replace(torch.autograd, "grad", copy_metadata(grad, autograd_grad))
+
+    def _wrap_functional(self) -> None:
+        for name, has_value in (("grad", False), ("grad_and_value", True)):
+            original = getattr(torch.func, name, None)
+            if original is not None:
+                self._patches.replace(torch.func, name, self._functional(original, has_value))
+
+    def _functional(self, original: Callable[..., Any], has_value: bool) -> Callable[..., Any]:
+        events, ignored = self._events, self._ignored
+
+        def transform(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            computed: Callable[..., Any] = original(*args, **kwargs)
+
+            @functools.wraps(computed)
+            def compute(*inputs: Any, **named: Any) -> Any:
+                if ignored() or not events.functional_began():
+                    return computed(*inputs, **named)
+                try:
+                    result = computed(*inputs, **named)
+                except BaseException:
+                    events.phase_failed()
+                    raise
+                events.functional_ended(result, has_value)
+                return result
+
+            return compute
+
+        return copy_metadata(transform, original)  # type: ignore[no-any-return]
 
     def _wrap_clipping(self) -> None:
         for name, kind in CLIPPING.items():
@@ -182,7 +286,10 @@ class TorchHooks:
                     args = (parameters, *args[1:])
                 else:
                     kwargs["parameters"] = parameters
-            if not events.clip_began(parameters, kind):
+            norm_type = 2.0
+            if name == "clip_grad_norm_":
+                norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
+            if not events.clip_began(parameters, kind, kind == "norm" and norm_type == 2):
                 return original(*args, **kwargs)
             try:
                 with NormCapture() as captured:
@@ -191,11 +298,9 @@ class TorchHooks:
                 events.phase_failed()
                 raise
             limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
-            norm_type, total = 2.0, result
+            total = result
             if name == "clip_grads_with_norm_":
                 total = args[2] if len(args) > 2 else kwargs.get("total_norm")
-            elif kind == "norm":
-                norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
             events.clip_ended(kind, parameters, limit, norm_type, total, captured)
             return result
 
@@ -215,7 +320,7 @@ class TorchHooks:
         def unscale_(self: Any, optimizer: Any) -> Any:
             result = unscale(self, optimizer)
             if not ignored():
-                events.optimizer_found(optimizer)
+                events.gradients_unscaled(optimizer)
             return result
 
         def step_(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +329,7 @@ class TorchHooks:
             before = events.optimizer_steps
             result = step(self, optimizer, *args, **kwargs)
             if events.optimizer_steps == before:
-                events.step_skipped()
+                events.step_skipped(optimizer)
             return result
 
         def update_(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -68,6 +68,41 @@ def skip_flag(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     return getattr(optimizer, "found_inf", None)
 
 
+# ---------------------------------------------------------------- the autograd graph
+
+_MARK = "tui_trainer_scaled"
+MAX_NODES = 16
+"""How far a loss is followed back through the graph."""
+
+
+def mark_graph(result: torch.Tensor) -> None:
+    """Mark the node that computed `result`; the mark lives and dies with the graph."""
+    metadata = getattr(result.grad_fn, "metadata", None)
+    if metadata is not None:
+        metadata[_MARK] = True
+
+
+def graph_is_marked(loss: torch.Tensor) -> bool:
+    """Whether `loss` was computed from a marked tensor in a few steps (divided, summed, …)."""
+    nodes: list[Any] = [loss.grad_fn]
+    for visited in range(MAX_NODES):
+        if visited >= len(nodes):
+            return False
+        node = nodes[visited]
+        if node is None:
+            continue
+        if _MARK in getattr(node, "metadata", ()):
+            return True
+        nodes += [following for following, _ in getattr(node, "next_functions", ())]
+    return False
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors in what a function of `torch.func` returned."""
+    leaves, _ = torch.utils._pytree.tree_flatten(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 # ---------------------------------------------------------------- norms inside clip_grad_norm_
 
 FULL_PRECISION = (torch.float32, torch.float64)

@@ -6,10 +6,11 @@ the training thread and makes of them the phases data → zero_grad → forward 
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
 * Evaluations (calls without gradients) are not a phase.
-* A step for which a GradScaler does not call the optimizer is not a step: the next batch belongs to
-  the same one. An optimizer that handles `found_inf` itself (PyTorch's fused ones) is called all
-  the same and leaves the weights as they are: that is a step. Both are reported as skipped.
-* `step.PendingStep` defines the loss of a step, `phases.Phases` where a phase begins and ends.
+* Gradients that `zero_grad` throws away, or with which a GradScaler does not call the optimizer,
+  are an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's fused
+  ones) is called all the same and leaves the weights as they are: that is a step.
+* `step` defines which losses, gradients and clippings are a step's, `phases.Phases` where a phase
+  begins and ends.
 
 Nothing here may ever change or stop the training: every method that torch calls is `guarded`.
 """
@@ -29,27 +30,33 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules
-from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.norms import total_norm, total_of
+from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
+from tui_trainer.trace.parameters import parameters_of
 from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OUTSIDE, STEP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Options,
     Probe,
+    Reading,
     RecorderLike,
     describe_exception,
-    skipped_text,
 )
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import (
+    BackwardPass,
+    Clipping,
+    GradientReading,
     GradScaling,
-    PendingStep,
+    SkippedIteration,
+    SkipRecorder,
     StepOutcome,
-    make_clip_call,
-    total_norm,
+    scalar,
 )
 from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
@@ -112,8 +119,11 @@ class Tracer:
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
         self._queue = StepQueue()
-        self._pending = PendingStep()
+        self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
+        self._pass: BackwardPass | None = None
+        """The open backward."""
+        self._last_pass: BackwardPass | None = None
         self._sampling: list[StepMeasurer] = []
         """Measurers whose probes observe the open forward."""
         self._clipping: list[StepMeasurer] = []
@@ -121,7 +131,13 @@ class Tracer:
         self._stepping: StepMeasurer | None = None
         self._inner_steps = 0
         """Depth of optimizer steps inside the open `step`."""
-        self._norm_before_value_clip: torch.Tensor | None = None
+        self._evaluations = 0
+        """Evaluations of the closure in the open `step`."""
+        self._evaluated: StepMeasurer | None = None
+        """The optimizer whose open `step` has evaluated its closure once: what follows belongs to
+        further evaluations."""
+        self._total_before_clip: Reading | None = None
+        self._late_clips_reported = False
 
     # ------------------------------------------------------------ attaching
 
@@ -146,6 +162,8 @@ class Tracer:
         if not self._attached:
             return
         self._attached = False
+        if self.training_thread == threading.get_ident():
+            self._script_ended()
         self.training_thread = 0
         self._roots.clear()
         self._hooks.remove()
@@ -235,11 +253,14 @@ class Tracer:
     @property
     def losses(self) -> list[torch.Tensor]:
         """Losses of the current step (0-d each)."""
-        return self._pending.losses
+        waiting = [p for m in self.registry.measurers for p in m.passes if not p.used]
+        passes = list(dict.fromkeys([*waiting, *([self._pass] if self._pass else [])]))
+        return [loss for each in passes for loss in each.losses]
 
     @property
     def in_phase(self) -> bool:
-        return self._phases.open is not None
+        """Whether a call of a module now is part of a phase."""
+        return self._phases.open is not None and not self._phases.in_closure
 
     def duration_ms(self, phase: int) -> float:
         """Time of a phase in this step so far. Only while paused."""
@@ -280,9 +301,9 @@ class Tracer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self._phases.open is not None:
+        if self.in_phase:
             return original(module, *args, **kwargs)
-        self._evaluation_began()
+        self._evaluation_call_began()
         self._phases.stop_clock()
         try:
             return original(module, *args, **kwargs)
@@ -290,21 +311,28 @@ class Tracer:
             self._phases.resume_clock()
 
     @guarded
-    def _evaluation_began(self) -> None:
+    def _evaluation_call_began(self) -> None:
         self._queue.drain()  # the next step may be long in coming
 
     @guarded
     def _forward_began(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
+        self._end_step_by_hand()
+        if not self.in_phase:
+            for measurer in self.registry.measurers:
+                if measurer.passes and measurer.probably_changed():
+                    self._gradients_between_passes(measurer)
         first = FORWARD not in self._phases.seen
         if not self._phases.enter(FORWARD):
             return False
+        self.registry.search_further_roots()
         if self.gate.armed:
             self._reporter.keep_inputs(args, kwargs)
-        self.registry.register_pending()
         self._phases.before_forward(module)
         if first:
+            if not self._phases.closure:
+                self.registry.refresh()
             for measurer in self.registry.measurers:
                 measurer.prepare(self.step, self.gate.stops_soon)
                 if measurer.before_forward(module):
@@ -329,64 +357,252 @@ class Tracer:
         for measurer in sampling:
             measurer.after_forward()
 
-    # ------------------------------------------------------------ zero_grad and backward
-
     @guarded
-    def optimizer_found(self, optimizer: Optimizer) -> None:
-        """An optimizer is used before its first step."""
-        self.registry.add_pending(optimizer)
+    def module_changed(self, module: torch.nn.Module) -> None:
+        self.registry.module_changed(module)
 
-    @guarded
-    def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
-        if not self._phases.enter(ZERO_GRAD):
-            return False
-        if isinstance(owner, Optimizer):
-            self.registry.add_pending(owner)
-        self._phases.run()
-        return True
-
-    @guarded
-    def zero_grad_ended(self) -> None:
-        self._phases.leave()
+    # ------------------------------------------------------------ backward
 
     @guarded
     def backward_began(self, tensors: Any) -> bool:
+        return self._open_backward(tensors)
+
+    def _open_backward(self, outputs: Any) -> bool:
+        self._end_step_by_hand()
         if not self._phases.enter(BACKWARD):
             return False
-        given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        given = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
-        losses = [self._scaling.unscaled_loss(loss) for loss in scalars]
+        losses = [scalar(self._scaling.unscaled_loss(loss)) for loss in scalars]
         self._phases.before_backward()
-        self._pending.add_losses(losses, self._phases.closure)
+        for measurer in self.registry.measurers:
+            if measurer.passes:
+                self._gradients_between_passes(measurer)
+        self._pass = BackwardPass(losses)
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
-            measurer.gradients_read = False
+            measurer.before_backward()
         self._phases.run()
         return True
 
     @guarded
     def backward_ended(self) -> None:
+        self._phases.stop_clock()
+        reached = [m for m in self.registry.measurers if m.reached_by_backward()]
+        for measurer in self.registry.register_reached():
+            measurer.gradients_known()
+            if measurer not in reached:
+                reached.append(measurer)
+        if not reached and not self.registry.measurers:
+            by_hand = self.registry.measure_hand_updates()
+            if by_hand is not None:
+                by_hand.gradients_known()
+                reached.append(by_hand)
+        self._close_backward(reached)
+        for measurer in reached:
+            if measurer.careful and measurer.reading is None and measurer.passes:
+                self._read_gradients(measurer)
+            self._expect_update_by_hand(measurer)
+        self._phases.after_backward()
+        self._phases.leave(OUTSIDE)
+
+    def _expect_update_by_hand(self, measurer: StepMeasurer) -> None:
+        if measurer.weights is not None:
+            measurer.prepare(self.step, self.gate.stops_soon)
+            measurer.before_update()
+            measurer.weights.remember()
+
+    def _close_backward(self, reached: list[StepMeasurer]) -> None:
+        """Put the pass to those that wait for the steps of the optimizers that it `reached`."""
+        backward, self._pass = self._pass, None
+        if backward is None:
+            return
+        # Of a closure only the first evaluation is at the weights that the step began with.
+        reached = [measurer for measurer in reached if measurer is not self._evaluated]
+        last = self._last_pass
+        if (
+            last is not None
+            and last.claims == set(reached)
+            and not (last.used or last.returned or backward.returned)
+        ):
+            last.add(backward.losses)
+            backward = last
+        self._last_pass = backward
+        for measurer in reached:
+            measurer.add_pass(backward)
+
+    @guarded
+    def gradients_began(self, outputs: Any, inputs: Any) -> bool:
+        """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
+        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        parameters = [t for t in given if isinstance(t, torch.Tensor) and t.is_leaf]
+        self.registry.register_holders(parameters)
+        if not self.registry.measurers:
+            self.registry.measure_hand_updates(parameters)
+        if not self.registry.measurers_of(parameters):
+            return False
+        return self._open_backward(outputs)
+
+    @guarded
+    def gradients_ended(self, inputs: Any, result: Any) -> None:
+        self._phases.stop_clock()
+        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        gradients = {
+            id(parameter): gradient
+            for parameter, gradient in zip(given, result, strict=False)
+            if isinstance(gradient, torch.Tensor)
+        }
+        if self._pass is not None:
+            self._pass.returned = {key: weakref.ref(g) for key, g in gradients.items()}
+        reached = self.registry.measurers_of(given)
+        self._close_backward(reached)
+        for measurer in reached:
+            if measurer.careful and measurer.reading is None and measurer.passes:
+                found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
+                self._read_gradients(measurer, gradients=found)
+            self._expect_update_by_hand(measurer)
+        self._phases.after_backward()
+        self._phases.leave(OUTSIDE)
+
+    @guarded
+    def functional_began(self) -> bool:
+        """A function made by `torch.func.grad` or `grad_and_value` is called."""
+        return self._open_backward(())
+
+    @guarded
+    def functional_ended(self, result: Any, has_value: bool) -> None:
+        self._phases.stop_clock()
+        gradients, value = result if has_value else (result, None)
+        if isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        if self._pass is not None:
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                self._pass.losses = [scalar(value)]
+            leaves = torch_private.tensors_of(gradients)
+            self._pass.returned = {-n: weakref.ref(g) for n, g in enumerate(leaves)}
+        self._close_backward(self.registry.measurers)
         self._phases.after_backward()
         self._phases.leave(OUTSIDE)
 
     def phase_failed(self) -> None:
         """The torch function that is the open phase raised."""
+        self._pass = None
         if self._phases.fail() == CLIP:
             for measurer in self._clipping:
-                measurer.gradients_read = False
+                measurer.clip_failed()
+
+    # ------------------------------------------------------------ zero_grad, and what it discards
+
+    @guarded
+    def optimizer_created(self, optimizer: Optimizer) -> None:
+        self.registry.add_created(optimizer)
+
+    @guarded
+    def optimizer_used(self, optimizer: Optimizer) -> None:
+        """An optimizer is used before its first step."""
+        self.registry.add_pending(optimizer)
+
+    @guarded
+    def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
+        self._end_step_by_hand()
+        if not self._phases.enter(ZERO_GRAD):
+            return False
+        if isinstance(owner, Optimizer):
+            self.registry.add_pending(owner)
+        for measurer in self.registry.measurers:
+            # About to be thrown away, perhaps: the last moment to read them.
+            if measurer.reading is None and any(not each.used for each in measurer.passes):
+                self._resolve_returned(measurer)
+                if measurer.passes:
+                    self._read_gradients(measurer)
+        self._phases.run()
+        return True
+
+    @guarded
+    def zero_grad_ended(self, owner: Optimizer | torch.nn.Module) -> None:
+        self._phases.stop_clock()
+        waiting = [m for m in self.registry.measurers if m.passes and m is not self._evaluated]
+        if waiting:
+            self._lose(waiting, _zeroed_by(owner))
+        for measurer in self.registry.measurers:
+            if measurer.passes:
+                measurer.gradients_known()
+            else:
+                measurer.forget_marks()
+        self._phases.leave()
+
+    def _lose(self, measurers: list[StepMeasurer], zeroed: Callable[[torch.Tensor], bool]) -> None:
+        """Let go of the passes of those `measurers` that have no gradients left."""
+        lost: list[BackwardPass] = []
+        for measurer in measurers:
+            if measurer.gradients_zeroed(zeroed):
+                lost += self._discard(measurer)
+        self._skip(lost, "hand")
+
+    def _discard(self, measurer: StepMeasurer) -> list[BackwardPass]:
+        """The gradients of `measurer` are thrown away: the passes that no optimizer has used or
+        can use any more."""
+        passes = measurer.passes
+        knowledge = measurer.lose()
+        lost: list[BackwardPass] = []
+        for backward in passes:
+            backward.claims.discard(measurer)
+            if measurer is self._stepping:
+                backward.used = True  # a closure begins its next evaluation
+            backward.lost.append(knowledge)
+            if not backward.claims and not backward.used:
+                lost.append(backward)
+        return lost
+
+    def _skip(self, lost: list[BackwardPass], reason: SkipReason) -> None:
+        """Report an iteration whose gradients no optimizer used."""
+        if not lost:
+            return
+        losses = [loss for backward in lost for loss in backward.losses]
+        step_ms, times = self._phases.discard_iteration()
+        parts = []
+        for knowledge in dict.fromkeys(part for backward in lost for part in backward.lost):
+            outcome = StepOutcome(
+                step=self.step,
+                losses=losses,
+                learning_rate=absent(Absent.NOT_MEASURED),
+                step_ms=step_ms,
+                times=times,
+                clips=knowledge.clips,
+            )
+            parts.append((knowledge.measurer, knowledge.measurer.skipped(outcome, knowledge)))
+        scale = self._scaling.read_loss_scale() if reason == "scaler" else None
+        skipped = SkippedIteration(reason, scale, parts)
+        self._queue.put(self._skips, skipped, self.gate.armed)
+
+    def _gradients_between_passes(self, measurer: StepMeasurer) -> None:
+        """Before a further backward: follow what the script did to the gradients by itself."""
+        self._resolve_returned(measurer)
+        if not measurer.passes or measurer is self._evaluated or not measurer.gradients_changed():
+            return
+        if measurer.any_gradient() and not measurer.all_zero():
+            self._follow_changes_by_hand()
+        else:
+            self._skip(self._discard(measurer), "hand")
+            measurer.forget_marks()
 
     # ------------------------------------------------------------ clipping
 
     @guarded
-    def clip_began(self, parameters: Any, kind: ClipKind) -> bool:
+    def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool:
+        self._end_step_by_hand()
         if not self._phases.enter(CLIP):
             return False
-        self._clipping = self.registry.measurers_of(parameters)
+        self._take_unseen_gradients()
+        self._follow_changes_by_hand()
+        clipped = self.registry.measurers_of(parameters)
+        self._clipping = [m for m in clipped if m.passes and m is not self._evaluated]
+        self._total_before_clip = None
         for measurer in self._clipping:
-            if not measurer.gradients_read:
+            if measurer.reading is None:
                 self._read_gradients(measurer, kind)
-        if kind == "value":
-            self._norm_before_value_clip = total_norm(parameters)
+        if self._clipping and (not two_norm or any(m.careful for m in self._clipping)):
+            self._total_before_clip = total_norm(parameters)
         if self.gate.armed:
             self._reporter.keep_norms(self._clipping, self.gate.stops_soon)
         self._phases.run()
@@ -404,24 +620,121 @@ class Tracer:
     ) -> None:
         """`total` is the norm before clipping, as the function returned it."""
         self._phases.stop_clock()
-        for measurer in self._clipping:
-            measurer.use_clip_norms(captured, parameters, limit, total)
-        found = (
-            [self._norm_before_value_clip, total_norm(parameters)] if kind == "value" else [total]
-        )
-        readings = [r for r in found if isinstance(r, torch.Tensor)]
-        if len(readings) == len(found):
-            self._pending.add_clip(
-                make_clip_call(
-                    kind, parameters, limit, norm_type, readings, self._clipping, captured
-                )
+        if not self._clipping and self._evaluated is None:
+            if self.registry.measurers_of(parameters):
+                self._report_late_clip()
+            for measurer in self.registry.measurers:
+                measurer.forget_marks()
+        before = self._total_before_clip if kind == "value" else total
+        if self._clipping and isinstance(before, (torch.Tensor, float)):
+            for measurer in self._clipping:
+                if kind == "norm":
+                    measurer.use_clip_norms(captured, parameters, limit, total)
+            clipping = Clipping(
+                kind=kind,
+                max_norm=float(limit),
+                norm_before=before,
+                norm_after=total_norm(parameters) if kind == "value" else None,
+                total=self._total_before_clip,
+                two_norm=kind == "norm" and float(norm_type) == 2.0,
+                scale=self._scaling.gradient_scale(self.registry.optimizer_of(self._clipping[0])),
             )
-        self._phases.leave(OUTSIDE)
+            given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            ids = {id(p) for p in given}
+            for measurer in self._clipping:
+                clipping.positions[id(measurer)] = measurer.positions_of(ids)
+                if measurer.reading is not None and not measurer.clips:
+                    clipping.readings[id(measurer)] = measurer.reading
+                elif kind == "norm":
+                    clipping.readings[id(measurer)] = measurer.captured(captured)
+                measurer.clips.append(clipping)
+                measurer.after_clipping()
+        self._phases.leave(OUTSIDE, owners=tuple(m.slot for m in self._clipping))
 
-    def _read_gradients(self, measurer: StepMeasurer, clipping: str = "") -> None:
+    def _report_late_clip(self) -> None:
+        if not self._late_clips_reported and self.registry.measurers:
+            self._late_clips_reported = True
+            text = (
+                "gradients are clipped after optimizer.step() has used them, which changes no "
+                "update: clip between backward and step"
+            )
+            self.recorder.notice("clip_after_step", text, "warning", self.step)
+
+    def _read_gradients(
+        self,
+        measurer: StepMeasurer,
+        clipping: str = "",
+        gradients: list[torch.Tensor | None] | None = None,
+    ) -> GradientReading:
         optimizer = self.registry.optimizer_of(measurer)
         measurer.prepare(self.step, self.gate.stops_soon)
-        measurer.read_gradients(self._scaling.gradient_scale(optimizer), clipping)
+        scale = self._scaling.gradient_scale(optimizer)
+        return measurer.read_gradients(scale, clipping, gradients)
+
+    def _take_unseen_gradients(self) -> None:
+        """Gradients that came without any backward that was seen: set by the script, or by code
+        that calls the autograd engine by itself."""
+        for measurer in self.registry.measurers:
+            self._resolve_returned(measurer)
+            if not measurer.passes and measurer.gradients_changed() and measurer.any_gradient():
+                measurer.add_pass(BackwardPass([]))
+                measurer.gradients_known()
+
+    def _resolve_returned(self, measurer: StepMeasurer) -> None:
+        """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
+        for backward in [each for each in measurer.passes if each.returned]:
+            returned, backward.returned = backward.returned, {}
+            for holder in list(backward.claims):
+                self._resolve_for(holder, backward, returned)
+
+    def _resolve_for(
+        self,
+        measurer: StepMeasurer,
+        backward: BackwardPass,
+        returned: dict[int, weakref.ref[torch.Tensor]],
+    ) -> None:
+        same, some = measurer.has_gradients(returned)
+        alone = len(measurer.passes) == 1
+        if some or (alone and measurer.gradients_changed() and measurer.any_gradient()):
+            if not same:  # changed before they were assigned
+                measurer.reading = None
+        else:
+            measurer.passes.remove(backward)
+            backward.claims.discard(measurer)
+        measurer.gradients_known()
+
+    def _follow_changes_by_hand(self, before_step: bool = False) -> None:
+        """Find out whether the script has changed gradients between backward and step by itself:
+        scaled, clipped or averaged them."""
+        changes = [
+            change
+            for measurer in self.registry.measurers
+            if measurer.passes
+            and measurer is not self._evaluated
+            and (change := measurer.change_by_hand(before_step)) is not None
+        ]
+        if not changes:
+            return
+        before = [change.before for change in changes]
+        positions = [change.positions for change in changes]
+        clipping = Clipping(
+            kind="hand",
+            max_norm=absent(Absent.NO_LIMIT),
+            norm_before=absent(Absent.CHANGED_BY_HAND)
+            if None in before
+            else total_of(before, positions),
+            norm_after=total_of([change.after for change in changes], positions),
+            total=None,
+            two_norm=True,
+            scale=self._scaling.gradient_scale(self.registry.optimizer_of(changes[0].measurer)),
+            tentative=all(change.tentative for change in changes),
+        )
+        for change in changes:
+            measurer = change.measurer
+            clipping.positions[id(measurer)] = change.positions
+            if change.reading is not None:
+                clipping.readings[id(measurer)] = change.reading
+            measurer.clips.append(clipping)
 
     # ------------------------------------------------------------ the optimizer's step
 
@@ -432,16 +745,37 @@ class Tracer:
             self._inner_steps += 1
             return
         self._phases.closure = closure
-        self._inner_steps = 0
+        self._inner_steps = self._evaluations = 0
+        self._evaluated = None
         self._phases.before_step()
-        measurer = self._stepping = self.registry.measurer_for(optimizer)
+        measurer = self._stepping = self.registry.measurer_for(unwrapped_optimizer(optimizer))
         measurer.prepare(self.step, self.gate.stops_soon)
-        if not closure and not measurer.gradients_read:
-            self._read_gradients(measurer)
+        if not closure:
+            self._take_unseen_gradients()
+            self._follow_changes_by_hand(before_step=True)
+            if measurer.reading is None:
+                self._read_gradients(measurer)
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.before_update()
         self._phases.run()
+
+    @guarded
+    def evaluation_began(self) -> None:
+        """The closure of the open `step` is called."""
+        self._evaluations += 1
+
+    @guarded
+    def evaluation_ended(self) -> None:
+        measurer = self._stepping
+        if measurer is not None and self._evaluations == 1:
+            self._phases.stop_clock()
+            self._take_unseen_gradients()
+            self._follow_changes_by_hand(before_step=True)
+            if measurer.reading is None:
+                self._read_gradients(measurer)
+            self._evaluated = measurer
+            self._phases.resume_clock()
 
     @guarded
     def step_ended(self, optimizer: Optimizer) -> None:
@@ -453,12 +787,54 @@ class Tracer:
         if not self._phases.close(STEP):
             return
         self._phases.stop_clock()
-        measurer, self._stepping = self._stepping, None
+        measurer, self._stepping, self._evaluated = self._stepping, None, None
         if measurer is None:
             return
-        if self._phases.closure and not measurer.gradients_read:
+        if measurer.reading is None:
             self._read_gradients(measurer)
-        completed = measurer.after_update(self._outcome(optimizer, measurer))
+        rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
+        evaluations = self._evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
+        self._complete(measurer, rate, evaluations, began)
+
+    def _end_step_by_hand(self) -> None:
+        """Complete a step of a script that updates its weights by itself, once it has."""
+        measurer = self.registry.by_hand
+        if measurer is None or not measurer.passes or self._phases.open is not None:
+            return
+        if measurer.weights is None or not measurer.weights.changed():
+            return
+        began = perf_counter()
+        self._resolve_returned(measurer)
+        self._phases.end_step_by_hand()
+        if measurer.gradients_changed() and measurer.any_gradient() and not measurer.all_zero():
+            self._follow_changes_by_hand()
+        rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
+        self._complete(measurer, rate, evaluations, began)
+
+    def _complete(
+        self, measurer: StepMeasurer, rate: Any, evaluations: float, began: float
+    ) -> None:
+        """The step of `measurer` is complete; `began`: when our part of its end began."""
+        passes = measurer.passes
+        shared = bool(passes) and all(backward.used for backward in passes)
+        step_ms, times = self._phases.complete_step(measurer.slot, shared, bool(measurer.clips))
+        self._scaling.end_step()
+        for backward in passes:
+            backward.used = True
+            backward.claims.discard(measurer)
+        outcome = StepOutcome(
+            step=self.step,
+            losses=[loss for each in passes for loss in each.losses] if passes else None,
+            learning_rate=rate if isinstance(rate, torch.Tensor) else float(rate),
+            step_ms=step_ms,
+            times=times,
+            clips=measurer.clips,
+            evaluations=evaluations,
+        )
+        completed = measurer.after_update(outcome)
+        if measurer.trainable_changed:
+            measurer.trainable_changed = False
+            self.registry.update_trainable(measurer)
         accounted = perf_counter()
         overhead_ms = (self._own_s + accounted - began) * 1e3
         own_ms = completed.own_ms
@@ -471,29 +847,43 @@ class Tracer:
             self.registry.set_phases_unseen(unseen)
         self._phases.next_step()
 
-    def _outcome(self, optimizer: Optimizer, measurer: StepMeasurer) -> StepOutcome:
-        step_ms, times = self._phases.complete_step()
-        self._scaling.end_step()
-        losses, clips = self._pending.take(measurer)
-        rate = optimizer.param_groups[0].get("lr", float("nan"))
-        return StepOutcome(
-            step=self.step,
-            losses=losses,
-            learning_rate=rate if isinstance(rate, torch.Tensor) else float(rate),
-            step_ms=step_ms,
-            times=times,
-            clips=clips,
-        )
-
     @guarded
-    def step_skipped(self) -> None:
-        """A GradScaler did not call `optimizer.step`: the current step starts over."""
-        text = skipped_text(self._scaling.read_loss_scale())
-        self.recorder.notice("skipped_step", text, "warning", self.step)
-        self._pending.clear()
-        self._phases.skip_step()
-        for measurer in self.registry.measurers:
-            measurer.gradients_read = False
+    def step_skipped(self, optimizer: Optimizer) -> None:
+        """A GradScaler did not call `optimizer.step`."""
+        measurer = self.registry.measurer_for(unwrapped_optimizer(optimizer))
+        self._phases.stop_clock()
+        self._take_unseen_gradients()
+        if measurer.reading is None:
+            self._read_gradients(measurer)
+        passes = measurer.passes
+        knowledge = measurer.lose()
+        for backward in passes:
+            backward.claims.discard(measurer)
+            backward.used, backward.lost = True, [knowledge]
+        self._skip(passes, "scaler")
+        self._phases.resume_clock()
+
+    def _script_ended(self) -> None:
+        """Report what was left of a step that never came."""
+        try:
+            self._phases.close_all()
+            self._phases.stop_clock()
+            self._stepping = self._evaluated = None
+            self._end_step_by_hand()
+            left: list[BackwardPass] = []
+            for measurer in self.registry.measurers:
+                self._resolve_returned(measurer)
+                if measurer.reading is None and any(not each.used for each in measurer.passes):
+                    self._read_gradients(measurer)
+                passes = measurer.passes
+                knowledge = measurer.lose()
+                for backward in passes:
+                    backward.lost.append(knowledge)
+                    if not backward.used and backward not in left:
+                        left.append(backward)
+            self._skip(left, "end")
+        except Exception as fault:
+            self._switch_off("the end of the script", fault)
 
     # ------------------------------------------------------------ loss scaling
 
@@ -501,10 +891,30 @@ class Tracer:
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None:
         """`scaler.scale(outputs)` returned `result`."""
         self._scaling.add(scaler, outputs, result)
+        for measurer in self.registry.measurers:
+            measurer.scaled = True
+
+    @guarded
+    def gradients_unscaled(self, optimizer: Optimizer) -> None:
+        """`scaler.unscale_(optimizer)` returned."""
+        self.registry.add_pending(optimizer)
+        for measurer in self.registry.measurers:
+            if measurer.passes:
+                measurer.refresh_norms()
+                measurer.gradients_known()
 
     @guarded
     def scaler_updated(self) -> None:
         self._scaling.end_iteration()
+
+
+def _zeroed_by(owner: Optimizer | torch.nn.Module) -> Callable[[torch.Tensor], bool]:
+    """Whether a parameter is one of those whose gradients `owner.zero_grad()` zeroes."""
+    if isinstance(owner, Optimizer):
+        ids = {id(p) for p in parameters_of(owner)}
+    else:
+        ids = {id(p) for p in owner.parameters()}
+    return lambda parameter: id(parameter) in ids
 
 
 def _disable_after_fork(tracer: Tracer | None) -> None:

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tui_trainer.history.records import Floats
+from tui_trainer.trace.probe import Readings, Values
 
-UNWRITTEN = np.float32(-7.1623e-33)
+UNWRITTEN = -7.1623e-133
 """Written to the end of pinned memory, and there until the copy has overwritten it."""
 SETTLE_S = 0.02
 """Time after which the whole of a copy has arrived whose end has: it takes microseconds."""
 
 
 def flattened(readings: Sequence[torch.Tensor]) -> torch.Tensor:
-    """0-d and 1-d tensors of one device as one float32 vector, in order."""
+    """0-d and 1-d tensors of one device as one float64 vector, in order."""
     pieces: list[torch.Tensor] = []
     scalars: list[torch.Tensor] = []
     for reading in readings:
@@ -36,14 +36,18 @@ def flattened(readings: Sequence[torch.Tensor]) -> torch.Tensor:
     if scalars:
         pieces.append(torch.stack(scalars))
     if len(pieces) == 1:
-        return pieces[0].to(torch.float32)
-    return torch.cat([piece.to(torch.float32) for piece in pieces])
+        return pieces[0].to(_widest(pieces[0]))
+    return torch.cat([piece.to(_widest(piece)) for piece in pieces])
+
+
+def _widest(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 class TransferPart(NamedTuple):
     """Readings of one probe, or of the header."""
 
-    readings: Sequence[torch.Tensor]
+    readings: Readings
     owns_readings: bool
     """See `Probe.owns_readings`."""
 
@@ -59,12 +63,14 @@ class HostTransfer:
         self._values: list[list[float] | None] | None = None
         self._copies: list[tuple[list[tuple[int, int]], torch.Tensor]] = []
         self._events: list[torch.cuda.Event] = []
-        self._pinned: list[Floats] = []
+        self._pinned: list[Values] = []
+        self._numbers: list[tuple[int, float]] = []
+        """(position, number) of readings that were on the host already."""
         self._end_seen_at = 0.0
         for part in parts:
             if not (part.owns_readings and on_host):
                 for reading in part.readings:
-                    if not reading.is_cpu:
+                    if isinstance(reading, torch.Tensor) and not reading.is_cpu:
                         self._send()
                         return
         # Tensors that nobody overwrites are read later, those of many steps at once, when the code
@@ -79,13 +85,17 @@ class HostTransfer:
         position = 0
         for part in self._parts:
             for reading in part.readings:
-                by_device.setdefault(reading.device, []).append((position, reading))
-                position += reading.numel()
+                if isinstance(reading, torch.Tensor):
+                    by_device.setdefault(reading.device, []).append((position, reading))
+                    position += reading.numel()
+                else:
+                    self._numbers.append((position, reading))
+                    position += 1
         for device, placed in by_device.items():
             vector = flattened([reading for _, reading in placed])
             spans = [(start, reading.numel()) for start, reading in placed]
             self._copies.append((spans, self._copy(device, vector)))
-        self._sizes = [sum(reading.numel() for reading in part.readings) for part in self._parts]
+        self._sizes = [length_of(part.readings) for part in self._parts]
         self._parts = ()
 
     def _copy(self, device: torch.device, vector: torch.Tensor) -> torch.Tensor:
@@ -127,14 +137,16 @@ class HostTransfer:
         self._end_seen_at = self._end_seen_at or now
         return now - self._end_seen_at >= SETTLE_S
 
-    def values(self) -> list[Floats]:
+    def values(self) -> list[Values]:
         """The values of each part, flattened; only once they have arrived."""
         if self._values is not None:
             return [
                 _vector(part.readings if values is None else values)
                 for part, values in zip(self._parts, self._values, strict=True)
             ]
-        flat = np.empty(sum(self._sizes), dtype=np.float32)
+        flat = np.empty(sum(self._sizes))
+        for position, number in self._numbers:
+            flat[position] = number
         for spans, host in self._copies:
             source, offset = host.numpy(), 0
             for start, count in spans:
@@ -143,21 +155,41 @@ class HostTransfer:
         return np.split(flat, np.cumsum(self._sizes)[:-1])
 
 
-def _read_on_host(readings: Sequence[torch.Tensor]) -> list[float]:
-    """Values of CPU tensors: `item()` waits for nothing here and takes half as long as stacking."""
+class Transfers:
+    """Several transfers as one."""
+
+    def __init__(self, parts: Sequence[HostTransfer]) -> None:
+        self._parts = parts
+
+    def arrived(self, wait: bool = False) -> bool:
+        return all(part.arrived(wait) for part in self._parts)
+
+    def arrived_on_host(self) -> bool:
+        return all(part.arrived_on_host() for part in self._parts)
+
+
+def length_of(readings: Readings) -> int:
+    """Number of values."""
+    return sum(r.numel() if isinstance(r, torch.Tensor) else 1 for r in readings)
+
+
+def _read_on_host(readings: Readings) -> list[float]:
+    """Values on the CPU: `item()` waits for nothing here and takes half as long as stacking."""
     values: list[float] = []
     for reading in readings:
-        if reading.dim():
+        if not isinstance(reading, torch.Tensor):
+            values.append(reading)
+        elif reading.dim():
             values += reading.tolist()
         else:
             values.append(reading.item())
     return values
 
 
-def _vector(readings: Sequence[torch.Tensor] | Sequence[float]) -> Floats:
+def _vector(readings: Readings | list[float]) -> Values:
+    if isinstance(readings, list) and len(readings) > 1 and isinstance(readings[0], float):
+        return np.array(readings, dtype=np.float64)
     first = readings[0] if readings else None
-    if isinstance(first, torch.Tensor):
-        if len(readings) == 1 and first.dim() == 1 and first.is_cpu:
-            return first.to(torch.float32).numpy()
-        readings = _read_on_host(readings)  # type: ignore[arg-type]
-    return np.array(readings, dtype=np.float32)
+    if isinstance(first, torch.Tensor) and len(readings) == 1 and first.dim() == 1 and first.is_cpu:
+        return first.to(torch.float64).numpy()
+    return np.array(_read_on_host(readings), dtype=np.float64)

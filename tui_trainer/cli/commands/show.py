@@ -27,7 +27,15 @@ from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import nonfinite, number, rough_duration, step_of
-from tui_trainer.protocol.messages import END_STATES, Clip, Event, NonFinite, Notice, Status
+from tui_trainer.protocol.messages import (
+    END_STATES,
+    Clip,
+    Event,
+    NonFinite,
+    Notice,
+    Skipped,
+    Status,
+)
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
@@ -217,6 +225,8 @@ def _event_object(event: Event) -> dict[str, Any]:
             return shared | {"kind": "clip", "text": text, "scale": event.scale}
         case NonFinite():
             return shared | {"kind": "nonfinite", "text": event.text}
+        case Skipped():
+            return shared | {"kind": "skipped", "text": event.text, "reason": event.reason}
         case Notice():
             who = f" ({event.who})" if event.who else ""
             return shared | {"kind": event.kind, "text": event.text + who, "level": event.level}

@@ -13,7 +13,7 @@ from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import head_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 Doubles = NDArray[np.float64]
 
@@ -77,7 +77,7 @@ class AttentionHeads(Probe):
             ]
         return readings
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """In the order layer, head, statistic."""
         position = 0
         out: list[Floats] = []

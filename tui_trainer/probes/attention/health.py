@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -14,7 +15,7 @@ from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import HEALTH_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 FUNCTION = "scaled_dot_product_attention"
 NOT_CALLED = (
@@ -121,8 +122,8 @@ class AttentionHealth(Probe):
             self.set_unseen(NOT_ONCE if seen else reason)
         return ()
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
-        return (values.copy() if values.size else None,)
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        return (values.astype(np.float32) if values.size else None,)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

@@ -139,7 +139,7 @@ class AttentionSpectrum(Probe):
             return [matrix.new_full((1,), torch.nan)]
         return [matrix.reshape(-1).clone()]  # the weights change before it is fetched
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """A row after the last matrix of the last layer."""
         self._complete = False
         if self._decomposer is not None:

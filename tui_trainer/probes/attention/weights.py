@@ -20,7 +20,7 @@ from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec, Values
 
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
@@ -272,7 +272,10 @@ class Attention(Probe):
         self._repeats = _repeats(self.layers)
         self._order = order_of(self._even, self._uneven)
         at_start = np.concatenate(
-            [r.reshape(-1).cpu().numpy() for r in (*self.gradients(()), *self.after_update())]
+            [
+                torch.as_tensor(r).reshape(-1).cpu().numpy()
+                for r in (*self.gradients(()), *self.after_update())
+            ]
         )
         self._norms_at_start = np.sqrt(
             at_start.astype(np.float64)[self._order][:, 9:18][:, SQUARES]
@@ -295,7 +298,7 @@ class Attention(Probe):
         even = self._even.read_weights(self._weight)
         return [*even, *self._uneven.read_weights(self._weight)]
 
-    def rows(self, values: Floats, facts: StepFacts) -> Sequence[Floats | None]:
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         with np.errstate(divide="ignore", invalid="ignore"):
             return (self._statistics(values.astype(np.float64)[self._order]),)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import numpy as np
 
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import (
     Artifact,
@@ -20,6 +22,7 @@ from tui_trainer.protocol.messages import (
     LogLine,
     NonFinite,
     Notice,
+    Skipped,
     Status,
     TextSample,
 )
@@ -85,7 +88,7 @@ class JsonLines:
         return [made]
 
     def _other_object(
-        self, item: RowRecorded | StepsDropped | NonFinite | Notice | Artifact
+        self, item: RowRecorded | StepsDropped | NonFinite | Skipped | Notice | Artifact
     ) -> Object:
         match item:
             case RowRecorded():
@@ -95,6 +98,9 @@ class JsonLines:
                 return {"type": "lost", "steps": item.steps}
             case NonFinite() | Notice():
                 return event_object(item)
+            case Skipped():
+                assert self._info is not None, "InfoChanged comes first"
+                return skipped_object(self._info, item)
             case _:
                 return sample_object(item)
 
@@ -135,6 +141,28 @@ def end_object(status: Status) -> Object:
         "steps": status.step,
         "elapsed_s": round(status.elapsed_s, 3),
     }
+
+
+@dataclass
+class Notes:
+    """What JSON says of values that are null, by their dotted path."""
+
+    nonfinite: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def add(self, path: str, value: float) -> None:
+        """`value` is not finite."""
+        why = why_absent(value)
+        if why is None:
+            self.nonfinite[path] = nonfinite_word(value)
+        else:
+            self.absent[path] = why.reason
+
+    def add_to(self, made: Object) -> None:
+        if self.nonfinite:
+            made["nonfinite"] = self.nonfinite
+        if self.absent:
+            made["absent"] = self.absent
 
 
 def event_object(event: NonFinite | Notice) -> Object:
@@ -190,11 +218,29 @@ def row_object(info: RunInfo, row: RowRecorded) -> Object:
     made: Object = {"type": kind, "step": row.step, "time": row.time}
     if kind == "measurement":
         made["table"] = table.name
-    nonfinite: dict[str, str] = {}
-    _add_values(made, nonfinite, _by_column(table.columns, row.values))
-    if nonfinite:
-        made["nonfinite"] = nonfinite
+    notes = Notes()
+    _add_values(made, notes, _by_column(table.columns, row.values))
+    notes.add_to(made)
     return made
+
+
+def skipped_object(info: RunInfo, event: Skipped) -> Object:
+    """An iteration without a step, with the fields of a step that it has."""
+    rows = tuple((number, np.frombuffer(values, "<f4")) for number, values in event.rows)
+    record = StepRecord(event.step, event.time, event.optimizer, rows)
+    made = step_object(info, record)
+    for name in ("lr", "own_ms", "attention"):
+        del made[name]
+    made.get("absent", {}).pop("lr", None)
+    if not made.get("absent", True):
+        del made["absent"]
+    return {
+        **made,
+        "type": "skipped",
+        "reason": event.reason,
+        "text": event.text,
+        "loss_scale": event.loss_scale,
+    }
 
 
 def step_object(info: RunInfo, record: StepRecord) -> Object:
@@ -210,7 +256,7 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
         "phase_ms": {},
         "own_ms": round(record.own_ms, 4),
     }
-    nonfinite: dict[str, str] = {}
+    notes = Notes()
     layers: dict[str, Object] = {}
     for number, row in record.rows:
         table = info.tables[number]
@@ -218,11 +264,13 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
             case schema.STEP:
                 values = _by_column(table.columns, row)
                 values["lr"] = values.pop("learning_rate", math.nan)
-                _add_values(made, nonfinite, values)
+                if why_absent(values.get("evaluations", math.nan)) is not None:
+                    del values["evaluations"]
+                _add_values(made, notes, values)
             case schema.CLIP:
-                made["clip"] = _clip_object(info, table, record, row, nonfinite)
+                made["clip"] = _clip_object(info, table, record, row, notes)
             case schema.ATTENTION | schema.ATTENTION_SPECTRUM | schema.ATTENTION_HEALTH:
-                _add_layers(layers, info, table, row, nonfinite)
+                _add_layers(layers, info, table, row, notes)
             case schema.ATTENTION_HEADS:
                 pass  # measured only while a viewer shows it
             case schema.PHASE_MS:
@@ -232,20 +280,18 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
                 values = _by_column(table.columns, row)  # NaN: does not exist here
                 made[table.name] = {k: v for k, v in values.items() if math.isfinite(v)}
             case _:
-                made[table.name] = {}
                 values = _by_column(table.columns, row)
-                _add_values(made[table.name], nonfinite, values, f"{table.name}.")
+                _add_values(made.setdefault(table.name, {}), notes, values, f"{table.name}.")
     made["attention"] = list(layers.values())
-    if nonfinite:
-        made["nonfinite"] = nonfinite
+    notes.add_to(made)
     return made
 
 
 def _clip_object(
-    info: RunInfo, table: Table, record: StepRecord, row: Floats, nonfinite: dict[str, str]
+    info: RunInfo, table: Table, record: StepRecord, row: Floats, notes: Notes
 ) -> Object:
     made: Object = {}
-    _add_values(made, nonfinite, _by_column(table.columns, row), "clip.")
+    _add_values(made, notes, _by_column(table.columns, row), "clip.")
     clip = record.clip
     made["clipped"] = clip is not None and clip.scale < 1.0
     if clip is not None and clip.scale < 1.0:
@@ -259,7 +305,7 @@ def _clip_object(
 
 
 def _add_layers(
-    layers: dict[str, Object], info: RunInfo, table: Table, row: Floats, nonfinite: dict[str, str]
+    layers: dict[str, Object], info: RunInfo, table: Table, row: Floats, notes: Notes
 ) -> None:
     """Add the columns `layer.statistic` of a row to the objects of their layers."""
     noted = {found.layer: found for found in info.attention if found.note}
@@ -270,24 +316,23 @@ def _add_layers(
         if not math.isfinite(value):
             pair = statistic.rpartition("_")[2]
             if layer not in noted or noted[layer].comparable(pair) or math.isinf(value):
-                nonfinite[f"attention.{name}"] = nonfinite_word(value)
+                notes.add(f"attention.{name}", value)
 
 
 def _by_column(columns: tuple[Column, ...], row: Floats) -> dict[str, float]:
     """Column name to value, in the fewest digits that give the same float32."""
-    if len(row) > MAX_SHORTEST:
-        values = row.tolist()
-    else:
-        values = [float(np.format_float_scientific(value)) for value in row]
+    values = row.tolist()
+    if len(row) <= MAX_SHORTEST:
+        values = [
+            float(np.format_float_scientific(short)) if math.isfinite(value) else value
+            for value, short in zip(values, row, strict=True)
+        ]
     return dict(zip((column.name for column in columns), values, strict=True))
 
 
-def _add_values(
-    made: Object, nonfinite: dict[str, str], values: dict[str, float], prefix: str = ""
-) -> None:
-    """Add `values` to `made`; JSON has no NaN or infinity, so they become null and are named in
-    `nonfinite`."""
+def _add_values(made: Object, notes: Notes, values: dict[str, float], prefix: str = "") -> None:
+    """Add `values` to `made`; JSON has no NaN or infinity, so they become null with a note."""
     for name, value in values.items():
         made[name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
-            nonfinite[f"{prefix}{name}"] = nonfinite_word(value)
+            notes.add(f"{prefix}{name}", value)

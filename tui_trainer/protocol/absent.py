@@ -1,0 +1,111 @@
+"""Values that are absent, and why.
+
+A row has a float32 for every column. Where there is no value, the row holds a NaN whose payload is
+a reason of `Absent`: rows, stores and messages keep it bit by bit, conversions between float32 and
+float64 too, and no arithmetic produces it. A measured NaN has another payload.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MARK = 0x7FD55500
+"""A quiet NaN in float32; the lowest byte is the reason."""
+_MASK = 0x7FFFFF00
+
+
+class Absent(IntEnum):
+    """Why there is no value. Numbers are stored: they never change their meaning."""
+
+    NOT_MEASURED = 1
+    NOT_REACHED = 2
+    FROZEN = 3
+    NOT_IN_MODEL = 4
+    EMPTY = 5
+    ZERO_WEIGHTS = 6
+    LOSS_NOT_SEEN = 7
+    NO_LOSS = 8
+    NO_LEARNING_RATE = 9
+    NO_GRADIENTS = 10
+    CHANGED_BY_HAND = 11
+    OUT_OF_RANGE = 12
+    NO_PHASE = 13
+    SHARED = 14
+    NO_CLOSURE = 15
+    NO_LIMIT = 16
+    NOT_COMPARABLE = 17
+    NO_DEVICE = 18
+    OVERFLOW = 19
+
+    @property
+    def reason(self) -> str:
+        """For the user."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    Absent.NOT_MEASURED: "not measured at this step",
+    Absent.NOT_REACHED: "not reached by backward",
+    Absent.FROZEN: "frozen",
+    Absent.NOT_IN_MODEL: "not in the model any more",
+    Absent.EMPTY: "no elements",
+    Absent.ZERO_WEIGHTS: "the weights were zero",
+    Absent.LOSS_NOT_SEEN: "the loss is not visible: backward was not called on a scalar",
+    Absent.NO_LOSS: "no backward since the last step of this optimizer",
+    Absent.NO_LEARNING_RATE: "no optimizer, no learning rate",
+    Absent.NO_GRADIENTS: "no gradients",
+    Absent.CHANGED_BY_HAND: "changed by the script before it was measured",
+    Absent.OUT_OF_RANGE: "outside the range of float32",
+    Absent.NO_PHASE: "the step had no such phase",
+    Absent.SHARED: "counted in another optimizer's step",
+    Absent.NO_CLOSURE: "no closure",
+    Absent.NO_LIMIT: "clipped by the script, without a limit",
+    Absent.NOT_COMPARABLE: "not comparable",
+    Absent.NO_DEVICE: "no accelerator",
+    Absent.OVERFLOW: "overflowed in float32 while it was computed",
+}
+
+
+_VALUES = {why: float(np.uint32(_MARK | why).view(np.float32)) for why in Absent}
+
+
+def absent(why: Absent) -> float:
+    """The value of a row that stands for no value."""
+    return _VALUES[why]
+
+
+def absent_mask(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which of float32 `values` are absent."""
+    mask: NDArray[np.bool_] = (values.view(np.uint32) & _MASK) == _MARK
+    return mask
+
+
+def why_absent(value: float) -> Absent | None:
+    """The reason of an absent value; None for any other, a measured NaN too."""
+    if not math.isnan(value):
+        return None
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    if bits & _MASK != _MARK:
+        return None
+    try:
+        return Absent(bits & 0xFF)
+    except ValueError:  # a reason of a later version
+        return Absent.NOT_MEASURED
+
+
+LARGEST = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Values for a row; what float32 cannot hold is absent instead of infinite or zero."""
+    size = np.abs(values)
+    outside = ((size > LARGEST) & (size < math.inf)) | ((size < SMALLEST) & (size > 0))
+    if outside.any():
+        values = np.where(outside, absent(Absent.OUT_OF_RANGE), values)
+    return values.astype(np.float32)
