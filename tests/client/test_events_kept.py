@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from tests.rows import step_row
 from tui_trainer.client.connection import next_poll
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
@@ -17,7 +16,7 @@ def test_commands_are_kept_after_thousands_of_clips():
     recorder.declare([Table(0, "step", STEP_COLUMNS)])
     clip = ClipRecord(1.0, 2.0, 0.5, (), ())
     for step in range(1, 60_001):
-        row = (0, np.ones(4, np.float32))
+        row = (0, step_row(1, 1, 1, 1))
         recorder.record(StepRecord(step, float(step), "", (row,), clip))
         if step in (10, 100):
             recorder.notice("command", f"pause {step}", who="me")

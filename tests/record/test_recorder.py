@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.rows import clip_row, step_row
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import Clip, NonFinite, PhaseReport, Poll, Status, TextSample
@@ -49,9 +50,9 @@ def make(columns=3):
 
 def step(number, time=None, columns=3, clip=None, nonfinite=(), own_ms=0.1, optimizer=""):
     rows = (
-        (0, np.array([1.0 / number, 1e-3, 2.0, 10.0], np.float32)),
+        (0, step_row(1.0 / number, 1e-3, 2.0, 10.0)),
         (1, np.full(columns, number, np.float32)),
-        (2, np.array([1.0, 2.0, 1.0, 0.5], np.float32)),
+        (2, clip_row(1.0, 2.0, 1.0, 0.5)),
     )
     when = 1000.0 + number * 0.01 if time is None else time
     return StepRecord(number, when, optimizer, rows, clip, nonfinite, own_ms)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
+from tests.rows import step_row
 from tests.ui.test_replay import BAD, CLIPS, SPIKE, WORSE, loss_at, record_run
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
@@ -176,7 +177,7 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
     norms = recorder.new_table(schema.GRAD_NORM, [columns[0].__class__(evil)])
     for n in range(4, 30):
         rows = (
-            (step, np.full(4, n, np.float32)),
+            (step, step_row(n, n, n, n)),
             (attention, np.full(len(columns), n, np.float32)),
             (norms, np.float32([n])),
         )
@@ -197,7 +198,7 @@ def test_a_run_with_nothing_in_it(tmp_path, steps):
     recorder.subscribe(StoreWriter(tmp_path))
     table = recorder.new_table(schema.STEP, schema.STEP_COLUMNS)
     for n in range(steps):
-        values = np.full(4, np.nan, np.float32)
+        values = np.full(len(schema.STEP_COLUMNS), np.nan, np.float32)
         recorder.record(StepRecord(n + 1, 1.0, "", ((table, values),)))
     recorder.end("crashed", "at once")
     assert recorder.close(20)

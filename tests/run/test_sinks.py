@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.rows import clip_row, step_row
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
 from tui_trainer.protocol.schema import (
@@ -58,8 +59,8 @@ def write_run(sink_class, path):
         optimizers=("adamw",),
     )
     rows = [
-        [0.1, 3e-4, 2.0, 12.5],
-        [1.0, 2.0, 1.0, 0.5],
+        step_row(0.1, 3e-4, 2.0, 12.5),
+        clip_row(1.0, 2.0, 1.0, 0.5),
         [INF, 1e-30],
         [0.25, NAN, NAN],
         [1.5, NAN],

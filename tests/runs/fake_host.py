@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from tests.rows import step_row
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, schema
@@ -54,7 +55,7 @@ class FakeHost(Host):
                 time.sleep(self.seconds)
                 for phase in PHASES[:-1]:
                     self.gate.reached(phase, number)
-                values = np.array([1 / number, 1e-3, math.sqrt(number), 1.0], np.float32)
+                values = step_row(1 / number, 1e-3, math.sqrt(number), 1.0)
                 rows = ((step, values), (norms, np.full(len(PARAMETERS), number, np.float32)))
                 recorder.record(StepRecord(number, time.time(), "", rows))
                 print("step", number, flush=True)

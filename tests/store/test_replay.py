@@ -6,6 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 
+from tests.rows import clip_row, step_row
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status, TextSample
@@ -37,8 +38,8 @@ def train(recorder, steps):
     recorder.describe(parameters=parameters, versions={"torch": "2"})
     random = np.random.default_rng(1)
     for n in range(1, steps + 1):
-        rows = [(step, random.standard_normal(4).astype(np.float32))]
-        rows.append((clip, np.float32([1, 2, 1, 0.5])))
+        rows = [(step, step_row(*random.standard_normal(4)))]
+        rows.append((clip, clip_row(1, 2, 1, 0.5)))
         if n % 3 == 0:
             rows.append((norms, random.standard_normal(40).astype(np.float32)))
         if n == 7:
@@ -47,7 +48,7 @@ def train(recorder, steps):
         bad = (("loss", "p0", "nan"),) if n == 7 else ()
         when = 1.7e9 + n * 0.0437123
         recorder.record(StepRecord(n, when, "", tuple(rows), clipped, bad, n / 7))
-        pair = ((other, random.standard_normal(4).astype(np.float32)),)
+        pair = ((other, step_row(*random.standard_normal(4))),)
         recorder.record(StepRecord(n, when + 1e-3, "second", pair))
         if n % 10 == 0:
             recorder.row(evaluated, n, np.float32([1 / n, np.inf]))

@@ -272,7 +272,7 @@ class FakeSession:
         assert run is not None
         step = self.status.step + (0 if phase == "step" else 1)
         at = min(step, len(run.steps[0])) - 1
-        loss, rate, norm, _ = (float(v) for v in run.values[run.table(schema.STEP)][at])
+        loss, rate, norm, *_ = (float(v) for v in run.values[run.table(schema.STEP)][at])
         clip = run.values[run.table(schema.CLIP)][at]
         count = len(run.info.parameters)
         summary, quantities, table = {

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.schema import (
     AttentionInfo,
     Column,
@@ -162,12 +163,14 @@ def _step(
 ) -> NDArray[np.float64]:
     loss = _curve(steps) + random.normal(0, 0.035, len(steps)) + 0.05 * np.maximum(norm - 1.0, 0.0)
     rate = 1e-3 * np.minimum(1.0, steps / 100) * (0.55 + 0.45 * np.cos(np.pi * steps / total))
-    return np.stack([loss, rate, norm, random.normal(46.0, 1.2, len(steps))], 1)
+    evaluations = np.full_like(norm, absent(Absent.NO_CLOSURE))
+    return np.stack([loss, rate, norm, random.normal(46.0, 1.2, len(steps)), evaluations], 1)
 
 
 def _clip(norm: NDArray[np.float64]) -> NDArray[np.float64]:
     scale = np.minimum(1.0, MAX_NORM / (norm + 1e-6))
-    return np.stack([np.full_like(norm, MAX_NORM), norm, norm * scale, scale], 1)
+    limit, gradient_scale = np.full_like(norm, MAX_NORM), np.ones_like(norm)
+    return np.stack([limit, norm, norm * scale, scale, gradient_scale], 1)
 
 
 def _gradient_norms(info: RunInfo, steps: NDArray[np.int64], random: np.random.Generator) -> Array:

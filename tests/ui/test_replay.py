@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.rows import clip_row, step_row
 from tests.store.test_store import Clock
 from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.client.replay import ReplaySession
@@ -58,8 +59,8 @@ def record_run(directory, steps=STEPS, end="finished"):
         norm = 2.0 if n in CLIPS else 0.5 + 0.1 * np.cos(n)
         scale = min(1.0, 1 / norm)
         rows = (
-            (step_table, np.float32([loss_at(n), 1e-3, norm, 50])),
-            (clip_table, np.float32([1, norm, norm * scale, scale])),
+            (step_table, step_row(loss_at(n), 1e-3, norm, 50)),
+            (clip_table, clip_row(1, norm, norm * scale, scale)),
             (norm_table, np.full(6, n, np.float32)),
             (attention_table, np.full(len(columns), n / 1000, np.float32)),
         )
@@ -252,7 +253,7 @@ async def test_a_living_run_is_followed(tmp_path):
         await settle(pilot)
         assert "following" in text_of(app)
         assert replay.cursor == 100
-        values = np.float32([1, 1e-3, 0.5, 50])
+        values = step_row(1, 1e-3, 0.5, 50)
         recorder.record(StepRecord(101, 1.7e9 + 6, "", ((0, values),)))
         assert recorder.flush(20)
         await_commit(tmp_path, 101)

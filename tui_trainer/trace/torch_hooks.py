@@ -319,7 +319,7 @@ class TorchHooks:
 
         def unscale_(self: Any, optimizer: Any) -> Any:
             result = unscale(self, optimizer)
-            if not ignored():
+            if not ignored() and self.is_enabled():
                 events.gradients_unscaled(optimizer)
             return result
 
@@ -334,7 +334,7 @@ class TorchHooks:
 
         def update_(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = update(self, *args, **kwargs)
-            if not ignored():
+            if not ignored() and self.is_enabled():
                 events.scaler_updated()
             return result
 
