@@ -91,7 +91,7 @@ def test_checkpoints_are_found_as_they_are_written(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gpt", "--resume", "whole"), "has made all of its 12 steps"),
+        (("gpt", "--resume", "whole"), "has already made all of its 12 steps"),
         (("gpt", "--resume", "whole@8"), "no checkpoint of step 8"),
         (("gpt", "--resume", "who@7", "--preset", "nanogpt-cpu"), "--preset cannot be given"),
         (("vit", "--resume", "whole"), "tui-trainer gpt --resume whole"),

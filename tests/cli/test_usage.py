@@ -37,7 +37,7 @@ WRONG = {
     "a name that climbs": (["gpt", "--name", "..", "--json"], ["--name cannot be"]),
     "no regular expression": (
         ["gpt", "--attention-pattern", "(q"],
-        ["--attention-pattern is no regular expression"],
+        ["--attention-pattern is not a regular expression"],
     ),
     "a pattern without a layer": (
         ["gpt", "--attention-pattern", r"(?P<q>ask)|(?P<k>asked)|(?P<v>told)"],

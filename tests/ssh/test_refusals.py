@@ -59,7 +59,7 @@ def test_another_version_there(host):
 
 def test_a_version_without_a_relay(host):
     error = refusal("ssh://Box/gpt", command="sh -c 'echo no such command >&2; exit 2' x")
-    assert "is no relay of tui-trainer" in error.message
+    assert "is not tui-trainer's relay" in error.message
     assert "no such command" in error.message
 
 

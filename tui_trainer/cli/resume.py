@@ -49,7 +49,7 @@ def resumed(
     total = configuration.get("steps")
     if isinstance(total, int) and total <= branch.step:
         raise CommandError(
-            f"{branch.run.name} has made all of its {branch.step:,} steps",
+            f"{branch.run.name} has already made all of its {branch.step:,} steps",
             f"--steps {branch.step * 2} continues it",
         )
     _print_start(branch)

@@ -52,7 +52,7 @@ def _check_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groupindex.keys()
     except re.error as fault:
-        raise UsageError(f"--attention-pattern is no regular expression: {fault}") from fault
+        raise UsageError(f"--attention-pattern is not a regular expression: {fault}") from fault
     if "layer" not in groups or not (groups >= {"q", "k", "v"} or "qkv" in groups):
         raise UsageError(
             "--attention-pattern lacks named groups: (?P<layer>…), and (?P<q>…), (?P<k>…) and "

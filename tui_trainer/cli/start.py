@@ -80,7 +80,7 @@ def _resume_command(spec: RunSpec, options: RunOptions) -> str:
 def start_screen(options: StartOptions) -> int:
     """Show the start screen. Raises UsageError without a terminal."""
     if reason := why_no_screen():
-        raise UsageError(reason, "say what to train: tui-trainer gpt, or tui-trainer --help")
+        raise UsageError(reason, "name what to train: tui-trainer gpt, or see tui-trainer --help")
     from tui_trainer.cli.installed_tasks import task_names, usable_tasks
     from tui_trainer.cli.screen import show_start
 

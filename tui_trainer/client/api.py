@@ -1,7 +1,7 @@
-"""What the app is given: a `Session` to pull snapshots from and to send commands to.
+"""The app's interface to a run: a `Session` to pull snapshots from and to send commands to.
 
-The app does not know whether the training is a thread of its own process, another process, another
-machine or a recording.
+The app does not know whether the training runs on a thread of its own process, in another process,
+on another machine, or is a recording.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Session(Protocol):
         when it is refused or the link is down."""
 
     def watch(self, topics: frozenset[str]) -> None:
-        """Say which tables that are measured on request are on the screen now."""
+        """Set which of the tables that are measured on request are on the screen."""
 
     def set_rate(self, polls_per_second: float) -> None:
         """Set how often the run is polled."""

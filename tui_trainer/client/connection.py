@@ -53,12 +53,12 @@ Connector = Callable[[], AbstractAsyncContextManager[socket.socket]]
 """Connects to a run; the socket is connected and ours until the context ends.
 
 Raises NotListening and Unreachable, after which it is tried again, and RunGone or another RunError
-when there is no point in that.
+when trying again is pointless.
 """
 
 
 class ConnectionLost(RunError):
-    """The connection is of no more use."""
+    """The connection has failed."""
 
 
 class PeerClosed(ConnectionLost):
@@ -66,7 +66,7 @@ class PeerClosed(ConnectionLost):
 
 
 def connector(open_socket: Callable[[], socket.socket]) -> Connector:
-    """A Connector out of a function that connects at once."""
+    """A Connector made from a function that connects."""
 
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[socket.socket]:
@@ -117,7 +117,7 @@ def poll_again(poll: Poll, rows: tuple[int, ...]) -> Poll:
 class Connection(asyncio.Protocol):
     """Greets a run, then polls and commands it. A command does not wait for the answer to a poll.
 
-    Used from the thread of the event loop, except for the figures.
+    Used from the thread of the event loop, except for `bytes_received` and `polled_at`.
     """
 
     def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
@@ -249,7 +249,7 @@ class Connection(asyncio.Protocol):
                 self._receive(sanitize_message(message))
                 self._frame_began_at = self._heard_at
         except ProtocolError as fault:
-            self.fail(ConnectionLost(f"what answers is not a tui-trainer run: {fault}"))
+            self.fail(ConnectionLost(f"the peer is not a tui-trainer run: {fault}"))
 
     def eof_received(self) -> None:
         self.fail(PeerClosed("the run closed the connection"))
@@ -275,7 +275,7 @@ class Connection(asyncio.Protocol):
                 if not future.done():
                     future.set_result(message)
             case _:
-                raise ProtocolError(f"a {type(message).__name__} that nothing asked for")
+                raise ProtocolError(f"a {type(message).__name__} that was not requested")
 
 
 class RunClient:
@@ -315,7 +315,7 @@ class RunClient:
         try:
             self._builder.apply(update)
         except ValueError as fault:
-            raise ConnectionLost(f"what answers is not a tui-trainer run: {fault}") from fault
+            raise ConnectionLost(f"the peer is not a tui-trainer run: {fault}") from fault
         return update
 
     def command(self, action: Action) -> Ack:

@@ -1,7 +1,7 @@
 """The line with which `tui-trainer relay` begins, on the other end of an ssh connection.
 
 A login shell may print anything before it, and the host may lack tui-trainer, have another version
-or not have the run: this line, found by its mark, tells these apart.
+or not have the run: this line, found by its mark, distinguishes these cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tui_trainer.protocol.text import sanitize_message
 from tui_trainer.runs.liveness import EntryState
 
 MARK = b"TUI-TRAINER-RELAY "
-"""Tells the greeting from what a login shell prints before it."""
+"""Distinguishes the greeting from what a login shell prints before it."""
 MISSING = b"missing"
 """In place of the greeting, from the shell, where tui-trainer is not installed."""
 MAX_NOISE_BYTES = 256 * 1024
@@ -53,7 +53,7 @@ class RelayGreeting(msgspec.Struct, frozen=True):
 
 
 class NoGreeting(Exception):
-    """What came is not a greeting."""
+    """The data received is not a greeting."""
 
 
 def encode_greeting(greeting: RelayGreeting) -> bytes:
@@ -69,7 +69,7 @@ def find_greeting(received: bytes) -> RelayGreeting | None:
     start = received.find(MARK)
     if start < 0:
         if len(received) > MAX_NOISE_BYTES:
-            raise NoGreeting("it prints without end instead of greeting")
+            raise NoGreeting("it keeps printing and sends no greeting")
         return None
     line, newline, _ = received[start + len(MARK) :].partition(b"\n")
     if not newline:

@@ -250,7 +250,7 @@ OPTIONS = (
     *("-o", "ServerAliveInterval=5"),
     *("-o", "ServerAliveCountMax=3"),
     *("-o", "ConnectTimeout=10"),
-    # Measurements shrink to a quarter or less, at no cost that could be felt.
+    # Measurements shrink to a quarter or less, at no noticeable cost.
     *("-o", "Compression=yes"),
     # As scp does: what the user's config asks for interactive logins would be in the way.
     *("-o", "RemoteCommand=none"),
@@ -322,7 +322,7 @@ class SshConnector:
                 asyncio.run(process.answer(choose(greeting.runs)))
                 greeting = self._check(asyncio.run(process.greeting()))
             if greeting.kind != "connected":
-                raise RunError(f"{self.address.host} offers no run", "say which: ssh://host/RUN")
+                raise RunError(f"{self.address.host} offers no run", "name one: ssh://host/RUN")
         except SshEnded as ended:
             process.close()
             raise self._why_refused(ended) from ended
@@ -390,7 +390,7 @@ class SshConnector:
         if greeting.kind == "missing":
             raise RunError(
                 f"{host} has no tui-trainer on the path of a login without a terminal",
-                f"install it there, or say where it is with --remote-command or "
+                f"install it there, or give its path with --remote-command or "
                 f"${REMOTE_COMMAND_VARIABLE}",
             )
         if greeting.protocol != PROTOCOL_VERSION:
@@ -429,14 +429,14 @@ class SshConnector:
         if ended.exit_status in (126, 127):
             return RunError(
                 f"{host} cannot run the remote command: {words or noise}",
-                f"say where tui-trainer is there with --remote-command or "
+                f"give the path of tui-trainer there with --remote-command or "
                 f"${REMOTE_COMMAND_VARIABLE}",
             )
         return self._not_a_relay(words or noise or f"exit status {ended.exit_status}")
 
     def _not_a_relay(self, why: str) -> RunError:
         return RunError(
-            f"what answers at {self.address.host} is no relay of tui-trainer: "
+            f"what answers at {self.address.host} is not tui-trainer's relay: "
             f"{single_line(why, 400)}",
             f"is it tui-trainer {__version__} there, and does a login without a terminal end in a "
             "plain shell?",

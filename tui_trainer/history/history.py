@@ -84,7 +84,7 @@ class MemoryHistory(History):
             self.declare(table)
 
     def declare(self, table: Table) -> MemorySeries:
-        """Add a table, or take over the new cadence of a known one. A table that is declared again
+        """Add a table, or update the cadence of a known one. A table that is declared again
         with other columns starts empty."""
         known = self.tables.get(table.id)
         if known is None or known.table.columns != table.columns:
@@ -95,7 +95,7 @@ class MemoryHistory(History):
         return known
 
     def apply(self, rows: Rows) -> None:
-        """Add rows that `rows_since` gave on the other side. Raises ValueError for an undeclared
+        """Add rows made by `rows_since` on the other side. Raises ValueError for an undeclared
         table or rows that do not fit."""
         series = self.tables.get(rows.table)
         if series is None:

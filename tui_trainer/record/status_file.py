@@ -24,7 +24,7 @@ IDENTIFYING_FILES = (SPEC_FILE, SOCKET_POINTER_FILE)
 class RunDirectory:
     """The directory of a live run, restored when it is removed.
 
-    Without it the run would train on where neither `ls` nor `stop` finds it.
+    Without it the run would keep training where neither `ls` nor `stop` can find it.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -35,7 +35,7 @@ class RunDirectory:
                 self._kept[name] = (self._directory / name).read_bytes()
 
     def restore(self) -> bool:
-        """Write the identifying files again if they are gone; whether they were. Raises OSError."""
+        """Rewrite missing identifying files; returns whether any was missing. Raises OSError."""
         # A checkpoint may have created the directory again: the file decides.
         if SPEC_FILE not in self._kept or (self._directory / SPEC_FILE).exists():
             return False
@@ -54,7 +54,7 @@ class RunDirectory:
 class StatusFile:
     """A sink that writes the status when it is created, when its state changes, and each second.
 
-    A write that fails is tried again at the next turn. A removed directory of a live run is
+    A failed write is retried with the next one. A removed directory of a live run is
     created again, so that the run can still be found; the server then listens there again.
     """
 

@@ -16,7 +16,7 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import EventLog, artifact_bytes, event_bytes, line_bytes
 
 BACKLOG_BYTES = 512 * 1024
-"""Printed lines that a new viewer is sent of the time before it came."""
+"""Printed lines from before it connected that a new viewer is sent."""
 BYTES_PER_SECOND = 32 * 1024
 """More than a person can read."""
 BURST_BYTES = 128 * 1024

@@ -90,7 +90,7 @@ class CheckpointSaver:
     def write(self, step: int, requested: bool = False) -> bool:
         """Write the checkpoint of `step` unless it exists; returns whether it exists now.
 
-        `requested`: someone waits for a notice, even when there is nothing to write.
+        `requested`: a user is waiting for a notice, even when there is nothing to write.
         """
         if self._last is not None and self._last[0] == step and self._last[1].is_dir():
             if requested:

@@ -100,12 +100,12 @@ class CommandHandler:
             step = self._gate.completed
             kind: NoticeKind = "control" if isinstance(action, TakeControl) else "command"
             self._recorder.notice(kind, text, step=step, who=viewer.name)
-        # The new state of the run answers these; a word beside it would repeat it.
+        # The status shows that these took effect; a message would only repeat it.
         shown = isinstance(action, (Pause, Resume, Step, StepPhase))
         return CommandResult(True, "" if shown else text)
 
     def _refusal(self, viewer: Viewer, action: Action) -> CommandResult | None:
-        """Why this viewer may not command this now; None if it may."""
+        """Why this viewer may not send this command now; None if it may."""
         if viewer.read_only:
             return CommandResult(
                 False, "this viewer is read-only", "attach again without --read-only to control"

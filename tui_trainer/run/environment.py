@@ -1,4 +1,4 @@
-"""What a run executes in: OpenMP's threads, versions of libraries, the device, and the first
+"""The environment of a run: OpenMP's threads, versions of libraries, the device, and the first
 `RunInfo`, which is complete before torch is imported."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SPIN_COUNT = "10000"
 """Iterations that an OpenMP thread spins at a barrier before it sleeps, on a busy machine."""
 TOLERATED_CORES = 0.5
-"""Load of other processes that still leaves the machine to the training."""
+"""Load of other processes, in cores, that does not count as competition."""
 TITLE_CHARACTERS = 200
 
 
@@ -70,7 +70,7 @@ def limit_openmp_spinning(spec: RunSpec, others: OtherLoad) -> None:
     fastest: waking a thread makes steps up to a quarter slower. When more threads want to run than
     there are cores, spinning threads occupy the cores that the last thread needs, and steps become
     twenty times slower (figures in docs/decisions.md). Results do not change. Must be called before
-    torch is imported; a choice that the user made in the environment stands.
+    torch is imported; variables that the user has set take precedence.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
@@ -100,8 +100,8 @@ def expected_threads(spec: RunSpec) -> int:
 def busy_cores_warning(threads: int) -> str:
     """A warning when PyTorch's threads occupy every core, "" otherwise.
 
-    PyTorch's default is one thread for each core. Whatever else runs, if only the screen, then
-    takes a core from a thread that all other threads wait for (figures in docs/performance.md).
+    PyTorch's default is one thread per core. Anything else that runs, even just the screen, then
+    takes a core from a thread that all the others wait for (figures in docs/performance.md).
     """
     cores = usable_cores()
     if threads == 1 or threads < cores:

@@ -56,7 +56,7 @@ class Host:
         stop_handler: type[StopHandler] = StopHandler,
         others: OtherLoad | None = None,
     ) -> None:
-        """`others` may have measured the load of the machine since before this was imported."""
+        """`others`: a measurement of the machine's load that has already begun."""
         self.spec = spec
         self._others = others or OtherLoad()
         self.recorder = Recorder(initial_info(spec))
@@ -126,8 +126,8 @@ class Host:
         return train_task(self)
 
     def _check_last_loss(self, outcome: Outcome) -> Outcome:
-        """A task whose last loss is not finite has learnt nothing, and a batch system should see
-        that. A script has its own exit status."""
+        """Fail a task whose last loss is not finite, so that a batch system sees that it has learnt
+        nothing. A script has its own exit status."""
         if self.spec.is_script:
             return outcome
         loss = self._last_loss()

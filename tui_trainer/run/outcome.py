@@ -1,7 +1,7 @@
 """How a run ended: the outcome of the exception that ended its training, and what is printed.
 
-This decides for a living run whether it finished, was stopped or crashed, with a reason, a hint and
-an exit status. Of a run whose process was killed, `runs/liveness.py` decides.
+The run process decides here whether it finished, was stopped or crashed, with a reason, a hint and
+an exit status. For a run whose process was killed, `runs/liveness.py` decides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stops a run on request: on SIGTERM, SIGHUP, Ctrl-C or a viewer's command.
 
 The current step is finished and a checkpoint is written first. A script may replace these signal
-handlers with its own, as it could without us.
+handlers with its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StopHandler:
         longest_step_s: Callable[[], float] = lambda: 0.0,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`longest_step_s()`: the longest recent step; `warn(text)` tells the user of an
+        """`longest_step_s()`: the longest recent step; `warn(text)` warns the user of an
         interrupted script. Both are called on a timer's thread."""
         self._gate = gate
         self._longest_step_s = longest_step_s

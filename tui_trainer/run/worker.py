@@ -1,4 +1,4 @@
-"""A run on a worker thread of a process that does something else too, such as an app or a notebook.
+"""A run on a worker thread of a process that also does something else, such as the app.
 
 It ends with that process and does not handle its signals; otherwise it is like a run process.
 """

@@ -1,9 +1,9 @@
 """Decides from a run's directory whether the run is live, paused, finished, stopped or crashed.
 
-No run is asked. `status.json` has what the run last reported, about once a second, and which
-process it is: a run that reported no end and whose process is gone has crashed. The process of a
-run on another machine cannot be looked up; such a run counts as crashed after a silence. How the
-training of a live process ended is decided in `run/outcome.py`.
+No run is contacted. `status.json` holds what the run last reported, about once a second, and
+identifies its process: a run that reported no end and whose process is gone has crashed. A process
+on another machine cannot be looked up; its run counts as crashed once its status is too old. How
+the training of a live process ended is decided in `run/outcome.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def inspect_run(directory: Path) -> RunEntry | None:
 
 
 def _without_status(directory: Path) -> RunEntry | None:
-    """A run that has written no readable status: it is starting, or died while it did."""
+    """A run without a readable status: it is starting, or died before it wrote one."""
     try:
         created_at = (directory / SPEC_FILE).stat().st_mtime
         spec = read_spec(directory)
@@ -94,7 +94,7 @@ def _without_status(directory: Path) -> RunEntry | None:
     if 0 <= time.time() - created_at < STARTING_S:
         return RunEntry(directory.name, directory, "live", reported, "starting")
     fatal = fatal_error(directory)
-    note = f"it died: {fatal}" if fatal else "it ended before it wrote a status"
+    note = f"it died: {fatal}" if fatal else "it died before it wrote a status"
     return RunEntry(directory.name, directory, "crashed", reported, sanitize(note))
 
 
@@ -126,10 +126,9 @@ def process_exists(reported: RunState) -> bool:
 
 
 def may_be_running(run: RunEntry) -> str:
-    """Why the run may still be running whatever its state says; "" when it is certainly over.
+    """Why the run may still be running regardless of its state; "" when it is certainly over.
 
-    To be asked before anything that cannot be undone: a status that is lost or late is no proof
-    of an end.
+    For use before anything irreversible: a lost or late status does not prove that a run has ended.
     """
     if run.live:
         return f"it is {run.state}"

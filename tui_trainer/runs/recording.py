@@ -1,6 +1,6 @@
 """What can be read of a run's recording without asking the run: history, description, last status.
 
-A run that was killed could not record how it ended; its directory says so in its place.
+A run that was killed could not record how it ended; that is derived from its directory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def open_history(directory: Path) -> StoredHistory:
 
 
 def end_status(directory: Path) -> Status | None:
-    """How a run ended that no longer writes to its store; None while it may still write."""
+    """How a run that no longer writes to its store ended; None while it may still write."""
     run = inspect_run(directory)
     if run is None or run.live:
         return None
@@ -35,7 +35,7 @@ def end_status(directory: Path) -> Status | None:
 
 
 def with_end(recorded: Status, end: Status | None) -> Status:
-    """The recorded status, ended as `end` says where the recording has no end."""
+    """The recorded status, with the state and reason of `end` where it has no end itself."""
     if end is None or recorded.ended:
         return recorded
     return msgspec.structs.replace(recorded, state=end.state, reason=end.reason)

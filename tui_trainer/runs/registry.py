@@ -70,7 +70,7 @@ def resolve(given: str, runs_dir: str | os.PathLike[str] | None = None) -> RunEn
         return _trusted(matches[0])
     if matches:
         names = ", ".join(run.name for run in matches[:8]) + (", …" if len(matches) > 8 else "")
-        raise RunError(f"{len(matches)} runs begin with {given}", f"say which: {names}")
+        raise RunError(f"{len(matches)} runs begin with {given}", f"name one: {names}")
     if given and (Path(given) / SPEC_FILE).is_file():
         return _at(Path(given).absolute())
     raise RunError(f"there is no run {given}", _similar(given, [run.name for run in runs]))
@@ -128,7 +128,7 @@ def live_socket(run: RunEntry) -> Path:
     if reported.state == "starting":
         message = f"{run.name} does not listen yet"
     else:
-        message = f"{run.name} is live but listens nowhere on this machine"
+        message = f"{run.name} is live but does not listen on this machine"
     if reported.machine in ("", machine_identity()):
         raise NotListening(message, "try again in a moment")
     address = f"ssh://{reported.host}/{run.name}"
@@ -136,7 +136,7 @@ def live_socket(run: RunEntry) -> Path:
 
 
 def connect_run(directory: str | os.PathLike[str]) -> socket.socket:
-    """Connect to the run in `directory`, whatever its status says.
+    """Connect to the run in `directory`, regardless of its status.
 
     Raises NotListening and Unreachable while the run is live, RunGone when it is not.
     """
@@ -163,7 +163,7 @@ def _ended_as(state: EntryState) -> str:
 def _similar(given: str, names: Sequence[str]) -> str:
     if not names:
         return "there are no runs yet: tui-trainer gpt starts one"
-    # Often one word of a name is remembered wrong, so a part that agrees counts as well.
+    # Users often remember only part of a name, so a part that matches counts as well.
     within = [name for name in names if given.casefold() in name.casefold()]
     near = within or difflib.get_close_matches(given, names, n=3, cutoff=0.5)
     if near:

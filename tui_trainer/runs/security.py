@@ -93,7 +93,7 @@ def answers(path: str | os.PathLike[str] | None) -> bool:
 
 def peer_user(connection: socket.socket) -> int | None:
     """The user id of the process at the other end of a Unix socket; None where the system does not
-    tell, and the mode of the socket's directory is what protects it."""
+    provide it and only the mode of the socket's directory protects it."""
     option = getattr(socket, "SO_PEERCRED", None)  # Linux
     if option is None or connection.family != socket.AF_UNIX:
         return None

@@ -74,10 +74,10 @@ class Store:
     def numbers(self, what: str, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows of finite numbers; others are left out, and noted as unreadable `what`."""
         rows = self.query(query, *values)
-        sound = [row for row in rows if all(map(_is_number, row))]
-        if len(sound) < len(rows):
+        valid = [row for row in rows if all(map(_is_number, row))]
+        if len(valid) < len(rows):
             self.unreadable(what)
-        return sound
+        return valid
 
     def decoded(
         self, what: str, decode: Callable[..., T], rows: Iterator[tuple[Any, ...]]

@@ -19,7 +19,7 @@ T = TypeVar("T")
 MAX_WAITING = 100_000
 """Items that wait to be written."""
 MAX_MARKED = 200_000
-"""Events of a kind that are read to mark where there are some: the first of them."""
+"""Most events that `places` reads, from the first one on."""
 
 # ------------------------------------------------------------------------------ writing
 
@@ -40,7 +40,7 @@ class EventWriter:
         self._others: list[tuple[int, Event | LogLine | Artifact]] = []
         self._bytes = 0
         self.dropped: Counter[str] = Counter()
-        """How many there was no room for: "clip", "line", "sample"."""
+        """Number of items that there was no room for, by kind: "clip", "line", "sample"."""
 
     def add(self, seq: int, item: Event | LogLine | Artifact, size: int) -> None:
         """Take an item of about `size` bytes, where there is room."""
@@ -135,28 +135,28 @@ class StoredEvents:
         return self._decoded(EVENTS, rows, codec.decode_event)
 
     def first_events(self, count: int) -> tuple[Event, ...]:
-        """The first events that are no clips."""
-        question = "SELECT id, data FROM event WHERE kind <> 'clip' ORDER BY id LIMIT ?"
-        return self._decoded(EVENTS, self._store.query(question, count), codec.decode_event)
+        """The first events other than clips."""
+        sql = "SELECT id, data FROM event WHERE kind <> 'clip' ORDER BY id LIMIT ?"
+        return self._decoded(EVENTS, self._store.query(sql, count), codec.decode_event)
 
     def log(self, step: int, count: int) -> tuple[LogLine, ...]:
         """The last `count` lines printed up to a step, oldest first."""
-        question = (
+        sql = (
             "SELECT id, id, time, step, stream, text FROM log WHERE step <= ? "
             "ORDER BY id DESC LIMIT ?"
         )
-        return self._decoded(LINES, self._store.query(question, step, count), codec.decode_line)
+        return self._decoded(LINES, self._store.query(sql, step, count), codec.decode_line)
 
     def artifacts(self, step: int, count: int) -> tuple[Artifact, ...]:
         """The last `count` artifacts of each kind up to a step, oldest first."""
-        question = (
+        sql = (
             "SELECT id, data FROM artifact WHERE kind = ? AND step <= ? "
             "ORDER BY step DESC, id DESC LIMIT ?"
         )
         rows = [
             row
             for (kind,) in self._store.query("SELECT DISTINCT kind FROM artifact")
-            for row in self._store.query(question, kind, step, count)
+            for row in self._store.query(sql, kind, step, count)
         ]
         return self._decoded(SAMPLES, rows, codec.decode_artifact)
 
@@ -194,31 +194,31 @@ class StoredEvents:
     def next_event(self, kind: str, step: int, backwards: bool = False) -> int | None:
         """Step of the next event of a kind (`clip`, `nonfinite`, `mark`, …) after a step, or of the
         last one before it; None when there is none."""
-        question = (
+        sql = (
             "SELECT step FROM event WHERE kind = ? AND step < ? ORDER BY step DESC LIMIT 1"
             if backwards
             else "SELECT step FROM event WHERE kind = ? AND step > ? ORDER BY step LIMIT 1"
         )
-        found = self._store.numbers(EVENTS, question, kind, step)
+        found = self._store.numbers(EVENTS, sql, kind, step)
         return int(found[0][0]) if found else None
 
     def places(self, kind: str, last_step: int, cells: int) -> list[int]:
         """Which of `cells` equal ranges of steps 0..last_step hold an event of a kind."""
-        question = (
+        sql = (
             "SELECT DISTINCT min(step * ?1 / (?2 + 1), ?1 - 1) FROM "
             "(SELECT step FROM event WHERE kind = ?3 AND step <= ?2 LIMIT ?4)"
         )
         values = (cells, max(0, last_step), kind, MAX_MARKED)
-        return sorted(int(cell) for (cell,) in self._store.numbers(EVENTS, question, *values))
+        return sorted(int(cell) for (cell,) in self._store.numbers(EVENTS, sql, *values))
 
     def count(self, kind: str = "") -> int:
         """Number of events of a kind, or of all but clips."""
         which = "kind = ?" if kind else "kind <> ?"
-        question = f"SELECT count(*) FROM event WHERE {which}"
-        found = self._store.numbers(EVENTS, question, kind or "clip")
+        sql = f"SELECT count(*) FROM event WHERE {which}"
+        found = self._store.numbers(EVENTS, sql, kind or "clip")
         return int(found[0][0]) if found else 0
 
     def steps_of(self, kind: str, count: int) -> list[int]:
         """The first `count` steps with an event of a kind."""
-        question = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
-        return [int(step) for (step,) in self._store.numbers(EVENTS, question, kind, count)]
+        sql = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
+        return [int(step) for (step,) in self._store.numbers(EVENTS, sql, kind, count)]

@@ -75,8 +75,8 @@ class SeriesWriter:
             return
         rows = RawRows(np.array(self._steps, np.int64), np.stack(self._values))
         self._add_rows(connection, self._rows, rows, np.array(self._seqs, np.int64) + first_seq)
-        question = "UPDATE series SET rows = ? WHERE id = ?"
-        connection.execute(question, (self._rows_after, self.table.id))
+        sql = "UPDATE series SET rows = ? WHERE id = ?"
+        connection.execute(sql, (self._rows_after, self.table.id))
 
     def written(self) -> None:
         """See `TableWriter.written`."""
@@ -91,8 +91,8 @@ class SeriesWriter:
             "ON CONFLICT (id) DO UPDATE SET description = excluded.description",
             (self.table.id, msgspec.json.encode(self.table)),
         )
-        question = "SELECT rows FROM series WHERE id = ?"
-        return int(connection.execute(question, (self.table.id,)).fetchone()[0])
+        sql = "SELECT rows FROM series WHERE id = ?"
+        return int(connection.execute(sql, (self.table.id,)).fetchone()[0])
 
     def _add_rows(
         self, connection: sqlite3.Connection, first: int, new: RawRows, seqs: Steps
@@ -152,8 +152,8 @@ class SeriesWriter:
         )
 
     def _tail_start(self, connection: sqlite3.Connection, level: int) -> int:
-        question = "SELECT min(first) FROM tail WHERE series = ? AND level = ?"
-        return int(connection.execute(question, (self.table.id, level)).fetchone()[0])
+        sql = "SELECT min(first) FROM tail WHERE series = ? AND level = ?"
+        return int(connection.execute(sql, (self.table.id, level)).fetchone()[0])
 
     def _take_tail(self, connection: sqlite3.Connection, level: int) -> list[tuple[bytes, bytes]]:
         """(data, seqs) of the whole tail of a level, which is deleted."""
@@ -264,8 +264,8 @@ class StoredLevel:
         self._store, self._series, self._level, self._columns = store, series, level, columns
         # Chunks are numbered from 0 without a gap. (A damaged number may be any, so do not ask for
         # the largest.)
-        question = "SELECT count(*) FROM chunk WHERE series = ? AND level = ?"
-        count = store.numbers(MEASUREMENTS, question, series, level)
+        sql = "SELECT count(*) FROM chunk WHERE series = ? AND level = ?"
+        count = store.numbers(MEASUREMENTS, sql, series, level)
         self._chunks = int(count[0][0]) if count else 0
         self._tail: RawRows | Buckets | None = None
         self._tail_seqs: Steps = np.zeros(0, np.int64)
@@ -274,7 +274,7 @@ class StoredLevel:
         self.stop: int = self._chunks * CHUNK + in_tail
 
     def _read_tail(self) -> None:
-        question = (
+        sql = (
             "SELECT data, seqs FROM tail WHERE series = ? AND level = ? AND first >= ? "
             "ORDER BY first"
         )
@@ -283,7 +283,7 @@ class StoredLevel:
         buckets: list[Buckets] = []
         newest = 0
         where = (self._series, self._level, self._chunks * CHUNK)
-        for data, raw_seqs in self._store.stream(question, *where):
+        for data, raw_seqs in self._store.stream(sql, *where):
             try:
                 piece: RawRows | Buckets
                 if self._level:
@@ -308,12 +308,12 @@ class StoredLevel:
 
     def find(self, step: int) -> int:
         """See `Level.find`."""
-        question = (
+        sql = (
             "SELECT number FROM chunk WHERE series = ? AND level = ? AND last_step >= ? "
             "ORDER BY last_step LIMIT 1"
         )
         where = (self._series, self._level, step)
-        for (number,) in self._store.numbers(MEASUREMENTS, question, *where):
+        for (number,) in self._store.numbers(MEASUREMENTS, sql, *where):
             chunk = int(number)
             if not 0 <= chunk < self._chunks:
                 break  # written since, or damaged
@@ -364,8 +364,8 @@ class StoredLevel:
             part = slice(offset, offset + CHUNK)
             return RowBlock(self._tail_seqs[part], tail.last[part], tail.value[part])
         entries = self._chunk(number, slice(0, CHUNK), np.arange(self._columns))
-        question = "SELECT seqs FROM chunk WHERE series = ? AND level = 0 AND number = ?"
-        found = self._store.stream(question, self._series, number)
+        sql = "SELECT seqs FROM chunk WHERE series = ? AND level = 0 AND number = ?"
+        found = self._store.stream(sql, self._series, number)
         seqs = next(self._store.decoded(MEASUREMENTS, _unpack_seqs, found), None)
         if entries is None or seqs is None:
             return None
@@ -402,8 +402,8 @@ class StoredLevel:
         kinds = 2 if self._level else 1
 
         def read() -> NDArray[np.int64] | None:
-            question = "SELECT steps FROM chunk WHERE series = ? AND level = ? AND number = ?"
-            rows = self._store.stream(question, self._series, self._level, number)
+            sql = "SELECT steps FROM chunk WHERE series = ? AND level = ? AND number = ?"
+            rows = self._store.stream(sql, self._series, self._level, number)
             return next(
                 self._store.decoded(
                     MEASUREMENTS, lambda data: codec.unpack_integers(data, kinds, CHUNK), rows
@@ -419,11 +419,11 @@ class StoredLevel:
         columns = min(GROUP, self._columns - group * GROUP)
 
         def read() -> Part | None:
-            question = (
+            sql = (
                 "SELECT data FROM part JOIN chunk ON chunk.id = part.chunk "
                 "WHERE series = ? AND level = ? AND number = ? AND columns = ?"
             )
-            rows = self._store.stream(question, self._series, self._level, number, group)
+            rows = self._store.stream(sql, self._series, self._level, number, group)
             return next(
                 self._store.decoded(
                     MEASUREMENTS,

@@ -90,11 +90,11 @@ class TimelineReader:
         keep = max(0, len(self._ids) - 1)  # the newest piece may have grown
         after_step = int(self._last_steps[keep - 1]) if keep else -1
         after_id = int(self._ids[keep - 1]) if keep else 0
-        question = (
+        sql = (
             "SELECT id, last_step, last_time FROM timeline WHERE last_step >= ? "
             "ORDER BY last_step, id"
         )
-        found = self._store.numbers(TIMES, question, after_step)
+        found = self._store.numbers(TIMES, sql, after_step)
         fresh = np.array([row for row in found if row[0] > after_id], np.float64).reshape(-1, 3)
         self._ids = np.append(self._ids[:keep], fresh[:, 0].astype(np.int64))
         self._last_steps = np.append(self._last_steps[:keep], fresh[:, 1].astype(np.int64))

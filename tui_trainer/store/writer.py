@@ -1,8 +1,8 @@
 """Writes the store of a run: a sink of the recorder, on a thread of its own.
 
 Items are committed about twice a second, so that a killed process loses at most the last second.
-When the disk refuses, the training continues: what waits is kept, within bounds, the problem is
-reported, and recording resumes as soon as it can.
+When a write fails, the training continues: pending items are kept, within bounds, the problem is
+reported, and recording resumes as soon as the disk can be written again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tui_trainer.store.timeline import TimelineWriter
 COMMIT_EVERY_S = 0.4
 MAX_BACK_OFF_S = 30.0
 MAX_WAITING_BYTES = 64 * 2**20
-"""Rows that wait for a disk that refuses, and again as much of events, lines and samples; beyond
+"""Most bytes of pending rows while writes fail, and of events, lines and samples again; beyond
 that the newest are dropped and counted."""
 RECENT_BYTES = 32 * 2**20
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -144,8 +144,8 @@ class RecentItems:
 
 
 class StoreWriter:
-    """Implements `record.events.Sink`. `report(text)` is called with what is wrong, and with ""
-    when it is over: meant for `Status.recording`."""
+    """Implements `record.events.Sink`. `report(text)` is called with each problem, and with "" once
+    it is over, for `Status.recording`."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class StoreWriter:
         self._start()
 
     def _start(self) -> None:
-        """Nothing is written yet, and nothing waits."""
+        """Reset to an empty database with nothing pending."""
         self._series: dict[int, SeriesWriter] = {}
         self._timeline = TimelineWriter()
         self._events = EventWriter(MAX_WAITING_BYTES)
@@ -196,7 +196,7 @@ class StoreWriter:
             self._disconnect()
 
     def commit(self) -> bool:
-        """Write all that waits; whether that succeeded."""
+        """Write everything pending; returns whether that succeeded."""
         try:
             if self._connection is not None and file_identity(self._directory) != self._file:
                 self._disconnect()
@@ -247,7 +247,7 @@ class StoreWriter:
                 known.table = table
 
     def _row(self, table: int, seq: int, step: int, values: Floats) -> bool:
-        """Keep a row; whether there was room, and a table of that size."""
+        """Keep a row; returns whether there was room, and a table with as many columns."""
         series = self._series.get(table)
         if series is None or self._waiting_bytes > MAX_WAITING_BYTES:
             self._dropped_rows += 1
@@ -314,7 +314,7 @@ class StoreWriter:
         self._back_off = min(self._back_off * 2, MAX_BACK_OFF_S)
 
     def _set_aside(self) -> bool:
-        """Rename a damaged database and start a new one; whether that succeeded."""
+        """Rename a damaged database and start a new one; returns whether that succeeded."""
         try:
             kept = set_aside(self._directory)
         except OSError:
@@ -362,8 +362,8 @@ def _next_seq(connection: sqlite3.Connection) -> int:
             for table in ("event", "log", "artifact")
         ),
     )
-    question = f"SELECT coalesce(max(seq), -1) FROM ({' UNION ALL '.join(last)})"
-    return int(connection.execute(question).fetchone()[0]) + 1
+    sql = f"SELECT coalesce(max(seq), -1) FROM ({' UNION ALL '.join(last)})"
+    return int(connection.execute(sql).fetchone()[0]) + 1
 
 
 def file_identity(directory: Path) -> tuple[int, int]:

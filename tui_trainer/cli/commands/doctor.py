@@ -52,7 +52,7 @@ LIBRARIES = {
 OPTIONAL = {
     "pyarrow": ('"tui-trainer[parquet]"', "export --format parquet"),
     "tensorboard": ('"tui-trainer[tensorboard]"', "export --format tensorboard"),
-    "nvidia-ml-py": ("nvidia-ml-py", "torch.cuda.utilization() and its like in a script"),
+    "nvidia-ml-py": ("nvidia-ml-py", "torch.cuda.utilization() and similar calls in a script"),
 }
 """Optional packages: how to install them, and what needs them."""
 TORCH_TIMEOUT_S = 120.0
@@ -122,8 +122,8 @@ def _optional() -> Iterator[CheckResult]:
         else:
             missing = f"missing: {purpose} needs it"
             yield CheckResult(group, name, "note", missing, f"pip install {source}")
-    yield _program("git", "--version", group, "runs note the commit of your code")
-    yield _program("ssh", "-V", group, "attach ssh://host: runs on other machines")
+    yield _program("git", "--version", group, "records the commit of your code with each run")
+    yield _program("ssh", "-V", group, "attach ssh://host, for runs on other machines")
 
 
 def _program(name: str, version: str, group: str, purpose: str) -> CheckResult:
@@ -141,8 +141,8 @@ def _program(name: str, version: str, group: str, purpose: str) -> CheckResult:
         )
     except (OSError, subprocess.TimeoutExpired) as fault:
         return CheckResult(group, name, "warning", f"{path} does not answer: {fault}")
-    said = (asked.stdout or asked.stderr).strip().splitlines() or [path]
-    return CheckResult(group, name, "good", f"{said[0]} ({purpose})")
+    printed = (asked.stdout or asked.stderr).strip().splitlines() or [path]
+    return CheckResult(group, name, "good", f"{printed[0]} ({purpose})")
 
 
 def _training() -> Iterator[CheckResult]:
@@ -189,7 +189,7 @@ def _terminal() -> Iterator[CheckResult]:
             "size",
             "warning" if small else "good",
             f"{size.columns}×{size.lines}",
-            "a dashboard needs at least 80×24" if small else "",
+            "the dashboard needs at least 80×24" if small else "",
         )
     term, depth = os.environ.get("TERM", "not set"), os.environ.get("COLORTERM", "")
     yield CheckResult(
@@ -253,7 +253,7 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
             group,
             "sockets",
             "note",
-            "the path of the directory is long: sockets are kept elsewhere",
+            "the path of the directory is too long for sockets, which are created elsewhere",
         )
 
 

@@ -1,7 +1,7 @@
 """`tui-trainer relay [RUN]`: the far end of an ssh connection.
 
-It greets with one line, then copies between its standard streams and the run's socket: it reads
-nothing of what passes. When either side ends, so does it.
+It greets with one line, then copies bytes between its standard streams and the run's socket without
+decoding them. When either side ends, so does it.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def _find(run: str | None, runs_dir: Path | None) -> RunEntry:
 
 
 def _offered(run: RunEntry) -> RemoteRun:
-    said = run.reported
+    status = run.reported
     return RemoteRun(
         run.name,
         run.state,
-        said.step,
-        said.total_steps,
-        said.loss,
-        said.title or said.task,
-        said.started_at,
+        status.step,
+        status.total_steps,
+        status.loss,
+        status.title or status.task,
+        status.started_at,
     )
 
 
@@ -89,13 +89,13 @@ def _write(data: bytes | memoryview) -> None:
 
 
 def _copy_both_ways(connection: socket.socket) -> None:
-    heard = [time.monotonic()]
+    received_at = [time.monotonic()]
     ended = threading.Event()
 
     def to_run() -> None:
         with contextlib.suppress(OSError):
             while data := os.read(0, _BLOCK):
-                heard[0] = time.monotonic()
+                received_at[0] = time.monotonic()
                 connection.sendall(data)
         ended.set()
 
@@ -107,8 +107,8 @@ def _copy_both_ways(connection: socket.socket) -> None:
 
     for work in (to_run, to_viewer):
         threading.Thread(target=work, daemon=True).start()
-    while not ended.wait(max(0.1, heard[0] + SILENT_S - time.monotonic())):
-        if time.monotonic() - heard[0] >= SILENT_S:
+    while not ended.wait(max(0.1, received_at[0] + SILENT_S - time.monotonic())):
+        if time.monotonic() - received_at[0] >= SILENT_S:
             break
-    # The other thread may be blocked for good on a stream that nobody reads: leave without it.
+    # The other thread may be blocked for ever on a stream whose reader is gone: exit without it.
     os._exit(0)

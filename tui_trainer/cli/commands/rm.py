@@ -100,7 +100,7 @@ def _wait_for_exit(run: RunEntry) -> None:
 
 
 def _refuse_abbreviations(given: tuple[str, ...], found: list[RunEntry]) -> None:
-    """Without a question, names must be complete: tomorrow a prefix may mean another run."""
+    """With --yes, names must be complete: a prefix may match another run tomorrow."""
     names = {run.name for run in found}
     for name in set(given) - names:
         for full in names:
