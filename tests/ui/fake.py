@@ -21,6 +21,7 @@ from tui_trainer.client.api import Link, Snapshot
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import PHASES, messages, schema
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -428,6 +429,22 @@ def fake_two_transformers(steps: int = 300, layers: int = 3) -> FakeSession:
         attention=(*run.info.attention, *attention),
         optimizers=("AdamW", "adam"),
     )
+    return FakeSession(run, steps)
+
+
+def fake_logging(steps: int = 300) -> FakeSession:
+    """A script that logs two values, the second at every tenth step."""
+    run = synthesise(describe(task="script"))
+    number = len(run.info.tables)
+    columns = (Column("val/accuracy", "", "higher"), Column("temperature"))
+    table = Table(number, schema.LOGGED, columns, every=0)
+    every = np.arange(1, len(run.steps[0]) + 1)
+    values = np.full((len(every), 2), absent(Absent.NOT_MEASURED), np.float32)
+    values[:, 0] = 1 - np.exp(-every / 200)
+    values[9::10, 1] = 1 / every[9::10]
+    run.steps.append(every)
+    run.values.append(values)
+    run.info = msgspec.structs.replace(run.info, tables=(*run.info.tables, table))
     return FakeSession(run, steps)
 
 

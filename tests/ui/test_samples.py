@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ui.fake import fake_empty, fake_gpt, fake_vit
+from tests.ui.fake import fake_empty, fake_gpt, fake_logging, fake_vit
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.samples import (
@@ -170,3 +170,18 @@ async def test_a_run_without_a_sample_yet_says_when_one_comes() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         assert "the first comes with the next evaluation" in text_of(app)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+async def test_values_that_the_script_logs(size: tuple[int, int]) -> None:
+    app = app_on("samples", fake_logging())
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        text = text_of(app)
+        line = next(line for line in text.split("\n") if "val/accuracy" in line)
+        assert "0.777" in line  # 1 − exp(−300/200)
+        assert "300" in line
+        await pilot.press("down")
+        await settle(pilot)
+        chart = app.screen.query_one("#logged-chart")
+        assert "temperature" in chart.render_line(0).text

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tui_trainer.history.logged import logged_series
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
@@ -26,6 +28,8 @@ SERIES = {
     "norm": (schema.STEP, "grad_norm_preclip", "Gradient norm"),
 }
 """The series that can be overlaid: table, column and title."""
+MAX_LOGGED = 50
+"""Names of `tui_trainer.log` that are compared."""
 STEP_BUCKETS = 4
 """Buckets of steps read for each bucket of time, when series are aligned by time."""
 
@@ -191,6 +195,13 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
     accuracy = run.history.find(schema.VALIDATION, "accuracy")
     if accuracy is not None:
         values["accuracy, last"] = accuracy[0].newest("accuracy")
+    for each in logged_series(run.history)[:MAX_LOGGED]:
+        newest, highest = each.newest(), each.best()
+        if newest is not None and why_absent(newest[1]) is None:
+            values[f"{each.name} (logged), last"] = newest[1]
+        if highest is not None:
+            which = "lowest" if each.better == "lower" else "highest"
+            values[f"{each.name} (logged), {which}"] = highest
     return values
 
 

@@ -19,6 +19,7 @@ from tui_trainer.export.read import (
     wide,
 )
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Skipped, Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
@@ -187,7 +188,7 @@ def _write_parquet_steps(history: StoredHistory, chosen: list[StoredSeries], fol
             steps.append(step)
             for place, row in rows.items():
                 values[at, places[place] : places[place + 1]] = row
-                known[at, places[place] : places[place + 1]] = True
+                known[at, places[place] : places[place + 1]] = ~absent_mask(row)
             if len(steps) == ROW_GROUP:
                 write()
         if steps:
@@ -210,9 +211,11 @@ def _write_parquet_table(history: StoredHistory, table: StoredSeries, folder: Pa
 
         def write() -> None:
             joined_values = np.concatenate(values)
+            missing = absent_mask(joined_values)
             columns = [pyarrow.array(np.concatenate(steps))]
             columns += [
-                pyarrow.array(np.ascontiguousarray(joined_values[:, i])) for i in range(len(names))
+                pyarrow.array(np.ascontiguousarray(joined_values[:, i]), mask=missing[:, i])
+                for i in range(len(names))
             ]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
             steps.clear()
@@ -258,7 +261,8 @@ def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
             summary = Summary()
             for place, row in rows.items():
                 for tag, value in zip(names[place], row.tolist(), strict=True):
-                    summary.value.add(tag=tag, simple_value=value)
+                    if why_absent(value) is None:
+                        summary.value.add(tag=tag, simple_value=value)
             writer.add_event(Event(wall_time=when, step=step, summary=summary))
     finally:
         writer.close()

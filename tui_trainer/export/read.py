@@ -21,6 +21,7 @@ PER_STEP = (
     schema.MEMORY,
     schema.OVERHEAD,
     schema.VALIDATION,
+    schema.LOGGED,
 )
 """Tables with few columns, which are exported as one row for each step."""
 
@@ -80,6 +81,9 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
             if current is not None:
                 yield current
             current = Joined(step, {})
+        known = current.rows.get(place)
+        if known is not None and (missing := absent_mask(values)).any():
+            values = np.where(missing, known, values)  # values that were logged one by one
         current.rows[place] = values
     if current is not None:
         yield current

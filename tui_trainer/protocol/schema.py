@@ -189,6 +189,7 @@ GRAD_NORM = "grad_norm"
 WEIGHT_NORM = "weight_norm"
 UPDATE_RATIO = "update_ratio"
 VALIDATION = "validation"
+LOGGED = "logged"
 MEMORY = "memory"
 OVERHEAD = "overhead_ms"
 ATTENTION = "attention"
@@ -204,6 +205,7 @@ TABLE_NAMES = (
     WEIGHT_NORM,
     UPDATE_RATIO,
     VALIDATION,
+    LOGGED,
     MEMORY,
     OVERHEAD,
     ATTENTION,

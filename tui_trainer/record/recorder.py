@@ -70,7 +70,7 @@ class Recorder:
         self.history = MemoryHistory()
         self.throughput = Throughput()
         self._extra_info: Callable[[], dict[str, Any]] = dict
-        self._on_tick: Callable[[], None] | None = None
+        self._regular_calls: list[Callable[[], None]] = []
 
         # Shared with the training thread without a lock.
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -249,7 +249,7 @@ class Recorder:
 
     def call_regularly(self, callback: Callable[[], None]) -> None:
         """Call `callback()` every DRAIN_EVERY_S on the recorder's thread."""
-        self._on_tick = callback
+        self._regular_calls.append(callback)
 
     def report(self, report: PhaseReport | None) -> None:
         """Set what the phase that has just ended produced; None once training continues."""
@@ -314,9 +314,9 @@ class Recorder:
 
     def _work(self) -> None:
         while not self._closing.wait(DRAIN_EVERY_S):
-            if self._on_tick is not None:
+            for call in tuple(self._regular_calls):
                 try:
-                    self._on_tick()
+                    call()
                 except Exception as fault:
                     self.fault("recorder", fault)
             with self._lock:

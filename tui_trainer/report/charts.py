@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.analysis import LayerLocation, location_of
+from tui_trainer.history.logged import logged_series
 from tui_trainer.history.window import Window
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.report.read import ReportData
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 22, 10, 26
 BUCKETS = 560
+MAX_LOGGED = 24
+"""Charts of `tui_trainer.log`'s names."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ def panels(data: ReportData) -> Iterator[ChartPanel]:
     for make in (_loss, _norm, _rate, _phases):
         if (made := make(data)) is not None:
             yield made
+    yield from _logged(data)
     yield from _attention(data)
 
 
@@ -264,6 +268,15 @@ def _loss(data: ReportData) -> ChartPanel | None:
         series.append(SvgSeries.of("validation", "validation", seen, 0, points=True))
     chart = SvgChart(series, data.last_step, height=260, start=data.first_step)
     return _panel("Loss", chart)
+
+
+def _logged(data: ReportData) -> Iterator[ChartPanel]:
+    """The values of `tui_trainer.log`."""
+    for each in logged_series(data.history)[:MAX_LOGGED]:
+        seen = data.window(each.series, [each.column], BUCKETS)
+        curve = SvgSeries.of("accent", "", seen, 0)
+        if np.isfinite(curve.high).any():
+            yield _panel(each.name, SvgChart([curve], data.last_step, 180, start=data.first_step))
 
 
 def _norm(data: ReportData) -> ChartPanel | None:

@@ -31,6 +31,7 @@ from tui_trainer.run.outcome import (
     print_failure,
     print_outcome,
 )
+from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
 from tui_trainer.store.writer import StoreWriter
@@ -117,13 +118,14 @@ class Host:
             self.recorder.fault("preparing OpenMP", error)
 
     def _train(self) -> Outcome:
-        if self.spec.is_script:
-            from tui_trainer.run.script import train_script
+        with activated(self.recorder, self.gate):
+            if self.spec.is_script:
+                from tui_trainer.run.script import train_script
 
-            return train_script(self)
-        from tui_trainer.run.training import train_task
+                return train_script(self)
+            from tui_trainer.run.training import train_task
 
-        return train_task(self)
+            return train_task(self)
 
     def _check_last_loss(self, outcome: Outcome) -> Outcome:
         """Fail a task whose last loss is not finite, so that a batch system sees that it has learnt

@@ -24,8 +24,10 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
+from tui_trainer.history.logged import logged_series
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import nonfinite, number, rough_duration, step_of
 from tui_trainer.protocol.messages import (
     END_STATES,
@@ -37,6 +39,7 @@ from tui_trainer.protocol.messages import (
     Status,
 )
 from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.store.schema import STORE_FILE, StoreError
@@ -54,6 +57,16 @@ class SummaryCurve(msgspec.Struct, frozen=True):
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
     last: float | None = None
+
+
+class LoggedValue(msgspec.Struct, frozen=True):
+    """A value of `tui_trainer.log`."""
+
+    step: int
+    value: float | None
+    """None where it is not finite, or beyond float32."""
+    text: str | None = None
+    """Then `nan`, `inf`, `-inf` or the reason."""
 
 
 class RunSummary(msgspec.Struct, frozen=True):
@@ -77,6 +90,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     """What is wrong with recording to disk; "" while nothing is."""
     events: tuple[dict[str, Any], ...] = ()
     """The newest events, oldest first."""
+    logged: dict[str, LoggedValue] = {}
+    """The newest value of each name of `tui_trainer.log`."""
 
 
 def summarize_run(run: RunEntry) -> RunSummary:
@@ -153,7 +168,7 @@ def _summary(
     if status.ended:
         summary["state"] = status.state
     trainable = sum(p.numel for p in info.parameters if p.trainable)
-    return RunSummary(
+    made = RunSummary(
         summary,
         msgspec.structs.replace(loss, last=_finite(loss.last)),
         _curve(step, "grad_norm_preclip"),
@@ -169,6 +184,18 @@ def _summary(
         status.recording,
         tuple(_event_object(event) for event in events[-EVENTS_SHOWN:]),
     )
+    return msgspec.structs.replace(made, logged=_logged(history))
+
+
+def _logged(history: History) -> dict[str, LoggedValue]:
+    found: dict[str, LoggedValue] = {}
+    for each in logged_series(history):
+        if (newest := each.newest()) is not None:
+            step, value = newest
+            why = why_absent(value)
+            text = why.reason if why else _nonfinite(value)
+            found[each.name] = LoggedValue(step, _finite(value), text)
+    return found
 
 
 def _finite(value: float | None) -> float | None:
@@ -238,6 +265,7 @@ REFRESH_EVERY_S = 1.0
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-~=*#@"
 LAYERS_SHOWN = 12
+LOGGED_SHOWN = 12
 CHART_WIDTH, CHART_HEIGHT = 78, 10
 
 
@@ -360,6 +388,11 @@ def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
         rows.append(("learning rate", number(summary.learning_rate, 0), ""))
     for name, value in summary.validation.items():
         rows.append((f"validation {name}", number(value, 0), ""))
+    for name, logged in list(summary.logged.items())[:LOGGED_SHOWN]:
+        shown = number(logged.value, 0) if logged.value is not None else logged.text or "–"
+        rows.append((truncate_middle(name, 24), shown, f"at step {logged.step:,}"))
+    if len(summary.logged) > LOGGED_SHOWN:
+        rows.append(("", "", f"and {len(summary.logged) - LOGGED_SHOWN} more logged values"))
     phases = {name: ms for name, ms in summary.phase_ms.items() if ms is not None}
     if phases:
         parts = (f"{name} {number(ms, 0, 3)}" for name, ms in phases.items())

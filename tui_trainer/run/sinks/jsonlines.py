@@ -12,7 +12,7 @@ import numpy as np
 
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import (
     Artifact,
@@ -212,14 +212,27 @@ def sample_object(artifact: Artifact) -> Object:
 
 
 def row_object(info: RunInfo, row: RowRecorded) -> Object:
-    """A row measured outside a step: a validation, or a row of another table."""
+    """A row measured outside a step: a validation, what the script logs, or another table's."""
     table = info.tables[row.table]
+    if table.name == schema.LOGGED:
+        return _logged_object(table, row)
     kind = "validation" if table.name == schema.VALIDATION else "measurement"
     made: Object = {"type": kind, "step": row.step, "time": row.time}
     if kind == "measurement":
         made["table"] = table.name
     notes = Notes()
     _add_values(made, notes, _by_column(table.columns, row.values))
+    notes.add_to(made)
+    return made
+
+
+def _logged_object(table: Table, row: RowRecorded) -> Object:
+    """Values of `tui_trainer.log`, without those that one call has not given."""
+    values = _by_column(table.columns, row.values)
+    given = {n: v for n, v in values.items() if why_absent(v) is not Absent.NOT_MEASURED}
+    made: Object = {"type": "logged", "step": row.step, "time": row.time, "values": {}}
+    notes = Notes()
+    _add_values(made["values"], notes, given, "values.")
     notes.add_to(made)
     return made
 

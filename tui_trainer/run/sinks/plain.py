@@ -69,7 +69,7 @@ class PlainLines:
                 self._add_header(lines)
                 self._newest = item.record
             case RowRecorded():
-                self._add_validation(item, status, lines)
+                self._add_row(item, status, lines)
             case NonFinite():
                 lines.append(f"step {item.step}: {item.text}")
             case Skipped():
@@ -101,7 +101,7 @@ class PlainLines:
             self._shown, self._next_progress = self._newest, self._clock() + PROGRESS_EVERY_S
             lines.append(progress(self._info, self._newest, status))
 
-    def _add_validation(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
+    def _add_row(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
         if self._info is None or self._info.tables[row.table].name != schema.VALIDATION:
             return
         if self._newest is not self._shown and self._newest is not None:

@@ -1,4 +1,5 @@
-"""What the model produces: a GPT's continuations, a ViT's predictions and their confusion."""
+"""What the model produces: a GPT's continuations, a ViT's predictions and their confusion, and
+the values that a script logs."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from textual.widget import Widget
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.logged import LoggedTable
 from tui_trainer.ui.panels.samples import (
     ConfusionView,
     GeneratedTexts,
@@ -22,6 +24,8 @@ from tui_trainer.ui.panels.samples import (
     tiles_of,
 )
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.series_chart import ChartCurve, SeriesChart
+from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 MIN_WIDTH_BESIDE = 100
@@ -65,6 +69,7 @@ class SamplesScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         yield Placeholder()
         yield Horizontal(
+            Vertical(LoggedTable(), SeriesChart(id="logged-chart"), id="logged"),
             Vertical(GeneratedTexts(), id="texts"),
             Vertical(Caption(id="images-caption"), ImageGrid(), id="images"),
             Vertical(Caption(id="matrix-caption"), ConfusionView(), id="matrix"),
@@ -73,11 +78,14 @@ class SamplesScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         texts = _samples(snapshot, TextSample)
         images, matrices = _samples(snapshot, ImageSample), _samples(snapshot, ConfusionMatrix)
-        nothing = not (texts or images or matrices)
+        logged = self.query_one(LoggedTable).show(snapshot)
+        nothing = not (texts or images or matrices or logged)
         message = placeholder_message(snapshot, *_no_samples(snapshot)) if nothing else ("", "")
         self.query_one(Placeholder).set_message(*message)
         self.query_one(Horizontal).display = not nothing
         self._back = min(self._back, max(0, len(images) - 1, len(matrices) - 1))
+        self._show_part("#logged", bool(logged))
+        self._show_logged(snapshot)
         self._show_part("#texts", bool(texts))
         self._show_part("#images", bool(images))
         self._show_part("#matrix", bool(matrices))
@@ -87,6 +95,15 @@ class SamplesScreen(DetailScreen):
         self._show_images(_pick(images, self._back), len(images))
         self._show_matrix(_pick(matrices, self._back))
         self.show_keys()
+
+    def _show_logged(self, snapshot: Snapshot) -> None:
+        """The chart of the name under the cursor."""
+        chosen = self.query_one(LoggedTable).selected
+        if chosen is not None:
+            total = snapshot.info.total_steps if snapshot.info else None
+            curves = [ChartCurve("", "accent", chosen.column)]
+            chart = self.query_one("#logged-chart", SeriesChart)
+            chart.plot(chosen.name, chosen.series, curves, total_steps=total)
 
     def _show_part(self, selector: str, available: bool) -> None:
         self.query_one(selector).set_class(not available, "-none")
@@ -145,6 +162,12 @@ class SamplesScreen(DetailScreen):
             return bool(images and matrices) and not self.has_class("-beside")
         return super().check_action(action, parameters)
 
+    def on_virtual_table_highlighted(self, event: VirtualTable.Highlighted) -> None:
+        self._show_logged(self.context.snapshot)
+
+    def on_mount(self) -> None:
+        self.query_one(LoggedTable).focus()
+
     def on_resize(self, event: events.Resize) -> None:
         self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
         self.show_keys()
@@ -161,5 +184,6 @@ def _pick(samples: tuple[SampleT, ...], back: int) -> SampleT | None:
 def _no_samples(snapshot: Snapshot) -> tuple[str, ...]:
     """Text and topic for a run without samples."""
     if snapshot.info is not None and snapshot.info.task == "script":
-        return ("a script has no samples: the log shows what it prints", "samples")
+        text = "a script has no samples; tui_trainer.log(name=value) in it shows its values here"
+        return (text, "samples")
     return ("no sample yet: the first comes with the next evaluation", "samples")
