@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"log": "tui_trainer.run.scalars"}
+_PUBLIC = {"log": "tui_trainer.run.scalars", "watch": "tui_trainer.run.watch"}
 """What scripts and notebooks use, and the module that has it: imported when it is first used."""
 
 

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -51,6 +51,8 @@ from tui_trainer.record.events import (
 from tui_trainer.record.sinks import SinkThread
 from tui_trainer.record.throughput import Throughput
 from tui_trainer.record.viewer_updates import PollHandler
+
+T = TypeVar("T")
 
 DRAIN_EVERY_S = 0.05
 QUEUE_STEPS = 4096
@@ -235,6 +237,12 @@ class Recorder:
         with self._lock:
             self._drain()
             return self._first_nonfinite
+
+    def read(self, read: Callable[[MemoryHistory], T]) -> T:
+        """The result of `read(history)`, which must be quick: recording waits for it."""
+        with self._lock:
+            self._drain()
+            return read(self.history)
 
     def set_status(self, **changes: Any) -> None:
         """Change fields of the status."""

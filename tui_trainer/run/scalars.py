@@ -77,7 +77,7 @@ class ScalarLog:
     """The scalars of one run. Thread-safe."""
 
     def __init__(self, recorder: Recorder, gate: Gate) -> None:
-        self._recorder = recorder
+        self.recorder = recorder
         self._gate = gate
         self._places: dict[str, _Place] = {}
         self._refused: set[str] = set()
@@ -108,14 +108,14 @@ class ScalarLog:
             if tensors:
                 self._send(at, tensors)
         except Exception as fault:
-            self._recorder.fault("tui_trainer.log", fault)
+            self.recorder.fault("tui_trainer.log", fault)
 
     def flush(self) -> None:
         """Record what is still on its way to the host."""
         try:
             self._drain(lambda transfer: transfer.arrived(wait=True))
         except Exception as fault:
-            self._recorder.fault("tui_trainer.log", fault)
+            self.recorder.fault("tui_trainer.log", fault)
 
     def _number(self, name: str, value: Any) -> float | None:
         """`value` as a float; None where it is not one number."""
@@ -137,7 +137,7 @@ class ScalarLog:
         if name not in self._refused and len(self._refused) < MAX_NAMES:
             self._refused.add(name)
             text = f"tui_trainer.log: {name} {why}"
-            self._recorder.notice("unseen", text, "warning", self.current_step)
+            self.recorder.notice("unseen", text, "warning", self.current_step)
 
     def _send(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         from tui_trainer.trace.transfer import HostTransfer, TransferPart
@@ -153,7 +153,7 @@ class ScalarLog:
         self._waiting.append(_Waiting(step, tuple(tensors), transfer))
         if not self._watching:
             self._watching = True
-            self._recorder.call_regularly(self.drain_idle)
+            self.recorder.call_regularly(self.drain_idle)
 
     def drain_idle(self) -> None:
         """For another thread, many times a second: record what has arrived."""
@@ -187,7 +187,7 @@ class ScalarLog:
                 rows[place.table] = np.full(place.columns, absent(Absent.NOT_MEASURED), np.float32)
             rows[place.table][place.column] = value
         for table, row in rows.items():
-            self._recorder.row(table, step, row)
+            self.recorder.row(table, step, row)
 
     def _declare(self, names: list[str]) -> None:
         """A table for names that are logged together for the first time."""
@@ -201,7 +201,7 @@ class ScalarLog:
         if not names:
             return
         columns = [Column(name, "", _better(name)) for name in names]
-        table = self._recorder.new_table(LOGGED, columns, every=0)
+        table = self.recorder.new_table(LOGGED, columns, every=0)
         for number, name in enumerate(names):
             self._places[name] = _Place(table, number, len(names))
 

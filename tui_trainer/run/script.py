@@ -48,7 +48,7 @@ def train_script(run: RunContext) -> Outcome:
     program = load(spec.script or "", spec.arguments)
     tracers: list[Tracer] = []
     around_torch_import(
-        lambda: run.show_waiting_for("importing torch"), lambda: _trace(run, tracers)
+        lambda: run.show_waiting_for("importing torch"), lambda: trace(run, tracers)
     )
     run.show_waiting_for("the script's first step")
     run.script_started()
@@ -65,8 +65,8 @@ def train_script(run: RunContext) -> Outcome:
 # ---------------------------------------------------------------- tracing
 
 
-def _trace(run: RunContext, tracers: list[Tracer]) -> None:
-    """Called right after the script imported torch; an exception must not reach the script."""
+def trace(run: RunContext, tracers: list[Tracer]) -> None:
+    """Trace this thread from here on; no exception reaches the script. Appends to `tracers`."""
     try:
         from tui_trainer.run.checkpoints import CheckpointSaver
 
