@@ -301,7 +301,8 @@ class ReplaySession:
     def _to_epoch_end(self) -> str:
         length = self._info.steps_per_epoch
         if not length:
-            return "this run has no epochs"
+            why = self._info.unseen.get("epochs", "")
+            return f"this run has no epochs: {why}" if why else "this run has no epochs"
         self._playing = False
         self.seek((self.cursor // length + 1) * length)
         return ""

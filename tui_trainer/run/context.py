@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.config.run_spec import RunSpec
@@ -30,6 +31,9 @@ class RunContext(Protocol):
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Set the saver of the checkpoints that are requested by viewers or when stopping."""
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call this on the training thread once the training has ended."""
 
     def script_started(self) -> None:
         """The user's script was found and compiled, and starts now."""

@@ -69,6 +69,7 @@ class Host:
         self.server = Server(spec.name, self.recorder, control)
         self._saver: CheckpointSaver | None = None
         self._script_started = False
+        self._at_end: list[Callable[[], None]] = []
         self._store_problems: set[str] = set()
         self._pause_lock = threading.RLock()
         self.gate.hooks.changed = self._gate_changed
@@ -102,6 +103,7 @@ class Host:
                 refused = is_fully_explained(error, self._script_started)
                 outcome = replace(outcome, refused=refused)
         finally:
+            self.training_ended()
             self.stops.training_ended()
         if outcome.state == "stopped" and self.stops.requested and not self.stops.exit_status:
             outcome = STOPPED
@@ -172,6 +174,18 @@ class Host:
 
     def save_with(self, saver: CheckpointSaver) -> None:
         self._saver = saver
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        self._at_end.append(call)
+
+    def training_ended(self) -> None:
+        """Call what `at_end` was given; a fault in one is reported."""
+        calls, self._at_end = self._at_end, []
+        for call in calls:
+            try:
+                call()
+            except Exception as error:
+                self.recorder.fault("the end of the training", error)
 
     def script_started(self) -> None:
         self._script_started = True

@@ -76,8 +76,10 @@ class _Place(NamedTuple):
 class ScalarLog:
     """The scalars of one run. Thread-safe."""
 
-    def __init__(self, recorder: Recorder, gate: Gate) -> None:
+    def __init__(self, recorder: Recorder, gate: Gate, table: str = "logged") -> None:
+        """`table`: name of the tables that the rows go to."""
         self.recorder = recorder
+        self._table = table
         self._gate = gate
         self._places: dict[str, _Place] = {}
         self._refused: set[str] = set()
@@ -191,7 +193,7 @@ class ScalarLog:
 
     def _declare(self, names: list[str]) -> None:
         """A table for names that are logged together for the first time."""
-        from tui_trainer.protocol.schema import LOGGED, Column
+        from tui_trainer.protocol.schema import Column
 
         room = MAX_NAMES - len(self._places)
         if len(names) > room:
@@ -201,7 +203,7 @@ class ScalarLog:
         if not names:
             return
         columns = [Column(name, "", _better(name)) for name in names]
-        table = self.recorder.new_table(LOGGED, columns, every=0)
+        table = self.recorder.new_table(self._table, columns, every=0)
         for number, name in enumerate(names):
             self._places[name] = _Place(table, number, len(names))
 

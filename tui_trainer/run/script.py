@@ -16,13 +16,14 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
+from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import STOPPED, Outcome
 from tui_trainer.trace.gate import StopTraining
 
@@ -65,14 +66,24 @@ def train_script(run: RunContext) -> Outcome:
 # ---------------------------------------------------------------- tracing
 
 
-def trace(run: RunContext, tracers: list[Tracer]) -> None:
-    """Trace this thread from here on; no exception reaches the script. Appends to `tracers`."""
+def trace(
+    run: RunContext, tracers: list[Tracer], started_in: types.FrameType | None = None
+) -> None:
+    """Trace this thread from here on; no exception reaches the script. Appends to `tracers`.
+
+    `started_in`: the frame of a loop that may be running already.
+    """
     try:
         from tui_trainer.run.checkpoints import CheckpointSaver
+        from tui_trainer.run.frameworks import observe_frameworks
+        from tui_trainer.run.progress import Progress
 
         tracer = create_tracer(run)
+        progress = Progress(run, tracer, started_in)
         tracer.attach()
         tracers.append(tracer)
+        run.at_end(observe_frameworks(run, progress))
+        run.at_end(progress.close)
         run.show_waiting_for("the script's first step")
         run.recorder.describe(versions=with_torch_versions(run.recorder.info.versions))
         saver = CheckpointSaver(run.spec, run.recorder, lambda: _visible_state(tracer))
@@ -221,49 +232,3 @@ def _other_scripts(path: str) -> str:
     if not found:
         return f"{folder} contains no Python file"
     return f"{folder} contains {', '.join(found[:8])}"
-
-
-# ---------------------------------------------------------------- the import of torch
-
-
-class _TorchFinder:
-    """A meta path finder that wraps the loader of torch, once."""
-
-    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self._before = before
-        self._after = after
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch":
-            return None
-        sys.meta_path.remove(self)
-        self._before()
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        loader = spec.loader
-        original = loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            del loader.exec_module  # uncovers the method of the class
-            original(module)
-            self._after()
-
-        loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Call `before()` when torch is about to be imported and `after()` once it is; both at once
-    if it has been imported already. Neither may raise.
-
-    A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
-    PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported before the script imports it.
-    """
-    if "torch" in sys.modules:
-        before()
-        after()
-    else:
-        sys.meta_path.insert(0, _TorchFinder(before, after))

@@ -295,7 +295,7 @@ class Run:
         current = shell.get_ipython() if shell is not None else None
         if type(current).__name__ != "ZMQInteractiveShell":
             raise NotImplementedError  # a terminal, which shows __repr__
-        from IPython.display import HTML, display  # type: ignore[import-not-found]
+        from IPython.display import HTML, display
 
         handle = display(HTML(self._repr_html_()), display_id=True)
         if handle is not None:
@@ -333,7 +333,7 @@ class WatchedRun(Run):
         self._scalars.enter_context(activated(self._host.recorder, self._host.gate))
         tracers: list[Tracer] = []
         self._tracers = tracers
-        trace(self._host, tracers)
+        trace(self._host, tracers, sys._getframe(1))
         for tracer in tracers:
             tracer.register(model, optimizers)
         self._host.show_waiting_for("the first step")
@@ -368,6 +368,7 @@ class WatchedRun(Run):
             self.open = False
             for tracer in self._tracers:
                 tracer.detach()
+            self._host.training_ended()
             self._scalars.close()
             self._host.stops.training_ended()
             self._host.close(outcome)

@@ -88,6 +88,8 @@ class Gate:
     def __init__(self, paused: bool = False, steps_per_epoch: int | None = None) -> None:
         self.hooks = GateHooks()
         self.steps_per_epoch = steps_per_epoch
+        self.no_epochs = ""
+        """Why there are none, as far as is known."""
         self.phase: Phase | Literal[""] = ""
         """The phase that ended last."""
         self.step_in_progress = 1
@@ -192,7 +194,7 @@ class Gate:
     def run_to_epoch_end(self) -> None:
         """Pause after the last step of the current epoch."""
         if not self.steps_per_epoch:
-            raise Refusal("this run has no epochs")
+            raise Refusal("this run has no epochs", self.no_epochs)
         with self._control():
             epoch = self.completed // self.steps_per_epoch
             self._target = (epoch + 1) * self.steps_per_epoch

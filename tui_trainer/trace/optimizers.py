@@ -108,6 +108,7 @@ class OptimizerRegistry:
         self._positions: dict[str, int] = {}
         self._slots: list[OptimizerSlot] = []
         self._phases_unseen: dict[str, str] = {}
+        self._loop_unseen: dict[str, str] = {}
         self._by_hand: HandUpdates | None = None
 
     @property
@@ -407,6 +408,11 @@ class OptimizerRegistry:
             self._phases_unseen = reasons
             self._describe_unseen()
 
+    def set_loop_unseen(self, reasons: dict[str, str]) -> None:
+        """What is not known of the loop (total steps, epochs), with the reasons."""
+        self._loop_unseen = reasons
+        self._describe_unseen()
+
     def _describe(self) -> None:
         measurers = self.measurers
         self._recorder.describe(
@@ -422,7 +428,7 @@ class OptimizerRegistry:
     def _unseen(self) -> dict[str, str]:
         """Why a quantity is missing: for all optimizers under its name, for one of several under
         `name@optimizer`."""
-        unseen = dict(self._phases_unseen)
+        unseen = {**self._loop_unseen, **self._phases_unseen}
         active = {probe.name for measurer in self.measurers for probe in measurer.probes}
         for measurer in self.measurers:
             unseen |= {n: why for n, why in measurer.unseen.items() if n not in active}

@@ -5,7 +5,7 @@ the training thread and makes of them the phases data → zero_grad → forward 
 → step, in whatever order and number a script has them. Rules:
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
-* Evaluations (calls without gradients) are not a phase.
+* Evaluations (calls without gradients) are not a phase; `evaluation` hears their losses.
 * Gradients that `zero_grad` throws away, or with which a GradScaler does not call the optimizer,
   are an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's fused
   ones) is called all the same and leaves the weights as they are: that is a step.
@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -33,6 +33,7 @@ from torch.optim.optimizer import Optimizer
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
+from tui_trainer.trace.evaluation import EvaluationLosses
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules
@@ -89,6 +90,16 @@ def guarded(
     return wrapper  # type: ignore[return-value] # functools.wraps names `self`
 
 
+class LoopObserver(Protocol):
+    """Looks at the loop around the first steps."""
+
+    def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A model is called with gradients."""
+
+    def step_completed(self, step: int) -> None:
+        """The training thread is in the call of the optimizer's `step`."""
+
+
 class Tracer:
     """Traces the training on the thread that attaches it.
 
@@ -115,6 +126,8 @@ class Tracer:
         self._patches = Patches()
         self._hooks = TorchHooks(self, self._patches)
         self._roots = RootModules(self._patches, self)
+        self.evaluation = EvaluationLosses(self, self._patches)
+        self.loop: LoopObserver | None = None
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
@@ -149,6 +162,7 @@ class Tracer:
         self._attached = True
         self.training_thread = threading.get_ident()
         self._hooks.install()
+        self.evaluation.install()
         self._roots.search()
         self.gate.hooks.pausing = self._reporter.report
         self.gate.hooks.work_context = self.suspended
@@ -313,6 +327,8 @@ class Tracer:
     @guarded
     def _evaluation_call_began(self) -> None:
         self._queue.drain()  # the next step may be long in coming
+        if not self._phases.seen & {FORWARD, LOSS, BACKWARD}:
+            self.evaluation.call_began(self.step - 1)
 
     @guarded
     def _forward_began(
@@ -326,6 +342,9 @@ class Tracer:
         first = FORWARD not in self._phases.seen
         if not self._phases.enter(FORWARD):
             return False
+        self.evaluation.end()
+        if self.loop is not None:
+            self.loop.model_called(args, kwargs)
         self.registry.search_further_roots()
         if self.gate.armed:
             self._reporter.keep_inputs(args, kwargs)
@@ -842,6 +861,8 @@ class Tracer:
         self._queue.put(measurer, completed, self.gate.armed)
         # `guarded` adds the whole of this call, of which the part above is accounted for already.
         self._own_s = began - accounted - self._queue.take_accounted_s()
+        if self.loop is not None:
+            self.loop.step_completed(self.step)
         unseen = self._phases.unseen()
         if unseen is not None:
             self.registry.set_phases_unseen(unseen)
@@ -869,6 +890,7 @@ class Tracer:
             self._phases.close_all()
             self._phases.stop_clock()
             self._stepping = self._evaluated = None
+            self.evaluation.end()
             self._end_step_by_hand()
             left: list[BackwardPass] = []
             for measurer in self.registry.measurers:

@@ -83,8 +83,10 @@ class ControlScreen(RunScreen):
                 return False
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
-        if action == "epoch" and (snapshot.info is None or not snapshot.info.steps_per_epoch):
-            return None
+        if action == "epoch":  # a reason why there are none is said when the key is pressed
+            info = snapshot.info
+            known = info is not None and (info.steps_per_epoch or "epochs" in info.unseen)
+            return True if known else None
         return True
 
     def action_pause(self) -> None:

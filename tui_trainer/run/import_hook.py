@@ -1,0 +1,73 @@
+"""Calls back around the first import of torch or of another module, whoever imports it.
+
+A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
+PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported before the script imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class _Finder:
+    """A meta path finder that wraps the loader of one module, once."""
+
+    def __init__(self, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._name = name
+        self._before = before
+        self._after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        self._before()
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        original = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # uncovers the method of the class
+            original(module)
+            self._after()
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before()` when torch is about to be imported and `after()` once it is; both at once
+    if it has been imported already. Neither may raise."""
+    if "torch" in sys.modules:
+        before()
+        after()
+    else:
+        sys.meta_path.insert(0, _Finder("torch", before, after))
+
+
+def after_import(name: str, call: Callable[[], None]) -> Callable[[], None]:
+    """Call `call()`, which must not raise, once the module `name` has been imported; at once if it
+    has been. Returns a function that gives this up."""
+    if name in sys.modules:
+        call()
+        return _nothing
+    finder = _Finder(name, _nothing, call)
+    sys.meta_path.insert(0, finder)
+
+    def give_up() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+    return give_up
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,193 @@
+"""Evaluations of a script: forward passes without gradients between its steps, and the mean of the
+losses that are computed in them.
+
+A loss is heard as the scalar result of one of torch's loss functions, which its loss modules call
+too. The mean is that of the losses, each weighted alike; of sums (`reduction="sum"`), it is their
+sum divided by the number of targets.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from threading import get_ident
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from tui_trainer.trace.module_calls import Patches, copy_metadata
+
+functional = torch.nn.functional
+LOSS_FUNCTIONS = (
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "cross_entropy",
+    "ctc_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "margin_ranking_loss",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+)
+CLASS_LOSSES = ("cross_entropy", "nll_loss")
+"""Their targets are classes, of which some may be ignored."""
+KEPT = 256
+"""Losses on a device that are summed at once."""
+LOSS_MODULES = ("torch.nn.functional", "torch.nn.modules.loss")
+
+OnResult = Callable[[int, "torch.Tensor | float", int], None]
+"""(completed steps, mean loss, number of losses)"""
+
+
+class Observer(Protocol):
+    """The tracer."""
+
+    training_thread: int
+
+
+class EvaluationLosses:
+    """The losses of the evaluation that is going on between two steps, if one is."""
+
+    def __init__(self, observer: Observer, patches: Patches) -> None:
+        self._observer = observer
+        self._patches = patches
+        self.on_result: OnResult | None = None
+        """Called on the training thread when training goes on. None: nothing is heard."""
+        self.on_ambiguous: Callable[[int], None] = _ignore
+        """Called in place of it, with the number of completed steps, where several losses are
+        computed: which of them is *the* loss is the script's own business."""
+        self.muted = False
+        """Whether a framework reports its own results."""
+        self._open = False
+        self._step = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sum = 0.0
+        self._count = 0
+        self._targets = 0
+        self._is_sum = False
+        self._on_device: list[torch.Tensor] = []
+        self._device_sum: torch.Tensor | None = None
+        self._places: set[tuple[Any, int]] = set()
+
+    def install(self) -> None:
+        """Listen to the loss functions."""
+        if self.on_result is None:
+            return
+        for name in LOSS_FUNCTIONS:
+            original = getattr(functional, name, None)
+            if original is not None:
+                self._patches.replace(functional, name, self._listening(original, name))
+
+    def call_began(self, completed: int) -> None:
+        """A model is called without gradients, and not within an iteration."""
+        if not self._open and self.on_result is not None and not self.muted:
+            self._open, self._step = True, completed
+
+    def end(self) -> None:
+        """Training goes on, or has ended."""
+        if not self._open:
+            return
+        self._open = False
+        count, places, on_result = self._count, len(self._places), self.on_result
+        mean = self._mean() if count and places == 1 else None
+        self._reset()
+        if mean is not None and on_result is not None and not self.muted:
+            on_result(self._step, mean, count)
+        elif places > 1 and not self.muted:
+            self.on_ambiguous(self._step)
+
+    def _mean(self) -> torch.Tensor | float | None:
+        divisor = self._targets if self._is_sum else self._count
+        if divisor == 0:
+            return None
+        self._add_up()
+        if self._device_sum is None:
+            return self._sum / divisor
+        return (self._device_sum + self._sum) / divisor
+
+    def _listening(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        observer = self._observer
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._open:
+                return result
+            if type(result) is torch.Tensor and get_ident() == observer.training_thread:
+                self._hear(result, name, args, kwargs)
+            return result
+
+        # TorchScript compiles the source of a function.
+        loss.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
+        return copy_metadata(loss, original)  # type: ignore[no-any-return]
+
+    def _hear(
+        self, loss: torch.Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Never raises: this is called by the script's own code."""
+        try:
+            if loss.dim() != 0 or loss.is_complex():
+                return
+            is_sum = kwargs.get("reduction") == "sum"
+            if is_sum:
+                self._targets += _target_count(name, args, kwargs)
+            elif self._is_sum:
+                return
+            self._is_sum = is_sum
+            self._count += 1
+            self._places.add(_place_of(sys._getframe(2)))
+            if loss.is_cpu:
+                self._sum += float(loss)
+            else:
+                self._on_device.append(loss.detach().clone())
+                if len(self._on_device) >= KEPT:
+                    self._add_up()
+        except Exception:
+            self._open = False
+            self._reset()
+
+    def _add_up(self) -> None:
+        if self._on_device:
+            total = torch.stack([loss.float() for loss in self._on_device]).sum()
+            before = self._device_sum
+            self._device_sum = total if before is None else before + total
+            self._on_device = []
+
+
+def _ignore(step: int) -> None:
+    pass
+
+
+def _place_of(frame: FrameType | None) -> tuple[Any, int]:
+    """The line of the script, or of a library, that has the loss computed."""
+    while frame is not None and frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module not in LOSS_MODULES and module != "torch.nn.modules.module":
+            break
+        frame = frame.f_back
+    return (frame.f_code, frame.f_lineno) if frame is not None else (None, 0)
+
+
+def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """What the sum of a loss is the sum over."""
+    given = args[0] if args else kwargs.get("input")
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    if name in CLASS_LOSSES and isinstance(target, torch.Tensor) and not target.is_floating_point():
+        ignored = kwargs.get("ignore_index", -100)
+        return int((target != ignored).sum()) if target.is_cpu else target.numel()
+    if name in CLASS_LOSSES and isinstance(given, torch.Tensor):
+        return given.numel() // max(1, given.shape[1] if given.dim() > 1 else given.shape[0])
+    return given.numel() if isinstance(given, torch.Tensor) else 1
