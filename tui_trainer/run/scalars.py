@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from tui_trainer.protocol.schema import Better
     from tui_trainer.record.recorder import Recorder
     from tui_trainer.trace.gate import Gate
     from tui_trainer.trace.transfer import HostTransfer
@@ -221,7 +222,7 @@ def _element_count(value: Any) -> int | None:
     return size if isinstance(size, int) and hasattr(value, "dtype") else None
 
 
-def _better(name: str) -> str:
+def _better(name: str) -> Better:
     """The direction in which a quantity of this name improves, as far as names tell."""
     last = name.lower().replace("-", "_").rpartition("/")[2]
     if last.endswith(("loss", "error", "perplexity", "ppl", "wer", "rmse", "mae", "mse")):
