@@ -8,12 +8,16 @@ brings its standard streams; the answer is the process's number. `tests/processe
 Importing PyTorch and, at the first optimizer, its compiler takes a process four seconds of
 processor time; a fork has them at once. Nothing of tui_trainer is imported here: every process
 imports that itself. PyTorch is hidden until the process imports it.
+
+A process that has a terminal, the app, gets a fork server of its own, a child of it: the run
+process that it starts is forked there.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib.abc
 import importlib.machinery
@@ -23,7 +27,9 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -85,6 +91,8 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
+    if request["terminal"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     for descriptor in descriptors:
         if descriptor > 2:
             os.close(descriptor)
@@ -111,6 +119,17 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         stream.mode = "w"
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+
+
+def fork_where_the_same(asking: socket.socket) -> type[subprocess.Popen[Any]]:
+    """`tests.processes.Popen`, which asks this server."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(0, root)
+    from tests import processes
+
+    sys.path.remove(root)
+    processes.fork_in(asking)
+    return processes.Popen
 
 
 def run(arguments: list[str]) -> None:
@@ -161,6 +180,19 @@ def leave(ending: BaseException | None) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+def fork_own_server(descriptors: list[int]) -> tuple[socket.socket | None, Any]:
+    """In the parent the socket of a server that was forked from this process, and None; None and
+    the request in each process that this server forks."""
+    asking, other = socket.socketpair()
+    if os.fork() != 0:
+        other.close()
+        return asking, None
+    asking.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return None, serve(other)
+
+
 if __name__ == "__main__":
     _filters = warnings.filters[:]
     _asking = socket.socket(fileno=int(sys.argv[1]))
@@ -171,8 +203,15 @@ if __name__ == "__main__":
     gc.freeze()
     sys.modules.pop("tests", None)
     _request, _descriptors = serve(_asking)
+    _own: socket.socket | None = None
+    if _request["terminal"]:
+        _own, _forked = fork_own_server(_descriptors)
+        if _forked is not None:
+            _request, _descriptors = _forked
     warnings.filters[:] = _filters
     become(_request, _descriptors)
+    if _own is not None:
+        subprocess.Popen = fork_where_the_same(_own)  # type: ignore[misc]
     if "torch" not in sys.modules:
         run(_request["arguments"])
     else:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
 import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,30 +34,38 @@ LIBRARIES = (
     *("cyclopts", "msgspec", "numpy", "platformdirs", "psutil", "rich.console", "rich.table"),
     *("sqlite3",),
 )
-WITH_TORCH = (*LIBRARIES, "PIL.Image", "safetensors", "torch", "torch._dynamo")
+WITH_TORCH = (*LIBRARIES, "PIL.Image", "safetensors", "textual.app", "torch", "torch._dynamo")
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class _Server:
-    """A fork server of this process, started when it is first needed."""
+    """A fork server of this process."""
 
-    def __init__(self, libraries: tuple[str, ...]) -> None:
+    def __init__(self, asking: socket.socket) -> None:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.asking, other = socket.socketpair()
+        self.asking = asking
+        self.lock = threading.Lock()
+
+    @classmethod
+    def start(cls, libraries: tuple[str, ...]) -> _Server:
+        """Start one that imports `libraries`."""
+        asking, other = socket.socketpair()
+        server = cls(asking)
         command = [sys.executable, "-P", "-m", "tests.fork_server", str(other.fileno())]
         command += libraries
         root = str(Path(__file__).parents[1])
-        paths = [root, self.environment.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
+        paths = [root, server.environment.get("PYTHONPATH", "")]
+        process = subprocess.Popen(
             command,
-            env={**self.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={**server.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             pass_fds=(other.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
         other.close()
-        self.lock = threading.Lock()
-        atexit.register(self.close)
+        atexit.register(process.wait)
+        atexit.register(asking.close)  # which comes first, and ends it
+        return server
 
     def takes(self, environment: dict[str, str]) -> bool:
         """Whether a process with that environment is the same when it is forked."""
@@ -82,12 +92,27 @@ class _Server:
                 prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         return int(answer)
 
-    def close(self) -> None:
-        self.asking.close()
-        self.process.wait()
+
+_own: list[_Server] = []
 
 
-_server = functools.cache(_Server)
+def fork_in(asking: socket.socket) -> None:
+    """From now on fork processes in the server at the other end."""
+    _own[:] = [_Server(asking)]
+
+
+@functools.cache
+def _started(libraries: tuple[str, ...]) -> _Server:
+    return _Server.start(libraries)
+
+
+def _server(libraries: tuple[str, ...]) -> _Server:
+    return _own[0] if _own else _started(libraries)
+
+
+def _take_terminal() -> None:
+    """Make the terminal on standard input the controlling one of this process, a new session."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _forks(arguments: list[str]) -> bool:
@@ -101,11 +126,21 @@ def _forks(arguments: list[str]) -> bool:
 class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`, of a forked interpreter where that is the same; with `torch=False` of one
     that has not imported PyTorch, for commands that do not either: it ends sooner. `cold=True` is
-    `subprocess.Popen`."""
+    `subprocess.Popen`. With `terminal=True`, which asks for a new session, standard input becomes
+    the controlling terminal, and what the process itself starts is forked as well."""
 
-    def __init__(self, args: Any, *, torch: bool = True, cold: bool = COLD, **options: Any) -> None:
+    def __init__(
+        self,
+        args: Any,
+        *,
+        torch: bool = True,
+        cold: bool = COLD,
+        terminal: bool = False,
+        **options: Any,
+    ) -> None:
         self._libraries = WITH_TORCH if torch else LIBRARIES
         self._cold = cold or COLD
+        self._terminal = terminal
         super().__init__(args, **options)
 
     def _execute_child(  # type: ignore[override]
@@ -137,6 +172,8 @@ class Popen(subprocess.Popen[Any]):
             or any((executable, preexec_fn, pass_fds, shell))
             or not _server(self._libraries).takes(environment)
         ):
+            if self._terminal:
+                preexec_fn = _take_terminal
             super()._execute_child(  # type: ignore[misc]
                 *(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo),
                 *(creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite),
@@ -152,6 +189,7 @@ class Popen(subprocess.Popen[Any]):
             "environment": environment,
             "directory": os.fspath(cwd) if cwd is not None else os.getcwd(),
             "session": bool(new_session),
+            "terminal": self._terminal,
         }
         self.pid = _server(self._libraries).fork(request, streams)
         self._child_created = True

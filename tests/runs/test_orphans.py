@@ -31,7 +31,7 @@ def test_killing_the_app_leaves_a_run_that_is_found_and_ended_cleanly(runs):
     command = [sys.executable, "-m", "tui_trainer", "gpt", "--name", "gpt-kept", *GPT]
     with Terminal(command, env=runs.environment, timeout=60) as screen:
         until(lambda: screen.pump(0.05) and runs.reported("gpt-kept").step > 3, "it trains")
-        os.kill(screen.child.pid, signal.SIGKILL)
+        os.kill(screen.pid, signal.SIGKILL)
     found = runs.ls()["gpt-kept"]
     try:
         assert found["state"] == "live"

@@ -176,12 +176,12 @@ def test_evaluation_changes_nothing_and_counts_right():
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_it_learns_digits(tmp_path):
-    """Thirty of the preset's eighty epochs bring 97 % of the held out ones; all of them 98 %."""
-    done = call("vit", "--epochs", "30", "--threads", "1", cwd=tmp_path, timeout=450)
+    """Ten of the preset's eighty epochs bring 89 % of the held out ones, thirty 97 %, all 98 %."""
+    done = call("vit", "--epochs", "10", "--threads", "1", cwd=tmp_path, timeout=450)
     assert done.returncode == 0, done.stderr
     accuracies = [float(found) for found in re.findall(r"accuracy ([0-9.]+)", done.stdout)]
     assert accuracies[0] < 0.3
-    assert accuracies[-1] >= 0.96
+    assert accuracies[-1] >= 0.85
 
 
 def test_every_epoch_is_a_new_order_of_all_images():

@@ -10,9 +10,14 @@ with Terminal(["tui-trainer", "gpt"], columns=120, rows=40) as terminal:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+import select
 import signal
+import struct
+import subprocess
 import sys
 import termios
 import time
@@ -20,8 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pyte
+
+from tests import processes
 
 COMMAND = [sys.executable, "-m", "tui_trainer"]
 KEYS = {
@@ -64,7 +70,10 @@ class Terminal:
         env: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
         timeout: float = 60.0,
+        cold: bool = False,
     ) -> None:
+        """`cold` starts the app and its run as a shell does; without it they are forked from an
+        interpreter that has PyTorch (`tests/processes.py`)."""
         self.timeout = timeout
         self.screen = pyte.Screen(columns, rows)
         self.stream = pyte.ByteStream(self.screen)
@@ -78,21 +87,56 @@ class Terminal:
             "PYTHONUNBUFFERED": "1",
             **(env or {}),
         }
-        self.child = pexpect.spawn(
-            command[0],
-            list(command[1:]),
-            dimensions=(rows, columns),
-            env=environment,
-            cwd=str(cwd) if cwd else None,
-            timeout=timeout,
-        )
-        self.before = termios.tcgetattr(self.child.child_fd)
+        self.fd, other = os.openpty()
+        self._set_size(columns, rows)
+        self.before = termios.tcgetattr(self.fd)
+        try:
+            self.process: subprocess.Popen[bytes] = processes.Popen(
+                command,
+                stdin=other,
+                stdout=other,
+                stderr=other,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                terminal=True,
+                cold=cold,
+            )
+        finally:
+            os.close(other)
 
     def __enter__(self) -> Terminal:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self.child.close(force=True)
+        """Close the terminal, and end what still runs in it."""
+        os.close(self.fd)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self.process.pid
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process has not ended."""
+        return self.process.poll() is None
+
+    def _set_size(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def _read(self, seconds: float) -> bytes | None:
+        """What arrives within `seconds`; None once the terminal's other side is closed."""
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return b""
+        try:
+            return os.read(self.fd, 1 << 16) or None
+        except OSError:  # EIO: nobody has the other side open
+            return None
 
     # ------------------------------------------------------------ looking
 
@@ -100,15 +144,12 @@ class Terminal:
         """Draw what arrives within `seconds`, to the end of a frame, which may come in pieces;
         False once the terminal's other side is closed."""
         received, last = b"", time.monotonic() + WHOLE_FRAME_S
-        try:
-            received = self.child.read_nonblocking(65536, timeout=seconds)
-            while time.monotonic() < last:
-                received += self.child.read_nonblocking(65536, timeout=QUIET_S)
-        except pexpect.TIMEOUT:
-            pass
-        except pexpect.EOF:
-            if not received:
-                return False
+        piece = self._read(seconds)
+        if piece is None:
+            return False
+        while piece:
+            received += piece
+            piece = self._read(QUIET_S) if time.monotonic() < last else b""
         self.output += received
         # pyte draws the private parameters of some sequences ("\x1b[>1u", "\x1b[=5;1u") as text.
         self.stream.feed(re.sub(rb"\x1b\[[>=<][\d;]*[a-zA-Z]", b"", received))
@@ -154,16 +195,16 @@ class Terminal:
     def press(self, *keys: str) -> None:
         """Type keys, by name (`space`, `ctrl+c`, `up`) or as they are (`s`, `?`)."""
         for key in keys:
-            self.child.send(KEYS.get(key, key))
+            os.write(self.fd, KEYS.get(key, key).encode())
 
     def resize(self, columns: int, rows: int) -> None:
         """Resize the terminal."""
         self.screen.resize(rows, columns)
-        self.child.setwinsize(rows, columns)
+        self._set_size(columns, rows)
 
     def hang_up(self) -> None:
         """What a terminal emulator does when its window is closed."""
-        self.child.kill(signal.SIGHUP)
+        self.process.send_signal(signal.SIGHUP)
 
     def wait_for_exit(self, timeout: float | None = None) -> int:
         """Draw until the program has ended; its exit status, negative for a signal."""
@@ -171,11 +212,8 @@ class Terminal:
         while self.pump():
             if time.monotonic() > deadline:
                 raise AssertionError(f"did not end; on the screen is:\n{self.text()}")
-        self.after = termios.tcgetattr(self.child.child_fd)
-        self.child.wait()
-        if self.child.signalstatus is not None:
-            return -int(self.child.signalstatus)
-        return int(self.child.exitstatus)
+        self.after = termios.tcgetattr(self.fd)
+        return self.process.wait(max(deadline - time.monotonic(), 1))
 
     # ------------------------------------------------------------ judging
 

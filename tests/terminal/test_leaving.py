@@ -77,7 +77,7 @@ def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
 def test_sigterm_closes_only_the_screen(runs: Path, train: Path) -> None:
     with Terminal(change(train, ""), timeout=60) as terminal:
         terminal.find(STEPS)
-        os.kill(terminal.child.pid, signal.SIGTERM)
+        os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.wait_for_exit() == 143
         terminal.assert_restored()
         assert "still training at step" in last_line(terminal)
@@ -89,7 +89,7 @@ def test_a_hang_up_while_it_is_leaving_does_not_keep_it(runs: Path, train: Path)
     with Terminal(change(train, ""), timeout=60) as terminal:
         terminal.find(STEPS)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT, signal.SIGHUP):
-            os.kill(terminal.child.pid, number)
+            os.kill(terminal.pid, number)
         assert terminal.wait_for_exit() in (129, 143)  # pending signals come in any order
     soon(runs, lives)
 

@@ -54,7 +54,7 @@ def wait_until_full(terminal: Terminal) -> None:
 
     def full() -> bool:
         nonlocal held, since
-        now = struct.unpack("i", fcntl.ioctl(terminal.child.child_fd, termios.FIONREAD, b"\0" * 4))
+        now = struct.unpack("i", fcntl.ioctl(terminal.fd, termios.FIONREAD, b"\0" * 4))
         if now[0] != held:
             held, since = now[0], time.monotonic()
         return held > 0 and time.monotonic() > since + 3.0
@@ -89,9 +89,9 @@ def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(run: Path) -> N
         wait_until_full(terminal)
         terminal.press("q", "d")
         deadline = time.monotonic() + 60
-        while terminal.child.isalive() and time.monotonic() < deadline:
+        while terminal.runs and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not terminal.child.isalive()
+        assert not terminal.runs
         assert state_of(run)[0] == "running"
 
 

@@ -9,11 +9,18 @@ import sys
 
 import pytest
 
-from tests.runs.starting import last_step, until
+from tests.runs.starting import Runs, last_step, until
 from tests.terminal.harness import Terminal
 
-pytestmark = pytest.mark.slow
 GPT = ("--threads", "1", "--steps", "100000")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A runs directory with fake runs."""
+    made = Runs(tmp_path / "runs")
+    yield made
+    made.end()
 
 
 @pytest.fixture
@@ -86,13 +93,13 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     screen = terminal("gpt", "--in-app", "--name", "gpt-inside", *GPT)
     screen.wait_for("running")
     until(lambda: runs.reported("gpt-inside").step > 5, "it trains")
-    assert runs.ls()["gpt-inside"]["pid"] == screen.child.pid
+    assert runs.ls()["gpt-inside"]["pid"] == screen.pid
     here = last_step(runs.call("pause", "gpt-inside"))
     assert last_step(runs.call("step", "2", "gpt-inside")) == here + 2
     screen.press("q")
     screen.wait_for("leaving ends it")
     assert "Detach" not in screen.text()
-    os.kill(screen.child.pid, signal.SIGTERM)
+    os.kill(screen.pid, signal.SIGTERM)
     screen.wait_for_exit()
     screen.assert_restored()
     assert runs.ls()["gpt-inside"]["state"] == "stopped"
