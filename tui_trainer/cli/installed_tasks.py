@@ -11,7 +11,7 @@ from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.tasks.definition import GROUP, TaskDefinition
 
 SHIPPED = ("gpt", "vit")
-RESERVED = ("run", SCRIPT, *commands.COMMANDS, *commands.HIDDEN)
+RESERVED = ("run", "check", SCRIPT, *commands.COMMANDS, *commands.HIDDEN)
 """Names of commands, and the task of a user's own script."""
 
 

@@ -23,7 +23,7 @@ from tui_trainer.cli.errors import (
     unknown,
 )
 from tui_trainer.cli.installed_tasks import load_task, task_names, usable_tasks
-from tui_trainer.cli.options import RunOptions, StartOptions
+from tui_trainer.cli.options import CheckOptions, RunOptions, StartOptions
 from tui_trainer.config.errors import ConfigurationError
 
 ABOUT = (
@@ -82,12 +82,14 @@ def _dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
     if first == "run":
         return _run_script(arguments[1:])
+    if first == "check":
+        return _check_script(arguments[1:])
     if first in commands.COMMANDS or first in commands.HIDDEN:
         result = _call(_app((), with_runs=True), arguments)
     elif first and not first.startswith("-"):
         names = task_names()
         if first not in names:
-            raise _unknown_command(first, [*names, "run", *commands.COMMANDS])
+            raise _unknown_command(first, [*names, "run", "check", *commands.COMMANDS])
         result = _call(_app([first]), arguments)
     else:
         result = _call(_app(task_names(), with_runs=True), arguments)
@@ -118,6 +120,8 @@ def _app(names: Sequence[str], with_runs: bool = False) -> App:
         app.command(task_command(task, start_task), name=task.name, group=TASKS)
     usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
     app.command(_script_command, name="run", group=TASKS, usage=usage)
+    usage = "Usage: tui-trainer check [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
+    app.command(_check_command, name="check", group=TASKS, usage=usage)
     if with_runs:
         commands.register(app)
 
@@ -143,6 +147,34 @@ def _script_command(
 ) -> RunOptions:
     """your own PyTorch script, unmodified"""
     return options
+
+
+def _check_command(
+    *script: Annotated[
+        str,
+        Parameter(
+            help="the script, or -m and a module, followed by its own arguments",
+            show_default=False,
+        ),
+    ],
+    options: Annotated[CheckOptions, Parameter(name="*")] = CheckOptions(),  # noqa: B008
+) -> CheckOptions:
+    """run some steps of a script without a screen, and print what is wrong"""
+    return options
+
+
+def _check_script(arguments: list[str]) -> int:
+    from tui_trainer.cli.script import split
+
+    ours, script = split(arguments, CheckOptions)
+    options = _call(_app(()), ["check", *ours])
+    if not isinstance(options, CheckOptions):  # help was printed
+        return 0
+    if script is None:
+        raise UsageError("check needs a script", "tui-trainer check --steps 300 train.py")
+    from tui_trainer.cli.check import check_script
+
+    return check_script(script, options)
 
 
 def _run_script(arguments: list[str]) -> int:

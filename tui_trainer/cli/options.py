@@ -103,6 +103,15 @@ class RunOptions:
             metavar="REGEX",
         ),
     ] = None
+    rules: Annotated[
+        str,
+        _flag(
+            "switch rules off or change their thresholds, such as "
+            "over-fitting=off,loss-diverges.rise=3; off: none (tui-trainer explain lists them)",
+            RUNNING,
+            metavar="CHANGES",
+        ),
+    ] = ""
     checkpoint_every: Annotated[
         int | None,
         _flag(
@@ -130,6 +139,28 @@ class RunOptions:
         if self.budget is not None:
             return self.budget
         return 0.0 if self.json else DEFAULT_BUDGET
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """How to check a script."""
+
+    steps: Annotated[
+        int,
+        _flag(
+            "optimizer steps after which to stop",
+            RUNNING,
+            metavar="N",
+            default=True,
+            validator=validators.Number(gte=1),
+        ),
+    ] = 300
+    json: Annotated[bool, _flag("print one JSON object", SHOWING)] = False
+    rules: Annotated[
+        str,
+        _flag("as for `run`", RUNNING, metavar="CHANGES"),
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
+from tui_trainer.config.errors import did_you_mean
 from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
@@ -45,6 +46,23 @@ def check_options(options: RunOptions) -> None:
         )
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
+    check_rules(options.rules)
+
+
+def check_rules(text: str) -> None:
+    """Raise UsageError unless this is a list of changes to the rules."""
+    if not text:
+        return
+    from tui_trainer.findings.rules import RULES
+    from tui_trainer.findings.settings import SettingsError, parse_settings
+
+    try:
+        parse_settings(text, RULES)
+    except SettingsError as fault:
+        hint = did_you_mean(fault.given, fault.known) if fault.known else ""
+        raise UsageError(
+            f"--rules: {fault}", hint or "such as over-fitting=off,loss-diverges.rise=3"
+        ) from fault
 
 
 def _check_pattern(pattern: str) -> None:
@@ -89,6 +107,7 @@ def prepare(
             start_paused=options.paused,
             budget=options.measuring_budget,
             attention_pattern=options.attention_pattern,
+            rules=options.rules,
             checkpoint_every=options.checkpoint_every,
             keep_checkpoints=options.keep_checkpoints,
             resume=str(branch.checkpoint) if branch else None,

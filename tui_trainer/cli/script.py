@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.options import RunOptions
@@ -42,13 +42,15 @@ class Script:
             _check_file(Path(self.target))
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], Script | None]:
+def split(
+    arguments: Sequence[str], options: type[Any] = RunOptions
+) -> tuple[list[str], Script | None]:
     """Split into our own options and the script with its arguments.
 
     Everything after the script belongs to it. The script is None when none is named, since the
-    options may ask for help. Raises UsageError.
+    options may ask for help. `options`: the class of our options. Raises UsageError.
     """
-    valued = _options_with_a_value()
+    valued = _options_with_a_value(options)
     ours: list[str] = []
     rest = list(arguments)
     while rest:
@@ -70,11 +72,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], Script | None]:
     return ours, None
 
 
-def _options_with_a_value() -> frozenset[str]:
-    hints = get_type_hints(RunOptions)
+def _options_with_a_value(options: type[Any]) -> frozenset[str]:
+    hints = get_type_hints(options)
     return frozenset(
         "--" + each.name.replace("_", "-")
-        for each in fields(RunOptions)
+        for each in fields(options)
         if hints[each.name] is not bool
     )
 

@@ -62,6 +62,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Regular expression for the query, key and value parameters where their names are unusual."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end, on request, and at the best validation loss."""
+    rules: str = ""
+    """Changes to the rules that judge the run (see `findings.settings`)."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept, in addition to the best one."""
     resume: str | None = None

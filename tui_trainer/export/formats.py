@@ -20,7 +20,7 @@ from tui_trainer.export.read import (
 )
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
-from tui_trainer.protocol.messages import Clip, NonFinite, Notice, Skipped, Status
+from tui_trainer.protocol.messages import Clip, Finding, NonFinite, Notice, Skipped, Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
@@ -91,6 +91,9 @@ def _write_events(history: StoredHistory, folder: Path) -> Path:
                 case Skipped():
                     line = [item.step, repr(item.time), "skipped", "warning"]
                     writer.writerow([*line, item.text, ""])
+                case Finding():
+                    line = [item.step, repr(item.time), "finding", item.level]
+                    writer.writerow([*line, f"{item.rule}: {item.text}", ""])
                 case Notice():
                     line = [item.step, repr(item.time), item.kind, item.level]
                     writer.writerow([*line, item.text, item.who])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,11 @@ from tui_trainer.protocol.messages import (
 )
 
 Floats = NDArray[np.float32]
+
+Sign = Literal["new_parameters", "kept_gradients", "eval_mode"]
+"""What the tracer noticed in a step besides its numbers: it is the first of a new set of
+parameters; its first backward added to gradients that the optimizer's last step had used already;
+its forward ran a model in `eval()` mode that has layers for which that matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class StepRecord:
     is NaN or infinite."""
     own_ms: float = 0.0
     """Overhead of tracing this step, on the training thread."""
+    signs: frozenset[Sign] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

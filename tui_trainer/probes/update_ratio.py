@@ -34,6 +34,7 @@ class UpdateRatio(Probe):
 
     name = schema.UPDATE_RATIO
     every = 10
+    first_steps = 5
     importance = 20
     max_stretch = 32
     owns_readings = True

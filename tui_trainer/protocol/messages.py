@@ -44,6 +44,8 @@ NonFiniteQuantity = Literal["loss", "gradient", "weight"]
 NonFiniteValue = Literal["nan", "inf", "-inf"]
 ClipKind = Literal["norm", "value", "hand"]
 """`hand`: the script scaled the gradients by itself."""
+Confidence = Literal["possible", "likely", "certain"]
+"""How sure a finding is. `certain`: it follows from what was seen, without a threshold."""
 SkipReason = Literal["hand", "scaler", "end"]
 """Why no optimizer used gradients: the script threw them away, a GradScaler found them not finite,
 or the script ended before the step."""
@@ -251,7 +253,55 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     """The viewer that caused it, for commands and marks."""
 
 
-Event = Clip | NonFinite | Skipped | Notice
+class Evidence(msgspec.Struct, frozen=True, array_like=True):
+    """A number that a finding rests on, beside the band in which it is healthy."""
+
+    quantity: str
+    """In words, such as `median update ratio`."""
+    text: str
+    """The value as it is shown, with its unit."""
+    value: float | None = None
+    """None where it is not finite or no number."""
+    low: float | None = None
+    """The healthy band; None: open on this side."""
+    high: float | None = None
+    table: str = ""
+    """Where the series is recorded, for a chart; "" where there is none."""
+    column: str = ""
+
+
+class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
+    """What a rule has found wrong. A later event with the same `number` replaces it."""
+
+    id: int
+    step: int
+    """At which it was found."""
+    time: float
+    number: int
+    """Dense from 0, in order of discovery."""
+    rule: str
+    level: Level
+    onset: int
+    """The first step at which it was so."""
+    title: str
+    """In a few words, without numbers."""
+    text: str
+    """What is wrong, in a sentence or two with numbers."""
+    next: str
+    """What to look at or try."""
+    confidence: Confidence = "likely"
+    parameters: tuple[str, ...] = ()
+    """Where: names of parameters (or layers), the most concerned first."""
+    phase: str = ""
+    """Where: the phase of the step, if it is one."""
+    optimizer: str = ""
+    """Key of the optimizer, as in `Table.optimizer`."""
+    evidence: tuple[Evidence, ...] = ()
+    cause: int | None = None
+    """Number of the finding that explains this one."""
+
+
+Event = Clip | NonFinite | Skipped | Finding | Notice
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True):

@@ -20,6 +20,7 @@ from tui_trainer.protocol.messages import (
     Clip,
     ConfusionMatrix,
     Event,
+    Finding,
     ImageSample,
     Level,
     LogLine,
@@ -83,6 +84,7 @@ Item = (
     | Clip
     | NonFinite
     | Skipped
+    | Finding
     | Notice
     | LogLine
     | Artifact
@@ -126,6 +128,9 @@ def event_bytes(event: Event) -> int:
             return 50 + len(event.parameter)
         case Skipped():
             return 60 + len(event.text) + sum(len(values) + 8 for _, values in event.rows)
+        case Finding():
+            words = len(event.text) + len(event.next) + len(event.title)
+            return 200 + 2 * words + sum(len(name) + 2 for name in event.parameters)
         case Notice():
             return 40 + _utf8_length(event.text) + _utf8_length(event.who)
 
@@ -258,6 +263,12 @@ class EventLog:
         notice = Notice(self.events.next_id, step, when, kind, text, level, who)
         self.events.append(notice)
         return notice
+
+    def add_finding(self, finding: Finding) -> Finding:
+        """Add and return `finding` with its id set."""
+        numbered = msgspec.structs.replace(finding, id=self.events.next_id)
+        self.events.append(numbered)
+        return numbered
 
     def add_artifact(self, artifact: Artifact) -> Artifact:
         """Add and return `artifact` with its id set."""

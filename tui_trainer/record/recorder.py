@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import (
     Artifact,
     EndState,
+    Finding,
     Level,
     LogLine,
     NonFinite,
@@ -94,6 +96,7 @@ class Recorder:
         self._ended_at: float | None = None
         self._events = EventLog()
         self._first_nonfinite: NonFinite | None = None
+        self._engine: FindingsEngine | None = None
         self._reported_dropped = 0
         self._out: list[Item] = []
         self._sinks: list[SinkThread] = []
@@ -259,6 +262,13 @@ class Recorder:
         """Call `callback()` every DRAIN_EVERY_S on the recorder's thread."""
         self._regular_calls.append(callback)
 
+    def judge_with(self, engine: FindingsEngine) -> None:
+        """Have every step from now on judged by `engine`, on the recorder's thread."""
+        with self._lock:
+            self._drain()
+            self._engine = engine
+            engine.describe(self._info)
+
     def report(self, report: PhaseReport | None) -> None:
         """Set what the phase that has just ended produced; None once training continues."""
         self._polls.report = sanitize_message(report)
@@ -372,6 +382,8 @@ class Recorder:
             self._out.append(event)
             if self._first_nonfinite is None and isinstance(event, NonFinite):
                 self._first_nonfinite = event
+        if self._engine is not None:
+            self._add_findings(self._engine.step(record))
 
     def _add_skip(self, record: SkipRecord) -> None:
         self._send_info()
@@ -379,6 +391,12 @@ class Recorder:
             self._out.append(event)
             if self._first_nonfinite is None and isinstance(event, NonFinite):
                 self._first_nonfinite = event
+        if self._engine is not None:
+            self._add_findings(self._engine.skipped(record))
+
+    def _add_findings(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            self._out.append(self._events.add_finding(sanitize_message(finding)))
 
     def _step_ms(self, record: StepRecord) -> float:
         for table, values in record.rows:
@@ -399,6 +417,8 @@ class Recorder:
         self._send_info()
         self.history.tables[row.table].append(row.step, row.values)
         self._out.append(row)
+        if self._engine is not None:
+            self._add_findings(self._engine.row(row.table, row.step, row.values, row.time))
 
     def _add_notice(
         self,
@@ -454,6 +474,8 @@ class Recorder:
         if not self._info_sent:
             self._info_sent = True
             self._out.append(InfoChanged(self._info))
+            if self._engine is not None:
+                self._engine.describe(self._info)
 
     # ------------------------------------------------------------ status, under the lock
 

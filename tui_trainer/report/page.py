@@ -16,7 +16,7 @@ from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, scalar
-from tui_trainer.protocol.messages import Event, NonFinite, Notice, Skipped
+from tui_trainer.protocol.messages import Event, Finding, NonFinite, Notice, Skipped
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData
@@ -185,6 +185,9 @@ def _events(events: list[Event]) -> list[EventRow]:
         if isinstance(event, Notice):
             who = f" ({event.who})" if event.who else ""
             rows.append(EventRow(event.step, event.kind, event.level, event.text + who))
+        elif isinstance(event, Finding):
+            text = f"{event.title}: {event.text}"
+            rows.append(EventRow(event.step, "finding", event.level, text))
         elif isinstance(event, Skipped):
             rows.append(EventRow(event.step, "skipped", "warning", event.text))
         elif isinstance(event, NonFinite):

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.machine import OtherLoad
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
+from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.findings.rules import RULES
+from tui_trainer.findings.settings import RuleSettings, SettingsError, parse_settings
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.record.events import Sink
@@ -75,6 +78,7 @@ class Host:
         self.gate.hooks.changed = self._gate_changed
         self.gate.hooks.fault = self.recorder.fault
         self.gate.hooks.save_checkpoint = self._save_on_stop
+        self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         self.recorder.set_status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
@@ -232,6 +236,9 @@ class Host:
                 changes["waiting_for"] = ""  # its first step has begun
         return changes
 
+    def _rule_failed(self, text: str) -> None:
+        self.recorder.notice("fault", text, "error")
+
     def _warn_of_interrupt(self, text: str) -> None:
         self.recorder.notice("state", text, "warning", self.gate.completed)
 
@@ -242,6 +249,14 @@ class Host:
         if problem and not known:
             self._store_problems.add(problem)
             self.recorder.notice("recording", problem, "warning")
+
+
+def _rule_settings(spec: RunSpec) -> RuleSettings:
+    """The command line has checked them; a spec written by another version may differ."""
+    try:
+        return parse_settings(spec.rules, RULES)
+    except SettingsError:
+        return RuleSettings()
 
 
 def _no_checkpoint_within_step(phase: Phase, step: int) -> tuple[str, str]:

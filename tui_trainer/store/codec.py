@@ -26,6 +26,7 @@ from tui_trainer.protocol.messages import (
     Clip,
     ConfusionMatrix,
     Event,
+    Finding,
     ImageSample,
     LogLine,
     NonFinite,
@@ -174,11 +175,13 @@ def _with_names(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
 
 
 _CLIP, _NONFINITE = _with_names(Clip), _with_names(NonFinite)
+_FINDING = _with_names(Finding)  # its evidence stays an array
 _SKIPPED, _NOTICE, _STATUS = _with_names(Skipped), _with_names(Notice), _with_names(Status)
 _NAMED: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
     Clip: _CLIP,
     NonFinite: _NONFINITE,
     Skipped: _SKIPPED,
+    Finding: _FINDING,
     Notice: _NOTICE,
     Status: _STATUS,
 }
@@ -186,7 +189,7 @@ _MESSAGES = {named: kind for kind, named in _NAMED.items()}
 _SUSPICIOUS = re.compile(rb"\\u|\\b|\\f|\\r|\x7f|\xc2")
 """Control characters in JSON: escaped, DEL, or the first byte of those above it in UTF-8."""
 _event_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _CLIP | _NONFINITE | _SKIPPED | _NOTICE
+    _CLIP | _NONFINITE | _SKIPPED | _FINDING | _NOTICE
 )
 _status_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_STATUS)
 _artifact_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Artifact)

@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tui_trainer.protocol.messages import Artifact, Clip, Event, LogLine, NonFinite, Notice, Skipped
+from tui_trainer.protocol.messages import (
+    Artifact,
+    Clip,
+    Event,
+    Finding,
+    LogLine,
+    NonFinite,
+    Notice,
+    Skipped,
+)
 from tui_trainer.store import codec
 from tui_trainer.store.database import EVENTS, LINES, SAMPLES, Store
 
@@ -44,7 +53,7 @@ class EventWriter:
 
     def add(self, seq: int, item: Event | LogLine | Artifact, size: int) -> None:
         """Take an item of about `size` bytes, where there is room."""
-        required = isinstance(item, Notice | NonFinite | Skipped)
+        required = isinstance(item, Notice | NonFinite | Skipped | Finding)
         while self._is_full():
             if isinstance(item, Clip) or not (self._clips or required):
                 self.dropped[_kind_of(item)] += 1
@@ -97,7 +106,7 @@ def _insert(seq: int, item: Event | LogLine | Artifact) -> Statement:
                 "INSERT OR REPLACE INTO log VALUES (?, ?, ?, ?, ?, ?)",
                 (item.id, seq, item.step, item.time, item.stream, item.text),
             )
-        case Clip() | NonFinite() | Skipped() | Notice():
+        case Clip() | NonFinite() | Skipped() | Finding() | Notice():
             kind = item.kind if isinstance(item, Notice) else type(item).__name__.lower()
             return (
                 "INSERT OR REPLACE INTO event VALUES (?, ?, ?, ?, ?)",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Floats, StepRecord
+from tui_trainer.history.records import Floats, Sign, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.schema import Table
@@ -48,6 +48,7 @@ from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 NO_READINGS: Values = np.empty(0)
+NO_SIGNS: frozenset[Sign] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
@@ -156,6 +157,12 @@ class StepMeasurer:
         """Of the watched parameters' gradients, since the last change that is known; None: they may
         have changed."""
         self._before_backward: Marks = []
+        self._used: Marks = []
+        """Marks of the gradients that the last step used."""
+        self.kept_gradients = False
+        """Whether the first of the passes added to gradients that a step had used already."""
+        self.eval_forward = False
+        """Whether the model was called in `eval()` mode for this step."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
@@ -236,7 +243,9 @@ class StepMeasurer:
 
     def before_backward(self) -> None:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
-        self._before_backward = self._current_marks()
+        marks = self._before_backward = self._current_marks()
+        if not self.passes:
+            self.kept_gradients = _any_kept(marks, self._used)
 
     def reached_by_backward(self) -> bool:
         """Whether the backward that has just ended changed any gradient."""
@@ -558,6 +567,8 @@ class StepMeasurer:
                     probe.readings.append(self._call(probe, probe.probe.after_update) or ())
         reading = self.reading or GradientReading()
         completed = self._complete(outcome, reading, plan.probes)
+        completed.signs = self._signs()
+        self._used = self._marks or []
         self._steps += 1
         self._forget()
         return completed
@@ -570,7 +581,18 @@ class StepMeasurer:
         self._forget()
         return lost
 
+    def _signs(self) -> frozenset[Sign]:
+        signs: list[Sign] = []
+        if not self._steps:
+            signs.append("new_parameters")
+        if self.kept_gradients and self.passes:
+            signs.append("kept_gradients")
+        if self.eval_forward:
+            signs.append("eval_mode")
+        return frozenset(signs) if signs else NO_SIGNS
+
     def _forget(self) -> None:
+        self.eval_forward = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
@@ -651,6 +673,7 @@ class StepMeasurer:
             clip=facts.clip,
             nonfinite=tuple(facts.nonfinite),
             own_ms=sum(facts.own_ms.values()),
+            signs=step.signs,
         )
         return record, facts, spent
 
@@ -698,6 +721,14 @@ class StepMeasurer:
         self._schedule_outdated = True
         text = f"probe {probe.name} is switched off: {describe_exception(fault)}"
         self._recorder.notice("fault", text, "error")
+
+
+def _any_kept(now: Marks, used: Marks) -> bool:
+    """Whether gradients are those that the last step used, judged by three of them."""
+    if len(now) != len(used) or not now:
+        return False
+    places = (0, len(now) // 2, len(now) - 1)
+    return any(now[place] is not None and now[place] == used[place] for place in places)
 
 
 def _scaled_down(before: Readings | None, after: Readings) -> bool:

@@ -17,6 +17,8 @@ from threading import get_ident
 from typing import Any, Protocol
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 _ABSENT = object()
 
@@ -157,3 +159,19 @@ class RootModules:
             return observer.call_model(original, module, args, kwargs)
 
         self._patches.replace(cls, "__call__", copy_metadata(__call__, original))
+
+
+_DEPENDS_ON_MODE: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def depends_on_mode(module: torch.nn.Module) -> bool:
+    """Whether a model has layers for which `train()` and `eval()` differ: dropout, batch norm."""
+    known = _DEPENDS_ON_MODE.get(module)
+    if known is None:
+        known = _DEPENDS_ON_MODE[module] = any(
+            isinstance(each, _BatchNorm)
+            or (isinstance(each, _DropoutNd) and each.p > 0)
+            or (isinstance(each, torch.nn.MultiheadAttention) and each.dropout > 0)
+            for each in module.modules()
+        )
+    return known

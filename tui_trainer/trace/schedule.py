@@ -89,8 +89,8 @@ class ProbeSchedule:
         """Follow changed cadences and failed probes."""
         self.working = [probe for probe in self.probes if not probe.failed]
         self._always = 0
-        self._sometimes: list[tuple[int, int]] = []
-        """(cadence, bit)."""
+        self._sometimes: list[tuple[int, int, int]] = []
+        """(cadence, first steps that are all measured, bit)."""
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
         """Those that measure every step whose gradients are clipped."""
@@ -103,7 +103,7 @@ class ProbeSchedule:
             if every == 1:
                 self._always |= bit
             elif every:
-                self._sometimes.append((every, bit))
+                self._sometimes.append((every, probe.probe.first_steps, bit))
             if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit
                 self.clip_readers.append(probe)
@@ -120,8 +120,8 @@ class ProbeSchedule:
                 probe.watched = probe.watched_natural > 0 and probe.probe.topic in watched
             self.update()
         chosen = self._always
-        for every, bit in self._sometimes:
-            if self._steps % every == 0:
+        for every, first, bit in self._sometimes:
+            if self._steps % every == 0 or self._steps < first:
                 chosen |= bit
         self._choose(chosen | self._requested(step) if stops_soon else chosen)
         for probe in self.plan.reading:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import SkipRecord, StepRecord
+from tui_trainer.history.records import Sign, SkipRecord, StepRecord
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
@@ -203,6 +203,7 @@ class CompletedStep:
     header: Header
     absent: NDArray[np.uint8] | None
     """As `StepFacts.absent_gradients`."""
+    signs: frozenset[Sign] = frozenset()
 
     def facts(self, header: Values) -> StepFacts:
         """The step on the host, from which the probes make their rows."""

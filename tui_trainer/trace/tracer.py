@@ -36,7 +36,7 @@ from tui_trainer.trace import torch_private
 from tui_trainer.trace.evaluation import EvaluationLosses
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import StepMeasurer
-from tui_trainer.trace.module_calls import Patches, RootModules
+from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.norms import total_norm, total_of
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.parameters import parameters_of
@@ -349,6 +349,8 @@ class Tracer:
         if self.gate.armed:
             self._reporter.keep_inputs(args, kwargs)
         self._phases.before_forward(module)
+        if not module.training:
+            self._note_eval_mode(module)
         if first:
             if not self._phases.closure:
                 self.registry.refresh()
@@ -358,6 +360,15 @@ class Tracer:
                     self._sampling.append(measurer)
         self._phases.run()
         return True
+
+    def _note_eval_mode(self, module: torch.nn.Module) -> None:
+        """A model is called for training in `eval()` mode."""
+        if not depends_on_mode(module):
+            return
+        trained = next((id(p) for p in module.parameters() if p.requires_grad), 0)
+        for measurer in self.registry.measurers:
+            if trained in measurer.tracked.ids:
+                measurer.eval_forward = True
 
     @guarded
     def _forward_failed(self) -> None:

@@ -28,6 +28,7 @@ _RECORDINGS = {
     "export": ("export", "write a run as CSV, JSON lines, Parquet or TensorBoard files"),
 }
 _MACHINE = {
+    "explain": ("explain", "explain a rule that judges runs, or list all of them"),
     "doctor": ("doctor", "check versions, device, terminal, permissions, and what is missing"),
 }
 

@@ -22,6 +22,7 @@ from tui_trainer.cli.table import columns, new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
+from tui_trainer.findings.verdict import finding_object, newest_findings
 from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.logged import logged_series
@@ -33,6 +34,7 @@ from tui_trainer.protocol.messages import (
     END_STATES,
     Clip,
     Event,
+    Finding,
     NonFinite,
     Notice,
     Skipped,
@@ -88,6 +90,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     viewers: tuple[str, ...] = ()
     recording: str = ""
     """What is wrong with recording to disk; "" while nothing is."""
+    findings: tuple[dict[str, Any], ...] = ()
+    """What the rules found, worst first, effects after their cause."""
     events: tuple[dict[str, Any], ...] = ()
     """The newest events, oldest first."""
     logged: dict[str, LoggedValue] = {}
@@ -182,6 +186,7 @@ def _summary(
         trainable or None,
         status.viewers,
         status.recording,
+        tuple(finding_object(finding) for finding in newest_findings(events)),
         tuple(_event_object(event) for event in events[-EVENTS_SHOWN:]),
     )
     return msgspec.structs.replace(made, logged=_logged(history))
@@ -254,6 +259,9 @@ def _event_object(event: Event) -> dict[str, Any]:
             return shared | {"kind": "nonfinite", "text": event.text}
         case Skipped():
             return shared | {"kind": "skipped", "text": event.text, "reason": event.reason}
+        case Finding():
+            text = f"{event.title}: {event.text}"
+            return shared | {"kind": "finding", "text": text, "level": event.level}
         case Notice():
             who = f" ({event.who})" if event.who else ""
             return shared | {"kind": event.kind, "text": event.text + who, "level": event.level}
@@ -338,7 +346,9 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
     lines += _value_lines(values[1:], least)
     lines += _attention_lines(summary)
-    lines += [_event_line(event) for event in summary.events[-4:]]
+    lines += finding_lines(summary.findings)
+    shown = [event for event in summary.events if event["kind"] != "finding"]
+    lines += [_event_line(event) for event in shown[-4:]]
     lines.append(Text(str(run["directory"]), "dim"))
     return Group(*lines)
 
@@ -437,6 +447,34 @@ def _attention_lines(summary: RunSummary) -> Sequence[Text]:
     left = len(summary.attention) - len(shown)
     if left:
         lines.append(Text(f"and {left} more layers", "dim"))
+    return lines
+
+
+FINDINGS_SHOWN = 6
+
+
+def finding_lines(findings: Sequence[dict[str, Any]], details: bool = False) -> list[Text]:
+    """The findings, two lines each; with `details` also what to do and what they caused."""
+    causes = [each for each in findings if each["cause"] is None]
+    lines: list[Text] = []
+    for found in causes if details else causes[:FINDINGS_SHOWN]:
+        style = {"error": "red", "warning": "yellow"}.get(found["level"], "")
+        lines.append(
+            Text.assemble(
+                (f"{found['level']:<8}", style),
+                (found["title"], "bold"),
+                (f"  since step {found['onset']:,}  {found['rule']}", "dim"),
+            )
+        )
+        lines.append(Text(f"        {found['text']}"))
+        if details:
+            lines.append(Text.assemble(("        next: ", "dim"), found["next"]))
+        effects = [each for each in findings if each["cause"] == found["number"]]
+        if effects:
+            listed = ", ".join(f"{each['title']} (step {each['onset']:,})" for each in effects)
+            lines.append(Text.assemble(("        it explains: ", "dim"), listed))
+    if not details and len(causes) > FINDINGS_SHOWN:
+        lines.append(Text(f"and {len(causes) - FINDINGS_SHOWN} more findings", "dim"))
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tui_trainer.findings.verdict import finding_object
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, why_absent
@@ -18,6 +19,7 @@ from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
     ConfusionMatrix,
+    Finding,
     ImageSample,
     LogLine,
     NonFinite,
@@ -88,7 +90,7 @@ class JsonLines:
         return [made]
 
     def _other_object(
-        self, item: RowRecorded | StepsDropped | NonFinite | Skipped | Notice | Artifact
+        self, item: RowRecorded | StepsDropped | NonFinite | Skipped | Finding | Notice | Artifact
     ) -> Object:
         match item:
             case RowRecorded():
@@ -98,6 +100,8 @@ class JsonLines:
                 return {"type": "lost", "steps": item.steps}
             case NonFinite() | Notice():
                 return event_object(item)
+            case Finding():
+                return finding_event(item)
             case Skipped():
                 assert self._info is not None, "InfoChanged comes first"
                 return skipped_object(self._info, item)
@@ -185,6 +189,17 @@ def event_object(event: NonFinite | Notice) -> Object:
         "level": event.level,
         "text": event.text,
         "who": event.who or None,
+    }
+
+
+def finding_event(finding: Finding) -> Object:
+    """A finding as an event."""
+    return {
+        "type": "event",
+        "step": finding.step,
+        "time": finding.time,
+        "kind": "finding",
+        **finding_object(finding),
     }
 
 

@@ -10,7 +10,15 @@ from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import count, counted, duration, number, scalar
-from tui_trainer.protocol.messages import NonFinite, Notice, NoticeKind, Skipped, Status, TextSample
+from tui_trainer.protocol.messages import (
+    Finding,
+    NonFinite,
+    Notice,
+    NoticeKind,
+    Skipped,
+    Status,
+    TextSample,
+)
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
@@ -74,6 +82,8 @@ class PlainLines:
                 lines.append(f"step {item.step}: {item.text}")
             case Skipped():
                 lines.append(f"before step {item.step}: {item.text}")
+            case Finding() if item.cause is None:
+                lines.append(f"step {item.step}: {item.level}: {item.title}: {item.text}")
             case Notice() if item.kind not in SILENT_KINDS:
                 lines.append(notice(item))
             case TextSample():

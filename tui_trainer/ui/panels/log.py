@@ -16,7 +16,16 @@ from typing import Literal, TypeVar, get_args
 from textual.message import Message
 
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.messages import Clip, Event, Level, LogLine, NonFinite, Notice, Skipped
+from tui_trainer.protocol.messages import (
+    Clip,
+    Event,
+    Finding,
+    Level,
+    LogLine,
+    NonFinite,
+    Notice,
+    Skipped,
+)
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
@@ -62,6 +71,9 @@ def entry_of_event(event: Event, info: RunInfo | None) -> LogEntry:
     if isinstance(event, Skipped):
         text = f"before step {event.step:,}: {event.text}"
         return LogEntry(event.time, event.step, "events", "skipped", "warning", text, event.id)
+    if isinstance(event, Finding):
+        text = f"{event.title}: {event.text}"
+        return LogEntry(event.time, event.step, "events", "finding", event.level, text, event.id)
     return _notice_entry(event)
 
 

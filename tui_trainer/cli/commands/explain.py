@@ -1,0 +1,54 @@
+"""`tui-trainer explain RULE`: what a rule tests, and what to do about its finding."""
+
+from __future__ import annotations
+
+from textwrap import fill
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tui_trainer.cli.errors import unknown
+from tui_trainer.findings.rule import Rule
+from tui_trainer.findings.rules import RULES
+
+WIDTH = 92
+
+
+def explain(
+    rule: Annotated[
+        str | None, Parameter(help="name of a rule (default: list all)", show_default=False)
+    ] = None,
+) -> int:
+    """explain a rule that judges runs, or list all of them"""
+    if rule is None:
+        for each in RULES:
+            print(f"{each.name:<22} {each.level:<8} {each.title}")
+        print("\ntui-trainer explain RULE explains one; --rules RULE=off switches it off")
+        return 0
+    found = {each.name: each for each in RULES}
+    if rule not in found:
+        raise unknown("rule", rule, found)
+    print(explanation(found[rule]))
+    return 0
+
+
+def explanation(rule: type[Rule]) -> str:
+    """All that is known of a rule."""
+    parts = [
+        f"{rule.name} ({rule.level}): {rule.title}",
+        _paragraph("", rule.explanation),
+        _paragraph("what to do: ", rule.next),
+        _paragraph("it needs: ", rule.needs),
+    ]
+    parts += [
+        _paragraph(f"--rules {rule.name}.{each.name}={each.default:g}: ", each.meaning)
+        for each in rule.thresholds
+    ]
+    if rule.explained_by:
+        parts.append(_paragraph("it can be an effect of: ", ", ".join(rule.explained_by)))
+    parts.append(_paragraph("source: ", rule.source))
+    return "\n\n".join(parts)
+
+
+def _paragraph(label: str, text: str) -> str:
+    return fill(label + text, WIDTH, initial_indent="  ", subsequent_indent="  ")

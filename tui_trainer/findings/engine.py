@@ -1,0 +1,234 @@
+"""Gives every step to the rules and makes findings of what they report.
+
+Runs on the recorder's thread. A rule that raises is switched off and reported once; nothing of it
+reaches the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from tui_trainer.findings.observation import LossTrend, Reader
+from tui_trainer.findings.rule import Found, Rule
+from tui_trainer.findings.rules import RULES
+from tui_trainer.findings.settings import RuleSettings
+from tui_trainer.history.records import Floats, SkipRecord, StepRecord
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.messages import Finding
+from tui_trainer.protocol.schema import RunInfo
+
+MAX_FINDINGS = 200
+MAX_UPDATES = 5
+"""How often one finding is replaced."""
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+class _Judge:
+    """The rules of one optimizer."""
+
+    def __init__(self, rules: Sequence[Rule], trend: LossTrend) -> None:
+        self.trend = trend
+        self.steps = 0
+        self.rules = list(rules)
+        self.on_step = [rule for rule in rules if type(rule).step is not Rule.step]
+        self.on_skip = [rule for rule in rules if type(rule).skipped is not Rule.skipped]
+        self.on_evaluation = [
+            rule for rule in rules if type(rule).evaluation is not Rule.evaluation
+        ]
+
+    def drop(self, rule: Rule) -> None:
+        for rules in (self.rules, self.on_step, self.on_skip, self.on_evaluation):
+            if rule in rules:
+                rules.remove(rule)
+
+
+class FindingsEngine:
+    """The findings of one run."""
+
+    def __init__(
+        self,
+        settings: RuleSettings | None = None,
+        on_fault: Callable[[str], None] = _ignore,
+        rules: Sequence[type[Rule]] = RULES,
+    ) -> None:
+        """`on_fault(text)` is called when a rule is switched off because it failed."""
+        self._settings = settings or RuleSettings()
+        self._on_fault = on_fault
+        self._kinds = [rule for rule in rules if self._settings.runs(rule)]
+        self._explained_by = {rule.name: frozenset(rule.explained_by) for rule in rules}
+        self._slack = {rule.name: rule.slack for rule in rules}
+        self._reader = Reader()
+        self._judges: dict[str, _Judge] = {}
+        self._failed: set[str] = set()
+        self.findings: list[Finding] = []
+        """By number, as they were last reported."""
+        self._numbers: dict[tuple[str, str, str], int] = {}
+        self._updates: dict[int, int] = {}
+
+    def describe(self, info: RunInfo) -> None:
+        """The description of the run, first or changed."""
+        self._reader.update(info)
+
+    def step(self, record: StepRecord) -> list[Finding]:
+        """Judge a step; returns new and changed findings, without ids."""
+        if not self._kinds:
+            return []
+        seen = self._reader.observe(record)
+        judge = self._judge(record.optimizer)
+        if "new_parameters" in record.signs and judge.steps:
+            del self._judges[record.optimizer]
+            judge = self._judge(record.optimizer)
+        judge.steps += 1
+        if seen.loss is not None:
+            judge.trend.add(seen.step, seen.loss)
+        reports: list[tuple[Rule, Found]] = []
+        for rule in tuple(judge.on_step):
+            self._ask(rule, rule.step, reports, seen)
+        return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
+
+    def skipped(self, record: SkipRecord) -> list[Finding]:
+        """Judge an iteration without a step."""
+        if not self._kinds:
+            return []
+        judge = self._judge(record.optimizer)
+        skipped = self._reader.observe_skip(record)
+        reports: list[tuple[Rule, Found]] = []
+        for rule in tuple(judge.on_skip):
+            self._ask(rule, rule.skipped, reports, skipped)
+        return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
+
+    def row(self, table: int, step: int, values: Floats, time: float) -> list[Finding]:
+        """Judge a row measured outside a step, if it is an evaluation."""
+        name, columns = self._reader.table(table)
+        if name != schema.VALIDATION or not self._judges:
+            return []
+        metrics = {
+            column: value
+            for column, value in zip(columns, values.tolist(), strict=False)
+            if why_absent(value) is None
+        }
+        key, judge = next(iter(self._judges.items()))
+        reports: list[tuple[Rule, Found]] = []
+        for rule in tuple(judge.on_evaluation):
+            self._ask(rule, rule.evaluation, reports, step, metrics)
+        return self._publish(reports, step, time, key) if reports else []
+
+    # ------------------------------------------------------------ rules
+
+    def _judge(self, optimizer: str) -> _Judge:
+        judge = self._judges.get(optimizer)
+        if judge is None:
+            trend = LossTrend()
+            facts, settings = self._reader.facts, self._settings
+            rules = [
+                kind(facts, trend, settings.limits_of(kind))
+                for kind in self._kinds
+                if kind.name not in self._failed
+            ]
+            judge = self._judges[optimizer] = _Judge(rules, trend)
+        return judge
+
+    def _ask(
+        self,
+        rule: Rule,
+        question: Callable[..., Iterable[Found]],
+        reports: list[tuple[Rule, Found]],
+        *arguments: object,
+    ) -> None:
+        try:
+            reports += [(rule, found) for found in question(*arguments)]
+        except Exception as fault:
+            self._failed.add(rule.name)
+            for judge in self._judges.values():
+                for each in [each for each in judge.rules if each.name == rule.name]:
+                    judge.drop(each)
+            self._on_fault(f"rule {rule.name} is switched off: {type(fault).__name__}: {fault}")
+
+    # ------------------------------------------------------------ findings
+
+    def _publish(
+        self, reports: list[tuple[Rule, Found]], step: int, time: float, optimizer: str
+    ) -> list[Finding]:
+        changed: dict[int, Finding] = {}
+        for rule, found in reports:
+            finding = self._finding(rule, found, step, time, optimizer)
+            if finding is not None:
+                self._set(finding, changed)
+        for number in list(changed):
+            self._link(self.findings[number], changed, step, time)
+        return list(changed.values())
+
+    def _finding(
+        self, rule: Rule, found: Found, step: int, time: float, optimizer: str
+    ) -> Finding | None:
+        """The new or replaced finding; None where nothing has changed or there are too many."""
+        key = (rule.name, optimizer, found.key)
+        number = self._numbers.get(key)
+        if number is None:
+            if len(self.findings) >= MAX_FINDINGS:
+                return None
+            number = self._numbers[key] = len(self.findings)
+        finding = Finding(
+            id=0,
+            step=step,
+            time=time,
+            number=number,
+            rule=rule.name,
+            level=found.level or rule.level,
+            onset=found.onset,
+            title=rule.title,
+            text=found.text,
+            next=found.next or rule.next,
+            confidence=found.confidence,
+            parameters=found.parameters,
+            phase=found.phase,
+            optimizer=optimizer,
+            evidence=found.evidence,
+        )
+        if number == len(self.findings):
+            return finding
+        known = self.findings[number]
+        updates = self._updates[number] = self._updates.get(number, 0) + 1
+        if updates > MAX_UPDATES or (known.text, known.level) == (finding.text, finding.level):
+            return None
+        return msgspec.structs.replace(finding, cause=known.cause)
+
+    def _set(self, finding: Finding, changed: dict[int, Finding]) -> None:
+        if finding.number == len(self.findings):
+            self.findings.append(finding)
+        else:
+            self.findings[finding.number] = finding
+        changed[finding.number] = finding
+
+    def _link(self, new: Finding, changed: dict[int, Finding], step: int, time: float) -> None:
+        """Find the cause of a finding, and the findings of which it is the cause."""
+        for other in tuple(self.findings):
+            if other.number == new.number:
+                continue
+            if new.cause is None and self._explains(other, new) and other.cause != new.number:
+                root = other.number if other.cause is None else other.cause
+                new = msgspec.structs.replace(new, cause=root)
+                self._set(new, changed)
+            elif other.cause is None and self._explains(new, other):
+                root = new.number if new.cause is None else new.cause
+                if root != other.number:
+                    effect = msgspec.structs.replace(other, cause=root, step=step, time=time)
+                    self._set(effect, changed)
+        if new.cause is not None:  # what it explained is explained by its own cause now
+            for other in tuple(self.findings):
+                if other.cause == new.number:
+                    moved = msgspec.structs.replace(other, cause=new.cause, step=step, time=time)
+                    self._set(moved, changed)
+
+    def _explains(self, cause: Finding, effect: Finding) -> bool:
+        return (
+            cause.rule in self._explained_by.get(effect.rule, ())
+            and cause.onset <= effect.onset + self._slack[effect.rule]
+            and cause.level != "info"
+        )

@@ -1,0 +1,244 @@
+"""What rules are given: one optimizer step by name instead of by table, and the run around it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.history.records import ClipRecord, Floats, Sign, SkipRecord, StepRecord
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent_mask, why_absent
+from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
+from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
+
+_REASON = 0xFF
+
+
+class Row:
+    """The values of one table at one step, with the names of their columns."""
+
+    __slots__ = ("__dict__", "names", "table", "values")
+
+    def __init__(self, table: str, names: tuple[str, ...], values: Floats) -> None:
+        self.table = table
+        self.names = names
+        self.values = values
+
+    @cached_property
+    def absent(self) -> NDArray[np.bool_]:
+        """Which values do not exist."""
+        return absent_mask(self.values)
+
+    @cached_property
+    def any_absent(self) -> bool:
+        return bool(self.absent.any())
+
+    def reasons(self) -> NDArray[np.uint32]:
+        """For each value the `Absent` of which it is one, 0 for a value that exists."""
+        return np.where(self.absent, self.values.view(np.uint32) & _REASON, 0)
+
+    @cached_property
+    def finite(self) -> NDArray[np.bool_]:
+        mask: NDArray[np.bool_] = np.isfinite(self.values)
+        return mask
+
+    def get(self, name: str) -> float | None:
+        """The value of a column; None where it is absent or there is no such column."""
+        try:
+            value = float(self.values[self.names.index(name)])
+        except (ValueError, IndexError):
+            return None
+        return None if why_absent(value) is not None else value
+
+
+@dataclass(slots=True)
+class Observation:
+    """One optimizer step. Numbers that do not exist are None; a measured NaN is a NaN."""
+
+    step: int
+    time: float
+    optimizer: str
+    """Its key, as in `Table.optimizer`."""
+    loss: float | None = None
+    loss_absent: Absent | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    """Over all parameters of the optimizer, before clipping."""
+    step_ms: float | None = None
+    clip: Row | None = None
+    clip_event: ClipRecord | None = None
+    phases: Row | None = None
+    gradients: Row | None = None
+    weights: Row | None = None
+    updates: Row | None = None
+    memory: Row | None = None
+    attention: Row | None = None
+    health: Row | None = None
+    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
+    signs: frozenset[Sign] = frozenset()
+
+
+@dataclass(slots=True)
+class SkippedIteration:
+    """An iteration whose gradients no optimizer used, before step `step`."""
+
+    step: int
+    optimizer: str
+    reason: str
+    loss_scale: float | None
+
+
+class RunFacts:
+    """What is known of the run itself."""
+
+    def __init__(self) -> None:
+        self._infos: tuple[ParameterInfo, ...] = ()
+        self.parameters: Mapping[str, ParameterInfo] = {}
+        self.order: Mapping[str, int] = {}
+        """Position of each parameter in the model, which is the order of the forward pass for most
+        models."""
+        self.attention: tuple[AttentionInfo, ...] = ()
+        self.optimizers: tuple[str, ...] = ()
+        self.resumed = False
+        """Whether the weights come from another run."""
+        self.classes: int | None = None
+        """Number of classes of a cross-entropy, where the task says it."""
+        self.total_steps: int | None = None
+        self.device = ""
+
+    def update(self, info: RunInfo) -> None:
+        if info.parameters is not self._infos:
+            self._infos = info.parameters
+            self.parameters = {p.name: p for p in info.parameters}
+            self.order = {p.name: i for i, p in enumerate(info.parameters)}
+        self.attention = info.attention
+        self.optimizers = info.optimizers
+        self.resumed = info.branch_step is not None
+        self.total_steps = info.total_steps
+        self.device = info.device.kind if info.device else ""
+        classes = info.facts.get("classes", info.facts.get("vocabulary"))
+        if isinstance(classes, int) and not isinstance(classes, bool) and classes > 1:
+            self.classes = classes
+
+    def optimizer_name(self, key: str) -> str:
+        return key or next(iter(self.optimizers), "the optimizer")
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter has two dimensions or more: weights, not biases or gains."""
+        info = self.parameters.get(name)
+        return info is not None and len(info.shape) >= 2
+
+
+FIRST_LOSSES = 20
+RECENT_LOSSES = 64
+
+
+@dataclass
+class LossTrend:
+    """The loss of one optimizer so far, smoothed, in constant memory."""
+
+    count: int = 0
+    """Finite losses."""
+    first: list[float] = field(default_factory=list)
+    """The first FIRST_LOSSES of them."""
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_LOSSES))
+    """The newest ones with their steps."""
+    fast: float = math.nan
+    """Exponential mean over about 10 steps."""
+    slow: float = math.nan
+    """The same over about 100 steps."""
+    noise: float = 0.0
+    """Mean absolute distance of a loss from `fast`, over about 100 steps."""
+    best: float = math.inf
+    """Lowest `fast`."""
+    best_step: int = 0
+    lowest: float = math.inf
+    """Lowest loss of a single step."""
+
+    def add(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        self.count += 1
+        self.recent.append((step, loss))
+        self.lowest = min(self.lowest, loss)
+        if self.count <= FIRST_LOSSES:
+            self.first.append(loss)
+        if self.count == 1:
+            self.fast = self.slow = loss
+            return
+        self.noise += (abs(loss - self.fast) - self.noise) / min(self.count - 1, 100)
+        self.fast += (loss - self.fast) / min(self.count, 10)
+        self.slow += (loss - self.slow) / min(self.count, 100)
+        if self.fast < self.best:
+            self.best, self.best_step = self.fast, step
+
+    @property
+    def start(self) -> float:
+        """Median of the first three losses."""
+        return float(np.median(self.first[:3])) if self.first else math.nan
+
+
+class Reader:
+    """Makes observations of records; knows the tables of the run."""
+
+    def __init__(self) -> None:
+        self.facts = RunFacts()
+        self._tables: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self._info: RunInfo | None = None
+
+    def update(self, info: RunInfo) -> None:
+        if info is self._info:
+            return
+        self._info = info
+        self.facts.update(info)
+        self._tables = {
+            table.id: (table.name, tuple(column.name for column in table.columns))
+            for table in info.tables
+        }
+
+    def table(self, number: int) -> tuple[str, tuple[str, ...]]:
+        return self._tables.get(number, ("", ()))
+
+    def observe(self, record: StepRecord) -> Observation:
+        seen = Observation(
+            record.step,
+            record.time,
+            record.optimizer,
+            clip_event=record.clip,
+            nonfinite=record.nonfinite,
+            signs=record.signs,
+        )
+        for number, values in record.rows:
+            name, columns = self.table(number)
+            attribute = _ATTRIBUTES.get(name)
+            if attribute is not None:
+                setattr(seen, attribute, Row(name, columns, values))
+            elif name == schema.STEP:
+                loss, rate, norm, took = values[:4].tolist()
+                seen.loss_absent = why_absent(loss)
+                seen.loss = loss if seen.loss_absent is None else None
+                seen.learning_rate = None if why_absent(rate) is not None else rate
+                seen.gradient_norm = None if why_absent(norm) is not None else norm
+                seen.step_ms = took if math.isfinite(took) else None
+        return seen
+
+    def observe_skip(self, record: SkipRecord) -> SkippedIteration:
+        return SkippedIteration(record.step, record.optimizer, record.reason, record.loss_scale)
+
+
+_ATTRIBUTES = {
+    schema.CLIP: "clip",
+    schema.PHASE_MS: "phases",
+    schema.GRAD_NORM: "gradients",
+    schema.WEIGHT_NORM: "weights",
+    schema.UPDATE_RATIO: "updates",
+    schema.MEMORY: "memory",
+    schema.ATTENTION: "attention",
+    schema.ATTENTION_HEALTH: "health",
+}

@@ -1,0 +1,123 @@
+"""What a rule is: a test of what is measured, with the words that explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedIteration
+from tui_trainer.protocol.messages import Confidence, Evidence, Level
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A number that a rule compares with."""
+
+    name: str
+    """As in `--rules RULE.NAME=VALUE`."""
+    default: float
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rule reports. With the `key` of an earlier report it replaces that one."""
+
+    onset: int
+    text: str
+    level: Level | None = None
+    """None: the rule's."""
+    next: str = ""
+    """"": the rule's."""
+    confidence: Confidence = "likely"
+    parameters: tuple[str, ...] = ()
+    phase: str = ""
+    evidence: tuple[Evidence, ...] = ()
+    key: str = ""
+
+
+class Rule:
+    """Base class. The engine makes one instance of each rule for every optimizer.
+
+    The texts are also the rule's documentation: `tui-trainer explain NAME` and `docs/findings.md`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """The finding in a few words."""
+    level: ClassVar[Level] = "warning"
+    needs: ClassVar[str]
+    """What has to be measured before it says anything."""
+    explanation: ClassVar[str]
+    """What is tested, and why it matters."""
+    next: ClassVar[str]
+    """What to look at or try."""
+    source: ClassVar[str]
+    """Where the test and its thresholds come from."""
+    thresholds: ClassVar[tuple[Threshold, ...]] = ()
+    explained_by: ClassVar[tuple[str, ...]] = ()
+    """Rules whose finding is the cause of this one, if its onset is not later."""
+    slack: ClassVar[int] = 10
+    """Steps by which the onset of a cause may be seen after that of this effect: quantities are
+    measured at different cadences."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        """`limits`: the values of `thresholds` by name."""
+        self.facts = facts
+        self.trend = trend
+        self.limits = limits
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        """A step of this optimizer; `trend` has its loss already."""
+        return ()
+
+    def skipped(self, skipped: SkippedIteration) -> Iterable[Found]:
+        """An iteration for this optimizer without a step."""
+        return ()
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> Iterable[Found]:
+        """An evaluation of the task (given to the rules of the first optimizer)."""
+        return ()
+
+
+@dataclass
+class Streak:
+    """Counts how often something was so in a row, and since which step."""
+
+    count: int = 0
+    onset: int = 0
+
+    def add(self, holds: bool, step: int) -> int:
+        """The number of times in a row, this one included."""
+        if not holds:
+            self.count = 0
+        else:
+            if not self.count:
+                self.onset = step
+            self.count += 1
+        return self.count
+
+
+def evidence(
+    quantity: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    unit: str = "",
+    table: str = "",
+    column: str = "",
+    text: str = "",
+) -> Evidence:
+    """A number with its healthy band."""
+    finite = value == value and abs(value) != float("inf")
+    shown = text or f"{value:.3g}{unit}"
+    return Evidence(quantity, shown, value if finite else None, low, high, table, column)
+
+
+def named(names: Iterable[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`"""
+    listed = list(names)
+    text = ", ".join(listed[:most])
+    return text if len(listed) <= most else f"{text} and {len(listed) - most} more"

@@ -1,0 +1,166 @@
+"""Attention whose logits grow, or that looks at one position only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+
+EVERY = 10
+"""Of the rows of table `attention`, one in so many is looked at."""
+
+
+class _PerLayer(Rule):
+    """Looks at one statistic of every layer."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._columns: dict[tuple[str, str], tuple[tuple[str, ...], list[tuple[int, str]]]] = {}
+        self._streak = Streak()
+        self._reported = False
+
+    def values(self, row: Row, statistic: str) -> dict[str, float]:
+        """Layer → value, where it is finite."""
+        known = self._columns.get((row.table, statistic))
+        if known is None or known[0] is not row.names:
+            places = [
+                (index, name.rpartition(".")[0])
+                for index, name in enumerate(row.names)
+                if name.rpartition(".")[2] == statistic
+            ]
+            known = self._columns[row.table, statistic] = (row.names, places)
+        found = {layer: float(row.values[index]) for index, layer in known[1]}
+        return {layer: value for layer, value in found.items() if abs(value) < float("inf")}
+
+
+class AttentionLogits(_PerLayer):
+    """Attention logits grow."""
+
+    name = "attention-logits"
+    title = "attention logits grow"
+    needs = "attention layers; their weight norms, or sampled logits"
+    explanation = (
+        "The logits of attention grow with the norms of Wq and Wk. Once they are in the hundreds, "
+        "each softmax puts all its weight on one position, its gradient vanishes, and large models "
+        "diverge soon after. The product of the norms grows long before the loss shows anything."
+    )
+    next = (
+        "normalise queries and keys (QK-norm), lower the learning rate, add weight decay to Wq, Wk"
+    )
+    source = (
+        "Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters (2023); Wortsman et "
+        "al., Small-scale proxies for large-scale Transformer training instabilities (ICLR 2024); "
+        "Kimi K2 (2025), which clips above 100"
+    )
+    thresholds = (
+        Threshold("logit", 100, "largest logit, if it is also ten times the first one measured"),
+        Threshold("growth", 40, "(‖Wq‖‖Wk‖/‖Wv‖) against the same at the start"),
+    )
+    explained_by = ("update-ratio-high", "learning-rate-jump", "no-warm-up", "gradients-kept")
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first: dict[str, float] = {}
+        self._rows = 0
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        if seen.health is not None:
+            values = self.values(seen.health, "max_logit")
+            for layer, value in values.items():
+                self._first.setdefault(layer, max(abs(value), 1.0))
+            over = {
+                layer: value
+                for layer, value in values.items()
+                if value > self.limits["logit"] and value > 10 * self._first[layer]
+            }
+            if over:
+                yield self._found(seen, over, "max_logit", "largest attention logit", "logit")
+        if seen.attention is not None and not self._reported:
+            self._rows += 1
+            if self._rows % EVERY:
+                return
+            grown = self.values(seen.attention, "growth")
+            over = {layer: v for layer, v in grown.items() if v > self.limits["growth"]}
+            if self._streak.add(bool(over), seen.step) >= 3:
+                yield self._found(seen, over, "growth", "growth of ‖Wq‖‖Wk‖/‖Wv‖", "growth")
+
+    def _found(
+        self, seen: Observation, over: dict[str, float], statistic: str, words: str, limit: str
+    ) -> Found:
+        self._reported = True
+        layers = sorted(over, key=lambda layer: -over[layer])
+        worst = layers[0]
+        onset = self._streak.onset if limit == "growth" else seen.step
+        table = "attention" if limit == "growth" else "attention_health"
+        return Found(
+            onset,
+            f"in {worst} the {words} is {over[worst]:,.3g} ({len(layers)} "
+            f"{'layers are' if len(layers) > 1 else 'layer is'} above {self.limits[limit]:g})",
+            phase="forward",
+            parameters=tuple(layers[:8]),
+            evidence=(
+                evidence(words, over[worst], high=self.limits[limit], table=table,
+                         column=f"{worst}.{statistic}"),
+            ),
+        )  # fmt: skip
+
+
+class AttentionEntropy(_PerLayer):
+    """Attention looks at one position only."""
+
+    name = "attention-entropy"
+    title = "attention collapses to one position"
+    needs = "two samples of the attention's entropy"
+    explanation = (
+        "The rows of attention have almost no entropy any more: each position looks at one other "
+        "position and nothing else, after it began by looking at all of them. Such entropy "
+        "collapse goes together with instability and with gradients that do not reach Wq and Wk."
+    )
+    next = "lower the learning rate or warm up longer; normalise queries and keys"
+    source = (
+        "Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse "
+        "(ICML 2023)"
+    )
+    thresholds = (Threshold("entropy", 0.1, "nats, where it began above 0.5"),)
+    explained_by = (
+        "attention-logits",
+        "update-ratio-high",
+        "learning-rate-jump",
+        "no-warm-up",
+        "gradients-kept",
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first: dict[str, float] = {}
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.health is None:
+            return
+        values = self.values(seen.health, "entropy")
+        for layer, value in values.items():
+            self._first.setdefault(layer, value)
+        low = {
+            layer: value
+            for layer, value in values.items()
+            if value < self.limits["entropy"] and self._first[layer] > 0.5
+        }
+        if self._streak.add(bool(low), seen.step) < 2:
+            return
+        self._reported = True
+        layers = sorted(low, key=lambda layer: low[layer])
+        worst = layers[0]
+        yield Found(
+            self._streak.onset,
+            f"the attention of {worst} has an entropy of {low[worst]:.2g} nats; it began at "
+            f"{self._first[worst]:.2g}",
+            phase="forward",
+            parameters=tuple(layers[:8]),
+            evidence=(
+                evidence("entropy of attention", low[worst], low=self.limits["entropy"],
+                         unit=" nats", table="attention_health", column=f"{worst}.entropy"),
+            ),
+        )  # fmt: skip

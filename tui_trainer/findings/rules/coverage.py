@@ -1,0 +1,304 @@
+"""Which parameters the optimizers update, and which of them get gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence, named
+from tui_trainer.protocol.absent import Absent
+
+
+class NotInOptimizer(Rule):
+    """Parameters with a gradient that no optimizer holds."""
+
+    name = "not-in-optimizer"
+    title = "parameters that no optimizer updates"
+    needs = "the gradient norms of three steps"
+    explanation = (
+        "These parameters require a gradient, backward computes one, and no optimizer holds them: "
+        "they keep their first values for ever. It happens when a layer is added after the "
+        "optimizer was made, or when the optimizer is given the parameters of a part of the model. "
+        "If they are meant to stay fixed, requires_grad_(False) says so and saves their gradients."
+    )
+    next = (
+        "give all parameters to the optimizer (model.parameters(), or add_param_group for a layer "
+        "that was added), or freeze these with requires_grad_(False)"
+    )
+    source = "TrainCheck (Jiang et al., OSDI 2025), a part of the model missing in the optimizer"
+    thresholds = (Threshold("steps", 3, "measured steps at which they had a gradient"),)
+    explained_by = ("no-gradients",)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._seen: dict[str, tuple[int, int]] = {}
+        """Name → (first step, number of steps) with a gradient."""
+        self._reported: set[str] = set()
+        self._names: tuple[str, ...] = ()
+        self._outside: list[int] = []
+        self._known: Mapping[str, object] = {}
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.gradients
+        if row is None or not self._positions(row):
+            return
+        fresh = False
+        for index in self._outside:
+            value = float(row.values[index])
+            if value > 0 or (value != value and not row.absent[index]):
+                first, count = self._seen.get(row.names[index], (seen.step, 0))
+                self._seen[row.names[index]] = first, count + 1
+                if count + 1 == int(self.limits["steps"]):
+                    fresh = True
+        if not fresh:
+            return
+        outside = {row.names[index] for index in self._outside}
+        names = [
+            name
+            for name, (_, count) in self._seen.items()
+            if count >= self.limits["steps"] and name in outside
+        ]
+        if set(names) <= self._reported:
+            return
+        self._reported |= set(names)
+        names.sort(key=lambda name: self.facts.order.get(name, 0))
+        first = min(self._seen[name][0] for name in names)
+        numel = sum(self.facts.parameters[name].numel for name in names)
+        yield Found(
+            first,
+            f"{named(names)} ({numel:,} numbers) get a gradient at every step, but no optimizer "
+            "updates them: they keep the values they began with",
+            confidence="certain",
+            phase="step",
+            parameters=tuple(names[:16]),
+            evidence=(
+                evidence(
+                    "parameters with a gradient and no optimizer",
+                    len(names),
+                    high=0,
+                    table="grad_norm",
+                    column=names[0],
+                    text=str(len(names)),
+                ),
+            ),
+        )
+
+    def _positions(self, row: Row) -> bool:
+        """Find the columns of parameters outside of all optimizers."""
+        if row.names is not self._names or self._known is not self.facts.parameters:
+            self._names, self._known = row.names, self.facts.parameters
+            self._outside = [
+                index
+                for index, name in enumerate(row.names)
+                if (info := self.facts.parameters.get(name)) is not None
+                and not info.optimizer
+                and info.trainable
+            ]
+        return bool(self._outside)
+
+
+class NeverReached(Rule):
+    """Parameters of an optimizer that never get a gradient."""
+
+    name = "never-reached"
+    title = "parameters that backward never reaches"
+    needs = "the gradients of ten steps"
+    explanation = (
+        "An optimizer holds these parameters and they are not frozen, but backward has not reached "
+        "them once: the loss does not depend on them. A layer is not used in forward, its output "
+        "is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the model that is trained "
+        "is another one than the optimizer was given."
+    )
+    next = (
+        "check that forward uses these layers and that nothing detaches their output; remove them, "
+        "or freeze them, if they are not needed"
+    )
+    source = "DistributedDataParallel's find_unused_parameters reports the same"
+    thresholds = (Threshold("steps", 10, "measured steps without a gradient"),)
+    explained_by = ("no-gradients",)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._counts = np.zeros(0, np.int64)
+        self._first = 0
+        self._rows = 0
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.gradients
+        if row is None or self._done:
+            return
+        if row.names is not self._names:
+            self._names, self._rows, self._first = row.names, 0, seen.step
+            self._counts = np.zeros(len(row.names), np.int64)
+        self._rows += 1
+        if row.any_absent:
+            self._counts += row.reasons() == Absent.NOT_REACHED
+        if self._rows < self.limits["steps"]:
+            return
+        self._done = True
+        never = np.flatnonzero(self._counts == self._rows).tolist()
+        names = [
+            self._names[index]
+            for index in never
+            if (info := self.facts.parameters.get(self._names[index])) is not None
+            and info.optimizer
+            and info.trainable
+        ]
+        own = [
+            name
+            for name in self._names
+            if (info := self.facts.parameters.get(name)) is not None and info.optimizer
+        ]
+        if not names or len(names) == len(own):
+            return  # none has a gradient: that is `no-gradients`
+        numel = sum(self.facts.parameters[name].numel for name in names)
+        yield Found(
+            self._first,
+            f"{named(names)} ({numel:,} numbers) are in the optimizer, but in {self._rows} steps "
+            "backward has never reached them: the loss does not depend on them",
+            confidence="certain",
+            phase="backward",
+            parameters=tuple(names[:16]),
+            evidence=(
+                evidence("parameters without a gradient", len(names), high=0, table="grad_norm",
+                         column=names[0], text=f"{len(names)} of {len(own)}"),
+            ),
+        )  # fmt: skip
+
+
+class NoGradients(Rule):
+    """The optimizer steps, and none of its parameters has a gradient."""
+
+    name = "no-gradients"
+    title = "the optimizer has no gradients"
+    level = "error"
+    needs = "three steps"
+    explanation = (
+        "The optimizer steps, but none of its parameters has a gradient. It holds other tensors "
+        "than the model that is trained: it was made before the model was replaced, loaded anew, "
+        "copied or wrapped; or nothing calls backward, or everything is detached or frozen."
+    )
+    next = (
+        "make the optimizer after the model has its final form (after .to(), loading, wrapping), "
+        "and check that backward() is called on a loss that depends on the model"
+    )
+    source = "PyTorch's documentation of torch.optim (construct optimizers after moving a model)"
+    thresholds = (Threshold("steps", 3, "steps in a row without any gradient"),)
+    explained_by = ("zeroed-before-step",)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+        self._had_any = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.gradients
+        if self._reported or row is None:
+            return
+        own = [
+            index
+            for index, name in enumerate(row.names)
+            if (info := self.facts.parameters.get(name)) is None or info.optimizer
+        ]
+        missing = bool(own) and bool(row.any_absent) and bool(row.absent[own].all())
+        self._had_any = self._had_any or not missing
+        if self._streak.add(missing, seen.step) < self.limits["steps"]:
+            return
+        self._reported = True
+        never = "has had a gradient since" if self._had_any else "has ever had a gradient; first at"
+        yield Found(
+            self._streak.onset,
+            f"{self.facts.optimizer_name(seen.optimizer)} steps, but none of its {len(own)} "
+            f"parameters {never} step {self._streak.onset:,}: it trains nothing",
+            confidence="certain",
+            phase="step",
+            parameters=tuple(row.names[index] for index in own[:8]),
+            evidence=(
+                evidence("parameters with a gradient", 0.0, low=1, table="grad_norm",
+                         column=row.names[own[0]], text=f"0 of {len(own)}"),
+            ),
+        )  # fmt: skip
+
+
+class MostlyFrozen(Rule):
+    """Almost all of the model is frozen."""
+
+    name = "mostly-frozen"
+    title = "almost all of the model is frozen"
+    level = "info"
+    needs = "one step"
+    explanation = (
+        "Only a small part of the model's numbers are trained. That is meant in fine-tuning a head "
+        "or adapters; it is a mistake when requires_grad_(False) was left over from another stage."
+    )
+    next = "if the whole model should train: requires_grad_(True), and give it to the optimizer"
+    source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages"
+    thresholds = (Threshold("share", 0.05, "share of the numbers that are trained"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or not self.facts.parameters:
+            return
+        self._done = True
+        infos = self.facts.parameters.values()
+        total = sum(info.numel for info in infos)
+        trained = [info for info in infos if info.trainable]
+        numel = sum(info.numel for info in trained)
+        if not total or len(trained) == len(infos) or numel / total >= self.limits["share"]:
+            return
+        yield Found(
+            seen.step,
+            f"only {numel:,} of {total:,} numbers are trained "
+            f"({numel / total:.2%}): {named([info.name for info in trained])}",
+            confidence="certain",
+            parameters=tuple(info.name for info in trained[:8]),
+            evidence=(
+                evidence("share of the model that is trained", numel / total,
+                         low=self.limits["share"], text=f"{numel / total:.2%}"),
+            ),
+        )  # fmt: skip
+
+
+class EvaluationMode(Rule):
+    """The model trains in `eval()` mode."""
+
+    name = "eval-mode"
+    title = "the model trains in eval() mode"
+    needs = "twenty steps"
+    explanation = (
+        "The model is called for training while it is in eval() mode, and it has dropout or batch "
+        "normalisation, which behave otherwise then: no dropout, and running statistics that are "
+        "used and never updated. Usually model.train() is missing after an evaluation."
+    )
+    next = "call model.train() before the training steps, and again after every evaluation"
+    source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
+    thresholds = (Threshold("steps", 20, "steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        count = self._streak.add("eval_mode" in seen.signs, seen.step)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"since step {self._streak.onset:,} the model trains in eval() mode: its dropout or "
+            "batch normalisation is switched off",
+            confidence="certain",
+            phase="forward",
+            evidence=(evidence("steps in eval() mode", count, high=0, text=str(count)),),
+        )

@@ -1,0 +1,195 @@
+"""Gradients that vanish or explode, over the depth of the model or in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+
+MIN_DEPTH = 4
+"""Weight matrices that a model needs to have a depth."""
+EVERY = 5
+"""Of the measured rows, one in so many is looked at."""
+
+
+class _Depth(Rule):
+    """Compares the gradients of the first and the last quarter of the weight matrices."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
+        self._rows = 0
+
+    def quarters(self, seen: Observation) -> tuple[float, float, str, str] | None:
+        """Geometric mean of the gradient norms of the first and of the last quarter, and the name
+        of the first and of the last matrix; None where this step is not looked at."""
+        row = seen.gradients
+        if row is None:
+            return None
+        self._rows += 1
+        if self._rows % EVERY != 1:
+            return None
+        if row.names is not self._names:
+            self._names = row.names
+            chosen = [
+                i
+                for i, name in enumerate(row.names)
+                if self.facts.is_matrix(name) and self.facts.parameters[name].optimizer
+            ]
+            self._matrices = np.array(chosen, np.intp)
+        if len(self._matrices) < MIN_DEPTH:
+            return None
+        norms = row.values[self._matrices]
+        there = np.isfinite(norms)
+        if int(there.sum()) < MIN_DEPTH:
+            return None
+        norms, indices = norms[there], self._matrices[there]
+        quarter = max(1, len(norms) // 4)
+        logs = np.log(np.maximum(norms.astype(np.float64), 1e-38))
+        first, last = math.exp(logs[:quarter].mean()), math.exp(logs[-quarter:].mean())
+        return first, last, row.names[int(indices[0])], row.names[int(indices[-1])]
+
+
+class GradientsVanish(_Depth):
+    """The first layers get almost no gradient."""
+
+    name = "gradients-vanish"
+    title = "gradients vanish towards the input"
+    needs = "gradient norms of five steps, and four weight matrices"
+    explanation = (
+        "On its way from the loss to the input, the gradient becomes smaller from layer to layer, "
+        "so that the first layers hardly learn: saturated sigmoid or tanh units, a deep "
+        "network without residual connections or normalisation, a wrong initialisation, dead ReLUs."
+    )
+    next = (
+        "use residual connections, normalisation and an initialisation that fits the activation "
+        "(He for ReLU, Glorot for tanh)"
+    )
+    source = (
+        "Glorot & Bengio, Understanding the difficulty of training deep feedforward neural "
+        "networks (AISTATS 2010); He et al., Delving Deep into Rectifiers (ICCV 2015)"
+    )
+    thresholds = (
+        Threshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or (quarters := self.quarters(seen)) is None:
+            return
+        first, last, first_name, last_name = quarters
+        holds = last > 0 and first < self.limits["ratio"] * last
+        if self._streak.add(holds, seen.step) < 5:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"the gradients of the first layers ({first_name}: about {first:.1e}) are "
+            f"{first / last:.0e} of those of the last ({last_name}: about {last:.1e})",
+            phase="backward",
+            parameters=(first_name, last_name),
+            evidence=(
+                evidence("gradient norm, first quarter over last", first / last,
+                         low=self.limits["ratio"], table="grad_norm", column=first_name),
+            ),
+        )  # fmt: skip
+
+
+class GradientsExplode(_Depth):
+    """Gradients grow beyond all bounds, towards the input or in time."""
+
+    name = "gradients-explode"
+    title = "gradients explode"
+    needs = "gradient norms of twenty steps"
+    explanation = (
+        "Either the gradient becomes larger from layer to layer on its way to the input, or the "
+        "total gradient norm has risen to a hundred times its first values while the loss does not "
+        "fall. Updates then follow the few largest gradients, and the next stop is nan."
+    )
+    next = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
+    source = (
+        "Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks (ICML "
+        "2013)"
+    )
+    thresholds = (
+        Threshold("growth", 100, "total gradient norm over the median of its first values"),
+        Threshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
+    )
+    explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump", "no-warm-up")
+
+    REFERENCE = 20
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first: list[float] = []
+        self._reference = 0.0
+        self._in_time = Streak()
+        self._far = 0
+        self._over_depth = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        if seen.gradient_norm is not None and math.isfinite(seen.gradient_norm):
+            yield from self._time(seen, seen.gradient_norm)
+        if not self._reported and (quarters := self.quarters(seen)) is not None:
+            yield from self._depth(seen, quarters)
+
+    def _time(self, seen: Observation, norm: float) -> Iterable[Found]:
+        if len(self._first) < self.REFERENCE:
+            self._first.append(norm)
+            self._reference = sorted(self._first)[len(self._first) // 2]
+            return
+        self._in_time.add(norm > self.limits["growth"] / 10 * self._reference, seen.step)
+        self._far = self._far + 1 if norm > self.limits["growth"] * self._reference else 0
+        worse = self.trend.fast > self.trend.best + 2 * self.trend.noise or not self.trend.count
+        if self._far < 5 or not worse or self._reference <= 0:
+            return
+        self._reported = True
+        yield Found(
+            self._in_time.onset,
+            f"the gradient norm has risen to {norm:.3g}, {norm / self._reference:,.0f} times its "
+            f"first values ({self._reference:.3g}), and the loss does not fall",
+            phase="backward",
+            parameters=self._largest(seen),
+            evidence=(
+                evidence("gradient norm", norm, high=self.limits["growth"] * self._reference,
+                         table="step", column="grad_norm_preclip"),
+            ),
+        )  # fmt: skip
+
+    def _depth(self, seen: Observation, quarters: tuple[float, float, str, str]) -> Iterable[Found]:
+        first, last, first_name, last_name = quarters
+        holds = last > 1e-20 and first > self.limits["depth"] * last
+        if self._over_depth.add(holds, seen.step) < 5:
+            return
+        self._reported = True
+        yield Found(
+            self._over_depth.onset,
+            f"the gradients of the first layers ({first_name}: about {first:.1e}) are "
+            f"{first / last:.0e} times those of the last ({last_name}: about {last:.1e})",
+            phase="backward",
+            parameters=(first_name, last_name),
+            evidence=(
+                evidence("gradient norm, first quarter over last", first / last,
+                         high=self.limits["depth"], table="grad_norm", column=first_name),
+            ),
+        )  # fmt: skip
+
+    def _largest(self, seen: Observation) -> tuple[str, ...]:
+        row = seen.gradients
+        if row is None:
+            return ()
+        order = np.argsort(-np.where(row.finite, row.values, -1))[:3]
+        return tuple(row.names[i] for i in order.tolist())

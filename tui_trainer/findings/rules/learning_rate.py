@@ -1,0 +1,200 @@
+"""A learning rate that is zero, jumps, or starts without a warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+
+ADAM_LIKE = ("adam", "nadam", "adamax", "lion", "lamb")
+"""Beginnings of names. RAdam has a warm-up of its own."""
+
+
+class LearningRateZero(Rule):
+    """The learning rate is zero."""
+
+    name = "learning-rate-zero"
+    title = "the learning rate is zero"
+    needs = "the learning rate of twenty steps"
+    explanation = (
+        "The optimizer steps with a learning rate of exactly 0, so nothing is learnt. A schedule "
+        "that begins at 0 is advanced once per epoch instead of once per step, or it has run out "
+        "before the training has."
+    )
+    next = (
+        "print optimizer.param_groups[0]['lr']; check where scheduler.step() is called and how "
+        "many steps the schedule was made for"
+    )
+    source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
+    thresholds = (Threshold("steps", 20, "steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._highest = 0.0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        rate = seen.learning_rate
+        if self._reported or rate is None:
+            return
+        count = self._streak.add(rate == 0.0, seen.step)
+        self._highest = max(self._highest, rate)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        before = f"; before, it was up to {self._highest:.3g}" if self._highest else ""
+        yield Found(
+            self._streak.onset,
+            f"the learning rate is 0 since step {self._streak.onset:,}: the weights do not "
+            f"change{before}",
+            confidence="certain",
+            phase="step",
+            evidence=(
+                evidence("learning rate", 0.0, low=self._highest or None, table="step",
+                         column="learning_rate"),
+            ),
+        )  # fmt: skip
+
+
+class LearningRateJump(Rule):
+    """The learning rate jumps up, and the loss with it."""
+
+    name = "learning-rate-jump"
+    title = "the learning rate jumps"
+    needs = "the learning rate of two steps; for a warning, the loss of the fifty steps after"
+    explanation = (
+        "The learning rate is many times higher than a step before. A restart of a cyclic schedule "
+        "does so on purpose; a resumed run whose schedule was not restored, or a scheduler that is "
+        "made anew, does so by mistake. It is a warning only if the loss rises after it."
+    )
+    next = "restore the scheduler's state with the checkpoint, or warm up again after the jump"
+    source = (
+        "Loshchilov & Hutter, SGDR (ICLR 2017), for restarts on purpose; PyTorch's documentation "
+        "of lr_scheduler on saving its state"
+    )
+    thresholds = (
+        Threshold("factor", 10, "times the learning rate of the step before"),
+        Threshold("first_steps", 5, "steps at the start, which are not judged"),
+    )
+
+    WATCHED = 50
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._last: float | None = None
+        self._steps = 0
+        self._jump: tuple[int, float, float] | None = None
+        """(step, rate before, rate after) of the last jump, while the loss is watched."""
+        self._loss_before = 0.0
+        self._bar = 0.0
+        self._streak = Streak()
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        rate = seen.learning_rate
+        if rate is None:
+            return
+        last, self._last = self._last, rate
+        self._steps += 1
+        jumped = last is not None and last > 0 and rate >= self.limits["factor"] * last
+        if jumped and last is not None and self._steps > self.limits["first_steps"]:
+            self._jump = seen.step, last, rate
+            # The loss of this step was computed before its update.
+            self._loss_before = self.trend.fast
+            self._bar = self.trend.fast + max(6 * self.trend.noise, 0.1 * abs(self.trend.fast))
+            self._streak = Streak()
+            yield self._found("info", "")
+        elif self._jump is not None:
+            yield from self._watch(seen)
+
+    def _watch(self, seen: Observation) -> Iterable[Found]:
+        assert self._jump is not None
+        if self._streak.add(self.trend.fast > self._bar, seen.step) >= 5:
+            rose = f", and the loss rose from {self._loss_before:.4g} to {self.trend.fast:.4g}"
+            yield self._found("warning", rose)
+            self._jump = None
+        elif seen.step > self._jump[0] + self.WATCHED:
+            self._jump = None
+
+    def _found(self, level: str, rose: str) -> Found:
+        assert self._jump is not None
+        step, before, after = self._jump
+        return Found(
+            step,
+            f"the learning rate jumped from {before:.3g} to {after:.3g} at step {step:,}{rose}",
+            level="warning" if level == "warning" else "info",
+            confidence="certain",
+            phase="step",
+            key=str(step),
+            evidence=(
+                evidence("learning rate after the jump", after, high=before * self.limits["factor"],
+                         table="step", column="learning_rate"),
+            ),
+        )  # fmt: skip
+
+
+class NoWarmUp(Rule):
+    """Adam starts at its full learning rate on a transformer, and the loss rises."""
+
+    name = "no-warm-up"
+    title = "no warm-up"
+    needs = "the loss of the first steps, an Adam-like optimizer and attention layers"
+    explanation = (
+        "An Adam-like optimizer starts on attention layers at its full learning rate. In the first "
+        "steps its estimate of the second moment rests on a handful of gradients, and its updates "
+        "are as large as they can be. It is a warning only because the loss rises well above its "
+        "first value."
+    )
+    next = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
+    source = (
+        "Liu et al., On the Variance of the Adaptive Learning Rate and Beyond (ICLR 2020); Ma & "
+        "Yarats, On the Adequacy of Untuned Warmup (AAAI 2021)"
+    )
+    thresholds = (
+        Threshold("rise", 0.2, "rise of the loss over its first value, as a share of it"),
+        Threshold("steps", 200, "first steps that are judged"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first_rate: float | None = None
+        self._first_loss: float | None = None
+        self._steps = 0
+        self._streak = Streak()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done:
+            return
+        self._steps += 1
+        if self._steps == 1:
+            self._first_rate, self._first_loss = seen.learning_rate, seen.loss
+        name = self.facts.optimizer_name(seen.optimizer)
+        if (
+            not self._first_rate
+            or self._first_loss is None
+            or self._steps > self.limits["steps"]
+            or self.facts.resumed
+            or not self.facts.attention
+            or not name.startswith(ADAM_LIKE)
+            or (seen.learning_rate or 0.0) > 1.01 * self._first_rate  # a warm-up
+        ):
+            self._done = self._done or self._steps > 1
+            return
+        bar = self._first_loss * (1 + self.limits["rise"])
+        if self._first_loss <= 0 or self._streak.add(self.trend.fast > bar, seen.step) < 5:
+            return
+        self._done = True
+        yield Found(
+            1 if self._streak.onset <= self._steps else seen.step - self._steps + 1,
+            f"{name} starts at its full learning rate of {self._first_rate:.3g}, and in the first "
+            f"{self._steps} steps the loss rose from {self._first_loss:.4g} to "
+            f"{self.trend.fast:.4g}",
+            phase="step",
+            evidence=(
+                evidence("loss", self.trend.fast, high=bar, table="step", column="loss"),
+                evidence("learning rate of the first step", self._first_rate, table="step",
+                         column="learning_rate"),
+            ),
+        )  # fmt: skip

@@ -1,0 +1,342 @@
+"""What the course of the loss says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tui_trainer.findings.observation import FIRST_LOSSES, LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+
+
+class InitialLoss(Rule):
+    """The first loss is far from that of guessing."""
+
+    name = "initial-loss"
+    title = "the first loss is far from chance"
+    needs = "the first loss, and the number of classes (of the shipped tasks)"
+    explanation = (
+        "A classifier of K classes that knows nothing and is not sure of anything has a "
+        "cross-entropy of ln K. A first loss far above says that it is sure of wrong answers: the "
+        "last layer is initialised with too large weights. One far below says that it knows the "
+        "answers already: a leak, or weights that were trained before."
+    )
+    next = "initialise the last layer with smaller weights (std 0.02 or zero), its bias with zero"
+    source = 'Karpathy, A Recipe for Training Neural Networks (2019), "verify loss @ init"'
+    thresholds = (
+        Threshold("high", 1.5, "times ln K, plus 0.5"),
+        Threshold("low", 0.3, "times ln K"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.loss is None:
+            return
+        self._done = True
+        classes = self.facts.classes
+        if classes is None or self.facts.resumed or not math.isfinite(seen.loss):
+            return
+        chance = math.log(classes)
+        high, low = self.limits["high"] * chance + 0.5, self.limits["low"] * chance
+        if low <= seen.loss <= high:
+            return
+        above = seen.loss > high
+        yield Found(
+            seen.step,
+            f"the first loss is {seen.loss:.4g}; guessing among {classes:,} classes has "
+            f"ln {classes} = {chance:.3g}: "
+            + (
+                "the model begins by being sure of wrong answers"
+                if above
+                else "the model knows the answers already"
+            ),
+            level="warning" if above else "info",
+            phase="loss",
+            evidence=(evidence("first loss", seen.loss, low, high, table="step", column="loss"),),
+        )
+
+
+class NoProgress(Rule):
+    """The loss has not fallen since the start."""
+
+    name = "no-progress"
+    title = "the loss does not fall"
+    needs = (
+        "the loss of 300 steps of a run with one optimizer; for a warning also the number of "
+        "classes"
+    )
+    explanation = (
+        "After some hundred steps the loss is where it began, within its noise. Where the number "
+        "of classes is known and the loss is not below ln K, the model is not better than "
+        "guessing: labels that do not belong to the inputs (shuffled apart), inputs without "
+        "information, a learning rate that is too low or far too high, or weights that are not "
+        "updated."
+    )
+    next = (
+        "try to overfit a single batch: if that works, look at the data and the labels; if not, at "
+        "the learning rate and at what the optimizer updates"
+    )
+    source = 'Karpathy, A Recipe for Training Neural Networks (2019), "overfit one batch"'
+    thresholds = (
+        Threshold("steps", 300, "steps before it is judged"),
+        Threshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
+    )
+    explained_by = (
+        "non-finite",
+        "gradients-kept",
+        "zeroed-before-step",
+        "no-gradients",
+        "learning-rate-zero",
+        "update-ratio-low",
+        "update-ratio-high",
+        "clipped-to-nothing",
+        "gradients-vanish",
+        "gradients-explode",
+        "not-in-optimizer",
+        "never-reached",
+        "loss-scale",
+        "softmax-before-cross-entropy",
+        "loss-diverges",
+    )
+    slack = 1 << 62
+    """Whatever was found before may be why nothing is learnt."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        trend = self.trend
+        if self._reported or trend.count < self.limits["steps"] or seen.step % 50:
+            return
+        if len(self.facts.optimizers) > 1 or self.facts.resumed:
+            return
+        first = np.array(trend.first[:FIRST_LOSSES])
+        recent = np.array([loss for _, loss in trend.recent])
+        fall = float(first.mean() - recent.mean())
+        error = math.sqrt(float(first.var()) / len(first) + float(recent.var()) / len(recent))
+        if fall >= self.limits["fall"] * abs(float(first.mean())) and fall > 2 * error:
+            self._reported = True  # it has learnt something: never again
+            return
+        if abs(float(first.mean())) < 1e-12 or trend.fast > 2 * abs(trend.start):
+            return
+        self._reported = True
+        classes = self.facts.classes
+        chance = math.log(classes) if classes else None
+        guessing = chance is not None and float(recent.mean()) > 0.95 * chance
+        text = (
+            f"after {trend.count:,} steps the loss is {float(recent.mean()):.4g}, and it began at "
+            f"{float(first.mean()):.4g}"
+        )
+        if guessing:
+            text += f": not better than guessing among {classes:,} classes ({chance:.3g})"
+        yield Found(
+            seen.step - trend.count + 1,
+            text,
+            level="warning" if guessing else "info",
+            confidence="likely" if guessing else "possible",
+            phase="loss",
+            evidence=(
+                evidence("loss, mean of the last 64 steps", float(recent.mean()),
+                         high=0.95 * chance if chance else float(first.mean()),
+                         table="step", column="loss"),
+            ),
+        )  # fmt: skip
+
+
+class LossDiverges(Rule):
+    """The loss rises, and stays there."""
+
+    name = "loss-diverges"
+    title = "the loss diverges"
+    needs = "the loss of twenty steps of a run with one optimizer; losses above zero"
+    explanation = (
+        "The smoothed loss is twice as high as at the start, or it has lost more than half of what "
+        "it had gained, far outside of its noise, and stays there. The training has left the "
+        "valley that it was in: usually the learning rate is too high for this stage."
+    )
+    next = "lower the learning rate, clip gradients; look at what happened at the onset"
+    source = (
+        "training problems of DeepDiagnosis (Wardat et al., ICSE 2022) and TheDeepChecker (Ben "
+        "Braiek & Khomh, ESEM 2022)"
+    )
+    thresholds = (
+        Threshold("rise", 2, "times the loss at the start"),
+        Threshold("loss_of_gain", 0.5, "share of the fall so far that is lost again"),
+        Threshold("steps", 30, "steps in a row for the latter; a third of them for the former"),
+    )
+    explained_by = (
+        "gradients-kept",
+        "update-ratio-high",
+        "learning-rate-jump",
+        "no-warm-up",
+        "gradients-explode",
+        "attention-logits",
+        "attention-entropy",
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._above_start = Streak()
+        self._above_best = Streak()
+        self._noise = 0.0
+        """Of the loss, before it began to rise."""
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        trend = self.trend
+        if self._reported or trend.count < FIRST_LOSSES or seen.loss is None:
+            return
+        if len(self.facts.optimizers) > 1 or trend.lowest < 0 or not trend.start > 0:
+            return
+        gain = trend.start - trend.best
+        lost = self.limits["loss_of_gain"] * max(gain, 0.0)
+        if not self._above_best.count:
+            self._noise = trend.noise
+        bar = trend.best + lost + 4 * self._noise
+        enough_gain = gain > 0.1 * trend.start and gain > 3 * self._noise
+        lost_gain = self._above_best.add(enough_gain and trend.fast > bar, seen.step)
+        above = self._above_start.add(trend.fast > self.limits["rise"] * trend.start, seen.step)
+        if above < self.limits["steps"] / 3 and lost_gain < self.limits["steps"]:
+            return
+        self._reported = True
+        over_start = above >= self.limits["steps"] / 3
+        limit = self.limits["rise"] * trend.start if over_start else bar
+        onset = self._onset(min(limit, trend.best + max(gain, 0.0) / 2 + 2 * self._noise)
+                            if gain > 0 else limit)  # fmt: skip
+        onset = min(onset, (self._above_start if over_start else self._above_best).onset)
+        yield Found(
+            onset,
+            f"since step {onset:,} the loss rises: {trend.fast:.4g} now, {trend.best:.4g} at best "
+            f"(step {trend.best_step:,}), {trend.start:.4g} at the start",
+            level="error" if trend.fast > 10 * trend.start else None,
+            phase="loss",
+            evidence=(
+                evidence("loss, smoothed", trend.fast, high=limit, table="step", column="loss"),
+            ),
+        )
+
+    def _onset(self, bar: float) -> int:
+        """The first of the newest steps in a row whose loss is above `bar`."""
+        onset = self.trend.recent[-1][0]
+        for step, loss in reversed(self.trend.recent):
+            if loss <= bar:
+                break
+            onset = step
+        return onset
+
+
+class LossOscillates(Rule):
+    """The loss goes up and down at every step."""
+
+    name = "loss-oscillates"
+    title = "the loss goes up and down at every step"
+    level = "info"
+    needs = "the loss of 64 steps of a run with one optimizer"
+    explanation = (
+        "The loss rises and falls in turns, by a large part of its size. Noise turns at two steps "
+        "in three; turning at almost every step means that each update overshoots the minimum and "
+        "the next one overshoots it back, or that two kinds of batches take turns."
+    )
+    next = "lower the learning rate or the momentum; check whether batches come from two sources"
+    source = "Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability (ICLR 2021)"
+    thresholds = (
+        Threshold("turns", 0.95, "share of the steps at which the loss turns"),
+        Threshold("size", 0.3, "mean change from step to step, as a share of the loss"),
+    )
+    explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump")
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        trend = self.trend
+        if self._reported or seen.step % 32 or len(trend.recent) < 64:
+            return
+        if len(self.facts.optimizers) > 1:
+            return
+        losses = np.array([loss for _, loss in trend.recent])
+        changes = np.diff(losses)
+        turns = float(np.mean(changes[1:] * changes[:-1] < 0))
+        size = float(np.mean(np.abs(changes)) / max(float(np.mean(np.abs(losses))), 1e-30))
+        if turns < self.limits["turns"] or size < self.limits["size"]:
+            return
+        self._reported = True
+        yield Found(
+            trend.recent[0][0],
+            f"the loss turned at {turns:.0%} of the last 64 steps, and changes by {size:.0%} of "
+            "its size from one to the next",
+            confidence="possible",
+            phase="loss",
+            evidence=(
+                evidence(
+                    "turns of the loss",
+                    turns,
+                    high=0.8,
+                    text=f"{turns:.0%}",
+                    table="step",
+                    column="loss",
+                ),
+            ),
+        )  # fmt: skip
+
+
+class OverFitting(Rule):
+    """The validation loss rises while the training loss falls."""
+
+    name = "over-fitting"
+    title = "over-fitting"
+    needs = "six evaluations with a loss"
+    explanation = (
+        "Since its best value, the validation loss has risen at several evaluations in a row while "
+        "the training loss went on falling: the model learns the training data by heart."
+    )
+    next = "stop at the best evaluation (its checkpoint is kept); more data, dropout, weight decay"
+    source = "Prechelt, Early Stopping – But When? (1998)"
+    thresholds = (
+        Threshold("rise", 0.1, "rise over the best validation loss, as a share of it"),
+        Threshold("evaluations", 3, "evaluations in a row above half of that"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._best = math.inf
+        self._best_step = 0
+        self._training_loss = math.inf
+        """Smoothed, at the best evaluation."""
+        self._streak = Streak()
+        self._count = 0
+        self._reported = False
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> Iterable[Found]:
+        loss = metrics.get("loss")
+        if self._reported or loss is None or not math.isfinite(loss) or not self.trend.count:
+            return
+        self._count += 1
+        if loss < self._best:
+            self._best, self._best_step = loss, step
+            self._training_loss = self.trend.slow
+        half = self._best * (1 + self.limits["rise"] / 2)
+        count = self._streak.add(self._best > 0 and loss > half, step)
+        learns = self.trend.slow < self._training_loss - 0.5 * self.trend.noise
+        if self._count < 6 or count < self.limits["evaluations"] or not learns:
+            return
+        if loss <= self._best * (1 + self.limits["rise"]):
+            return
+        self._reported = True
+        yield Found(
+            self._best_step,
+            f"the validation loss has risen from {self._best:.4g} (step {self._best_step:,}) to "
+            f"{loss:.4g}, while the training loss fell from {self._training_loss:.4g} to "
+            f"{self.trend.slow:.4g}",
+            evidence=(
+                evidence("validation loss", loss, high=self._best * (1 + self.limits["rise"]),
+                         table="validation", column="loss"),
+            ),
+        )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Loss scaling, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from statistics import median
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedIteration
+from tui_trainer.findings.rule import Found, Rule, Threshold, evidence
+from tui_trainer.protocol import formatting
+from tui_trainer.protocol.absent import why_absent
+
+
+class LossScale(Rule):
+    """A GradScaler skips step after step."""
+
+    name = "loss-scale"
+    title = "the GradScaler skips step after step"
+    needs = "skipped iterations of a GradScaler"
+    explanation = (
+        "A GradScaler skips an iteration when gradients overflow in float16, and halves its scale: "
+        "a few times at the start are normal. Where it skips iteration after iteration, or its "
+        "scale has come down to 1, the gradients are not finite whatever the scale: the values "
+        "themselves overflow float16 (65,504), or the loss is nan."
+    )
+    next = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
+    source = "Micikevicius et al., Mixed Precision Training (ICLR 2018); PyTorch's AMP examples"
+    thresholds = (
+        Threshold("skips", 10, "skipped iterations in a row"),
+        Threshold("floor", 1, "loss scale"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._count = 0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        self._count = 0
+        return ()
+
+    def skipped(self, skipped: SkippedIteration) -> Iterable[Found]:
+        if skipped.reason != "scaler" or self._reported:
+            return
+        self._count += 1
+        scale = skipped.loss_scale
+        at_floor = scale is not None and scale <= self.limits["floor"]
+        if self._count < self.limits["skips"] and not at_floor:
+            return
+        self._reported = True
+        shown = f"{scale:g}" if scale is not None else "unknown"
+        yield Found(
+            skipped.step,
+            f"{self._count} iterations in a row were skipped before step {skipped.step:,}, and the "
+            f"loss scale is down to {shown}: gradients overflow at every scale",
+            level="error" if at_floor else None,
+            confidence="certain",
+            phase="step",
+            evidence=(
+                evidence("iterations skipped in a row", self._count, high=self.limits["skips"],
+                         text=str(self._count)),
+            ),
+        )  # fmt: skip
+
+
+class InputBound(Rule):
+    """The training waits for its data."""
+
+    name = "input-bound"
+    title = "the training waits for its data"
+    needs = "the phases of 60 steps of at least 20 ms"
+    explanation = (
+        "More than half of each step passes before forward begins: the training waits for the next "
+        "batch, or the script does something else between two steps."
+    )
+    next = (
+        "DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and augment "
+        "ahead; move other work out of the loop"
+    )
+    source = "PyTorch's performance tuning guide (asynchronous data loading)"
+    thresholds = (
+        Threshold("share", 0.5, "of the time of a step"),
+        Threshold("step_ms", 20, "shortest step that is judged"),
+    )
+
+    FIRST = 10
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._count = 0
+        self._data = self._total = 0.0
+        self._since = 0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.phases is None or not seen.step_ms:
+            return
+        data = float(seen.phases.values[0])
+        if why_absent(data) is not None or data != data:
+            return
+        self._count += 1
+        if self._count <= self.FIRST:  # starting workers
+            return
+        weight = 1 / min(self._count - self.FIRST, 50)
+        self._data += (data - self._data) * weight
+        self._total += (seen.step_ms - self._total) * weight
+        share = self._data / self._total if self._total else 0.0
+        if share <= self.limits["share"]:
+            self._since = 0
+            return
+        self._since = self._since or seen.step
+        if (
+            self._count < self.FIRST + 50
+            or seen.step - self._since < 30
+            or self._total < self.limits["step_ms"]
+        ):
+            return
+        self._reported = True
+        yield Found(
+            self._since,
+            f"{share:.0%} of each step's {self._total:.0f} ms pass before forward begins "
+            f"({self._data:.0f} ms): the training waits for its data",
+            phase="data",
+            evidence=(
+                evidence("share of `data` in the step", share, high=self.limits["share"],
+                         text=f"{share:.0%}", table="phase_ms", column="data"),
+            ),
+        )  # fmt: skip
+
+
+class MemoryGrowth(Rule):
+    """Memory grows step after step."""
+
+    name = "memory-growth"
+    title = "memory grows"
+    needs = "memory of two minutes and a hundred steps"
+    explanation = (
+        "The memory in use grows steadily long after the first steps, in which allocators fill up. "
+        "Often a list keeps losses with their graphs (`total += loss` instead of `loss.item()`), "
+        "or results are kept for every step. Memory of the host grows also when a file that is "
+        "mapped into memory is read for the first time, so that it is not a warning."
+    )
+    next = "keep numbers instead of tensors (loss.item(), .detach()); see what grows with each step"
+    source = "PyTorch's FAQ, My model reports CUDA out of memory (history across the training loop)"
+    thresholds = (
+        Threshold("share", 0.2, "growth, as a share of the memory after the start"),
+        Threshold("megabytes", 256, "and at least so much"),
+    )
+
+    BLOCK = 10
+    MIN_BLOCKS = 10
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._block: list[float] = []
+        self._blocks: list[tuple[int, float]] = []
+        """(step, median bytes) of BLOCK measurements each; the first block is left out."""
+        self._skipped = False
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.memory is None:
+            return
+        device, _, host = seen.memory.values.tolist()
+        on_device = device == device and device > 0
+        value = device if on_device else host
+        if value != value:
+            return
+        self._block.append(value)
+        if len(self._block) < self.BLOCK:
+            return
+        block, self._block = self._block, []
+        if not self._skipped:
+            self._skipped = True
+            return
+        self._blocks.append((seen.step, median(block)))
+        if len(self._blocks) > 60:
+            del self._blocks[1:31:2]
+        yield from self._judge(seen, on_device)
+
+    def _judge(self, seen: Observation, on_device: bool) -> Iterable[Found]:
+        values = [value for _, value in self._blocks]
+        if len(values) < self.MIN_BLOCKS or seen.step - self._blocks[0][0] < 100:
+            return
+        growth = values[-1] - values[0]
+        rises = sum(b > a for a, b in pairwise(values)) / (len(values) - 1)
+        enough = max(self.limits["share"] * values[0], self.limits["megabytes"] * 2**20)
+        if growth < enough or rises < 0.8:
+            return
+        self._reported = True
+        where = "on the device" if on_device else "of the process"
+        first, last = (formatting.bytes_(value, 0) for value in (values[0], values[-1]))
+        per_step = growth / max(1, seen.step - self._blocks[0][0])
+        yield Found(
+            self._blocks[0][0],
+            f"the memory {where} has grown from {first} to {last} since step "
+            f"{self._blocks[0][0]:,}, by {formatting.bytes_(per_step, 0)} a step",
+            level=None if on_device else "info",
+            evidence=(
+                evidence(f"memory {where}", values[-1], high=values[0] + enough, text=last,
+                         table="memory", column="device_bytes" if on_device else "host_bytes"),
+            ),
+        )  # fmt: skip

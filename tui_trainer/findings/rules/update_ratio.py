@@ -1,0 +1,159 @@
+"""How far a step moves the weights, in relation to their size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+
+HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
+SOURCE = (
+    "‖Δw‖/‖w‖ near 1e-3 is the rule of thumb of Stanford's CS231n (neural networks part 3); the "
+    "limits leave two orders of magnitude to both sides, since Adam with a warm-up reaches 4e-2 in "
+    "healthy small transformers"
+)
+
+
+class _UpdateRatio(Rule):
+    """Finds the median over the weight matrices."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
+
+    def ratios(self, row: Row) -> tuple[NDArray[np.float32], list[str]]:
+        """Those of the weight matrices (all parameters where there is none), and their names."""
+        if row.names is not self._names:
+            self._names = row.names
+            chosen = [i for i, name in enumerate(row.names) if self.facts.is_matrix(name)]
+            self._matrices = np.array(chosen or range(len(row.names)), np.intp)
+        indices = self._matrices[np.isfinite(row.values[self._matrices])]
+        return row.values[indices], [row.names[i] for i in indices.tolist()]
+
+
+class UpdateRatioHigh(_UpdateRatio):
+    """Updates are too large."""
+
+    name = "update-ratio-high"
+    title = "updates are too large"
+    needs = "update ratios, measured every ten steps: one that is far too high, or three"
+    explanation = (
+        "Each step changes the weights by a large part of their own size. The loss is then not "
+        "followed downhill but jumped over, whatever the gradients say. The usual cause is a "
+        "learning rate that is too high; also a wrong scale of the loss (a sum instead of a mean)."
+    )
+    next = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
+    source = SOURCE
+    thresholds = (
+        Threshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
+        Threshold("at_once", 0.7, "median at which one measurement is enough"),
+    )
+    explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up")
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.updates is None or self._reported:
+            return
+        ratios, names = self.ratios(seen.updates)
+        if not len(ratios):
+            return
+        median = float(np.median(ratios))
+        count = self._streak.add(median > self.limits["ratio"], seen.step)
+        if count < 3 and median <= self.limits["at_once"]:
+            return
+        self._reported = True
+        worst = [names[i] for i in np.argsort(-ratios)[:8].tolist()]
+        rate = f" at a learning rate of {seen.learning_rate:.3g}" if seen.learning_rate else ""
+        yield Found(
+            self._streak.onset,
+            f"one step changes the weights by {median:.2g} of their size (median over "
+            f"{len(ratios)} weight matrices){rate}; about 0.001 is usual",
+            level="error" if median > self.limits["at_once"] else None,
+            phase="step",
+            parameters=tuple(worst),
+            evidence=(
+                evidence("median ‖Δw‖/‖w‖", median, HEALTHY_LOW, HEALTHY_HIGH),
+                evidence(f"‖Δw‖/‖w‖ of {worst[0]}", float(ratios.max()), HEALTHY_LOW, HEALTHY_HIGH,
+                         table="update_ratio", column=worst[0]),
+            ),
+        )  # fmt: skip
+
+
+class UpdateRatioLow(_UpdateRatio):
+    """Updates are too small to learn."""
+
+    name = "update-ratio-low"
+    title = "updates are too small"
+    needs = "update ratios of at least 100 steps in which the loss does not fall"
+    explanation = (
+        "Each step changes the weights by so little that even thousands of steps hardly move them, "
+        "while the learning rate is near its highest value so far and the loss does not fall. The "
+        "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing."
+    )
+    next = "raise the learning rate by 10 or 100; look at the gradient norms and at the clipping"
+    source = SOURCE
+    thresholds = (
+        Threshold("ratio", 1e-6, "median of ‖Δw‖/‖w‖ over the weight matrices"),
+        Threshold("steps", 100, "over at least so many steps"),
+    )
+    explained_by = (
+        "learning-rate-zero",
+        "zeroed-before-step",
+        "no-gradients",
+        "clipped-to-nothing",
+        "gradients-vanish",
+        "update-ratio-high",
+        "loss-diverges",
+        "gradients-explode",
+        "non-finite",
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._highest_rate = 0.0
+        self._loss_at_onset = 0.0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.learning_rate is not None:
+            self._highest_rate = max(self._highest_rate, seen.learning_rate)
+        if seen.updates is None or self._reported:
+            return
+        ratios, names = self.ratios(seen.updates)
+        if not len(ratios):
+            return
+        median = float(np.median(ratios))
+        full_rate = (seen.learning_rate or 0.0) >= 0.3 * self._highest_rate
+        count = self._streak.add(median < self.limits["ratio"] and full_rate, seen.step)
+        if count == 1:
+            self._loss_at_onset = self.trend.slow
+        if count < 3 or seen.step - self._streak.onset < self.limits["steps"]:
+            return
+        if self.trend.slow < self._loss_at_onset - self.trend.noise:
+            return  # it learns all the same
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"one step changes the weights by {_share(median)} of their size (median over "
+            f"{len(ratios)} weight matrices), and the loss does not fall; about 1e-3 is usual",
+            phase="step",
+            parameters=tuple(names[:8]),
+            evidence=(
+                evidence("median ‖Δw‖/‖w‖", median, HEALTHY_LOW, HEALTHY_HIGH,
+                         table="update_ratio", column=names[0]),
+            ),
+        )  # fmt: skip
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.1e}" if ratio else "nothing"
