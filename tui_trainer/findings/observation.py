@@ -197,10 +197,15 @@ class Reader:
             return
         self._info = info
         self.facts.update(info)
+        # The same names stay the same object, by which rules know that nothing has changed.
+        known = self._tables
         self._tables = {
             table.id: (table.name, tuple(column.name for column in table.columns))
             for table in info.tables
         }
+        for number, entry in self._tables.items():
+            if known.get(number) == entry:
+                self._tables[number] = known[number]
 
     def table(self, number: int) -> tuple[str, tuple[str, ...]]:
         return self._tables.get(number, ("", ()))

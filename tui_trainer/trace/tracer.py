@@ -137,6 +137,9 @@ class Tracer:
         self._pass: BackwardPass | None = None
         """The open backward."""
         self._last_pass: BackwardPass | None = None
+        self._in_eval_mode: set[int] = set()
+        """Identities of the first trained parameter of each model that was called in `eval()` mode
+        since the last backward."""
         self._sampling: list[StepMeasurer] = []
         """Measurers whose probes observe the open forward."""
         self._clipping: list[StepMeasurer] = []
@@ -349,8 +352,8 @@ class Tracer:
         if self.gate.armed:
             self._reporter.keep_inputs(args, kwargs)
         self._phases.before_forward(module)
-        if not module.training:
-            self._note_eval_mode(module)
+        if not module.training or self._in_eval_mode:
+            self._note_mode(module)
         if first:
             if not self._phases.closure:
                 self.registry.refresh()
@@ -361,14 +364,14 @@ class Tracer:
         self._phases.run()
         return True
 
-    def _note_eval_mode(self, module: torch.nn.Module) -> None:
-        """A model is called for training in `eval()` mode."""
-        if not depends_on_mode(module):
-            return
+    def _note_mode(self, module: torch.nn.Module) -> None:
+        """Remember that a model is called for training in `eval()` mode, if it has a parameter to
+        train and layers for which that matters."""
         trained = next((id(p) for p in module.parameters() if p.requires_grad), 0)
-        for measurer in self.registry.measurers:
-            if trained in measurer.tracked.ids:
-                measurer.eval_forward = True
+        if module.training:
+            self._in_eval_mode.discard(trained)
+        elif trained and depends_on_mode(module):
+            self._in_eval_mode.add(trained)
 
     @guarded
     def _forward_failed(self) -> None:
@@ -460,6 +463,9 @@ class Tracer:
         self._last_pass = backward
         for measurer in reached:
             measurer.add_pass(backward)
+            if self._in_eval_mode and not self._in_eval_mode.isdisjoint(measurer.tracked.ids):
+                measurer.eval_forward = True
+        self._in_eval_mode.clear()
 
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:

@@ -139,7 +139,8 @@ class UpdateRatioLow(_UpdateRatio):
             self._loss_at_onset = self.trend.slow
         if count < 3 or seen.step - self._streak.onset < self.limits["steps"]:
             return
-        if self.trend.slow < self._loss_at_onset - self.trend.noise:
+        fall = max(2 * self.trend.noise, 0.005 * abs(self._loss_at_onset))
+        if self.trend.slow < self._loss_at_onset - fall:
             return  # it learns all the same
         self._reported = True
         yield Found(

@@ -1,0 +1,135 @@
+"""The engine: joining of causes and effects, faults, settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.findings.synthetic import Run
+from tui_trainer.findings.rule import Found, Rule
+from tui_trainer.findings.rules import RULES
+from tui_trainer.findings.settings import SettingsError, parse_settings
+from tui_trainer.findings.verdict import newest_findings
+from tui_trainer.protocol.messages import Finding
+from tui_trainer.store.codec import decode_event, encode
+
+
+def test_effects_follow_their_cause():
+    run = Run()
+    for number in range(1, 100):
+        run.step(
+            2.3 * 1.05**number,
+            updates=[2.0] * 8 if number % 10 == 1 else None,
+            signs=["kept_gradients"] if number > 1 else [],
+        )
+    assert run.causes == ["gradients-kept"]
+    found = run.found
+    assert found["update-ratio-high"].cause == found["gradients-kept"].number
+    assert found["loss-diverges"].cause == found["gradients-kept"].number
+
+
+def test_cause_that_is_found_after_its_effect_takes_it_over():
+    run = Run()
+    for number in range(1, 120):
+        late = number > 60
+        run.step(
+            2.0 + 3.0 * (number - 60) if late else None,
+            updates=[0.3] * 8 if late and number % 10 == 1 else None,
+        )
+    found = run.found
+    assert found["update-ratio-high"].number > found["loss-diverges"].number
+    assert found["loss-diverges"].cause == found["update-ratio-high"].number
+    assert run.causes == ["update-ratio-high"]
+
+
+class Failing(Rule):
+    name = "failing"
+    title = "fails"
+    needs = explanation = next = source = "nothing"
+
+    def step(self, seen):
+        if seen.step == 3:
+            raise ZeroDivisionError("3")
+        return [Found(seen.step, "said")] if seen.step == 1 else []
+
+
+def test_rule_that_fails_is_switched_off_and_said_once():
+    run = Run(kinds=[Failing, *RULES])
+    for _ in range(10):
+        run.step(signs=["kept_gradients"])
+    assert run.faults == ["rule failing is switched off: ZeroDivisionError: 3"]
+    assert set(run.found) == {"failing", "gradients-kept"}
+
+
+def test_new_parameters_start_over():
+    run = Run()
+    for fold in range(2):
+        for number in range(60):
+            run.step(
+                2.3 * 0.9**number + 0.01, signs=["new_parameters"] if fold and not number else []
+            )
+    assert not run.found
+
+
+def test_nothing_is_judged_before_the_run_is_described():
+    run = Run(rules="off")
+    run.step(signs=["kept_gradients"])
+    assert not run.found
+
+
+def test_findings_survive_the_store():
+    run = Run()
+    for _ in range(4):
+        run.step(signs=["kept_gradients"])
+    (finding,) = run.engine.findings
+    assert decode_event(encode(finding)) == finding
+
+
+def test_newest_event_of_a_finding_counts():
+    run = Run()
+    for _ in range(4):
+        run.step(signs=["kept_gradients"])
+    (first,) = run.engine.findings
+    changed = Finding(**{n: getattr(first, n) for n in first.__struct_fields__} | {"text": "new"})
+    assert newest_findings([first, changed]) == [changed]
+
+
+def test_thresholds_are_changed():
+    run = Run(rules="gradients-kept.steps=8")
+    for _ in range(7):
+        run.step(signs=["kept_gradients"])
+    assert not run.found
+    run.step(signs=["kept_gradients"])
+    assert "gradients-kept" in run.found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense=off", "there is no rule nonsense"),
+        ("over-fitting=perhaps", "over-fitting can be on or off, not perhaps"),
+        ("over-fitting.rise=high", "over-fitting.rise needs a number, not high"),
+        ("over-fitting.fall=1", "over-fitting has no threshold fall"),
+        ("over-fitting", "over-fitting can be on or off, not nothing"),
+    ],
+)
+def test_settings_that_cannot_be_understood(text, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_settings(text, RULES)
+
+
+def test_settings():
+    settings = parse_settings("off, over-fitting=on ,over-fitting.rise=0.2", RULES)
+    running = [rule for rule in RULES if settings.runs(rule)]
+    assert [rule.name for rule in running] == ["over-fitting"]
+    assert settings.limits_of(running[0])["rise"] == 0.2
+
+
+def test_rules_are_documented():
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    for rule in RULES:
+        assert rule.title
+        assert rule.explanation.endswith(".")
+        assert rule.needs
+        assert rule.source
+        assert set(rule.explained_by) <= {*names, "softmax-before-cross-entropy"}

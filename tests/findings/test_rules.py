@@ -1,0 +1,358 @@
+"""Every rule on a run with its bug, and on the clean twin of that run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from tests.findings.synthetic import NAMES, NO_LOSS, Run
+from tui_trainer.findings.rules import RULES
+from tui_trainer.protocol.absent import Absent, absent
+
+nan, inf = math.nan, math.inf
+Case = Callable[[bool], Run]
+"""bug or not → the run."""
+
+
+def gradients_kept(bug):
+    run = Run()
+    for number in range(1, 20):
+        run.step(signs=["kept_gradients"] if bug and number > 1 else [])
+    return run
+
+
+def zeroed_before_step(bug):
+    run = Run()
+    for _ in range(10):
+        if bug:
+            run.skip()
+            run.step(NO_LOSS, norm=0.0, gradients=[0.0] * 8)
+        else:
+            run.step()
+    return run
+
+
+def no_gradients(bug):
+    run = Run()
+    why = absent(Absent.NOT_REACHED)
+    for _ in range(10):
+        run.step(
+            NO_LOSS if bug else None,
+            norm=absent(Absent.NO_GRADIENTS) if bug else 1.0,
+            gradients=[why] * 8 if bug else None,
+        )
+    return run
+
+
+def not_in_optimizer(bug):
+    run = Run(outside=NAMES[2:4])
+    for _ in range(10):
+        gradients = [0.3] * 8
+        if not bug:
+            gradients[2] = gradients[3] = absent(Absent.NOT_REACHED)
+        run.step(gradients=gradients)
+    return run
+
+
+def never_reached(bug):
+    run = Run()
+    for number in range(1, 20):
+        gradients = [0.3] * 8
+        if bug or number % 3:
+            gradients[5] = absent(Absent.NOT_REACHED)
+        run.step(gradients=gradients)
+    return run
+
+
+def mostly_frozen(bug):
+    run = Run(frozen=NAMES[:7] if bug else NAMES[:2], rules="mostly-frozen.share=0.2")
+    run.step()
+    return run
+
+
+def eval_mode(bug):
+    run = Run()
+    for number in range(1, 60):
+        run.step(signs=["eval_mode"] if (number >= 5 if bug else number % 10 == 0) else [])
+    return run
+
+
+def learning_rate_zero(bug):
+    run = Run()
+    for number in range(1, 60):
+        run.step(rate=0.0 if (number >= 11 if bug else number == 1) else 1e-3)
+    return run
+
+
+def learning_rate_jump(bug):
+    run = Run()
+    for number in range(1, 120):
+        after = bug and number > 60
+        run.step(3.0 + 0.1 * (number - 60) if after else None, rate=3e-1 if number > 60 else 1e-3)
+    return run
+
+
+def no_warm_up(bug):
+    run = Run(attention=True)
+    for number in range(1, 60):
+        run.step(min(2.3 + 0.2 * number, 6.0) if bug else None, rate=1e-2)
+    return run
+
+
+def update_ratio_high(bug):
+    run = Run()
+    for number in range(1, 60):
+        run.step(updates=[0.3 if bug else 0.04] * 8 if number % 10 == 1 else None)
+    return run
+
+
+def update_ratio_low(bug):
+    run = Run()
+    for number in range(1, 300):
+        updates = [1e-8 if bug else 1e-5] * 8 if number % 10 == 1 else None
+        run.step(2.3 + 0.01 * math.sin(number), updates=updates)
+    return run
+
+
+def gradients_vanish(bug):
+    run = Run()
+    for _ in range(60):
+        factor = 0.1 if bug else 0.6
+        run.step(gradients=[factor**depth for depth in range(8, 0, -1)])
+    return run
+
+
+def gradients_explode(bug):
+    run = Run()
+    for number in range(1, 60):
+        norm = 1.5 ** max(0, number - 25) if bug else 1.0 + 20.0 * (number == 40)
+        run.step(2.3 + 0.01 * number if bug else None, norm=norm)
+    return run
+
+
+def clipped_to_nothing(bug):
+    run = Run()
+    for _ in range(150):
+        scale = 1e-3 if bug else 0.3
+        run.step(norm=1 / scale, clip=[1.0, 1 / scale, 1.0, scale, 1.0])
+    return run
+
+
+def always_clipped(bug):
+    run = Run()
+    for number in range(600):
+        scale = 0.5 if bug or number % 10 else 1.0
+        run.step(clip=[1.0, 1 / scale, 1.0, scale, 1.0])
+    return run
+
+
+def loss_scale(bug):
+    run = Run()
+    for number in range(30):
+        run.skip("scaler", loss_scale=65536 / 2 ** min(number, 15))
+        if not bug and number % 5 == 4:
+            run.step()
+    return run
+
+
+def non_finite(bug):
+    run = Run()
+    for number in range(1, 20):
+        if bug and number == 7:
+            gradients = [nan, nan, nan, 0.1, 0.1, 0.1, 0.1, 0.1]
+            run.step(0.5, gradients=gradients, nonfinite=[("gradient", NAMES[0], "nan", 6)])
+        else:
+            run.step()
+    return run
+
+
+def attention_logits(bug):
+    run = Run(attention=True)
+    for number in range(1, 60):
+        logit = (3.0 if number < 20 else 400.0) if bug else 30.0
+        run.step(health=[logit, 2.0, 0.1, 4.0, 2.0, 0.1] if number % 10 == 1 else None)
+    return run
+
+
+def attention_entropy(bug):
+    run = Run(attention=True)
+    for number in range(1, 60):
+        entropy = 2.0 if number < 20 or not bug else 0.01
+        run.step(health=[5.0, 2.0, 0.1, 5.0, entropy, 0.1] if number % 10 == 1 else None)
+    return run
+
+
+def initial_loss(bug):
+    run = Run(facts={"classes": 10})
+    run.step(12.0 if bug else 2.4)
+    return run
+
+
+def loss_diverges(bug):
+    run = Run()
+    for number in range(1, 300):
+        run.step(0.5 + 0.03 * (number - 150) if bug and number > 150 else None)
+    return run
+
+
+def loss_oscillates(bug):
+    run = Run()
+    for number in range(1, 100):
+        run.step(1.0 + 0.5 * (-1) ** number if bug else 1.0 + 0.5 * run.random.standard_normal())
+    return run
+
+
+def no_progress(bug):
+    run = Run(facts={"classes": 10})
+    for number in range(1, 500):
+        loss = 2.31 if bug else 2.31 - 0.0005 * number
+        run.step(loss + 0.05 * run.random.standard_normal())
+    return run
+
+
+def over_fitting(bug):
+    run = Run()
+    for number in range(1, 400):
+        run.step(2.3 * 0.99**number)
+        if number % 25 == 0:
+            run.validate(0.5 + 0.003 * (number - 100) if bug and number > 100 else 0.5 + 9 / number)
+    return run
+
+
+def input_bound(bug):
+    run = Run()
+    for number in range(200):
+        run.step(data_ms=25.0 if bug or number % 10 == 0 else 2.0)
+    return run
+
+
+def memory_growth(bug):
+    run = Run()
+    for number in range(400):
+        grown = number * 2e7 if bug else min(number, 50) * 2e7
+        run.step(memory=[1e9 + grown, 2e9 + grown, 1e9])
+    return run
+
+
+CASES: dict[str, tuple[Case, int]] = {
+    "gradients-kept": (gradients_kept, 2),
+    "zeroed-before-step": (zeroed_before_step, 1),
+    "no-gradients": (no_gradients, 1),
+    "not-in-optimizer": (not_in_optimizer, 1),
+    "never-reached": (never_reached, 1),
+    "mostly-frozen": (mostly_frozen, 1),
+    "eval-mode": (eval_mode, 5),
+    "learning-rate-zero": (learning_rate_zero, 11),
+    "learning-rate-jump": (learning_rate_jump, 61),
+    "no-warm-up": (no_warm_up, 1),
+    "update-ratio-high": (update_ratio_high, 1),
+    "update-ratio-low": (update_ratio_low, 1),
+    "gradients-vanish": (gradients_vanish, 1),
+    "gradients-explode": (gradients_explode, 31),
+    "clipped-to-nothing": (clipped_to_nothing, 1),
+    "always-clipped": (always_clipped, 1),
+    "loss-scale": (loss_scale, 1),
+    "non-finite": (non_finite, 7),
+    "attention-logits": (attention_logits, 21),
+    "attention-entropy": (attention_entropy, 21),
+    "initial-loss": (initial_loss, 1),
+    "loss-diverges": (loss_diverges, 151),
+    "loss-oscillates": (loss_oscillates, 1),
+    "no-progress": (no_progress, 1),
+    "over-fitting": (over_fitting, 125),
+    "input-bound": (input_bound, 11),
+    "memory-growth": (memory_growth, 20),
+}
+NEAR = {"loss-diverges": 45, "loss-oscillates": 1, "gradients-explode": 6}
+"""Steps by which the onset may be late, where it has to rise out of noise."""
+
+
+def test_every_rule_has_a_case():
+    assert set(CASES) == {rule.name for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_bug_is_named_with_its_onset(rule):
+    case, onset = CASES[rule]
+    run = case(True)
+    assert rule in run.found, list(run.found)
+    finding = run.found[rule]
+    assert onset <= finding.onset <= onset + NEAR.get(rule, 0)
+    assert finding.text
+    assert finding.next
+    assert finding.evidence
+    assert not run.faults
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_clean_twin_has_no_warning(rule):
+    run = CASES[rule][0](False)
+    warnings = {f.rule: f.text for f in run.engine.findings if f.level != "info"}
+    assert not warnings
+    assert rule not in run.found or rule == "learning-rate-jump"  # said without a warning
+    assert not run.faults
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_rule_can_be_switched_off(rule):
+    kinds = [each for each in RULES if each.name == rule]
+    run = Run(rules=f"{rule}=off", kinds=kinds)
+    for _ in range(3):
+        run.step(nan, nonfinite=[("loss", "", "nan", None)], signs=["kept_gradients"])
+    assert not run.found
+
+
+# ------------------------------------------------------------------------------ single rules
+
+
+def test_gradient_that_is_not_finite_is_blamed_on_the_parameter_nearest_to_the_loss():
+    finding = non_finite(True).found["non-finite"]
+    assert finding.level == "error"
+    assert finding.parameters == (NAMES[2], NAMES[1], NAMES[0])
+    assert finding.phase == "backward"
+    assert "3 of 8" in finding.text
+
+
+def test_loss_that_is_not_finite_is_blamed_on_the_forward_pass():
+    run = Run()
+    run.step(0.5)
+    run.step(inf, gradients=[nan] * 8, nonfinite=[("loss", "", "inf", 1)])
+    finding = run.found["non-finite"]
+    assert (finding.onset, finding.phase) == (2, "loss")
+    assert "0.5 at step 1" in finding.text
+
+
+def test_jump_of_the_learning_rate_that_hurts_nobody_is_no_warning():
+    run = learning_rate_jump(False)
+    assert run.found["learning-rate-jump"].level == "info"
+    assert learning_rate_jump(True).found["learning-rate-jump"].level == "warning"
+
+
+def test_warm_up_is_no_jump():
+    run = Run()
+    for number in range(1, 100):
+        run.step(rate=1e-6 * number)
+    assert not run.found
+
+
+def test_layer_that_joins_the_optimizer_later_is_not_reported_before():
+    run = Run(outside=NAMES[2:4])
+    run.step()
+    run.step()
+    assert not run.found
+
+
+def test_losses_of_several_optimizers_are_not_judged():
+    run = Run(optimizers=("adam", "adam#2"))
+    for number in range(1, 200):
+        run.step(0.5 + 0.03 * number)
+    assert "loss-diverges" not in run.found
+
+
+def test_negative_losses_are_not_judged():
+    run = Run()
+    for number in range(1, 400):
+        run.step(-5.0 + 0.05 * number)
+    assert "loss-diverges" not in run.found
