@@ -17,6 +17,7 @@ from tui_trainer.protocol import messages
 from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.context import AppContext, app_context
 from tui_trainer.ui.panels.header import HeaderLine
+from tui_trainer.ui.panels.verdict import VerdictLine
 from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 
@@ -147,6 +148,7 @@ class DetailScreen(ControlScreen):
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
+        yield VerdictLine()
         yield from self.body()
         yield KeyLine()
 
@@ -156,6 +158,7 @@ class DetailScreen(ControlScreen):
 
     def show(self, snapshot: Snapshot) -> None:
         self.query_one(HeaderLine).show(snapshot)
+        self.query_one(VerdictLine).show(snapshot)
         self.show_body(snapshot)
         self.show_keys()
 

@@ -20,6 +20,7 @@ from tui_trainer.ui.panels.gradients import GradientsPanel, SortKey
 from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
+from tui_trainer.ui.panels.verdict import VerdictLine
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, MIN_SIZE, ControlScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
@@ -68,6 +69,7 @@ class DashboardScreen(ControlScreen):
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
+        yield VerdictLine()
         yield ProgressLine()
         yield FactsLine()
         yield PhaseStrip()
@@ -94,7 +96,7 @@ class DashboardScreen(ControlScreen):
         )
         self.set_class(bool(unavailable_reason(snapshot, "attention")), "-no-attention")
         for panel in self._panels:
-            if panel.is_on_screen or isinstance(panel, Banner | FactsLine):
+            if panel.is_on_screen or isinstance(panel, Banner | FactsLine | VerdictLine):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
         keys.labels["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import ClassVar
 
+import numpy as np
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
@@ -88,6 +89,8 @@ class ParametersScreen(DetailScreen):
         self.values = ParameterValues()
         self._log_scale = False
         self._sorted_at = 0.0
+        self._wanted = ""
+        """Name of the parameter to put the cursor on."""
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="summary")
@@ -123,9 +126,26 @@ class ParametersScreen(DetailScreen):
         due = time.monotonic() - self._sorted_at > SORT_INTERVAL_S
         if parameters_changed or (due and table.sorted_by not in (MODEL_ORDER, "name")):
             self._sort_rows()
+        self._select_wanted()
         table.update_rows()
         self._show_summary()
         self._show_selected()
+
+    def select(self, name: str) -> None:
+        """Put the cursor on a parameter, once the parameters are known."""
+        self._wanted = name
+        self._select_wanted()
+
+    def _select_wanted(self) -> None:
+        info = self.values.info
+        if not self._wanted or info is None:
+            return
+        names = [parameter.name for parameter in info.parameters]
+        if self._wanted in names:
+            places = np.flatnonzero(self.table.order == names.index(self._wanted))
+            if len(places):
+                self.table.move_cursor(int(places[0]))
+        self._wanted = ""
 
     def _sort_rows(self) -> None:
         self.table.rearrange()

@@ -51,5 +51,8 @@ SCREENS = (
     ScreenEntry("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
     ScreenEntry("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
     ScreenEntry("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),
+    ScreenEntry(
+        "findings", "8", "Findings", "findings:FindingsScreen", "What is wrong, since when and why"
+    ),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
 )

@@ -1,0 +1,111 @@
+"""The findings screen, and the line that leads to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ui.fake import fake_gpt
+from tests.ui.screens import app_on, frame, settle, text_of
+from tui_trainer.protocol.messages import Evidence, Finding
+from tui_trainer.ui.panels.verdict import FINDINGS_KEY
+from tui_trainer.ui.screens.registry import SCREENS
+
+
+def finding(session, number=0, **changed):
+    """Add a finding to the run."""
+    fields = {
+        "rule": "update-ratio-high",
+        "level": "warning",
+        "onset": 120,
+        "title": "updates are too large",
+        "text": "one step changes the weights by 0.3 of their size",
+        "next": "divide the learning rate by 10",
+        "parameters": (session.poll().info.parameters[3].name,),
+        "evidence": (
+            Evidence("‖Δw‖/‖w‖", "0.3", 0.3, 1e-4, 1e-1, "update_ratio",
+                     session.poll().info.parameters[3].name),
+        ),
+    } | changed  # fmt: skip
+    session.events.append(Finding(len(session.events), 130, 1000.0, number, **fields))
+    session._changed()
+
+
+def test_line_names_the_key_of_the_screen():
+    assert next(entry.key for entry in SCREENS if entry.mode == "findings") == FINDINGS_KEY
+
+
+@pytest.mark.parametrize("mode", ["dashboard", "parameters", "attention", "log"])
+async def test_worst_finding_is_shown_under_the_header(mode):
+    session = fake_gpt(300)
+    app = app_on(mode, session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        assert "updates are too large" not in text_of(app).splitlines()[1]
+        finding(session)
+        finding(session, 1, level="error", title="nan or inf", onset=125)
+        await frame(pilot)
+        line = text_of(app).splitlines()[1]
+        assert "nan or inf, since step 125" in line
+        assert "and 1 more" in line
+        assert FINDINGS_KEY in line
+
+
+async def test_note_makes_no_line():
+    session = fake_gpt(300)
+    finding(session, level="info")
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        assert "updates are too large" not in text_of(app)
+
+
+async def test_run_without_findings_says_so():
+    app = app_on("findings", fake_gpt(300))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        assert "no findings in 300 steps" in text_of(app)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
+async def test_findings_with_effects_below_their_cause(size):
+    session = fake_gpt(300)
+    finding(session, 0, title="the loss diverges", rule="loss-diverges", cause=1, onset=140)
+    finding(session, 1)
+    app = app_on("findings", session)
+    async with app.run_test(size=size) as pilot:
+        await frame(pilot)
+        text = text_of(app)
+        assert text.index("updates are too large") < text.index("the loss diverges")
+        assert "divide the learning rate by 10" in text
+        assert "healthy between 0.0001 and 0.1" in text
+        await pilot.press("down")
+        await settle(pilot)
+        assert "an effect of" in text_of(app)
+
+
+async def test_enter_goes_to_the_parameter():
+    session = fake_gpt(300)
+    finding(session)
+    app = app_on("findings", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        await settle(pilot)
+        assert app.current_mode == "parameters"
+        assert app.screen.table.current_row == 3
+
+
+async def test_enter_on_a_finding_about_the_loss_goes_to_the_dashboard():
+    session = fake_gpt(300)
+    finding(
+        session,
+        evidence=(Evidence("loss", "nan", None, None, None, "step", "loss"),),
+        parameters=(),
+    )
+    app = app_on("findings", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert app.current_mode == "dashboard"

@@ -1,0 +1,197 @@
+"""What is wrong with the run: the findings, worst first, each with its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.findings.verdict import newest_findings
+from tui_trainer.protocol.formatting import count, counted
+from tui_trainer.protocol.messages import Evidence, Finding
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.verdict import STYLES, EvidenceChart, FindingDetail
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
+from tui_trainer.ui.widgets.text import Caption, Placeholder
+
+SCREEN_OF_TABLE = {
+    "grad_norm": "parameters",
+    "weight_norm": "parameters",
+    "update_ratio": "parameters",
+    "attention": "attention",
+    "attention_health": "attention",
+}
+
+
+class FindingsTable(VirtualTable):
+    """One row a finding; effects stand below their cause."""
+
+    DEFAULT_CSS = "FindingsTable { height: 4; margin: 0 1; }"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.findings: Sequence[Finding] = ()
+        self.columns = (
+            TableColumn("level", "level", 8, self._level, left=True),
+            TableColumn("onset", "since", 10, lambda row: f"{self.findings[row].onset:,}"),
+            TableColumn("title", "what", 0, self._title, left=True),
+            TableColumn("where", "where", 34, self._where, left=True, style="dim"),
+            TableColumn("rule", "rule", 22, lambda row: self.findings[row].rule, left=True,
+                        style="dim"),
+        )  # fmt: skip
+
+    def set_findings(self, findings: Sequence[Finding]) -> None:
+        """Show other findings; the cursor stays on its finding."""
+        row = self.current_row
+        number = self.findings[row].number if row is not None and row < len(self.findings) else -1
+        self.findings = findings
+        self.set_order(np.arange(len(findings)))
+        numbers = [finding.number for finding in findings]
+        if number in numbers:
+            self.cursor = numbers.index(number)
+
+    @property
+    def current(self) -> Finding | None:
+        """The finding under the cursor."""
+        row = self.current_row
+        return self.findings[row] if row is not None else None
+
+    def _level(self, row: int) -> Cell:
+        level = self.findings[row].level
+        return Cell(level, STYLES[level])
+
+    def _title(self, row: int) -> Cell:
+        finding = self.findings[row]
+        effect = finding.cause is not None and row > 0
+        title = f"  {self.glyphs.arrow} {finding.title}" if effect else finding.title
+        return Cell(title, "dim" if effect else "text")
+
+    def _where(self, row: int) -> str:
+        finding = self.findings[row]
+        if not finding.parameters:
+            return finding.phase
+        more = len(finding.parameters) - 1
+        return finding.parameters[0] + (f" +{more}" if more else "")
+
+
+class FindingsScreen(DetailScreen):
+    """The findings, and the one under the cursor in full."""
+
+    CSS = """
+    FindingsScreen #summary { margin: 0 1; }
+    FindingsScreen #finding { height: 1fr; margin: 1 1 0 1; }
+    FindingsScreen FindingDetail { width: 3fr; margin-right: 2; }
+    FindingsScreen EvidenceChart { width: 2fr; }
+    FindingsScreen.-narrow EvidenceChart { display: none; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "open", "Go there", id="findings.open",
+                tooltip="To the parameter, the layer or the chart; in a replay, to the step"),
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._findings: Sequence[Finding] = ()
+
+    def body(self) -> Iterable[Widget]:
+        yield Caption(id="summary")
+        yield Placeholder()
+        yield FindingsTable()
+        yield Horizontal(FindingDetail(), EvidenceChart(), id="finding")
+
+    @property
+    def table(self) -> FindingsTable:
+        return self.query_one(FindingsTable)
+
+    def on_mount(self) -> None:
+        self.table.focus()
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        self._findings = newest_findings(snapshot.events)
+        table = self.table
+        table.set_findings(self._findings)
+        found = bool(self._findings)
+        for part in (table, self.query_one("#finding")):
+            part.display = found
+        table.styles.height = 1 + min(len(self._findings), max(3, self.size.height // 3))
+        message = ("", "")
+        if not found:
+            steps = counted(snapshot.status.step, "step")
+            message = placeholder_message(snapshot, f"no findings in {steps}")
+            if snapshot.status.step:
+                message = (f"no findings in {steps}", "")
+        self.query_one(Placeholder).set_message(*message)
+        self.query_one("#summary", Caption).update(self._summary())
+        table.update_rows()
+        self._show_selected()
+
+    def _summary(self) -> list[Span]:
+        levels = [finding.level for finding in self._findings if finding.cause is None]
+        spans: list[Span] = [("Findings", "title")]
+        for level in ("error", "warning", "info"):
+            number = sum(each == level for each in levels)
+            if number:
+                spans.append((f"{count(number, 0)} {level}", STYLES[level]))
+        effects = len(self._findings) - len(levels)
+        if effects:
+            spans.append((counted(effects, "effect"), "dim"))
+        return spans
+
+    def _show_selected(self) -> None:
+        finding = self.table.current
+        by_number = {each.number: each for each in self._findings}
+        cause = by_number.get(finding.cause) if finding and finding.cause is not None else None
+        effects = [f for f in self._findings if finding is not None and f.cause == finding.number]
+        self.query_one(FindingDetail).show(finding, cause, effects)
+        evidence = self._charted(finding)
+        series, column = None, 0
+        if evidence is not None and finding is not None:
+            history = self.context.snapshot.history
+            table = history.table(evidence.table, finding.optimizer)
+            found = table.column(evidence.column) if table is not None else None
+            if found is not None:
+                series, column = table, found
+        info = self.context.snapshot.info
+        total = info.total_steps if info else None
+        onset = finding.onset if finding else 0
+        self.query_one(EvidenceChart).plot(evidence, onset, series, column, total)
+
+    @staticmethod
+    def _charted(finding: Finding | None) -> Evidence | None:
+        """The evidence that has a series."""
+        if finding is None:
+            return None
+        return next((each for each in finding.evidence if each.table), None)
+
+    def action_open(self) -> None:
+        """Go to what the finding under the cursor is about."""
+        finding = self.table.current
+        if finding is None:
+            return
+        seek = getattr(self.context.session, "seek", None)
+        if seek is not None:
+            seek(finding.onset)
+        evidence = self._charted(finding)
+        mode = SCREEN_OF_TABLE.get(evidence.table if evidence else "", "dashboard")
+        self.context.action_go(mode)
+        if mode == "parameters" and finding.parameters:
+            self.app.call_later(self._select_parameter, finding.parameters[0])
+
+    def _select_parameter(self, name: str) -> None:
+        select = getattr(self.app.screen, "select", None)
+        if select is not None:
+            select(name)
+
+    def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
+        self._show_selected()
+
+    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
+        self.action_open()
