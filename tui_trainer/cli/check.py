@@ -20,6 +20,7 @@ from tui_trainer.cli.script import Script
 from tui_trainer.findings.verdict import finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Finding, Status
+from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.record.events import Item, RunEnded
 from tui_trainer.run.output import redirect_stdout_to_stderr
 
@@ -48,7 +49,7 @@ def check_script(script: Script, options: CheckOptions) -> int:
     script.check()
     with tempfile.TemporaryDirectory(prefix="tui-trainer-check-") as folder:
         wanted = RunOptions(runs_dir=Path(folder), budget=0.0, rules=options.rules)
-        spec = prepare("script", wanted, script=script)
+        spec = prepare(SCRIPT, wanted, script=script)
         stdout = os.fdopen(redirect_stdout_to_stderr(), "w", encoding="utf-8")
         from tui_trainer.run.host import Host, run_to_end
 

@@ -176,6 +176,7 @@ class NoWarmUp(Rule):
             or self._first_loss is None
             or self._steps > self.limits["steps"]
             or self.facts.resumed
+            or len(self.facts.optimizers) > 1
             or not self.facts.attention
             or not name.startswith(ADAM_LIKE)
             or (seen.learning_rate or 0.0) > 1.01 * self._first_rate  # a warm-up
