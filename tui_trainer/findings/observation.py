@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +156,8 @@ class LossTrend:
     """The same over about 100 steps."""
     noise: float = 0.0
     """Mean absolute distance of a loss from `fast`, over about 100 steps."""
+    start: float = math.nan
+    """Median of the first three losses."""
     best: float = math.inf
     """Lowest `fast`."""
     best_step: int = 0
@@ -169,6 +172,8 @@ class LossTrend:
         self.lowest = min(self.lowest, loss)
         if self.count <= FIRST_LOSSES:
             self.first.append(loss)
+            if self.count <= 3:
+                self.start = median(self.first)
         if self.count == 1:
             self.fast = self.slow = loss
             return
@@ -177,11 +182,6 @@ class LossTrend:
         self.slow += (loss - self.slow) / min(self.count, 100)
         if self.fast < self.best:
             self.best, self.best_step = self.fast, step
-
-    @property
-    def start(self) -> float:
-        """Median of the first three losses."""
-        return float(np.median(self.first[:3])) if self.first else math.nan
 
 
 class Reader:

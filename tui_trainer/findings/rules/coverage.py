@@ -200,12 +200,16 @@ class NoGradients(Rule):
         row = seen.gradients
         if self._reported or row is None:
             return
+        if not row.any_absent:
+            self._had_any = True
+            self._streak.add(False, seen.step)
+            return
         own = [
             index
             for index, name in enumerate(row.names)
             if (info := self.facts.parameters.get(name)) is None or info.optimizer
         ]
-        missing = bool(own) and bool(row.any_absent) and bool(row.absent[own].all())
+        missing = bool(own) and bool(row.absent[own].all())
         self._had_any = self._had_any or not missing
         if self._streak.add(missing, seen.step) < self.limits["steps"]:
             return
