@@ -96,6 +96,7 @@ class Run:
         nonfinite=(),
         signs=(),
         optimizer="",
+        classes=None,
     ):
         self.number += 1
         if loss is None:
@@ -123,6 +124,7 @@ class Run:
                 ),
                 nonfinite=tuple(nonfinite),
                 signs=frozenset(signs),
+                classes=classes,
             )
         )
 

@@ -79,6 +79,13 @@ def eval_mode(bug):
     return run
 
 
+def softmax_before_cross_entropy(bug):
+    run = Run()
+    for number in range(1, 10):
+        run.step(signs=["softmax_twice"] if number < (6 if bug else 2) else [])
+    return run
+
+
 def learning_rate_zero(bug):
     run = Run()
     for number in range(1, 60):
@@ -244,6 +251,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "never-reached": (never_reached, 1),
     "mostly-frozen": (mostly_frozen, 1),
     "eval-mode": (eval_mode, 5),
+    "softmax-before-cross-entropy": (softmax_before_cross_entropy, 1),
     "learning-rate-zero": (learning_rate_zero, 11),
     "learning-rate-jump": (learning_rate_jump, 61),
     "no-warm-up": (no_warm_up, 1),

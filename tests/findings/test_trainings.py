@@ -109,6 +109,14 @@ BUGS = {
     "no-gradients": ({"replace": copy.deepcopy}, 1),
     "eval-mode": ({"net": Net(dropout=0.5).eval()}, 1),
     "update-ratio-high": ({"rate": 30.0}, 1),
+    "softmax-before-cross-entropy": (
+        {"loss": lambda net, x, y, step: F.cross_entropy(F.softmax(net(x), -1), y)},
+        1,
+    ),
+    "initial-loss": (
+        {"loss": lambda net, x, y, step: F.cross_entropy(50 * net(x), y), "rate": 1e-4},
+        1,
+    ),
     "non-finite": ({"loss": nan_at_20}, 20),
     "gradients-vanish": ({"net": sigmoids(), "steps": 100}, 1),
 }

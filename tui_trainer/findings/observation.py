@@ -109,7 +109,9 @@ class RunFacts:
         self.resumed = False
         """Whether the weights come from another run."""
         self.classes: int | None = None
-        """Number of classes of a cross-entropy, where the task says it."""
+        """Number of classes of the cross-entropy that is the loss, if it is known."""
+        self.of_task = False
+        """Whether the task itself says so."""
         self.total_steps: int | None = None
         self.device = ""
 
@@ -125,7 +127,7 @@ class RunFacts:
         self.device = info.device.kind if info.device else ""
         classes = info.facts.get("classes", info.facts.get("vocabulary"))
         if isinstance(classes, int) and not isinstance(classes, bool) and classes > 1:
-            self.classes = classes
+            self.classes, self.of_task = classes, True
 
     def optimizer_name(self, key: str) -> str:
         return key or next(iter(self.optimizers), "the optimizer")
@@ -219,6 +221,8 @@ class Reader:
             nonfinite=record.nonfinite,
             signs=record.signs,
         )
+        if record.classes is not None and record.classes > 1 and not self.facts.of_task:
+            self.facts.classes = record.classes
         for number, values in record.rows:
             name, columns = self.table(number)
             attribute = _ATTRIBUTES.get(name)

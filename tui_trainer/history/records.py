@@ -17,10 +17,11 @@ from tui_trainer.protocol.messages import (
 
 Floats = NDArray[np.float32]
 
-Sign = Literal["new_parameters", "kept_gradients", "eval_mode"]
+Sign = Literal["new_parameters", "kept_gradients", "eval_mode", "softmax_twice"]
 """What the tracer noticed in a step besides its numbers: it is the first of a new set of
 parameters; its first backward added to gradients that the optimizer's last step had used already;
-its forward ran a model in `eval()` mode that has layers for which that matters."""
+its forward ran a model in `eval()` mode that has layers for which that matters; its loss is a
+cross-entropy, which takes a softmax, of a softmax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class StepRecord:
     own_ms: float = 0.0
     """Overhead of tracing this step, on the training thread."""
     signs: frozenset[Sign] = frozenset()
+    classes: int | None = None
+    """Number of classes, where the loss is seen to be one mean cross-entropy."""
 
 
 @dataclass(frozen=True, slots=True)

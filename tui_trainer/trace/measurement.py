@@ -568,6 +568,7 @@ class StepMeasurer:
         reading = self.reading or GradientReading()
         completed = self._complete(outcome, reading, plan.probes)
         completed.signs = self._signs()
+        completed.classes = self._classes()
         self._used = self._marks or []
         self._steps += 1
         self._forget()
@@ -589,7 +590,17 @@ class StepMeasurer:
             signs.append("kept_gradients")
         if self.eval_forward:
             signs.append("eval_mode")
+        if any(each.cross_entropy and each.cross_entropy.of_softmax for each in self.passes):
+            signs.append("softmax_twice")
         return frozenset(signs) if signs else NO_SIGNS
+
+    def _classes(self) -> int | None:
+        """Those of the one cross-entropy that is the loss of the step."""
+        found = self.passes[0].cross_entropy if self.passes else None
+        if found is None:
+            return None
+        losses = sum(len(each.losses) for each in self.passes)
+        return found.classes if losses == 1 or found.divided else None
 
     def _forget(self) -> None:
         self.eval_forward = False
@@ -674,6 +685,7 @@ class StepMeasurer:
             nonfinite=tuple(facts.nonfinite),
             own_ms=sum(facts.own_ms.values()),
             signs=step.signs,
+            classes=step.classes,
         )
         return record, facts, spent
 

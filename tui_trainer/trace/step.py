@@ -88,6 +88,8 @@ class BackwardPass:
     """0-d each, without any loss scale."""
     claims: set[Any] = field(default_factory=set)
     """Measurers of the optimizers that have neither used nor lost the gradients."""
+    cross_entropy: torch_private.CrossEntropy | None = None
+    """Set for some of the passes."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
@@ -204,6 +206,8 @@ class CompletedStep:
     absent: NDArray[np.uint8] | None
     """As `StepFacts.absent_gradients`."""
     signs: frozenset[Sign] = frozenset()
+    classes: int | None = None
+    """As in `StepRecord`."""
 
     def facts(self, header: Values) -> StepFacts:
         """The step on the host, from which the probes make their rows."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -181,3 +182,53 @@ class NormCapture:
             for tensor, norm in zip(tensors, norms, strict=True)
             if norm.dtype in FULL_PRECISION
         }
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """What the graph of a loss says of the cross-entropy that it is."""
+
+    classes: int
+    of_softmax: bool
+    """Whether its input is a softmax already."""
+    divided: bool
+    """Whether it was divided by a number, as for gradient accumulation."""
+
+
+_SCALING = ("DivBackward0", "MulBackward0", "ToCopyBackward0")
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0")
+
+
+def cross_entropy_of(loss: torch.Tensor) -> CrossEntropy | None:
+    """The mean cross-entropy over class indices that `loss` is, perhaps times a factor; None for
+    any other loss. Reads the names of at most ten nodes of its graph, and no tensor."""
+    try:
+        return _cross_entropy_of(loss.grad_fn)
+    except (AttributeError, IndexError, TypeError):
+        return None
+
+
+def _cross_entropy_of(node: Any) -> CrossEntropy | None:
+    divided = False
+    for _ in range(4):
+        if node is None or node.name().startswith("NllLoss"):
+            break
+        if node.name() not in _SCALING:
+            return None
+        divided = divided or node.name() == "DivBackward0"
+        node = node.next_functions[0][0]
+    if node is None or not node.name().startswith("NllLoss") or node._saved_reduction != 1:
+        return None
+    logarithm = node.next_functions[0][0]
+    if logarithm is None or not logarithm.name().startswith("LogSoftmax"):
+        return None
+    shape = logarithm._input_metadata[0].shape
+    if not shape:
+        return None
+    before = logarithm.next_functions[0][0]
+    for _ in range(3):
+        if before is None or before.name() not in _VIEWS:
+            break
+        before = before.next_functions[0][0]
+    of_softmax = before is not None and before.name() == "SoftmaxBackward0"
+    return CrossEntropy(int(shape[1 if len(shape) > 1 else 0]), of_softmax, divided)

@@ -67,6 +67,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+GRAPHS_READ = 5
+"""Optimizer steps in which the graph of the loss is looked at."""
+
+
 def guarded(
     method: Callable[Concatenate[Tracer, P], R],
 ) -> Callable[Concatenate[Tracer, P], R]:
@@ -412,6 +416,8 @@ class Tracer:
             if measurer.passes:
                 self._gradients_between_passes(measurer)
         self._pass = BackwardPass(losses)
+        if self.optimizer_steps < GRAPHS_READ and len(scalars) == 1:
+            self._pass.cross_entropy = torch_private.cross_entropy_of(scalars[0])
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
             measurer.before_backward()

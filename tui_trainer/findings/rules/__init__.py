@@ -20,6 +20,7 @@ from tui_trainer.findings.rules.loss import (
     LossOscillates,
     NoProgress,
     OverFitting,
+    SoftmaxTwice,
 )
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
@@ -34,6 +35,7 @@ RULES: tuple[type[Rule], ...] = (
     NeverReached,
     MostlyFrozen,
     EvaluationMode,
+    SoftmaxTwice,
     LearningRateZero,
     LearningRateJump,
     NoWarmUp,

@@ -16,7 +16,7 @@ class InitialLoss(Rule):
 
     name = "initial-loss"
     title = "the first loss is far from chance"
-    needs = "the first loss, and the number of classes (of the shipped tasks)"
+    needs = "the first loss, if it is seen to be a mean cross-entropy over classes"
     explanation = (
         "A classifier of K classes that knows nothing and is not sure of anything has a "
         "cross-entropy of ln K. A first loss far above says that it is sure of wrong answers: the "
@@ -43,8 +43,8 @@ class InitialLoss(Rule):
             return
         chance = math.log(classes)
         high, low = self.limits["high"] * chance + 0.5, self.limits["low"] * chance
-        if low <= seen.loss <= high:
-            return
+        if low <= seen.loss <= high or (seen.loss < low and not self.facts.of_task):
+            return  # a model that was trained before may begin with a low loss
         above = seen.loss > high
         yield Found(
             seen.step,
@@ -59,6 +59,45 @@ class InitialLoss(Rule):
             phase="loss",
             evidence=(evidence("first loss", seen.loss, low, high, table="step", column="loss"),),
         )
+
+
+class SoftmaxTwice(Rule):
+    """The cross-entropy is taken of a softmax."""
+
+    name = "softmax-before-cross-entropy"
+    title = "softmax before cross-entropy"
+    needs = "the graph of the loss of two of the first five steps"
+    explanation = (
+        "cross_entropy takes the softmax by itself and expects logits. Given probabilities, it "
+        "takes the softmax of numbers between 0 and 1: the loss can never come near 0 (with K "
+        "classes it stays above about ln(1 + (K − 1)/e)), and the gradients are small."
+    )
+    next = "give the logits to cross_entropy, without softmax; or nll_loss the log_softmax"
+    source = "PyTorch's documentation of CrossEntropyLoss; DeepDiagnosis (Wardat et al., ICSE 2022)"
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first = 0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or "softmax_twice" not in seen.signs:
+            return
+        if not self._first:
+            self._first = seen.step
+            return
+        self._reported = True
+        yield Found(
+            self._first,
+            "the loss is a cross-entropy of a softmax: cross_entropy expects logits and takes the "
+            "softmax by itself",
+            confidence="certain",
+            phase="loss",
+            evidence=(
+                evidence("softmax before cross_entropy", 1, high=0, text="yes", table="step",
+                         column="loss"),
+            ),
+        )  # fmt: skip
 
 
 class NoProgress(Rule):
