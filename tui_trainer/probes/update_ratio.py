@@ -52,6 +52,8 @@ class UpdateRatio(Probe):
         self._now: list[int] = []
         """Indices of the parameters measured in this step."""
         self._turns = in_turns(tracked.parameters, copy_budget(tracked.device, options))
+        if len(self._turns) > 1:
+            self.first_steps = 0
         self._turn = 0
         self._copies: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []

@@ -132,7 +132,7 @@ class Probe:
     name: ClassVar[str]
     every: ClassVar[int] = 1
     """Natural cadence in steps; 0: only while its topic is watched."""
-    first_steps: ClassVar[int] = 0
+    first_steps: int = 0
     """So many first steps are measured whatever the cadence: much goes wrong there."""
     topic: ClassVar[str] = ""
     """Topic of a viewer that has it measured more often, at `watched_every`."""
