@@ -1,11 +1,15 @@
-# make run      train a small GPT, live in the terminal (installs everything first)
-# make test     make check, then every test
-# make test-fast  the tests without real terminals, ssh, packaging and long trainings; no checks
-# make oracle   generated training loops compared with float64 references: LOOPS=2000, SEED=0
-# make check    ruff, mypy --strict and the import contracts
-# make bench    the cost of watching a training; see docs/performance.md
+# make run          train a small GPT, live in the terminal (installs everything first)
+# make test         make check, then every test; TESTS=tests/cli runs some of them
+# make test-fast    the tests without real terminals, ssh, packaging and long trainings; no checks
+# make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
+# make check        ruff, mypy --strict and the import contracts
+# make format       sort imports and format the sources
+# make bench        the cost of watching a training; see docs/performance.md
+# make screenshots  the pictures of README and docs, from real runs
+# make clean        remove what was built, except .venv
+# make help         this list
 #
-# TORCH says which build of PyTorch to install, PYTHON which interpreter creates the environment:
+# TORCH is the build of PyTorch to install, PYTHON the interpreter that creates the environment:
 #   make run TORCH=torch PYTHON=python3.12
 
 PYTHON ?= python3
@@ -19,10 +23,13 @@ DEVELOPED := $(VENV)/developed.stamp
 BENCHED := $(VENV)/benched.stamp
 SOURCES := tui_trainer models tests benchmarks screenshots
 
-.PHONY: run test test-fast oracle check lint types contracts format bench screenshots clean
+.PHONY: help run test test-fast oracle check lint types contracts format bench screenshots clean
 
 run: $(INSTALLED)
 	$(BIN)/tui-trainer gpt
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
 
 test: check
 	$(BIN)/python -m pytest $(TESTS)

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import shutil
 import tracemalloc
 
@@ -15,10 +16,11 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.store.test_replay import train
-from tui_trainer.export.formats import write_csv
+from tui_trainer.export.formats import write_csv, write_jsonl
 from tui_trainer.export.read import joined, measured, per_step
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.runs.recording import open_history
 from tui_trainer.store import STORE_FILE
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
@@ -45,6 +47,18 @@ def test_jsonl_is_what_json_printed(tmp_path):
     done = export("calm", "--format", "jsonl", "--output", path)
     assert path.read_bytes() == (home() / "calm.jsonl").read_bytes()
     assert fingerprint(directory("calm")) == before
+
+
+def test_a_closed_pipe_ends_an_export_in_silence(capfd):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    history = open_history(directory("calm"))
+    try:
+        with pytest.raises(BrokenPipeError):
+            write_jsonl(history, write_end)
+    finally:
+        history.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_csv(tmp_path):

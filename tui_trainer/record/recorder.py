@@ -61,6 +61,7 @@ QUEUE_STEPS = 4096
 QUEUE_BYTES = 64 * 1024 * 1024
 MIN_QUEUE_STEPS = 64
 MAX_REPORTED_FAULTS = 200
+READER_GONE = "the reader closed the output; the training continues without it"
 
 
 class Recorder:
@@ -517,13 +518,14 @@ class Recorder:
         return text
 
     def _sink_failed(self, sink: Sink, fault: Exception) -> None:
-        if isinstance(fault, BrokenPipeError):
-            return  # the reader has closed the pipe
-        name = type(sink).__name__
-        self.fault(name, fault)
+        if isinstance(fault, BrokenPipeError):  # `| head` ends the lines, not the training
+            message = READER_GONE
+        else:
+            name = type(sink).__name__
+            self.fault(name, fault)
+            message = f"{name} has failed, the training continues: {fault}"
         with contextlib.suppress(OSError, ValueError):
-            message = f"tui-trainer: {name} has failed, the training continues: {fault}"
-            print(message, file=sys.stderr, flush=True)
+            print(f"tui-trainer: {message}", file=sys.stderr, flush=True)
 
     def _forget_parent(self) -> None:
         """In a forked child the threads do not exist and the lock may be held for ever."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-
-READER_GONE = "tui-trainer: the reader closed the output; the training continues without it"
 
 
 class Output:
@@ -22,14 +19,8 @@ class Output:
     def write(self, data: bytes) -> None:
         """Write all of `data`."""
         left = memoryview(data)
-        try:
-            while left:
-                left = left[os.write(self._descriptor, left) :]
-        except BrokenPipeError:
-            # `| head` ends the lines, not the training.
-            with contextlib.suppress(OSError, ValueError):
-                print(READER_GONE, file=sys.stderr, flush=True)
-            raise
+        while left:
+            left = left[os.write(self._descriptor, left) :]
 
     def close(self) -> None:
         """Close the descriptor, unless it is a standard stream of the process."""
