@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 
@@ -45,6 +46,8 @@ def train(recorder, steps):
         if n == 7:
             rows[0][1][0] = np.nan
         clipped = ClipRecord(1.0, 2.0, 0.5, (3, 1), (0.5, 0.25)) if n % 4 == 0 else None
+        if n == 2:
+            clipped = ClipRecord(1.0, math.inf, 0.0, (3, 1), (1.0, math.nan))
         bad = (("loss", "p0", "nan"),) if n == 7 else ()
         when = 1.7e9 + n * 0.0437123
         recorder.record(StepRecord(n, when, "", tuple(rows), clipped, bad, n / 7))

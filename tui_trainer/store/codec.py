@@ -10,6 +10,7 @@ bytes; in a file that outlives its program, and that people read with `sqlite3`,
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from typing import Any, NamedTuple, get_args
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from tui_trainer.history.buckets import Buckets, Flags, RawRows, Steps
 from tui_trainer.history.records import Floats
 from tui_trainer.history.sync import decode_rows, encode_rows, level_of
+from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
@@ -30,6 +32,7 @@ from tui_trainer.protocol.messages import (
     ImageSample,
     LogLine,
     NonFinite,
+    NonFiniteValue,
     Notice,
     Rows,
     Skipped,
@@ -162,12 +165,24 @@ def unpack_timeline(data: bytes) -> Timeline:
 # ------------------------------------------------------------------------------ messages
 
 
+_JSON_TYPES: dict[Any, Any] = {
+    float: float | NonFiniteValue,
+    float | None: float | None | NonFiniteValue,
+    tuple[float, ...]: tuple[float | NonFiniteValue, ...],
+}
+"""Types of fields that may hold what JSON has no number for: `nan`, `inf` and `-inf` are text."""
+
+
 def _with_names(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
     """A struct with the same fields, encoded as an object."""
     fields = [
-        (each.name, each.type)
+        (each.name, _JSON_TYPES.get(each.type, each.type))
         if each.required
-        else (each.name, each.type, msgspec.field(default=each.default))
+        else (
+            each.name,
+            _JSON_TYPES.get(each.type, each.type),
+            msgspec.field(default=each.default),
+        )
         for each in msgspec.structs.fields(kind)
     ]
     tag = kind.__struct_config__.tag
@@ -196,9 +211,33 @@ _artifact_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Artifa
 assert set(get_args(Event)) | {Status} == set(_NAMED)
 
 
+_FLOATS = {
+    kind: [each.name for each in msgspec.structs.fields(kind) if each.type in _JSON_TYPES]
+    for kind in _NAMED
+}
+"""The fields of _JSON_TYPES of each message."""
+
+
 def encode(message: Event | Status) -> bytes:
     """A JSON object."""
-    return msgspec.json.encode(_NAMED[type(message)](**msgspec.structs.asdict(message)))
+    fields = msgspec.structs.asdict(message)
+    for name in _FLOATS[type(message)]:
+        fields[name] = _as_json(fields[name])
+    return msgspec.json.encode(_NAMED[type(message)](**fields))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_json, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return nonfinite(value)
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_from_json, value))
+    return float(value) if isinstance(value, str) else value
 
 
 def decode_event(data: bytes) -> Event:
@@ -217,7 +256,11 @@ def decode_status(data: bytes) -> Status:
 
 
 def _message(named: msgspec.Struct) -> Any:
-    return _MESSAGES[type(named)](**msgspec.structs.asdict(named))
+    kind = _MESSAGES[type(named)]
+    fields = msgspec.structs.asdict(named)
+    for name in _FLOATS[kind]:
+        fields[name] = _from_json(fields[name])
+    return kind(**fields)
 
 
 def decode_artifact(data: bytes) -> Artifact:
