@@ -2,6 +2,7 @@
 # make test         make check, then every test; TESTS=tests/cli runs some of them
 # make test-fast    the tests without real terminals, ssh, packaging and long trainings; no checks
 # make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
+# make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning; installs them
 # make check        ruff, mypy --strict and the import contracts
 # make format       sort imports and format the sources
 # make bench        the cost of watching a training; see docs/performance.md
@@ -23,7 +24,7 @@ DEVELOPED := $(VENV)/developed.stamp
 BENCHED := $(VENV)/benched.stamp
 SOURCES := tui_trainer models tests benchmarks screenshots
 
-.PHONY: help run test test-fast oracle check lint types contracts format bench screenshots clean
+.PHONY: help run test test-fast test-frameworks oracle check lint types contracts format bench screenshots clean
 
 run: $(INSTALLED)
 	$(BIN)/tui-trainer gpt
@@ -42,6 +43,15 @@ LOOPS ?= 2000
 SEED ?= 0
 oracle: $(DEVELOPED)
 	TUI_TRAINER_ORACLE_LOOPS=$(LOOPS) TUI_TRAINER_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/oracle
+
+# `make test` runs these too, where the frameworks are installed.
+FRAMEWORKS := $(VENV)/frameworks.stamp
+test-frameworks: $(FRAMEWORKS)
+	$(BIN)/python -m pytest tests/integrations
+
+$(FRAMEWORKS): $(DEVELOPED) pyproject.toml
+	$(PIP) install "$(TORCH)" -e ".[hf,lightning]"
+	touch $@
 
 check: lint types contracts
 

@@ -117,9 +117,10 @@ class _HuggingFace(_Framework):
         match event:
             case "on_init_end":
                 self._progress.framework_found(self.name)
-            case "on_train_begin":
-                self._progress.framework_found(self.name)
-                self._report_progress(args, state, handler.train_dataloader)
+            case "on_train_begin" | "on_epoch_begin" | "on_step_begin":
+                if event != "on_step_begin" or not self._reported:
+                    self._progress.framework_found(self.name)
+                    self._report_progress(args, state, handler.train_dataloader)
             case "on_evaluate":
                 self._log_evaluation(kwargs.get("metrics") or {})
             case "on_log":
@@ -180,6 +181,7 @@ class _Lightning(_Framework):
         if hook == "setup":
             self._progress.framework_found(self.name)
         elif hook in ("on_train_start", "on_train_epoch_start"):
+            self._progress.framework_found(self.name)
             self._report_progress(trainer)
 
     def _report_progress(self, trainer: Any) -> None:

@@ -214,7 +214,7 @@ class Tracer:
         try:
             self._roots.add(model)
             for optimizer in optimizers:
-                self.registry.measurer_for(optimizer)
+                self.registry.measurer_for(unwrapped_optimizer(optimizer))
         except Exception as fault:
             self._switch_off("register", fault)
 
