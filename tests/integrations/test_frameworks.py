@@ -1,7 +1,7 @@
 """Frameworks at their installed versions: `make test-frameworks` installs them.
 
-Each program runs by itself, under `tui-trainer run`, and with the callback. The results are the same
-to the last bit, and what is recorded is what the framework itself reports.
+Each program runs by itself, under `tui-trainer run`, and with the callback. The results are the
+same to the last bit, and what is recorded is what the framework itself reports.
 """
 
 from __future__ import annotations
