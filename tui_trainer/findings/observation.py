@@ -229,7 +229,9 @@ class Reader:
             if attribute is not None:
                 setattr(seen, attribute, Row(name, columns, values))
             elif name == schema.STEP:
-                loss, rate, norm, took = values[:4].tolist()
+                by_name = dict(zip(columns, values.tolist(), strict=False))
+                loss, rate = by_name["loss"], by_name["learning_rate"]
+                norm, took = by_name["grad_norm_preclip"], by_name["step_ms"]
                 seen.loss_absent = why_absent(loss)
                 seen.loss = loss if seen.loss_absent is None else None
                 seen.learning_rate = None if why_absent(rate) is not None else rate

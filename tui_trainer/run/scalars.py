@@ -1,4 +1,4 @@
-"""`tui_trainer.log(name=value, …)`: numbers of the user's own, recorded with the step they are of.
+"""`tui_trainer.log(name=value, …)`: the user's own numbers, recorded with the current step.
 
 Only standard modules are imported here, so that a script with such calls costs nothing outside of a
 run. A value on an accelerator is copied to the host without waiting for it.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tui_trainer.trace.transfer import HostTransfer
 
 MAX_NAMES = 1_000
-"""Distinct names in one run: a name made of the step's number would fill the memory."""
+"""Distinct names in one run: names that contain the step number would fill the memory."""
 NAME_CHARACTERS = 200
 
 _active: ScalarLog | None = None
@@ -95,7 +95,7 @@ class ScalarLog:
         return gate.step_in_progress if gate.phase not in ("", "step") else gate.completed
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Record `values`. Nothing is raised: what is no number gets a line in the run's log."""
+        """Record `values`; a value that is not a number is noted in the log, and nothing is raised."""
         try:
             at = self.current_step if step is None else step
             numbers: dict[str, float] = {}

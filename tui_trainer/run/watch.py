@@ -153,7 +153,7 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
     spec = RunSpec(
         name=name,
         directory=str(directory),
-        task="script",
+        task=schema.SCRIPT,
         title=title,
         working_directory=os.getcwd(),
         command=tuple(argument.encode(errors="replace").decode() for argument in sys.argv),

@@ -6,8 +6,10 @@ from textwrap import fill
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from tui_trainer.cli.errors import unknown
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.findings.rule import Rule
 from tui_trainer.findings.rules import RULES
 
@@ -21,8 +23,12 @@ def explain(
 ) -> int:
     """explain a rule that judges runs, or list all of them"""
     if rule is None:
+        table = new_table(("RULE", "LEVEL", "WHAT IT FINDS"))
         for each in RULES:
-            print(f"{each.name:<22} {each.level:<8} {each.title}")
+            table.add_row(each.name, each.level, each.title)
+        console = Console(highlight=False)
+        for line in table_lines(table):
+            console.print(line, soft_wrap=True)
         print("\ntui-trainer explain RULE explains one; --rules RULE=off switches it off")
         return 0
     found = {each.name: each for each in RULES}
@@ -33,7 +39,7 @@ def explain(
 
 
 def explanation(rule: type[Rule]) -> str:
-    """All that is known of a rule."""
+    """What a rule tests and what to do about it, as text."""
     parts = [
         f"{rule.name} ({rule.level}): {rule.title}",
         _paragraph("", rule.explanation),
