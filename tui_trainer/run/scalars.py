@@ -95,7 +95,7 @@ class ScalarLog:
         return gate.step_in_progress if gate.phase not in ("", "step") else gate.completed
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Record `values`; a value that is not a number is noted in the log, and nothing is raised."""
+        """Record `values`. Never raises: a value that is not a number is noted in the log."""
         try:
             at = self.current_step if step is None else step
             numbers: dict[str, float] = {}
