@@ -121,7 +121,7 @@ def test_a_name_that_cannot_be():
     tui_trainer.watch(model, optimizer, name="a").close()
     with pytest.raises(WatchError, match="already exists"):
         tui_trainer.watch(model, optimizer, name="a")
-    with pytest.raises(WatchError, match="is no name"):
+    with pytest.raises(WatchError, match="is not a valid name"):
         tui_trainer.watch(model, optimizer, name="../a")
 
 

@@ -41,9 +41,7 @@ def check_options(options: RunOptions) -> None:
             "--detach shows nothing and outlives this terminal", "leave out the other option"
         )
     if options.name is not None and not _NAME.fullmatch(options.name):
-        raise UsageError(
-            f"--name cannot be {options.name!r}", "letters, digits and . _ + - make a name"
-        )
+        raise UsageError(f"--name cannot be {options.name!r}", "use letters, digits and . _ + -")
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
     check_rules(options.rules)
@@ -189,7 +187,7 @@ _GIT_READ_ONLY = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
 def find_source(directory: str, timeout_s: float = GIT_TIMEOUT_S) -> SourceInfo | None:
     """The commit, the branch and the state of the working tree that `directory` is in.
 
-    Asked before the run begins, so that no process of ours is a child of the training.
+    Asked before the run begins, so that git is never a child of the training process.
     None outside a working tree, before the first commit, and when git is missing or too slow.
     `dirty` is None when only the second call was too slow.
     """

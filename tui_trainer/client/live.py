@@ -369,7 +369,7 @@ class LiveSession:
         self._arrived.append(item)
         callback = self._callback
         if callback is not None:
-            # The app may be closing down, which is no error of the link.
+            # The app may be closing down, which is not an error of the link.
             with contextlib.suppress(Exception):
                 callback()
 

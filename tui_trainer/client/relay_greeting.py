@@ -57,7 +57,7 @@ class NoGreeting(Exception):
 
 
 def encode_greeting(greeting: RelayGreeting) -> bytes:
-    """The greeting on a line of its own, whatever was printed before it."""
+    """The greeting on a line of its own, even after an unfinished line."""
     return b"\n" + MARK + msgspec.json.encode(greeting) + b"\n"
 
 

@@ -21,7 +21,7 @@ def usable_cores() -> int:
 
 
 def allowed_cores() -> int:
-    """Cores in this process's affinity mask, whatever its quota."""
+    """Cores in this process's affinity mask, regardless of its quota."""
     return len(_affinity()) or os.cpu_count() or 1
 
 

@@ -111,7 +111,7 @@ def apply_rows(series: MemorySeries, rows: Rows) -> None:
 
 def decode_rows(rows: Rows, columns: int) -> RawRows | Buckets:
     """The entries of a message, at least one. Raises ValueError for wrong sizes, steps that
-    decrease or are no steps, and buckets that are not aligned."""
+    decrease or are out of range, and buckets that are not aligned."""
     last = np.frombuffer(rows.steps, "<i8").astype(np.int64)
     if not len(last) or (last[1:] < last[:-1]).any() or last[0] < 0 or last[-1] > MAX_STEP:
         raise ValueError("steps are missing or decrease")

@@ -67,7 +67,7 @@ def loss(value: float | None, width: int = 8) -> str:
 
 
 def signed(value: float | None, width: int = 7, decimals: int = 4) -> str:
-    """A cosine or the like: always with its sign, the decimals always at the same place."""
+    """A signed number such as a cosine, always with its sign and with aligned decimals."""
     if value is None or not math.isfinite(value):
         return _fit(_number(value, decimals), width)
     shown = f"{value:+.{decimals}f}"

@@ -1,5 +1,5 @@
 """What Hugging Face's Trainer and Lightning know of a run: total steps, epochs, the results of
-evaluations and the values that they log. Nothing of theirs is imported here: their modules are
+evaluations and the values that they log. Neither is imported here: their modules are
 observed once the script has imported them."""
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ STOPPED = Outcome("stopped", "stopped on request")
 
 def outcome_of(error: BaseException, script: bool = True) -> Outcome:
     """The outcome of a run whose training raised `error`. `script`: a user's program, for which
-    hints that name options of ours make no sense."""
+    hints that name our options make no sense."""
     match error:
         case StopTraining():
             return STOPPED

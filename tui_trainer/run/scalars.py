@@ -223,7 +223,7 @@ def _element_count(value: Any) -> int | None:
 
 
 def _better(name: str) -> Better:
-    """The direction in which a quantity of this name improves, as far as names tell."""
+    """The direction in which a quantity of this name improves, guessed from the name."""
     last = name.lower().replace("-", "_").rpartition("/")[2]
     if last.endswith(("loss", "error", "perplexity", "ppl", "wer", "rmse", "mae", "mse")):
         return "lower"

@@ -146,7 +146,7 @@ class StopHandler:
         self._stop_from_signal()
 
     def _stop_from_signal(self) -> None:
-        """On the main thread, wherever it is."""
+        """Called on the main thread, which may be anywhere."""
         self._requests += 1
         in_step = self._request_stop(checkpoint=True)
         if self._training_ended:

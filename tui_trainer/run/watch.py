@@ -143,7 +143,7 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
             name, directory = create_run_directory(stem, runs_dir)
         else:
             if not re.fullmatch(r"[\w][\w.+-]{0,99}", name):
-                raise WatchError(f"{name!r} is no name: letters, digits and . _ + - make one")
+                raise WatchError(f"{name!r} is not a valid name: use letters, digits and . _ + -")
             directory = parent / name
             directory.mkdir(mode=0o700)
     except FileExistsError as fault:

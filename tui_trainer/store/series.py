@@ -214,7 +214,7 @@ class StoredSeries(SeriesReader):
         self._levels: list[StoredLevel] = []
         self._all_rows = 0
         self.newest_step: int | None = None
-        """The last step stored, wherever the cursor is."""
+        """The last step stored, regardless of the cursor."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -318,7 +318,7 @@ class StoredLevel:
             if not 0 <= chunk < self._chunks:
                 break  # written since, or damaged
             steps = self._steps(chunk)
-            # In a damaged chunk, entries cannot be told apart.
+            # In a damaged chunk, single entries cannot be located.
             inside = 0 if steps is None else int(np.searchsorted(steps[0], step))
             return min(self.stop, chunk * CHUNK + inside)
         if self._tail is None:
