@@ -26,10 +26,6 @@ class Gap:
     """Loops in which, taken together, every one of the checks finds it."""
 
 
-CLOBBERED = "bad argument to internal function"
-"""What a thread fails with that makes a tuple while another one calls gc.get_objects(), as the
-tracer does to find an optimizer. It comes by chance: the loop is run again."""
-
 # ---------------------------------------------------------------- where they show
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import io
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +28,7 @@ from tests.oracle.generator import (
     silent,
     standalone,
 )
-from tests.oracle.known_gaps import CLOBBERED, KNOWN_GAPS, Gap
+from tests.oracle.known_gaps import KNOWN_GAPS, Gap
 
 LOOPS = int(os.environ.get("TUI_TRAINER_ORACLE_LOOPS", "100"))
 SEED = int(os.environ.get("TUI_TRAINER_ORACLE_SEED", "0"))
@@ -39,25 +37,8 @@ LOOPS_PER_TEST = 25
 SHARDS = range(-(-LOOPS // LOOPS_PER_TEST))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fewer_objects() -> Iterator[None]:
-    """Hide pytest's objects from the tracer's search for optimizers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def found_in(loop: Loop) -> list[Difference]:
     """The differences of this loop, including known gaps."""
-    for _ in range(5):
-        found = _found_in(loop)
-        if not any(CLOBBERED in difference.text for difference in found):
-            break
-    return found
-
-
-def _found_in(loop: Loop) -> list[Difference]:
     script = script_of(loop)
     truth, alone = adapter.run_alone(script)
     with tempfile.TemporaryDirectory() as folder:

@@ -41,6 +41,10 @@ class Step:
         self.transfer = HostTransfer([TransferPart([torch.tensor(1.0)], False)], True)
 
 
+def raise_fault(where, fault):
+    raise fault
+
+
 class NumberRecorder:
     """Records the numbers of steps."""
 
@@ -56,7 +60,7 @@ class NumberRecorder:
 
 def test_steps_that_wait_for_a_batch_are_recorded_when_no_step_follows(clock):
     recorded = NumberRecorder()
-    queue = StepQueue()
+    queue = StepQueue(raise_fault)
     for number in range(1, BATCH + 10):
         queue.put(recorded, Step(number), at_once=False)
     waiting = BATCH + 9 - len(recorded.numbers)
@@ -72,7 +76,7 @@ def test_steps_that_wait_for_a_batch_are_recorded_when_no_step_follows(clock):
 
 def test_the_training_thread_gets_the_lock_after_each_step(clock):
     recorded = NumberRecorder()
-    queue = StepQueue()
+    queue = StepQueue(raise_fault)
     trains = threading.Thread(target=lambda: queue.put(recorded, Step(4), at_once=True))
 
     def next_step_comes():
@@ -107,7 +111,7 @@ def test_a_copy_has_arrived_a_moment_after_its_end_was_seen(clock):
 
 def test_a_forked_child_records_nothing_of_its_parent(clock):
     recorded = NumberRecorder()
-    queue = StepQueue()
+    queue = StepQueue(raise_fault)
     queue.put(recorded, Step(0), at_once=True)
     queue.put(recorded, Step(1), at_once=False)
     queue._recording.acquire()  # by a thread that the child does not have

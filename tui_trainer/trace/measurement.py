@@ -638,13 +638,27 @@ class StepMeasurer:
         return CompletedStep(
             optimizer=self.tracked.key,
             outcome=outcome,
-            transfer=HostTransfer(parts, self._on_host),
+            transfer=self._transfer(parts, [probe for probe in probes if probe.hooks]),
             probes=probes,
             time=time.time(),
             own_ms=own_ms,
             header=header,
             absent=reading.absent,
         )
+
+    def _transfer(self, parts: list[TransferPart], probes: Sequence[ActiveProbe]) -> HostTransfer:
+        """Start the transfer of the header and of what each of `probes` has read. A probe whose
+        readings cannot be transferred is switched off."""
+        try:
+            return HostTransfer(parts, self._on_host)
+        except Exception:
+            for position, probe in enumerate(probes, 1):
+                try:
+                    HostTransfer([parts[position]], self._on_host)
+                except Exception as fault:
+                    self._switch_off(probe, fault)
+                    parts[position] = TransferPart((), False)
+            return HostTransfer(parts, self._on_host)
 
     # ------------------------------------------------------------ on the host
 
@@ -672,6 +686,8 @@ class StepMeasurer:
         """The record of a step or a skipped iteration, what it was made from, and the seconds spent
         in probes."""
         header, *parts = step.transfer.values()
+        if isinstance(header, Exception):
+            raise header
         facts = step.facts(header)
         began = perf_counter()
         rows = self._rows(step.probes, parts, facts)
@@ -690,7 +706,7 @@ class StepMeasurer:
         return record, facts, spent
 
     def _rows(
-        self, probes: Sequence[ActiveProbe], parts: Sequence[Values], facts: StepFacts
+        self, probes: Sequence[ActiveProbe], parts: Sequence[Values | Exception], facts: StepFacts
     ) -> tuple[tuple[int, Floats], ...]:
         """(table id, row) of everything that the probes make of a step."""
         rows: list[tuple[int, Floats]] = []
@@ -702,6 +718,8 @@ class StepMeasurer:
             if probe.failed:
                 continue
             try:
+                if isinstance(values, Exception):
+                    raise values
                 found = probe.probe.rows(values, facts)
             except Exception as fault:
                 self._switch_off(probe, fault)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
 from tui_trainer.trace.schedule import ActiveProbe
+from tui_trainer.trace.script_frames import objects_of_script
 
 Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
@@ -100,10 +100,13 @@ class OptimizerRegistry:
         self._pending: list[weakref.ref[Optimizer]] = []
         """Optimizers that are used and not registered yet."""
         self._searched = False
+        """Whether optimizers from before the tracer was attached were looked for."""
         self._structure = 0
         """Raised when a module of a model, or the set of optimizers, has changed."""
         self._modules: set[int] = set()
         """Identities of the modules of all models."""
+        self._built: dict[int, weakref.ref[torch.nn.Module]] = {}
+        """Modules that were given a parameter or a sub-module while the tracer was attached."""
         self._infos: list[ParameterInfo] = []
         self._positions: dict[str, int] = {}
         self._slots: list[OptimizerSlot] = []
@@ -149,10 +152,10 @@ class OptimizerRegistry:
     def register_reached(self) -> list[StepMeasurer]:
         """After a backward that reached no registered optimizer, or perhaps further ones: register
         the existing optimizers whose parameters have a gradient now."""
-        if not self._created and not self._entries and not self._searched:
-            self.search(None)
-            return [measurer for measurer in self.measurers if measurer.any_gradient()]
         found = []
+        if not (self._searched or self._created or self._entries):
+            self._searched = True
+            self._created = [weakref.ref(each) for each in objects_of_script(Optimizer)]
         created = [o for o in (reference() for reference in self._created) if o is not None]
         wrapped = {id(inner_optimizer(optimizer)) for optimizer in self._optimizers()}
         for optimizer in created:
@@ -162,25 +165,6 @@ class OptimizerRegistry:
             if any(p.grad is not None for p in parameters_of(whole)):
                 found.append(self.measurer_for(whole))
         return found
-
-    def search(self, parameter: torch.Tensor | None) -> None:
-        """Look among all objects for the optimizers that update `parameter` (None: any of the
-        models that are called).
-
-        Some 50 ms: for optimizers from before the tracer was attached.
-        """
-        self._searched = True
-        rooted = {id(p) for root in self._roots.modules for p in root.parameters()}
-        if parameter is not None and self._measurer_of(parameter) is not None:
-            return
-        for thing in gc.get_objects():
-            if issubclass(type(thing), Optimizer) and hasattr(thing, "param_groups"):
-                if unwrapped_optimizer(thing) is not thing:
-                    continue  # its inner one is among the objects, too
-                own = {id(p) for p in parameters_of(thing)}
-                wanted = not own.isdisjoint(rooted) if parameter is None else id(parameter) in own
-                if wanted:
-                    self.measurer_for(thing)
 
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
         """The measurers of the optimizers that update any of these."""
@@ -260,8 +244,11 @@ class OptimizerRegistry:
 
     def module_changed(self, module: torch.nn.Module) -> None:
         """A sub-module or a parameter is assigned to `module`."""
-        if id(module) in self._modules:
+        key = id(module)
+        if key in self._modules:
             self._structure += 1
+        if key not in self._built:
+            self._built[key] = weakref.ref(module, lambda _: self._built.pop(key, None))
 
     def _register(self, optimizer: Optimizer, entry: _Entry | None) -> StepMeasurer:
         before = None if entry is None else entry.measurer
@@ -271,6 +258,7 @@ class OptimizerRegistry:
             slot.name,
             slot.key,
             self._roots.modules,
+            self._other_modules,
             self._names,
             self._held(optimizer, slot),
             self._measured_names(),
@@ -322,6 +310,13 @@ class OptimizerRegistry:
         self._entries[key] = (reference, _Entry(optimizer, measurer, self._structure))
         self._describe()
         return measurer
+
+    def _other_modules(self) -> list[torch.nn.Module]:
+        """Modules that may own parameters of models that are not called."""
+        built = [
+            module for module in (r() for r in list(self._built.values())) if module is not None
+        ]
+        return built + objects_of_script(torch.nn.Module)
 
     def _held(self, optimizer: Optimizer, slot: OptimizerSlot) -> set[int]:
         """Identities of the parameters that other optimizers have, or that are measured with

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +105,7 @@ def track_parameters(
     name: str,
     key: str,
     roots: list[torch.nn.Module],
+    others: Callable[[], list[torch.nn.Module]],
     names: Names,
     held: Container[int],
     known: Mapping[int, str],
@@ -114,6 +114,7 @@ def track_parameters(
     """Name every parameter of `optimizer` by the models that own it, and find the parameters of
     these models that no optimizer has.
 
+    `roots` are the models that are called, `others` gives modules that may own what these do not.
     `held`: identities of parameters that any optimizer has, or that are measured with another one.
     `known`: identity → name of parameters that were measured before, perhaps in a layer that has
     been replaced. `before`: models whose parameters the optimizer held earlier. A parameter that no
@@ -130,7 +131,7 @@ def track_parameters(
     if len(models) > 1 or not wanted <= called | known.keys():
         # Some of it was not called, or only in parts (a bare `model.forward`): a module around
         # these may own all of it, and its names are the ones to show.
-        models = owners_of(own)
+        models = owners_of(own, [*roots, *others()])
     models += [model for model in before if not any(model is other for other in models)]
     for model in models:
         modules.update(names.modules(model))
@@ -169,25 +170,23 @@ def gone_name(name: str) -> str:
     return name if plain else name + GONE
 
 
-def owners_of(missing: Iterable[torch.Tensor]) -> list[torch.nn.Module]:
-    """Modules alive in this process that own the `missing` parameters, outermost first.
+def owners_of(
+    missing: Iterable[torch.Tensor], modules: Iterable[torch.nn.Module]
+) -> list[torch.nn.Module]:
+    """Those of `modules` that own the `missing` parameters, outermost first.
 
-    The last resort, for models whose calls are not visible (a whole step compiled, a bare
-    `model.forward`): looks at every object of the garbage collector, some 50 ms, once per
-    optimizer.
+    For models whose calls are not visible: a whole step compiled, a bare `model.forward`.
     """
     wanted = {id(p) for p in missing}
     candidates: list[tuple[int, int, torch.nn.Module]] = []
-    for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.nn.Module):
-            continue
+    for module in {id(module): module for module in modules}.values():
         try:
-            owned = sum(id(p) in wanted for p in thing.parameters())
-            size = sum(1 for _ in thing.modules())
-        except Exception:
+            owned = sum(id(p) in wanted for p in module.parameters())
+            size = sum(1 for _ in module.modules())
+        except Exception:  # not initialised yet
             continue
         if owned:
-            candidates.append((-owned, -size, thing))
+            candidates.append((-owned, -size, module))
     candidates.sort(key=lambda c: c[:2])
     chosen: list[torch.nn.Module] = []
     for _, _, module in candidates:

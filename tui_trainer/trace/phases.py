@@ -256,8 +256,11 @@ class Phases:
         self.resume_clock()
         return phase
 
-    def close_all(self) -> None:
+    def close_all(self) -> bool:
+        """Close every phase without a boundary; returns whether a `step` was among them."""
+        stepping = STEP in self._open
         self._open.clear()
+        return stepping
 
     def boundary(self, phase: int) -> None:
         """Pass the gate at the end of `phase`, with the clock stopped."""

@@ -6,9 +6,7 @@ A report only reads: it draws no random number, records no gradient and keeps no
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +17,11 @@ from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.probe import RecorderLike
+from tui_trainer.trace.script_frames import script_frames
 
 LARGEST = 5
 """How many parameters a report lists."""
 MAX_TENSORS = 6
-_OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
 class PausedRun(Protocol):
@@ -157,8 +155,6 @@ class PhaseReporter:
 
     def _backward(self) -> Report:
         registry = self._run.registry
-        if not registry.measurers:
-            registry.search(None)
         quantities: list[Quantity] = []
         rows: list[Rows] = []
         count, total = 0, 0.0
@@ -313,15 +309,8 @@ def loop_batch(arguments: list[tuple[str, torch.Tensor]]) -> list[tuple[str, tor
 def loop_variables() -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors among the local variables of the training loop that are neither weights nor
     computed from them."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and _is_ours_or_torch(frame):
-        frame = frame.f_back
+    frame = next(script_frames(), None)
     if frame is not None:
         for name, value in list(frame.f_locals.items()):
             if isinstance(value, torch.Tensor) and not value.requires_grad and name[0] != "_":
                 yield name, value
-
-
-def _is_ours_or_torch(frame: FrameType) -> bool:
-    name = str(frame.f_globals.get("__name__", ""))
-    return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))

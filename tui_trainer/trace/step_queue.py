@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -41,7 +42,9 @@ class StepQueue:
     while a step is recorded, and not while one is put that waits for its batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_fault: Callable[[str, Exception], None]) -> None:
+        """`on_fault(where, exception)` is called where a step cannot be recorded."""
+        self._on_fault = on_fault
         self._steps: deque[tuple[StepRecorder, Queued]] = deque()
         self._recording = threading.Lock()
         self._last_put = 0.0
@@ -63,7 +66,7 @@ class StepQueue:
             while self._steps and self._steps[0][1].transfer.arrived(wait or everything):
                 wait = False
                 recorder, step = self._steps.popleft()
-                self._accounted_s += recorder.record(step)
+                self._accounted_s += self._record(recorder, step)
 
     def drain_idle(self) -> None:
         """From another thread: record what has arrived where the training thread has put nothing
@@ -73,7 +76,14 @@ class StepQueue:
                 if not self._steps or not self._steps[0][1].transfer.arrived_on_host():
                     return
                 recorder, step = self._steps.popleft()
-                recorder.record(step)
+                self._record(recorder, step)
+
+    def _record(self, recorder: StepRecorder, step: Queued) -> float:
+        try:
+            return recorder.record(step)
+        except Exception as fault:
+            self._on_fault("a step is not recorded", fault)
+            return 0.0
 
     def take_accounted_s(self) -> float:
         """Seconds of recording that probes account for, since the last call."""

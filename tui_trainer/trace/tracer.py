@@ -69,29 +69,40 @@ R = TypeVar("R")
 
 GRAPHS_READ = 5
 """Optimizer steps in which the graph of the loss is looked at."""
+MAX_FAULTS = 3
+"""Steps in a row whose measurement a fault of ours may end before tracing is switched off."""
 
 
 def guarded(
-    method: Callable[Concatenate[Tracer, P], R],
+    method: Callable[Concatenate[Tracer, P], R], always: bool = False
 ) -> Callable[Concatenate[Tracer, P], R]:
     """Count our own time, and let no exception of ours reach the training.
 
-    Only `StopTraining` and other non-`Exception`s pass. A method that tells whether a phase begins
-    returns False after a fault.
+    Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
+    step: until its end only methods that are `always` called do anything. A method that tells
+    whether a phase begins returns False then.
     """
 
     @functools.wraps(method)
     def wrapper(self: Tracer, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._given_up and not always:
+            return False  # type: ignore[return-value] # "no phase" for those that tell
         began, idle = perf_counter(), self.gate.idle_s
         try:
             return method(self, *args, **kwargs)
         except Exception as fault:
-            self._switch_off(method.__name__, fault)
-            return False  # type: ignore[return-value] # "no phase" for those that tell
+            self._give_up_step(method.__name__, fault)
+            return False  # type: ignore[return-value]
         finally:
             self._own_s += perf_counter() - began - (self.gate.idle_s - idle)
 
     return wrapper  # type: ignore[return-value] # functools.wraps names `self`
+
+
+def always_guarded(
+    method: Callable[Concatenate[Tracer, P], R],
+) -> Callable[Concatenate[Tracer, P], R]:
+    return guarded(method, always=True)
 
 
 class LoopObserver(Protocol):
@@ -124,7 +135,11 @@ class Tracer:
         self.optimizer_steps = 0
         """How often any optimizer's `step` began."""
         self._attached = False
-        self._failed = False
+        self._given_up = False
+        """Whether a fault of ours has ended the measurement of the current step."""
+        self._faulty_steps = 0
+        """Steps in a row that were given up."""
+        self._reported_faults: set[str] = set()
         self._own_s = 0.0
         """Our overhead since it was last accounted for, without time spent in the gate."""
         self._patches = Patches()
@@ -135,7 +150,7 @@ class Tracer:
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
-        self._queue = StepQueue()
+        self._queue = StepQueue(self._report_fault)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
         self._pass: BackwardPass | None = None
@@ -149,6 +164,8 @@ class Tracer:
         self._clipping: list[StepMeasurer] = []
         """Measurers whose gradients the open clip clips."""
         self._stepping: StepMeasurer | None = None
+        self._outer_step = 0
+        """Identity of the optimizer whose `step` is the outermost that is open, or was the last."""
         self._inner_steps = 0
         """Depth of optimizer steps inside the open `step`."""
         self._evaluations = 0
@@ -216,7 +233,7 @@ class Tracer:
             for optimizer in optimizers:
                 self.registry.measurer_for(unwrapped_optimizer(optimizer))
         except Exception as fault:
-            self._switch_off("register", fault)
+            self._report_fault("register", fault)
 
     def flush(self) -> None:
         """Record every completed step, waiting for its values if necessary."""
@@ -224,7 +241,7 @@ class Tracer:
             with torch.no_grad():
                 self._queue.drain(everything=True)
         except Exception as fault:
-            self._switch_off("flush", fault)
+            self._report_fault("flush", fault)
 
     def flush_idle(self) -> None:
         """For another thread, many times a second: record completed steps where the training thread
@@ -233,7 +250,7 @@ class Tracer:
             with torch.no_grad():
                 self._queue.drain_idle()
         except Exception as fault:
-            self._switch_off("recording", fault)
+            self._report_fault("recording", fault)
 
     def reset_after_fork(self) -> None:
         """In a forked child, where nothing is traced."""
@@ -246,13 +263,53 @@ class Tracer:
         self.flush()
         self._own_s += perf_counter() - began
 
-    def _switch_off(self, where: str, fault: Exception) -> None:
-        """After a fault of ours: report it once and stop tracing; the training goes on."""
-        self.training_thread = 0
-        self._phases.close_all()
-        if not self._failed:
-            self._failed = True
-            text = f"tracing is switched off: {where}: {describe_exception(fault)}"
+    # ------------------------------------------------------------ faults of ours
+
+    def _report_fault(self, where: str, fault: Exception) -> None:
+        """Report a fault, the same one only once."""
+        text = describe_exception(fault)
+        if text not in self._reported_faults:
+            self._reported_faults.add(text)
+            self.recorder.notice("fault", f"{where}: {text}", "error")
+
+    def _give_up_step(self, where: str, fault: Exception) -> None:
+        """After a fault: the current step is not measured. After too many in a row nothing is."""
+        self._report_fault(f"step {self.step} is not measured: {where}", fault)
+        try:
+            if not self._given_up:
+                self._given_up = True
+                self._faulty_steps += 1
+                if not self._phases.close_all() and where != "_end_step":
+                    self._outer_step = 0
+                self._stepping = self._evaluated = self._pass = self._last_pass = None
+                self._clipping = []
+                self._phases.stop_clock()
+                self._end_sampling()
+        except Exception as further:
+            self._report_fault(where, further)
+        if self._faulty_steps >= MAX_FAULTS:
+            self._switch_off()
+
+    def _continue_after_fault(self, stepped: bool) -> None:
+        """The iteration that was given up is over: measure again from here."""
+        self._given_up = False
+        step = self.step
+        try:
+            for measurer in self.registry.measurers:
+                measurer.lose()
+                measurer.forget_marks()
+            self._phases.discard_iteration()
+            if stepped:
+                self._phases.next_step()
+        except Exception as fault:
+            self._report_fault(f"after step {step}", fault)
+            self._switch_off()
+
+    def _switch_off(self) -> None:
+        if self.training_thread:
+            self.training_thread = 0
+            self._phases.close_all()
+            text = "tracing is switched off after several faults; the training continues"
             self.recorder.notice("fault", text, "error")
 
     # ------------------------------------------------------------ state, for reports
@@ -302,6 +359,8 @@ class Tracer:
         kwargs: dict[str, Any],
     ) -> Any:
         """A root module is called (see `module_calls.CallObserver`)."""
+        if self._given_up and self.registry.by_hand is not None:
+            self._continue_after_fault(stepped=False)
         if not torch.is_grad_enabled():
             return self._evaluate(original, module, args, kwargs)
         if not self._forward_began(module, args, kwargs):
@@ -310,7 +369,6 @@ class Tracer:
             result = original(module, *args, **kwargs)
         except BaseException:
             self._forward_failed()
-            self._phases.fail()
             raise
         self._forward_ended(result)
         return result
@@ -325,17 +383,21 @@ class Tracer:
         if self.in_phase:
             return original(module, *args, **kwargs)
         self._evaluation_call_began()
-        self._phases.stop_clock()
         try:
             return original(module, *args, **kwargs)
         finally:
-            self._phases.resume_clock()
+            self._evaluation_call_ended()
 
     @guarded
     def _evaluation_call_began(self) -> None:
         self._queue.drain()  # the next step may be long in coming
         if not self._phases.seen & {FORWARD, LOSS, BACKWARD}:
             self.evaluation.call_began(self.step - 1)
+        self._phases.stop_clock()
+
+    @guarded
+    def _evaluation_call_ended(self) -> None:
+        self._phases.resume_clock()
 
     @guarded
     def _forward_began(
@@ -380,6 +442,7 @@ class Tracer:
     @guarded
     def _forward_failed(self) -> None:
         self._end_sampling()
+        self._phases.fail()
 
     @guarded
     def _forward_ended(self, result: Any) -> None:
@@ -394,7 +457,7 @@ class Tracer:
         for measurer in sampling:
             measurer.after_forward()
 
-    @guarded
+    @always_guarded
     def module_changed(self, module: torch.nn.Module) -> None:
         self.registry.module_changed(module)
 
@@ -526,6 +589,7 @@ class Tracer:
         self._phases.after_backward()
         self._phases.leave(OUTSIDE)
 
+    @guarded
     def phase_failed(self) -> None:
         """The torch function that is the open phase raised."""
         self._pass = None
@@ -535,7 +599,7 @@ class Tracer:
 
     # ------------------------------------------------------------ zero_grad, and what it discards
 
-    @guarded
+    @always_guarded
     def optimizer_created(self, optimizer: Optimizer) -> None:
         self.registry.add_created(optimizer)
 
@@ -780,12 +844,19 @@ class Tracer:
 
     # ------------------------------------------------------------ the optimizer's step
 
-    @guarded
     def step_began(self, optimizer: Optimizer, closure: bool) -> None:
         self.optimizer_steps += 1
+        if self._given_up:
+            self._outer_step = self._outer_step or id(optimizer)
+        else:
+            self._begin_step(optimizer, closure)
+
+    @guarded
+    def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
         if not self._phases.enter(STEP):
             self._inner_steps += 1
             return
+        self._outer_step = id(optimizer)
         self._phases.closure = closure
         self._inner_steps = self._evaluations = 0
         self._evaluated = None
@@ -819,9 +890,15 @@ class Tracer:
             self._evaluated = measurer
             self._phases.resume_clock()
 
-    @guarded
     def step_ended(self, optimizer: Optimizer) -> None:
         """The weights have changed."""
+        step = self.step
+        self._end_step(optimizer)
+        if self._given_up and id(optimizer) == self._outer_step:
+            self._continue_after_fault(stepped=self.step == step)
+
+    @guarded
+    def _end_step(self, optimizer: Optimizer) -> None:
         began = perf_counter()
         if self._inner_steps:
             self._inner_steps -= 1
@@ -890,10 +967,16 @@ class Tracer:
         if unseen is not None:
             self.registry.set_phases_unseen(unseen)
         self._phases.next_step()
+        self._faulty_steps = 0
 
-    @guarded
     def step_skipped(self, optimizer: Optimizer) -> None:
         """A GradScaler did not call `optimizer.step`."""
+        self._skip_step(optimizer)
+        if self._given_up:
+            self._continue_after_fault(stepped=False)
+
+    @guarded
+    def _skip_step(self, optimizer: Optimizer) -> None:
         measurer = self.registry.measurer_for(unwrapped_optimizer(optimizer))
         self._phases.stop_clock()
         self._take_unseen_gradients()
@@ -928,11 +1011,11 @@ class Tracer:
                         left.append(backward)
             self._skip(left, "end")
         except Exception as fault:
-            self._switch_off("the end of the script", fault)
+            self._report_fault("the end of the script", fault)
 
     # ------------------------------------------------------------ loss scaling
 
-    @guarded
+    @always_guarded
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None:
         """`scaler.scale(outputs)` returned `result`."""
         self._scaling.add(scaler, outputs, result)
@@ -948,7 +1031,7 @@ class Tracer:
                 measurer.refresh_norms()
                 measurer.gradients_known()
 
-    @guarded
+    @always_guarded
     def scaler_updated(self) -> None:
         self._scaling.end_iteration()
 

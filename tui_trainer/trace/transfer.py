@@ -137,13 +137,17 @@ class HostTransfer:
         self._end_seen_at = self._end_seen_at or now
         return now - self._end_seen_at >= SETTLE_S
 
-    def values(self) -> list[Values]:
-        """The values of each part, flattened; only once they have arrived."""
+    def values(self) -> Sequence[Values | Exception]:
+        """The values of each part, flattened, or why it cannot be read; only once they have
+        arrived."""
         if self._values is not None:
-            return [
-                _vector(part.readings if values is None else values)
-                for part, values in zip(self._parts, self._values, strict=True)
-            ]
+            found: list[Values | Exception] = []
+            for part, values in zip(self._parts, self._values, strict=True):
+                try:
+                    found.append(_vector(part.readings if values is None else values))
+                except Exception as fault:
+                    found.append(fault)
+            return found
         flat = np.empty(sum(self._sizes))
         for position, number in self._numbers:
             flat[position] = number

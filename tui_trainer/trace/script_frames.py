@@ -1,0 +1,58 @@
+"""The frames of the training loop and its callers, and what their variables hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+MAX_FRAMES = 64
+MAX_HELD = 64
+"""Length of the lists and dictionaries that are looked into."""
+_OWN_PACKAGE = __name__.rpartition(".")[0]
+
+T = TypeVar("T")
+
+
+def script_frames() -> Iterator[FrameType]:
+    """The frames that called into torch or into this package, innermost first."""
+    frame: FrameType | None = sys._getframe()
+    for _ in range(MAX_FRAMES):
+        while frame is not None and _is_ours_or_torch(frame):
+            frame = frame.f_back
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back
+
+
+def objects_of_script(kind: type[T]) -> list[T]:
+    """The instances of `kind` that the script's variables hold, by themselves, in a list or
+    dictionary, or as an attribute of `self`; innermost first."""
+    found: dict[int, T] = {}
+    for frame in script_frames():
+        variables = frame.f_locals
+        held = list(variables.values())
+        if frame.f_globals is not variables:
+            held += frame.f_globals.values()
+        held += getattr(variables.get("self"), "__dict__", {}).values()
+        for value in _with_elements(held):
+            # The type, not isinstance(), which would run the code of lazy objects.
+            if issubclass(type(value), kind):
+                found.setdefault(id(value), value)
+    return list(found.values())
+
+
+def _with_elements(held: list[Any]) -> Iterator[Any]:
+    for value in held:
+        yield value
+        if type(value) in (list, tuple) and len(value) <= MAX_HELD:
+            yield from value
+        elif type(value) is dict and len(value) <= MAX_HELD:
+            yield from list(value.values())
+
+
+def _is_ours_or_torch(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))
