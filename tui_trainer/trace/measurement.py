@@ -685,7 +685,7 @@ class StepMeasurer:
     def rows_of(self, step: CompletedStep) -> tuple[StepRecord, StepFacts, float]:
         """The record of a step or a skipped iteration, what it was made from, and the seconds spent
         in probes."""
-        header, *parts = step.transfer.values()
+        header, *parts = step.transfer.parts()
         if isinstance(header, Exception):
             raise header
         facts = step.facts(header)

@@ -137,9 +137,17 @@ class HostTransfer:
         self._end_seen_at = self._end_seen_at or now
         return now - self._end_seen_at >= SETTLE_S
 
-    def values(self) -> Sequence[Values | Exception]:
-        """The values of each part, flattened, or why it cannot be read; only once they have
-        arrived."""
+    def values(self) -> list[Values]:
+        """The values of each part, flattened; only once they have arrived."""
+        found: list[Values] = []
+        for part in self.parts():
+            if isinstance(part, Exception):
+                raise part
+            found.append(part)
+        return found
+
+    def parts(self) -> Sequence[Values | Exception]:
+        """`values`, with the exception in place of what cannot be read."""
         if self._values is not None:
             found: list[Values | Exception] = []
             for part, values in zip(self._parts, self._values, strict=True):
