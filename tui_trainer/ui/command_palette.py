@@ -53,11 +53,15 @@ class ActionProvider(Provider):
 
     def _bound_actions(self) -> Iterator[Command]:
         known: set[str] = set()
-        for active in self.screen.active_bindings.values():
+        # Those of the screen, which control the run, come before those of the focused widget.
+        bindings = sorted(
+            self.screen.active_bindings.values(), key=lambda active: active.node is not self.screen
+        )
+        for active in bindings:
             binding = active.binding
             if not active.enabled or binding.action in known or not binding.tooltip:
                 continue
-            if binding.action.startswith(("go(", "app.go(")):
+            if binding.action.startswith(("go(", "app.go(", "move(", "page(", "edge(")):
                 continue
             known.add(binding.action)
             name = (binding.description or binding.tooltip).replace("_", " ")

@@ -158,7 +158,7 @@ class ClippingPanel(Panel):
             Segment(f" {formatting.number(clip.scale, 6, 3)} ", palette.text),
         ]
         if not clip.parameters:  # the norms of the parameters are measured less often
-            return [*row, Segment(f" {self.glyphs.missing}", palette.faint)]
+            return [*row, Segment(f" {self.glyphs.missing}", palette.dim)]
         left = width - CLIP_FIGURES_WIDTH
         needed = SHARE_WIDTH if left >= 2 * SHARE_WIDTH else max(MIN_SHARE_WIDTH, left)
         for index, share in zip(clip.parameters, clip.shares, strict=False):

@@ -276,7 +276,7 @@ class LogView(ScrollingLines):
         text = truncate(entry.text[self._text_offset :], self._text_width(), self.glyphs.ellipsis)
         return self.styled(
             [
-                (self._time(entry), "accent reverse" if index == self.found else "faint"),
+                (self._time(entry), "accent reverse" if index == self.found else "dim"),
                 (f" {step:>{STEP_WIDTH}} ", "dim"),
                 (f"{tag:<{TAG_WIDTH}} ", tag_style),
                 *self._highlighted(text, level_style),

@@ -121,7 +121,7 @@ class PhaseStrip(Panel):
             share = ""
             if time != time:
                 missing = "none" if unavailable_reason(self.snapshot, phase) else None
-                row.append(Segment((missing or self.glyphs.missing).rjust(8), palette.faint))
+                row.append(Segment((missing or self.glyphs.missing).rjust(8), palette.dim))
             else:
                 row.append(Segment(formatting.milliseconds(time, 8), self._time_style(phase)))
                 if total and share_width >= MIN_WIDTH_FOR_SHARES - TIME_WIDTH:

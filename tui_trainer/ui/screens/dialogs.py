@@ -12,6 +12,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 MAX_NOTE_LENGTH = 200
+KEYS_HINT = "[dim]enter: confirm, escape: cancel[/dim]"
 
 
 class NumberPrompt(ModalScreen[float | None]):
@@ -33,6 +34,7 @@ class NumberPrompt(ModalScreen[float | None]):
             yield Static(self._question, markup=False)
             yield Input(self._value, type="integer" if self._whole else "number", compact=True)
             yield Static("", classes="error", markup=False)
+            yield Static(KEYS_HINT)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Return the number, or say that it is none."""
@@ -65,6 +67,7 @@ class TextPrompt(ModalScreen[str | None]):
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
             yield Input(max_length=MAX_NOTE_LENGTH, compact=True)
+            yield Static(f"\n{KEYS_HINT}")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self.dismiss(event.value.strip() or None)

@@ -141,7 +141,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         if isinstance(value, str):
             return Segment(fitted(value, width, column.left), self.style(style))
         if value is None:
-            return Segment(self.glyphs.missing.rjust(width), self.palette.faint)
+            return Segment(self.glyphs.missing.rjust(width), self.palette.dim)
         if not math.isfinite(value):
             style = "error"
         return Segment(column.format(value, width), self.style(style))

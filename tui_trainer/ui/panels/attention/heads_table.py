@@ -56,5 +56,5 @@ class HeadsTable(VirtualTable):
     def _value(self, index: int, part: str, row: int) -> Cell | float:
         value = float(self._values[row, index])
         if value != value and self._layer is not None and not self._layer.comparable(part):
-            return Cell(NOT_COMPARABLE, "faint")
+            return Cell(NOT_COMPARABLE, "dim")
         return value

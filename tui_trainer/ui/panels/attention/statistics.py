@@ -212,7 +212,7 @@ class LayerValues:
             return None
         value = float(self.values[row, statistic.index(part)])
         if value != value and not layer.comparable(part):
-            return Cell(NOT_COMPARABLE, "faint")
+            return Cell(NOT_COMPARABLE, "dim")
         return Cell(value, "provisional" if self.provisional[row] else PART_STYLES[part])
 
 

@@ -91,7 +91,7 @@ class TrendChart(Panel):
         figures: list[Figure] = []
         for number, part in enumerate(statistic.parts):
             if not layer.comparable(part):
-                figures.append((part, NOT_COMPARABLE.rjust(VALUE_WIDTH), self.palette.faint))
+                figures.append((part, NOT_COMPARABLE.rjust(VALUE_WIDTH), self.palette.dim))
                 continue
             style = self.style(PART_STYLES[part])
             band = Band.from_window(window, number, style)
