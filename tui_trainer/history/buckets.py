@@ -147,7 +147,7 @@ def flags_of(values: Floats) -> Flags:
 
 def summarise_rows(rows: RawRows) -> Buckets:
     """Buckets of FACTOR rows each; the number of rows is a multiple of FACTOR."""
-    grouped = rows.value.reshape(-1, FACTOR, rows.value.shape[1])
+    grouped = rows.value.reshape(len(rows.value) // FACTOR, FACTOR, rows.value.shape[1])
     flags = np.bitwise_or.reduce(flags_of(grouped), axis=1)
     return Buckets(rows.last[::FACTOR], rows.last[FACTOR - 1 :: FACTOR], *extremes(grouped), flags)
 
@@ -155,7 +155,7 @@ def summarise_rows(rows: RawRows) -> Buckets:
 def summarise(fine: Buckets) -> Buckets:
     """Buckets of the next level; the number of buckets is a multiple of FACTOR."""
     columns = fine.low.shape[1]
-    shape = (-1, FACTOR, columns)
+    shape = (len(fine.low) // FACTOR, FACTOR, columns)
     return Buckets(
         fine.first[::FACTOR],
         fine.last[FACTOR - 1 :: FACTOR],

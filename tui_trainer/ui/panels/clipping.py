@@ -113,11 +113,11 @@ class ClippingPanel(Panel):
             norm = table.newest("grad_norm_preclip")
             return [("norm", formatting.number(norm, 6, 3), palette.norm)]
         style = palette.provisional if provisional else palette.norm
-        style = palette.clip if clip["scale"] < 1 else style
+        style = palette.clip if clip.get("scale", 1.0) < 1 else style
         return [
-            ("norm", formatting.number(clip["norm_before"], 6, 3), style),
-            ("limit", formatting.number(clip["max_norm"], 5, 3), palette.clip),
-            ("scale", formatting.number(clip["scale"], 5, 4), style),
+            ("norm", formatting.number(clip.get("norm_before"), 6, 3), style),
+            ("limit", formatting.number(clip.get("max_norm"), 5, 3), palette.clip),
+            ("scale", formatting.number(clip.get("scale"), 5, 4), style),
         ]
 
     # ------------------------------------------------------------ the clipped steps

@@ -84,7 +84,9 @@ class ParameterValues:
             self._sources[quantity] = [
                 ParameterTableSource(
                     series,
-                    np.array([self._indices.get(c.name, -1) for c in series.table.columns]),
+                    np.array(
+                        [self._indices.get(c.name, -1) for c in series.table.columns], np.intp
+                    ),
                 )
                 for series in snapshot.history.tables_named(quantity)
             ]

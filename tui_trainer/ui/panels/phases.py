@@ -84,7 +84,10 @@ class PhaseStrip(Panel):
             finite = np.isfinite(values)
             counts = finite.sum(0)
             sums = np.where(finite, values, 0).sum(0, dtype=np.float64)
-            times = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+            for number, phase in enumerate(PHASES):
+                if (column := table.column(phase)) is not None:
+                    times[number] = means[column]
         for number, phase in enumerate(PHASES):
             if unavailable_reason(self.snapshot, phase) and not times[number] > 0:
                 times[number] = np.nan

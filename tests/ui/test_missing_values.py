@@ -1,0 +1,192 @@
+"""No panel assumes that a table, a row, a column or a piece of the description is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import warnings
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from itertools import count
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.ui.fake import fake_gpt, fake_vit
+from tests.ui.screens import app_on, settle, text_of
+from tui_trainer.client.api import Link, Snapshot
+from tui_trainer.history import MemoryHistory
+from tui_trainer.protocol import PHASES
+from tui_trainer.protocol.messages import Clip, PhaseReport, Rows
+from tui_trainer.ui.screens.registry import SCREENS
+
+STEPS = 40
+ODD_VALUES = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -1e-38])
+WHOLE = {
+    kind: session.poll() for kind, session in (("gpt", fake_gpt(STEPS)), ("vit", fake_vit(STEPS)))
+}
+
+
+class OpenApp:
+    """An app that stays open for all examples: drawing is much cheaper than opening. It is opened
+    again after an example that made it fail."""
+
+    def __init__(self, size):
+        self.size = size
+        self.runner = asyncio.Runner()
+        self.stack = None
+
+    async def open(self):
+        self.stack = AsyncExitStack()
+        self.app = app_on("dashboard", None)
+        self.app._fatal_error = (
+            self.app._close_messages_no_wait
+        )  # a traceback of all locals is slow
+        self.pilot = await self.stack.enter_async_context(self.app.run_test(size=self.size))
+        for place in SHOWN:
+            self.app.action_go(place.mode)
+            await settle(self.pilot)
+
+    async def visit(self, snapshot):
+        """What the screens show of a snapshot, by mode."""
+        shown = {}
+        for place in SHOWN:
+            self.app.action_go(place.mode)
+            self.app.draw(snapshot)
+            await self.pilot.pause()
+            if self.app._exception is not None:
+                raise self.app._exception
+            shown[place.mode] = text_of(self.app)
+        return shown
+
+    def draw(self, snapshot):
+        if self.stack is None:
+            self.runner.run(self.open())
+        try:
+            return self.runner.run(self.visit(snapshot))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        if self.stack is not None:
+            with contextlib.suppress(Exception):
+                self.runner.run(self.stack.aclose())
+            self.stack = None
+
+
+SHOWN = [place for place in SCREENS if place.mode != "start"]
+
+
+@pytest.fixture(scope="module", params=[(80, 24), (120, 40), (200, 60)], ids=str)
+def opened(request):
+    opened = OpenApp(request.param)
+    yield opened
+    opened.close()
+    opened.runner.close()
+
+
+@st.composite
+def snapshots(draw):
+    """A run of which some tables, columns, rows, values and parts of its description are missing."""
+    whole = WHOLE[draw(st.sampled_from(("gpt", "vit")))]
+    info = whole.info
+    history = MemoryHistory()
+    kept = []
+    for table in info.tables:
+        if not draw(st.booleans()):
+            continue
+        columns = range(len(table.columns))
+        missing = draw(st.sampled_from(("none", "first", "last", "half", "all")))
+        columns = {
+            "none": columns, "first": columns[1:], "last": columns[:-1], "half": columns[::2],
+            "all": columns[:0],
+        }[missing]  # fmt: skip
+        series = whole.history.tables[table.id]
+        steps, values = series.tail(draw(st.sampled_from((0, 0, 1, 2, STEPS))))
+        values = np.array(values[:, list(columns)], np.float32)
+        if values.size and draw(st.booleans()):
+            at = draw(st.lists(st.integers(0, values.size - 1), max_size=6))
+            values.flat[at] = ODD_VALUES[draw(st.integers(0, len(ODD_VALUES) - 1))]
+        if values.size and draw(st.integers(0, 3)) == 0:
+            values[:] = np.nan
+        table = msgspec.structs.replace(
+            table,
+            id=len(kept),
+            columns=tuple(table.columns[column] for column in columns),
+            optimizer=draw(st.sampled_from(("", "AdamW", "elsewhere"))),
+        )
+        kept.append(table)
+        history.declare(table)
+        if len(steps):
+            history.apply(Rows(table.id, 0, len(steps), steps.tobytes(), values.tobytes()))
+
+    def some(field):
+        return () if draw(st.booleans()) else field[: draw(st.sampled_from((1, None)))]
+
+    info = msgspec.structs.replace(
+        info,
+        revision=next(REVISIONS),
+        tables=tuple(kept),
+        parameters=some(info.parameters),
+        attention=some(info.attention),
+        optimizers=some(info.optimizers),
+        device=draw(st.sampled_from((None, info.device))),
+        total_steps=draw(st.sampled_from((None, 1, 2000))),
+        steps_per_epoch=draw(st.sampled_from((None, 1, 600))),
+        items_per_step=draw(st.sampled_from((None, 768))),
+        facts=draw(st.sampled_from(({}, info.facts))),
+        unseen={name: "not in this run" for name in draw(st.sets(st.sampled_from(QUANTITIES)))},
+    )
+    step = draw(st.sampled_from((0, 1, STEPS)))
+    status = msgspec.structs.replace(
+        whole.status,
+        state=draw(st.sampled_from(("starting", "running", "paused", "finished", "crashed"))),
+        step=step,
+        phase=draw(st.sampled_from(("", *PHASES))),
+        steps_per_second=draw(st.sampled_from((None, 0.001, 20.0))),
+        remaining_s=draw(st.sampled_from((None, 10.0))),
+        cost_share=draw(st.sampled_from((None, 0.01))),
+        clipped_share=draw(st.sampled_from((None, 0.0, 1.0))),
+    )
+    clip = Clip(
+        0, 1, 0.0, 1.0, draw(st.sampled_from((2.0, float("nan")))), 0.5, (0, 99), (0.5, 0.1)
+    )
+    report = None
+    if draw(st.booleans()):
+        rows = ()
+        if kept and draw(st.booleans()):
+            table = draw(st.sampled_from(kept))
+            values = np.zeros((1, len(table.columns)), np.float32).tobytes()
+            rows = (Rows(table.id, 0, 1, np.int64([step]).tobytes(), values),)
+        report = PhaseReport(step, draw(st.sampled_from(PHASES)), 1.0, "", (), rows)
+    state = draw(st.sampled_from(("live", "lost", "connecting", "closed")))
+    return replace(
+        whole,
+        link=Link(state),
+        status=status,
+        info=draw(st.sampled_from((info, info, info, None))),
+        history=history,
+        events=(*some(whole.events), *some((clip,))),
+        log=some(whole.log),
+        artifacts=some(whole.artifacts),
+        report=report,
+    )
+
+
+REVISIONS = count(1)
+QUANTITIES = ("loss", "clip", "attention", "grad_norm", "memory", *PHASES)
+
+
+@given(snapshot=snapshots())
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+def test_every_screen_draws_whatever_is_missing(opened, snapshot):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # such as the mean of an empty slice
+        shown = opened.draw(snapshot)
+    assert all(shown.values())
