@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.ui.fake import fake_gpt, fake_vit
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.client.api import Link, Snapshot
+from tui_trainer.client.api import Link
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.messages import Clip, PhaseReport, Rows
@@ -91,7 +91,7 @@ def opened(request):
 
 @st.composite
 def snapshots(draw):
-    """A run of which some tables, columns, rows, values and parts of its description are missing."""
+    """A run without some of its tables, columns, rows, values and parts of its description."""
     whole = WHOLE[draw(st.sampled_from(("gpt", "vit")))]
     info = whole.info
     history = MemoryHistory()
@@ -139,7 +139,7 @@ def snapshots(draw):
         steps_per_epoch=draw(st.sampled_from((None, 1, 600))),
         items_per_step=draw(st.sampled_from((None, 768))),
         facts=draw(st.sampled_from(({}, info.facts))),
-        unseen={name: "not in this run" for name in draw(st.sets(st.sampled_from(QUANTITIES)))},
+        unseen=dict.fromkeys(draw(st.sets(st.sampled_from(QUANTITIES))), "not in this run"),
     )
     step = draw(st.sampled_from((0, 1, STEPS)))
     status = msgspec.structs.replace(
