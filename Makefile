@@ -2,7 +2,7 @@
 # make test         make check, then every test; TESTS=tests/cli runs some of them
 # make test-fast    the tests without real terminals, ssh, packaging and long trainings; no checks
 # make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
-# make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning; installs them
+# make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning, PEFT; installs them
 # make check        ruff, mypy --strict and the import contracts
 # make format       sort imports and format the sources
 # make bench        the cost of watching a training; see docs/performance.md
@@ -50,7 +50,7 @@ test-frameworks: $(FRAMEWORKS)
 	$(BIN)/python -m pytest tests/integrations
 
 $(FRAMEWORKS): $(DEVELOPED) pyproject.toml
-	$(PIP) install "$(TORCH)" -e ".[hf,lightning]"
+	$(PIP) install "$(TORCH)" -e ".[frameworks]"
 	touch $@
 
 check: lint types contracts

@@ -191,3 +191,47 @@ def check(lines, alone, known):
     evaluated = {line["step"]: line["loss"] for line in lines if line["type"] == "validation"}
     expected = {int(number): float(loss) for number, loss in printed(alone, "EVAL")}
     assert evaluated == pytest.approx(expected, rel=1e-4)
+
+
+ADAPTED = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2,
+)
+kind = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora="dora" in sys.argv)
+model = get_peft_model(LlamaForCausalLM(config), kind)
+layer = model.base_model.model.model.layers[0].self_attn.q_proj
+first = layer.base_layer.weight.detach().clone()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+for i in range(5):
+    x = (torch.randint(0, 31, (4, 1)) + torch.arange(8)) % 31
+    model(input_ids=x, labels=x).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+with torch.no_grad():
+    used = layer(torch.eye(32)).t()
+print("FINAL", used.norm().item(), ((used - first).norm() / first.norm()).item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_of_peft(tmp_path, kind):
+    if importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed: make test-frameworks")
+    (tmp_path / "train.py").write_text(ADAPTED)
+    done = execute(tmp_path, *COMMAND, "run", "--json", "train.py", kind)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in lines if line.get("kind") == "fault"] == []
+    steps = [line for line in lines if line["type"] == "step"]
+    assert all(step["clip"] for step in steps)
+    (layer,) = steps[-1]["attention"]
+    norm, drift = (float(value) for value in printed(done.stderr, "FINAL")[0])
+    assert layer["norm_q"] == pytest.approx(norm, rel=1e-5)
+    assert layer["drift_q"] == pytest.approx(drift, rel=1e-4)
+    assert layer["drift_k"] == 0

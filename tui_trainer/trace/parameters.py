@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,22 @@ from dataclasses import dataclass, field
 import torch
 
 from tui_trainer.trace.torch_private import plain_name, unwrapped
+
+
+@dataclass(frozen=True)
+class FurtherWeight:
+    """A weight that is measured and that no optimizer holds as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    """Its present value."""
+    start: Callable[[], torch.Tensor]
+    """What its drift is measured from; only to be called before the first step."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(eq=False)
@@ -32,6 +49,10 @@ class TrackedParameters:
     """Path to module, for the models that own these parameters."""
     models: list[torch.nn.Module] = field(default_factory=list)
     """Those models."""
+    further: list[FurtherWeight] = field(default_factory=list)
+    """Weights that have the positions after the parameters."""
+    further_left_out: list[str] | None = None
+    """Which of these cannot be read, with the reason; None: not looked for yet."""
 
     def __post_init__(self) -> None:
         self.ids = {id(p): i for i, p in enumerate(self.parameters[: self.own])}
@@ -39,6 +60,32 @@ class TrackedParameters:
         self.empty = frozenset(i for i, p in enumerate(self.parameters) if not p.numel())
         """Positions of parameters without elements."""
         self.trainable = [p.requires_grad for p in self.parameters]
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the parameters and of the further weights, by position."""
+        return [*self.names, *(each.name for each in self.further)]
+
+    def weight_shape(self, position: int) -> tuple[int, ...]:
+        """Of a parameter or a further weight."""
+        count = len(self.parameters)
+        if position < count:
+            return tuple(self.parameters[position].shape)
+        return self.further[position - count].shape
+
+    def weight(self, position: int) -> torch.Tensor:
+        """The present value of a parameter or a further weight."""
+        count = len(self.parameters)
+        if position < count:
+            return self.parameters[position].detach()
+        return self.further[position - count].read()
+
+    def weight_at_start(self, position: int) -> torch.Tensor:
+        """What drift is measured from; only to be called before the first step."""
+        count = len(self.parameters)
+        if position < count:
+            return self.parameters[position].detach()
+        return self.further[position - count].start()
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
 
 Doubles = NDArray[np.float64]
+
+
+Weight = Callable[[int], torch.Tensor]
+"""Returns a weight by position."""
 
 
 class AttentionHeads(Probe):
@@ -41,19 +45,20 @@ class AttentionHeads(Probe):
             return
         heads = tuple((layer.path, layer.heads or 0) for layer in self._layers)
         self.tables = (TableSpec(self.name, head_columns(heads)),)
-        self._start = [[m.clone() for m in self._matrices(layer)] for layer in self._layers]
+        self._start = [
+            [m.clone() for m in self._matrices(layer, tracked.weight_at_start)]
+            for layer in self._layers
+        ]
         self._norms_at_start = [
             [torch.linalg.vector_norm(m, dim=-1).cpu().numpy() for m in start]
             for start in self._start
         ]
 
-    def _matrices(self, layer: AttentionLayer) -> list[torch.Tensor]:
+    def _matrices(self, layer: AttentionLayer, weight: Weight) -> list[torch.Tensor]:
         """Wq as (heads, elements), Wk and Wv as (key/value heads, elements)."""
         counts = (layer.heads, layer.key_value_heads, layer.key_value_heads)
         return [
-            part.view(self.tracked.parameters[part.parameter].detach())
-            .to(torch.float32)
-            .reshape(count or 1, -1)
+            part.view(weight(part.parameter)).to(torch.float32).reshape(count or 1, -1)
             for part, count in zip(layer.parts, counts, strict=True)
         ]
 
@@ -61,7 +66,7 @@ class AttentionHeads(Probe):
         """For each layer squared norms (q, k, v), products (qk, qv, kv) and drift (q, k, v)."""
         readings: list[torch.Tensor] = []
         for layer, start in zip(self._layers, self._start, strict=True):
-            q, k, v = now = self._matrices(layer)
+            q, k, v = now = self._matrices(layer, self.tracked.weight)
             readings += [(m * m).sum(-1) for m in now]
             grouped = q.view(k.shape[0], layer.group, -1)
             for pair, other in (("qk", k), ("qv", v)):

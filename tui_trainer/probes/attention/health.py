@@ -66,7 +66,11 @@ class AttentionHealth(Probe):
         self._original: Attend | None = None
         self._ours: Attend | None = None
         self._seen: list[torch.Tensor] = []
-        self._own = {id(tracked.parameters[each.q.parameter]) for each in self._layers}
+        queries = [each.q.parameter for each in self._layers]
+        # The weights of an adapted layer are computed from some of the parameters.
+        adapted = max(queries) >= len(tracked.parameters)
+        own = tracked.parameters if adapted else [tracked.parameters[q] for q in queries]
+        self._own = {id(parameter) for parameter in own}
         self._reason = NO_FORWARD
         """Why this step was not measured, if it was not."""
         self._missed, self._patience = 0, PATIENCE

@@ -9,12 +9,14 @@ A fused matrix is split only where its layout is known: a wrong split would be s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from tui_trainer.probes.attention.effective import find_further_weights
 from tui_trainer.protocol.schema import AttentionInfo, AttentionKind
 from tui_trainer.trace.parameters import TrackedParameters
 
@@ -74,9 +76,9 @@ class Matrix:
     """Whether its shape is (inputs, outputs), as in Hugging Face's Conv1D."""
 
     @classmethod
-    def of(cls, position: int, parameter: torch.Tensor, transposed: bool) -> Matrix:
-        outputs = parameter.shape[1] if transposed else parameter.shape[0]
-        return cls(position, outputs, parameter.numel() // outputs, transposed)
+    def of(cls, position: int, shape: tuple[int, ...], transposed: bool) -> Matrix:
+        outputs = shape[1] if transposed else shape[0]
+        return cls(position, outputs, math.prod(shape) // outputs, transposed)
 
     def by_rows(self, sizes: tuple[int, ...]) -> tuple[Projection, ...]:
         """Consecutive parts with these numbers of output features."""
@@ -170,6 +172,11 @@ KEY_VALUE = ("c_attn", "kv_proj", "to_kv", "wkv", "w_kv", "kv_linear", "key_valu
 INTERLEAVED = ("query_key_value",)
 """Fused per head: rows are (head, q|k|v, head_dim), as in GPT-NeoX and BLOOM."""
 
+ROLE_NAMES = frozenset(
+    (*(n for triple in SEPARATE for n in triple), *FUSED, *QUERY_OF_CROSS_ATTENTION, *KEY_VALUE)
+)
+"""All of these."""
+
 HEADS = ("n_head", "num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "nheads")
 KEY_VALUE_HEADS = (
     *("n_kv_head", "num_key_value_heads", "n_kv_heads", "num_kv_heads", "kv_heads", "n_head_kv"),
@@ -185,9 +192,9 @@ Roles = dict[str, dict[str, int]]
 def by_pattern(tracked: TrackedParameters, pattern: str) -> Roles:
     """Roles by a regular expression over parameter names, with named groups."""
     roles: Roles = {}
-    for position, name in enumerate(tracked.names):
+    for position, name in enumerate(tracked.weight_names):
         match = re.search(pattern, name)
-        if match is None or tracked.parameters[position].dim() < 2:
+        if match is None or len(tracked.weight_shape(position)) < 2:
             continue
         groups = match.groupdict()
         for role in ("q", "k", "v", "qkv"):
@@ -199,8 +206,8 @@ def by_pattern(tracked: TrackedParameters, pattern: str) -> Roles:
 def by_name(tracked: TrackedParameters) -> Roles:
     """Roles by the usual names."""
     members: dict[str, dict[str, int]] = {}
-    for position, name in enumerate(tracked.names):
-        if tracked.parameters[position].dim() >= 2:
+    for position, name in enumerate(tracked.weight_names):
+        if len(tracked.weight_shape(position)) >= 2:
             path, _, last = name.removesuffix(".weight").rpartition(".")
             members.setdefault(path, {})[last.lower()] = position
     roles: Roles = {}
@@ -354,9 +361,11 @@ def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> Found
     `pattern`: a regular expression over parameter names with the group `layer` and one of the
     groups `q`, `k`, `v` (separate) or `qkv` (fused); it replaces the usual names.
     """
+    if tracked.further_left_out is None:
+        tracked.further, tracked.further_left_out = find_further_weights(tracked, ROLE_NAMES)
     roles = by_pattern(tracked, pattern) if pattern else by_name(tracked)
     found: list[AttentionLayer] = []
-    left_out: list[str] = []
+    left_out: list[str] = list(tracked.further_left_out)
     for path, named in roles.items():
         layer = _layer(tracked, path, named)
         if isinstance(layer, AttentionLayer):
@@ -381,7 +390,8 @@ def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> Atte
         position = roles[name]
         parts_or_reason = _split_fused(tracked, path, name, position, declared)
         if isinstance(parts_or_reason, str):
-            return f"{tracked.names[position]} cannot be split into its parts: {parts_or_reason}"
+            name = tracked.weight_names[position]
+            return f"{name} cannot be split into its parts: {parts_or_reason}"
         parts = (_whole(tracked, roles["q"]), *parts_or_reason) if name == "kv" else parts_or_reason
         kind = "multihead" if name == "in_proj_weight" else "fused"
     q, k, v = parts
@@ -407,9 +417,10 @@ def _heads(
 
 def _matrix(tracked: TrackedParameters, position: int) -> Matrix:
     """A parameter as a matrix."""
-    module = tracked.modules.get(tracked.names[position].removesuffix(".weight"))
+    module = tracked.modules.get(tracked.weight_names[position].removesuffix(".weight"))
+    module = getattr(module, "base_layer", module)
     conv1d = type(module).__name__ == "Conv1D"  # Hugging Face's GPT-2: (inputs, outputs)
-    return Matrix.of(position, tracked.parameters[position], conv1d)
+    return Matrix.of(position, tracked.weight_shape(position), conv1d)
 
 
 def _whole(tracked: TrackedParameters, position: int) -> Projection:

@@ -131,7 +131,7 @@ class AttentionSpectrum(Probe):
         turn = self._turn
         self._turn = (turn + 1) % self._turns
         part = self._layers[turn // 3].parts[turn % 3]
-        matrix = part.view(self.tracked.parameters[part.parameter].detach())
+        matrix = part.view(self.tracked.weight(part.parameter))
         self._sent.append((turn, (matrix.shape[0], matrix.shape[1])))
         if self._decomposer is None:
             return [singular_values(matrix)]

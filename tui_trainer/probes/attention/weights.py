@@ -49,8 +49,9 @@ class EvenLayers:
     """The layers in which Wq, Wk and Wv have one shape."""
 
     def __init__(
-        self, layers: Sequence[AttentionLayer], weight: Source, device: torch.device
+        self, layers: Sequence[AttentionLayer], start: Source, device: torch.device
     ) -> None:
+        """`start`: the weights that drift is measured from."""
         self.layers = layers
         self._by_product = device.type == "cpu"
         self.blocks: list[ProductBlock] = []
@@ -63,7 +64,7 @@ class EvenLayers:
             for first in range(0, len(members), at_once):
                 self.blocks.append(self._block(members[first : first + at_once], size, device))
         for block in self.blocks:
-            self._fill_weights(block, weight)
+            self._fill_weights(block, start)
             block.start.copy_(block.work)
 
     def _block(self, members: list[int], size: int, device: torch.device) -> ProductBlock:
@@ -149,13 +150,13 @@ class UnevenLayers:
     """
 
     def __init__(
-        self, layers: Sequence[AttentionLayer], weight: Source, device: torch.device
+        self, layers: Sequence[AttentionLayer], start: Source, device: torch.device
     ) -> None:
         self._layers = [layer for layer in layers if not layer.even]
         self.indices = [index for index, layer in enumerate(layers) if not layer.even]
         self._nan = torch.full((), torch.nan, device=device)
         self._start = [
-            [part.view(weight(part.parameter)).float().clone() for part in layer.parts]  # type: ignore[arg-type]
+            [part.view(start(part.parameter)).float().clone() for part in layer.parts]  # type: ignore[arg-type]
             for layer in self._layers
         ]
 
@@ -261,11 +262,11 @@ class Attention(Probe):
         if self.unseen:
             return
         self.partly_unseen = found.remark
-        self.attention = tuple(layer.info(tracked.names) for layer in self.layers)
+        self.attention = tuple(layer.info(tracked.weight_names) for layer in self.layers)
         paths = tuple(layer.path for layer in self.layers)
         self.tables = (TableSpec(schema.ATTENTION, attention_columns(paths, ATTENTION_STATISTICS)),)
-        self._even = EvenLayers(self.layers, self._weight, tracked.device)
-        self._uneven = UnevenLayers(self.layers, self._weight, tracked.device)
+        self._even = EvenLayers(self.layers, tracked.weight_at_start, tracked.device)
+        self._uneven = UnevenLayers(self.layers, tracked.weight_at_start, tracked.device)
         self._sizes = np.array(
             [[p.rows * p.columns for p in layer.parts] for layer in self.layers], np.float64
         )
@@ -274,7 +275,7 @@ class Attention(Probe):
         at_start = np.concatenate(
             [
                 torch.as_tensor(r).reshape(-1).cpu().numpy()
-                for r in (*self.gradients(()), *self.after_update())
+                for r in (*self.gradients(()), *self._read(tracked.weight_at_start))
             ]
         )
         self._norms_at_start = np.sqrt(
@@ -282,21 +283,20 @@ class Attention(Probe):
         )
         self._growth_at_start = _growth(self._norms_at_start)
 
-    def _weight(self, position: int) -> torch.Tensor:
-        return self.tracked.parameters[position].detach()
-
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """Inner products between the gradients of each layer."""
 
         def source(position: int) -> Gradient:
-            return gradients[position] if gradients else None
+            return gradients[position] if position < len(gradients) else None
 
         return [*self._even.read_gradients(source), *self._uneven.read_gradients(source)]
 
     def after_update(self) -> Readings:
         """Inner products, sums and drift of the weights."""
-        even = self._even.read_weights(self._weight)
-        return [*even, *self._uneven.read_weights(self._weight)]
+        return self._read(self.tracked.weight)
+
+    def _read(self, weight: Source) -> list[torch.Tensor]:
+        return [*self._even.read_weights(weight), *self._uneven.read_weights(weight)]
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         with np.errstate(divide="ignore", invalid="ignore"):
