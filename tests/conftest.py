@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from tests.once import SESSION
 
 # Tests run side by side, each in one thread: more of them would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without bytecode each process would compile every module, and each worker every test module.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell's background job inherits SIGINT ignored, one of nohup's SIGHUP, and so would all that is
 # started here: a run heeds that, as it should, and would not end when a test asks it to.
@@ -41,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SESSION] = config.stash[MADE_HERE] = tempfile.mkdtemp(
             prefix="tui-trainer-tests-"
         )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many more than cores: many tests wait for other processes."""
+    cores = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
+    return -(-3 * (cores or 1) // 2)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -237,10 +237,6 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
-    import subprocess
-
-    from tests.cli.calling import COMMAND
-
     command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT])
     done = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=120
@@ -253,6 +249,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)])
 def test_a_run_without_a_screen_ends_in_order(number: int, status: int, tmp_path: Path) -> None:
     command = [*COMMAND, "gpt", "--plain", "--threads", "1", "--steps", "100000", "--name", "it"]
+    command += ["--eval-batches", "1", "--sample-length", "8"]
     environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs")}
     process = processes.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     run = tmp_path / "runs" / "it"

@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from tests.recorded_runs import directory, fingerprint
-from tests.runs.conftest import runs  # noqa: F401
 from tests.runs.starting import until
 from tests.ui.screens import settle
 from tui_trainer.client.replay import ReplaySession
@@ -42,7 +41,7 @@ async def test_a_finished_run(tmp_path):
         path.chmod(0o700)
 
 
-async def test_a_killed_run(runs):  # noqa: F811
+async def test_a_killed_run(runs):
     runs.start("gpt-killed", seconds=0.002)
     path = runs.directory / "gpt-killed"
     until(lambda: runs.reported("gpt-killed").step > 300, "it trains")
@@ -71,7 +70,7 @@ def recorded_pause(path):
     return last_step if paused else None
 
 
-async def test_a_living_run(runs):  # noqa: F811
+async def test_a_living_run(runs):
     """A paused run writes nothing but, each second, its state; so what else changed, we changed.
     The index of the journal is shared memory by design, and no part of what is recorded."""
     runs.start("gpt-living", seconds=0.002)
@@ -97,7 +96,7 @@ async def test_a_living_run(runs):  # noqa: F811
     replay.close()
 
 
-def test_an_empty_recording_is_reported(tmp_path, runs):  # noqa: F811
+def test_an_empty_recording_is_reported(tmp_path, runs):
     runs.create("gpt-empty")
     done = runs.call("replay", "gpt-empty")
     assert done.returncode == 2  # no terminal here

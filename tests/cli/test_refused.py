@@ -15,6 +15,7 @@ from tui_trainer.config.run_spec import RunSpec, write_spec
 from tui_trainer.config.run_state import RunState, write_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
+SHORT += ["--sample-length", "8"]
 
 
 def listed(place: Path) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.runs.registry import list_runs, live_socket
 
-GPT = ("--threads", "1", "--steps", "100000")
+GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
 
 
 def test_killing_the_app_leaves_a_run_that_is_found_and_ended_cleanly(runs):

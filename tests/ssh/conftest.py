@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.starting import Runs
+from tests.runs.conftest import runs
 from tests.ssh.sshd import MISSING, PATH_WITH_US, Sshd
 from tui_trainer.client import connection
 from tui_trainer.client.live import LiveSession
 from tui_trainer.client.ssh import SshConnector, parse_address
+
+__all__ = ["runs"]
 
 # Not tmp_path: as root, that is under a directory that only its maker may enter, which is fine for
 # sshd too; but its long names would leave no room for a socket's.
@@ -19,13 +21,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if Path(__file__).parent in Path(item.fspath).parents:
                 item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-@pytest.fixture
-def runs(tmp_path):
-    made = Runs(tmp_path / "runs")
-    yield made
-    made.end()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def terminal(runs):
 
 SMALL = ("--width", "16", "--heads", "2", "--layers", "1", "--block-size", "16")
 OPTIONS = (*SMALL, "--threads", "1", "--schedule", "constant", "--eval-every", "1000000")
+OPTIONS = (*OPTIONS, "--sample-every", "0", "--eval-batches", "1")
 
 
 def steps_in(lines: str) -> dict[int, tuple[object, ...]]:

@@ -12,7 +12,7 @@ import pytest
 from tests.runs.starting import Runs, last_step, until
 from tests.terminal.harness import Terminal
 
-GPT = ("--threads", "1", "--steps", "100000")
+GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
 
 
 def test_in_app_ends_cleanly_when_its_terminal_is_closed(runs, terminal):
-    screen = terminal("gpt", "--in-app", "--threads", "1", "--steps", "100000", "--name", "inside")
+    screen = terminal("gpt", "--in-app", "--name", "inside", *GPT)
     until(lambda: screen.pump(0.01) and runs.reported("inside").step > 3, "it trains")
     screen.hang_up()
     screen.wait_for_exit()

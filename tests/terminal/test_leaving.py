@@ -125,7 +125,7 @@ def test_a_terminal_that_is_far_too_small(runs: Path, train: Path) -> None:
 
 
 def test_a_dumb_terminal_gets_lines(runs: Path) -> None:
-    command = [*COMMAND, "gpt", "--steps", "3", "--threads", "1"]
+    command = [*COMMAND, "gpt", "--steps", "3", "--threads", "1", "--sample-length", "8"]
     with Terminal(command, env={"TERM": "dumb"}, timeout=60) as terminal:
         assert terminal.wait_for_exit() == 0
         output = terminal.output.decode(errors="replace")

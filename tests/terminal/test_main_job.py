@@ -9,6 +9,7 @@ from tests.terminal.harness import COMMAND, Terminal
 from tui_trainer.protocol import PHASES
 
 GPT = [*COMMAND, "gpt", "--steps", "100000", "--device", "cpu", "--threads", "1"]
+GPT += ["--eval-batches", "1", "--sample-length", "8"]
 
 
 def step_on(screen: str) -> int | None:
