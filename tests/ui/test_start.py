@@ -133,11 +133,10 @@ def test_arguments_are_quoted_as_in_a_shell(tmp_path: Path) -> None:
     assert set(errors) == {"arguments"}
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-async def test_enter_starts_the_defaults(size: tuple[int, int]) -> None:
+async def test_enter_starts_the_defaults() -> None:
     start = Started()
     app = app_with(start)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         await pilot.press("enter")
         await launched(app, start)
@@ -235,46 +234,35 @@ async def test_a_wrong_value_is_told_below_its_field_and_nothing_starts() -> Non
         await pilot.press("end", *["backspace"] * 4, "8")
         await settle(pilot)
         assert "cannot be" not in text_of(app)
-    assert start.requests == []
 
-
-async def test_an_error_in_a_folded_group_unfolds_it() -> None:
-    app = app_with(Started())
-    async with app.run_test(size=(80, 24)) as pilot:
-        await settle(pilot)
+        # One in a folded group unfolds it.
         app.screen.query_one("#option-width", Input).value = "65"
         await settle(pilot)
         await pilot.press("enter")
         await settle(pilot)
         assert "cannot be divided among" in text_of(app)
+    assert start.requests == []
 
 
-@pytest.mark.parametrize(
-    "refusal",
-    [
-        LaunchError("the device cuda is not there", "try --device cpu"),
-        ConfigurationError("the corpus has 3 characters", "try a longer one"),
-        OSError("disk full"),
-    ],
-    ids=lambda refusal: type(refusal).__name__,
-)
-async def test_a_refused_start_is_told_and_nothing_typed_is_lost(refusal: Exception) -> None:
-    start = Started(refusal)
+async def test_a_refused_start_is_told_and_nothing_typed_is_lost() -> None:
+    start = Started()
     app = app_with(start)
     async with app.run_test(size=(100, 40)) as pilot:
         await settle(pilot)
         app.screen.query_one("#option-steps", Input).value = "123"
         await settle(pilot)
-        await pilot.press("enter")
-        await launched(app, start)
-        await settle(pilot)
-        text = text_of(app)
-        assert str(refusal.args[0]) in text
-        assert app.current_mode == "start"
-        assert app.screen.query_one("#option-steps", Input).value == "123"
-        await pilot.press("enter")
-        await launched(app, start, times=2)
-    assert len(start.requests) == 2
+        refusals = (
+            LaunchError("the device cuda is not there", "try --device cpu"),
+            ConfigurationError("the corpus has 3 characters", "try a longer one"),
+            OSError("disk full"),
+        )
+        for times, start.refusal in enumerate(refusals, 1):
+            await pilot.press("enter")
+            await launched(app, start, times)
+            await settle(pilot)
+            assert str(start.refusal.args[0]) in text_of(app)
+            assert app.current_mode == "start"
+            assert app.screen.query_one("#option-steps", Input).value == "123"
 
 
 async def test_typed_values_survive_a_switch_to_another_task() -> None:

@@ -401,7 +401,7 @@ class StartScreen(RunScreen):
                 event.row.set_value(value, default=value)
                 self._preset_chosen.add(self._task_name)
                 self._use_preset(value)
-            case _:
+            case "data":
                 self._follow_data()
         self._show_error(None)  # that of an earlier start may no longer hold
 
