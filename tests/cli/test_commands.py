@@ -240,6 +240,7 @@ def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
     assert out == "removed gpt-over\n"
 
 
+@pytest.mark.slow
 def test_rm_asks_on_a_terminal(runs):
     runs.start("gpt-asked", steps=2)
     until(lambda: runs.reported("gpt-asked").ended, "it ends")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tests import processes
 from tests.oracle.truth import ByHand, Silence, Truth
 from tui_trainer.cli.commands.show import _as_json, summarize_run
 from tui_trainer.export.formats import write_csv, write_jsonl
@@ -120,8 +120,9 @@ def run_command(program: str, folder: Path) -> Output:
     }
 
     def call(*arguments: str) -> str:
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, "-m", "tui_trainer", *arguments],
+            torch=arguments[0] == "run",
             cwd=folder,
             env=environment,
             capture_output=True,

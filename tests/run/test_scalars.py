@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tui_trainer
+from tests import processes
 from tests.cli.calling import call
 from tests.run.schema import faults
 from tui_trainer.history.logged import logged_series
@@ -191,7 +192,7 @@ def test_a_script_logs_and_every_output_has_the_values(tmp_path):
     compared = call("compare", "r", "s", cwd=tmp_path)
     assert "val/accuracy (logged), last" in compared.stdout, compared.stderr
 
-    plain = subprocess.run(
+    plain = processes.run(
         [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
     assert plain.stdout.splitlines()[-1] in done.stderr  # the same weights, without us

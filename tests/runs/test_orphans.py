@@ -27,6 +27,7 @@ from tui_trainer.runs.registry import list_runs, live_socket
 GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
 
 
+@pytest.mark.slow
 def test_killing_the_app_leaves_a_run_that_is_found_and_ended_cleanly(runs):
     command = [sys.executable, "-m", "tui_trainer", "gpt", "--name", "gpt-kept", *GPT]
     with Terminal(command, env=runs.environment, timeout=60) as screen:

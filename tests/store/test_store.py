@@ -484,7 +484,7 @@ for place in sys.argv[1:]:
 for _ in sys.argv[1:]:
     os.wait()
 """
-KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "200"))
+KILLS = int(os.environ.get("TUI_TRAINER_TEST_KILLS", "100"))
 AT_ONCE = 20
 
 
