@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,21 @@ def show_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
     status = main(spec, open_sink(kind))
     discard_refused(spec)
     return status
+
+
+def show_launched_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
+    """The same with several processes: start their launcher and return its exit status."""
+    from tui_trainer.runs.launch import run_command
+
+    process = subprocess.Popen([*run_command(spec), f"--{kind}"])
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:  # the launcher has got it too, and ends its processes
+            continue
+    discard_refused(spec)
+    return status if status >= 0 else 128 - status
 
 
 def open_sink(kind: Literal["plain", "json"]) -> Sink:

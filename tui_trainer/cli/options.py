@@ -66,6 +66,15 @@ class RunOptions:
         bool,
         _flag("train on a thread of the app, so that the run ends with the terminal", RUNNING),
     ] = False
+    nproc: Annotated[
+        int | None,
+        _flag(
+            "train a script with this many processes, started by torchrun, as one run",
+            RUNNING,
+            metavar="N",
+            validator=validators.Number(gte=1),
+        ),
+    ] = None
     name: Annotated[
         str | None,
         _flag("name of the run (default: a random name)", RUNNING, metavar="NAME"),

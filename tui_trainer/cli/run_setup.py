@@ -83,6 +83,7 @@ def prepare(
     configuration: Mapping[str, Scalar] | None = None,
     script: Script | None = None,
     branch: Branch | None = None,
+    launcher: tuple[str, ...] = (),
 ) -> RunSpec:
     """Create the run directory and write the spec; on CommandError nothing is left behind."""
     check_options(options)
@@ -99,6 +100,7 @@ def prepare(
             script=script.target if script else None,
             module=script.module if script else False,
             arguments=script.arguments if script else (),
+            launcher=launcher,
             working_directory=os.getcwd(),
             command=("tui-trainer", *sys.argv[1:]),
             source=find_source(os.getcwd()),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tui_trainer.cli.errors import CommandError, UsageError, say
+from tui_trainer.cli.launchers import Launch, find_launch
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, prepare
 from tui_trainer.cli.script import Script
 from tui_trainer.cli.terminal import screen_for, why_no_screen
+from tui_trainer.config.ranks import Rank, find_run, leave_note, rank_here
 from tui_trainer.config.run_spec import RunSpec, find_socket
 from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.protocol.schema import SCRIPT, Scalar
@@ -47,8 +51,59 @@ def start_script(script: Script, options: RunOptions) -> int:
         raise UsageError(
             "--in-app does not work with a script", "a script needs the main thread of a process"
         )
-    script.check()
-    return _show(prepare(SCRIPT, options, script=script), options)
+    launch = find_launch(script, options.nproc)
+    launch.script.check()
+    rank = rank_here()
+    if rank is not None:
+        return _start_rank(launch, rank, options)
+    return _show(prepare(SCRIPT, options, script=launch.script, launcher=launch.command), options)
+
+
+def _start_rank(launch: Launch, rank: Rank, options: RunOptions) -> int:
+    """Train in a process that a launcher has started: rank 0 records, the others join its run."""
+    if launch.command:
+        raise UsageError(
+            "this process is one of several already", "leave out the second launcher, or --nproc"
+        )
+    if options.detach:
+        raise UsageError(
+            "--detach does not work in a process that a launcher waits for",
+            "put it before the launcher: tui-trainer run --detach torchrun …",
+        )
+    if rank.rank:
+        return _train_rank(launch.script, rank, options)
+    if rank.restart and options.name is not None:  # the name is that of the first attempt
+        options = replace(options, name=f"{options.name}-{rank.restart}")
+    spec = prepare(SCRIPT, options, script=launch.script)
+    try:
+        leave_note(rank, spec.directory, options.runs_dir)
+    except OSError as fault:
+        say(f"the other ranks will not find this run: {fault}")
+    if not options.json and not options.plain:
+        say(f"{rank.world_size} processes, one run: tui-trainer attach {spec.name} shows it")
+    return _show(spec, replace(options, plain=not options.json))
+
+
+def _train_rank(script: Script, rank: Rank, options: RunOptions) -> int:
+    from tui_trainer.run.output import redirect_stdout_to_stderr, use_line_buffering
+    from tui_trainer.run.rank import train_rank
+
+    if options.json:
+        os.close(redirect_stdout_to_stderr())
+    else:
+        use_line_buffering()
+    spec = RunSpec(
+        name=f"rank-{rank.rank}",
+        directory="",
+        task=SCRIPT,
+        script=script.target,
+        module=script.module,
+        arguments=script.arguments,
+        working_directory=os.getcwd(),
+        start_paused=options.paused,
+        budget=options.measuring_budget,
+    )
+    return train_rank(spec, rank, lambda: find_run(rank, options.runs_dir))
 
 
 def _show(spec: RunSpec, options: RunOptions) -> int:
@@ -65,11 +120,12 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
         from tui_trainer.cli.screen import show_run
 
         return show_run(spec, options.ascii, options.slow_link)
-    from tui_trainer.cli.in_process import show_lines
+    from tui_trainer.cli.in_process import show_launched_lines, show_lines
 
     if spec.start_paused:
         say(f"paused before the first step; to continue: {_resume_command(spec, options)}")
-    return show_lines(spec, "json" if check.kind == "json" else "plain")
+    show = show_launched_lines if spec.launcher else show_lines
+    return show(spec, "json" if check.kind == "json" else "plain")
 
 
 def _resume_command(spec: RunSpec, options: RunOptions) -> str:

@@ -48,6 +48,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Run `script` as `python -m` would."""
     arguments: tuple[str, ...] = ()
     """The script's own arguments, without its name."""
+    launcher: tuple[str, ...] = ()
+    """The command that starts the training processes, up to where a program follows: `torchrun
+    --nproc-per-node=2 --no-python`; (): the run process trains by itself."""
     working_directory: str = ""
     """"": the process's own."""
     command: tuple[str, ...] = ()

@@ -43,8 +43,10 @@ def wide(history: StoredHistory) -> list[StoredSeries]:
 
 
 def title(table: StoredSeries) -> str:
-    """Name of a table, with its optimizer if the run has several."""
+    """Name of a table, with its rank or optimizer if the run has several."""
     named = table.table
+    if named.rank is not None:
+        return f"{named.name}.{named.rank}"
     return f"{named.name}.{named.optimizer}" if named.optimizer else named.name
 
 

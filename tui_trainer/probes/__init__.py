@@ -37,3 +37,6 @@ PROBES: tuple[type[Probe], ...] = (
     Overhead,
 )
 Overhead.probe_names = tuple(probe.name for probe in PROBES)
+
+RANK_PROBES: tuple[type[Probe], ...] = (Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory)
+"""What each further process of a run measures."""

@@ -38,7 +38,7 @@ class ConnectionClosed(Exception):
         """Bytes of an incomplete frame."""
 
 
-def encode(message: ToRun | ToViewer, limit: int = MAX_TO_VIEWER_BYTES) -> bytes:
+def encode(message: msgspec.Struct, limit: int = MAX_TO_VIEWER_BYTES) -> bytes:
     """Encode one frame. Raises ProtocolError when the message is over `limit` bytes."""
     payload = _encoder.encode(message)
     if len(payload) > limit:
@@ -54,6 +54,11 @@ def read_to_run(read: Callable[[int], bytes]) -> ToRun:
 def read_to_viewer(read: Callable[[int], bytes]) -> ToViewer:
     """The next message for a viewer."""
     return _decode(_read_payload(read, MAX_TO_VIEWER_BYTES), _to_viewer)
+
+
+def read_as(read: Callable[[int], bytes], decoder: msgspec.msgpack.Decoder[M], limit: int) -> M:
+    """The next message of another kind, of at most `limit` bytes."""
+    return _decode(_read_payload(read, limit), decoder)
 
 
 class FrameBuffer:

@@ -33,6 +33,7 @@ NoticeKind = Literal[
     "evaluation",
     "fault",
     "mark",
+    "rank",
     "recording",
     "skipped_step",
     "state",
@@ -65,6 +66,19 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, array_like=True):
     read_only: bool = False
 
 
+class Join(msgspec.Struct, tag="join", frozen=True, array_like=True):
+    """The first message of a training process that belongs to the run (see `protocol.ranks`)."""
+
+    protocol: int
+    product: str
+    rank: int
+    """-1: a child process of a script, which gets a number."""
+    world_size: int
+    pid: int
+    label: str = ""
+    """Name of a child process."""
+
+
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
     """The run accepts the viewer."""
 
@@ -82,6 +96,19 @@ class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
 
 
 # ---------------------------------------------------------------- state
+
+
+class ProcessAt(msgspec.Struct, frozen=True, array_like=True):
+    """Where one of several training processes is."""
+
+    rank: int
+    step: int
+    phase: Phase | Literal[""]
+    """The phase that ended last, and its step."""
+    for_s: float
+    """Seconds since that phase ended."""
+    held: bool = False
+    """Whether it is paused."""
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True):
@@ -120,6 +147,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     refused: bool = False
     """The run could not start as requested, and nothing was measured; `reason` and `hint` say
     why."""
+    processes: tuple[ProcessAt, ...] = ()
+    """Where each training process of a run with several is."""
 
     @property
     def ended(self) -> bool:
@@ -473,5 +502,5 @@ class Ack(msgspec.Struct, tag="ack", frozen=True, array_like=True):
     hint: str = ""
 
 
-ToRun = Hello | Poll | Command
+ToRun = Hello | Poll | Command | Join
 ToViewer = Welcome | Refused | Update | Ack

@@ -23,6 +23,8 @@ Better = Literal["lower", "higher", ""]
 """The direction in which a series improves; "" where neither is better."""
 SCRIPT = "script"
 """The task of a run that trains a user's own script."""
+ProcessState = Literal["waiting", "running", "finished", "stopped", "crashed", "killed"]
+"""`waiting`: it has not connected yet; `killed`: its connection ended without a word."""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True):
@@ -90,6 +92,8 @@ class Table(msgspec.Struct, frozen=True):
     natural: int = 0
     """Cadence when the overhead is within the budget (for what is measured only while watched: the
     cadence then). 0: unknown, or by the clock."""
+    rank: int | None = None
+    """The process that measured it, for tables `ranks`; None: the recording one."""
 
     @property
     def stretched(self) -> bool:
@@ -116,6 +120,19 @@ class SourceInfo(msgspec.Struct, frozen=True):
     """Whether tracked files differ from the commit; None: unknown."""
     branch: str = ""
     """"" when no branch is checked out."""
+
+
+class ProcessInfo(msgspec.Struct, frozen=True):
+    """One of the training processes of a run with several."""
+
+    rank: int
+    """Its rank in the process group; a child process of a script is numbered from 1."""
+    label: str = ""
+    """Name of a child process; "" for a rank."""
+    pid: int = 0
+    state: ProcessState = "waiting"
+    reason: str = ""
+    """How it ended."""
 
 
 class RunInfo(msgspec.Struct, frozen=True):
@@ -161,6 +178,8 @@ class RunInfo(msgspec.Struct, frozen=True):
     """The parent's step that this run continues: its own first step is the next one."""
     budget: float = 0.0
     """Share of step time that measuring may take; 0: unlimited."""
+    processes: tuple[ProcessInfo, ...] = ()
+    """Of a run with several training processes, by rank."""
 
     @property
     def is_script(self) -> bool:
@@ -196,6 +215,8 @@ ATTENTION = "attention"
 ATTENTION_SPECTRUM = "attention_spectrum"
 ATTENTION_HEALTH = "attention_health"
 ATTENTION_HEADS = "attention_heads"
+RANKS = "ranks"
+REPLICA = "replica"
 
 TABLE_NAMES = (
     STEP,
@@ -212,6 +233,8 @@ TABLE_NAMES = (
     ATTENTION_SPECTRUM,
     ATTENTION_HEALTH,
     ATTENTION_HEADS,
+    RANKS,
+    REPLICA,
 )
 
 STEP_COLUMNS = (
@@ -240,6 +263,25 @@ MEMORY_COLUMNS = (
     Column("device_peak_bytes", "bytes"),
     Column("host_bytes", "bytes"),  # resident set of the training process
 )
+
+REPLICA_COLUMNS = (
+    Column("checksum_high"),  # of the bits of all weights: the upper and lower 24 bits of 48
+    Column("checksum_low"),
+)
+
+RANK_COLUMNS = (
+    Column("loss", "", "lower"),
+    Column("grad_norm_preclip"),
+    Column("step_ms", "ms", "lower"),
+    Column("lag_ms", "ms"),  # end of the step after that of rank 0; negative: before
+    *(Column(f"phase_ms.{phase}", "ms", "lower") for phase in PHASES),
+    Column("device_bytes", "bytes"),
+    Column("host_bytes", "bytes"),
+    *REPLICA_COLUMNS,
+)
+"""Of the tables `ranks`, one for each process of a run with several."""
+
+RANK_INDEX = {column.name: index for index, column in enumerate(RANK_COLUMNS)}
 
 ATTENTION_STATISTICS = (
     *("norm_q", "norm_k", "norm_v"),  # ‖W‖

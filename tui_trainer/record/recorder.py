@@ -160,12 +160,13 @@ class Recorder:
         every: int = 1,
         optimizer: str = "",
         natural: int = 0,
+        rank: int | None = None,
     ) -> int:
         """Declare a table under the next free id and return the id."""
         with self._ids:
             number = self._next_table
             self._next_table += 1
-        table = Table(number, name, tuple(columns), every, optimizer, natural)
+        table = Table(number, name, tuple(columns), every, optimizer, natural, rank)
         self._enqueue(self._declare, (table,))
         return number
 

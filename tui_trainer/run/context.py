@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class RunContext(Protocol):
     """A run as its training sees it; `run.host.Host` implements it."""
 
+    recording: bool
+    """False where another process of the run records what is measured here."""
+
     @property
     def spec(self) -> RunSpec: ...
 
@@ -40,13 +43,13 @@ class RunContext(Protocol):
 
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
-    """A tracer with all probes, not attached yet. Imports torch."""
-    from tui_trainer.probes import PROBES
+    """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
+    from tui_trainer.probes import PROBES, RANK_PROBES
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
 
     options = Options(budget=run.spec.budget, attention_pattern=run.spec.attention_pattern)
-    tracer = Tracer(run.recorder, run.gate, PROBES, options)
+    tracer = Tracer(run.recorder, run.gate, PROBES if run.recording else RANK_PROBES, options)
     tracer.step = first_step
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

@@ -22,6 +22,7 @@ from tui_trainer.protocol.messages import (
 )
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.run.rank_control import RankControl
 from tui_trainer.trace.gate import Gate, Refusal
 
 MAX_STEPS = 10**12
@@ -59,9 +60,12 @@ class CommandHandler:
         recorder: Recorder,
         stop: Callable[[bool], None],
         save_checkpoint: Callable[[], None],
+        controls: RankControl | None = None,
     ) -> None:
-        """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot."""
+        """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
+        `controls`: those of all processes of the run."""
         self._gate = gate
+        self._controls: Gate | RankControl = controls or gate
         self._recorder = recorder
         self._stop = stop
         self._save_checkpoint = save_checkpoint
@@ -138,21 +142,20 @@ class CommandHandler:
 
     def _apply(self, viewer: Viewer, action: Action) -> str:
         """Carry out `action`; returns a text for the log. Raises Refusal."""
-        gate = self._gate
         match action:
             case Pause():
-                gate.pause()
+                self._controls.pause()
                 return "pause"
             case Resume():
-                gate.resume()
+                self._controls.resume()
                 return "resume"
             case Step(count=count):
                 return self._step(count)
             case StepPhase():
-                gate.step_phase()
+                self._controls.step_phase()
                 return "one phase"
             case RunToEpochEnd():
-                gate.run_to_epoch_end()
+                self._controls.run_to_epoch_end()
                 return "run to the end of the epoch"
             case Throttle(steps_per_second=rate):
                 return self._throttle(rate)
@@ -177,7 +180,7 @@ class CommandHandler:
     def _step(self, count: int) -> str:
         if not 1 <= count <= MAX_STEPS - (self._gate.run_to or 0):
             raise Refusal(f"cannot run {count:,} steps: give a number from 1 to {MAX_STEPS:,}")
-        self._gate.step(count)
+        self._controls.step(count)
         return "one step" if count == 1 else f"{count} steps"
 
     def _throttle(self, rate: float | None) -> str:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.machine import OtherLoad
+from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.settings import RuleSettings, SettingsError, parse_settings
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.protocol.messages import Join, ProcessAt
 from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.status_file import StatusFile
@@ -35,6 +39,8 @@ from tui_trainer.run.outcome import (
     print_outcome,
 )
 from tui_trainer.run.scalars import activated
+from tui_trainer.run.rank_control import RankControl
+from tui_trainer.run.rank_server import LEAVE_S, VERDICT_S, RankServer
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
 from tui_trainer.store.writer import StoreWriter
@@ -54,6 +60,8 @@ FIRST_VIEWER_S = 3.0
 class Host:
     """One run: its recorder, gate, server and sinks. It is the `RunContext` of its training."""
 
+    recording = True
+
     def __init__(
         self,
         spec: RunSpec,
@@ -68,8 +76,17 @@ class Host:
         self.stops = stop_handler(
             self.gate, lambda: self.recorder.longest_step_s, self._warn_of_interrupt
         )
-        control = CommandHandler(self.gate, self.recorder, self.stops.stop, self._save_on_request)
-        self.server = Server(spec.name, self.recorder, control)
+        rank = rank_here() if spec.is_script else None
+        rank = rank if rank and not rank.rank else None
+        self.gate.times_boundaries = rank is not None
+        self.ranks = RankServer(self.recorder, rank)
+        self.controls = RankControl(self.gate, self.ranks)
+        self.ranks.on_stop_wanted = self._stop_all
+        self.stops.stop_gate = self.controls.stop
+        control = CommandHandler(
+            self.gate, self.recorder, self.stops.stop, self._save_on_request, self.controls
+        )
+        self.server = Server(spec.name, self.recorder, control, self._serve_rank)
         self._saver: CheckpointSaver | None = None
         self._script_started = False
         self._at_end: list[Callable[[], None]] = []
@@ -78,7 +95,8 @@ class Host:
         self.gate.hooks.changed = self._gate_changed
         self.gate.hooks.fault = self.recorder.fault
         self.gate.hooks.save_checkpoint = self._save_on_stop
-        self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
+        if self.recording:
+            self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         self.recorder.set_status(waiting_for="starting")
         self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
 
@@ -92,6 +110,7 @@ class Host:
             self.recorder.fault("no viewer can attach", error)
         self.recorder.subscribe(StatusFile(self.spec.directory, self.recorder.info))
         self.recorder.subscribe(StoreWriter(self.spec.directory, self._store_problem))
+        self.recorder.subscribe(self.ranks)
         if sink is not None:
             self.recorder.subscribe(sink)
 
@@ -164,12 +183,38 @@ class Host:
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
         """Report the end, wait until viewers and sinks have it, and remove the socket."""
         self.gate.end()
+        with contextlib.suppress(KeyboardInterrupt):
+            outcome = self._end_of_ranks(outcome)
         hint = outcome.hint or self._nonfinite_hint()
         self.recorder.end(outcome.state, outcome.reason, hint, outcome.refused)
         with contextlib.suppress(KeyboardInterrupt):
             self.server.wait_until_seen(LINGER_S, first_viewer_s)
             self.recorder.close()
         self.server.close()
+
+    def _end_of_ranks(self, outcome: Outcome) -> Outcome:
+        """Wait for the other processes. The first one that failed is the reason of a failure here:
+        collectives with it fail as well."""
+        ranks = self.ranks
+        ranks.own_ended(outcome.state, outcome.reason)
+        if not ranks.several:
+            return outcome
+        self.recorder.flush(LEAVE_S)
+        failed = outcome.state == "crashed" or self.stops.exit_status is not None
+        verdict = ranks.verdict(VERDICT_S if failed else 0.0)
+        if not verdict:
+            ranks.wait_until_left(LEAVE_S)
+            verdict = ranks.verdict()
+        else:
+            ranks.wait_until_left(0.0)
+        ranks.close()
+        if not verdict:
+            return outcome
+        if not failed:
+            return replace(outcome, reason=outcome.reason or verdict)
+        return replace(
+            outcome, state="crashed", reason=verdict, hint=outcome.reason or outcome.hint
+        )
 
     # ------------------------------------------------------------ for the training
 
@@ -196,6 +241,13 @@ class Host:
 
     # ------------------------------------------------------------ for the gate and the viewers
 
+    def _serve_rank(self, stream: socket.socket, join: Join) -> None:
+        self.ranks.serve(stream, join)
+
+    def _stop_all(self) -> None:
+        with contextlib.suppress(Refusal):
+            self.controls.stop(checkpoint=True)
+
     def _save_on_request(self) -> None:
         if self._saver is None:
             raise Refusal("there is nothing to save yet")
@@ -209,6 +261,7 @@ class Host:
             self._saver.write(step)
 
     def _gate_changed(self) -> None:
+        self.controls.wake()
         # Called on several threads at once, and by a signal handler on top of one of them: the last
         # call to end has seen the current mode.
         with self._pause_lock:
@@ -225,9 +278,12 @@ class Host:
             "phase": gate.phase,
             "run_to": gate.run_to,
             "throttle": gate.rate,
+            "processes": self.ranks.positions(self._own_position()),
         }
         if mode in ("stopping", "ended"):
             changes["state"] = "stopping"
+        elif not gate.phase and (step := self.ranks.steps_of_children):
+            changes |= {"state": "running", "step": step, "waiting_for": ""}
         elif not gate.phase:
             changes["state"] = "starting"
         else:
@@ -238,6 +294,12 @@ class Host:
 
     def _rule_failed(self, text: str) -> None:
         self.recorder.notice("fault", text, "error")
+
+    def _own_position(self) -> ProcessAt:
+        gate = self.gate
+        held = gate.mode == "paused"
+        for_s = max(0.0, time.monotonic() - gate.reached_at) if gate.reached_at else 0.0
+        return ProcessAt(0, gate.place[0], gate.phase, for_s, held)
 
     def _warn_of_interrupt(self, text: str) -> None:
         self.recorder.notice("state", text, "warning", self.gate.completed)

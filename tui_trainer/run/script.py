@@ -75,6 +75,7 @@ def trace(
     """
     try:
         from tui_trainer.run.checkpoints import CheckpointSaver
+        from tui_trainer.run.children import ChildTraces
         from tui_trainer.run.frameworks import observe_frameworks
         from tui_trainer.run.progress import Progress
 
@@ -84,6 +85,11 @@ def trace(
         tracers.append(tracer)
         run.at_end(observe_frameworks(run, progress))
         run.at_end(progress.close)
+        if not run.recording:
+            return
+        children = ChildTraces(run.spec.directory, run.spec.budget, tracer)
+        children.install()
+        run.at_end(children.remove)
         run.show_waiting_for("the script's first step")
         run.recorder.describe(versions=with_torch_versions(run.recorder.info.versions))
         saver = CheckpointSaver(run.spec, run.recorder, lambda: _visible_state(tracer))

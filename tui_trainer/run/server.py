@@ -27,8 +27,10 @@ from tui_trainer.protocol.messages import (
     Ack,
     Command,
     Hello,
+    Join,
     Poll,
     Refused,
+    ToRun,
     ToViewer,
     Update,
     Welcome,
@@ -63,8 +65,10 @@ class ViewerConnection:
         recorder: Recorder,
         control: CommandHandler,
         idle_timeout_s: float | None = None,
+        serve_rank: Callable[[socket.socket, Join], None] | None = None,
     ) -> None:
         self._stream = stream
+        self._serve_rank = serve_rank
         self._viewer_id = viewer_id
         self._run_name = run_name
         self._recorder = recorder
@@ -122,6 +126,10 @@ class ViewerConnection:
 
         hello = read_to_run(read)
         self._stream.settimeout(None)
+        if isinstance(hello, Join) and self._serve_rank and hello.protocol == PROTOCOL_VERSION:
+            self.seen_end.set()  # the end of the run does not wait for it as for a viewer
+            self._serve_rank(self._stream, hello)
+            return
         if not isinstance(hello, Hello):
             self._send(Refused("the first message must be a greeting"))
             raise ProtocolError(f"its first message was a {type(hello).__name__}, not a greeting")
@@ -140,7 +148,7 @@ class ViewerConnection:
         self._control.joined(self.viewer)
         self._send(Welcome(PROTOCOL_VERSION, __version__, self._run_name, self._viewer_id))
 
-    def _receive(self) -> Hello | Poll | Command:
+    def _receive(self) -> ToRun:
         """The next message. The viewer may be idle between messages, but not within one."""
         deadline: float | None = None
 
@@ -161,7 +169,7 @@ class ViewerConnection:
         finally:
             self._stream.settimeout(None)
 
-    def _answer(self, message: Hello | Poll | Command) -> None:
+    def _answer(self, message: ToRun) -> None:
         assert self.viewer is not None
         match message:
             case Poll():
@@ -173,7 +181,7 @@ class ViewerConnection:
                 result = self._control.perform(self.viewer, message.action)
                 status = self._recorder.status
                 self._send(Ack(message.id, result.ok, status, result.message, result.hint))
-            case Hello():
+            case Hello() | Join():
                 raise ProtocolError("it sent a second greeting")
 
     def _send(self, message: ToViewer) -> None:
@@ -209,6 +217,7 @@ class ViewerConnection:
 
 
 MAX_CONNECTIONS = 64
+"""Viewers and training processes."""
 CHECK_SOCKET_EVERY_S = 1.0
 """How often the server checks that its socket still exists."""
 MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
@@ -218,7 +227,15 @@ MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
 class Server:
     """Accepts viewers until it is closed."""
 
-    def __init__(self, run_name: str, recorder: Recorder, control: CommandHandler) -> None:
+    def __init__(
+        self,
+        run_name: str,
+        recorder: Recorder,
+        control: CommandHandler,
+        serve_rank: Callable[[socket.socket, Join], None] | None = None,
+    ) -> None:
+        """`serve_rank(stream, join)` serves a training process that has joined the run."""
+        self._serve_rank = serve_rank
         self._run_name = run_name
         self._recorder = recorder
         self._control = control
@@ -246,7 +263,13 @@ class Server:
     def _serve(self, stream: socket.socket, idle_timeout_s: float | None) -> threading.Thread:
         viewer_id = next(self._viewer_ids)
         connection = ViewerConnection(
-            stream, viewer_id, self._run_name, self._recorder, self._control, idle_timeout_s
+            stream,
+            viewer_id,
+            self._run_name,
+            self._recorder,
+            self._control,
+            idle_timeout_s,
+            self._serve_rank,
         )
         with self._lock:
             self._connections[viewer_id] = connection

@@ -36,6 +36,8 @@ class StopHandler:
         self._gate = gate
         self._longest_step_s = longest_step_s
         self._warn = warn
+        self.stop_gate: Callable[[bool], None] = gate.stop
+        """Asks for the stop, with or without a checkpoint; of all processes of the run."""
         self.exit_status: int | None = None
         """Exit status of the process once a signal has stopped it."""
         self._requests = 0
@@ -88,7 +90,7 @@ class StopHandler:
     def _request_stop(self, checkpoint: bool) -> bool:
         """Ask the gate to stop; returns whether the end of a step can be expected."""
         try:
-            self._gate.stop(checkpoint)
+            self.stop_gate(checkpoint)
         except Refusal:
             return False
         return bool(self._gate.phase)

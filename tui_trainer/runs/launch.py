@@ -80,6 +80,13 @@ class RunProcess:
         return RunGone(message, hint, "crashed")
 
 
+def run_command(spec: RunSpec) -> list[str]:
+    """The command line of a run process, or of the launcher of its processes."""
+    # -P: a random.py in the user's directory must not stand in for Python's own.
+    program = [sys.executable, "-P", "-m", "tui_trainer.run", spec.directory]
+    return [*spec.launcher, *program]
+
+
 def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> RunProcess:
     """Write the spec and start its run process, in a session of its own, so that a hang-up of this
     terminal does not reach it. Raises OSError."""
@@ -89,8 +96,7 @@ def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> RunProce
     )
     try:
         process = subprocess.Popen(
-            # -P: a random.py in the user's directory must not stand in for Python's own.
-            [sys.executable, "-P", "-m", "tui_trainer.run", spec.directory],
+            run_command(spec),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -17,10 +17,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tui_trainer.protocol import Phase
+from tui_trainer.protocol import PHASES, Phase
 from tui_trainer.protocol.errors import UserError
 
 Mode = Literal["running", "paused", "stopping", "ended"]
+Place = tuple[int, int]
+SHARED_FIELDS = 4
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class Refusal(UserError):
@@ -96,6 +99,13 @@ class Gate:
         """The optimizer step that `phase` belongs to, counted from 1."""
         self.completed = 0
         """Number of completed optimizer steps."""
+        self.place: Place = (0, 0)
+        """The boundary that was reached last: its step, and its number within the step from 1."""
+        self.reached_at = 0.0
+        """When, on the monotonic clock; 0.0 where nobody asks (`times_boundaries`)."""
+        self.times_boundaries = False
+        self.shared: memoryview | None = None
+        """Where another process reads step, boundary, phase and time (`SHARED_FIELDS` int64)."""
         self.idle_s = 0.0
         """Seconds that the training thread spent here: paused, throttled or working for others.
         Phase and step times exclude them."""
@@ -118,6 +128,7 @@ class Gate:
         self._boundaries_left = 1 if paused else 0
         self._target: int | None = None
         self._target_is_epoch = False
+        self._hold: Place | None = None
         self._rate: float | None = None
         self._next_step_at = 0.0
 
@@ -157,6 +168,8 @@ class Gate:
         """Whether it will probably pause within the current step, so that what only a phase report
         needs should be kept."""
         target = self._target
+        if self._hold is not None:
+            return True
         return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
 
     # ------------------------------------------------------------ controls, for any thread
@@ -190,6 +203,22 @@ class Gate:
         with self._control():
             self._target = None
             self._release(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
+
+    def hold_from(self, place: Place) -> None:
+        """Pause at the first boundary that does not precede `place`. A thread that is paused before
+        it goes on until there. Several processes are stopped at the same boundary with it."""
+        with self._control():
+            self._target = None
+            if not (self._waiting and self.place >= place):
+                self._release()
+                self._hold = place
+
+    def run_until(self, step: int) -> None:
+        """Pause at the end of optimizer step `step`, or at once where that is behind."""
+        with self._control():
+            if not (self._waiting and self.phase == "step" and self.completed >= step):
+                self._release()
+                self._target, self._target_is_epoch = step, False
 
     def run_to_epoch_end(self) -> None:
         """Pause after the last step of the current epoch."""
@@ -257,6 +286,7 @@ class Gate:
     def _release(self, boundaries: int = 0) -> None:
         """Let the thread run; pause it again after this many boundaries (0: never)."""
         self._boundaries_left = boundaries
+        self._hold = None
         self._waiting = False
 
     def _rearm(self) -> None:
@@ -264,6 +294,7 @@ class Gate:
         self.armed = bool(
             self._boundaries_left
             or self._target is not None
+            or self._hold is not None
             or self._stopping
             or self._waiting
             or self._rate is not None
@@ -294,7 +325,14 @@ class Gate:
     def reached(self, phase: Phase, step: int) -> None:
         """A phase of optimizer step `step` has ended. May wait; raises `StopTraining` to stop."""
         self.phase = phase
+        number = self.place[1] + 1 if step == self.step_in_progress else 1
         self.step_in_progress = step
+        self.place = (step, number)  # before `armed` is read: see `hold_from`
+        if self.times_boundaries:
+            self.reached_at = time.monotonic()
+        if (shared := self.shared) is not None:
+            shared[0], shared[1], shared[2] = step, number, _NUMBERS[phase]
+            shared[3] = time.monotonic_ns()
         if phase == "step":
             self.completed = step
             if self.armed or self.has_work_after(step):
@@ -375,6 +413,9 @@ class Gate:
                 self._boundaries_left -= 1
                 if not self._boundaries_left:
                     return True
+            if self._hold is not None and self.place >= self._hold:
+                self._hold = None
+                return True
             if phase == "step" and self._target is not None and step >= self._target:
                 self._target = None
                 return True
@@ -384,7 +425,10 @@ class Gate:
     def _pause(self, phase: Phase) -> None:
         with self._condition:
             # A control that came during the phase report has already released the thread.
-            if self._boundaries_left or self._target is not None or self._stopping or self._ended:
+            if self._hold is not None and self.place >= self._hold:
+                self._hold = None
+            onward = self._boundaries_left or self._target is not None or self._hold is not None
+            if onward or self._stopping or self._ended:
                 self._rearm()
                 return
             self._waiting = True
@@ -402,7 +446,7 @@ class Gate:
         """Sleep until the next step may begin; any control ends the sleep."""
         with self._condition:
             while self._rate is not None and not (
-                self._stopping or self._ended or self._boundaries_left
+                self._stopping or self._ended or self._boundaries_left or self._hold is not None
             ):
                 now = time.monotonic()
                 # No catching up after a pause: the next step is one interval after this one.

@@ -235,8 +235,12 @@ def row_object(info: RunInfo, row: RowRecorded) -> Object:
     made: Object = {"type": kind, "step": row.step, "time": row.time}
     if kind == "measurement":
         made["table"] = table.name
+    values = _by_column(table.columns, row.values)
+    if table.rank is not None:
+        made["rank"] = table.rank
+        values = {name: value for name, value in values.items() if why_absent(value) is None}
     notes = Notes()
-    _add_values(made, notes, _by_column(table.columns, row.values))
+    _add_values(made, notes, values)
     notes.add_to(made)
     return made
 

@@ -1,0 +1,152 @@
+"""All processes stop at the same boundary, whatever they wait for: threads in place of processes,
+barriers in place of collectives."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+
+from tests.runs.starting import until
+from tui_trainer.protocol import PHASES
+from tui_trainer.run.rank_control import RankControl, RankObedience
+from tui_trainer.trace.gate import Gate, StopTraining
+
+
+class Link:
+    """The connection of one process, without a socket: both ends."""
+
+    child = False
+
+    def __init__(self, rank, changed, paused):
+        self.rank = rank
+        self.at = None
+        self.obeys = 0
+        self.gate = Gate(paused)
+        self._changed = changed
+        RankObedience(self.gate).follow(self)
+
+    @property
+    def step(self):
+        return self.gate.completed
+
+    def send(self, message):
+        """Of rank 0 to the process, or of the process to rank 0."""
+        if type(message).__name__ == "RankAt":
+            self.at = message
+            self._changed()
+        else:
+            self.on_message(message)
+
+
+class Group:
+    """Processes that make steps together until they are stopped."""
+
+    def __init__(self, size, seed=0, paused=False):
+        self.peers = []
+        self.gate = Gate(paused)
+        self.control = RankControl(self.gate, self)
+        self.gate.hooks.changed = self.control.wake
+        self.peers = [Link(rank, self.control.wake, paused) for rank in range(1, size)]
+        self.gates = [self.gate, *(link.gate for link in self.peers)]
+        self.barrier = threading.Barrier(size)
+        self.ended = []
+        self.threads = [
+            threading.Thread(target=self._train, args=(gate, seed + number), daemon=True)
+            for number, gate in enumerate(self.gates)
+        ]
+        for thread in self.threads:
+            thread.start()
+        self.control.wake()
+
+    def _train(self, gate, seed):
+        chance = random.Random(seed)
+        step = 0
+        try:
+            while True:
+                step += 1
+                for phase in PHASES:
+                    if chance.random() < 0.05:
+                        time.sleep(chance.random() * 0.002)
+                    if phase in ("forward", "backward"):
+                        self.barrier.wait(30)
+                    gate.reached(phase, step)
+        except (StopTraining, threading.BrokenBarrierError) as end:
+            self.ended.append((type(end), step))
+            self.barrier.abort()
+
+    def together(self):
+        """The boundary at which all are held; None while they are not."""
+        places = {gate.place for gate in self.gates}
+        held = all(gate.mode == "paused" for gate in self.gates)
+        return places.pop() if held and len(places) == 1 else None
+
+    def held(self):
+        return until(self.together, "all are held at one boundary", 20)
+
+    def moves_on(self):
+        before = self.gate.completed
+        until(lambda: self.gate.completed > before + 1, "steps are made", 20)
+
+    def close(self):
+        self.barrier.abort()
+        for gate in self.gates:
+            gate.end()
+
+
+@pytest.fixture(params=[2, 5])
+def group(request):
+    made = Group(request.param)
+    yield made
+    made.close()
+
+
+def test_pauses_hold_all_at_one_boundary(group):
+    for _ in range(20):
+        group.moves_on()
+        group.control.pause()
+        group.held()
+        group.control.resume()
+
+
+def test_phases_are_stepped_by_all(group):
+    group.moves_on()
+    group.control.pause()
+    step, number = group.held()
+    for _ in range(2 * len(PHASES)):
+        group.control.step_phase()
+        following = (step, number + 1) if number < len(PHASES) else (step + 1, 1)
+        until(lambda wanted=following: group.together() == wanted, f"{following} is reached", 20)
+        step, number = following
+
+
+def test_steps_are_made_by_all(group):
+    group.moves_on()
+    for count in (1, 3, 1):
+        group.control.step(count)
+        step, number = group.held()
+        assert number == len(PHASES)
+        group.control.step(count)
+        until(lambda s=step, n=count: group.together() == (s + n, len(PHASES)), "the steps", 20)
+        group.control.resume()
+
+
+def test_all_end_at_the_same_step(group):
+    group.moves_on()
+    group.control.stop()
+    for thread in group.threads:
+        thread.join(20)
+    assert len(set(group.ended)) == 1
+    assert group.ended[0][0] is StopTraining
+
+
+def test_a_run_that_starts_paused_is_held_before_its_first_step():
+    group = Group(3, paused=True)
+    try:
+        assert group.held() == (1, 1)
+        group.control.resume()
+        group.moves_on()
+    finally:
+        group.close()

@@ -1,0 +1,328 @@
+"""Several training processes as one run: ranks over gloo, and children of a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from tests import processes
+from tests.runs.starting import until
+from tui_trainer.client.connection import RunClient
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.messages import Pause, Resume, Step, StepPhase
+from tui_trainer.run.rank_server import ending_of
+from tui_trainer.runs.registry import resolve
+from tui_trainer.store.reader import StoredHistory
+
+SCRIPT = """
+    import os, sys, time
+    import torch, torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+    model = DDP(torch.nn.Sequential(*layers))
+    torch.manual_seed(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    steps, pause = int(os.environ["STEPS"]), float(os.environ.get("PAUSE", "0"))
+    for step in range(1, steps + 1):
+        x = torch.randn(16, 8)
+        if rank == 1:
+            time.sleep(pause)
+        loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        if step % 10 == 0:
+            print("SEEN", rank, step, loss.item().hex(), norm.item().hex(), flush=True)
+    weights = [p.double().sum().item().hex() for p in model.parameters()]
+    print("WEIGHTS", rank, *weights, flush=True)
+    dist.destroy_process_group()
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Place:
+    def __init__(self, path):
+        self.path = path
+        self.runs = path / "runs"
+        self.started = []
+        (path / "train.py").write_text(textwrap.dedent(SCRIPT))
+
+    def start(self, ranks, *command, **variables):
+        """The processes of a launch, as a launcher would start them."""
+        port = str(free_port())
+        for rank in range(ranks):
+            environment = {
+                **os.environ,
+                **variables,
+                "TUI_TRAINER_RUNS_DIR": str(self.runs),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            with (
+                open(self.path / f"out-{rank}.txt", "w") as out,
+                open(self.path / f"err-{rank}.txt", "w") as err,
+            ):
+                process = processes.Popen(
+                    [sys.executable, *command],
+                    cwd=self.path,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                )
+            self.started.append(process)
+        return self.started[-ranks:]
+
+    def printed(self, word, ranks):
+        """Lines of all ranks that begin with `word`."""
+        lines = [
+            line
+            for rank in range(ranks)
+            for line in (self.path / f"out-{rank}.txt").read_text().splitlines()
+        ]
+        return sorted(line for line in lines if line.startswith(word))
+
+    def errors(self, rank):
+        return (self.path / f"err-{rank}.txt").read_text()
+
+    def run(self, name):
+        return resolve(name, self.runs)
+
+    def tables(self, name):
+        history = StoredHistory(self.runs / name, ended=True)
+        return {t.table.rank: t for t in history.tables_named(schema.RANKS)}
+
+
+@pytest.fixture
+def place(tmp_path):
+    found = Place(tmp_path)
+    yield found
+    for process in found.started:
+        process.kill()
+        process.wait()
+
+
+RUN = ("-P", "-m", "tui_trainer", "run", "--plain")
+
+
+def column(table, name):
+    block = np.concatenate([block.value for block in table.blocks()])
+    return block[:, schema.RANK_INDEX[name]]
+
+
+@pytest.mark.slow
+def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
+    for process in place.start(2, "train.py", STEPS="40"):
+        assert process.wait(120) == 0
+    alone = place.printed("", 2)
+    for process in place.start(2, *RUN, "--name", "both", "--budget", "0", "train.py", STEPS="40"):
+        assert process.wait(120) == 0, place.errors(0) + place.errors(1)
+    assert place.printed("WEIGHTS", 2) + place.printed("SEEN", 2) == [
+        line for word in ("WEIGHTS", "SEEN") for line in alone if line.startswith(word)
+    ]
+    assert [path.name for path in place.runs.iterdir() if path.name != ".launches"] == ["both"]
+
+    tables = place.tables("both")
+    assert sorted(tables) == [0, 1]
+    for line in place.printed("SEEN", 2):
+        _, rank, step, loss, norm = line.split()
+        table, at = tables[int(rank)], int(step) - 1
+        assert table.rows == 40
+        assert column(table, "loss")[at] == np.float32(float.fromhex(loss))
+        assert column(table, "grad_norm_preclip")[at] == pytest.approx(
+            float.fromhex(norm), rel=1e-5
+        )
+        assert column(table, "phase_ms.backward")[at] > 0
+    assert np.isfinite(column(tables[1], "lag_ms")).all()
+    assert (column(tables[0], "lag_ms") == 0).all()
+    assert column(tables[1], "host_bytes")[0] > 1e6
+    info = StoredHistory(place.runs / "both", ended=True).store.info()
+    assert [(p.rank, p.state) for p in info.processes] == [(0, "finished"), (1, "finished")]
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_the_same_boundary_and_a_killed_one_is_named(place):
+    started = place.start(
+        4, *RUN, "--name", "four", "--paused", "train.py", STEPS="1000000", PAUSE="0.01"
+    )
+    run = until(lambda: place.runs.is_dir() and _listening(place, "four"), "the run listens")
+    with RunClient.connect(run, "test", read_only=False) as client:
+
+        def command(action):
+            assert client.command(action).ok
+
+        def held(where):
+            client.poll()
+            status = client.snapshot.status
+            places = {(at.step, at.phase) for at in status.processes}
+            ready = len(status.processes) == 4 and all(at.held for at in status.processes)
+            return ready and len(places) == 1 and places == {where} and status.state == "paused"
+
+        until(lambda: held((1, "data")), "all ranks are held before the first step", 150)
+        for phase in ("zero_grad", "forward"):
+            seen = until(lambda: _step_phase(client, command), f"one phase, to {phase}")
+            assert seen
+        command(Step(3))
+        until(lambda: held((3, "step")), "three steps")
+        command(Resume())
+        for _ in range(3):
+            until(lambda: _running_on(client), "steps are made")
+            command(Pause())
+            until(lambda: _together(client), "all ranks are held at one boundary")
+            command(Resume())
+        until(lambda: _running_on(client), "steps are made")
+        os.kill(started[2].pid, signal.SIGKILL)
+    for process in started:
+        process.wait(60)
+    assert started[0].returncode == 1
+    reported = place.run("four").reported
+    assert reported.state == "crashed"
+    assert reported.reason.startswith("rank 2 ")
+    assert " at step " in reported.reason
+
+
+def _listening(place, name):
+    try:
+        run = place.run(name)
+    except Exception:
+        return None
+    return run if run.live and (run.directory / "run.sock").exists() else None
+
+
+def _together(client):
+    client.poll()
+    at = client.snapshot.status.processes
+    return len(at) == 4 and all(p.held for p in at) and len({(p.step, p.phase) for p in at}) == 1
+
+
+def _step_phase(client, command):
+    before = client.snapshot.status.processes[0]
+    command(StepPhase())
+
+    def moved():
+        after = client.snapshot.status.processes[0]
+        return _together(client) and (after.step, after.phase) != (before.step, before.phase)
+
+    return until(moved, "the next boundary")
+
+
+def _running_on(client):
+    first = client.snapshot.status.step
+    until(lambda: client.poll() and client.snapshot.status.step > first + 2, "further steps")
+    return True
+
+
+@pytest.mark.slow
+def test_torchrun_is_started_for_nproc(place):
+    environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(place.runs), "STEPS": "5"}
+    command = [sys.executable, *RUN[:-1], "--json", "--nproc", "2", "--name", "launched"]
+    done = processes.run(
+        [*command, "train.py"],
+        cwd=place.path,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    ranks = [line for line in lines if line.get("table") == "ranks"]
+    assert sorted((line["rank"], line["step"]) for line in ranks) == [
+        (rank, step) for rank in (0, 1) for step in range(1, 6)
+    ]
+    assert lines[-1]["reason"] == "finished"
+    assert done.stderr.count("WEIGHTS") == 2
+
+
+CHILDREN = """
+    import torch, torch.multiprocessing as mp
+    def train(seed, model):
+        torch.manual_seed(seed)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(12):
+            x = torch.randn(8, 4)
+            loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print("SEEN", seed, loss.item().hex(), flush=True)
+    if __name__ == "__main__":
+        for seed, method in enumerate(("fork", "spawn")):
+            torch.manual_seed(seed)
+            child = mp.get_context(method).Process(target=train, args=(seed, torch.nn.Linear(4, 1)))
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+"""
+
+
+@pytest.mark.slow
+def test_children_of_a_script_are_members_of_its_run(place):
+    (place.path / "children.py").write_text(textwrap.dedent(CHILDREN))
+    environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(place.runs)}
+    done = processes.run(
+        [sys.executable, *RUN, "--name", "family", "children.py"],
+        cwd=place.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    tables = place.tables("family")
+    assert {rank: table.rows for rank, table in tables.items()} == {1: 12, 2: 12}
+    for line in done.stdout.splitlines():
+        if line.startswith("SEEN"):
+            _, seed, loss = line.split()
+            assert column(tables[int(seed) + 1], "loss")[-1] == np.float32(float.fromhex(loss))
+    info = StoredHistory(place.runs / "family", ended=True).store.info()
+    assert [(p.rank, p.state) for p in info.processes] == [(1, "finished"), (2, "finished")]
+    assert place.run("family").reported.step == 12
+
+
+@pytest.mark.slow
+def test_a_rank_without_its_run_trains_on_and_says_so(place):
+    (place.path / "train.py").write_text("import torch\nprint('TRAINED')\n")
+    environment = {
+        **os.environ,
+        **{"TUI_TRAINER_RUNS_DIR": str(place.runs), "RANK": "1", "WORLD_SIZE": "2"},
+    }
+    done = processes.run(
+        [sys.executable, *RUN, "train.py"],
+        cwd=place.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "TRAINED\n")
+    assert done.stderr == "tui-trainer: rank 1 was not shown: its run was not found\n"
+
+
+def test_the_signal_that_ended_a_process_is_named():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        child.kill()
+        assert ending_of(child.pid) == "was killed by SIGKILL"
+    with subprocess.Popen([sys.executable, "-c", "import os; os._exit(3)"]) as child:
+        assert ending_of(child.pid, 30) == "exited with status 3"
+    assert ending_of(child.pid).startswith("died without saying why")

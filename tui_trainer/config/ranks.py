@@ -1,0 +1,96 @@
+"""Which process of a distributed training this is, and how its processes find each other.
+
+A launcher (torchrun, `accelerate launch`, …) describes each process by environment variables. Rank
+0 creates the run and leaves a note of it in the runs directory, under a name that only the
+processes of the same launch know. Used before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from tui_trainer.config.run_spec import runs_directory
+from tui_trainer.config.run_state import process_identity
+
+LAUNCHES = ".launches"
+"""Folder of the notes, in the runs directory."""
+_IDENTIFYING = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "WORLD_SIZE",
+)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A process of a distributed training."""
+
+    rank: int
+    world_size: int
+    restart: int = 0
+    """How often the launcher has started the processes again."""
+    launch: str = ""
+    """The same for all processes of a launch, and for no other."""
+
+
+def rank_here(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """This process's rank; None where it trains alone."""
+    try:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        restart = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    except (KeyError, ValueError):
+        return None
+    if world_size < 2 or not 0 <= rank < world_size:
+        return None
+    text = "\n".join(environment.get(name, "") for name in _IDENTIFYING)
+    return Rank(rank, world_size, restart, hashlib.sha256(text.encode()).hexdigest()[:24])
+
+
+class LaunchNote(msgspec.Struct, frozen=True):
+    """Where rank 0 of a launch records, as it leaves it for the other ranks."""
+
+    directory: str
+    pid: int
+    process: str
+    """See `process_identity`: a note of a process that is gone is not valid."""
+
+
+def _note_path(rank: Rank, runs_dir: str | os.PathLike[str] | None) -> Path:
+    return runs_directory(runs_dir) / LAUNCHES / f"{rank.launch}.json"
+
+
+def leave_note(
+    rank: Rank, directory: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Tell the other ranks of this launch where the run is. Raises OSError."""
+    path = _note_path(rank, runs_dir)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    note = LaunchNote(os.fspath(directory), os.getpid(), process_identity(os.getpid()))
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.encode(note))
+    os.chmod(temporary, 0o600)
+    temporary.replace(path)
+    return path
+
+
+def find_run(rank: Rank, runs_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The directory of the run that rank 0 of this launch records; None while there is none."""
+    path = _note_path(rank, runs_dir)
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        for checked in (path.parent, path):
+            found = checked.stat()
+            if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return None
+        note = msgspec.json.decode(path.read_bytes(), type=LaunchNote)
+        if note.process == process_identity(note.pid):
+            return Path(note.directory)
+    return None

@@ -1,0 +1,112 @@
+"""Messages between the training processes of one run: rank 0, which records and serves, and the
+others, each connected to the socket of the run.
+
+A process sends `Join` (see `messages`), then what it measures, unasked. Rank 0 answers with
+`Joined`, and sends where to stop and when to go on.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tui_trainer.protocol import Phase
+from tui_trainer.protocol.messages import EndState, Level, NoticeKind, Refused, Stream
+
+MAX_BYTES = 64 * 1024
+"""Of a message in either direction."""
+ROWS_PER_MESSAGE = 200
+
+Place = tuple[int, int]
+"""A phase boundary: (step, number of the boundary within the step from 1); (0, 0) precedes all. All
+processes of a distributed training pass the same boundaries in the same order."""
+SHARED = "<4q"
+"""What a process keeps of its position in memory that rank 0 can read: step, boundary, index of the
+phase that ended, and the time of that (ns, monotonic). The descriptor of that memory follows
+`Joined`, with one byte; a byte without a descriptor says that there is none."""
+
+
+class Joined(msgspec.Struct, tag="joined", frozen=True, array_like=True):
+    """Rank 0 accepts the process."""
+
+    rank: int
+
+
+class RankRow(msgspec.Struct, frozen=True, array_like=True):
+    """One optimizer step of the process."""
+
+    step: int
+    time: float
+    values: bytes
+    """float32 of `schema.RANK_COLUMNS`."""
+
+
+class RankRows(msgspec.Struct, tag="rows", frozen=True, array_like=True):
+    """At most ROWS_PER_MESSAGE steps."""
+
+    rows: tuple[RankRow, ...]
+
+
+class RankLine(msgspec.Struct, tag="line", frozen=True, array_like=True):
+    """A line that the process printed."""
+
+    stream: Stream
+    text: str
+
+
+class RankNotice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
+    """A line for the log of the run."""
+
+    kind: NoticeKind
+    text: str
+    level: Level
+    step: int
+
+
+class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
+    """Where the process is: sent when it stops, and in answer to `Hold`."""
+
+    place: Place
+    """The last boundary that it has reached."""
+    phase: Phase | Literal[""]
+    """The phase that ended there."""
+    held: bool
+    """Whether it is stopped there."""
+    answers: int = 0
+    """Number of the last `Hold` or `Go` that was obeyed before."""
+
+
+class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
+    """The last message: how the training ended."""
+
+    state: EndState
+    reason: str
+    step: int
+
+
+class StopWanted(msgspec.Struct, tag="stop_wanted", frozen=True, array_like=True):
+    """The process was sent a signal to end."""
+
+
+class Hold(msgspec.Struct, tag="hold", frozen=True, array_like=True):
+    """Stop at the first boundary that does not precede `place`, or at the end of step `step` where
+    that is given; a process that is stopped before it goes on until there."""
+
+    number: int
+    place: Place = (0, 0)
+    step: int | None = None
+
+
+class Go(msgspec.Struct, tag="go", frozen=True, array_like=True):
+    """Run freely, or to the end where `stop` is set: training stops at this boundary."""
+
+    number: int
+    stop: bool = False
+
+
+ToRankZero = RankRows | RankLine | RankNotice | RankAt | StopWanted | Leave
+ToRank = Joined | Refused | Hold | Go
+
+to_rank_zero: msgspec.msgpack.Decoder[ToRankZero] = msgspec.msgpack.Decoder(ToRankZero)
+to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

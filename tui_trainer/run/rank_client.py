@@ -1,0 +1,220 @@
+"""The side of a training process that another one records: sends rank 0 what is measured here.
+
+It is a sink of this process's recorder, on a thread of its own; another thread connects and
+listens. The training thread waits for neither. Without rank 0 the training goes on as if alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from tui_trainer import __version__
+from tui_trainer.config.run_spec import find_socket
+from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
+from tui_trainer.protocol.messages import EndState, Join, LogLine, NonFinite, Notice, Status
+from tui_trainer.protocol.ranks import (
+    MAX_BYTES,
+    ROWS_PER_MESSAGE,
+    Joined,
+    Leave,
+    RankLine,
+    RankNotice,
+    RankRow,
+    RankRows,
+    ToRank,
+    ToRankZero,
+    to_rank,
+)
+from tui_trainer.protocol.schema import Table
+from tui_trainer.record.events import InfoChanged, Item, StepRecorded
+from tui_trainer.record.rank_row import rank_row
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.security import connect_unix
+
+FIND_S = 60.0
+"""How long rank 0 is looked for: it may be importing from a slow disk."""
+RETRY_S = 0.1
+SEND_TIMEOUT_S = 10.0
+LEAVE_S = 3.0
+"""How long the end of the training waits for what is still to be sent."""
+BACKLOG = 20_000
+"""Messages kept until rank 0 is found."""
+LINE_CHARACTERS = 4_000
+
+
+class RankClient:
+    """The connection of one training process to the run."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        label: str,
+        locate: Callable[[], Path | None],
+        say: Callable[[str], None],
+        shared: int = -1,
+    ) -> None:
+        """`rank`: -1 for a child process, which gets a number. `locate()`: the run's directory once
+        it is known; `say(text)` tells the user, once, that rank 0 is not there; `shared`: the
+        descriptor of the memory with this process's position."""
+        self._join = Join(PROTOCOL_VERSION, __version__, rank, world_size, os.getpid(), label)
+        self._locate = locate
+        self._say = say
+        self._shared = shared
+        self.on_message: Callable[[ToRank], None] = lambda message: None
+        """Called on the listening thread with what rank 0 sends."""
+        self.on_joined: Callable[[], None] = lambda: None
+        """Called on that thread once rank 0 has accepted this process."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called once when rank 0 was not found or is gone."""
+        self._sending = threading.Lock()
+        self._stream: socket.socket | None = None
+        self._backlog: deque[ToRankZero] = deque(maxlen=BACKLOG)
+        self._given_up = False
+        self._leaving = threading.Event()
+        self._settled = threading.Event()
+        """Rank 0 was found, or will not be."""
+        self._tables: tuple[Table, ...] = ()
+        self._thread = threading.Thread(target=self._work, name="tui-trainer rank", daemon=True)
+
+    @property
+    def connected(self) -> bool:
+        return self._stream is not None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, message: ToRankZero) -> None:
+        """Send it, or keep it until rank 0 is found. For any thread but the training's."""
+        with self._sending:
+            if self._given_up:
+                return
+            if self._stream is None:
+                self._backlog.append(message)
+                return
+            self._send_now(message)
+
+    def leave(self, state: EndState, reason: str, step: int) -> None:
+        """Say how the training has ended, and close the connection."""
+        if not self._settled.wait(LEAVE_S):
+            self._say(f"{self._name()} was not shown: its run was not found")
+        self.send(Leave(state, reason, step))
+        self._leaving.set()
+        with self._sending:
+            stream, self._stream, self._given_up = self._stream, None, True
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_WR)
+            self._thread.join(LEAVE_S)
+            stream.close()
+
+    # ------------------------------------------------------------ sink
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        rows: list[RankRow] = []
+        for item in items:
+            match item:
+                case InfoChanged():
+                    self._tables = item.info.tables
+                case StepRecorded(record=record):
+                    values = rank_row(self._tables, record)
+                    rows.append(RankRow(record.step, record.time, values.tobytes()))
+                case LogLine():
+                    self.send(RankLine(item.stream, item.text[:LINE_CHARACTERS]))
+                case Notice() if item.level != "info":
+                    text = item.text[:LINE_CHARACTERS]
+                    self.send(RankNotice(item.kind, text, item.level, item.step))
+                case NonFinite():
+                    text = item.text[:LINE_CHARACTERS]
+                    self.send(RankNotice("rank", text, "warning", item.step))
+                case _:
+                    pass
+        for first in range(0, len(rows), ROWS_PER_MESSAGE):
+            self.send(RankRows(tuple(rows[first : first + ROWS_PER_MESSAGE])))
+
+    def close(self) -> None:
+        """Nothing to close: `leave` does."""
+
+    # ------------------------------------------------------------ the connection
+
+    def _work(self) -> None:
+        lost = "its run was not found"
+        try:
+            stream = self._connect()
+            if stream is not None:
+                lost = "the connection to its run has ended"
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        self.on_message(read_as(stream.recv, to_rank, MAX_BYTES))
+        except (OSError, ProtocolError, RunError) as error:
+            lost = f"{lost}: {error}"
+        finally:
+            with self._sending:
+                self._given_up, self._stream = True, None
+                self._backlog.clear()
+            self._settled.set()
+            if not self._leaving.is_set():
+                self._say(f"{self._name()} trains on without being shown: {lost}")
+            self.on_lost()
+
+    def _name(self) -> str:
+        return self._join.label or f"rank {self._join.rank}"
+
+    def _connect(self) -> socket.socket | None:
+        deadline = time.monotonic() + FIND_S
+        while (found := self._try()) is None:
+            if time.monotonic() > deadline or self._leaving.wait(RETRY_S):
+                return None
+        stream, joined = found
+        if not isinstance(joined, Joined):
+            raise ProtocolError(getattr(joined, "reason", "an unexpected answer"))
+        self._join = msgspec.structs.replace(self._join, rank=joined.rank)
+        self._share(stream)
+        self.on_joined()
+        with self._sending:
+            self._stream = stream
+            while self._backlog and self._stream is not None:
+                self._send_now(self._backlog.popleft())
+        self._settled.set()
+        return stream
+
+    def _share(self, stream: socket.socket) -> None:
+        """Hand the memory with this process's position to rank 0."""
+        descriptors = [self._shared] if self._shared >= 0 else []
+        socket.send_fds(stream, [b"\0"], descriptors)
+
+    def _try(self) -> tuple[socket.socket, ToRank] | None:
+        directory = self._locate()
+        path = find_socket(directory) if directory is not None else None
+        if path is None:
+            return None
+        try:
+            stream = connect_unix(path)
+        except RunError:  # it does not listen yet, or cannot be trusted
+            return None
+        stream.settimeout(SEND_TIMEOUT_S)
+        stream.sendall(encode(self._join, MAX_BYTES))
+        answer = read_as(stream.recv, to_rank, MAX_BYTES)
+        stream.settimeout(None)
+        return stream, answer
+
+    def _send_now(self, message: ToRankZero) -> None:
+        """Under the lock. A connection that fails is given up."""
+        stream = self._stream
+        assert stream is not None
+        try:
+            stream.sendall(encode(message, MAX_BYTES))
+        except (OSError, ProtocolError):
+            self._stream, self._given_up = None, True
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,284 @@
+"""Stops all training processes of a run at the same boundary of the same step, and lets them go on.
+
+No process may be left waiting in a collective for one that has been stopped. So rank 0 has all of
+them stop at their next boundary and learns where each is: one that has stopped at boundary B, or
+one that has passed B and has not come to its next boundary, perhaps because it waits for the others
+in a collective. The first boundary that none has passed is where all of them stop; those that stand
+before it go on until there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import threading
+import time
+from typing import Literal
+
+from tui_trainer.protocol.ranks import SHARED, Go, Hold, Place, RankAt, ToRank
+from tui_trainer.run.rank_client import RankClient
+from tui_trainer.run.rank_server import Peer, RankServer
+from tui_trainer.trace.gate import Gate, Refusal
+
+STOP_S = 20.0
+"""After this time a stop no longer waits for all processes to come to the same boundary."""
+
+GRACE_S, SETTLE_S = 0.02, 5.0
+"""How long a process that has not stopped is given to come to its next boundary, and one at a
+boundary to stop there: it may be measuring what the phase produced."""
+
+Goal = Literal["go", "hold", "steps", "stop", "end"]
+"""`steps`, `stop`: to the end of a step, and there pause or end; `end`: all are there."""
+
+
+class RankControl:
+    """The controls of a run: those of its gate, for all of its processes. Thread-safe; nothing is
+    sent on the calling thread."""
+
+    def __init__(self, gate: Gate, ranks: RankServer) -> None:
+        self._gate = gate
+        self._ranks = ranks
+        self._changed = threading.Condition(threading.RLock())
+        self._dirty = False
+        self._thread: threading.Thread | None = None
+        self._goal: Goal = "hold" if gate.armed else "go"
+        self._place: Place = (0, 0)
+        self._step = 0
+        self._checkpoint = False
+        self._stop_by = 0.0
+        self._number = 1
+        ranks.on_change = self.wake
+
+    def wake(self) -> None:
+        """Something has changed: a process, or the gate. For any thread."""
+        with self._changed:
+            self._dirty = True
+            if self._thread is None and self._ranks.peers:
+                self._thread = threading.Thread(
+                    target=self._work, name="tui-trainer rank control", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------ controls
+
+    def pause(self) -> None:
+        """Stop all processes at the first boundary that none has passed."""
+        if not self._ranks.peers:
+            self._goal = "hold"
+            return self._gate.pause()
+        self._set("hold")
+        return self._gate.hold_from((0, 0))
+
+    def resume(self) -> None:
+        self._set("go")
+        self._gate.resume()
+
+    def step(self, count: int = 1) -> None:
+        """Pause all after `count` more steps."""
+        if not self._ranks.peers:
+            self._goal = "hold"
+            return self._gate.step(count)
+        first = self._step if self._goal == "steps" else max(self._completed())
+        return self._run_to(first + count)
+
+    def step_phase(self) -> None:
+        """Pause all at the boundary after the one at which they are stopped."""
+        if not self._ranks.peers:
+            self._goal = "hold"
+            return self._gate.step_phase()
+        step, number = self._gate.place
+        place = (step, number + 1) if self._gate.mode == "paused" else (0, 0)
+        self._set("hold", place)
+        return self._gate.hold_from(place)
+
+    def run_to_epoch_end(self) -> None:
+        if not self._ranks.peers:
+            self._goal = "hold"
+            return self._gate.run_to_epoch_end()
+        steps = self._gate.steps_per_epoch
+        if not steps:
+            raise Refusal("this run has no epochs")
+        return self._run_to((max(self._completed()) // steps + 1) * steps)
+
+    def stop(self, checkpoint: bool = False) -> None:
+        """Stop all at the end of the same step."""
+        if not self._ranks.peers:
+            return self._gate.stop(checkpoint)
+        with self._changed:
+            if self._goal in ("stop", "end"):
+                return None
+            self._checkpoint = checkpoint
+            self._stop_by = time.monotonic() + STOP_S
+            self._step = max(self._completed()) + 1
+            self._set("stop")
+        return self._gate.run_until(self._step)
+
+    def _run_to(self, step: int) -> None:
+        with self._changed:
+            self._step = step
+            self._set("steps")
+        self._gate.run_until(step)
+
+    def _set(self, goal: Goal, place: Place = (0, 0)) -> None:
+        with self._changed:
+            self._goal, self._place = goal, place
+            self._number += 1
+            self.wake()
+
+    def _completed(self) -> list[int]:
+        return [self._gate.completed, *(p.step for p in self._ranks.peers if not p.child)]
+
+    # ------------------------------------------------------------ the other processes
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._dirty, 0.2)
+                self._dirty = False
+            with contextlib.suppress(Refusal):  # the training has ended
+                self._align()
+                self._tell()
+
+    def _tell(self) -> None:
+        """Send the processes what they have not been sent yet, without the lock."""
+        with self._changed:
+            number, ends, message = self._number, self._goal == "end", self._message()
+        for peer in self._ranks.peers:
+            if peer.obeys < number:
+                peer.obeys = number
+                with contextlib.suppress(OSError):  # it is gone, or does not read
+                    peer.send(message)
+        if ends:
+            self._gate.stop(self._checkpoint)
+
+    def _message(self) -> ToRank:
+        match self._goal:
+            case "go" | "end":
+                return Go(self._number, stop=self._goal == "end")
+            case "hold":
+                return Hold(self._number, self._place)
+            case _:
+                return Hold(self._number, step=self._step)
+
+    def _align(self) -> None:
+        """Move the boundary on where a process has passed it."""
+        with self._changed:
+            if self._goal in ("go", "end"):
+                return
+            if self._goal == "stop" and time.monotonic() > self._stop_by:
+                self._set("end")
+            peers = [peer for peer in self._ranks.peers if not peer.child]
+            if not all(p.at is not None and p.at.answers == self._number for p in peers):
+                return
+            if self._gate.in_gate and self._gate.mode == "running":
+                return  # about to stop, or to go on: see `_work`
+            needed, settled = self._needed(peers)
+            if settled:
+                if self._goal == "stop":
+                    self._set("end")
+            elif self._goal == "hold" and needed > self._place:
+                self._set("hold", needed)
+                self._gate.hold_from(needed)
+            elif self._goal != "hold" and needed > (self._step + 1, 0):
+                self._step = needed[0]
+                self._set(self._goal)
+                self._gate.run_until(self._step)
+
+    def _needed(self, peers: list[Peer]) -> tuple[Place, bool]:
+        """The first boundary that no process has passed, and whether all are stopped at it."""
+        gate = self._gate
+        held = [gate.mode == "paused"]  # before its place: it may come to a boundary meanwhile
+        places: list[Place] = [gate.place]
+        ends = [gate.phase == "step"]
+        for peer in peers:
+            assert peer.at is not None
+            places.append(peer.at.place)
+            held.append(peer.at.held)
+            ends.append(peer.at.phase == "step")
+        needed = max(
+            place if stopped else (place[0] + end, 1 if end else place[1] + 1)
+            for place, stopped, end in zip(places, held, ends, strict=True)
+        )
+        return needed, all(held) and len(set(places)) == 1
+
+
+class RankObedience:
+    """The other side: the gate of a process that does what rank 0 says."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._changed = threading.Event()
+        self._number = 0
+        self._client: RankClient | None = None
+        self.descriptor = -1
+        with contextlib.suppress(OSError, AttributeError):  # only on Linux
+            self.descriptor = os.memfd_create("tui-trainer", os.MFD_CLOEXEC)
+            size = struct.calcsize(SHARED)
+            os.ftruncate(self.descriptor, size)
+            gate.shared = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
+
+    def follow(self, client: RankClient) -> None:
+        """Obey what `client` receives."""
+        self._client = client
+        client.on_message = self._obey
+        client.on_lost = self._alone
+        before = self._gate.hooks.changed
+
+        def changed() -> None:
+            self._changed.set()
+            before()
+
+        self._gate.hooks.changed = changed
+        threading.Thread(target=self._report, name="tui-trainer place", daemon=True).start()
+
+    def _obey(self, message: ToRank) -> None:
+        with contextlib.suppress(Refusal):  # the training has ended
+            match message:
+                case Hold(number=number, place=place, step=step):
+                    if step is None:
+                        self._gate.hold_from(place)
+                    else:
+                        self._gate.run_until(step)
+                    self._number = number
+                    self._changed.set()
+                case Go(number=number, stop=stop):
+                    self._number = number
+                    if stop:
+                        self._gate.stop()
+                    else:
+                        self._gate.resume()
+                case _:
+                    pass
+
+    def _report(self) -> None:
+        """Say where this process is, after each change of its gate."""
+        gate, client = self._gate, self._client
+        assert client is not None
+        while gate.mode != "ended":
+            self._changed.wait()
+            self._changed.clear()
+            number = 0
+            while number != self._number:  # a command that came meanwhile is answered as well
+                number = self._number
+                self._settle()
+                held = gate.mode == "paused"  # read before its place: see `RankControl._needed`
+                client.send(RankAt(gate.place, gate.phase, held, number))
+
+    def _settle(self) -> None:
+        """Wait for a thread that has just come to a boundary to stop there or to pass it, so that
+        it is not taken for one that has passed it. A wrong answer moves the boundary on by one."""
+        gate, deadline = self._gate, time.monotonic() + SETTLE_S
+        if gate.armed and gate.mode == "running":
+            self._changed.wait(GRACE_S)
+            self._changed.clear()
+        while gate.in_gate and gate.mode == "running" and time.monotonic() < deadline:
+            self._changed.wait(GRACE_S)
+            self._changed.clear()
+
+    def _alone(self) -> None:
+        """Nobody could resume a process that is paused without rank 0."""
+        with contextlib.suppress(Refusal):
+            self._gate.resume()

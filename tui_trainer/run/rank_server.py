@@ -1,0 +1,388 @@
+"""Rank 0's side of a run with several training processes: takes what the others measure into tables
+`ranks`, and notices when one of them dies.
+
+A thread for each connected process reads its messages; the training thread never waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tui_trainer.config.ranks import Rank
+from tui_trainer.history.records import Floats
+from tui_trainer.protocol import PHASES, Phase, schema
+from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
+from tui_trainer.protocol.messages import EndState, Join, ProcessAt, Refused, Status
+from tui_trainer.protocol.ranks import (
+    MAX_BYTES,
+    SHARED,
+    Joined,
+    Leave,
+    RankAt,
+    RankLine,
+    RankNotice,
+    RankRows,
+    StopWanted,
+    ToRank,
+    ToRankZero,
+    to_rank_zero,
+)
+from tui_trainer.protocol.schema import ProcessInfo, ProcessState, Table
+from tui_trainer.protocol.text import single_line
+from tui_trainer.record.events import InfoChanged, Item, StepRecorded
+from tui_trainer.record.rank_row import rank_row
+from tui_trainer.record.recorder import Recorder
+
+MAX_PROCESSES = 1024
+SEND_TIMEOUT_S = 10.0
+MATCH_S = 2.0
+"""How long a row waits for the time at which rank 0 ended the same step."""
+STEPS_REMEMBERED = 4096
+LEAVE_S = 5.0
+"""How long the end of the run waits for the other processes to end theirs."""
+VERDICT_S = 1.5
+"""How long a failure of rank 0 waits for the death of another process, which may be its cause."""
+REASON_CHARACTERS = 300
+
+
+@dataclass(eq=False)
+class Peer:
+    """Another training process of the run."""
+
+    rank: int
+    label: str
+    pid: int
+    stream: socket.socket
+    child: bool
+    """A child process of a script: its steps have nothing to do with those of rank 0."""
+    step: int = 0
+    """Steps completed."""
+    at: RankAt | None = None
+    obeys: int = 0
+    """Number of the last `Hold` or `Go` that was sent."""
+    shared: mmap.mmap | None = None
+    """See `protocol.ranks.SHARED`."""
+    left: Leave | None = None
+    sending: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def name(self) -> str:
+        return self.label or f"rank {self.rank}"
+
+    def position(self) -> ProcessAt | None:
+        """Where it is now; None where that is not known."""
+        held = self.at is not None and self.at.held
+        if self.shared is not None:
+            step, number, phase, since = struct.unpack_from(SHARED, self.shared)
+            if not 0 <= phase < len(PHASES) or not number:
+                return None
+            for_s = max(0.0, (time.monotonic_ns() - since) / 1e9)
+            ended: Phase = PHASES[phase]
+            return ProcessAt(self.rank, step, ended, for_s, held)
+        if self.at is None:
+            return None
+        return ProcessAt(self.rank, self.at.place[0], self.at.phase, 0.0, held)
+
+    def step_in_progress(self) -> int:
+        at = self.position()
+        return max(self.step + 1, at.step + (at.phase == "step") if at else 0)
+
+    def send(self, message: ToRank) -> None:
+        """Raises OSError."""
+        with self.sending:
+            self.stream.settimeout(SEND_TIMEOUT_S)
+            try:
+                self.stream.sendall(encode(message, MAX_BYTES))
+            finally:
+                self.stream.settimeout(None)
+
+
+@dataclass
+class _Waiting:
+    """A row whose lag is not known yet."""
+
+    table: int
+    step: int
+    ended_at: float
+    values: Floats
+    since: float
+
+
+class RankServer:
+    """The other training processes of a run. It is a sink of rank 0's recorder, from which it takes
+    rank 0's own rows."""
+
+    def __init__(self, recorder: Recorder, own: Rank | None = None) -> None:
+        """`own`: rank 0, in a run whose number of processes is known."""
+        self._recorder = recorder
+        self._own = own
+        self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)
+        self._peers: dict[int, Peer] = {}
+        """Those that are connected."""
+        self._processes: dict[int, ProcessInfo] = {}
+        self._tables: dict[int, int] = {}
+        """Rank to the id of its table."""
+        self._declared: tuple[Table, ...] = ()
+        self._own_ends: OrderedDict[int, float] = OrderedDict()
+        """Step to the time at which rank 0 ended it."""
+        self._waiting: deque[_Waiting] = deque()
+        self._verdicts: list[str] = []
+        self._closing = False
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a process has joined, has said where it is, or is gone."""
+        self.on_stop_wanted: Callable[[], None] = lambda: None
+        """Called when a process was sent a signal to end."""
+        self.steps_of_children = 0
+        """Steps that the furthest child process has completed."""
+        if own is not None:
+            for rank in range(own.world_size):
+                state: ProcessState = "waiting" if rank else "running"
+                pid = 0 if rank else os.getpid()
+                self._processes[rank] = ProcessInfo(rank, pid=pid, state=state)
+            self._describe()
+
+    # ------------------------------------------------------------ state, for any thread
+
+    @property
+    def several(self) -> bool:
+        """Whether the run has, or had, more than one training process."""
+        return bool(self._processes)
+
+    @property
+    def peers(self) -> list[Peer]:
+        """The processes that are connected now."""
+        with self._lock:
+            return list(self._peers.values())
+
+    def positions(self, own: ProcessAt) -> tuple[ProcessAt, ...]:
+        """Where each process is; rank 0 is at `own`."""
+        found = [at for peer in self.peers if (at := peer.position()) is not None]
+        if found and self._own is not None:
+            found.append(own)
+        return tuple(sorted(found, key=lambda at: at.rank))
+
+    def own_ended(self, state: EndState, reason: str) -> None:
+        """The training of rank 0 has ended."""
+        if self._own is not None:
+            self._processes[0] = ProcessInfo(0, "", os.getpid(), state, reason)
+            self._describe()
+
+    def verdict(self, wait_s: float = 0.0) -> str:
+        """How the first process that failed has ended; "" while all are well."""
+        with self._left:
+            self._left.wait_for(lambda: self._verdicts or not self._peers, wait_s)
+            return self._verdicts[0] if self._verdicts else ""
+
+    def wait_until_left(self, timeout: float) -> None:
+        """At the end of the run: wait until the other processes have sent everything."""
+        with self._left:
+            self._left.wait_for(lambda: not self._peers, timeout)
+            self._closing = True
+            peers = list(self._peers.values())
+        for peer in peers:
+            with contextlib.suppress(OSError):
+                peer.stream.shutdown(socket.SHUT_RDWR)
+
+    # ------------------------------------------------------------ a connected process
+
+    def serve(self, stream: socket.socket, join: Join) -> None:
+        """Take what one process sends until it has left or died."""
+        peer = self._admit(stream, join)
+        if peer is None:
+            return
+        try:
+            peer.send(Joined(peer.rank))
+            peer.shared = _receive_shared(stream)
+            self.on_change()
+            while peer.left is None:
+                self._take(peer, read_as(stream.recv, to_rank_zero, MAX_BYTES))
+        except (ConnectionClosed, OSError):
+            pass
+        except ProtocolError as error:
+            self._recorder.notice("rank", f"{peer.name} was dropped: {error}", "error")
+        finally:
+            self._gone(peer)
+
+    def _admit(self, stream: socket.socket, join: Join) -> Peer | None:
+        with self._lock:
+            rank, child = join.rank, join.rank < 0
+            if child:
+                rank = max(self._processes, default=0) + 1
+            refusal = ""
+            if self._closing or rank >= MAX_PROCESSES:
+                refusal = "the run takes no further process"
+            elif not child and (self._own is None or not 0 < rank < self._own.world_size):
+                refusal = f"this run has no rank {rank}"
+            elif rank in self._peers:
+                refusal = f"rank {rank} is connected already"
+            if refusal:
+                with contextlib.suppress(OSError):
+                    stream.sendall(encode(Refused(refusal)))
+                return None
+            label = single_line(join.label, 40)
+            peer = Peer(rank, label, join.pid, stream, child)
+            self._peers[rank] = peer
+            self._processes[rank] = ProcessInfo(rank, label, join.pid, "running")
+            self._describe()
+        return peer
+
+    def _take(self, peer: Peer, message: ToRankZero) -> None:
+        match message:
+            case RankRows(rows=rows):
+                for row in rows:
+                    values = np.frombuffer(row.values, "<f4").astype(np.float32)
+                    if len(values) != len(schema.RANK_COLUMNS):
+                        raise ProtocolError("a row of another size")
+                    peer.step = max(peer.step, row.step)
+                    if peer.child:
+                        self.steps_of_children = max(self.steps_of_children, row.step)
+                    self._add(peer.rank, row.step, row.time, values, peer.child)
+                self._match()
+                if peer.child and not self._own_ends:
+                    self._recorder.set_status(step=self.steps_of_children)
+            case RankLine(stream=stream, text=text):
+                self._recorder.log(stream, f"[{peer.name}] {text}")
+            case RankNotice():
+                text = f"{peer.name}: {message.text}"
+                self._recorder.notice(message.kind, text, message.level, message.step)
+            case RankAt():
+                peer.at = message
+                self.on_change()
+            case StopWanted():
+                self.on_stop_wanted()
+            case Leave():
+                peer.left = message
+
+    def _gone(self, peer: Peer) -> None:
+        state: ProcessState = "killed"
+        if peer.left is not None:
+            state, reason = peer.left.state, peer.left.reason[:REASON_CHARACTERS]
+            failed = state == "crashed"
+            verdict = f"{peer.name} crashed at step {peer.left.step:,}: {reason}"
+        elif self._closing:
+            state, reason, failed, verdict = "stopped", "", False, ""
+        else:
+            ending = ending_of(peer.pid)
+            step = peer.step_in_progress()
+            reason, failed = ending, True
+            verdict = f"{peer.name} {ending} at step {step:,}"
+        with self._left:
+            self._peers.pop(peer.rank, None)
+            self._processes[peer.rank] = ProcessInfo(peer.rank, peer.label, peer.pid, state, reason)
+            self._describe()
+            if failed and verdict not in self._verdicts:
+                self._verdicts.append(verdict)
+                self._recorder.notice("rank", verdict, "error")
+                if not peer.child:
+                    self._recorder.set_status(reason=verdict)
+            self._left.notify_all()
+        self.on_change()
+
+    def _describe(self) -> None:
+        self._recorder.describe(processes=tuple(p for _, p in sorted(self._processes.items())))
+
+    # ------------------------------------------------------------ rows
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        """Rank 0's own steps; called twice a second at least."""
+        for item in items:
+            if isinstance(item, InfoChanged):
+                self._declared = item.info.tables
+            elif isinstance(item, StepRecorded) and self._processes:
+                record = item.record
+                values = rank_row(self._declared, record)
+                with self._lock:
+                    self._own_ends[record.step] = record.time
+                    while len(self._own_ends) > STEPS_REMEMBERED:
+                        self._own_ends.popitem(last=False)
+                if self._own is not None:
+                    self._add(0, record.step, record.time, values, False)
+        self._match()
+
+    def close(self) -> None:
+        """Record the rows whose lag will never be known."""
+        self._match(everything=True)
+
+    def _add(self, rank: int, step: int, ended_at: float, values: Floats, alone: bool) -> None:
+        with self._lock:
+            table = self._tables.get(rank)
+            if table is None:
+                table = self._tables[rank] = self._recorder.new_table(
+                    schema.RANKS, schema.RANK_COLUMNS, rank=rank
+                )
+            if alone:
+                self._recorder.row(table, step, values)
+            else:
+                self._waiting.append(_Waiting(table, step, ended_at, values, time.monotonic()))
+
+    def _match(self, everything: bool = False) -> None:
+        """Record the rows whose lag is known, each table's in order."""
+        with self._lock:
+            deadline = time.monotonic() - MATCH_S
+            blocked: set[int] = set()
+            kept: deque[_Waiting] = deque()
+            for row in self._waiting:
+                own_end = self._own_ends.get(row.step)
+                late = everything or row.since < deadline
+                if row.table in blocked or (own_end is None and not late):
+                    blocked.add(row.table)
+                    kept.append(row)
+                    continue
+                if own_end is not None:
+                    row.values[schema.RANK_INDEX["lag_ms"]] = (row.ended_at - own_end) * 1e3
+                self._recorder.row(row.table, row.step, row.values)
+            self._waiting = kept
+
+
+def _receive_shared(stream: socket.socket) -> mmap.mmap | None:
+    """The memory in which a process keeps its position. Raises OSError."""
+    _, descriptors, _, _ = socket.recv_fds(stream, 1, 1)
+    if not descriptors:
+        return None
+    try:
+        return mmap.mmap(descriptors[0], struct.calcsize(SHARED), prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(descriptors[0])
+
+
+def ending_of(pid: int, wait_s: float = 0.5) -> str:
+    """How a process that closed its connection without a word has ended.
+
+    A parent that waits for it removes what the system knows of it, so this looks at once.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return "died without saying why (a signal or os._exit)"
+        if fields[0] in ("Z", "X"):
+            return _ending(int(fields[49]))
+        if time.monotonic() > deadline:
+            return "closed its connection"
+        time.sleep(0.001)
+
+
+def _ending(status: int) -> str:
+    number = status & 0x7F
+    if not number:
+        return f"exited with status {status >> 8}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(number).name}"
+    return f"was killed by signal {number}"
