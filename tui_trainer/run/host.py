@@ -38,9 +38,9 @@ from tui_trainer.run.outcome import (
     print_failure,
     print_outcome,
 )
-from tui_trainer.run.scalars import activated
 from tui_trainer.run.rank_control import RankControl
 from tui_trainer.run.rank_server import LEAVE_S, VERDICT_S, RankServer
+from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
 from tui_trainer.store.writer import StoreWriter
