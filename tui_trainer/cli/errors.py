@@ -48,14 +48,14 @@ def say(message: str, hint: str = "") -> None:
         sys.stderr.flush()
 
 
-def report_internal_error(fault: Exception) -> None:
+def report_internal_error(error: Exception) -> None:
     """Print one line about an internal error and write its traceback to a file."""
-    message = f"internal error: {type(fault).__name__}: {fault}"
+    message = f"internal error: {type(error).__name__}: {error}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="tui-trainer-fault-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            file.write("".join(traceback.format_exception(fault)))
+            file.write("".join(traceback.format_exception(error)))
     except OSError:
         say(message, "please report it")
     else:

@@ -35,11 +35,11 @@ def load_task(name: str) -> TaskDefinition:
     entry = entries[name]
     try:
         loaded = entry.load()
-    except Exception as fault:
+    except Exception as error:
         raise CommandError(
-            f"the task {name} cannot be loaded: {type(fault).__name__}: {fault}",
+            f"the task {name} cannot be loaded: {type(error).__name__}: {error}",
             _installed_by(entry),
-        ) from fault
+        ) from error
     if not isinstance(loaded, TaskDefinition):
         raise CommandError(
             f"the task {name} is a {type(loaded).__name__}, not a TaskDefinition",
@@ -59,6 +59,6 @@ def usable_tasks(names: Sequence[str]) -> list[TaskDefinition]:
     for name in names:
         try:
             tasks.append(load_task(name))
-        except CommandError as fault:
-            say(fault.message, fault.hint)
+        except CommandError as error:
+            say(error.message, error.hint)
     return tasks

@@ -41,14 +41,14 @@ def run(arguments: Sequence[str]) -> int:
     given = list(arguments)
     try:
         return _dispatch(given)
-    except CommandError as fault:
-        say(fault.message, fault.hint)
-        return fault.status
-    except ConfigurationError as fault:
-        say(fault.message, fault.hint)
+    except CommandError as error:
+        say(error.message, error.hint)
+        return error.status
+    except ConfigurationError as error:
+        say(error.message, error.hint)
         return USAGE
-    except CycloptsError as fault:
-        message, hint = _message_of(fault)
+    except CycloptsError as error:
+        message, hint = _message_of(error)
         say(message, hint or _help_hint(given))
         return USAGE
     except KeyboardInterrupt:
@@ -56,19 +56,19 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         discard_stdout()
         return FAULT
-    except Exception as fault:
-        report_internal_error(fault)
+    except Exception as error:
+        report_internal_error(error)
         return FAULT
 
 
-def _message_of(fault: CycloptsError) -> tuple[str, str]:
+def _message_of(error: CycloptsError) -> tuple[str, str]:
     """Message and hint of a cyclopts error."""
-    if isinstance(fault, UnusedCliTokensError):
-        extra = " ".join(fault.unused_tokens or [])
+    if isinstance(error, UnusedCliTokensError):
+        extra = " ".join(error.unused_tokens or [])
         return f"unexpected argument {extra}", "options begin with --"
-    if isinstance(fault, MissingArgumentError) and fault.argument is not None:
-        return f"{fault.argument.name} needs a value", ""
-    message, _, suggestion = str(fault).strip().partition(" Did you mean ")
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        return f"{error.argument.name} needs a value", ""
+    message, _, suggestion = str(error).strip().partition(" Did you mean ")
     message = message[:1].lower() + message[1:]
     return message.rstrip("."), f"did you mean {suggestion}" if suggestion else ""
 

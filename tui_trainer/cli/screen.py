@@ -52,9 +52,9 @@ class OpenedRun:
         self.spec = spec
         try:
             self.launched: RunProcess = launch(spec)
-        except OSError as fault:
+        except OSError as error:
             discard(spec)
-            raise CommandError(f"cannot start the run process: {fault}") from fault
+            raise CommandError(f"cannot start the run process: {error}") from error
         from tui_trainer.client.connection import connector
         from tui_trainer.client.live import LiveSession
 
@@ -120,8 +120,8 @@ def show_start(
     def open_run(request: LaunchRequest) -> Session:
         try:
             opened.append(OpenedRun(start(request)))
-        except CommandError as fault:
-            raise LaunchError(fault.message, fault.hint) from fault
+        except CommandError as error:
+            raise LaunchError(error.message, error.hint) from error
         return opened[-1].session
 
     launcher = Launcher(tuple(tasks), open_run)

@@ -100,8 +100,8 @@ def _check_file(path: Path) -> None:
     else:
         try:
             path.open("rb").close()
-        except OSError as fault:
-            raise UsageError(f"cannot read {path}: {fault.strerror}") from fault
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _listing(folder: Path) -> list[Path]:

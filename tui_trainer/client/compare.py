@@ -53,8 +53,8 @@ class ComparedRun:
         self.run = run
         try:
             self.history: StoredHistory = open_history(run.directory)
-        except (StoreError, OSError) as fault:
-            raise RunError(f"{run.name} cannot be compared: {fault}") from fault
+        except (StoreError, OSError) as error:
+            raise RunError(f"{run.name} cannot be compared: {error}") from error
         self.info: RunInfo = self.history.store.info() or reported_info(run.directory)
 
     @property

@@ -248,8 +248,8 @@ class Connection(asyncio.Protocol):
             for message in self._frames.feed(data):
                 self._receive(sanitize_message(message))
                 self._frame_began_at = self._heard_at
-        except ProtocolError as fault:
-            self.fail(ConnectionLost(f"the peer is not a tui-trainer run: {fault}"))
+        except ProtocolError as error:
+            self.fail(ConnectionLost(f"the peer is not a tui-trainer run: {error}"))
 
     def eof_received(self) -> None:
         self.fail(PeerClosed("the run closed the connection"))
@@ -314,8 +314,8 @@ class RunClient:
         self._next_poll = next_poll(poll, update)
         try:
             self._builder.apply(update)
-        except ValueError as fault:
-            raise ConnectionLost(f"the peer is not a tui-trainer run: {fault}") from fault
+        except ValueError as error:
+            raise ConnectionLost(f"the peer is not a tui-trainer run: {error}") from error
         return update
 
     def command(self, action: Action) -> Ack:
@@ -345,7 +345,7 @@ class RunClient:
     def __exit__(
         self,
         kind: type[BaseException] | None,
-        fault: BaseException | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.close()

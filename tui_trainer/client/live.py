@@ -198,19 +198,19 @@ class LiveSession:
                 await self._stay_connected()
         except asyncio.CancelledError:
             pass  # closed by the app
-        except RunError as fault:
-            self._show("closed", fault.message, fault.hint)
-            if isinstance(fault, RunGone) and fault.state and not self._status.ended:
+        except RunError as error:
+            self._show("closed", error.message, error.hint)
+            if isinstance(error, RunGone) and error.state and not self._status.ended:
                 ended = msgspec.structs.replace(
                     self._status,
-                    state=fault.state,
-                    reason=sanitize(fault.message),
-                    hint=sanitize(fault.hint),
+                    state=error.state,
+                    reason=sanitize(error.message),
+                    hint=sanitize(error.hint),
                 )
                 self._deliver(ended)
-        except Exception as fault:
+        except Exception as error:
             # Our own bug must be seen, not leave a screen that waits for ever.
-            self._show("closed", f"the session failed: {type(fault).__name__}: {fault}")
+            self._show("closed", f"the session failed: {type(error).__name__}: {error}")
             raise
 
     async def _stay_connected(self) -> None:
@@ -220,14 +220,14 @@ class LiveSession:
             began = time.monotonic()
             try:
                 await self._follow()
-            except NotListening as fault:
-                self._show(self._unconnected(), fault.message)
+            except NotListening as error:
+                self._show(self._unconnected(), error.message)
                 pause = NOT_LISTENING_S
-            except (ConnectionLost, Unreachable) as fault:
+            except (ConnectionLost, Unreachable) as error:
                 if time.monotonic() - began > STEADY_S:
                     back_off = FIRST_BACK_OFF_S
                 again = f"trying again in {max(1, round(back_off))} s"
-                self._show(self._unconnected(), f"{fault.message}, {again}", fault.hint)
+                self._show(self._unconnected(), f"{error.message}, {again}", error.hint)
                 pause, back_off = back_off, min(back_off * 2, LONGEST_BACK_OFF_S)
             else:
                 self._show("closed", "the run has ended")

@@ -80,5 +80,5 @@ def find_greeting(received: bytes) -> RelayGreeting | None:
         return RelayGreeting("missing")
     try:
         return sanitize_message(msgspec.json.decode(line, type=RelayGreeting))
-    except msgspec.DecodeError as fault:
-        raise NoGreeting(f"its greeting cannot be read: {fault}") from fault
+    except msgspec.DecodeError as error:
+        raise NoGreeting(f"its greeting cannot be read: {error}") from error

@@ -212,8 +212,8 @@ def parse_address(given: str) -> SshAddress:
     try:
         parts = urlsplit(given)
         host, port = parts.hostname or "", parts.port
-    except ValueError as fault:
-        raise RunError(f"{given} is not an address: {fault}", FORM) from fault
+    except ValueError as error:
+        raise RunError(f"{given} is not an address: {error}", FORM) from error
     # urlsplit folds the host to lower case, but aliases in ~/.ssh/config are case-sensitive.
     exact = parts.netloc.rpartition("@")[2]
     if not exact.startswith("["):
@@ -326,9 +326,9 @@ class SshConnector:
         except SshEnded as ended:
             process.close()
             raise self._why_refused(ended) from ended
-        except NoGreeting as fault:
+        except NoGreeting as error:
             process.close()
-            raise self._not_a_relay(str(fault)) from fault
+            raise self._not_a_relay(str(error)) from error
         except BaseException:
             process.close()
             raise
@@ -371,8 +371,8 @@ class SshConnector:
                 raise
         except SshEnded as ended:
             raise self._why_unreachable(ended) from ended
-        except NoGreeting as fault:
-            raise RunGone(str(fault)) from fault
+        except NoGreeting as error:
+            raise RunGone(str(error)) from error
         return process
 
     def _start(self, batch: bool) -> SshProcess:
@@ -382,8 +382,8 @@ class SshConnector:
             raise RunError(f"there is no {command[0]} on this machine", "install OpenSSH's client")
         try:
             return SshProcess(command, interactive=not batch)
-        except OSError as fault:
-            raise RunError(f"cannot start {command[0]}: {fault.strerror}") from fault
+        except OSError as error:
+            raise RunError(f"cannot start {command[0]}: {error.strerror}") from error
 
     def _check(self, greeting: RelayGreeting) -> RelayGreeting:
         host = self.address.host

@@ -49,8 +49,8 @@ def find_branch(given: str, runs_dir: str | os.PathLike[str] | None = None) -> B
     run = resolve(name, runs_dir)
     try:
         spec = read_spec(run.directory)
-    except (OSError, ValueError) as fault:
-        raise RunError(f"cannot read what {run.name} trained: {fault}") from fault
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read what {run.name} trained: {error}") from error
     steps = checkpoint_steps(run.directory)
     if spec.is_script:
         weights = f"; weights are in {run.directory / CHECKPOINTS}" if steps else ""

@@ -26,8 +26,8 @@ def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[RunEntry]:
         folders = [Path(entry.path) for entry in os.scandir(parent) if entry.is_dir()]
     except FileNotFoundError:
         return []
-    except OSError as fault:
-        raise RunError(f"cannot read the runs in {parent}: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise RunError(f"cannot read the runs in {parent}: {error.strerror or error}") from error
     found = [run for folder in folders if (run := _checked(folder)) is not None]
     return sorted(found, key=lambda run: (run.reported.started_at, run.name), reverse=True)
 
@@ -36,13 +36,13 @@ def _checked(directory: Path) -> RunEntry | None:
     try:
         check_directory(directory)
         return inspect_run(directory)
-    except RunError as fault:
-        return _refused(directory, fault)
+    except RunError as error:
+        return _refused(directory, error)
     except OSError:
         return None
 
 
-def _refused(directory: Path, fault: RunError) -> RunEntry | None:
+def _refused(directory: Path, error: RunError) -> RunEntry | None:
     """A run whose directory cannot be trusted. It is listed, since it may be training, but nothing
     that is written in it is shown."""
     try:
@@ -50,8 +50,8 @@ def _refused(directory: Path, fault: RunError) -> RunEntry | None:
     except OSError:
         return None
     reported = RunState(name=directory.name, started_at=created_at)
-    note = sanitize(fault.message)
-    return RunEntry(directory.name, directory, "refused", reported, note, fault.hint)
+    note = sanitize(error.message)
+    return RunEntry(directory.name, directory, "refused", reported, note, error.hint)
 
 
 def resolve(given: str, runs_dir: str | os.PathLike[str] | None = None) -> RunEntry:
@@ -85,10 +85,10 @@ def _trusted(run: RunEntry) -> RunEntry:
 def _at(directory: Path) -> RunEntry:
     try:
         check_directory(directory)
-    except OSError as fault:
+    except OSError as error:
         raise RunError(
             f"there is no run in {directory}", "tui-trainer ls lists the runs"
-        ) from fault
+        ) from error
     run = inspect_run(directory)
     if run is None:
         raise RunError(
@@ -147,8 +147,8 @@ def connect_run(directory: str | os.PathLike[str]) -> socket.socket:
         if path is not None:
             with contextlib.suppress(NotListening):
                 return connect_unix(path)
-    except OSError as fault:
-        raise RunGone(f"there is no run in {directory}: {fault.strerror}") from fault
+    except OSError as error:
+        raise RunGone(f"there is no run in {directory}: {error.strerror}") from error
     run = inspect_run(directory)
     if run is None:
         raise RunGone(f"there is no run in {directory}")

@@ -67,13 +67,13 @@ def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
         peer = peer_user(connection)
         if peer is not None and peer != os.geteuid():
             raise RunError(f"what listens at {path} belongs to {_user_name(peer)}, not to you")
-    except (FileNotFoundError, ConnectionRefusedError) as fault:
+    except (FileNotFoundError, ConnectionRefusedError) as error:
         connection.close()
-        raise NotListening(f"nothing listens at {path}") from fault
-    except OSError as fault:
+        raise NotListening(f"nothing listens at {path}") from error
+    except OSError as error:
         connection.close()
-        reason = fault.strerror or fault
-        raise Unreachable(f"the run does not answer at {path}: {reason}") from fault
+        reason = error.strerror or error
+        raise Unreachable(f"the run does not answer at {path}: {reason}") from error
     except RunError:
         connection.close()
         raise

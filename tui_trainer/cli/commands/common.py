@@ -45,8 +45,8 @@ def cli_errors() -> Iterator[None]:
     """Turn a RunError into the error message of the command."""
     try:
         yield
-    except RunError as fault:
-        raise CommandError(fault.message, fault.hint) from fault
+    except RunError as error:
+        raise CommandError(error.message, error.hint) from error
 
 
 @contextlib.contextmanager
@@ -54,9 +54,9 @@ def readable(directory: Path) -> Iterator[None]:
     """Turn a recording that cannot be opened into the error message of the command."""
     try:
         yield
-    except (StoreError, OSError) as fault:
+    except (StoreError, OSError) as error:
         hint = f"tui-trainer show {directory} shows what is known"
-        raise CommandError(str(fault), hint) from fault
+        raise CommandError(str(error), hint) from error
 
 
 def choose_run_by_name(run: str | None, runs_dir: Path | None, live: bool = True) -> RunEntry:

@@ -139,8 +139,8 @@ def _program(name: str, version: str, group: str, purpose: str) -> CheckResult:
             stdin=subprocess.DEVNULL,
             timeout=PROGRAM_TIMEOUT_S,
         )
-    except (OSError, subprocess.TimeoutExpired) as fault:
-        return CheckResult(group, name, "warning", f"{path} does not answer: {fault}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return CheckResult(group, name, "warning", f"{path} does not answer: {error}")
     printed = (asked.stdout or asked.stderr).strip().splitlines() or [path]
     return CheckResult(group, name, "good", f"{printed[0]} ({purpose})")
 
@@ -155,8 +155,8 @@ def _training() -> Iterator[CheckResult]:
             timeout=TORCH_TIMEOUT_S,
             stdin=subprocess.DEVNULL,
         )
-    except (OSError, subprocess.TimeoutExpired) as fault:
-        yield CheckResult(group, "torch", "bad", f"importing it does not finish: {fault}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield CheckResult(group, "torch", "bad", f"importing it does not finish: {error}")
         return
     try:
         found = json.loads(asked.stdout.strip().splitlines()[-1])
@@ -236,8 +236,8 @@ def _storage(runs_dir: Path | None) -> Iterator[CheckResult]:
             for run in runs:
                 if run.state == "refused":
                     yield CheckResult(group, "permissions", "warning", run.note, run.hint)
-    except RunError as fault:
-        yield CheckResult(group, "permissions", "bad", fault.message, fault.hint)
+    except RunError as error:
+        yield CheckResult(group, "permissions", "bad", error.message, error.hint)
     free = shutil.disk_usage(existing).free
     low = free < 2**30
     yield CheckResult(

@@ -70,18 +70,18 @@ def export(
         return FAULT if history.store.fault else 0
     except BrokenPipeError:
         raise
-    except (OSError, StoreError, ValueError) as fault:
-        raise CommandError(f"cannot export {found.name}: {_reason(fault)}") from fault
+    except (OSError, StoreError, ValueError) as error:
+        raise CommandError(f"cannot export {found.name}: {_reason(error)}") from error
     finally:
         if history.store.fault:
             say(f"{history.store.fault}: the rest was exported")
         history.close()
 
 
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, OSError) and fault.strerror:
-        return f"{fault.strerror}: {fault.filename}" if fault.filename else fault.strerror
-    return str(fault)
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
 
 
 def _check_package(format: str) -> None:

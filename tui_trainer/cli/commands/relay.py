@@ -33,9 +33,9 @@ def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
     try:
         found = _find(run, runs_dir)
         connection = connect_unix(live_socket(found))
-    except RunError as fault:
+    except RunError as error:
         ended = found.end_state if found and not found.live else ""
-        _greet(RelayGreeting("error", message=fault.message, hint=fault.hint, state=ended))
+        _greet(RelayGreeting("error", message=error.message, hint=error.hint, state=ended))
         return 1
     except (OSError, EOFError):
         return 1

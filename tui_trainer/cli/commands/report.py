@@ -57,9 +57,9 @@ def report(
             with open(partial, "w", encoding="utf-8", errors="replace") as file:
                 file.writelines(pieces)
             partial.replace(path)
-        except OSError as fault:
-            reason = fault.strerror or str(fault)
-            raise CommandError(f"cannot write {path}: {reason}") from fault
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CommandError(f"cannot write {path}: {reason}") from error
         finally:
             partial.unlink(missing_ok=True)
     finally:

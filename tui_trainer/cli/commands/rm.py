@@ -63,11 +63,11 @@ def _check(run: RunEntry) -> None:
     """Raise CommandError unless this is certainly a run and certainly over."""
     try:
         read_spec(run.directory)
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError) as error:
         raise CommandError(
             f"{run.directory} may not be a run: it has no valid {SPEC_FILE}",
             "remove it by hand if you are sure",
-        ) from fault
+        ) from error
     if run.directory.is_symlink():
         raise CommandError(f"{run.directory} is a link to another directory", "remove it by hand")
     _wait_for_exit(run)
@@ -144,5 +144,5 @@ def _size(directory: Path) -> int:
 def _remove(run: RunEntry) -> None:
     try:
         remove_run(run.directory)
-    except OSError as fault:
-        raise CommandError(f"cannot remove {run.directory}: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise CommandError(f"cannot remove {run.directory}: {error.strerror or error}") from error

@@ -105,9 +105,9 @@ def summarize_run(run: RunEntry) -> RunSummary:
     try:
         with RunClient.connect(run, "tui-trainer show") as client:
             return summarize_live(run, client)
-    except RunError as fault:
+    except RunError as error:
         summary = summarize_recording(run)
-        summary.run["note"] = summary.run["note"] or fault.message
+        summary.run["note"] = summary.run["note"] or error.message
         return summary
 
 
@@ -115,9 +115,9 @@ def summarize_recording(run: RunEntry) -> RunSummary:
     """From the run's recording, or from its status file where that cannot be read."""
     try:
         replay = ReplaySession(run.directory)
-    except StoreError as fault:
+    except StoreError as error:
         there = (run.directory / STORE_FILE).exists()
-        return RunSummary(as_object(run), recording=str(fault) if there else "")
+        return RunSummary(as_object(run), recording=str(error) if there else "")
     except OSError:
         return RunSummary(as_object(run))
     try:
