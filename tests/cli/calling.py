@@ -30,7 +30,11 @@ def call(
         "COLUMNS": "100",
         **(env or {}),
     }
-    trains = arguments[:1] and arguments[0] in ("gpt", "vit", "run") and "--help" not in arguments
+    trains = (
+        arguments[:1]
+        and arguments[0] in ("gpt", "vit", "run", "check")
+        and "--help" not in arguments
+    )
     return processes.run(
         [*COMMAND, *map(str, arguments)],
         torch=torch and bool(trains),

@@ -63,6 +63,7 @@ class FindingsEngine:
         self._kinds = [rule for rule in rules if self._settings.runs(rule)]
         self._explained_by = {rule.name: frozenset(rule.explained_by) for rule in rules}
         self._slack = {rule.name: rule.slack for rule in rules}
+        self._reach = {rule.name: rule.reach for rule in rules}
         self._reader = Reader()
         self._judges: dict[str, _Judge] = {}
         self._failed: set[str] = set()
@@ -230,5 +231,6 @@ class FindingsEngine:
         return (
             cause.rule in self._explained_by.get(effect.rule, ())
             and cause.onset <= effect.onset + self._slack[effect.rule]
+            and effect.onset <= cause.onset + self._reach[cause.rule]
             and cause.level != "info"
         )

@@ -62,6 +62,9 @@ class Rule:
     """Steps by which the onset of a cause may be seen after that of this effect: quantities are
     measured at different cadences."""
 
+    reach: ClassVar[int] = 1 << 62
+    """Steps after its onset within which it can be the cause of another finding."""
+
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         """`limits`: the values of `thresholds` by name."""
         self.facts = facts

@@ -72,6 +72,7 @@ def render(data: ReportData) -> Iterator[str]:
         figures=list(_figures(data)),
         panels=panels(data),
         worst=_worst_parameters(data),
+        findings=data.findings(),
         events=_events(data.events(EVENTS_SHOWN)),
         event_count=data.event_count(),
         configuration=_present(info.configuration),

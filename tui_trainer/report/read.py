@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tui_trainer.findings.verdict import newest_findings
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.history.window import Window
-from tui_trainer.protocol.messages import Event, Status
+from tui_trainer.protocol.messages import Event, Finding, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
+
+MAX_FINDINGS = 2_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class ReportData:
     def events(self, count: int) -> list[Event]:
         """The first `count` events that are not clips."""
         return list(StoredEvents(self.history.store).first_events(count))
+
+    def findings(self) -> list[Finding]:
+        """What the rules found, worst first, effects after their cause."""
+        return newest_findings(StoredEvents(self.history.store).of_kind("finding", MAX_FINDINGS))
 
     def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
         """The steps with an event of `kind`."""

@@ -148,6 +148,12 @@ class StoredEvents:
         sql = "SELECT id, data FROM event WHERE kind <> 'clip' ORDER BY id LIMIT ?"
         return self._decoded(EVENTS, self._store.query(sql, count), codec.decode_event)
 
+    def of_kind(self, kind: str, count: int) -> tuple[Event, ...]:
+        """The first events of a kind."""
+        question = "SELECT id, data FROM event WHERE kind = ? ORDER BY id LIMIT ?"
+        rows = self._store.query(question, kind, count)
+        return self._decoded(EVENTS, rows, codec.decode_event)
+
     def log(self, step: int, count: int) -> tuple[LogLine, ...]:
         """The last `count` lines printed up to a step, oldest first."""
         sql = (

@@ -346,7 +346,10 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
     lines += _value_lines(values[1:], least)
     lines += _attention_lines(summary)
-    lines += finding_lines(summary.findings)
+    if summary.findings:
+        lines += finding_lines(summary.findings)
+    elif run["step"]:
+        lines.append(Text("no findings", "dim"))
     shown = [event for event in summary.events if event["kind"] != "finding"]
     lines += [_event_line(event) for event in shown[-4:]]
     lines.append(Text(str(run["directory"]), "dim"))

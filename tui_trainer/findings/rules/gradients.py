@@ -125,7 +125,13 @@ class GradientsExplode(_Depth):
         Threshold("growth", 100, "total gradient norm over the median of its first values"),
         Threshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
     )
-    explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump", "no-warm-up")
+    explained_by = (
+        "gradients-kept",
+        "update-ratio-high",
+        "learning-rate-jump",
+        "no-warm-up",
+        "initial-loss",
+    )
 
     REFERENCE = 20
 

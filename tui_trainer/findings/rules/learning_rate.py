@@ -79,6 +79,7 @@ class LearningRateJump(Rule):
         Threshold("first_steps", 5, "steps at the start, which are not judged"),
     )
 
+    reach = 200
     WATCHED = 50
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -87,6 +88,7 @@ class LearningRateJump(Rule):
         self._steps = 0
         self._jump: tuple[int, float, float] | None = None
         """(step, rate before, rate after) of the last jump, while the loss is watched."""
+        self._told = False
         self._loss_before = 0.0
         self._bar = 0.0
         self._streak = Streak()
@@ -104,7 +106,9 @@ class LearningRateJump(Rule):
             self._loss_before = self.trend.fast
             self._bar = self.trend.fast + max(6 * self.trend.noise, 0.1 * abs(self.trend.fast))
             self._streak = Streak()
-            yield self._found("info", "")
+            if not self._told:
+                self._told = True
+                yield self._found("info", "")
         elif self._jump is not None:
             yield from self._watch(seen)
 

@@ -25,6 +25,7 @@ class InitialLoss(Rule):
     )
     next = "initialise the last layer with smaller weights (std 0.02 or zero), its bias with zero"
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "verify loss @ init"'
+    reach = 20
     thresholds = (
         Threshold("high", 1.5, "times ln K, plus 0.5"),
         Threshold("low", 0.3, "times ln K"),
@@ -217,6 +218,7 @@ class LossDiverges(Rule):
         "gradients-explode",
         "attention-logits",
         "attention-entropy",
+        "initial-loss",
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -36,6 +36,7 @@ class NonFiniteRule(Rule):
         "update-ratio-high",
         "learning-rate-jump",
         "no-warm-up",
+        "initial-loss",
         "gradients-explode",
         "loss-diverges",
         "attention-logits",

@@ -53,7 +53,7 @@ class UpdateRatioHigh(_UpdateRatio):
         Threshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
         Threshold("at_once", 0.7, "median at which one measurement is enough"),
     )
-    explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up")
+    explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up", "initial-loss")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)

@@ -1,0 +1,97 @@
+"""`tui-trainer check` and `explain`; findings of a run in show, JSON lines, the report and CSV."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.calling import assert_refused, call
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+from torch.nn import functional as F
+print("the script says hello")
+bug = sys.argv[1]
+net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+optimizer = torch.optim.SGD(net.parameters(), 0.05)
+for step in range(60):
+    x = torch.randn(16, 8)
+    if bug != "zero":
+        optimizer.zero_grad()
+    F.cross_entropy(net(x), x[:, :4].argmax(1)).backward()
+    optimizer.step()
+    if bug == "crash" and step == 20:
+        raise RuntimeError("boom")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_bug_is_printed_and_fails(script: Path, tmp_path: Path) -> None:
+    done = call("check", "--steps", "20", script, "zero", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "zero_grad is missing" in done.stdout
+    assert "since step 2" in done.stdout
+    assert "1 finding in 20 steps" in done.stdout
+    assert "hello" in done.stderr
+
+
+def test_json_is_one_object(script: Path, tmp_path: Path) -> None:
+    done = call("check", "--json", "--steps", "20", script, "zero", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert (answer["steps"], answer["state"]) == (20, "stopped")
+    (finding,) = [each for each in answer["findings"] if each["cause"] is None]
+    assert finding.keys() >= {"rule", "level", "onset", "where", "text", "next", "evidence"}
+    assert (finding["rule"], finding["level"], finding["onset"]) == ("gradients-kept", "error", 2)
+    assert finding["where"]["phase"] == "zero_grad"
+
+
+def test_clean_script_passes_and_leaves_nothing(script: Path, tmp_path: Path) -> None:
+    done = call("check", "--steps", "20", script, "none", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "train.py: no findings in 20 steps\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_script_that_crashes_fails(script: Path, tmp_path: Path) -> None:
+    done = call("check", script, "crash", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "it crashed: RuntimeError: boom" in done.stdout
+
+
+def test_rules_are_switched_off(script: Path, tmp_path: Path) -> None:
+    done = call("check", "--steps", "20", "--rules", "off", script, "zero", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    done = call("check", "--rules", "gradients-keep=off", script, "zero", cwd=tmp_path)
+    assert_refused(done, "there is no rule gradients-keep", "gradients-kept", status=2)
+
+
+def test_findings_of_a_run_are_everywhere(script: Path, tmp_path: Path) -> None:
+    done = call("run", "--json", "--name", "bad", script, "zero", cwd=tmp_path)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    (event,) = [
+        each for each in lines if each.get("kind") == "finding" and each["rule"] == "gradients-kept"
+    ]
+    assert (event["type"], event["level"], event["onset"]) == ("event", "error", 2)
+    shown = json.loads(call("show", "--json", "bad", cwd=tmp_path).stdout)
+    assert shown["findings"][0]["rule"] == "gradients-kept"
+    assert "zero_grad is missing" in call("show", "bad", cwd=tmp_path).stdout
+    assert call("report", "bad", "--output", "bad.html", cwd=tmp_path).returncode == 0
+    page = (tmp_path / "bad.html").read_text()
+    assert "<h2>Findings</h2>" in page
+    assert "zero_grad is missing" in page
+
+
+def test_explain(tmp_path: Path) -> None:
+    assert "gradients-kept" in call("explain", cwd=tmp_path).stdout
+    done = call("explain", "loss-diverges", cwd=tmp_path)
+    assert "--rules loss-diverges.rise=2" in done.stdout
+    assert_refused(call("explain", "loss-converges", cwd=tmp_path), "loss-diverges", status=2)
