@@ -705,8 +705,10 @@ def _clips(loop: Loop, members: list[int], when: str, over: tuple[str, ...]) -> 
         if clip.kind in ("hand", "data"):
             gradient = "p.grad" if clip.kind == "hand" else "p.grad.data"
             factor = 0.25 if clip.tight else 1.0
+            # What leaves neither a version nor another value behind is no clip.
+            traceless = clip.kind == "data" and factor == 1.0
             lines += [
-                "with truth.clip('hand', clipped):",
+                "if clipped:" if traceless else "with truth.clip('hand', clipped):",
                 "    for p in dict.fromkeys(clipped):",
                 "        if p.grad is not None:",
                 f"            {gradient}.mul_({factor})",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -42,6 +41,7 @@ from tui_trainer.trace.step import (
     GradientReading,
     Header,
     LostGradients,
+    Returned,
     StepOutcome,
 )
 from tui_trainer.trace.torch_private import NormCapture
@@ -246,6 +246,9 @@ class StepMeasurer:
         marks = self._before_backward = self._current_marks()
         if not self.passes:
             self.kept_gradients = _any_kept(marks, self._used)
+            if self.kept_gradients and self.careful and self.all_zero():
+                self.kept_gradients = False  # zeroed through `.data`, which leaves no mark
+                self.changed_by_hand = True
 
     def reached_by_backward(self) -> bool:
         """Whether the backward that has just ended changed any gradient."""
@@ -266,8 +269,21 @@ class StepMeasurer:
         """Whether the script has changed gradients since the last change that is known."""
         return self._marks is not None and self._current_marks() != self._marks
 
+    def changed_between_passes(self) -> bool:
+        """`gradients_changed`, also through `.data` while this measurer is careful."""
+        if self.gradients_changed():
+            return True
+        if not (self.careful and self._on_host and self._latest is not None):
+            return False
+        own = self.tracked.own
+        changed = not _equal(self._latest[:own], self.norms_now()[:own])
+        self.changed_by_hand = self.changed_by_hand or changed
+        return changed
+
     def probably_changed(self) -> bool:
-        """`gradients_changed`, judged by one parameter."""
+        """`changed_between_passes`, judged by one parameter where that is enough."""
+        if self.careful:
+            return self.changed_between_passes()
         for position, mark in enumerate(self._marks or ()):
             if mark is not None:
                 gradient = self._watched[position].grad
@@ -333,10 +349,20 @@ class StepMeasurer:
         if self.careful:
             self._latest = self.norms_now()
 
-    def has_gradients(self, returned: Mapping[int, weakref.ref[torch.Tensor]]) -> tuple[bool, bool]:
+    def assigned(self, returned: Returned) -> None:
+        """The script has assigned gradients that `torch.autograd.grad` returned: what it did to
+        them since is its own change."""
+        versions = {
+            id(g): version for ref, version in returned.values() if (g := ref()) is not None
+        }
+        self._marks = [
+            mark and (mark[0], versions.get(mark[0], mark[1])) for mark in self._current_marks()
+        ]
+
+    def has_gradients(self, returned: Returned) -> tuple[bool, bool]:
         """Whether all, and whether any, of this optimizer's gradients are among those that
         `torch.autograd.grad` returned."""
-        ids = {id(g) for g in (reference() for reference in returned.values()) if g is not None}
+        ids = {id(g) for g in (reference() for reference, _ in returned.values()) if g is not None}
         there = [g for g in self.tracked.gradients()[: self.tracked.own] if g is not None]
         among = [id(gradient) in ids for gradient in there]
         return bool(among) and all(among), any(among)

@@ -80,6 +80,10 @@ class Clipping:
     """The script may have changed the gradients by itself: it has where the norms differ."""
 
 
+Returned = dict[int, tuple[weakref.ref[torch.Tensor], int]]
+"""id(parameter) → (its gradient, the version of that when it was returned)."""
+
+
 @dataclass(eq=False, slots=True)
 class BackwardPass:
     """One or several calls of `backward` whose gradients go the same way."""
@@ -92,9 +96,8 @@ class BackwardPass:
     """Set for some of the passes."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
-    returned: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
-    """Of `torch.autograd.grad`: id(parameter) → the gradient it returned, which counts once the
-    script has assigned it."""
+    returned: Returned = field(default_factory=dict)
+    """Of `torch.autograd.grad`: what it returned, which counts once the script has assigned it."""
 
     def add(self, losses: Sequence[torch.Tensor]) -> None:
         self.losses += losses

@@ -35,7 +35,7 @@ from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.evaluation import EvaluationLosses
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.norms import total_norm, total_of
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
@@ -54,6 +54,7 @@ from tui_trainer.trace.step import (
     Clipping,
     GradientReading,
     GradScaling,
+    Returned,
     SkippedIteration,
     SkipRecorder,
     StepOutcome,
@@ -519,7 +520,9 @@ class Tracer:
         backward, self._pass = self._pass, None
         if backward is None:
             return
-        # Of a closure only the first evaluation is at the weights that the step began with.
+        # Of a closure only the first evaluation is at the weights that the step began with; where
+        # the others reach further optimizers, they are no iteration of theirs.
+        backward.used = self._evaluated is not None
         reached = [measurer for measurer in reached if measurer is not self._evaluated]
         last = self._last_pass
         if (
@@ -558,7 +561,9 @@ class Tracer:
             if isinstance(gradient, torch.Tensor)
         }
         if self._pass is not None:
-            self._pass.returned = {key: weakref.ref(g) for key, g in gradients.items()}
+            self._pass.returned = {
+                key: (weakref.ref(g), g._version) for key, g in gradients.items()
+            }
         reached = self.registry.measurers_of(given)
         self._close_backward(reached)
         for measurer in reached:
@@ -584,7 +589,7 @@ class Tracer:
             if isinstance(value, torch.Tensor) and value.numel() == 1:
                 self._pass.losses = [scalar(value)]
             leaves = torch_private.tensors_of(gradients)
-            self._pass.returned = {-n: weakref.ref(g) for n, g in enumerate(leaves)}
+            self._pass.returned = {-n: (weakref.ref(g), g._version) for n, g in enumerate(leaves)}
         self._close_backward(self.registry.measurers)
         self._phases.after_backward()
         self._phases.leave(OUTSIDE)
@@ -684,7 +689,9 @@ class Tracer:
     def _gradients_between_passes(self, measurer: StepMeasurer) -> None:
         """Before a further backward: follow what the script did to the gradients by itself."""
         self._resolve_returned(measurer)
-        if not measurer.passes or measurer is self._evaluated or not measurer.gradients_changed():
+        if not measurer.passes or measurer is self._evaluated:
+            return
+        if not measurer.changed_between_passes():
             return
         if measurer.any_gradient() and not measurer.all_zero():
             self._follow_changes_by_hand()
@@ -797,17 +804,18 @@ class Tracer:
         self,
         measurer: StepMeasurer,
         backward: BackwardPass,
-        returned: dict[int, weakref.ref[torch.Tensor]],
+        returned: Returned,
     ) -> None:
         same, some = measurer.has_gradients(returned)
         alone = len(measurer.passes) == 1
         if some or (alone and measurer.gradients_changed() and measurer.any_gradient()):
             if not same:  # changed before they were assigned
                 measurer.reading = None
+            measurer.assigned(returned)
         else:
             measurer.passes.remove(backward)
             backward.claims.discard(measurer)
-        measurer.gradients_known()
+            measurer.gradients_known()
 
     def _follow_changes_by_hand(self, before_step: bool = False) -> None:
         """Find out whether the script has changed gradients between backward and step by itself:
@@ -822,7 +830,7 @@ class Tracer:
         if not changes:
             return
         before = [change.before for change in changes]
-        positions = [change.positions for change in changes]
+        positions = _distinct(changes)
         clipping = Clipping(
             kind="hand",
             max_norm=absent(Absent.NO_LIMIT),
@@ -923,6 +931,9 @@ class Tracer:
         if measurer.weights is None or not measurer.weights.changed():
             return
         began = perf_counter()
+        if not measurer.any_gradient():  # released since the update that used them
+            for backward in measurer.passes:
+                backward.returned = {}
         self._resolve_returned(measurer)
         self._phases.end_step_by_hand()
         if measurer.gradients_changed() and measurer.any_gradient() and not measurer.all_zero():
@@ -1000,7 +1011,7 @@ class Tracer:
             self._end_step_by_hand()
             left: list[BackwardPass] = []
             for measurer in self.registry.measurers:
-                self._resolve_returned(measurer)
+                self._gradients_between_passes(measurer)
                 if measurer.reading is None and any(not each.used for each in measurer.passes):
                     self._read_gradients(measurer)
                 passes = measurer.passes
@@ -1034,6 +1045,19 @@ class Tracer:
     @always_guarded
     def scaler_updated(self) -> None:
         self._scaling.end_iteration()
+
+
+def _distinct(changes: Sequence[HandChange]) -> list[list[int] | None]:
+    """The positions of the changed parameters, each parameter with one measurer only."""
+    seen: set[int] = set()
+    found: list[list[int] | None] = []
+    for change in changes:
+        parameters = change.measurer.tracked.parameters
+        positions = range(len(parameters)) if change.positions is None else change.positions
+        new = [position for position in positions if id(parameters[position]) not in seen]
+        seen.update(id(parameters[position]) for position in new)
+        found.append(None if len(new) == len(parameters) else new)
+    return found
 
 
 def _zeroed_by(owner: Optimizer | torch.nn.Module) -> Callable[[torch.Tensor], bool]:
