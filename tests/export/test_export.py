@@ -16,8 +16,7 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.store.test_replay import train
-from tui_trainer.export.formats import write_csv, write_jsonl
-from tui_trainer.export.read import joined, measured, per_step
+from tui_trainer.export.formats import joined, measured, per_step, write_csv, write_jsonl
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.runs.recording import open_history

@@ -30,7 +30,7 @@ IN_PROCESS = """
 import sys
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.run.host import main
-from tui_trainer.cli.in_process import open_sink
+from tui_trainer.cli.start import open_sink
 sys.exit(main(read_spec(sys.argv[1]), open_sink(sys.argv[2])))
 """
 SMALL_GPT = {
@@ -261,7 +261,7 @@ def test_a_script_in_json_keeps_stdout_pure(place):
     assert err.count("text") == 20
     assert err.count("from a child") == 20
     assert len(of("step", lines)) == 20
-    (header,) = of("run", lines)
+    header = of("run", lines)[-1]
     assert header["device"]["kind"] == "cpu"
     assert [p["name"] for p in header["parameters"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert all(one["clip"]["clipped"] for one in of("step", lines))

@@ -25,7 +25,7 @@ def until(found, what):
 def main(parent):
     from tests.runs.fake_host import FakeHost
     from tui_trainer.config.run_spec import RunSpec, write_spec
-    from tui_trainer.run.worker import WorkerStopHandler
+    from tui_trainer.run.host import WorkerStopHandler
 
     # The imports above may need the caller's permissions; only the run belongs to `nobody`.
     os.setgroups([])

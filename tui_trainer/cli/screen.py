@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from tui_trainer.config.run_state import RunState, read_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number
 from tui_trainer.protocol.messages import END_STATES, State
+from tui_trainer.runs.errors import RunGone
 from tui_trainer.runs.launch import LaunchError, LaunchRequest, RunProcess, launch
 
 if TYPE_CHECKING:
@@ -89,6 +91,54 @@ class OpenedRun:
         return bool(states & {"stopping", "finished", "stopped", "crashed"})
 
 
+class InApp:
+    """A run on a worker thread of this process, connected by a socketpair."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        from tui_trainer.client.connection import connector
+        from tui_trainer.client.live import LiveSession
+        from tui_trainer.run.host import Worker
+
+        self._spec = spec
+        self._worker = Worker(spec)
+        self._unused: socket.socket | None = self._worker.viewer
+        self.session = LiveSession(connector(self._connect))
+
+    @property
+    def directory(self) -> Path:
+        return Path(self._spec.directory)
+
+    def _connect(self) -> socket.socket:
+        connected, self._unused = self._unused, None
+        if connected is None:
+            raise RunGone("the training thread has ended")
+        return connected
+
+    def print_summary(self) -> int:
+        """End the training if it is still running, print its state and return the exit status."""
+        self.session.close()
+        if not self._worker.wait(0):
+            print("finishing the step: a run with --in-app ends with the app", file=sys.stderr)
+            self._worker.stop()
+            self._worker.wait()
+        state = status_on_disk(self._spec)
+        if state is None:
+            return FAULT
+        if state.refused:
+            print(f"{state.name} could not start: {state.reason}", flush=True)
+            if state.hint:
+                print(f"  hint: {state.hint}", file=sys.stderr)
+            discard_refused(self._spec)
+            return USAGE
+        reason = f": {state.reason}" if state.state == "crashed" and state.reason else ""
+        print(
+            f"{state.name} {state.state} at step {state.step:,}, loss {number(state.loss, 0)}"
+            f"{reason} · {self.directory}",
+            flush=True,
+        )
+        return FAULT if state.state == "crashed" else 0
+
+
 def show_run(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
     """Start the run, show it until the user leaves, and return the exit status.
 
@@ -102,6 +152,16 @@ def show_run(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
         raise
     return run_app_until_exit(
         lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link), lambda: opened
+    )
+
+
+def show_in_app(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
+    """Train on a worker thread, show it until the user leaves, and return the exit status."""
+    run_app = load_app()
+    opened = InApp(spec)
+    return run_app_until_exit(
+        lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link, ends_with_app=True),
+        lambda: opened,
     )
 
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from tui_trainer.cli.commands.common import cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.launchers import Launch, find_launch
 from tui_trainer.cli.options import RunOptions, StartOptions
-from tui_trainer.cli.run_setup import check_options, discard, prepare
+from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
 from tui_trainer.cli.script import Script
 from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.ranks import Rank, find_run, leave_note, rank_here
 from tui_trainer.config.run_spec import RunSpec, find_socket
-from tui_trainer.config.training import resolve, to_flat
+from tui_trainer.config.training import from_flat, resolve, to_flat
 from tui_trainer.protocol.schema import SCRIPT, Scalar
+from tui_trainer.runs.checkpoints import Branch, find_branch
 from tui_trainer.tasks.definition import TaskDefinition
 
 if TYPE_CHECKING:
+    from tui_trainer.record.events import Sink
     from tui_trainer.runs.launch import LaunchRequest, RunProcess
 
 
@@ -32,8 +38,6 @@ def start_task(
     """Train a task and return the exit status. Raises ConfigurationError and CommandError."""
     check_options(options)
     if options.resume is not None:
-        from tui_trainer.cli.resume import resumed
-
         configuration, branch = resumed(task, preset, overrides, options)
         return _show(prepare(task.name, options, configuration, branch=branch), options)
     configuration = to_flat(resolve(task, preset, overrides))
@@ -113,15 +117,13 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
     if check.note:
         say(check.note)
     if check.kind == "screen" and options.in_app:
-        from tui_trainer.cli.in_process import show_in_app
+        from tui_trainer.cli.screen import show_in_app
 
         return show_in_app(spec, options.ascii, options.slow_link)
     if check.kind == "screen":
         from tui_trainer.cli.screen import show_run
 
         return show_run(spec, options.ascii, options.slow_link)
-    from tui_trainer.cli.in_process import show_launched_lines, show_lines
-
     if spec.start_paused:
         say(f"paused before the first step; to continue: {_resume_command(spec, options)}")
     show = show_launched_lines if spec.launcher else show_lines
@@ -131,6 +133,50 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
 def _resume_command(spec: RunSpec, options: RunOptions) -> str:
     directory = [] if options.runs_dir is None else ["--runs-dir", str(options.runs_dir)]
     return shlex.join(["tui-trainer", "resume", spec.name, *directory])
+
+
+# ---------------------------------------------------------------- as lines
+
+
+def show_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
+    """Run in this process with plain or JSON lines on stdout; returns the exit status."""
+    from tui_trainer.run.host import main
+
+    status = main(spec, open_sink(kind))
+    discard_refused(spec)
+    return status
+
+
+def show_launched_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
+    """The same with several processes: starts their launcher and returns its exit status."""
+    from tui_trainer.runs.launch import run_command
+
+    process = subprocess.Popen([*run_command(spec), f"--{kind}"])
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:  # the launcher has got it too, and ends its processes
+            continue
+    discard_refused(spec)
+    return status if status >= 0 else 128 - status
+
+
+def open_sink(kind: Literal["plain", "json"]) -> Sink:
+    """The sink that writes to stdout. With `json`, everything else that this process and its
+    children print to stdout goes to stderr, so that stdout is only JSON."""
+    from tui_trainer.run.output import redirect_stdout_to_stderr, use_line_buffering
+    from tui_trainer.run.sinks import Output
+    from tui_trainer.run.sinks.jsonlines import JsonLines
+    from tui_trainer.run.sinks.plain import PlainLines
+
+    if kind == "json":
+        return JsonLines(Output(redirect_stdout_to_stderr()))
+    use_line_buffering()
+    return PlainLines(Output(os.dup(1)))
+
+
+# ---------------------------------------------------------------- on the start screen
 
 
 def start_screen(options: StartOptions) -> int:
@@ -160,6 +206,8 @@ def spec_for(
     configuration = resolve(tasks[request.task], overrides=request.settings)
     return prepare(request.task, wanted, to_flat(configuration))
 
+
+# ---------------------------------------------------------------- --detach
 
 LISTEN_TIMEOUT_S = 30.0
 """A run listens before it imports torch, which takes a tenth of this on a slow disk."""
@@ -195,3 +243,73 @@ def _wait_until_started(launched: RunProcess) -> None:
                 launched.process.terminate()
             raise CommandError("the run process does not start", launched.last_output())
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- --resume
+
+_LENGTH = ("steps", "epochs")
+
+
+def resumed(
+    task: TaskDefinition,
+    preset: str | None,
+    overrides: Mapping[str, Scalar],
+    options: RunOptions,
+) -> tuple[dict[str, Scalar], Branch]:
+    """The parent's configuration with `overrides` applied, and the checkpoint to start from.
+
+    Raises CommandError and ConfigurationError.
+    """
+    with cli_errors():
+        branch = find_branch(options.resume or "", options.runs_dir)
+    parent = branch.spec
+    if parent.task != task.name:
+        raise UsageError(
+            f"{branch.run.name} trained {parent.task}, not {task.name}",
+            f"tui-trainer {parent.task} --resume {branch.run.name}",
+        )
+    if preset is not None:
+        raise UsageError(
+            "--preset cannot be given with --resume",
+            f"the options are those of {branch.run.name}; override single ones instead",
+        )
+    values: dict[str, Scalar] = dict(parent.configuration)
+    if any(overrides.get(name) is not None for name in _LENGTH):
+        values.update(dict.fromkeys(_LENGTH))
+    values["data"] = _resolve_data(parent.working_directory, values.get("data"))
+    configuration = to_flat(from_flat(task.config, {**values, **overrides}))
+    total = configuration.get("steps")
+    if isinstance(total, int) and total <= branch.step:
+        raise CommandError(
+            f"{branch.run.name} has already made all of its {branch.step:,} steps",
+            f"--steps {branch.step * 2} continues it",
+        )
+    _print_start(branch)
+    _print_schedule_note(parent.configuration, configuration)
+    return configuration, branch
+
+
+def _print_start(branch: Branch) -> None:
+    reached = branch.run.reported.step
+    beyond = f", which reached step {reached:,}" if reached > branch.step else ""
+    print(f"continuing from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
+
+
+def _print_schedule_note(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
+    """A learning rate that decays towards the end depends on where the end is."""
+    schedule = now.get("schedule")
+    moved = any(before.get(name) != now.get(name) for name in _LENGTH)
+    if moved and schedule != "constant":
+        print(
+            f"note: the {schedule} schedule ends at another step than before, so its learning "
+            "rates differ from those of a run of this length",
+            file=sys.stderr,
+        )
+
+
+def _resolve_data(directory: str, data: Scalar) -> Scalar:
+    """The parent's `--data`, relative to where the parent was started."""
+    if isinstance(data, str) and directory and not os.path.isabs(data):
+        there = Path(directory) / Path(data).expanduser()
+        return str(there) if there.exists() else data
+    return data

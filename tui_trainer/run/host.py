@@ -1,4 +1,5 @@
-"""The run process: serves viewers, trains on the main thread, and reports how the run ended.
+"""The run process: serves viewers, trains on the main thread (or on a worker thread, with
+`--in-app`), and reports how the run ended.
 
 Viewers are served before torch is imported, so that an app has something to show at once.
 """
@@ -48,6 +49,7 @@ from tui_trainer.trace.gate import Gate, Refusal
 
 if TYPE_CHECKING:
     from tui_trainer.run.checkpoints import CheckpointSaver
+
 
 MAX_STORE_PROBLEMS = 20
 """How many distinct problems of the store get a line in the log."""
@@ -354,3 +356,50 @@ def run_to_end(
     after_training()
     host.close(outcome, FIRST_VIEWER_S if own_session else 0.0)
     return outcome.status
+
+
+# ---------------------------------------------------------------- on a worker thread
+
+
+class WorkerStopHandler(StopHandler):
+    """Leaves the process's signals and its main thread alone."""
+
+    def install(self, task: bool, own_session: bool) -> None:
+        """Set no handler."""
+
+    def stop(self, checkpoint: bool) -> None:
+        """Stop at the end of the current step, or of the first step if none has begun."""
+        self._requests += 1
+        self._request_stop(checkpoint)
+
+
+class Worker:
+    """A run on a worker thread of a process that also does something else, such as the app.
+
+    It ends with that process and does not handle its signals; otherwise it is like a run process,
+    and others can attach to it.
+    """
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._host = Host(spec, WorkerStopHandler)
+        self.outcome: Outcome | None = None
+        """How it ended; None until then."""
+        self.viewer, served = socket.socketpair()
+        self._host.open(None)
+        self._host.server.serve(served)
+        self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        outcome = self._host.train()
+        self._host.close(outcome)
+        self.outcome = outcome
+
+    def stop(self, checkpoint: bool = True) -> None:
+        """Ask the training to stop after its current step."""
+        self._host.stops.stop(checkpoint)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the run has ended and everything is written; returns whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()

@@ -35,11 +35,10 @@ from tui_trainer.history import History
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, step_of
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.host import Host
+from tui_trainer.run.host import Host, WorkerStopHandler
 from tui_trainer.run.outcome import STOPPED, Outcome, outcome_of
 from tui_trainer.run.scalars import activated, active_log
 from tui_trainer.run.script import trace
-from tui_trainer.run.worker import WorkerStopHandler
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import check_directory
 from tui_trainer.trace.gate import StopTraining
