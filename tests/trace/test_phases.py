@@ -195,15 +195,15 @@ def test_two_optimizers_of_a_gan_take_turns():
             losses.append((good.item() + bad.item(), fooled.item()))
 
     recorder, _ = trace(loop)
-    assert [r.optimizer for r in recorder.records] == ["", "adam#2"] * 3
-    assert recorder.info["optimizers"] == ("adam", "adam#2")
+    assert [r.optimizer for r in recorder.records] == ["", "of_generator"] * 3
+    assert recorder.info["optimizers"] == ("adam", "of_generator")
     close(recorder.series("step", "loss"), [a for a, _ in losses])
-    close(recorder.series("step", "loss", "adam#2"), [b for _, b in losses])
-    names = [column.name for column in recorder.table("grad_norm", "adam#2").columns]
-    assert names == ["Linear.weight", "Linear.bias"]
+    close(recorder.series("step", "loss", "of_generator"), [b for _, b in losses])
+    names = [column.name for column in recorder.table("grad_norm", "of_generator").columns]
+    assert names == ["generator.weight", "generator.bias"]
     owners = {p.name: p.optimizer for p in recorder.info["parameters"]}
     assert owners["0.weight"] == "adam"
-    assert owners["Linear.weight"] == "adam#2"
+    assert owners["generator.weight"] == "of_generator"
 
 
 def test_two_optimizers_that_take_turns_are_measured_alike():
@@ -225,7 +225,7 @@ def test_two_optimizers_that_take_turns_are_measured_alike():
             of_maker.step()
 
     recorder, _ = trace(loop)
-    for key, first in (("", 1), ("sgd#2", 2)):
+    for key, first in (("", 1), ("of_maker", 2)):
         assert list(recorder.rows("grad_norm", key)) == list(range(first, 43, 2))
         every_tenth = [first, first + 20, first + 40]
         assert list(recorder.rows("weight_norm", key)) == every_tenth
@@ -260,14 +260,14 @@ def test_two_optimizers_of_one_model_clipped_together():
             first.step()
 
     recorder, _ = trace(loop)
-    by_layer = {recorder.table("grad_norm", key).columns[0].name: key for key in ("", "sgd#2")}
+    by_layer = {recorder.table("grad_norm", key).columns[0].name: key for key in ("", "second")}
     # Both were read before they were clipped, although one stepped after the other.
     for position, layer in enumerate(("0.weight", "2.weight")):
         close(
             recorder.series("step", "grad_norm_preclip", by_layer[layer]),
             [pair[position] for pair in norms],
         )
-    for key in ("", "sgd#2"):
+    for key in ("", "second"):
         close(
             recorder.series("clip", "norm_before", key),
             [float(torch.tensor(n).norm()) for n in norms],
@@ -535,3 +535,52 @@ def test_two_models_of_one_shape_side_by_side_stay_two():
     assert list(recorder.rows("grad_norm")) == [1, 3, 5]
     assert list(recorder.rows("grad_norm", "sgd#2")) == [2, 4, 6]
     assert recorder.said("state") == []
+
+
+def test_several_models_and_optimizers_have_the_names_of_their_variables():
+    class Gan:
+        def __init__(self):
+            self.maker, self.judge = nn.Linear(4, 6), nn.Linear(6, 1)
+            self.parts = {
+                "of_judge": torch.optim.Adam(self.judge.parameters()),
+                "of_maker": torch.optim.Adam(self.maker.parameters()),
+            }
+
+        def fit(self):
+            for _ in range(2):
+                fake = self.maker(torch.randn(3, 4))
+                self.judge(fake.detach()).mean().backward()
+                self.update(self.parts["of_judge"])
+                self.judge(fake).mean().backward()
+                self.update(self.parts["of_maker"])
+
+        def update(self, optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    recorder, _ = trace(lambda: Gan().fit())
+    assert recorder.info["optimizers"] == ("parts.of_judge", "parts.of_maker")
+    owners = {p.name: p.optimizer for p in recorder.info["parameters"]}
+    assert owners == {
+        "judge.weight": "parts.of_judge",
+        "judge.bias": "parts.of_judge",
+        "maker.weight": "parts.of_maker",
+        "maker.bias": "parts.of_maker",
+    }
+
+
+def test_the_optimizers_of_one_model_leave_its_names_alone():
+    def loop():
+        model = mlp()
+        decayed = torch.optim.SGD([p for p in model.parameters() if p.dim() > 1], lr=0.1)
+        others = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1], lr=0.1)
+        for _ in range(2):
+            model(torch.randn(4, 6)).sum().backward()
+            for optimizer in (decayed, others):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    recorder, _ = trace(loop)
+    assert set(recorder.info["optimizers"]) == {"decayed", "others"}
+    names = {p.name for p in recorder.info["parameters"]}
+    assert names == {name for name, _ in mlp().named_parameters()}

@@ -175,7 +175,7 @@ def test_clipping_together_reports_every_optimizer():
     close(quantity(report, "norm before"), total)
     close(quantity(report, "norm after"), 0.1, 1e-4)
     close(quantity(report, "scale"), 0.1 / total, 1e-4)
-    close(quantity(report, "norm before (sgd#2)"), float(np.linalg.norm(norms[-1][2:])))
+    close(quantity(report, "norm before (second)"), float(np.linalg.norm(norms[-1][2:])))
     shares = {name: quantity(report, f"share of {name}") for name, _ in model.named_parameters()}
     close(list(shares.values()), [(n / total) ** 2 for n in norms[-1]])
 

@@ -85,6 +85,7 @@ class Recorder:
         self._next_table = len(info.tables)
         self._faults: set[str] = set()
         self._paused_s: Callable[[], float] | None = None
+        self._current_step: Callable[[], int] | None = None
         self._forked = False
 
         # Used under the lock only.
@@ -147,7 +148,8 @@ class Recorder:
 
     def log(self, stream: Stream, text: str) -> None:
         """Record a line that the script or a library printed."""
-        self._enqueue(self._add_log_line, stream, sanitize(text), self._clock())
+        step = self._current_step() if self._current_step else None
+        self._enqueue(self._add_log_line, stream, sanitize(text), self._clock(), step)
 
     def artifact(self, artifact: Artifact) -> None:
         """Record a sample; its id is set here."""
@@ -254,10 +256,17 @@ class Recorder:
         with self._lock:
             self._change_status(**changes)
 
-    def follow(self, status: Callable[[], dict[str, Any]], paused_s: Callable[[], float]) -> None:
-        """Take the fields of `Status` that change continuously from `status`, and the seconds that
-        the training thread has been paused from `paused_s`."""
+    def follow(
+        self,
+        status: Callable[[], dict[str, Any]],
+        paused_s: Callable[[], float],
+        current_step: Callable[[], int] | None = None,
+    ) -> None:
+        """Take the fields of `Status` that change continuously from `status`, the seconds that the
+        training thread has been paused from `paused_s`, and the step in which a line is printed
+        from `current_step`: completed steps are recorded a moment later."""
         self._live_status = status
+        self._current_step = current_step
         self._paused_s = paused_s
 
     def call_regularly(self, callback: Callable[[], None]) -> None:
@@ -435,8 +444,9 @@ class Recorder:
         when = self._clock() if when is None else when
         self._out.append(self._events.add_notice(kind, text, level, step, who, when))
 
-    def _add_log_line(self, stream: Stream, text: str, when: float) -> None:
-        line = LogLine(self._events.log.next_id, when, self._status.step, stream, text)
+    def _add_log_line(self, stream: Stream, text: str, when: float, step: int | None) -> None:
+        step = self._status.step if step is None else step
+        line = LogLine(self._events.log.next_id, when, step, stream, text)
         self._events.log.append(line)
         self._out.append(line)
 

@@ -100,7 +100,8 @@ class Host:
         if self.recording:
             self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         self.recorder.set_status(waiting_for="starting")
-        self.recorder.follow(self._live_status, lambda: self.gate.paused_s)
+        gate = self.gate
+        self.recorder.follow(self._live_status, lambda: gate.paused_s, lambda: gate.current_step)
 
     # ------------------------------------------------------------ start, train, end
 

@@ -91,8 +91,7 @@ class ScalarLog:
     @property
     def current_step(self) -> int:
         """The step that a value which is logged now belongs to."""
-        gate = self._gate
-        return gate.step_in_progress if gate.phase not in ("", "step") else gate.completed
+        return self._gate.current_step
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Record `values`. Never raises: a value that is not a number is noted in the log."""

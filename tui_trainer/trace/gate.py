@@ -144,6 +144,12 @@ class Gate:
         return "paused" if self._waiting else "running"
 
     @property
+    def current_step(self) -> int:
+        """The step that something belongs to which happens now in the script: within an iteration
+        the one in progress, otherwise the last completed one."""
+        return self.step_in_progress if self.phase not in ("", "step") else self.completed
+
+    @property
     def pause_requested(self) -> bool:
         """Running, and about to pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0

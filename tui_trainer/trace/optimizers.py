@@ -18,7 +18,7 @@ from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
 from tui_trainer.trace.schedule import ActiveProbe
-from tui_trainer.trace.script_frames import objects_of_script
+from tui_trainer.trace.script_frames import objects_of_script, variable_of
 
 Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
@@ -93,7 +93,7 @@ class OptimizerRegistry:
         self._roots = roots
         self._probes = probes
         self._options = options
-        self._names = Names()
+        self._names = Names(self._is_one_of_several)
         self._entries: dict[int, tuple[weakref.ref[Optimizer], _Entry]] = {}
         self._created: list[weakref.ref[Optimizer]] = []
         """Optimizers that exist and are not registered: they may never be used."""
@@ -336,6 +336,12 @@ class OptimizerRegistry:
         references = [*self._created, *self._pending, *(r for r, _ in self._entries.values())]
         return (o for o in (reference() for reference in references) if o is not None)
 
+    def _is_one_of_several(self, root: torch.nn.Module) -> bool:
+        """Whether an optimizer exists that trains another model alone, as in a GAN."""
+        own = {id(p) for p in root.parameters()}
+        held = [{id(p) for p in parameters_of(optimizer)} for optimizer in self._optimizers()]
+        return any(each and own.isdisjoint(each) for each in held)
+
     def _count(self, slot: OptimizerSlot) -> int:
         """Number of parameters in the models of an optimizer."""
         models = [
@@ -345,7 +351,11 @@ class OptimizerRegistry:
 
     def _new_slot(self, optimizer: Optimizer) -> OptimizerSlot:
         names = {slot.name for slot in self._slots}
-        name = base = class_name(optimizer)
+        base = class_name(optimizer)
+        others = {id(unwrapped_optimizer(each)) for each in self._optimizers()} - {id(optimizer)}
+        name = variable_of(optimizer) if others else ""
+        if not name or name in names:
+            name = base
         number = 2
         while name in names:
             name, number = f"{base}#{number}", number + 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tui_trainer.trace.script_frames import variable_of
 from tui_trainer.trace.torch_private import plain_name, unwrapped
 
 
@@ -110,21 +111,25 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 class Names:
     """Names of parameters and modules over all models of a run.
 
-    The names of the first model are its own; those of further models (a GAN's second network, a
-    head beside its backbone) begin with the class of their model.
+    The names of a model that is the only one are its own. Those of several models (a GAN's
+    networks, a head beside its backbone) begin with the variable that holds their model, or with
+    its class; those of a first model that was alone at first stay as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_one_of_several: Callable[[torch.nn.Module], bool]) -> None:
+        self._is_one_of_several = is_one_of_several
         self._prefixes: list[tuple[weakref.ref[torch.nn.Module], str]] = []
 
     def prefix_of(self, root: torch.nn.Module) -> str:
-        """`""` for the first model, `Class.` or `Class#2.` for the others."""
-        root = unwrapped(root)
+        """`""` for the only model, `variable.`, `Class.` or `Class#2.` for others."""
+        whole, root = root, unwrapped(root)
         for model, prefix in self._prefixes:
             if model() is root:
                 return prefix
         taken = {prefix for _, prefix in self._prefixes}
-        name, number = "" if "" not in taken else f"{type(root).__name__}.", 2
+        name, number = "", 2
+        if taken or self._is_one_of_several(root):
+            name = f"{variable_of(root, whole) or type(root).__name__}."
         while name in taken:
             name, number = f"{type(root).__name__}#{number}.", number + 1
         self._prefixes.append((weakref.ref(root), name))

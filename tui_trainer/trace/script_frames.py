@@ -12,6 +12,14 @@ MAX_HELD = 64
 """Length of the lists and dictionaries that are looked into."""
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
+MAX_NAME = 40
+"""Characters of a variable's name that is shown."""
+
+SAYING_NOTHING = frozenset(
+    ("self", "model", "module", "net", "root", "optimizer", "opt", "optim", "obj", "o", "m")
+)
+"""Names that do not tell several models or optimizers apart."""
+
 T = TypeVar("T")
 
 
@@ -42,6 +50,44 @@ def objects_of_script(kind: type[T]) -> list[T]:
             if issubclass(type(value), kind):
                 found.setdefault(id(value), value)
     return list(found.values())
+
+
+def variable_of(*things: object) -> str:
+    """The name of the variable, or of the attribute of `self`, in which the script holds one of
+    `things`; "" where there is none. That of an outer frame is preferred: a function may call all
+    of its arguments `optimizer`."""
+    for frame in reversed(list(script_frames())):
+        variables = frame.f_locals
+        held = dict(variables)
+        held |= getattr(variables.get("self"), "__dict__", {})
+        held |= getattr(variables.get("self"), "_modules", None) or {}
+        if frame.f_globals is not variables:
+            held = {**frame.f_globals, **held}
+        for name, value in held.items():
+            if name in SAYING_NOTHING or name.startswith("_") or len(name) > MAX_NAME:
+                continue
+            for suffix, element in _named_elements(value):
+                if any(_holds(element, thing) for thing in things):
+                    return name + suffix
+    return ""
+
+
+def _holds(value: Any, thing: object) -> bool:
+    """Whether it is `thing`, or Lightning's wrapper of it."""
+    return value is thing or (
+        type(value).__name__ == "LightningOptimizer" and vars(value).get("_optimizer") is thing
+    )
+
+
+def _named_elements(value: Any) -> Iterator[tuple[str, Any]]:
+    yield "", value
+    if type(value) in (list, tuple) and len(value) <= MAX_HELD:
+        for number, element in enumerate(value):
+            yield f"[{number}]", element
+    elif type(value) is dict and len(value) <= MAX_HELD:
+        for key, element in list(value.items()):
+            if type(key) is str and len(key) <= MAX_NAME:
+                yield f".{key}", element
 
 
 def _with_elements(held: list[Any]) -> Iterator[Any]:

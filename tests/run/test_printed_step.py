@@ -1,0 +1,43 @@
+"""A line that a script prints carries the step in which it was printed."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from tests.cli.calling import call
+from tests.runs.starting import until
+from tui_trainer.config.run_state import read_state
+
+SCRIPT = """
+import time, torch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+print("before")
+for i in range(1, 6):
+    optimizer.zero_grad()
+    loss = model(torch.ones(2, 4)).square().mean()
+    print("within", i, flush=True)
+    time.sleep(0.05)  # the line is read by another thread
+    loss.backward()
+    optimizer.step()
+    print("after", i, flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_lines_within_and_after_a_step(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = call("run", "--detach", "--name", "r", "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "runs" / "r"
+    until(lambda: (s := read_state(directory)) is not None and s.state == "finished", "the end")
+    until(lambda: len(lines_of(directory)) >= 11, "all lines")
+    steps = dict(lines_of(directory))
+    assert steps["before"] == 0
+    for i in range(1, 6):
+        assert (steps[f"within {i}"], steps[f"after {i}"]) == (i, i)
+
+
+def lines_of(directory):
+    with sqlite3.connect(directory / "history.sqlite") as store:
+        return store.execute("SELECT text, step FROM log").fetchall()
