@@ -320,7 +320,7 @@ def column_names(table: StoredSeries) -> list[str]:
     return names if bare else [f"{title(table)}.{name}" for name in names]
 
 
-class Joined(NamedTuple):
+class JoinedRows(NamedTuple):
     """The rows of several tables for one step."""
 
     step: int
@@ -328,7 +328,7 @@ class Joined(NamedTuple):
     """Index of the table in the list that was joined, to its row of shape (columns,)."""
 
 
-def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
+def joined(chosen: Sequence[StoredSeries]) -> Iterator[JoinedRows]:
     """The rows of several tables, step by step; the later of two rows for the same step."""
 
     def rows(place: int, table: StoredSeries) -> Iterator[tuple[int, int, Floats]]:
@@ -339,12 +339,12 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[Joined]:
     merged = heapq.merge(
         *(rows(place, table) for place, table in enumerate(chosen)), key=lambda row: row[:2]
     )
-    current: Joined | None = None
+    current: JoinedRows | None = None
     for step, place, values in merged:
         if current is None or current.step != step:
             if current is not None:
                 yield current
-            current = Joined(step, {})
+            current = JoinedRows(step, {})
         known = current.rows.get(place)
         if known is not None and (missing := absent_mask(values)).any():
             values = np.where(missing, known, values)  # values that were logged one by one

@@ -13,22 +13,21 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m tui_trainer.findings.document` from the rules' own texts. -->
 
-While a run is watched, rules judge what is measured at every step. What they find is an event of
+While a run is recorded, rules judge what is measured at every step. What they find is an event of
 the run: it is shown under the header of the screens and on the screen *Findings* (`8`), stored,
-replayed and exported, and part of `tui-trainer show`, `show --json`, `--json` and the report.
-Each finding has a level (`error`, `warning`, `info`), the *onset* (the first step at which it was
-so), where it is, the numbers that it rests on beside the band in which they are healthy, and what
-to look at next. Symptoms of one cause are joined: the finding of the cause comes first, and its
-effects stand below it.
+replayed and exported, and included in `tui-trainer show`, `show --json`, `--json` and the report.
+Each finding has a level (`error`, `warning`, `info`), an *onset* (the first step at which it held),
+a location, the numbers that it is based on with their healthy ranges, and what to look at next.
+Symptoms of one cause are grouped: the finding of the cause comes first, with its effects below it.
 
 `tui-trainer check --steps 300 train.py` runs some steps of a script without a screen and prints
 the findings; with `--json` as one object with `findings`, each with `rule`, `level`, `onset`,
 `where`, `title`, `text`, `next`, `confidence`, `evidence` and `cause` (the `number` of the
-finding that explains it). The exit status is 1 where there is a warning or worse.
+finding that explains it). The exit status is 1 if there is a warning or an error.
 
-A rule says nothing before it has what it needs, and rather misses something than gives a false
-alarm. Rules run on the recorder's thread; they need no measurement of their own but three bits
-that the tracer notes in passing. A rule that fails is switched off, and the log says so.
+A rule reports nothing until it has the data that it needs, and would rather miss something than
+give a false alarm. Rules run on the recorder's thread; the only measurements made for them are
+three flags that the tracer notes in passing. A rule that fails is switched off, as the log reports.
 
 `tui-trainer explain RULE` prints a section of this page. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules

@@ -86,7 +86,7 @@ class Observation:
 
 
 @dataclass(slots=True)
-class SkippedIteration:
+class SkippedStep:
     """An iteration whose gradients no optimizer used, before step `step`."""
 
     step: int
@@ -239,8 +239,8 @@ class Reader:
                 seen.step_ms = took if math.isfinite(took) else None
         return seen
 
-    def observe_skip(self, record: SkipRecord) -> SkippedIteration:
-        return SkippedIteration(record.step, record.optimizer, record.reason, record.loss_scale)
+    def observe_skip(self, record: SkipRecord) -> SkippedStep:
+        return SkippedStep(record.step, record.optimizer, record.reason, record.loss_scale)
 
 
 _ATTRIBUTES = {

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedIteration
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
 from tui_trainer.protocol.messages import Confidence, Evidence, Level
 
 
 @dataclass(frozen=True)
-class Threshold:
+class RuleThreshold:
     """A number that a rule compares with."""
 
     name: str
@@ -55,7 +55,7 @@ class Rule:
     """What to look at or try."""
     source: ClassVar[str]
     """Where the test and its thresholds come from."""
-    thresholds: ClassVar[tuple[Threshold, ...]] = ()
+    thresholds: ClassVar[tuple[RuleThreshold, ...]] = ()
     explained_by: ClassVar[tuple[str, ...]] = ()
     """Rules whose finding is the cause of this one, if its onset is not later."""
     slack: ClassVar[int] = 10
@@ -75,7 +75,7 @@ class Rule:
         """A step of this optimizer; `trend` has its loss already."""
         return ()
 
-    def skipped(self, skipped: SkippedIteration) -> Iterable[Found]:
+    def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         """An iteration for this optimizer without a step."""
         return ()
 

@@ -58,7 +58,7 @@ def activated(recorder: Recorder, gate: Gate) -> Iterator[ScalarLog]:
         ours.flush()
 
 
-class _Waiting(NamedTuple):
+class _PendingValues(NamedTuple):
     """Values on their way to the host."""
 
     step: int
@@ -84,7 +84,7 @@ class ScalarLog:
         self._gate = gate
         self._places: dict[str, _Place] = {}
         self._refused: set[str] = set()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_PendingValues] = deque()
         self._lock = threading.Lock()
         self._watching = False
 
@@ -152,7 +152,7 @@ class ScalarLog:
             return
         readings = [tensor.reshape(()) for tensor in tensors.values()]
         transfer = HostTransfer([TransferPart(readings, False)], on_host=False)
-        self._waiting.append(_Waiting(step, tuple(tensors), transfer))
+        self._waiting.append(_PendingValues(step, tuple(tensors), transfer))
         if not self._watching:
             self._watching = True
             self.recorder.call_regularly(self.drain_idle)

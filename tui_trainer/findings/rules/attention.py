@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 EVERY = 10
 """Of the rows of table `attention`, one in so many is looked at."""
@@ -54,8 +54,8 @@ class AttentionLogits(_PerLayer):
         "Kimi K2 (2025), which clips above 100"
     )
     thresholds = (
-        Threshold("logit", 100, "largest logit, if it is also ten times the first one measured"),
-        Threshold("growth", 40, "(‖Wq‖‖Wk‖/‖Wv‖) against the same at the start"),
+        RuleThreshold("logit", 100, "largest logit, if it is also ten times the first measured"),
+        RuleThreshold("growth", 40, "(‖Wq‖‖Wk‖/‖Wv‖) against the same at the start"),
     )
     explained_by = ("update-ratio-high", "learning-rate-jump", "no-warm-up", "gradients-kept")
 
@@ -124,7 +124,7 @@ class AttentionEntropy(_PerLayer):
         "Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse "
         "(ICML 2023)"
     )
-    thresholds = (Threshold("entropy", 0.1, "nats, where it began above 0.5"),)
+    thresholds = (RuleThreshold("entropy", 0.1, "nats, where it began above 0.5"),)
     explained_by = (
         "attention-logits",
         "update-ratio-high",

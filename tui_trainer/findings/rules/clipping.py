@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 
 SCALE = 3
 """Position of `scale` in a row of table `clip`."""
@@ -30,7 +30,7 @@ class ClippedToNothing(Rule):
         "Pascanu, Mikolov & Bengio (ICML 2013): a limit near the average gradient norm of the "
         "training"
     )
-    thresholds = (Threshold("scale", 0.01, "median of what the gradients are multiplied by"),)
+    thresholds = (RuleThreshold("scale", 0.01, "median of what the gradients are multiplied by"),)
     explained_by = ("gradients-kept", "gradients-explode", "loss-diverges")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -80,7 +80,7 @@ class AlwaysClipped(Rule):
     )
     next = "raise max_norm if clipping is meant for peaks only; see the gradient norm's usual size"
     source = "Zhang et al., Why Gradient Clipping Accelerates Training (ICLR 2020)"
-    thresholds = (Threshold("share", 0.995, "share of the last 500 steps that were clipped"),)
+    thresholds = (RuleThreshold("share", 0.995, "share of the last 500 steps that were clipped"),)
     explained_by = ("clipped-to-nothing", "gradients-kept", "gradients-explode")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

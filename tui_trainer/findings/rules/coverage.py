@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence, named
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 
 
@@ -28,7 +28,7 @@ class NotInOptimizer(Rule):
         "that was added), or freeze these with requires_grad_(False)"
     )
     source = "TrainCheck (Jiang et al., OSDI 2025), a part of the model missing in the optimizer"
-    thresholds = (Threshold("steps", 3, "measured steps at which they had a gradient"),)
+    thresholds = (RuleThreshold("steps", 3, "measured steps at which they had a gradient"),)
     explained_by = ("no-gradients",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -116,7 +116,7 @@ class NeverReached(Rule):
         "or freeze them, if they are not needed"
     )
     source = "DistributedDataParallel's find_unused_parameters reports the same"
-    thresholds = (Threshold("steps", 10, "measured steps without a gradient"),)
+    thresholds = (RuleThreshold("steps", 10, "measured steps without a gradient"),)
     explained_by = ("no-gradients",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -187,7 +187,7 @@ class NoGradients(Rule):
         "and check that backward() is called on a loss that depends on the model"
     )
     source = "PyTorch's documentation of torch.optim (construct optimizers after moving a model)"
-    thresholds = (Threshold("steps", 3, "steps in a row without any gradient"),)
+    thresholds = (RuleThreshold("steps", 3, "steps in a row without any gradient"),)
     explained_by = ("zeroed-before-step",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -242,7 +242,7 @@ class MostlyFrozen(Rule):
     )
     next = "if the whole model should train: requires_grad_(True), and give it to the optimizer"
     source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages"
-    thresholds = (Threshold("share", 0.05, "share of the numbers that are trained"),)
+    thresholds = (RuleThreshold("share", 0.05, "share of the numbers that are trained"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -284,7 +284,7 @@ class EvaluationMode(Rule):
     )
     next = "call model.train() before the training steps, and again after every evaluation"
     source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
-    thresholds = (Threshold("steps", 20, "steps in a row"),)
+    thresholds = (RuleThreshold("steps", 20, "steps in a row"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)

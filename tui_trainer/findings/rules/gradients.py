@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 MIN_DEPTH = 4
 """Weight matrices that a model needs to have a depth."""
@@ -76,7 +76,7 @@ class GradientsVanish(_Depth):
         "networks (AISTATS 2010); He et al., Delving Deep into Rectifiers (ICCV 2015)"
     )
     thresholds = (
-        Threshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
+        RuleThreshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -122,8 +122,8 @@ class GradientsExplode(_Depth):
         "2013)"
     )
     thresholds = (
-        Threshold("growth", 100, "total gradient norm over the median of its first values"),
-        Threshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
+        RuleThreshold("growth", 100, "total gradient norm over the median of its first values"),
+        RuleThreshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
     )
     explained_by = (
         "gradients-kept",

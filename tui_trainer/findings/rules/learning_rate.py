@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 ADAM_LIKE = ("adam", "nadam", "adamax", "lion", "lamb")
 """Beginnings of names. RAdam has a warm-up of its own."""
@@ -27,7 +27,7 @@ class LearningRateZero(Rule):
         "many steps the schedule was made for"
     )
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
-    thresholds = (Threshold("steps", 20, "steps in a row"),)
+    thresholds = (RuleThreshold("steps", 20, "steps in a row"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -75,8 +75,8 @@ class LearningRateJump(Rule):
         "of lr_scheduler on saving its state"
     )
     thresholds = (
-        Threshold("factor", 10, "times the learning rate of the step before"),
-        Threshold("first_steps", 5, "steps at the start, which are not judged"),
+        RuleThreshold("factor", 10, "times the learning rate of the step before"),
+        RuleThreshold("first_steps", 5, "steps at the start, which are not judged"),
     )
 
     reach = 200
@@ -156,8 +156,8 @@ class NoWarmUp(Rule):
         "Yarats, On the Adequacy of Untuned Warmup (AAAI 2021)"
     )
     thresholds = (
-        Threshold("rise", 0.2, "rise of the loss over its first value, as a share of it"),
-        Threshold("steps", 200, "first steps that are judged"),
+        RuleThreshold("rise", 0.2, "rise of the loss over its first value, as a share of it"),
+        RuleThreshold("steps", 200, "first steps that are judged"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tui_trainer.findings.observation import FIRST_LOSSES, LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 
 class InitialLoss(Rule):
@@ -27,8 +27,8 @@ class InitialLoss(Rule):
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "verify loss @ init"'
     reach = 20
     thresholds = (
-        Threshold("high", 1.5, "times ln K, plus 0.5"),
-        Threshold("low", 0.3, "times ln K"),
+        RuleThreshold("high", 1.5, "times ln K, plus 0.5"),
+        RuleThreshold("low", 0.3, "times ln K"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -123,8 +123,8 @@ class NoProgress(Rule):
     )
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "overfit one batch"'
     thresholds = (
-        Threshold("steps", 300, "steps before it is judged"),
-        Threshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
+        RuleThreshold("steps", 300, "steps before it is judged"),
+        RuleThreshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
     )
     explained_by = (
         "non-finite",
@@ -206,9 +206,9 @@ class LossDiverges(Rule):
         "Braiek & Khomh, ESEM 2022)"
     )
     thresholds = (
-        Threshold("rise", 2, "times the loss at the start"),
-        Threshold("loss_of_gain", 0.5, "share of the fall so far that is lost again"),
-        Threshold("steps", 30, "steps in a row for the latter; a third of them for the former"),
+        RuleThreshold("rise", 2, "times the loss at the start"),
+        RuleThreshold("loss_of_gain", 0.5, "share of the fall so far that is lost again"),
+        RuleThreshold("steps", 30, "steps in a row for the latter; a third of them for the former"),
     )
     explained_by = (
         "gradients-kept",
@@ -287,8 +287,8 @@ class LossOscillates(Rule):
     next = "lower the learning rate or the momentum; check whether batches come from two sources"
     source = "Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability (ICLR 2021)"
     thresholds = (
-        Threshold("turns", 0.95, "share of the steps at which the loss turns"),
-        Threshold("size", 0.3, "mean change from step to step, as a share of the loss"),
+        RuleThreshold("turns", 0.95, "share of the steps at which the loss turns"),
+        RuleThreshold("size", 0.3, "mean change from step to step, as a share of the loss"),
     )
     explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump")
 
@@ -341,8 +341,8 @@ class OverFitting(Rule):
     next = "stop at the best evaluation (its checkpoint is kept); more data, dropout, weight decay"
     source = "Prechelt, Early Stopping – But When? (1998)"
     thresholds = (
-        Threshold("rise", 0.1, "rise over the best validation loss, as a share of it"),
-        Threshold("evaluations", 3, "evaluations in a row above half of that"),
+        RuleThreshold("rise", 0.1, "rise over the best validation loss, as a share of it"),
+        RuleThreshold("evaluations", 3, "evaluations in a row above half of that"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from statistics import median
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedIteration
-from tui_trainer.findings.rule import Found, Rule, Threshold, evidence
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
 
@@ -27,8 +27,8 @@ class LossScale(Rule):
     next = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
     source = "Micikevicius et al., Mixed Precision Training (ICLR 2018); PyTorch's AMP examples"
     thresholds = (
-        Threshold("skips", 10, "skipped iterations in a row"),
-        Threshold("floor", 1, "loss scale"),
+        RuleThreshold("skips", 10, "skipped iterations in a row"),
+        RuleThreshold("floor", 1, "loss scale"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -40,7 +40,7 @@ class LossScale(Rule):
         self._count = 0
         return ()
 
-    def skipped(self, skipped: SkippedIteration) -> Iterable[Found]:
+    def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         if skipped.reason != "scaler" or self._reported:
             return
         self._count += 1
@@ -80,8 +80,8 @@ class InputBound(Rule):
     )
     source = "PyTorch's performance tuning guide (asynchronous data loading)"
     thresholds = (
-        Threshold("share", 0.5, "of the time of a step"),
-        Threshold("step_ms", 20, "shortest step that is judged"),
+        RuleThreshold("share", 0.5, "of the time of a step"),
+        RuleThreshold("step_ms", 20, "shortest step that is judged"),
     )
 
     FIRST = 10
@@ -144,8 +144,8 @@ class MemoryGrowth(Rule):
     next = "keep numbers instead of tensors (loss.item(), .detach()); see what grows with each step"
     source = "PyTorch's FAQ, My model reports CUDA out of memory (history across the training loop)"
     thresholds = (
-        Threshold("share", 0.2, "growth, as a share of the memory after the start"),
-        Threshold("megabytes", 256, "and at least so much"),
+        RuleThreshold("share", 0.2, "growth, as a share of the memory after the start"),
+        RuleThreshold("megabytes", 256, "and at least so much"),
     )
 
     BLOCK = 10

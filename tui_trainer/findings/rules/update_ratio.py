@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
 SOURCE = (
@@ -50,8 +50,8 @@ class UpdateRatioHigh(_UpdateRatio):
     next = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
     source = SOURCE
     thresholds = (
-        Threshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
-        Threshold("at_once", 0.7, "median at which one measurement is enough"),
+        RuleThreshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
+        RuleThreshold("at_once", 0.7, "median at which one measurement is enough"),
     )
     explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up", "initial-loss")
 
@@ -102,8 +102,8 @@ class UpdateRatioLow(_UpdateRatio):
     next = "raise the learning rate by 10 or 100; look at the gradient norms and at the clipping"
     source = SOURCE
     thresholds = (
-        Threshold("ratio", 1e-6, "median of ‖Δw‖/‖w‖ over the weight matrices"),
-        Threshold("steps", 100, "over at least so many steps"),
+        RuleThreshold("ratio", 1e-6, "median of ‖Δw‖/‖w‖ over the weight matrices"),
+        RuleThreshold("steps", 100, "over at least so many steps"),
     )
     explained_by = (
         "learning-rate-zero",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedIteration
-from tui_trainer.findings.rule import Found, Rule, Streak, Threshold, evidence
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.absent import Absent
 
 
@@ -27,7 +27,7 @@ class GradientsKept(Rule):
         "PyTorch's optimization tutorial; missing zero_grad is a silent error of TrainCheck "
         "(Jiang et al., OSDI 2025) and DeepDiagnosis (Wardat et al., ICSE 2022)"
     )
-    thresholds = (Threshold("steps", 2, "steps in a row that began with used gradients"),)
+    thresholds = (RuleThreshold("steps", 2, "steps in a row that began with used gradients"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -79,7 +79,9 @@ class ZeroedBeforeStep(Rule):
     )
     next = "move zero_grad() before backward(), or after optimizer.step()"
     source = "the order of the loop in PyTorch's optimization tutorial"
-    thresholds = (Threshold("steps", 2, "steps in a row without the gradients of their iteration"),)
+    thresholds = (
+        RuleThreshold("steps", 2, "steps in a row without the gradients of their iteration"),
+    )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -87,7 +89,7 @@ class ZeroedBeforeStep(Rule):
         self._streak = Streak()
         self._reported = False
 
-    def skipped(self, skipped: SkippedIteration) -> Iterable[Found]:
+    def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         if skipped.reason == "hand":
             self._thrown_away_before = skipped.step
         return ()
