@@ -56,19 +56,19 @@ def check_rules(text: str) -> None:
 
     try:
         parse_settings(text, RULES)
-    except SettingsError as fault:
-        hint = did_you_mean(fault.given, fault.known) if fault.known else ""
+    except SettingsError as error:
+        hint = did_you_mean(error.given, error.known) if error.known else ""
         raise UsageError(
-            f"--rules: {fault}", hint or "such as over-fitting=off,loss-diverges.rise=3"
-        ) from fault
+            f"--rules: {error}", hint or "such as over-fitting=off,loss-diverges.rise=3"
+        ) from error
 
 
 def _check_pattern(pattern: str) -> None:
     """Raise UsageError unless the pattern has the groups that name a layer and its projections."""
     try:
         groups = re.compile(pattern).groupindex.keys()
-    except re.error as fault:
-        raise UsageError(f"--attention-pattern is not a regular expression: {fault}") from fault
+    except re.error as error:
+        raise UsageError(f"--attention-pattern is not a regular expression: {error}") from error
     if "layer" not in groups or not (groups >= {"q", "k", "v"} or "qkv" in groups):
         raise UsageError(
             "--attention-pattern lacks named groups: (?P<layer>…), and (?P<q>…), (?P<k>…) and "
@@ -115,11 +115,11 @@ def prepare(
             branch_step=branch.step if branch else None,
         )
         write_spec(spec)
-    except OSError as fault:
+    except OSError as error:
         raise CommandError(
-            f"cannot create a run in {runs_directory(options.runs_dir)}: {fault.strerror or fault}",
+            f"cannot create a run in {runs_directory(options.runs_dir)}: {error.strerror or error}",
             "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
-        ) from fault
+        ) from error
     return spec
 
 
@@ -128,10 +128,10 @@ def _check_text(script: Script | None) -> None:
     for given in (*sys.argv, os.getcwd(), *(script.arguments if script else ())):
         try:
             given.encode()
-        except UnicodeEncodeError as fault:
+        except UnicodeEncodeError as error:
             raise CommandError(
                 f"{given!a} is not valid UTF-8", "arguments and paths must be text"
-            ) from fault
+            ) from error
 
 
 def _check_parent(options: RunOptions) -> None:
@@ -141,8 +141,8 @@ def _check_parent(options: RunOptions) -> None:
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         check_directory(parent)
-    except RunError as fault:
-        raise CommandError(fault.message, fault.hint) from fault
+    except RunError as error:
+        raise CommandError(error.message, error.hint) from error
 
 
 def _make_directory(stem: str, options: RunOptions) -> tuple[str, Path]:
@@ -153,11 +153,11 @@ def _make_directory(stem: str, options: RunOptions) -> tuple[str, Path]:
     directory = parent / options.name
     try:
         directory.mkdir(mode=0o700)
-    except FileExistsError as fault:
+    except FileExistsError as error:
         raise UsageError(
             f"a run named {options.name} already exists in {parent}",
             "choose another --name, or leave it out",
-        ) from fault
+        ) from error
     return options.name, directory
 
 

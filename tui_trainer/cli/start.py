@@ -81,8 +81,8 @@ def _start_rank(launch: Launch, rank: Rank, options: RunOptions) -> int:
     spec = prepare(SCRIPT, options, script=launch.script)
     try:
         leave_note(rank, spec.directory, options.runs_dir)
-    except OSError as fault:
-        say(f"the other ranks will not find this run: {fault}")
+    except OSError as error:
+        say(f"the other ranks will not find this run: {error}")
     if not options.json and not options.plain:
         say(f"{rank.world_size} processes, one run: tui-trainer attach {spec.name} shows it")
     return _show(spec, replace(options, plain=not options.json))
@@ -220,9 +220,9 @@ def start_detached(spec: RunSpec) -> int:
 
     try:
         launched = launch(spec)
-    except OSError as fault:
+    except OSError as error:
         discard(spec)
-        raise CommandError(f"cannot start the run process: {fault}") from fault
+        raise CommandError(f"cannot start the run process: {error}") from error
     _wait_until_started(launched)
     print(spec.name, flush=True)
     if sys.stderr.isatty():

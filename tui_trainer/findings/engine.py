@@ -144,12 +144,12 @@ class FindingsEngine:
     ) -> None:
         try:
             reports += [(rule, found) for found in question(*arguments)]
-        except Exception as fault:
+        except Exception as error:
             self._failed.add(rule.name)
             for judge in self._judges.values():
                 for each in [each for each in judge.rules if each.name == rule.name]:
                     judge.drop(each)
-            self._on_fault(f"rule {rule.name} is switched off: {type(fault).__name__}: {fault}")
+            self._on_fault(f"rule {rule.name} is switched off: {type(error).__name__}: {error}")
 
     # ------------------------------------------------------------ findings
 

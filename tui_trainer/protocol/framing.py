@@ -96,8 +96,8 @@ class FrameBuffer:
 def _decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
-        raise ProtocolError(f"not a message of this protocol: {fault}") from fault
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from error
 
 
 def _read_payload(read: Callable[[int], bytes], limit: int) -> bytes:

@@ -141,9 +141,9 @@ class Recorder:
         text, who = sanitize(text), sanitize(who)
         self._enqueue(self._add_notice, kind, text, level, step, who, self._clock())
 
-    def fault(self, where: str, fault: BaseException) -> None:
+    def fault(self, where: str, error: BaseException) -> None:
         """Report a failure of the tool itself, once for each distinct text."""
-        if text := self._new_fault(where, fault):
+        if text := self._new_fault(where, error):
             self.notice("fault", text, "error")
 
     def log(self, stream: Stream, text: str) -> None:
@@ -346,8 +346,8 @@ class Recorder:
             for call in tuple(self._regular_calls):
                 try:
                     call()
-                except Exception as fault:
-                    self.fault("recorder", fault)
+                except Exception as error:
+                    self.fault("recorder", error)
             with self._lock:
                 self._drain()
                 self._polls.expire()
@@ -361,8 +361,8 @@ class Recorder:
             add, arguments = self._queue.popleft()
             try:
                 add(*arguments)
-            except Exception as fault:
-                if text := self._new_fault("recorder", fault):
+            except Exception as error:
+                if text := self._new_fault("recorder", error):
                     self._add_notice("fault", sanitize(text), "error")
         if self._dropped > self._reported_dropped:
             dropped = self._dropped - self._reported_dropped
@@ -497,8 +497,8 @@ class Recorder:
     def _current_status(self) -> Status:
         try:
             return self._status_at(self._live_status())
-        except Exception as fault:
-            self.fault("status", fault)
+        except Exception as error:
+            self.fault("status", error)
             return self._status_at({})
 
     def _status_at(self, live: dict[str, Any]) -> Status:
@@ -521,20 +521,20 @@ class Recorder:
 
     # ------------------------------------------------------------ faults and forks
 
-    def _new_fault(self, where: str, fault: BaseException) -> str:
-        text = f"{where}: {type(fault).__name__}: {fault}"
+    def _new_fault(self, where: str, error: BaseException) -> str:
+        text = f"{where}: {type(error).__name__}: {error}"
         if text in self._faults or len(self._faults) >= MAX_REPORTED_FAULTS:
             return ""
         self._faults.add(text)
         return text
 
-    def _sink_failed(self, sink: Sink, fault: Exception) -> None:
-        if isinstance(fault, BrokenPipeError):  # `| head` ends the lines, not the training
+    def _sink_failed(self, sink: Sink, error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):  # `| head` ends the lines, not the training
             message = READER_GONE
         else:
             name = type(sink).__name__
-            self.fault(name, fault)
-            message = f"{name} has failed, the training continues: {fault}"
+            self.fault(name, error)
+            message = f"{name} has failed, the training continues: {error}"
         with contextlib.suppress(OSError, ValueError):
             print(f"tui-trainer: {message}", file=sys.stderr, flush=True)
 

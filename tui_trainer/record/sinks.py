@@ -90,8 +90,8 @@ class SinkThread:
         try:
             while self._take_batch():
                 pass
-        except Exception as fault:
-            self._on_fault(self._sink, fault)
+        except Exception as error:
+            self._on_fault(self._sink, error)
         finally:
             with self._changed:
                 self._dead = True
@@ -99,8 +99,8 @@ class SinkThread:
                 self._changed.notify_all()
             try:
                 self._sink.close()
-            except Exception as fault:
-                self._on_fault(self._sink, fault)
+            except Exception as error:
+                self._on_fault(self._sink, error)
 
     def _take_batch(self) -> bool:
         with self._changed:

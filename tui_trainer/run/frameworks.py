@@ -31,8 +31,8 @@ def observe_frameworks(run: RunContext, progress: Progress) -> Callable[[], None
         def guarded() -> None:
             try:
                 install()
-            except Exception as fault:
-                run.recorder.fault("observing a framework", fault)
+            except Exception as error:
+                run.recorder.fault("observing a framework", error)
 
         return guarded
 
@@ -71,7 +71,7 @@ def split_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 class _Framework:
-    """A framework that is observed; a fault of ours is reported and never reaches it."""
+    """Observes a framework; an error of the observer is reported and never reaches it."""
 
     name = ""
 
@@ -84,8 +84,8 @@ class _Framework:
     def _guarded(self, call: Callable[..., None], *args: Any) -> None:
         try:
             call(*args)
-        except Exception as fault:
-            self._run.recorder.fault(f"observing {self.name}", fault)
+        except Exception as error:
+            self._run.recorder.fault(f"observing {self.name}", error)
 
     def _report(self, *facts: Any) -> None:
         if facts != self._reported:

@@ -178,8 +178,8 @@ def _loop_of(statement: Statement, frame: FrameType) -> Loop:
         if isinstance(statement, (ast.For, ast.AsyncFor)):
             over_data = _over_data(statement.iter)
             position = _quietly(lambda: _position(statement, scope))
-    except Exception as fault:
-        why = f"{type(fault).__name__}: {fault}"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
     return Loop(
         frame.f_code.co_filename,
         statement.lineno,
@@ -341,8 +341,8 @@ def _length_of(held: Any, node: ast.expr) -> int:
         raise Unknown(f"{_short(node)} ({type(held).__name__}) has no length")
     try:
         return len(held)
-    except TypeError as fault:
-        raise Unknown(f"{_short(node)} ({type(held).__name__}) has no length") from fault
+    except TypeError as error:
+        raise Unknown(f"{_short(node)} ({type(held).__name__}) has no length") from error
 
 
 def _over_data(node: ast.expr) -> bool:

@@ -109,15 +109,15 @@ class ScalarLog:
                 self._record(at, numbers)
             if tensors:
                 self._send(at, tensors)
-        except Exception as fault:
-            self.recorder.fault("tui_trainer.log", fault)
+        except Exception as error:
+            self.recorder.fault("tui_trainer.log", error)
 
     def flush(self) -> None:
         """Record what is still on its way to the host."""
         try:
             self._drain(lambda transfer: transfer.arrived(wait=True))
-        except Exception as fault:
-            self.recorder.fault("tui_trainer.log", fault)
+        except Exception as error:
+            self.recorder.fault("tui_trainer.log", error)
 
     def _number(self, name: str, value: Any) -> float | None:
         """`value` as a float; None where it is not one number."""

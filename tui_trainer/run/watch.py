@@ -145,10 +145,10 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
                 raise WatchError(f"{name!r} is not a valid name: use letters, digits and . _ + -")
             directory = parent / name
             directory.mkdir(mode=0o700)
-    except FileExistsError as fault:
-        raise WatchError(f"a run named {name} already exists in {parent}") from fault
-    except (OSError, RunError) as fault:
-        raise WatchError(f"cannot create a run: {fault}") from fault
+    except FileExistsError as error:
+        raise WatchError(f"a run named {name} already exists in {parent}") from error
+    except (OSError, RunError) as error:
+        raise WatchError(f"cannot create a run: {error}") from error
     spec = RunSpec(
         name=name,
         directory=str(directory),

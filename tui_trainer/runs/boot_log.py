@@ -20,8 +20,8 @@ def last_output(directory: str | os.PathLike[str]) -> str:
     """The fatal error of the process, or the end of what it printed; "" when it printed nothing."""
     try:
         printed = _tail(directory).strip()
-    except OSError as fault:
-        return f"cannot read {BOOT_LOG}: {fault.strerror}"
+    except OSError as error:
+        return f"cannot read {BOOT_LOG}: {error.strerror}"
     return _summary(printed) or printed[-_TAIL_CHARACTERS:]
 
 
