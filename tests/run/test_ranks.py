@@ -326,3 +326,72 @@ def test_the_signal_that_ended_a_process_is_named():
     with subprocess.Popen([sys.executable, "-c", "import os; os._exit(3)"]) as child:
         assert ending_of(child.pid, 30) == "exited with status 3"
     assert ending_of(child.pid).startswith("died without saying why")
+
+
+SHARDED = """
+    import torch, torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    collectives = []
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if DTensor in types:  # it calls what it consists of
+                return NotImplemented
+            if "c10d" in str(function):
+                collectives.append(str(function))
+            return function(*args, **(kwargs or {}))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    torch.manual_seed(rank)
+    with Collectives():
+        for step in range(12):
+            x = torch.randn(16, 8)
+            loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            shard = model[0].weight.grad.to_local().norm()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5 if step % 2 else 100.0)
+            optimizer.step()
+            print("SEEN", rank, step, loss.item().hex(), shard.item().hex(),
+                  norm.full_tensor().item().hex(), flush=True)
+    print("COLLECTIVES", rank, *collectives, flush=True)
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_measured_without_a_collective(place):
+    (place.path / "sharded.py").write_text(textwrap.dedent(SHARDED))
+    for process in place.start(2, "sharded.py"):
+        assert process.wait(120) == 0
+    alone = place.printed("", 2)
+    command = (*RUN, "--name", "sharded", "--budget", "0", "sharded.py")
+    for process in place.start(2, *command):
+        assert process.wait(120) == 0, place.errors(0)
+    words = ("SEEN", "COLLECTIVES")
+    seen = [line for word in words for line in place.printed(word, 2)]
+    assert "all_reduce" in seen[-1]
+    assert seen == [line for word in words for line in alone if line.startswith(word)]
+
+    history = StoredHistory(place.runs / "sharded", ended=True)
+    info = history.store.info()
+    assert all(parameter.sharded for parameter in info.parameters)
+    tables = place.tables("sharded")
+    for line in place.printed("SEEN", 2):
+        _, rank, step, loss, shard, norm = line.split()
+        step = int(step)
+        table = tables[int(rank)]
+        assert column(table, "loss")[step] == np.float32(float.fromhex(loss))
+        found = column(table, "grad_norm_preclip")[step]
+        assert found == pytest.approx(float.fromhex(norm), rel=1e-5)
+        if rank == "0":
+            norms = history.table(schema.GRAD_NORM).blocks()
+            values = np.concatenate([block.value for block in norms])
+            assert values[step, 0] == pytest.approx(float.fromhex(shard), rel=1e-5)

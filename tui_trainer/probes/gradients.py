@@ -53,5 +53,13 @@ class Gradients(Probe):
                 facts.total_norm = absent(Absent(int(why)))
                 return (to_float32(norms),)
             own = own[there]
-        facts.total_norm = norm_of(own)
+        facts.total_norm = self._total_of_shards(facts) if self.tracked.sharded else norm_of(own)
         return (to_float32(norms),)
+
+    def _total_of_shards(self, facts: StepFacts) -> float:
+        """What a clipping by norm has found for the whole gradient; the norms are those of this
+        process's shards."""
+        for clip in facts.clips:
+            if clip.kind == "norm" and clip.two_norm and clip.positions is None:
+                return clip.norm_before / facts.gradient_scale
+        return absent(Absent.SHARDED)

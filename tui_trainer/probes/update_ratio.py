@@ -16,6 +16,7 @@ from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.torch_private import local
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
@@ -86,12 +87,12 @@ class UpdateRatio(Probe):
         self._now = self._turns[self._turn]
         if step:
             try:
-                self._copies = [_copy(p.detach()) for p in self.tracked.parameters]
+                self._copies = [_copy(local(p).detach()) for p in self.tracked.parameters]
                 self._now = self._whole
                 return
             except (MemoryError, RuntimeError) as fault:
                 self.missing = step, f"the copy could not be allocated: {fault}"
-        weights = [self.tracked.parameters[i].detach() for i in self._now]
+        weights = [local(self.tracked.parameters[i]).detach() for i in self._now]
         if len(self._turns) > 1:
             self._copies = [_copy(weight) for weight in weights]
             return
@@ -107,7 +108,7 @@ class UpdateRatio(Probe):
             self._turn = (self._turn + 1) % len(self._turns)
         copies, self._copies = self._copies, []
         before = self._norms.read(copies)
-        torch._foreach_sub_(copies, [self.tracked.parameters[i].detach() for i in turn])
+        torch._foreach_sub_(copies, [local(self.tracked.parameters[i]).detach() for i in turn])
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 

@@ -41,6 +41,7 @@ class Absent(IntEnum):
     NOT_COMPARABLE = 17
     NO_DEVICE = 18
     OVERFLOW = 19
+    SHARDED = 20
 
     @property
     def reason(self) -> str:
@@ -68,6 +69,7 @@ _REASONS = {
     Absent.NOT_COMPARABLE: "not comparable",
     Absent.NO_DEVICE: "no accelerator",
     Absent.OVERFLOW: "overflowed in float32 while it was computed",
+    Absent.SHARDED: "only this process's shards are known",
 }
 
 

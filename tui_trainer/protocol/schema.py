@@ -37,6 +37,8 @@ class ParameterInfo(msgspec.Struct, frozen=True):
     optimizer: str = ""
     """Name of the optimizer that updates it; "" when none does."""
     trainable: bool = True
+    sharded: bool = False
+    """Whether each process has only a shard of it: its norms are those of rank 0's shard."""
 
 
 class AttentionInfo(msgspec.Struct, frozen=True):

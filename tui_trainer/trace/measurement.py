@@ -44,7 +44,7 @@ from tui_trainer.trace.step import (
     Returned,
     StepOutcome,
 )
-from tui_trainer.trace.torch_private import NormCapture
+from tui_trainer.trace.torch_private import NormCapture, local
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 NO_READINGS: Values = np.empty(0)
@@ -839,7 +839,7 @@ def norms_before(
     """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of what it
     clipped is divided by the factor of PyTorch's own formula."""
     given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
-    scaled = {id(p.grad) for p in given}
+    scaled = {id(local(p.grad)) for p in given if p.grad is not None}
     factor: torch.Tensor | None = None
     found: list[torch.Tensor | float] = []
     for gradient in gradients:

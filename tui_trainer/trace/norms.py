@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.trace.probe import Reading
+from tui_trainer.trace.torch_private import is_sharded, local
 
 SMALL, LARGE = 1e-30, 1e36
 """Outside of these a sum of squares in float32 may have lost digits, underflowed or overflowed."""
@@ -27,11 +28,14 @@ class Norms:
         self._plain = all(t.dtype in (torch.float32, torch.float64) for t in like)
         self._on_host = device.type == "cpu"
         self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._sharded = any(is_sharded(t) for t in like)
         self._addresses: list[int] = []
         self._flat: list[torch.Tensor] = []
 
     def read(self, tensors: Sequence[torch.Tensor | None]) -> list[Reading]:
         """One for each: a float on the CPU, else a 0-d tensor. 0 for a missing one."""
+        if self._sharded:
+            tensors = [None if t is None else local(t) for t in tensors]
         if not self._on_host:
             return self._read_on_device(tensors)
         if self._plain:
@@ -49,8 +53,8 @@ class Norms:
 
     def read_kept(self, tensors: Sequence[torch.Tensor]) -> list[Reading]:
         """The same for tensors that stay at their address from step to step, such as weights."""
-        if not self._on_host:
-            return self.read(tensors)
+        if not self._on_host or self._sharded:
+            return self.read([local(tensor).detach() for tensor in tensors])
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses != self._addresses:
             self._addresses = addresses
@@ -77,7 +81,8 @@ class Norms:
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor as a strided tensor of real numbers."""
+    """The elements that this process has of a tensor, as a strided tensor of real numbers."""
+    tensor = local(tensor)
     if tensor.layout != torch.strided:
         tensor = (
             tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -108,7 +113,7 @@ def exact_norm(tensor: torch.Tensor) -> float:
 def total_norm(parameters: Any) -> Reading:
     """√Σ‖gᵢ‖² over the gradients of `parameters`."""
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    gradients = list({id(g): g for p in given if (g := p.grad) is not None}.values())
+    gradients = list({id(g): local(g) for p in given if (g := p.grad) is not None}.values())
     if not gradients:
         return 0.0
     with torch.no_grad():

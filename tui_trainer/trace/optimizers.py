@@ -19,6 +19,7 @@ from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
 from tui_trainer.trace.schedule import ActiveProbe
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
+from tui_trainer.trace.torch_private import is_sharded
 
 Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
@@ -385,6 +386,7 @@ class OptimizerRegistry:
             numel=parameter.numel(),
             optimizer=optimizer,
             trainable=parameter.requires_grad,
+            sharded=is_sharded(parameter),
         )
         position = self._positions.get(name)
         if position is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tui_trainer.trace.script_frames import variable_of
-from tui_trainer.trace.torch_private import plain_name, unwrapped
+from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class TrackedParameters:
         self.empty = frozenset(i for i, p in enumerate(self.parameters) if not p.numel())
         """Positions of parameters without elements."""
         self.trainable = [p.requires_grad for p in self.parameters]
+        self.sharded = any(is_sharded(p) for p in self.parameters)
+        """Whether this process holds only shards of them. What is measured of a parameter is then
+        that of its shard."""
 
     @property
     def weight_names(self) -> list[str]:
@@ -78,14 +81,14 @@ class TrackedParameters:
         """The present value of a parameter or a further weight."""
         count = len(self.parameters)
         if position < count:
-            return self.parameters[position].detach()
+            return local(self.parameters[position]).detach()
         return self.further[position - count].read()
 
     def weight_at_start(self, position: int) -> torch.Tensor:
         """What drift is measured from; only to be called before the first step."""
         count = len(self.parameters)
         if position < count:
-            return self.parameters[position].detach()
+            return local(self.parameters[position]).detach()
         return self.further[position - count].start()
 
     @property
@@ -94,7 +97,9 @@ class TrackedParameters:
         return self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """The current gradients; None where there is none."""
+        """The current gradients, of sharded parameters their shards; None where there is none."""
+        if self.sharded:
+            return [None if p.grad is None else local(p.grad) for p in self.parameters]
         return [p.grad for p in self.parameters]
 
 

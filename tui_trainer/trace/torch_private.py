@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from tui_trainer.protocol.absent import Absent, absent
+
 # ---------------------------------------------------------------- models inside wrappers
 
 # torch.compile, FSDP and activation checkpointing put one level of their own into parameter names.
@@ -39,6 +41,26 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             module = module.module
         else:
             return module
+
+
+# ---------------------------------------------------------------- sharded tensors
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a shard: any operation on the whole may
+    be a collective."""
+    return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor")
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    if type(tensor) in PLAIN:
+        return tensor
+    held: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return held
 
 
 # ---------------------------------------------------------------- GradScaler
@@ -120,6 +142,9 @@ class NormCapture:
         """(tensors, their 2-norms, each 0-d)."""
         self._stacked: torch.Tensor | None = None
         """All norms as one vector, from which the total is computed."""
+        self._coefficient: torch.Tensor | None = None
+        """Of sharded gradients: max_norm / (total + 1e-6), for which the processes have added up
+        their parts of the total."""
 
     def __enter__(self) -> NormCapture:
         self._original_foreach: Any = torch._foreach_norm
@@ -136,6 +161,16 @@ class NormCapture:
                 self._stacked = x
             return self._original_norm(x, *args, **kwargs)
 
+        original_clamp: Any = torch.clamp
+
+        def clamp(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._coefficient is None and isinstance(x, torch.Tensor) and is_sharded(x):
+                self._coefficient = local(x)
+            return original_clamp(x, *args, **kwargs)
+
+        self._original_clamp: Any = original_clamp
+        self._our_clamp: Any = clamp
+        vars(torch)["clamp"] = clamp
         self._our_foreach: Any = foreach_norm
         self._our_norm: Any = vector_norm
         vars(torch)["_foreach_norm"] = foreach_norm
@@ -147,10 +182,12 @@ class NormCapture:
             vars(torch)["_foreach_norm"] = self._original_foreach
         if torch.linalg.vector_norm is self._our_norm:
             vars(torch.linalg)["vector_norm"] = self._original_norm
+        if torch.clamp is self._our_clamp:
+            vars(torch)["clamp"] = self._original_clamp
         # They refer back to this object: breaking the cycle frees it, and the gradients it holds,
         # without waiting for the garbage collector. Gradients of several steps alive at once cost
         # their memory, and 5 % of the step on a CPU, whose caches then never see a block again.
-        self._our_foreach = self._our_norm = None
+        self._our_foreach = self._our_norm = self._our_clamp = None
 
     @property
     def count(self) -> int:
@@ -169,15 +206,27 @@ class NormCapture:
             return None
         if norms[0].dtype not in FULL_PRECISION or not all(map(is_, clipped, parameters)):
             return None
+        if is_sharded(norms[0]):
+            return [local(norm) for norm in norms]
         vector = self._stacked
         if vector is not None and vector.dim() == 1 and vector.shape[0] == len(norms):
             return (vector,)
         return norms
 
+    def whole_total(self, total: Any, limit: Any) -> Any:
+        """`total` where it is of sharded gradients: the norm over all processes, which the clipping
+        needs too. Absent where it is not visible, since computing it would be a collective."""
+        if not (isinstance(total, torch.Tensor) and is_sharded(total)):
+            return total
+        if self._coefficient is None:
+            return absent(Absent.SHARDED)
+        return float(limit) / self._coefficient.detach() - 1e-6
+
     def by_gradient(self) -> dict[int, torch.Tensor]:
-        """id(gradient) to its norm, where it has at least float32 precision."""
+        """id(gradient) to its norm, where it has at least float32 precision; of sharded gradients
+        those of the shards."""
         return {
-            id(tensor): norm
+            id(local(tensor)): local(norm)
             for tensors, norms in self._calls
             for tensor, norm in zip(tensors, norms, strict=True)
             if norm.dtype in FULL_PRECISION

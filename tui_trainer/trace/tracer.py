@@ -733,6 +733,7 @@ class Tracer:
     ) -> None:
         """`total` is the norm before clipping, as the function returned it."""
         self._phases.stop_clock()
+        total = captured.whole_total(total, limit)
         if not self._clipping and self._evaluated is None:
             if self.registry.measurers_of(parameters):
                 self._report_late_clip()

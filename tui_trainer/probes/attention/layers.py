@@ -334,6 +334,9 @@ class AttentionLayer:
         )
 
 
+SHARDED = "the weights are sharded over processes: each has only a part of every matrix"
+
+
 @dataclass(frozen=True)
 class FoundLayers:
     """The attention layers of a model."""
@@ -361,6 +364,8 @@ def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> Found
     `pattern`: a regular expression over parameter names with the group `layer` and one of the
     groups `q`, `k`, `v` (separate) or `qkv` (fused); it replaces the usual names.
     """
+    if tracked.sharded:
+        return FoundLayers([], (SHARDED,))
     if tracked.further_left_out is None:
         tracked.further, tracked.further_left_out = find_further_weights(tracked, ROLE_NAMES)
     roles = by_pattern(tracked, pattern) if pattern else by_name(tracked)
