@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter, validators
 
 from tui_trainer.config.options import Option, options_of
 from tui_trainer.config.training import GROUPS, default_preset
+from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 
@@ -121,6 +122,27 @@ class RunOptions:
             metavar="CHANGES",
         ),
     ] = ""
+    breakpoints: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--break",
+            help="pause when a condition is met, such as nonfinite or 'loss > 3 * ema(loss)'; may "
+            "be given several times (docs/breakpoints.md has the language)",
+            group=RUNNING,
+            negative=(),
+            metavar="CONDITION",
+            show_default=False,
+            consume_multiple=False,
+        ),
+    ] = ()
+    break_on_finding: Annotated[
+        Level | None,
+        _flag(
+            "pause when a rule finds something of this level or worse: info, warning or error",
+            RUNNING,
+            metavar="LEVEL",
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int | None,
         _flag(

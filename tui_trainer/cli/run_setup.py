@@ -20,9 +20,11 @@ from tui_trainer.config.run_spec import (
     create_run_directory,
     remove_run,
     runs_directory,
+    saved_breakpoints,
     write_spec,
 )
 from tui_trainer.config.run_state import read_state
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import Branch
@@ -45,6 +47,11 @@ def check_options(options: RunOptions) -> None:
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
     check_rules(options.rules)
+    if options.breakpoints:
+        from tui_trainer.cli.commands.breakpoints import check_condition
+
+        for condition in options.breakpoints:
+            check_condition(condition, "--break: ")
 
 
 def check_rules(text: str) -> None:
@@ -109,6 +116,7 @@ def prepare(
             attention_pattern=options.attention_pattern,
             rules=options.rules,
             checkpoint_every=options.checkpoint_every,
+            breakpoints=_breakpoints(options, branch),
             keep_checkpoints=options.keep_checkpoints,
             resume=str(branch.checkpoint) if branch else None,
             parent=str(branch.run.directory) if branch else "",
@@ -121,6 +129,16 @@ def prepare(
             "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
         ) from error
     return spec
+
+
+def _breakpoints(options: RunOptions, branch: Branch | None) -> tuple[Breakpoint, ...]:
+    """Those of the options; without any, those of the run that is continued."""
+    conditions = list(options.breakpoints)
+    if options.break_on_finding is not None:
+        conditions.append(f'finding(level="{options.break_on_finding}")')
+    if not conditions and branch is not None:
+        return saved_breakpoints(branch.run.directory)
+    return tuple(Breakpoint(n, condition) for n, condition in enumerate(conditions, 1))
 
 
 def _check_text(script: Script | None) -> None:

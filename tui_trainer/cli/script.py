@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.options import RunOptions
@@ -73,11 +73,13 @@ def split(
 
 
 def _options_with_a_value(options: type[Any]) -> frozenset[str]:
-    hints = get_type_hints(options)
+    hints = get_type_hints(options, include_extras=True)
+    named = {each.name: hints[each.name] for each in fields(options)}
     return frozenset(
-        "--" + each.name.replace("_", "-")
-        for each in fields(options)
-        if hints[each.name] is not bool
+        flag
+        for name, hint in named.items()
+        if get_args(hint)[0] is not bool
+        for flag in (get_args(hint)[1].name or ("--" + name.replace("_", "-"),))
     )
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar, SourceInfo
 
 SPEC_FILE = "run.json"
 LOG_FILE = "log.txt"
+BREAKPOINTS_FILE = "breakpoints.json"
 SOCKET_FILE = "run.sock"
 SOCKET_POINTER_FILE = "socket"
 """Holds the path of a socket that is not in the run's directory."""
@@ -67,6 +69,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Steps between checkpoints; None: at the end, on request, and at the best validation loss."""
     rules: str = ""
     """Changes to the rules that judge the run (see `findings.settings`)."""
+    breakpoints: tuple[Breakpoint, ...] = ()
+    """Those that the run begins with."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept, in addition to the best one."""
     resume: str | None = None
@@ -99,6 +103,25 @@ def read_spec(directory: str | os.PathLike[str]) -> RunSpec:
     Raises FileNotFoundError, or ValueError (msgspec.DecodeError) where it is not a spec.
     """
     return msgspec.json.decode((Path(directory) / SPEC_FILE).read_bytes(), type=RunSpec)
+
+
+def saved_breakpoints(directory: str | os.PathLike[str]) -> tuple[Breakpoint, ...]:
+    """The breakpoints that a run had last; none where they cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        data = (Path(directory) / BREAKPOINTS_FILE).read_bytes()
+        return msgspec.json.decode(data, type=tuple[Breakpoint, ...])
+    return ()
+
+
+def save_breakpoints(
+    directory: str | os.PathLike[str], breakpoints: tuple[Breakpoint, ...]
+) -> None:
+    """Write them atomically; no file where there never were any. Raises OSError."""
+    path = Path(directory) / BREAKPOINTS_FILE
+    if breakpoints or path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(breakpoints), indent=2))
+        temporary.replace(path)
 
 
 # ---------------------------------------------------------------- directories

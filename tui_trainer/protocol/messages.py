@@ -24,6 +24,7 @@ EndState = Literal["finished", "stopped", "crashed"]
 END_STATES: tuple[EndState, ...] = get_args(EndState)
 Level = Literal["info", "warning", "error"]
 NoticeKind = Literal[
+    "breakpoint",
     "cadence",
     "checkpoint",
     "clip_after_step",
@@ -111,6 +112,47 @@ class ProcessAt(msgspec.Struct, frozen=True, array_like=True):
     """Whether it is paused."""
 
 
+class Breakpoint(msgspec.Struct, frozen=True):
+    """A condition at which the run pauses."""
+
+    number: int
+    """From 1, never used again in the run."""
+    condition: str
+    """In the language of `breakpoints.expression`."""
+    enabled: bool = True
+    hits: int = 0
+    """How often the condition was met, the ignored times included."""
+    ignore: int = 0
+    """How many of the first hits have no effect."""
+    once: bool = False
+    """It is disabled after its first effect."""
+    log_only: bool = False
+    """Write a line to the log instead of pausing."""
+    fault: str = ""
+    """Why the run has disabled it."""
+
+
+class BreakpointStop(msgspec.Struct, frozen=True, array_like=True):
+    """The breakpoint at which the run has paused."""
+
+    number: int
+    condition: str
+    step: int
+    phase: Phase
+    text: str = ""
+    """The values that met the condition, such as `loss 7.1`."""
+    parameter: str = ""
+    """The parameter (or layer) that it is about."""
+    table: str = ""
+    """The table that the value is recorded in."""
+
+    @property
+    def reason(self) -> str:
+        """`breakpoint 2: loss > 5 (loss 7.1)`"""
+        values = f" ({self.text})" if self.text else ""
+        return f"breakpoint {self.number}: {self.condition}{values}"
+
+
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """The state of the run now: the few fields that change all the time."""
 
@@ -149,6 +191,9 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     why."""
     processes: tuple[ProcessAt, ...] = ()
     """Where each training process of a run with several is."""
+    breakpoints: tuple[Breakpoint, ...] = ()
+    stopped_at: BreakpointStop | None = None
+    """Set while the run is paused at a breakpoint."""
 
     @property
     def ended(self) -> bool:
@@ -470,6 +515,31 @@ class Mark(msgspec.Struct, tag="mark", frozen=True):
     text: str
 
 
+class AddBreakpoint(msgspec.Struct, tag="add_breakpoint", frozen=True):
+    """Pause whenever a condition is met; the fields are those of `Breakpoint`."""
+
+    condition: str
+    ignore: int = 0
+    once: bool = False
+    log_only: bool = False
+
+
+class ChangeBreakpoint(msgspec.Struct, tag="change_breakpoint", frozen=True):
+    """Change a breakpoint; None leaves a field as it is."""
+
+    number: int
+    enabled: bool | None = None
+    ignore: int | None = None
+    once: bool | None = None
+    log_only: bool | None = None
+
+
+class DeleteBreakpoint(msgspec.Struct, tag="delete_breakpoint", frozen=True):
+    """Delete a breakpoint."""
+
+    number: int
+
+
 Action = (
     Pause
     | Resume
@@ -481,6 +551,9 @@ Action = (
     | Checkpoint
     | TakeControl
     | Mark
+    | AddBreakpoint
+    | ChangeBreakpoint
+    | DeleteBreakpoint
 )
 
 

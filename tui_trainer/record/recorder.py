@@ -76,6 +76,10 @@ class Recorder:
         self.throughput = Throughput()
         self._extra_info: Callable[[], dict[str, Any]] = dict
         self._regular_calls: list[Callable[[], None]] = []
+        self.on_record: Callable[[StepRecord], None] | None = None
+        """Called with every step before it is queued, mostly on the training thread."""
+        self.needed_tables: frozenset[str] = frozenset()
+        """Tables that have to be measured in every step."""
 
         # Shared with the training thread without a lock.
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -115,6 +119,8 @@ class Recorder:
         """Queue the record of one optimizer step in O(1); it is dropped when the queue is full."""
         if self._forked:
             return
+        if self.on_record is not None:
+            self.on_record(record)
         if len(self._queue) >= self._capacity:
             self._dropped += 1
             return
@@ -206,8 +212,12 @@ class Recorder:
         self.throughput.resume(self._clock())
 
     def watched(self) -> frozenset[str]:
-        """The topics on viewers' screens now. Takes no lock."""
-        return self._polls.watched
+        """The topics on viewers' screens now, and the tables that breakpoints need as `needed:` and
+        their name. Takes no lock."""
+        needed = self.needed_tables
+        if not needed:
+            return self._polls.watched
+        return self._polls.watched.union(f"needed:{name}" for name in needed)
 
     # ------------------------------------------------------------ state
 
@@ -244,6 +254,13 @@ class Recorder:
         with self._lock:
             self._drain()
             return self._first_nonfinite
+
+    @property
+    def findings(self) -> Sequence[Finding]:
+        """The findings so far, as they were last reported."""
+        with self._lock:
+            self._drain()
+            return tuple(self._engine.findings) if self._engine is not None else ()
 
     def read(self, read: Callable[[MemoryHistory], T]) -> T:
         """The result of `read(history)`, which must be quick: recording waits for it."""

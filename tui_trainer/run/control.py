@@ -6,9 +6,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tui_trainer.breakpoints.breakpoints import BreakpointError
+from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.protocol.messages import (
     Action,
+    AddBreakpoint,
+    Breakpoint,
+    ChangeBreakpoint,
     Checkpoint,
+    DeleteBreakpoint,
     Mark,
     NoticeKind,
     Pause,
@@ -23,11 +29,14 @@ from tui_trainer.protocol.messages import (
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.rank_control import RankControl
+from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.trace.gate import Gate, Refusal
 
 MAX_STEPS = 10**12
 MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
+MOVES = (Resume, Step, StepPhase, RunToEpochEnd)
+"""After these the run is no longer paused at the breakpoint where it was."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,11 @@ class CommandHandler:
         stop: Callable[[bool], None],
         save_checkpoint: Callable[[], None],
         controls: RankControl | None = None,
+        breakpoints: RunBreakpoints | None = None,
     ) -> None:
         """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
         `controls`: those of all processes of the run."""
+        self._breakpoints = breakpoints
         self._gate = gate
         self._controls: Gate | RankControl = controls or gate
         self._recorder = recorder
@@ -97,7 +108,9 @@ class CommandHandler:
             return refusal
         try:
             text = self._apply(viewer, action)
-        except Refusal as refused:
+        except ExpressionError as error:
+            return CommandResult(False, error.pointed, error.hint)
+        except (Refusal, BreakpointError) as refused:
             return CommandResult(False, refused.message, refused.hint)
         if not isinstance(action, Mark):
             # The gate's step: the recorder has not yet seen the steps in its queue.
@@ -142,6 +155,8 @@ class CommandHandler:
 
     def _apply(self, viewer: Viewer, action: Action) -> str:
         """Carry out `action`; returns a text for the log. Raises Refusal."""
+        if self._breakpoints is not None and isinstance(action, MOVES):
+            self._breakpoints.forget_stop()
         match action:
             case Pause():
                 self._controls.pause()
@@ -177,6 +192,29 @@ class CommandHandler:
                 self._recorder.notice("mark", mark, step=step, who=viewer.name)
                 return mark
 
+            case AddBreakpoint() | ChangeBreakpoint() | DeleteBreakpoint():
+                return self._change_breakpoints(action)
+
+    def _change_breakpoints(
+        self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint
+    ) -> str:
+        if self._breakpoints is None:
+            raise Refusal("this run has no breakpoints")
+        breakpoints = self._breakpoints.all
+        match action:
+            case AddBreakpoint(condition=condition, ignore=ignore, once=once, log_only=log_only):
+                changed = breakpoints.add(condition, ignore=ignore, once=once, log_only=log_only)
+                text = breakpoint_text(changed)
+            case ChangeBreakpoint(number, enabled, ignore, once, log_only):
+                changed = breakpoints.change(
+                    number, enabled=enabled, ignore=ignore, once=once, log_only=log_only
+                )
+                text = breakpoint_text(changed)
+            case DeleteBreakpoint(number=number):
+                text = f"deleted {breakpoint_text(breakpoints.delete(number))}"
+        self._breakpoints.save()
+        return text
+
     def _step(self, count: int) -> str:
         if not 1 <= count <= MAX_STEPS - (self._gate.run_to or 0):
             raise Refusal(f"cannot run {count:,} steps: give a number from 1 to {MAX_STEPS:,}")
@@ -191,3 +229,15 @@ class CommandHandler:
             )
         self._gate.throttle(rate)
         return "full speed" if rate is None else f"at most {rate:g} steps/s"
+
+
+def breakpoint_text(breakpoint: Breakpoint) -> str:
+    """`breakpoint 2: loss > 5 (once, log only)`"""
+    properties = [
+        *(["disabled"] if not breakpoint.enabled else []),
+        *(["once"] if breakpoint.once else []),
+        *([f"ignores the first {breakpoint.ignore:,}"] if breakpoint.ignore else []),
+        *(["log only"] if breakpoint.log_only else []),
+    ]
+    more = f" ({', '.join(properties)})" if properties else ""
+    return f"breakpoint {breakpoint.number}: {breakpoint.condition}{more}"

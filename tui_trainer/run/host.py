@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from tui_trainer.config.machine import OtherLoad
 from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
@@ -28,6 +30,7 @@ from tui_trainer.protocol.messages import Join, ProcessAt
 from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.status_file import StatusFile
+from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.control import CommandHandler
 from tui_trainer.run.environment import initial_info, limit_openmp_spinning
 from tui_trainer.run.outcome import (
@@ -85,8 +88,18 @@ class Host:
         self.controls = RankControl(self.gate, self.ranks)
         self.ranks.on_stop_wanted = self._stop_all
         self.stops.stop_gate = self.controls.stop
+        if self.recording:
+            self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
+        mine = spec if self.recording else msgspec.structs.replace(spec, breakpoints=())
+        self.breakpoints = RunBreakpoints(mine, self.gate, self.recorder)
+        self.gate.hooks.breakpoint_reached = self.controls.pause
         control = CommandHandler(
-            self.gate, self.recorder, self.stops.stop, self._save_on_request, self.controls
+            self.gate,
+            self.recorder,
+            self.stops.stop,
+            self._save_on_request,
+            self.controls,
+            self.breakpoints,
         )
         self.server = Server(spec.name, self.recorder, control, self._serve_rank)
         self._saver: CheckpointSaver | None = None
@@ -97,8 +110,6 @@ class Host:
         self.gate.hooks.changed = self._gate_changed
         self.gate.hooks.fault = self.recorder.fault
         self.gate.hooks.save_checkpoint = self._save_on_stop
-        if self.recording:
-            self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         self.recorder.set_status(waiting_for="starting")
         gate = self.gate
         self.recorder.follow(self._live_status, lambda: gate.paused_s, lambda: gate.current_step)
@@ -111,6 +122,7 @@ class Host:
             self.server.listen(new_socket_path(self.spec.directory))
         except OSError as error:
             self.recorder.fault("no viewer can attach", error)
+        self.breakpoints.save()
         self.recorder.subscribe(StatusFile(self.spec.directory, self.recorder.info))
         self.recorder.subscribe(StoreWriter(self.spec.directory, self._store_problem))
         self.recorder.subscribe(self.ranks)
@@ -193,6 +205,7 @@ class Host:
         with contextlib.suppress(KeyboardInterrupt):
             self.server.wait_until_seen(LINGER_S, first_viewer_s)
             self.recorder.close()
+        self.breakpoints.save()
         self.server.close()
 
     def _end_of_ranks(self, outcome: Outcome) -> Outcome:
@@ -282,7 +295,10 @@ class Host:
             "run_to": gate.run_to,
             "throttle": gate.rate,
             "processes": self.ranks.positions(self._own_position()),
+            "breakpoints": self.breakpoints.all.list(),
         }
+        if (stop := self.breakpoints.stopped_at) is not None:
+            changes["stopped_at"], changes["reason"] = stop, stop.reason
         if mode in ("stopping", "ended"):
             changes["state"] = "stopping"
         elif not gate.phase and (step := self.ranks.steps_of_children):

@@ -190,6 +190,8 @@ class ScalarLog:
             rows[place.table][place.column] = value
         for table, row in rows.items():
             self.recorder.row(table, step, row)
+        if self._gate.break_phases and self._gate.breakpoints is not None:
+            self._gate.breakpoints.logged(values)
 
     def _declare(self, names: list[str]) -> None:
         """A table for names that are logged together for the first time."""

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tui_trainer.breakpoints.breakpoints import Breakpoints
 from tui_trainer.protocol import PHASES, Phase
 from tui_trainer.protocol.errors import UserError
 
@@ -59,6 +60,8 @@ class GateHooks:
     before_work: Callable[[], None] = _do_nothing
     """Training thread: work between steps is about to run; completed steps should be recorded
     first, since the work may add records of its own."""
+    breakpoint_reached: Callable[[], None] | None = None
+    """Training thread: pause at this boundary; `Gate.pause` unless set."""
     save_checkpoint: Callable[[int], object] = _do_nothing
     """Training thread, with the number of completed steps: the run stops here and a checkpoint was
     asked for."""
@@ -117,6 +120,9 @@ class Gate:
         """Whether the training thread is in the gate: waiting, or working for others."""
         self.armed = paused
         """Whether the next boundary has anything to do. Only set in this class."""
+        self.breakpoints: Breakpoints | None = None
+        self.break_phases: frozenset[Phase] = frozenset()
+        """The phases at whose end breakpoints are evaluated."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
         self._next_scheduled: float = math.inf
         self._condition = threading.Condition()
@@ -153,6 +159,11 @@ class Gate:
     def pause_requested(self) -> bool:
         """Running, and about to pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether it may pause at one of the next boundaries."""
+        return self.armed or bool(self.break_phases)
 
     @property
     def checkpoint_on_stop(self) -> bool:
@@ -341,10 +352,20 @@ class Gate:
             shared[3] = time.monotonic_ns()
         if phase == "step":
             self.completed = step
+        if phase in self.break_phases:
+            self._evaluate_breakpoints(phase, step)
+        if phase == "step":
             if self.armed or self.has_work_after(step):
                 self._enter(phase, step)
         elif self.armed:
             self._enter(phase, step)
+
+    def _evaluate_breakpoints(self, phase: Phase, step: int) -> None:
+        """Pause at this boundary if a condition is met."""
+        if self.breakpoints is None or not self.breakpoints.reached(phase, step):
+            return
+        if not (self._stopping or self._ended):
+            self._call_hook(self.hooks.breakpoint_reached or self.pause)
 
     def _enter(self, phase: Phase, step: int) -> None:
         began = time.perf_counter()

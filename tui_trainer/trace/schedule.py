@@ -32,6 +32,8 @@ class ActiveProbe(GovernedProbe):
     readings: list[Readings] = field(default_factory=list)
     spent_s: float = 0.0
     """Time on the training thread in this step."""
+    needed: bool = False
+    """A breakpoint reads one of its tables: it measures every step."""
 
     def __post_init__(self) -> None:
         kind = type(self.probe)
@@ -100,7 +102,7 @@ class ProbeSchedule:
             if probe.failed:
                 continue
             every = probe.now
-            if every == 1:
+            if every == 1 or probe.needed:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, probe.probe.first_steps, bit))
@@ -118,6 +120,7 @@ class ProbeSchedule:
             self._watched = watched
             for probe in self.probes:
                 probe.watched = probe.watched_natural > 0 and probe.probe.topic in watched
+                probe.needed = any(f"needed:{table.name}" in watched for table in probe.tables)
             self.update()
         chosen = self._always
         for every, first, bit in self._sometimes:

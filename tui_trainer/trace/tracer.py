@@ -35,6 +35,7 @@ from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.evaluation import EvaluationLosses
 from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.norms import total_norm, total_of
@@ -192,6 +193,8 @@ class Tracer:
         self.gate.hooks.pausing = self._reporter.report
         self.gate.hooks.work_context = self.suspended
         self.gate.hooks.before_work = self._flush_in_gate
+        if self.gate.breakpoints is not None:
+            self.gate.breakpoints.live = LiveValues(self)
         reference = weakref.ref(self)
         # A forked DataLoader worker has a copy of the tracer, and of the thread's identity.
         os.register_at_fork(after_in_child=lambda: _disable_after_fork(reference()))
@@ -416,7 +419,7 @@ class Tracer:
         if self.loop is not None:
             self.loop.model_called(args, kwargs)
         self.registry.search_further_roots()
-        if self.gate.armed:
+        if self.gate.may_pause:
             self._reporter.keep_inputs(args, kwargs)
         self._phases.before_forward(module)
         if not module.training or self._in_eval_mode:
@@ -449,7 +452,7 @@ class Tracer:
     def _forward_ended(self, result: Any) -> None:
         if self._sampling:
             self._end_sampling()
-        if self.gate.armed:
+        if self.gate.may_pause:
             self._reporter.keep_output(result)
         self._phases.leave(LOSS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from keyword import iskeyword
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _RUNS = {
     "resume": ("control", "resume a paused run"),
     "step": ("control", "make one optimizer step, or N, then pause"),
     "stop": ("control", "finish the running step, then end the run"),
+    "break": ("breakpoints", "pause a run when a condition is met, or list its breakpoints"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }
@@ -47,5 +49,6 @@ def register(app: App) -> None:
         (_MACHINE, Group("This machine", sort_key=3)),
     ):
         for name, (module, line) in about.items():
-            app.command(f"{_PACKAGE}.{module}:{name}", name=name, help=line, group=group)
+            function = f"{name}_" if iskeyword(name) else name
+            app.command(f"{_PACKAGE}.{module}:{function}", name=name, help=line, group=group)
     app.command(f"{_PACKAGE}.relay:relay", name="relay", show=False)

@@ -1,0 +1,1 @@
+"""Breakpoints: conditions at which a run pauses, evaluated on its training thread."""

@@ -1,0 +1,793 @@
+"""The language of conditions: `loss > 3 * ema(loss)`, `grad_norm("blocks.0.*") > 10 at backward`.
+
+A condition is parsed with `ast` and compiled to closures over a whitelist of nodes, quantities and
+functions; nothing is ever executed as Python. Numbers are float64.
+
+* A quantity of several columns, such as `grad_norm(any)`, compares true where any of them does.
+* A value that is absent makes a comparison neither true nor false, and a condition with no other
+  true part is not met.
+* A condition is evaluated at the end of the step, or `at` the end of the phase that it names.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fnmatch
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.protocol import PHASES, Phase, schema
+from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.messages import Level
+
+MAX_CHARACTERS = 300
+MAX_DEPTH = 30
+EMA_STEPS = 20
+"""Steps over which `ema` averages unless told otherwise."""
+MAX_READINGS = 3
+"""Values that the text of a hit names."""
+
+
+class ExpressionError(UserError):
+    """A condition that cannot be understood, with the place."""
+
+    def __init__(self, message: str, text: str, start: int, end: int, hint: str = "") -> None:
+        """`start` and `end`: the characters of `text` that are wrong."""
+        super().__init__(message, hint)
+        self.text = text
+        self.start = min(max(start, 0), len(text))
+        self.end = max(end, self.start + 1)
+
+    @property
+    def pointed(self) -> str:
+        """The message, the condition, and a line of carets under what is wrong."""
+        marks = " " * self.start + "^" * (self.end - self.start)
+        return f"{self.message}\n    {self.text}\n    {marks}"
+
+
+# ---------------------------------------------------------------- values
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """The values of several columns."""
+
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    present: NDArray[np.bool_]
+    """Which of them are not absent."""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which columns: those whose names match a pattern, those of a layer, or any."""
+
+    pattern: str | None = None
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        if self.layer is not None:
+            return f"layer={self.layer}"
+        return "any" if self.pattern is None else f'"{self.pattern}"'
+
+    def matches(self, name: str) -> bool:
+        """Whether a name matches the pattern: in full, or up to one of its dots."""
+        if self.pattern is None:
+            return True
+        return fnmatch.fnmatchcase(name, self.pattern) or fnmatch.fnmatchcase(
+            name, f"{self.pattern}.*"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A value on account of which a condition is met."""
+
+    text: str
+    parameter: str = ""
+    table: str = ""
+
+
+class Moment(Protocol):
+    """A phase boundary of a run, as conditions see it."""
+
+    @property
+    def step(self) -> int: ...
+
+    def number(self, name: str) -> float | None:
+        """A quantity of SCALARS; None where it is absent."""
+
+    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
+        """The selected columns; None where they were not measured.
+
+        Raises UserError where nothing matches the selector.
+        """
+
+    def logged(self, name: str) -> float | None:
+        """What the script has logged under this name in this step."""
+
+    def nonfinite(self) -> Reading | None:
+        """What has become nan or infinite."""
+
+    def finding(self, part: str, level: Level) -> Reading | None:
+        """A new finding of this level or a worse one, whose rule's name has this part."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the evaluation of a condition gave."""
+
+    met: bool
+    readings: tuple[Reading, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The values, such as `loss 7.1`."""
+        return ", ".join(reading.text for reading in self.readings)
+
+
+# ---------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that a condition can ask about."""
+
+    name: str
+    help: str
+    known_from: Phase
+    """The first phase of a step at whose end it is known."""
+    table: str = ""
+    """The table that it is read from."""
+
+
+def _attention(names: Iterable[str], table: str) -> list[Quantity]:
+    text = "of the attention layers: (any), (layer=2) or a pattern"
+    return [Quantity(name, f"{name} {text}", "step", table) for name in names]
+
+
+SCALARS = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("step", "the number of the optimizer step", "data"),
+        Quantity("loss", "the loss of the step", "loss", schema.STEP),
+        Quantity("learning_rate", "the learning rate", "step", schema.STEP),
+        Quantity("lr", "the learning rate", "step", schema.STEP),
+        Quantity("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
+        Quantity("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
+        Quantity("clip.scale", "what clipping multiplied the gradients by", "clip", schema.CLIP),
+        Quantity("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
+        Quantity("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
+        Quantity("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
+    )
+}
+"""Quantities of one number."""
+
+SEVERAL = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
+                 "backward", schema.GRAD_NORM),
+        Quantity("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
+        Quantity("update_ratio", "sizes of updates relative to the weights", "step",
+                 schema.UPDATE_RATIO),
+        Quantity("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
+        *_attention(schema.ATTENTION_STATISTICS, schema.ATTENTION),
+        *_attention(schema.SPECTRUM_STATISTICS, schema.ATTENTION_SPECTRUM),
+        *_attention(schema.HEALTH_STATISTICS, schema.ATTENTION_HEALTH),
+    )
+}  # fmt: skip
+"""Quantities of several columns, called with a selector."""
+
+NONFINITE, FINDING, LOG, ANY = "nonfinite", "finding", "log", "any"
+EMA, ABS, MINIMUM, MAXIMUM = "ema", "abs", "min", "max"
+FUNCTIONS = {
+    FINDING: "a finding by the name of its rule or a part of it",
+    LOG: "a number that the script logs with tui_trainer.log",
+    EMA: "the exponential mean of a quantity over the steps before this one",
+    ABS: "the absolute value",
+    MINIMUM: "the smallest of numbers, or of several columns",
+    MAXIMUM: "the largest of numbers, or of several columns",
+}
+NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *SEVERAL, *FUNCTIONS)))
+"""Everything that a condition can begin a word with, for completion."""
+
+
+def completions(text: str) -> list[str]:
+    """What `text` may become: its last word completed with a quantity, a function or a phase."""
+    at = re.search(r"(?:^|\s)at\s+(\w*)$", text)
+    if at is not None:
+        start, words = at.start(1), [*map(str, PHASES)]
+    else:
+        word = re.search(r"[A-Za-z_][\w.]*$", text)
+        if word is None or text.count('"') % 2:
+            return []
+        start = word.start()
+        words = [f"{n}(" if n in FUNCTIONS or (n in SEVERAL and n not in SCALARS) else n
+                 for n in NAMES]  # fmt: skip
+        words += [f"{n}(" for n in SEVERAL if n in SCALARS]
+    given = text[start:]
+    return [text[:start] + word for word in words if word.startswith(given) and word != given]
+
+
+# ---------------------------------------------------------------- conditions
+
+Number = float | Several | None
+Truth = bool | None
+Evaluate = Callable[[Moment, list[Reading]], object]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A compiled part of a condition."""
+
+    kind: Literal["number", "several", "truth"]
+    evaluate: Evaluate
+    """Returns a Number or a Truth. Adds what is worth telling to the list."""
+    label: str = ""
+    table: str = ""
+
+
+@dataclass
+class Expression:
+    """A condition, compiled. It has a state of its own: the means of `ema`."""
+
+    text: str
+    phase: Phase
+    """The phase at whose end it is evaluated."""
+    tables: frozenset[str] = frozenset()
+    """The tables that it reads."""
+    findings: bool = False
+    """Whether it asks for findings."""
+    selectors: tuple[tuple[Quantity, Selector, int, int], ...] = ()
+    """What it selects, with its place in the text."""
+    _evaluate: Evaluate = field(default=lambda moment, readings: True, repr=False)
+
+    def evaluate(self, moment: Moment) -> Outcome:
+        """Whether it is met now. Raises UserError where a selector matches nothing."""
+        readings: list[Reading] = []
+        if self._evaluate(moment, readings) is not True:
+            return Outcome(False)
+        return Outcome(True, tuple(dict.fromkeys(readings))[:MAX_READINGS])
+
+
+_AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
+
+
+def parse(text: str) -> Expression:
+    """Compile a condition. Raises ExpressionError."""
+    text = text.strip()
+    if not text:
+        raise ExpressionError("the condition is empty", "", 0, 1, "such as loss > 5")
+    if len(text) > MAX_CHARACTERS:
+        message = f"a condition has at most {MAX_CHARACTERS} characters"
+        raise ExpressionError(message, text[:60], 0, 60)
+    for position, character in enumerate(text):
+        if character == "\\" or not (character.isprintable()):
+            raise ExpressionError(
+                "there is a character that no condition has",
+                text.encode("ascii", "replace").decode() if not text.isprintable() else text,
+                position,
+                position + 1,
+            )
+    condition = text
+    phase: Phase = "step"
+    at = _AT.search(text)
+    if at is not None:
+        phase, condition = _phase(text, at), text[: at.start()].rstrip()
+        if not condition:
+            return Expression(text, phase)
+    compiler = _Compiler(text, condition, phase)
+    compiled = compiler.compile()
+    return Expression(
+        text,
+        phase,
+        frozenset(compiler.tables),
+        compiler.findings,
+        tuple(compiler.selectors),
+        compiled,
+    )
+
+
+def _phase(text: str, at: re.Match[str]) -> Phase:
+    name = at.group(1)
+    if name not in PHASES:
+        start, end = at.span(1)
+        raise ExpressionError(f"there is no phase {name}", text, start, end, _near(name, PHASES))
+    return name
+
+
+def _near(given: str, names: Sequence[str]) -> str:
+    """A hint for a misspelled name."""
+    similar = difflib.get_close_matches(given.casefold(), names, n=2, cutoff=0.55)
+    if not similar:
+        similar = [name for name in names if given.casefold() in name][:2]
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
+    if len(names) <= 10:
+        return "choose from " + ", ".join(names)
+    return "such as loss, grad_norm, clip.scale, nonfinite: the documents list all"
+
+
+# ---------------------------------------------------------------- compiling
+
+COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], int]] = {
+    ast.Gt: (operator.gt, 1),
+    ast.GtE: (operator.ge, 1),
+    ast.Lt: (operator.lt, -1),
+    ast.LtE: (operator.le, -1),
+    ast.Eq: (operator.eq, 0),
+    ast.NotEq: (operator.ne, 0),
+}
+"""The function, and on which side the furthest value is: 1 above, -1 below, 0 neither."""
+ARITHMETIC: dict[type[ast.operator], Callable[..., NDArray[np.float64]]] = {
+    ast.Add: np.add,
+    ast.Sub: np.subtract,
+    ast.Mult: np.multiply,
+    ast.Div: np.divide,
+    ast.Mod: np.mod,
+}
+
+
+class _Compiler:
+    def __init__(self, text: str, condition: str, phase: Phase) -> None:
+        self._text = text
+        self._condition = condition
+        self._bytes = condition.encode()
+        self._phase: Phase = phase
+        self.tables: set[str] = set()
+        self.findings = False
+        self.selectors: list[tuple[Quantity, Selector, int, int]] = []
+
+    def compile(self) -> Evaluate:
+        try:
+            tree = ast.parse(self._condition, mode="eval")
+        except SyntaxError as error:
+            raise self._syntax_error(error) from None
+        except (ValueError, RecursionError, MemoryError):
+            raise self._error("this cannot be read", None) from None
+        part = self._part(tree.body, 0)
+        if part.kind != "truth":
+            raise self._error("this is a number, not a condition", tree.body, "such as loss > 3")
+        return part.evaluate
+
+    # ------------------------------------------------------------ errors
+
+    def _place(self, node: ast.AST | None) -> tuple[int, int]:
+        start = getattr(node, "col_offset", None)
+        end = getattr(node, "end_col_offset", None)
+        if start is None or end is None:
+            return 0, len(self._condition)
+        return (
+            len(self._bytes[:start].decode(errors="ignore")),
+            len(self._bytes[:end].decode(errors="ignore")),
+        )
+
+    def _error(self, message: str, node: ast.AST | None, hint: str = "") -> ExpressionError:
+        return ExpressionError(message, self._text, *self._place(node), hint)
+
+    def _syntax_error(self, error: SyntaxError) -> ExpressionError:
+        start = max(0, (error.offset or 1) - 1)
+        hint = ""
+        text = self._condition
+        if re.search(r"&&|\|\|", text):
+            hint = "write `and` and `or`"
+        elif re.search(r"(?<![<>=!])=(?!=)", text):
+            hint = "write == to compare"
+        elif text.count('"') % 2 or text.count("'") % 2:
+            hint = "a quotation mark is missing"
+        elif text.count("(") != text.count(")"):
+            hint = "a parenthesis is missing"
+        return ExpressionError("this cannot be read", self._text, start, start + 1, hint)
+
+    # ------------------------------------------------------------ nodes
+
+    def _part(self, node: ast.expr, depth: int) -> _Part:
+        if depth > MAX_DEPTH:
+            raise self._error("this is nested too deeply", node)
+        depth += 1
+        match node:
+            case ast.Constant(value=value) if type(value) in (int, float):
+                # MAX_CHARACTERS digits are no overflow.
+                return _Part("number", _constant(float(cast(float, value))))
+            case ast.Name(id=name):
+                return self._name(node, name)
+            case ast.Attribute(value=ast.Name(id=owner), attr=name):
+                return self._name(node, f"{owner}.{name}")
+            case ast.Call():
+                return self._call(node, depth)
+            case ast.Compare():
+                return self._comparison(node, depth)
+            case ast.BoolOp(op=op, values=values):
+                return self._bool(isinstance(op, ast.And), values, depth)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return self._not(operand, depth)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+                sign = -1.0 if isinstance(node.op, ast.USub) else 1.0
+                part = self._number(operand, depth)
+                return _Part(part.kind, _arithmetic(np.multiply, _constant(sign), part.evaluate))
+            case ast.BinOp(op=operation) if type(operation) in ARITHMETIC:
+                left, right = self._number(node.left, depth), self._number(node.right, depth)
+                several = "several" in (left.kind, right.kind)
+                function = ARITHMETIC[type(operation)]
+                return _Part(
+                    "several" if several else "number",
+                    _arithmetic(function, left.evaluate, right.evaluate),
+                )
+        raise self._error(
+            "this is not part of the language", node, "comparisons, + - * / %, and, or, not"
+        )
+
+    def _number(self, node: ast.expr, depth: int) -> _Part:
+        part = self._part(node, depth)
+        if part.kind == "truth":
+            raise self._error("this is a condition, not a number", node)
+        return part
+
+    def _truth(self, node: ast.expr, depth: int) -> _Part:
+        part = self._part(node, depth)
+        if part.kind != "truth":
+            raise self._error("this is a number, not a condition", node, "such as loss > 3")
+        return part
+
+    def _name(self, node: ast.expr, name: str) -> _Part:
+        if name == NONFINITE:
+            self._check_phase(node, NONFINITE, "loss")
+            return _Part("truth", _told(lambda moment: moment.nonfinite()))
+        quantity = SCALARS.get(name)
+        if quantity is None:
+            if name in SEVERAL or name in FUNCTIONS:
+                example = {FINDING: '("exploding")', LOG: '("name")'}.get(name, "(any)")
+                raise self._error(f"{name} is a function", node, f"such as {name}{example}")
+            if name == ANY:
+                raise self._error("any stands in parentheses", node, "such as grad_norm(any)")
+            raise self._error(f"there is no quantity {name}", node, _near(name, NAMES))
+        self._check_phase(node, name, quantity.known_from)
+        if quantity.table:
+            self.tables.add(quantity.table)
+        if name == "step":
+            return _Part("number", lambda moment, readings: float(moment.step))
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+            value = moment.number(name)
+            if value is not None:
+                readings.append(Reading(f"{name} {value:.4g}", table=quantity.table))
+            return value
+
+        return _Part("number", evaluate)
+
+    def _check_phase(self, node: ast.AST, name: str, known_from: Phase) -> None:
+        if PHASES.index(self._phase) < PHASES.index(known_from):
+            raise self._error(
+                f"{name} is not known yet at {self._phase}", node, f"at {known_from} or later"
+            )
+
+    # ------------------------------------------------------------ functions
+
+    def _call(self, node: ast.Call, depth: int) -> _Part:
+        name = _dotted(node.func)
+        if name is None:
+            raise self._error("this is not a function", node.func)
+        if name in SEVERAL:
+            return self._several(node, SEVERAL[name])
+        if name == FINDING:
+            part, level = self._finding(node)
+            if self._phase != "step":
+                message = "findings are known at the end of the step only"
+                raise self._error(message, node, f"leave out `at {self._phase}`")
+            self.findings = True
+            return _Part("truth", _told(lambda moment: moment.finding(part, level)))
+        if name == LOG:
+            return self._logged(self._string(node, "a name", '("accuracy")'))
+        if name == EMA:
+            return self._ema(node, depth)
+        if name == ABS:
+            self._count(node, 1, 1)
+            part_ = self._number(node.args[0], depth)
+            return _Part(part_.kind, _absolute(part_.evaluate))
+        if name in (MINIMUM, MAXIMUM):
+            self._count(node, 1, 10)
+            parts = [self._number(each, depth) for each in node.args]
+            return _Part("number", _extreme(name == MAXIMUM, [p.evaluate for p in parts]))
+        if name in SCALARS or name == NONFINITE:
+            raise self._error(f"{name} takes no parentheses", node, f"write {name}")
+        names = [*SEVERAL, *FUNCTIONS]
+        raise self._error(f"there is no function {name}", node.func, _near(name, names))
+
+    def _count(self, node: ast.Call, least: int, most: int) -> None:
+        if node.keywords or not least <= len(node.args) <= most:
+            count = f"{least}" if least == most else f"{least} to {most}"
+            name = _dotted(node.func)
+            raise self._error(f"{name} takes {count} value{'s' * (most > 1)}", node)
+
+    def _string(self, node: ast.Call, what: str, example: str) -> str:
+        match node:
+            case ast.Call(args=[ast.Constant(value=str(text))], keywords=[]) if text:
+                return text
+        name = _dotted(node.func)
+        raise self._error(f"{name} takes {what} in quotes", node, f"such as {name}{example}")
+
+    def _finding(self, node: ast.Call) -> tuple[str, Level]:
+        match node:
+            case ast.Call(
+                args=[], keywords=[ast.keyword(arg="level", value=ast.Constant(value=level))]
+            ) if level in get_args(Level):
+                return "", cast(Level, level)
+        example = '("exploding"), or finding(level="warning")'
+        return self._string(node, "the name of a rule or a part of it", example), "info"
+
+    def _several(self, node: ast.Call, quantity: Quantity) -> _Part:
+        selector = self._selector(node, quantity)
+        self._check_phase(node, quantity.name, quantity.known_from)
+        self.tables.add(quantity.table)
+        self.selectors.append((quantity, selector, *self._place(node)))
+        return _Part(
+            "several",
+            lambda moment, readings: moment.several(quantity, selector),
+            label=quantity.name,
+            table=quantity.table,
+        )
+
+    def _selector(self, node: ast.Call, quantity: Quantity) -> Selector:
+        match node:
+            case ast.Call(args=[] | [ast.Name(id="any")], keywords=[]):
+                return Selector()
+            case ast.Call(args=[ast.Constant(value=str(pattern))], keywords=[]) if pattern:
+                return Selector(pattern=pattern)
+            case ast.Call(
+                args=[],
+                keywords=[ast.keyword(arg="layer", value=ast.Constant(value=int(layer)))],
+            ) if type(layer) is int and quantity.table != schema.PHASE_MS:
+                return Selector(layer=layer)
+        example = f'{quantity.name}(any), {quantity.name}("blocks.0.*"), {quantity.name}(layer=2)'
+        if quantity.table == schema.PHASE_MS:
+            example = 'phase_ms("data")'
+        raise self._error(f"{quantity.name} takes a selection", node, f"such as {example}")
+
+    def _logged(self, name: str) -> _Part:
+        self.tables.add(schema.LOGGED)
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+            value = moment.logged(name)
+            if value is not None:
+                readings.append(Reading(f"{name} {value:.4g}", table=schema.LOGGED))
+            return value
+
+        return _Part("number", evaluate)
+
+    def _ema(self, node: ast.Call, depth: int) -> _Part:
+        steps = EMA_STEPS
+        match node:
+            case ast.Call(args=[_], keywords=[]):
+                pass
+            case ast.Call(args=[_, ast.Constant(value=int(given))], keywords=[]) if (
+                type(given) is int and 1 <= given <= 10**6
+            ):
+                steps = given
+            case _:
+                raise self._error(
+                    "ema takes a quantity and perhaps a number of steps", node, "ema(loss, 50)"
+                )
+        part = self._number(node.args[0], depth)
+        if part.kind == "several":
+            hint = "such as ema(max(grad_norm(any)))"
+            raise self._error("ema takes one number", node.args[0], hint)
+        return _Part("number", _Mean(part.evaluate, steps))
+
+    # ------------------------------------------------------------ truths
+
+    def _comparison(self, node: ast.Compare, depth: int) -> _Part:
+        operands = [self._number(each, depth) for each in (node.left, *node.comparators)]
+        compared = []
+        for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
+            if type(op) not in COMPARISONS:
+                raise self._error("this is not a comparison", node, "> >= < <= == !=")
+            compared.append((left, *COMPARISONS[type(op)], right))
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+            # Every operand once: `ema` has a state.
+            values = [cast(Number, each.evaluate(moment, readings)) for each in operands]
+            truths = [
+                _compare(values[i], values[i + 1], function, side, left, right, readings)
+                for i, (left, function, side, right) in enumerate(compared)
+            ]
+            return _all(truths)
+
+        return _Part("truth", evaluate)
+
+    def _bool(self, conjunction: bool, values: Sequence[ast.expr], depth: int) -> _Part:
+        parts = [self._truth(each, depth).evaluate for each in values]
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+            truths = [cast(Truth, part(moment, readings)) for part in parts]  # `ema` has a state
+            return _all(truths) if conjunction else _any(truths)
+
+        return _Part("truth", evaluate)
+
+    def _not(self, operand: ast.expr, depth: int) -> _Part:
+        part = self._truth(operand, depth).evaluate
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+            truth = cast(Truth, part(moment, readings))
+            return None if truth is None else not truth
+
+        return _Part("truth", evaluate)
+
+
+def _dotted(node: ast.expr) -> str | None:
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):
+            return f"{owner}.{name}"
+    return None
+
+
+# ---------------------------------------------------------------- evaluating
+
+
+def _all(truths: Sequence[Truth]) -> Truth:
+    if False in truths:
+        return False
+    return None if None in truths else True
+
+
+def _any(truths: Sequence[Truth]) -> Truth:
+    if True in truths:
+        return True
+    return None if None in truths else False
+
+
+def _constant(value: float) -> Evaluate:
+    return lambda moment, readings: value
+
+
+def _told(find: Callable[[Moment], Reading | None]) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+        found = find(moment)
+        if found is not None:
+            readings.append(found)
+        return found is not None
+
+    return evaluate
+
+
+def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
+    """The columns that both have."""
+    if left.names == right.names:
+        return left, right
+    places = {name: position for position, name in enumerate(right.names)}
+    common = [(i, places[name]) for i, name in enumerate(left.names) if name in places]
+    ours, theirs = [i for i, _ in common], [j for _, j in common]
+    names = tuple(left.names[i] for i in ours)
+    return (
+        Several(names, left.values[ours], left.present[ours]),
+        Several(names, right.values[theirs], right.present[theirs]),
+    )
+
+
+def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
+    """The names of two values of which one is several, and where both are present."""
+    if isinstance(left, Several):
+        if isinstance(right, Several):
+            return left.names, left.present & right.present
+        return left.names, left.present
+    assert isinstance(right, Several)
+    return right.names, right.present
+
+
+def _values(number: Number) -> NDArray[np.float64] | np.float64:
+    return number.values if isinstance(number, Several) else np.float64(cast(float, number))
+
+
+def _arithmetic(
+    function: Callable[..., NDArray[np.float64]], left: Evaluate, right: Evaluate
+) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        a = cast(Number, left(moment, readings))
+        b = cast(Number, right(moment, readings))
+        if a is None or b is None:
+            return None
+        if isinstance(a, Several) and isinstance(b, Several):
+            a, b = _aligned(a, b)
+        with np.errstate(all="ignore"):
+            result = function(_values(a), _values(b))
+        if isinstance(a, Several) or isinstance(b, Several):
+            names, present = _joined(a, b)
+            return Several(names, result, present)
+        return float(result)
+
+    return evaluate
+
+
+def _absolute(part: Evaluate) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        value = cast(Number, part(moment, readings))
+        if isinstance(value, Several):
+            return Several(value.names, np.abs(value.values), value.present)
+        return None if value is None else abs(value)
+
+    return evaluate
+
+
+def _extreme(largest: bool, parts: Sequence[Evaluate]) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        found: list[float] = []
+        for part in parts:
+            value = cast(Number, part(moment, readings))
+            if isinstance(value, Several):
+                found += value.values[value.present].tolist()
+            elif value is not None:
+                found.append(value)
+        if not found:
+            return None
+        if any(math.isnan(value) for value in found):
+            return math.nan
+        return max(found) if largest else min(found)
+
+    return evaluate
+
+
+class _Mean:
+    """The exponential mean of the finite values before the current one."""
+
+    def __init__(self, part: Evaluate, steps: int) -> None:
+        self._part = part
+        self._steps = steps
+        self._count = 0
+        self._mean = math.nan
+
+    def __call__(self, moment: Moment, readings: list[Reading]) -> Number:
+        value = cast(Number, self._part(moment, []))
+        mean = self._mean if self._count else None
+        if isinstance(value, float) and math.isfinite(value):
+            self._count = min(self._count + 1, self._steps)
+            if self._count == 1 and mean is None:
+                self._mean = value
+            else:
+                self._mean += (value - self._mean) / self._count
+        return mean
+
+
+def _compare(
+    left: Number,
+    right: Number,
+    function: Callable[[Any, Any], Any],
+    side: int,
+    left_part: _Part,
+    right_part: _Part,
+    readings: list[Reading],
+) -> Truth:
+    """Whether the comparison holds, for any column where there are several; None where a value is
+    absent."""
+    if left is None or right is None:
+        return None
+    if not isinstance(left, Several) and not isinstance(right, Several):
+        return bool(function(left, right))
+    if isinstance(left, Several) and isinstance(right, Several):
+        left, right = _aligned(left, right)
+    names, present = _joined(left, right)
+    if not present.any():
+        return None
+    with np.errstate(all="ignore"):
+        holds = cast("NDArray[np.bool_]", function(_values(left), _values(right))) & present
+        if not holds.any():
+            return False
+        distance = np.where(holds, side * (_values(left) - _values(right)), -np.inf)
+    place = int(np.argmax(holds if side == 0 or np.isnan(distance).any() else distance))
+    shown, part = left, left_part
+    if not isinstance(shown, Several):
+        shown, part = right, right_part
+    assert isinstance(shown, Several)
+    value = float(shown.values[place])
+    label = f"{part.label} of " if part.label else ""
+    readings.append(Reading(f"{label}{names[place]} {value:.4g}", names[place], part.table))
+    return True

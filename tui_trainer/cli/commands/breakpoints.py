@@ -1,0 +1,128 @@
+"""`break`: list, add, change and delete the breakpoints of a live run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from tui_trainer.breakpoints.expression import ExpressionError, parse
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.client.connection import RunClient
+from tui_trainer.protocol import messages
+from tui_trainer.protocol.messages import Action, Breakpoint
+
+
+def break_(
+    run: Annotated[
+        str | None,
+        Parameter(
+            help="the run (default: the live one, if there is only one) and a condition in quotes; "
+            "without a condition, its breakpoints are listed",
+            show_default=False,
+        ),
+    ] = None,
+    condition: Annotated[str | None, Parameter(show=False)] = None,
+    /,
+    *,
+    once: Annotated[bool, flag("with a condition or --enable: disable it after it fired")] = False,
+    ignore: Annotated[
+        int | None,
+        Parameter(
+            help="with a condition or --enable: the first N hits have no effect",
+            metavar="N",
+            negative=(),
+            show_default=False,
+        ),
+    ] = None,
+    log: Annotated[
+        bool, flag("with a condition or --enable: write to the log instead of pausing")
+    ] = False,
+    delete: Annotated[list[int] | None, Parameter(help="delete breakpoint N", metavar="N",
+                                                  negative=(), show_default=False)] = None,
+    disable: Annotated[list[int] | None, Parameter(help="disable breakpoint N", metavar="N",
+                                                   negative=(), show_default=False)] = None,
+    enable: Annotated[list[int] | None, Parameter(help="enable breakpoint N", metavar="N",
+                                                  negative=(), show_default=False)] = None,
+    json: Annotated[bool, flag("print the breakpoints as one JSON array")] = False,
+    runs_dir: RunsDir = None,
+) -> int:  # fmt: skip
+    """pause a run when a condition is met, or list its breakpoints"""
+    name, wanted = _run_and_condition([each for each in (run, condition) if each is not None])
+    if wanted is not None:
+        check_condition(wanted)
+    actions: list[Action] = []
+    if wanted is not None:
+        actions.append(messages.AddBreakpoint(wanted, ignore=ignore or 0, once=once, log_only=log))
+    elif (once or log or ignore is not None) and not enable:
+        raise UsageError(
+            "--once, --ignore and --log belong to a condition",
+            "tui-trainer break RUN 'loss > 5' --once, or --enable 2 --once",
+        )
+    for number in enable or ():
+        change = messages.ChangeBreakpoint(
+            number, enabled=True, ignore=ignore, once=once or None, log_only=log or None
+        )
+        actions.append(change)
+    actions += [messages.ChangeBreakpoint(number, enabled=False) for number in disable or ()]
+    actions += [messages.DeleteBreakpoint(number) for number in delete or ()]
+    with cli_errors():
+        found = require_single_run(name, runs_dir)
+        with RunClient.connect(found, "tui-trainer break", read_only=not actions) as client:
+            for action in actions:
+                ack = client.command_in_control(action)
+                if not ack.ok:
+                    raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
+                if not json:
+                    print(f"{found.name}: {ack.message}", flush=True)
+            breakpoints = client.poll(0).status.breakpoints
+    if json:
+        print(msgspec.json.encode(breakpoints).decode(), flush=True)
+    elif not actions:
+        print("\n".join(listing(breakpoints)) or f"{found.name} has no breakpoints", flush=True)
+    return 0
+
+
+def check_condition(condition: str, option: str = "") -> None:
+    """Raise UsageError, pointing at the place, for a condition that cannot be understood."""
+    try:
+        parse(condition)
+    except ExpressionError as fault:
+        raise UsageError(f"{option}{fault.pointed}", fault.hint) from fault
+
+
+def listing(breakpoints: tuple[Breakpoint, ...]) -> list[str]:
+    """A table of breakpoints, one a line."""
+    if not breakpoints:
+        return []
+    width = max(len("condition"), *(len(each.condition) for each in breakpoints))
+    lines = [f"{'#':>3}  {'condition':<{width}}  {'hits':>6}  state"]
+    return lines + [
+        f"{each.number:>3}  {each.condition:<{width}}  {each.hits:>6,}  {state_of(each)}"
+        for each in breakpoints
+    ]
+
+
+def state_of(breakpoint: Breakpoint) -> str:
+    """`on, once, log only`"""
+    words = ["on" if breakpoint.enabled else "off"]
+    if breakpoint.once:
+        words.append("once")
+    if breakpoint.ignore > breakpoint.hits:
+        words.append(f"ignores {breakpoint.ignore - breakpoint.hits:,} more")
+    if breakpoint.log_only:
+        words.append("log only")
+    if breakpoint.fault:
+        words.append(breakpoint.fault)
+    return ", ".join(words)
+
+
+def _run_and_condition(given: list[str]) -> tuple[str | None, str | None]:
+    """Parse `RUN`, `CONDITION`, `RUN CONDITION`."""
+    if len(given) == 2:
+        return given[0], given[1]
+    if given and (given[0] == "nonfinite" or any(sign in given[0] for sign in '<>=!(" ')):
+        return None, given[0]
+    return (given[0] if given else None), None

@@ -1,0 +1,98 @@
+"""Values of the step in progress, for breakpoints within a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.probe import Readings
+from tui_trainer.trace.transfer import HostTransfer, TransferPart
+
+
+class RunningStep(Protocol):
+    """What is read: the tracer, on its training thread at a phase boundary."""
+
+    registry: OptimizerRegistry
+
+    @property
+    def losses(self) -> list[torch.Tensor]:
+        """Losses of the current step, 0-d each."""
+
+    def flush(self) -> None:
+        """Record every completed step."""
+
+    def gradient_scale(self, measurer: StepMeasurer) -> float:
+        """The factor that a GradScaler still has on this optimizer's gradients."""
+
+
+class LiveValues:
+    """Reads values of the step in progress. Waits for the device."""
+
+    def __init__(self, run: RunningStep) -> None:
+        self._run = run
+
+    def finish(self) -> None:
+        """Record the completed steps."""
+        self._run.flush()
+
+    def loss(self) -> float | None:
+        """The sum of the losses so far."""
+        losses = self._run.losses
+        return sum(on_host(losses)) if losses else None
+
+    def gradient_norms(self) -> tuple[tuple[str, ...], list[float | None]]:
+        """(names, norms) of all parameters; None where there is no gradient or its norm before
+        clipping is not known any more."""
+        names: list[str] = []
+        norms: list[float | None] = []
+        for measurer in self._run.registry.measurers:
+            tracked = measurer.tracked
+            gradients = tracked.gradients()
+            reading = measurer.reading
+            if measurer.clips:
+                known = reading.norms if reading is not None else None
+            else:
+                known = measurer.norms_now()
+            scale = self._run.gradient_scale(measurer)
+            found = on_host(known) if known is not None else [None] * len(gradients)
+            names += tracked.names
+            norms += [
+                None if gradient is None or norm is None else norm / scale
+                for gradient, norm in zip(gradients, found, strict=True)
+            ]
+        return tuple(names), norms
+
+    def clip(self) -> Mapping[str, float]:
+        """The clipping that cut most, as the columns of table `clip`."""
+        found: dict[str, float] = {}
+        clips = [clip for m in self._run.registry.measurers for clip in m.clips]
+        for clip in clips:
+            if clip.kind == "norm":
+                before = float(clip.norm_before)
+                scale = min(1.0, clip.max_norm / (before + 1e-6))
+                after = before * scale
+            elif clip.norm_after is not None:
+                before, after = float(clip.norm_before), float(clip.norm_after)
+                scale = after / before if before else 1.0
+            else:
+                continue
+            if not scale >= found.get("scale", float("inf")):
+                found = {
+                    "max_norm": clip.max_norm,
+                    "norm_before": before,
+                    "norm_after": after,
+                    "scale": scale,
+                }
+        return found
+
+
+def on_host(readings: Readings | Sequence[torch.Tensor]) -> list[float]:
+    """Readings as numbers, in one copy per device."""
+    with torch.no_grad():
+        transfer = HostTransfer([TransferPart(list(readings), False)], on_host=False)
+        transfer.arrived(wait=True)
+        return [float(value) for value in transfer.values()[0]]
