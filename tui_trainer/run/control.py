@@ -28,8 +28,8 @@ from tui_trainer.protocol.messages import (
 )
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.rank_control import RankControl
 from tui_trainer.run.breakpoints import RunBreakpoints
+from tui_trainer.run.rank_control import RankControl
 from tui_trainer.trace.gate import Gate, Refusal
 
 MAX_STEPS = 10**12

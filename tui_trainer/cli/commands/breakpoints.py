@@ -89,8 +89,8 @@ def check_condition(condition: str, option: str = "") -> None:
     """Raise UsageError, pointing at the place, for a condition that cannot be understood."""
     try:
         parse(condition)
-    except ExpressionError as fault:
-        raise UsageError(f"{option}{fault.pointed}", fault.hint) from fault
+    except ExpressionError as error:
+        raise UsageError(f"{option}{error.pointed}", error.hint) from error
 
 
 def listing(breakpoints: tuple[Breakpoint, ...]) -> list[str]:

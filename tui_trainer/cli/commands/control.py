@@ -144,8 +144,10 @@ def _paused(status: Status, _: list[Event]) -> bool:
     return status.state == "paused"
 
 
-def _running(status: Status, _: list[Event]) -> bool:
-    return status.state == "running"
+def _running(status: Status, events: list[Event]) -> bool:
+    """Whether it runs, or has done so and is already paused at a breakpoint again."""
+    stopped = any(isinstance(event, Notice) and event.kind == "breakpoint" for event in events)
+    return status.state == "running" or (status.state == "paused" and stopped)
 
 
 def _ended(status: Status, _: list[Event]) -> bool:

@@ -1,0 +1,85 @@
+"""Breakpoints of a real process: from its start, and from another terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from tests import processes
+from tests.cli.calling import COMMAND, assert_refused, call
+
+LOOP = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+for step in range(1, 41):
+    inputs = torch.randn(8, 4) * (1000 if step == 20 else 1)
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LOOP)
+    process = processes.Popen(
+        [*COMMAND, "run", "--json", "--name", "one", "--break", "loss > 100 * ema(loss)",
+         "--break", "step == 39 at backward", "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+
+    def next_stop() -> str:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("kind") == "breakpoint":
+                return event["text"]
+        raise AssertionError("no breakpoint was reached")
+
+    try:
+        assert next_stop().startswith(
+            "paused after step at breakpoint 1: loss > 100 * ema(loss) (loss "
+        )
+        wrong = call("break", "one", "grad_norm('bais') > 1", cwd=tmp_path)
+        assert_refused(wrong, 'nothing of grad_norm matches "bais"', "^^^^", "bias")
+        wrong = call("break", "one", "losss > 1", cwd=tmp_path)
+        assert_refused(wrong, "    losss > 1\n    ^^^^^\n  hint: did you mean loss?", status=2)
+        added = call("break", "one", "step == 30", "--once", cwd=tmp_path)
+        assert added.stdout == "one: breakpoint 3: step == 30 (once)\n"
+        assert call("break", "one", "--disable", "1", cwd=tmp_path).returncode == 0
+        assert call("resume", "one", cwd=tmp_path).returncode == 0
+        assert next_stop() == "paused after step at breakpoint 3: step == 30"
+        listed = json.loads(call("break", "one", "--json", cwd=tmp_path).stdout)
+        assert [(each["number"], each["enabled"], each["hits"]) for each in listed] == [
+            (1, False, 1), (2, True, 0), (3, False, 1)
+        ]  # fmt: skip
+        assert call("break", "one", "--delete", "3", cwd=tmp_path).returncode == 0
+        resumed = call("resume", "one", cwd=tmp_path)
+        assert resumed.returncode == 0
+        assert next_stop() == "paused after backward at breakpoint 2: step == 39 at backward"
+        shown = call("pause", "one", cwd=tmp_path).stdout
+        assert "one paused at step 38" in shown
+        assert "(breakpoint 2: step == 39 at backward)" in shown
+        call("resume", "one", cwd=tmp_path)
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+    saved = json.loads((tmp_path / "runs" / "one" / "breakpoints.json").read_text())
+    assert [(each["number"], each["hits"]) for each in saved] == [(1, 1), (2, 1)]
+
+
+def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LOOP)
+    done = call("run", "--break", "loss >", "train.py", cwd=tmp_path)
+    assert_refused(done, "--break: this cannot be read", "loss >", status=2)
+    done = call("run", "--break-on-finding", "bad", "train.py", cwd=tmp_path)
+    assert_refused(done, "warning", status=2)
+    assert not (tmp_path / "runs").exists()
