@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import warnings
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import count
 
@@ -16,12 +13,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.ui.fake import fake_gpt, fake_vit
-from tests.ui.screens import app_on, settle, text_of
+from tests.ui.open_app import OpenApp
 from tui_trainer.client.api import Link
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.messages import Clip, PhaseReport, Rows
-from tui_trainer.ui.screens.registry import SCREENS
 
 STEPS = 40
 ODD_VALUES = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -1e-38])
@@ -30,63 +26,11 @@ WHOLE = {
 }
 
 
-class OpenApp:
-    """An app that stays open for all examples: drawing is much cheaper than opening. It is opened
-    again after an example that made it fail."""
-
-    def __init__(self, size):
-        self.size = size
-        self.runner = asyncio.Runner()
-        self.stack = None
-
-    async def open(self):
-        self.stack = AsyncExitStack()
-        self.app = app_on("dashboard", None)
-        self.app._fatal_error = (
-            self.app._close_messages_no_wait
-        )  # a traceback of all locals is slow
-        self.pilot = await self.stack.enter_async_context(self.app.run_test(size=self.size))
-        for place in SHOWN:
-            self.app.action_go(place.mode)
-            await settle(self.pilot)
-
-    async def visit(self, snapshot):
-        """What the screens show of a snapshot, by mode."""
-        shown = {}
-        for place in SHOWN:
-            self.app.action_go(place.mode)
-            self.app.draw(snapshot)
-            await self.pilot.pause()
-            if self.app._exception is not None:
-                raise self.app._exception
-            shown[place.mode] = text_of(self.app)
-        return shown
-
-    def draw(self, snapshot):
-        if self.stack is None:
-            self.runner.run(self.open())
-        try:
-            return self.runner.run(self.visit(snapshot))
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self):
-        if self.stack is not None:
-            with contextlib.suppress(Exception):
-                self.runner.run(self.stack.aclose())
-            self.stack = None
-
-
-SHOWN = [place for place in SCREENS if place.mode != "start"]
-
-
 @pytest.fixture(scope="module", params=[(80, 24), (120, 40), (200, 60)], ids=str)
 def opened(request):
     opened = OpenApp(request.param)
     yield opened
     opened.close()
-    opened.runner.close()
 
 
 @st.composite

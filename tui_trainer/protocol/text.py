@@ -87,7 +87,7 @@ def strip_escapes(text: str) -> str:
 
     Of a line overwritten by carriage returns, as progress bars print it, the last state is kept.
     Other control characters, and text beyond MAX_LINE_CHARACTERS, cannot be drawn: the former
-    become `·`, the latter is cut off.
+    become `·`, the latter is cut off. A line break inside the text becomes a space.
     """
     text = text[:MAX_LINE_CHARACTERS].rstrip("\r\n")
     if text.isascii() and text.isprintable():
@@ -95,7 +95,7 @@ def strip_escapes(text: str) -> str:
     text = remove_escapes(text)
     if "\r" in text:
         text = text.rstrip("\r").rpartition("\r")[2]
-    return _UNDRAWABLE.sub("·", text.expandtabs(4))
+    return _UNDRAWABLE.sub("·", text.replace("\n", " ").expandtabs(4))
 
 
 def truncate(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:

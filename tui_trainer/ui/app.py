@@ -326,7 +326,8 @@ class TuiTrainerApp(App[int]):
     def _show_answer(self, action: Action, answer: Future[Ack]) -> None:
         error = answer.exception() if not answer.cancelled() else None
         if answer.cancelled() or error is not None:
-            self.notify(str(error or "not sent"), title="command failed", severity="error")
+            text = str(error or "not sent")
+            self.notify(text, title="command failed", severity="error", markup=False)
             return
         ack = answer.result()
         if not ack.ok:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
@@ -14,12 +15,15 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol.messages import Notice
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.chart import AxisMarks
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 Figure = tuple[str, str, Style]
 """A figure of a title line: its label, its value (of fixed width), and the value's style."""
 
+MAX_LABEL_WIDTH, MAX_VALUE_WIDTH = 24, 36
+MIN_RIGHT_WIDTH = 20
 NO_STEP_YET = "no step yet"
 USER_EVENTS = ("command", "control", "mark")
 """Kinds of `Notice` that a user caused: they may explain why a curve bends."""
@@ -61,16 +65,20 @@ def title_line(
     view: LineView, width: int, title: str, figures: Sequence[Figure] = (), right: str = ""
 ) -> Row:
     """`title  label value  label value ──────── right`, in exactly `width` cells. Figures that do
-    not fit are left out, the last ones first."""
-    palette = view.palette
+    not fit are left out, the last ones first; labels and `right`, which may be names of the user,
+    are cut in the middle."""
+    palette, ellipsis = view.palette, view.glyphs.ellipsis
     row: Row = [Segment(title, palette.title), Segment(" ", palette.text)]
-    left = width - len(title) - 1
-    if right and len(right) + 2 <= left:
-        left -= len(right) + 1
+    left = width - cell_len(title) - 1
+    right = truncate_middle(strip_escapes(right), max(MIN_RIGHT_WIDTH, width // 3), ellipsis)
+    if right and cell_len(right) + 2 <= left:
+        left -= cell_len(right) + 1
     else:
         right = ""
     for label, value, style in figures:
-        needed = len(label) + len(value) + (3 if label else 2)
+        label = truncate_middle(strip_escapes(label), MAX_LABEL_WIDTH, ellipsis)
+        value = truncate_middle(strip_escapes(value), MAX_VALUE_WIDTH, ellipsis)
+        needed = cell_len(label) + cell_len(value) + (3 if label else 2)
         if needed > left:
             break
         row.append(Segment(f" {label} " if label else " ", palette.dim))

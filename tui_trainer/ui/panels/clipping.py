@@ -9,7 +9,6 @@ from textual.geometry import Size
 
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.messages import Clip
-from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
@@ -22,6 +21,7 @@ from tui_trainer.ui.panels.base import (
 from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold, put_message
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
+from tui_trainer.ui.widgets.table import fitted
 
 CLIPS_SHARE = 0.42
 """Share of the panel's height for the list of clipped steps."""
@@ -165,9 +165,9 @@ class ClippingPanel(Panel):
             if needed > left or info is None or index >= len(info.parameters):
                 break
             name = info.parameters[index].name.removesuffix(".weight")
-            name = truncate_middle(name, needed - 7, self.glyphs.ellipsis)
+            name = fitted(name, needed - 7, left=True)
             row += (
-                Segment(f" {name:<{needed - 7}}", palette.dim),
+                Segment(f" {name}", palette.dim),
                 Segment(formatting.percent(share, 4, 0), palette.text),
                 Segment("  ", palette.text),
             )

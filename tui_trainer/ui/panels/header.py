@@ -26,35 +26,40 @@ FAR_OVER_BUDGET = 5.0
 """Times the budget, shown as a warning. With steps of a few milliseconds the overhead is above the
 budget all the time, which deserves no warning."""
 STATE_WIDTH = 8
-MIN_NAME_WIDTH = 12
-MAX_MESSAGE_SHARE = 24
-"""Cells of the message for which the run's name gives way."""
+MIN_NAME_WIDTH = 10
+"""Cells of the title, and of the run's name, below which it is left out."""
+MAX_MESSAGE_SHARE = 22
+"""Cells of the message for which title and name give way."""
+MAX_DEVICE_WIDTH = 40
 MIN_BAR_WIDTH = 12
 
 
 class HeaderLine(Panel):
     """Title, name and state of the run, a message, and at the right device and connection.
 
-    Where there is little room, the device gives way first, then the name and last the message;
-    title, state and connection stay.
+    Where there is little room, the device gives way first, then title and name are cut in their
+    middle, and the message; state, overhead and connection stay.
     """
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"
 
     def rows(self, size: Size) -> Sequence[Row]:
         """One row."""
-        info = self.snapshot.info
-        title = (info.title or info.name) if info else "tui-trainer"
         sign, word, state_style = self._state()
         state = f"{sign} {word:<{STATE_WIDTH}}"
         link, link_style = self._link()
-        message = self._message()
-        message_width = len(message) + 2 if message else 0
-        left = size.width - 2 - len(title) - 2 - len(state) - len(link)
-        name = self._run_name(left - min(message_width, MAX_MESSAGE_SHARE))
-        left -= len(name)
-        facts = self._facts(left - max(message_width, 2), size.width >= WIDE)
-        left -= sum(len(segment.text) for segment in facts)
+        message = strip_escapes(self._message())
+        message_width = cell_len(message) + 2 if message else 2
+        wide = size.width >= WIDE
+        left = size.width - 4 - len(state) - cell_len(link)
+        room = left - min(message_width, MAX_MESSAGE_SHARE)
+        overhead_width = self._overhead_width(wide)
+        if room - overhead_width < MIN_NAME_WIDTH:
+            overhead_width = 0
+        title, name = self._names(max(0, room - overhead_width))
+        left -= cell_len(title) + cell_len(name)
+        facts = self._facts(max(left - message_width, overhead_width), wide)
+        left -= sum(segment.cell_length for segment in facts)
         message = truncate_middle(message, max(0, left - 2), self.glyphs.ellipsis)
         gap = max(1, left - cell_len(message))
         row = self.styled([(f" {title}", "strong"), (name, "dim"), ("  ", "text")])
@@ -62,16 +67,19 @@ class HeaderLine(Panel):
         row += self.styled([(f" {message}", "text"), (" " * (gap - 1), "text")])
         return [[*row, *facts, Segment(f"{link} ", link_style)]]
 
-    def _run_name(self, room: int) -> str:
-        """The name by which to attach to the run, unless it is the title."""
-        info = self.snapshot.info
-        if info is None or info.name in ("", info.title):
-            return ""
-        if len(info.name) + 2 <= room:
-            return f"  {info.name}"
-        if room < MIN_NAME_WIDTH + 2:
-            return ""
-        return f"  {truncate_middle(info.name, room - 2, self.glyphs.ellipsis)}"
+    def _names(self, room: int) -> tuple[str, str]:
+        """The title, and the name by which to attach to the run unless it is the title, both cut
+        in the middle where they do not fit into `room` cells."""
+        info, ellipsis = self.snapshot.info, self.glyphs.ellipsis
+        if info is None:
+            return "tui-trainer", ""
+        name = strip_escapes(info.name)
+        title = strip_escapes(info.title).strip() or name or "tui-trainer"
+        if not name.strip() or name == title or room < 2 * MIN_NAME_WIDTH:
+            return truncate_middle(title, room, ellipsis), ""
+        name_width = min(cell_len(name), max(room // 2, room - 2 - cell_len(title)))
+        title = truncate_middle(title, room - 2 - name_width, ellipsis)
+        return title, f"  {truncate_middle(name, name_width, ellipsis)}"
 
     def _state(self) -> tuple[str, str, Style]:
         """(sign, word, style)"""
@@ -127,19 +135,21 @@ class HeaderLine(Panel):
     def _facts(self, room: int, wide: bool) -> Row:
         """Device, memory and overhead, as many as fit; the least important are left out first."""
         info, separator = self.snapshot.info, f" {self.glyphs.separator} "
+        ellipsis = self.glyphs.ellipsis
         facts: list[tuple[int, Span]] = []
         """(rank, fact): a higher rank is left out earlier."""
         if info and info.device:
             device = info.device
             facts.append((3, (device.kind, "dim")))
-            facts.append((5 if device.kind == "cpu" else 2, (device.name, "dim")))
+            if name := truncate_middle(strip_escapes(device.name), MAX_DEVICE_WIDTH, ellipsis):
+                facts.append((5 if device.kind == "cpu" else 2, (name, "dim")))
             if device.threads:
                 facts.append((4, (formatting.counted(device.threads, "thread"), "dim")))
         if (memory := self._memory()) is not None:
             facts.append((1, (formatting.bytes_(memory, 0), "dim")))
         if (overhead := self._overhead(wide)) is not None:
             facts.append((0, overhead))
-        while facts and sum(len(text) + len(separator) for _, (text, _) in facts) > room:
+        while facts and sum(cell_len(text) + len(separator) for _, (text, _) in facts) > room:
             facts.remove(max(facts))
         return self.styled(span for _, fact in facts for span in (fact, (separator, "dim")))
 
@@ -150,6 +160,11 @@ class HeaderLine(Panel):
             return None
         values = (table.newest(name) for name in ("device_bytes", "host_bytes"))
         return next((value for value in values if value is not None and value == value), None)
+
+    def _overhead_width(self, wide: bool) -> int:
+        """Cells of the overhead with the separator behind it."""
+        overhead = self._overhead(wide)
+        return len(overhead[0]) + 3 if overhead is not None else 0
 
     def _overhead(self, wide: bool) -> Span | None:
         """The share of step time that measuring takes; where it exceeds the budget, with that."""
@@ -269,16 +284,18 @@ class Banner(Panel):
         kind, message, hint = self._message()
         style = "accent" if kind in ("end", "") else kind
         sign = self.glyphs.ended if kind == "end" else self.glyphs.failed
-        first_line = message.splitlines()[0] if message else ""  # the log has the rest
+        lines = message.splitlines()
+        first_line = strip_escapes(lines[0]) if lines else ""  # the log has the rest
         room = size.width - 4
         text = truncate(first_line, room, self.glyphs.ellipsis)
         rows = [self.styled([(f" {sign} {text}", f"{style} bold")])]
         if hint:
-            hint = truncate(" ".join(hint.split()), room, self.glyphs.ellipsis)
+            hint = truncate(" ".join(strip_escapes(hint).split()), room, self.glyphs.ellipsis)
             rows.append(self.styled([(f"   {hint}", "dim")]))
         return rows
 
 
+MAX_FACT_WIDTH = 40
 SHOWN_IN_HEADER = ("device", "threads")
 """Facts that the header line shows in its own way."""
 
@@ -306,6 +323,8 @@ class FactsLine(Panel):
         info = self.snapshot.info
         text = ""
         for name, value in shown_facts(info) if info else ():
+            name = truncate_middle(name, MAX_FACT_WIDTH, self.glyphs.ellipsis)
+            value = truncate_middle(value, MAX_FACT_WIDTH, self.glyphs.ellipsis)
             longer = f"{text} {self.glyphs.separator} {name} {value}" if text else f"{name} {value}"
             if cell_len(longer) > size.width - 2:
                 break

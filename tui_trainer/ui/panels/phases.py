@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
@@ -14,6 +15,7 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
@@ -32,6 +34,8 @@ PURPOSES: dict[Phase, str] = {
 SLOW_STEPS_PER_SECOND = 2.0
 """Below this rate the running phase is highlighted; above it, it would only flicker."""
 TIME_WIDTH = 8
+MAX_QUANTITY_WIDTH = 40
+"""Cells of the name of a quantity, and of its value: the largest one is the name of a parameter."""
 MIN_WIDTH_FOR_SHARES = 14
 MAX_WHOLE = 1e15
 """Numbers up to this are written as integers if they are whole."""
@@ -152,15 +156,13 @@ class PhaseStrip(Panel):
 
     def _summary(self, report: PhaseReport, width: int) -> Row:
         """What the phase produced in one sentence, and what the phase is for."""
-        row = self.styled(
-            [
-                (f" {self.glyphs.arrow} ", "warning"),
-                (f"step {report.step:,} after {report.phase}: ", "warning"),
-                (report.summary, "strong"),
-            ]
+        begin = f" {self.glyphs.arrow} step {report.step:,} after {report.phase}: "
+        summary = truncate_middle(
+            strip_escapes(report.summary), max(0, width - cell_len(begin)), self.glyphs.ellipsis
         )
+        row = self.styled([(begin, "warning"), (summary, "strong")])
         purpose = next((text for phase, text in PURPOSES.items() if phase == report.phase), "")
-        room = width - 4 - sum(len(segment.text) for segment in row)
+        room = width - 4 - sum(segment.cell_length for segment in row)
         if purpose and len(purpose) <= room:
             row.append(Segment(f"  {self.glyphs.separator} {purpose}", self.palette.dim))
         return row
@@ -170,12 +172,14 @@ class PhaseStrip(Panel):
         row: Row = [Segment("  ", self.palette.text)]
         left = width - 2
         for quantity in report.quantities:
-            name = f" {quantity.name.removesuffix('.weight')} "
-            value = f"{format_quantity(quantity)}  "
-            if len(name) + len(value) > left:
+            name = strip_escapes(quantity.name.removesuffix(".weight"))
+            name = f" {truncate_middle(name, MAX_QUANTITY_WIDTH, self.glyphs.ellipsis)} "
+            value = strip_escapes(format_quantity(quantity))
+            value = f"{truncate_middle(value, MAX_QUANTITY_WIDTH, self.glyphs.ellipsis)}  "
+            if cell_len(name) + cell_len(value) > left:
                 continue
             row += (Segment(name, self.palette.dim), Segment(value, self.palette.text))
-            left -= len(name) + len(value)
+            left -= cell_len(name) + cell_len(value)
         return row
 
 

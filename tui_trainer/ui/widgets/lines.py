@@ -18,6 +18,7 @@ from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from tui_trainer.protocol.text import strip_escapes
 from tui_trainer.ui.frames import TerminalLink
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
@@ -122,7 +123,7 @@ class LineView(ScrollView, can_focus=False):
             self._rows_palette = palette
             self._styles.clear()
             self.discard_drawn()
-        old, new = self._rows, list(self.rows(size))[: size.height]
+        old, new = self._rows, [_drawable(row) for row in self.rows(size)[: size.height]]
         self._rows = new
         if theme_changed:  # empty cells change their background, too
             self.refresh()
@@ -231,6 +232,13 @@ class ScrollingLines(LineView, can_focus=True):
 
 def _row(rows: list[Row], y: int) -> Row:
     return rows[y] if y < len(rows) else []
+
+
+def _drawable(row: Row) -> Row:
+    """`row` without characters that would move the cursor, wherever a text comes from."""
+    if all(segment.text.isprintable() for segment in row):
+        return row
+    return [Segment(strip_escapes(segment.text), segment.style) for segment in row]
 
 
 def _changed_stretches(old: Row, new: Row, width: int) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from textual.geometry import Size
 from textual.message import Message
 
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.text import truncate_middle
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 RowIds = NDArray[np.int64]
@@ -302,7 +302,7 @@ def _spaced(cells: Row, gap: Segment) -> Row:
 
 def fitted(text: str, width: int, left: bool = False) -> str:
     """`text` in exactly `width` cells."""
-    text = truncate_middle(text, width)
+    text = truncate_middle(strip_escapes(text), width)
     padding = " " * (width - cell_len(text))
     return text + padding if left else padding + text
 

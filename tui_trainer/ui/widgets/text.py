@@ -9,9 +9,14 @@ from rich.segment import Segment
 from textual.geometry import Size
 from textual.widgets import Static
 
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.lines import LineView, Row, Span
 
 GAP = "  "
+MIN_NAME_WIDTH = 24
+"""Cells to which the first text, a name, may be cut to make room for the others."""
+MAX_TEXT_WIDTH = 40
+"""Of the other texts, those beyond this width are cut."""
 
 
 class Caption(LineView):
@@ -36,12 +41,14 @@ class Caption(LineView):
 
     def rows(self, size: Size) -> list[Row]:
         """The one row."""
+        room = max(0, size.width - cell_len(self._right) - len(GAP))
         row: Row = []
-        for span in self._spans:
+        for span in self._cut_longest(
+            room if self._right and not self._right_is_optional else size.width
+        ):
             if row:
                 row.append(Segment(GAP, self.palette.text))
             row += self.styled([span])
-        room = max(0, size.width - cell_len(self._right) - len(GAP))
         used = sum(segment.cell_length for segment in row)
         if not self._right or (self._right_is_optional and used > room):
             return [row]
@@ -52,6 +59,25 @@ class Caption(LineView):
         gap = " " * (size.width - used - cell_len(self._right))
         row += [Segment(gap, self.palette.text), Segment(self._right, self.palette.dim)]
         return [row]
+
+    def _cut_longest(self, room: int) -> list[Span]:
+        """The spans; where they do not fit, names and other long texts of the user are cut in the
+        middle."""
+        texts = [strip_escapes(text) for text, _ in self._spans]
+        excess = sum(map(cell_len, texts)) + len(GAP) * (len(texts) - 1) - room
+        while excess > 0:
+            widths = [cell_len(text) for text in texts]
+            spare = [
+                width - (MAX_TEXT_WIDTH if number else MIN_NAME_WIDTH)
+                for number, width in enumerate(widths)
+            ]
+            longest = max(range(len(texts)), key=spare.__getitem__)
+            if spare[longest] <= 0:
+                break
+            width = widths[longest] - min(excess, spare[longest])
+            texts[longest] = truncate_middle(texts[longest], width, self.glyphs.ellipsis)
+            excess -= widths[longest] - cell_len(texts[longest])
+        return [(text, style) for text, (_, style) in zip(texts, self._spans, strict=True)]
 
 
 class Placeholder(Static):
