@@ -89,7 +89,7 @@ def test_read_only_attach_cannot_pause(runs, terminal):
     assert runs.reported("gpt-watched").state == "running"
 
 
-def test_in_app_trains_and_ends_with_the_app(runs, terminal):
+def test_in_app_trains_and_is_stopped_by_keys(runs, terminal):
     screen = terminal("gpt", "--in-app", "--name", "gpt-inside", *GPT)
     screen.wait_for("running")
     until(lambda: runs.reported("gpt-inside").step > 5, "it trains")
@@ -99,17 +99,23 @@ def test_in_app_trains_and_ends_with_the_app(runs, terminal):
     screen.press("q")
     screen.wait_for("leaving ends it")
     assert "Detach" not in screen.text()
-    os.kill(screen.pid, signal.SIGTERM)
-    screen.wait_for_exit()
+    screen.press("c")
+    assert screen.wait_for_exit() == 0
     screen.assert_restored()
-    assert runs.ls()["gpt-inside"]["state"] == "stopped"
+    stopped = runs.ls()["gpt-inside"]
+    assert stopped["state"] == "stopped"
+    checkpoints = runs.directory / "gpt-inside" / "checkpoints"
+    assert (checkpoints / f"step-{stopped['step']:08}").is_dir()
 
 
-def test_in_app_ends_cleanly_when_its_terminal_is_closed(runs, terminal):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_in_app_ends_cleanly_on_a_signal(runs, terminal, number):
+    """SIGHUP is what comes when its terminal is closed."""
     screen = terminal("gpt", "--in-app", "--name", "inside", *GPT)
     until(lambda: screen.pump(0.01) and runs.reported("inside").step > 3, "it trains")
-    screen.hang_up()
+    os.kill(screen.pid, number)
     screen.wait_for_exit()
+    screen.assert_restored()
     state = runs.reported("inside")
     assert state.state == "stopped"
     assert (runs.directory / "inside" / "checkpoints" / f"step-{state.step:08}").is_dir()

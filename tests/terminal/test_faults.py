@@ -55,6 +55,13 @@ def test_a_loss_that_is_not_a_number(runs: Path) -> None:
     shown(["gpt", *EXPLOSIVE, *SHORT], *messages, status=1)
 
 
+def test_a_tensor_that_memory_cannot_hold(runs: Path, train: Path) -> None:
+    then = "if step == 7: torch.empty(10**15)"
+    train.write_text(train.read_text().replace("# then", then))
+    messages = ["crashed at step 7", "out of memory: 4 PiB", "try a smaller batch"]
+    shown(["run", str(train)], *messages, status=1)
+
+
 def test_a_script_that_is_not_python(runs: Path, train: Path) -> None:
     train.write_text("for step in range(3)\n    pass\n")
     shown(["run", str(train)], "train.py, line 1", status=1)
