@@ -48,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+@pytest.hookimpl(optionalhook=True)  # the plugin may be switched off
 def pytest_xdist_auto_num_workers() -> int:
     """Half as many more than cores: many tests wait for other processes."""
     cores = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
