@@ -55,7 +55,9 @@ def main(parent):
     seen["ended at"] = recorder.status.step
     recorder.end("stopped")
     recorder.close(20)
-    print(json.dumps(seen), flush=True)
+    # In one piece, for the training still prints its steps.
+    sys.stdout.write(f"\n{json.dumps(seen)}\n")
+    sys.stdout.flush()
     os._exit(0)
 
 

@@ -184,12 +184,12 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
         table, heads_table = app.screen.query_one(StatisticTable), app.screen.query_one(HeadsTable)
         table.choose(BY_KEY["cos"])
         cosines = first_row(table)
-        assert cosines["qv"] == cosines["kv"] == ("n/a", app.palette.faint)
+        assert cosines["qv"] == cosines["kv"] == ("n/a", app.palette.dim)
         assert cosines["qk"][1] == app.palette.v
         table.choose(BY_KEY["norm"])
         assert first_row(table)["q"] == ("nan", app.palette.error)
         heads = first_row(heads_table)
-        assert heads["cos_qv"] == ("n/a", app.palette.faint)
+        assert heads["cos_qv"] == ("n/a", app.palette.dim)
         assert heads["drift_k"] == ("nan", app.palette.error)
     for size in ((80, 24), (120, 40)):
         app = app_on("dashboard", FakeSession(run, 300))
@@ -198,7 +198,7 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
             layers = app.screen.query_one(LayersTable)
             layers.show(app.snapshot)
             row = first_row(layers, columns=layers.columns)
-            assert row["cos_qv"] == row["cos_kv"] == ("n/a", app.palette.faint)
+            assert row["cos_qv"] == row["cos_kv"] == ("n/a", app.palette.dim)
             assert row["norm_q"] == ("nan", app.palette.error)
 
 
