@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tui_trainer.cli.commands.common import cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError, say
-from tui_trainer.cli.launchers import Launch, find_launch
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
-from tui_trainer.cli.script import Script
+from tui_trainer.cli.script import Launch, Script, find_launch
 from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.ranks import Rank, find_run, leave_note, rank_here
 from tui_trainer.config.run_spec import RunSpec, find_socket
