@@ -111,7 +111,10 @@ def no_warm_up(bug):
 def update_ratio_high(bug):
     run = Run()
     for number in range(1, 60):
-        run.step(updates=[0.3 if bug else 0.04] * 8 if number % 10 == 1 else None)
+        loss = 2.3 + 0.01 * math.sin(number) if bug else None
+        # As of weights that begin at zero, while the loss falls.
+        ratio = 0.3 if bug else 1 / number
+        run.step(loss, updates=[ratio] * 8 if number < 6 or number % 10 == 1 else None)
     return run
 
 

@@ -250,6 +250,23 @@ def perceptual_loss():
         optimizer.step()
 
 
+def zero_initialised():
+    net = nn.Linear(8, 4)
+    nn.init.zeros_(net.weight)
+    train(net=net, rate=0.5)
+
+
+def assigned_gradients():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for _ in range(40):
+        x, y = batch()
+        gradients = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+        for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+
 RIGHT = {
     "plain": train,
     "zero after the step": lambda: train(zero="after"),
@@ -264,6 +281,8 @@ RIGHT = {
     "unfreezing": unfreezing,
     "warm-up from zero": warm_up_from_zero,
     "perceptual loss": perceptual_loss,
+    "zero-initialised": zero_initialised,
+    "assigned gradients": assigned_gradients,
 }
 
 

@@ -159,6 +159,8 @@ class StepMeasurer:
         self._before_backward: Marks = []
         self._used: Marks = []
         """Marks of the gradients that the last step used."""
+        self._kept_before = False
+        """Whether the open backward finds gradients that a step has used already."""
         self.kept_gradients = False
         """Whether the first of the passes added to gradients that a step had used already."""
         self.eval_forward = False
@@ -245,15 +247,17 @@ class StepMeasurer:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
         marks = self._before_backward = self._current_marks()
         if not self.passes:
-            self.kept_gradients = _any_kept(marks, self._used)
-            if self.kept_gradients and self.careful and self.all_zero():
-                self.kept_gradients = False  # zeroed through `.data`, which leaves no mark
+            self._kept_before = _any_kept(marks, self._used)
+            if self._kept_before and self.careful and self.all_zero():
+                self._kept_before = False  # zeroed through `.data`, which leaves no mark
                 self.changed_by_hand = True
 
     def reached_by_backward(self) -> bool:
         """Whether the backward that has just ended changed any gradient."""
         marks = self._current_marks()
         reached = marks != self._before_backward
+        if reached and not self.passes:
+            self.kept_gradients = self._kept_before
         if reached:
             self._marks = marks
         return reached
@@ -629,7 +633,7 @@ class StepMeasurer:
         return found.classes if losses == 1 or found.divided else None
 
     def _forget(self) -> None:
-        self.eval_forward = False
+        self.eval_forward = self.kept_gradients = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:

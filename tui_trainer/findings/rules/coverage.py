@@ -9,6 +9,7 @@ import numpy as np
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
+from tui_trainer.protocol.formatting import counted
 
 
 class NotInOptimizer(Rule):
@@ -68,8 +69,8 @@ class NotInOptimizer(Rule):
         numel = sum(self.facts.parameters[name].numel for name in names)
         yield Found(
             first,
-            f"{named(names)} ({numel:,} numbers) get a gradient at every step, but no optimizer "
-            "updates them: they keep the values they began with",
+            f"{named(names)} ({counted(numel, 'number')}) got a gradient at every step, but no "
+            "optimizer updates them: they keep the values they began with",
             confidence="certain",
             phase="step",
             parameters=tuple(names[:16]),
@@ -147,6 +148,7 @@ class NeverReached(Rule):
             if (info := self.facts.parameters.get(self._names[index])) is not None
             and info.optimizer
             and info.trainable
+            and info.numel
         ]
         own = [
             name
@@ -158,8 +160,8 @@ class NeverReached(Rule):
         numel = sum(self.facts.parameters[name].numel for name in names)
         yield Found(
             self._first,
-            f"{named(names)} ({numel:,} numbers) are in the optimizer, but in {self._rows} steps "
-            "backward has never reached them: the loss does not depend on them",
+            f"{named(names)} ({counted(numel, 'number')}) are in the optimizer, but in "
+            f"{self._rows} steps backward has never reached them: the loss does not depend on them",
             confidence="certain",
             phase="backward",
             parameters=tuple(names[:16]),

@@ -26,6 +26,10 @@ class _UpdateRatio(Rule):
         self._names: tuple[str, ...] = ()
         self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
 
+    def ignored(self, seen: Observation) -> bool:
+        """Whether a step of this optimizer is as long as a line search makes it."""
+        return self.facts.optimizer_name(seen.optimizer).startswith("lbfgs")
+
     def ratios(self, row: Row) -> tuple[NDArray[np.float32], list[str]]:
         """Those of the weight matrices (all parameters where there is none), and their names."""
         if row.names is not self._names:
@@ -41,42 +45,87 @@ class UpdateRatioHigh(_UpdateRatio):
 
     name = "update-ratio-high"
     title = "updates are too large"
-    needs = "update ratios, measured every ten steps: one that is far too high, or three"
+    needs = (
+        "update ratios, measured in the first five steps and then every ten: one that is far too "
+        "high, or three; and the losses after it"
+    )
     explanation = (
-        "Each step changes the weights by a large part of their own size. The loss is then not "
-        "followed downhill but jumped over, whatever the gradients say. The usual cause is a "
-        "learning rate that is too high; also a wrong scale of the loss (a sum instead of a mean)."
+        "Each step changes the weights by a large part of their own size, and the loss rises or "
+        "does not fall. It is then not followed downhill but jumped over, whatever the gradients "
+        "say. The usual cause is a learning rate that is too high; also a wrong scale of the loss "
+        "(a sum instead of a mean). Weights that begin at zero change by all of their size too: "
+        "that is no finding as long as the loss falls."
     )
     next = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
     source = SOURCE
     thresholds = (
         RuleThreshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
-        RuleThreshold("at_once", 0.7, "median at which one measurement is enough"),
+        RuleThreshold(
+            "at_once", 0.7, "median at which one measurement is enough if the loss rises"
+        ),
     )
     explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up", "initial-loss")
+
+    WATCHED = 50
+    """Steps after a high ratio in which the loss is watched."""
+    JUDGED_AFTER = 20
+    """Steps since the onset after which the loss should have fallen."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._streak = Streak()
+        self._loss_before = self._noise = 0.0
+        """The smoothed loss and its noise at the onset."""
+        self._suspect: Found | None = None
+        self._suspect_since = 0
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        if seen.updates is None or self._reported:
+        if self._reported:
             return
-        ratios, names = self.ratios(seen.updates)
+        if seen.updates is not None and not self.ignored(seen):
+            self._look(seen, *self.ratios(seen.updates))
+        if self._suspect is None:
+            return
+        if self._harmful(seen):
+            self._reported = True
+            yield self._suspect
+        elif seen.step > self._suspect_since + self.WATCHED:
+            self._suspect = None
+
+    def _look(self, seen: Observation, ratios: NDArray[np.float32], names: list[str]) -> None:
         if not len(ratios):
             return
         median = float(np.median(ratios))
         count = self._streak.add(median > self.limits["ratio"], seen.step)
-        if count < 3 and median <= self.limits["at_once"]:
-            return
-        self._reported = True
+        if count == 1:
+            self._loss_before, self._noise = self.trend.fast, self.trend.noise
+        at_once = median > self.limits["at_once"]
+        if count >= 3 or (at_once and self._suspect is None):
+            self._suspect = self._found(seen, median, ratios, names)
+            self._suspect_since = seen.step
+
+    def _harmful(self, seen: Observation) -> bool:
+        """Whether the loss has risen since the onset or, after three high ratios, not fallen."""
+        if seen.loss is not None and not np.isfinite(seen.loss):
+            return True
+        before = self._loss_before
+        passed = seen.step - self._streak.onset
+        if passed > 0 and self.trend.fast > before + max(2 * self._noise, 0.1 * abs(before)):
+            return True
+        lasts = self._streak.count >= 3 and passed >= self.JUDGED_AFTER
+        return lasts and self.trend.fast > before - 0.02 * abs(before)
+
+    def _found(
+        self, seen: Observation, median: float, ratios: NDArray[np.float32], names: list[str]
+    ) -> Found:
         worst = [names[i] for i in np.argsort(-ratios)[:8].tolist()]
         rate = f" at a learning rate of {seen.learning_rate:.3g}" if seen.learning_rate else ""
-        yield Found(
+        return Found(
             self._streak.onset,
             f"one step changes the weights by {median:.2g} of their size (median over "
-            f"{len(ratios)} weight matrices){rate}; about 0.001 is usual",
+            f"{len(ratios)} weight matrices){rate}, and the loss does not fall; about 0.001 is "
+            "usual",
             level="error" if median > self.limits["at_once"] else None,
             phase="step",
             parameters=tuple(worst),
@@ -127,7 +176,7 @@ class UpdateRatioLow(_UpdateRatio):
     def step(self, seen: Observation) -> Iterable[Found]:
         if seen.learning_rate is not None:
             self._highest_rate = max(self._highest_rate, seen.learning_rate)
-        if seen.updates is None or self._reported:
+        if seen.updates is None or self._reported or self.ignored(seen):
             return
         ratios, names = self.ratios(seen.updates)
         if not len(ratios):
