@@ -36,7 +36,7 @@ FLUSH_S = 5.0
 DATA_LOADER = "torch.utils.data._utils.worker"
 """The module of a DataLoader's workers, which train nothing."""
 KEY = "tui_trainer"
-"""Of our entry in the data that a spawned child is prepared with, which ignores unknown ones."""
+"""Key of our entry in the data that prepares a spawned child; unknown keys are ignored there."""
 
 
 class _JoinWhenUnpickled:
@@ -147,10 +147,10 @@ class ChildTraining:
     # ------------------------------------------------------------ RunContext
 
     def show_waiting_for(self, what: str) -> None:
-        """Nobody is shown it."""
+        """No viewer is shown it."""
 
     def save_with(self, saver: CheckpointSaver) -> None:
-        """Nobody asks for checkpoints here."""
+        """No viewer can request one here."""
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Nothing of the parent's is installed here."""

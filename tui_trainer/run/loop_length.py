@@ -3,8 +3,8 @@
 The loops around `optimizer.step()` are the `for` and `while` statements of the functions that are
 being executed. The length of `for epoch in range(epochs)`, of `for batch in loader`, of
 `enumerate(…)`, `zip(…)`, `tqdm(…)` and of `while step < last` follows from the objects that their
-names stand for now. No code of the script is called but the `__len__` of what it iterates over. A
-length that cannot be had is None, with the reason.
+names refer to now. No code of the script is called but the `__len__` of what it iterates over. A
+length that cannot be determined is None, with the reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a script's run has to go: total steps, steps of an epoch and items of a step, found out
+"""The length of a script's run: total steps, steps of an epoch and items of a step, found out
 in its first steps or reported by its framework; and its evaluations."""
 
 from __future__ import annotations

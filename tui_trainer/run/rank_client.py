@@ -1,7 +1,7 @@
-"""The side of a training process that another one records: sends rank 0 what is measured here.
+"""The connection of a training process to rank 0, which records it: sends what is measured here.
 
 It is a sink of this process's recorder, on a thread of its own; another thread connects and
-listens. The training thread waits for neither. Without rank 0 the training goes on as if alone.
+listens. The training thread waits for neither. Without rank 0 the training continues by itself.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RankClient:
             self._send_now(message)
 
     def leave(self, state: EndState, reason: str, step: int) -> None:
-        """Say how the training has ended, and close the connection."""
+        """Report how the training ended, and close the connection."""
         if not self._settled.wait(LEAVE_S):
             self._say(f"{self._name()} was not shown: its run was not found")
         self.send(Leave(state, reason, step))

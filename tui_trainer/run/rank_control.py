@@ -221,7 +221,7 @@ class RankObedience:
             gate.shared = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
 
     def follow(self, client: RankClient) -> None:
-        """Obey what `client` receives."""
+        """Apply what `client` receives."""
         self._client = client
         client.on_message = self._obey
         client.on_lost = self._alone
@@ -279,6 +279,6 @@ class RankObedience:
             self._changed.clear()
 
     def _alone(self) -> None:
-        """Nobody could resume a process that is paused without rank 0."""
+        """A process that is paused without rank 0 could not be resumed."""
         with contextlib.suppress(Refusal):
             self._gate.resume()

@@ -182,7 +182,7 @@ class RankServer:
             self._describe()
 
     def verdict(self, wait_s: float = 0.0) -> str:
-        """How the first process that failed has ended; "" while all are well."""
+        """How the first process that failed has ended; "" while none has."""
         with self._left:
             self._left.wait_for(lambda: self._verdicts or not self._peers, wait_s)
             return self._verdicts[0] if self._verdicts else ""
@@ -362,9 +362,9 @@ def _receive_shared(stream: socket.socket) -> mmap.mmap | None:
 
 
 def ending_of(pid: int, wait_s: float = 0.5) -> str:
-    """How a process that closed its connection without a word has ended.
+    """How a process that closed its connection without a last message has ended.
 
-    A parent that waits for it removes what the system knows of it, so this looks at once.
+    The system forgets it once its parent has waited for it, so this looks immediately.
     """
     deadline = time.monotonic() + wait_s
     while True:

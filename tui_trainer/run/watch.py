@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Optimizer = torch.optim.Optimizer
 
 UPDATE_EVERY_S = 1.0
-"""How often a picture in a notebook is drawn again."""
+"""How often a picture in a notebook is redrawn."""
 PICTURE_WIDTH, PICTURE_HEIGHT = 420, 90
 
 _watched: WatchedRun | None = None
@@ -70,7 +70,7 @@ def watch(
 ) -> Run:
     """Record the training loop of `model` from here on, and let terminals attach to it.
 
-    `name`: of the run, otherwise chosen. `paused`: wait at the first phase for a terminal. Call it
+    `name`: of the run; random by default. `paused`: wait at the first phase for a terminal. Call it
     between two iterations on the thread that trains; steps made before are not seen. The run ends
     with `close()`, at the end of a `with` block, or with the process. In a process that was started
     by `tui-trainer run`, this is the run that is recorded already.
@@ -166,7 +166,7 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
 
 
 class Run:
-    """A run in this process: its present numbers, as text, with rich, and as a picture in a
+    """A run in this process: its current numbers, as text, with rich, and as a picture in a
     notebook."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -227,7 +227,7 @@ class Run:
         return self.recorder.read(read)
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What a table of the present state shows."""
+        """The rows of a table of the current state."""
         self._refresh()
         status, info = self.recorder.status, self.recorder.info
         found = self._newest()
