@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,26 @@ for epoch in range(2):
 print("FINAL", step, sum(p.double().sum().item() for p in model.parameters()))
 """
 
+QUANTITIES = {
+    "steps": "steps and weights",
+    "loss": "loss, clipping",
+    "total": "total steps",
+    "epoch": "epochs",
+    "items": "samples a step",
+    "evaluation": "evaluations",
+    "logged": "logged values",
+    "attention": "attention",
+}
+"""What is compared with the framework's own numbers, and its title in docs/scripts.md."""
+LENGTH = {"steps", "total", "epoch", "items"}
+SEEN = {
+    "transformers": ("Hugging Face `Trainer`", {*LENGTH, "loss", "evaluation", "logged"}),
+    "accelerate": ("accelerate", LENGTH),
+    "lightning": ("Lightning", {*LENGTH, "evaluation", "logged"}),
+    "peft": ("PEFT: LoRA, DoRA", {"steps", "attention"}),
+}
+"""Title of each framework, and the quantities that these tests compare."""
+
 PROGRAMS = {
     "transformers": (HUGGING_FACE, {"total_steps": 10, "steps_per_epoch": 5, "items_per_step": 8}),
     "lightning": (LIGHTNING, {"total_steps": 15, "steps_per_epoch": 5, "items_per_step": 32}),
@@ -161,7 +182,7 @@ def test_a_framework(tmp_path, name):
     assert printed(done.stderr, "FINAL") == final
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["text"] for line in lines if line.get("kind") == "fault"] == []
-    check(lines, alone, known)
+    assert check(lines, alone, known) == SEEN[name][1]
 
     if name != "accelerate":  # under the command the callback has nothing to do
         done = execute(
@@ -177,7 +198,8 @@ def test_a_framework(tmp_path, name):
 
 
 def check(lines, alone, known):
-    """Compare what was recorded with what the framework printed."""
+    """Compare what was recorded with what the framework printed; returns what was compared."""
+    compared = set(LENGTH)
     header = [line for line in lines if line["type"] == "run"][-1]
     assert {name: header[name] for name in known} == known
     assert len(header["optimizers"]) == 1
@@ -188,9 +210,29 @@ def check(lines, alone, known):
         assert step["clip"]["norm_before"] == pytest.approx(float(norm), rel=1e-4)
         # Trainer prints the mean of the micro-batches' losses, in four digits.
         assert step["loss"] == pytest.approx(float(loss), abs=2e-3)
+        compared.add("loss")
     evaluated = {line["step"]: line["loss"] for line in lines if line["type"] == "validation"}
     expected = {int(number): float(loss) for number, loss in printed(alone, "EVAL")}
     assert evaluated == pytest.approx(expected, rel=1e-4)
+    logged = [line for line in lines if line["type"] == "logged"]
+    for number, loss, _ in printed(alone, "STEP"):
+        values = [line["values"]["loss"] for line in logged if line["step"] == int(number)]
+        assert values[0] == pytest.approx(float(loss), rel=1e-4)
+    return compared | ({"evaluation"} if expected else set()) | ({"logged"} if logged else set())
+
+
+def table():
+    """What these tests have compared, as docs/scripts.md shows it."""
+    lines = ["| | " + " | ".join(QUANTITIES.values()) + " |", "|---" * (len(QUANTITIES) + 1) + "|"]
+    for title, seen in SEEN.values():
+        cells = ("✓" if name in seen else "" for name in QUANTITIES)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "scripts.md").read_text(encoding="utf-8")
+    assert table() in text, table()
 
 
 ADAPTED = """
