@@ -584,3 +584,19 @@ def test_the_optimizers_of_one_model_leave_its_names_alone():
     assert set(recorder.info["optimizers"]) == {"decayed", "others"}
     names = {p.name for p in recorder.info["parameters"]}
     assert names == {name for name, _ in mlp().named_parameters()}
+
+
+def test_attention_is_measured_in_the_first_steps_where_the_optimizer_comes_late():
+    """`zero_grad` at the end: the optimizer is not known before the first call of the model."""
+    model = SmallGpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loop():
+        for _ in range(5):
+            inputs = torch.randint(0, 11, (2, 6))
+            F.cross_entropy(model(inputs).flatten(0, 1), inputs.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    recorder, _ = trace(loop)
+    assert set(recorder.rows("attention_health")) & {1, 2, 3}

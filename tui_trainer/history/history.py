@@ -26,11 +26,12 @@ class History:
         return None
 
     def find(self, name: str, column: str) -> tuple[SeriesReader, int] | None:
-        """A table and the index of one of its columns; None when it has no rows or no such
-        column."""
-        table = self.table(name)
-        index = table.column(column) if table is not None else None
-        return (table, index) if table and table.rows and index is not None else None
+        """The first table of that name with rows and such a column, and the column's index."""
+        for table in self.tables_named(name):
+            index = table.column(column)
+            if table.rows and index is not None:
+                return table, index
+        return None
 
     def tables_named(self, name: str) -> list[SeriesReader]:
         """The tables of that name: one for each optimizer."""

@@ -52,11 +52,12 @@ class LoggedSeries(NamedTuple):
         return best if np.isfinite(best) else None
 
 
-def logged_series(history: History) -> list[LoggedSeries]:
-    """Every name that was logged and has rows, in the order in which they first came."""
+def logged_series(history: History, table: str = schema.LOGGED) -> list[LoggedSeries]:
+    """Every name that was logged and has rows, in the order in which they first came. `table`: also
+    for the results of evaluations, whose tables are of the same kind."""
     return [
         LoggedSeries(column.name, series, number)
-        for series in history.tables_named(schema.LOGGED)
+        for series in history.tables_named(table)
         if series.rows
         for number, column in enumerate(series.table.columns)
     ]

@@ -178,7 +178,7 @@ def _summary(
         _curve(step, "grad_norm_preclip"),
         _latest(step).get("grad_norm_preclip"),
         _latest(step).get("learning_rate"),
-        _latest(history.table(schema.VALIDATION)),
+        {name: each.value for name, each in _logged(history, schema.VALIDATION).items()},
         status.clipped_share,
         _latest(history.table(schema.PHASE_MS)),
         _attention(info, history),
@@ -192,9 +192,9 @@ def _summary(
     return msgspec.structs.replace(made, logged=_logged(history))
 
 
-def _logged(history: History) -> dict[str, LoggedValue]:
+def _logged(history: History, table: str = schema.LOGGED) -> dict[str, LoggedValue]:
     found: dict[str, LoggedValue] = {}
-    for each in logged_series(history):
+    for each in logged_series(history, table):
         if (newest := each.newest()) is not None:
             step, value = newest
             why = why_absent(value)

@@ -46,6 +46,7 @@ class AttentionHealth(Probe):
 
     name = schema.ATTENTION_HEALTH
     every = 20
+    first_steps = 3  # the optimizer may not be known yet at the first model call
     topic = schema.ATTENTION_HEALTH
     watched_every = 5
     importance = 15

@@ -73,10 +73,10 @@ class LossPanel(Panel):
         for number, table in enumerate(tables):
             layers += self._training_loss(table, number, steps, columns)
             figures += self._training_figures(table, number, len(tables) > 1)
-        validation = self.snapshot.history.table(schema.VALIDATION)
-        if validation is not None and validation.rows:
-            layers += self._validation_points(validation, steps, columns)
-            figures += self._validation_figures(validation)
+        for validation in self.snapshot.history.tables_named(schema.VALIDATION):
+            if validation.rows:
+                layers += self._validation_points(validation, steps, columns)
+                figures += self._validation_figures(validation)
         layers += user_event_marks(self, self.snapshot, steps, columns)
         learning_rate = tables[0].newest("learning_rate") if tables else None
         if learning_rate is not None:
