@@ -216,8 +216,8 @@ def check(lines, alone, known):
     assert evaluated == pytest.approx(expected, rel=1e-4)
     logged = [line for line in lines if line["type"] == "logged"]
     for number, loss, _ in printed(alone, "STEP"):
-        values = [line["values"]["loss"] for line in logged if line["step"] == int(number)]
-        assert values[0] == pytest.approx(float(loss), rel=1e-4)
+        at = [line["values"] for line in logged if line["step"] == int(number)]
+        assert at[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
     return compared | ({"evaluation"} if expected else set()) | ({"logged"} if logged else set())
 
 
