@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from time import perf_counter
 from typing import Any
 
@@ -371,8 +372,12 @@ class StepMeasurer:
         among = [id(gradient) in ids for gradient in there]
         return bool(among) and all(among), any(among)
 
-    def positions_of(self, ids: set[int]) -> list[int] | None:
-        """Positions of the parameters with these identities; None: all of them."""
+    def positions_of(self, given: list[torch.Tensor]) -> list[int] | None:
+        """Positions of these parameters; None: all that are tracked."""
+        parameters = self.tracked.parameters
+        if len(given) == len(parameters) and all(map(is_, given, parameters)):
+            return None
+        ids = {id(parameter) for parameter in given}
         found = [i for i, p in enumerate(self.tracked.parameters) if id(p) in ids]
         return None if len(found) == len(self.tracked.parameters) else found
 

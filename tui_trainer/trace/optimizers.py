@@ -157,6 +157,8 @@ class OptimizerRegistry:
         if not (self._searched or self._created or self._entries):
             self._searched = True
             self._created = [weakref.ref(each) for each in objects_of_script(Optimizer)]
+        if not self._created:
+            return []
         created = [o for o in (reference() for reference in self._created) if o is not None]
         wrapped = {id(inner_optimizer(optimizer)) for optimizer in self._optimizers()}
         for optimizer in created:
@@ -170,8 +172,7 @@ class OptimizerRegistry:
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
         """The measurers of the optimizers that update any of these."""
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        ids = {id(p) for p in given}
-        return [m for m in self.measurers if not ids.isdisjoint(m.tracked.ids)]
+        return [m for m in self.measurers if any(id(p) in m.tracked.ids for p in given)]
 
     def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
         """None also for updates by hand."""

@@ -757,9 +757,8 @@ class Tracer:
                 scale=self._scaling.gradient_scale(self.registry.optimizer_of(self._clipping[0])),
             )
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-            ids = {id(p) for p in given}
             for measurer in self._clipping:
-                clipping.positions[id(measurer)] = measurer.positions_of(ids)
+                clipping.positions[id(measurer)] = measurer.positions_of(given)
                 if measurer.reading is not None and not measurer.clips:
                     clipping.readings[id(measurer)] = measurer.reading
                 elif kind == "norm":

@@ -1,0 +1,343 @@
+"""What belongs to which step: losses, gradients and clippings, in any order of a script."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.trace.support import batch, close, mlp, trace
+from tui_trainer.protocol.absent import Absent, why_absent
+
+
+def loss_of(model, scale=1.0):
+    inputs, targets = batch()
+    return F.cross_entropy(model(inputs), targets) * scale
+
+
+def total_of(parameters):
+    """√Σ‖g‖² in float64."""
+    norms = [p.grad.double().norm() for p in parameters if p.grad is not None]
+    return float(torch.stack(norms).norm())
+
+
+def reason(value):
+    found = why_absent(value)
+    return None if found is None else Absent(found)
+
+
+def sgd(*models):
+    return torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.05)
+
+
+def test_a_clip_after_the_step_is_no_clip_of_it():
+    model, totals = mlp(), []
+    optimizer = sgd(model)
+
+    def loop():
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            totals.append(total_of(model.parameters()))
+            optimizer.step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "grad_norm_preclip"), totals)
+    assert all(record.clip is None for record in recorder.records)
+    assert not any(t.name == "clip" and recorder.rows("clip") for t in recorder.tables)
+    (said,) = recorder.said("clip_after_step")
+    assert "after optimizer.step()" in said
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_batch_that_is_thrown_away_is_a_skipped_iteration(set_to_none):
+    model, losses, thrown = mlp(), [], []
+    optimizer = sgd(model)
+
+    def loop():
+        for number in range(6):
+            loss = loss_of(model, 1e5 if number == 3 else 1.0)
+            loss.backward()
+            if number == 3:
+                thrown.append((float(loss), total_of(model.parameters())))
+            else:
+                losses.append(float(loss))
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "loss"), losses)
+    (skipped,) = recorder.skips
+    assert (skipped.step, skipped.reason) == (4, "hand")
+    step = recorder.table("step")
+    values = dict(zip([c.name for c in step.columns], dict(skipped.rows)[step.id], strict=True))
+    close([values["loss"], values["grad_norm_preclip"]], thrown[0])
+
+
+def test_gradients_left_at_the_end_are_an_unfinished_step():
+    model = mlp()
+    optimizer = sgd(model)
+
+    def loop():
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model).backward()
+
+    recorder, _ = trace(loop)
+    assert [record.step for record in recorder.records] == [1, 2]
+    (skipped,) = recorder.skips
+    assert (skipped.step, skipped.reason) == (3, "end")
+
+
+def test_the_first_evaluation_of_a_closure_is_the_step():
+    model, losses, totals, calls = mlp(), [], [], []
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    inputs, targets = batch()
+
+    def loop():
+        for _ in range(3):
+            evaluations = []
+
+            def closure(evaluations=evaluations):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs), targets)
+                loss.backward()
+                evaluations.append((float(loss.detach()), total_of(model.parameters())))
+                return loss
+
+            optimizer.step(closure)
+            losses.append(evaluations[0][0])
+            totals.append(evaluations[0][1])
+            calls.append(len(evaluations))
+
+    recorder, gate = trace(loop)
+    close(recorder.series("step", "loss"), losses)
+    close(recorder.series("step", "grad_norm_preclip"), totals)
+    assert recorder.series("step", "evaluations") == calls
+    assert {"forward", "loss", "backward"} <= set(gate.phases(2))
+
+
+def test_a_loop_without_an_optimizer_has_steps():
+    model, losses = mlp(), []
+
+    def loop():
+        for _ in range(4):
+            loss = loss_of(model)
+            losses.append(float(loss))
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+            model.zero_grad()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "loss"), losses)
+    assert recorder.info["optimizers"] == ("by hand",)
+    assert {reason(rate) for rate in recorder.series("step", "learning_rate")} == {
+        Absent.NO_LEARNING_RATE
+    }
+
+
+def test_an_optimizer_that_is_given_a_group_goes_on():
+    model, totals = mlp(), []
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam(model[2].parameters(), lr=0.01)
+
+    def loop():
+        for number in range(6):
+            if number == 3:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": list(model[0].parameters())})
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            totals.append(total_of(model.parameters()))
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert recorder.info["optimizers"] == ("adam",)
+    found = {
+        r.step: v for r in recorder.records for t, v in r.rows if recorder.tables[t].name == "step"
+    }
+    close([found[step][2] for step in range(1, 7)], totals)
+    assert all(p.trainable and p.optimizer == "adam" for p in recorder.info["parameters"])
+
+
+def test_a_layer_that_is_replaced():
+    model = mlp()
+    optimizer = sgd(model)
+
+    def loop():
+        for number in range(6):
+            if number == 3:
+                model[2] = nn.Linear(8, 3)
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert recorder.info["optimizers"] == ("sgd",)
+    last = recorder.records[-1]
+    rows = {recorder.tables[t].name: (recorder.tables[t], v) for t, v in last.rows}
+    table, values = rows["grad_norm"]
+    norms = dict(zip([c.name for c in table.columns], values.tolist(), strict=True))
+    close(norms["2.weight"], float(model[2].weight.grad.norm()))
+    assert reason(norms["2.weight (replaced)"]) is Absent.NOT_IN_MODEL
+
+
+def test_absent_gradients_have_a_reason():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(6, 3)
+            self.unused = nn.Linear(6, 3)
+            self.frozen = nn.Linear(6, 3).requires_grad_(False)
+            self.empty = nn.Parameter(torch.zeros(0))
+
+        def forward(self, x):
+            return self.used(x) + self.frozen(x) + self.empty.sum()
+
+    model = Model()
+    optimizer = sgd(model)
+
+    def loop():
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    row = recorder.rows("grad_norm")[3]
+    assert {name: reason(value) for name, value in row.items()} == {
+        "used.weight": None,
+        "used.bias": None,
+        "unused.weight": Absent.NOT_REACHED,
+        "unused.bias": Absent.NOT_REACHED,
+        "frozen.weight": Absent.FROZEN,
+        "frozen.bias": Absent.FROZEN,
+        "empty": Absent.EMPTY,
+    }
+
+
+def test_a_loss_that_is_not_seen_is_absent_and_no_alarm():
+    model = mlp()
+    optimizer = sgd(model)
+
+    def loop():
+        for _ in range(3):
+            optimizer.zero_grad()
+            inputs, targets = batch()
+            losses = F.cross_entropy(model(inputs), targets, reduction="none")
+            losses.backward(torch.ones_like(losses))
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert {reason(v) for v in recorder.series("step", "loss")} == {Absent.LOSS_NOT_SEEN}
+    assert all(record.nonfinite == () for record in recorder.records)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1e20), (torch.float32, 1e25), (torch.float64, 1e-30)]
+)
+def test_norms_neither_overflow_nor_underflow(dtype, size):
+    weight = nn.Parameter(torch.ones(64, 64, dtype=dtype))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+
+    def loop():
+        for _ in range(6):
+            optimizer.zero_grad()
+            (weight * size).sum().backward()
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    expected = 64 * float(torch.tensor(size, dtype=dtype).double())
+    for found in recorder.series("step", "grad_norm_preclip"):
+        assert math.isclose(found, expected, rel_tol=1e-6)
+    assert all(record.nonfinite == () for record in recorder.records)
+
+
+def test_two_optimizers_that_share_a_parameter():
+    model = mlp()
+    first, second = sgd(model[0], model[2]), sgd(model[2])
+    totals = {"": [], "sgd#2": []}
+
+    def loop():
+        for _ in range(4):
+            first.zero_grad()
+            second.zero_grad()
+            loss_of(model).backward()
+            totals[""].append(total_of(model.parameters()))
+            totals["sgd#2"].append(total_of(model[2].parameters()))
+            first.step()
+            second.step()
+
+    recorder, _ = trace(loop)
+    for optimizer, expected in totals.items():
+        close(recorder.series("step", "grad_norm_preclip", optimizer), expected)
+
+
+def test_gradients_that_are_scaled_by_hand_are_clipped_by_hand():
+    model, before = mlp(), []
+    optimizer = sgd(model)
+
+    def loop():
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            before.append(total_of(model.parameters()))
+            for parameter in model.parameters():
+                parameter.grad.mul_(0.25)
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "grad_norm_preclip"), before)
+    assert {record.clip.kind for record in recorder.records} == {"hand"}
+    close([record.clip.scale for record in recorder.records], [0.25] * 5)
+
+
+def test_gradients_that_are_zeroed_through_data_are_thrown_away():
+    """`.data` counts no version: only the norms tell."""
+    model, losses = mlp(), []
+    optimizer = sgd(model)
+
+    def loop():
+        for number in range(6):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.data.zero_()
+            loss = loss_of(model)
+            loss.backward()
+            if number != 4:
+                losses.append(float(loss))
+                optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "loss"), losses)
+    assert [skipped.step for skipped in recorder.skips] == [5]
+
+
+def test_a_clip_of_scaled_gradients_says_at_which_scale():
+    model, totals = mlp(), []
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def loop():
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            totals.append(total_of(model.parameters()))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("clip", "norm_before"), totals)
+    assert recorder.series("clip", "gradient_scale") == [1024.0] * 4
+    close(recorder.series("step", "grad_norm_preclip"), [total / 1024 for total in totals])
