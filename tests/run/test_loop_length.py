@@ -153,3 +153,19 @@ def test_tqdm_knows_its_total(run):
     assert run("for x in tqdm(data, disable=True): step()", **names).total_steps == 8
     source = "for x in tqdm(iter(data), total=8, disable=True): step()"
     assert run(source, **names).total_steps == 8
+
+
+def test_no_variable_is_kept_alive():
+    import weakref
+
+    def loop():
+        for _ in range(1):
+            held = Namespace()
+            found = surroundings([sys._getframe()])
+        reference = weakref.ref(held)
+        del held
+        return found, reference()
+
+    found, kept = loop()
+    assert found.loops[0].length == 1
+    assert kept is None

@@ -144,8 +144,11 @@ def test_to_the_end_of_the_epoch():
 
 
 def test_no_epochs_no_end_of_one():
-    with pytest.raises(Refusal, match="no epochs"):
-        Gate().run_to_epoch_end()
+    gate = Gate()
+    gate.no_epochs = "the loop counts steps"
+    with pytest.raises(Refusal, match="no epochs") as refused:
+        gate.run_to_epoch_end()
+    assert refused.value.hint == "the loop counts steps"
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("inf"), float("nan")])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
+import weakref
 
 import pytest
 import torch
@@ -600,3 +602,35 @@ def test_attention_is_measured_in_the_first_steps_where_the_optimizer_comes_late
 
     recorder, _ = trace(loop)
     assert set(recorder.rows("attention_health")) & {1, 2, 3}
+
+
+def test_no_variable_of_a_function_is_kept_alive():
+    """What is read of the script's frames must not outlive the variable."""
+    kept = []
+
+    def loop():
+        maker, judge = nn.Linear(4, 6), nn.Linear(6, 1)
+        of_judge = torch.optim.SGD(judge.parameters(), lr=0.1)
+        of_maker = torch.optim.SGD(maker.parameters(), lr=0.1)
+        for _ in range(2):
+            batch = torch.randn(3, 4)
+            for optimizer in (of_judge, of_maker):
+                judge(maker(batch)).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        reference = weakref.ref(batch)
+        del batch
+        kept.append(reference())
+
+    recorder, _ = trace(loop)
+    assert set(recorder.info["optimizers"]) == {"of_judge", "of_maker"}
+    assert kept == [None]
+
+
+def test_a_copy_of_the_variables_that_the_script_holds_is_left_alone():
+    from tui_trainer.trace.script_frames import forget_variables
+
+    value = 5
+    mine = locals()
+    forget_variables(sys._getframe())
+    assert mine["value"] == value

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
+from tui_trainer.trace.script_frames import forget_variables
+
 T = TypeVar("T")
 MAX_SOURCE = 1_000_000
 """Characters of a source file that is parsed."""
@@ -77,8 +79,14 @@ def surroundings(frames: list[FrameType]) -> Surroundings:
                 conditional = conditional or not loops
             else:
                 loops.append(_loop_of(statement, frame))
+        forget_variables(frame)
     site = (frames[0].f_code.co_filename, frames[0].f_lineno) if frames else ("", 0)
     return Surroundings(tuple(loops), conditional, site)
+
+
+def forget_sources() -> None:
+    """Free the syntax trees."""
+    _functions.clear()
 
 
 # ---------------------------------------------------------------- statements

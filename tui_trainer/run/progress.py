@@ -16,7 +16,7 @@ import torch
 
 from tui_trainer.protocol.schema import LOGGED, VALIDATION
 from tui_trainer.run.context import RunContext
-from tui_trainer.run.loop_length import Loop, Surroundings, surroundings
+from tui_trainer.run.loop_length import Loop, Surroundings, forget_sources, surroundings
 from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.tracer import Tracer
 
@@ -117,6 +117,7 @@ class Progress:
         if len(self._samples) >= SAMPLED_STEPS:
             self._tracer.loop = None
             self._samples.clear()
+            forget_sources()
 
     def _conclude(self) -> None:
         found = length_of(self._samples, self._forwards, self._started_in)

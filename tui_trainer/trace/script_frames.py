@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -12,6 +13,8 @@ MAX_HELD = 64
 """Length of the lists and dictionaries that are looked into."""
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
+COPY_REFERENCES = 3
+"""To a frame's copy of its variables: the frame's, ours, and that of the call that counts."""
 MAX_NAME = 40
 """Characters of a variable's name that is shown."""
 
@@ -49,7 +52,21 @@ def objects_of_script(kind: type[T]) -> list[T]:
             # The type, not isinstance(), which would run the code of lazy objects.
             if issubclass(type(value), kind):
                 found.setdefault(id(value), value)
+        del variables, held
+        forget_variables(frame)
     return list(found.values())
+
+
+def forget_variables(frame: FrameType) -> None:
+    """Drop the copy of a function's variables that reading `f_locals` leaves in its frame: it would
+    keep a batch and its activations alive for as long as the function runs.
+
+    A copy that the script holds, by `locals()`, is left alone. From Python 3.13 on there is none.
+    """
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.version_info < (3, 13):
+        copied = frame.f_locals
+        if type(copied) is dict and sys.getrefcount(copied) <= COPY_REFERENCES:
+            copied.clear()
 
 
 def variable_of(*things: object) -> str:
@@ -57,18 +74,26 @@ def variable_of(*things: object) -> str:
     `things`; "" where there is none. That of an outer frame is preferred: a function may call all
     of its arguments `optimizer`."""
     for frame in reversed(list(script_frames())):
-        variables = frame.f_locals
-        held = dict(variables)
-        held |= getattr(variables.get("self"), "__dict__", {})
-        held |= getattr(variables.get("self"), "_modules", None) or {}
-        if frame.f_globals is not variables:
-            held = {**frame.f_globals, **held}
-        for name, value in held.items():
-            if name in SAYING_NOTHING or name.startswith("_") or len(name) > MAX_NAME:
-                continue
-            for suffix, element in _named_elements(value):
-                if any(_holds(element, thing) for thing in things):
-                    return name + suffix
+        name = _variable_in(frame, things)
+        forget_variables(frame)
+        if name:
+            return name
+    return ""
+
+
+def _variable_in(frame: FrameType, things: tuple[object, ...]) -> str:
+    variables = frame.f_locals
+    held = dict(variables)
+    held |= getattr(variables.get("self"), "__dict__", {})
+    held |= getattr(variables.get("self"), "_modules", None) or {}
+    if frame.f_globals is not variables:
+        held = {**frame.f_globals, **held}
+    for name, value in held.items():
+        if name in SAYING_NOTHING or name.startswith("_") or len(name) > MAX_NAME:
+            continue
+        for suffix, element in _named_elements(value):
+            if any(_holds(element, thing) for thing in things):
+                return name + suffix
     return ""
 
 
