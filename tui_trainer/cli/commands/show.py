@@ -26,10 +26,11 @@ from tui_trainer.findings.verdict import finding_object, newest_findings
 from tui_trainer.history import History
 from tui_trainer.history.analysis import attention_tables
 from tui_trainer.history.logged import logged_series
+from tui_trainer.history.ranks import RankSummary, summarize_ranks
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.formatting import nonfinite, number, rough_duration, step_of
+from tui_trainer.protocol.formatting import milliseconds, nonfinite, number, rough_duration, step_of
 from tui_trainer.protocol.messages import (
     END_STATES,
     Clip,
@@ -94,6 +95,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     """What the rules found, worst first, effects after their cause."""
     events: tuple[dict[str, Any], ...] = ()
     """The newest events, oldest first."""
+    ranks: tuple[dict[str, Any], ...] = ()
+    """Of a run with several processes: state, step, newest values and what stands out of each."""
     logged: dict[str, LoggedValue] = {}
     """The newest value of each name of `tui_trainer.log`."""
 
@@ -189,7 +192,19 @@ def _summary(
         tuple(finding_object(finding) for finding in newest_findings(events)),
         tuple(_event_object(event) for event in events[-EVENTS_SHOWN:]),
     )
-    return msgspec.structs.replace(made, logged=_logged(history))
+    ranks = tuple(map(_rank_object, summarize_ranks(info, status, history)))
+    return msgspec.structs.replace(made, logged=_logged(history), ranks=ranks)
+
+
+def _rank_object(rank: RankSummary) -> dict[str, Any]:
+    values = rank.values.items()
+    return {
+        **msgspec.structs.asdict(rank.process),
+        "step": rank.step,
+        **{name: _finite(value) for name, value in values},
+        "nonfinite": {name: word for name, value in values if (word := _nonfinite(value))},
+        "remarks": rank.remarks,
+    }
 
 
 def _logged(history: History, table: str = schema.LOGGED) -> dict[str, LoggedValue]:
@@ -346,6 +361,7 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
     lines += _value_lines(values[1:], least)
     lines += _attention_lines(summary)
+    lines += [_rank_line(rank) for rank in summary.ranks]
     if summary.findings:
         lines += finding_lines(summary.findings)
     elif run["step"]:
@@ -354,6 +370,19 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     lines += [_event_line(event) for event in shown[-4:]]
     lines.append(Text(str(run["directory"]), "dim"))
     return Group(*lines)
+
+
+def _rank_line(rank: dict[str, Any]) -> Text:
+    """`rank 1  step 40  loss 0.4406  12.3 ms/step  slow in data: …`"""
+    parts = [rank["label"] or f"rank {rank['rank']}"]
+    if rank["step"] is not None:
+        parts.append(f"step {rank['step']:,}")
+        parts.append(f"loss {number(rank.get('loss'), 0)}")
+        parts.append(f"{milliseconds(rank.get('step_ms'), 0)}/step")
+    text = Text("  ".join(parts))
+    if rank["remarks"]:
+        text.append("  " + "; ".join(rank["remarks"]), "yellow")
+    return text
 
 
 def _heading(summary: RunSummary) -> Text:

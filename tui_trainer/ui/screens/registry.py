@@ -54,5 +54,6 @@ SCREENS = (
     ScreenEntry(
         "findings", "8", "Findings", "findings:FindingsScreen", "What is wrong, since when and why"
     ),
+    ScreenEntry("ranks", "9", "Ranks", "ranks:RanksScreen", "One line for each process of the run"),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
 )

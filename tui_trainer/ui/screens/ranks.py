@@ -1,0 +1,138 @@
+"""The training processes of a run: one line each, with what stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+from textual.binding import BindingType
+from textual.widget import Widget
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.history.ranks import WINDOW, RankSummary, skew_ms, summarize_ranks
+from tui_trainer.protocol import PHASES, formatting
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
+from tui_trainer.ui.widgets.text import Caption, Placeholder
+
+ONE_PROCESS = "this run trains in one process"
+HINT = "tui-trainer run --nproc 4 train.py, or torchrun, trains in several"
+WIDE, WIDEST = 90, 170
+"""Cells from which the lag, and the phases with the memory, are shown."""
+STATE_STYLES = {"killed": "error", "crashed": "error", "waiting": "warning"}
+
+
+class RanksTable(VirtualTable):
+    """One row a process."""
+
+    DEFAULT_CSS = "RanksTable { height: 1fr; margin: 0 1; }"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks: Sequence[RankSummary] = ()
+
+    def set_ranks(self, ranks: Sequence[RankSummary]) -> None:
+        """Show the processes of a run."""
+        self.ranks = ranks
+        self.set_order(np.arange(len(ranks)))
+        self.update_rows()
+
+    def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
+        """What stands out always, the times of the phases where there is room for all."""
+        named = max((len(rank.name) for rank in self.ranks), default=6)
+        columns = [
+            TableColumn("name", "", min(16, named), lambda row: self.ranks[row].name, left=True),
+            TableColumn("step", "step", 8, self._step),
+            TableColumn("loss", "loss", 8, self._checked("loss")),
+            TableColumn("norm", "grad norm", 9, self._checked("grad_norm_preclip")),
+            self._time("step_ms", "ms/step", 8),
+        ]
+        if width >= WIDE:
+            columns.append(self._time("lag_ms", "lag", 8))
+        if width >= WIDEST:
+            columns += [self._time(f"phase_ms.{phase}", phase, 9) for phase in PHASES]
+            columns.append(TableColumn("memory", "memory", 9, self._memory, formatting.bytes_))
+        columns.append(TableColumn("state", "state", 9, self._state, left=True))
+        columns.append(TableColumn("remarks", "", 0, self._remarks, left=True))
+        fixed = sum(column.width + 1 for column in columns)
+        return columns, [column.width or max(1, width - fixed) for column in columns]
+
+    def _time(self, name: str, title: str, width: int) -> TableColumn:
+        def value(row: int) -> float | None:
+            return self.ranks[row].values.get(name)
+
+        return TableColumn(name, title, width, value, formatting.milliseconds)
+
+    def _checked(self, name: str) -> Callable[[int], Cell]:
+        """A value that should be finite."""
+
+        def cell(row: int) -> Cell:
+            value = self.ranks[row].values.get(name)
+            return Cell(value, "text" if value is None or np.isfinite(value) else "error")
+
+        return cell
+
+    def _step(self, row: int) -> str:
+        step = self.ranks[row].step
+        return (self.glyphs.missing if step is None else f"{step:,}").rjust(8)
+
+    def _memory(self, row: int) -> float | None:
+        values = self.ranks[row].values
+        device = values.get("device_bytes")
+        return values.get("host_bytes") if device is None else device
+
+    def _state(self, row: int) -> Cell:
+        """The phase that it has passed last, or how it ended."""
+        rank = self.ranks[row]
+        at = rank.at
+        if rank.process.state != "running" or at is None or not at.phase:
+            return Cell(rank.process.state, STATE_STYLES.get(rank.process.state, "dim"))
+        if at.held:
+            return Cell("paused", "warning")
+        return Cell(at.phase, "dim")
+
+    def _remarks(self, row: int) -> Cell:
+        rank = self.ranks[row]
+        bad = rank.process.state in ("killed", "crashed")
+        return Cell("; ".join(rank.remarks), "error" if bad else "warning")
+
+
+class RanksScreen(DetailScreen):
+    """The processes, the skew between them, and what stands out."""
+
+    CSS = "RanksScreen #summary { margin: 0 1; }"
+    BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
+
+    def on_mount(self) -> None:
+        self.query_one(RanksTable).focus()
+
+    def body(self) -> Iterable[Widget]:
+        yield Caption(id="summary")
+        yield Placeholder()
+        yield RanksTable()
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        info = snapshot.info
+        ranks = summarize_ranks(info, snapshot.status, snapshot.history) if info else []
+        table = self.query_one(RanksTable)
+        table.display = bool(ranks)
+        message = ("", "")
+        if not ranks:
+            message = placeholder_message(snapshot, ONE_PROCESS)
+            message = (message[0], HINT) if message[0] == ONE_PROCESS else message
+        self.query_one(Placeholder).set_message(*message)
+        self.query_one("#summary", Caption).update(_summary(ranks))
+        table.set_ranks(ranks)
+
+
+def _summary(ranks: Sequence[RankSummary]) -> list[Span]:
+    spans: list[Span] = [("Processes", "title")]
+    skew = skew_ms(ranks)
+    if skew is not None:
+        spans.append((f"{formatting.milliseconds(skew, 0)} apart at the end of a step", "text"))
+    if ranks:
+        spans.append((f"times are means of the last {WINDOW} steps", "dim"))
+    return spans
