@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 import tui_trainer
+from tests import processes
 from tests.cli.calling import call
 from tests.runs.starting import until
 from tui_trainer.config.run_state import read_state
@@ -218,8 +219,13 @@ def loop(tmp_path):
     def start(*arguments):
         command = [sys.executable, "loop.py", *arguments]
         # An uncaught exception is noticed as the interpreter ends, which a forked one does not.
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        process = processes.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            cold=arguments == ("crash",),
         )
         started.append(process)
         return process
@@ -258,7 +264,7 @@ def test_a_terminal_lists_pauses_steps_and_stops_it(tmp_path, loop):
 @pytest.mark.parametrize(("how", "state"), [("end", "finished"), ("crash", "crashed")])
 def test_it_ends_with_the_process(tmp_path, loop, how, state):
     process = loop(how)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=120)
     ended = read_state(tmp_path / "runs" / "r")
     assert (ended.state, ended.step) == (state, 5)
     assert ("planted" in printed) == (how == "crash")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from textual.pilot import Pilot
 
 from tests.ui.fake import FakeSession
@@ -25,6 +28,14 @@ async def settle(pilot: Pilot[int]) -> None:
     """Until everything that was asked for has been drawn."""
     for _ in range(3):
         await pilot.pause()
+
+
+async def until(pilot: Pilot[int], holds: Callable[[], object], what: str) -> None:
+    """Let the app run until `holds()` is true."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, f"never: {what}"
+        await pilot.pause(0.02)
 
 
 async def frame(pilot: Pilot[int]) -> None:

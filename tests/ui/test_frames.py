@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
 
 from tests.ui import fake
+from tests.ui.screens import until
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.frames import (
     ACTIVE_POLLS_PER_SECOND,
@@ -119,30 +121,33 @@ async def test_the_app_draws_nothing_while_the_terminal_reads_nothing(monkeypatc
     session = fake.fake_gpt(300)
     app = TuiTrainerApp(session)
     async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.pause(0.3)
+        await until(pilot, lambda: app.snapshot.status.step == 300, "the first frame")
         pending = [5]
         monkeypatch.setattr(
             "tui_trainer.ui.textual_hacks.pending_writes", lambda driver: pending[0]
         )
-        await pilot.pause(0.6)
-        step = app.snapshot.status.step
+        # Other changes wait as well.
+        await until(pilot, lambda: app._batch_count == 1, "nothing is sent")
         session.advance(5)
-        await pilot.pause(0.6)
-        assert app.snapshot.status.step == step
-        assert app._batch_count == 1  # other changes wait as well
+        await pilot.pause(0.6)  # more than two frames
+        assert app.snapshot.status.step == 300
+        assert app._batch_count == 1
         pending[0] = 0
         await pilot.press("down")
-        await pilot.pause(0.6)
-        assert app._batch_count == 0
-        assert app.snapshot.status.step == step + 5
+        await until(pilot, lambda: app._batch_count == 0, "changes are sent")
+        await until(pilot, lambda: app.snapshot.status.step == 305, "the newest step")
 
 
 async def test_the_run_is_polled_less_on_a_slow_link() -> None:
     session = fake.fake_gpt(300)
     app = TuiTrainerApp(session, slow_link=True)
     async with app.run_test(size=(120, 40)) as pilot:
-        assert session.rate == ACTIVE_POLLS_PER_SECOND  # the app has just been opened
-        app.frame_scheduler._active_until = 0.0
-        await pilot.pause(0.8)
-        assert session.rate == SLOW_LINK.frames_per_second
+        scheduler = app.frame_scheduler
+        assert scheduler._active_until > 0  # the app has just been opened
+        scheduler._active_until = math.inf
+        await until(pilot, lambda: session.rate == ACTIVE_POLLS_PER_SECOND, "the full rate")
+        scheduler._active_until = 0.0
+        await until(
+            pilot, lambda: session.rate == SLOW_LINK.frames_per_second, "the rate of frames"
+        )
         assert app.animation_level == "none"
