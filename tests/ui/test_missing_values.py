@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from itertools import count
@@ -17,10 +18,11 @@ from tests.ui.open_app import OpenApp
 from tui_trainer.client.api import Link
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PHASES
-from tui_trainer.protocol.messages import Clip, PhaseReport, Rows
+from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.messages import Clip, PhaseReport, Rows, Skipped
 
 STEPS = 40
-ODD_VALUES = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -1e-38])
+ODD_VALUES = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -1e-38, absent(Absent.FROZEN)])
 WHOLE = {
     kind: session.poll() for kind, session in (("gpt", fake_gpt(STEPS)), ("vit", fake_vit(STEPS)))
 }
@@ -134,3 +136,45 @@ def test_every_screen_draws_whatever_is_missing(opened, snapshot):
         warnings.simplefilter("error", RuntimeWarning)  # such as the mean of an empty slice
         shown = opened.draw(snapshot)
     assert all(shown.values())
+
+
+def with_values(session, name, columns, values):
+    """The snapshot of a session with other values in some columns of its table called `name`."""
+    whole = session.poll()
+    table = next(table for table in whole.info.tables if table.name == name)
+    history = MemoryHistory()
+    for other in whole.info.tables:
+        history.declare(other)
+        steps, rows = whole.history.tables[other.id].tail(STEPS)
+        rows = np.array(rows, np.float32)
+        if other is table:
+            rows[:, columns] = values
+        if len(steps):
+            history.apply(Rows(other.id, 0, len(steps), steps.tobytes(), rows.tobytes()))
+    return replace(whole, history=history)
+
+
+def test_absent_gradients_are_shown_with_their_reason_and_counted_nowhere(opened):
+    whole = with_values(fake_gpt(STEPS), "grad_norm", [0, 1], np.float32(absent(Absent.FROZEN)))
+    parameters = opened.draw(whole)["parameters"]
+    assert "– frozen" in parameters
+    (row,) = (line for line in parameters.splitlines() if "position_embedding" in line)
+    assert "–" in row
+    assert "nan" not in parameters
+
+
+def test_an_absent_loss_is_not_a_nan(opened):
+    value = np.float32(absent(Absent.LOSS_NOT_SEEN))
+    shown = opened.draw(with_values(fake_gpt(STEPS), "step", [0], value))["dashboard"]
+    assert "nan" not in shown
+    if opened.size[0] > 80:
+        assert "– the loss is not visible" in shown
+
+
+def test_skipped_iterations_evaluations_and_scaled_clips_are_shown(opened):
+    whole = with_values(fake_gpt(STEPS), "step", [4], np.float32(7))
+    skipped = Skipped(900, 20, 1e9, "scaler", "a GradScaler skipped", "", (), 65536.0)
+    shown = opened.draw(replace(whole, events=(*whole.events, skipped)))
+    assert re.search(r"skipped +1 ", shown["dashboard"])
+    assert "7 evaluations" in shown["dashboard"]
+    assert "a GradScaler skipped" in shown["log"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.segment import Segment
 from textual.geometry import Size
 
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.messages import Clip
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
@@ -81,7 +83,8 @@ class ClippingPanel(Panel):
             return steps, []
         columns = 2 * self.chart.plot_width(width)
         layers: list[Layer] = []
-        if (limit := self._newest_clip()[0].get("max_norm")) is not None:
+        limit = self._newest_clip()[0].get("max_norm", math.nan)
+        if math.isfinite(limit):
             layers.append(Threshold(self.palette.clip, limit))
         window = table.window([index], *steps, columns)
         layers.append(Band.from_window(window, 0, self.palette.norm))
@@ -114,11 +117,19 @@ class ClippingPanel(Panel):
             return [("norm", formatting.number(norm, 6, 3), palette.norm)]
         style = palette.provisional if provisional else palette.norm
         style = palette.clip if clip.get("scale", 1.0) < 1 else style
-        return [
+        limit = clip.get("max_norm", math.nan)
+        figures: list[Figure] = [
             ("norm", formatting.number(clip.get("norm_before"), 6, 3), style),
             ("limit", formatting.number(clip.get("max_norm"), 5, 3), palette.clip),
             ("scale", formatting.number(clip.get("scale"), 5, 4), style),
         ]
+        if why_absent(limit) is Absent.NO_LIMIT:
+            figures[1] = ("", "by hand", palette.clip)
+        loss_scale = clip.get("gradient_scale", 1.0)
+        if math.isfinite(loss_scale) and loss_scale != 1.0:
+            text = formatting.number(loss_scale, 0)
+            figures.append(("loss scale", text, palette.warning))
+        return figures
 
     # ------------------------------------------------------------ the clipped steps
 

@@ -15,6 +15,7 @@ from textual import events
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.schema import Table
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
@@ -94,10 +95,10 @@ class GradientNorms:
         )
 
     def mean(self, rows: int) -> Values:
-        """The mean of the last `rows` values of each, (parameters,)."""
+        """The mean of the last `rows` values of each, (parameters,); absent where all are."""
         return _concatenated(
             [
-                table.tail(rows)[1].mean(0) if table.rows else _unmeasured(table.columns)
+                _mean_of_present(table.tail(rows)[1]) if table.rows else _unmeasured(table.columns)
                 for table in self.tables
             ]
         )
@@ -121,6 +122,16 @@ class GradientNorms:
 
 def _unmeasured(columns: int) -> Values:
     return np.full(columns, np.nan, np.float32)
+
+
+def _mean_of_present(values: Values) -> Values:
+    """The mean of each column of (rows, columns), without the values that are absent."""
+    present = ~absent_mask(np.ascontiguousarray(values, np.float32))
+    counts = present.sum(0)
+    sums = np.where(present, values, 0).sum(0, dtype=np.float64)
+    means: Values = (sums / np.maximum(counts, 1)).astype(np.float32)
+    means[counts == 0] = absent(Absent.NO_GRADIENTS)
+    return means
 
 
 def _concatenated(parts: Sequence[Values]) -> Values:
@@ -198,9 +209,15 @@ class GradientsPanel(VirtualTable):
     def _take_norms(self) -> None:
         self._provisional = self._gradients.provisional
         if self._measured:
-            self._norms = self.name_tree.root_sum_squares(self._gradients.newest())
+            newest = self._gradients.newest()
+            gone = absent_mask(newest)
+            self._norms = self.name_tree.root_sum_squares(np.where(gone, 0, newest))
             leaves = self._norms[: self.name_tree.leaf_count]
             self._total_norm = float(np.sqrt(np.square(leaves).sum()))
+            if gone.any():
+                present = self.name_tree.root_sum_squares(np.where(gone, 0, 1).astype(np.float32))
+                self._norms[present == 0] = absent(Absent.NO_GRADIENTS)
+                leaves[gone] = newest[gone]
         else:
             self._norms = np.full(len(self.name_tree.labels), np.nan)
             self._total_norm = np.nan
@@ -231,7 +248,8 @@ class GradientsPanel(VirtualTable):
             return
         matching = tree.matching(self.filter)
         if self.sort_key == "norm" and self._gradients.measured:
-            norms = np.nan_to_num(self._gradients.mean(AVERAGED_STEPS)[matching], nan=np.inf)
+            norms = self._gradients.mean(AVERAGED_STEPS)[matching]
+            norms = np.where(absent_mask(norms), -1, np.nan_to_num(norms, nan=np.inf))
             matching = matching[np.argsort(-norms, kind="stable")]
         elif self.sort_key == "name":
             matching = matching[np.argsort(np.array(tree.names)[matching], kind="stable")]
@@ -274,6 +292,9 @@ class GradientsPanel(VirtualTable):
                 figures.append(("", "this step, before its update", palette.provisional))
             elif age := self._age():
                 figures.append(("", age, palette.dim))
+        row = self.current_row
+        if row is not None and self._measured and (why := why_absent(float(self._norms[row]))):
+            figures.append((self.glyphs.missing, why.reason, palette.text))
         if self.name_tree.leaf_count:
             figures.append(("of", f"{self.name_tree.leaf_count:,} parameters", palette.dim))
         right = "" if self.sort_key == "model" else f"by {self.sort_key}"

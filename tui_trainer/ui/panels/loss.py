@@ -9,6 +9,8 @@ from textual.geometry import Size
 
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.messages import Skipped
 from tui_trainer.ui.panels.base import (
     Figure,
     Panel,
@@ -16,6 +18,7 @@ from tui_trainer.ui.panels.base import (
     waiting_message,
 )
 from tui_trainer.ui.widgets.chart import (
+    AxisMarks,
     Band,
     Chart,
     Label,
@@ -77,9 +80,14 @@ class LossPanel(Panel):
             if validation.rows:
                 layers += self._validation_points(validation, steps, columns)
                 figures += self._validation_figures(validation)
+        skipped = [event.step for event in self.snapshot.events if isinstance(event, Skipped)]
+        if skipped:
+            style, sign = palette.warning, glyphs.failed
+            layers.append(AxisMarks.at_steps(skipped, steps, columns, style, sign))
+            figures.append(("skipped", f"{len(skipped):,}", palette.warning))
         layers += user_event_marks(self, self.snapshot, steps, columns)
         learning_rate = tables[0].newest("learning_rate") if tables else None
-        if learning_rate is not None:
+        if learning_rate is not None and why_absent(learning_rate) is None:
             figures.append(("lr", formatting.scientific(learning_rate, 8), palette.text))
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, glyphs)
         if not last_step:
@@ -118,8 +126,16 @@ class LossPanel(Panel):
         if several and (info := self.snapshot.info) is not None and info.optimizers:
             label = table.table.optimizer if number else info.optimizers[0]
         style = _other_style(number) if number else "loss"
+        if (why := why_absent(value)) is not None:
+            reason = why.reason.partition(":")[0]
+            return [(label, f"{self.glyphs.missing} {reason}", self.palette.text)]
         style = style if number or np.isfinite(value) else "error"
-        return [(label, formatting.loss(value, 7), self.style(style))]
+        figures: list[Figure] = [(label, formatting.loss(value, 7), self.style(style))]
+        evaluations = table.newest("evaluations")
+        if evaluations is not None and evaluations > 1:
+            text = formatting.counted(int(evaluations), "evaluation")
+            figures.append(("", text, self.palette.dim))
+        return figures
 
     def _validation_points(
         self, table: SeriesReader, steps: tuple[int, int], columns: int

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.messages import NonFinite
 from tui_trainer.protocol.schema import ParameterInfo, RunInfo
 from tui_trainer.ui.panels.base import newest_row
@@ -110,6 +111,15 @@ class ParameterValues:
                 self.last_nonfinite[self._indices[event.parameter]] = event
         if new:
             self._next_event = new[0].id + 1
+
+    def why_absent(self, parameter: int) -> str:
+        """Why the gradient of a parameter, or another quantity of it, has no value."""
+        for quantity in QUANTITIES:
+            values = self.newest.get(quantity, ())
+            why = why_absent(float(values[parameter])) if parameter < len(values) else None
+            if why is not None:
+                return why.reason
+        return ""
 
     def measured(self, quantity: str) -> NDArray[np.bool_]:
         """Whether `quantity` of each parameter has been measured at all, (parameters,)."""
@@ -293,7 +303,8 @@ class ParameterTable(VirtualTable):
         for row, event in self.values.last_nonfinite.items():
             severity[row] = event.step
         for quantity in QUANTITIES:
-            bad = self.values.measured(quantity) & ~np.isfinite(self.values.newest[quantity])
+            newest = self.values.newest[quantity]
+            bad = self.values.measured(quantity) & ~np.isfinite(newest) & ~absent_mask(newest)
             severity[bad] = np.inf
         return severity
 
@@ -355,7 +366,8 @@ class ParameterTable(VirtualTable):
     def _nonfinite_cell(self, row: int) -> Cell | float | None:
         for quantity in QUANTITIES:
             value = float(self.values.newest[quantity][row])
-            if not np.isfinite(value) and self._measured[quantity][row]:
+            measured = self._measured[quantity][row] and why_absent(value) is None
+            if measured and not np.isfinite(value):
                 return value
         event = self.values.last_nonfinite.get(row)
         return Cell(f"at {event.step:,}", "warning") if event is not None else None

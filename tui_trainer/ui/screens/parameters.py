@@ -189,6 +189,8 @@ class ParametersScreen(DetailScreen):
         facts = f"{shape}  {parameter.dtype}  {parameter.numel:,} elements"
         by = f"updated by {parameter.optimizer}" if parameter.optimizer else "not updated"
         pieces: list[Span] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
+        if reason := self.values.why_absent(row):
+            pieces.insert(1, (f"{self.context.glyphs.missing} {reason}", "text"))
         self.query_one("#selected", Caption).update(pieces)
         visible_charts = max(1, self.size.width // CHART_WIDTH)
         for number, (chart, (quantity, name, style)) in enumerate(

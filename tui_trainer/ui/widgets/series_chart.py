@@ -12,6 +12,7 @@ from textual.geometry import Size
 
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.ui.widgets.chart import Band, Chart, Layer
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.scale import step_window
@@ -99,7 +100,9 @@ class SeriesChart(LineView):
             text = f" {compact_number(value, 6 if len(values) > 1 else 9)}"
             if len(label) + len(text) > left:
                 break
-            style = self.style(curve.style if np.isfinite(value) else "error")
+            finite = np.isfinite(value)
+            missing = "dim" if why_absent(value) is not None else "error"
+            style = self.style(curve.style if finite else missing)
             row += (Segment(label, palette.dim), Segment(text, style))
             left -= len(label) + len(text)
         row.append(Segment(f" {self.glyphs.rule * (left - 1)}" if left else "", palette.faint))

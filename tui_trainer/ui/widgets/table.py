@@ -18,6 +18,7 @@ from textual.geometry import Size
 from textual.message import Message
 
 from tui_trainer.protocol import formatting
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.lines import LineView, Row
 
@@ -143,6 +144,8 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         if value is None:
             return Segment(self.glyphs.missing.rjust(width), self.palette.dim)
         if not math.isfinite(value):
+            if why_absent(value) is not None:
+                return Segment(self.glyphs.missing.rjust(width), self.palette.dim)
             style = "error"
         return Segment(column.format(value, width), self.style(style))
 

@@ -19,6 +19,7 @@ from tui_trainer.history.analysis import (
 )
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import AttentionInfo
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.series_chart import ChartCurve
@@ -211,7 +212,8 @@ class LayerValues:
         if row >= len(self.measured) or not self.measured[row]:
             return None
         value = float(self.values[row, statistic.index(part)])
-        if value != value and not layer.comparable(part):
+        not_comparable = why_absent(value) is Absent.NOT_COMPARABLE
+        if not_comparable or (value != value and not layer.comparable(part)):
             return Cell(NOT_COMPARABLE, "dim")
         return Cell(value, "provisional" if self.provisional[row] else PART_STYLES[part])
 
