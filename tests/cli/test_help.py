@@ -17,7 +17,7 @@ from tui_trainer.config.options import options_of
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--break" if name == "breakpoints" else "--" + name.replace("_", "-")
 
 
 @pytest.mark.parametrize("task", ["gpt", "vit"])

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tui_trainer.cli.commands.common import cli_errors
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
@@ -259,6 +258,8 @@ def resumed(
 
     Raises CommandError and ConfigurationError.
     """
+    from tui_trainer.cli.commands.common import cli_errors
+
     with cli_errors():
         branch = find_branch(options.resume or "", options.runs_dir)
     parent = branch.spec
