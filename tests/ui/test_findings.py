@@ -7,6 +7,7 @@ import pytest
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import Evidence, Finding
+from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.verdict import FINDINGS_KEY
 from tui_trainer.ui.screens.registry import SCREENS
 
@@ -109,3 +110,13 @@ async def test_enter_on_a_finding_about_the_loss_goes_to_the_dashboard():
         await pilot.press("enter")
         await settle(pilot)
         assert app.current_mode == "dashboard"
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_looks(snap_compare, size):
+    session = fake_gpt(300)
+    finding(session, 0, title="the loss diverges", rule="loss-diverges", cause=1, onset=140)
+    finding(session, 1)
+    finding(session, 2, level="error", title="nan or inf", rule="non-finite", onset=231)
+    app = TuiTrainerApp(session, start_mode="findings", frames_per_second=0.01)
+    assert snap_compare(app, terminal_size=size)
