@@ -92,3 +92,29 @@ def test_wrappers_keep_the_model_and_its_names_underneath():
     wrapped = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
     assert list(wrapped._modules["0"]._modules) == ["_checkpoint_wrapped_module"]
     assert torch_private.plain_name("_fsdp_wrapped_module.0.weight") == "0.weight"
+
+
+def test_one_kernel_reads_copies_and_subtracts_many_tensors():
+    tensors = [torch.randn(3, 4), torch.randn(5)]
+    copies = [torch.zeros(3, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)]
+    torch_private.copy_each(copies, tensors)
+    assert all(torch.equal(a, b.double()) for a, b in zip(copies, tensors, strict=True))
+    norms = torch_private.norms_of(tensors, torch.float64)
+    assert [norm.dtype for norm in norms] == [torch.float64] * 2
+    torch.testing.assert_close(torch.stack(list(norms)), torch.stack([c.norm() for c in copies]))
+    torch_private.subtract_each(copies, tensors)
+    assert all(not copy.any() for copy in copies)
+
+
+def test_a_view_knows_its_base():
+    tensor = torch.zeros(4)
+    assert torch_private.base_of(tensor[:2]) is tensor
+    assert torch_private.base_of(tensor) is None
+
+
+def test_a_module_knows_that_it_is_compiled():
+    model = mlp()
+    assert not torch_private.is_compiled(model)
+    assert torch_private.is_compiled(torch.compile(model))
+    model.compile()
+    assert torch_private.is_compiled(model)

@@ -16,7 +16,7 @@ from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
-from tui_trainer.trace.torch_private import local
+from tui_trainer.trace.torch_private import copy_each, local, subtract_each
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
@@ -98,7 +98,7 @@ class UpdateRatio(Probe):
             return
         if not all(map(_same_layout, self._kept, weights)) or not self._kept:
             self._kept = [torch.empty_like(weight, dtype=_wide(weight)) for weight in weights]
-        torch._foreach_copy_(self._kept, weights)
+        copy_each(self._kept, weights)
         self._copies = self._kept
 
     def after_update(self) -> Readings:
@@ -108,7 +108,7 @@ class UpdateRatio(Probe):
             self._turn = (self._turn + 1) % len(self._turns)
         copies, self._copies = self._copies, []
         before = self._norms.read(copies)
-        torch._foreach_sub_(copies, [local(self.tracked.parameters[i]).detach() for i in turn])
+        subtract_each(copies, [local(self.tracked.parameters[i]).detach() for i in turn])
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tui_trainer.protocol.formatting import cadence
+from tui_trainer.protocol.formatting import cadence, percent
 from tui_trainer.protocol.messages import Level
 
 WINDOW = 32
@@ -207,7 +207,7 @@ class Governor:
                 text = (
                     f"{probe.name} is now measured every {probe.now} steps: it costs "
                     f"{probe.cost_ms:.2f} ms of a {step_ms:.1f} ms step, and the budget is "
-                    f"{_percent(self.budget)}"
+                    f"{percent(self.budget, 0)}"
                 )
                 self._on_change([probe], text, "info")
 
@@ -238,7 +238,7 @@ class Governor:
         self._reported_share = share
         others = "" if fixed > allowed else f", the others at their longest cadence {rest:.2f} ms"
         text = (
-            f"overhead exceeds the budget of {_percent(self.budget)}: measurements at every step "
+            f"overhead exceeds the budget of {percent(self.budget, 0)}: measurements at every step "
             f"take {fixed:.2f} ms{others}, of a {step_ms:.1f} ms step"
         )
         self._on_change((), text, "warning")
@@ -268,7 +268,3 @@ class Governor:
 
 def cadences_text(probes: Iterable[GovernedProbe]) -> str:
     return ", ".join(f"{probe.name} {cadence(probe.now)}" for probe in probes)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.trace.probe import Reading
-from tui_trainer.trace.torch_private import is_sharded, local
+from tui_trainer.trace.torch_private import is_sharded, local, norms_of
 
 SMALL, LARGE = 1e-30, 1e36
 """Outside of these a sum of squares in float32 may have lost digits, underflowed or overflowed."""
@@ -76,7 +76,7 @@ class Norms:
         present = [dense(t) for t in tensors if t is not None]
         if not present:
             return [0.0] * len(tensors)
-        found = iter(torch._foreach_norm(present, 2, self._wide))
+        found = iter(norms_of(present, self._wide))
         return [0.0 if t is None else next(found) for t in tensors]
 
 

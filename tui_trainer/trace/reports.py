@@ -18,6 +18,7 @@ from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.probe import RecorderLike
 from tui_trainer.trace.script_frames import script_frames
+from tui_trainer.trace.torch_private import base_of
 
 LARGEST = 5
 """How many parameters a report lists."""
@@ -301,7 +302,7 @@ def loop_batch(arguments: list[tuple[str, torch.Tensor]]) -> list[tuple[str, tor
         if tensor.dim() and tensor.shape[0] in sizes
     ]
     shown = {id(tensor) for _, tensor in batch}
-    if any(id(a) in shown or id(a._base) in shown for _, a in arguments):
+    if any(id(a) in shown or id(base_of(a)) in shown for _, a in arguments):
         return batch[:MAX_TENSORS]
     return arguments
 

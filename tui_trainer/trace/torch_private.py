@@ -91,6 +91,37 @@ def skip_flag(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     return getattr(optimizer, "found_inf", None)
 
 
+# ---------------------------------------------------------------- modules and tensors
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module is, or will be, compiled by torch.compile."""
+    return (
+        type(module).__name__ == "OptimizedModule"  # by name: importing dynamo takes seconds
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor of which this one is a view."""
+    return getattr(tensor, "_base", None)
+
+
+def norms_of(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """The 2-norm of each, accumulated in `dtype`: one kernel for many tensors."""
+    return torch._foreach_norm(list(tensors), 2, dtype)
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def subtract_each(targets: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """Subtract each of the `others` from its target, in place."""
+    torch._foreach_sub_(list(targets), list(others))
+
+
 # ---------------------------------------------------------------- the autograd graph
 
 _MARK = "tui_trainer_scaled"

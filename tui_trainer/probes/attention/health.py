@@ -16,6 +16,7 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import HEALTH_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.torch_private import is_compiled
 
 FUNCTION = "scaled_dot_product_attention"
 NOT_CALLED = (
@@ -129,14 +130,6 @@ class AttentionHealth(Probe):
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         return (values.astype(np.float32) if values.size else None,)
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether the module is, or will be, compiled by torch.compile."""
-    return (
-        type(module).__name__ == "OptimizedModule"  # by name: importing dynamo takes seconds
-        or getattr(module, "_compiled_call_impl", None) is not None
-    )
 
 
 def _settings(

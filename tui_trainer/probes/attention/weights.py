@@ -21,6 +21,7 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.torch_private import copy_each
 
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
@@ -102,7 +103,7 @@ class EvenLayers:
         if views[0].dtype == torch.float32:
             torch.stack(views, out=target)
         else:
-            torch._foreach_copy_(list(target.unbind(0)), views)
+            copy_each(target.unbind(0), views)
 
     def read_weights(self, weight: Source) -> list[torch.Tensor]:
         """For each block Σ⟨a,b⟩ (9 per layer), Σw (3) and ‖W−W₀‖ (3), each a vector."""
