@@ -266,7 +266,7 @@ def test_norms_neither_overflow_nor_underflow(dtype, size):
 def test_two_optimizers_that_share_a_parameter():
     model = mlp()
     first, second = sgd(model[0], model[2]), sgd(model[2])
-    totals = {"": [], "sgd#2": []}
+    totals = {"": [], "second": []}
 
     def loop():
         for _ in range(4):
@@ -274,7 +274,7 @@ def test_two_optimizers_that_share_a_parameter():
             second.zero_grad()
             loss_of(model).backward()
             totals[""].append(total_of(model.parameters()))
-            totals["sgd#2"].append(total_of(model[2].parameters()))
+            totals["second"].append(total_of(model[2].parameters()))
             first.step()
             second.step()
 
