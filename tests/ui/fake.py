@@ -193,6 +193,22 @@ class FakeSession:
             case messages.Throttle(rate):
                 self._status(throttle=rate)
                 return f"at most {rate:g} steps/s" if rate else "full speed"
+            case messages.AddBreakpoint(condition):
+                number = len(status.breakpoints) + 1
+                added = messages.Breakpoint(number, condition)
+                self._status(breakpoints=(*status.breakpoints, added))
+                return f"breakpoint {number}: {condition}"
+            case messages.ChangeBreakpoint(number, enabled):
+                changed = [
+                    msgspec.structs.replace(each, enabled=enabled)
+                    if each.number == number
+                    else each
+                    for each in status.breakpoints
+                ]
+                self._status(breakpoints=tuple(changed))
+            case messages.DeleteBreakpoint(number):
+                left = [each for each in status.breakpoints if each.number != number]
+                self._status(breakpoints=tuple(left))
             case messages.Stop(checkpoint):
                 self.end("stopped", "stopped by you", "checkpoint written" if checkpoint else "")
                 return "stopping"

@@ -24,13 +24,13 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Ack, Action, Notice
+from tui_trainer.protocol.messages import Ack, Action, BreakpointStop, Notice
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.screens.base import RunScreen
-from tui_trainer.ui.screens.dialogs import QuitDialog
+from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
 from tui_trainer.ui.screens.registry import SCREENS
 
 if TYPE_CHECKING:
@@ -222,12 +222,22 @@ class TuiTrainerApp(App[int]):
     def draw(self, snapshot: Snapshot) -> None:
         """Show `snapshot` on the open screens."""
         self._notify_control_taken(snapshot)
-        self.snapshot = snapshot
+        before, self.snapshot = self.snapshot, snapshot
         for screen in self.screen_stack:
-            if isinstance(screen, RunScreen) and screen.is_mounted:
+            if isinstance(screen, RunScreen | SnapshotDialog) and screen.is_mounted:
                 screen.show(snapshot)
+        self._go_to_culprit(before.status.stopped_at)
         if self._stopping and snapshot.status.ended:
             self.exit(0)
+
+    def _go_to_culprit(self, before: BreakpointStop | None) -> None:
+        """Put the cursor on the parameter of a breakpoint that has just been reached."""
+        stop = self.snapshot.status.stopped_at
+        if stop is None or stop == before or not stop.parameter:
+            return
+        for screen in self.screen_stack:
+            if isinstance(screen, RunScreen):
+                screen.select(stop.parameter)
 
     def redraw(self) -> None:
         """Draw the same snapshot again, after a change that is not the run's."""

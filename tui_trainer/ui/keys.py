@@ -11,6 +11,7 @@ from textual.binding import Binding, BindingType
 
 from tui_trainer.ui.screens import dialogs
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS
+from tui_trainer.ui.screens.breakpoints import BreakpointList
 from tui_trainer.ui.screens.registry import SCREENS
 from tui_trainer.ui.widgets.form import ChoiceRow
 from tui_trainer.ui.widgets.search import SearchInput
@@ -58,6 +59,7 @@ def key_groups(app: App[Any]) -> tuple[KeyGroup, ...]:
     groups.append(KeyGroup("In tables", _keys(app, VirtualTable.BINDINGS)))
     forms = [*ChoiceRow.BINDINGS, *SearchInput.BINDINGS]
     groups.append(KeyGroup("In forms and prompts", _keys(app, forms)))
+    groups.append(KeyGroup("In the list of breakpoints", _keys(app, BreakpointList.BINDINGS)))
     in_dialogs = [*dialogs.NumberPrompt.BINDINGS, *dialogs.QuitDialog.BINDINGS]
     groups.append(KeyGroup("In dialogs", _keys(app, in_dialogs)))
     return tuple(groups)

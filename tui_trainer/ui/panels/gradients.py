@@ -270,6 +270,17 @@ class GradientsPanel(VirtualTable):
         self._arrange()
         self.update_rows()
 
+    def select(self, name: str) -> None:
+        """Put the cursor on a parameter, and unfold the modules that it is in."""
+        if name not in self.name_tree.names:
+            return
+        leaf = self.name_tree.names.index(name)
+        self.name_tree.unfold(leaf)
+        self._arrange()
+        places = np.flatnonzero(self.order == leaf)
+        if len(places):
+            self.move_cursor(int(places[0]))
+
     def toggle(self, node: int) -> None:
         """Fold or unfold a module; from then on the panel does not fold by itself."""
         self._folded_by_user = True

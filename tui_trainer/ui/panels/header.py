@@ -52,7 +52,9 @@ class HeaderLine(Panel):
         message_width = cell_len(message) + 2 if message else 2
         wide = size.width >= WIDE
         left = size.width - 4 - len(state) - cell_len(link)
-        room = left - min(message_width, MAX_MESSAGE_SHARE)
+        # A breakpoint is worth the name of the run.
+        stopped = self.snapshot.status.stopped_at is not None
+        room = left - (message_width if stopped else min(message_width, MAX_MESSAGE_SHARE))
         overhead_width = self._overhead_width(wide)
         if room - overhead_width < MIN_NAME_WIDTH:
             overhead_width = 0
@@ -60,7 +62,8 @@ class HeaderLine(Panel):
         left -= cell_len(title) + cell_len(name)
         facts = self._facts(max(left - message_width, overhead_width), wide)
         left -= sum(segment.cell_length for segment in facts)
-        message = truncate_middle(message, max(0, left - 2), self.glyphs.ellipsis)
+        cut = truncate if stopped else truncate_middle
+        message = cut(message, max(0, left - 2), self.glyphs.ellipsis)
         gap = max(1, left - cell_len(message))
         row = self.styled([(f" {title}", "strong"), (name, "dim"), ("  ", "text")])
         row.append(Segment(state, state_style))
@@ -102,6 +105,8 @@ class HeaderLine(Panel):
         status = self.snapshot.status
         if answer := cast("DrawingContext", self.app).status_message:
             return answer
+        if status.state == "paused" and status.stopped_at is not None:
+            return f"at {status.stopped_at.reason}"
         if status.state == "paused":
             return f"after {status.phase}" if status.phase else status.reason
         if status.state == "starting":

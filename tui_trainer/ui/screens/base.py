@@ -32,6 +32,8 @@ CONTROL_BINDINGS = (
     Binding("p", "phase", "Phase", id="run.phase",
             tooltip="To the next phase boundary, then pause"),
     Binding("n", "steps", "N steps", id="run.steps", tooltip="A number of steps, then pause"),
+    Binding("b", "breakpoints", "Breakpoints", id="run.breakpoints",
+            tooltip="Pause when a condition is met, such as loss > 5"),
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
@@ -65,6 +67,9 @@ class RunScreen(Screen[Any]):
         """Draw `snapshot`. Called on the event loop, only when something has changed."""
         raise NotImplementedError
 
+    def select(self, name: str) -> None:
+        """Put the cursor on a parameter, where the screen lists parameters."""
+
     def on_screen_resume(self) -> None:
         """Draw what has arrived while another screen was in front."""
         self.context.screen_resumed(self)
@@ -80,7 +85,7 @@ class ControlScreen(RunScreen):
         snapshot = self.context.snapshot
         status, link = snapshot.status, snapshot.link
         if link.state == "replay":
-            if action in ("phase", "mark", "throttle", "take_control"):
+            if action in ("phase", "mark", "throttle", "take_control", "breakpoints"):
                 return False
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
@@ -116,6 +121,12 @@ class ControlScreen(RunScreen):
 
         prompt = NumberPrompt("Steps to run, then pause", "10", whole=True)
         self.app.push_screen(prompt, run)
+
+    def action_breakpoints(self) -> None:
+        """List the breakpoints, add and change them."""
+        from tui_trainer.ui.screens.breakpoints import BreakpointsDialog
+
+        self.app.push_screen(BreakpointsDialog())
 
     def action_mark(self) -> None:
         """Ask for a note and add it at the current step."""

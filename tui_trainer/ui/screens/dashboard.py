@@ -128,6 +128,10 @@ class DashboardScreen(ControlScreen):
         self.query_one(TabLine).choose(self._tab)
         self.call_after_refresh(lambda: self.show(self.context.snapshot))
 
+    def select(self, name: str) -> None:
+        """Put the cursor of the gradients on a parameter."""
+        self.query_one(GradientsPanel).select(name)
+
     # ------------------------------------------------------------ actions
 
     def action_tab(self, by: int) -> None:

@@ -11,8 +11,18 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from tui_trainer.client.api import Snapshot
+
 MAX_NOTE_LENGTH = 200
 KEYS_HINT = "[dim]enter: confirm, escape: cancel[/dim]"
+
+
+class SnapshotDialog(ModalScreen[None]):
+    """A dialog about the run, drawn with every snapshot."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw `snapshot`."""
+        raise NotImplementedError
 
 
 class NumberPrompt(ModalScreen[float | None]):

@@ -71,6 +71,10 @@ class NameTree:
         if self.is_module(node):
             self.folded ^= {node}
 
+    def unfold(self, leaf: int) -> None:
+        """Unfold the modules that a leaf is in."""
+        self.folded -= {module for module, leaves in self.leaves.items() if leaf in leaves}
+
     def fold_from_depth(self, depth: int) -> None:
         """Fold the modules at `depth` and below it."""
         self.folded = {node for node in self.leaves if self.depths[node] >= depth}

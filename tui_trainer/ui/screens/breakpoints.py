@@ -1,0 +1,169 @@
+"""The dialog of the breakpoints: a list of them, and an input for a new condition."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.suggester import Suggester
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from tui_trainer.breakpoints.expression import ExpressionError, completions, parse
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.messages import (
+    AddBreakpoint,
+    Breakpoint,
+    ChangeBreakpoint,
+    DeleteBreakpoint,
+)
+from tui_trainer.ui.context import app_context
+from tui_trainer.ui.screens.dialogs import SnapshotDialog
+
+EXAMPLES = "such as loss > 3 * ema(loss), nonfinite, grad_norm(any) > 10 at backward"
+
+
+class ConditionSuggester(Suggester):
+    """Completes the last word of a condition."""
+
+    def __init__(self) -> None:
+        super().__init__(use_cache=False, case_sensitive=True)
+
+    async def get_suggestion(self, value: str) -> str | None:
+        return next(iter(completions(value)), None)
+
+
+class BreakpointList(OptionList):
+    """One line a breakpoint; the keys change the one under the cursor."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "change('enabled')", "On/off", id="breakpoints.toggle",
+                tooltip="Enable or disable the breakpoint"),
+        Binding("o", "change('once')", "Once", id="breakpoints.once",
+                tooltip="Disable it after it has fired once, or never"),
+        Binding("l", "change('log_only')", "Log only", id="breakpoints.log",
+                tooltip="Write a line to the log instead of pausing"),
+        Binding("d,delete", "delete", "Delete", id="breakpoints.delete",
+                tooltip="Delete the breakpoint"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__(compact=True, markup=False)
+        self.breakpoints: tuple[Breakpoint, ...] = ()
+
+    @property
+    def current(self) -> Breakpoint | None:
+        """The breakpoint under the cursor."""
+        if self.highlighted is None or self.highlighted >= len(self.breakpoints):
+            return None
+        return self.breakpoints[self.highlighted]
+
+    def set_breakpoints(self, breakpoints: tuple[Breakpoint, ...], stopped_at: int | None) -> None:
+        """Show others; the cursor stays on its breakpoint."""
+        current = self.current
+        self.breakpoints = breakpoints
+        self.set_options([Option(self._line(each, stopped_at)) for each in breakpoints])
+        numbers = [each.number for each in breakpoints]
+        if current is not None and current.number in numbers:
+            self.highlighted = numbers.index(current.number)
+        elif breakpoints:
+            self.highlighted = min(self.highlighted or 0, len(breakpoints) - 1)
+        self.display = bool(breakpoints)
+
+    def _line(self, breakpoint: Breakpoint, stopped_at: int | None) -> Content:
+        sign = app_context(self).glyphs.paused if breakpoint.number == stopped_at else " "
+        properties = [
+            *(["off"] if not breakpoint.enabled else []),
+            *(["once"] if breakpoint.once else []),
+            *(["log only"] if breakpoint.log_only else []),
+            *([f"ignores {breakpoint.ignore:,}"] if breakpoint.ignore else []),
+            *([breakpoint.fault] if breakpoint.fault else []),
+        ]
+        hits = f"{breakpoint.hits:,} hit{'s' * (breakpoint.hits != 1)}"
+        return Content.assemble(
+            (f"{sign}{breakpoint.number:>3} ", "$text-warning"),
+            (breakpoint.condition, "" if breakpoint.enabled else "dim"),
+            (f"   {', '.join([hits, *properties])}", "dim"),
+        )
+
+    def action_change(self, field: str) -> None:
+        """Switch a property of the breakpoint under the cursor."""
+        current = self.current
+        if current is not None:
+            changed = {field: not getattr(current, field)}
+            app_context(self).command(ChangeBreakpoint(current.number, **changed))
+
+    def action_delete(self) -> None:
+        current = self.current
+        if current is not None:
+            app_context(self).command(DeleteBreakpoint(current.number))
+
+
+class BreakpointsDialog(SnapshotDialog):
+    """Lists the breakpoints of the run and adds to them."""
+
+    CSS = """
+    BreakpointsDialog .dialog { width: 92; }
+    BreakpointsDialog OptionList { max-height: 12; }
+    BreakpointsDialog .keys { color: $text-muted; margin-top: 1; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Close", id="breakpoints.close",
+                tooltip="Close the breakpoints"),
+        Binding("up", "focus_list", "List", show=False, id="breakpoints.list",
+                tooltip="To the list of breakpoints"),
+    ]  # fmt: skip
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static("Breakpoints: pause when a condition is met", markup=False)
+            yield BreakpointList()
+            yield Input(placeholder="condition", suggester=ConditionSuggester(), compact=True)
+            yield Static("", classes="error", markup=False)
+            yield Static(classes="keys", markup=False)
+
+    def on_mount(self) -> None:
+        self.show(app_context(self).snapshot)
+        self.query_one(Input).focus()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw the breakpoints of a snapshot."""
+        breakpoints = self.query_one(BreakpointList)
+        stop = snapshot.status.stopped_at
+        breakpoints.set_breakpoints(snapshot.status.breakpoints, stop.number if stop else None)
+        self._show_keys()
+
+    def _show_keys(self) -> None:
+        listed = self.query_one(BreakpointList)
+        if listed.has_focus:
+            text = "space: on/off, o: once, l: log only, d: delete, escape: close"
+        else:
+            text = f"enter: add, right: complete{', tab: list' * listed.display}, escape: close"
+            text += f"\n{EXAMPLES}"
+        self.query_one(".keys", Static).update(text)
+
+    def on_descendant_focus(self) -> None:
+        self._show_keys()
+
+    def action_focus_list(self) -> None:
+        if self.query_one(BreakpointList).display:
+            self.query_one(BreakpointList).focus()
+
+    def on_input_changed(self) -> None:
+        self.query_one(".error", Static).update("")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Add the condition, or point at what is wrong with it."""
+        if not event.value.strip():
+            return
+        try:
+            condition = parse(event.value).text
+        except ExpressionError as error:
+            hint = f"\n{error.hint}" if error.hint else ""
+            self.query_one(".error", Static).update(f"{error.pointed}{hint}")
+            return
+        app_context(self).command(AddBreakpoint(condition))
+        event.input.value = ""
