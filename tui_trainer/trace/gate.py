@@ -160,10 +160,9 @@ class Gate:
         """Running, and about to pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0
 
-    @property
-    def may_pause(self) -> bool:
-        """Whether it may pause at one of the next boundaries."""
-        return self.armed or bool(self.break_phases)
+    def may_pause_at(self, phase: Phase) -> bool:
+        """Whether it may pause at the next boundary, if that is the end of `phase`."""
+        return self.armed or phase in self.break_phases
 
     @property
     def checkpoint_on_stop(self) -> bool:

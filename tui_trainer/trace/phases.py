@@ -268,7 +268,9 @@ class Phases:
         self._in_gate = True
         gate = self._gate
         try:
-            if gate.may_pause or (phase == STEP and gate.has_work_after(self.step)):
+            if gate.may_pause_at(PHASES[phase]) or (
+                phase == STEP and gate.has_work_after(self.step)
+            ):
                 with torch.enable_grad():  # for the work that others do in the gate
                     gate.reached(PHASES[phase], self.step)
             else:

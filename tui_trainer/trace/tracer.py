@@ -419,7 +419,7 @@ class Tracer:
         if self.loop is not None:
             self.loop.model_called(args, kwargs)
         self.registry.search_further_roots()
-        if self.gate.may_pause:
+        if self.gate.may_pause_at("data"):
             self._reporter.keep_inputs(args, kwargs)
         self._phases.before_forward(module)
         if not module.training or self._in_eval_mode:
@@ -452,7 +452,7 @@ class Tracer:
     def _forward_ended(self, result: Any) -> None:
         if self._sampling:
             self._end_sampling()
-        if self.gate.may_pause:
+        if self.gate.may_pause_at("forward"):
             self._reporter.keep_output(result)
         self._phases.leave(LOSS)
 

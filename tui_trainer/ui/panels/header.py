@@ -55,6 +55,7 @@ class HeaderLine(Panel):
         # A breakpoint is worth the name of the run.
         stopped = self.snapshot.status.stopped_at is not None
         room = left - (message_width if stopped else min(message_width, MAX_MESSAGE_SHARE))
+        room = max(room, MIN_NAME_WIDTH) if stopped else room
         overhead_width = self._overhead_width(wide)
         if room - overhead_width < MIN_NAME_WIDTH:
             overhead_width = 0
