@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.ui.fake import fake_gpt, fake_vit
 from tests.ui.open_app import OpenApp
+from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.client.api import Link
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PHASES
@@ -178,3 +179,13 @@ def test_skipped_iterations_evaluations_and_scaled_clips_are_shown(opened):
     assert re.search(r"skipped +1 ", shown["dashboard"])
     assert "7 evaluations" in shown["dashboard"]
     assert "a GradScaler skipped" in shown["log"]
+
+
+@pytest.mark.parametrize("width", range(100, 121, 4))
+async def test_the_share_of_clipped_steps_is_whole_at_every_width(width):
+    app = app_on("dashboard", fake_gpt(STEPS))
+    async with app.run_test(size=(width, 32)) as pilot:
+        await settle(pilot)
+        app.draw_frame()
+        await settle(pilot)
+        assert re.search(r"% of last 100 ", text_of(app))

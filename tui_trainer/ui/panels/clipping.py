@@ -155,6 +155,8 @@ class ClippingPanel(Panel):
         rate = f"{formatting.percent(share, 4, 0)} of last {status.clip_window}"
         if len(titles) + len(rate) + 2 > width:
             titles = titles.removesuffix(", share")
+        if len(titles) + len(rate) + 2 > width:
+            titles = titles.replace("dominated by", "by")
         gap = " " * max(1, width - len(titles) - len(rate))
         return [
             Segment(titles + gap, palette.dim),
