@@ -43,6 +43,8 @@ SCRIPT = """
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
+        if rank == 1 and step == int(os.environ.get("PART", "0")):
+            model.module[0].weight.data.view(-1)[3] += 1e-6
         if step % 10 == 0:
             print("SEEN", rank, step, loss.item().hex(), norm.item().hex(), flush=True)
     weights = [p.double().sum().item().hex() for p in model.parameters()]
@@ -158,6 +160,16 @@ def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
     assert column(tables[1], "host_bytes")[0] > 1e6
     info = StoredHistory(place.runs / "both", ended=True).store.info()
     assert [(p.rank, p.state) for p in info.processes] == [(0, "finished"), (1, "finished")]
+
+
+@pytest.mark.slow
+def test_replicas_that_part_are_named_within_one_cadence(place):
+    command = (*RUN, "--name", "parted", "train.py")
+    for process in place.start(2, *command, STEPS="120", PART="70"):
+        assert process.wait(120) == 0, place.errors(0)
+    expected = "the weights of rank 1 differ from the others': equal at step 51, not at step 101"
+    found = [line for line in place.printed("step 1", 1) if "weights" in line]
+    assert found == [f"step 101: error: {expected}"]
 
 
 @pytest.mark.slow

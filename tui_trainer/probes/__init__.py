@@ -16,6 +16,7 @@ from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.overhead import Overhead
+from tui_trainer.probes.replica import ReplicaChecksum
 from tui_trainer.probes.step import PhasesProbe, StepProbe
 from tui_trainer.probes.update_ratio import UpdateRatio
 from tui_trainer.probes.weights import Weights
@@ -38,5 +39,8 @@ PROBES: tuple[type[Probe], ...] = (
 )
 Overhead.probe_names = tuple(probe.name for probe in PROBES)
 
-RANK_PROBES: tuple[type[Probe], ...] = (Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory)
+RANK_PROBES: tuple[type[Probe], ...] = (
+    *(Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory),
+    ReplicaChecksum,
+)
 """What each further process of a run measures."""

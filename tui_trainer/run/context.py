@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
@@ -45,11 +46,14 @@ class RunContext(Protocol):
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
     from tui_trainer.probes import PROBES, RANK_PROBES
+    from tui_trainer.probes.replica import ReplicaChecksum
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
 
     options = Options(budget=run.spec.budget, attention_pattern=run.spec.attention_pattern)
-    tracer = Tracer(run.recorder, run.gate, PROBES if run.recording else RANK_PROBES, options)
+    several = run.spec.is_script and rank_here() is not None
+    recorded = (*PROBES, ReplicaChecksum) if several else PROBES
+    tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer
