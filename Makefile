@@ -1,6 +1,6 @@
 # make run          train a small GPT, live in the terminal (installs everything first)
 # make test         make check, then every test; TESTS=tests/cli runs some of them
-# make test-fast    the tests without real terminals, ssh, packaging and long trainings; no checks
+# make test-fast    the quick tests: no real terminals, ssh, packaging or long trainings; no checks
 # make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
 # make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning, PEFT; installs them
 # make check        ruff, mypy --strict and the import contracts

@@ -36,8 +36,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
-SLOW = ("packaging", "ssh", "terminal")
-"""Folders that have only slow tests; elsewhere each is marked."""
+SLOW = (
+    *("packaging", "ssh", "terminal", "oracle"),
+    *("cli/test_faults.py", "cli/test_read_only.py", "cli/test_resume.py"),
+    *("client/test_compare.py", "report/test_report.py", "store/test_damaged.py"),
+    *("run/test_host.py", "run/test_stopping.py", "run/test_watch.py"),
+    *("ui/test_missing_values.py", "ui/test_screen_snapshots.py", "ui/test_start.py"),
+    *("ui/test_replay.py", "ui/test_user_text.py"),
+)
+"""Folders and files of slow tests; elsewhere each is marked."""
 MADE_HERE = pytest.StashKey[str]()
 
 
@@ -64,7 +71,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in SLOW:
+        path = item.path.relative_to(here)
+        if path.parts[0] in SLOW or path.as_posix() in SLOW:
             item.add_marker("slow")
 
 

@@ -105,7 +105,6 @@ def test_a_missing_device(device: str, tmp_path: Path) -> None:
     assert_refused(done, device)
 
 
-@pytest.mark.slow
 def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
     env = {"CXX": "/nonexistent/g++"}
     done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env=env, cold=True)
@@ -235,7 +234,6 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     assert isinstance(losses[3], float)
 
 
-@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT])
     done = subprocess.run(

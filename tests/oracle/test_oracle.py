@@ -68,9 +68,7 @@ def fail(loop: Loop, found: list[Difference]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "shard", [pytest.param(n, marks=pytest.mark.slow) if n else n for n in SHARDS]
-)
+@pytest.mark.parametrize("shard", SHARDS)
 def test_generated_loops(shard: int) -> None:
     @seed(SEED + shard)
     @settings(

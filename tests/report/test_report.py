@@ -258,6 +258,6 @@ def test_parameters_tables_named_are_in_it(tmp_path):
     page = call("report", "two", "--output", "-", cwd=tmp_path).stdout
     rows = re.findall(r'<tr><td class="m">([^<]+)</td><td class="n">([^<]+)</td>', page)
     assert {name for name, _ in rows} == {
-        "0.weight", "0.bias", "Critic.judge.weight", "Critic.judge.bias",
+        "maker.0.weight", "maker.0.bias", "critic.judge.weight", "critic.judge.bias",
     }  # fmt: skip
     assert all(float(highest) >= 0 for _, highest in rows)

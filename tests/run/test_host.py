@@ -308,7 +308,6 @@ def test_fast_steps_are_all_written(place):
     assert [one["step"] for one in of("step", lines)] == list(range(1, 1501))
 
 
-@pytest.mark.slow
 def test_data_loader_workers_and_the_exit_of_a_script(place):
     place.script(
         """
@@ -399,7 +398,6 @@ def test_pause_step_and_phases_through_the_socket(place):
     assert (place.run / "checkpoints" / f"step-{state.step:08}").is_dir()
 
 
-@pytest.mark.slow
 def test_viewers_are_served_before_torch_is_there(place):
     place.loop(steps=3)
     process = place.process(cold=True)

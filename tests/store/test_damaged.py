@@ -257,7 +257,6 @@ KEYS = {"meta": "key", "tail": "first", "description": "seq", "part": "chunk"}
 
 
 @pytest.mark.parametrize("value", [2**62, -5, "text", b"\x00", float("inf"), 0.5])
-@pytest.mark.slow
 def test_a_column_may_hold_a_value_of_any_type(short, tmp_path, capsys, value):
     """SQLite stores a value of any type in any column: a damaged record may have any."""
     runs = shutil.copytree(short, tmp_path / "runs")

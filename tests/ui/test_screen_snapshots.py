@@ -69,7 +69,6 @@ def test_looks(snap_compare: Compare, look: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.slow
 def test_looks_in_the_light_theme(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), theme_name="tui-trainer-light")
@@ -77,7 +76,6 @@ def test_looks_in_the_light_theme(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.slow
 def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), ascii=True)
@@ -85,7 +83,6 @@ def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.slow
 def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), theme_name="ansi-dark")
@@ -93,7 +90,6 @@ def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.slow
 def test_looks_without_colour(
     snap_compare: Compare, look: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
