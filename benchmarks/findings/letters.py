@@ -51,8 +51,9 @@ model = Model()
 rate = {"no-warm-up": 0.3, "adam-warm-up": 3e-3}.get(bug, 1e-3)
 optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
 warm_up = 30 if bug == "adam-warm-up" else 0
-second = nn.Linear(4, 4)
-of_second = torch.optim.Adam(second.parameters(), 1e-3)
+if bug == "gan":
+    second = nn.Linear(4, 4)
+    of_second = torch.optim.Adam(second.parameters(), 1e-3)
 for step in range(steps):
     if warm_up:
         for group in optimizer.param_groups:

@@ -72,6 +72,8 @@ class Observation:
     gradient_norm: float | None = None
     """Over all parameters of the optimizer, before clipping."""
     step_ms: float | None = None
+    evaluations: float = 0.0
+    """Of the optimizer's closure; 0 without one."""
     clip: Row | None = None
     clip_event: ClipRecord | None = None
     phases: Row | None = None
@@ -237,6 +239,8 @@ class Reader:
                 seen.learning_rate = None if why_absent(rate) is not None else rate
                 seen.gradient_norm = None if why_absent(norm) is not None else norm
                 seen.step_ms = took if math.isfinite(took) else None
+                if len(values) > 4 and values[4] == values[4]:
+                    seen.evaluations = float(values[4])
         return seen
 
     def observe_skip(self, record: SkipRecord) -> SkippedStep:

@@ -28,7 +28,8 @@ class _UpdateRatio(Rule):
 
     def ignored(self, seen: Observation) -> bool:
         """Whether a step of this optimizer is as long as a line search makes it."""
-        return self.facts.optimizer_name(seen.optimizer).startswith("lbfgs")
+        name = self.facts.optimizer_name(seen.optimizer)
+        return name.startswith("lbfgs") or seen.evaluations > 1
 
     def ratios(self, row: Row) -> tuple[NDArray[np.float32], list[str]]:
         """Those of the weight matrices (all parameters where there is none), and their names."""
