@@ -458,4 +458,4 @@ def test_less_precise_matrix_products_do_not_touch_us():
         torch.set_float32_matmul_precision(before)
     truth = expected(seen[2][1][0], start[0], seen[2][0][0], 1)
     close(recorder.rows("attention")[3]["layers.0.cos_qk"], truth["cos_qk"], 1e-5)
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []

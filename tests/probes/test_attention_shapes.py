@@ -123,7 +123,7 @@ def test_one_unsplittable_matrix_among_others_is_logged():
     model.layers[1] = FusedOf({})
     recorder, _, _ = run(model)
     assert [info.layer for info in recorder.info["attention"]] == ["layers.0"]
-    (text,) = recorder.said("unseen")
+    (text,) = recorder.notices_of("unseen")
     assert "layers.1.wqkv.weight cannot be split" in text
     assert "attention" not in recorder.info["unseen"]
 
@@ -198,7 +198,7 @@ def test_only_pairs_of_one_shape_are_compared(make, monkeypatch):
     monkeypatch.setattr(Multihead, "forward", forward)
     torch.manual_seed(0)
     recorder, _, seen = run(Stack(build))
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
     row, heads = recorder.rows("attention")[3], recorder.rows("attention_heads")[3]
     for number, info in enumerate(recorder.info["attention"]):
         assert info.incomparable == pairs

@@ -70,7 +70,7 @@ class KeepingRecorder:
 
     # ---------------------------------------------------------------- reading back
 
-    def said(self, kind: str) -> list[str]:
+    def notices_of(self, kind: str) -> list[str]:
         return [text for found, text in self.notices if found == kind]
 
     def table(self, name: str, optimizer: str = "") -> Table:
@@ -118,7 +118,7 @@ def trace(
     chosen = gate or CountingGate()
     with Tracer(recorder, chosen, probes, options):
         loop()
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
     return recorder, chosen  # type: ignore[return-value]
 
 

@@ -100,7 +100,7 @@ def traced(train: Callable[[], Outcome]) -> tuple[Outcome, KeepingRecorder]:
 def check(train: Callable[[], Outcome]) -> KeepingRecorder:
     weights, others = train()
     (found_weights, found_others), recorder = traced(train)
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
     assert recorder.reports
     assert weights.keys() == found_weights.keys()
     assert all(torch.equal(weights[name], found_weights[name]) for name in weights)
@@ -116,7 +116,7 @@ def test_tasks(task, variant):
         recorder = check(lambda: train_task(task, variant))
     finally:
         torch.set_num_threads(threads)
-    skipped = len(recorder.said("skipped_step")) + len(recorder.skips)
+    skipped = len(recorder.notices_of("skipped_step")) + len(recorder.skips)
     assert bool(skipped) == (VARIANTS[variant].get("dtype") == "fp16")
     if VARIANTS[variant].get("implementation") == "fused":
         skipped = 0  # it is called, and skips the update itself

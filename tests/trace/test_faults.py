@@ -66,7 +66,7 @@ def test_probe_that_raises_is_switched_off_and_said_once(moment):
     with Tracer(recorder, CountingGate(), (failing(moment), *PROBES), EVERYTHING):
         traced = train()
     assert all(torch.equal(a, b) for a, b in zip(bare, traced, strict=True))
-    (said,) = recorder.said("fault")
+    (said,) = recorder.notices_of("fault")
     assert "failing" in said
     assert f"in {moment}" in said
     assert len(recorder.rows("grad_norm")) == 6
@@ -83,7 +83,7 @@ def test_probe_that_gives_nonsense_does_not_reach_the_training():
     model = mlp()
     with Tracer(recorder, CountingGate(), (Nonsense, *PROBES), EVERYTHING):
         plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
-    assert len(recorder.said("fault")) == 1
+    assert len(recorder.notices_of("fault")) == 1
 
 
 def test_recorder_that_raises_does_not_reach_the_training():
@@ -96,7 +96,7 @@ def test_recorder_that_raises_does_not_reach_the_training():
     with Tracer(recorder, CountingGate(), PROBES, EVERYTHING):
         plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 3, losses=losses)
     assert len(losses) == 3
-    assert len(recorder.said("fault")) == 1
+    assert len(recorder.notices_of("fault")) == 1
 
 
 METHODS = [
@@ -153,7 +153,7 @@ def test_a_fault_ends_the_measurement_of_its_step(monkeypatch, owner, name):
         found = counted_loop(recorder, 7)
         assert tracer.step == 8
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    (fault,) = recorder.said("fault")
+    (fault,) = recorder.notices_of("fault")
     assert f"in {name}" in fault
     for table in ("grad_norm", "clip"):
         known, rows = whole.rows(table), recorder.rows(table)
@@ -170,7 +170,7 @@ def test_faults_in_step_after_step_switch_the_tracer_off(monkeypatch):
     with Tracer(recorder, CountingGate(), PROBES, EVERYTHING) as tracer:
         counted_loop(recorder, 6)
         assert tracer.training_thread == 0
-    first, second = recorder.said("fault")
+    first, second = recorder.notices_of("fault")
     assert "step 2 is not measured" in first
     assert "switched off" in second
     assert [record.step for record in recorder.records] == [1]
@@ -200,7 +200,7 @@ def test_readings_that_cannot_be_transferred_switch_their_probe_off():
     recorder, model = KeepingRecorder(), mlp()
     with Tracer(recorder, CountingGate(), (Strange, *PROBES), EVERYTHING):
         plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
-    (fault,) = recorder.said("fault")
+    (fault,) = recorder.notices_of("fault")
     assert "probe strange is switched off" in fault
     assert len(recorder.rows("grad_norm")) == 4
 

@@ -70,7 +70,7 @@ def test_nothing_of_a_step_outlives_it(no_collector, clipping, options):
     with Tracer(recorder, gate, PROBES, options):
         assert alive_after(5, clip) == []
     assert len(recorder.records) == 5
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
 
 
 def test_nor_does_it_when_looked_at_in_every_phase(no_collector):

@@ -253,7 +253,7 @@ def test_watching_heads_is_declared_and_stretched_in_a_run():
     recorder = KeepingRecorder()
     recorder.topics = frozenset({"attention_heads"})
     trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=1e-4), recorder=recorder)
-    assert "attention_heads every step" in recorder.said("cadence")[0]
+    assert "attention_heads every step" in recorder.notices_of("cadence")[0]
     table = recorder.table("attention_heads")
     assert table.natural == 1
     assert table.every == WATCHED_LIMIT
@@ -289,7 +289,7 @@ def test_failed_probes_are_not_governed(monkeypatch: pytest.MonkeyPatch):
     probes = [probe for probe in PROBES if probe is not AttentionHeads]
     with Tracer(recorder, Gate(), [*probes, Failing], Options()):
         gpt_loop(model, optimizer, 20)
-    assert recorder.said("fault")
+    assert recorder.notices_of("fault")
     assert "attention" in governed
     assert "attention_heads" not in governed
 
@@ -300,7 +300,7 @@ def test_a_tiny_step_stretches_cadences_and_redeclares_the_tables():
     optimizer = torch.optim.AdamW(model.parameters())
     recorder = KeepingRecorder()
     trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=0.001), recorder=recorder)
-    assert recorder.said("cadence")
+    assert recorder.notices_of("cadence")
     every = recorder.table("attention").every
     assert every > 1
     assert len(recorder.rows("attention")) < 150

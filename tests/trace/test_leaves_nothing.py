@@ -93,7 +93,7 @@ def test_bit_identical_with_every_probe_pausing_and_stepping(case):
         traced = train(case)
     over.set()
     keys.join()
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
     assert len(recorder.records) == 50
     assert len({report.phase for report in recorder.reports}) > 3
     assert all(torch.equal(a, b) for a, b in zip(bare[0], traced[0], strict=True))

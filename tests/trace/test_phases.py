@@ -505,7 +505,7 @@ def test_folds_of_one_model_after_another_go_on_in_the_same_tables(scheduled):
     assert len([table for table in recorder.tables if table.name == "grad_norm"]) == 1
     assert recorder.info["optimizers"] == ("adamw",)
     assert [p.name for p in recorder.info["parameters"]] == [n for n, _ in mlp().named_parameters()]
-    assert len(recorder.said("state")) == 2
+    assert len(recorder.notices_of("state")) == 2
     assert [gate.phases(step) for step in (2, 6, 10)] == [gate.phases(2)] * 3
 
 
@@ -536,7 +536,7 @@ def test_two_models_of_one_shape_side_by_side_stay_two():
     recorder, _ = trace(loop)
     assert list(recorder.rows("grad_norm")) == [1, 3, 5]
     assert list(recorder.rows("grad_norm", "sgd#2")) == [2, 4, 6]
-    assert recorder.said("state") == []
+    assert recorder.notices_of("state") == []
 
 
 def test_several_models_and_optimizers_have_the_names_of_their_variables():

@@ -147,7 +147,7 @@ def test_a_copy_without_memory_is_reported_and_switches_nothing_off(monkeypatch)
     assert "could not be allocated: out of memory" in reports[1, "step"].summary
     assert "update ratio of 0.weight" in {q.name for q in reports[2, "step"].quantities}
     close(list(recorder.rows("update_ratio")[2].values()), seen[1]["ratios"], 1e-4)
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
 
 
 def test_clipping_together_reports_every_optimizer():

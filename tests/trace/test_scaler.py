@@ -40,7 +40,7 @@ def test_losses_and_norms_are_unscaled(unscale, clip, fused):
     close(recorder.series("step", "loss"), [loss for loss, _ in expected])
     for row, (_, norms) in zip(recorder.rows("grad_norm").values(), expected, strict=True):
         close(list(row.values()), norms)
-    assert recorder.said("skipped_step") == []
+    assert recorder.notices_of("skipped_step") == []
     if clip:
         totals = [float(torch.tensor(norms).norm()) for _, norms in expected]
         close(recorder.series("clip", "norm_before"), totals)
@@ -77,7 +77,7 @@ def test_skipped_step_is_said(unscale, clip, fused):
     recorder, gate = trace(loop)
     losses = recorder.series("step", "loss")
     if fused:  # it is called, and skips the update itself: a step that changes nothing
-        (said,) = recorder.said("skipped_step")
+        (said,) = recorder.notices_of("skipped_step")
         assert said.endswith("loss scale 1024")
         assert recorder.skips == []
         assert [record.step for record in recorder.records] == [1, 2, 3, 4]
@@ -110,8 +110,8 @@ def test_two_optimizers_skip_by_themselves():
             scaler.update()
 
     recorder, _ = trace(loop)
-    assert [text for text in recorder.said("skipped_step") if text.endswith("scale 64")]
-    assert len(recorder.said("skipped_step")) == 1
+    assert [text for text in recorder.notices_of("skipped_step") if text.endswith("scale 64")]
+    assert len(recorder.notices_of("skipped_step")) == 1
 
 
 def test_disabled_scaler_is_no_scaler():
@@ -130,4 +130,4 @@ def test_disabled_scaler_is_no_scaler():
 
     recorder, _ = trace(loop)
     assert len(recorder.records) == 3
-    assert recorder.said("skipped_step") == []
+    assert recorder.notices_of("skipped_step") == []

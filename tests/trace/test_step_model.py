@@ -49,7 +49,7 @@ def test_a_clip_after_the_step_is_no_clip_of_it():
     close(recorder.series("step", "grad_norm_preclip"), totals)
     assert all(record.clip is None for record in recorder.records)
     assert not any(t.name == "clip" and recorder.rows("clip") for t in recorder.tables)
-    (said,) = recorder.said("clip_after_step")
+    (said,) = recorder.notices_of("clip_after_step")
     assert "after optimizer.step()" in said
 
 

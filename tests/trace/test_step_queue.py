@@ -144,8 +144,8 @@ def test_every_step_is_recorded_once_in_order_while_two_threads_record(monkeypat
     finally:
         over.set()
         other.join()
-    assert recorder.said("fault") == []
+    assert recorder.notices_of("fault") == []
     assert [record.step for record in recorder.records] == list(range(1, steps + 1))
-    assert recorder.said("cadence")
+    assert recorder.notices_of("cadence")
     loss = recorder.series("step", "loss")
     assert len(loss) == steps
