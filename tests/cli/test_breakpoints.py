@@ -83,3 +83,14 @@ def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> 
     done = call("run", "--break-on-finding", "bad", "train.py", cwd=tmp_path)
     assert_refused(done, "warning", status=2)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_number_that_no_breakpoint_can_have_is_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    for arguments in (
+        ["--delete", "0"],
+        ["--enable", str(2**70)],
+        ["one", "loss > 1", "--ignore", "-1"],
+    ):
+        assert_refused(call("break", *arguments, cwd=tmp_path, torch=False), status=2)

@@ -21,7 +21,10 @@ from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
+    AddBreakpoint,
+    ChangeBreakpoint,
     Command,
+    DeleteBreakpoint,
     Hello,
     Mark,
     Poll,
@@ -187,6 +190,9 @@ def test_polls_that_are_valid_but_absurd(trained, polls):
     check(trained)
 
 
+WITH_FIELDS = (Step, Throttle, Mark, AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint)
+
+
 @SETTINGS
 @given(
     actions=st.lists(
@@ -194,7 +200,10 @@ def test_polls_that_are_valid_but_absurd(trained, polls):
             st.builds(Step, big),
             st.builds(Throttle, st.none() | st.floats()),
             st.builds(Mark, words),
-            *(st.builds(kind) for kind in Action.__args__ if kind not in (Step, Throttle, Mark)),
+            st.builds(AddBreakpoint, words, big),
+            st.builds(ChangeBreakpoint, big, st.none() | st.booleans(), st.none() | big),
+            st.builds(DeleteBreakpoint, big),
+            *(st.builds(kind) for kind in Action.__args__ if kind not in WITH_FIELDS),
         ),
         min_size=1,
         max_size=8,

@@ -5,14 +5,25 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
+from rich.text import Text
 
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import Action, Breakpoint
+
+# Whole numbers that a message can carry.
+HITS = validators.Number(gte=0, lt=2**63)
+NUMBER = validators.Number(gte=1, lt=2**63)
+
+
+def numbered(text: str) -> Parameter:
+    """An option that takes the number of a breakpoint."""
+    return Parameter(help=text, metavar="N", negative=(), show_default=False, validator=NUMBER)
 
 
 def break_(
@@ -35,20 +46,18 @@ def break_(
             metavar="N",
             negative=(),
             show_default=False,
+            validator=HITS,
         ),
     ] = None,
     log: Annotated[
         bool, flag("with a condition or --enable: write to the log instead of pausing")
     ] = False,
-    delete: Annotated[list[int] | None, Parameter(help="delete breakpoint N", metavar="N",
-                                                  negative=(), show_default=False)] = None,
-    disable: Annotated[list[int] | None, Parameter(help="disable breakpoint N", metavar="N",
-                                                   negative=(), show_default=False)] = None,
-    enable: Annotated[list[int] | None, Parameter(help="enable breakpoint N", metavar="N",
-                                                  negative=(), show_default=False)] = None,
+    delete: Annotated[list[int] | None, numbered("delete breakpoint N")] = None,
+    disable: Annotated[list[int] | None, numbered("disable breakpoint N")] = None,
+    enable: Annotated[list[int] | None, numbered("enable breakpoint N")] = None,
     json: Annotated[bool, flag("print the breakpoints as one JSON array")] = False,
     runs_dir: RunsDir = None,
-) -> int:  # fmt: skip
+) -> int:
     """pause a run when a condition is met, or list its breakpoints"""
     name, wanted = _run_and_condition([each for each in (run, condition) if each is not None])
     if wanted is not None:
@@ -97,12 +106,12 @@ def listing(breakpoints: tuple[Breakpoint, ...]) -> list[str]:
     """A table of breakpoints, one a line."""
     if not breakpoints:
         return []
-    width = max(len("condition"), *(len(each.condition) for each in breakpoints))
-    lines = [f"{'#':>3}  {'condition':<{width}}  {'hits':>6}  state"]
-    return lines + [
-        f"{each.number:>3}  {each.condition:<{width}}  {each.hits:>6,}  {state_of(each)}"
-        for each in breakpoints
-    ]
+    table = new_table(("#", "condition", "hits", "state"), right=("#", "hits"))
+    for each in breakpoints:
+        table.add_row(
+            str(each.number), Text(each.condition), f"{each.hits:,}", Text(state_of(each))
+        )
+    return [line.plain for line in table_lines(table)]
 
 
 def state_of(breakpoint: Breakpoint) -> str:
