@@ -11,7 +11,7 @@ from tui_trainer.probes.attention.heads import AttentionHeads
 from tui_trainer.probes.attention.health import AttentionHealth
 from tui_trainer.probes.attention.spectrum import AttentionSpectrum
 from tui_trainer.probes.attention.weights import Attention
-from tui_trainer.probes.clipping import Clipping
+from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.nonfinite import NonFiniteProbe
@@ -31,7 +31,7 @@ PROBES: tuple[type[Probe], ...] = (
     AttentionHealth,
     AttentionHeads,
     StepProbe,
-    Clipping,
+    ClippingProbe,
     PhasesProbe,
     NonFiniteProbe,
     Memory,

@@ -41,7 +41,7 @@ def clip_scale(clip: ClipMeasurement) -> float:
     return min(1.0, clip.max_norm / (before + 1e-6))
 
 
-class Clipping(Probe):
+class ClippingProbe(Probe):
     """Table `clip`, and an event for every step with scale < 1.
 
     Of several clippings in one step (groups clipped apart) the one that clipped hardest counts.
