@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from time import perf_counter
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Floats, Sign, StepRecord
+from tui_trainer.history.records import Sign, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
-from tui_trainer.protocol.schema import Table
-from tui_trainer.trace.governor import Governor, OnChange
-from tui_trainer.trace.norms import Norms, dense
+from tui_trainer.trace.changes import GradientMarks, WeightWatch
+from tui_trainer.trace.governor import OnChange
+from tui_trainer.trace.norms import Norms, dense, norms_before
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
@@ -30,11 +29,10 @@ from tui_trainer.trace.probe import (
     Readings,
     RecorderLike,
     StepFacts,
-    Values,
-    describe_exception,
     skipped_text,
 )
-from tui_trainer.trace.schedule import ActiveProbe, ProbeSchedule
+from tui_trainer.trace.probe_set import ProbeSet, probe_context
+from tui_trainer.trace.schedule import ActiveProbe
 from tui_trainer.trace.step import (
     BackwardPass,
     Clipping,
@@ -45,24 +43,15 @@ from tui_trainer.trace.step import (
     Returned,
     StepOutcome,
 )
-from tui_trainer.trace.torch_private import NormCapture, local
-from tui_trainer.trace.transfer import HostTransfer, TransferPart
+from tui_trainer.trace.torch_private import NormCapture
+from tui_trainer.trace.transfer import TransferPart
 
-NO_READINGS: Values = np.empty(0)
 NO_SIGNS: frozenset[Sign] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
 COMFORTABLE = (1e-12, 1e12)
 """Norms for which clip_grad_norm_'s own float32 sums of squares are exact."""
-MAX_WATCHED = 256
-"""Parameters whose gradients are checked for changes; of larger models evenly spaced ones."""
-
-SAMPLED = 64
-"""Elements of a weight from which an update by hand is told."""
-
-Marks = list[tuple[int, int] | None]
-"""(identity, version) of gradients; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -80,32 +69,6 @@ class HandChange:
     """Whether they changed at all is known once the norms are on the host."""
 
 
-class WeightWatch:
-    """Finds out whether a script that has no optimizer has updated its weights."""
-
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
-        self._versions: list[int] = []
-        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Parameters and copies of their first elements: an update through `.data` leaves no other
-        trace."""
-
-    def remember(self) -> None:
-        """A backward has ended: an update may follow."""
-        self._versions = [p._version for p in self._parameters]
-        self._samples = [(p, _first_elements(p).clone()) for p in self._parameters if p.numel()]
-
-    def changed(self) -> bool:
-        """Whether weights have changed since. May wait for the device."""
-        if [p._version for p in self._parameters] != self._versions:
-            return True
-        return any(not torch.equal(_first_elements(p), copy) for p, copy in self._samples)
-
-
-def _first_elements(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().reshape(-1)[:SAMPLED]
-
-
 class StepMeasurer:
     """Follows the gradients of one optimizer, calls its probes in the course of its steps, and
     records their rows."""
@@ -121,9 +84,8 @@ class StepMeasurer:
     ) -> None:
         self.tracked = tracked
         self.slot = slot
-        self.probes: list[ActiveProbe] = []
-        self.unseen: dict[str, str] = {}
-        """Why probes that have nothing to measure were left out."""
+        self.probes = ProbeSet(tracked, kinds, recorder, options, slot, on_cadence_change)
+        self.marks = GradientMarks(tracked.parameters[: tracked.own])
         self.passes: list[BackwardPass] = []
         """Backward passes whose gradients wait for the optimizer's step."""
         self.clips: list[Clipping] = []
@@ -142,7 +104,6 @@ class StepMeasurer:
         self.changed_by_hand = False
         """Whether the script has changed gradients by itself: they are read at once then."""
         self._recorder = recorder
-        self._governor = Governor(options.budget, on_cadence_change)
         self._norms = Norms(tracked.parameters, tracked.device)
         self._steps = 0
         self._comfortable = False
@@ -152,14 +113,6 @@ class StepMeasurer:
         """Whether norms are expected from the clipping in progress."""
         self._clip_norms_complete = False
         """Whether the last clipping gave the norm of every gradient."""
-        own = tracked.parameters[: tracked.own]
-        self._watched = own[:: -(-len(own) // MAX_WATCHED)] if own else []
-        self._marks: Marks | None = [None] * len(self._watched)
-        """Of the watched parameters' gradients, since the last change that is known; None: they may
-        have changed."""
-        self._before_backward: Marks = []
-        self._used: Marks = []
-        """Marks of the gradients that the last step used."""
         self._kept_before = False
         """Whether the open backward finds gradients that a step has used already."""
         self.kept_gradients = False
@@ -169,45 +122,7 @@ class StepMeasurer:
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
-        self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
-        for kind in kinds:
-            if kind.name not in options.switched_off:
-                self._add_probe(kind, options, slot)
-        self._schedule = ProbeSchedule(self.probes)
-        self._schedule_outdated = False
-        """Cadences changed or a probe failed, perhaps on another thread."""
-
-    def _add_probe(self, kind: type[Probe], options: Options, slot: OptimizerSlot) -> None:
-        try:
-            with torch.no_grad():
-                probe = kind(self.tracked, options)
-            if probe.unseen:
-                self.unseen[kind.name] = probe.unseen
-            else:
-                self.probes.append(self._activate(probe, options, slot))
-        except Exception as fault:
-            text = f"probe {kind.name}: {describe_exception(fault)}"
-            self._recorder.notice("fault", text, "error")
-
-    def _activate(self, probe: Probe, options: Options, slot: OptimizerSlot) -> ActiveProbe:
-        natural = max(0, options.cadences.get(probe.name, probe.every))
-        watched = min(probe.watched_every, natural or probe.watched_every) if probe.topic else 0
-        tables: list[Table] = []
-        for spec in probe.tables:
-            every = natural if spec.every is None else spec.every
-            unstretched = natural or watched if spec.every is None else spec.every
-            tables.append(slot.table(self._recorder, spec.name, spec.columns, every, unstretched))
-        return ActiveProbe(
-            name=probe.name,
-            natural=natural,
-            every=natural,
-            importance=probe.importance,
-            max_stretch=probe.max_stretch,
-            watched_natural=watched,
-            watched_every=watched,
-            probe=probe,
-            tables=tables,
-        )
+        self._on_host = self.probes.on_host
 
     def take_over(self, before: StepMeasurer) -> None:
         """Continue in place of a measurer of the same optimizer, with other parameters."""
@@ -219,15 +134,7 @@ class StepMeasurer:
             clip.positions.pop(id(before), None)
             clip.readings.pop(id(before), None)
         self.changed_by_hand = before.changed_by_hand
-        self._marks = self._current_marks()
-
-    def table(self, name: str) -> Table | None:
-        """The table of this name that one of the probes fills."""
-        return next((t for p in self.probes for t in p.tables if t.name == name), None)
-
-    def probe(self, name: str) -> Probe | None:
-        """The working probe of this name."""
-        return next((p.probe for p in self.probes if p.name == name and not p.failed), None)
+        self.marks.remember()
 
     # ------------------------------------------------------------ the gradients
 
@@ -246,21 +153,18 @@ class StepMeasurer:
 
     def before_backward(self) -> None:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
-        marks = self._before_backward = self._current_marks()
+        self.marks.before_backward()
         if not self.passes:
-            self._kept_before = _any_kept(marks, self._used)
+            self._kept_before = self.marks.any_kept()
             if self._kept_before and self.careful and self.all_zero():
                 self._kept_before = False  # zeroed through `.data`, which leaves no mark
                 self.changed_by_hand = True
 
     def reached_by_backward(self) -> bool:
         """Whether the backward that has just ended changed any gradient."""
-        marks = self._current_marks()
-        reached = marks != self._before_backward
+        reached = self.marks.reached_by_backward()
         if reached and not self.passes:
             self.kept_gradients = self._kept_before
-        if reached:
-            self._marks = marks
         return reached
 
     def add_pass(self, backward: BackwardPass) -> None:
@@ -270,13 +174,10 @@ class StepMeasurer:
             self.passes.append(backward)
         self.reading = None
 
-    def gradients_changed(self) -> bool:
-        """Whether the script has changed gradients since the last change that is known."""
-        return self._marks is not None and self._current_marks() != self._marks
-
     def changed_between_passes(self) -> bool:
-        """`gradients_changed`, also through `.data` while this measurer is careful."""
-        if self.gradients_changed():
+        """Whether the script has changed gradients since the last change that is known; also
+        through `.data` while this measurer is careful."""
+        if self.marks.changed():
             return True
         if not (self.careful and self._on_host and self._latest is not None):
             return False
@@ -289,19 +190,7 @@ class StepMeasurer:
         """`changed_between_passes`, judged by one parameter where that is enough."""
         if self.careful:
             return self.changed_between_passes()
-        for position, mark in enumerate(self._marks or ()):
-            if mark is not None:
-                gradient = self._watched[position].grad
-                return gradient is None or (id(gradient), gradient._version) != mark
-        return False
-
-    def gradients_known(self) -> None:
-        """The gradients are now as they should be."""
-        self._marks = self._current_marks()
-
-    def forget_marks(self) -> None:
-        """The gradients have changed in a way that is known; the next backward marks them."""
-        self._marks = None
+        return self.marks.first_changed()
 
     def change_by_hand(self, before_step: bool) -> HandChange | None:
         """What the script has done to the gradients by itself since the last change that is known.
@@ -309,18 +198,18 @@ class StepMeasurer:
         Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
         careful, the norms are compared as well `before_step`.
         """
-        changed = self.gradients_changed()
+        changed = self.marks.changed()
         compare = before_step and self.careful and self._latest is not None
         if not changed and not compare:
             return None
-        positions = self._changed_positions() if changed else None
+        positions = self.marks.changed_positions() if changed else None
         before, after = self._latest, self.norms_now()
         self._latest = after
         own = self.tracked.own
         if not changed and self._on_host and _equal(before and before[:own], after[:own]):
             return None
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
-        self.gradients_known()
+        self.marks.remember()
         if self.reading is not None and self._on_host and not _scaled_down(before, after):
             self._replace_norms(after)
             return None
@@ -334,35 +223,18 @@ class StepMeasurer:
         """The script has set other gradients than those that backward computed."""
         assert self.reading is not None
         self.reading = GradientReading(norms, None, self._why_absent(self.tracked.gradients()))
-        for probe in self._schedule.plan.gradient_norms:
-            probe.readings = [self._call(probe, probe.probe.gradient_norms, norms) or ()]
-
-    def _changed_positions(self) -> list[int] | None:
-        marks, before = self._current_marks(), self._marks
-        if before is None or len(self._watched) < self.tracked.own:
-            return None
-        return [i for i, (a, b) in enumerate(zip(marks, before, strict=True)) if a != b]
+        self.probes.gradient_norms(norms)
 
     def after_clipping(self) -> None:
         """Gradients were clipped by torch."""
         if self.careful:
             self._latest = self.norms_now()
-        self.gradients_known()
+        self.marks.remember()
 
     def refresh_norms(self) -> None:
         """Gradients were unscaled after they were read."""
         if self.careful:
             self._latest = self.norms_now()
-
-    def assigned(self, returned: Returned) -> None:
-        """The script has assigned gradients that `torch.autograd.grad` returned: what it did to
-        them since is its own change."""
-        versions = {
-            id(g): version for ref, version in returned.values() if (g := ref()) is not None
-        }
-        self._marks = [
-            mark and (mark[0], versions.get(mark[0], mark[1])) for mark in self._current_marks()
-        ]
 
     def has_gradients(self, returned: Returned) -> tuple[bool, bool]:
         """Whether all, and whether any, of this optimizer's gradients are among those that
@@ -405,12 +277,6 @@ class StepMeasurer:
             for p in self.tracked.parameters[: self.tracked.own]
         )
 
-    def _current_marks(self) -> Marks:
-        return [
-            None if (gradient := p.grad) is None else (id(gradient), gradient._version)
-            for p in self._watched
-        ]
-
     # ------------------------------------------------------------ in the course of a step
 
     def prepare(self, step: int, stops_soon: bool) -> None:
@@ -418,27 +284,14 @@ class StepMeasurer:
         # Gradients may have been read before another optimizer's step.
         if self._prepared_step == step or self.reading is not None:
             if stops_soon:
-                self._schedule.add_requested(step)
+                self.probes.schedule.add_requested(step)
             return
         self._prepared_step = step
-        if self._schedule_outdated:
-            self._schedule_outdated = False
-            self._schedule.update()
-        self._schedule.begin_step(step, self._recorder.watched(), stops_soon)
+        self.probes.begin_step(step, stops_soon)
 
     def before_forward(self, root: torch.nn.Module) -> bool:
         """The first forward of the step begins; returns whether `after_forward` must be called."""
-        plan = self._schedule.plan
-        if plan.before_forward:
-            with probe_context(self.tracked.device):
-                for probe in plan.before_forward:
-                    self._call(probe, probe.probe.before_forward, root)
-        return bool(plan.after_forward)
-
-    def after_forward(self) -> None:
-        with probe_context(self.tracked.device):
-            for probe in self._schedule.plan.after_forward:
-                self._call(probe, probe.probe.after_forward)
+        return self.probes.before_forward(root)
 
     def read_gradients(
         self,
@@ -453,17 +306,16 @@ class StepMeasurer:
         """
         careful = self.careful
         if clipping or careful:
-            self._schedule.add_clipping()
+            self.probes.schedule.add_clipping()
         self._awaiting_norms = (
             clipping == "norm" and self._clip_norms_complete and not careful and gradients is None
         )
-        plan = self._schedule.plan
+        plan = self.probes.schedule.plan
         found = self.tracked.gradients() if gradients is None else gradients
         reading = self.reading = GradientReading(None, scale, self._why_absent(found))
         if plan.gradients or plan.gradient_norms or careful:
             with probe_context(self.tracked.device):
-                for probe in plan.gradients:
-                    probe.readings = [self._call(probe, probe.probe.gradients, found) or ()]
+                self.probes.gradients(found)
                 if not self._awaiting_norms and (plan.gradient_norms or careful):
                     self._read_norms(reading, found)
         return reading
@@ -478,10 +330,7 @@ class StepMeasurer:
         norms = self._norms.read(gradients)
         spent_s = perf_counter() - began
         reading.norms = self._latest = norms
-        for probe in self._schedule.plan.gradient_norms:
-            probe.spent_s += spent_s
-            spent_s = 0.0
-            probe.readings = [self._call(probe, probe.probe.gradient_norms, norms) or ()]
+        self.probes.gradient_norms(norms, spent_s)
         if self._on_host:
             self._judge([norm for norm in norms if isinstance(norm, float)])
 
@@ -543,8 +392,7 @@ class StepMeasurer:
             if not awaited and not _close(known, norms):
                 return  # changed through `.data` since they were read
             self.reading.norms = norms
-            for probe in self._schedule.plan.gradient_norms:
-                probe.readings = [self._call(probe, probe.probe.gradient_norms, norms) or ()]
+            self.probes.gradient_norms(norms)
 
     def clip_failed(self) -> None:
         """The clipping raised: its norms are not known."""
@@ -552,11 +400,9 @@ class StepMeasurer:
         if self.reading is not None and self.reading.norms is None:
             self.reading = None
 
-    def _checked(
-        self, norms: Readings, clipped: Any, limit: Any, total: torch.Tensor
-    ) -> Readings | None:
+    def _checked(self, norms: Readings, clipped: Any, limit: Any, total: torch.Tensor) -> Readings:
         """Norms that a clipping computed on the CPU, with those that may have lost digits computed
-        again; None where they cannot be."""
+        again."""
         values: list[float] = []
         for norm in norms:
             if not isinstance(norm, torch.Tensor):
@@ -586,25 +432,16 @@ class StepMeasurer:
 
     def before_update(self) -> None:
         """The optimizer is about to change the weights."""
-        plan = self._schedule.plan
-        if plan.before_update:
-            with probe_context(self.tracked.device):
-                for probe in plan.before_update:
-                    self._call(probe, probe.probe.before_update)
+        self.probes.before_update()
 
     def after_update(self, outcome: StepOutcome) -> CompletedStep:
         """The optimizer has changed the weights: read them and start the transfer to the host."""
-        plan = self._schedule.plan
-        self._schedule.end_step()
-        if plan.after_update:
-            with probe_context(self.tracked.device):
-                for probe in plan.after_update:
-                    probe.readings.append(self._call(probe, probe.probe.after_update) or ())
+        measured = self.probes.after_update()
         reading = self.reading or GradientReading()
-        completed = self._complete(outcome, reading, plan.probes)
+        completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
         completed.classes = self._classes()
-        self._used = self._marks or []
+        self.marks.use()
         self._steps += 1
         self._forget()
         return completed
@@ -612,8 +449,7 @@ class StepMeasurer:
     def lose(self) -> LostGradients:
         """The gradients that wait are thrown away: what is known of them."""
         lost = LostGradients(self, self.reading or GradientReading(), self.clips)
-        for probe in self._schedule.plan.reading:
-            probe.readings = []
+        self.probes.forget_readings()
         self._forget()
         return lost
 
@@ -643,11 +479,10 @@ class StepMeasurer:
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
         """An iteration whose gradients no optimizer used."""
-        kept = (schema.STEP, schema.CLIP, schema.GRAD_NORM, schema.PHASE_MS, "nonfinite")
-        probes = [p for p in self.probes if p.name in kept and not p.failed]
-        if lost.reading.norms is None:
-            probes = [p for p in probes if p.name != schema.GRAD_NORM]
-        return self._complete(outcome, lost.reading, probes, lost.reading.norms)
+        norms = lost.reading.norms
+        return self._complete(
+            outcome, lost.reading, self.probes.of_skipped(norms is not None), norms
+        )
 
     def _complete(
         self,
@@ -673,27 +508,13 @@ class StepMeasurer:
         return CompletedStep(
             optimizer=self.tracked.key,
             outcome=outcome,
-            transfer=self._transfer(parts, [probe for probe in probes if probe.hooks]),
+            transfer=self.probes.transfer(parts, [probe for probe in probes if probe.hooks]),
             probes=probes,
             time=time.time(),
             own_ms=own_ms,
             header=header,
             absent=reading.absent,
         )
-
-    def _transfer(self, parts: list[TransferPart], probes: Sequence[ActiveProbe]) -> HostTransfer:
-        """Start the transfer of the header and of what each of `probes` has read. A probe whose
-        readings cannot be transferred is switched off."""
-        try:
-            return HostTransfer(parts, self._on_host)
-        except Exception:
-            for position, probe in enumerate(probes, 1):
-                try:
-                    HostTransfer([parts[position]], self._on_host)
-                except Exception as fault:
-                    self._switch_off(probe, fault)
-                    parts[position] = TransferPart((), False)
-            return HostTransfer(parts, self._on_host)
 
     # ------------------------------------------------------------ on the host
 
@@ -711,10 +532,7 @@ class StepMeasurer:
             self.changed_by_hand = True
         if not self._on_host and facts.gradient_norms is not None:
             self._judge(facts.gradient_norms.tolist())
-        for probe in self._schedule.clip_readers:
-            probe.with_clipping = bool(facts.clips)
-        if self._governor.step(step.probes, self._schedule.working, facts.own_ms, facts.step_ms):
-            self._schedule_outdated = True
+        self.probes.govern(step.probes, facts)
         return spent
 
     def rows_of(self, step: CompletedStep) -> tuple[StepRecord, StepFacts, float]:
@@ -725,7 +543,7 @@ class StepMeasurer:
             raise header
         facts = step.facts(header)
         began = perf_counter()
-        rows = self._rows(step.probes, parts, facts)
+        rows = self.probes.rows(step.probes, parts, facts)
         spent = perf_counter() - began
         record = StepRecord(
             step=facts.step,
@@ -739,61 +557,6 @@ class StepMeasurer:
             classes=step.classes,
         )
         return record, facts, spent
-
-    def _rows(
-        self, probes: Sequence[ActiveProbe], parts: Sequence[Values | Exception], facts: StepFacts
-    ) -> tuple[tuple[int, Floats], ...]:
-        """(table id, row) of everything that the probes make of a step."""
-        rows: list[tuple[int, Floats]] = []
-        own_ms = facts.own_ms
-        remaining = iter(parts)
-        began = perf_counter()
-        for probe in probes:
-            values = next(remaining) if probe.hooks else NO_READINGS
-            if probe.failed:
-                continue
-            try:
-                if isinstance(values, Exception):
-                    raise values
-                found = probe.probe.rows(values, facts)
-            except Exception as fault:
-                self._switch_off(probe, fault)
-                continue
-            if found:
-                for table, row in zip(probe.tables, found, strict=False):
-                    if row is not None:
-                        rows.append((table.id, row))
-            ended = perf_counter()
-            own_ms[probe.name] = own_ms.get(probe.name, 0.0) + (ended - began) * 1e3
-            began = ended
-        return tuple(rows)
-
-    def _call(self, probe: ActiveProbe, hook: Callable[..., Any], *args: Any) -> Any:
-        """Call a hook on the probe's own account; switch the probe off if it raises."""
-        if probe.failed:
-            return None
-        began = perf_counter()
-        try:
-            return hook(*args)
-        except Exception as fault:
-            self._switch_off(probe, fault)
-            return None
-        finally:
-            probe.spent_s += perf_counter() - began
-
-    def _switch_off(self, probe: ActiveProbe, fault: Exception) -> None:
-        probe.failed = True
-        self._schedule_outdated = True
-        text = f"probe {probe.name} is switched off: {describe_exception(fault)}"
-        self._recorder.notice("fault", text, "error")
-
-
-def _any_kept(now: Marks, used: Marks) -> bool:
-    """Whether gradients are those that the last step used, judged by three of them."""
-    if len(now) != len(used) or not now:
-        return False
-    places = (0, len(now) // 2, len(now) - 1)
-    return any(now[place] is not None and now[place] == used[place] for place in places)
 
 
 def _scaled_down(before: Readings | None, after: Readings) -> bool:
@@ -825,40 +588,3 @@ def _equal(before: Readings | None, after: Readings) -> bool:
     return before is not None and np.array_equal(
         np.array(before, dtype=np.float64), np.array(after, dtype=np.float64), equal_nan=True
     )
-
-
-@contextmanager
-def probe_context(device: torch.device) -> Iterator[None]:
-    """No gradients, and the tensors' own precision also where a script steps under autocast."""
-    with torch.no_grad():
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        else:
-            yield
-
-
-def norms_before(
-    gradients: Sequence[Gradient],
-    norms: dict[int, torch.Tensor],
-    clipped: Any,
-    limit: Any,
-    total: Any,
-) -> Readings:
-    """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of what it
-    clipped is divided by the factor of PyTorch's own formula."""
-    given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
-    scaled = {id(local(p.grad)) for p in given if p.grad is not None}
-    factor: torch.Tensor | None = None
-    found: list[torch.Tensor | float] = []
-    for gradient in gradients:
-        if gradient is None or id(gradient) in norms:
-            found.append(0.0 if gradient is None else norms[id(gradient)])
-            continue
-        norm = torch.linalg.vector_norm(dense(gradient).float())
-        if id(gradient) in scaled:
-            if factor is None:
-                factor = torch.clamp(float(limit) / (total + 1e-6), max=1.0)
-            norm = norm / factor
-        found.append(norm)
-    return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.trace.probe import Reading
+from tui_trainer.trace.probe import Gradient, Reading, Readings
 from tui_trainer.trace.torch_private import is_sharded, local, norms_of
 
 SMALL, LARGE = 1e-30, 1e36
@@ -149,6 +149,32 @@ def _placed(norms: Sequence[Reading]) -> Iterator[tuple[int, Reading]]:
     for norm in norms:
         yield place, norm
         place += norm.numel() if isinstance(norm, torch.Tensor) else 1
+
+
+def norms_before(
+    gradients: Sequence[Gradient],
+    norms: dict[int, torch.Tensor],
+    clipped: Any,
+    limit: Any,
+    total: Any,
+) -> Readings:
+    """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of what it
+    clipped is divided by the factor of PyTorch's own formula."""
+    given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
+    scaled = {id(local(p.grad)) for p in given if p.grad is not None}
+    factor: torch.Tensor | None = None
+    found: list[torch.Tensor | float] = []
+    for gradient in gradients:
+        if gradient is None or id(gradient) in norms:
+            found.append(0.0 if gradient is None else norms[id(gradient)])
+            continue
+        norm = torch.linalg.vector_norm(dense(gradient).float())
+        if id(gradient) in scaled:
+            if factor is None:
+                factor = torch.clamp(float(limit) / (total + 1e-6), max=1.0)
+            norm = norm / factor
+        found.append(norm)
+    return found
 
 
 def norm_of(values: NDArray[np.float64]) -> float:

@@ -11,8 +11,9 @@ import torch
 
 from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
+from tui_trainer.trace.changes import WeightWatch
 from tui_trainer.trace.governor import GovernedProbe
-from tui_trainer.trace.measurement import StepMeasurer, WeightWatch
+from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
@@ -292,7 +293,7 @@ class OptimizerRegistry:
         )
         if before is not None:
             measurer.take_over(before)
-        for active in measurer.probes:
+        for active in measurer.probes.active:
             active.probe.on_unseen_change = self._describe_unseen
             if active.probe.partly_unseen:
                 self._recorder.notice("unseen", active.probe.partly_unseen, "warning")
@@ -426,7 +427,9 @@ class OptimizerRegistry:
         self._recorder.describe(
             parameters=tuple(self._infos),
             optimizers=tuple(slot.name for slot in self._slots),
-            attention=tuple(a for m in measurers for p in m.probes for a in p.probe.attention),
+            attention=tuple(
+                a for m in measurers for p in m.probes.active for a in p.probe.attention
+            ),
             unseen=self._unseen(),
         )
 
@@ -437,13 +440,13 @@ class OptimizerRegistry:
         """Why a quantity is missing: for all optimizers under its name, for one of several under
         `name@optimizer`."""
         unseen = {**self._loop_unseen, **self._phases_unseen}
-        active = {probe.name for measurer in self.measurers for probe in measurer.probes}
+        active = {probe.name for measurer in self.measurers for probe in measurer.probes.active}
         for measurer in self.measurers:
-            unseen |= {n: why for n, why in measurer.unseen.items() if n not in active}
+            unseen |= {n: why for n, why in measurer.probes.unseen.items() if n not in active}
         reasons = [
             (probe.name, measurer.tracked.name, probe.probe.unseen)
             for measurer in self.measurers
-            for probe in measurer.probes
+            for probe in measurer.probes.active
         ]
         seen = {name for name, _, why in reasons if not why}
         for name, optimizer, why in reasons:

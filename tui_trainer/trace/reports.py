@@ -205,7 +205,7 @@ class PhaseReporter:
         quantities: list[Quantity] = []
         why = "it was not measured in this step"
         for measurer in self._run.registry.measurers:
-            probe = measurer.probe(schema.UPDATE_RATIO)
+            probe = measurer.probes.named(schema.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
             if latest is None or latest[0] != step:
                 missing_at, missing = getattr(probe, "missing", (0, ""))
@@ -246,7 +246,7 @@ def _provisional_row(
     measurer: StepMeasurer, name: str, step: int, values: Sequence[float]
 ) -> list[Rows]:
     """A row of the current step, before it is complete."""
-    table = measurer.table(name)
+    table = measurer.probes.table(name)
     if table is None:
         return []
     return [

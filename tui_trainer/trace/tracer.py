@@ -301,7 +301,7 @@ class Tracer:
         try:
             for measurer in self.registry.measurers:
                 measurer.lose()
-                measurer.forget_marks()
+                measurer.marks.forget()
             self._phases.discard_iteration()
             if stepped:
                 self._phases.next_step()
@@ -459,7 +459,7 @@ class Tracer:
     def _end_sampling(self) -> None:
         sampling, self._sampling = self._sampling, []
         for measurer in sampling:
-            measurer.after_forward()
+            measurer.probes.after_forward()
 
     @always_guarded
     def module_changed(self, module: torch.nn.Module) -> None:
@@ -496,13 +496,13 @@ class Tracer:
         self._phases.stop_clock()
         reached = [m for m in self.registry.measurers if m.reached_by_backward()]
         for measurer in self.registry.register_reached():
-            measurer.gradients_known()
+            measurer.marks.remember()
             if measurer not in reached:
                 reached.append(measurer)
         if not reached and not self.registry.measurers:
             by_hand = self.registry.measure_hand_updates()
             if by_hand is not None:
-                by_hand.gradients_known()
+                by_hand.marks.remember()
                 reached.append(by_hand)
         self._close_backward(reached)
         for measurer in reached:
@@ -640,9 +640,9 @@ class Tracer:
             self._lose(waiting, _zeroed_by(owner))
         for measurer in self.registry.measurers:
             if measurer.passes:
-                measurer.gradients_known()
+                measurer.marks.remember()
             else:
-                measurer.forget_marks()
+                measurer.marks.forget()
         self._phases.leave()
 
     def _lose(self, measurers: list[StepMeasurer], zeroed: Callable[[torch.Tensor], bool]) -> None:
@@ -700,7 +700,7 @@ class Tracer:
             self._follow_changes_by_hand()
         else:
             self._skip(self._discard(measurer), "hand")
-            measurer.forget_marks()
+            measurer.marks.forget()
 
     # ------------------------------------------------------------ clipping
 
@@ -741,7 +741,7 @@ class Tracer:
             if self.registry.measurers_of(parameters):
                 self._report_late_clip()
             for measurer in self.registry.measurers:
-                measurer.forget_marks()
+                measurer.marks.forget()
         before = self._total_before_clip if kind == "value" else total
         if self._clipping and isinstance(before, (torch.Tensor, float)):
             for measurer in self._clipping:
@@ -792,9 +792,9 @@ class Tracer:
         that calls the autograd engine by itself."""
         for measurer in self.registry.measurers:
             self._resolve_returned(measurer)
-            if not measurer.passes and measurer.gradients_changed() and measurer.any_gradient():
+            if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
                 measurer.add_pass(BackwardPass([]))
-                measurer.gradients_known()
+                measurer.marks.remember()
 
     def _resolve_returned(self, measurer: StepMeasurer) -> None:
         """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
@@ -811,14 +811,14 @@ class Tracer:
     ) -> None:
         same, some = measurer.has_gradients(returned)
         alone = len(measurer.passes) == 1
-        if some or (alone and measurer.gradients_changed() and measurer.any_gradient()):
+        if some or (alone and measurer.marks.changed() and measurer.any_gradient()):
             if not same:  # changed before they were assigned
                 measurer.reading = None
-            measurer.assigned(returned)
+            measurer.marks.assigned(returned)
         else:
             measurer.passes.remove(backward)
             backward.claims.discard(measurer)
-            measurer.gradients_known()
+            measurer.marks.remember()
 
     def _follow_changes_by_hand(self, before_step: bool = False) -> None:
         """Find out whether the script has changed gradients between backward and step by itself:
@@ -939,7 +939,7 @@ class Tracer:
                 backward.returned = {}
         self._resolve_returned(measurer)
         self._phases.end_step_by_hand()
-        if measurer.gradients_changed() and measurer.any_gradient() and not measurer.all_zero():
+        if measurer.marks.changed() and measurer.any_gradient() and not measurer.all_zero():
             self._follow_changes_by_hand()
         rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
         self._complete(measurer, rate, evaluations, began)
@@ -1043,7 +1043,7 @@ class Tracer:
         for measurer in self.registry.measurers:
             if measurer.passes:
                 measurer.refresh_norms()
-                measurer.gradients_known()
+                measurer.marks.remember()
 
     @always_guarded
     def scaler_updated(self) -> None:

@@ -1,0 +1,245 @@
+"""The probes of one optimizer, as they are called in the course of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from tui_trainer.history.records import Floats
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.schema import Table
+from tui_trainer.trace.governor import Governor, OnChange
+from tui_trainer.trace.optimizer_slot import OptimizerSlot
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import (
+    Gradient,
+    Options,
+    Probe,
+    Readings,
+    RecorderLike,
+    StepFacts,
+    Values,
+    describe_exception,
+)
+from tui_trainer.trace.schedule import ActiveProbe, ProbeSchedule
+from tui_trainer.trace.transfer import HostTransfer, TransferPart
+
+NO_READINGS: Values = np.empty(0)
+
+
+@contextmanager
+def probe_context(device: torch.device) -> Iterator[None]:
+    """No gradients, and the tensors' own precision also where a script steps under autocast."""
+    with torch.no_grad():
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+
+
+class ProbeSet:
+    """Calls the probes that measure a step, takes their time, transfers what they read and collects
+    their rows. A probe that raises is switched off."""
+
+    def __init__(
+        self,
+        tracked: TrackedParameters,
+        kinds: Sequence[type[Probe]],
+        recorder: RecorderLike,
+        options: Options,
+        slot: OptimizerSlot,
+        on_cadence_change: OnChange,
+    ) -> None:
+        self.active: list[ActiveProbe] = []
+        self.unseen: dict[str, str] = {}
+        """Why probes that have nothing to measure were left out."""
+        self.on_host = all(parameter.is_cpu for parameter in tracked.parameters)
+        self._tracked = tracked
+        self._recorder = recorder
+        self._governor = Governor(options.budget, on_cadence_change)
+        for kind in kinds:
+            if kind.name not in options.switched_off:
+                self._add(kind, options, slot)
+        self.schedule = ProbeSchedule(self.active)
+        self._schedule_outdated = False
+        """Cadences changed or a probe failed, perhaps on another thread."""
+
+    def _add(self, kind: type[Probe], options: Options, slot: OptimizerSlot) -> None:
+        try:
+            with torch.no_grad():
+                probe = kind(self._tracked, options)
+            if probe.unseen:
+                self.unseen[kind.name] = probe.unseen
+            else:
+                self.active.append(self._activate(probe, options, slot))
+        except Exception as fault:
+            text = f"probe {kind.name}: {describe_exception(fault)}"
+            self._recorder.notice("fault", text, "error")
+
+    def _activate(self, probe: Probe, options: Options, slot: OptimizerSlot) -> ActiveProbe:
+        natural = max(0, options.cadences.get(probe.name, probe.every))
+        watched = min(probe.watched_every, natural or probe.watched_every) if probe.topic else 0
+        tables: list[Table] = []
+        for spec in probe.tables:
+            every = natural if spec.every is None else spec.every
+            unstretched = natural or watched if spec.every is None else spec.every
+            tables.append(slot.table(self._recorder, spec.name, spec.columns, every, unstretched))
+        return ActiveProbe(
+            name=probe.name,
+            natural=natural,
+            every=natural,
+            importance=probe.importance,
+            max_stretch=probe.max_stretch,
+            watched_natural=watched,
+            watched_every=watched,
+            probe=probe,
+            tables=tables,
+        )
+
+    def table(self, name: str) -> Table | None:
+        """The table of this name that one of the probes fills."""
+        return next((t for p in self.active for t in p.tables if t.name == name), None)
+
+    def named(self, name: str) -> Probe | None:
+        """The working probe of this name."""
+        return next((p.probe for p in self.active if p.name == name and not p.failed), None)
+
+    # ------------------------------------------------------------ in the course of a step
+
+    def begin_step(self, step: int, stops_soon: bool) -> None:
+        """Decide which probes measure a new step."""
+        if self._schedule_outdated:
+            self._schedule_outdated = False
+            self.schedule.update()
+        self.schedule.begin_step(step, self._recorder.watched(), stops_soon)
+
+    def before_forward(self, root: torch.nn.Module) -> bool:
+        """The first forward of the step begins; returns whether `after_forward` must be called."""
+        plan = self.schedule.plan
+        if plan.before_forward:
+            with probe_context(self._tracked.device):
+                for probe in plan.before_forward:
+                    self._call(probe, probe.probe.before_forward, root)
+        return bool(plan.after_forward)
+
+    def after_forward(self) -> None:
+        with probe_context(self._tracked.device):
+            for probe in self.schedule.plan.after_forward:
+                self._call(probe, probe.probe.after_forward)
+
+    def gradients(self, gradients: list[Gradient]) -> None:
+        for probe in self.schedule.plan.gradients:
+            probe.readings = [self._call(probe, probe.probe.gradients, gradients) or ()]
+
+    def gradient_norms(self, norms: Readings, spent_s: float = 0.0) -> None:
+        """`spent_s`: how long reading them took."""
+        for probe in self.schedule.plan.gradient_norms:
+            probe.spent_s += spent_s
+            spent_s = 0.0
+            probe.readings = [self._call(probe, probe.probe.gradient_norms, norms) or ()]
+
+    def before_update(self) -> None:
+        plan = self.schedule.plan
+        if plan.before_update:
+            with probe_context(self._tracked.device):
+                for probe in plan.before_update:
+                    self._call(probe, probe.probe.before_update)
+
+    def after_update(self) -> Sequence[ActiveProbe]:
+        """End the step; returns the probes that have measured it."""
+        plan = self.schedule.plan
+        self.schedule.end_step()
+        if plan.after_update:
+            with probe_context(self._tracked.device):
+                for probe in plan.after_update:
+                    probe.readings.append(self._call(probe, probe.probe.after_update) or ())
+        return plan.probes
+
+    def forget_readings(self) -> None:
+        """The gradients of the step are thrown away."""
+        for probe in self.schedule.plan.reading:
+            probe.readings = []
+
+    def of_skipped(self, norms: bool) -> list[ActiveProbe]:
+        """Those that make rows of an iteration without a step; `norms`: whether gradients have
+        been read."""
+        kept = [schema.STEP, schema.CLIP, schema.PHASE_MS, "nonfinite"]
+        if norms:
+            kept.append(schema.GRAD_NORM)
+        return [probe for probe in self.active if probe.name in kept and not probe.failed]
+
+    def _call(self, probe: ActiveProbe, hook: Callable[..., Any], *args: Any) -> Any:
+        """Call a hook on the probe's own account; switch the probe off if it raises."""
+        if probe.failed:
+            return None
+        began = perf_counter()
+        try:
+            return hook(*args)
+        except Exception as fault:
+            self._switch_off(probe, fault)
+            return None
+        finally:
+            probe.spent_s += perf_counter() - began
+
+    def _switch_off(self, probe: ActiveProbe, fault: Exception) -> None:
+        probe.failed = True
+        self._schedule_outdated = True
+        text = f"probe {probe.name} is switched off: {describe_exception(fault)}"
+        self._recorder.notice("fault", text, "error")
+
+    # ------------------------------------------------------------ to the host
+
+    def transfer(self, parts: list[TransferPart], probes: Sequence[ActiveProbe]) -> HostTransfer:
+        """Start the transfer of the header and of what each of `probes` has read. A probe whose
+        readings cannot be transferred is switched off."""
+        try:
+            return HostTransfer(parts, self.on_host)
+        except Exception:
+            for position, probe in enumerate(probes, 1):
+                try:
+                    HostTransfer([parts[position]], self.on_host)
+                except Exception as fault:
+                    self._switch_off(probe, fault)
+                    parts[position] = TransferPart((), False)
+            return HostTransfer(parts, self.on_host)
+
+    def rows(
+        self, probes: Sequence[ActiveProbe], parts: Sequence[Values | Exception], facts: StepFacts
+    ) -> tuple[tuple[int, Floats], ...]:
+        """(table id, row) of everything that `probes` make of a step."""
+        rows: list[tuple[int, Floats]] = []
+        own_ms = facts.own_ms
+        remaining = iter(parts)
+        began = perf_counter()
+        for probe in probes:
+            values = next(remaining) if probe.hooks else NO_READINGS
+            if probe.failed:
+                continue
+            try:
+                if isinstance(values, Exception):
+                    raise values
+                found = probe.probe.rows(values, facts)
+            except Exception as fault:
+                self._switch_off(probe, fault)
+                continue
+            if found:
+                for table, row in zip(probe.tables, found, strict=False):
+                    if row is not None:
+                        rows.append((table.id, row))
+            ended = perf_counter()
+            own_ms[probe.name] = own_ms.get(probe.name, 0.0) + (ended - began) * 1e3
+            began = ended
+        return tuple(rows)
+
+    def govern(self, probes: Sequence[ActiveProbe], facts: StepFacts) -> None:
+        """A step that `probes` have measured is recorded: adapt the cadences to their cost."""
+        for probe in self.schedule.clip_readers:
+            probe.with_clipping = bool(facts.clips)
+        if self._governor.step(probes, self.schedule.working, facts.own_ms, facts.step_ms):
+            self._schedule_outdated = True
