@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tui_trainer.breakpoints.expression import (
-    NAMES,
-    ExpressionError,
-    Quantity,
-    Reading,
-    Selector,
-    Several,
-    completions,
-    parse,
-)
+from tui_trainer.breakpoints.evaluation import Quantity, Reading, Selector, Several
+from tui_trainer.breakpoints.expression import NAMES, ExpressionError, completions, parse
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import Level
 

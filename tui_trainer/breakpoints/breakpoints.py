@@ -12,16 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.expression import (
-    SCALARS,
-    Expression,
-    ExpressionError,
-    Quantity,
-    Reading,
-    Selector,
-    Several,
-    parse,
-)
+from tui_trainer.breakpoints.evaluation import Quantity, Reading, Selector, Several
+from tui_trainer.breakpoints.expression import SCALARS, Expression, ExpressionError, parse
 from tui_trainer.findings.verdict import LEVEL_ORDER
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import Phase, schema

@@ -13,17 +13,34 @@ from __future__ import annotations
 
 import ast
 import difflib
-import fnmatch
-import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tui_trainer.breakpoints.evaluation import (
+    Evaluate,
+    ExponentialMean,
+    Moment,
+    Number,
+    Part,
+    Quantity,
+    Reading,
+    Selector,
+    Truth,
+    absolute,
+    arithmetic,
+    compare,
+    conjunction_of,
+    constant,
+    disjunction_of,
+    extreme,
+    reported,
+)
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import Level
@@ -53,74 +70,6 @@ class ExpressionError(UserError):
         return f"{self.message}\n    {self.text}\n    {marks}"
 
 
-# ---------------------------------------------------------------- values
-
-
-@dataclass(frozen=True, slots=True)
-class Several:
-    """The values of several columns."""
-
-    names: tuple[str, ...]
-    values: NDArray[np.float64]
-    present: NDArray[np.bool_]
-    """Which of them are not absent."""
-
-
-@dataclass(frozen=True)
-class Selector:
-    """Which columns: those whose names match a pattern, those of a layer, or any."""
-
-    pattern: str | None = None
-    layer: int | None = None
-
-    def __str__(self) -> str:
-        if self.layer is not None:
-            return f"layer={self.layer}"
-        return "any" if self.pattern is None else f'"{self.pattern}"'
-
-    def matches(self, name: str) -> bool:
-        """Whether a name matches the pattern: in full, or up to one of its dots."""
-        if self.pattern is None:
-            return True
-        return fnmatch.fnmatchcase(name, self.pattern) or fnmatch.fnmatchcase(
-            name, f"{self.pattern}.*"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A value on account of which a condition is met."""
-
-    text: str
-    parameter: str = ""
-    table: str = ""
-
-
-class Moment(Protocol):
-    """A phase boundary of a run, as conditions see it."""
-
-    @property
-    def step(self) -> int: ...
-
-    def number(self, name: str) -> float | None:
-        """A quantity of SCALARS; None where it is absent."""
-
-    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
-        """The selected columns; None where they were not measured.
-
-        Raises UserError where nothing matches the selector.
-        """
-
-    def logged(self, name: str) -> float | None:
-        """What the script has logged under this name in this step."""
-
-    def nonfinite(self) -> Reading | None:
-        """What has become nan or infinite."""
-
-    def finding(self, part: str, level: Level) -> Reading | None:
-        """A new finding of this level or a worse one, whose rule's name has this part."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What the evaluation of a condition gave."""
@@ -135,18 +84,6 @@ class Outcome:
 
 
 # ---------------------------------------------------------------- what there is
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """Something that a condition can ask about."""
-
-    name: str
-    help: str
-    known_from: Phase
-    """The first phase of a step at whose end it is known."""
-    table: str = ""
-    """The table that it is read from."""
 
 
 def _attention(names: Iterable[str], table: str) -> list[Quantity]:
@@ -219,21 +156,6 @@ def completions(text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- conditions
-
-Number = float | Several | None
-Truth = bool | None
-Evaluate = Callable[[Moment, list[Reading]], object]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A compiled part of a condition."""
-
-    kind: Literal["number", "several", "truth"]
-    evaluate: Evaluate
-    """Returns a Number or a Truth. Adds what is worth telling to the list."""
-    label: str = ""
-    table: str = ""
 
 
 @dataclass
@@ -390,14 +312,14 @@ class _Compiler:
 
     # ------------------------------------------------------------ nodes
 
-    def _part(self, node: ast.expr, depth: int) -> _Part:
+    def _part(self, node: ast.expr, depth: int) -> Part:
         if depth > MAX_DEPTH:
             raise self._error("this is nested too deeply", node)
         depth += 1
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
                 # MAX_CHARACTERS digits are no overflow.
-                return _Part("number", _constant(float(cast(float, value))))
+                return Part("number", constant(float(cast(float, value))))
             case ast.Name(id=name):
                 return self._name(node, name)
             case ast.Attribute(value=ast.Name(id=owner), attr=name):
@@ -413,35 +335,35 @@ class _Compiler:
             case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
                 sign = -1.0 if isinstance(node.op, ast.USub) else 1.0
                 part = self._number(operand, depth)
-                return _Part(part.kind, _arithmetic(np.multiply, _constant(sign), part.evaluate))
+                return Part(part.kind, arithmetic(np.multiply, constant(sign), part.evaluate))
             case ast.BinOp(op=operation) if type(operation) in ARITHMETIC:
                 left, right = self._number(node.left, depth), self._number(node.right, depth)
                 several = "several" in (left.kind, right.kind)
                 function = ARITHMETIC[type(operation)]
-                return _Part(
+                return Part(
                     "several" if several else "number",
-                    _arithmetic(function, left.evaluate, right.evaluate),
+                    arithmetic(function, left.evaluate, right.evaluate),
                 )
         raise self._error(
             "this is not part of the language", node, "comparisons, + - * / %, and, or, not"
         )
 
-    def _number(self, node: ast.expr, depth: int) -> _Part:
+    def _number(self, node: ast.expr, depth: int) -> Part:
         part = self._part(node, depth)
         if part.kind == "truth":
             raise self._error("this is a condition, not a number", node)
         return part
 
-    def _truth(self, node: ast.expr, depth: int) -> _Part:
+    def _truth(self, node: ast.expr, depth: int) -> Part:
         part = self._part(node, depth)
         if part.kind != "truth":
             raise self._error("this is a number, not a condition", node, "such as loss > 3")
         return part
 
-    def _name(self, node: ast.expr, name: str) -> _Part:
+    def _name(self, node: ast.expr, name: str) -> Part:
         if name == NONFINITE:
             self._check_phase(node, NONFINITE, "loss")
-            return _Part("truth", _told(lambda moment: moment.nonfinite()))
+            return Part("truth", reported(lambda moment: moment.nonfinite()))
         quantity = SCALARS.get(name)
         if quantity is None:
             if name in SEVERAL or name in FUNCTIONS:
@@ -454,7 +376,7 @@ class _Compiler:
         if quantity.table:
             self.tables.add(quantity.table)
         if name == "step":
-            return _Part("number", lambda moment, readings: float(moment.step))
+            return Part("number", lambda moment, readings: float(moment.step))
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Number:
             value = moment.number(name)
@@ -462,7 +384,7 @@ class _Compiler:
                 readings.append(Reading(f"{name} {value:.4g}", table=quantity.table))
             return value
 
-        return _Part("number", evaluate)
+        return Part("number", evaluate)
 
     def _check_phase(self, node: ast.AST, name: str, known_from: Phase) -> None:
         if PHASES.index(self._phase) < PHASES.index(known_from):
@@ -472,7 +394,7 @@ class _Compiler:
 
     # ------------------------------------------------------------ functions
 
-    def _call(self, node: ast.Call, depth: int) -> _Part:
+    def _call(self, node: ast.Call, depth: int) -> Part:
         name = _dotted(node.func)
         if name is None:
             raise self._error("this is not a function", node.func)
@@ -484,7 +406,7 @@ class _Compiler:
                 message = "findings are known at the end of the step only"
                 raise self._error(message, node, f"leave out `at {self._phase}`")
             self.findings = True
-            return _Part("truth", _told(lambda moment: moment.finding(part, level)))
+            return Part("truth", reported(lambda moment: moment.finding(part, level)))
         if name == LOG:
             return self._logged(self._string(node, "a name", '("accuracy")'))
         if name == EMA:
@@ -492,11 +414,11 @@ class _Compiler:
         if name == ABS:
             self._count(node, 1, 1)
             part_ = self._number(node.args[0], depth)
-            return _Part(part_.kind, _absolute(part_.evaluate))
+            return Part(part_.kind, absolute(part_.evaluate))
         if name in (MINIMUM, MAXIMUM):
             self._count(node, 1, 10)
             parts = [self._number(each, depth) for each in node.args]
-            return _Part("number", _extreme(name == MAXIMUM, [p.evaluate for p in parts]))
+            return Part("number", extreme(name == MAXIMUM, [p.evaluate for p in parts]))
         if name in SCALARS or name == NONFINITE:
             raise self._error(f"{name} takes no parentheses", node, f"write {name}")
         names = [*SEVERAL, *FUNCTIONS]
@@ -524,12 +446,12 @@ class _Compiler:
         example = '("exploding"), or finding(level="warning")'
         return self._string(node, "the name of a rule or a part of it", example), "info"
 
-    def _several(self, node: ast.Call, quantity: Quantity) -> _Part:
+    def _several(self, node: ast.Call, quantity: Quantity) -> Part:
         selector = self._selector(node, quantity)
         self._check_phase(node, quantity.name, quantity.known_from)
         self.tables.add(quantity.table)
         self.selectors.append((quantity, selector, *self._place(node)))
-        return _Part(
+        return Part(
             "several",
             lambda moment, readings: moment.several(quantity, selector),
             label=quantity.name,
@@ -552,7 +474,7 @@ class _Compiler:
             example = 'phase_ms("data")'
         raise self._error(f"{quantity.name} takes a selection", node, f"such as {example}")
 
-    def _logged(self, name: str) -> _Part:
+    def _logged(self, name: str) -> Part:
         self.tables.add(schema.LOGGED)
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Number:
@@ -561,9 +483,9 @@ class _Compiler:
                 readings.append(Reading(f"{name} {value:.4g}", table=schema.LOGGED))
             return value
 
-        return _Part("number", evaluate)
+        return Part("number", evaluate)
 
-    def _ema(self, node: ast.Call, depth: int) -> _Part:
+    def _ema(self, node: ast.Call, depth: int) -> Part:
         steps = EMA_STEPS
         match node:
             case ast.Call(args=[_], keywords=[]):
@@ -580,11 +502,11 @@ class _Compiler:
         if part.kind == "several":
             hint = "such as ema(max(grad_norm(any)))"
             raise self._error("ema takes one number", node.args[0], hint)
-        return _Part("number", _Mean(part.evaluate, steps))
+        return Part("number", ExponentialMean(part.evaluate, steps))
 
     # ------------------------------------------------------------ truths
 
-    def _comparison(self, node: ast.Compare, depth: int) -> _Part:
+    def _comparison(self, node: ast.Compare, depth: int) -> Part:
         operands = [self._number(each, depth) for each in (node.left, *node.comparators)]
         compared = []
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
@@ -596,30 +518,30 @@ class _Compiler:
             # Every operand once: `ema` has a state.
             values = [cast(Number, each.evaluate(moment, readings)) for each in operands]
             truths = [
-                _compare(values[i], values[i + 1], function, side, left, right, readings)
+                compare(values[i], values[i + 1], function, side, left, right, readings)
                 for i, (left, function, side, right) in enumerate(compared)
             ]
-            return _all(truths)
+            return conjunction_of(truths)
 
-        return _Part("truth", evaluate)
+        return Part("truth", evaluate)
 
-    def _bool(self, conjunction: bool, values: Sequence[ast.expr], depth: int) -> _Part:
+    def _bool(self, conjunction: bool, values: Sequence[ast.expr], depth: int) -> Part:
         parts = [self._truth(each, depth).evaluate for each in values]
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
             truths = [cast(Truth, part(moment, readings)) for part in parts]  # `ema` has a state
-            return _all(truths) if conjunction else _any(truths)
+            return conjunction_of(truths) if conjunction else disjunction_of(truths)
 
-        return _Part("truth", evaluate)
+        return Part("truth", evaluate)
 
-    def _not(self, operand: ast.expr, depth: int) -> _Part:
+    def _not(self, operand: ast.expr, depth: int) -> Part:
         part = self._truth(operand, depth).evaluate
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
             truth = cast(Truth, part(moment, readings))
             return None if truth is None else not truth
 
-        return _Part("truth", evaluate)
+        return Part("truth", evaluate)
 
 
 def _dotted(node: ast.expr) -> str | None:
@@ -629,165 +551,3 @@ def _dotted(node: ast.expr) -> str | None:
         case ast.Attribute(value=ast.Name(id=owner), attr=name):
             return f"{owner}.{name}"
     return None
-
-
-# ---------------------------------------------------------------- evaluating
-
-
-def _all(truths: Sequence[Truth]) -> Truth:
-    if False in truths:
-        return False
-    return None if None in truths else True
-
-
-def _any(truths: Sequence[Truth]) -> Truth:
-    if True in truths:
-        return True
-    return None if None in truths else False
-
-
-def _constant(value: float) -> Evaluate:
-    return lambda moment, readings: value
-
-
-def _told(find: Callable[[Moment], Reading | None]) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-        found = find(moment)
-        if found is not None:
-            readings.append(found)
-        return found is not None
-
-    return evaluate
-
-
-def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
-    """The columns that both have."""
-    if left.names == right.names:
-        return left, right
-    places = {name: position for position, name in enumerate(right.names)}
-    common = [(i, places[name]) for i, name in enumerate(left.names) if name in places]
-    ours, theirs = [i for i, _ in common], [j for _, j in common]
-    names = tuple(left.names[i] for i in ours)
-    return (
-        Several(names, left.values[ours], left.present[ours]),
-        Several(names, right.values[theirs], right.present[theirs]),
-    )
-
-
-def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-    """The names of two values of which one is several, and where both are present."""
-    if isinstance(left, Several):
-        if isinstance(right, Several):
-            return left.names, left.present & right.present
-        return left.names, left.present
-    assert isinstance(right, Several)
-    return right.names, right.present
-
-
-def _values(number: Number) -> NDArray[np.float64] | np.float64:
-    return number.values if isinstance(number, Several) else np.float64(cast(float, number))
-
-
-def _arithmetic(
-    function: Callable[..., NDArray[np.float64]], left: Evaluate, right: Evaluate
-) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-        a = cast(Number, left(moment, readings))
-        b = cast(Number, right(moment, readings))
-        if a is None or b is None:
-            return None
-        if isinstance(a, Several) and isinstance(b, Several):
-            a, b = _aligned(a, b)
-        with np.errstate(all="ignore"):
-            result = function(_values(a), _values(b))
-        if isinstance(a, Several) or isinstance(b, Several):
-            names, present = _joined(a, b)
-            return Several(names, result, present)
-        return float(result)
-
-    return evaluate
-
-
-def _absolute(part: Evaluate) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-        value = cast(Number, part(moment, readings))
-        if isinstance(value, Several):
-            return Several(value.names, np.abs(value.values), value.present)
-        return None if value is None else abs(value)
-
-    return evaluate
-
-
-def _extreme(largest: bool, parts: Sequence[Evaluate]) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-        found: list[float] = []
-        for part in parts:
-            value = cast(Number, part(moment, readings))
-            if isinstance(value, Several):
-                found += value.values[value.present].tolist()
-            elif value is not None:
-                found.append(value)
-        if not found:
-            return None
-        if any(math.isnan(value) for value in found):
-            return math.nan
-        return max(found) if largest else min(found)
-
-    return evaluate
-
-
-class _Mean:
-    """The exponential mean of the finite values before the current one."""
-
-    def __init__(self, part: Evaluate, steps: int) -> None:
-        self._part = part
-        self._steps = steps
-        self._count = 0
-        self._mean = math.nan
-
-    def __call__(self, moment: Moment, readings: list[Reading]) -> Number:
-        value = cast(Number, self._part(moment, []))
-        mean = self._mean if self._count else None
-        if isinstance(value, float) and math.isfinite(value):
-            self._count = min(self._count + 1, self._steps)
-            if self._count == 1 and mean is None:
-                self._mean = value
-            else:
-                self._mean += (value - self._mean) / self._count
-        return mean
-
-
-def _compare(
-    left: Number,
-    right: Number,
-    function: Callable[[Any, Any], Any],
-    side: int,
-    left_part: _Part,
-    right_part: _Part,
-    readings: list[Reading],
-) -> Truth:
-    """Whether the comparison holds, for any column where there are several; None where a value is
-    absent."""
-    if left is None or right is None:
-        return None
-    if not isinstance(left, Several) and not isinstance(right, Several):
-        return bool(function(left, right))
-    if isinstance(left, Several) and isinstance(right, Several):
-        left, right = _aligned(left, right)
-    names, present = _joined(left, right)
-    if not present.any():
-        return None
-    with np.errstate(all="ignore"):
-        holds = cast("NDArray[np.bool_]", function(_values(left), _values(right))) & present
-        if not holds.any():
-            return False
-        distance = np.where(holds, side * (_values(left) - _values(right)), -np.inf)
-    place = int(np.argmax(holds if side == 0 or np.isnan(distance).any() else distance))
-    shown, part = left, left_part
-    if not isinstance(shown, Several):
-        shown, part = right, right_part
-    assert isinstance(shown, Several)
-    value = float(shown.values[place])
-    label = f"{part.label} of " if part.label else ""
-    readings.append(Reading(f"{label}{names[place]} {value:.4g}", names[place], part.table))
-    return True

@@ -1,0 +1,274 @@
+"""The values of conditions, and the closures that a condition is compiled to.
+
+An `Evaluate` returns a Number or a Truth at a moment of the run; a value that is absent is None.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.protocol import Phase
+from tui_trainer.protocol.messages import Level
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """The values of several columns."""
+
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    present: NDArray[np.bool_]
+    """Which of them are not absent."""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which columns: those whose names match a pattern, those of a layer, or any."""
+
+    pattern: str | None = None
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        if self.layer is not None:
+            return f"layer={self.layer}"
+        return "any" if self.pattern is None else f'"{self.pattern}"'
+
+    def matches(self, name: str) -> bool:
+        """Whether a name matches the pattern: in full, or up to one of its dots."""
+        if self.pattern is None:
+            return True
+        return fnmatch.fnmatchcase(name, self.pattern) or fnmatch.fnmatchcase(
+            name, f"{self.pattern}.*"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A value on account of which a condition is met."""
+
+    text: str
+    parameter: str = ""
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that a condition can ask about."""
+
+    name: str
+    help: str
+    known_from: Phase
+    """The first phase of a step at whose end it is known."""
+    table: str = ""
+    """The table that it is read from."""
+
+
+class Moment(Protocol):
+    """A phase boundary of a run, as conditions see it."""
+
+    @property
+    def step(self) -> int: ...
+
+    def number(self, name: str) -> float | None:
+        """A quantity of SCALARS; None where it is absent."""
+
+    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
+        """The selected columns; None where they were not measured.
+
+        Raises UserError where nothing matches the selector.
+        """
+
+    def logged(self, name: str) -> float | None:
+        """What the script has logged under this name in this step."""
+
+    def nonfinite(self) -> Reading | None:
+        """What has become nan or infinite."""
+
+    def finding(self, part: str, level: Level) -> Reading | None:
+        """A new finding of this level or a worse one, whose rule's name has this part."""
+
+
+Number = float | Several | None
+Truth = bool | None
+Evaluate = Callable[[Moment, list[Reading]], object]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A compiled part of a condition."""
+
+    kind: Literal["number", "several", "truth"]
+    evaluate: Evaluate
+    """Returns a Number or a Truth. Adds what is worth telling to the list."""
+    label: str = ""
+    table: str = ""
+
+
+def conjunction_of(truths: Sequence[Truth]) -> Truth:
+    """None where it depends on a part that is absent."""
+    if False in truths:
+        return False
+    return None if None in truths else True
+
+
+def disjunction_of(truths: Sequence[Truth]) -> Truth:
+    """None where it depends on a part that is absent."""
+    if True in truths:
+        return True
+    return None if None in truths else False
+
+
+def constant(value: float) -> Evaluate:
+    return lambda moment, readings: value
+
+
+def reported(find: Callable[[Moment], Reading | None]) -> Evaluate:
+    """Whether `find` finds anything, which is then a reading."""
+
+    def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+        found = find(moment)
+        if found is not None:
+            readings.append(found)
+        return found is not None
+
+    return evaluate
+
+
+def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
+    """The columns that both have."""
+    if left.names == right.names:
+        return left, right
+    places = {name: position for position, name in enumerate(right.names)}
+    common = [(i, places[name]) for i, name in enumerate(left.names) if name in places]
+    ours, theirs = [i for i, _ in common], [j for _, j in common]
+    names = tuple(left.names[i] for i in ours)
+    return (
+        Several(names, left.values[ours], left.present[ours]),
+        Several(names, right.values[theirs], right.present[theirs]),
+    )
+
+
+def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
+    """The names of two values of which one is several, and where both are present."""
+    if isinstance(left, Several):
+        if isinstance(right, Several):
+            return left.names, left.present & right.present
+        return left.names, left.present
+    assert isinstance(right, Several)
+    return right.names, right.present
+
+
+def _values(number: Number) -> NDArray[np.float64] | np.float64:
+    return number.values if isinstance(number, Several) else np.float64(cast(float, number))
+
+
+def arithmetic(
+    function: Callable[..., NDArray[np.float64]], left: Evaluate, right: Evaluate
+) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        a = cast(Number, left(moment, readings))
+        b = cast(Number, right(moment, readings))
+        if a is None or b is None:
+            return None
+        if isinstance(a, Several) and isinstance(b, Several):
+            a, b = _aligned(a, b)
+        with np.errstate(all="ignore"):
+            result = function(_values(a), _values(b))
+        if isinstance(a, Several) or isinstance(b, Several):
+            names, present = _joined(a, b)
+            return Several(names, result, present)
+        return float(result)
+
+    return evaluate
+
+
+def absolute(part: Evaluate) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        value = cast(Number, part(moment, readings))
+        if isinstance(value, Several):
+            return Several(value.names, np.abs(value.values), value.present)
+        return None if value is None else abs(value)
+
+    return evaluate
+
+
+def extreme(largest: bool, parts: Sequence[Evaluate]) -> Evaluate:
+    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+        found: list[float] = []
+        for part in parts:
+            value = cast(Number, part(moment, readings))
+            if isinstance(value, Several):
+                found += value.values[value.present].tolist()
+            elif value is not None:
+                found.append(value)
+        if not found:
+            return None
+        if any(math.isnan(value) for value in found):
+            return math.nan
+        return max(found) if largest else min(found)
+
+    return evaluate
+
+
+class ExponentialMean:
+    """The exponential mean of the finite values before the current one."""
+
+    def __init__(self, part: Evaluate, steps: int) -> None:
+        self._part = part
+        self._steps = steps
+        self._count = 0
+        self._mean = math.nan
+
+    def __call__(self, moment: Moment, readings: list[Reading]) -> Number:
+        value = cast(Number, self._part(moment, []))
+        mean = self._mean if self._count else None
+        if isinstance(value, float) and math.isfinite(value):
+            self._count = min(self._count + 1, self._steps)
+            if self._count == 1 and mean is None:
+                self._mean = value
+            else:
+                self._mean += (value - self._mean) / self._count
+        return mean
+
+
+def compare(
+    left: Number,
+    right: Number,
+    function: Callable[[Any, Any], Any],
+    side: int,
+    left_part: Part,
+    right_part: Part,
+    readings: list[Reading],
+) -> Truth:
+    """Whether the comparison holds, for any column where there are several; None where a value is
+    absent."""
+    if left is None or right is None:
+        return None
+    if not isinstance(left, Several) and not isinstance(right, Several):
+        return bool(function(left, right))
+    if isinstance(left, Several) and isinstance(right, Several):
+        left, right = _aligned(left, right)
+    names, present = _joined(left, right)
+    if not present.any():
+        return None
+    with np.errstate(all="ignore"):
+        holds = cast("NDArray[np.bool_]", function(_values(left), _values(right))) & present
+        if not holds.any():
+            return False
+        distance = np.where(holds, side * (_values(left) - _values(right)), -np.inf)
+    place = int(np.argmax(holds if side == 0 or np.isnan(distance).any() else distance))
+    shown, part = left, left_part
+    if not isinstance(shown, Several):
+        shown, part = right, right_part
+    assert isinstance(shown, Several)
+    value = float(shown.values[place])
+    label = f"{part.label} of " if part.label else ""
+    readings.append(Reading(f"{label}{names[place]} {value:.4g}", names[place], part.table))
+    return True
