@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -17,8 +19,13 @@ from tests import processes
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.framing import read_as
 from tui_trainer.protocol.messages import Pause, Resume, Step, StepPhase
-from tui_trainer.run.rank_server import ending_of
+from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.run import rank_server
+from tui_trainer.run.rank_server import Peer, RankServer, ending_of
 from tui_trainer.runs.registry import resolve
 from tui_trainer.store.reader import StoredHistory
 
@@ -329,6 +336,44 @@ def test_a_rank_without_its_run_trains_on_and_says_so(place):
     )
     assert (done.returncode, done.stdout) == (0, "TRAINED\n")
     assert done.stderr == "tui-trainer: rank 1 was not shown: its run was not found\n"
+
+
+class Blocking(socket.socket):
+    """A socket whose mode does not change: another thread may be about to read from it."""
+
+    def settimeout(self, value):
+        raise AssertionError("a reading thread would get EAGAIN, or a timeout that is not its own")
+
+    setblocking = settimeout
+
+
+def test_a_message_to_a_process_leaves_the_thread_that_reads_from_it_alone():
+    ours, theirs = socket.socketpair()
+    with theirs, Blocking(fileno=ours.detach()) as stream:
+        Peer(1, "", os.getpid(), stream, child=False).send(Go(7))
+        assert read_as(theirs.recv, to_rank, MAX_BYTES) == Go(7)
+
+
+def test_a_process_that_does_not_read_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(rank_server, "SEND_TIMEOUT_S", 0.01)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer = Peer(1, "", os.getpid(), ours, child=False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(1024), socket.MSG_DONTWAIT)
+        with pytest.raises(BlockingIOError):
+            peer.send(Go(7))
+
+
+def test_the_status_of_a_run_does_not_wait_for_a_process_that_joins():
+    """The recorder's lock is held while the status is made, and taken while a process joins."""
+    ranks = RankServer(Recorder(RunInfo(name="r", task="script")))
+    with ranks._lock:
+        status = threading.Thread(target=ranks.positions, args=(None,), daemon=True)
+        status.start()
+        status.join(20)
+        assert not status.is_alive()
 
 
 def test_the_signal_that_ended_a_process_is_named():

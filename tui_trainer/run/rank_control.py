@@ -69,12 +69,14 @@ class RankControl:
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.pause()
-        self._set("hold")
-        return self._gate.hold_from((0, 0))
+        with self._changed:  # or the boundary may be moved on before rank 0 is held
+            self._set("hold")
+            return self._gate.hold_from((0, 0))
 
     def resume(self) -> None:
-        self._set("go")
-        self._gate.resume()
+        with self._changed:
+            self._set("go")
+            self._gate.resume()
 
     def step(self, count: int = 1) -> None:
         """Pause all after `count` more steps."""
@@ -194,10 +196,11 @@ class RankControl:
         places: list[Place] = [gate.place]
         ends = [gate.phase == "step"]
         for peer in peers:
-            assert peer.at is not None
-            places.append(peer.at.place)
-            held.append(peer.at.held)
-            ends.append(peer.at.phase == "step")
+            at = peer.at  # once: the next message replaces it
+            assert at is not None
+            places.append(at.place)
+            held.append(at.held)
+            ends.append(at.phase == "step")
         needed = max(
             place if stopped else (place[0] + end, 1 if end else place[1] + 1)
             for place, stopped, end in zip(places, held, ends, strict=True)

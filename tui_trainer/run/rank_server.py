@@ -80,6 +80,11 @@ class Peer:
     left: Leave | None = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        # Not `settimeout`: it makes the socket non-blocking for the thread that reads, too.
+        limit = struct.pack("ll", *divmod(int(SEND_TIMEOUT_S * 1e6), 1_000_000))
+        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
     @property
     def name(self) -> str:
         return self.label or f"rank {self.rank}"
@@ -103,13 +108,9 @@ class Peer:
         return max(self.step + 1, at.step + (at.phase == "step") if at else 0)
 
     def send(self, message: ToRank) -> None:
-        """Raises OSError."""
+        """Raises OSError, also where it is not taken within SEND_TIMEOUT_S."""
         with self.sending:
-            self.stream.settimeout(SEND_TIMEOUT_S)
-            try:
-                self.stream.sendall(encode(message, MAX_BYTES))
-            finally:
-                self.stream.settimeout(None)
+            self.stream.sendall(encode(message, MAX_BYTES))
 
 
 @dataclass
@@ -134,7 +135,7 @@ class RankServer:
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         self._peers: dict[int, Peer] = {}
-        """Those that are connected."""
+        """Those that are connected. Replaced, never changed: it is read without the lock."""
         self._processes: dict[int, ProcessInfo] = {}
         self._tables: dict[int, int] = {}
         """Rank to the id of its table."""
@@ -171,9 +172,9 @@ class RankServer:
 
     @property
     def peers(self) -> list[Peer]:
-        """The processes that are connected now."""
-        with self._lock:
-            return list(self._peers.values())
+        """The processes that are connected now. Without the lock: the recorder asks with its own
+        held, which is taken here with this one held."""
+        return list(self._peers.values())
 
     def positions(self, own: ProcessAt) -> tuple[ProcessAt, ...]:
         """Where each process is; rank 0 is at `own`."""
@@ -242,7 +243,7 @@ class RankServer:
                 return None
             label = single_line(join.label, 40)
             peer = Peer(rank, label, join.pid, stream, child)
-            self._peers[rank] = peer
+            self._peers = {**self._peers, rank: peer}
             self._processes[rank] = ProcessInfo(rank, label, join.pid, "running")
             self._describe()
         return peer
@@ -288,7 +289,7 @@ class RankServer:
             reason, failed = ending, True
             verdict = f"{peer.name} {ending} at step {step:,}"
         with self._left:
-            self._peers.pop(peer.rank, None)
+            self._peers = {r: each for r, each in self._peers.items() if each is not peer}
             self._processes[peer.rank] = ProcessInfo(peer.rank, peer.label, peer.pid, state, reason)
             self._describe()
             if failed and verdict not in self._verdicts:
