@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runs.starting import until
 from tui_trainer.protocol import PHASES
 from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 
@@ -331,3 +332,10 @@ def test_end_lets_a_paused_thread_go_and_cancels_work():
         work = gate.call_soon(lambda: None)
         gate.end()
         assert work.cancelled()
+
+
+def test_a_resume_during_the_phase_report_is_not_lost():
+    gate = Gate(paused=True)
+    gate.hooks.pausing = lambda phase, step: gate.resume()
+    with running(gate):
+        until(lambda: gate.completed > 1, "steps are made", 20)

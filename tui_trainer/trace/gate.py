@@ -128,6 +128,8 @@ class Gate:
         self._condition = threading.Condition()
         self._requests: deque[_Request] = deque()
         self._waiting = False
+        self._pausing = False
+        """About to pause: set before the phase report, and cleared by what lets the thread run."""
         self._ended = False
         self._stopping = False
         self._checkpoint = False
@@ -303,7 +305,7 @@ class Gate:
         """Let the thread run; pause it again after this many boundaries (0: never)."""
         self._boundaries_left = boundaries
         self._hold = None
-        self._waiting = False
+        self._waiting = self._pausing = False
 
     def _rearm(self) -> None:
         """With the condition held."""
@@ -438,12 +440,15 @@ class Gate:
             if self._boundaries_left:
                 self._boundaries_left -= 1
                 if not self._boundaries_left:
+                    self._pausing = True
                     return True
             if self._hold is not None and self.place >= self._hold:
                 self._hold = None
+                self._pausing = True
                 return True
             if phase == "step" and self._target is not None and step >= self._target:
                 self._target = None
+                self._pausing = True
                 return True
             self._rearm()
             return False
@@ -452,12 +457,13 @@ class Gate:
         with self._condition:
             # A control that came during the phase report has already released the thread.
             if self._hold is not None and self.place >= self._hold:
-                self._hold = None
+                self._hold, self._pausing = None, True
             onward = self._boundaries_left or self._target is not None or self._hold is not None
-            if onward or self._stopping or self._ended:
+            if onward or not self._pausing or self._stopping or self._ended:
+                self._pausing = False
                 self._rearm()
                 return
-            self._waiting = True
+            self._waiting, self._pausing = True, False
             self.armed = True
         self._call_hook(self.hooks.changed)
         began = time.perf_counter()
