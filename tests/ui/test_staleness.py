@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.ui.fake import FakeSession, fake_gpt
+from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.ui.app import TuiTrainerApp
@@ -143,3 +143,22 @@ async def test_the_header_warns_of_a_cost_over_the_budget(
         shown = style_of(app, "overhead")
         assert (shown == app.palette.dim.color) == (share < 0.011)
         assert (shown == app.palette.warning.color) == (share > 0.05)
+
+
+async def test_the_width_of_the_overhead_does_not_depend_on_its_digits() -> None:
+    session = fake_gpt(20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        for share, shown in ((0.0302, "3.02 %"), (0.03, "3.00 %"), (0.1, "10.0 %")):
+            session.status = msgspec.structs.replace(session.status, cost_share=share)
+            session._changed()
+            await frame(pilot)
+            assert f"overhead {shown}" in text_of(app).splitlines()[0]
+
+
+async def test_a_gap_is_between_the_state_and_what_the_run_waits_for() -> None:
+    session = fake_empty()
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        assert "starting  importing torch" in text_of(app).splitlines()[0]

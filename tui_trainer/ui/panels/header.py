@@ -46,9 +46,11 @@ class HeaderLine(Panel):
     def rows(self, size: Size) -> Sequence[Row]:
         """One row."""
         sign, word, state_style = self._state()
-        state = f"{sign} {word:<{STATE_WIDTH}}"
         link, link_style = self._link()
         message = strip_escapes(self._message())
+        state = f"{sign} {word:<{STATE_WIDTH}}"
+        if message and len(word) >= STATE_WIDTH:
+            state += " "
         message_width = cell_len(message) + 2 if message else 2
         wide = size.width >= WIDE
         left = size.width - 4 - len(state) - cell_len(link)
@@ -177,7 +179,7 @@ class HeaderLine(Panel):
         share, info = self.snapshot.status.cost_share, self.snapshot.info
         if share is None:
             return None
-        text = f"overhead {formatting.percent(share, 0, 2)}"
+        text = f"overhead {100 * share:.{2 if share < 0.09995 else 1}f} %"  # the same width always
         budget = info.budget if info else 0.0
         if not 0 < budget * OVER_BUDGET < share:
             return text, "dim"
@@ -320,7 +322,7 @@ class FactsLine(Panel):
         they arrive."""
         info = snapshot.info
         starting = snapshot.status.state == "starting"
-        expected = starting and info is not None and info.task != "script"
+        expected = starting and info is not None and not info.is_script
         self.set_class(bool(info and info.facts) or expected, "-known")
         super().show(snapshot)
 

@@ -12,7 +12,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.findings.verdict import newest_findings
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol.messages import Evidence, Finding
-from tui_trainer.protocol.text import truncate, wrap
+from tui_trainer.protocol.text import truncate, truncate_middle, wrap
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold
 from tui_trainer.ui.widgets.lines import LineView, Row
@@ -165,7 +165,9 @@ class EvidenceChart(LineView):
         newest = series.latest()
         value = float(newest[1][self._column]) if newest else float("nan")
         name = f"{evidence.table} {evidence.column}" if evidence.column else evidence.quantity
-        title = self.styled([(name, "title"), (f"  {compact_number(value, 9)}", "text")])
+        number = f"  {compact_number(value, 9)}"
+        name = truncate_middle(name, max(1, size.width - len(number)), self.glyphs.ellipsis)
+        title = self.styled([(name, "title"), (number, "text")])
         steps = step_window(series.last_step or 0, None, self._total)
         window = series.window([self._column], *steps, 2 * self.chart.plot_width(size.width))
         band = Band.from_window(window, 0, palette.norm)

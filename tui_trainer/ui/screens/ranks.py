@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
+from rich.cells import cell_len
 from textual.binding import BindingType
+from textual.geometry import Size
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.ranks import WINDOW, RankSummary, skew_ms, summarize_ranks
 from tui_trainer.protocol import PHASES, formatting
+from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
-from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.lines import LineView, Row, Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
@@ -28,7 +31,7 @@ STATE_STYLES = {"killed": "error", "crashed": "error", "waiting": "warning"}
 class RanksTable(VirtualTable):
     """One row a process."""
 
-    DEFAULT_CSS = "RanksTable { height: 1fr; margin: 0 1; }"
+    DEFAULT_CSS = "RanksTable { height: 1; max-height: 70%; margin: 0 1; }"
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +102,34 @@ class RanksTable(VirtualTable):
         bad = rank.process.state in ("killed", "crashed")
         return Cell("; ".join(rank.remarks), "error" if bad else "warning")
 
+    def cut_remarks(self) -> list[RankSummary]:
+        """The processes whose remarks do not fit into their column."""
+        _, widths = self.visible_columns(self.view_size.width)
+        return [rank for rank in self.ranks if cell_len("; ".join(rank.remarks)) > widths[-1]]
+
+
+class RemarksView(LineView):
+    """The remarks that the table cuts, in full."""
+
+    DEFAULT_CSS = "RemarksView { height: 1fr; margin: 1 1 0 1; }"
+
+    def __init__(self, table: RanksTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """As many rows as fit."""
+        rows: list[Row] = []
+        cut = self._table.cut_remarks()
+        margin = max((cell_len(rank.name) for rank in cut), default=0) + 2
+        for rank in cut:
+            name = rank.name
+            for remark in rank.remarks:
+                for line in wrap(remark, max(20, size.width - margin)):
+                    rows.append(self.styled([(name.ljust(margin), "dim"), (line, "text")]))
+                    name = ""
+        return rows[: size.height]
+
 
 class RanksScreen(DetailScreen):
     """The processes, the skew between them, and what stands out."""
@@ -112,7 +143,9 @@ class RanksScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         yield Caption(id="summary")
         yield Placeholder()
-        yield RanksTable()
+        table = RanksTable()
+        yield table
+        yield RemarksView(table)
 
     def show_body(self, snapshot: Snapshot) -> None:
         info = snapshot.info
@@ -126,6 +159,10 @@ class RanksScreen(DetailScreen):
         self.query_one(Placeholder).set_message(*message)
         self.query_one("#summary", Caption).update(_summary(ranks))
         table.set_ranks(ranks)
+        table.styles.height = 1 + len(ranks)
+        remarks = self.query_one(RemarksView)
+        remarks.display = bool(ranks)
+        remarks.update_rows()
 
 
 def _summary(ranks: Sequence[RankSummary]) -> list[Span]:
@@ -134,5 +171,5 @@ def _summary(ranks: Sequence[RankSummary]) -> list[Span]:
     if skew is not None:
         spans.append((f"{formatting.milliseconds(skew, 0)} apart at the end of a step", "text"))
     if ranks:
-        spans.append((f"times are means of the last {WINDOW} steps", "dim"))
+        spans.append((f"times: means of {WINDOW} steps", "dim"))
     return spans

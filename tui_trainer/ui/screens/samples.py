@@ -183,7 +183,7 @@ def _pick(samples: tuple[SampleT, ...], back: int) -> SampleT | None:
 
 def _no_samples(snapshot: Snapshot) -> tuple[str, ...]:
     """Text and topic for a run without samples."""
-    if snapshot.info is not None and snapshot.info.task == "script":
+    if snapshot.info is not None and snapshot.info.is_script:
         text = "a script has no samples; tui_trainer.log(name=value) in it shows its values here"
         return (text, "samples")
     return ("no sample yet: the first comes with the next evaluation", "samples")

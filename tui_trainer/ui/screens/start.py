@@ -25,13 +25,12 @@ from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import Option, options_of, parse
 from tui_trainer.config.training import GROUPS, ConfigurableTask, default_preset, resolve
-from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.form import ChoiceRow, FormRow, switch, text_field
 from tui_trainer.ui.widgets.keys import KeyLine
 
-SCRIPT = "script"
 SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
 COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer", "device", "seed")
 """Options that are changed most and always visible; the others are in groups."""

@@ -202,12 +202,14 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         for index, row in enumerate(visible.tolist(), self.top):
             cells = _spaced(self.cells(row, columns, widths), gap)
             if focused and index == self.cursor:
-                cells = [
-                    Segment(text, _highlighted(style, self.palette.cursor))
-                    for text, style, _ in cells
-                ]
+                cells = [Segment(text, self._highlighted(style)) for text, style, _ in cells]
             rows.append(cells)
         return rows
+
+    def _highlighted(self, style: Style | None) -> Style:
+        """The style of a cell under the cursor. Grey is hard to read on the cursor's color."""
+        palette = self.palette
+        return (palette.text if style in (None, palette.dim) else style) + palette.cursor
 
     def _titles(self, columns: Sequence[TableColumn], widths: Sequence[int]) -> Row:
         titles: Row = []
@@ -308,7 +310,3 @@ def fitted(text: str, width: int, left: bool = False) -> str:
     text = truncate_middle(strip_escapes(text), width)
     padding = " " * (width - cell_len(text))
     return text + padding if left else padding + text
-
-
-def _highlighted(style: Style | None, cursor: Style) -> Style:
-    return style + cursor if style is not None else cursor
