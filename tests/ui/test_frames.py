@@ -138,6 +138,25 @@ async def test_the_app_draws_nothing_while_the_terminal_reads_nothing(monkeypatc
         await until(pilot, lambda: app.snapshot.status.step == 305, "the newest step")
 
 
+async def test_a_requested_frame_does_not_wait_for_the_next_tick(monkeypatch) -> None:
+    session = fake.fake_gpt(300)
+    app = TuiTrainerApp(session, frames_per_second=4)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.snapshot.status.step == 300, "the first frame")
+        clock = next(timer for timer in app._timers if timer._callback == app._tick)
+        clock.stop()
+        pending = [1]
+        monkeypatch.setattr(
+            "tui_trainer.ui.textual_hacks.pending_writes", lambda driver: pending[0]
+        )
+        session._status(state="paused", phase="backward")
+        session._changed()
+        await until(pilot, lambda: app._drain_checks > 1, "the output is looked at again")
+        assert app.snapshot.status.state == "running"
+        pending[0] = 0
+        await until(pilot, lambda: app.snapshot.status.state == "paused", "the pause is drawn")
+
+
 async def test_the_run_is_polled_less_on_a_slow_link() -> None:
     session = fake.fake_gpt(300)
     app = TuiTrainerApp(session, slow_link=True)

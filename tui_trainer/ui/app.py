@@ -40,6 +40,10 @@ MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
 MAX_PENDING_WRITES = 3
 """Pieces of output that may wait for the terminal before drawing stops. A frame is about three."""
+DRAIN_CHECK_S = 0.02
+"""A requested frame that finds output waiting for the terminal looks again after this time."""
+MAX_DRAIN_CHECKS = 12
+"""For one frame; later ones are left to the ticks, in case the terminal reads nothing."""
 DUE_TOLERANCE_S = 0.002
 SHOWN_BY_STATE = (messages.Pause, messages.Resume)
 """Commands whose effect the header shows anyway: `paused  after forward`, `running`."""
@@ -120,6 +124,9 @@ class TuiTrainerApp(App[int]):
         self._polls_per_second = 0.0
         self._drawn_version = -1
         self._wake_scheduled = False
+        self._drain_timer: Timer | None = None
+        self._drain_checks = 0
+        """Made since the last frame."""
         self._stopping = False
         """The user asked to stop the run and leave: the app exits once the run has ended."""
         self._message_timer: Timer | None = None
@@ -205,7 +212,23 @@ class TuiTrainerApp(App[int]):
             self._terminal_stalled = None
         self._update_poll_rate()
         if not pending and self._seconds_until_due() <= DUE_TOLERANCE_S:
+            self._drain_checks = 0
             self.draw_frame()
+        elif pending and self.frame_scheduler.requested:
+            self._check_again()
+
+    def _check_again(self) -> None:
+        """Look soon whether the terminal has read its output, rather than at the next tick."""
+        if self._drain_timer is None and self._drain_checks < MAX_DRAIN_CHECKS:
+            self._drain_checks += 1
+            self._drain_timer = self.set_timer(DRAIN_CHECK_S, self._check_drained)
+
+    def _check_drained(self) -> None:
+        self._drain_timer = None
+        if textual_hacks.pending_writes(self._driver):
+            self._check_again()
+        else:
+            self._tick()
 
     def draw_frame(self) -> None:
         """Poll the session, and draw if anything has changed."""

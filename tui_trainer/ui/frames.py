@@ -74,6 +74,11 @@ class FrameScheduler:
         """Make the next frame due now."""
         self._requested = True
 
+    @property
+    def requested(self) -> bool:
+        """Whether the next frame is due however short ago the last one was."""
+        return self._requested
+
     def frame_started(self, now: float, bytes_written: int) -> None:
         """A frame is being drawn; `bytes_written` is the total sent to the terminal before it."""
         self._last_frame, self._bytes_at_last_frame = now, bytes_written
