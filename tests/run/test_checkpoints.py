@@ -22,7 +22,7 @@ from tui_trainer.run.checkpoints import (
     unflatten,
 )
 from tui_trainer.runs.checkpoints import checkpoint_steps
-from tui_trainer.tasks.devices import GradScaler
+from tui_trainer.tasks.torch_private import GradScaler
 
 
 def same(a, b):

@@ -8,7 +8,7 @@ import torch
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.training import TrainingConfig
 from tui_trainer.tasks.definition import find_task
-from tui_trainer.tasks.devices import GradScaler, choose_device, choose_threads, evaluation_mode
+from tui_trainer.tasks.devices import choose_device, choose_threads, evaluation_mode
 from tui_trainer.tasks.optimizers import LearningRate, create_optimizer
 
 CPU = torch.device("cpu")
@@ -117,55 +117,6 @@ def test_threads(monkeypatch):
     assert choose_threads(0, work=1e6) == 4
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     assert choose_threads(0, work=1e12) == 1
-
-
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_scaler_state_taken_inside_a_step_is_that_after_its_update(fused, unscale):
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, fused=fused)
-    scaler = GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    inside: list[dict] = []
-    optimizer.register_step_post_hook(lambda *_: inside.append(scaler.state_dict()))
-    scales = []
-    for step in range(1, 9):
-        optimizer.zero_grad()
-        scaler.scale(parameter.sum() * (math.inf if step == 6 else 1.0)).backward()
-        if unscale:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        between = scaler.state_dict()
-        scaler.update()
-        assert between == scaler.state_dict()
-        if step != 6 or fused:  # only a fused one is called, to skip by itself
-            assert inside[-1] == scaler.state_dict()
-        scales.append(scaler.get_scale())
-    assert scales == [8, 16, 16, 32, 32, 16, 16, 32]
-    assert len(inside) == (8 if fused else 7)
-
-
-def test_a_disabled_scaler_has_no_state():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scaler = GradScaler("cpu", enabled=False)
-    inside: list[dict] = []
-    optimizer.register_step_post_hook(lambda *_: inside.append(scaler.state_dict()))
-    scaler.scale(parameter.sum()).backward()
-    scaler.step(optimizer)
-    assert inside == [{}]
-
-
-def test_scaler_state_at_the_largest_scale_does_not_grow():
-    parameter = torch.nn.Parameter(torch.ones(2) * 1e-38)
-    optimizer = torch.optim.SGD([parameter], lr=0.0)
-    scaler = GradScaler("cpu", init_scale=2.0**127, growth_interval=1)
-    inside: list[dict] = []
-    optimizer.register_step_post_hook(lambda *_: inside.append(scaler.state_dict()))
-    scaler.scale((parameter * 1e-38).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert inside == [scaler.state_dict()]
-    assert inside[0]["scale"] == 2.0**127
 
 
 def test_evaluating_restores_mode_and_generator():

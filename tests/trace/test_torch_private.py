@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import tui_trainer
 from tests.trace.support import mlp
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.torch_private import NormCapture
@@ -118,3 +125,157 @@ def test_a_module_knows_that_it_is_compiled():
     assert torch_private.is_compiled(torch.compile(model))
     model.compile()
     assert torch_private.is_compiled(model)
+
+
+def test_in_place_operations_raise_the_version_of_a_tensor():
+    tensor = torch.zeros(4)
+    before = torch_private.version_of(tensor)
+    tensor.add_(1)
+    tensor[:2].zero_()
+    assert torch_private.version_of(tensor) == before + 2
+    tensor.data.zero_()
+    assert torch_private.version_of(tensor) == before + 2
+
+
+def test_a_sparse_tensor_has_its_values_before_it_is_coalesced():
+    sparse = torch.sparse_coo_tensor([[0, 0, 1]], [1.0, 2.0, 3.0], (4,))
+    assert not sparse.is_coalesced()
+    assert torch_private.stored_values(sparse).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_module_holds_its_submodules_and_parameters_by_name():
+    layer = nn.Linear(2, 2, bias=False)
+    outer = nn.Sequential(layer)
+    assert torch_private.submodules(outer) == {"0": layer}
+    assert torch_private.own_parameters(outer) == {}
+    assert torch_private.own_parameters(layer) == {"weight": layer.weight, "bias": None}
+    assert torch_private.submodules("text") == torch_private.own_parameters(object()) == {}
+
+
+def test_the_weight_of_the_older_weight_norm_is_computed_from_its_parts():
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(3, 4), dim=1)
+    v, g, dim = torch_private.weight_norm_of(layer)
+    assert (v, g, dim) == (layer.weight_v, layer.weight_g, 1)
+    expected = g * v / v.norm(dim=0, keepdim=True)
+    torch.testing.assert_close(torch_private.weight_normed(v, g, dim), expected)
+    assert torch_private.weight_norm_of(nn.Linear(3, 4)) is None
+
+
+def test_workers_of_a_data_loader_run_a_function_of_this_module():
+    module = importlib.import_module(torch_private.DATA_LOADER_WORKER)
+    loader = torch.utils.data.DataLoader([1, 2], num_workers=1)
+    processes = []
+
+    class Context:
+        """Takes a worker's process in place of starting it."""
+
+        def __getattr__(self, name):
+            return getattr(multiprocessing, name)
+
+        def Process(self, target, args):
+            processes.append(target)
+            raise ZeroDivisionError
+
+    loader._DataLoader__multiprocessing_context = Context()
+    with pytest.raises(ZeroDivisionError):
+        iter(loader)
+    assert [target.__module__ for target in processes] == [module.__name__]
+
+
+def test_a_mark_is_found_behind_operations_on_the_marked_result():
+    weight = torch.ones(3, requires_grad=True)
+    scaled = weight.sum() * 8
+    assert not torch_private.graph_is_marked(scaled)
+    torch_private.mark_graph(scaled)
+    assert torch_private.graph_is_marked(scaled)
+    assert torch_private.graph_is_marked((scaled / 4).mean() + 1)
+    assert not torch_private.graph_is_marked(weight.sum() / 4)
+    torch_private.mark_graph(torch.zeros(()))
+    assert not torch_private.graph_is_marked(torch.zeros(()))
+
+
+def test_tensors_of_a_tree_come_in_its_order():
+    a, b = torch.zeros(1), torch.ones(2)
+    found = torch_private.tensors_of({"x": [a, "text"], "y": (b, None)})
+    assert [id(tensor) for tensor in found] == [id(a), id(b)]
+
+
+def test_a_plain_tensor_is_its_own_shard():
+    weight = nn.Parameter(torch.zeros(2))
+    assert not torch_private.is_sharded(weight)
+    assert torch_private.local(weight) is weight
+
+
+def test_a_sharded_tensor_holds_a_local_one(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        whole = torch.arange(4.0)
+        sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert torch_private.is_sharded(sharded)
+        assert type(torch_private.local(sharded)) is torch.Tensor
+        assert torch.equal(torch_private.local(sharded), whole)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("of_softmax", [False, True])
+def test_the_graph_of_a_cross_entropy_is_recognised(divided, of_softmax):
+    logits = torch.randn(6, 5, requires_grad=True)
+    inputs = logits.softmax(-1) if of_softmax else logits * 1
+    loss = nn.functional.cross_entropy(inputs, torch.arange(6) % 5)
+    found = torch_private.cross_entropy_of(loss / 4 if divided else loss)
+    assert found == torch_private.CrossEntropy(5, of_softmax, divided)
+
+
+def test_another_loss_is_no_cross_entropy():
+    outputs = torch.randn(6, 5, requires_grad=True)
+    assert torch_private.cross_entropy_of(outputs.square().mean()) is None
+    summed = nn.functional.cross_entropy(outputs, torch.arange(6) % 5, reduction="sum")
+    assert torch_private.cross_entropy_of(summed) is None
+
+
+def private_names_of_torch() -> set[str]:
+    holders = [
+        torch.zeros(1),
+        nn.Linear(1, 1),
+        torch.optim.SGD([torch.zeros(1)], lr=0.1),
+        torch.amp.GradScaler("cpu"),
+        torch.utils.data.DataLoader([1]),
+    ]
+    return {name for held in holders for name in dir(held) if name[0] == "_" != name[1]}
+
+
+def uses_of_private_names(path: Path, private: set[str]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.ImportFrom(module=str(name)) if name.startswith("torch.") and "._" in name:
+                yield f"{path.name}:{node.lineno} {name}"
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(value=ast.Name(id="torch"), attr=name) if name[0] == "_" != name[1]:
+                yield f"{path.name}:{node.lineno} torch.{name}"
+            case ast.Attribute(attr=name) if name in private:
+                yield f"{path.name}:{node.lineno} {name}"
+            case ast.Constant(value=str(name)) if name in private:
+                yield f"{path.name}:{node.lineno} {name!r}"
+
+
+def test_private_names_stand_in_one_module():
+    private = private_names_of_torch()
+    assert {"_version", "_values", "_parameters", "_modules", "_scale"} <= private
+    package = Path(tui_trainer.__file__).parent
+    found = [
+        use
+        for room in ("integrations", "probes", "run", "tasks", "trace")
+        for path in sorted((package / room).rglob("*.py"))
+        if path.name != "torch_private.py"
+        for use in uses_of_private_names(path, private)
+    ]
+    assert found == []

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from tui_trainer.trace.tracer import Tracer
 
 FLUSH_S = 5.0
-DATA_LOADER = "torch.utils.data._utils.worker"
-"""The module of a DataLoader's workers, which train nothing."""
 KEY = "tui_trainer"
 """Key of our entry in the data that prepares a spawned child; unknown keys are ignored there."""
 
@@ -88,7 +86,11 @@ class ChildTraces:
         tracer, self._tracer = self._tracer, None
         process = multiprocessing.process.current_process()
         target = getattr(getattr(process, "_target", None), "__module__", "")
-        if tracer is None or target == DATA_LOADER:
+        if tracer is None:
+            return
+        from tui_trainer.trace.torch_private import DATA_LOADER_WORKER  # imports torch
+
+        if target == DATA_LOADER_WORKER:  # which trains nothing
             return
         tracer.detach()
         ChildTraining(self._directory, process.name, self._budget).trace()

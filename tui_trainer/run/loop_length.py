@@ -256,9 +256,11 @@ def _attribute(owner: Any, name: str, node: ast.expr) -> Any:
     held = getattr(owner, "__dict__", {})
     if isinstance(held, dict) and name in held:
         return held[name]
-    for part in ("_modules", "_parameters"):
-        if isinstance(held, dict) and name in held.get(part, ()):
-            return held[part][name]
+    from tui_trainer.trace.torch_private import own_parameters, submodules  # imports torch
+
+    for part in (submodules(owner), own_parameters(owner)):
+        if name in part:
+            return part[name]
     for cls in type(owner).__mro__:
         found = vars(cls).get(name)
         if found is not None:

@@ -42,6 +42,7 @@ from tui_trainer.run.script import trace
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import check_directory
 from tui_trainer.trace.gate import StopTraining
+from tui_trainer.trace.torch_private import stored_values
 
 if TYPE_CHECKING:
     from tui_trainer.trace.tracer import Tracer
@@ -121,7 +122,7 @@ def _check_between_iterations(model: torch.nn.Module, optimizers: Sequence[Optim
 
 
 def _any_nonzero(gradient: torch.Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient
+    values = stored_values(gradient) if gradient.is_sparse else gradient
     return bool((values != 0).any())
 
 

@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import psutil
@@ -16,6 +15,7 @@ from torch import nn
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.machine import usable_cores
 from tui_trainer.config.training import TrainingConfig
+from tui_trainer.tasks.torch_private import GradScaler, cpp_compiler_found
 
 DEVICE_KINDS = ("cuda", "mps", "xpu", "cpu")
 """In the order in which `auto` prefers them."""
@@ -91,17 +91,11 @@ def set_up(config: TrainingConfig) -> torch.device:
 
 def _require_compiler() -> None:
     """torch.compile generates C++ for the CPU. Raises ConfigurationError."""
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError:  # a private name: the first forward pass reports it instead
-        return
-    try:
-        get_cpp_compiler()
-    except Exception:
+    if not cpp_compiler_found():
         raise ConfigurationError(
             "--compile needs a C++ compiler, and none was found",
             "install one, such as g++ (or name it in $CXX), or give --no-compile",
-        ) from None
+        )
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
@@ -124,54 +118,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
         torch.set_rng_state(state)
-
-
-class GradScaler(torch.amp.GradScaler):
-    """PyTorch's, whose state may be taken between its `step` and its `update` as well.
-
-    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues
-    from it has not to make that step's `update` any more. It may be the update of a step that was
-    skipped for infinite gradients: a fused optimizer is called for it too, and skips by itself.
-    """
-
-    _stepping = False
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """As PyTorch's."""
-        self._stepping = self.is_enabled()
-        return super().step(optimizer, *args, **kwargs)
-
-    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
-        """As PyTorch's."""
-        super().update(new_scale)
-        self._stepping = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as it is after the update of the step that is being made."""
-        found = self._found_infinite() if self._stepping else []
-        if not found or self._scale is None or self._growth_tracker is None:
-            return super().state_dict()
-        held = self._scale, self._growth_tracker
-        self._scale, self._growth_tracker = held[0].clone(), held[1].clone()
-        try:
-            torch._amp_update_scale_(
-                self._scale,
-                self._growth_tracker,
-                torch.stack(found).sum(),
-                self._growth_factor,
-                self._backoff_factor,
-                self._growth_interval,
-            )
-            return super().state_dict()
-        finally:
-            self._scale, self._growth_tracker = held
-
-    def _found_infinite(self) -> list[torch.Tensor]:
-        """Of each optimizer and device, whether gradients of this step are not finite (0-d, above 0
-        where so): what PyTorch's `update` goes by."""
-        states = self._per_optimizer_states.values()
-        device = self._scale.device if self._scale is not None else None
-        return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]
 
 
 def create_scaler(config: TrainingConfig, device: torch.device) -> GradScaler:

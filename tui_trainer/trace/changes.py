@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tui_trainer.trace.step import Returned
+from tui_trainer.trace.torch_private import version_of
 
 MAX_WATCHED = 256
 """Parameters whose gradients are checked for changes; of larger models evenly spaced ones."""
@@ -60,7 +61,7 @@ class GradientMarks:
         for position, mark in enumerate(self._known or ()):
             if mark is not None:
                 gradient = self._watched[position].grad
-                return gradient is None or (id(gradient), gradient._version) != mark
+                return gradient is None or (id(gradient), version_of(gradient)) != mark
         return False
 
     def changed_positions(self) -> list[int] | None:
@@ -94,7 +95,7 @@ class GradientMarks:
 
     def _current(self) -> Marks:
         return [
-            None if (gradient := p.grad) is None else (id(gradient), gradient._version)
+            None if (gradient := p.grad) is None else (id(gradient), version_of(gradient))
             for p in self._watched
         ]
 
@@ -111,12 +112,12 @@ class WeightWatch:
 
     def remember(self) -> None:
         """A backward has ended: an update may follow."""
-        self._versions = [p._version for p in self._parameters]
+        self._versions = list(map(version_of, self._parameters))
         self._samples = [(p, _first_elements(p).clone()) for p in self._parameters if p.numel()]
 
     def changed(self) -> bool:
         """Whether weights have changed since. May wait for the device."""
-        if [p._version for p in self._parameters] != self._versions:
+        if list(map(version_of, self._parameters)) != self._versions:
             return True
         return any(not torch.equal(_first_elements(p), copy) for p, copy in self._samples)
 

@@ -82,10 +82,12 @@ def variable_of(*things: object) -> str:
 
 
 def _variable_in(frame: FrameType, things: tuple[object, ...]) -> str:
+    from tui_trainer.trace.torch_private import submodules  # imports torch
+
     variables = frame.f_locals
     held = dict(variables)
     held |= getattr(variables.get("self"), "__dict__", {})
-    held |= getattr(variables.get("self"), "_modules", None) or {}
+    held |= submodules(variables.get("self"))
     if frame.f_globals is not variables:
         held = {**frame.f_globals, **held}
     for name, value in held.items():

@@ -8,9 +8,9 @@ different PyTorch costs information and never a training.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -105,6 +105,55 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor of which this one is a view."""
     return getattr(tensor, "_base", None)
+
+
+version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
+"""The number of in-place operations on a tensor and its views so far, but for those on `.data`. An
+attrgetter, since it is called for each gradient of a step. (2.6 to 2.13)"""
+
+
+def stored_values(sparse: torch.Tensor) -> torch.Tensor:
+    """The values of a sparse COO tensor, coalesced or not. (2.6 to 2.13)"""
+    return sparse._values()
+
+
+def submodules(holder: object) -> dict[str, Any]:
+    """The direct submodules of a module by name; empty for any other object. (2.6 to 2.13)"""
+    return _stored(holder, "_modules")
+
+
+def own_parameters(holder: object) -> dict[str, Any]:
+    """The parameters that a module itself has by name, None for those that were registered as
+    None; empty for any other object. (2.6 to 2.13)"""
+    return _stored(holder, "_parameters")
+
+
+def _stored(holder: object, name: str) -> dict[str, Any]:
+    """Runs no code of the object."""
+    own = getattr(holder, "__dict__", None)
+    found = own.get(name) if isinstance(own, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def weight_norm_of(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """(v, g, dim) of `torch.nn.utils.weight_norm` in its older form; None without.
+    (2.6 to 2.13)"""
+    held = own_parameters(module)
+    g, v = held.get("weight_g"), held.get("weight_v")
+    if g is None or v is None:
+        return None
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    dim = next((hook.dim for hook in hooks if type(hook).__name__ == "WeightNorm"), 0)
+    return v, g, dim
+
+
+def weight_normed(v: torch.Tensor, g: torch.Tensor, dim: int) -> torch.Tensor:
+    """g · v / ‖v‖, as `torch.nn.utils.weight_norm` computes it. (2.6 to 2.13)"""
+    return torch._weight_norm(v, g, dim)
+
+
+DATA_LOADER_WORKER = "torch.utils.data._utils.worker"
+"""The module of the function that a worker process of a DataLoader runs. (2.6 to 2.13)"""
 
 
 def norms_of(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:

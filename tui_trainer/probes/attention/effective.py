@@ -15,7 +15,12 @@ from typing import Any
 import torch
 
 from tui_trainer.trace.parameters import FurtherWeight, TrackedParameters
-from tui_trainer.trace.torch_private import plain_name
+from tui_trainer.trace.torch_private import (
+    own_parameters,
+    plain_name,
+    weight_norm_of,
+    weight_normed,
+)
 
 Read = Callable[[], torch.Tensor]
 MAX_ELEMENTS = 2**28
@@ -49,7 +54,7 @@ def find_further_weights(
             frozen.append((path, module))
     beside = trained | {_parent(path) for path in found}
     for path, module in frozen:
-        weight = getattr(module, "_parameters", {}).get("weight")
+        weight = own_parameters(module).get("weight")
         if _parent(path) in beside and weight is not None and weight.dim() == 2:
             if not weight.is_floating_point():
                 left_out.append(f"{path} is not measured: its weights are quantized")
@@ -159,15 +164,13 @@ def _without_merged(module: Any) -> torch.Tensor:
 
 def _weight_normed(module: torch.nn.Module) -> tuple[Read, Read] | None:
     """`torch.nn.utils.weight_norm` in its older form; None without."""
-    held = module._parameters
-    g, v = held.get("weight_g"), held.get("weight_v")
-    if g is None or v is None:
+    found = weight_norm_of(module)
+    if found is None:
         return None
-    hooks: list[Any] = list(module._forward_pre_hooks.values())
-    dim = next((hook.dim for hook in hooks if type(hook).__name__ == "WeightNorm"), 0)
+    v, g, dim = found
 
     def read() -> torch.Tensor:
-        return torch._weight_norm(v.detach(), g.detach(), dim).float()
+        return weight_normed(v.detach(), g.detach(), dim).float()
 
     return read, read
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tui_trainer.tasks.devices import GradScaler, autocast
+from tui_trainer.tasks.devices import autocast
 from tui_trainer.tasks.gpt.config import GptConfig
 from tui_trainer.tasks.gpt.data import TextBatches
 from tui_trainer.tasks.optimizers import LearningRate
@@ -17,7 +17,7 @@ def train(
     batches: TextBatches,
     optimizer: torch.optim.Optimizer,
     learning_rate: LearningRate,
-    scaler: GradScaler,
+    scaler: torch.amp.GradScaler,
     config: GptConfig,
 ) -> None:
     """Train `model` on the remaining `batches`."""

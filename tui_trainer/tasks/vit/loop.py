@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tui_trainer.tasks.devices import GradScaler, autocast
+from tui_trainer.tasks.devices import autocast
 from tui_trainer.tasks.optimizers import LearningRate
 from tui_trainer.tasks.vit.batches import ImageBatches
 from tui_trainer.tasks.vit.config import VitConfig
@@ -17,7 +17,7 @@ def train(
     batches: ImageBatches,
     optimizer: torch.optim.Optimizer,
     learning_rate: LearningRate,
-    scaler: GradScaler,
+    scaler: torch.amp.GradScaler,
     config: VitConfig,
 ) -> None:
     """Train `model` on the remaining `batches`."""

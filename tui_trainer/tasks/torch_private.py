@@ -1,0 +1,72 @@
+"""Everything in the example tasks that relies on PyTorch's private names.
+
+Seen in PyTorch 2.6 to 2.13. `tests/tasks/test_tasks_torch_private.py` fails for each entry that a new
+version breaks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def cpp_compiler_found() -> bool:
+    """Whether torch.compile finds a C++ compiler for the CPU; True where that is unknown."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:  # the first forward pass reports a missing compiler instead
+        return True
+    try:
+        get_cpp_compiler()
+    except Exception:
+        return False
+    return True
+
+
+class GradScaler(torch.amp.GradScaler):
+    """PyTorch's, whose state may be taken between its `step` and its `update` as well.
+
+    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues
+    from it has not to make that step's `update` any more. It may be the update of a step that was
+    skipped for infinite gradients: a fused optimizer is called for it too, and skips by itself.
+    """
+
+    _stepping = False
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As PyTorch's."""
+        self._stepping = self.is_enabled()
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """As PyTorch's."""
+        super().update(new_scale)
+        self._stepping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as it is after the update of the step that is being made."""
+        found = self._found_infinite() if self._stepping else []
+        if not found or self._scale is None or self._growth_tracker is None:
+            return super().state_dict()
+        held = self._scale, self._growth_tracker
+        self._scale, self._growth_tracker = held[0].clone(), held[1].clone()
+        try:
+            torch._amp_update_scale_(
+                self._scale,
+                self._growth_tracker,
+                torch.stack(found).sum(),
+                self._growth_factor,
+                self._backoff_factor,
+                self._growth_interval,
+            )
+            return super().state_dict()
+        finally:
+            self._scale, self._growth_tracker = held
+
+    def _found_infinite(self) -> list[torch.Tensor]:
+        """Of each optimizer and device, whether gradients of this step are not finite (0-d, above 0
+        where so): what PyTorch's `update` goes by."""
+        states = self._per_optimizer_states.values()
+        device = self._scale.device if self._scale is not None else None
+        return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]
