@@ -565,7 +565,7 @@ class Tracer:
         }
         if self._pass is not None:
             self._pass.returned = {
-                key: (weakref.ref(g), g._version) for key, g in gradients.items()
+                key: (weakref.ref(g), torch_private.version_of(g)) for key, g in gradients.items()
             }
         reached = self.registry.measurers_of(given)
         self._close_backward(reached)
@@ -592,7 +592,9 @@ class Tracer:
             if isinstance(value, torch.Tensor) and value.numel() == 1:
                 self._pass.losses = [scalar(value)]
             leaves = torch_private.tensors_of(gradients)
-            self._pass.returned = {-n: (weakref.ref(g), g._version) for n, g in enumerate(leaves)}
+            self._pass.returned = {
+                -n: (weakref.ref(g), torch_private.version_of(g)) for n, g in enumerate(leaves)
+            }
         self._close_backward(self.registry.measurers)
         self._phases.after_backward()
         self._phases.leave(OUTSIDE)
