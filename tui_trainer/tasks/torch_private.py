@@ -1,7 +1,7 @@
 """Everything in the example tasks that relies on PyTorch's private names.
 
-Seen in PyTorch 2.6 to 2.13. `tests/tasks/test_tasks_torch_private.py` fails for each entry that a new
-version breaks.
+Seen in PyTorch 2.6 to 2.13. `tests/tasks/test_tasks_torch_private.py` fails for each entry that a
+new version breaks.
 """
 
 from __future__ import annotations
