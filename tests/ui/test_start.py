@@ -8,11 +8,12 @@ import pytest
 from textual.widgets import Input
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import settle, text_of
+from tests.ui.screens import settle, text_of, until
 from tui_trainer.client.api import Session
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import options_of
 from tui_trainer.config.training import resolve
+from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.tasks.gpt import task as gpt
 from tui_trainer.tasks.vit import task as vit
@@ -27,7 +28,7 @@ from tui_trainer.ui.screens.start import (
     script_request,
     value_text,
 )
-from tui_trainer.ui.widgets.form import ChoiceRow
+from tui_trainer.ui.widgets.form import ChoiceRow, FormRow
 
 
 class Started:
@@ -48,6 +49,22 @@ class Started:
 
 def app_with(start: Started) -> TuiTrainerApp:
     return TuiTrainerApp(None, start_mode="start", on_launch=Launcher((gpt, vit), start))
+
+
+def form_of(app: TuiTrainerApp) -> str:
+    """The task that the form on the screen is of, by a field that no other task has."""
+    names = {row.option_name for row in app.screen.query(FormRow)}
+    tasks = {"prompt": "gpt", "patch_size": "vit", "script": SCRIPT}
+    return "".join(task for name, task in tasks.items() if name in names)
+
+
+def preset_of(app: TuiTrainerApp) -> str:
+    return app.screen.query_one("#row-preset", FormRow).value
+
+
+def field_of(app: TuiTrainerApp) -> str | None:
+    """The id of the field that has the focus."""
+    return app.focused.id if isinstance(app.focused, Input) else None
 
 
 async def launched(app: TuiTrainerApp, start: Started, times: int = 1) -> None:
@@ -151,14 +168,36 @@ async def test_keys_alone_choose_task_preset_and_values() -> None:
     app = app_with(start)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        await pilot.press("right", "right", "left", "left", "down", "right", "down", "down")
-        await settle(pilot)
-        field = app.focused
-        assert isinstance(field, Input)
-        assert field.id == "option-steps"
+        for key, task in (("right", "vit"), ("right", SCRIPT), ("left", "vit"), ("left", "gpt")):
+            await pilot.press(key)
+            await until(pilot, lambda task=task: form_of(app) == task, f"the form of {task}")
+        await pilot.press("down", "right")
+        await until(pilot, lambda: preset_of(app) == "nanogpt-cpu", "the preset is chosen")
+        await pilot.press("down", "down")
+        await until(pilot, lambda: field_of(app) == "option-steps", "the field has the focus")
         await pilot.press("end", *["backspace"] * 6, *"77", "enter")
         await launched(app, start)
     assert dict(start.requests[0].settings) == {"preset": "nanogpt-cpu", "steps": 77}
+
+
+async def test_a_field_keeps_the_focus_when_its_form_is_rebuilt() -> None:
+    """Keys are faster than a task's form on a slow machine."""
+    start = Started()
+    app = app_with(start)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        screen = app.screen
+        assert isinstance(screen, StartScreen)
+        screen.query_one("#option-seed").focus()
+        await settle(pilot)
+        old = app.focused
+        await screen._show_task()
+        await settle(pilot)
+        assert field_of(app) == "option-seed"
+        assert app.focused is not old
+        await pilot.press("end", *["backspace"] * 6, *"77", "enter")
+        await launched(app, start)
+    assert start.requests[0].settings["seed"] == 77
 
 
 async def test_mouse_chooses_task_and_preset() -> None:

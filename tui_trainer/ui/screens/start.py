@@ -336,7 +336,9 @@ class StartScreen(RunScreen):
         self.query_one("#task").focus()
 
     async def _show_task(self) -> None:
+        """Rebuild the form for the chosen task; a field that has the focus keeps it by its name."""
         task = self.chosen_task
+        focused = self._focused_option()
         self.query_one("#summary", Static).update(task.summary if task else SCRIPT_SUMMARY)
         if task:
             preset = self._preset.setdefault(task.name, next(iter(task.presets), ""))
@@ -352,6 +354,13 @@ class StartScreen(RunScreen):
             await form.mount(*rows)
         self._fill()
         self._show_error(None)
+        if focused not in ("", "train"):  # keys may be faster than the form is rebuilt
+            same = [row for row in self.query(FormRow) if row.option_name == focused]
+            (same[0].editor if same else self.query_one("#task")).focus()
+
+    def _focused_option(self) -> str:
+        nodes = self.focused.ancestors_with_self if self.focused is not None else ()
+        return next((node.option_name for node in nodes if isinstance(node, FormRow)), "")
 
     def _fill(self) -> None:
         """Set each field to what was typed before, else to the value of the preset."""
@@ -393,9 +402,10 @@ class StartScreen(RunScreen):
         match event.row.option_name:
             case "train":
                 event.row.set_value(value, default=value)
-                self._remember()
-                self._task_name = value
-                await self._show_task()
+                if value != self._task_name:
+                    self._remember()
+                    self._task_name = value
+                    await self._show_task()
             case "preset":
                 event.row.set_value(value, default=value)
                 self._preset_chosen.add(self._task_name)
@@ -450,7 +460,8 @@ class StartScreen(RunScreen):
 
     def action_start(self) -> None:
         """Start the run once the field with the focus has taken the keys typed before enter."""
-        (self.focused or self).call_later(self._start)
+        if self.focused is None or not self.focused.call_later(self._start):
+            self.call_later(self._start)  # the field has just been removed
 
     def _start(self) -> None:
         """Start the run unless a value is invalid."""
