@@ -11,7 +11,9 @@ import pytest
 
 from tests.runs.starting import until
 from tui_trainer.protocol import PHASES
+from tui_trainer.run.rank_client import RankClientHooks
 from tui_trainer.run.rank_control import RankControl, RankObedience
+from tui_trainer.run.rank_server import RankServerHooks
 from tui_trainer.trace.gate import Gate, StopTraining
 
 
@@ -25,6 +27,7 @@ class Link:
         self.at = None
         self.obeys = 0
         self.gate = Gate(paused)
+        self.hooks = RankClientHooks()
         self._changed = changed
         RankObedience(self.gate).follow(self)
 
@@ -38,7 +41,7 @@ class Link:
             self.at = message
             self._changed()
         else:
-            self.on_message(message)
+            self.hooks.message(message)
 
 
 class Group:
@@ -46,6 +49,7 @@ class Group:
 
     def __init__(self, size, seed=0, paused=False):
         self.peers = []
+        self.hooks = RankServerHooks()
         self.gate = Gate(paused)
         self.control = RankControl(self.gate, self)
         self.gate.hooks.changed = self.control.wake

@@ -37,7 +37,6 @@ PROBES: tuple[type[Probe], ...] = (
     Memory,
     Overhead,
 )
-Overhead.probe_names = tuple(probe.name for probe in PROBES)
 
 RANK_PROBES: tuple[type[Probe], ...] = (
     *(Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory),

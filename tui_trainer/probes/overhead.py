@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -23,12 +22,10 @@ class Overhead(Probe):
 
     name = schema.OVERHEAD
     importance = 100
-    probe_names: ClassVar[tuple[str, ...]] = ()
-    """Of all probes, set where they are listed; each has a column."""
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:
         super().__init__(tracked, options)
-        self._names = ("tracer", *self.probe_names)
+        self._names = ("tracer", *options.probe_names)
         columns = tuple(Column(name, "ms", "lower") for name in self._names)
         self.tables = (TableSpec(schema.OVERHEAD, columns, every=STEPS),)
         self._sums = dict.fromkeys(self._names, 0.0)

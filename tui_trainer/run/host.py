@@ -86,7 +86,7 @@ class Host:
         self.gate.times_boundaries = rank is not None
         self.ranks = RankServer(self.recorder, rank)
         self.controls = RankControl(self.gate, self.ranks)
-        self.ranks.on_stop_wanted = self._stop_all
+        self.ranks.hooks.stop_wanted = self._stop_all
         self.stops.stop_gate = self.controls.stop
         if self.recording:
             self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))

@@ -13,7 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,6 +54,20 @@ BACKLOG = 20_000
 LINE_CHARACTERS = 4_000
 
 
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass
+class RankClientHooks:
+    """What the client calls, on the thread that listens."""
+
+    message: Callable[[ToRank], None] = _do_nothing
+    """Rank 0 has sent this."""
+    lost: Callable[[], None] = _do_nothing
+    """Once, where rank 0 was not found or is gone."""
+
+
 class RankClient:
     """The connection of one training process to the run."""
 
@@ -71,12 +87,7 @@ class RankClient:
         self._locate = locate
         self._say = say
         self._shared = shared
-        self.on_message: Callable[[ToRank], None] = lambda message: None
-        """Called on the listening thread with what rank 0 sends."""
-        self.on_joined: Callable[[], None] = lambda: None
-        """Called on that thread once rank 0 has accepted this process."""
-        self.on_lost: Callable[[], None] = lambda: None
-        """Called once when rank 0 was not found or is gone."""
+        self.hooks = RankClientHooks()
         self._sending = threading.Lock()
         self._stream: socket.socket | None = None
         self._backlog: deque[ToRankZero] = deque(maxlen=BACKLOG)
@@ -155,7 +166,7 @@ class RankClient:
                 lost = "the connection to its run has ended"
                 with contextlib.suppress(ConnectionClosed):
                     while True:
-                        self.on_message(read_as(stream.recv, to_rank, MAX_BYTES))
+                        self.hooks.message(read_as(stream.recv, to_rank, MAX_BYTES))
         except (OSError, ProtocolError, RunError) as error:
             lost = f"{lost}: {error}"
         finally:
@@ -165,7 +176,7 @@ class RankClient:
             self._settled.set()
             if not self._leaving.is_set():
                 self._say(f"{self._name()} trains on without being shown: {lost}")
-            self.on_lost()
+            self.hooks.lost()
 
     def _name(self) -> str:
         return self._join.label or f"rank {self._join.rank}"
@@ -180,7 +191,6 @@ class RankClient:
             raise ProtocolError(getattr(joined, "reason", "an unexpected answer"))
         self._join = msgspec.structs.replace(self._join, rank=joined.rank)
         self._share(stream)
-        self.on_joined()
         with self._sending:
             self._stream = stream
             while self._backlog and self._stream is not None:

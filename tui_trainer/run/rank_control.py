@@ -49,7 +49,7 @@ class RankControl:
         self._checkpoint = False
         self._stop_by = 0.0
         self._number = 1
-        ranks.on_change = self.wake
+        ranks.hooks.changed = self.wake
 
     def wake(self) -> None:
         """Something has changed: a process, or the gate. For any thread."""
@@ -226,8 +226,8 @@ class RankObedience:
     def follow(self, client: RankClient) -> None:
         """Apply what `client` receives."""
         self._client = client
-        client.on_message = self._obey
-        client.on_lost = self._alone
+        client.hooks.message = self._obey
+        client.hooks.lost = self._alone
         before = self._gate.hooks.changed
 
         def changed() -> None:

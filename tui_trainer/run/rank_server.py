@@ -124,6 +124,20 @@ class _Waiting:
     since: float
 
 
+def _do_nothing() -> None:
+    pass
+
+
+@dataclass
+class RankServerHooks:
+    """What the server calls, on the thread of a connected process."""
+
+    changed: Callable[[], None] = _do_nothing
+    """A process has joined, has sent its position, or is gone."""
+    stop_wanted: Callable[[], None] = _do_nothing
+    """A process was sent a signal to end."""
+
+
 class RankServer:
     """The other training processes of a run. It is a sink of rank 0's recorder, from which it takes
     rank 0's own rows."""
@@ -150,10 +164,7 @@ class RankServer:
         """The last step at which all had the same weights."""
         self._parted: set[int] = set()
         self._closing = False
-        self.on_change: Callable[[], None] = lambda: None
-        """Called when a process has joined, has said where it is, or is gone."""
-        self.on_stop_wanted: Callable[[], None] = lambda: None
-        """Called when a process was sent a signal to end."""
+        self.hooks = RankServerHooks()
         self.steps_of_children = 0
         """Steps that the furthest child process has completed."""
         if own is not None:
@@ -215,7 +226,7 @@ class RankServer:
         try:
             peer.send(Joined(peer.rank))
             peer.shared = _receive_shared(stream)
-            self.on_change()
+            self.hooks.changed()
             while peer.left is None:
                 self._take(peer, read_as(stream.recv, to_rank_zero, MAX_BYTES))
         except (ConnectionClosed, OSError):
@@ -269,9 +280,9 @@ class RankServer:
                 self._recorder.notice(message.kind, text, message.level, message.step)
             case RankAt():
                 peer.at = message
-                self.on_change()
+                self.hooks.changed()
             case StopWanted():
-                self.on_stop_wanted()
+                self.hooks.stop_wanted()
             case Leave():
                 peer.left = message
 
@@ -298,7 +309,7 @@ class RankServer:
                 if not peer.child:
                     self._recorder.set_status(reason=verdict)
             self._left.notify_all()
-        self.on_change()
+        self.hooks.changed()
 
     def _describe(self) -> None:
         self._recorder.describe(processes=tuple(p for _, p in sorted(self._processes.items())))

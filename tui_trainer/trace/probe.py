@@ -49,6 +49,8 @@ class Options:
     attention_pattern: str | None = None
     """Regular expression over parameter names with the groups `layer` and one of `q`, `k`, `v`,
     `qkv`, where the usual names are not used."""
+    probe_names: tuple[str, ...] = ()
+    """Of all probes of the run, also of those that are switched off; set by `ProbeSet`."""
     copy_budget_bytes: int = 64 * 1024 * 1024
     """Maximum memory for copies of weights, from which update ratios are computed."""
 

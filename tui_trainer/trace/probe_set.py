@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -63,6 +64,7 @@ class ProbeSet:
         self._tracked = tracked
         self._recorder = recorder
         self._governor = Governor(options.budget, on_cadence_change)
+        options = replace(options, probe_names=tuple(kind.name for kind in kinds))
         for kind in kinds:
             if kind.name not in options.switched_off:
                 self._add(kind, options, slot)
