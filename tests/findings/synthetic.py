@@ -8,7 +8,7 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.settings import parse_settings
 from tui_trainer.findings.verdict import in_order
-from tui_trainer.history.records import SkipRecord, StepRecord
+from tui_trainer.history.records import NonFiniteRecord, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.schema import (
@@ -122,7 +122,7 @@ class Run:
                     for table, values in rows.items()
                     if values is not None
                 ),
-                nonfinite=tuple(nonfinite),
+                nonfinite=tuple(NonFiniteRecord(*each) for each in nonfinite),
                 signs=frozenset(signs),
                 classes=classes,
             )

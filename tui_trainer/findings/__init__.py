@@ -1,1 +1,1 @@
-"""Rules that judge what is measured, and the engine that asks them after every step."""
+"""Rules that check the measurements, and the engine that evaluates them after every step."""

@@ -1,7 +1,7 @@
-"""Gives every step to the rules and makes findings of what they report.
+"""Evaluates the rules after every step and turns their reports into findings.
 
-Runs on the recorder's thread. A rule that raises is switched off and reported once; nothing of it
-reaches the training.
+Runs on the recorder's thread. A rule that raises an exception is switched off and reported once;
+the training is not affected.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tui_trainer.protocol.schema import RunInfo
 
 MAX_FINDINGS = 200
 MAX_UPDATES = 5
-"""How often one finding is replaced."""
+"""How many times a finding may be updated."""
 
 
 def _ignore(text: str) -> None:
     pass
 
 
-class _Judge:
+class _OptimizerRules:
     """The rules of one optimizer."""
 
     def __init__(self, rules: Sequence[Rule], trend: LossTrend) -> None:
@@ -65,7 +65,7 @@ class FindingsEngine:
         self._slack = {rule.name: rule.slack for rule in rules}
         self._reach = {rule.name: rule.reach for rule in rules}
         self._reader = Reader()
-        self._judges: dict[str, _Judge] = {}
+        self._by_optimizer: dict[str, _OptimizerRules] = {}
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
         """By number, as they were last reported."""
@@ -73,58 +73,58 @@ class FindingsEngine:
         self._updates: dict[int, int] = {}
 
     def describe(self, info: RunInfo) -> None:
-        """The description of the run, first or changed."""
+        """Take the run's description, at the start and whenever it changes."""
         self._reader.update(info)
 
     def step(self, record: StepRecord) -> list[Finding]:
-        """Judge a step; returns new and changed findings, without ids."""
+        """Evaluate the rules for a step; returns new and changed findings, without ids."""
         if not self._kinds:
             return []
         seen = self._reader.observe(record)
-        judge = self._judge(record.optimizer)
-        if "new_parameters" in record.signs and judge.steps:
-            del self._judges[record.optimizer]
-            judge = self._judge(record.optimizer)
-        judge.steps += 1
+        active = self._rules_of(record.optimizer)
+        if "new_parameters" in record.signs and active.steps:
+            del self._by_optimizer[record.optimizer]
+            active = self._rules_of(record.optimizer)
+        active.steps += 1
         if seen.loss is not None:
-            judge.trend.add(seen.step, seen.loss)
+            active.trend.add(seen.step, seen.loss)
         reports: list[tuple[Rule, Found]] = []
-        for rule in tuple(judge.on_step):
+        for rule in tuple(active.on_step):
             self._ask(rule, rule.step, reports, seen)
         return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
 
     def skipped(self, record: SkipRecord) -> list[Finding]:
-        """Judge an iteration without a step."""
+        """Evaluate the rules for an iteration without a step."""
         if not self._kinds:
             return []
-        judge = self._judge(record.optimizer)
+        active = self._rules_of(record.optimizer)
         skipped = self._reader.observe_skip(record)
         reports: list[tuple[Rule, Found]] = []
-        for rule in tuple(judge.on_skip):
+        for rule in tuple(active.on_skip):
             self._ask(rule, rule.skipped, reports, skipped)
         return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
 
     def row(self, table: int, step: int, values: Floats, time: float) -> list[Finding]:
-        """Judge a row measured outside a step, if it is an evaluation."""
+        """Evaluate the rules for a row measured outside a step, if it is an evaluation."""
         name, columns = self._reader.table(table)
-        if name != schema.VALIDATION or not self._judges:
+        if name != schema.VALIDATION or not self._by_optimizer:
             return []
         metrics = {
             column: value
             for column, value in zip(columns, values.tolist(), strict=False)
             if why_absent(value) is None
         }
-        key, judge = next(iter(self._judges.items()))
+        key, active = next(iter(self._by_optimizer.items()))
         reports: list[tuple[Rule, Found]] = []
-        for rule in tuple(judge.on_evaluation):
+        for rule in tuple(active.on_evaluation):
             self._ask(rule, rule.evaluation, reports, step, metrics)
         return self._publish(reports, step, time, key) if reports else []
 
     # ------------------------------------------------------------ rules
 
-    def _judge(self, optimizer: str) -> _Judge:
-        judge = self._judges.get(optimizer)
-        if judge is None:
+    def _rules_of(self, optimizer: str) -> _OptimizerRules:
+        active = self._by_optimizer.get(optimizer)
+        if active is None:
             trend = LossTrend()
             facts, settings = self._reader.facts, self._settings
             rules = [
@@ -132,8 +132,8 @@ class FindingsEngine:
                 for kind in self._kinds
                 if kind.name not in self._failed
             ]
-            judge = self._judges[optimizer] = _Judge(rules, trend)
-        return judge
+            active = self._by_optimizer[optimizer] = _OptimizerRules(rules, trend)
+        return active
 
     def _ask(
         self,
@@ -146,9 +146,9 @@ class FindingsEngine:
             reports += [(rule, found) for found in question(*arguments)]
         except Exception as error:
             self._failed.add(rule.name)
-            for judge in self._judges.values():
-                for each in [each for each in judge.rules if each.name == rule.name]:
-                    judge.drop(each)
+            for active in self._by_optimizer.values():
+                for each in [each for each in active.rules if each.name == rule.name]:
+                    active.drop(each)
             self._on_fault(f"rule {rule.name} is switched off: {type(error).__name__}: {error}")
 
     # ------------------------------------------------------------ findings
@@ -221,7 +221,7 @@ class FindingsEngine:
                 if root != other.number:
                     effect = msgspec.structs.replace(other, cause=root, step=step, time=time)
                     self._set(effect, changed)
-        if new.cause is not None:  # what it explained is explained by its own cause now
+        if new.cause is not None:  # its effects are attributed to the root cause
             for other in tuple(self.findings):
                 if other.cause == new.number:
                     moved = msgspec.structs.replace(other, cause=new.cause, step=step, time=time)

@@ -1,4 +1,4 @@
-"""What rules are given: one optimizer step by name instead of by table, and the run around it."""
+"""The input of rules: one optimizer step, with its tables by name, and facts about the run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import ClipRecord, Floats, Sign, SkipRecord, StepRecord
+from tui_trainer.history.records import (
+    ClipRecord,
+    Floats,
+    NonFiniteRecord,
+    Sign,
+    SkipRecord,
+    StepRecord,
+)
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent_mask, why_absent
-from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
+from tui_trainer.protocol.messages import SkipReason
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 
 _REASON = 0xFF
@@ -33,7 +40,7 @@ class Row:
 
     @cached_property
     def absent(self) -> NDArray[np.bool_]:
-        """Which values do not exist."""
+        """Mask of absent values."""
         return absent_mask(self.values)
 
     @cached_property
@@ -41,7 +48,7 @@ class Row:
         return bool(self.absent.any())
 
     def reasons(self) -> NDArray[np.uint32]:
-        """For each value the `Absent` of which it is one, 0 for a value that exists."""
+        """The `Absent` code of each value, 0 where it is present."""
         return np.where(self.absent, self.values.view(np.uint32) & _REASON, 0)
 
     @cached_property
@@ -60,7 +67,7 @@ class Row:
 
 @dataclass(slots=True)
 class Observation:
-    """One optimizer step. Numbers that do not exist are None; a measured NaN is a NaN."""
+    """One optimizer step. Absent numbers are None; a measured nan stays nan."""
 
     step: int
     time: float
@@ -83,7 +90,7 @@ class Observation:
     memory: Row | None = None
     attention: Row | None = None
     health: Row | None = None
-    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
+    nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
 
 
@@ -93,12 +100,12 @@ class SkippedStep:
 
     step: int
     optimizer: str
-    reason: str
+    reason: SkipReason
     loss_scale: float | None
 
 
 class RunFacts:
-    """What is known of the run itself."""
+    """Facts about the run."""
 
     def __init__(self) -> None:
         self._infos: tuple[ParameterInfo, ...] = ()
@@ -113,7 +120,7 @@ class RunFacts:
         self.classes: int | None = None
         """Number of classes of the cross-entropy that is the loss, if it is known."""
         self.of_task = False
-        """Whether the task itself says so."""
+        """Whether `classes` was declared by the task."""
         self.total_steps: int | None = None
         self.device = ""
 
@@ -189,7 +196,7 @@ class LossTrend:
 
 
 class Reader:
-    """Makes observations of records; knows the tables of the run."""
+    """Turns records into observations, using the run's declared tables."""
 
     def __init__(self) -> None:
         self.facts = RunFacts()
@@ -201,7 +208,7 @@ class Reader:
             return
         self._info = info
         self.facts.update(info)
-        # The same names stay the same object, by which rules know that nothing has changed.
+        # Unchanged names stay the same object: rules compare them by identity.
         known = self._tables
         self._tables = {
             table.id: (table.name, tuple(column.name for column in table.columns))
@@ -239,8 +246,9 @@ class Reader:
                 seen.learning_rate = None if why_absent(rate) is not None else rate
                 seen.gradient_norm = None if why_absent(norm) is not None else norm
                 seen.step_ms = took if math.isfinite(took) else None
-                if len(values) > 4 and values[4] == values[4]:
-                    seen.evaluations = float(values[4])
+                evaluations = by_name.get("evaluations", math.nan)
+                if math.isfinite(evaluations):
+                    seen.evaluations = evaluations
         return seen
 
     def observe_skip(self, record: SkipRecord) -> SkippedStep:

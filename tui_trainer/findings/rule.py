@@ -1,12 +1,13 @@
-"""What a rule is: a test of what is measured, with the words that explain it."""
+"""The base class of rules: a check of the measurements, with its documentation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.messages import Confidence, Evidence, Level
 
 
@@ -22,23 +23,23 @@ class RuleThreshold:
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule reports. With the `key` of an earlier report it replaces that one."""
+    """What a rule reports. A report with the `key` of an earlier one replaces it."""
 
     onset: int
     text: str
     level: Level | None = None
-    """None: the rule's."""
+    """None: the level of the rule."""
     next: str = ""
-    """"": the rule's."""
+    """"": the advice of the rule."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()
-    phase: str = ""
+    phase: Phase | Literal[""] = ""
     evidence: tuple[Evidence, ...] = ()
     key: str = ""
 
 
 class Rule:
-    """Base class. The engine makes one instance of each rule for every optimizer.
+    """Base class. The engine creates one instance of each rule per optimizer.
 
     The texts are also the rule's documentation: `tui-trainer explain NAME` and `docs/findings.md`.
     """
@@ -48,7 +49,7 @@ class Rule:
     """The finding in a few words."""
     level: ClassVar[Level] = "warning"
     needs: ClassVar[str]
-    """What has to be measured before it says anything."""
+    """What has to be measured before the rule can report anything."""
     explanation: ClassVar[str]
     """What is tested, and why it matters."""
     next: ClassVar[str]
@@ -57,10 +58,10 @@ class Rule:
     """Where the test and its thresholds come from."""
     thresholds: ClassVar[tuple[RuleThreshold, ...]] = ()
     explained_by: ClassVar[tuple[str, ...]] = ()
-    """Rules whose finding is the cause of this one, if its onset is not later."""
+    """Rules whose findings are the cause of this one if their onset is not later."""
     slack: ClassVar[int] = 10
-    """Steps by which the onset of a cause may be seen after that of this effect: quantities are
-    measured at different cadences."""
+    """Steps by which the onset of a cause may be later than that of this effect, since quantities
+    are measured at different cadences."""
 
     reach: ClassVar[int] = 1 << 62
     """Steps after its onset within which it can be the cause of another finding."""
@@ -86,13 +87,13 @@ class Rule:
 
 @dataclass
 class Streak:
-    """Counts how often something was so in a row, and since which step."""
+    """Counts how many times in a row a condition held, and since which step."""
 
     count: int = 0
     onset: int = 0
 
     def add(self, holds: bool, step: int) -> int:
-        """The number of times in a row, this one included."""
+        """Returns the number of times in a row, including this one."""
         if not holds:
             self.count = 0
         else:
@@ -113,7 +114,7 @@ def evidence(
     column: str = "",
     text: str = "",
 ) -> Evidence:
-    """A number with its healthy band."""
+    """A number with its healthy range."""
     finite = value == value and abs(value) != float("inf")
     shown = text or f"{value:.3g}{unit}"
     return Evidence(quantity, shown, value if finite else None, low, high, table, column)

@@ -1,4 +1,4 @@
-"""Which rules run, with which thresholds, such as `over-fitting=off,loss-diverges.rise=3`."""
+"""Settings that switch rules and change thresholds: `over-fitting=off,loss-diverges.rise=3`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ON_WORDS = ("on", "yes", "true", "1")
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be understood. `known`: what could have been meant."""
+    """A setting that cannot be parsed. `known`: the valid names."""
 
     def __init__(self, message: str, given: str = "", known: Iterable[str] = ()) -> None:
         super().__init__(message)

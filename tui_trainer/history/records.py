@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,17 @@ Sign = Literal["new_parameters", "kept_gradients", "eval_mode", "softmax_twice"]
 parameters; its first backward added to gradients that the optimizer's last step had used already;
 its forward ran a model in `eval()` mode that has layers for which that matters; its loss is a
 cross-entropy, which takes a softmax, of a softmax."""
+
+
+class NonFiniteRecord(NamedTuple):
+    """A quantity that is nan or infinite."""
+
+    quantity: NonFiniteQuantity
+    parameter: str
+    """The first parameter with such a value; "" for the loss."""
+    value: NonFiniteValue
+    finite_at: int | None
+    """The last step at which the quantity was measured and finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +64,7 @@ class StepRecord:
     rows: tuple[tuple[int, Floats], ...]
     """(table id, values of its columns) for each table measured in this step."""
     clip: ClipRecord | None = None
-    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
-    """(quantity, first parameter, value, last step at which it was finite) of each quantity that
-    is NaN or infinite."""
+    nonfinite: tuple[NonFiniteRecord, ...] = ()
     own_ms: float = 0.0
     """Overhead of tracing this step, on the training thread."""
     signs: frozenset[Sign] = frozenset()
@@ -70,7 +79,7 @@ class SkipRecord:
     step: int
     """The step that comes next."""
     time: float
-    """When they were given up, seconds since the epoch."""
+    """When they were discarded, seconds since the epoch."""
     reason: SkipReason
     text: str
     optimizer: str
@@ -78,6 +87,6 @@ class SkipRecord:
     rows: tuple[tuple[int, Floats], ...]
     """(table id, values of its columns), as those of a step."""
     clip: ClipRecord | None = None
-    nonfinite: tuple[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None], ...] = ()
+    nonfinite: tuple[NonFiniteRecord, ...] = ()
     loss_scale: float | None = None
     """The scale at which a GradScaler skipped."""

@@ -1,4 +1,4 @@
-"""NaN and infinities in loss, gradients and weights, reported when they appear."""
+"""nan and inf in loss, gradients and weights, reported when they appear."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Floats
+from tui_trainer.history.records import Floats, NonFiniteRecord
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import NonFiniteQuantity
@@ -59,4 +59,5 @@ class NonFiniteProbe(Probe):
             first = int(np.argmin(finite))
             parameter = "" if quantity == "loss" else self.tracked.names[first]
             value = nonfinite(float(found[first]))
-            facts.nonfinite.append((quantity, parameter, value, self._finite_at.get(quantity)))
+            finite_at = self._finite_at.get(quantity)
+            facts.nonfinite.append(NonFiniteRecord(quantity, parameter, value, finite_at))

@@ -269,7 +269,7 @@ class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
 
 
 class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
-    """A quantity became nan or infinite; sent again only after it has been finite."""
+    """A quantity became nan or inf; sent again only after it has been finite."""
 
     id: int
     step: int
@@ -328,7 +328,7 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True):
-    """A number that a finding rests on, beside the band in which it is healthy."""
+    """A number that a finding is based on, and the range in which it is healthy."""
 
     quantity: str
     """In words, such as `median update ratio`."""
@@ -337,7 +337,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True):
     value: float | None = None
     """None where it is not finite or no number."""
     low: float | None = None
-    """The healthy band; None: open on this side."""
+    """The healthy range; None: open on this side."""
     high: float | None = None
     table: str = ""
     """Where the series is recorded, for a chart; "" where there is none."""
@@ -356,7 +356,7 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
     rule: str
     level: Level
     onset: int
-    """The first step at which it was so."""
+    """The first step at which it held."""
     title: str
     """In a few words, without numbers."""
     text: str
@@ -365,9 +365,9 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
     """What to look at or try."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()
-    """Where: names of parameters (or layers), the most concerned first."""
-    phase: str = ""
-    """Where: the phase of the step, if it is one."""
+    """Where: names of parameters (or layers), the most affected first."""
+    phase: Phase | Literal[""] = ""
+    """Where: the phase of the step; "" where it belongs to none."""
     optimizer: str = ""
     """Key of the optimizer, as in `Table.optimizer`."""
     evidence: tuple[Evidence, ...] = ()

@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import ClipRecord, Floats, SkipRecord, StepRecord
+from tui_trainer.history.records import (
+    ClipRecord,
+    Floats,
+    NonFiniteRecord,
+    SkipRecord,
+    StepRecord,
+)
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import (
     ClipKind,
     Level,
-    NonFiniteQuantity,
-    NonFiniteValue,
     NoticeKind,
     PhaseReport,
 )
@@ -123,9 +127,7 @@ class StepFacts:
     total_norm: float = absent(Absent.NOT_MEASURED)
     """√Σ‖g‖² over the optimizer's own parameters."""
     clip: ClipRecord | None = None
-    nonfinite: list[tuple[NonFiniteQuantity, str, NonFiniteValue, int | None]] = field(
-        default_factory=list
-    )
+    nonfinite: list[NonFiniteRecord] = field(default_factory=list)
 
 
 class Probe:

@@ -1,4 +1,4 @@
-"""All rules, in the order in which they are asked and documented: causes before effects."""
+"""All rules, in the order in which they are evaluated and documented: causes before effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention whose logits grow, or that looks at one position only."""
+"""Attention whose logits grow, or whose entropy collapses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFac
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 EVERY = 10
-"""Of the rows of table `attention`, one in so many is looked at."""
+"""Every n-th row of table `attention` is examined."""
 
 
 class _PerLayer(Rule):
-    """Looks at one statistic of every layer."""
+    """Reads one statistic of every attention layer."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -43,7 +43,7 @@ class AttentionLogits(_PerLayer):
     explanation = (
         "The logits of attention grow with the norms of Wq and Wk. Once they are in the hundreds, "
         "each softmax puts all its weight on one position, its gradient vanishes, and large models "
-        "diverge soon after. The product of the norms grows long before the loss shows anything."
+        "diverge soon after. The product of the norms grows long before the loss reacts."
     )
     next = (
         "normalise queries and keys (QK-norm), lower the learning rate, add weight decay to Wq, Wk"
@@ -55,7 +55,7 @@ class AttentionLogits(_PerLayer):
     )
     thresholds = (
         RuleThreshold("logit", 100, "largest logit, if it is also ten times the first measured"),
-        RuleThreshold("growth", 40, "(‖Wq‖‖Wk‖/‖Wv‖) against the same at the start"),
+        RuleThreshold("growth", 40, "‖Wq‖‖Wk‖/‖Wv‖ relative to its first value"),
     )
     explained_by = ("update-ratio-high", "learning-rate-jump", "no-warm-up", "gradients-kept")
 
@@ -109,22 +109,22 @@ class AttentionLogits(_PerLayer):
 
 
 class AttentionEntropy(_PerLayer):
-    """Attention looks at one position only."""
+    """The entropy of attention collapses."""
 
     name = "attention-entropy"
     title = "attention collapses to one position"
     needs = "two samples of the attention's entropy"
     explanation = (
-        "The rows of attention have almost no entropy any more: each position looks at one other "
-        "position and nothing else, after it began by looking at all of them. Such entropy "
-        "collapse goes together with instability and with gradients that do not reach Wq and Wk."
+        "The attention distributions have lost almost all of their entropy: each position attends "
+        "to a single other position, although it attended to many at the start. Entropy collapse "
+        "is associated with instability and with vanishing gradients of Wq and Wk."
     )
     next = "lower the learning rate or warm up longer; normalise queries and keys"
     source = (
         "Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse "
         "(ICML 2023)"
     )
-    thresholds = (RuleThreshold("entropy", 0.1, "nats, where it began above 0.5"),)
+    thresholds = (RuleThreshold("entropy", 0.1, "nats, for layers that started above 0.5"),)
     explained_by = (
         "attention-logits",
         "update-ratio-high",
@@ -155,7 +155,7 @@ class AttentionEntropy(_PerLayer):
         worst = layers[0]
         yield Found(
             self._streak.onset,
-            f"the attention of {worst} has an entropy of {low[worst]:.2g} nats; it began at "
+            f"the attention of {worst} has an entropy of {low[worst]:.2g} nats; it started at "
             f"{self._first[worst]:.2g}",
             phase="forward",
             parameters=tuple(layers[:8]),

@@ -1,4 +1,4 @@
-"""Clipping that cuts everything."""
+"""Clipping that scales every gradient, or almost to nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
+from tui_trainer.protocol.formatting import percent
 
-SCALE = 3
-"""Position of `scale` in a row of table `clip`."""
 WINDOW = 100
 
 
@@ -18,41 +17,44 @@ class ClippedToNothing(Rule):
 
     name = "clipped-to-nothing"
     title = "clipping leaves almost nothing"
-    needs = "a hundred steps with clipping"
+    needs = "100 steps with clipping"
     explanation = (
         "Clipping multiplies the gradients by less than a hundredth, step after step. With SGD the "
-        "learning rate is in effect a hundred times smaller than it says; with Adam the size does "
-        "not matter, but a few batches decide alone. The limit does not fit the model: it is meant "
-        "to cut rare peaks."
+        "effective learning rate is a hundred times smaller than the one that is set; with Adam "
+        "the scale cancels out, but the batches with the largest gradients lose their weight. The "
+        "limit does not suit the model: it is meant for rare peaks."
     )
     next = "set max_norm near the usual gradient norm, or look for the cause of large gradients"
     source = (
         "Pascanu, Mikolov & Bengio (ICML 2013): a limit near the average gradient norm of the "
         "training"
     )
-    thresholds = (RuleThreshold("scale", 0.01, "median of what the gradients are multiplied by"),)
+    thresholds = (RuleThreshold("scale", 0.01, "median factor applied to the gradients"),)
     explained_by = ("gradients-kept", "gradients-explode", "loss-diverges")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
-        self._scales: deque[tuple[int, float, float, float]] = deque(maxlen=WINDOW)
+        self._scales: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)
+        """(step, scale, norm before clipping)"""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
         if self._reported or seen.clip is None:
             return
-        limit, before, _, scale = seen.clip.values[: SCALE + 1].tolist()
-        self._scales.append((seen.step, scale, before, limit))
+        limit, before, scale = map(seen.clip.get, ("max_norm", "norm_before", "scale"))
+        if limit is None or before is None or scale is None:
+            return
+        self._scales.append((seen.step, scale, before))
         if len(self._scales) < WINDOW or seen.step % 20:
             return
-        scales = sorted(scale for _, scale, _, _ in self._scales if scale == scale)
+        scales = sorted(scale for _, scale, _ in self._scales if scale == scale)
         if not scales or scales[len(scales) // 2] >= self.limits["scale"]:
             return
         self._reported = True
         median = scales[len(scales) // 2]
         low = self.limits["scale"]
-        onset = next(step for step, scale, _, _ in self._scales if scale < low)
-        norms = sorted(norm for _, _, norm, _ in self._scales if norm == norm)
+        onset = next(step for step, scale, _ in self._scales if scale < low)
+        norms = sorted(norm for _, _, norm in self._scales if norm == norm)
         yield Found(
             onset,
             f"clipping multiplies the gradients by {median:.1e} (median of {WINDOW} steps): their "
@@ -67,18 +69,18 @@ class ClippedToNothing(Rule):
 
 
 class AlwaysClipped(Rule):
-    """Clipping cuts every step."""
+    """The gradient is clipped at every step."""
 
     name = "always-clipped"
     title = "every step is clipped"
     level = "info"
-    needs = "five hundred steps with clipping"
+    needs = "500 steps with clipping"
     explanation = (
-        "Every step's gradient is above the limit, so that clipping has become a normalisation: "
-        "each update has the same length whatever the gradient. That is no fault by itself, but "
-        "the learning rate alone no longer says how far a step goes."
+        "The gradient norm is above the limit at every step, so clipping has become a "
+        "normalisation: the gradient always has the same norm. That is not an error in itself, "
+        "but the limit now scales the learning rate."
     )
-    next = "raise max_norm if clipping is meant for peaks only; see the gradient norm's usual size"
+    next = "if clipping is meant for peaks only, raise max_norm above the usual gradient norm"
     source = "Zhang et al., Why Gradient Clipping Accelerates Training (ICLR 2020)"
     thresholds = (RuleThreshold("share", 0.995, "share of the last 500 steps that were clipped"),)
     explained_by = ("clipped-to-nothing", "gradients-kept", "gradients-explode")
@@ -92,23 +94,23 @@ class AlwaysClipped(Rule):
     def step(self, seen: Observation) -> Iterable[Found]:
         if self._reported or seen.clip is None:
             return
+        limit, before, scale = map(seen.clip.get, ("max_norm", "norm_before", "scale"))
         self._first = self._first or seen.step
-        self._clipped.append(float(seen.clip.values[SCALE]) < 1)
-        if len(self._clipped) < 500 or seen.step % 50:
+        self._clipped.append(scale is not None and scale < 1)
+        if len(self._clipped) < 500 or seen.step % 50 or limit is None or before is None:
             return
         share = sum(self._clipped) / 500
         if share < self.limits["share"]:
             return
         self._reported = True
-        limit, before = seen.clip.values[:2].tolist()
         yield Found(
             max(self._first, seen.step - 499),
-            f"{share:.0%} of the last 500 steps were clipped: gradient norms are about "
+            f"{percent(share, 0)} of the last 500 steps were clipped: gradient norms are about "
             f"{before:.3g}, the limit is {limit:.3g}",
             confidence="certain",
             phase="clip",
             evidence=(
-                evidence("share of steps that are clipped", share, high=0.95, text=f"{share:.1%}",
+                evidence("share of clipped steps", share, high=0.95, text=percent(share, 0),
                          table="clip", column="scale"),
             ),
         )  # fmt: skip

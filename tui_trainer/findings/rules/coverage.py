@@ -1,4 +1,4 @@
-"""Which parameters the optimizers update, and which of them get gradients."""
+"""Parameters that no optimizer updates, that have no gradients, or that are frozen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
-from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.formatting import counted, percent
 
 
 class NotInOptimizer(Rule):
@@ -20,16 +20,16 @@ class NotInOptimizer(Rule):
     needs = "the gradient norms of three steps"
     explanation = (
         "These parameters require a gradient, backward computes one, and no optimizer holds them: "
-        "they keep their first values for ever. It happens when a layer is added after the "
-        "optimizer was made, or when the optimizer is given the parameters of a part of the model. "
-        "If they are meant to stay fixed, requires_grad_(False) says so and saves their gradients."
+        "they keep their initial values. It happens when a layer is added after the optimizer was "
+        "created, or when the optimizer is given the parameters of only a part of the model. If "
+        "they are meant to stay fixed, requires_grad_(False) also saves computing their gradients."
     )
     next = (
         "give all parameters to the optimizer (model.parameters(), or add_param_group for a layer "
-        "that was added), or freeze these with requires_grad_(False)"
+        "that was added), or freeze them with requires_grad_(False)"
     )
     source = "TrainCheck (Jiang et al., OSDI 2025), a part of the model missing in the optimizer"
-    thresholds = (RuleThreshold("steps", 3, "measured steps at which they had a gradient"),)
+    thresholds = (RuleThreshold("steps", 3, "measured steps with a gradient"),)
     explained_by = ("no-gradients",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -70,7 +70,7 @@ class NotInOptimizer(Rule):
         yield Found(
             first,
             f"{named(names)} ({counted(numel, 'number')}) got a gradient at every step, but no "
-            "optimizer updates them: they keep the values they began with",
+            "optimizer updates them: they keep their initial values",
             confidence="certain",
             phase="step",
             parameters=tuple(names[:16]),
@@ -107,10 +107,10 @@ class NeverReached(Rule):
     title = "parameters that backward never reaches"
     needs = "the gradients of ten steps"
     explanation = (
-        "An optimizer holds these parameters and they are not frozen, but backward has not reached "
-        "them once: the loss does not depend on them. A layer is not used in forward, its output "
-        "is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the model that is trained "
-        "is another one than the optimizer was given."
+        "An optimizer holds these parameters and they are not frozen, but backward has never "
+        "reached them: the loss does not depend on them. Either forward does not use the layer, or "
+        "its output is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the optimizer "
+        "was given the parameters of a different model."
     )
     next = (
         "check that forward uses these layers and that nothing detaches their output; remove them, "
@@ -156,7 +156,7 @@ class NeverReached(Rule):
             if (info := self.facts.parameters.get(name)) is not None and info.optimizer
         ]
         if not names or len(names) == len(own):
-            return  # none has a gradient: that is `no-gradients`
+            return  # none has a gradient: reported by `no-gradients`
         numel = sum(self.facts.parameters[name].numel for name in names)
         yield Found(
             self._first,
@@ -180,12 +180,13 @@ class NoGradients(Rule):
     level = "error"
     needs = "three steps"
     explanation = (
-        "The optimizer steps, but none of its parameters has a gradient. It holds other tensors "
-        "than the model that is trained: it was made before the model was replaced, loaded anew, "
-        "copied or wrapped; or nothing calls backward, or everything is detached or frozen."
+        "The optimizer steps, but none of its parameters has a gradient. Either it holds tensors "
+        "that are no longer those of the trained model, because it was created before the model "
+        "was replaced, reloaded, copied or wrapped; or backward is never called; or everything is "
+        "detached or frozen."
     )
     next = (
-        "make the optimizer after the model has its final form (after .to(), loading, wrapping), "
+        "create the optimizer once the model has its final form (after .to(), loading, wrapping), "
         "and check that backward() is called on a loss that depends on the model"
     )
     source = "PyTorch's documentation of torch.optim (construct optimizers after moving a model)"
@@ -239,12 +240,12 @@ class MostlyFrozen(Rule):
     level = "info"
     needs = "one step"
     explanation = (
-        "Only a small part of the model's numbers are trained. That is meant in fine-tuning a head "
-        "or adapters; it is a mistake when requires_grad_(False) was left over from another stage."
+        "Only a small part of the model's weights is trained. That is intended when fine-tuning a "
+        "head or adapters, and a mistake if requires_grad_(False) is left over from another stage."
     )
     next = "if the whole model should train: requires_grad_(True), and give it to the optimizer"
     source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages"
-    thresholds = (RuleThreshold("share", 0.05, "share of the numbers that are trained"),)
+    thresholds = (RuleThreshold("share", 0.05, "share of the weights that are trained"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -260,15 +261,16 @@ class MostlyFrozen(Rule):
         numel = sum(info.numel for info in trained)
         if not total or len(trained) == len(infos) or numel / total >= self.limits["share"]:
             return
+        trained_share = percent(numel / total, 0, 2)
         yield Found(
             seen.step,
-            f"only {numel:,} of {total:,} numbers are trained "
-            f"({numel / total:.2%}): {named([info.name for info in trained])}",
+            f"only {numel:,} of {total:,} weights are trained "
+            f"({trained_share}): {named([info.name for info in trained])}",
             confidence="certain",
             parameters=tuple(info.name for info in trained[:8]),
             evidence=(
                 evidence("share of the model that is trained", numel / total,
-                         low=self.limits["share"], text=f"{numel / total:.2%}"),
+                         low=self.limits["share"], text=trained_share),
             ),
         )  # fmt: skip
 
@@ -281,8 +283,9 @@ class EvaluationMode(Rule):
     needs = "twenty steps"
     explanation = (
         "The model is called for training while it is in eval() mode, and it has dropout or batch "
-        "normalisation, which behave otherwise then: no dropout, and running statistics that are "
-        "used and never updated. Usually model.train() is missing after an evaluation."
+        "normalisation, which behave differently in that mode: dropout does nothing, and running "
+        "statistics are used instead of updated. Usually model.train() is missing after an "
+        "evaluation."
     )
     next = "call model.train() before the training steps, and again after every evaluation"
     source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
@@ -302,8 +305,8 @@ class EvaluationMode(Rule):
         self._reported = True
         yield Found(
             self._streak.onset,
-            f"since step {self._streak.onset:,} the model trains in eval() mode: its dropout or "
-            "batch normalisation is switched off",
+            f"since step {self._streak.onset:,} the model has been trained in eval() mode: dropout "
+            "is off and batch normalisation does not update its statistics",
             confidence="certain",
             phase="forward",
             evidence=(evidence("steps in eval() mode", count, high=0, text=str(count)),),

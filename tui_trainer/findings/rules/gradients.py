@@ -1,4 +1,4 @@
-"""Gradients that vanish or explode, over the depth of the model or in time."""
+"""Gradients that vanish or explode, over the depth of the model or over time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 MIN_DEPTH = 4
-"""Weight matrices that a model needs to have a depth."""
+"""Minimum number of weight matrices for a comparison over depth."""
 EVERY = 5
-"""Of the measured rows, one in so many is looked at."""
+"""Every n-th measured row is examined."""
 
 
 class _Depth(Rule):
@@ -28,7 +28,7 @@ class _Depth(Rule):
 
     def quarters(self, seen: Observation) -> tuple[float, float, str, str] | None:
         """Geometric mean of the gradient norms of the first and of the last quarter, and the name
-        of the first and of the last matrix; None where this step is not looked at."""
+        of the first and of the last matrix; None where this step is not examined."""
         row = seen.gradients
         if row is None:
             return None
@@ -63,9 +63,9 @@ class GradientsVanish(_Depth):
     title = "gradients vanish towards the input"
     needs = "gradient norms of five steps, and four weight matrices"
     explanation = (
-        "On its way from the loss to the input, the gradient becomes smaller from layer to layer, "
-        "so that the first layers hardly learn: saturated sigmoid or tanh units, a deep "
-        "network without residual connections or normalisation, a wrong initialisation, dead ReLUs."
+        "The gradient shrinks from layer to layer on its way from the loss to the input, so the "
+        "first layers hardly learn. Causes are saturated sigmoid or tanh units, a deep network "
+        "without residual connections or normalisation, a poor initialisation, and dead ReLUs."
     )
     next = (
         "use residual connections, normalisation and an initialisation that fits the activation "
@@ -106,15 +106,15 @@ class GradientsVanish(_Depth):
 
 
 class GradientsExplode(_Depth):
-    """Gradients grow beyond all bounds, towards the input or in time."""
+    """Gradients grow without bound, towards the input or over time."""
 
     name = "gradients-explode"
     title = "gradients explode"
     needs = "gradient norms of twenty steps"
     explanation = (
-        "Either the gradient becomes larger from layer to layer on its way to the input, or the "
-        "total gradient norm has risen to a hundred times its first values while the loss does not "
-        "fall. Updates then follow the few largest gradients, and the next stop is nan."
+        "Either the gradient grows from layer to layer on its way to the input, or the total "
+        "gradient norm has risen to a hundred times its first values while the loss does not fall. "
+        "The updates are then dominated by a few huge gradients, and nan usually follows."
     )
     next = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
     source = (

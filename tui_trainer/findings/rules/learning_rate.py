@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.protocol.messages import Level
 
 ADAM_LIKE = ("adam", "nadam", "adamax", "lion", "lamb")
-"""Beginnings of names. RAdam has a warm-up of its own."""
+"""Prefixes of optimizer names. RAdam has a built-in warm-up."""
 
 
 class LearningRateZero(Rule):
@@ -18,9 +19,9 @@ class LearningRateZero(Rule):
     title = "the learning rate is zero"
     needs = "the learning rate of twenty steps"
     explanation = (
-        "The optimizer steps with a learning rate of exactly 0, so nothing is learnt. A schedule "
-        "that begins at 0 is advanced once per epoch instead of once per step, or it has run out "
-        "before the training has."
+        "The optimizer steps with a learning rate of exactly 0, so nothing is learnt. Either a "
+        "schedule that starts at 0 is advanced once per epoch instead of once per step, or the "
+        "schedule ended before the training did."
     )
     next = (
         "print optimizer.param_groups[0]['lr']; check where scheduler.step() is called and how "
@@ -44,10 +45,10 @@ class LearningRateZero(Rule):
         if count < self.limits["steps"]:
             return
         self._reported = True
-        before = f"; before, it was up to {self._highest:.3g}" if self._highest else ""
+        before = f"; it was up to {self._highest:.3g} before" if self._highest else ""
         yield Found(
             self._streak.onset,
-            f"the learning rate is 0 since step {self._streak.onset:,}: the weights do not "
+            f"the learning rate has been 0 since step {self._streak.onset:,}: the weights do not "
             f"change{before}",
             confidence="certain",
             phase="step",
@@ -65,9 +66,9 @@ class LearningRateJump(Rule):
     title = "the learning rate jumps"
     needs = "the learning rate of two steps; for a warning, the loss of the fifty steps after"
     explanation = (
-        "The learning rate is many times higher than a step before. A restart of a cyclic schedule "
-        "does so on purpose; a resumed run whose schedule was not restored, or a scheduler that is "
-        "made anew, does so by mistake. It is a warning only if the loss rises after it."
+        "The learning rate is many times higher than one step before. Schedules with warm restarts "
+        "do so on purpose; a resumed run whose scheduler was not restored, or a scheduler that is "
+        "created again, does so by mistake. It is a warning only if the loss rises afterwards."
     )
     next = "restore the scheduler's state with the checkpoint, or warm up again after the jump"
     source = (
@@ -76,7 +77,7 @@ class LearningRateJump(Rule):
     )
     thresholds = (
         RuleThreshold("factor", 10, "times the learning rate of the step before"),
-        RuleThreshold("first_steps", 5, "steps at the start, which are not judged"),
+        RuleThreshold("first_steps", 5, "steps at the start that are ignored"),
     )
 
     reach = 200
@@ -88,7 +89,7 @@ class LearningRateJump(Rule):
         self._steps = 0
         self._jump: tuple[int, float, float] | None = None
         """(step, rate before, rate after) of the last jump, while the loss is watched."""
-        self._told = False
+        self._reported = False
         self._loss_before = 0.0
         self._bar = 0.0
         self._streak = Streak()
@@ -106,8 +107,8 @@ class LearningRateJump(Rule):
             self._loss_before = self.trend.fast
             self._bar = self.trend.fast + max(6 * self.trend.noise, 0.1 * abs(self.trend.fast))
             self._streak = Streak()
-            if not self._told:
-                self._told = True
+            if not self._reported:
+                self._reported = True
                 yield self._found("info", "")
         elif self._jump is not None:
             yield from self._watch(seen)
@@ -121,13 +122,13 @@ class LearningRateJump(Rule):
         elif seen.step > self._jump[0] + self.WATCHED:
             self._jump = None
 
-    def _found(self, level: str, rose: str) -> Found:
+    def _found(self, level: Level, rose: str) -> Found:
         assert self._jump is not None
         step, before, after = self._jump
         return Found(
             step,
             f"the learning rate jumped from {before:.3g} to {after:.3g} at step {step:,}{rose}",
-            level="warning" if level == "warning" else "info",
+            level=level,
             confidence="certain",
             phase="step",
             key=str(step),
@@ -145,10 +146,10 @@ class NoWarmUp(Rule):
     title = "no warm-up"
     needs = "the loss of the first steps, an Adam-like optimizer and attention layers"
     explanation = (
-        "An Adam-like optimizer starts on attention layers at its full learning rate. In the first "
-        "steps its estimate of the second moment rests on a handful of gradients, and its updates "
-        "are as large as they can be. It is a warning only because the loss rises well above its "
-        "first value."
+        "An Adam-like optimizer trains attention layers at its full learning rate from the first "
+        "step on. Its estimate of the second moment is then based on a handful of gradients, and "
+        "its updates are as large as they can be. The rule reports it only if the loss rises well "
+        "above its first value."
     )
     next = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
     source = (
@@ -157,7 +158,7 @@ class NoWarmUp(Rule):
     )
     thresholds = (
         RuleThreshold("rise", 0.2, "rise of the loss over its first value, as a share of it"),
-        RuleThreshold("steps", 200, "first steps that are judged"),
+        RuleThreshold("steps", 200, "number of first steps that are checked"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

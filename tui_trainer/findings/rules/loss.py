@@ -1,4 +1,4 @@
-"""What the course of the loss says."""
+"""Rules on the curve of the loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from tui_trainer.findings.observation import FIRST_LOSSES, LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.protocol.formatting import percent
 
 
 class InitialLoss(Rule):
@@ -16,12 +17,12 @@ class InitialLoss(Rule):
 
     name = "initial-loss"
     title = "the first loss is far from chance"
-    needs = "the first loss, if it is seen to be a mean cross-entropy over classes"
+    needs = "the first loss, if it is recognised as a mean cross-entropy over classes"
     explanation = (
-        "A classifier of K classes that knows nothing and is not sure of anything has a "
-        "cross-entropy of ln K. A first loss far above says that it is sure of wrong answers: the "
-        "last layer is initialised with too large weights. One far below says that it knows the "
-        "answers already: a leak, or weights that were trained before."
+        "A classifier that predicts all K classes with equal probability has a cross-entropy of "
+        "ln K. A first loss far above it means confident wrong predictions: the last layer is "
+        "initialised with weights that are too large. A first loss far below it means that the "
+        "model already knows the answers: a leak, or pretrained weights."
     )
     next = "initialise the last layer with smaller weights (std 0.02 or zero), its bias with zero"
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "verify loss @ init"'
@@ -45,16 +46,16 @@ class InitialLoss(Rule):
         chance = math.log(classes)
         high, low = self.limits["high"] * chance + 0.5, self.limits["low"] * chance
         if low <= seen.loss <= high or (seen.loss < low and not self.facts.of_task):
-            return  # a model that was trained before may begin with a low loss
+            return  # a pretrained model may start with a low loss
         above = seen.loss > high
         yield Found(
             seen.step,
             f"the first loss is {seen.loss:.4g}; guessing among {classes:,} classes has "
             f"ln {classes} = {chance:.3g}: "
             + (
-                "the model begins by being sure of wrong answers"
+                "the untrained model is confident in wrong predictions"
                 if above
-                else "the model knows the answers already"
+                else "the model already knows the answers"
             ),
             level="warning" if above else "info",
             phase="loss",
@@ -63,17 +64,17 @@ class InitialLoss(Rule):
 
 
 class SoftmaxTwice(Rule):
-    """The cross-entropy is taken of a softmax."""
+    """Softmax is applied before cross-entropy."""
 
     name = "softmax-before-cross-entropy"
     title = "softmax before cross-entropy"
-    needs = "the graph of the loss of two of the first five steps"
+    needs = "the autograd graph of the loss in two of the first five steps"
     explanation = (
-        "cross_entropy takes the softmax by itself and expects logits. Given probabilities, it "
-        "takes the softmax of numbers between 0 and 1: the loss can never come near 0 (with K "
-        "classes it stays above about ln(1 + (K − 1)/e)), and the gradients are small."
+        "cross_entropy expects logits and applies the softmax itself. Given probabilities, it "
+        "takes the softmax of numbers between 0 and 1: the loss cannot approach 0 (with K classes "
+        "it stays above about ln(1 + (K − 1)/e)), and the gradients are small."
     )
-    next = "give the logits to cross_entropy, without softmax; or nll_loss the log_softmax"
+    next = "pass the logits to cross_entropy without a softmax, or log_softmax to nll_loss"
     source = "PyTorch's documentation of CrossEntropyLoss; DeepDiagnosis (Wardat et al., ICSE 2022)"
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -90,8 +91,8 @@ class SoftmaxTwice(Rule):
         self._reported = True
         yield Found(
             self._first,
-            "the loss is a cross-entropy of a softmax: cross_entropy expects logits and takes the "
-            "softmax by itself",
+            "the loss is a cross-entropy of a softmax: cross_entropy expects logits and applies "
+            "the softmax itself",
             confidence="certain",
             phase="loss",
             evidence=(
@@ -111,10 +112,10 @@ class NoProgress(Rule):
         "classes"
     )
     explanation = (
-        "After some hundred steps the loss is where it began, within its noise. Where the number "
-        "of classes is known and the loss is not below ln K, the model is not better than "
-        "guessing: labels that do not belong to the inputs (shuffled apart), inputs without "
-        "information, a learning rate that is too low or far too high, or weights that are not "
+        "After a few hundred steps the loss is where it started, within its noise. If the number "
+        "of classes is known and the loss is not below ln K, the model is no better than guessing. "
+        "Causes are labels that do not match the inputs (shuffled separately), inputs without "
+        "information, a learning rate that is too low or far too high, and weights that are not "
         "updated."
     )
     next = (
@@ -123,7 +124,7 @@ class NoProgress(Rule):
     )
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "overfit one batch"'
     thresholds = (
-        RuleThreshold("steps", 300, "steps before it is judged"),
+        RuleThreshold("steps", 300, "minimum number of steps"),
         RuleThreshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
     )
     explained_by = (
@@ -144,7 +145,7 @@ class NoProgress(Rule):
         "loss-diverges",
     )
     slack = 1 << 62
-    """Whatever was found before may be why nothing is learnt."""
+    """Any finding may be the cause, however late its onset."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -161,7 +162,7 @@ class NoProgress(Rule):
         fall = float(first.mean() - recent.mean())
         error = math.sqrt(float(first.var()) / len(first) + float(recent.var()) / len(recent))
         if fall >= self.limits["fall"] * abs(float(first.mean())) and fall > 2 * error:
-            self._reported = True  # it has learnt something: never again
+            self._reported = True  # it has learnt something: not checked again
             return
         if abs(float(first.mean())) < 1e-12 or trend.fast > 2 * abs(trend.start):
             return
@@ -170,11 +171,11 @@ class NoProgress(Rule):
         chance = math.log(classes) if classes else None
         guessing = chance is not None and float(recent.mean()) > 0.95 * chance
         text = (
-            f"after {trend.count:,} steps the loss is {float(recent.mean()):.4g}, and it began at "
+            f"after {trend.count:,} steps the loss is {float(recent.mean()):.4g}; it started at "
             f"{float(first.mean()):.4g}"
         )
         if guessing:
-            text += f": not better than guessing among {classes:,} classes ({chance:.3g})"
+            text += f": no better than guessing among {classes:,} classes ({chance:.3g})"
         yield Found(
             seen.step - trend.count + 1,
             text,
@@ -190,15 +191,15 @@ class NoProgress(Rule):
 
 
 class LossDiverges(Rule):
-    """The loss rises, and stays there."""
+    """The loss rises and stays high."""
 
     name = "loss-diverges"
     title = "the loss diverges"
     needs = "the loss of twenty steps of a run with one optimizer; losses above zero"
     explanation = (
-        "The smoothed loss is twice as high as at the start, or it has lost more than half of what "
-        "it had gained, far outside of its noise, and stays there. The training has left the "
-        "valley that it was in: usually the learning rate is too high for this stage."
+        "The smoothed loss is twice as high as at the start, or more than half of its improvement "
+        "is lost again, well outside its noise, and it stays there. Usually the learning rate is "
+        "too high for this stage of the training."
     )
     next = "lower the learning rate, clip gradients; look at what happened at the onset"
     source = (
@@ -207,7 +208,7 @@ class LossDiverges(Rule):
     )
     thresholds = (
         RuleThreshold("rise", 2, "times the loss at the start"),
-        RuleThreshold("loss_of_gain", 0.5, "share of the fall so far that is lost again"),
+        RuleThreshold("loss_of_gain", 0.5, "share of the improvement that is lost again"),
         RuleThreshold("steps", 30, "steps in a row for the latter; a third of them for the former"),
     )
     explained_by = (
@@ -226,7 +227,7 @@ class LossDiverges(Rule):
         self._above_start = Streak()
         self._above_best = Streak()
         self._noise = 0.0
-        """Of the loss, before it began to rise."""
+        """Noise of the loss before it began to rise."""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -253,8 +254,8 @@ class LossDiverges(Rule):
         onset = min(onset, (self._above_start if over_start else self._above_best).onset)
         yield Found(
             onset,
-            f"since step {onset:,} the loss rises: {trend.fast:.4g} now, {trend.best:.4g} at best "
-            f"(step {trend.best_step:,}), {trend.start:.4g} at the start",
+            f"the loss has been rising since step {onset:,}: {trend.fast:.4g} now, "
+            f"{trend.best:.4g} at best (step {trend.best_step:,}), {trend.start:.4g} at the start",
             level="error" if trend.fast > 10 * trend.start else None,
             phase="loss",
             evidence=(
@@ -280,14 +281,14 @@ class LossOscillates(Rule):
     level = "info"
     needs = "the loss of 64 steps of a run with one optimizer"
     explanation = (
-        "The loss rises and falls in turns, by a large part of its size. Noise turns at two steps "
-        "in three; turning at almost every step means that each update overshoots the minimum and "
-        "the next one overshoots it back, or that two kinds of batches take turns."
+        "The loss alternately rises and falls by a large part of its value. Pure noise changes "
+        "direction at two steps in three; a change at almost every step means that each update "
+        "overshoots the minimum in the opposite direction, or that two kinds of batches alternate."
     )
     next = "lower the learning rate or the momentum; check whether batches come from two sources"
     source = "Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability (ICLR 2021)"
     thresholds = (
-        RuleThreshold("turns", 0.95, "share of the steps at which the loss turns"),
+        RuleThreshold("turns", 0.95, "share of the steps at which the loss changes direction"),
         RuleThreshold("size", 0.3, "mean change from step to step, as a share of the loss"),
     )
     explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump")
@@ -311,16 +312,16 @@ class LossOscillates(Rule):
         self._reported = True
         yield Found(
             trend.recent[0][0],
-            f"the loss turned at {turns:.0%} of the last 64 steps, and changes by {size:.0%} of "
-            "its size from one to the next",
+            f"the loss changed direction at {percent(turns, 0, 0)} of the last 64 steps, and "
+            f"changes by {percent(size, 0, 0)} of its value from one to the next",
             confidence="possible",
             phase="loss",
             evidence=(
                 evidence(
-                    "turns of the loss",
+                    "steps at which the loss changes direction",
                     turns,
                     high=0.8,
-                    text=f"{turns:.0%}",
+                    text=percent(turns, 0, 0),
                     table="step",
                     column="loss",
                 ),
@@ -336,13 +337,13 @@ class OverFitting(Rule):
     needs = "six evaluations with a loss"
     explanation = (
         "Since its best value, the validation loss has risen at several evaluations in a row while "
-        "the training loss went on falling: the model learns the training data by heart."
+        "the training loss kept falling: the model is memorising the training data."
     )
-    next = "stop at the best evaluation (its checkpoint is kept); more data, dropout, weight decay"
+    next = "use the checkpoint of the best evaluation; add data, dropout or weight decay"
     source = "Prechelt, Early Stopping – But When? (1998)"
     thresholds = (
         RuleThreshold("rise", 0.1, "rise over the best validation loss, as a share of it"),
-        RuleThreshold("evaluations", 3, "evaluations in a row above half of that"),
+        RuleThreshold("evaluations", 3, "evaluations in a row above half of that rise"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""NaN or infinity in loss, gradients or weights, with the place nearest to its origin."""
+"""nan or inf in the loss, gradients or weights, and the place closest to its origin."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, evidence
+from tui_trainer.history.records import NonFiniteRecord
 from tui_trainer.protocol.formatting import nonfinite
-from tui_trainer.protocol.messages import NonFiniteQuantity, NonFiniteValue
-
-Event = tuple[NonFiniteQuantity, str, NonFiniteValue, int | None]
 
 
 class NonFiniteRule(Rule):
@@ -18,13 +16,13 @@ class NonFiniteRule(Rule):
     name = "non-finite"
     title = "nan or inf"
     level = "error"
-    needs = "the loss of every step; gradient norms and weight norms where they are measured"
+    needs = "the loss of every step; gradient and weight norms at the steps that measure them"
     explanation = (
-        "A NaN or an infinity never goes away: it passes from the loss to every gradient, and with "
-        "the next update into the weights. Backward runs from the loss to the input, so the first "
-        "parameter whose gradient is not finite is the last one of them in the model's order: the "
-        "operation that produced the value lies just after it. If the loss itself is not finite, "
-        "the forward pass or the loss function produced it."
+        "nan and inf do not go away: they spread from the loss to every gradient, and with the "
+        "next update to the weights. Backward runs from the loss to the input, so of the "
+        "parameters whose gradients are not finite, the last one in the model's order was the "
+        "first to be affected: the operation that produced the value comes right after it. If the "
+        "loss itself is not finite, the forward pass or the loss function produced it."
     )
     next = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
@@ -55,34 +53,36 @@ class NonFiniteRule(Rule):
             self._finite_loss = seen.step, seen.loss
 
     def _report(self, seen: Observation) -> Found:
-        events = {quantity: event for event in seen.nonfinite for quantity in (event[0],)}
+        events = {event.quantity: event for event in seen.nonfinite}
         if "loss" in events:
             return self._loss(seen, events["loss"])
         if "gradient" in events:
             return self._gradient(seen, events["gradient"])
         return self._weight(seen, events["weight"])
 
-    def _loss(self, seen: Observation, event: Event) -> Found:
+    def _loss(self, seen: Observation, event: NonFiniteRecord) -> Found:
         before = (
             f"; it was {self._finite_loss[1]:.4g} at step {self._finite_loss[0]:,}"
             if self._finite_loss
             else ""
         )
-        what = "log of zero, a division or an overflow" if event[2] != "nan" else "0/0, inf − inf"
+        what = (
+            "log of zero, a division or an overflow" if event.value != "nan" else "0/0, inf − inf"
+        )
         return Found(
             seen.step,
-            f"the loss became {event[2]} at step {seen.step:,}{before}: the forward pass or the "
-            f"loss function produced it ({what}), or the weights were too large already",
+            f"the loss became {event.value} at step {seen.step:,}{before}: the forward pass or the "
+            f"loss function produced it ({what}), or the weights were already too large",
             confidence="certain",
             phase="loss",
             parameters=self._culprits(seen)[:1] if self._partial(seen) else (),
             evidence=(evidence("loss", seen.loss or 0.0, table="step", column="loss",
-                               text=event[2]),),
+                               text=event.value),),
         )  # fmt: skip
 
-    def _gradient(self, seen: Observation, event: Event) -> Found:
-        culprits = self._culprits(seen) or (event[1],)
-        value = event[2]
+    def _gradient(self, seen: Observation, event: NonFiniteRecord) -> Found:
+        culprits = self._culprits(seen) or (event.parameter,)
+        value = event.value
         if seen.gradients is not None and culprits[0] in seen.gradients.names:
             found = float(seen.gradients.values[seen.gradients.names.index(culprits[0])])
             if not abs(found) < float("inf"):
@@ -95,7 +95,7 @@ class NonFiniteRule(Rule):
             else f"; the other {total - 1} gradients are finite"
         )
         return Found(
-            _onset(seen.step, event[3]),
+            _onset(seen.step, event.finite_at),
             f"the gradient of {culprits[0]} is {value} at step {seen.step:,} although the loss is "
             f"finite{loss}: backward produced it at or just after this parameter{others}",
             confidence="certain",
@@ -112,22 +112,22 @@ class NonFiniteRule(Rule):
             ),
         )
 
-    def _weight(self, seen: Observation, event: Event) -> Found:
+    def _weight(self, seen: Observation, event: NonFiniteRecord) -> Found:
         when = (
-            f"between steps {event[3]:,} and {seen.step:,}"
-            if event[3] is not None and event[3] < seen.step - 1
+            f"between steps {event.finite_at:,} and {seen.step:,}"
+            if event.finite_at is not None and event.finite_at < seen.step - 1
             else f"at step {seen.step:,}"
         )
         return Found(
-            _onset(seen.step, event[3]),
-            f"{event[1]} became {event[2]} {when} although its gradient was finite: the "
+            _onset(seen.step, event.finite_at),
+            f"{event.parameter} became {event.value} {when} although its gradient was finite: the "
             "optimizer's update, or the script, produced it",
             confidence="certain",
             phase="step",
-            parameters=(event[1],),
+            parameters=(event.parameter,),
             evidence=(
-                evidence(f"norm of {event[1]}", 0.0, table="weight_norm", column=event[1],
-                         text=event[2]),
+                evidence(f"norm of {event.parameter}", 0.0, table="weight_norm",
+                         column=event.parameter, text=event.value),
             ),
         )  # fmt: skip
 
@@ -147,5 +147,5 @@ class NonFiniteRule(Rule):
 
 
 def _onset(step: int, finite_at: int | None) -> int:
-    """The first step at which it may have been so, if it is known to within one."""
+    """The first step at which the value may have appeared."""
     return step if finite_at is None else min(step, finite_at + 1)

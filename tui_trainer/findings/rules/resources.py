@@ -9,26 +9,25 @@ from statistics import median
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.absent import why_absent
 
 
 class LossScale(Rule):
-    """A GradScaler skips step after step."""
+    """A GradScaler keeps skipping steps."""
 
     name = "loss-scale"
-    title = "the GradScaler skips step after step"
+    title = "the GradScaler keeps skipping steps"
     needs = "skipped iterations of a GradScaler"
     explanation = (
-        "A GradScaler skips an iteration when gradients overflow in float16, and halves its scale: "
-        "a few times at the start are normal. Where it skips iteration after iteration, or its "
-        "scale has come down to 1, the gradients are not finite whatever the scale: the values "
-        "themselves overflow float16 (65,504), or the loss is nan."
+        "A GradScaler skips an iteration when gradients overflow in float16, and halves its scale; "
+        "a few skips at the start are normal. If it keeps skipping, or its scale has fallen to 1, "
+        "the gradients are not finite at any scale: the values themselves overflow float16 "
+        "(65,504), or the loss is nan."
     )
     next = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
     source = "Micikevicius et al., Mixed Precision Training (ICLR 2018); PyTorch's AMP examples"
     thresholds = (
         RuleThreshold("skips", 10, "skipped iterations in a row"),
-        RuleThreshold("floor", 1, "loss scale"),
+        RuleThreshold("floor", 1, "loss scale at which one skip is enough"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -72,16 +71,16 @@ class InputBound(Rule):
     needs = "the phases of 60 steps of at least 20 ms"
     explanation = (
         "More than half of each step passes before forward begins: the training waits for the next "
-        "batch, or the script does something else between two steps."
+        "batch, or the script does other work between two steps."
     )
     next = (
-        "DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and augment "
-        "ahead; move other work out of the loop"
+        "use a DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and "
+        "augment ahead of time; move other work out of the loop"
     )
     source = "PyTorch's performance tuning guide (asynchronous data loading)"
     thresholds = (
-        RuleThreshold("share", 0.5, "of the time of a step"),
-        RuleThreshold("step_ms", 20, "shortest step that is judged"),
+        RuleThreshold("share", 0.5, "share of the duration of a step"),
+        RuleThreshold("step_ms", 20, "shortest step that is checked"),
     )
 
     FIRST = 10
@@ -96,11 +95,11 @@ class InputBound(Rule):
     def step(self, seen: Observation) -> Iterable[Found]:
         if self._reported or seen.phases is None or not seen.step_ms:
             return
-        data = float(seen.phases.values[0])
-        if why_absent(data) is not None or data != data:
+        data = seen.phases.get("data")
+        if data is None or data != data:
             return
         self._count += 1
-        if self._count <= self.FIRST:  # starting workers
+        if self._count <= self.FIRST:  # workers are starting
             return
         weight = 1 / min(self._count - self.FIRST, 50)
         self._data += (data - self._data) * weight
@@ -119,33 +118,33 @@ class InputBound(Rule):
         self._reported = True
         yield Found(
             self._since,
-            f"{share:.0%} of each step's {self._total:.0f} ms pass before forward begins "
-            f"({self._data:.0f} ms): the training waits for its data",
+            f"{formatting.percent(share, 0, 0)} of each step's {self._total:.0f} ms pass before "
+            f"forward begins ({self._data:.0f} ms): the training waits for its data",
             phase="data",
             evidence=(
                 evidence("share of `data` in the step", share, high=self.limits["share"],
-                         text=f"{share:.0%}", table="phase_ms", column="data"),
+                         text=formatting.percent(share, 0, 0), table="phase_ms", column="data"),
             ),
         )  # fmt: skip
 
 
 class MemoryGrowth(Rule):
-    """Memory grows step after step."""
+    """Memory grows steadily."""
 
     name = "memory-growth"
     title = "memory grows"
-    needs = "memory of two minutes and a hundred steps"
+    needs = "memory over two minutes and 100 steps"
     explanation = (
-        "The memory in use grows steadily long after the first steps, in which allocators fill up. "
-        "Often a list keeps losses with their graphs (`total += loss` instead of `loss.item()`), "
-        "or results are kept for every step. Memory of the host grows also when a file that is "
-        "mapped into memory is read for the first time, so that it is not a warning."
+        "The memory in use keeps growing long after the first steps, in which allocators warm up. "
+        "Often a list or sum keeps losses with their graphs (`total += loss` instead of "
+        "`total += loss.item()`), or results are kept for every step. Host memory also grows while "
+        "a memory-mapped file is read for the first time, so there it is not a warning."
     )
     next = "keep numbers instead of tensors (loss.item(), .detach()); see what grows with each step"
     source = "PyTorch's FAQ, My model reports CUDA out of memory (history across the training loop)"
     thresholds = (
         RuleThreshold("share", 0.2, "growth, as a share of the memory after the start"),
-        RuleThreshold("megabytes", 256, "and at least so much"),
+        RuleThreshold("megabytes", 256, "minimum growth"),
     )
 
     BLOCK = 10
@@ -162,10 +161,10 @@ class MemoryGrowth(Rule):
     def step(self, seen: Observation) -> Iterable[Found]:
         if self._reported or seen.memory is None:
             return
-        device, _, host = seen.memory.values.tolist()
-        on_device = device == device and device > 0
+        device, host = seen.memory.get("device_bytes"), seen.memory.get("host_bytes")
+        on_device = device is not None and device > 0
         value = device if on_device else host
-        if value != value:
+        if value is None or value != value:
             return
         self._block.append(value)
         if len(self._block) < self.BLOCK:

@@ -1,4 +1,4 @@
-"""How far a step moves the weights, in relation to their size."""
+"""The size of updates relative to the weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, eviden
 HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
 SOURCE = (
     "‖Δw‖/‖w‖ near 1e-3 is the rule of thumb of Stanford's CS231n (neural networks part 3); the "
-    "limits leave two orders of magnitude to both sides, since Adam with a warm-up reaches 4e-2 in "
+    "limits leave two orders of magnitude on both sides, since Adam with a warm-up reaches 4e-2 in "
     "healthy small transformers"
 )
 
 
 class _UpdateRatio(Rule):
-    """Finds the median over the weight matrices."""
+    """Computes update ratios of the weight matrices."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -27,12 +27,12 @@ class _UpdateRatio(Rule):
         self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
 
     def ignored(self, seen: Observation) -> bool:
-        """Whether a step of this optimizer is as long as a line search makes it."""
+        """Whether a line search determines the size of this step."""
         name = self.facts.optimizer_name(seen.optimizer)
         return name.startswith("lbfgs") or seen.evaluations > 1
 
     def ratios(self, row: Row) -> tuple[NDArray[np.float32], list[str]]:
-        """Those of the weight matrices (all parameters where there is none), and their names."""
+        """Ratios and names of the weight matrices, or of all parameters if there are none."""
         if row.names is not self._names:
             self._names = row.names
             chosen = [i for i, name in enumerate(row.names) if self.facts.is_matrix(name)]
@@ -47,15 +47,14 @@ class UpdateRatioHigh(_UpdateRatio):
     name = "update-ratio-high"
     title = "updates are too large"
     needs = (
-        "update ratios, measured in the first five steps and then every ten: one that is far too "
-        "high, or three; and the losses after it"
+        "update ratios, measured in the first five steps and then every ten steps: three that are "
+        "too high, or one that is far too high; and the losses that follow"
     )
     explanation = (
         "Each step changes the weights by a large part of their own size, and the loss rises or "
-        "does not fall. It is then not followed downhill but jumped over, whatever the gradients "
-        "say. The usual cause is a learning rate that is too high; also a wrong scale of the loss "
-        "(a sum instead of a mean). Weights that begin at zero change by all of their size too: "
-        "that is no finding as long as the loss falls."
+        "does not fall: the updates overshoot. The usual cause is a learning rate that is too "
+        "high, or a loss with the wrong scale (a sum instead of a mean). Weights that start at "
+        "zero have a high ratio too, which is not reported as long as the loss falls."
     )
     next = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
     source = SOURCE
@@ -70,7 +69,7 @@ class UpdateRatioHigh(_UpdateRatio):
     WATCHED = 50
     """Steps after a high ratio in which the loss is watched."""
     JUDGED_AFTER = 20
-    """Steps since the onset after which the loss should have fallen."""
+    """Steps after the onset by which the loss should have fallen."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -145,15 +144,15 @@ class UpdateRatioLow(_UpdateRatio):
     title = "updates are too small"
     needs = "update ratios of at least 100 steps in which the loss does not fall"
     explanation = (
-        "Each step changes the weights by so little that even thousands of steps hardly move them, "
+        "Each step changes the weights so little that even thousands of steps hardly move them, "
         "while the learning rate is near its highest value so far and the loss does not fall. The "
         "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing."
     )
-    next = "raise the learning rate by 10 or 100; look at the gradient norms and at the clipping"
+    next = "raise the learning rate tenfold or more; check the gradient norms and the clipping"
     source = SOURCE
     thresholds = (
         RuleThreshold("ratio", 1e-6, "median of ‖Δw‖/‖w‖ over the weight matrices"),
-        RuleThreshold("steps", 100, "over at least so many steps"),
+        RuleThreshold("steps", 100, "minimum number of steps"),
     )
     explained_by = (
         "learning-rate-zero",
@@ -191,7 +190,7 @@ class UpdateRatioLow(_UpdateRatio):
             return
         fall = max(2 * self.trend.noise, 0.005 * abs(self._loss_at_onset))
         if self.trend.slow < self._loss_at_onset - fall:
-            return  # it learns all the same
+            return  # the loss falls nevertheless
         self._reported = True
         yield Found(
             self._streak.onset,

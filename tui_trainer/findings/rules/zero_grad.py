@@ -1,4 +1,4 @@
-"""Gradients that are never zeroed, or zeroed before the optimizer could use them."""
+"""Gradients that are never zeroed, or zeroed before the optimizer uses them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class GradientsKept(Rule):
     level = "error"
     needs = "three optimizer steps"
     explanation = (
-        "PyTorch adds each backward's gradients to those that are there. Here the first backward "
-        "of a step found the very gradients that the step before had used, unchanged: nothing "
-        "zeroed, divided or replaced them in between. Every update then follows the sum of all "
-        "gradients since the start, which acts like a momentum of 1."
+        "backward() adds to the gradients that are already there. Here the first backward of a "
+        "step found the gradients that the previous step had used, unchanged: nothing zeroed, "
+        "scaled or replaced them in between. Every update then follows the sum of all gradients "
+        "since the start, like a momentum of 1."
     )
     next = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
     source = (
         "PyTorch's optimization tutorial; missing zero_grad is a silent error of TrainCheck "
         "(Jiang et al., OSDI 2025) and DeepDiagnosis (Wardat et al., ICSE 2022)"
     )
-    thresholds = (RuleThreshold("steps", 2, "steps in a row that began with used gradients"),)
+    thresholds = (RuleThreshold("steps", 2, "steps in a row that started with used gradients"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -50,12 +50,12 @@ class GradientsKept(Rule):
         yield Found(
             self._streak.onset,
             f"since step {self._streak.onset:,} backward adds to the gradients that "
-            f"the step before has used already: they are never zeroed{grown}",
+            f"the previous step has already used: they are never zeroed{grown}",
             confidence="certain",
             phase="zero_grad",
             evidence=(
                 evidence(
-                    "steps in a row that began with used gradients",
+                    "steps in a row that started with used gradients",
                     count,
                     high=0,
                     table="step",
@@ -67,14 +67,14 @@ class GradientsKept(Rule):
 
 
 class ZeroedBeforeStep(Rule):
-    """`zero_grad` stands between `backward` and `step`."""
+    """`zero_grad` is called between `backward` and `step`."""
 
     name = "zeroed-before-step"
     title = "gradients are zeroed before the step"
     level = "error"
     needs = "two optimizer steps"
     explanation = (
-        "The gradients of each iteration are thrown away after backward, and the optimizer then "
+        "The gradients of each iteration are discarded after backward, and the optimizer then "
         "steps without any: the weights do not change, except by weight decay and momentum."
     )
     next = "move zero_grad() before backward(), or after optimizer.step()"
@@ -85,28 +85,28 @@ class ZeroedBeforeStep(Rule):
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
-        self._thrown_away_before = -1
+        self._discarded_before = -1
         self._streak = Streak()
         self._reported = False
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         if skipped.reason == "hand":
-            self._thrown_away_before = skipped.step
+            self._discarded_before = skipped.step
         return ()
 
     def step(self, seen: Observation) -> Iterable[Found]:
         if self._reported:
             return
         empty = seen.loss_absent is Absent.NO_LOSS and not seen.gradient_norm
-        holds = empty and self._thrown_away_before == seen.step
+        holds = empty and self._discarded_before == seen.step
         count = self._streak.add(holds, seen.step)
         if count < self.limits["steps"]:
             return
         self._reported = True
         yield Found(
             self._streak.onset,
-            f"since step {self._streak.onset:,} zero_grad() comes between backward and step: the "
-            "optimizer has no gradients, and nothing is learnt",
+            f"since step {self._streak.onset:,} zero_grad() is called between backward and step: "
+            "the optimizer has no gradients, and nothing is learnt",
             confidence="certain",
             phase="zero_grad",
             evidence=(
