@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tui_trainer.breakpoints.evaluation import Quantity, Reading, Selector, Several
+from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
 from tui_trainer.breakpoints.expression import NAMES, ExpressionError, completions, parse
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import Level
@@ -31,7 +31,7 @@ class FakeMoment:
     def number(self, name: str) -> float | None:
         return self.numbers.get(name)
 
-    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
+    def several(self, quantity: Variable, selector: Selector) -> Several | None:
         columns = self.columns.get(quantity.name)
         if columns is None:
             return None
@@ -163,20 +163,20 @@ def test_logged_scalars_findings_and_what_is_not_finite() -> None:
         ("loss + (loss > 2) > 1", "loss > 2", "this is a condition, not a number", ""),
         ("loss > 3 and step", "step", "this is a number, not a condition", ""),
         ("drift_q > 1", "drift_q", "drift_q is a function", "drift_q(any)"),
-        ("loss() > 1", "loss()", "loss takes no parentheses", "write loss"),
+        ("loss() > 1", "loss()", "loss is not a function", "write loss"),
         ("update_ratio(any) > 1 at backward", "update_ratio(any)", "update_ratio is not known yet"
          " at backward", "at step or later"),
         ("loss > 3 at forward", "loss", "loss is not known yet at forward", "at loss or later"),
-        ('finding("x") at backward', 'finding("x")', "findings are known at the end", "leave out"),
-        ("loss ** 2 > 1", "loss ** 2", "this is not part of the language", ""),
+        ('finding("x") at backward', 'finding("x")', "findings are only known", "leave out"),
+        ("loss ** 2 > 1", "loss ** 2", "this is not supported in a condition", ""),
         ("loss.__class__ > 1", "loss.__class__", "there is no quantity loss.__class__", ""),
-        ("loss.a.b > 1", "loss.a.b", "this is not part of the language", ""),
+        ("loss.a.b > 1", "loss.a.b", "this is not supported in a condition", ""),
         ("log(name) > 1", "log(name)", "log takes a name in quotes", 'log("accuracy")'),
-        ("cos_qk(layer=x) > 1", "cos_qk(layer=x)", "cos_qk takes a selection", "layer=2"),
+        ("cos_qk(layer=x) > 1", "cos_qk(layer=x)", "cos_qk takes a selector", "layer=2"),
         ("ema(grad_norm(any)) > 1", "grad_norm(any)", "ema takes one number", "max("),
         ("loss is 3", "loss is 3", "this is not a comparison", ""),
-        ("'a' == 'a'", "'a'", "this is not part of the language", ""),
-        ("any > 1", "any", "any stands in parentheses", ""),
+        ("'a' == 'a'", "'a'", "this is not supported in a condition", ""),
+        ("any > 1", "any", "any is only allowed in parentheses", ""),
         ("__import__('os').system('x')", None, "", ""),
         ("é > 1", "é", "there is no quantity", ""),
     ],

@@ -48,7 +48,7 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
             "paused after step at breakpoint 1: loss > 100 * ema(loss) (loss "
         )
         wrong = call("break", "one", "grad_norm('bais') > 1", cwd=tmp_path)
-        assert_refused(wrong, 'nothing of grad_norm matches "bais"', "^^^^", "bias")
+        assert_refused(wrong, 'no column of grad_norm matches "bais"', "^^^^", "bias")
         wrong = call("break", "one", "losss > 1", cwd=tmp_path)
         assert_refused(wrong, "    losss > 1\n    ^^^^^\n  hint: did you mean loss?", status=2)
         added = call("break", "one", "step == 30", "--once", cwd=tmp_path)
@@ -79,7 +79,7 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
 def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LOOP)
     done = call("run", "--break", "loss >", "train.py", cwd=tmp_path)
-    assert_refused(done, "--break: this cannot be read", "loss >", status=2)
+    assert_refused(done, "--break: this is not a valid condition", "loss >", status=2)
     done = call("run", "--break-on-finding", "bad", "train.py", cwd=tmp_path)
     assert_refused(done, "warning", status=2)
     assert not (tmp_path / "runs").exists()

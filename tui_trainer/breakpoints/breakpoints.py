@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.evaluation import Quantity, Reading, Selector, Several
+from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
 from tui_trainer.breakpoints.expression import SCALARS, Expression, ExpressionError, parse
 from tui_trainer.findings.verdict import LEVEL_ORDER
 from tui_trainer.history.records import Floats, StepRecord
@@ -29,14 +29,14 @@ ATTENTION_TABLES = (schema.ATTENTION, schema.ATTENTION_SPECTRUM, schema.ATTENTIO
 
 
 class BreakpointError(UserError):
-    """A change of breakpoints that is not possible."""
+    """An invalid change of breakpoints."""
 
 
 class LiveStep(Protocol):
     """The step in progress, on the training thread."""
 
     def finish(self) -> None:
-        """Wait until the records of all completed steps have been observed."""
+        """Make the records of all completed steps available."""
 
     def loss(self) -> float | None:
         """The loss of the step so far."""
@@ -48,18 +48,18 @@ class LiveStep(Protocol):
         """Columns of table `clip` as far as they are known; empty before the clipping."""
 
 
-class Run(Protocol):
-    """What breakpoints need of the run. Every method may be called on any thread."""
+class BreakpointHost(Protocol):
+    """The run that breakpoints belong to. Every method may be called on any thread."""
 
     def info(self) -> RunInfo: ...
 
     def findings(self) -> Sequence[Finding]:
-        """Those of all completed steps."""
+        """The findings of all completed steps."""
 
     def notice(self, kind: NoticeKind, text: str, level: Level, step: int) -> None: ...
 
     def breakpoints_changed(self, breakpoints: Breakpoints) -> None:
-        """The phases or the tables that matter have changed."""
+        """`phases` or `tables` have changed."""
 
 
 @dataclass(eq=False)
@@ -99,11 +99,11 @@ class Breakpoints:
     BreakpointError, on any.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: BreakpointHost) -> None:
         self.phases: frozenset[Phase] = frozenset()
-        """Those at whose end a condition is evaluated."""
+        """Phases at whose end a condition is evaluated."""
         self.tables: frozenset[str] = frozenset()
-        """Those that conditions read, which have to be measured in every step."""
+        """Tables that conditions read, which have to be measured at every step."""
         self.live: LiveStep | None = None
         self.stop: BreakpointStop | None = None
         """The breakpoint that fired last."""
@@ -139,14 +139,14 @@ class Breakpoints:
         return active.as_message()
 
     def restore(self, saved: Iterable[Breakpoint]) -> None:
-        """Continue with the breakpoints of an earlier run; hits begin again at 0."""
+        """Restore the breakpoints of an earlier run, with their hits reset to 0."""
         for each in saved:
             try:
                 added = self.add(
                     each.condition, ignore=each.ignore, once=each.once, log_only=each.log_only
                 )
             except UserError as error:
-                text = f"the breakpoint {each.condition} is left out: {error.message}"
+                text = f"breakpoint {each.condition} was not restored: {error.message}"
                 self._run.notice("breakpoint", text, "warning", 0)
             else:
                 if not each.enabled:
@@ -166,7 +166,7 @@ class Breakpoints:
             _check_ignore(ignore)
         with self._lock:
             active = self._find(number)
-            if ignore is not None:  # the next ones, whatever has been before
+            if ignore is not None:  # counted from now on
                 active.ignore, active.hits = ignore, 0
             active.once = active.once if once is None else once
             active.log_only = active.log_only if log_only is None else log_only
@@ -192,7 +192,7 @@ class Breakpoints:
         return self._all[number]
 
     def _check_selectors(self, expression: Expression) -> None:
-        """Refuse selectors that match nothing in the tables known so far."""
+        """Raise ExpressionError for selectors that match nothing in the tables known so far."""
         tables = self._run.info().tables
         for quantity, selector, start, end in expression.selectors:
             names = [_names(t.name, [c.name for c in t.columns], quantity)[0]
@@ -216,15 +216,15 @@ class Breakpoints:
     # ------------------------------------------------------------ training thread
 
     def observe(self, record: StepRecord) -> None:
-        """A step has been recorded."""
+        """Take the record of a completed step."""
         self._values.observe(record)
 
     def logged(self, values: Mapping[str, float]) -> None:
-        """The script has logged values."""
+        """Take values that the script has logged."""
         self._values.log(values)
 
     def reached(self, phase: Phase, step: int) -> bool:
-        """Evaluate the conditions of `phase`; whether the run has to pause. Never raises an
+        """Evaluate the conditions of `phase`; returns whether the run has to pause. Never raises an
         Exception."""
         stop: BreakpointStop | None = None
         fired: list[_Active] = []
@@ -277,7 +277,7 @@ class Breakpoints:
 
 def _check_ignore(ignore: int) -> None:
     if not 0 <= ignore <= 10**12:
-        raise BreakpointError("the number of ignored hits is at least 0")
+        raise BreakpointError(f"the number of ignored hits must be from 0 to {10**12:,}")
 
 
 def _levels(findings: Iterable[Finding]) -> dict[int, Level]:
@@ -289,7 +289,7 @@ def _levels(findings: Iterable[Finding]) -> dict[int, Level]:
 
 @dataclass(slots=True)
 class _Values:
-    """What is known of the newest completed step, and what has changed with it."""
+    """The newest completed step, and what has changed with it."""
 
     record: StepRecord | None = None
     broken: frozenset[str] = frozenset()
@@ -297,13 +297,13 @@ class _Values:
     newly_broken: str = ""
     broken_parameter: str = ""
     broken_within: dict[Phase, bool] = field(default_factory=dict)
-    """Whether something was not finite at each phase of the last step."""
+    """Phase → whether a value was not finite there in the last step."""
     numbers: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Logged: name → (count, value)."""
+    """Logged values: name → (count, value)."""
     logged_count: int = 0
     known_findings: dict[int, Level] = field(default_factory=dict)
     tables: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
-    chosen: dict[tuple[Quantity, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]] = field(
+    chosen: dict[tuple[Variable, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]] = field(
         default_factory=dict
     )
     """(names, positions) of the columns that a selector chooses in a table."""
@@ -326,7 +326,7 @@ class _Values:
         for name, value in values.items():
             self.numbers[name] = (self.logged_count, value)
 
-    def table(self, number: int, width: int, run: Run) -> tuple[str, tuple[str, ...]]:
+    def table(self, number: int, width: int, run: BreakpointHost) -> tuple[str, tuple[str, ...]]:
         """Name and columns of a table."""
         known = self.tables.get(number)
         if known is None or len(known[1]) != width:
@@ -338,7 +338,7 @@ class _Values:
             known = self.tables.get(number, ("", ()))
         return known
 
-    def row(self, name: str, run: Run) -> tuple[int, tuple[str, ...], Floats] | None:
+    def row(self, name: str, run: BreakpointHost) -> tuple[int, tuple[str, ...], Floats] | None:
         """(table, columns, values) of the newest step."""
         for number, values in self.record.rows if self.record is not None else ():
             found, columns = self.table(number, len(values), run)
@@ -351,7 +351,7 @@ class _Moment:
     """The end of a phase, for `Expression.evaluate`."""
 
     def __init__(
-        self, phase: Phase, step: int, values: _Values, live: LiveStep | None, run: Run
+        self, phase: Phase, step: int, values: _Values, live: LiveStep | None, run: BreakpointHost
     ) -> None:
         self.phase = phase
         self.step = step
@@ -366,7 +366,7 @@ class _Moment:
         self._findings: list[Finding] | None = None
 
     def end(self) -> None:
-        """The boundary is passed."""
+        """Called after all conditions of the boundary have been evaluated."""
         if self._findings is not None:
             self._values.known_findings.update(_levels(self._findings))
 
@@ -395,7 +395,7 @@ class _Moment:
             return self._live.clip().get(name.removeprefix("clip."))
         return None
 
-    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
+    def several(self, quantity: Variable, selector: Selector) -> Several | None:
         if self.phase != "step":
             norms = self._gradient_norms()
             if norms is None:
@@ -442,7 +442,7 @@ class _Moment:
             self._norms = Several(names, values, present)
         return self._norms if self._norms is not None and self._norms.names else None
 
-    # ------------------------------------------------------------ everything else
+    # ------------------------------------------------------------ logged values, nan, findings
 
     def logged(self, name: str) -> float | None:
         count, value = self._values.numbers.get(name, (0, 0.0))
@@ -505,7 +505,7 @@ def _present(row: tuple[int, tuple[str, ...], Floats], column: str) -> float | N
 
 
 def _names(
-    table: str, columns: Sequence[str], quantity: Quantity
+    table: str, columns: Sequence[str], quantity: Variable
 ) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """The columns of a quantity: their names (of parameters, layers or phases) and positions."""
     if table not in ATTENTION_TABLES:
@@ -516,9 +516,9 @@ def _names(
     return names, np.array(positions, np.intp)
 
 
-def _chosen(names: Sequence[str], selector: Selector, quantity: Quantity) -> NDArray[np.intp]:
-    """Positions among the names. A layer is counted from 0: the attention layers, or the number in
-    a parameter's name."""
+def _chosen(names: Sequence[str], selector: Selector, quantity: Variable) -> NDArray[np.intp]:
+    """Positions of the selected names. Layers count from 0: the n-th attention layer, or the first
+    number in a parameter's name."""
     if selector.layer is None:
         chosen = [i for i, name in enumerate(names) if selector.matches(name)]
     elif quantity.table in ATTENTION_TABLES:
@@ -534,11 +534,11 @@ def _first_number(name: str) -> str:
 
 
 def _nothing_matches(
-    quantity: Quantity, selector: Selector, names: Sequence[str]
+    quantity: Variable, selector: Selector, names: Sequence[str]
 ) -> BreakpointError:
     if selector.layer is not None:
         return BreakpointError(f"{quantity.name} has no {selector}")
     pattern = selector.pattern or ""
     near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or list(names[:2])
     hint = f"such as {' or '.join(near)}" if near else ""
-    return BreakpointError(f'nothing of {quantity.name} matches "{pattern}"', hint)
+    return BreakpointError(f'no column of {quantity.name} matches "{pattern}"', hint)

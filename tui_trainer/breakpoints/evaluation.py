@@ -1,4 +1,4 @@
-"""The values of conditions, and the closures that a condition is compiled to.
+"""Values in conditions, and the closures that a condition is compiled to.
 
 An `Evaluate` returns a Number or a Truth at a moment of the run; a value that is absent is None.
 """
@@ -25,12 +25,12 @@ class Several:
     names: tuple[str, ...]
     values: NDArray[np.float64]
     present: NDArray[np.bool_]
-    """Which of them are not absent."""
+    """Mask of values that are not absent."""
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Which columns: those whose names match a pattern, those of a layer, or any."""
+    """Selects columns by a pattern of their names, by layer, or all of them."""
 
     pattern: str | None = None
     layer: int | None = None
@@ -51,7 +51,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A value on account of which a condition is met."""
+    """A value that made a condition true."""
 
     text: str
     parameter: str = ""
@@ -59,19 +59,19 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """Something that a condition can ask about."""
+class Variable:
+    """A variable of conditions: a quantity that they can read."""
 
     name: str
     help: str
     known_from: Phase
-    """The first phase of a step at whose end it is known."""
+    """The earliest phase at whose end it is known."""
     table: str = ""
     """The table that it is read from."""
 
 
 class Moment(Protocol):
-    """A phase boundary of a run, as conditions see it."""
+    """The state of a run at a phase boundary, as read by conditions."""
 
     @property
     def step(self) -> int: ...
@@ -79,20 +79,20 @@ class Moment(Protocol):
     def number(self, name: str) -> float | None:
         """A quantity of SCALARS; None where it is absent."""
 
-    def several(self, quantity: Quantity, selector: Selector) -> Several | None:
+    def several(self, quantity: Variable, selector: Selector) -> Several | None:
         """The selected columns; None where they were not measured.
 
         Raises UserError where nothing matches the selector.
         """
 
     def logged(self, name: str) -> float | None:
-        """What the script has logged under this name in this step."""
+        """The value that the script has logged under this name since the last evaluation."""
 
     def nonfinite(self) -> Reading | None:
-        """What has become nan or infinite."""
+        """The quantity that has become nan or inf."""
 
     def finding(self, part: str, level: Level) -> Reading | None:
-        """A new finding of this level or a worse one, whose rule's name has this part."""
+        """A new finding of at least this level whose rule's name contains `part`."""
 
 
 Number = float | Several | None
@@ -106,7 +106,7 @@ class Part:
 
     kind: Literal["number", "several", "truth"]
     evaluate: Evaluate
-    """Returns a Number or a Truth. Adds what is worth telling to the list."""
+    """Returns a Number or a Truth. Appends the readings to report."""
     label: str = ""
     table: str = ""
 
@@ -130,7 +130,7 @@ def constant(value: float) -> Evaluate:
 
 
 def reported(find: Callable[[Moment], Reading | None]) -> Evaluate:
-    """Whether `find` finds anything, which is then a reading."""
+    """Whether `find` returns a reading, which is then reported."""
 
     def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
         found = find(moment)
@@ -142,7 +142,7 @@ def reported(find: Callable[[Moment], Reading | None]) -> Evaluate:
 
 
 def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
-    """The columns that both have."""
+    """Restrict both to their common columns."""
     if left.names == right.names:
         return left, right
     places = {name: position for position, name in enumerate(right.names)}
@@ -156,7 +156,7 @@ def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
 
 
 def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-    """The names of two values of which one is several, and where both are present."""
+    """The names of two values, at least one of which is Several, and where both are present."""
     if isinstance(left, Several):
         if isinstance(right, Several):
             return left.names, left.present & right.present

@@ -28,10 +28,10 @@ from tui_trainer.breakpoints.evaluation import (
     Moment,
     Number,
     Part,
-    Quantity,
     Reading,
     Selector,
     Truth,
+    Variable,
     absolute,
     arithmetic,
     compare,
@@ -48,13 +48,13 @@ from tui_trainer.protocol.messages import Level
 MAX_CHARACTERS = 300
 MAX_DEPTH = 30
 EMA_STEPS = 20
-"""Steps over which `ema` averages unless told otherwise."""
+"""Steps over which `ema` averages by default."""
 MAX_READINGS = 3
 """Values that the text of a hit names."""
 
 
 class ExpressionError(UserError):
-    """A condition that cannot be understood, with the place."""
+    """A condition that cannot be parsed, with the position of the error."""
 
     def __init__(self, message: str, text: str, start: int, end: int, hint: str = "") -> None:
         """`start` and `end`: the characters of `text` that are wrong."""
@@ -71,8 +71,8 @@ class ExpressionError(UserError):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the evaluation of a condition gave."""
+class ConditionResult:
+    """The result of evaluating a condition."""
 
     met: bool
     readings: tuple[Reading, ...] = ()
@@ -83,27 +83,27 @@ class Outcome:
         return ", ".join(reading.text for reading in self.readings)
 
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- quantities and functions
 
 
-def _attention(names: Iterable[str], table: str) -> list[Quantity]:
+def _attention(names: Iterable[str], table: str) -> list[Variable]:
     text = "of the attention layers: (any), (layer=2) or a pattern"
-    return [Quantity(name, f"{name} {text}", "step", table) for name in names]
+    return [Variable(name, f"{name} {text}", "step", table) for name in names]
 
 
 SCALARS = {
     quantity.name: quantity
     for quantity in (
-        Quantity("step", "the number of the optimizer step", "data"),
-        Quantity("loss", "the loss of the step", "loss", schema.STEP),
-        Quantity("learning_rate", "the learning rate", "step", schema.STEP),
-        Quantity("lr", "the learning rate", "step", schema.STEP),
-        Quantity("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
-        Quantity("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
-        Quantity("clip.scale", "what clipping multiplied the gradients by", "clip", schema.CLIP),
-        Quantity("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
-        Quantity("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
-        Quantity("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
+        Variable("step", "the number of the optimizer step", "data"),
+        Variable("loss", "the loss of the step", "loss", schema.STEP),
+        Variable("learning_rate", "the learning rate", "step", schema.STEP),
+        Variable("lr", "the learning rate", "step", schema.STEP),
+        Variable("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
+        Variable("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
+        Variable("clip.scale", "the factor that clipping applied", "clip", schema.CLIP),
+        Variable("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
+        Variable("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
+        Variable("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
     )
 }
 """Quantities of one number."""
@@ -111,12 +111,12 @@ SCALARS = {
 SEVERAL = {
     quantity.name: quantity
     for quantity in (
-        Quantity("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
+        Variable("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
                  "backward", schema.GRAD_NORM),
-        Quantity("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
-        Quantity("update_ratio", "sizes of updates relative to the weights", "step",
+        Variable("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
+        Variable("update_ratio", "sizes of updates relative to the weights", "step",
                  schema.UPDATE_RATIO),
-        Quantity("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
+        Variable("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
         *_attention(schema.ATTENTION_STATISTICS, schema.ATTENTION),
         *_attention(schema.SPECTRUM_STATISTICS, schema.ATTENTION_SPECTRUM),
         *_attention(schema.HEALTH_STATISTICS, schema.ATTENTION_HEALTH),
@@ -127,19 +127,19 @@ SEVERAL = {
 NONFINITE, FINDING, LOG, ANY = "nonfinite", "finding", "log", "any"
 EMA, ABS, MINIMUM, MAXIMUM = "ema", "abs", "min", "max"
 FUNCTIONS = {
-    FINDING: "a finding by the name of its rule or a part of it",
+    FINDING: "a new finding, by (part of) the name of its rule",
     LOG: "a number that the script logs with tui_trainer.log",
-    EMA: "the exponential mean of a quantity over the steps before this one",
+    EMA: "the exponential mean of a quantity over the previous steps",
     ABS: "the absolute value",
     MINIMUM: "the smallest of numbers, or of several columns",
     MAXIMUM: "the largest of numbers, or of several columns",
 }
 NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *SEVERAL, *FUNCTIONS)))
-"""Everything that a condition can begin a word with, for completion."""
+"""All names, for completion."""
 
 
 def completions(text: str) -> list[str]:
-    """What `text` may become: its last word completed with a quantity, a function or a phase."""
+    """Completions of the last word of `text`: a quantity, a function or a phase."""
     at = re.search(r"(?:^|\s)at\s+(\w*)$", text)
     if at is not None:
         start, words = at.start(1), [*map(str, PHASES)]
@@ -160,7 +160,7 @@ def completions(text: str) -> list[str]:
 
 @dataclass
 class Expression:
-    """A condition, compiled. It has a state of its own: the means of `ema`."""
+    """A compiled condition. It is stateful: it holds the means of `ema`."""
 
     text: str
     phase: Phase
@@ -168,17 +168,17 @@ class Expression:
     tables: frozenset[str] = frozenset()
     """The tables that it reads."""
     findings: bool = False
-    """Whether it asks for findings."""
-    selectors: tuple[tuple[Quantity, Selector, int, int], ...] = ()
-    """What it selects, with its place in the text."""
+    """Whether it reads findings."""
+    selectors: tuple[tuple[Variable, Selector, int, int], ...] = ()
+    """Each selector with its quantity and the start and end of its place in the text."""
     _evaluate: Evaluate = field(default=lambda moment, readings: True, repr=False)
 
-    def evaluate(self, moment: Moment) -> Outcome:
-        """Whether it is met now. Raises UserError where a selector matches nothing."""
+    def evaluate(self, moment: Moment) -> ConditionResult:
+        """Evaluate it now. Raises UserError if a selector matches nothing."""
         readings: list[Reading] = []
         if self._evaluate(moment, readings) is not True:
-            return Outcome(False)
-        return Outcome(True, tuple(dict.fromkeys(readings))[:MAX_READINGS])
+            return ConditionResult(False)
+        return ConditionResult(True, tuple(dict.fromkeys(readings))[:MAX_READINGS])
 
 
 _AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
@@ -195,7 +195,7 @@ def parse(text: str) -> Expression:
     for position, character in enumerate(text):
         if character == "\\" or not (character.isprintable()):
             raise ExpressionError(
-                "there is a character that no condition has",
+                "this character is not allowed in a condition",
                 text.encode("ascii", "replace").decode() if not text.isprintable() else text,
                 position,
                 position + 1,
@@ -236,7 +236,7 @@ def _near(given: str, names: Sequence[str]) -> str:
         return f"did you mean {' or '.join(similar)}?"
     if len(names) <= 10:
         return "choose from " + ", ".join(names)
-    return "such as loss, grad_norm, clip.scale, nonfinite: the documents list all"
+    return "such as loss, grad_norm, clip.scale, nonfinite: docs/breakpoints.md lists all"
 
 
 # ---------------------------------------------------------------- compiling
@@ -249,7 +249,7 @@ COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], int]] = {
     ast.Eq: (operator.eq, 0),
     ast.NotEq: (operator.ne, 0),
 }
-"""The function, and on which side the furthest value is: 1 above, -1 below, 0 neither."""
+"""The function, and the side on which the most extreme value lies: 1 above, -1 below, 0 neither."""
 ARITHMETIC: dict[type[ast.operator], Callable[..., NDArray[np.float64]]] = {
     ast.Add: np.add,
     ast.Sub: np.subtract,
@@ -267,7 +267,7 @@ class _Compiler:
         self._phase: Phase = phase
         self.tables: set[str] = set()
         self.findings = False
-        self.selectors: list[tuple[Quantity, Selector, int, int]] = []
+        self.selectors: list[tuple[Variable, Selector, int, int]] = []
 
     def compile(self) -> Evaluate:
         try:
@@ -275,7 +275,7 @@ class _Compiler:
         except SyntaxError as error:
             raise self._syntax_error(error) from None
         except (ValueError, RecursionError, MemoryError):
-            raise self._error("this cannot be read", None) from None
+            raise self._error("this is not a valid condition", None) from None
         part = self._part(tree.body, 0)
         if part.kind != "truth":
             raise self._error("this is a number, not a condition", tree.body, "such as loss > 3")
@@ -308,7 +308,7 @@ class _Compiler:
             hint = "a quotation mark is missing"
         elif text.count("(") != text.count(")"):
             hint = "a parenthesis is missing"
-        return ExpressionError("this cannot be read", self._text, start, start + 1, hint)
+        return ExpressionError("this is not a valid condition", self._text, start, start + 1, hint)
 
     # ------------------------------------------------------------ nodes
 
@@ -318,7 +318,7 @@ class _Compiler:
         depth += 1
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
-                # MAX_CHARACTERS digits are no overflow.
+                # An int of up to MAX_CHARACTERS digits fits into a float.
                 return Part("number", constant(float(cast(float, value))))
             case ast.Name(id=name):
                 return self._name(node, name)
@@ -345,7 +345,7 @@ class _Compiler:
                     arithmetic(function, left.evaluate, right.evaluate),
                 )
         raise self._error(
-            "this is not part of the language", node, "comparisons, + - * / %, and, or, not"
+            "this is not supported in a condition", node, "comparisons, + - * / %, and, or, not"
         )
 
     def _number(self, node: ast.expr, depth: int) -> Part:
@@ -370,7 +370,8 @@ class _Compiler:
                 example = {FINDING: '("exploding")', LOG: '("name")'}.get(name, "(any)")
                 raise self._error(f"{name} is a function", node, f"such as {name}{example}")
             if name == ANY:
-                raise self._error("any stands in parentheses", node, "such as grad_norm(any)")
+                message = "any is only allowed in parentheses"
+                raise self._error(message, node, "such as grad_norm(any)")
             raise self._error(f"there is no quantity {name}", node, _near(name, NAMES))
         self._check_phase(node, name, quantity.known_from)
         if quantity.table:
@@ -389,7 +390,9 @@ class _Compiler:
     def _check_phase(self, node: ast.AST, name: str, known_from: Phase) -> None:
         if PHASES.index(self._phase) < PHASES.index(known_from):
             raise self._error(
-                f"{name} is not known yet at {self._phase}", node, f"at {known_from} or later"
+                f"{name} is not known yet at {self._phase}",
+                node,
+                f"at {known_from} or later",
             )
 
     # ------------------------------------------------------------ functions
@@ -403,7 +406,7 @@ class _Compiler:
         if name == FINDING:
             part, level = self._finding(node)
             if self._phase != "step":
-                message = "findings are known at the end of the step only"
+                message = "findings are only known at the end of the step"
                 raise self._error(message, node, f"leave out `at {self._phase}`")
             self.findings = True
             return Part("truth", reported(lambda moment: moment.finding(part, level)))
@@ -420,7 +423,7 @@ class _Compiler:
             parts = [self._number(each, depth) for each in node.args]
             return Part("number", extreme(name == MAXIMUM, [p.evaluate for p in parts]))
         if name in SCALARS or name == NONFINITE:
-            raise self._error(f"{name} takes no parentheses", node, f"write {name}")
+            raise self._error(f"{name} is not a function", node, f"write {name}")
         names = [*SEVERAL, *FUNCTIONS]
         raise self._error(f"there is no function {name}", node.func, _near(name, names))
 
@@ -444,9 +447,9 @@ class _Compiler:
             ) if level in get_args(Level):
                 return "", cast(Level, level)
         example = '("exploding"), or finding(level="warning")'
-        return self._string(node, "the name of a rule or a part of it", example), "info"
+        return self._string(node, "(part of) the name of a rule", example), "info"
 
-    def _several(self, node: ast.Call, quantity: Quantity) -> Part:
+    def _several(self, node: ast.Call, quantity: Variable) -> Part:
         selector = self._selector(node, quantity)
         self._check_phase(node, quantity.name, quantity.known_from)
         self.tables.add(quantity.table)
@@ -458,7 +461,7 @@ class _Compiler:
             table=quantity.table,
         )
 
-    def _selector(self, node: ast.Call, quantity: Quantity) -> Selector:
+    def _selector(self, node: ast.Call, quantity: Variable) -> Selector:
         match node:
             case ast.Call(args=[] | [ast.Name(id="any")], keywords=[]):
                 return Selector()
@@ -472,7 +475,7 @@ class _Compiler:
         example = f'{quantity.name}(any), {quantity.name}("blocks.0.*"), {quantity.name}(layer=2)'
         if quantity.table == schema.PHASE_MS:
             example = 'phase_ms("data")'
-        raise self._error(f"{quantity.name} takes a selection", node, f"such as {example}")
+        raise self._error(f"{quantity.name} takes a selector", node, f"such as {example}")
 
     def _logged(self, name: str) -> Part:
         self.tables.add(schema.LOGGED)
@@ -496,7 +499,9 @@ class _Compiler:
                 steps = given
             case _:
                 raise self._error(
-                    "ema takes a quantity and perhaps a number of steps", node, "ema(loss, 50)"
+                    "ema takes a quantity and optionally a number of steps",
+                    node,
+                    "such as ema(loss, 50)",
                 )
         part = self._number(node.args[0], depth)
         if part.kind == "several":
@@ -504,7 +509,7 @@ class _Compiler:
             raise self._error("ema takes one number", node.args[0], hint)
         return Part("number", ExponentialMean(part.evaluate, steps))
 
-    # ------------------------------------------------------------ truths
+    # ------------------------------------------------------------ comparisons and logic
 
     def _comparison(self, node: ast.Compare, depth: int) -> Part:
         operands = [self._number(each, depth) for each in (node.left, *node.comparators)]
@@ -515,7 +520,7 @@ class _Compiler:
             compared.append((left, *COMPARISONS[type(op)], right))
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-            # Every operand once: `ema` has a state.
+            # Evaluate every operand exactly once: `ema` is stateful.
             values = [cast(Number, each.evaluate(moment, readings)) for each in operands]
             truths = [
                 compare(values[i], values[i + 1], function, side, left, right, readings)
@@ -529,7 +534,7 @@ class _Compiler:
         parts = [self._truth(each, depth).evaluate for each in values]
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-            truths = [cast(Truth, part(moment, readings)) for part in parts]  # `ema` has a state
+            truths = [cast(Truth, part(moment, readings)) for part in parts]  # `ema` is stateful
             return conjunction_of(truths) if conjunction else disjunction_of(truths)
 
         return Part("truth", evaluate)

@@ -1,7 +1,7 @@
 """A callback for Hugging Face's `Trainer`: `Trainer(…, callbacks=[TuiTrainerCallback()])`.
 
-It begins a run with the training and ends it with it, so that a terminal can attach to a training
-in a notebook or under another launcher. Under `tui-trainer run` it has nothing to do.
+It records the training as a run, so that a terminal can attach to it in a notebook or under another
+launcher. Under `tui-trainer run` it does nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from tui_trainer.run.watch import Run, watch
 
 try:
     from transformers import TrainerCallback
-except ImportError:  # said when a callback is made
+except ImportError:  # reported when a callback is created
     TrainerCallback = object
 
 
 class TuiTrainerCallback(TrainerCallback):  # type: ignore[misc]
-    """`name`, `runs_dir` and `paused` as those of `tui_trainer.watch`."""
+    """Takes the options `name`, `runs_dir` and `paused` of `tui_trainer.watch`."""
 
     def __init__(self, **options: Any) -> None:
         if TrainerCallback is object:

@@ -1,7 +1,7 @@
 """A callback for Lightning: `Trainer(…, callbacks=[TuiTrainerCallback()])`.
 
-It begins a run with `fit` and ends it with it, so that a terminal can attach to a training in a
-notebook or under another launcher. Under `tui-trainer run` it has nothing to do.
+It records `fit` as a run, so that a terminal can attach to it in a notebook or under another
+launcher. Under `tui-trainer run` it does nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ try:
 except ImportError:
     try:
         from pytorch_lightning import Callback
-    except ImportError:  # said when a callback is made
+    except ImportError:  # reported when a callback is created
         Callback = object
 
 
 class TuiTrainerCallback(Callback):  # type: ignore[misc]
-    """`name`, `runs_dir` and `paused` as those of `tui_trainer.watch`."""
+    """Takes the options `name`, `runs_dir` and `paused` of `tui_trainer.watch`."""
 
     def __init__(self, **options: Any) -> None:
         if Callback is object:
