@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,36 +12,39 @@ import torch
 from tests.trace.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_loop, trace
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.attention.heads import AttentionHeads
+from tui_trainer.trace.active_probe import NEVER_STRETCHED, WATCHED_LIMIT, ActiveProbe
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import (
     EARLIEST,
-    NEVER_STRETCHED,
     WARM_UP,
-    WATCHED_LIMIT,
     WINDOW,
-    GovernedProbe,
     Governor,
 )
-from tui_trainer.trace.probe import Options, Readings
+from tui_trainer.trace.probe import Options, Probe, Readings
 from tui_trainer.trace.tracer import Tracer
 
 
-def things() -> list[GovernedProbe]:
+def active_probe(**given: Any) -> ActiveProbe:
+    """One that has no tables: the governor reads none."""
+    return ActiveProbe(probe=Probe.__new__(Probe), tables=[], **given)
+
+
+def things() -> list[ActiveProbe]:
     return [
-        GovernedProbe(name="costly", natural=1, every=1, importance=10),
-        GovernedProbe(name="costlier", natural=1, every=1, importance=40),
-        GovernedProbe(name="vital", natural=1, every=1, importance=100),
-        GovernedProbe(name="request", natural=0, every=0, importance=10),
+        active_probe(name="costly", natural=1, every=1, importance=10),
+        active_probe(name="costlier", natural=1, every=1, importance=40),
+        active_probe(name="vital", natural=1, every=1, importance=100),
+        active_probe(name="request", natural=0, every=0, importance=10),
     ]
 
 
-def silent(of: Sequence[GovernedProbe], text: str, level: str) -> None:
+def silent(of: Sequence[ActiveProbe], text: str, level: str) -> None:
     pass
 
 
 def run(
     governor: Governor,
-    governed: list[GovernedProbe],
+    governed: list[ActiveProbe],
     costs: dict[str, float],
     windows: int,
     step_ms: float = 10.0,
@@ -57,7 +61,7 @@ def run(
         governor.step(measured, governed, own, step_ms)
 
 
-def cost(governed: list[GovernedProbe], costs: dict[str, float]) -> float:
+def cost(governed: list[ActiveProbe], costs: dict[str, float]) -> float:
     return sum(costs[one.name] / one.now for one in governed if one.name in costs and one.now)
 
 
@@ -150,7 +154,7 @@ def test_nothing_is_restored_over_budget_and_one_warning_is_given():
     """The part that is no matter of choice is over the budget by itself."""
     said: list[tuple[str, str]] = []
     governor = Governor(0.01, lambda of, text, level: said.append((text, level)))
-    one = GovernedProbe(name="weight_norm", natural=10, every=320, importance=30, max_stretch=32)
+    one = active_probe(name="weight_norm", natural=10, every=320, importance=30, max_stretch=32)
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.35}, 20, step_ms=19.4)
     assert one.every == 320
     text = (
@@ -168,7 +172,7 @@ def test_nothing_is_restored_over_budget_and_one_warning_is_given():
 def test_warning_names_the_cost_of_stretchable_probes():
     said: list[str] = []
     governor = Governor(0.01, lambda of, text, level: said.append(text))
-    one = GovernedProbe(name="norm", natural=1, every=1, importance=50, max_stretch=4)
+    one = active_probe(name="norm", natural=1, every=1, importance=50, max_stretch=4)
     run(governor, [one], {"norm": 0.4, "tracer": 0.05}, 4)
     assert one.every == 4
     assert said[-1] == (
@@ -191,17 +195,17 @@ def test_no_early_decision_within_the_budget_of_the_window():
     assert governed[0].every == 1
 
 
-def watchable() -> list[GovernedProbe]:
-    heads = GovernedProbe(
+def watchable() -> list[ActiveProbe]:
+    heads = active_probe(
         name="heads", natural=0, every=0, importance=10, watched_natural=1, watched_every=1
     )
-    spectrum = GovernedProbe(
+    spectrum = active_probe(
         name="spectrum", natural=8, every=8, importance=10, watched_natural=2, watched_every=2
     )
     return [*things(), heads, spectrum]
 
 
-def watch(governed: list[GovernedProbe], watched: bool) -> None:
+def watch(governed: list[ActiveProbe], watched: bool) -> None:
     for one in governed:
         one.watched = watched and one.watched_natural > 0
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from tui_trainer.protocol.formatting import cadence, percent
 from tui_trainer.protocol.messages import Level
+from tui_trainer.trace.active_probe import LIMITS, NEVER_STRETCHED, ActiveProbe
 
 WINDOW = 32
 """Steps between two decisions."""
@@ -18,12 +17,6 @@ EARLIEST = 4
 whole window has been spent."""
 WARM_UP = 5
 """First steps, which are slow in every way and do not count."""
-NEVER_STRETCHED = 100
-"""Importance from which a cadence is never stretched."""
-LIMITS = (32, 256, 1024)
-"""How far (times its natural cadence) one probe is stretched before more important ones are."""
-WATCHED_LIMIT = 16
-"""How far what is on somebody's screen is stretched, times its cadence while watched."""
 MIN_ROOM = 0.1
 """Share of the budget for what can be stretched, even where the rest exceeds it by itself (very
 short steps): something is measured all the same."""
@@ -33,64 +26,7 @@ cadences do not oscillate."""
 REPORT_AGAIN = 1.5
 """An exceeded budget is reported again once the cost has changed by this factor."""
 
-
-@dataclass(eq=False, kw_only=True)
-class GovernedProbe:
-    """The cadence and the cost of one probe."""
-
-    name: str
-    natural: int
-    """Natural cadence in steps; 0: measured only while watched."""
-    every: int
-    """Cadence while not watched: the natural one times a power of two."""
-    importance: int
-    max_stretch: int = LIMITS[-1]
-    """How many times its natural cadence it may be stretched."""
-    watched_natural: int = 0
-    """Natural cadence while watched; 0: watching makes no difference."""
-    watched_every: int = 0
-    """Cadence while watched: its natural one times a power of two."""
-    watched: bool = False
-    """Whether a viewer watches it and that makes a difference."""
-    with_clipping: bool = False
-    """Measured at every step at present, whatever the budget, from what clipping computes."""
-    cost_ms: float = math.nan
-    """Smoothed cost of one measurement."""
-
-    @property
-    def now(self) -> int:
-        """The current cadence; 0: not measured."""
-        return self.watched_every if self.watched else self.every
-
-    @now.setter
-    def now(self, every: int) -> None:
-        if self.watched:
-            self.watched_every = every
-        else:
-            self.every = every
-
-    @property
-    def unstretched(self) -> int:
-        """The current cadence if nothing were stretched."""
-        return self.watched_natural if self.watched else self.natural
-
-    @property
-    def longest(self) -> int:
-        """The longest cadence that it may have now."""
-        return self.unstretched * (WATCHED_LIMIT if self.watched else self.max_stretch)
-
-    def mean_ms(self, every: int | None = None) -> float:
-        """Mean cost per step at a cadence (default: the current one)."""
-        every = self.now if every is None else every
-        return self.cost_ms / every if every and not math.isnan(self.cost_ms) else 0.0
-
-    @property
-    def fixed(self) -> bool:
-        """Whether its cadence cannot be stretched at present."""
-        return self.with_clipping or self.importance >= NEVER_STRETCHED
-
-
-OnChange = Callable[[Sequence[GovernedProbe], str, Level], None]
+OnChange = Callable[[Sequence[ActiveProbe], str, Level], None]
 """Called with the probes whose cadence has changed, a sentence for the log and its level."""
 
 
@@ -110,16 +46,16 @@ class Governor:
         self._since_decision = 0
         self._spent_ms = 0.0
         """Cost of everything else since the last decision."""
-        self._watched: tuple[GovernedProbe, ...] = ()
-        self._before_watching: dict[GovernedProbe, int] = {}
+        self._watched: tuple[ActiveProbe, ...] = ()
+        self._before_watching: dict[ActiveProbe, int] = {}
         """Cadences from before anything was watched."""
         self._windows_over = 0
         self._reported_share = 0.0
 
     def step(
         self,
-        measured: Sequence[GovernedProbe],
-        probes: Sequence[GovernedProbe],
+        measured: Sequence[ActiveProbe],
+        probes: Sequence[ActiveProbe],
         own_ms: Mapping[str, float],
         step_ms: float,
     ) -> bool:
@@ -164,7 +100,7 @@ class Governor:
         affordable = self._spent_ms / (self.budget * WINDOW)
         return affordable > min(self._step_ms) and affordable > statistics.median(self._step_ms)
 
-    def _decide(self, probes: Sequence[GovernedProbe], complete: bool) -> None:
+    def _decide(self, probes: Sequence[ActiveProbe], complete: bool) -> None:
         # The median: a step that waited for data or another program does not enlarge the budget.
         step_ms = statistics.median(self._step_ms)
         allowed = self.budget * step_ms
@@ -187,7 +123,7 @@ class Governor:
             self._report_if_exceeded(fixed, rest, step_ms)
 
     def _stretch(
-        self, probes: list[GovernedProbe], total: float, room: float, step_ms: float
+        self, probes: list[ActiveProbe], total: float, room: float, step_ms: float
     ) -> None:
         """Double cadences until the cost fits: least important first, then most expensive; what is
         watched last."""
@@ -211,7 +147,7 @@ class Governor:
                 )
                 self._on_change([probe], text, "info")
 
-    def _restore(self, probes: list[GovernedProbe], total: float, room: float) -> None:
+    def _restore(self, probes: list[ActiveProbe], total: float, room: float) -> None:
         """Halve one cadence where that fits: watched first, then the most important."""
         for probe in sorted(probes, key=lambda p: (not p.watched, -p.importance, p.mean_ms())):
             if probe.now > probe.unstretched:
@@ -243,7 +179,7 @@ class Governor:
         )
         self._on_change((), text, "warning")
 
-    def _follow_watching(self, probes: Sequence[GovernedProbe]) -> bool:
+    def _follow_watching(self, probes: Sequence[ActiveProbe]) -> bool:
         """Report what is watched now or no longer. When nothing is watched any more, cadences that
         were stretched for its sake are restored. Returns whether a cadence changed."""
         watched = tuple(probe for probe in probes if probe.watched)
@@ -266,5 +202,5 @@ class Governor:
         return True
 
 
-def cadences_text(probes: Iterable[GovernedProbe]) -> str:
+def cadences_text(probes: Iterable[ActiveProbe]) -> str:
     return ", ".join(f"{probe.name} {cadence(probe.now)}" for probe in probes)

@@ -9,14 +9,20 @@ import torch
 
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
-from tui_trainer.trace.probe import Readings
+from tui_trainer.trace.probe import Readings, RecorderLike
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 
-class RunningStep(Protocol):
-    """What is read: the tracer, on its training thread at a phase boundary."""
+class TracedStep(Protocol):
+    """What is read of the step in progress: the tracer, on its training thread at a phase boundary,
+    for breakpoints and for phase reports."""
 
+    recorder: RecorderLike
     registry: OptimizerRegistry
+
+    @property
+    def step(self) -> int:
+        """The current optimizer step."""
 
     @property
     def losses(self) -> list[torch.Tensor]:
@@ -25,6 +31,9 @@ class RunningStep(Protocol):
     def flush(self) -> None:
         """Record every completed step."""
 
+    def duration_ms(self, phase: int) -> float:
+        """Time of a phase in this step so far."""
+
     def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients."""
 
@@ -32,7 +41,7 @@ class RunningStep(Protocol):
 class LiveValues:
     """Reads values of the step in progress. Waits for the device."""
 
-    def __init__(self, run: RunningStep) -> None:
+    def __init__(self, run: TracedStep) -> None:
         self._run = run
 
     def finish(self) -> None:

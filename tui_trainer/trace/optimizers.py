@@ -11,14 +11,13 @@ import torch
 
 from tui_trainer.protocol.messages import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
+from tui_trainer.trace.active_probe import ActiveProbe
 from tui_trainer.trace.changes import WeightWatch
-from tui_trainer.trace.governor import GovernedProbe
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
-from tui_trainer.trace.schedule import ActiveProbe
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
 from tui_trainer.trace.torch_private import is_sharded
 
@@ -454,10 +453,9 @@ class OptimizerRegistry:
                 unseen.setdefault(name if name not in seen else f"{name}@{optimizer}", why)
         return unseen
 
-    def _cadence_changed(self, changed: Sequence[GovernedProbe], text: str, level: Level) -> None:
+    def _cadence_changed(self, changed: Sequence[ActiveProbe], text: str, level: Level) -> None:
         tables: list[Table] = []
         for probe in changed:
-            assert isinstance(probe, ActiveProbe)
             probe.tables = [msgspec.structs.replace(t, every=probe.now) for t in probe.tables]
             tables += probe.tables
         if tables:

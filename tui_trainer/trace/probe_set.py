@@ -14,6 +14,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Table
+from tui_trainer.trace.active_probe import ActiveProbe
 from tui_trainer.trace.governor import Governor, OnChange
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
@@ -27,7 +28,7 @@ from tui_trainer.trace.probe import (
     Values,
     describe_exception,
 )
-from tui_trainer.trace.schedule import ActiveProbe, ProbeSchedule
+from tui_trainer.trace.schedule import ProbeSchedule
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 NO_READINGS: Values = np.empty(0)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
+from tui_trainer.trace.live_values import TracedStep
 from tui_trainer.trace.measurement import StepMeasurer
-from tui_trainer.trace.optimizers import OptimizerRegistry
-from tui_trainer.trace.probe import RecorderLike
 from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.torch_private import base_of
 
@@ -25,37 +24,13 @@ LARGEST = 5
 MAX_TENSORS = 6
 
 
-class PausedRun(Protocol):
-    """What is reported on: the tracer, while its training thread is about to wait."""
-
-    recorder: RecorderLike
-    registry: OptimizerRegistry
-
-    @property
-    def step(self) -> int:
-        """The current optimizer step."""
-
-    @property
-    def losses(self) -> list[torch.Tensor]:
-        """Its losses so far, 0-d each."""
-
-    def flush(self) -> None:
-        """Record every completed step."""
-
-    def duration_ms(self, phase: int) -> float:
-        """Time of a phase in this step so far."""
-
-    def gradient_scale(self, measurer: StepMeasurer) -> float:
-        """The factor that a GradScaler still has on this optimizer's gradients."""
-
-
 Report = tuple[str, list[Quantity], list[Rows]]
 
 
 class PhaseReporter:
     """Makes the phase reports of one tracer."""
 
-    def __init__(self, run: PausedRun) -> None:
+    def __init__(self, run: TracedStep) -> None:
         self._run = run
         self._arguments: list[tuple[str, torch.Tensor]] = []
         self._outputs: list[tuple[str, torch.Tensor]] = []

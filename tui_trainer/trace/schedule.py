@@ -3,48 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 
-from tui_trainer.protocol.schema import Table
-from tui_trainer.trace.governor import GovernedProbe
-from tui_trainer.trace.probe import Probe, Readings
+from tui_trainer.trace.active_probe import ActiveProbe
 
-STEP_HOOKS = (
-    "before_forward",
-    "after_forward",
-    "gradients",
-    "gradient_norms",
-    "before_update",
-    "after_update",
-)
-"""The hooks of a probe that are called in the course of a step; each is optional."""
 MAX_PLANS = 64
-
-
-@dataclass(eq=False, kw_only=True)
-class ActiveProbe(GovernedProbe):
-    """A probe of one optimizer, with its tables and its cost."""
-
-    probe: Probe
-    tables: list[Table]
-    failed: bool = False
-    """It raised, and is not called any more."""
-    readings: list[Readings] = field(default_factory=list)
-    spent_s: float = 0.0
-    """Time on the training thread in this step."""
-    needed: bool = False
-    """A breakpoint reads one of its tables: it measures every step."""
-
-    def __post_init__(self) -> None:
-        kind = type(self.probe)
-        self.hooks = frozenset(
-            name for name in STEP_HOOKS if getattr(kind, name) is not getattr(Probe, name)
-        )
-        """Those it implements: the others need not be called."""
-
-    def begin_step(self) -> None:
-        self.spent_s = 0.0
-        self.readings = []
 
 
 class StepPlan:

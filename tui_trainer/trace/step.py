@@ -28,6 +28,7 @@ from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
+from tui_trainer.trace.active_probe import ActiveProbe
 from tui_trainer.trace.phases import PhaseTimes
 from tui_trainer.trace.probe import (
     ClipMeasurement,
@@ -38,7 +39,6 @@ from tui_trainer.trace.probe import (
     Values,
     skipped_text,
 )
-from tui_trainer.trace.schedule import ActiveProbe
 from tui_trainer.trace.transfer import HostTransfer, Transfers, length_of
 
 MAX_KEPT = 64
