@@ -1,8 +1,8 @@
 """Everything that relies on PyTorch's private names or undocumented behaviour.
 
-Seen in PyTorch 2.6 to 2.13. `tests/trace/test_torch_private.py` fails for each entry that a new
-version breaks. Where a name is missing the functions here report that nothing is known, so that a
-different PyTorch costs information and never a training.
+All of it was seen in PyTorch 2.6 to 2.13. `tests/trace/test_torch_private.py` fails for each entry
+that a new version breaks. Where a name is missing the functions here report that nothing is known,
+so that a different PyTorch costs information and never a training.
 """
 
 from __future__ import annotations
@@ -109,22 +109,22 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 """The number of in-place operations on a tensor and its views so far, but for those on `.data`. An
-attrgetter, since it is called for each gradient of a step. (2.6 to 2.13)"""
+attrgetter, since it is called for each gradient of a step."""
 
 
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:
-    """The values of a sparse COO tensor, coalesced or not. (2.6 to 2.13)"""
+    """The values of a sparse COO tensor, coalesced or not."""
     return sparse._values()
 
 
 def submodules(holder: object) -> dict[str, Any]:
-    """The direct submodules of a module by name; empty for any other object. (2.6 to 2.13)"""
+    """The direct submodules of a module by name; empty for any other object."""
     return _stored(holder, "_modules")
 
 
 def own_parameters(holder: object) -> dict[str, Any]:
     """The parameters that a module itself has by name, None for those that were registered as
-    None; empty for any other object. (2.6 to 2.13)"""
+    None; empty for any other object."""
     return _stored(holder, "_parameters")
 
 
@@ -136,8 +136,7 @@ def _stored(holder: object, name: str) -> dict[str, Any]:
 
 
 def weight_norm_of(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-    """(v, g, dim) of `torch.nn.utils.weight_norm` in its older form; None without.
-    (2.6 to 2.13)"""
+    """(v, g, dim) of `torch.nn.utils.weight_norm` in its older form; None without."""
     held = own_parameters(module)
     g, v = held.get("weight_g"), held.get("weight_v")
     if g is None or v is None:
@@ -148,12 +147,12 @@ def weight_norm_of(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def weight_normed(v: torch.Tensor, g: torch.Tensor, dim: int) -> torch.Tensor:
-    """g · v / ‖v‖, as `torch.nn.utils.weight_norm` computes it. (2.6 to 2.13)"""
+    """g · v / ‖v‖, as `torch.nn.utils.weight_norm` computes it."""
     return torch._weight_norm(v, g, dim)
 
 
 DATA_LOADER_WORKER = "torch.utils.data._utils.worker"
-"""The module of the function that a worker process of a DataLoader runs. (2.6 to 2.13)"""
+"""The module of the function that a worker process of a DataLoader runs."""
 
 
 def norms_of(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
