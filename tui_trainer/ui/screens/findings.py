@@ -34,6 +34,10 @@ class FindingsTable(VirtualTable):
     """One row a finding; effects stand below their cause."""
 
     DEFAULT_CSS = "FindingsTable { height: 4; margin: 0 1; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "activate", "Go there", id="findings.open",
+                tooltip="To the parameter, the layer or the chart; in a replay, to the step"),
+    ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,17 +89,14 @@ class FindingsScreen(DetailScreen):
     """The findings, and the one under the cursor in full."""
 
     CSS = """
+    FindingsScreen VerdictLine.-shown { display: none; }
     FindingsScreen #summary { margin: 0 1; }
     FindingsScreen #finding { height: 1fr; margin: 1 1 0 1; }
     FindingsScreen FindingDetail { width: 3fr; margin-right: 2; }
     FindingsScreen EvidenceChart { width: 2fr; }
     FindingsScreen.-narrow EvidenceChart { display: none; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "Go there", id="findings.open",
-                tooltip="To the parameter, the layer or the chart; in a replay, to the step"),
-        *CONTROL_BINDINGS,
-    ]  # fmt: skip
+    BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class FindingsScreen(DetailScreen):
             return None
         return next((each for each in finding.evidence if each.table), None)
 
-    def action_open(self) -> None:
+    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
         """Go to what the finding under the cursor is about."""
         finding = self.table.current
         if finding is None:
@@ -192,6 +193,3 @@ class FindingsScreen(DetailScreen):
 
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
         self._show_selected()
-
-    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
-        self.action_open()
