@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tui_trainer.run.loop_length import surroundings
+from tui_trainer.run.loop_length import loop_nest
 from tui_trainer.run.progress import EPOCHS, TOTAL, length_of
 
 
@@ -41,7 +41,7 @@ def run(tmp_path):
             while frame.f_code.co_filename == str(path):
                 frames.append(frame)
                 frame = frame.f_back
-            samples.append(surroundings(frames))
+            samples.append(loop_nest(frames))
             counted.append(calls)
             calls = 0
             if len(samples) == steps:
@@ -108,7 +108,7 @@ def test_what_is_known(run, source, total, per_epoch):
     ("source", "why"),
     [
         ("step()", "not called in a loop"),
-        ("while True: step()", r"while True: step\(\) \(train.py, line 1\): `True` does not tell"),
+        ("while True: step()", r"while True: step\(\) \(train.py, line 1\): `True` does not"),
         ("for i in iter(int, 1): step()", "iter"),
         ("for x in make(): step()", r"make\(\)"),
         ("for i in range(args.computed): step()", "args.computed is computed"),
@@ -161,7 +161,7 @@ def test_no_variable_is_kept_alive():
     def loop():
         for _ in range(1):
             held = Namespace()
-            found = surroundings([sys._getframe()])
+            found = loop_nest([sys._getframe()])
         reference = weakref.ref(held)
         del held
         return found, reference()

@@ -12,7 +12,7 @@ import pytest
 from tests.runs.starting import until
 from tui_trainer.protocol import PHASES
 from tui_trainer.run.rank_client import RankClientHooks
-from tui_trainer.run.rank_control import RankControl, RankObedience
+from tui_trainer.run.rank_control import RankControl, RankFollower
 from tui_trainer.run.rank_server import RankServerHooks
 from tui_trainer.trace.gate import Gate, StopTraining
 
@@ -25,11 +25,11 @@ class Link:
     def __init__(self, rank, changed, paused):
         self.rank = rank
         self.at = None
-        self.obeys = 0
+        self.notified = 0
         self.gate = Gate(paused)
         self.hooks = RankClientHooks()
         self._changed = changed
-        RankObedience(self.gate).follow(self)
+        RankFollower(self.gate).follow(self)
 
     @property
     def step(self):

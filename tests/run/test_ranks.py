@@ -174,7 +174,10 @@ def test_replicas_that_part_are_named_within_one_cadence(place):
     command = (*RUN, "--name", "parted", "train.py")
     for process in place.start(2, *command, STEPS="120", PART="70"):
         assert process.wait(120) == 0, place.errors(0)
-    expected = "the weights of rank 1 differ from the others': equal at step 51, not at step 101"
+    expected = (
+        "the weights of rank 1 differ from those of the other ranks: equal at step 51, different "
+        "at step 101"
+    )
     found = [line for line in place.printed("step 1", 1) if "weights" in line]
     assert found == [f"step 101: error: {expected}"]
 
@@ -335,7 +338,7 @@ def test_a_rank_without_its_run_trains_on_and_says_so(place):
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "TRAINED\n")
-    assert done.stderr == "tui-trainer: rank 1 was not shown: its run was not found\n"
+    assert done.stderr == "tui-trainer: rank 1 was not recorded: its run was not found\n"
 
 
 class Blocking(socket.socket):
@@ -382,7 +385,7 @@ def test_the_signal_that_ended_a_process_is_named():
         assert ending_of(child.pid) == "was killed by SIGKILL"
     with subprocess.Popen([sys.executable, "-c", "import os; os._exit(3)"]) as child:
         assert ending_of(child.pid, 30) == "exited with status 3"
-    assert ending_of(child.pid).startswith("died without saying why")
+    assert ending_of(child.pid).startswith("died without an exit status")
 
 
 SHARDED = """

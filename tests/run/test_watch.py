@@ -103,7 +103,7 @@ def test_a_second_one_is_refused_until_the_first_is_closed():
     model, optimizer = make()
     run = tui_trainer.watch(model, optimizer, name="first")
     try:
-        with pytest.raises(WatchError, match=r"already, as first[^$]*hint: .*run.close"):
+        with pytest.raises(WatchError, match=r"already watched, as first[^$]*hint: .*run.close"):
             tui_trainer.watch(model, optimizer)
     finally:
         run.close()
@@ -114,8 +114,8 @@ def test_a_second_one_is_refused_until_the_first_is_closed():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (lambda m, o: (o, m), TypeError, "the model is a Adam"),
-        (lambda m, o: (m, [3]), TypeError, "the optimizer is a int"),
+        (lambda m, o: (o, m), TypeError, "the model is of type Adam"),
+        (lambda m, o: (m, [3]), TypeError, "the optimizer is of type int"),
         (lambda m, o: (m, []), ValueError, "no optimizer"),
         (lambda m, o: (torch.nn.Linear(1, 1), o), ValueError, "none of the model's"),
     ],
@@ -276,5 +276,5 @@ def test_under_the_command_it_is_the_run_that_is_recorded(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["step"] for line in lines if line["type"] == "step"] == [1, 2, 3, 4, 5]
-    assert any("recorded already" in line.get("text", "") for line in lines)
+    assert any("already being recorded" in line.get("text", "") for line in lines)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["outer"]

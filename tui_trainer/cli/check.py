@@ -1,4 +1,4 @@
-"""`tui-trainer check script.py`: some steps without a screen, and what the rules found."""
+"""`tui-trainer check script.py`: run some steps without a screen and print the findings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tui_trainer.run.output import redirect_stdout_to_stderr
 
 
 class FindingsCollector:
-    """A sink that keeps the findings and the end of a run."""
+    """A sink that keeps the findings and the final status of a run."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -44,8 +44,8 @@ class FindingsCollector:
 
 
 def check_script(script: Script, options: CheckOptions) -> int:
-    """Run `options.steps` steps and print what is wrong. Returns 1 where a finding is a warning or
-    worse, the script's own status where it fails, else 0. Raises CommandError."""
+    """Run `options.steps` steps and print the findings. Returns the script's exit status if it
+    fails, 1 if a finding is a warning or an error, otherwise 0. Raises CommandError."""
     script.check()
     with tempfile.TemporaryDirectory(prefix="tui-trainer-check-") as folder:
         wanted = RunOptions(runs_dir=Path(folder), budget=0.0, rules=options.rules)

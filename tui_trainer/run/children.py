@@ -1,8 +1,8 @@
-"""Traces the processes that a script starts by `multiprocessing`, as members of its run.
+"""Traces the processes that a script starts with `multiprocessing`, as members of its run.
 
-A spawned child is told of the run in the data that `multiprocessing` prepares it with; a forked one
-has a copy of the tracer, which is replaced. Either joins the run at its first optimizer step, so
-workers that only load data never appear in it.
+A spawned child receives the run's directory with the preparation data of `multiprocessing`; a
+forked child inherits a copy of the tracer, which is replaced. Either joins the run at its first
+optimizer step, so workers that only load data never appear in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import Outcome, outcome_of
 from tui_trainer.run.rank_client import RankClient
-from tui_trainer.run.rank_control import RankObedience
+from tui_trainer.run.rank_control import RankFollower
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 FLUSH_S = 5.0
 KEY = "tui_trainer"
-"""Key of our entry in the data that prepares a spawned child; unknown keys are ignored there."""
+"""Key of our entry in the preparation data of a spawned child, which ignores unknown keys."""
 
 
 class _JoinWhenUnpickled:
-    """Unpickled in a spawned child, it has the child's torch traced. A child in which that fails
-    trains as if alone."""
+    """Starts tracing when it is unpickled in a spawned child. If that fails, the child trains
+    untraced."""
 
     def __init__(self, directory: str, label: str) -> None:
         self._code = (
@@ -55,7 +55,7 @@ class _JoinWhenUnpickled:
 
 
 class ChildTraces:
-    """Between `install` and `remove`, children that this process starts join its run."""
+    """Makes children started between `install` and `remove` join the run."""
 
     def __init__(self, directory: str, budget: float, tracer: Tracer) -> None:
         self._directory = directory
@@ -82,7 +82,7 @@ class ChildTraces:
             multiprocessing.spawn.get_preparation_data = self._original
 
     def join_forked(self) -> None:
-        """In a forked child."""
+        """Called in a forked child."""
         tracer, self._tracer = self._tracer, None
         process = multiprocessing.process.current_process()
         target = getattr(getattr(process, "_target", None), "__module__", "")
@@ -104,7 +104,7 @@ def _join_forked(traces: ChildTraces) -> None:
 
 
 def join_spawned(directory: str, label: str) -> None:
-    """In a spawned child, before it imports anything of the script."""
+    """Called in a spawned child, before it imports the script."""
     around_torch_import(lambda: None, ChildTraining(directory, label, 0.01).trace)
 
 
@@ -120,18 +120,18 @@ class ChildTraining:
         self._label = label
 
     def trace(self) -> None:
-        """Trace this thread, once torch is imported. Never raises."""
+        """Trace this thread; torch has been imported. Never raises."""
         try:
             self.recorder = Recorder(initial_info(self.spec))
-            obedience = RankObedience(self.gate)
+            follower = RankFollower(self.gate)
             self._client = RankClient(
-                -1, 1, self._label, lambda: self._directory, _say_nothing, obedience.descriptor
+                -1, 1, self._label, lambda: self._directory, _ignore, follower.descriptor
             )
-            obedience.follow(self._client)
+            follower.follow(self._client)
             self.recorder.subscribe(_FromFirstStep(self._client))
             self._tracer = create_tracer(self)
             self._tracer.attach()
-            # Runs also where a forked child ends by os._exit.
+            # Also runs in a forked child, which ends with os._exit.
             multiprocessing.util.Finalize(self, self._end, exitpriority=0)
         except Exception as error:
             print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
@@ -149,20 +149,20 @@ class ChildTraining:
     # ------------------------------------------------------------ RunContext
 
     def show_waiting_for(self, what: str) -> None:
-        """No viewer is shown it."""
+        """Does nothing: viewers show rank 0's."""
 
     def save_with(self, saver: CheckpointSaver) -> None:
-        """No viewer can request one here."""
+        """Does nothing: checkpoints are requested from rank 0."""
 
     def at_end(self, call: Callable[[], None]) -> None:
-        """Nothing of the parent's is installed here."""
+        """Does nothing: nothing has to be undone in a child."""
 
     def script_started(self) -> None:
-        """It was started by its parent."""
+        """Does nothing: the parent started the script."""
 
 
 class _FromFirstStep:
-    """Connects a client at the first step."""
+    """Connects the client when the first step has been recorded."""
 
     def __init__(self, client: RankClient) -> None:
         self._client = client
@@ -178,5 +178,5 @@ class _FromFirstStep:
         self._client.close()
 
 
-def _say_nothing(text: str) -> None:
-    """A child process whose run has ended trains on."""
+def _ignore(text: str) -> None:
+    """A child process continues to train silently when its run has ended."""

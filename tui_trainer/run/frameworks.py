@@ -1,6 +1,6 @@
-"""What Hugging Face's Trainer and Lightning know of a run: total steps, epochs, the results of
-evaluations and the values that they log. Neither is imported here: their modules are
-observed once the script has imported them."""
+"""Reads total steps, epochs, evaluation results and logged values from Hugging Face's Trainer and
+from Lightning. Neither is imported here: their modules are patched once the script has imported
+them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 CONNECTOR = "trainer.connectors.logger_connector.logger_connector"
 LOSS_NAMES = ("loss", "loss_epoch", "epoch_loss")
 PREFIXES = ("validation", "valid", "val", "eval", "test")
-MEASURES_OF_SPEED = ("runtime", "per_second", "preparation_time")
+SPEED_METRICS = ("runtime", "per_second", "preparation_time")
 
 
 def observe_frameworks(run: RunContext, progress: Progress) -> Callable[[], None]:
-    """Observe the frameworks that this process has imported or will import. Returns a function that
-    leaves them as they were."""
+    """Patch the frameworks that this process has imported or will import. Returns a function that
+    removes the patches."""
     patches = Patches()
 
     def observing(install: Callable[[], None]) -> Callable[[], None]:
@@ -52,12 +52,14 @@ def observe_frameworks(run: RunContext, progress: Progress) -> Callable[[], None
 
 
 def split_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(results of an evaluation, other values): `val_loss` and `eval/loss` are `loss` of an
-    evaluation. Measures of speed are left out."""
+    """Split metrics into (results of an evaluation, other values), without those of speed.
+
+    `val_loss` and `eval/loss` become the `loss` of an evaluation.
+    """
     evaluated: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for name, value in metrics.items():
-        if any(name.endswith(each) for each in MEASURES_OF_SPEED):
+        if any(name.endswith(each) for each in SPEED_METRICS):
             continue
         prefix = next((p for p in PREFIXES if name.startswith((f"{p}_", f"{p}/", f"{p}."))), None)
         if prefix is None:
@@ -71,7 +73,7 @@ def split_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 class _Framework:
-    """Observes a framework; an error of the observer is reported and never reaches it."""
+    """Observes a framework. An error of ours is reported and never reaches the framework."""
 
     name = ""
 
@@ -137,9 +139,9 @@ class _HuggingFace(_Framework):
         try:
             per_epoch = max(1, math.ceil(len(loader) / accumulated))
         except TypeError:
-            unseen[EPOCHS] = "the training data have no length"
+            unseen[EPOCHS] = "the training dataloader has no length"
         if total is None:
-            unseen[TOTAL] = f"{self.name} does not know its last step"
+            unseen[TOTAL] = f"{self.name} does not know its total steps"
         items = int(args.train_batch_size) * accumulated
         self._report(total, per_epoch, items, unseen)
 
@@ -190,13 +192,13 @@ class _Lightning(_Framework):
         total: int | None = None
         per_epoch: int | None = None
         if not trainer.lightning_module.automatic_optimization:
-            why = "optimization is manual: Lightning does not know how many steps it makes"
+            why = "optimization is manual: Lightning does not know the number of steps"
             unseen = {TOTAL: why, EPOCHS: why}
         else:
             if math.isfinite(batches):
                 per_epoch = math.ceil(batches / accumulated)
             else:
-                unseen[EPOCHS] = "the training data have no length"
+                unseen[EPOCHS] = "the training dataloader has no length"
             steps = trainer.estimated_stepping_batches
             if math.isfinite(steps) and steps > 0:
                 total = int(steps)

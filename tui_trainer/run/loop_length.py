@@ -1,10 +1,10 @@
-"""How many steps and epochs a training loop has, read from its source and its variables.
+"""Determines the number of steps and epochs of a training loop from its source and variables.
 
-The loops around `optimizer.step()` are the `for` and `while` statements of the functions that are
-being executed. The length of `for epoch in range(epochs)`, of `for batch in loader`, of
-`enumerate(…)`, `zip(…)`, `tqdm(…)` and of `while step < last` follows from the objects that their
-names refer to now. No code of the script is called but the `__len__` of what it iterates over. A
-length that cannot be determined is None, with the reason.
+The loops around `optimizer.step()` are the `for` and `while` statements of the functions on the
+stack. The length of `for epoch in range(epochs)`, of `for batch in loader`, of `enumerate(…)`,
+`zip(…)`, `tqdm(…)` and of `while step < last` is computed from the current values of their
+variables. The only code of the script that is called is the `__len__` of its iterables. A length
+that cannot be determined is None, with the reason.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tui_trainer.trace.script_frames import forget_variables
 
 T = TypeVar("T")
 MAX_SOURCE = 1_000_000
-"""Characters of a source file that is parsed."""
+"""Maximum number of characters of a source file that is parsed."""
 WRAPPERS = ("tqdm", "tqdm_notebook", "track", "progress_bar", "progress", "auto_tqdm", "prange")
-"""Functions that iterate over their first argument and may be given its length as `total`."""
+"""Functions that iterate over their first argument and may take its length as `total`."""
 BUILTINS: dict[str, Callable[..., Any]] = {
     **{"int": int, "round": round, "abs": abs, "len": len},
     **{"max": max, "min": min},
@@ -30,7 +30,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 
 
 class Unknown(Exception):
-    """Why a length is not known."""
+    """A length cannot be determined; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Loop:
     text: str
     """Its first line, for messages."""
     target: str
-    """The variables that it sets, as written."""
+    """The loop variables, as written."""
     length: int | None
     why: str = ""
-    """Why the length is unknown."""
+    """Reason for an unknown length."""
     position: int | None = None
-    """Number of the present iteration, from 0, where a variable tells."""
+    """Number of the current iteration, from 0, if a variable holds it."""
     over_data: bool = False
-    """Whether it iterates over a data set or loader, not over numbers."""
+    """Whether it iterates over a dataset or loader, not over numbers."""
     end: int = 0
     """Its last line."""
 
@@ -59,18 +59,18 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """The loops around a call, innermost first, and how it is reached in the innermost one."""
+class LoopNest:
+    """The loops around a call, innermost first, and whether the call is conditional."""
 
     loops: tuple[Loop, ...]
     conditional: bool
-    """Whether an `if` stands between the innermost loop and the call."""
+    """Whether there is an `if` between the innermost loop and the call."""
     site: tuple[str, int]
     """File and line of the call."""
 
 
-def surroundings(frames: list[FrameType]) -> Surroundings:
-    """The loops around the call that `frames` (innermost first) are executing."""
+def loop_nest(frames: list[FrameType]) -> LoopNest:
+    """The loops around the call that `frames` (innermost first) execute."""
     loops: list[Loop] = []
     conditional = False
     for frame in frames:
@@ -81,11 +81,11 @@ def surroundings(frames: list[FrameType]) -> Surroundings:
                 loops.append(_loop_of(statement, frame))
         forget_variables(frame)
     site = (frames[0].f_code.co_filename, frames[0].f_lineno) if frames else ("", 0)
-    return Surroundings(tuple(loops), conditional, site)
+    return LoopNest(tuple(loops), conditional, site)
 
 
 def forget_sources() -> None:
-    """Free the syntax trees."""
+    """Clear the cache of syntax trees."""
     _functions.clear()
 
 
@@ -96,7 +96,7 @@ _functions: dict[tuple[str, str, int], ast.AST | None] = {}
 
 
 def _around(frame: FrameType) -> Iterator[Statement]:
-    """The loops and conditions around the line that a frame is at, innermost first."""
+    """The loops and conditions around the current line of a frame, innermost first."""
     function = _function_of(frame.f_code, frame.f_globals)
     if function is None:
         return
@@ -123,7 +123,7 @@ def _around(frame: FrameType) -> Iterator[Statement]:
 
 
 def _first(statement: ast.stmt) -> int:
-    """With the decorators of a function."""
+    """First line, including the decorators of a function."""
     lines = [decorator.lineno for decorator in getattr(statement, "decorator_list", ())]
     return min(statement.lineno, *lines) if lines else statement.lineno
 
@@ -133,7 +133,7 @@ def _last(statement: ast.stmt) -> int:
 
 
 def _function_of(code: CodeType, names: dict[str, Any]) -> ast.AST | None:
-    """The syntax tree of the function, or module, that `code` was compiled from."""
+    """The syntax tree of the function or module from which `code` was compiled."""
     key = (code.co_filename, code.co_name, code.co_firstlineno)
     if key not in _functions:
         _functions[key] = _parse(code, names)
@@ -209,7 +209,7 @@ def _quietly(compute: Callable[[], T]) -> T | None:
 
 
 class _Scope:
-    """The names that an expression of a frame can use."""
+    """The local and global variables of a frame."""
 
     def __init__(self, frame: FrameType) -> None:
         self._local: Mapping[str, Any] = frame.f_locals
@@ -227,7 +227,7 @@ class _Scope:
 
 
 def value_of(node: ast.expr, scope: _Scope) -> Any:
-    """The value of an expression of names, attributes, numbers and arithmetic. Raises Unknown for
+    """Evaluate an expression of names, attributes, numbers and arithmetic. Raises Unknown for
     anything that would call code of the script."""
     match node:
         case ast.Constant(value=value):
@@ -252,7 +252,7 @@ def value_of(node: ast.expr, scope: _Scope) -> Any:
 
 
 def _attribute(owner: Any, name: str, node: ast.expr) -> Any:
-    """An attribute that is stored, not computed by a property."""
+    """A stored attribute. Raises Unknown for one that a property would compute."""
     held = getattr(owner, "__dict__", {})
     if isinstance(held, dict) and name in held:
         return held[name]
@@ -304,7 +304,7 @@ def _short(node: ast.AST) -> str:
 
 
 def _called(node: ast.expr) -> str:
-    """The last part of the name of a function that is called."""
+    """The last part of the name of the called function."""
     if isinstance(node, ast.Call):
         function = node.func
         if isinstance(function, ast.Name):
@@ -315,7 +315,7 @@ def _called(node: ast.expr) -> str:
 
 
 def _length(node: ast.expr, scope: _Scope) -> int:
-    """The length of what is iterated over."""
+    """The length of an iterable."""
     name = _called(node)
     if isinstance(node, ast.Call):
         arguments = node.args
@@ -356,7 +356,7 @@ def _length_of(held: Any, node: ast.expr) -> int:
 
 
 def _over_data(node: ast.expr) -> bool:
-    """Whether a loop is over something else than numbers."""
+    """Whether a loop iterates over anything but numbers."""
     name = _called(node)
     if name in ("range", "trange", "count"):
         return False
@@ -366,7 +366,7 @@ def _over_data(node: ast.expr) -> bool:
 
 
 def _position(statement: ast.For | ast.AsyncFor, scope: _Scope) -> int | None:
-    """The number of the iteration, from a variable over `range` or `enumerate`."""
+    """The number of the current iteration, from the loop variable of `range` or `enumerate`."""
     node, target = statement.iter, statement.target
     while isinstance(node, ast.Call) and _called(node) in WRAPPERS and node.args:
         node = node.args[0]
@@ -392,8 +392,8 @@ def _position(statement: ast.For | ast.AsyncFor, scope: _Scope) -> int | None:
 
 
 def _while_length(statement: ast.While, scope: _Scope) -> tuple[int, int]:
-    """(iterations, present iteration) of `while step < last`, and of `while True` that breaks on
-    such a condition, where the variable is counted from 0 by 1."""
+    """(iterations, current iteration) of `while step < last`, and of `while True` that breaks on
+    such a condition, assuming that the variable counts up from 0 in steps of 1."""
     test = statement.test
     if isinstance(test, ast.Constant) and test.value:
         conditions = [s.test for s in statement.body if isinstance(s, ast.If) and _breaks(s)]
@@ -410,7 +410,7 @@ def _while_length(statement: ast.While, scope: _Scope) -> tuple[int, int]:
                 last, now = value_of(right, scope), value_of(left, scope)
                 if isinstance(last, int) and isinstance(now, int):
                     return last + inclusive, now
-    raise Unknown(f"`{_short(test)}` does not tell how often the loop runs")
+    raise Unknown(f"`{_short(test)}` does not determine how often the loop runs")
 
 
 def _breaks(statement: ast.If) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from tui_trainer.protocol.schema import LOGGED, VALIDATION
 from tui_trainer.run.context import RunContext
-from tui_trainer.run.loop_length import Loop, Surroundings, forget_sources, surroundings
+from tui_trainer.run.loop_length import Loop, LoopNest, forget_sources, loop_nest
 from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.tracer import Tracer
 
@@ -41,7 +41,7 @@ class Progress:
         self.validation = ScalarLog(run.recorder, run.gate, VALIDATION)
         self.scalars = ScalarLog(run.recorder, run.gate, LOGGED)
         self._started_in = _lines_of(started_in)
-        self._samples: list[Surroundings] = []
+        self._samples: list[LoopNest] = []
         self._forwards: list[int] = []
         self._calls = 0
         self._batches: set[int] = set()
@@ -109,7 +109,7 @@ class Progress:
 
     def step_completed(self, step: int) -> None:
         """Part of `LoopObserver`."""
-        self._samples.append(surroundings(_frames()))
+        self._samples.append(loop_nest(_frames()))
         self._forwards.append(self._calls)
         self._calls = 0
         if len(self._samples) == 2 or len(self._samples) == SAMPLED_STEPS:
@@ -138,7 +138,7 @@ class LoopLength:
 
 
 def length_of(
-    samples: list[Surroundings],
+    samples: list[LoopNest],
     forwards: list[int],
     started_in: frozenset[tuple[str, int]] = frozenset(),
 ) -> LoopLength:
@@ -207,7 +207,7 @@ def _is_epoch(loops: tuple[Loop, ...], number: int) -> bool:
 
 
 def _steps_per_iteration(
-    samples: list[Surroundings], forwards: list[int]
+    samples: list[LoopNest], forwards: list[int]
 ) -> tuple[Fraction | None, str]:
     """Optimizer steps for each iteration of the innermost loop, or why that is not known."""
     by_site: dict[tuple[str, int], list[int | None]] = {}

@@ -1,6 +1,6 @@
-"""A training process that another one records: rank 1 and above, or a child process of a script.
+"""A training process that is recorded by rank 0: rank 1 and above.
 
-Its script runs as under `Host`, with fewer probes, and what they measure goes to rank 0.
+Its script runs as under `Host`, with fewer probes, whose measurements are sent to rank 0.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from tui_trainer.record.events import Sink
 from tui_trainer.run.host import Host, run_to_end
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.rank_client import RankClient
-from tui_trainer.run.rank_control import STOP_S, RankObedience
+from tui_trainer.run.rank_control import STOP_S, RankFollower
 from tui_trainer.trace.gate import Refusal
 
 FLUSH_S = 5.0
 
 
-def say_once(text: str) -> None:
-    """One line on stderr, which a script may have closed."""
+def print_to_stderr(text: str) -> None:
+    """Print a line to stderr, which a script may have closed."""
     with contextlib.suppress(OSError, ValueError):
         os.write(2, f"tui-trainer: {text}\n".encode())
 
 
 class RankHost(Host):
-    """The `RunContext` of a training process other than rank 0: it serves and stores nothing."""
+    """The `RunContext` of a rank other than 0, which neither serves nor stores anything."""
 
     recording = False
 
@@ -45,11 +45,11 @@ class RankHost(Host):
         others: OtherLoad | None = None,
     ) -> None:
         super().__init__(spec, others=others)
-        self._obedience = RankObedience(self.gate)
+        self._follower = RankFollower(self.gate)
         self._client = RankClient(
-            rank.rank, rank.world_size, "", locate, say_once, self._obedience.descriptor
+            rank.rank, rank.world_size, "", locate, print_to_stderr, self._follower.descriptor
         )
-        self._obedience.follow(self._client)
+        self._follower.follow(self._client)
         self.stops.stop_gate = self._ask_to_stop
 
     def open(self, sink: Sink | None) -> None:
@@ -58,7 +58,7 @@ class RankHost(Host):
         self._client.start()
 
     def _ask_to_stop(self, checkpoint: bool) -> None:
-        """A signal: all processes stop at the same step, or this one alone without rank 0."""
+        """Stop all processes at the same step, or this one alone without rank 0."""
         threading.Thread(target=self._client.send, args=(StopWanted(),), daemon=True).start()
         alone = threading.Timer(STOP_S if self._client.connected else 0.0, self._stop_alone)
         alone.daemon = True
@@ -69,7 +69,7 @@ class RankHost(Host):
             self.gate.stop()
 
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
-        """Tell rank 0 how it ended."""
+        """Report to rank 0 how the training ended."""
         self.gate.end()
         status: Status = self.recorder.status
         with contextlib.suppress(KeyboardInterrupt):
@@ -78,12 +78,12 @@ class RankHost(Host):
 
 
 def spec_of_rank(spec: RunSpec, rank: Rank) -> RunSpec:
-    """What a rank other than 0 runs: the script of `spec`, in no directory of its own."""
+    """The spec of a rank other than 0: the script of `spec`, without a run directory."""
     import msgspec
 
     return msgspec.structs.replace(spec, name=f"rank-{rank.rank}", directory="")
 
 
 def train_rank(spec: RunSpec, rank: Rank, locate: Callable[[], Path | None]) -> int:
-    """Train on the main thread as a rank of the run that `locate` finds; the exit status."""
+    """Train on the main thread as a rank of the run found by `locate`; returns the exit status."""
     return run_to_end(RankHost(spec, rank, locate), None)

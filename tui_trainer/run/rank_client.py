@@ -1,7 +1,7 @@
-"""The connection of a training process to rank 0, which records it: sends what is measured here.
+"""The connection of a training process to rank 0, which records its measurements.
 
-It is a sink of this process's recorder, on a thread of its own; another thread connects and
-listens. The training thread waits for neither. Without rank 0 the training continues by itself.
+It is a sink of this process's recorder, with its own thread; another thread connects and reads. The
+training thread waits for neither. If rank 0 is not found or goes away, the training continues.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import connect_unix
 
 FIND_S = 60.0
-"""How long rank 0 is looked for: it may be importing from a slow disk."""
+"""How long to look for rank 0, which may be importing from a slow disk."""
 RETRY_S = 0.1
 SEND_TIMEOUT_S = 10.0
 LEAVE_S = 3.0
-"""How long the end of the training waits for what is still to be sent."""
+"""How long the end of the training waits for unsent messages."""
 BACKLOG = 20_000
 """Messages kept until rank 0 is found."""
 LINE_CHARACTERS = 4_000
@@ -60,12 +60,12 @@ def _do_nothing(*_: Any) -> None:
 
 @dataclass
 class RankClientHooks:
-    """What the client calls, on the thread that listens."""
+    """Callbacks of the client, called on its reading thread."""
 
     message: Callable[[ToRank], None] = _do_nothing
-    """Rank 0 has sent this."""
+    """Called with each message of rank 0."""
     lost: Callable[[], None] = _do_nothing
-    """Once, where rank 0 was not found or is gone."""
+    """Called once when rank 0 was not found or the connection has ended."""
 
 
 class RankClient:
@@ -77,15 +77,15 @@ class RankClient:
         world_size: int,
         label: str,
         locate: Callable[[], Path | None],
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
         shared: int = -1,
     ) -> None:
-        """`rank`: -1 for a child process, which gets a number. `locate()`: the run's directory once
-        it is known; `say(text)` tells the user, once, that rank 0 is not there; `shared`: the
+        """`rank`: -1 for a child process, which rank 0 numbers; `locate()`: the run's directory,
+        once it is known; `warn(text)`: called once if rank 0 is not found or is lost; `shared`: the
         descriptor of the memory with this process's position."""
         self._join = Join(PROTOCOL_VERSION, __version__, rank, world_size, os.getpid(), label)
         self._locate = locate
-        self._say = say
+        self._warn = warn
         self._shared = shared
         self.hooks = RankClientHooks()
         self._sending = threading.Lock()
@@ -94,7 +94,7 @@ class RankClient:
         self._given_up = False
         self._leaving = threading.Event()
         self._settled = threading.Event()
-        """Rank 0 was found, or will not be."""
+        """Set once rank 0 has been found or the search has failed."""
         self._tables: tuple[Table, ...] = ()
         self._thread = threading.Thread(target=self._work, name="tui-trainer rank", daemon=True)
 
@@ -106,7 +106,7 @@ class RankClient:
         self._thread.start()
 
     def send(self, message: ToRankZero) -> None:
-        """Send it, or keep it until rank 0 is found. For any thread but the training's."""
+        """Send a message, or keep it until rank 0 is found. Not for the training thread."""
         with self._sending:
             if self._given_up:
                 return
@@ -118,7 +118,7 @@ class RankClient:
     def leave(self, state: EndState, reason: str, step: int) -> None:
         """Report how the training ended, and close the connection."""
         if not self._settled.wait(LEAVE_S):
-            self._say(f"{self._name()} was not shown: its run was not found")
+            self._warn(f"{self._name()} was not recorded: its run was not found")
         self.send(Leave(state, reason, step))
         self._leaving.set()
         with self._sending:
@@ -154,7 +154,7 @@ class RankClient:
             self.send(RankRows(tuple(rows[first : first + ROWS_PER_MESSAGE])))
 
     def close(self) -> None:
-        """Nothing to close: `leave` does."""
+        """Does nothing: `leave` closes the connection."""
 
     # ------------------------------------------------------------ the connection
 
@@ -175,7 +175,7 @@ class RankClient:
                 self._backlog.clear()
             self._settled.set()
             if not self._leaving.is_set():
-                self._say(f"{self._name()} trains on without being shown: {lost}")
+                self._warn(f"{self._name()} is not recorded, training continues: {lost}")
             self.hooks.lost()
 
     def _name(self) -> str:
@@ -199,7 +199,7 @@ class RankClient:
         return stream
 
     def _share(self, stream: socket.socket) -> None:
-        """Hand the memory with this process's position to rank 0."""
+        """Send the descriptor of the memory with this process's position."""
         descriptors = [self._shared] if self._shared >= 0 else []
         socket.send_fds(stream, [b"\0"], descriptors)
 
@@ -210,7 +210,7 @@ class RankClient:
             return None
         try:
             stream = connect_unix(path)
-        except RunError:  # it does not listen yet, or cannot be trusted
+        except RunError:  # not listening yet, or not trusted
             return None
         stream.settimeout(SEND_TIMEOUT_S)
         stream.sendall(encode(self._join, MAX_BYTES))
@@ -219,7 +219,7 @@ class RankClient:
         return stream, answer
 
     def _send_now(self, message: ToRankZero) -> None:
-        """Under the lock. A connection that fails is given up."""
+        """Under the lock. A connection that fails is closed for good."""
         stream = self._stream
         assert stream is not None
         try:

@@ -1,10 +1,9 @@
-"""Stops all training processes of a run at the same boundary of the same step, and lets them go on.
+"""Pauses all training processes of a run at the same boundary of the same step, and resumes them.
 
-No process may be left waiting in a collective for one that has been stopped. So rank 0 has all of
-them stop at their next boundary and learns where each is: one that has stopped at boundary B, or
-one that has passed B and has not come to its next boundary, perhaps because it waits for the others
-in a collective. The first boundary that none has passed is where all of them stop; those that stand
-before it go on until there.
+No process may be left waiting in a collective for one that is paused. So rank 0 asks all processes
+to stop at their next boundary, and each reports where it is: stopped at a boundary B, or past B and
+not yet at the next one, perhaps because it waits for the others in a collective. All of them pause
+at the first boundary that none has passed; those that stopped earlier continue up to it.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from tui_trainer.run.rank_server import Peer, RankServer
 from tui_trainer.trace.gate import Gate, Refusal
 
 STOP_S = 20.0
-"""After this time a stop no longer waits for all processes to come to the same boundary."""
+"""After this time a stop no longer waits for all processes to reach the same boundary."""
 
 GRACE_S, SETTLE_S = 0.02, 5.0
-"""How long a process that has not stopped is given to come to its next boundary, and one at a
-boundary to stop there: it may be measuring what the phase produced."""
+"""How long a running process may take to reach its next boundary, and one at a boundary to stop
+there: it may still be measuring the phase."""
 
 Goal = Literal["go", "hold", "steps", "stop", "end"]
-"""`steps`, `stop`: to the end of a step, and there pause or end; `end`: all are there."""
+"""`steps`, `stop`: run to the end of a step, and pause or end there; `end`: all have arrived."""
 
 
 class RankControl:
-    """The controls of a run: those of its gate, for all of its processes. Thread-safe; nothing is
-    sent on the calling thread."""
+    """The controls of a run's gate, applied to all of its processes. Thread-safe; nothing is sent
+    on the calling thread."""
 
     def __init__(self, gate: Gate, ranks: RankServer) -> None:
         self._gate = gate
@@ -52,7 +51,7 @@ class RankControl:
         ranks.hooks.changed = self.wake
 
     def wake(self) -> None:
-        """Something has changed: a process, or the gate. For any thread."""
+        """Called on any thread when a process or the gate has changed."""
         with self._changed:
             self._dirty = True
             if self._thread is None and self._ranks.peers:
@@ -65,7 +64,7 @@ class RankControl:
     # ------------------------------------------------------------ controls
 
     def pause(self) -> None:
-        """Stop all processes at the first boundary that none has passed."""
+        """Pause all processes at the first boundary that none has passed."""
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.pause()
@@ -79,7 +78,7 @@ class RankControl:
             self._gate.resume()
 
     def step(self, count: int = 1) -> None:
-        """Pause all after `count` more steps."""
+        """Pause all processes after `count` more steps."""
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.step(count)
@@ -87,7 +86,7 @@ class RankControl:
         return self._run_to(first + count)
 
     def step_phase(self) -> None:
-        """Pause all at the boundary after the one at which they are stopped."""
+        """Pause all processes at the boundary after the current one."""
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.step_phase()
@@ -106,7 +105,7 @@ class RankControl:
         return self._run_to((max(self._completed()) // steps + 1) * steps)
 
     def stop(self, checkpoint: bool = False) -> None:
-        """Stop all at the end of the same step."""
+        """Stop all processes at the end of the same step."""
         if not self._ranks.peers:
             return self._gate.stop(checkpoint)
         with self._changed:
@@ -142,16 +141,16 @@ class RankControl:
                 self._dirty = False
             with contextlib.suppress(Refusal):  # the training has ended
                 self._align()
-                self._tell()
+                self._send_goal()
 
-    def _tell(self) -> None:
-        """Send the processes what they have not been sent yet, without the lock."""
+    def _send_goal(self) -> None:
+        """Send the current goal to the processes that have not received it, without the lock."""
         with self._changed:
             number, ends, message = self._number, self._goal == "end", self._message()
         for peer in self._ranks.peers:
-            if peer.obeys < number:
-                peer.obeys = number
-                with contextlib.suppress(OSError):  # it is gone, or does not read
+            if peer.notified < number:
+                peer.notified = number
+                with contextlib.suppress(OSError):  # it has ended, or does not read
                     peer.send(message)
         if ends:
             self._gate.stop(self._checkpoint)
@@ -166,7 +165,7 @@ class RankControl:
                 return Hold(self._number, step=self._step)
 
     def _align(self) -> None:
-        """Move the boundary on where a process has passed it."""
+        """Move the boundary forward if a process has passed it."""
         with self._changed:
             if self._goal in ("go", "end"):
                 return
@@ -176,7 +175,7 @@ class RankControl:
             if not all(p.at is not None and p.at.answers == self._number for p in peers):
                 return
             if self._gate.in_gate and self._gate.mode == "running":
-                return  # about to stop, or to go on: see `_work`
+                return  # it is about to stop or to continue: `_work` tries again
             needed, settled = self._needed(peers)
             if settled:
                 if self._goal == "stop":
@@ -192,7 +191,7 @@ class RankControl:
     def _needed(self, peers: list[Peer]) -> tuple[Place, bool]:
         """The first boundary that no process has passed, and whether all are stopped at it."""
         gate = self._gate
-        held = [gate.mode == "paused"]  # before its place: it may come to a boundary meanwhile
+        held = [gate.mode == "paused"]  # read before its place, which may change in between
         places: list[Place] = [gate.place]
         ends = [gate.phase == "step"]
         for peer in peers:
@@ -208,8 +207,8 @@ class RankControl:
         return needed, all(held) and len(set(places)) == 1
 
 
-class RankObedience:
-    """The other side: the gate of a process that does what rank 0 says."""
+class RankFollower:
+    """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports its place."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -224,9 +223,9 @@ class RankObedience:
             gate.shared = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
 
     def follow(self, client: RankClient) -> None:
-        """Apply what `client` receives."""
+        """Apply the messages that `client` receives."""
         self._client = client
-        client.hooks.message = self._obey
+        client.hooks.message = self._apply
         client.hooks.lost = self._alone
         before = self._gate.hooks.changed
 
@@ -237,7 +236,7 @@ class RankObedience:
         self._gate.hooks.changed = changed
         threading.Thread(target=self._report, name="tui-trainer place", daemon=True).start()
 
-    def _obey(self, message: ToRank) -> None:
+    def _apply(self, message: ToRank) -> None:
         with contextlib.suppress(Refusal):  # the training has ended
             match message:
                 case Hold(number=number, place=place, step=step):
@@ -257,22 +256,22 @@ class RankObedience:
                     pass
 
     def _report(self) -> None:
-        """Say where this process is, after each change of its gate."""
+        """Send this process's place after each change of its gate."""
         gate, client = self._gate, self._client
         assert client is not None
         while gate.mode != "ended":
             self._changed.wait()
             self._changed.clear()
             number = 0
-            while number != self._number:  # a command that came meanwhile is answered as well
+            while number != self._number:  # answers a message that arrived meanwhile as well
                 number = self._number
                 self._settle()
                 held = gate.mode == "paused"  # read before its place: see `RankControl._needed`
                 client.send(RankAt(gate.place, gate.phase, held, number))
 
     def _settle(self) -> None:
-        """Wait for a thread that has just come to a boundary to stop there or to pass it, so that
-        it is not taken for one that has passed it. A wrong answer moves the boundary on by one."""
+        """Wait until a thread that has just reached a boundary stops there or passes it, so that it
+        is not reported as past it. A wrong report moves the boundary one further."""
         gate, deadline = self._gate, time.monotonic() + SETTLE_S
         if gate.armed and gate.mode == "running":
             self._changed.wait(GRACE_S)
@@ -282,6 +281,6 @@ class RankObedience:
             self._changed.clear()
 
     def _alone(self) -> None:
-        """A process that is paused without rank 0 could not be resumed."""
+        """Resume: without rank 0 nothing else could."""
         with contextlib.suppress(Refusal):
             self._gate.resume()

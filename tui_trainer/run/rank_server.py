@@ -1,7 +1,7 @@
-"""Rank 0's side of a run with several training processes: takes what the others measure into tables
-`ranks`, and notices when one of them dies.
+"""Rank 0's side of a run with several training processes: records the measurements of the others in
+tables `ranks`, and reports when one of them dies.
 
-A thread for each connected process reads its messages; the training thread never waits for them.
+One thread per connected process reads its messages; the training thread never waits for them.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from tui_trainer.record.recorder import Recorder
 MAX_PROCESSES = 1024
 SEND_TIMEOUT_S = 10.0
 MATCH_S = 2.0
-"""How long a row waits for the time at which rank 0 ended the same step."""
+"""How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
 MAX_COMPARED = 16
-"""Steps whose checksums are waited for."""
+"""Number of steps whose checksums may be incomplete."""
 LEAVE_S = 5.0
-"""How long the end of the run waits for the other processes to end theirs."""
+"""How long the end of the run waits for the other processes to end."""
 VERDICT_S = 1.5
-"""How long a failure of rank 0 waits for the death of another process, which may be its cause."""
+"""How long a failure of rank 0 waits for the death of another process that may have caused it."""
 REASON_CHARACTERS = 300
 
 
@@ -69,12 +69,12 @@ class Peer:
     pid: int
     stream: socket.socket
     child: bool
-    """A child process of a script: its steps have nothing to do with those of rank 0."""
+    """Whether it is a child process of a script, whose steps are independent of rank 0's."""
     step: int = 0
     """Steps completed."""
     at: RankAt | None = None
-    obeys: int = 0
-    """Number of the last `Hold` or `Go` that was sent."""
+    notified: int = 0
+    """Number of the last `Hold` or `Go` that was sent to it."""
     shared: mmap.mmap | None = None
     """See `protocol.ranks.SHARED`."""
     left: Leave | None = None
@@ -90,7 +90,7 @@ class Peer:
         return self.label or f"rank {self.rank}"
 
     def position(self) -> ProcessAt | None:
-        """Where it is now; None where that is not known."""
+        """Where it is now; None if unknown."""
         held = self.at is not None and self.at.held
         if self.shared is not None:
             step, number, phase, since = struct.unpack_from(SHARED, self.shared)
@@ -130,17 +130,17 @@ def _do_nothing() -> None:
 
 @dataclass
 class RankServerHooks:
-    """What the server calls, on the thread of a connected process."""
+    """Callbacks of the server, called on the thread of a connected process."""
 
     changed: Callable[[], None] = _do_nothing
-    """A process has joined, has sent its position, or is gone."""
+    """Called when a process has joined, sent its position, or left."""
     stop_wanted: Callable[[], None] = _do_nothing
-    """A process was sent a signal to end."""
+    """Called when a process has received a signal to end."""
 
 
 class RankServer:
-    """The other training processes of a run. It is a sink of rank 0's recorder, from which it takes
-    rank 0's own rows."""
+    """The other training processes of a run. It is also a sink of rank 0's recorder, to record rank
+    0's own rows."""
 
     def __init__(self, recorder: Recorder, own: Rank | None = None) -> None:
         """`own`: rank 0, in a run whose number of processes is known."""
@@ -149,24 +149,24 @@ class RankServer:
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         self._peers: dict[int, Peer] = {}
-        """Those that are connected. Replaced, never changed: it is read without the lock."""
+        """The connected processes. Replaced, never modified: it is read without the lock."""
         self._processes: dict[int, ProcessInfo] = {}
         self._tables: dict[int, int] = {}
-        """Rank to the id of its table."""
+        """Rank → id of its table."""
         self._declared: tuple[Table, ...] = ()
         self._own_ends: OrderedDict[int, float] = OrderedDict()
-        """Step to the time at which rank 0 ended it."""
+        """Step → time at which rank 0 ended it."""
         self._waiting: deque[_Waiting] = deque()
         self._verdicts: list[str] = []
         self._checksums: dict[int, dict[int, tuple[float, float]]] = {}
-        """Step to rank to checksum of the weights, until all ranks have sent it."""
+        """Step → rank → checksum of the weights, until all ranks have sent it."""
         self._agreed_at: int | None = None
-        """The last step at which all had the same weights."""
-        self._parted: set[int] = set()
+        """The last step at which the weights of all ranks were equal."""
+        self._diverged: set[int] = set()
         self._closing = False
         self.hooks = RankServerHooks()
         self.steps_of_children = 0
-        """Steps that the furthest child process has completed."""
+        """Most steps that any child process has completed."""
         if own is not None:
             for rank in range(own.world_size):
                 state: ProcessState = "waiting" if rank else "running"
@@ -183,8 +183,11 @@ class RankServer:
 
     @property
     def peers(self) -> list[Peer]:
-        """The processes that are connected now. Without the lock: the recorder asks with its own
-        held, which is taken here with this one held."""
+        """The processes that are currently connected.
+
+        Takes no lock: the recorder calls it while it holds its own, which is taken here under this
+        one.
+        """
         return list(self._peers.values())
 
     def positions(self, own: ProcessAt) -> tuple[ProcessAt, ...]:
@@ -201,7 +204,7 @@ class RankServer:
             self._describe()
 
     def verdict(self, wait_s: float = 0.0) -> str:
-        """How the first process that failed has ended; "" while none has."""
+        """How the first failed process ended; "" if none has failed."""
         with self._left:
             self._left.wait_for(lambda: self._verdicts or not self._peers, wait_s)
             return self._verdicts[0] if self._verdicts else ""
@@ -219,7 +222,7 @@ class RankServer:
     # ------------------------------------------------------------ a connected process
 
     def serve(self, stream: socket.socket, join: Join) -> None:
-        """Take what one process sends until it has left or died."""
+        """Handle the messages of one process until it leaves or dies."""
         peer = self._admit(stream, join)
         if peer is None:
             return
@@ -232,7 +235,7 @@ class RankServer:
         except (ConnectionClosed, OSError):
             pass
         except ProtocolError as error:
-            self._recorder.notice("rank", f"{peer.name} was dropped: {error}", "error")
+            self._recorder.notice("rank", f"{peer.name} was disconnected: {error}", "error")
         finally:
             self._gone(peer)
 
@@ -243,11 +246,11 @@ class RankServer:
                 rank = max(self._processes, default=0) + 1
             refusal = ""
             if self._closing or rank >= MAX_PROCESSES:
-                refusal = "the run takes no further process"
+                refusal = "the run accepts no further processes"
             elif not child and (self._own is None or not 0 < rank < self._own.world_size):
                 refusal = f"this run has no rank {rank}"
             elif rank in self._peers:
-                refusal = f"rank {rank} is connected already"
+                refusal = f"rank {rank} is already connected"
             if refusal:
                 with contextlib.suppress(OSError):
                     stream.sendall(encode(Refused(refusal)))
@@ -265,7 +268,7 @@ class RankServer:
                 for row in rows:
                     values = np.frombuffer(row.values, "<f4").astype(np.float32)
                     if len(values) != len(schema.RANK_COLUMNS):
-                        raise ProtocolError("a row of another size")
+                        raise ProtocolError("a row has the wrong number of columns")
                     peer.step = max(peer.step, row.step)
                     if peer.child:
                         self.steps_of_children = max(self.steps_of_children, row.step)
@@ -317,7 +320,7 @@ class RankServer:
     # ------------------------------------------------------------ rows
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        """Rank 0's own steps; called twice a second at least."""
+        """Record rank 0's own steps; called at least twice a second."""
         for item in items:
             if isinstance(item, InfoChanged):
                 self._declared = item.info.tables
@@ -351,7 +354,8 @@ class RankServer:
                 self._waiting.append(_Waiting(table, step, ended_at, values, time.monotonic()))
 
     def _compare(self, rank: int, step: int, values: Floats) -> None:
-        """Find replicas that have parted. Ranks whose weights were never equal are no replicas."""
+        """Report replicas that have diverged. Ranks whose weights were never equal are not
+        replicas."""
         first = schema.RANK_INDEX[schema.REPLICA_COLUMNS[0].name]
         found = (float(values[first]), float(values[first + 1]))
         if found[0] != found[0] or self._own is None:
@@ -365,17 +369,17 @@ class RankServer:
         del self._checksums[step]
         counts = Counter(value for _, value in sorted(of_step.items()))
         usual = counts.most_common(1)[0][0]
-        parted = {each for each, value in of_step.items() if value != usual}
-        if not parted:
+        diverged = {each for each, value in of_step.items() if value != usual}
+        if not diverged:
             self._agreed_at = step
-        elif self._agreed_at is not None and parted - self._parted:
-            names = ", ".join(str(each) for each in sorted(parted))
+        elif self._agreed_at is not None and diverged - self._diverged:
+            names = ", ".join(str(each) for each in sorted(diverged))
             text = (
-                f"the weights of rank {names} differ from the others': equal at step "
-                f"{self._agreed_at:,}, not at step {step:,}"
+                f"the weights of rank {names} differ from those of the other ranks: equal at step "
+                f"{self._agreed_at:,}, different at step {step:,}"
             )
             self._recorder.notice("rank", text, "error", step)
-        self._parted = parted
+        self._diverged = diverged
 
     def _match(self, everything: bool = False) -> None:
         """Record the rows whose lag is known, each table's in order."""
@@ -397,7 +401,7 @@ class RankServer:
 
 
 def _receive_shared(stream: socket.socket) -> mmap.mmap | None:
-    """The memory in which a process keeps its position. Raises OSError."""
+    """Receive the memory in which a process keeps its position. Raises OSError."""
     _, descriptors, _, _ = socket.recv_fds(stream, 1, 1)
     if not descriptors:
         return None
@@ -410,16 +414,16 @@ def _receive_shared(stream: socket.socket) -> mmap.mmap | None:
 
 
 def ending_of(pid: int, wait_s: float = 0.5) -> str:
-    """How a process that closed its connection without a last message has ended.
+    """How a process that closed its connection without a `Leave` has ended.
 
-    The system forgets it once its parent has waited for it, so this looks immediately.
+    Its exit status can only be read until its parent has waited for it, so this reads it at once.
     """
     deadline = time.monotonic() + wait_s
     while True:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return "died without saying why (a signal or os._exit)"
+            return "died without an exit status (killed by a signal, or os._exit)"
         if fields[0] in ("Z", "X"):
             return _ending(int(fields[49]))
         if time.monotonic() > deadline:

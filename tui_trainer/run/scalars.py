@@ -1,7 +1,7 @@
 """`tui_trainer.log(name=value, …)`: the user's own numbers, recorded with the current step.
 
-Only standard modules are imported here, so that a script with such calls costs nothing outside of a
-run. A value on an accelerator is copied to the host without waiting for it.
+Only standard modules are imported here, so that `log` costs nothing outside of a run. A value on an
+accelerator is copied to the host asynchronously.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tui_trainer.trace.transfer import HostTransfer
 
 MAX_NAMES = 1_000
-"""Distinct names in one run: names that contain the step number would fill the memory."""
+"""Maximum number of distinct names per run, in case names contain the step number."""
 NAME_CHARACTERS = 200
 
 _active: ScalarLog | None = None
@@ -31,9 +31,9 @@ _active: ScalarLog | None = None
 def log(values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
     """Record numbers with the current step: `log(accuracy=0.93)`, or `log({"val/loss": loss})`.
 
-    A value is a number, or a tensor or array of one element. Within an iteration, from the model's
-    call to `optimizer.step`, the step is the one in progress, otherwise the last completed one.
-    Outside of a run, this does nothing.
+    A value is a number, or a tensor or array with one element. The current step is the one in
+    progress from the call of the model to the end of `optimizer.step`, otherwise the last completed
+    one. Outside of a run, `log` does nothing.
     """
     active = _active
     if active is not None:
@@ -47,7 +47,7 @@ def active_log() -> ScalarLog | None:
 
 @contextlib.contextmanager
 def activated(recorder: Recorder, gate: Gate) -> Iterator[ScalarLog]:
-    """`log` records into this run."""
+    """A context in which `log` records into this run."""
     global _active
     before, ours = _active, ScalarLog(recorder, gate)
     _active = ours
@@ -59,7 +59,7 @@ def activated(recorder: Recorder, gate: Gate) -> Iterator[ScalarLog]:
 
 
 class _PendingValues(NamedTuple):
-    """Values on their way to the host."""
+    """Values that are being copied to the host."""
 
     step: int
     names: tuple[str, ...]
@@ -90,7 +90,7 @@ class ScalarLog:
 
     @property
     def current_step(self) -> int:
-        """The step that a value which is logged now belongs to."""
+        """The step to which a value logged now belongs."""
         return self._gate.current_step
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
@@ -113,7 +113,7 @@ class ScalarLog:
             self.recorder.fault("tui_trainer.log", error)
 
     def flush(self) -> None:
-        """Record what is still on its way to the host."""
+        """Record the values that are still being copied to the host."""
         try:
             self._drain(lambda transfer: transfer.arrived(wait=True))
         except Exception as error:
@@ -158,7 +158,7 @@ class ScalarLog:
             self.recorder.call_regularly(self.drain_idle)
 
     def drain_idle(self) -> None:
-        """For another thread, many times a second: record what has arrived."""
+        """Record the values that have arrived; called regularly on another thread."""
         self._drain(lambda transfer: transfer.arrived_on_host())
 
     def _drain(self, arrived: Callable[[HostTransfer], bool]) -> None:
@@ -173,7 +173,7 @@ class ScalarLog:
             self._record_locked(step, values)
 
     def _record_locked(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of each table that has some of these names."""
+        """Add one row to each table that has any of these names."""
         import numpy as np
 
         from tui_trainer.protocol.absent import Absent, absent, to_float32
@@ -194,7 +194,7 @@ class ScalarLog:
             self._gate.breakpoints.logged(values)
 
     def _declare(self, names: list[str]) -> None:
-        """A table for names that are logged together for the first time."""
+        """Declare a table for names that are logged together for the first time."""
         from tui_trainer.protocol.schema import Column
 
         room = MAX_NAMES - len(self._places)
@@ -211,12 +211,12 @@ class ScalarLog:
 
 
 def _is_remote(value: Any) -> bool:
-    """Whether it is a tensor that is not in the host's memory."""
+    """Whether it is a tensor on an accelerator."""
     return hasattr(value, "is_cpu") and hasattr(value, "detach") and not value.is_cpu
 
 
 def _element_count(value: Any) -> int | None:
-    """Of a tensor or an array; None for everything else."""
+    """The number of elements of a tensor or array; None for anything else."""
     if hasattr(value, "numel") and callable(value.numel):
         return int(value.numel())
     size = getattr(value, "size", None)

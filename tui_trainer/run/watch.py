@@ -1,8 +1,8 @@
-"""`tui_trainer.watch(model, optimizer)`: a run in a process that was not started as one, such as a
-notebook or a script under a launcher of its own.
+"""`tui_trainer.watch(model, optimizer)`: records a run in a process that `tui-trainer` did not
+start, such as a notebook or a script under its own launcher.
 
 The run is recorded and served like any other: `tui-trainer ls` lists it and `tui-trainer attach`
-shows, pauses and steps it. What the process prints is left alone, and so are its signal handlers.
+shows, pauses and steps it. The process keeps its output and its signal handlers.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ if TYPE_CHECKING:
 Optimizer = torch.optim.Optimizer
 
 UPDATE_EVERY_S = 1.0
-"""How often a picture in a notebook is redrawn."""
+"""How often the display in a notebook is redrawn."""
 PICTURE_WIDTH, PICTURE_HEIGHT = 420, 90
 
 _watched: WatchedRun | None = None
-"""The run of this process that is being watched."""
+"""The run that `watch` has started in this process."""
 
 
 class WatchError(RuntimeError):
-    """A loop that cannot be watched; the message has a hint."""
+    """The training loop cannot be watched; the message includes a hint."""
 
 
 def watch(
@@ -69,25 +69,25 @@ def watch(
     runs_dir: str | os.PathLike[str] | None = None,
     paused: bool = False,
 ) -> Run:
-    """Record the training loop of `model` from here on, and let terminals attach to it.
+    """Record the training loop of `model` from now on, and let terminals attach to it.
 
     `name`: of the run; random by default. `paused`: wait at the first phase for a terminal. Call it
-    between two iterations on the thread that trains; steps made before are not seen. The run ends
-    with `close()`, at the end of a `with` block, or with the process. In a process that was started
-    by `tui-trainer run`, this is the run that is recorded already.
+    between two iterations on the training thread; earlier steps are not recorded. The run ends with
+    `close()`, at the end of a `with` block, or with the process. In a process started by
+    `tui-trainer run`, this returns the run that is already being recorded.
 
-    Raises WatchError within an iteration or where another run is watched, and TypeError or
-    ValueError for what is not a model with its optimizer.
+    Raises WatchError within an iteration or if another run is being watched, and TypeError or
+    ValueError if the arguments are not a model and its optimizers.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     _check_arguments(model, optimizers)
     if _watched is not None and _watched.open:
         raise WatchError(
-            f"this process is watched already, as {_watched.name}\n"
+            f"this process is already watched, as {_watched.name}\n"
             "  hint: end that run first: run.close(), or `with tui_trainer.watch(…):`"
         )
     if (active := active_log()) is not None:
-        text = "tui_trainer.watch has nothing to do: this process is recorded already"
+        text = "tui_trainer.watch has no effect: this process is already being recorded"
         active.recorder.notice("state", text)
         return Run(active.recorder)
     _check_between_iterations(model, optimizers)
@@ -96,13 +96,13 @@ def watch(
 
 def _check_arguments(model: Any, optimizers: Sequence[Any]) -> None:
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"watch(model, optimizer): the model is a {type(model).__name__}")
+        raise TypeError(f"watch(model, optimizer): the model is of type {type(model).__name__}")
     if not optimizers:
         raise ValueError("watch(model, optimizer): there is no optimizer")
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             kind = type(optimizer).__name__
-            raise TypeError(f"watch(model, optimizer): the optimizer is a {kind}")
+            raise TypeError(f"watch(model, optimizer): the optimizer is of type {kind}")
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(
@@ -116,7 +116,8 @@ def _check_between_iterations(model: torch.nn.Module, optimizers: Sequence[Optim
     with torch.no_grad():
         if any(g is not None and _any_nonzero(g) for g in gradients):
             raise WatchError(
-                "gradients are waiting for an optimizer step: this is within an iteration\n"
+                "there are gradients that no optimizer step has used: watch was called within an "
+                "iteration\n"
                 "  hint: call tui_trainer.watch before the loop, or after optimizer.zero_grad()"
             )
 
@@ -167,8 +168,8 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
 
 
 class Run:
-    """A run in this process: its current numbers, as text, with rich, and as a picture in a
-    notebook."""
+    """A run in this process. Displays its current numbers as text, as a rich table and, in a
+    notebook, as HTML with a loss curve."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -191,12 +192,12 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """Of the newest step; None before the first."""
+        """Loss of the newest step; None before the first."""
         self._refresh()
         return self._newest().get("loss")
 
     def close(self) -> None:
-        """End the run, where this call began it. Further calls do nothing."""
+        """End the run if `watch` started it. Further calls do nothing."""
 
     def __enter__(self) -> Run:
         return self
@@ -211,9 +212,9 @@ class Run:
         return False
 
     def _refresh(self) -> None:
-        """Record the newest steps, where this can be done here."""
+        """Record the newest steps, if called on the training thread."""
 
-    # ------------------------------------------------------------ its picture
+    # ------------------------------------------------------------ display
 
     def _newest(self) -> dict[str, float]:
         def read(history: History) -> dict[str, float]:
@@ -290,11 +291,11 @@ class Run:
         )
 
     def _ipython_display_(self) -> None:
-        """Draw a picture in the notebook that follows the run."""
+        """Display the run in a notebook and keep the display up to date."""
         shell = sys.modules.get("IPython")
         current = shell.get_ipython() if shell is not None else None
         if type(current).__name__ != "ZMQInteractiveShell":
-            raise NotImplementedError  # a terminal, which shows __repr__
+            raise NotImplementedError  # IPython in a terminal then uses __repr__
         from IPython.display import HTML, display
 
         handle = display(HTML(self._repr_html_()), display_id=True)
@@ -304,7 +305,7 @@ class Run:
             self._displays = [*self._displays[-3:], handle]
 
     def _update_displays(self, final: bool = False) -> None:
-        """On the recorder's thread."""
+        """Called on the recorder's thread."""
         if not self._displays or (time.monotonic() < self._next_update and not final):
             return
         self._next_update = time.monotonic() + UPDATE_EVERY_S
@@ -316,7 +317,7 @@ class Run:
 
 
 class WatchedRun(Run):
-    """A run that `watch` began."""
+    """A run that `watch` has started."""
 
     def __init__(
         self, spec: RunSpec, model: torch.nn.Module, optimizers: Sequence[Optimizer]
@@ -327,7 +328,7 @@ class WatchedRun(Run):
         self._closing = threading.Lock()
         self._pid = os.getpid()
         self.open = True
-        """Whether it has not ended."""
+        """Whether the run has not been closed yet."""
         self._host.open(None)
         self._scalars = contextlib.ExitStack()
         self._scalars.enter_context(activated(self._host.recorder, self._host.gate))
@@ -348,7 +349,7 @@ class WatchedRun(Run):
                 tracer.flush()
 
     def close(self) -> None:
-        """End the run, and restore torch as it was. Further calls do nothing."""
+        """End the run and remove the tracer. Further calls do nothing."""
         self._close(STOPPED if self._host.gate.mode == "ended" else Outcome("finished"))
 
     def __exit__(
@@ -376,7 +377,7 @@ class WatchedRun(Run):
                 self._update_displays(final=True)
 
     def _close_when_stopped(self) -> None:
-        """A terminal has stopped the run, and the loop has ended or goes on without it."""
+        """Close the run after a terminal has stopped it, even if the loop continues."""
         if self._host.gate.mode == "ended" and self.open:
             threading.Thread(target=self.close, name="tui-trainer close", daemon=True).start()
 
@@ -389,7 +390,7 @@ class WatchedRun(Run):
 
 
 def _report_stop_without_traceback() -> None:
-    """A script that is stopped from a terminal ends with one line."""
+    """Print one line instead of a traceback when a script is stopped from a terminal."""
     previous = sys.excepthook
     if getattr(previous, "of_tui_trainer", False):
         return
