@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.cells import cell_len
 from rich.segment import Segment
 from textual.geometry import Size
@@ -171,11 +172,10 @@ class EvidenceChart(LineView):
         steps = step_window(series.last_step or 0, None, self._total)
         window = series.window([self._column], *steps, 2 * self.chart.plot_width(size.width))
         band = Band.from_window(window, 0, palette.norm)
-        values = np_positive_extent(band)
-        self.chart.log = values is not None and values[1] > 100 * values[0]
-        layers: list[Layer] = [band]
-        on_axis = evidence.quantity.startswith(("median", "share", "loss, ")) is False
+        on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
         limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
+        self.chart.log = _spans_decades(band, limits)
+        layers: list[Layer] = [band]
         layers += [Threshold(palette.clip, x) for x in limits if x > 0 or not self.chart.log]
         columns = 2 * self.chart.plot_width(size.width)
         layers.append(
@@ -185,9 +185,12 @@ class EvidenceChart(LineView):
         return [title, *rows]
 
 
-def np_positive_extent(band: Band) -> tuple[float, float] | None:
-    """Smallest and largest value of a band, if all are above zero."""
-    low = band.low[band.low == band.low]
-    if not len(low) or float(low.min()) <= 0:
-        return None
-    return float(low.min()), float(band.high[band.high == band.high].max())
+def _spans_decades(band: Band, limits: Sequence[float]) -> bool:
+    """Whether a linear axis would flatten the values: all are above zero, and with the limits the
+    largest is more than 30 times the smallest."""
+    shown = np.concatenate([band.low, band.high])
+    shown = shown[~np.isnan(shown)]
+    if not len(shown) or shown.min() <= 0:
+        return False
+    drawn = [float(shown.min()), float(shown.max()), *(each for each in limits if each > 0)]
+    return max(drawn) > 30 * min(drawn)
