@@ -175,7 +175,7 @@ def test_plain_lines(tmp_path):
     assert text.splitlines()[0].endswith("gpt · run r")
     assert "2 parameter tensors, 12 numbers" in text
     assert "step 1: gradient became inf in a.weight" in text
-    assert "step       2  loss 0.1000  lr 3.000e-4  grad 2.0000  clipped 100%" in text
+    assert "step       2  loss 0.1000  lr 3.000e-4  grad 2.0000  clipped 100 %" in text
     assert text.endswith(": it broke\nhint: tui-trainer show r shows what was measured\n")
 
 

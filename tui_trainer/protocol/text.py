@@ -1,8 +1,8 @@
 """Text that comes from outside, made safe and short enough for a terminal.
 
 A control character can move the cursor, set a title or make the terminal send an answer. Messages
-are therefore sanitised before they are sent, and again by whoever receives them, because the peer
-cannot be trusted. Widths are in terminal cells, where a wide character takes two.
+are therefore sanitised before they are sent, and again by the receiver, because the peer cannot
+be trusted. Widths are in terminal cells, where a wide character takes two.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ class Recorder:
 
     @property
     def first_nonfinite(self) -> NonFinite | None:
-        """The first NaN or infinity of the run."""
+        """The first nan or inf of the run."""
         with self._lock:
             self._drain()
             return self._first_nonfinite
@@ -385,7 +385,8 @@ class Recorder:
             dropped = self._dropped - self._reported_dropped
             self._reported_dropped += dropped
             self._out.append(StepsDropped(dropped))
-            self._add_notice("fault", f"{dropped} steps came too fast to be recorded", "warning")
+            text = f"{dropped} steps were dropped: they arrived faster than they can be recorded"
+            self._add_notice("fault", text, "warning")
         self._hand_out()
 
     def _hand_out(self) -> None:

@@ -15,7 +15,7 @@ from tui_trainer import __version__
 from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import number, scalar
+from tui_trainer.protocol.formatting import number, percent, scalar, step_of
 from tui_trainer.protocol.messages import Event, Finding, NonFinite, Notice, Skipped
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
@@ -109,7 +109,7 @@ def _present(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def _figures(data: ReportData) -> Iterator[Figure]:
     total = data.info.total_steps
-    yield Figure("steps", f"{data.last_step:,}" + (f" of {total:,}" if total else ""))
+    yield Figure("steps", step_of(data.last_step, total))
     for name, table, column in (
         ("training loss", schema.STEP, "loss"),
         ("validation loss", schema.VALIDATION, "loss"),
@@ -121,7 +121,7 @@ def _figures(data: ReportData) -> Iterator[Figure]:
             yield Figure(name + extra, f"{last:.4f}")
     if data.history.table(schema.CLIP) is not None and data.last_step:
         share = data.event_count("clip") / data.last_step
-        yield Figure("of the steps clipped", f"{share:.1%}")
+        yield Figure("of the steps clipped", percent(share, 0))
     steps = data.history.table(schema.STEP)
     if steps is not None and (spikes := find_spikes(steps, "loss", 1)):
         yield Figure("largest loss spike", f"{spikes[0].loss:.3g} at step {spikes[0].step:,}")

@@ -1,4 +1,4 @@
-"""Calls back around the first import of torch or of another module, whoever imports it.
+"""Runs callbacks around the first import of torch or another module, by any importer.
 
 A script may set environment variables before its own `import torch` (OMP_NUM_THREADS,
 PYTORCH_CUDA_ALLOC_CONF, …), so torch must not be imported before the script imports it.

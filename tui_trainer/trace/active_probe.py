@@ -20,7 +20,7 @@ STEP_HOOKS = (
 NEVER_STRETCHED = 100
 """Importance from which a cadence is never stretched."""
 LIMITS = (32, 256, 1024)
-"""How far (times its natural cadence) one probe is stretched before more important ones are."""
+"""Maximum stretches of a probe, in turn, before more important ones are stretched further."""
 WATCHED_LIMIT = 16
 """Maximum stretch of a watched probe, as a multiple of its cadence while watched."""
 

@@ -12,7 +12,7 @@ from tui_trainer.trace.torch_private import version_of
 MAX_WATCHED = 256
 """Parameters whose gradients are checked for changes; of larger models evenly spaced ones."""
 SAMPLED = 64
-"""Elements of a weight from which an update by hand is told."""
+"""Elements sampled per weight to detect an update by hand."""
 
 Marks = list[tuple[int, int] | None]
 """(identity, version) of gradients; None where there is none."""

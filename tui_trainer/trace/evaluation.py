@@ -1,9 +1,9 @@
 """Evaluations of a script: forward passes without gradients between its steps, and the mean of the
 losses that are computed in them.
 
-A loss is heard as the scalar result of one of torch's loss functions, which its loss modules call
-too. The mean is that of the losses, each weighted alike; of sums (`reduction="sum"`), it is their
-sum divided by the number of targets.
+A loss is the scalar result of one of torch's loss functions, which its loss modules call too. The
+mean weights all losses equally; for sums (`reduction="sum"`), it is their sum divided by the number
+of targets.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class EvaluationLosses:
         self._observer = observer
         self._patches = patches
         self.on_result: OnResult | None = None
-        """Called on the training thread when training goes on. None: nothing is heard."""
+        """Called on the training thread when training goes on. None: nothing is observed."""
         self.on_ambiguous: Callable[[int], None] = _ignore
         """Called in place of it, with the number of completed steps, where several losses are
         computed: which of them is *the* loss is the script's own business."""
@@ -127,14 +127,14 @@ class EvaluationLosses:
             if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._open:
                 return result
             if type(result) is torch.Tensor and get_ident() == observer.training_thread:
-                self._hear(result, name, args, kwargs)
+                self._observe_loss(result, name, args, kwargs)
             return result
 
         # TorchScript compiles the source of a function.
         loss.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
         return copy_metadata(loss, original)  # type: ignore[no-any-return]
 
-    def _hear(
+    def _observe_loss(
         self, loss: torch.Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Never raises: this is called by the script's own code."""

@@ -19,7 +19,7 @@ WARM_UP = 5
 """First steps, which are slow in every way and do not count."""
 MIN_ROOM = 0.1
 """Share of the budget for what can be stretched, even where the rest exceeds it by itself (very
-short steps): something is measured all the same."""
+short steps): something is always measured."""
 RESTORE_BELOW = 0.7
 """A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not oscillate."""

@@ -137,7 +137,7 @@ class Probe:
     every: ClassVar[int] = 1
     """Natural cadence in steps; 0: only while its topic is watched."""
     first_steps: int = 0
-    """So many first steps are measured whatever the cadence: much goes wrong there."""
+    """Number of first steps that are always measured, since problems often begin there."""
     topic: ClassVar[str] = ""
     """Topic of a viewer that has it measured more often, at `watched_every`."""
     watched_every: ClassVar[int] = 1
@@ -154,7 +154,7 @@ class Probe:
     unseen: str = ""
     """Why nothing is measured, for the panel. May change during the run: see `set_unseen`."""
     partly_unseen: str = ""
-    """What is not measured besides what is, and why, for the log."""
+    """What is left out, and why, for the log."""
     on_unseen_change: Callable[[], None] | None = None
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:

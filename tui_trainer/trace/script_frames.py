@@ -18,10 +18,10 @@ COPY_REFERENCES = 3
 MAX_NAME = 40
 """Characters of a variable's name that is shown."""
 
-SAYING_NOTHING = frozenset(
+GENERIC_NAMES = frozenset(
     ("self", "model", "module", "net", "root", "optimizer", "opt", "optim", "obj", "o", "m")
 )
-"""Names that do not tell several models or optimizers apart."""
+"""Variable names that do not distinguish several models or optimizers."""
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def _variable_in(frame: FrameType, things: tuple[object, ...]) -> str:
     if frame.f_globals is not variables:
         held = {**frame.f_globals, **held}
     for name, value in held.items():
-        if name in SAYING_NOTHING or name.startswith("_") or len(name) > MAX_NAME:
+        if name in GENERIC_NAMES or name.startswith("_") or len(name) > MAX_NAME:
             continue
         for suffix, element in _named_elements(value):
             if any(_holds(element, thing) for thing in things):

@@ -437,7 +437,7 @@ class TuiTrainerApp(App[int]):
 
 
 def choose_theme() -> str:
-    """$TEXTUAL_THEME; else Textual's 16-color theme on a terminal with 16 colors, else ours."""
+    """$TEXTUAL_THEME; else Textual's 16-colour theme on a terminal with 16 colours, else ours."""
     requested = os.environ.get("TEXTUAL_THEME", "")
     if requested in {*BUILTIN_THEMES, *(own_theme.name for own_theme in theme.THEMES)}:
         return requested

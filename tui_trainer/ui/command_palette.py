@@ -49,7 +49,7 @@ class ActionProvider(Provider):
             for name, help, action in COMMANDS_WITHOUT_KEY:
                 yield name, help, partial(context.command, action)
         for name in sorted(self.app.available_themes):
-            yield f"Theme {name}", "Colors of the screen", partial(self._set_theme, name)
+            yield f"Theme {name}", "Colours of the screen", partial(self._set_theme, name)
 
     def _bound_actions(self) -> Iterator[Command]:
         known: set[str] = set()

@@ -1,7 +1,7 @@
 """Everything that relies on Textual's private names, last checked with Textual 8.2.8.
 
 1. A compositor that sends the terminal only the cells that changed. Textual sends each changed part
-   of a line from the left edge of its widget on, and both colors with every segment: 9 KB a frame
+   of a line from the left edge of its widget on, and both colours with every segment: 9 KB a frame
    for the 300 cells that change on the dashboard at 120×40. This one sends 1.2 KB.
    Uses `textual._compositor.Compositor` and `ChopsUpdate`, `Screen._compositor`,
    `Console._color_system` and `Style._make_ansi_codes`.
@@ -104,7 +104,7 @@ class CellUpdate(ChopsUpdate):
     """A partial update of the screen in fewer bytes than Textual's.
 
     Runs of cells are written style by style, not line by line: in a table, whose columns have a
-    color each, moving the cursor (4 to 8 bytes) is cheaper than changing the color (17).
+    colour each, moving the cursor (4 to 8 bytes) is cheaper than changing the colour (17).
     """
 
     def render_segments(self, console: Console) -> str:
@@ -198,7 +198,7 @@ def use_cell_compositor(screen: Screen[Any]) -> None:
 
 
 def use_256_colors(console: Console) -> None:
-    """Write colors as one of 256, which takes half the bytes of 24-bit colors."""
+    """Write colours as one of 256, which takes half the bytes of 24-bit colours."""
     if console._color_system is ColorSystem.TRUECOLOR:
         console._color_system = ColorSystem.EIGHT_BIT
 

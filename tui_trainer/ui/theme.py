@@ -1,7 +1,7 @@
-"""The colors of everything that is drawn: one for each meaning, taken from the Textual theme.
+"""The colours of everything that is drawn: one for each meaning, taken from the Textual theme.
 
-To change a color, such as that of the validation points, edit `tt-validation` in `DARK` and
-`LIGHT`, and `validation` in `_ansi_palette` for terminals with 16 colors. Under Textual's other
+To change a colour, such as that of the validation points, edit `tt-validation` in `DARK` and
+`LIGHT`, and `validation` in `_ansi_palette` for terminals with 16 colours. Under Textual's other
 themes, which do not define the `tt-` variables, each meaning has a fallback in `_theme_palette`.
 """
 
@@ -121,12 +121,12 @@ class Palette:
     """Values of the unfinished step, while paused inside it."""
 
     def series(self, letter: str) -> Style:
-        """The color of `q`, `k` or `v`; that of text for a pair (`qk`)."""
+        """The colour of `q`, `k` or `v`; that of text for a pair (`qk`)."""
         return {"q": self.q, "k": self.k, "v": self.v}.get(letter, self.text)
 
 
 def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
-    """The palette for the CSS variables of a theme; `ansi`: for a terminal with 16 colors."""
+    """The palette for the CSS variables of a theme; `ansi`: for a terminal with 16 colours."""
     return _cached_palette(
         tuple(sorted((k, v) for k, v in variables.items() if k in _USED_VARIABLES)), ansi
     )
@@ -143,7 +143,7 @@ def _cached_palette(items: tuple[tuple[str, str], ...], ansi: bool) -> Palette:
 
 
 def _theme_palette(variables: dict[str, str]) -> Palette:
-    """Blends all colors with the background, since Rich knows no transparency."""
+    """Blends all colours with the background, since Rich knows no transparency."""
     background = Color.parse(variables["background"])
     foreground = Color.parse(variables["foreground"])
     if foreground.a < 1:
@@ -192,7 +192,7 @@ def _theme_palette(variables: dict[str, str]) -> Palette:
 
 
 def _ansi_palette() -> Palette:
-    """The 16 named colors, which are defined by the terminal."""
+    """The 16 named colours, which are defined by the terminal."""
     plain = Style()
     return Palette(
         text=plain,

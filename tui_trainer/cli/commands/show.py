@@ -30,7 +30,14 @@ from tui_trainer.history.ranks import RankSummary, summarize_ranks
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.formatting import milliseconds, nonfinite, number, rough_duration, step_of
+from tui_trainer.protocol.formatting import (
+    milliseconds,
+    nonfinite,
+    number,
+    percent,
+    rough_duration,
+    step_of,
+)
 from tui_trainer.protocol.messages import (
     END_STATES,
     Clip,
@@ -401,7 +408,7 @@ def _progress(summary: RunSummary) -> str:
     run = summary.run
     parts = [f"step {step_of(run['step'], run['total_steps'])}"]
     if run["total_steps"]:
-        parts[0] += f" ({run['step'] / run['total_steps']:.0%})"
+        parts[0] += f" ({percent(run['step'] / run['total_steps'], 0, 0)})"
     if run["steps_per_second"]:
         parts.append(f"{number(run['steps_per_second'], 0, 3)} steps/s")
     if run["items_per_second"]:
@@ -425,7 +432,7 @@ def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
         remark = "  ".join(part for part in (_sparkline(curve, bars), _extremes(curve)) if part)
         rows.append(("grad norm", number(curve.last, 0), remark))
     if summary.clipped_share is not None:
-        rows.append(("clipped", f"{summary.clipped_share:.0%}", "of the last steps"))
+        rows.append(("clipped", percent(summary.clipped_share, 0, 0), "of the last steps"))
     if summary.learning_rate is not None:
         rows.append(("learning rate", number(summary.learning_rate, 0), ""))
     for name, value in summary.validation.items():

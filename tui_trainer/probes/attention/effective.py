@@ -35,7 +35,7 @@ def find_further_weights(
     tracked: TrackedParameters, names: Collection[str]
 ) -> tuple[list[FurtherWeight], list[str]]:
     """The further weights among the modules called one of `names` (lower case), and why others are
-    left out. Frozen ones only beside others that are trained."""
+    left out. Frozen weights are only included next to trained ones."""
     found: dict[str, FurtherWeight] = {}
     left_out: list[str] = []
     frozen: list[tuple[str, torch.nn.Module]] = []
@@ -62,7 +62,7 @@ def find_further_weights(
             found[path] = _further(path, *_frozen(weight))
     chosen = [found[path] for path in tracked.modules if path in found]
     if sum(each.elements for each in chosen) > MAX_ELEMENTS:
-        text = "the adapted attention weights are too large to be measured beside the training"
+        text = "the adapted attention weights are too large to be measured during the training"
         return [], [text]
     return chosen, left_out
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import count, counted, duration, number, scalar
+from tui_trainer.protocol.formatting import count, counted, duration, number, percent, scalar
 from tui_trainer.protocol.messages import (
     Finding,
     NonFinite,
@@ -174,7 +174,7 @@ def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
         if name in values:
             parts.append(f"{label} {number(values[name], 0, 5)}")
     if status.clipped_share is not None:
-        parts.append(f"clipped {status.clipped_share:.0%}")
+        parts.append(f"clipped {percent(status.clipped_share, 0, 0)}")
     if status.steps_per_second:
         speed = f"{status.steps_per_second:.3g} steps/s"
         if status.items_per_second:

@@ -78,7 +78,7 @@ class LogScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         yield FactsLine()
         toggles = Static(id="toggles")
-        toggles.auto_links = False  # links keep the colors that they are given
+        toggles.auto_links = False  # links keep the colours that they are given
         yield toggles
         yield Placeholder()
         yield LogView(self.lines, id="lines")

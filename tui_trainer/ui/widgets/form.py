@@ -16,7 +16,7 @@ from tui_trainer.config.errors import ConfigurationError
 
 
 class _Choice(RadioButton):
-    """A radio button whose state shows without color, too."""
+    """A radio button whose state shows without colour, too."""
 
     BUTTON_LEFT = BUTTON_RIGHT = ""
     BUTTON_INNER = "○"
