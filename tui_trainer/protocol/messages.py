@@ -376,6 +376,8 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
 
 
 Event = Clip | NonFinite | Skipped | Finding | Notice
+EventKind = Literal["clip", "nonfinite", "skipped", "finding"] | NoticeKind
+"""The tag of an event, or the kind of a notice."""
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True):

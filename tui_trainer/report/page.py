@@ -16,7 +16,7 @@ from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, percent, scalar, step_of
-from tui_trainer.protocol.messages import Event, Finding, NonFinite, Notice, Skipped
+from tui_trainer.protocol.messages import Event, Finding, Level, NonFinite, Notice, Skipped
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData
@@ -48,7 +48,7 @@ class EventRow:
 
     step: int
     kind: str
-    level: str
+    level: Level
     text: str
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tui_trainer.findings.verdict import newest_findings
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.history.window import Window
-from tui_trainer.protocol.messages import Event, Finding, Status
+from tui_trainer.protocol.messages import Event, EventKind, Finding, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
@@ -50,7 +50,7 @@ class ReportData:
         best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
         return last, None if math.isnan(best) else best
 
-    def event_count(self, kind: str = "") -> int:
+    def event_count(self, kind: EventKind | None = None) -> int:
         """Number of events of `kind`; of all but clips without it."""
         return StoredEvents(self.history.store).count(kind)
 
@@ -62,6 +62,6 @@ class ReportData:
         """What the rules found, worst first, effects after their cause."""
         return newest_findings(StoredEvents(self.history.store).of_kind("finding", MAX_FINDINGS))
 
-    def steps_of(self, kind: str, count: int = 20_000) -> list[int]:
+    def steps_of(self, kind: EventKind, count: int = 20_000) -> list[int]:
         """The steps with an event of `kind`."""
         return StoredEvents(self.history.store).steps_of(kind, count)

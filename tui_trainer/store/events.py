@@ -14,6 +14,7 @@ from tui_trainer.protocol.messages import (
     Artifact,
     Clip,
     Event,
+    EventKind,
     Finding,
     LogLine,
     NonFinite,
@@ -148,7 +149,7 @@ class StoredEvents:
         sql = "SELECT id, data FROM event WHERE kind <> 'clip' ORDER BY id LIMIT ?"
         return self._decoded(EVENTS, self._store.query(sql, count), codec.decode_event)
 
-    def of_kind(self, kind: str, count: int) -> tuple[Event, ...]:
+    def of_kind(self, kind: EventKind, count: int) -> tuple[Event, ...]:
         """The first events of a kind."""
         question = "SELECT id, data FROM event WHERE kind = ? ORDER BY id LIMIT ?"
         rows = self._store.query(question, kind, count)
@@ -206,7 +207,7 @@ class StoredEvents:
 
     # -------------------------------------------------------------------- jumping
 
-    def next_event(self, kind: str, step: int, backwards: bool = False) -> int | None:
+    def next_event(self, kind: EventKind, step: int, backwards: bool = False) -> int | None:
         """Step of the next event of a kind (`clip`, `nonfinite`, `mark`, …) after a step, or of the
         last one before it; None when there is none."""
         sql = (
@@ -217,7 +218,7 @@ class StoredEvents:
         found = self._store.numbers(EVENTS, sql, kind, step)
         return int(found[0][0]) if found else None
 
-    def places(self, kind: str, last_step: int, cells: int) -> list[int]:
+    def places(self, kind: EventKind, last_step: int, cells: int) -> list[int]:
         """Which of `cells` equal ranges of steps 0..last_step hold an event of a kind."""
         sql = (
             "SELECT DISTINCT min(step * ?1 / (?2 + 1), ?1 - 1) FROM "
@@ -226,14 +227,14 @@ class StoredEvents:
         values = (cells, max(0, last_step), kind, MAX_MARKED)
         return sorted(int(cell) for (cell,) in self._store.numbers(EVENTS, sql, *values))
 
-    def count(self, kind: str = "") -> int:
+    def count(self, kind: EventKind | None = None) -> int:
         """Number of events of a kind, or of all but clips."""
         which = "kind = ?" if kind else "kind <> ?"
         sql = f"SELECT count(*) FROM event WHERE {which}"
         found = self._store.numbers(EVENTS, sql, kind or "clip")
         return int(found[0][0]) if found else 0
 
-    def steps_of(self, kind: str, count: int) -> list[int]:
+    def steps_of(self, kind: EventKind, count: int) -> list[int]:
         """The first `count` steps with an event of a kind."""
         sql = "SELECT DISTINCT step FROM event WHERE kind = ? ORDER BY step LIMIT ?"
         return [int(step) for (step,) in self._store.numbers(EVENTS, sql, kind, count)]

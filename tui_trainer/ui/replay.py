@@ -13,7 +13,7 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.ui.app import TuiTrainerApp, choose_theme
-from tui_trainer.ui.panels.transport import TransportLine, format_factor
+from tui_trainer.ui.panels.transport import MarkKind, TransportLine, format_factor
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.textual_hacks import bindings_of
 from tui_trainer.ui.widgets.keys import KeyLine
@@ -148,7 +148,7 @@ class ReplayApp(TuiTrainerApp):
         self.show_status_message(f"{format_factor(self.replay.factor)}× the recorded speed")
         self.draw_frame()
 
-    def action_jump(self, kind: str, backwards: bool = False) -> None:
+    def action_jump(self, kind: MarkKind, backwards: bool = False) -> None:
         """Jump to the next or previous event of a kind."""
         if kind == "spike":
             self._jump_to_spike(backwards)

@@ -136,7 +136,7 @@ class PhaseStrip(Panel):
             row.append(Segment(share[:share_width].ljust(share_width), palette.dim))
         return row
 
-    def _time_style(self, phase: str) -> Style:
+    def _time_style(self, phase: Phase) -> Style:
         if self._report() is None:
             return self.palette.text
         return self.palette.provisional if phase in self._step_ms else self.palette.dim
