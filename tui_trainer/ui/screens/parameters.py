@@ -15,6 +15,7 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.parameters import (
     MODEL_ORDER,
@@ -33,6 +34,8 @@ from tui_trainer.ui.widgets.text import Caption, Placeholder
 SORT_INTERVAL_S = 2.0
 """Rows sorted by a changing value move at most this often, so that they can be read."""
 CHART_WIDTH = 38
+MAX_DTYPE_WIDTH = 12
+MAX_OPTIMIZER_WIDTH = 16
 
 CHARTS = (
     (schema.GRAD_NORM, "gradient norm", "norm"),
@@ -186,11 +189,15 @@ class ParametersScreen(DetailScreen):
             return
         parameter = info.parameters[row]
         shape = format_shape(parameter, self.context.glyphs.times)
-        facts = f"{shape}  {parameter.dtype}  {parameter.numel:,} elements"
-        by = f"updated by {parameter.optimizer}" if parameter.optimizer else "not updated"
+        ellipsis = self.context.glyphs.ellipsis
+        dtype = truncate_middle(parameter.dtype, MAX_DTYPE_WIDTH, ellipsis)
+        optimizer = truncate_middle(parameter.optimizer, MAX_OPTIMIZER_WIDTH, ellipsis)
+        facts = f"{shape}  {dtype}  {parameter.numel:,} elements"
+        by = f"updated by {optimizer}" if optimizer else "not updated"
         pieces: list[Span] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
-        if reason := self.values.why_absent(row):
-            pieces.insert(1, (f"{self.context.glyphs.missing} {reason}", "text"))
+        if reason := self.values.why_absent(row):  # what does not fit is cut off at the end
+            absent = (f"{self.context.glyphs.missing} {reason}", "text")
+            pieces = [pieces[0], absent, (by, "dim"), (facts, "dim")]
         self.query_one("#selected", Caption).update(pieces)
         visible_charts = max(1, self.size.width // CHART_WIDTH)
         for number, (chart, (quantity, name, style)) in enumerate(
