@@ -135,14 +135,16 @@ def _app(names: Sequence[str], with_runs: bool = False) -> App:
     return app
 
 
+ScriptArguments = Annotated[
+    str,
+    Parameter(
+        help="the script, or -m and a module, followed by its own arguments", show_default=False
+    ),
+]
+
+
 def _script_command(
-    *script: Annotated[
-        str,
-        Parameter(
-            help="the script, or -m and a module, followed by its own arguments",
-            show_default=False,
-        ),
-    ],
+    *script: ScriptArguments,
     options: Annotated[RunOptions, Parameter(name="*")] = RunOptions(),  # noqa: B008
 ) -> RunOptions:
     """your own PyTorch script, unmodified"""
@@ -150,13 +152,7 @@ def _script_command(
 
 
 def _check_command(
-    *script: Annotated[
-        str,
-        Parameter(
-            help="the script, or -m and a module, followed by its own arguments",
-            show_default=False,
-        ),
-    ],
+    *script: ScriptArguments,
     options: Annotated[CheckOptions, Parameter(name="*")] = CheckOptions(),  # noqa: B008
 ) -> CheckOptions:
     """run some steps of a script without a screen, and print what is wrong"""

@@ -37,22 +37,24 @@ def restored_terminal() -> Iterator[Callable[[], int]]:
 
     SIGTERM and SIGHUP (unless ignored) become an interrupt, so that the app leaves in order. The
     yielded function returns the signal that was received, or 0. After a hang-up the terminal is
-    gone, and output goes to the null device.
+    reset, in case it is still there, and output goes to the null device.
     """
     settings = _settings()
     received = 0
 
     def as_interrupt(number: int, _: FrameType | None) -> None:
         nonlocal received
+        first = not received
+        received = received or number
+        if first:
+            # A hang-up is followed by SIGCONT, on which the app would take the terminal again.
+            signal.signal(signal.SIGCONT, signal.SIG_DFL)
+            watchdog.start()
         if number == signal.SIGHUP:
+            _reset_modes()  # of a terminal that is still there, as after kill -HUP
             _discard_output()
-        if received:
-            return  # a second interrupt would abort the exit that is in progress
-        received = number
-        # A hang-up is followed by SIGCONT, on which the app would take the terminal again.
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        watchdog.start()
-        signal.raise_signal(signal.SIGINT)
+        if first:  # a second interrupt would abort the exit that is in progress
+            signal.raise_signal(signal.SIGINT)
 
     def force_exit() -> None:
         _restore(settings)
@@ -68,14 +70,18 @@ def restored_terminal() -> Iterator[Callable[[], int]]:
     try:
         yield lambda: received
     except BaseException:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.write(sys.__stdout__.fileno(), RESET_MODES.encode())  # type: ignore[union-attr]
+        _reset_modes()
         raise
     finally:
         watchdog.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
         _restore(settings)
+
+
+def _reset_modes() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.__stdout__.fileno(), RESET_MODES.encode())  # type: ignore[union-attr]
 
 
 def _discard_output() -> None:
