@@ -9,19 +9,31 @@ from tests.runs.starting import until
 from tui_trainer.config.run_state import read_state
 
 SCRIPT = """
-import time, torch
+import sqlite3, time, torch
+
+def say(text):
+    # Lines are read by another thread: go on only once this one is recorded.
+    print(text, flush=True)
+    store = sqlite3.connect("file:runs/r/history.sqlite?mode=ro", uri=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if store.execute("SELECT 1 FROM log WHERE text = ?", (text,)).fetchone():
+                return
+        except sqlite3.OperationalError:  # no tables yet
+            pass
+        time.sleep(0.01)
+
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-print("before")
+say("before")
 for i in range(1, 6):
     optimizer.zero_grad()
     loss = model(torch.ones(2, 4)).square().mean()
-    print("within", i, flush=True)
-    time.sleep(0.05)  # the line is read by another thread
+    say(f"within {i}")
     loss.backward()
     optimizer.step()
-    print("after", i, flush=True)
-    time.sleep(0.05)
+    say(f"after {i}")
 """
 
 
