@@ -40,8 +40,7 @@ from textual.pilot import Pilot
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import describe, synthesise
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.attention.layers_table import LayersTable
-from tui_trainer.ui.panels.attention.trend_chart import TrendChart
+from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.loss import LossPanel

@@ -7,7 +7,7 @@ import contextlib
 from contextlib import AsyncExitStack
 
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.ui.screens.registry import SCREENS
+from tui_trainer.ui.screens import SCREENS
 
 SHOWN = [place for place in SCREENS if place.mode != "start"]
 

@@ -11,10 +11,9 @@ from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import schema
-from tui_trainer.ui.panels.attention.heads_table import HeadsTable
-from tui_trainer.ui.panels.attention.layers_table import LayersTable
-from tui_trainer.ui.panels.attention.statistic_table import StatisticTable
+from tui_trainer.ui.panels.attention.overview import LayersTable
 from tui_trainer.ui.panels.attention.statistics import BY_KEY, SHOWN_STATISTICS
+from tui_trainer.ui.panels.attention.tables import HeadsTable, StatisticTable
 from tui_trainer.ui.widgets.table import TableColumn, VirtualTable
 
 

@@ -15,11 +15,9 @@ from tui_trainer.cli.commands.show import _attention
 from tui_trainer.history.analysis import layers_in, location_of
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.report.charts import _attention as charts_of
-from tui_trainer.ui.panels.attention.heads_table import HeadsTable
-from tui_trainer.ui.panels.attention.layers_table import LayersTable
-from tui_trainer.ui.panels.attention.statistic_table import StatisticTable
+from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.attention.statistics import BY_KEY, SHOWN_STATISTICS
-from tui_trainer.ui.panels.attention.trend_chart import TrendChart
+from tui_trainer.ui.panels.attention.tables import HeadsTable, StatisticTable
 from tui_trainer.ui.screens.dashboard import TAB_PANELS, DashboardScreen
 
 SIZES = ((80, 24), (120, 40))

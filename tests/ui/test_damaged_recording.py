@@ -11,7 +11,7 @@ import pytest
 from tests.store.test_damaged import damage
 from tests.ui.test_replay import opened, press, record_run, settle, text_of
 from tui_trainer.store.schema import STORE_FILE
-from tui_trainer.ui.screens.registry import SCREENS
+from tui_trainer.ui.screens import SCREENS
 
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "4"))
 

@@ -8,8 +8,7 @@ from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
 from tui_trainer.protocol import PHASES, messages
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.attention.layers_table import LayersTable
-from tui_trainer.ui.panels.attention.trend_chart import TrendChart
+from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import Banner, HeaderLine, ProgressLine

@@ -9,7 +9,7 @@ from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.verdict import FINDINGS_KEY
-from tui_trainer.ui.screens.registry import SCREENS
+from tui_trainer.ui.screens import SCREENS
 
 
 def finding(session, number=0, **changed):

@@ -7,9 +7,8 @@ from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.protocol import PHASES
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.keys import key_groups
-from tui_trainer.ui.panels import help
-from tui_trainer.ui.screens.registry import SCREENS
+from tui_trainer.ui.screens import SCREENS, help
+from tui_trainer.ui.screens.help import key_groups
 
 
 def screens() -> list[type]:

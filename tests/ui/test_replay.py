@@ -18,9 +18,8 @@ from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, Ru
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
-from tui_trainer.ui.panels.transport import TransportLine
-from tui_trainer.ui.replay import ReplayApp
-from tui_trainer.ui.screens.registry import SCREENS
+from tui_trainer.ui.replay import ReplayApp, TransportLine
+from tui_trainer.ui.screens import SCREENS
 
 STEPS = 1000
 CLIPS = (100, 400, 900)

@@ -10,7 +10,7 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.staleness import staleness
+from tui_trainer.ui.panels.base import staleness
 
 CADENCES = {
     schema.GRAD_NORM: (1, 1),

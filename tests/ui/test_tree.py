@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ui.fake_run import gpt_parameters
-from tui_trainer.ui.widgets.tree import NameTree
+from tui_trainer.ui.panels.gradients import NameTree
 
 NAMES = [parameter.name for parameter in gpt_parameters(4)]
 part = st.sampled_from(["a", "b", "0", "1", "weight", "bias"])

@@ -29,12 +29,12 @@ from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
+from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
-from tui_trainer.ui.screens.registry import SCREENS
 
 if TYPE_CHECKING:
-    from tui_trainer.ui.context import AppContext
+    from tui_trainer.ui.screens.base import AppContext
 
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""

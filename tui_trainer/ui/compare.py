@@ -1,13 +1,151 @@
-"""The app for `tui-trainer compare`: several recorded runs on one screen, and the help."""
+"""The app for `tui-trainer compare`: several runs on top of each other, and their differences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from tui_trainer.client.compare import ComparedRun
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.client.compare import SERIES, ComparedRun
 from tui_trainer.ui.app import TuiTrainerApp, choose_theme
-from tui_trainer.ui.screens.compare import CompareScreen
+from tui_trainer.ui.command_palette import ActionProvider
+from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
+from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.tabs import TabLine
+
+TABS = ("Loss", "Validation", "Gradient norm", "Differences")
+FULL_SIZE = (100, 30)
+"""Columns and rows from which all panels are shown at once."""
+REFRESH_INTERVAL_S = 1.0
+"""How often live runs are read again."""
+
+
+class CompareScreen(RunScreen):
+    """Charts of all runs, and a table of their differences."""
+
+    CSS = """
+    CompareScreen #charts { width: 3fr; height: 1fr; padding: 0 1; }
+    CompareScreen #differences { width: 2fr; padding: 0 1 0 0; }
+    CompareScreen #body { height: 1fr; }
+    CompareScreen TabLine { display: none; }
+    CompareScreen.-folded TabLine { display: block; }
+    CompareScreen.-folded #charts, CompareScreen.-folded #differences { width: 1fr; }
+    CompareScreen #loss { height: 3fr; }
+    CompareScreen #validation, CompareScreen #norm { height: 2fr; }
+    """
+    COMMANDS = RunScreen.COMMANDS | {ActionProvider}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("t", "align", "By time/step", id="compare.align",
+                tooltip="Align the runs by step or by time"),
+        Binding("m", "smooth", "Smooth", id="compare.smooth",
+                tooltip="Show smoothed curves with all values behind them, or only the values"),
+        Binding("l", "log", "Log", id="compare.log", tooltip="Logarithmic or linear axes"),
+        Binding("left", "tab(-1)", "Tab", show=False, id="compare.tab_left",
+                tooltip="Show the previous panel, where only one fits"),
+        Binding("right", "tab(1)", "Tab", show=False, id="compare.tab_right",
+                tooltip="Show the next panel, where only one fits"),
+    ]  # fmt: skip
+
+    def __init__(self, runs: Sequence[ComparedRun]) -> None:
+        super().__init__()
+        self.runs = runs
+        self.by_time = False
+        self._tab = 0
+        self._folded = False
+
+    def compose(self) -> ComposeResult:
+        yield TooSmall(*MIN_SIZE)
+        yield Legend(self.runs)
+        yield TabLine(TABS)
+        with Horizontal(id="body"):
+            with Vertical(id="charts"):
+                for series in SERIES:
+                    yield OverlayChart(series, self.runs, id=series)
+            yield DifferencesTable(self.runs, id="differences")
+        yield KeyLine()
+
+    def on_mount(self) -> None:
+        table = self.query_one(DifferencesTable)
+        table.read()
+        table.focus()
+        self.set_interval(REFRESH_INTERVAL_S, self._refresh_live_runs)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw the runs; the snapshot, that of a single run, is empty here."""
+        for chart in self.query(OverlayChart):
+            chart.update_rows()
+        self.query_one(Legend).update_rows()
+        self.query_one(DifferencesTable).update_rows()
+        self.query_one(KeyLine).update_rows()
+
+    def _redraw(self) -> None:
+        self.show(self.context.snapshot)
+
+    def _refresh_live_runs(self) -> None:
+        live = [run for run in self.runs if run.run.live]
+        for run in live:
+            run.refresh()
+        if live:
+            self.query_one(DifferencesTable).read()
+            self._redraw()
+
+    # ------------------------------------------------------------ layout
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Choose between all panels and tabs."""
+        width, height = event.size
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
+        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
+        self.set_class(self._folded, "-folded")
+        self._show_tab()
+
+    def _show_tab(self) -> None:
+        for number, name in enumerate((*SERIES, "differences")):
+            self.query_one(f"#{name}").display = not self._folded or number == self._tab
+        self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
+        self.query_one(TabLine).choose(self._tab)
+        self.call_after_refresh(self._redraw)
+
+    # ------------------------------------------------------------ actions
+
+    def action_tab(self, by: int) -> None:
+        """Show the next or previous panel."""
+        self._choose_tab((self._tab + by) % len(TABS))
+
+    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
+        self._choose_tab(message.number)
+
+    def _choose_tab(self, number: int) -> None:
+        self._tab = number
+        self._show_tab()
+        if number == len(TABS) - 1:
+            self.query_one(DifferencesTable).focus()
+
+    def action_align(self) -> None:
+        """Align the runs by time, or by step."""
+        self.by_time = not self.by_time
+        for chart in self.query(OverlayChart):
+            chart.by_time = self.by_time
+        self.query_one(Legend).by_time = self.by_time
+        self._redraw()
+
+    def action_smooth(self) -> None:
+        """Switch between smoothed curves and measured values."""
+        for chart in self.query(OverlayChart):
+            chart.smooth = not chart.smooth
+            chart.update_rows()
+
+    def action_log(self) -> None:
+        """Switch between logarithmic and linear axes."""
+        for chart in self.query(OverlayChart):
+            chart.chart.log = not chart.chart.log
+            chart.update_rows()
 
 
 class CompareApp(TuiTrainerApp):

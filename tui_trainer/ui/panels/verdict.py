@@ -15,10 +15,9 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.protocol.text import truncate, truncate_middle, wrap
 from tui_trainer.ui.panels.base import Panel
-from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold
+from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold, compact_number
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.scale import step_window
-from tui_trainer.ui.widgets.series_chart import compact_number
 
 STYLES = {"error": "error", "warning": "warning", "info": "dim"}
 WORDS = {"possible": "possibly", "likely": "probably", "certain": "certainly"}

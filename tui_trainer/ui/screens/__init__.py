@@ -1,1 +1,59 @@
-"""The screens of the app."""
+"""The screens with their keys. A screen's module is imported after the first paint, or when the
+screen is first shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from textual.screen import Screen
+
+
+@dataclass(frozen=True)
+class ScreenEntry:
+    """One screen of the app."""
+
+    mode: str
+    key: str
+    title: str
+    target: str
+    """`module:class` in `tui_trainer.ui.screens`."""
+    tooltip: str
+
+    def load(self) -> type[Screen[Any]]:
+        """Import the screen's class."""
+        module, _, name = self.target.partition(":")
+        loaded: type[Screen[Any]] = getattr(import_module(f"tui_trainer.ui.screens.{module}"), name)
+        return loaded
+
+    def factory(self) -> Callable[[], Screen[Any]]:
+        """A function that imports and creates the screen."""
+        return lambda: self.load()()
+
+
+SCREENS = (
+    ScreenEntry(
+        "dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"
+    ),
+    ScreenEntry(
+        "attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"
+    ),
+    ScreenEntry(
+        "parameters",
+        "3",
+        "Parameters",
+        "parameters:ParametersScreen",
+        "Every parameter, every column",
+    ),
+    ScreenEntry("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
+    ScreenEntry("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
+    ScreenEntry("help", "6", "Help", "help:HelpScreen", "Every key, and what the quantities mean"),
+    ScreenEntry(
+        "findings", "8", "Findings", "findings:FindingsScreen", "What is wrong, since when and why"
+    ),
+    ScreenEntry("ranks", "9", "Ranks", "ranks:RanksScreen", "One line for each process of the run"),
+    ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
+)

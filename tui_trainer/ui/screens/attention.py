@@ -15,20 +15,18 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui.panels.attention.heads_table import HeadsTable
-from tui_trainer.ui.panels.attention.statistic_table import MODEL_ORDER, StatisticTable
 from tui_trainer.ui.panels.attention.statistics import (
     NO_ATTENTION,
     SHOWN_STATISTICS,
     Statistic,
     missing_statistic_message,
 )
-from tui_trainer.ui.panels.base import placeholder_message
-from tui_trainer.ui.panels.staleness import staleness
+from tui_trainer.ui.panels.attention.tables import MODEL_ORDER, HeadsTable, StatisticTable
+from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.chart import SeriesChart
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
-from tui_trainer.ui.widgets.series_chart import SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 from tui_trainer.ui.widgets.text import Caption, Placeholder

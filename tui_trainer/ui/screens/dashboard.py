@@ -12,8 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.panels.attention.layers_table import LayersTable
-from tui_trainer.ui.panels.attention.trend_chart import TrendChart
+from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.panels.clipping import ClippingPanel
 from tui_trainer.ui.panels.gradients import GradientsPanel, SortKey

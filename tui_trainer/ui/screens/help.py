@@ -1,19 +1,270 @@
-"""The help: all keys, the phases of a step, and what the quantities mean."""
+"""The help: all keys, read from the bindings, and what the phases, quantities and signs mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.ui.keys import key_groups
-from tui_trainer.ui.panels.help import HelpBlock, HelpView, cadence_entries, help_blocks
+from tui_trainer.protocol import Phase
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.text import wrap
+from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
+from tui_trainer.ui.panels.base import slowed_tables
+from tui_trainer.ui.screens import SCREENS, dialogs
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.breakpoints import BreakpointList
+from tui_trainer.ui.widgets.form import ChoiceRow
+from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 from tui_trainer.ui.widgets.search import SearchInput
+from tui_trainer.ui.widgets.table import VirtualTable
+
+
+@dataclass(frozen=True)
+class KeyHelp:
+    """One action and the keys that trigger it."""
+
+    keys: tuple[str, ...]
+    """As displayed, such as `shift+f3`."""
+    name: str
+    help: str
+    action: str
+
+
+@dataclass(frozen=True)
+class KeyGroup:
+    """The keys of one screen or purpose."""
+
+    title: str
+    keys: tuple[KeyHelp, ...]
+
+
+def key_groups(app: App[Any]) -> tuple[KeyGroup, ...]:
+    """The keys of the app, of each screen, and of tables, forms and dialogs."""
+    app_bindings = list(Binding.make_bindings(type(app).BINDINGS))
+    replay = [binding for binding in app_bindings if (binding.id or "").startswith("replay.")]
+    everywhere = [binding for binding in app_bindings if binding not in replay]
+    groups = [
+        KeyGroup("Controlling the run", _keys(app, CONTROL_BINDINGS)),
+        KeyGroup("Everywhere", _keys(app, [*everywhere, _palette_binding(app)])),
+    ]
+    if replay:
+        groups.insert(1, KeyGroup("Looking back", _keys(app, replay)))
+    controls = {binding.id for binding in CONTROL_BINDINGS}
+    for entry in SCREENS:
+        bindings = Binding.make_bindings(entry.load().BINDINGS)
+        own = [binding for binding in bindings if binding.id not in controls]
+        if own:
+            groups.append(KeyGroup(entry.title, _keys(app, own)))
+    for title, screen in getattr(app, "OWN_SCREENS", ()):
+        groups.insert(1, KeyGroup(title, _keys(app, screen.BINDINGS)))
+    groups.append(KeyGroup("In tables", _keys(app, VirtualTable.BINDINGS)))
+    forms = [*ChoiceRow.BINDINGS, *SearchInput.BINDINGS]
+    groups.append(KeyGroup("In forms and prompts", _keys(app, forms)))
+    groups.append(KeyGroup("In the list of breakpoints", _keys(app, BreakpointList.BINDINGS)))
+    in_dialogs = [*dialogs.NumberPrompt.BINDINGS, *dialogs.QuitDialog.BINDINGS]
+    groups.append(KeyGroup("In dialogs", _keys(app, in_dialogs)))
+    return tuple(groups)
+
+
+def _palette_binding(app: App[Any]) -> Binding:
+    """Textual's own binding has no tooltip."""
+    return Binding(
+        app.COMMAND_PALETTE_BINDING,
+        "command_palette",
+        "Palette",
+        id="palette",
+        tooltip="Every action by name",
+    )
+
+
+def _keys(app: App[Any], bindings: Iterable[BindingType]) -> tuple[KeyHelp, ...]:
+    """One entry for each action, with all of its keys."""
+    found: dict[tuple[str, str], KeyHelp] = {}
+    for binding in Binding.make_bindings(bindings):
+        identity = (binding.id or binding.action, binding.action)
+        display = app.get_key_display(binding)
+        known = found.get(identity)
+        if known is not None:
+            keys = known.keys if display in known.keys else (*known.keys, display)
+            found[identity] = KeyHelp(keys, known.name, known.help, known.action)
+        else:
+            text = binding.tooltip or binding.description
+            found[identity] = KeyHelp((display,), binding.description, text, binding.action)
+    return tuple(found.values())
+
+
+Entries = tuple[tuple[str, str], ...]
+"""(key, name or sign, what it means)"""
+
+PHASES: tuple[tuple[Phase, str], ...] = (
+    ("data", "the next batch of inputs and targets is loaded"),
+    ("zero_grad", "the gradients of the previous step are cleared"),
+    ("forward", "the model turns inputs into predictions"),
+    ("loss", "one number says how wrong the predictions are"),
+    ("backward", "the gradient of the loss with respect to every parameter is computed"),
+    ("clip", "a gradient that is too long is scaled down; its direction stays"),
+    ("step", "the optimizer moves each parameter a little against its gradient"),
+)
+
+QUANTITIES: Entries = (
+    ("loss", "what training minimizes; validation is the same on data that is not trained on"),
+    ("gradient norm", "‖∂L/∂p‖₂ of a parameter, before clipping and after un-scaling"),
+    ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its limit"),
+    (
+        "clip scale",
+        "by norm min(1, max_norm / (norm + 1e-6)), by value the norm after / the norm before: "
+        "below 1 the step was clipped",
+    ),
+    ("share", "‖gᵢ‖² / Σ‖g‖²: a parameter's part of the squared total norm"),
+    ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, too large above 1e-2"),
+    ("weight norm", "‖w‖₂; without weight decay it usually grows"),
+    ("non-finite", "nan or inf: usually a step that is too large, or an overflow of the data type"),
+    (
+        "overhead",
+        "time that tui-trainer takes on the training thread, as a share of step time. Not counted: "
+        "caches it evicts, threads it wakes, and what the viewer and other processes use",
+    ),
+)
+
+ATTENTION: Entries = tuple(
+    (statistic.title, f"{statistic.meaning}. Healthy: {statistic.healthy}")
+    for statistic in SHOWN_STATISTICS
+)
+
+
+def cadence_entries(info: RunInfo | None) -> Entries:
+    """The tables that are measured less often to stay within the overhead budget."""
+    if info is None:
+        return ()
+    return tuple(slowed_tables(info)) or (("none", "every quantity is measured at its own rate"),)
+
+
+def sign_entries(glyphs: Glyphs) -> Entries:
+    """The signs as they are drawn with `glyphs`."""
+    return (
+        (glyphs.point, "on the loss chart, a validation; on the line of a replay, a mark"),
+        (glyphs.user_event, "on a step axis: a user gave a command or set a mark"),
+        (glyphs.mark, "on the axis of the clipping chart and the line of a replay: a clipped step"),
+        (glyphs.failed, "on a step axis and the line of a replay: a value that was not finite"),
+        (glyphs.ascending, "on the line of a replay: the worst spike of the loss"),
+        ("yellow, italic", "provisional: a value of the unfinished step that the run is paused in"),
+        ("layer*", "there is a note on this layer: screen 2 shows it under the cursor"),
+        (glyphs.missing, "not measured yet"),
+        ("n/a", "a comparison that has no meaning here; the screen says why"),
+        ("! in a trend", "a value that was not finite"),
+    )
+
+
+COLUMN_WIDTH = 66
+"""Cells in which a text is easy to read."""
+COLUMN_GAP = 3
+MAX_COLUMNS = 3
+MAX_NAME_WIDTH = 20
+MIN_TEXT_WIDTH = 10
+
+
+@dataclass(frozen=True)
+class HelpBlock:
+    """A heading and its entries: a key or a name, and what it means."""
+
+    title: str
+    entries: Sequence[tuple[str, str]]
+    style: str = "accent"
+    """Of the names."""
+
+
+def help_blocks(
+    groups: Sequence[KeyGroup], glyphs: Glyphs, info: RunInfo | None = None
+) -> list[HelpBlock]:
+    """All of the help, keys first; `info` is that of the run whose cadences are listed."""
+    keys = [
+        HelpBlock(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))
+        for group in groups
+    ]
+    return [
+        *keys,
+        HelpBlock("The phases of a step", PHASES, "strong"),
+        HelpBlock("What is measured", QUANTITIES, "strong"),
+        HelpBlock("Measured less often to stay within the budget", cadence_entries(info), "strong"),
+        HelpBlock("Attention: Wq, Wk, Wv of every layer", ATTENTION, "strong"),
+        HelpBlock("Signs", sign_entries(glyphs), "strong"),
+    ]
+
+
+class HelpView(ScrollingLines):
+    """Blocks in columns of about equal height."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._blocks: Sequence[HelpBlock] = ()
+        self._layout: list[list[Span]] = []
+
+    def show_blocks(self, blocks: Sequence[HelpBlock]) -> None:
+        """Show some blocks."""
+        self._blocks = blocks
+        self.lines_changed()
+
+    def lines_changed(self, first: int = 0) -> None:
+        """Lay the text out for the present width."""
+        self._layout = self._laid_out(max(1, self.view_size.width))
+        super().lines_changed(first)
+
+    def line_count(self) -> int:
+        """Rows of the longest column."""
+        return len(self._layout)
+
+    def line(self, index: int) -> Row:
+        """One row through all columns."""
+        return self.styled(self._layout[index])
+
+    def _laid_out(self, width: int) -> list[list[Span]]:
+        if not self._blocks:
+            return []
+        count = max(1, min(MAX_COLUMNS, (width + COLUMN_GAP) // (COLUMN_WIDTH + COLUMN_GAP)))
+        column_width = (width - COLUMN_GAP * (count - 1)) // count
+        columns = _columns([self._block_rows(block, column_width) for block in self._blocks], count)
+        rows: list[list[Span]] = []
+        for y in range(max(map(len, columns))):
+            row: list[Span] = []
+            for column in columns:
+                spans = column[y] if y < len(column) else []
+                used = sum(len(text) for text, _ in spans)
+                row += [*spans, (" " * (column_width - used + COLUMN_GAP), "text")]
+            rows.append(row)
+        return rows
+
+    def _block_rows(self, block: HelpBlock, width: int) -> list[list[Span]]:
+        rule = self.glyphs.rule * max(0, width - len(block.title) - 1)
+        rows: list[list[Span]] = [[(block.title, "title"), (f" {rule}", "faint")]]
+        longest = max((len(name) for name, _ in block.entries), default=0)
+        left = min(longest + 2, MAX_NAME_WIDTH)
+        for name, text in block.entries:
+            for number, part in enumerate(wrap(text, max(MIN_TEXT_WIDTH, width - left))):
+                head = name if number == 0 else ""
+                rows.append([(f"{head:<{left}}", block.style), (part, "text")])
+        return [*rows, []]
+
+
+def _columns(blocks: Sequence[list[list[Span]]], count: int) -> list[list[list[Span]]]:
+    """The rows of blocks in `count` columns of about equal height; no block is split."""
+    target = sum(map(len, blocks)) / count
+    columns: list[list[list[Span]]] = [[]]
+    total = 0
+    for rows in blocks:
+        full = total + len(rows) / 2 > target * len(columns)
+        if full and len(columns) < count and columns[-1]:
+            columns.append([])
+        columns[-1] += rows
+        total += len(rows)
+    return columns
 
 
 class HelpScreen(DetailScreen):

@@ -16,18 +16,17 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.text import truncate_middle
-from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.panels.parameters import (
     MODEL_ORDER,
     ParameterTable,
     ParameterValues,
     format_shape,
 )
-from tui_trainer.ui.panels.staleness import staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
-from tui_trainer.ui.widgets.series_chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 

@@ -24,7 +24,7 @@ from tui_trainer.ui.panels.samples import (
     tiles_of,
 )
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
-from tui_trainer.ui.widgets.series_chart import ChartCurve, SeriesChart
+from tui_trainer.ui.widgets.chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 

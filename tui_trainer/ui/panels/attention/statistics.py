@@ -22,7 +22,7 @@ from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import AttentionInfo
 from tui_trainer.ui.panels.base import newest_row
-from tui_trainer.ui.widgets.series_chart import ChartCurve
+from tui_trainer.ui.widgets.chart import ChartCurve
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell
 
 MATRICES = ("q", "k", "v")
