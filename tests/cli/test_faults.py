@@ -113,7 +113,7 @@ def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
 
 def test_a_model_too_large_for_memory(tmp_path: Path) -> None:
     done = call("gpt", "--width", "131072", "--layers", "100", *SHORT, cwd=tmp_path)
-    assert_refused(done, "out of memory: 64 GiB could not be allocated", "--batch-size", status=1)
+    assert_refused(done, "out of memory: 64.0 GB could not be allocated", "--batch-size", status=1)
 
 
 def test_a_task_whose_loss_ends_as_nan_has_failed(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 
 from tests import processes
 from tests.oracle.truth import ByHand, Silence, Truth
-from tui_trainer.cli.commands.show import _as_json, summarize_run
+from tui_trainer.cli.commands.show import as_json
+from tui_trainer.cli.run_summary import summarize_run
 from tui_trainer.export.formats import write_csv, write_jsonl
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.schema import RunInfo
@@ -96,7 +97,7 @@ def run_traced(
         recorder.close()
     found = inspect_run(run)
     assert found is not None
-    show = json.loads(_as_json(summarize_run(found)))
+    show = json.loads(as_json(summarize_run(found)))
     history = open_history(run)
     try:
         write_jsonl(history, _descriptor(folder / "export.jsonl"))

@@ -67,7 +67,7 @@ def test_the_log_marks_where_it_is_cut(tmp_path):
         log.write(b"0123456789\n")
     assert log.close()
     assert path.read_text() == (
-        "0123456789\n0123456789\n\n… (the log file ends here, at 20 bytes; "
+        "0123456789\n0123456789\n\n… (the log file ends here, at 20 B; "
         "the app shows later output)\n"
     )
 

@@ -11,7 +11,7 @@ import pytest
 from tests.ui.fake import FakeSession, fake_two_transformers
 from tests.ui.fake_run import with_unseen
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.cli.commands.show import _attention
+from tui_trainer.cli.run_summary import _attention
 from tui_trainer.history.analysis import layers_in, location_of
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.report.charts import _attention as charts_of
@@ -162,10 +162,10 @@ def test_the_picture_and_the_report_have_the_layers_of_both() -> None:
     assert session.run is not None
     info, history = session.run.info, session.history
     seen = _attention(info, history)
-    assert [each["layer"] for each in seen] == [each.layer for each in info.attention]
+    assert [each.layer for each in seen] == [each.layer for each in info.attention]
     for number, each in enumerate(seen):
         value = newest(session, schema.ATTENTION, number, "drift_k")
-        assert each["drift_k"] == pytest.approx(value)
+        assert each.values["drift_k"] == pytest.approx(value)
     recorded = SimpleNamespace(
         history=history,
         info=info,

@@ -6,16 +6,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from tui_trainer.cli.commands.show import finding_lines
 from tui_trainer.cli.errors import FAULT
 from tui_trainer.cli.options import CheckOptions, RunOptions
 from tui_trainer.cli.run_setup import prepare
+from tui_trainer.cli.run_text import finding_lines
 from tui_trainer.cli.script import Script
 from tui_trainer.findings.verdict import finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
@@ -58,7 +57,7 @@ def check_script(script: Script, options: CheckOptions) -> int:
         host.gate.call_every((options.steps,), lambda step: host.gate.stop())
         status = run_to_end(host, collector)
     end = collector.end
-    findings = [finding_object(finding) for finding in newest_findings(collector.findings)]
+    findings = newest_findings(collector.findings)
     with stdout:
         if options.json:
             stdout.write(_as_json(script, end, findings) + "\n")
@@ -67,21 +66,21 @@ def check_script(script: Script, options: CheckOptions) -> int:
             console.print(*_report(script, end, findings), sep="\n")
     if end.state == "crashed":
         return status or FAULT
-    return FAULT if any(each["level"] != "info" for each in findings) else 0
+    return FAULT if any(finding.level != "info" for finding in findings) else 0
 
 
-def _as_json(script: Script, end: Status, findings: list[dict[str, Any]]) -> str:
+def _as_json(script: Script, end: Status, findings: list[Finding]) -> str:
     made = {
         "script": script.title,
         "steps": end.step,
         "state": end.state,
         "reason": end.reason if end.state == "crashed" else "",
-        "findings": findings,
+        "findings": [finding_object(finding) for finding in findings],
     }
     return msgspec.json.encode(made).decode()
 
 
-def _report(script: Script, end: Status, findings: list[dict[str, Any]]) -> list[Text]:
+def _report(script: Script, end: Status, findings: list[Finding]) -> list[Text]:
     lines = finding_lines(findings, details=True)
     steps = counted(end.step, "step")
     if not end.step:
@@ -89,7 +88,7 @@ def _report(script: Script, end: Status, findings: list[dict[str, Any]]) -> list
     elif not findings:
         lines.append(Text(f"{script.title}: no findings in {steps}"))
     else:
-        causes = sum(each["cause"] is None for each in findings)
+        causes = sum(each.cause is None for each in findings)
         lines.append(Text(f"{script.title}: {counted(causes, 'finding')} in {steps}"))
     if end.state == "crashed":
         lines.append(Text(f"it crashed: {end.reason}", "red"))

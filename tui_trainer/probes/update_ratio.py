@@ -12,6 +12,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent, to_float32
+from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
@@ -75,9 +76,8 @@ class UpdateRatio(Probe):
             if size <= room:
                 self._whole_step = step
             else:
-                text = (
-                    f"a copy of the weights takes {_mib(size)}, but only {_mib(room)} are available"
-                )
+                needed, free = bytes_(size, 0), bytes_(room, 0)
+                text = f"a copy of the weights takes {needed}, but only {free} are available"
                 self.missing = step, text
         return self._whole_step == step
 
@@ -163,10 +163,6 @@ def room_before_pause(device: torch.device, options: Options) -> int:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE_OF_FREE * (free + held))
     return options.copy_budget_bytes
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"
 
 
 def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]:

@@ -10,7 +10,15 @@ from __future__ import annotations
 import math
 
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.messages import NonFiniteValue
+from tui_trainer.protocol.messages import (
+    Clip,
+    Event,
+    Finding,
+    NonFinite,
+    NonFiniteValue,
+    Notice,
+    Skipped,
+)
 from tui_trainer.protocol.schema import Scalar
 
 MISSING = "–"
@@ -146,6 +154,15 @@ def rough_duration(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
+def long_duration(seconds: float) -> str:
+    """`0.3 s`, `3 min 05 s`, `2 h 03 min`."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minute:02} min"
+    return f"{minute} min {second:02} s" if minute else f"{seconds:.1f} s"
+
+
 def milliseconds(value: float | None, width: int = 7) -> str:
     """`46.1 ms`, and `1.53 s` from a second on."""
     if value is None or not math.isfinite(value):
@@ -185,6 +202,19 @@ def cadence(every: int) -> str:
     if every <= 0:
         return "not measured"
     return "every step" if every == 1 else f"every {every:,} steps"
+
+
+def event_text(event: Event) -> str:
+    """An event in one line."""
+    match event:
+        case Clip():
+            return f"clipped: norm {event.norm_before:.4g} over {event.max_norm:.4g}"
+        case NonFinite() | Skipped():
+            return event.text
+        case Finding():
+            return f"{event.title}: {event.text}"
+        case Notice():
+            return f"{event.text} ({event.who})" if event.who else event.text
 
 
 def _no_number(value: float | None, width: int) -> str:

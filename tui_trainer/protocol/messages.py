@@ -380,6 +380,20 @@ EventKind = Literal["clip", "nonfinite", "skipped", "finding"] | NoticeKind
 """The tag of an event, or the kind of a notice."""
 
 
+def event_kind(event: Event) -> EventKind:
+    match event:
+        case Clip():
+            return "clip"
+        case NonFinite():
+            return "nonfinite"
+        case Skipped():
+            return "skipped"
+        case Finding():
+            return "finding"
+        case Notice():
+            return event.kind
+
+
 class LogLine(msgspec.Struct, frozen=True, array_like=True):
     """A line that the script or a library printed."""
 

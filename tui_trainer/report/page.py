@@ -15,7 +15,14 @@ from tui_trainer import __version__
 from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.formatting import number, percent, scalar, step_of
+from tui_trainer.protocol.formatting import (
+    event_text,
+    long_duration,
+    number,
+    percent,
+    scalar,
+    step_of,
+)
 from tui_trainer.protocol.messages import Event, Finding, Level, NonFinite, Notice, Skipped
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
@@ -128,15 +135,7 @@ def _figures(data: ReportData) -> Iterator[Figure]:
     if nonfinite := data.event_count("nonfinite"):
         yield Figure("times a value became nan or inf", f"{nonfinite:,}")
     if data.status.elapsed_s:
-        yield Figure("training", _duration(data.status.elapsed_s))
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minute:02} min"
-    return f"{minute} min {second:02} s" if minute else f"{seconds:.1f} s"
+        yield Figure("training", long_duration(data.status.elapsed_s))
 
 
 # ---------------------------------------------------------------- tables
@@ -182,17 +181,21 @@ def _last_by_name(data: ReportData, name: str) -> dict[str, float]:
 def _events(events: list[Event]) -> list[EventRow]:
     """Without clips, which are marked on the chart."""
     rows = []
+    kind: str
+    level: Level
     for event in events:
-        if isinstance(event, Notice):
-            who = f" ({event.who})" if event.who else ""
-            rows.append(EventRow(event.step, event.kind, event.level, event.text + who))
-        elif isinstance(event, Finding):
-            text = f"{event.title}: {event.text}"
-            rows.append(EventRow(event.step, "finding", event.level, text))
-        elif isinstance(event, Skipped):
-            rows.append(EventRow(event.step, "skipped", "warning", event.text))
-        elif isinstance(event, NonFinite):
-            rows.append(EventRow(event.step, "non-finite", "error", event.text))
+        match event:
+            case Notice():
+                kind, level = event.kind, event.level
+            case Finding():
+                kind, level = "finding", event.level
+            case Skipped():
+                kind, level = "skipped", "warning"
+            case NonFinite():
+                kind, level = "non-finite", "error"
+            case _:
+                continue
+        rows.append(EventRow(event.step, kind, level, event_text(event)))
     return rows
 
 

@@ -15,6 +15,7 @@ import types
 from dataclasses import dataclass
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.messages import EndState
 from tui_trainer.trace.gate import StopTraining
 
@@ -107,21 +108,16 @@ def is_missing_compiler(error: BaseException) -> bool:
 
 
 def _allocation(error: BaseException) -> str:
-    """Such as `: 4 TiB could not be allocated (train.py, line 3)`."""
+    """Such as `: 4.0 TB could not be allocated (train.py, line 3)`."""
     found = re.search(r"tried to allocate ([\d.]+) ?([A-Za-z]+)", str(error), re.IGNORECASE)
-    amount = f": {_amount(found[1], found[2])} could not be allocated" if found else ""
+    amount = f": {bytes_(_bytes_of(found[1], found[2]), 0)} could not be allocated" if found else ""
     return amount + _place(error)
 
 
-def _amount(number: str, unit: str) -> str:
-    if unit != "bytes":
-        return f"{number} {unit}"
-    size = float(number)
-    for name in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            return f"{size:.3g} {name}"
-        size /= 1024
-    return f"{size:,.0f} PiB"
+def _bytes_of(number: str, unit: str) -> float:
+    """PyTorch writes bytes on the CPU, and KiB to GiB on a GPU."""
+    powers = {"kib": 1, "mib": 2, "gib": 3, "tib": 4}
+    return float(number) * 1024.0 ** powers.get(unit.lower(), 0)
 
 
 def _hint(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.formatting import bytes_, counted
 from tui_trainer.protocol.messages import Stream
 from tui_trainer.protocol.text import remove_escapes, sanitize
 
@@ -326,5 +326,5 @@ def _is_removed(file: BinaryIO) -> bool:
 
 
 def _limit_notice(limit: int) -> bytes:
-    size = f"{limit / 2**20:,.0f} MB" if limit >= 2**20 else f"{limit:,} bytes"
+    size = bytes_(limit, 0)
     return f"\n… (the log file ends here, at {size}; the app shows later output)\n".encode()

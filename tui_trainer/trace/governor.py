@@ -141,7 +141,7 @@ class Governor:
         for probe in probes:
             if probe.now != before[probe]:
                 text = (
-                    f"{probe.name} is now measured every {probe.now} steps: it costs "
+                    f"{probe.name} is now measured {cadence(probe.now)}: it costs "
                     f"{probe.cost_ms:.2f} ms of a {step_ms:.1f} ms step, and the budget is "
                     f"{percent(self.budget, 0)}"
                 )

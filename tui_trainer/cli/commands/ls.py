@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from rich.console import Console
@@ -16,10 +16,10 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.text import sanitize
-from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.runs.liveness import EntryState, RunEntry
 from tui_trainer.runs.registry import list_runs
 
-STYLES = {
+STYLES: dict[EntryState, str] = {
     "live": "green",
     "paused": "yellow",
     "finished": "",
@@ -45,7 +45,7 @@ def ls(
     for run in [run for run in found if run.state == "refused"][:MAX_REPORTED_REFUSALS]:
         say(run.note, run.hint)
     if json:
-        print(msgspec.json.encode([as_object(run) for run in runs]).decode())
+        print(msgspec.json.encode([overview_of(run) for run in runs]).decode())
         return 0
     if not runs:
         print(f"no {'live ' if live else ''}runs in {runs_directory(runs_dir)}")
@@ -56,34 +56,62 @@ def ls(
     return 0
 
 
-def as_object(run: RunEntry) -> dict[str, Any]:
-    """A run as JSON. The names are documented in docs/runs.md and stay as they are."""
+class RunOverview(msgspec.Struct, frozen=True, kw_only=True):
+    """A run as `ls --json` prints it. The names are documented in docs/runs.md and stay."""
+
+    name: str
+    state: EntryState
+    step: int
+    total_steps: int | None
+    loss: float | None
+    loss_text: str | None
+    steps_per_second: float | None
+    items_per_second: float | None
+    item_unit: str
+    directory: str
+    task: str
+    title: str
+    started_at: float
+    ended_at: float | None
+    age_s: float
+    elapsed_s: float
+    remaining_s: float | None
+    device: str
+    host: str
+    pid: int | None
+    parent: str | None
+    branch_step: int | None
+    note: str
+
+
+def overview_of(run: RunEntry) -> RunOverview:
+    """What the run's directory says of it."""
     status = run.reported
-    return {
-        "name": run.name,
-        "state": run.state,
-        "step": status.step,
-        "total_steps": status.total_steps,
-        "loss": status.loss,
-        "loss_text": status.loss_text or None,
-        "steps_per_second": status.steps_per_second if run.live else None,
-        "items_per_second": status.items_per_second if run.live else None,
-        "item_unit": status.item_unit,
-        "directory": str(run.directory),
-        "task": status.task,
-        "title": status.title,
-        "started_at": status.started_at,
-        "ended_at": status.ended_at,
-        "age_s": max(0.0, time.time() - status.started_at),
-        "elapsed_s": status.elapsed_s,
-        "remaining_s": status.remaining_s if run.live else None,
-        "device": status.device,
-        "host": status.host,
-        "pid": status.pid or None,
-        "parent": status.parent or None,
-        "branch_step": status.branch_step,
-        "note": run.note,
-    }
+    return RunOverview(
+        name=run.name,
+        state=run.state,
+        step=status.step,
+        total_steps=status.total_steps,
+        loss=status.loss,
+        loss_text=status.loss_text or None,
+        steps_per_second=status.steps_per_second if run.live else None,
+        items_per_second=status.items_per_second if run.live else None,
+        item_unit=status.item_unit,
+        directory=str(run.directory),
+        task=status.task,
+        title=status.title,
+        started_at=status.started_at,
+        ended_at=status.ended_at,
+        age_s=max(0.0, time.time() - status.started_at),
+        elapsed_s=status.elapsed_s,
+        remaining_s=status.remaining_s if run.live else None,
+        device=status.device,
+        host=status.host,
+        pid=status.pid or None,
+        parent=status.parent or None,
+        branch_step=status.branch_step,
+        note=run.note,
+    )
 
 
 def table(runs: list[RunEntry], now: float) -> Table:

@@ -1,0 +1,261 @@
+"""What `tui-trainer show` knows of one run: read from the live run, or from its recording."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import numpy as np
+
+from tui_trainer.cli.commands.ls import RunOverview, overview_of
+from tui_trainer.client.connection import RunClient
+from tui_trainer.client.replay import ReplaySession
+from tui_trainer.findings.verdict import newest_findings
+from tui_trainer.history import History
+from tui_trainer.history.analysis import attention_tables
+from tui_trainer.history.logged import logged_series
+from tui_trainer.history.ranks import RankSummary, summarize_ranks
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol import Phase, schema
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.protocol.messages import END_STATES, Event, Finding, Status
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import EntryState, RunEntry
+from tui_trainer.store.schema import STORE_FILE, StoreError
+
+CURVE_POINTS = 60
+EVENTS_SHOWN = 8
+ATTENTION_SHOWN = ("cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v")
+
+
+@dataclass(frozen=True)
+class SummaryCurve:
+    """A series over the whole run, in at most CURVE_POINTS buckets of steps."""
+
+    steps: tuple[int, ...] = ()
+    """The first step of each bucket."""
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+    last: float | None = None
+
+
+@dataclass(frozen=True)
+class LoggedValue:
+    """A value of `tui_trainer.log`."""
+
+    step: int
+    value: float | None
+    """None where it is not finite, or beyond float32."""
+    text: str | None = None
+    """Then `nan`, `inf`, `-inf` or the reason."""
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The newest statistics of an attention layer."""
+
+    layer: str
+    values: dict[str, float | None]
+    """By the names of ATTENTION_SHOWN."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is known of a run now. Numbers that are not finite are None."""
+
+    run: RunOverview
+    loss_curve: SummaryCurve = SummaryCurve()
+    grad_norm_curve: SummaryCurve = SummaryCurve()
+    grad_norm_preclip: float | None = None
+    learning_rate: float | None = None
+    validation: dict[str, float | None] = field(default_factory=dict)
+    clipped_share: float | None = None
+    phase_ms: dict[str, float | None] = field(default_factory=dict)
+    attention: tuple[LayerSummary, ...] = ()
+    phase: Phase | str = ""
+    parameters: int | None = None
+    """Number of elements of all trainable parameters."""
+    viewers: tuple[str, ...] = ()
+    recording: str = ""
+    """What is wrong with recording to disk; "" while nothing is."""
+    findings: tuple[Finding, ...] = ()
+    """What the rules found, worst first, effects after their cause."""
+    events: tuple[Event, ...] = ()
+    """The newest events, oldest first."""
+    ranks: tuple[RankSummary, ...] = ()
+    """The processes of a run with several."""
+    logged: dict[str, LoggedValue] = field(default_factory=dict)
+    """The newest value of each name of `tui_trainer.log`."""
+
+
+def summarize_run(run: RunEntry) -> RunSummary:
+    """Ask a live run; read the recording of one that has ended or does not answer."""
+    if not run.live:
+        return summarize_recording(run)
+    try:
+        with RunClient.connect(run, "tui-trainer show") as client:
+            return summarize_live(run, client)
+    except RunError as error:
+        summary = summarize_recording(run)
+        if summary.run.note:
+            return summary
+        return replace(summary, run=msgspec.structs.replace(summary.run, note=error.message))
+
+
+def summarize_recording(run: RunEntry) -> RunSummary:
+    """From the run's recording, or from its status file where that cannot be read."""
+    overview = overview_of(run)
+    try:
+        replay = ReplaySession(run.directory)
+    except StoreError as error:
+        there = (run.directory / STORE_FILE).exists()
+        return RunSummary(overview, recording=str(error) if there else "")
+    except OSError:
+        return RunSummary(overview)
+    try:
+        snapshot = replay.poll()
+        if snapshot.info is None:
+            return RunSummary(overview)
+        summary = _summary(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
+    finally:
+        replay.close()
+    # The registry knows the current state: a run that was killed could not record it.
+    recorded = msgspec.structs.replace(
+        summary.run,
+        state=run.state,
+        note=run.note,
+        steps_per_second=None,
+        items_per_second=None,
+        remaining_s=None,
+    )
+    if overview.step > recorded.step:
+        recorded = msgspec.structs.replace(
+            recorded, step=overview.step, loss=overview.loss, loss_text=overview.loss_text
+        )
+    recording = "; ".join(text for text in (summary.recording, snapshot.link.message) if text)
+    return replace(summary, run=recorded, viewers=(), recording=recording)
+
+
+def summarize_live(run: RunEntry, client: RunClient) -> RunSummary:
+    """Poll a live run for everything new. Raises RunError."""
+    while client.poll().more:
+        pass
+    snapshot = client.snapshot
+    assert snapshot.info is not None
+    return _summary(run, snapshot.history, snapshot.info, snapshot.status, snapshot.events)
+
+
+def _summary(
+    run: RunEntry, history: History, info: RunInfo, status: Status, events: Sequence[Event]
+) -> RunSummary:
+    step = history.table(schema.STEP)
+    loss = _curve(step, "loss")
+    latest = _latest(step)
+    return RunSummary(
+        run=_overview(run, info, status, loss.last),
+        loss_curve=replace(loss, last=finite(loss.last)),
+        grad_norm_curve=_curve(step, "grad_norm_preclip"),
+        grad_norm_preclip=latest.get("grad_norm_preclip"),
+        learning_rate=latest.get("learning_rate"),
+        validation={n: each.value for n, each in _logged(history, schema.VALIDATION).items()},
+        clipped_share=status.clipped_share,
+        phase_ms=_latest(history.table(schema.PHASE_MS)),
+        attention=_attention(info, history),
+        phase=status.phase,
+        parameters=sum(p.numel for p in info.parameters if p.trainable) or None,
+        viewers=status.viewers,
+        recording=status.recording,
+        findings=tuple(newest_findings(events)),
+        events=tuple(events[-EVENTS_SHOWN:]),
+        ranks=tuple(summarize_ranks(info, status, history)),
+        logged=_logged(history, schema.LOGGED),
+    )
+
+
+def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) -> RunOverview:
+    """With what the run itself says, instead of the older values of its status file."""
+    found = overview_of(run)
+    state: EntryState = found.state
+    if status.state == "paused":
+        state = "paused"
+    elif status.state in END_STATES:
+        state = status.state
+    return msgspec.structs.replace(
+        found,
+        state=state,
+        step=status.step,
+        total_steps=info.total_steps,
+        loss=finite(loss),
+        loss_text=nonfinite_text(loss),
+        steps_per_second=status.steps_per_second,
+        items_per_second=status.items_per_second,
+        item_unit=info.item_unit,
+        title=info.title or info.task,
+        elapsed_s=status.elapsed_s,
+        remaining_s=status.remaining_s,
+        device=info.device.name if info.device else found.device,
+        note=status.reason or status.waiting_for,
+    )
+
+
+def _logged(history: History, table: str) -> dict[str, LoggedValue]:
+    found: dict[str, LoggedValue] = {}
+    for each in logged_series(history, table):
+        if (newest := each.newest()) is not None:
+            step, value = newest
+            why = why_absent(value)
+            text = why.reason if why else nonfinite_text(value)
+            found[each.name] = LoggedValue(step, finite(value), text)
+    return found
+
+
+def finite(value: float | None) -> float | None:
+    """The value; None where it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def nonfinite_text(value: float | None) -> str | None:
+    """`nan`, `inf` or `-inf`; None for a finite or missing value."""
+    return nonfinite(value) if value is not None and not math.isfinite(value) else None
+
+
+def _latest(table: SeriesReader | None) -> dict[str, float | None]:
+    latest = table.latest() if table is not None else None
+    if table is None or latest is None:
+        return {}
+    names = [column.name for column in table.table.columns]
+    return {n: finite(float(v)) for n, v in zip(names, latest[1], strict=True)}
+
+
+def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
+    column = table.column(name) if table is not None else None
+    if table is None or column is None or table.first_step is None or table.last_step is None:
+        return SummaryCurve()
+    buckets = max(1, min(CURVE_POINTS, table.rows))
+    window = table.window([column], table.first_step, table.last_step + 1, buckets)
+    kept = np.flatnonzero(window.filled)
+    return SummaryCurve(
+        tuple(int(window.edges[i]) for i in kept),
+        tuple(finite(float(window.low[i, 0])) for i in kept),
+        tuple(finite(float(window.high[i, 0])) for i in kept),
+        table.newest(name),
+    )
+
+
+def _attention(info: RunInfo, history: History) -> tuple[LayerSummary, ...]:
+    newest: dict[str, float | None] = {}
+    for table in attention_tables(history, schema.ATTENTION):
+        newest |= _latest(table)
+    if not newest:
+        return ()
+    return tuple(
+        LayerSummary(
+            each.layer,
+            {name: newest.get(f"{each.layer}.{name}") for name in ATTENTION_SHOWN},
+        )
+        for each in info.attention
+    )
