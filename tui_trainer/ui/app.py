@@ -34,7 +34,7 @@ from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
 
 if TYPE_CHECKING:
-    from tui_trainer.ui.screens.base import AppContext
+    from tui_trainer.ui.screens import AppContext
 
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""

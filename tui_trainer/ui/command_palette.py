@@ -13,8 +13,7 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import Action
-from tui_trainer.ui.screens import SCREENS
-from tui_trainer.ui.screens.base import AppContext, app_context
+from tui_trainer.ui.screens import SCREENS, AppContext, app_context
 
 COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
     ("Full speed", "Remove the limit on steps per second", messages.Throttle(None)),

@@ -1,15 +1,19 @@
-"""The screens with their keys. A screen's module is imported after the first paint, or when the
-screen is first shown."""
+"""The screens with their keys, and what they may ask of the app. A screen's module is imported
+after the first paint, or when the screen is first shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
-if TYPE_CHECKING:
-    from textual.screen import Screen
+from textual.dom import DOMNode
+from textual.screen import Screen
+
+from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.protocol.messages import Action
+from tui_trainer.ui.widgets.lines import DrawingContext
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,30 @@ SCREENS = (
     ScreenEntry("ranks", "9", "Ranks", "ranks:RanksScreen", "One line for each process of the run"),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
 )
+
+
+class AppContext(DrawingContext, Protocol):
+    """The app, as far as its screens know it."""
+
+    session: Session | None
+    snapshot: Snapshot
+    """The snapshot on screen."""
+    on_launch: OnLaunch | None
+    """Starts a run from the start screen; None where nothing can be started."""
+
+    def command(self, action: Action) -> None:
+        """Send a command to the run and show its answer."""
+
+    def attach(self, session: Session) -> None:
+        """Show the run of another session."""
+
+    def action_go(self, mode: str) -> None:
+        """Switch to the screen of `mode`."""
+
+    def screen_resumed(self, screen: Screen[Any]) -> None:
+        """Draw a screen that came to the front."""
+
+
+def app_context(node: DOMNode) -> AppContext:
+    """The app that shows `node`."""
+    return cast(AppContext, node.app)

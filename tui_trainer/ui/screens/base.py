@@ -1,28 +1,25 @@
 """Base classes of the screens: `RunScreen` shows snapshots, `ControlScreen` adds the keys that
-control the run, `DetailScreen` a header and the line of keys. `AppContext` is what they may ask of
-the app."""
+control the run, `DetailScreen` a header and the line of keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any
 
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.dom import DOMNode
 from textual.screen import Screen
 from textual.widget import Widget
 
-from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Action
 from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.verdict import VerdictLine
+from tui_trainer.ui.screens import AppContext, app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
-from tui_trainer.ui.widgets.lines import DrawingContext
 
 MIN_SIZE = (40, 10)
 """Columns and rows below which a screen only says that the terminal is too small."""
@@ -48,33 +45,6 @@ CONTROL_BINDINGS = (
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
-
-
-class AppContext(DrawingContext, Protocol):
-    """The app, as far as its screens know it."""
-
-    session: Session | None
-    snapshot: Snapshot
-    """The snapshot on screen."""
-    on_launch: OnLaunch | None
-    """Starts a run from the start screen; None where nothing can be started."""
-
-    def command(self, action: Action) -> None:
-        """Send a command to the run and show its answer."""
-
-    def attach(self, session: Session) -> None:
-        """Show the run of another session."""
-
-    def action_go(self, mode: str) -> None:
-        """Switch to the screen of `mode`."""
-
-    def screen_resumed(self, screen: Screen[Any]) -> None:
-        """Draw a screen that came to the front."""
-
-
-def app_context(node: DOMNode) -> AppContext:
-    """The app that shows `node`."""
-    return cast(AppContext, node.app)
 
 
 class RunScreen(Screen[Any]):

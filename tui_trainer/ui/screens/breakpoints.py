@@ -20,7 +20,7 @@ from tui_trainer.protocol.messages import (
     ChangeBreakpoint,
     DeleteBreakpoint,
 )
-from tui_trainer.ui.screens.base import app_context
+from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 EXAMPLES = "such as loss > 3 * ema(loss), nonfinite, grad_norm(any) > 10 at backward"
