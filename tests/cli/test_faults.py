@@ -153,7 +153,7 @@ def test_an_exception_at_step_7(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("allocate", "message"),
-    [("torch.empty(10**15)", "out of memory: 4 PiB"), ("bytearray(10**18)", "out of memory")],
+    [("torch.empty(10**15)", "out of memory: 3.6 PB"), ("bytearray(10**18)", "out of memory")],
 )
 def test_out_of_memory(allocate: str, message: str, tmp_path: Path) -> None:
     path = script(tmp_path, then=f"if step == 7: {allocate}")

@@ -116,11 +116,11 @@ def bytes_(value: float | None, width: int = 9) -> str:
     """`611.2 MB`, powers of 1024."""
     if value is None or not math.isfinite(value):
         return _no_number(value, width)
-    for unit in ("B", "KB", "MB", "GB"):
+    for unit in ("B", "KB", "MB", "GB", "TB"):
         if abs(value) < 1000:
             return _fit(f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}", width)
         value /= 1024
-    return _fit(f"{value:.1f} TB", width)
+    return _fit(f"{value:.1f} PB", width)
 
 
 def duration(seconds: float | None, width: int = 9) -> str:
