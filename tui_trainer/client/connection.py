@@ -25,6 +25,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
+from tui_trainer.protocol.inspection import Inspect, Inspected, InspectionRequest
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -133,6 +134,7 @@ class Connection(asyncio.Protocol):
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._update: asyncio.Future[Update] | None = None
         self._acks: dict[int, asyncio.Future[Ack]] = {}
+        self._inspected: dict[int, asyncio.Future[Inspected]] = {}
         self._command_ids = itertools.count(1)
         self._heard_at = self._frame_began_at = time.monotonic()
         self._silence_timer: asyncio.TimerHandle | None = None
@@ -171,6 +173,16 @@ class Connection(asyncio.Protocol):
         answer = self._acks[number] = self._send(Command(number, action))
         return answer
 
+    async def inspect(self, request: InspectionRequest) -> Inspected:
+        """Ask for a look into tensors, until the run has done it or cannot: the latest request of a
+        connection only. Raises RunError when the connection ends."""
+        number = next(self._command_ids)
+        while True:
+            answer = self._inspected[number] = self._send(Inspect(number, request))
+            inspected: Inspected = await answer
+            if inspected.state != "pending":
+                return inspected
+
     @property
     def commands_due(self) -> int:
         """Commands that are not acknowledged yet."""
@@ -196,11 +208,12 @@ class Connection(asyncio.Protocol):
         if self._on_lost is not None:
             self._on_lost()
 
-    def _due(self) -> list[asyncio.Future[Welcome] | asyncio.Future[Update] | asyncio.Future[Ack]]:
+    def _due(self) -> list[asyncio.Future[Any]]:
         polls = () if self._update is None else (self._update,)
-        return [each for each in (self._welcome, *polls, *self._acks.values()) if not each.done()]
+        answers = (self._welcome, *polls, *self._acks.values(), *self._inspected.values())
+        return [each for each in answers if not each.done()]
 
-    def _send(self, message: Poll | Command) -> asyncio.Future[Any]:
+    def _send(self, message: Poll | Command | Inspect) -> asyncio.Future[Any]:
         """The future answer to a message, sent at once."""
         answer = self._loop.create_future()
         if self.error is not None:
@@ -274,6 +287,10 @@ class Connection(asyncio.Protocol):
                 future = self._acks.pop(message.id)
                 if not future.done():
                     future.set_result(message)
+            case Inspected() if message.id in self._inspected:
+                inspection = self._inspected.pop(message.id)
+                if not inspection.done():
+                    inspection.set_result(message)
             case _:
                 raise ProtocolError(f"a {type(message).__name__} that was not requested")
 
@@ -330,6 +347,10 @@ class RunClient:
             return ack
         taken = self.command(TakeControl())
         return self.command(action) if taken.ok else taken
+
+    def inspect(self, request: InspectionRequest) -> Inspected:
+        """Ask for a look into tensors, and wait until the run has done it or cannot."""
+        return self._runner.run(self._connection.inspect(request))
 
     async def _command(self, action: Action) -> Ack:
         return await self._connection.command(action)

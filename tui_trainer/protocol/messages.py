@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import msgspec
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.schema import RunInfo
 
 State = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "crashed"]
@@ -591,5 +592,5 @@ class Ack(msgspec.Struct, tag="ack", frozen=True, array_like=True):
     hint: str = ""
 
 
-ToRun = Hello | Poll | Command | Join
-ToViewer = Welcome | Refused | Update | Ack
+ToRun = Hello | Poll | Command | Inspect | Join
+ToViewer = Welcome | Refused | Update | Ack | Inspected

@@ -29,6 +29,7 @@ from tui_trainer.run.rank_control import RankFollower
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
+    from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
 
@@ -153,6 +154,9 @@ class ChildTraining:
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Does nothing: checkpoints are requested from rank 0."""
+
+    def inspect_with(self, inspector: Inspector) -> None:
+        """Does nothing: viewers inspect rank 0's tensors."""
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Does nothing: nothing has to be undone in a child."""

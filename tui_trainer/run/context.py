@@ -11,6 +11,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
+    from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
 
@@ -36,6 +37,9 @@ class RunContext(Protocol):
     def save_with(self, saver: CheckpointSaver) -> None:
         """Set the saver of the checkpoints that are requested by viewers or when stopping."""
 
+    def inspect_with(self, inspector: Inspector) -> None:
+        """Set what looks into the tensors of the training."""
+
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this on the training thread once the training has ended."""
 
@@ -45,6 +49,7 @@ class RunContext(Protocol):
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
+    from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.probes import PROBES, RANK_PROBES
     from tui_trainer.probes.replica import ReplicaChecksum
     from tui_trainer.trace.probe import Options
@@ -55,5 +60,6 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     recorded = (*PROBES, ReplicaChecksum) if several else PROBES
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
+    run.inspect_with(Inspector(tracer))
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

@@ -33,6 +33,7 @@ from tui_trainer.record.status_file import StatusFile
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.control import CommandHandler
 from tui_trainer.run.environment import initial_info, limit_openmp_spinning
+from tui_trainer.run.inspection import Inspections
 from tui_trainer.run.outcome import (
     FAILURE,
     STOPPED,
@@ -51,6 +52,7 @@ from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate, Refusal
 
 if TYPE_CHECKING:
+    from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
 
 
@@ -101,7 +103,8 @@ class Host:
             self.controls,
             self.breakpoints,
         )
-        self.server = Server(spec.name, self.recorder, control, self._serve_rank)
+        self.inspections = Inspections(self.gate)
+        self.server = Server(spec.name, self.recorder, control, self._serve_rank, self.inspections)
         self._saver: CheckpointSaver | None = None
         self._script_started = False
         self._at_end: list[Callable[[], None]] = []
@@ -239,6 +242,9 @@ class Host:
 
     def save_with(self, saver: CheckpointSaver) -> None:
         self._saver = saver
+
+    def inspect_with(self, inspector: Inspector) -> None:
+        self.inspections.inspector = inspector
 
     def at_end(self, call: Callable[[], None]) -> None:
         self._at_end.append(call)

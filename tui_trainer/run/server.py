@@ -23,6 +23,7 @@ from tui_trainer import __version__
 from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
+from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import (
     Ack,
     Command,
@@ -38,6 +39,7 @@ from tui_trainer.protocol.messages import (
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.control import CommandHandler, Viewer
+from tui_trainer.run.inspection import Inspections
 from tui_trainer.runs.security import peer_user
 
 GREETING_TIMEOUT_S = 10.0
@@ -66,8 +68,10 @@ class ViewerConnection:
         control: CommandHandler,
         idle_timeout_s: float | None = None,
         serve_rank: Callable[[socket.socket, Join], None] | None = None,
+        inspections: Inspections | None = None,
     ) -> None:
         self._stream = stream
+        self._inspections = inspections
         self._serve_rank = serve_rank
         self._viewer_id = viewer_id
         self._run_name = run_name
@@ -101,6 +105,8 @@ class ViewerConnection:
             self.seen_end.set()
             if self.viewer is not None:
                 self._control.left(self.viewer)
+                if self._inspections is not None:
+                    self._inspections.left(self.viewer.id)
             self.close()
 
     def close(self) -> None:
@@ -181,8 +187,15 @@ class ViewerConnection:
                 result = self._control.perform(self.viewer, message.action)
                 status = self._recorder.status
                 self._send(Ack(message.id, result.ok, status, result.message, result.hint))
+            case Inspect():
+                self._send(self._inspected(message))
             case Hello() | Join():
                 raise ProtocolError("it sent a second greeting")
+
+    def _inspected(self, message: Inspect) -> Inspected:
+        if self._inspections is None:
+            return Inspected(message.id, "failed", message="this run has no tensors")
+        return self._inspections.answer(self._viewer_id, message)
 
     def _send(self, message: ToViewer) -> None:
         try:
@@ -233,8 +246,10 @@ class Server:
         recorder: Recorder,
         control: CommandHandler,
         serve_rank: Callable[[socket.socket, Join], None] | None = None,
+        inspections: Inspections | None = None,
     ) -> None:
         """`serve_rank(stream, join)` serves a training process that has joined the run."""
+        self._inspections = inspections
         self._serve_rank = serve_rank
         self._run_name = run_name
         self._recorder = recorder
@@ -270,6 +285,7 @@ class Server:
             self._control,
             idle_timeout_s,
             self._serve_rank,
+            self._inspections,
         )
         with self._lock:
             self._connections[viewer_id] = connection

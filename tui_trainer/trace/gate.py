@@ -74,6 +74,10 @@ class _Request:
     work: Callable[[], Any]
     future: Future[Any]
     mid_step: bool
+    when_paused: bool
+
+    def may_run(self, phase: Phase, paused: bool) -> bool:
+        return phase == "step" or self.mid_step or (self.when_paused and paused)
 
     def run(self) -> None:
         if not self.future.set_running_or_notify_cancel():
@@ -266,14 +270,16 @@ class Gate:
             self._target = None
             self._release()
 
-    def call_soon(self, work: Callable[[], Any], mid_step: bool = False) -> Future[Any]:
-        """Run `work()` on the training thread between two steps (with `mid_step` at any phase
-        boundary), also while it is paused there."""
+    def call_soon(
+        self, work: Callable[[], Any], mid_step: bool = False, when_paused: bool = False
+    ) -> Future[Any]:
+        """Run `work()` on the training thread between two steps, also while it is paused there.
+        With `mid_step` at any phase boundary; with `when_paused` at one where it is paused."""
         future: Future[Any] = Future()
         with self._condition:
             if self._ended:
                 raise Refusal("the training has ended")
-            self._requests.append(_Request(work, future, mid_step))
+            self._requests.append(_Request(work, future, mid_step, when_paused))
             self._rearm()
             self._condition.notify_all()
         return future
@@ -410,7 +416,8 @@ class Gate:
         """Run the requests that are allowed at this boundary."""
         while True:
             with self._condition:
-                request = next((r for r in self._requests if r.mid_step or phase == "step"), None)
+                paused = self._waiting
+                request = next((r for r in self._requests if r.may_run(phase, paused)), None)
                 if request is None:
                     self._rearm()
                     return
@@ -470,7 +477,7 @@ class Gate:
         while self._waiting:
             self._serve_requests(phase)
             with self._condition:
-                if self._waiting and not any(r.mid_step or phase == "step" for r in self._requests):
+                if self._waiting and not any(r.may_run(phase, True) for r in self._requests):
                     self._condition.wait()
         self.paused_s += time.perf_counter() - began
 

@@ -121,6 +121,18 @@ class OptimizerRegistry:
         # A copy first: an optimizer may be freed meanwhile, and another thread may ask.
         return [entry.measurer for _, entry in list(self._entries.values())]
 
+    @property
+    def names(self) -> Names:
+        """Names of parameters and modules over all models."""
+        return self._names
+
+    def existing(self) -> list[tuple[str, Optimizer]]:
+        """(name, optimizer) of all that are alive, registered or not, without their wrappers."""
+        slots = {id(ref()): entry.measurer.slot.name for ref, entry in self._entries.values()}
+        optimizers = [each for each in self._optimizers() if isinstance(each, Optimizer)]
+        found = {id(each): each for each in map(unwrapped_optimizer, optimizers)}
+        return [(slots.get(key, class_name(each)), each) for key, each in found.items()]
+
     # ------------------------------------------------------------ finding optimizers
 
     def add_created(self, optimizer: Optimizer) -> None:

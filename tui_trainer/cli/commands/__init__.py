@@ -19,6 +19,7 @@ _RUNS = {
     "step": ("control", "make one optimizer step, or N, then pause"),
     "stop": ("control", "finish the running step, then end the run"),
     "break": ("breakpoints", "pause a run when a condition is met, or list its breakpoints"),
+    "inspect": ("inspect", "look into a tensor of a live run, or list its tensors"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }

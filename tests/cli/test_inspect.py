@@ -1,0 +1,117 @@
+"""`inspect` of a real run: its list, a summary as text and JSON, files, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests import processes
+from tests.cli.calling import COMMAND, assert_refused, call
+
+LOOP = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(5, 1))
+half = torch.nn.Linear(5, 4, bias=False).bfloat16()
+model.register_buffer("table", half.weight.detach())
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+for step in range(1, 41):
+    optimizer.zero_grad()
+    model(torch.randn(8, 12)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LOOP)
+    process = processes.Popen(
+        [*COMMAND, "run", "--json", "--name", "one", "--break", "step == 3 at backward",
+         "--break", "step == 5", "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+
+    def until_stopped() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line).get("kind") == "breakpoint":
+                return
+        raise AssertionError("no breakpoint was reached")
+
+    def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return call("inspect", *arguments, cwd=tmp_path)
+
+    try:
+        until_stopped()
+        listed = inspect("one").stdout.splitlines()
+        assert listed[0].split() == ["tensor", "kind", "shape", "type", "bytes", "device"]
+        assert listed[1].split() == ["0.weight", "parameter", "5×12", "float32", "240", "B", "cpu"]
+        kinds = [line.split()[1] for line in listed[1:6]]
+        assert kinds == ["parameter", "gradient", "step", "exp_avg", "exp_avg_sq"]
+        assert "table" in listed[-1]
+
+        text = inspect("one", "0.weight", "--grad").stdout
+        assert text.startswith("gradient of 0.weight\n5×12 float32, 240 B on cpu · step 3, after ")
+        for part in ("mean ", "std ", "norm ", "quantile", "histogram", "largest ", "smallest "):
+            assert part in text
+        assert "mean |x| of blocks 1×1, rows 0 to 5, columns 0 to 12" in text
+
+        found = json.loads(inspect("one", "0.weight", "--window", "1:3,4:10", "--json").stdout)
+        assert (found["run"], found["step"], found["phase"]) == ("one", 3, "backward")
+        assert found["statistics"]["count"] == 60
+        assert np.shape(found["heat"]["cells"]) == (2, 6)
+
+        assert inspect("one", "0.weight", "--save", "w.npy").stdout.startswith(
+            "wrote 0.weight (5×12"
+        )
+        saved = np.load(tmp_path / "w.npy")
+        assert saved.shape == (5, 12)
+        assert np.isclose(np.linalg.norm(saved), found["statistics"]["norm"], rtol=1e-5)
+        shown = np.array(found["heat"]["cells"], np.float32)
+        assert np.array_equal(np.abs(saved[1:3, 4:10]), shown)
+        assert_refused(inspect("one", "0.weight", "--save", "w.npy"), "w.npy already exists")
+        done = inspect("one", "0.w", "--state", "exp_avg_sq", "--save", "v.safetensors")
+        assert done.returncode == 0, done.stderr
+        ((name, state),) = load_file(tmp_path / "v.safetensors").items()
+        assert name == "exp_avg_sq of 0.weight"
+        assert state.shape == (5, 12)
+        assert (state >= 0).all()
+        assert inspect("one", "table", "--save", "h.npy").returncode == 0
+        assert np.load(tmp_path / "h.npy").dtype == np.float32
+        assert inspect("one", "table", "--save", "h.safetensors").returncode == 0
+        assert b'"BF16"' in (tmp_path / "h.safetensors").read_bytes()[:200]
+
+        assert_refused(inspect("one", "weight"), "2 tensors match weight", "0.weight, 1.weight")
+        assert_refused(inspect("one", "wieght"), "no parameter or buffer matches wieght")
+        assert_refused(inspect("one", "table", "--grad"), "table has no gradient now")
+        assert_refused(
+            inspect("one", "0.weight", "--state", "exp"),
+            "no optimizer state exp", "it has step, exp_avg, exp_avg_sq",
+        )  # fmt: skip
+        for wrong in (("--window", "3"), ("--window", "5:3"), ("--save", "w.txt"),
+                      ("--grad", "--state", "exp_avg")):  # fmt: skip
+            assert_refused(inspect("one", "0.weight", *wrong), status=2)
+        assert_refused(inspect("one", "--grad"), "name a parameter", status=2)
+
+        assert call("resume", "one", cwd=tmp_path).returncode == 0
+        until_stopped()
+        assert "step 5, after step" in inspect("one", "0.bias").stdout
+        assert (
+            call("break", "one", "--disable", "1", "--disable", "2", cwd=tmp_path).returncode == 0
+        )
+        assert call("resume", "one", cwd=tmp_path).returncode == 0
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert_refused(inspect("one", "0.bias"), "one has finished")
+    finally:
+        process.kill()
+        process.communicate()

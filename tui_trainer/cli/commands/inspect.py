@@ -1,0 +1,360 @@
+"""`tui-trainer inspect RUN NAME`: statistics, histogram and heat map of a tensor of a live run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+from cyclopts import Parameter, validators
+from rich.text import Text
+
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
+from tui_trainer.client.connection import RunClient
+from tui_trainer.client.tensors import ENDINGS, cells_of, fetch, find_tensor, write_tensor
+from tui_trainer.protocol.formatting import bytes_, number, percent
+from tui_trainer.protocol.inspection import (
+    MAX_ENTRIES,
+    HeatMap,
+    Histogram,
+    Inspected,
+    InspectionRequest,
+    InspectionResult,
+    ListTensors,
+    Reduction,
+    Summarize,
+    TensorEntry,
+    TensorInfo,
+    TensorKind,
+    TensorList,
+    TensorStatistics,
+    TensorSummary,
+    Window,
+)
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry
+
+SHADES = " ░▒▓█"
+NOT_FINITE = "!"
+BARS = " ▁▂▃▄▅▆▇█"
+ROWS, COLUMNS = 16, 64
+T = TypeVar("T", bound=InspectionResult)
+
+
+def inspect(
+    run: Annotated[
+        str | None,
+        Parameter(
+            help="the run (default: the live one, if there is only one) and the name of a "
+            "parameter or buffer, or a part of it; without a name, the tensors are listed",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[str | None, Parameter(show=False)] = None,
+    /,
+    *,
+    grad: Annotated[bool, flag("the gradient of the parameter, as it is now")] = False,
+    state: Annotated[
+        str | None,
+        Parameter(
+            help="a tensor that its optimizer holds, such as exp_avg",
+            metavar="KEY",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        Parameter(
+            help="the part that the heat map shows, such as 0:128,64:96 (rows, columns)",
+            metavar="RANGES",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    reduce: Annotated[
+        Reduction,
+        Parameter(help="how a block of entries becomes one cell of the heat map", negative=()),
+    ] = "mean_abs",
+    entries: Annotated[
+        int,
+        Parameter(
+            help="how many of the largest and of the smallest entries",
+            metavar="N",
+            negative=(),
+            validator=validators.Number(gte=0, lte=MAX_ENTRIES),
+        ),
+    ] = 5,
+    json: Annotated[bool, flag("print one JSON object")] = False,
+    save: Annotated[
+        Path | None,
+        Parameter(
+            help="write the whole tensor to a .npy or .safetensors file",
+            metavar="FILE",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    overwrite: Annotated[bool, flag("replace an existing file")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """look into a tensor of a live run, or list its tensors"""
+    kind, key = _kind(grad, state)
+    if name is None and (kind or save or window):
+        raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
+    shown = _window(window, reduce)
+    _check_file(save, overwrite)
+    with cli_errors():
+        found = require_single_run(run, runs_dir)
+        with RunClient.connect(found, "tui-trainer inspect") as client:
+            listed = _ask(client, ListTensors())
+            tensors = _result(listed, TensorList)
+            if name is None:
+                print(_list_as_json(found, listed) if json else _list_as_text(tensors), flush=True)
+                return 0
+            tensor = find_tensor(tensors.tensors, name, kind, key)
+            if save is not None:
+                _save(client, tensor, save)
+                return 0
+            answer = _ask(client, Summarize(tensor.ref, window=shown, entries=entries))
+    summary = _result(answer, TensorSummary)
+    print(_as_json(found, answer) if json else _as_text(answer, summary), flush=True)
+    return 0
+
+
+def _kind(grad: bool, state: str | None) -> tuple[TensorKind | None, str]:
+    if grad and state is not None:
+        raise UsageError("--grad and --state name two different tensors", "give one of them")
+    if grad:
+        return "gradient", ""
+    return ("state", state) if state is not None else (None, "")
+
+
+def _window(text: str | None, reduction: Reduction) -> Window:
+    if text is None:
+        return Window(ROWS, COLUMNS, reduction=reduction)
+    ranges = [_range(part) for part in text.split(",")]
+    if not 1 <= len(ranges) <= 2 or None in ranges:
+        raise UsageError(
+            f"--window {text} is not understood",
+            "rows and columns: 0:128,64:96, or 0:128, or :,64:96",
+        )
+    (row_from, row_to), (column_from, column_to) = (*ranges, (0, None))[:2]  # type: ignore[misc]
+    return Window(ROWS, COLUMNS, row_from, row_to, column_from, column_to, reduction)
+
+
+def _range(text: str) -> tuple[int, int | None] | None:
+    """`64:96`, `64:` or `:`; None where it is no range."""
+    found = re.fullmatch(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*", text)
+    if found is None:
+        return None
+    first, last = int(found[1] or 0), int(found[2]) if found[2] else None
+    return None if last is not None and last <= first else (first, last)
+
+
+def _ask(client: RunClient, request: InspectionRequest) -> Inspected:
+    """The answer of the run. Raises RunError where it cannot."""
+    answer = client.inspect(request)
+    if answer.state == "failed":
+        raise RunError(answer.message, answer.hint)
+    return answer
+
+
+def _result(answer: Inspected, kind: type[T]) -> T:
+    if not isinstance(answer.result, kind):
+        raise CommandError("the run answered something else")
+    return answer.result
+
+
+# ---------------------------------------------------------------- saving
+
+
+def _check_file(save: Path | None, overwrite: bool) -> None:
+    if save is None:
+        return
+    if save.suffix not in ENDINGS:
+        raise UsageError(
+            f"cannot write {save.name}", f"its name must end in {' or '.join(ENDINGS)}"
+        )
+    if save.exists() and not overwrite:
+        raise CommandError(f"{save} already exists", "--overwrite replaces it")
+
+
+def _save(client: RunClient, tensor: TensorInfo, path: Path) -> None:
+    info, data = fetch(client.inspect, tensor.ref)
+    with _partial(path) as partial:
+        write_tensor(partial, info, data)
+    print(f"wrote {tensor.ref.text} ({_facts(info)}) to {path}", flush=True)
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` on success and is removed otherwise."""
+    partial = path.with_name(f".{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- text
+
+
+def _list_as_text(tensors: TensorList) -> str:
+    table = new_table(("tensor", "kind", "shape", "type", "bytes", "device"), right=("bytes",))
+    for each in tensors.tensors:
+        kind = each.ref.key if each.ref.kind == "state" else each.ref.kind
+        table.add_row(
+            Text(each.ref.name),
+            Text(kind),
+            shape_of(each),
+            each.dtype,
+            bytes_(each.bytes, 0),
+            Text(", ".join(filter(None, (each.device, each.note)))),
+        )
+    lines = [line.plain for line in table_lines(table)]
+    if tensors.left_out:
+        lines.append(f"and {tensors.left_out:,} more")
+    return "\n".join(lines) if tensors.tensors else "no tensors yet: no model has been called"
+
+
+def shape_of(tensor: TensorInfo) -> str:
+    return "×".join(map(str, tensor.shape)) or "0-d"
+
+
+def _facts(tensor: TensorInfo) -> str:
+    """`64×64 float32, 16.0 KB on cpu`"""
+    note = f", {tensor.note}" if tensor.note else ""
+    return f"{shape_of(tensor)} {tensor.dtype}, {bytes_(tensor.bytes, 0)} on {tensor.device}{note}"
+
+
+def when(answer: Inspected) -> str:
+    """`step 12, after backward`"""
+    return f"step {answer.step:,}" + (f", after {answer.phase}" if answer.phase else "")
+
+
+def _as_text(answer: Inspected, summary: TensorSummary) -> str:
+    tensor, statistics, heat = summary.tensor, summary.statistics, summary.heat
+    lines = [tensor.ref.text, f"{_facts(tensor)} · {when(answer)}"]
+    if statistics is not None and statistics.count:
+        lines += ["", *_statistics_lines(statistics)]
+    elif statistics is not None:
+        lines += ["", "it has no elements"]
+    if heat is not None:
+        lines += ["", *_heat_lines(heat)]
+    return "\n".join(lines)
+
+
+def _statistics_lines(statistics: TensorStatistics) -> list[str]:
+    table = columns("left", "right", "left", "right", "left", "right")
+    value = {name: number(getattr(statistics, name), 0) for name in ("mean", "std", "norm")}
+    table.add_row("mean", value["mean"], "std", value["std"], "norm", value["norm"])
+    low, high = number(statistics.minimum, 0), number(statistics.maximum, 0)
+    zeros = percent(statistics.zeros / statistics.count, 0)
+    table.add_row("min", low, "max", high, "zeros", zeros)
+    lines = [line.plain for line in table_lines(table)]
+    if statistics.not_finite:
+        lines.append(
+            f"not finite: {statistics.nan:,} nan, {statistics.positive_inf:,} inf, "
+            f"{statistics.negative_inf:,} -inf of {statistics.count:,}"
+        )
+        lines.append(f"  at {_places(statistics.nonfinite)}")
+    if statistics.quantiles:
+        lines += ["", *_quantile_lines(statistics)]
+        lines += ["", *_histogram_lines("histogram", statistics.histogram, log=False)]
+        if statistics.log_histogram.counts:
+            lines += _histogram_lines("|x|, log10", statistics.log_histogram, log=True)
+        if statistics.sampled < statistics.count:
+            share = f"{statistics.sampled:,} of {statistics.count:,} entries, evenly spaced"
+            lines.append(f"quantiles and histograms of {share}")
+    if statistics.largest:
+        lines += ["", f"largest   {_places(statistics.largest)}"]
+        lines.append(f"smallest  {_places(statistics.smallest)}")
+    return lines
+
+
+def _places(entries: tuple[TensorEntry, ...]) -> str:
+    return ", ".join(f"{number(e.value, 0)} [{', '.join(map(str, e.index))}]" for e in entries)
+
+
+def _quantile_lines(statistics: TensorStatistics) -> list[str]:
+    inner = statistics.quantiles[1:-1]
+    right: list[Alignment] = ["right"] * len(inner)
+    table = columns("left", *right)
+    table.add_row("quantile", *(percent(q, 0) for q, _ in inner))
+    table.add_row("", *(number(value, 0) for _, value in inner))
+    return [line.plain for line in table_lines(table)]
+
+
+def _histogram_lines(title: str, histogram: Histogram, log: bool) -> list[str]:
+    most = max(histogram.counts, default=0)
+    bars = "".join(
+        BARS[-(-count * (len(BARS) - 1) // most)] if most else " " for count in histogram.counts
+    )
+    low, high = (
+        (f"1e{histogram.low:.1f}", f"1e{histogram.high:.1f}")
+        if log
+        else (number(histogram.low, 0), number(histogram.high, 0))
+    )
+    return [f"{title:<10}  {low:>9} {bars} {high}"]
+
+
+def _heat_lines(heat: HeatMap) -> list[str]:
+    cells = cells_of(heat)
+    finite = np.isfinite(cells)
+    sizes = np.abs(np.where(finite, cells, 0.0))
+    top = float(sizes.max(initial=0.0))
+    levels = np.ceil(sizes / (top or 1.0) * (len(SHADES) - 1)).astype(int)
+    marks = np.where(finite, np.array(list(SHADES))[levels], NOT_FINITE)
+    if heat.lines:  # the rest of the last line
+        filled = -(-(heat.column_to - heat.column_from) // heat.block_columns)
+        marks.reshape(-1)[filled:] = " "
+    lines = ["  " + "".join(row).rstrip() for row in marks]
+    block = f"{heat.block_rows}×{heat.block_columns}"
+    text = {"mean_abs": "mean |x|", "mean": "|mean|", "max_abs": "max |x|"}[heat.reduction]
+    part = (
+        f"entries {heat.column_from:,} to {heat.column_to:,} in reading order"
+        if heat.lines
+        else f"rows {heat.row_from:,} to {heat.row_to:,}, "
+        f"columns {heat.column_from:,} to {heat.column_to:,}"
+    )
+    return [f"{text} of blocks {block}, {part}, darkest: {number(top, 0)}", *lines]
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _list_as_json(run: RunEntry, answer: Inspected) -> str:
+    tensors = _result(answer, TensorList)
+    return _json(run, answer, {"tensors": [_plain(t) for t in tensors.tensors]})
+
+
+def _as_json(run: RunEntry, answer: Inspected) -> str:
+    return _json(run, answer, _plain(answer.result))
+
+
+def _json(run: RunEntry, answer: Inspected, more: dict[str, Any]) -> str:
+    known = {"run": run.name, "step": answer.step, "phase": answer.phase}
+    return msgspec.json.encode({**known, "took_ms": answer.took_ms, **more}).decode()
+
+
+def _plain(value: Any) -> Any:
+    """A message as dictionaries and lists, without the tag; cells as rows of numbers."""
+    if isinstance(value, HeatMap):
+        fields = {name: getattr(value, name) for name in value.__struct_fields__}
+        return {**fields, "cells": cells_of(value).tolist()}
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

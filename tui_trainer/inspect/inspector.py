@@ -1,0 +1,80 @@
+"""Carries out requests to inspect tensors, on the training thread at its gate."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
+from tui_trainer.inspect.heat_map import heat_map
+from tui_trainer.inspect.statistics import statistics_of
+from tui_trainer.inspect.values import readable
+from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.protocol.inspection import (
+    MAX_ENTRIES,
+    InspectionRequest,
+    InspectionResult,
+    ListTensors,
+    ReadTensor,
+    Summarize,
+    TensorRef,
+    TensorSummary,
+)
+from tui_trainer.trace.tracer import Tracer
+
+MAX_COPY_BYTES = 2 << 30
+"""Of a tensor that is sent as a whole: it is copied to the host first."""
+PART_BYTES = 4 << 20
+
+
+class Inspector:
+    """Looks into the tensors of a traced training. Reads only: no random number is drawn, no graph
+    is recorded, and no tensor is written."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = weakref.ref(tracer)
+
+    def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
+        """Raises InspectionError, or whatever torch raises on an unusual tensor."""
+        tracer = self._tracer()
+        if tracer is None:
+            raise InspectionError("the training has ended")
+        catalog = TensorCatalog(tracer)
+        with torch.no_grad():
+            match request:
+                case ListTensors():
+                    return catalog.list()
+                case Summarize():
+                    return self._summarize(catalog, request)
+                case ReadTensor(tensor=ref):
+                    return TensorCopy(catalog, ref)
+
+    def _summarize(self, catalog: TensorCatalog, request: Summarize) -> TensorSummary:
+        found = catalog.find(request.tensor)
+        tensor = readable(found)
+        entries = min(max(request.entries, 0), MAX_ENTRIES)
+        empty = not tensor.numel()
+        with torch.autocast(tensor.device.type, enabled=False):
+            return TensorSummary(
+                info_of(request.tensor, found, catalog.note(request.tensor)),
+                statistics_of(tensor, entries) if request.statistics else None,
+                heat_map(tensor, request.window) if request.window and not empty else None,
+            )
+
+
+class TensorCopy:
+    """The bytes of a tensor on the host, for as long as a viewer fetches them."""
+
+    def __init__(self, catalog: TensorCatalog, ref: TensorRef) -> None:
+        found = catalog.find(ref)
+        tensor = readable(found)
+        self.info = info_of(ref, found, catalog.note(ref))
+        if self.info.bytes > MAX_COPY_BYTES:
+            size, limit = bytes_(self.info.bytes, 0), bytes_(MAX_COPY_BYTES, 0)
+            raise InspectionError(f"it has {size}, and at most {limit} are copied to save it")
+        copied = tensor.to("cpu", copy=True).contiguous().reshape(-1)
+        self._data = copied.view(torch.uint8).numpy() if copied.numel() else b""
+
+    def part(self, offset: int) -> bytes:
+        return bytes(self._data[max(0, offset) : max(0, offset) + PART_BYTES])

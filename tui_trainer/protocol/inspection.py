@@ -1,0 +1,228 @@
+"""Requests to look into the tensors of a run, and their answers.
+
+A viewer sends `Inspect`; the run answers `Inspected`, `pending` until the training thread has
+carried the request out at a boundary: the viewer then sends the same `Inspect` again. A viewer has
+one request at a time; another one replaces it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from tui_trainer.protocol import Phase
+
+TensorKind = Literal["parameter", "buffer", "gradient", "state"]
+"""`state`: of an optimizer, for one parameter."""
+Reduction = Literal["mean_abs", "mean", "max_abs"]
+"""How a heat map makes one cell of a block of entries."""
+InspectionState = Literal["pending", "done", "failed"]
+
+MAX_CELLS = 512 * 512
+"""Limit of `Window.rows` times `Window.columns`."""
+MAX_ENTRIES = 100
+"""Limit of `Summarize.entries`."""
+
+
+class TensorRef(msgspec.Struct, frozen=True, array_like=True):
+    """Identifies a tensor of a run."""
+
+    name: str
+    """Of the parameter or buffer."""
+    kind: TensorKind = "parameter"
+    key: str = ""
+    """Of a `state`: its name in the optimizer, such as `exp_avg`."""
+
+    @property
+    def text(self) -> str:
+        """`blocks.0.weight`, `gradient of blocks.0.weight`, `exp_avg of blocks.0.weight`"""
+        match self.kind:
+            case "gradient":
+                return f"gradient of {self.name}"
+            case "state":
+                return f"{self.key} of {self.name}"
+            case _:
+                return self.name
+
+
+class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor without its values."""
+
+    ref: TensorRef
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    bytes: int
+    note: str = ""
+    """What is special about it, such as `this rank's shard`."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class TensorList(msgspec.Struct, tag="tensors", frozen=True, array_like=True):
+    """The tensors that can be inspected now, in the order of the model."""
+
+    tensors: tuple[TensorInfo, ...]
+    left_out: int = 0
+    """How many further ones there are."""
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One element of a tensor."""
+
+    index: tuple[int, ...]
+    value: float
+
+
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """Counts in bins of equal width from `low` to `high`."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
+    """Statistics of the finite elements; nan where there is none."""
+
+    count: int
+    """Number of elements, finite or not."""
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    """Of the population: divided by the number of elements."""
+    norm: float
+    """2-norm."""
+    zeros: int
+    nan: int
+    positive_inf: int
+    negative_inf: int
+    sampled: int
+    """Number of elements that quantiles and histograms are computed from: all of them, or evenly
+    spaced ones of a large tensor."""
+    quantiles: tuple[tuple[float, float], ...]
+    """(q, value)"""
+    histogram: Histogram
+    log_histogram: Histogram
+    """Of log10 of the absolute values that are not zero."""
+    largest: tuple[TensorEntry, ...]
+    smallest: tuple[TensorEntry, ...]
+    nonfinite: tuple[TensorEntry, ...]
+    """The first elements that are not finite."""
+
+    @property
+    def not_finite(self) -> int:
+        return self.nan + self.positive_inf + self.negative_inf
+
+
+class Window(msgspec.Struct, frozen=True, array_like=True):
+    """The part of a tensor that a heat map shows, and the size that it is reduced to.
+
+    A tensor is shown as a matrix: its first dimension by all others. One with a single row or a
+    single dimension is shown in reading order, broken into lines: its window is a range of columns.
+    """
+
+    rows: int
+    """Number of cells, at most."""
+    columns: int
+    row_from: int = 0
+    row_to: int | None = None
+    """None: to the end."""
+    column_from: int = 0
+    column_to: int | None = None
+    reduction: Reduction = "mean_abs"
+
+
+class HeatMap(msgspec.Struct, frozen=True, array_like=True):
+    """A window of a tensor, reduced to blocks of equal size; the last ones may be smaller."""
+
+    matrix: tuple[int, int]
+    """Rows and columns of the whole tensor."""
+    row_from: int
+    row_to: int
+    column_from: int
+    column_to: int
+    block_rows: int
+    block_columns: int
+    rows: int
+    columns: int
+    reduction: Reduction
+    lines: bool
+    """Whether it is in reading order: cell k has the columns from `column_from + k * block_columns`
+    on, and nan fills the rest of the last line."""
+    cells: bytes
+    """float32 of shape (rows, columns); not finite for a block with such an element."""
+
+
+class TensorSummary(msgspec.Struct, tag="summary", frozen=True, array_like=True):
+    """The answer to `Summarize`."""
+
+    tensor: TensorInfo
+    statistics: TensorStatistics | None = None
+    heat: HeatMap | None = None
+
+
+class TensorData(msgspec.Struct, tag="data", frozen=True, array_like=True):
+    """A part of the bytes of a tensor, in C order and little-endian."""
+
+    tensor: TensorInfo
+    total: int
+    """Bytes of the whole."""
+    offset: int
+    data: bytes
+
+
+class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
+    """Asks which tensors there are."""
+
+
+class Summarize(msgspec.Struct, tag="summarize", frozen=True):
+    """Asks for statistics and a heat map of a tensor."""
+
+    tensor: TensorRef
+    statistics: bool = True
+    window: Window | None = None
+    entries: int = 8
+    """How many of the largest, of the smallest and of those that are not finite."""
+
+
+class ReadTensor(msgspec.Struct, tag="read_tensor", frozen=True):
+    """Asks for the bytes of a tensor from `offset` on. At 0 the run copies the tensor, and later
+    parts are those of the copy."""
+
+    tensor: TensorRef
+    offset: int = 0
+
+
+InspectionRequest = ListTensors | Summarize | ReadTensor
+InspectionResult = TensorList | TensorSummary | TensorData
+
+
+class Inspect(msgspec.Struct, tag="inspect", frozen=True, array_like=True):
+    """A request, numbered by the viewer to match the answer."""
+
+    id: int
+    request: InspectionRequest
+
+
+class Inspected(msgspec.Struct, tag="inspected", frozen=True, array_like=True):
+    """The answer to one `Inspect`."""
+
+    id: int
+    state: InspectionState
+    result: InspectionResult | None = None
+    """Set when `done`."""
+    step: int = 0
+    """The step that the values belong to: the one in progress, or the last completed one."""
+    phase: Phase | Literal[""] = ""
+    """The phase that had ended last."""
+    took_ms: float = 0.0
+    """Time on the training thread."""
+    message: str = ""
+    """Why it failed, or what a pending request waits for."""
+    hint: str = ""

@@ -1,0 +1,152 @@
+"""The requests of viewers to inspect tensors, on their way to the training thread and back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.inspection import (
+    Inspect,
+    Inspected,
+    InspectionRequest,
+    InspectionResult,
+    ReadTensor,
+    TensorData,
+)
+from tui_trainer.protocol.text import single_line
+from tui_trainer.trace.gate import Gate
+
+if TYPE_CHECKING:
+    from tui_trainer.inspect.inspector import Inspector, TensorCopy
+
+WAIT_S = 0.2
+"""How long a viewer's thread waits before it answers that a request is pending."""
+NO_MODEL = "no model has been called yet"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the training thread found."""
+
+    result: InspectionResult | TensorCopy
+    step: int
+    phase: str
+    took_ms: float
+
+
+@dataclass
+class _Request:
+    """The latest request of a viewer."""
+
+    id: int
+    future: Future[_Answer]
+
+
+class Inspections:
+    """Has requests carried out at the gate: at once while paused, else after the current step.
+
+    Each viewer has one request at a time. Thread-safe: each viewer's come on its own thread.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.inspector: Inspector | None = None
+        """None until the training begins."""
+        self._gate = gate
+        self._lock = threading.Lock()
+        self._requests: dict[int, _Request] = {}
+        self._copies: dict[int, TensorCopy] = {}
+        """The tensor that a viewer fetches."""
+
+    def answer(self, viewer: int, message: Inspect) -> Inspected:
+        """The answer to a message; never raises."""
+        try:
+            match message.request:
+                case ReadTensor(offset=offset) if offset > 0:
+                    return self._next_part(viewer, message.id, offset)
+            request = self._begun(viewer, message)
+            answer = request.future.result(WAIT_S)
+        except NotYet:
+            paused = self._gate.mode == "paused"
+            waiting = "" if paused else "waiting for the end of the current step"
+            return Inspected(message.id, "pending", message=waiting)
+        except CancelledError:
+            return _failed(message, "the training has ended")
+        except UserError as error:
+            return _failed(message, error.message, error.hint)
+        except Exception as error:
+            return _failed(message, f"{type(error).__name__}: {single_line(str(error), 300)}")
+        finally:
+            self._forget_done(viewer)
+        return self._inspected(viewer, message.id, answer)
+
+    def left(self, viewer: int) -> None:
+        """The viewer is gone."""
+        with self._lock:
+            request = self._requests.pop(viewer, None)
+            self._copies.pop(viewer, None)
+        if request is not None:
+            request.future.cancel()
+
+    def _begun(self, viewer: int, message: Inspect) -> _Request:
+        """The request of this message, begun now unless it is the one that is pending."""
+        with self._lock:
+            known = self._requests.get(viewer)
+            if known is not None and known.id == message.id:
+                return known
+            self._copies.pop(viewer, None)
+        if known is not None:
+            known.future.cancel()
+        if self.inspector is None:
+            raise UserError(NO_MODEL)
+        future = self._gate.call_soon(lambda: self._run(message.request), when_paused=True)
+        request = _Request(message.id, future)
+        with self._lock:
+            self._requests[viewer] = request
+        return request
+
+    def _run(self, request: InspectionRequest) -> _Answer:
+        """On the training thread."""
+        assert self.inspector is not None
+        began = time.perf_counter()
+        result = self.inspector.answer(request)
+        took_ms = (time.perf_counter() - began) * 1e3
+        return _Answer(result, self._gate.current_step, self._gate.phase, took_ms)
+
+    def _forget_done(self, viewer: int) -> None:
+        with self._lock:
+            known = self._requests.get(viewer)
+            if known is not None and known.future.done():
+                del self._requests[viewer]
+
+    def _inspected(self, viewer: int, number: int, answer: _Answer) -> Inspected:
+        result = answer.result
+        if not isinstance(result, InspectionResult):
+            with self._lock:
+                self._copies[viewer] = result
+            result = self._part_of(viewer, result, 0)
+        phase = answer.phase
+        return Inspected(number, "done", result, answer.step, phase, answer.took_ms)  # type: ignore[arg-type]
+
+    def _next_part(self, viewer: int, number: int, offset: int) -> Inspected:
+        with self._lock:
+            copy = self._copies.get(viewer)
+        if copy is None:
+            raise UserError("the copy of the tensor is gone", "fetch it again from its beginning")
+        return Inspected(number, "done", self._part_of(viewer, copy, offset))
+
+    def _part_of(self, viewer: int, copy: TensorCopy, offset: int) -> TensorData:
+        """A part of a copy, which is released with the last one."""
+        data = copy.part(offset)
+        if offset + len(data) >= copy.info.bytes:
+            with self._lock:
+                self._copies.pop(viewer, None)
+        return TensorData(copy.info, copy.info.bytes, offset, data)
+
+
+def _failed(message: Inspect, why: str, hint: str = "") -> Inspected:
+    return Inspected(message.id, "failed", message=why, hint=hint)
