@@ -44,6 +44,45 @@ def test():
     print("TEST", sum(losses) / len(losses))
 """
 
+EVAL_MODE = """
+def test():  # with gradients, which nothing uses
+    model.eval()
+    total = 0
+    for data, target in test_loader:
+        total += F.cross_entropy(model(data), target, reduction="sum").item()
+    print("TEST", total / 35)
+"""
+
+BY_HAND = """
+del optimizer; import gc; gc.collect()  # it was never used
+def train():
+    model.train()
+    for data, target in train_loader:
+        model.zero_grad()
+        F.cross_entropy(model(data), target).backward()
+        for p in model.parameters():
+            p.data.add_(p.grad, alpha=-0.1)
+"""
+
+ATTACK = """
+def test():
+    model.eval()
+    for data, target in test_loader:
+        data.requires_grad_(True)
+        gradient, = torch.autograd.grad(F.cross_entropy(model(data), target), data)
+"""
+
+TRAINED_IN_EVAL_MODE = """
+def test():
+    model.eval()
+    for data, target in train_loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(data), target)
+        loss.backward()
+        print("TEST", loss.item())
+        optimizer.step()
+"""
+
 SEVERAL = """
 @torch.no_grad()
 def test():
@@ -86,7 +125,7 @@ def run(place, source):
     return header, [line for line in lines if line["type"] == "validation"], truth, lines
 
 
-@pytest.mark.parametrize("test", [SUM, MEAN])
+@pytest.mark.parametrize("test", [SUM, MEAN, EVAL_MODE])
 def test_the_test_loop_of_a_script(tmp_path, test):
     header, validations, truth, _ = run(tmp_path, HEAD + test + LOOP)
     assert [line["step"] for line in validations] == [6, 12, 18]
@@ -96,6 +135,35 @@ def test_the_test_loop_of_a_script(tmp_path, test):
     assert header["item_unit"] == "samples"
     shown = json.loads(call("show", "r", "--json", cwd=tmp_path).stdout)
     assert shown["validation"]["loss"] == pytest.approx(truth[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("test", [SUM, EVAL_MODE])
+def test_the_test_loop_of_a_script_without_an_optimizer(tmp_path, test):
+    header, validations, truth, lines = run(tmp_path, HEAD + BY_HAND + test + LOOP)
+    assert header["optimizers"] == ["by hand"]
+    assert len([line for line in lines if line["type"] == "step"]) == 18
+    assert [line["step"] for line in validations] == [6, 12, 18]
+    assert [line["loss"] for line in validations] == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_pass_in_eval_mode_whose_gradients_are_used_is_no_evaluation(tmp_path):
+    _, validations, _, lines = run(tmp_path, HEAD + ATTACK + LOOP)
+    assert validations == []
+    assert len([line for line in lines if line["type"] == "step"]) == 18
+
+
+def test_training_in_eval_mode_is_no_evaluation(tmp_path):
+    header, validations, truth, lines = run(tmp_path, HEAD + TRAINED_IN_EVAL_MODE + LOOP)
+    assert validations == []
+    losses = [line["loss"] for line in lines if line["type"] == "step"]
+    assert len(losses) == 36
+    assert losses[6:12] == pytest.approx(truth[:6], rel=1e-6)
+    assert all(
+        "forward" in line["phase_ms"]
+        for line in lines
+        if line.get("step", 0) > 7 and line["type"] == "step"
+    )
+    assert header["items_per_step"] == 10
 
 
 def test_of_several_losses_none_is_chosen(tmp_path):

@@ -145,6 +145,25 @@ def test_a_loop_without_an_optimizer_has_steps():
     }
 
 
+def test_updates_by_hand_that_are_too_small_to_be_seen():
+    model, losses = torch.nn.Linear(4, 1), []
+
+    def loop():
+        for number in range(12):
+            model.zero_grad()
+            # Then gradients vanish: updates through `.data` leave the weights as they are.
+            scale = 1.0 if number < 4 else 1e-12 if number < 8 else 0.0
+            loss = model(torch.randn(8, 4)).square().mean() * scale
+            losses.append(float(loss.detach()))
+            loss.backward()
+            for parameter in model.parameters():
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+        model.zero_grad()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "loss"), losses)
+
+
 def test_an_optimizer_that_is_given_a_group_goes_on():
     model, totals = mlp(), []
     for parameter in model[0].parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 
@@ -106,21 +107,56 @@ class WeightWatch:
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
         self._versions: list[int] = []
-        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Parameters and copies of their first elements: an update through `.data` leaves no other
-        trace."""
+        self._samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        """Parameters and copies of their first elements and gradients: an update through `.data`
+        leaves no other trace."""
+        self._largest_ratio = 0.0
 
     def remember(self) -> None:
         """A backward has ended: an update may follow."""
         self._versions = list(map(version_of, self._parameters))
-        self._samples = [(p, _first_elements(p).clone()) for p in self._parameters if p.numel()]
+        self._samples = [
+            (p, _first_elements(p).clone(), _first_gradients(p))
+            for p in self._parameters
+            if p.numel()
+        ]
 
     def changed(self) -> bool:
         """Whether weights have changed since. May wait for the device."""
         if list(map(version_of, self._parameters)) != self._versions:
             return True
-        return any(not torch.equal(_first_elements(p), copy) for p, copy in self._samples)
+        if any(not torch.equal(_first_elements(p), copy) for p, copy, _ in self._samples):
+            self._largest_ratio = max(self._largest_ratio, self._ratio())
+            return True
+        return False
+
+    def too_small(self) -> bool:
+        """Whether an update would have been too small for the precision of the weights to change
+        them, judged by the largest ratio of an update to its gradient so far."""
+        return bool(self._samples) and all(
+            gradient is not None and self._too_small(copy, gradient)
+            for _, copy, gradient in self._samples
+        )
+
+    def _ratio(self) -> float:
+        """The ratio of the update to the gradient, by the largest element of each."""
+        updates = [float((_first_elements(p) - copy).abs().max()) for p, copy, _ in self._samples]
+        gradients = [float(g.abs().max()) for _, _, g in self._samples if g is not None]
+        largest = max(gradients, default=0.0)
+        ratio = max(updates) / largest if largest else 0.0
+        return ratio if isfinite(ratio) else 0.0
+
+    def _too_small(self, weights: torch.Tensor, gradient: torch.Tensor) -> bool:
+        update = gradient.abs() * self._largest_ratio
+        return bool(torch.all(update <= weights.abs() * torch.finfo(weights.dtype).eps))
 
 
 def _first_elements(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().reshape(-1)[:SAMPLED]
+
+
+def _first_gradients(parameter: torch.Tensor) -> torch.Tensor | None:
+    gradient = parameter.grad
+    if gradient is None or gradient.layout is not torch.strided:
+        return None
+    return _first_elements(gradient).clone()

@@ -1,5 +1,8 @@
-"""Evaluations of a script: forward passes without gradients between its steps, and the mean of the
-losses that are computed in them.
+"""Evaluations of a script: forward passes between its steps, without gradients or in `eval()` mode,
+and the mean of the losses that are computed in them.
+
+A call in `eval()` mode with gradients is an evaluation if the model is trained in `train()` mode
+and no gradient is computed before it is called in that mode again.
 
 A loss is the scalar result of one of torch's loss functions, which its loss modules call too. The
 mean weights all losses equally; for sums (`reduction="sum"`), it is their sum divided by the number
@@ -9,6 +12,7 @@ of targets.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from threading import get_ident
 from types import FrameType
@@ -72,6 +76,11 @@ class EvaluationLosses:
         """Whether a framework reports its own results."""
         self._open = False
         self._step = 0
+        self._trained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        """Models that were called with gradients in `train()` mode."""
+        self._trained_in_eval_mode: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._with_gradients: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        """Models that the open evaluation has called with gradients."""
         self._reset()
 
     def _reset(self) -> None:
@@ -82,6 +91,7 @@ class EvaluationLosses:
         self._on_device: list[torch.Tensor] = []
         self._device_sum: torch.Tensor | None = None
         self._places: set[tuple[Any, int]] = set()
+        self._with_gradients.clear()
 
     def install(self) -> None:
         """Listen to the loss functions."""
@@ -92,14 +102,38 @@ class EvaluationLosses:
             if original is not None:
                 self._patches.replace(functional, name, self._listening(original, name))
 
-    def call_began(self, completed: int) -> None:
-        """A model is called without gradients, and not within an iteration."""
+    def includes(self, module: torch.nn.Module) -> bool:
+        """Whether a call of `module` with gradients, not within an iteration, is an evaluation."""
+        return (
+            not module.training
+            and module in self._trained
+            and module not in self._trained_in_eval_mode
+        )
+
+    def trains(self, module: torch.nn.Module) -> None:
+        """`module` is called with gradients, for training."""
+        self.end()
+        if module.training:
+            self._trained.add(module)
+
+    def gradients_computed(self) -> None:
+        """What was called with gradients before was called for training after all."""
+        if self._with_gradients:
+            self._trained_in_eval_mode |= self._with_gradients
+            self._open = False
+            self._reset()
+
+    def call_began(self, module: torch.nn.Module, completed: int) -> None:
+        """A model is called for an evaluation, and not within an iteration."""
+        if torch.is_grad_enabled():
+            self._with_gradients.add(module)
         if not self._open and self.on_result is not None and not self.muted:
             self._open, self._step = True, completed
 
     def end(self) -> None:
         """Training goes on, or has ended."""
         if not self._open:
+            self._with_gradients.clear()
             return
         self._open = False
         count, places, on_result = self._count, len(self._places), self.on_result
@@ -124,10 +158,12 @@ class EvaluationLosses:
 
         def loss(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._open:
+            if torch.compiler.is_compiling() or not self._open:
+                return result
+            if torch.is_grad_enabled() and not self._with_gradients:
                 return result
             if type(result) is torch.Tensor and get_ident() == observer.training_thread:
-                self._observe_loss(result, name, args, kwargs)
+                self._observe_loss(result.detach(), name, args, kwargs)
             return result
 
         # TorchScript compiles the source of a function.
@@ -152,7 +188,7 @@ class EvaluationLosses:
             if loss.is_cpu:
                 self._sum += float(loss)
             else:
-                self._on_device.append(loss.detach().clone())
+                self._on_device.append(loss.clone())
                 if len(self._on_device) >= KEPT:
                     self._add_up()
         except Exception:

@@ -194,7 +194,7 @@ class OptimizerRegistry:
     def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
         """For a script without an optimizer: measure the parameters of the models that it calls;
         None where none of them has a gradient or is `wanted`."""
-        if self._created or self._pending:
+        if self._any_unregistered():
             return None
         ids = {id(p) for p in wanted}
         models = self._roots.modules
@@ -245,8 +245,12 @@ class OptimizerRegistry:
 
     def search_further_roots(self) -> None:
         """A script without an optimizer may call several models."""
-        if not self._entries and not self._created and not self._pending:
+        if not self._entries and not self._any_unregistered():
             self._roots.search()
+
+    def _any_unregistered(self) -> bool:
+        """Whether an optimizer exists that is not registered yet."""
+        return any(reference() is not None for reference in (*self._created, *self._pending))
 
     def _search_roots(self, trained: Iterable[int]) -> None:
         """Look for another model if no known one holds all of these parameters (identities)."""

@@ -5,7 +5,7 @@ the training thread and makes of them the phases data → zero_grad → forward 
 → step, in whatever order and number a script has them. Rules:
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
-* Evaluations (calls without gradients) are not a phase; `evaluation` hears their losses.
+* Evaluations (see `evaluation`) are not a phase.
 * Gradients that `zero_grad` throws away, or with which a GradScaler does not call the optimizer,
   are an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's fused
   ones) is called all the same and leaves the weights as they are: that is a step.
@@ -365,7 +365,7 @@ class Tracer:
         """A root module is called (see `module_calls.CallObserver`)."""
         if self._given_up and self.registry.by_hand is not None:
             self._continue_after_fault(stepped=False)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (not module.training and self._is_evaluation(module)):
             return self._evaluate(original, module, args, kwargs)
         if not self._forward_began(module, args, kwargs):
             return original(module, *args, **kwargs)
@@ -386,17 +386,30 @@ class Tracer:
     ) -> Any:
         if self.in_phase:
             return original(module, *args, **kwargs)
-        self._evaluation_call_began()
+        self._evaluation_call_began(module)
         try:
             return original(module, *args, **kwargs)
         finally:
             self._evaluation_call_ended()
 
+    @property
+    def _within_iteration(self) -> bool:
+        return bool(self._phases.seen & {FORWARD, LOSS, BACKWARD})
+
     @guarded
-    def _evaluation_call_began(self) -> None:
+    def _is_evaluation(self, module: torch.nn.Module) -> bool:
+        """Whether this call in `eval()` mode with gradients is not for training."""
+        if not self.evaluation.includes(module):
+            return False
+        self._end_step_by_hand()
+        return not self._within_iteration
+
+    @guarded
+    def _evaluation_call_began(self, module: torch.nn.Module) -> None:
         self._queue.drain()  # the next step may be long in coming
-        if not self._phases.seen & {FORWARD, LOSS, BACKWARD}:
-            self.evaluation.call_began(self.step - 1)
+        self._end_step_by_hand()
+        if not self._within_iteration:
+            self.evaluation.call_began(module, self.step - 1)
         self._phases.stop_clock()
 
     @guarded
@@ -415,7 +428,7 @@ class Tracer:
         first = FORWARD not in self._phases.seen
         if not self._phases.enter(FORWARD):
             return False
-        self.evaluation.end()
+        self.evaluation.trains(module)
         if self.loop is not None:
             self.loop.model_called(args, kwargs)
         self.registry.search_further_roots()
@@ -475,6 +488,7 @@ class Tracer:
         self._end_step_by_hand()
         if not self._phases.enter(BACKWARD):
             return False
+        self.evaluation.gradients_computed()
         given = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
         losses = [scalar(self._scaling.unscaled_loss(loss)) for loss in scalars]
@@ -545,6 +559,7 @@ class Tracer:
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:
         """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
+        self.evaluation.gradients_computed()
         given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
         parameters = [t for t in given if isinstance(t, torch.Tensor) and t.is_leaf]
         self.registry.register_holders(parameters)
@@ -620,7 +635,7 @@ class Tracer:
 
     @guarded
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
-        self._end_step_by_hand()
+        self._end_step_by_hand(zeroing=True)
         if not self._phases.enter(ZERO_GRAD):
             return False
         if isinstance(owner, Optimizer):
@@ -928,12 +943,16 @@ class Tracer:
         evaluations = self._evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
         self._complete(measurer, rate, evaluations, began)
 
-    def _end_step_by_hand(self) -> None:
-        """Complete a step of a script that updates its weights by itself, once it has."""
+    def _end_step_by_hand(self, zeroing: bool = False) -> None:
+        """Complete a step of a script that updates its weights by itself, once it has.
+
+        Gradients that are being zeroed have been used where their update would not be seen.
+        """
         measurer = self.registry.by_hand
         if measurer is None or not measurer.passes or self._phases.open is not None:
             return
-        if measurer.weights is None or not measurer.weights.changed():
+        weights = measurer.weights
+        if weights is None or not (weights.changed() or (zeroing and weights.too_small())):
             return
         began = perf_counter()
         if not measurer.any_gradient():  # released since the update that used them
