@@ -47,7 +47,9 @@ def check_script(script: Script, options: CheckOptions) -> int:
     fails, 1 if a finding is a warning or an error, otherwise 0. Raises CommandError."""
     script.check()
     with tempfile.TemporaryDirectory(prefix="tui-trainer-check-") as folder:
-        wanted = RunOptions(runs_dir=Path(folder), budget=0.0, rules=options.rules)
+        wanted = RunOptions(
+            runs_dir=Path(folder), budget=0.0, watch_nonfinite=True, rules=options.rules
+        )
         spec = prepare(SCRIPT, wanted, script=script)
         stdout = os.fdopen(redirect_stdout_to_stderr(), "w", encoding="utf-8")
         from tui_trainer.run.host import Host, run_to_end

@@ -103,6 +103,14 @@ class RunOptions:
             validator=validators.Number(gte=0, lte=1),
         ),
     ] = None
+    watch_nonfinite: Annotated[
+        bool,
+        _flag(
+            "watch the outputs of all modules for nan and inf at every step, to name the module "
+            "that produced one (otherwise only where something is wrong already)",
+            RUNNING,
+        ),
+    ] = False
     attention_pattern: Annotated[
         str | None,
         _flag(

@@ -113,6 +113,7 @@ def prepare(
             source=find_source(os.getcwd()),
             start_paused=options.paused,
             budget=options.measuring_budget,
+            watch_nonfinite=options.watch_nonfinite,
             attention_pattern=options.attention_pattern,
             rules=options.rules,
             checkpoint_every=options.checkpoint_every,

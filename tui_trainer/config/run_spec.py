@@ -63,6 +63,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     budget: float = 0.01
     """Largest share of step time that measuring may take; 0: every quantity at its natural
     cadence."""
+    watch_nonfinite: bool = False
+    """Watch the outputs of all modules for nan and inf at every step."""
     attention_pattern: str | None = None
     """Regular expression for the query, key and value parameters where their names are unusual."""
     checkpoint_every: int | None = None

@@ -16,6 +16,7 @@ from tui_trainer.history.records import (
     ClipRecord,
     Floats,
     NonFiniteRecord,
+    Producer,
     Sign,
     SkipRecord,
     StepRecord,
@@ -92,6 +93,7 @@ class Observation:
     health: Row | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
+    producer: Producer | None = None
 
 
 @dataclass(slots=True)
@@ -229,6 +231,7 @@ class Reader:
             clip_event=record.clip,
             nonfinite=record.nonfinite,
             signs=record.signs,
+            producer=record.producer,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:
             self.facts.classes = record.classes

@@ -24,6 +24,22 @@ its forward ran a model in `eval()` mode that has layers for which that matters;
 cross-entropy, which takes a softmax, of a softmax."""
 
 
+class Producer(NamedTuple):
+    """Where a value that is not finite came from: the first module or operation whose result is not
+    finite although its inputs are."""
+
+    source: Literal["operation", "module", "weight", "input"]
+    """`weight`, `input`: a parameter, or what the model was given, is itself not finite."""
+    name: str
+    """Path of the module, or name of the parameter; "" where it is unknown."""
+    kind: str = ""
+    """Class of the module."""
+    operation: str = ""
+    """As in the autograd graph: `log`, `div`."""
+    place: str = ""
+    """`file.py:12`, the call in the script's own code; "" where it is unknown."""
+
+
 class NonFiniteRecord(NamedTuple):
     """A quantity that is nan or infinite."""
 
@@ -70,6 +86,8 @@ class StepRecord:
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
     """Number of classes, where the loss is seen to be one mean cross-entropy."""
+    producer: Producer | None = None
+    """Of the value that is not finite, where there is one and its origin was seen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.nonfinite import NonFiniteProbe
+from tui_trainer.probes.outputs import OutputSums
 from tui_trainer.probes.overhead import Overhead
 from tui_trainer.probes.replica import ReplicaChecksum
 from tui_trainer.probes.step import PhasesProbe, StepProbe
@@ -34,9 +35,13 @@ PROBES: tuple[type[Probe], ...] = (
     ClippingProbe,
     PhasesProbe,
     NonFiniteProbe,
+    OutputSums,
     Memory,
     Overhead,
 )
+
+RULE_PROBES: tuple[type[Probe], ...] = (OutputSums,)
+"""Those that only rules use."""
 
 RANK_PROBES: tuple[type[Probe], ...] = (
     *(Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory),

@@ -55,7 +55,11 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
 
-    options = Options(budget=run.spec.budget, attention_pattern=run.spec.attention_pattern)
+    options = Options(
+        budget=run.spec.budget,
+        attention_pattern=run.spec.attention_pattern,
+        watch_nonfinite=run.spec.watch_nonfinite,
+    )
     several = run.spec.is_script and rank_here() is not None
     recorded = (*PROBES, ReplicaChecksum) if several else PROBES
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)

@@ -11,6 +11,8 @@ from tui_trainer.trace.probe import Probe, Readings
 STEP_HOOKS = (
     "before_forward",
     "after_forward",
+    "model_called",
+    "loss_called",
     "gradients",
     "gradient_norms",
     "before_update",

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Sign, StepRecord
+from tui_trainer.history.records import Producer, Sign, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.trace.active_probe import ActiveProbe
 from tui_trainer.trace.changes import GradientMarks, WeightWatch
 from tui_trainer.trace.governor import OnChange
+from tui_trainer.trace.nonfinite_origin import merged
 from tui_trainer.trace.norms import Norms, dense, norms_before
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
@@ -289,9 +290,15 @@ class StepMeasurer:
         self._prepared_step = step
         self.probes.begin_step(step, stops_soon)
 
-    def before_forward(self, root: torch.nn.Module) -> bool:
-        """The first forward of the step begins; returns whether `after_forward` must be called."""
-        return self.probes.before_forward(root)
+    def before_forward(
+        self,
+        root: torch.nn.Module,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        first: bool = True,
+    ) -> bool:
+        """As `ProbeSet.before_forward`."""
+        return self.probes.before_forward(root, args, kwargs, first)
 
     def read_gradients(
         self,
@@ -441,6 +448,7 @@ class StepMeasurer:
         completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
         completed.classes = self._classes()
+        completed.producer = self._producer()
         self.marks.use()
         self._steps += 1
         self._forget()
@@ -472,6 +480,9 @@ class StepMeasurer:
             return None
         losses = sum(len(each.losses) for each in self.passes)
         return found.classes if losses == 1 or found.divided else None
+
+    def _producer(self) -> Producer | None:
+        return next((each.producer for each in self.passes if each.producer is not None), None)
 
     def _forget(self) -> None:
         self.eval_forward = self.kept_gradients = False
@@ -555,6 +566,7 @@ class StepMeasurer:
             own_ms=sum(facts.own_ms.values()),
             signs=step.signs,
             classes=step.classes,
+            producer=merged(facts.producer, step.producer),
         )
         return record, facts, spent
 

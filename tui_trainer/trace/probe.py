@@ -19,6 +19,7 @@ from tui_trainer.history.records import (
     ClipRecord,
     Floats,
     NonFiniteRecord,
+    Producer,
     SkipRecord,
     StepRecord,
 )
@@ -55,6 +56,8 @@ class Options:
     `qkv`, where the usual names are not used."""
     probe_names: tuple[str, ...] = ()
     """Of all probes of the run, also of those that are switched off; set by `ProbeSet`."""
+    watch_nonfinite: bool = False
+    """Whether the outputs of all modules are watched for nan and inf at every step."""
     copy_budget_bytes: int = 64 * 1024 * 1024
     """Maximum memory for copies of weights, from which update ratios are computed."""
 
@@ -128,6 +131,7 @@ class StepFacts:
     """√Σ‖g‖² over the optimizer's own parameters."""
     clip: ClipRecord | None = None
     nonfinite: list[NonFiniteRecord] = field(default_factory=list)
+    producer: Producer | None = None
 
 
 class Probe:
@@ -145,6 +149,9 @@ class Probe:
     """The governor stretches the less important ones first, and never those of 100 or more."""
     max_stretch: ClassVar[int] = 1024
     """How many times its natural cadence the governor may stretch it."""
+    every_forward: ClassVar[bool] = False
+    """Whether `before_forward`, `after_forward` and `model_called` are called for every forward of
+    a step, not only for the first."""
     owns_readings: ClassVar[bool] = False
     """Its readings are tensors that nobody else writes to: they may be fetched later."""
     tables: tuple[TableSpec, ...] = ()
@@ -178,6 +185,17 @@ class Probe:
 
     def after_forward(self) -> None:
         """That forward returned or raised."""
+
+    def model_called(
+        self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A root model is about to be called in a measured step: its arguments."""
+
+    def loss_called(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """A loss function of torch.nn.functional has returned `result` in a measured step, before
+        its first backward has ended."""
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """Gradients are complete and not clipped yet; in the order of `tracked.parameters`."""

@@ -122,19 +122,38 @@ class ProbeSet:
             self.schedule.update()
         self.schedule.begin_step(step, self._recorder.watched(), stops_soon)
 
-    def before_forward(self, root: torch.nn.Module) -> bool:
-        """The first forward of the step begins; returns whether `after_forward` must be called."""
+    def before_forward(
+        self,
+        root: torch.nn.Module,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        first: bool = True,
+    ) -> bool:
+        """A forward of the step begins, the `first` one or a further one; returns whether
+        `after_forward` must be called."""
         plan = self.schedule.plan
-        if plan.before_forward:
+        beginning = plan.before_forward if first else plan.further_forward
+        if beginning:
             with probe_context(self._tracked.device):
-                for probe in plan.before_forward:
+                for probe in plan.model_called:
+                    if first or probe.probe.every_forward:
+                        self._call(probe, probe.probe.model_called, root, args, kwargs or {})
+                for probe in beginning:
                     self._call(probe, probe.probe.before_forward, root)
-        return bool(plan.after_forward)
+        return bool(beginning)
 
     def after_forward(self) -> None:
         with probe_context(self._tracked.device):
             for probe in self.schedule.plan.after_forward:
                 self._call(probe, probe.probe.after_forward)
+
+    def loss_called(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """A loss function has returned."""
+        with probe_context(self._tracked.device):
+            for probe in self.schedule.plan.loss_called:
+                self._call(probe, probe.probe.loss_called, name, args, kwargs, result)
 
     def gradients(self, gradients: list[Gradient]) -> None:
         for probe in self.schedule.plan.gradients:

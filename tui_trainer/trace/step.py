@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Sign, SkipRecord, StepRecord
+from tui_trainer.history.records import Producer, Sign, SkipRecord, StepRecord
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
@@ -94,6 +94,8 @@ class BackwardPass:
     """Measurers of the optimizers that have neither used nor lost the gradients."""
     cross_entropy: torch_private.CrossEntropy | None = None
     """Set for some of the passes."""
+    producer: Producer | None = None
+    """Of the loss, where that is seen not to be finite."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: Returned = field(default_factory=dict)
@@ -210,6 +212,7 @@ class CompletedStep:
     """As `StepFacts.absent_gradients`."""
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
+    producer: Producer | None = None
     """As in `StepRecord`."""
 
     def facts(self, header: Values) -> StepFacts:

@@ -199,6 +199,24 @@ def graph_is_marked(loss: torch.Tensor) -> bool:
     return False
 
 
+def node_name(node: Any) -> str:
+    """The operation of a node of the graph: `Log` for `LogBackward0`."""
+    name: str = node.name()
+    return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
+
+
+def saved_tensors(node: Any) -> dict[str, torch.Tensor]:
+    """What a node has saved for backward by name. Runs the unpacking hooks of saved tensors, so it
+    must not be called where there are any."""
+    found: dict[str, torch.Tensor] = {}
+    for attribute in dir(node):
+        if attribute.startswith("_saved_"):
+            value = getattr(node, attribute, None)
+            if isinstance(value, torch.Tensor):
+                found[attribute.removeprefix("_saved_")] = value
+    return found
+
+
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """The tensors in what a function of `torch.func` returned."""
     leaves, _ = torch.utils._pytree.tree_flatten(tree)

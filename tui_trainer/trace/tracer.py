@@ -38,6 +38,7 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
+from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.norms import total_norm, total_of
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.parameters import parameters_of
@@ -155,6 +156,8 @@ class Tracer:
         self._queue = StepQueue(self._report_fault)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
+        self._scaling = GradScaling()
+        self._origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
         self._pass: BackwardPass | None = None
         """The open backward."""
         self._last_pass: BackwardPass | None = None
@@ -189,6 +192,7 @@ class Tracer:
         self.training_thread = threading.get_ident()
         self._hooks.install()
         self.evaluation.install()
+        self._origins.install()
         self._roots.search()
         self.gate.hooks.pausing = self._reporter.report
         self.gate.hooks.work_context = self.suspended
@@ -442,8 +446,9 @@ class Tracer:
                 self.registry.refresh()
             for measurer in self.registry.measurers:
                 measurer.prepare(self.step, self.gate.stops_soon)
-                if measurer.before_forward(module):
-                    self._sampling.append(measurer)
+        for measurer in self.registry.measurers:
+            if measurer.before_forward(module, args, kwargs, first):
+                self._sampling.append(measurer)
         self._phases.run()
         return True
 
@@ -471,7 +476,7 @@ class Tracer:
 
     def _end_sampling(self) -> None:
         sampling, self._sampling = self._sampling, []
-        for measurer in sampling:
+        for measurer in reversed(sampling):  # in the reverse order of what they replaced
             measurer.probes.after_forward()
 
     @always_guarded
@@ -499,6 +504,8 @@ class Tracer:
         self._pass = BackwardPass(losses)
         if self.optimizer_steps < GRAPHS_READ and len(scalars) == 1:
             self._pass.cross_entropy = torch_private.cross_entropy_of(scalars[0])
+        if scalars:
+            self._pass.producer = self._origins.producer_of(scalars)
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
             measurer.before_backward()

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, evidence
-from tui_trainer.history.records import NonFiniteRecord
+from tui_trainer.history.records import NonFiniteRecord, Producer
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.formatting import nonfinite
+
+PHASES: dict[str, Phase] = {
+    "operation": "loss",
+    "module": "forward",
+    "weight": "step",
+    "input": "data",
+}
+"""Where each kind of origin belongs."""
 
 
 class NonFiniteRule(Rule):
@@ -22,7 +32,12 @@ class NonFiniteRule(Rule):
         "next update to the weights. Backward runs from the loss to the input, so of the "
         "parameters whose gradients are not finite, the last one in the model's order was the "
         "first to be affected: the operation that produced the value comes right after it. If the "
-        "loss itself is not finite, the forward pass or the loss function produced it."
+        "loss itself is not finite, the forward pass or the loss function produced it: on the CPU "
+        "the operation is read from the graph of the loss, and while the outputs of all modules "
+        "are summed (in the first steps, after a first value that is not finite, while the loss or "
+        "the gradient norm is ten times its usual value, in `tui-trainer check`, and at every step "
+        "with `--watch-nonfinite`) the first module is named whose output is not finite although "
+        "its inputs are."
     )
     next = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
@@ -44,11 +59,22 @@ class NonFiniteRule(Rule):
         super().__init__(facts, trend, limits)
         self._found = False
         self._finite_loss: tuple[int, float] | None = None
+        self._unplaced: Found | None = None
+        """What was reported without an origin, until one is seen in a later step."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         if seen.nonfinite and not self._found:
             self._found = True
-            yield self._report(seen)
+            found = self._report(seen)
+            yield found
+            if seen.producer is None and found.phase == "loss":
+                self._unplaced = found
+        elif self._unplaced is not None and seen.producer is not None:
+            # Later on, weights are not finite because the loss was not.
+            if seen.producer.source in ("operation", "module"):
+                text = f"{self._unplaced.text}; at step {seen.step:,} {_origin(seen.producer)}"
+                yield replace(self._unplaced, text=text, parameters=_named_place(seen.producer))
+            self._unplaced = None
         if seen.loss is not None and abs(seen.loss) < float("inf"):
             self._finite_loss = seen.step, seen.loss
 
@@ -69,13 +95,19 @@ class NonFiniteRule(Rule):
         what = (
             "log of zero, a division or an overflow" if event.value != "nan" else "0/0, inf − inf"
         )
+        origin = (
+            "the forward pass or the loss function produced it "
+            f"({what}), or the weights were already too large"
+            if seen.producer is None
+            else _origin(seen.producer)
+        )
+        parameters = self._culprits(seen)[:1] if self._partial(seen) else ()
         return Found(
             seen.step,
-            f"the loss became {event.value} at step {seen.step:,}{before}: the forward pass or the "
-            f"loss function produced it ({what}), or the weights were already too large",
+            f"the loss became {event.value} at step {seen.step:,}{before}: {origin}",
             confidence="certain",
-            phase="loss",
-            parameters=self._culprits(seen)[:1] if self._partial(seen) else (),
+            phase="loss" if seen.producer is None else PHASES[seen.producer.source],
+            parameters=(seen.producer and _named_place(seen.producer)) or parameters,
             evidence=(evidence("loss", seen.loss or 0.0, table="step", column="loss",
                                text=event.value),),
         )  # fmt: skip
@@ -144,6 +176,30 @@ class NonFiniteRule(Rule):
         """Whether only some of the gradients are not finite."""
         row = seen.gradients
         return row is not None and len(self._culprits(seen)) < int((~row.absent).sum())
+
+
+def _origin(producer: Producer) -> str:
+    """Where a value that is not finite came from, as a part of a sentence."""
+    place = f" ({producer.place})" if producer.place else ""
+    match producer.source:
+        case "input":
+            return "the batch has values that are not finite before the model computes anything"
+        case "weight":
+            return f"{producer.name} already has values that are not finite"
+        case "module":
+            module = producer.name or "the model"
+            kind = f" ({producer.kind})" if producer.kind else ""
+            operation = f", in `{producer.operation}`" if producer.operation else ""
+            return (
+                f"the output of {module}{kind} is not finite although its inputs and weights "
+                f"are{operation}{place}"
+            )
+    after = f" after {producer.name}" if producer.name else ""
+    return f"`{producer.operation}`{after} produced it from finite numbers{place}"
+
+
+def _named_place(producer: Producer) -> tuple[str, ...]:
+    return (producer.name,) if producer.name else ()
 
 
 def _onset(step: int, finite_at: int | None) -> int:

@@ -1,0 +1,215 @@
+"""Where a value that is not finite came from: the module, operation, batch or weight, by its name
+and, where it is one line, its place in the source."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.findings.test_trainings import Net, batch, findings_of, train
+from tests.trace.support import KeepingRecorder
+from tui_trainer.history.records import Producer
+from tui_trainer.probes import PROBES
+from tui_trainer.probes.outputs import OutputSums
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import Options
+from tui_trainer.trace.tracer import Tracer
+
+BAD_STEP = 20
+ALWAYS = Options(budget=0.0, watch_nonfinite=True)
+
+
+class UnitLength(nn.Module):
+    def forward(self, x):
+        return x / x.norm(dim=1, keepdim=True)
+
+
+class Normed(nn.Module):
+    """Divides zero by zero at BAD_STEP."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.unit, self.head = nn.Linear(8, 32), UnitLength(), nn.Linear(32, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        hidden = F.relu(self.first(x))
+        if self.calls == BAD_STEP:
+            hidden = hidden * 0
+        return self.head(self.unit(hidden))
+
+
+def line_of(function, text):
+    lines, first = inspect.getsourcelines(function)
+    return next(first + i for i, line in enumerate(lines) if text in line)
+
+
+def records_of(run, options=ALWAYS, probes=PROBES):
+    torch.manual_seed(0)
+    recorder = KeepingRecorder()
+    with Tracer(recorder, Gate(), probes, options):
+        run()
+    assert not recorder.notices_of("fault")
+    return recorder.records
+
+
+def first_producer(run, **kwargs):
+    return next(r.producer for r in records_of(run, **kwargs) if r.producer is not None)
+
+
+def test_module_operation_and_line_are_named():
+    found = first_producer(lambda: train(net=Normed()))
+    place = f"test_producer.py:{line_of(UnitLength, 'return x / ')}"
+    assert found == Producer("module", "unit", "UnitLength", "div", place)
+
+
+def test_operation_and_line_are_named_without_watching_modules():
+    found = first_producer(lambda: train(net=Normed()), options=Options(budget=0.0))
+    place = f"test_producer.py:{line_of(UnitLength, 'return x / ')}"
+    assert found == Producer("operation", "first", "", "div", place)
+
+
+def test_module_is_named_where_the_graph_says_nothing():
+    class Overflowing(nn.Module):
+        def forward(self, x):
+            return (x.detach() * 1e38 * 1e38).nan_to_num(posinf=float("inf")) + x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.far = nn.Linear(8, 4), Overflowing()
+
+        def forward(self, x):
+            return self.far(self.first(x))
+
+    found = first_producer(lambda: train(net=Model(), steps=3))
+    assert (found.source, found.name, found.kind) == ("module", "far", "Overflowing")
+    assert found.place == f"test_producer.py:{line_of(Model.forward, 'self.far(')}"
+
+
+def test_operation_between_two_modules_belongs_to_the_one_around_them():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 4)})
+
+        def forward(self, x):
+            return self.body["b"]((self.body["a"](x).detach() - 1e3).sqrt())
+
+    found = first_producer(lambda: train(net=Model(), steps=3))
+    assert (found.source, found.name) == ("module", "body")
+
+
+def inf_batch(net, x, y, step):
+    return F.cross_entropy(net(x * float("inf") if step == BAD_STEP else x), y)
+
+
+@pytest.mark.parametrize("options", [ALWAYS, Options(budget=0.0)], ids=["watched", "unwatched"])
+def test_batch_that_is_not_finite_is_named(options):
+    assert first_producer(lambda: train(loss=inf_batch), options=options).source == "input"
+
+
+@pytest.mark.parametrize("options", [ALWAYS, Options(budget=0.0)], ids=["watched", "unwatched"])
+def test_weight_that_is_not_finite_is_named(options):
+    def loss(net, x, y, step):
+        if step == BAD_STEP:
+            with torch.no_grad():
+                net.second.weight[0, 0] = float("nan")
+        return F.cross_entropy(net(x), y)
+
+    found = first_producer(lambda: train(loss=loss), options=options)
+    assert (found.source, found.name) == ("weight", "second.weight")
+
+
+def test_finding_names_the_origin_in_words():
+    (found,) = [f for f in findings_of(lambda: train(loss=inf_batch)) if f.cause is None]
+    assert (found.rule, found.onset, found.phase) == ("non-finite", BAD_STEP, "data")
+    assert "the batch has values that are not finite" in found.text
+
+
+def test_outputs_that_are_never_finite_are_no_origin():
+    class Masked(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, torch.full_like(x[:, :1], -float("inf"))], 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mask, self.unit = nn.Linear(8, 4), Masked(), Normed()
+
+        def forward(self, x):
+            return self.unit(F.pad(F.softmax(self.mask(self.first(x)), 1), (0, 3)))
+
+    found = first_producer(lambda: train(net=Model()))
+    assert found.name == "unit.unit"
+
+
+def test_graph_is_not_read_where_saved_tensors_have_hooks():
+    class Checkpointed(Net):
+        def forward(self, x):
+            hidden = checkpoint(self.first, x, use_reentrant=False)
+            return self.head(F.relu(hidden))
+
+    seen = records_of(
+        lambda: train(net=Checkpointed(), loss=inf_batch), options=Options(budget=0.0)
+    )
+    assert len(seen) == 60
+    assert all(r.producer is None for r in seen[: BAD_STEP + 1])
+
+
+def test_watching_changes_no_bit():
+    def trained(watch):
+        torch.manual_seed(1)
+        net = Net(dropout=0.3)
+        run = lambda: train(net=net, steps=20)  # noqa: E731
+        if watch:
+            torch.manual_seed(1)
+            recorder = KeepingRecorder()
+            with Tracer(recorder, Gate(), PROBES, ALWAYS):
+                torch.manual_seed(2)
+                run()
+        else:
+            torch.manual_seed(2)
+            run()
+        return copy.deepcopy(net.state_dict())
+
+    with_us, without = trained(True), trained(False)
+    assert all(torch.equal(with_us[name], without[name]) for name in without)
+
+
+def test_nothing_is_summed_once_the_first_steps_are_over(monkeypatch):
+    armed: list[bool] = []
+    original = OutputSums.before_forward
+
+    def before_forward(self, root):
+        armed.append(self.armed)
+        original(self, root)
+
+    monkeypatch.setattr(OutputSums, "before_forward", before_forward)
+    call = torch.nn.Module.__call__
+    records_of(lambda: train(steps=12), options=Options())
+    assert armed[-5:] == [False] * 5
+    assert torch.nn.Module.__call__ is call
+
+
+def test_further_forwards_of_a_step_are_watched():
+    def accumulating():
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for step in range(1, 6):
+            for part in range(3):
+                x, y = batch(8)
+                x = x * float("inf") if (step, part) == (3, 2) else x
+                (F.cross_entropy(net(x), y) / 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    records = records_of(accumulating, probes=PROBES)
+    assert [r.step for r in records if r.producer is not None][:1] == [3]

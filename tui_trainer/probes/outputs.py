@@ -1,0 +1,212 @@
+"""The first module whose output is not finite although its inputs are."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tui_trainer.history.records import Floats, Producer
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.source_places import place_of_call
+from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
+from tui_trainer.trace.torch_private import PLAIN, version_of
+
+FIRST_STEPS = 3
+ARMED_STEPS = 500
+"""Steps that are watched after something was not finite, or grew."""
+GROWTH = 10.0
+"""Times its usual value at which a loss or gradient norm arms the probe."""
+RECENT = 16
+MAX_SUMS = 4096
+
+
+@dataclass(slots=True)
+class _Sum:
+    """One tensor that went into or came out of a module."""
+
+    module: weakref.ref[torch.nn.Module] | None
+    """None: the arguments of the model itself."""
+    entering: bool
+    tensor: weakref.ref[torch.Tensor]
+
+
+class OutputSums(Probe):
+    """No table: sets `StepFacts.producer` at steps with a value that is not finite.
+
+    While armed, every tensor that a module returns is summed, and every one it is given that no
+    module returned: a sum is finite where all elements are, and costs less than `isfinite`. It is
+    armed in the first steps, once anything was not finite, while the loss or the gradient norm is
+    ten times its usual value, and at all steps with `Options.watch_nonfinite`. Tensors that are not
+    finite in steps whose loss is (masks) do not count.
+
+    On an accelerator the sums stay there until the step is over.
+    """
+
+    name = "outputs"
+    importance = 100
+    every_forward = True
+    owns_readings = True
+
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self._always = options.watch_nonfinite
+        self._armed_until = math.inf if self._always else FIRST_STEPS
+        self._steps = 0
+        self._calls = SubmoduleCalls(self._called, self._returned)
+        self._own = {id(parameter) for parameter in tracked.parameters}
+        self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(
+            {module: path for path, module in tracked.modules.items()}
+        )
+        # By weak references: a probe does not keep a model.
+        self._modules = weakref.WeakValueDictionary(tracked.modules)
+        self._sums: list[_Sum] = []
+        self._values: list[torch.Tensor] = []
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        """id → tensors of this forward that have been summed, with their version."""
+        self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
+        self._found: Producer | None = None
+        self._weights = False
+        """Whether the module that was found has weights that are not finite."""
+        self._under_way: deque[tuple[list[_Sum], Producer | None]] = deque()
+        self._usual: dict[tuple[str, bool], int] = {}
+        """(path, entering) of what was not finite in steps that were."""
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._norms: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def armed(self) -> bool:
+        return self._steps < self._armed_until
+
+    # ------------------------------------------------------------ in the forward
+
+    def model_called(
+        self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The inputs of the model."""
+        if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
+            self._known.clear()
+            with torch.no_grad():
+                for tensor in tensors_in((*args, *kwargs.values())):
+                    self._add(None, True, tensor)
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
+            self._calls.begin(root)
+
+    def after_forward(self) -> None:
+        """On the CPU the sums are looked at now, while the graph is alive."""
+        self._calls.end()
+        self._known.clear()
+        fault, self._calls.fault = self._calls.fault, None
+        if fault is not None:
+            raise fault
+        if self._on_host and self._values:
+            values, sums = torch.stack(self._values), self._sums
+            self._values, self._sums = [], []
+            if not math.isfinite(float(values.sum())):
+                self._found = self._first(values.numpy().astype(np.float64), sums)
+
+    def _called(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        for tensor in tensors_in(args) if not kwargs else tensors_in((*args, *kwargs.values())):
+            known = self._known.get(id(tensor))
+            if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
+                self._add(module, True, tensor)
+
+    def _returned(self, module: torch.nn.Module, result: Any) -> None:
+        for tensor in tensors_in(result):
+            known = self._known.get(id(tensor))
+            if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
+                self._add(module, False, tensor)
+
+    def _add(self, module: torch.nn.Module | None, entering: bool, tensor: torch.Tensor) -> None:
+        if (
+            type(tensor) not in PLAIN
+            or not tensor.is_floating_point()
+            or not tensor.numel()
+            or len(self._sums) >= MAX_SUMS
+        ):
+            return
+        reference = weakref.ref(tensor)
+        self._known[id(tensor)] = reference, version_of(tensor)
+        self._values.append(tensor.detach().sum(dtype=torch.float32))
+        owner = weakref.ref(module) if module is not None else None
+        self._sums.append(_Sum(owner, entering, reference))
+
+    # ------------------------------------------------------------ the end of the step
+
+    def after_update(self) -> Readings:
+        """On an accelerator: the sums."""
+        self._steps += 1
+        values, self._values = self._values, []
+        sums, self._sums = self._sums, []
+        found, self._found = self._found, None
+        self._under_way.append((sums, found))
+        return values
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Sets `facts.producer`, and arms the probe."""
+        sums, found = self._under_way.popleft() if self._under_way else ([], None)
+        loss_known = why_absent(facts.loss) is None
+        wrong = bool(facts.nonfinite) or (loss_known and not math.isfinite(facts.loss))
+        norm_known = why_absent(facts.total_norm) is None
+        wrong = wrong or (norm_known and not math.isfinite(facts.total_norm))
+        if values.size and not np.isfinite(values).all() and len(values) == len(sums):
+            found = self._first(values, sums)
+        if found is not None:
+            key = found.name, found.source == "input"
+            if not wrong:
+                self._usual[key] = self._usual.get(key, 0) + 1
+            elif key not in self._usual:
+                facts.producer = found
+        if wrong or self._grows(facts):
+            self._armed_until = max(self._armed_until, self._steps + ARMED_STEPS)
+        return ()
+
+    def _grows(self, facts: StepFacts) -> bool:
+        grows = False
+        for value, recent in ((facts.loss, self._losses), (facts.total_norm, self._norms)):
+            if math.isfinite(value):
+                if len(recent) == RECENT:
+                    grows = grows or abs(value) > GROWTH * sorted(recent)[RECENT // 2] > 0
+                recent.append(abs(value))
+        return grows
+
+    def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
+        """What the first sum that is not finite is of."""
+        for index in np.flatnonzero(~np.isfinite(values)).tolist():
+            entry = sums[index]
+            tensor = entry.tensor()
+            if tensor is not None and tensor.is_cpu and bool(torch.isfinite(tensor).all()):
+                continue  # the sum overflowed
+            producer = self._producer(entry)
+            if (producer.name, producer.source == "input") not in self._usual:
+                return producer
+        return None
+
+    def _producer(self, entry: _Sum) -> Producer:
+        module = entry.module() if entry.module is not None else None
+        if module is None:
+            return Producer("input", "")
+        path = self._paths.get(module, "")
+        modules = self._modules
+        if entry.entering:  # computed between two modules, by the one around them
+            parent = path.rpartition(".")[0]
+            around = modules.get(parent)
+            kind = type(around).__name__ if around is not None else ""
+            return Producer("module", parent, kind, "", "")
+        if self._on_host:
+            for name, parameter in module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(parameter.detach()).all()):
+                    return Producer("weight", f"{path}.{name}".lstrip("."), type(module).__name__)
+        return Producer("module", path, type(module).__name__, "", place_of_call(path, modules))

@@ -1,0 +1,275 @@
+"""Which operation made a loss that is not finite, read from its autograd graph before backward.
+
+The graph holds the inputs or results of many operations for backward. An operation whose result is
+not finite although all of its known inputs are is the origin; nothing is computed again, and the
+graph is left as it is. Only for tensors on the CPU, where reading a value does not wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any, Literal, Protocol
+
+import torch
+
+from tui_trainer.history.records import Producer
+from tui_trainer.trace.module_calls import Patches
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.script_frames import script_frames
+from tui_trainer.trace.source_places import place_in_frame, place_of_operation
+from tui_trainer.trace.torch_private import node_name, saved_tensors
+
+MAX_SEARCHES = 10
+"""Losses that are not finite whose graphs are searched, in a run."""
+MAX_NODES = 20_000
+"""Nodes of a graph that are looked at."""
+RESULTS = ("result", "output", "result0", "result1")
+"""Under which names a node saves what it returned; every other tensor is an input."""
+SKIPPED = ("mask", "weight_mask", "rng_state", "indices", "index", "total_weight")
+PASSING = frozenset(
+    (
+        *("Relu", "LeakyRelu", "Gelu", "Silu", "Elu", "Hardtanh", "Clamp", "Sigmoid", "Tanh"),
+        *("NativeDropout", "Dropout", "LogSoftmax", "Softmax", "NllLoss", "NllLoss2D", "Abs"),
+        *("View", "UnsafeView", "Reshape", "ReshapeAlias", "Transpose", "T", "Permute", "Expand"),
+        *("Slice", "Select", "Squeeze", "Unsqueeze", "Split", "SplitWithSizes", "Unbind", "Index"),
+        *("Gather", "AsStrided", "Alias", "Clone", "ToCopy", "Cat", "Stack", "Neg", "Where"),
+        *("MaskedFill", "NativeLayerNorm"),
+    )
+)
+"""Operations whose result is finite wherever their inputs are: the origin lies before them."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An operation, weight or input at which values stop being finite."""
+
+    source: Literal["operation", "weight", "input"]
+    operation: str
+    """As in the graph, in lower case; "" for a weight."""
+    parameters: tuple[torch.Tensor, ...]
+    """The weight itself, or the parameters that the operation used or that are nearest to it on the
+    side of the input."""
+
+
+def origin_of(loss: torch.Tensor) -> Origin | None:
+    """The origin of a loss that is not finite; None where it cannot be seen."""
+    return _Search(loss.grad_fn).run() if loss.grad_fn is not None else None
+
+
+class _Search:
+    """A search from the loss towards the inputs."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._state: dict[Any, bool | None] = {}
+        """Node → whether its result is finite; None: unknown."""
+        self._inputs_bad: dict[Any, bool | None] = {}
+
+    def run(self) -> Origin | None:
+        """Post-order, so that the node deepest on the side of the input is found first."""
+        seen: set[Any] = set()
+        stack: list[tuple[Any, bool]] = [(self._root, False)]
+        while stack and len(seen) < MAX_NODES:
+            node, done = stack.pop()
+            if done:
+                origin = self._judge(node)
+                if origin is not None:
+                    return origin
+                continue
+            if node in seen:
+                continue
+            seen.add(node)
+            if node is not self._root and self._finite(node) is True:
+                continue
+            stack.append((node, True))
+            stack += [(before, False) for before, _ in node.next_functions if before is not None]
+        return None
+
+    def _judge(self, node: Any) -> Origin | None:
+        """Whether `node` is the origin, given that nothing before it is."""
+        name = node_name(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, torch.Tensor):
+            finite = _is_finite(variable)
+            return Origin("weight", "", (variable,)) if finite is False else None
+        if self._finite(node) is not False:
+            if self._inputs_bad.get(node) and self._leaf_inputs(node):
+                return Origin("input", name.lower(), self._nearest(node))
+            return None
+        if self._inputs_bad.get(node) and self._leaf_inputs(node):
+            return Origin("input", name.lower(), self._nearest(node))
+        if name in PASSING:
+            before = [each for each, _ in node.next_functions if each is not None]
+            unknown = [each for each in before if self._finite(each) is not True]
+            if len(unknown) == 1 and getattr(unknown[0], "variable", None) is None:
+                return Origin("operation", node_name(unknown[0]).lower(), self._nearest(unknown[0]))
+        return Origin("operation", name.lower(), self._nearest(node))
+
+    def _finite(self, node: Any) -> bool | None:
+        """Whether the result of a node is finite."""
+        if node not in self._state:
+            saved = saved_tensors(node)
+            results = [_is_finite(t) for name, t in saved.items() if name in RESULTS]
+            inputs = {
+                name: t for name, t in saved.items() if name not in RESULTS and name not in SKIPPED
+            }
+            known = [_is_finite(t) for t in inputs.values()]
+            self._inputs_bad[node] = False in known
+            if False in results:
+                self._state[node] = False
+            elif results and all(results):
+                self._state[node] = True
+            else:
+                self._state[node] = _computed(node_name(node), inputs, node)
+        return self._state[node]
+
+    def _leaf_inputs(self, node: Any) -> bool:
+        """Whether a node has inputs that nothing in the graph computed: a batch, a constant."""
+        return any(before is None for before, _ in node.next_functions)
+
+    def _nearest(self, node: Any) -> tuple[torch.Tensor, ...]:
+        """The parameters that `node` uses itself, or the first ones before it."""
+        level, seen = [node], {node}
+        for _ in range(64):
+            variables = [getattr(each, "variable", None) for each in level]
+            found = [each for each in variables if isinstance(each, torch.Tensor)]
+            if found:
+                return tuple(found)
+            following = [n for each in level for n, _ in each.next_functions if n is not None]
+            level = [each for each in dict.fromkeys(following) if each not in seen]
+            seen.update(level)
+            if not level or len(seen) > MAX_NODES:
+                break
+        return ()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool | None:
+    """None for what has no such values, or none that can be read at once."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.is_cpu:
+        return None
+    return bool(torch.isfinite(tensor).all())
+
+
+def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | None:
+    """Whether the result of some simple operations is finite, from the inputs that they saved."""
+    x, other = inputs.get("self"), inputs.get("other")
+    if name == "Div" and x is None and other is not None and other.is_cpu:
+        return None if bool((other != 0).all()) else False
+    if x is None or not x.is_cpu:
+        return None
+    if name in ("Log", "Log2", "Log10"):
+        return bool(((x > 0) & torch.isfinite(x)).all())
+    if name == "Log1P":
+        return bool(((x > -1) & torch.isfinite(x)).all())
+    if other is not None and name == "Div":
+        return _is_finite(x / other)
+    if other is not None and name == "Mul":
+        return _is_finite(x * other)
+    exponent = getattr(node, "_saved_exponent", None)
+    if name == "Pow" and exponent is not None:
+        return _is_finite(x**exponent)
+    return None
+
+
+# ---------------------------------------------------------------- in the course of a training
+
+
+class _Measurer(Protocol):
+    tracked: TrackedParameters
+
+
+class Measurers(Protocol):
+    """The optimizers that are measured: the registry."""
+
+    @property
+    def measurers(self) -> Sequence[_Measurer]: ...
+
+
+class Models(Protocol):
+    """The models that the loop calls: `RootModules`."""
+
+    @property
+    def modules(self) -> list[torch.nn.Module]: ...
+
+
+class NonFiniteOrigins:
+    """Names the origin of the losses of a training that are not finite."""
+
+    def __init__(self, registry: Measurers, roots: Models, patches: Patches) -> None:
+        self._registry = registry
+        self._roots = roots
+        self._patches = patches
+        self._left = MAX_SEARCHES
+
+    def install(self) -> None:
+        """Notice when saved tensors are packed by hooks (activation checkpointing, offloading):
+        reading them would run these."""
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        original = hooks.__enter__
+        thread = get_ident()
+
+        def __enter__(context: Any) -> Any:
+            if get_ident() == thread:
+                self._left = 0
+            return original(context)
+
+        self._patches.replace(hooks, "__enter__", __enter__)
+
+    def producer_of(self, losses: Sequence[torch.Tensor]) -> Producer | None:
+        """The origin of a loss that is about to be backpropagated and is not finite."""
+        for loss in losses:
+            if self._left and loss.is_cpu and not math.isfinite(abs(loss.item())):
+                self._left -= 1
+                origin = origin_of(loss)
+                if origin is not None:
+                    return self._named(origin)
+        return None
+
+    def _named(self, origin: Origin) -> Producer:
+        parameter, owner = self._parameter(origin.parameters)
+        path = parameter.rpartition(".")[0]
+        if origin.source == "weight":
+            return Producer("weight", parameter)
+        if origin.source == "input":
+            return Producer("input", "", "", origin.operation)
+        if origin.operation in ("addmm", "mm", "convolution", "embedding") and path:
+            kind = type(owner).__name__ if owner is not None else ""
+            return Producer("module", path, kind, origin.operation)
+        return Producer("operation", path, "", origin.operation, self._place_of(origin.operation))
+
+    def _parameter(self, parameters: Sequence[torch.Tensor]) -> tuple[str, torch.nn.Module | None]:
+        """The name of the first of these that is measured, and the module that has it."""
+        wanted = {id(parameter) for parameter in parameters}
+        name = ""
+        for measurer in self._registry.measurers:
+            tracked = measurer.tracked
+            pairs = zip(tracked.parameters, tracked.names, strict=True)
+            name = name or next((name for p, name in pairs if id(p) in wanted), "")
+        for root in self._roots.modules:
+            for module in root.modules():
+                if any(id(p) in wanted for p in module.parameters(recurse=False)):
+                    return name, module
+        return name, None
+
+    def _place_of(self, operation: str) -> str:
+        """The only line of the loop, or of the forward of a model's modules, that computes it."""
+        frame = next(script_frames(), None)
+        places = {place_in_frame(operation, frame)} if frame is not None else set()
+        kinds = {type(module): module for root in self._roots.modules for module in root.modules()}
+        places |= {place_of_operation(operation, module) for module in kinds.values()}
+        places.discard("")
+        return places.pop() if len(places) == 1 else ""
+
+
+def merged(by_sum: Producer | None, by_graph: Producer | None) -> Producer | None:
+    """What the outputs of modules and the graph of the loss say together."""
+    if by_sum is None or by_graph is None:
+        return by_sum or by_graph
+    if by_graph.source == "input":  # of the graph: what the model was given, or a detached tensor
+        return by_sum
+    if by_graph.source == "weight" or by_sum.source != "module":
+        return by_graph
+    return by_sum._replace(operation=by_graph.operation, place=by_graph.place or by_sum.place)

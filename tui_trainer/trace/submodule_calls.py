@@ -1,0 +1,92 @@
+"""The calls of the modules inside one forward pass.
+
+`torch.nn.Module.__call__` is replaced while the forward of a root model is open, and restored at
+its end. Nothing is attached to a module, and nothing is replaced in a compiled model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+
+from tui_trainer.trace.torch_private import is_compiled
+
+OnCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]
+OnReturn = Callable[[torch.nn.Module, Any], None]
+MAX_TENSORS = 4
+"""Tensors that are looked at of a module's arguments or result."""
+MAX_DEPTH = 2
+
+
+class SubmoduleCalls:
+    """Reports every call of a module below the root on the thread that began."""
+
+    def __init__(self, called: OnCall, returned: OnReturn) -> None:
+        """Both are called on the training thread; neither may change anything."""
+        self._called = called
+        self._returned = returned
+        self._original: Callable[..., Any] | None = None
+        self._ours: Callable[..., Any] | None = None
+        self.fault: Exception | None = None
+        """What a callback raised: the rest of the forward is not observed."""
+
+    def begin(self, root: torch.nn.Module) -> bool:
+        """The forward of `root` begins; False where it cannot be observed."""
+        if self._original is not None or any(is_compiled(module) for module in root.modules()):
+            return False
+        original: Callable[..., Any] = torch.nn.Module.__call__
+        thread = get_ident()
+        called, returned = self._called, self._returned
+        self.fault = None
+
+        def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if (
+                self._ours is None
+                or self.fault is not None
+                or get_ident() != thread
+                or torch.compiler.is_compiling()
+            ):
+                return original(module, *args, **kwargs)
+            try:
+                called(module, args, kwargs)
+            except Exception as fault:
+                self.fault = fault
+            result = original(module, *args, **kwargs)
+            if self.fault is None:
+                try:
+                    returned(module, result)
+                except Exception as fault:
+                    self.fault = fault
+            return result
+
+        self._original, self._ours = original, __call__
+        torch.nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        return True
+
+    def end(self) -> None:
+        """The forward is over, or nothing more has to be observed."""
+        if self._original is not None:
+            if torch.nn.Module.__call__ is self._ours:
+                torch.nn.Module.__call__ = self._original  # type: ignore[method-assign]
+            self._original = self._ours = None
+
+
+def tensors_in(value: Any, depth: int = MAX_DEPTH) -> list[torch.Tensor]:
+    """The first tensors in a tensor, or in a list, tuple or dictionary of them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if depth and isinstance(value, (tuple, list)):
+        elements = list(value[: 2 * MAX_TENSORS])
+    elif depth and isinstance(value, dict):
+        elements = list(value.values())[: 2 * MAX_TENSORS]
+    else:
+        return []
+    found: list[torch.Tensor] = []
+    for element in elements:
+        found += tensors_in(element, depth - 1)
+        if len(found) >= MAX_TENSORS:
+            break
+    return found[:MAX_TENSORS]
