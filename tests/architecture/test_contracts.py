@@ -44,7 +44,7 @@ def lint(where: Path) -> subprocess.CompletedProcess[str]:
         cwd=where,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 

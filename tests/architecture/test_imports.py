@@ -42,7 +42,7 @@ def loaded_after(code: str) -> set[str]:
         "sys.__stderr__.write('\\n' + json.dumps(found))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code + report], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1]))

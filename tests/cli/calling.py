@@ -18,7 +18,7 @@ def call(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     stdin: str = "",
-    timeout: float = 120,
+    timeout: float = 240,
     torch: bool = True,
     cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,7 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
         assert "one paused at step 38" in shown
         assert "(breakpoint 2: step == 39 at backward)" in shown
         call("resume", "one", cwd=tmp_path)
-        process.communicate(timeout=120)
+        process.communicate(timeout=240)
         assert process.returncode == 0
     finally:
         process.kill()

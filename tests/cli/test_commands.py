@@ -42,7 +42,7 @@ def test_pause_step_resume_stop(runs):
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped at step" in stopped.stdout
     assert runs.ls()["gpt-one"]["state"] == "stopped"
-    runs.processes["gpt-one"].wait(60)
+    runs.processes["gpt-one"].wait(240)
     again = runs.call("pause", "gpt-one")
     assert again.returncode == 1
     assert "gpt-one has been stopped" in again.stderr
@@ -142,7 +142,7 @@ def test_show_imports_neither_torch_nor_textual(runs):
         env=runs.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
@@ -235,7 +235,7 @@ def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
         )
         assert "gpt-over has ended" in removing.stderr.readline()
         os.kill(process.pid, signal.SIGCONT)
-    out, err = removing.communicate(timeout=60)
+    out, err = removing.communicate(timeout=240)
     assert removing.returncode == 0, err
     assert out == "removed gpt-over\n"
 
@@ -249,7 +249,7 @@ def test_rm_asks_on_a_terminal(runs):
             sys.executable,
             ["-m", "tui_trainer", "rm", "gpt-asked"],
             env=runs.environment,
-            timeout=60,
+            timeout=240,
         )
         asking.expect("remove it permanently")
         asking.sendline(answer)
@@ -319,7 +319,7 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
 
 @pytest.mark.slow
 def test_doctor(runs):
-    done = runs.call("doctor", "--json", timeout=170)
+    done = runs.call("doctor", "--json", timeout=240)
     found = {each["name"]: each for each in json.loads(done.stdout)}
     assert found["torch"]["level"] == "good"
     for name in (*LIBRARIES, *OPTIONAL, "git", "ssh"):
@@ -328,9 +328,9 @@ def test_doctor(runs):
     assert done.returncode == 0
     place = runs.create("gpt-open")
     place.chmod(0o770)
-    assert f"chmod go-w {place}" in runs.call("doctor", timeout=170).stdout
+    assert f"chmod go-w {place}" in runs.call("doctor", timeout=240).stdout
     runs.directory.chmod(0o777)
-    unsafe = runs.call("doctor", timeout=170)
+    unsafe = runs.call("doctor", timeout=240)
     assert unsafe.returncode == 1
     assert "others can write to" in unsafe.stdout
 

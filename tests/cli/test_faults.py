@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT])
     done = subprocess.run(
-        ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=120
+        ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=240
     )
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
@@ -254,7 +254,7 @@ def test_a_run_without_a_screen_ends_in_order(number: int, status: int, tmp_path
     try:
         until(lambda: (state := read_state(run)) and state.step > 3, "it trains")
         process.send_signal(number)
-        assert process.wait(60) == status
+        assert process.wait(240) == status
     finally:
         process.kill()
     state = read_state(run)

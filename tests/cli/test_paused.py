@@ -52,7 +52,7 @@ def test_it_says_how_to_continue_and_continues(tmp_path: Path, kind: str) -> Non
             time.sleep(0.05)
         done = call(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0

@@ -169,7 +169,7 @@ async def test_runs_without_a_series(tmp_path):
     recorder = Recorder(RunInfo("empty", "script"))
     recorder.subscribe(StoreWriter(tmp_path))
     recorder.end("crashed", "at once")
-    assert recorder.close(20)
+    assert recorder.close(240)
     (calm,) = compared("calm")
     run = inspect_run(directory("calm"))
     empty = ComparedRun(run.__class__("empty", tmp_path, "crashed", run.reported))

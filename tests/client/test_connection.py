@@ -117,7 +117,7 @@ def test_control_characters_of_a_run_cannot_reach_the_terminal(scripted):
         refused = client.command(Pause())
     session = LiveSession(run.connector)
     until(lambda: session.poll().log != ())
-    acks = [refused, session.send(Pause()).result(60)]
+    acks = [refused, session.send(Pause()).result(240)]
     for seen, ack in zip((client.snapshot, session.poll()), acks, strict=True):
         texts = [seen.status.reason, seen.status.viewers[0], seen.events[0].text]
         texts += [seen.events[0].who, seen.log[0].text, ack.message, ack.hint, ack.status.reason]
@@ -158,7 +158,7 @@ def test_a_run_that_stops_answering_is_an_error(scripted, monkeypatch):
     def silent(run, connection):
         greet(run, connection)
         answer_one(run, connection)
-        answered.wait(60)
+        answered.wait(240)
 
     client = client_of(scripted(silent))
     client.poll()

@@ -37,4 +37,4 @@ def test_commands_are_kept_after_thousands_of_clips():
     assert events[-1].step == 60_000
     assert isinstance(events[-1], Clip)
     assert 2_000 <= len(events) < 5_000
-    assert recorder.close(10)
+    assert recorder.close(240)

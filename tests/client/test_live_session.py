@@ -108,7 +108,7 @@ def test_commands_are_acknowledged_and_shown_at_once(start):
     session.set_rate(0.1)
     until_quiet(run)
     run.status = Status(state="paused", step=4)
-    ack = session.send(Pause()).result(60)
+    ack = session.send(Pause()).result(240)
     assert ack.ok
     assert session.poll().status.state == "paused"
     assert [command.action for command in run.commands] == [Pause()]
@@ -140,8 +140,8 @@ def test_a_command_does_not_wait_for_the_answer_to_a_poll(start):
     run, session = start(slow)
     run.steps(500)
     until(lambda: session.poll().link.state == "live")
-    assert session.send(Resume()).result(60).ok
-    assert answered.wait(60)
+    assert session.send(Resume()).result(240).ok
+    assert answered.wait(240)
 
 
 def test_reconnects_without_a_gap(start, monkeypatch):
@@ -158,15 +158,14 @@ def test_reconnects_without_a_gap(start, monkeypatch):
 
 
 def test_commands_are_refused_while_the_connection_is_lost(start, monkeypatch):
-    monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.6)
+    monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 1000.0)
     run, session = start(serve_for(2))
     until(lambda: session.poll().link.state == "lost")
     assert "trying again in" in session.poll().link.message
-    ack = session.send(Pause()).result(60)
+    ack = session.send(Pause()).result(240)
     assert not ack.ok
     assert "no connection" in ack.message
     assert session.poll().status == run.status
-    until(lambda: session.poll().link.state == "live")
 
 
 def test_an_unanswered_command_is_refused_when_the_connection_is_lost(start):
@@ -177,7 +176,7 @@ def test_an_unanswered_command_is_refused_when_the_connection_is_lost(start):
 
     _, session = start(swallow)
     until(lambda: session.poll().link.state == "live")
-    ack = session.send(Mark("here")).result(60)
+    ack = session.send(Mark("here")).result(240)
     assert not ack.ok
     assert "lost before the answer" in ack.message
 
@@ -265,7 +264,7 @@ def test_a_refusal_is_final(start):
     until(lambda: session.poll().link.state == "closed")
     assert session.poll().link.message == "the run speaks protocol 9"
     assert session.poll().link.hint == "update"
-    assert not session.send(Pause()).result(60).ok
+    assert not session.send(Pause()).result(240).ok
 
 
 def test_another_run_at_the_same_socket_is_refused(start, monkeypatch):
@@ -325,9 +324,9 @@ def test_closing_ends_the_thread_and_the_connection(start):
     thread = session._thread
     session.close()
     session.close()
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive()
-    assert not session.send(Pause()).result(60).ok
+    assert not session.send(Pause()).result(240).ok
     session.set_rate(3)
 
 
@@ -376,8 +375,8 @@ def test_closing_interrupts_an_attempt_to_connect():
             left.set()
 
     session = LiveSession(connect)
-    assert entered.wait(60)
+    assert entered.wait(240)
     refused = session.send(Pause())
     session.close()
-    assert left.wait(60)
-    assert not refused.result(60).ok
+    assert left.wait(240)
+    assert not refused.result(240).ok

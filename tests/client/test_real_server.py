@@ -33,7 +33,7 @@ def rig(tmp_path):
     made.step = 0
     yield made
     made.server.close()
-    made.recorder.close(5)
+    made.recorder.close(240)
 
 
 def record(rig, count):
@@ -44,7 +44,7 @@ def record(rig, count):
         rig.recorder.record(StepRecord(rig.step, time.time(), "", rows))
         rig.recorder.log("stdout", f"step {rig.step}")
         if rig.step % 500 == 0:
-            rig.recorder.flush(5)
+            rig.recorder.flush(240)
 
 
 def until_seen(session, rig):
@@ -65,17 +65,17 @@ def test_commands_and_the_end_of_a_run(rig):
     session.set_rate(100)
     record(rig, 40)
     until_seen(session, rig)
-    assert session.send(Pause()).result(60).ok
-    assert session.send(Mark("look")).result(60).ok
+    assert session.send(Pause()).result(240).ok
+    assert session.send(Mark("look")).result(240).ok
     until(lambda: any(event.kind == "mark" for event in session.poll().events))
-    assert session.send(Resume()).result(60).ok
+    assert session.send(Resume()).result(240).ok
     assert any("me@here" in name for name in session.poll().status.viewers)
     record(rig, 1500)
     rig.recorder.end("finished", "all steps made")
     until(lambda: session.poll().link.state == "closed")
     until_seen(session, rig)
     assert session.poll().status.state == "finished"
-    assert rig.server.wait_until_seen(10)
+    assert rig.server.wait_until_seen(240)
 
 
 def test_a_late_viewer_and_a_read_only_one(rig):
@@ -85,7 +85,7 @@ def test_a_late_viewer_and_a_read_only_one(rig):
     watcher = LiveSession(connector(lambda: connect_unix(rig.path)), read_only=True)
     until_seen(watcher, rig)
     assert watcher.poll().link.read_only
-    refused = watcher.send(Pause()).result(60)
+    refused = watcher.send(Pause()).result(240)
     assert not refused.ok
     assert refused.message
     for session in (early, watcher):

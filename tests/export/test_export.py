@@ -191,7 +191,7 @@ def recorded(place, steps):
     recorder.subscribe(StoreWriter(place))
     train(recorder, steps)
     recorder.end("finished")
-    assert recorder.close(60)
+    assert recorder.close(240)
     return place
 
 

@@ -158,7 +158,7 @@ def execute(place, *command):
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        command, cwd=place, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     return done

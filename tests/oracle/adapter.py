@@ -128,7 +128,7 @@ def run_command(program: str, folder: Path) -> Output:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, f"{arguments}: {done.stderr}"

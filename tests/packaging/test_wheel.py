@@ -120,7 +120,7 @@ def test_the_screen_opens_away_from_the_checkout(clean: Path, tmp_path: Path) ->
     from tests.terminal.harness import Terminal
 
     command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", "--threads", "1"]
-    with Terminal(command, cwd=tmp_path, env=away(tmp_path), timeout=90, cold=True) as terminal:
+    with Terminal(command, cwd=tmp_path, env=away(tmp_path), cold=True) as terminal:
         terminal.find(r"(?i)finished")
         terminal.press("q")
         assert terminal.wait_for_exit() == 0

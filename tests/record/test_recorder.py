@@ -62,7 +62,7 @@ def step(number, time=None, columns=3, clip=None, nonfinite=(), own_ms=0.1, opti
 def recorder():
     made = make()
     yield made
-    made.close(5)
+    made.close(240)
 
 
 def test_an_update_holds_everything_since_the_cursor(recorder):
@@ -99,7 +99,7 @@ def test_a_small_budget_summarises_and_still_covers_every_row():
             viewer.apply(rows)
         more = update.more
     assert viewer.cursors() == (2000, 2000, 2000)
-    recorder.close(5)
+    recorder.close(240)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_a_sink_gets_every_step_in_order_with_its_description(recorder):
     for number in range(1, 3001):
         recorder.record(step(number))
         if number % 500 == 0:
-            assert recorder.flush(10)
+            assert recorder.flush(240)
     recorder.end("finished")
-    assert recorder.flush(10)
+    assert recorder.flush(240)
     assert isinstance(sink.items[0], InfoChanged)
     steps = [item.record.step for item in sink.items if isinstance(item, StepRecorded)]
     assert steps == list(range(1, 3001))
     assert isinstance(sink.items[-1], RunEnded)
-    assert feed.close(5)
+    assert feed.close(240)
     assert sink.closed
 
 
@@ -195,7 +195,7 @@ def test_a_blocked_sink_costs_nothing_and_its_loss_is_reported(recorder):
     assert recorder.status.step == 1000  # the recorder itself continued
     sink.gate.set()
     recorder.end("finished")
-    assert recorder.flush(10)
+    assert recorder.flush(240)
     steps = [item.record.step for item in sink.items if isinstance(item, StepRecorded)]
     lost = sum(item.steps for item in sink.items if isinstance(item, StepsDropped))
     assert lost > 0
@@ -212,7 +212,7 @@ def test_a_failing_sink_is_reported_once_and_the_others_continue(recorder):
     recorder.subscribe(good)
     for number in range(1, 11):
         recorder.record(step(number))
-        recorder.flush(5)
+        recorder.flush(240)
     faults = [e for e in recorder.update_for(Poll()).events if e.kind == "fault"]
     assert len(faults) == 1
     assert "no" in faults[0].text
@@ -228,7 +228,7 @@ def test_the_queue_is_bounded_and_overflow_is_counted():
         assert len(recorder._queue) <= 4096
     update = recorder.update_for(Poll())
     assert any("1904 steps" in event.text for event in update.events)
-    recorder.close(5)
+    recorder.close(240)
 
 
 def test_a_wrong_row_is_a_fault_reported_once_not_a_crash(recorder):
@@ -304,7 +304,7 @@ def test_a_forked_child_drops_everything_and_cannot_deadlock(recorder):
                 os._exit(0)
             finally:
                 os._exit(1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
@@ -321,7 +321,7 @@ def test_a_clip_keeps_its_measured_digits(recorder, share):
     collector = Collector()
     recorder.subscribe(collector)
     recorder.record(step(1, clip=clip))
-    assert recorder.flush(5)
+    assert recorder.flush(240)
     (recorded,) = [item.record.clip for item in collector.items if isinstance(item, StepRecorded)]
     assert recorded.norm_before == np.float32(1 / 3)
     assert recorded.shares == pytest.approx((share, 0.0), abs=1 / 8192, nan_ok=True)
@@ -332,6 +332,6 @@ def test_own_cost_has_the_digits_that_the_store_keeps(recorder):
     collector = Collector()
     recorder.subscribe(collector)
     recorder.record(step(1, own_ms=1.42335))
-    assert recorder.flush(5)
+    assert recorder.flush(240)
     (recorded,) = [item.record.own_ms for item in collector.items if isinstance(item, StepRecorded)]
     assert recorded == float(np.float32(1.42335)) != 1.42335

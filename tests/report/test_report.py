@@ -184,7 +184,7 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
         recorder.record(StepRecord(n, 1.0 * n, "", rows, None, (("loss", evil, "nan"),)))
     recorder.notice(evil, evil, evil, 5, evil)
     recorder.end("crashed", evil, evil)
-    assert recorder.close(20)
+    assert recorder.close(240)
     page = page_of(tmp_path)
     assert "<script" not in page
     assert "<img" not in page
@@ -201,7 +201,7 @@ def test_a_run_with_nothing_in_it(tmp_path, steps):
         values = np.full(len(schema.STEP_COLUMNS), np.nan, np.float32)
         recorder.record(StepRecord(n + 1, 1.0, "", ((table, values),)))
     recorder.end("crashed", "at once")
-    assert recorder.close(20)
+    assert recorder.close(240)
     page = page_of(tmp_path)
     assert "at once" in Reader(page).text
     assert_fetches_nothing(page)

@@ -38,7 +38,7 @@ def begin(place, name, *arguments):
 
 def call(place, *arguments):
     process = begin(place, *arguments)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -154,10 +154,10 @@ def test_a_checkpoint_of_a_run_that_ends_first_is_no_success(place):
     viewer = place.viewer()
     hosting.wait_for(lambda: "checkpoint" in notices(viewer, "command"))
     (place.folder / "go").touch()
-    _, messages = asking.communicate(timeout=60)
+    _, messages = asking.communicate(timeout=240)
     assert asking.returncode == 1
     assert "no checkpoint was written" in messages
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
 
 
 # ---------------------------------------------------------------- stop --checkpoint

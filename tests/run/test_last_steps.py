@@ -26,7 +26,7 @@ def call(place, *arguments):
         env={**hosting.ENVIRONMENT, "TUI_TRAINER_RUNS_DIR": str(place.folder)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         torch=False,
     )
     assert done.returncode == 0 or "nothing was recorded" in done.stderr, done

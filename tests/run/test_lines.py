@@ -66,7 +66,7 @@ sys.stderr.write(repr([(s, t[:10]) for s, t in kept]))
 def test_capture_takes_everything_and_gives_the_descriptors_back(tmp_path):
     log = tmp_path / "log.txt"
     done = subprocess.run(
-        [sys.executable, "-c", CAPTURED, str(log)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CAPTURED, str(log)], capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "after\n"
     kept = eval(done.stderr)

@@ -15,7 +15,7 @@ def say(text):
     # Lines are read by another thread: go on only once this one is recorded.
     print(text, flush=True)
     store = sqlite3.connect("file:runs/r/history.sqlite?mode=ro", uri=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         try:
             if store.execute("SELECT 1 FROM log WHERE text = ?", (text,)).fetchone():

@@ -75,7 +75,7 @@ class Group:
                     if chance.random() < 0.05:
                         time.sleep(chance.random() * 0.002)
                     if phase in ("forward", "backward"):
-                        self.barrier.wait(30)
+                        self.barrier.wait(240)
                     gate.reached(phase, step)
         except (StopTraining, threading.BrokenBarrierError) as end:
             self.ended.append((type(end), step))
@@ -88,11 +88,11 @@ class Group:
         return places.pop() if held and len(places) == 1 else None
 
     def held(self):
-        return until(self.together, "all are held at one boundary", 20)
+        return until(self.together, "all are held at one boundary")
 
     def moves_on(self):
         before = self.gate.completed
-        until(lambda: self.gate.completed > before + 1, "steps are made", 20)
+        until(lambda: self.gate.completed > before + 1, "steps are made")
 
     def close(self):
         self.barrier.abort()
@@ -122,7 +122,7 @@ def test_phases_are_stepped_by_all(group):
     for _ in range(2 * len(PHASES)):
         group.control.step_phase()
         following = (step, number + 1) if number < len(PHASES) else (step + 1, 1)
-        until(lambda wanted=following: group.together() == wanted, f"{following} is reached", 20)
+        until(lambda wanted=following: group.together() == wanted, f"{following} is reached")
         step, number = following
 
 
@@ -133,7 +133,7 @@ def test_steps_are_made_by_all(group):
         step, number = group.held()
         assert number == len(PHASES)
         group.control.step(count)
-        until(lambda s=step, n=count: group.together() == (s + n, len(PHASES)), "the steps", 20)
+        until(lambda s=step, n=count: group.together() == (s + n, len(PHASES)), "the steps")
         group.control.resume()
 
 
@@ -141,7 +141,7 @@ def test_all_end_at_the_same_step(group):
     group.moves_on()
     group.control.stop()
     for thread in group.threads:
-        thread.join(20)
+        thread.join(240)
     assert len(set(group.ended)) == 1
     assert group.ended[0][0] is StopTraining
 

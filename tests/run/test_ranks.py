@@ -142,10 +142,10 @@ def column(table, name):
 @pytest.mark.slow
 def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
     for process in place.start(2, "train.py", STEPS="40"):
-        assert process.wait(120) == 0
+        assert process.wait(240) == 0
     alone = place.printed("", 2)
     for process in place.start(2, *RUN, "--name", "both", "--budget", "0", "train.py", STEPS="40"):
-        assert process.wait(120) == 0, place.errors(0) + place.errors(1)
+        assert process.wait(240) == 0, place.errors(0) + place.errors(1)
     assert place.printed("WEIGHTS", 2) + place.printed("SEEN", 2) == [
         line for word in ("WEIGHTS", "SEEN") for line in alone if line.startswith(word)
     ]
@@ -173,7 +173,7 @@ def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
 def test_replicas_that_part_are_named_within_one_cadence(place):
     command = (*RUN, "--name", "parted", "train.py")
     for process in place.start(2, *command, STEPS="120", PART="70"):
-        assert process.wait(120) == 0, place.errors(0)
+        assert process.wait(240) == 0, place.errors(0)
     expected = (
         "the weights of rank 1 differ from those of the other ranks: equal at step 51, different "
         "at step 101"
@@ -215,7 +215,7 @@ def test_all_ranks_stop_at_the_same_boundary_and_a_killed_one_is_named(place):
         until(lambda: _running_on(client), "steps are made")
         os.kill(started[2].pid, signal.SIGKILL)
     for process in started:
-        process.wait(60)
+        process.wait(240)
     assert started[0].returncode == 1
     reported = place.run("four").reported
     assert reported.state == "crashed"
@@ -264,7 +264,7 @@ def test_torchrun_is_started_for_nproc(place):
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -308,7 +308,7 @@ def test_children_of_a_script_are_members_of_its_run(place):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     tables = place.tables("family")
@@ -335,7 +335,7 @@ def test_a_rank_without_its_run_trains_on_and_says_so(place):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stdout) == (0, "TRAINED\n")
     assert done.stderr == "tui-trainer: rank 1 was not recorded: its run was not found\n"
@@ -375,7 +375,7 @@ def test_the_status_of_a_run_does_not_wait_for_a_process_that_joins():
     with ranks._lock:
         status = threading.Thread(target=ranks.positions, args=(None,), daemon=True)
         status.start()
-        status.join(20)
+        status.join(240)
         assert not status.is_alive()
 
 
@@ -430,11 +430,11 @@ SHARDED = """
 def test_sharded_parameters_are_measured_without_a_collective(place):
     (place.path / "sharded.py").write_text(textwrap.dedent(SHARDED))
     for process in place.start(2, "sharded.py"):
-        assert process.wait(120) == 0
+        assert process.wait(240) == 0
     alone = place.printed("", 2)
     command = (*RUN, "--name", "sharded", "--budget", "0", "sharded.py")
     for process in place.start(2, *command):
-        assert process.wait(120) == 0, place.errors(0)
+        assert process.wait(240) == 0, place.errors(0)
     words = ("SEEN", "COLLECTIVES")
     seen = [line for word in words for line in place.printed(word, 2)]
     assert "all_reduce" in seen[-1]

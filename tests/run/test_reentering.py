@@ -53,7 +53,7 @@ def test_a_signal_while_a_pause_is_recorded(monkeypatch, host, before):
     host.gate.pause()
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(240)
     assert not thread.is_alive(), "the handler waits for the thread that it has interrupted"
     assert ended == ["stopped"]
     assert left == []

@@ -130,7 +130,7 @@ def test_outside_of_a_run_nothing_is_done_and_nothing_imported():
         "assert not new & {'torch', 'numpy', 'msgspec'}, new\n"
         "assert not {'torch', 'numpy', 'textual'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_an_unknown_name_of_the_package():
@@ -193,6 +193,6 @@ def test_a_script_logs_and_every_output_has_the_values(tmp_path):
     assert "val/accuracy (logged), last" in compared.stdout, compared.stderr
 
     plain = processes.run(
-        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert plain.stdout.splitlines()[-1] in done.stderr  # the same weights, without us

@@ -53,14 +53,14 @@ def ours(place, *arguments, **options):
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         **options,
     )
 
 
 def pythons(place, *arguments):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=place, capture_output=True, text=True, timeout=100
+        [sys.executable, *arguments], cwd=place, capture_output=True, text=True, timeout=240
     )
 
 
@@ -120,7 +120,7 @@ def test_a_folder_looks_the_same_from_inside(place, name):
     )
     at = place / "package" if name == "." else place
     runner = command(place, name, "a", "-m")
-    mine = processes.run(runner, cwd=at, capture_output=True, text=True, timeout=100)
+    mine = processes.run(runner, cwd=at, capture_output=True, text=True, timeout=240)
     theirs = pythons(at, name, "a", "-m")
     assert mine.stdout == theirs.stdout != ""
     assert mine.returncode == theirs.returncode == 0
@@ -245,7 +245,7 @@ def test_terminated_before_any_step(place):
     # last look for signals and that call: let it be asleep first.
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, "it sleeps")
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=50)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 143
     assert err == b""
 

@@ -76,7 +76,7 @@ def write_run(sink_class, path):
     recorder.artifact(ConfusionMatrix(0, 2, ("a", "b"), ((1, 0), (0, 2))))
     recorder.log("stdout", "a line of the script")
     recorder.end("crashed", "it broke", "mend it")
-    assert recorder.close(20)
+    assert recorder.close(240)
     return path.read_text()
 
 
@@ -164,7 +164,7 @@ def test_the_header_comes_again_when_something_turns_out_to_be_unseen(tmp_path):
         recorder.describe(unseen={"attention_health": reason})
         recorder.record(StepRecord(2, 11.0, "", ((table, row),)))
     recorder.end("finished")
-    assert recorder.close(20)
+    assert recorder.close(240)
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [line["type"] for line in lines] == ["run", "step", "run", "step", "step", "end"]
     assert lines[2]["unseen"] == {"attention_health": "it is computed by hand"}

@@ -166,7 +166,7 @@ def run_and_stop(place, before=""):
         cwd=place.folder,
         env=hosting.ENVIRONMENT,
         capture_output=True,
-        timeout=120,
+        timeout=240,
     )
     return process.returncode, [json.loads(line) for line in process.stdout.splitlines()]
 
@@ -243,7 +243,7 @@ def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(p
         viewer.wait(lambda status: status.step == 5)
         assert viewer.do(Stop()).ok
         viewer.do(Stop())
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     finally:
         process.kill()
 
@@ -273,5 +273,5 @@ def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place
     assert viewer.do(Stop(checkpoint=True)).ok
     viewer.wait(lambda status: status.ended)
     step = viewer.status.step
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     assert (place.run / "checkpoints" / f"step-{step:08}").is_dir()

@@ -255,7 +255,7 @@ def test_a_terminal_lists_pauses_steps_and_stops_it(tmp_path, loop):
     stepped = json.loads(call("show", "r", "--json", cwd=tmp_path).stdout)
     assert paused["step"] + 1 <= stepped["step"] <= paused["step"] + 2
     assert call("stop", "r", cwd=tmp_path).returncode == 0
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=240)
     assert "stopped on request" in printed
     assert "Traceback" not in printed
     assert read_state(tmp_path / "runs" / "r").state == "stopped"
@@ -264,7 +264,7 @@ def test_a_terminal_lists_pauses_steps_and_stops_it(tmp_path, loop):
 @pytest.mark.parametrize(("how", "state"), [("end", "finished"), ("crash", "crashed")])
 def test_it_ends_with_the_process(tmp_path, loop, how, state):
     process = loop(how)
-    _, printed = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=240)
     ended = read_state(tmp_path / "runs" / "r")
     assert (ended.state, ended.step) == (state, 5)
     assert ("planted" in printed) == (how == "crash")

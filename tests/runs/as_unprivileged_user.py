@@ -16,7 +16,7 @@ NOBODY_UID = 65534
 
 
 def until(found, what):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not found():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.02)
@@ -54,7 +54,7 @@ def main(parent):
     until(lambda: recorder.status.step > seen["resumed at"] + 50, "recording continues")
     seen["ended at"] = recorder.status.step
     recorder.end("stopped")
-    recorder.close(20)
+    recorder.close(240)
     # In one piece, for the training still prints its steps.
     sys.stdout.write(f"\n{json.dumps(seen)}\n")
     sys.stdout.flush()

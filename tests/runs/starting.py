@@ -19,7 +19,7 @@ from tui_trainer.config.run_state import RunState, read_state
 T = TypeVar("T")
 
 
-def until(found: Callable[[], T], what: str, seconds: float = 60.0) -> T:
+def until(found: Callable[[], T], what: str, seconds: float = 240.0) -> T:
     """Wait until `found()` returns something true, and return that."""
     deadline = time.monotonic() + seconds
     while not (value := found()):
@@ -94,7 +94,7 @@ class Runs:
             env={**self.environment, "COLUMNS": "160"},
             capture_output=True,
             text=True,
-            timeout=options.pop("timeout", 90),
+            timeout=options.pop("timeout", 240),
             stdin=subprocess.DEVNULL,
             torch=False,
             **options,

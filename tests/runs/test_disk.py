@@ -114,7 +114,7 @@ def test_permissions_as_an_unprivileged_user():
             env={**os.environ, "HOME": f"{place}/own", "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         if "Permission denied" in done.stderr and not done.stdout:
             pytest.skip("another user cannot read this checkout")
@@ -132,7 +132,7 @@ def test_a_directory_that_the_user_may_not_write_to():
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]

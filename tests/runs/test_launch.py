@@ -41,7 +41,7 @@ def stand_in(monkeypatch, tmp_path):
 def test_a_process_that_dies_before_it_listens_is_explained(spec, stand_in):
     stand_in('echo "ImportError: no module named torch" >&2; exit 3')
     launched = launch(spec)
-    launched.process.wait(60)
+    launched.process.wait(240)
     with pytest.raises(RunGone, match="the run process died: exit status 3") as fault:
         launched.connect()
     assert fault.value.hint == "ImportError: no module named torch"
@@ -55,7 +55,7 @@ def test_a_process_that_dies_before_it_listens_is_explained(spec, stand_in):
 def test_a_signal_is_named(spec, stand_in):
     stand_in("kill -KILL $$")
     launched = launch(spec)
-    launched.process.wait(60)
+    launched.process.wait(240)
     with pytest.raises(RunGone, match="killed by SIGKILL"):
         launched.connect()
 
@@ -84,7 +84,7 @@ def test_the_process_is_waited_for_and_has_its_own_session(spec, stand_in):
             launched.connect().close()
     finally:
         launched.process.send_signal(signal.SIGTERM)
-        launched.process.wait(60)
+        launched.process.wait(240)
 
 
 def test_a_directory_without_a_run(tmp_path):

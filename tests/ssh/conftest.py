@@ -6,7 +6,6 @@ import pytest
 
 from tests.runs.conftest import runs
 from tests.ssh.sshd import MISSING, PATH_WITH_US, Sshd
-from tui_trainer.client import connection
 from tui_trainer.client.live import LiveSession
 from tui_trainer.client.ssh import SshConnector, parse_address
 
@@ -48,9 +47,8 @@ def bare_host(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def attach(monkeypatch):
+def attach():
     """Open a session to an address, as the command does, without a screen."""
-    monkeypatch.setattr(connection, "SILENCE_S", 4.0)
     sessions = []
 
     def begin(address: str, **options):

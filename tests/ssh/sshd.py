@@ -85,7 +85,7 @@ class Sshd:
             stdin=subprocess.DEVNULL,
             stderr=open(self.directory / "sshd.log", "ab"),  # noqa: SIM115
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             with (
                 contextlib.suppress(OSError),

@@ -18,7 +18,7 @@ def terminal(runs, host):
 
     def begin(*arguments):
         command = [sys.executable, "-m", "tui_trainer", "attach", *arguments]
-        opened.append(Terminal(command, env=runs.environment, timeout=90))
+        opened.append(Terminal(command, env=runs.environment))
         return opened[-1]
 
     yield begin
@@ -45,13 +45,15 @@ def test_choose_a_run_pause_it_and_reconnect(host, runs, terminal):
     )
     screen.press("space")
     until(lambda: screen.pump() and len(our_ssh()) == 1, "another ssh")
-
-    def resumed():
-        screen.press("space")
-        screen.settle(1.0)
-        return runs.reported("gpt-first").state == "running"
-
-    until(resumed, "resumed over the new link")
+    screen.wait_until(
+        lambda text: "lost" not in text and "trying again" not in text and "paused" in text,
+        "the pause over the new link",
+    )
+    screen.press("space")
+    until(
+        lambda: screen.pump(0.01) and runs.reported("gpt-first").state == "running",
+        "resumed over the new link",
+    )
 
 
 def test_a_refusal_is_one_message_without_a_screen(host, runs, terminal):

@@ -9,6 +9,7 @@ import psutil
 
 from tests.runs.starting import until
 from tests.ssh.sshd import our_ssh
+from tui_trainer.client import connection
 from tui_trainer.protocol.messages import Pause, Resume
 
 
@@ -30,6 +31,16 @@ def assert_no_gap(session):
     assert steps == list(range(1, steps[-1] + 1))
 
 
+def until_lost(session, message):
+    """Wait until the link is lost with that message, which it shows until it is made again."""
+
+    def is_lost():
+        link = session.poll().link
+        return link.state == "lost" and message in link.message
+
+    until(is_lost, f"the loss is noticed: {message}")
+
+
 def only_ssh():
     """Wait until there is exactly one ssh, and return it."""
     return until(lambda: our_ssh() if len(our_ssh()) == 1 else None, "one ssh")[0]
@@ -40,9 +51,9 @@ def test_measurements_commands_and_close(host, runs, attach):
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 20, "steps arrive")
     assert session.poll().info.name == "gpt-far"
-    assert session.send(Pause()).result(60).ok
+    assert session.send(Pause()).result(240).ok
     until(lambda: session.poll().status.state == "paused", "it pauses")
-    assert session.send(Resume()).result(60).ok
+    assert session.send(Resume()).result(240).ok
     grows_by(session, 5, "it continues")
     assert_no_gap(session)
     session.close()
@@ -65,28 +76,28 @@ def test_killing_ssh_leaves_no_gap(host, runs, attach):
         grows_by(session, 10, "steps arrive")
         victim = only_ssh()
         victim.kill()
-        until(lambda: session.poll().link.state == "lost", "the loss is noticed")
-        assert "trying again" in session.poll().link.message
+        until_lost(session, "trying again")
         until(lambda: session.poll().link.state == "live", "it is back")
     grows_by(session, 10, "steps arrive again")
     assert_no_gap(session)
 
 
-def test_a_frozen_ssh_is_noticed_and_replaced(host, runs, attach):
+def test_a_frozen_ssh_is_noticed_and_replaced(host, runs, attach, monkeypatch):
+    monkeypatch.setattr(connection, "SILENCE_S", 4.0)
     runs.start("gpt-far")
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 10, "steps arrive")
     frozen = only_ssh()
     frozen.send_signal(signal.SIGSTOP)
-    until(lambda: session.poll().link.state == "lost", "the freeze is noticed")
-    assert "not answered" in session.poll().link.message
+    until_lost(session, "not answered")
     until(lambda: session.poll().link.state == "live", "another ssh is there")
     until(lambda: frozen.pid not in {each.pid for each in our_ssh()}, "the frozen one is gone")
     grows_by(session, 10, "steps arrive again")
     assert_no_gap(session)
 
 
-def test_a_frozen_remote_host_is_noticed(host, runs, attach):
+def test_a_frozen_remote_host_is_noticed(host, runs, attach, monkeypatch):
+    monkeypatch.setattr(connection, "SILENCE_S", 4.0)
     runs.start("gpt-far")
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 10, "steps arrive")
@@ -111,7 +122,7 @@ def test_a_host_that_goes_and_comes_back(host, runs, attach):
     until(lambda: "Connection refused" in session.poll().link.message, "ssh's reason is shown")
     assert session.poll().link.state == "lost"
     assert session.poll().status.step > 0
-    assert session.send(Pause()).result(60).ok is False
+    assert session.send(Pause()).result(240).ok is False
     host.start()
     until(lambda: session.poll().link.state == "live", "it is back")
     grows_by(session, 10, "steps arrive again")
@@ -121,7 +132,7 @@ def test_a_host_that_goes_and_comes_back(host, runs, attach):
 def test_the_end_of_a_run_is_seen(host, runs, attach):
     runs.start("gpt-short", steps=60, start_paused=True)
     session = attach("ssh://Box/gpt-short")
-    assert session.send(Resume()).result(60).ok
+    assert session.send(Resume()).result(240).ok
     until(lambda: session.poll().status.state == "finished", "the end arrives")
     assert session.poll().status.step == 60
     assert_no_gap(session)

@@ -26,7 +26,7 @@ def terminal(runs):
 
     def begin(*arguments):
         command = [sys.executable, "-m", "tui_trainer", *arguments]
-        opened.append(Terminal(command, env=runs.environment, timeout=60))
+        opened.append(Terminal(command, env=runs.environment))
         return opened[-1]
 
     yield begin

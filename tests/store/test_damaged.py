@@ -70,7 +70,7 @@ def record(place, steps=STEPS):
     recorder.artifact(ImageSample(0, steps, 2, 2, bytes(24), ("a", "b"), (0.5, 1.0), ("a", "a")))
     recorder.notice("mark", "look here")
     recorder.end("finished", "all steps made")
-    assert recorder.close(60)
+    assert recorder.close(240)
     state = RunState(
         name=place.name, task="gpt", title=title, state="finished", step=steps, total_steps=steps,
         started_at=1.7e9, written_at=time.time(), reason="all steps made", loss=0.5,

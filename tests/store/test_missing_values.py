@@ -98,7 +98,7 @@ def record(place, recorded, description, state):
         recorder.record(StepRecord(step, 1.7e9 + step, "", rows, clip, ()))
     if state:
         recorder.end(state, "")
-    assert recorder.close(60)
+    assert recorder.close(240)
     if state:
         run_state = RunState(
             name=place.name, task="gpt", state=state, started_at=1.7e9, written_at=time.time()
@@ -195,7 +195,7 @@ def test_a_clip_of_a_norm_that_is_not_finite_is_read(tmp_path, norm):
     clip = ClipRecord(1.0, norm, 0.0, (0,), (1.0,))
     rows = ((table, np.ones(len(schema.STEP_COLUMNS), np.float32)),)
     recorder.record(StepRecord(1, 1.7e9, "", rows, clip, ()))
-    assert recorder.close(60)
+    assert recorder.close(240)
     replay = ReplaySession(tmp_path)
     replay.seek(1)
     seen = replay.poll()

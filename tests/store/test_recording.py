@@ -30,7 +30,7 @@ def record(recorder, steps):
         rows = ((0, step_values(step)),)
         recorder.record(StepRecord(step, 1000.0 + step, "", rows))
         if step % 500 == 0:
-            recorder.flush(10)
+            recorder.flush(240)
 
 
 def test_a_recorded_run_is_replayed(tmp_path):
@@ -42,7 +42,7 @@ def test_a_recorded_run_is_replayed(tmp_path):
     recorder.notice("mark", "look here")
     recorder.artifact(TextSample(0, 3000, "To", "be"))
     recorder.end("finished", "all steps made")
-    assert recorder.close(20)
+    assert recorder.close(240)
     assert recorder.status.recording == ""
     seen = ReplaySession(tmp_path).poll()
     assert (seen.status.state, seen.status.step) == ("finished", 3000)
@@ -69,6 +69,6 @@ def test_a_disk_that_refuses_does_not_hold_up_the_training(tmp_path):
     place.mkdir()
     until(lambda: not recorder.status.recording)
     recorder.end("finished")
-    assert recorder.close(20)
+    assert recorder.close(240)
     assert StoredHistory(place).tables[0].rows == 1000
     assert threading.active_count() < 50

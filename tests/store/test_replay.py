@@ -60,7 +60,7 @@ def train(recorder, steps):
         if n == 12:
             recorder.describe(total_steps=steps)
         if n % 300 == 0:
-            recorder.flush(20)
+            recorder.flush(240)
 
 
 @pytest.mark.parametrize("steps", [3, 25, 1500])
@@ -70,7 +70,7 @@ def test_a_run_is_replayed_exactly(tmp_path, steps):
     recorder.subscribe(StoreWriter(tmp_path))
     train(recorder, steps)
     recorder.end("finished", "all steps made")
-    assert recorder.close(30)
+    assert recorder.close(240)
     history = StoredHistory(tmp_path, ended=True)
     again = lines_to(tmp_path / "again")
     for item in replay_items(history):
@@ -92,7 +92,7 @@ def test_of_a_living_run_as_much_as_is_there(tmp_path):
     steps = [item.record for item in items if isinstance(item, StepRecorded)]
     assert all(len(record.rows) >= 1 for record in steps)
     recorder.end("finished")
-    recorder.close(20)
+    recorder.close(240)
 
 
 def test_damaged_records_are_left_out(tmp_path):
@@ -100,7 +100,7 @@ def test_damaged_records_are_left_out(tmp_path):
     recorder.subscribe(StoreWriter(tmp_path))
     train(recorder, 900)
     recorder.end("finished")
-    assert recorder.close(30)
+    assert recorder.close(240)
     with sqlite3.connect(tmp_path / STORE_FILE) as writer:
         writer.execute("UPDATE part SET data = x'00' WHERE chunk = 1")
     history = StoredHistory(tmp_path)

@@ -362,7 +362,7 @@ while True:
         children = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
         assert len(children) >= 3  # the fork server and two workers
         training.kill()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=240)
     for child in alive:
         child.kill()
     assert not alive

@@ -69,7 +69,7 @@ class Terminal:
         rows: int = 40,
         env: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
-        timeout: float = 60.0,
+        timeout: float = 240.0,
         cold: bool = False,
     ) -> None:
         """`cold` starts the app and its run as a shell does; without it they are forked from an

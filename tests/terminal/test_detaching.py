@@ -30,7 +30,7 @@ def terminal(runs):
 
     def begin(*arguments, **options):
         command = [sys.executable, "-m", "tui_trainer", *arguments]
-        opened.append(Terminal(command, env=runs.environment, timeout=90, **options))
+        opened.append(Terminal(command, env=runs.environment, **options))
         return opened[-1]
 
     yield begin

@@ -17,7 +17,7 @@ EXPLOSIVE += ["--clip", "off", "--optimizer", "sgd"]
 
 def shown(command: list[str], *texts: str, status: int) -> str:
     """Run it in the app until the screen shows all of `texts`, and leave; return the screen."""
-    with Terminal([*COMMAND, *command], columns=120, rows=36, timeout=90) as terminal:
+    with Terminal([*COMMAND, *command], columns=120, rows=36) as terminal:
         for text in texts:
             terminal.wait_for(text)
         terminal.find(r"crashed|finished|stopped")
@@ -71,8 +71,7 @@ def test_a_megabyte_on_one_line_and_control_sequences(runs: Path, train: Path) -
     noise = r"'x' * 1_000_000 + '\n\x1b[2J\x1b[31mred\x07\x1b]0;title\x07\n'"
     then = f"sys.stdout.write({noise}) if step == 5 else step == 9 and sys.exit()"
     train.write_text(train.read_text().replace("# then", then))
-    seen = shown(["run", str(train)], "finished after 9 steps", status=0)
-    assert "Gradients" in seen
+    seen = shown(["run", str(train)], "finished after 9 steps", "Gradients", status=0)
     assert "xxxx" not in seen
 
 
@@ -100,5 +99,5 @@ def test_a_process_that_dies_at_once(
 ) -> None:
     then = f"import os, ctypes; time.sleep(0.3 * (step % 10 == 0)); step == 60 and {death}"
     train.write_text(train.read_text().replace("# then", then))
-    seen = shown(["run", str(train)], "crashed at step", *messages, status=status)
-    assert "weight" in seen, "the gradients measured so far are gone"
+    # "weight" stands in the table of gradients: what was measured so far is still shown.
+    shown(["run", str(train)], "crashed at step", *messages, "weight", status=status)

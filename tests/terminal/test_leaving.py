@@ -30,7 +30,7 @@ def last_line(terminal: Terminal) -> str:
 
 def soon(runs: Path, holds: Callable[[RunState], bool]) -> RunState:
     """Wait until the run's state file satisfies the condition."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         state = read_state(runs / "mine")
         if state is not None and holds(state):
@@ -45,11 +45,10 @@ def lives(state: RunState) -> bool:
 
 def test_a_script_that_raises_at_step_7(runs: Path, train: Path) -> None:
     command = change(train, "if step == 7: raise ValueError('the seventh')")
-    with Terminal(command, timeout=60) as terminal:
+    with Terminal(command) as terminal:
         terminal.wait_for("crashed")
-        seen = terminal.settle(1.0)
-        assert "the seventh" in seen
-        assert "weight" in seen, "the gradients measured so far are gone"
+        terminal.wait_for("the seventh")
+        terminal.wait_for("weight")  # the gradients measured so far
         terminal.press("q")
         assert terminal.wait_for_exit() == 1
         terminal.assert_restored()
@@ -58,7 +57,7 @@ def test_a_script_that_raises_at_step_7(runs: Path, train: Path) -> None:
 
 
 def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
-    with Terminal(change(train, ""), timeout=60) as terminal:
+    with Terminal(change(train, "")) as terminal:
         terminal.find(STEPS)
         terminal.press("q")
         terminal.wait_for("Leave this run?")
@@ -75,7 +74,7 @@ def test_detaching_leaves_the_run_to_itself(runs: Path, train: Path) -> None:
 
 
 def test_sigterm_closes_only_the_screen(runs: Path, train: Path) -> None:
-    with Terminal(change(train, ""), timeout=60) as terminal:
+    with Terminal(change(train, "")) as terminal:
         terminal.find(STEPS)
         os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.wait_for_exit() == 143
@@ -86,7 +85,7 @@ def test_sigterm_closes_only_the_screen(runs: Path, train: Path) -> None:
 
 def test_a_hang_up_while_it_is_leaving_does_not_keep_it(runs: Path, train: Path) -> None:
     """As when a terminal emulator ends its child and closes: the kernel adds a SIGCONT."""
-    with Terminal(change(train, ""), timeout=60) as terminal:
+    with Terminal(change(train, "")) as terminal:
         terminal.find(STEPS)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT, signal.SIGHUP):
             os.kill(terminal.pid, number)
@@ -102,7 +101,7 @@ def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> Non
         "main()\n"
     )
     command = [sys.executable, "-c", spoilt, *change(train, "")[len(COMMAND) :]]
-    with Terminal(command, timeout=60) as terminal:
+    with Terminal(command) as terminal:
         assert terminal.wait_for_exit() == 1
         terminal.assert_restored()
         output = terminal.output.decode(errors="replace")
@@ -113,7 +112,7 @@ def test_a_fault_of_the_screen_is_kept_in_a_file(runs: Path, train: Path) -> Non
 
 
 def test_a_terminal_that_is_far_too_small(runs: Path, train: Path) -> None:
-    with Terminal(change(train, ""), columns=20, rows=5, timeout=60) as terminal:
+    with Terminal(change(train, ""), columns=20, rows=5) as terminal:
         terminal.wait_until(str.strip, "anything at all")
         terminal.resize(80, 24)
         terminal.find(STEPS)
@@ -126,7 +125,7 @@ def test_a_terminal_that_is_far_too_small(runs: Path, train: Path) -> None:
 
 def test_a_dumb_terminal_gets_lines(runs: Path) -> None:
     command = [*COMMAND, "gpt", "--steps", "3", "--threads", "1", "--sample-length", "8"]
-    with Terminal(command, env={"TERM": "dumb"}, timeout=60) as terminal:
+    with Terminal(command, env={"TERM": "dumb"}) as terminal:
         assert terminal.wait_for_exit() == 0
         output = terminal.output.decode(errors="replace")
         assert "plain progress lines instead" in output
@@ -135,7 +134,7 @@ def test_a_dumb_terminal_gets_lines(runs: Path) -> None:
 
 def test_control_c_while_lines_are_printed(runs: Path, train: Path) -> None:
     command = [*change(train, "")[:-1], "--plain", str(train)]
-    with Terminal(command, timeout=60) as terminal:
+    with Terminal(command) as terminal:
         terminal.find(r"(?i)step +[1-9\d]")
         terminal.press("ctrl+c")
         assert terminal.wait_for_exit() != 0

@@ -39,7 +39,7 @@ def wait_for_phase(terminal: Terminal, phase: str) -> None:
 
 
 def test_watch_pause_step_resume_and_leave(runs: Path) -> None:
-    with Terminal([*GPT, "--paused"], columns=120, rows=40, timeout=90, cold=True) as terminal:
+    with Terminal([*GPT, "--paused"], columns=120, rows=40, cold=True) as terminal:
         terminal.wait_for("paused")
         assert step_on(terminal.settle(1.0)) in (0, None), "it did not wait"
         terminal.press("s")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def opened(*arguments: str) -> Terminal:
     environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(home() / "runs")}
-    return Terminal([sys.executable, "-m", "tui_trainer", *arguments], env=environment, timeout=60)
+    return Terminal([sys.executable, "-m", "tui_trainer", *arguments], env=environment)
 
 
 def test_replay_from_the_command_line() -> None:

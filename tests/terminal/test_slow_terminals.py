@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 
 def attach(run: Path) -> Terminal:
     environment = {"TUI_TRAINER_RUNS_DIR": str(run.parent)}
-    return Terminal([*COMMAND, "attach", run.name], 120, 40, env=environment, timeout=90)
+    return Terminal([*COMMAND, "attach", run.name], 120, 40, env=environment)
 
 
 def state_of(run: Path) -> tuple[str, int]:
@@ -39,7 +39,7 @@ def state_of(run: Path) -> tuple[str, int]:
 
 def wait_for_state(run: Path, wanted: str) -> int:
     """The step at which the run's state file satisfies the condition."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         state, step = state_of(run)
         if state == wanted:
@@ -74,8 +74,7 @@ def test_a_terminal_that_takes_nothing_holds_up_neither_training_nor_keys(run: P
 
         # Reading again: what is on the screen is whole, and of now.
         terminal.wait_for("paused")
-        shown = step_on(terminal.settle(1.0))
-        assert shown == paused_at
+        terminal.wait_until(lambda screen: step_on(screen) == paused_at, f"step {paused_at}")
         terminal.press("space")
         wait_for_step(terminal, paused_at + 3)
         terminal.press("q", "s")
@@ -88,7 +87,7 @@ def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(run: Path) -> N
         wait_for_step(terminal, 5)
         wait_until_full(terminal)
         terminal.press("q", "d")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while terminal.runs and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not terminal.runs
@@ -96,7 +95,7 @@ def test_leaving_does_not_wait_for_a_terminal_that_takes_nothing(run: Path) -> N
 
 
 def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
-    with Terminal([*GPT, "--slow-link"], 120, 40, timeout=90) as terminal:
+    with Terminal([*GPT, "--slow-link"], 120, 40) as terminal:
         wait_for_step(terminal, 5)
         terminal.wait_for("slow link")
         terminal.settle(4.0)

@@ -22,7 +22,7 @@ def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
 
     def drive() -> None:
         for _ in range(boundaries):
-            gate.call_soon(lambda: None, mid_step=True).result(20)
+            gate.call_soon(lambda: None, mid_step=True).result(240)
             while gate.mode != "paused":
                 if gate.mode == "ended":
                     return
@@ -70,7 +70,7 @@ def reports_of(
                 }
             )
     gate.end()
-    driver.join(20)
+    driver.join(240)
     return {(r.step, r.phase): r for r in recorder.reports}, seen, recorder
 
 
@@ -168,7 +168,7 @@ def test_clipping_together_reports_every_optimizer():
             first.step()
             second.step()
     gate.end()
-    driver.join(20)
+    driver.join(240)
     report = [r for r in recorder.reports if r.phase == "clip"][-1]
     total = float(np.linalg.norm(norms[-1]))
     assert total > 0.1
@@ -220,6 +220,6 @@ def test_the_reported_batch_is_the_one_trained_on_wherever_the_loop_zeroes():
         with Tracer(recorder, gate, PROBES, EVERYTHING):
             loop()
         gate.end()
-        driver.join(20)
+        driver.join(240)
     found = [quantity(r, "inputs mean") for r in recorder.reports if r.phase == "data"]
     close(found, means)

@@ -32,7 +32,7 @@ async def settle(pilot: Pilot[int]) -> None:
 
 async def until(pilot: Pilot[int], holds: Callable[[], object], what: str) -> None:
     """Let the app run until `holds()` is true."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not holds():
         assert time.monotonic() < deadline, f"never: {what}"
         await pilot.pause(0.02)

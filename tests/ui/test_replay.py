@@ -72,11 +72,11 @@ def record_run(directory, steps=STEPS, end="finished"):
             recorder.artifact(TextSample(0, n, "To", f"sample of step {n}"))
         if n % 100 == 0:
             recorder.log("stdout", f"line of step {n}")
-            assert recorder.flush(20)
+            assert recorder.flush(240)
             sink.commit()
     if end:
         recorder.end(end, "all steps made" if end == "finished" else "it broke")
-        assert recorder.close(30)
+        assert recorder.close(240)
     return recorder
 
 
@@ -254,14 +254,14 @@ async def test_a_living_run_is_followed(tmp_path):
         assert replay.cursor == 100
         values = step_row(1, 1e-3, 0.5, 50)
         recorder.record(StepRecord(101, 1.7e9 + 6, "", ((0, values),)))
-        assert recorder.flush(20)
+        assert recorder.flush(240)
         await_commit(tmp_path, 101)
         clock.now += 2
         app.draw_frame()
         assert replay.cursor == 101
         await press(pilot, "left")
         recorder.record(StepRecord(102, 1.7e9 + 6, "", ((0, values),)))
-        assert recorder.flush(20)
+        assert recorder.flush(240)
         await_commit(tmp_path, 102)
         clock.now += 2
         app.draw_frame()
@@ -270,11 +270,11 @@ async def test_a_living_run_is_followed(tmp_path):
             await press(pilot, keys)
             assert replay.follows is follows
     recorder.end("stopped")
-    recorder.close(20)
+    recorder.close(240)
 
 
 def await_commit(directory, step):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while StoredHistory(directory).last_step < step:
         assert time.monotonic() < deadline
         time.sleep(0.05)

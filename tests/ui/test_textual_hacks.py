@@ -179,4 +179,4 @@ def test_parts_of_the_screen_are_drawn_up_to_250_times_a_second():
         "import tui_trainer.ui.app, textual.screen\n"
         "assert textual.screen.UPDATE_PERIOD == 1 / 250, textual.screen.UPDATE_PERIOD"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)

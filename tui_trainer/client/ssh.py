@@ -105,19 +105,21 @@ class SshProcess:
         """The next bytes, b"" at the end. Raises TimeoutError. Meanwhile shows what ssh prints,
         such as to touch a key."""
         loop = asyncio.get_running_loop()
-        while deadline is None or time.monotonic() < deadline:
-            soon = time.monotonic() + SHOW_AFTER_S
-            try:
-                async with asyncio.timeout_at(min(soon, deadline or soon)):
-                    return await loop.sock_recv(self.socket, 1 << 16)
-            except ConnectionResetError:
-                return b""
-            except TimeoutError:
-                pass
-            while self._interactive and self._unshown:
-                with contextlib.suppress(OSError, ValueError):
-                    print(self._unshown.popleft(), file=sys.stderr, flush=True)
-        raise TimeoutError
+        # A receive that is cancelled as its bytes arrive loses them: one goes on through all waits.
+        receiving = asyncio.ensure_future(loop.sock_recv(self.socket, 1 << 16))
+        try:
+            while (left := SHOW_AFTER_S if deadline is None else deadline - time.monotonic()) > 0:
+                await asyncio.wait({receiving}, timeout=min(left, SHOW_AFTER_S))
+                if receiving.done():
+                    return receiving.result()
+                while self._interactive and self._unshown:
+                    with contextlib.suppress(OSError, ValueError):
+                        print(self._unshown.popleft(), file=sys.stderr, flush=True)
+            raise TimeoutError
+        except ConnectionResetError:
+            return b""
+        finally:
+            receiving.cancel()
 
     async def answer(self, line: str) -> None:
         """Send one line to the relay. Raises SshEnded."""
