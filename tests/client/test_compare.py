@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -82,6 +83,36 @@ def test_off_a_terminal_it_is_a_table_or_json():
     assert made["runs"] == ["calm", "eager"]
     assert made["differences"] == {"learning_rate": [0.001, 0.02]}
     assert [fingerprint(directory(name)) for name in ("calm", "eager")] == before
+
+
+def test_where_the_runs_part_is_printed():
+    """They differ in the learning rate alone, so they have the same loss in the first step."""
+    text = call("compare", "calm", "eager", cwd=home()).stdout
+    assert "calm and eager part at step 1, in step: learning rate" in text
+    assert "further quantities differ at step 1" in text
+    made = json.loads(call("compare", "calm", "eager", "--json", cwd=home()).stdout)
+    (parting,) = made["parting"]
+    assert parting["runs"] == ["calm", "eager"]
+    first = parting["first"]
+    assert (first["step"], first["phase"], first["column"]) == (1, "step", "learning_rate")
+    rates = [losses(name)[1]["lr"] for name in ("calm", "eager")]
+    assert [np.float32(v) for v in first["values"]] == [np.float32(rate) for rate in rates]
+    assert [each["step"] for each in first["around"]] == [1, 2, 3]
+    tolerant = call("compare", "calm", "eager", "--json", "--tolerance", "1e6", cwd=home())
+    assert json.loads(tolerant.stdout)["parting"][0]["first"] is None
+    assert_refused(call("compare", "calm", "eager", "--tolerance", "-1", cwd=home()), "tolerance")
+
+
+async def test_where_the_runs_part_is_on_the_screen():
+    app = CompareApp(compared("calm", "eager"))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await app.workers.wait_for_complete()
+        await settle(pilot)
+        text = text_of(app)
+        assert "first difference" in text
+        assert re.search(r"at step +1 +1", text)
+        assert re.search(r"in phase +step +step", text)
+        assert re.search(r"learning rate +[\d.e-]+ +[\d.e-]+", text)
 
 
 @pytest.mark.parametrize(

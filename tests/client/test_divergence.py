@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tui_trainer.client import divergence
-from tui_trainer.client.divergence import first_difference, value_text
+from tui_trainer.client.divergence import first_difference
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.absent import Absent, absent
@@ -120,7 +120,7 @@ def test_a_planted_difference_is_named_with_both_sides(tmp_path, table, column, 
     assert around[40] == first.values
     assert around[before][0] == around[before][1]
     assert max(around) > 40
-    assert value_text(first, 7.5) == "7.5"
+    assert first.text_of(7.5) == "7.5"
 
 
 def test_of_several_quantities_the_earliest_of_the_step_is_named(tmp_path):
@@ -166,7 +166,7 @@ def test_a_phase_that_only_one_run_has(tmp_path):
     first = compare(tmp_path, a, b).first
     assert first is not None
     assert (first.step, first.phase, first.quantity) == (9, "clip", "phase clip")
-    assert value_text(first, first.values[1]) == "no such phase"
+    assert first.text_of(first.values[1]) == "no such phase"
 
 
 def test_tables_of_one_run_only_are_named(tmp_path):
@@ -186,7 +186,7 @@ def test_nan_and_absent_values(tmp_path):
     first = compare(tmp_path, a, b).first
     assert first is not None
     assert (first.step, first.column) == (8, "block.weight")
-    assert value_text(first, first.values[1]) == "not reached by backward"
+    assert first.text_of(first.values[1]) == "not reached by backward"
 
 
 def test_a_tolerance_allows_rounding(tmp_path):

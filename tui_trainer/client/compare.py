@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tui_trainer.client.divergence import RunsCompared, first_difference
 from tui_trainer.history.logged import logged_series
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
@@ -235,3 +237,34 @@ def _settings(info: RunInfo) -> dict[str, Scalar]:
             f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
         )
     return values
+
+
+# ---------------------------------------------------------------- where runs part
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where a run differs first from the first of the compared runs."""
+
+    number: int
+    """Index of the run."""
+    found: RunsCompared
+
+
+def find_partings(runs: Sequence[RunEntry], tolerance: float) -> list[Parting]:
+    """Compare every run with the first one, for any thread: the recordings are opened for it.
+    Those that cannot be read are left out."""
+    partings: list[Parting] = []
+    with ExitStack() as stack:
+        histories: list[StoredHistory | None] = []
+        for run in runs:
+            try:
+                histories.append(stack.enter_context(closing(open_history(run.directory))))
+            except (StoreError, OSError):
+                histories.append(None)
+        first = histories[0] if histories else None
+        for number, history in enumerate(histories[1:], 1):
+            if first is not None and history is not None:
+                found = first_difference(first, history, tolerance)
+                partings.append(Parting(number, found))
+    return partings

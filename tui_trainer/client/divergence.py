@@ -20,7 +20,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
-from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.protocol.formatting import counted, nonfinite
 
 MAX_VALUES = 4_000_000
 """Values of each run that are read of one table before its buckets are read instead."""
@@ -56,6 +56,25 @@ class FirstDifference:
     around: tuple[tuple[int, float, float], ...]
     """Step and values of the quantity in both runs, at the nearest steps that both measured."""
 
+    def short_texts(self, x: float, y: float) -> tuple[str, str]:
+        """Both values with as many digits as it takes to distinguish them."""
+        if x == y or not (math.isfinite(x) and math.isfinite(y)) or self.table == schema.PHASE_MS:
+            a, b = self.text_of(x), self.text_of(y)
+            return (f"{x:.5g}", f"{y:.5g}") if math.isfinite(x) and math.isfinite(y) else (a, b)
+        for digits in range(3, 9):
+            a, b = f"{x:.{digits}g}", f"{y:.{digits}g}"
+            if a != b:
+                break
+        return a, b
+
+    def text_of(self, value: float) -> str:
+        """With every digit of a float32; why there is none."""
+        if self.table == schema.PHASE_MS:
+            return f"{value:.3g} ms" if math.isfinite(value) else "no such phase"
+        if (why := why_absent(value)) is not None:
+            return why.reason
+        return str(np.float32(value)) if math.isfinite(value) else nonfinite(value)
+
 
 @dataclass(frozen=True)
 class RunsCompared:
@@ -71,6 +90,38 @@ class RunsCompared:
     group: int = 1
     """Rows whose lowest, highest and last value were compared where a table was too long to be read
     as a whole: a difference that leaves these three as they are is not seen."""
+
+    def title(self, a: str, b: str, tolerance: float) -> str:
+        """`calm and eager part at step 12, in backward: gradient norm of head.weight`"""
+        if self.first is not None:
+            where = f"at step {self.first.step:,}, in {self.first.phase}"
+            return f"{a} and {b} part {where}: {self.first.quantity}"
+        if not self.quantities or not self.steps:
+            return f"{a} and {b} measured nothing at a common step"
+        beyond = f" by more than {tolerance:g}" if tolerance else ""
+        return f"{a} and {b} do not differ{beyond} in {counted(self.steps, 'step')}"
+
+    def notes(self, a: str, b: str) -> list[str]:
+        """What else is to be known of the result, one sentence a line."""
+        notes = []
+        first = self.first
+        if first is not None and first.others:
+            more = counted(first.others, "further quantity", "further quantities")
+            verb = "differs" if first.others == 1 else "differ"
+            notes.append(f"{more} {verb} at step {first.step:,}")
+        if first is not None and (first.equal_until or first.step) < first.step - 1:
+            notes.append(
+                f"both runs measured it at step {first.equal_until:,}, and at no step between"
+            )
+        for name, tables in zip((a, b), self.only_in, strict=True):
+            if tables:
+                notes.append(f"only {name} measured {', '.join(tables)}")
+        if self.group > 1:
+            notes.append(
+                f"of long tables, the lowest, highest and last value of every {self.group:,} rows "
+                "were compared"
+            )
+        return notes
 
 
 def first_difference(a: History, b: History, tolerance: float = 0.0) -> RunsCompared:
@@ -185,7 +236,7 @@ class _TablePair:
         if last < first:
             return 0
         counts = (self._rows(s, last) - self._rows(s, first - 1) for s in (self.a, self.b))
-        return min(counts)
+        return min(*counts)
 
     def search(self, limit: int | None) -> _Hit | None:
         """The first row that differs, up to step `limit`."""
@@ -304,7 +355,8 @@ class _TablePair:
                     allowed = allowed + 1e-3 * self._tolerance * rows
                 near = np.abs(x.astype(np.float64) - y) <= allowed
                 equal |= near & np.isfinite(x) & np.isfinite(y)
-        return known & ~equal
+        differs: NDArray[np.bool_] = known & ~equal
+        return differs
 
     def around(self, column: int, step: int) -> list[tuple[int, float, float]]:
         """The values of a column at the nearest steps that both runs measured."""
@@ -434,12 +486,3 @@ def _in_words(pair: _TablePair, column: str) -> str:
     if table.rank is not None:
         text += f" of rank {table.rank}"
     return f"{text} ({table.optimizer})" if table.optimizer else text
-
-
-def value_text(difference: FirstDifference, value: float) -> str:
-    """With every digit of a float32; why there is none."""
-    if difference.table == schema.PHASE_MS:
-        return f"{value:.3g} ms" if math.isfinite(value) else "no such phase"
-    if (why := why_absent(value)) is not None:
-        return why.reason
-    return str(np.float32(value)) if math.isfinite(value) else nonfinite(value)

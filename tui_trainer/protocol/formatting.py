@@ -192,9 +192,9 @@ def step_of(step: int, total: int | None) -> str:
     return f"{step:,} of {total:,}" if total else f"{step:,}"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 step`, `1,240 steps`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def cadence(every: int) -> str:

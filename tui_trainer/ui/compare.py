@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.client.compare import SERIES, ComparedRun
+from tui_trainer.client.compare import SERIES, ComparedRun, Parting, find_partings
 from tui_trainer.ui.app import TuiTrainerApp, choose_theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
@@ -24,6 +24,8 @@ FULL_SIZE = (100, 30)
 """Columns and rows from which all panels are shown at once."""
 REFRESH_INTERVAL_S = 1.0
 """How often live runs are read again."""
+SEARCH_INTERVAL_S = 10.0
+"""How often the first difference of live runs is looked for, while there is none."""
 
 
 class CompareScreen(RunScreen):
@@ -52,9 +54,11 @@ class CompareScreen(RunScreen):
                 tooltip="Show the next panel, where only one fits"),
     ]  # fmt: skip
 
-    def __init__(self, runs: Sequence[ComparedRun]) -> None:
+    def __init__(self, runs: Sequence[ComparedRun], tolerance: float = 0.0) -> None:
         super().__init__()
         self.runs = runs
+        self.tolerance = tolerance
+        self.parting: Sequence[Parting] = ()
         self.by_time = False
         self._tab = 0
         self._folded = False
@@ -75,6 +79,9 @@ class CompareScreen(RunScreen):
         table.read()
         table.focus()
         self.set_interval(REFRESH_INTERVAL_S, self._refresh_live_runs)
+        self._search()
+        if any(run.run.live for run in self.runs):
+            self.set_interval(SEARCH_INTERVAL_S, self._search)
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the runs; the snapshot, that of a single run, is empty here."""
@@ -94,6 +101,23 @@ class CompareScreen(RunScreen):
         if live:
             self.query_one(DifferencesTable).read()
             self._redraw()
+
+    # ------------------------------------------------------------ the first difference
+
+    def _search(self) -> None:
+        """Look for the first difference on a thread, unless it is known."""
+        if any(line.found.first is None for line in self.parting) or not self.parting:
+            self.run_worker(self._find, thread=True, exclusive=True, group="parting")
+
+    def _find(self) -> None:
+        parting = find_partings([run.run for run in self.runs], self.tolerance)
+        self.app.call_from_thread(self._found, parting)
+
+    def _found(self, parting: Sequence[Parting]) -> None:
+        self.parting = parting
+        table = self.query_one(DifferencesTable)
+        table.parting = parting
+        table.read()
 
     # ------------------------------------------------------------ layout
 
@@ -154,9 +178,9 @@ class CompareApp(TuiTrainerApp):
     OWN_SCREENS = (("Comparing", CompareScreen),)
     """Title and class, for the help: screens that are not in `SCREENS`."""
 
-    def __init__(self, runs: Sequence[ComparedRun], **options: Any) -> None:
+    def __init__(self, runs: Sequence[ComparedRun], tolerance: float = 0.0, **options: Any) -> None:
         super().__init__(None, start_mode="compare", **options)
-        self.add_mode("compare", lambda: CompareScreen(runs))
+        self.add_mode("compare", lambda: CompareScreen(runs, tolerance))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Of the other screens only the help is of use here."""
@@ -169,6 +193,8 @@ class CompareApp(TuiTrainerApp):
         super().action_go("compare" if mode == "dashboard" else mode)
 
 
-def run_comparison(runs: Sequence[ComparedRun], *, ascii: bool = False) -> int:
+def run_comparison(
+    runs: Sequence[ComparedRun], *, ascii: bool = False, tolerance: float = 0.0
+) -> int:
     """Show the runs until the user leaves. Returns the exit code."""
-    return CompareApp(runs, ascii=ascii, theme_name=choose_theme()).run_until_exit()
+    return CompareApp(runs, tolerance, ascii=ascii, theme_name=choose_theme()).run_until_exit()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.text import Text
 
@@ -17,6 +17,7 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.compare import MAX_RUNS, ComparedRun, Difference, differences, outcome
+from tui_trainer.client.divergence import first_difference
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.text import sanitize
@@ -37,10 +38,21 @@ def compare(
     ],
     plain: Annotated[bool, flag("print a table instead of opening the screen")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
+    tolerance: Annotated[
+        float,
+        Parameter(
+            help="the first difference is where values differ by more than this share of the "
+            "larger one [default: 0, at all]",
+            metavar="X",
+            negative=(),
+            show_default=False,
+            validator=validators.Number(gte=0, lt=math.inf),
+        ),
+    ] = 0.0,
     ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """overlay the losses and norms of runs, and list how their options differ"""
+    """overlay the losses and norms of runs, list how their options differ, and where they part"""
     with cli_errors():
         found = list({run.directory: run for run in (resolve(r, runs_dir) for r in runs)}.values())
         if len(found) < 2:
@@ -49,13 +61,13 @@ def compare(
             raise UsageError(f"more than {MAX_RUNS} runs cannot be distinguished on a chart")
         compared = [ComparedRun(run) for run in found]
     if json:
-        print(_as_json(compared))
+        print(_as_json(compared, tolerance))
     elif plain or why_no_screen():
         console = Console(highlight=False)
-        for line in as_lines(compared):
+        for line in as_lines(compared, tolerance):
             console.print(line, soft_wrap=True)
     else:
-        return _open(compared, ascii)
+        return _open(compared, ascii, tolerance)
     _say_faults(compared)
     return 0
 
@@ -66,12 +78,13 @@ def _say_faults(compared: list[ComparedRun]) -> None:
             say(f"{run.name}: {run.fault}")
 
 
-def _open(compared: list[ComparedRun], ascii: bool) -> int:
+def _open(compared: list[ComparedRun], ascii: bool, tolerance: float) -> int:
     from tui_trainer.cli.screen import run_app_until_exit
     from tui_trainer.ui.compare import run_comparison
 
     return run_app_until_exit(
-        lambda: run_comparison(compared, ascii=ascii), lambda: ComparisonResult(compared)
+        lambda: run_comparison(compared, ascii=ascii, tolerance=tolerance),
+        lambda: ComparisonResult(compared),
     )
 
 
@@ -87,8 +100,9 @@ class ComparisonResult:
         return 0
 
 
-def as_lines(compared: list[ComparedRun]) -> list[Text]:
-    """How each run ended and which options differ, as one table with a column for each run."""
+def as_lines(compared: list[ComparedRun], tolerance: float = 0.0) -> list[Text]:
+    """How each run ended and which options differ, as one table with a column for each run; then
+    where each run parts from the first one."""
     names = [sanitize(run.name) for run in compared]
     table = new_table(["", *names], right=names)
     for line in outcome(compared):
@@ -98,7 +112,24 @@ def as_lines(compared: list[ComparedRun]) -> list[Text]:
     table.add_row(Text("different options" if unlike else "same options", "bold"))
     for line in unlike:
         table.add_row(*_cells(line))
-    return [*_loss_chart(compared), *table_lines(table)]
+    parting = [line for run in compared[1:] for line in _parting(compared[0], run, tolerance)]
+    return [*_loss_chart(compared), *table_lines(table), *parting]
+
+
+def _parting(a: ComparedRun, b: ComparedRun, tolerance: float) -> list[Text]:
+    """Where two runs differ first, with the values of both around it."""
+    found = first_difference(a.history, b.history, tolerance)
+    lines = [Text(), Text(found.title(a.name, b.name, tolerance), "bold")]
+    first = found.first
+    if first is not None:
+        headings = ["step", sanitize(a.name), sanitize(b.name)]
+        table = new_table(headings, right=headings)
+        for step, x, y in first.around:
+            style = "bold" if step == first.step else ""
+            texts = (f"{step:,}", first.text_of(x), first.text_of(y))
+            table.add_row(*(Text(text, style) for text in texts))
+        lines += table_lines(table)
+    return lines + [Text(note, "dim") for note in found.notes(a.name, b.name)]
 
 
 def _loss_chart(compared: list[ComparedRun]) -> list[Text]:
@@ -123,7 +154,7 @@ def _cells(line: Difference) -> list[Text]:
     return [Text(sanitize(line.name)), *(Text(sanitize(scalar(each))) for each in line.values)]
 
 
-def _as_json(compared: list[ComparedRun]) -> str:
+def _as_json(compared: list[ComparedRun], tolerance: float) -> str:
     import msgspec
 
     def finite(value: Scalar) -> Scalar:
@@ -132,9 +163,39 @@ def _as_json(compared: list[ComparedRun]) -> str:
     def part(lines: list[Difference]) -> dict[str, list[Scalar]]:
         return {line.name: [finite(value) for value in line.values] for line in lines}
 
+    def parting(run: ComparedRun) -> dict[str, Any]:
+        found = first_difference(compared[0].history, run.history, tolerance)
+        first = found.first
+        made: dict[str, Any] = {
+            "runs": [compared[0].name, run.name],
+            "first": None,
+            "steps": found.steps,
+            "quantities": found.quantities,
+            "only_in": found.only_in,
+            "group": found.group,
+        }
+        if first is not None:
+            made["first"] = {
+                "step": first.step,
+                "phase": first.phase,
+                "quantity": first.quantity,
+                "table": first.table,
+                "column": first.column,
+                "values": [finite(value) for value in first.values],
+                "texts": [first.text_of(value) for value in first.values],
+                "equal_until": first.equal_until,
+                "others": first.others,
+                "around": [
+                    {"step": step, "values": [finite(x), finite(y)]} for step, x, y in first.around
+                ],
+            }
+        return made
+
     made = {
         "runs": [run.name for run in compared],
         "outcome": part(outcome(compared)),
         "differences": part(differences(compared)),
+        "tolerance": tolerance,
+        "parting": [parting(run) for run in compared[1:]],
     }
     return msgspec.json.encode(made).decode()

@@ -16,10 +16,12 @@ from tui_trainer.client.compare import (
     ComparedCurve,
     ComparedRun,
     Difference,
+    Parting,
     differences,
     outcome,
 )
 from tui_trainer.protocol import formatting
+from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.base import message_row
@@ -140,6 +142,7 @@ class Legend(LineView):
 MIN_RUN_WIDTH, MAX_RUN_WIDTH = 9, 20
 """Cells of a run's column."""
 SAME, DIFFERENT, OUTCOME = "same configuration", "configuration", "final values"
+PARTING = "first difference"
 
 
 class DifferencesTable(VirtualTable):
@@ -149,6 +152,8 @@ class DifferencesTable(VirtualTable):
         super().__init__(id=id)
         self.runs = runs
         self.placeholder = "nothing was recorded"
+        self.parting: Sequence[Parting] = ()
+        """Where the runs part, once it is known."""
         self._lines: list[Difference | str] = []
         """Headings and rows."""
 
@@ -156,9 +161,32 @@ class DifferencesTable(VirtualTable):
         """Read the runs again."""
         settings = differences(self.runs)
         heading = DIFFERENT if settings else SAME
-        self._lines = [OUTCOME, *outcome(self.runs), heading, *settings]
+        self._lines = [*self._parting_lines(), OUTCOME, *outcome(self.runs), heading, *settings]
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
+
+    def _parting_lines(self) -> list[Difference | str]:
+        """Where each run differs first from the first one, and both values around it."""
+        if not self.parting:
+            return []
+        steps: list[Scalar] = [None] * len(self.runs)
+        phases: list[Scalar] = [None] * len(self.runs)
+        around: list[Difference | str] = []
+        for each in self.parting:
+            first = each.found.first
+            steps[each.number] = "none" if first is None else first.step
+            phases[each.number] = None if first is None else first.phase
+            if first is None:
+                continue
+            for step, x, y in first.around:
+                values: list[Scalar] = [None] * len(self.runs)
+                values[0], values[each.number] = first.short_texts(x, y)
+                label = first.quantity if step == first.step else f"  at step {step:,}"
+                around.append(Difference(label, tuple(values)))
+        if len(self.runs) == 2:
+            steps[0], phases[0] = steps[1], phases[1]
+        rows = [Difference("at step", tuple(steps)), Difference("in phase", tuple(phases))]
+        return [PARTING, *rows, *around]
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
         """The names as wide as they are, the rest shared by the runs. All runs are shown."""
