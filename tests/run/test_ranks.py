@@ -20,13 +20,14 @@ from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import read_as
-from tui_trainer.protocol.messages import Pause, Resume, Step, StepPhase
+from tui_trainer.protocol.messages import Notice, Pause, Resume, Step, StepPhase
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import rank_server
 from tui_trainer.run.rank_server import Peer, RankServer, ending_of
 from tui_trainer.runs.registry import resolve
+from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 
 SCRIPT = """
@@ -277,6 +278,7 @@ def test_torchrun_is_started_for_nproc(place):
 
 
 CHILDREN = """
+    import os
     import torch, torch.multiprocessing as mp
     def train(seed, model):
         torch.manual_seed(seed)
@@ -289,21 +291,49 @@ CHILDREN = """
             optimizer.step()
         print("SEEN", seed, loss.item().hex(), flush=True)
     if __name__ == "__main__":
-        for seed, method in enumerate(("fork", "spawn")):
+        for seed, method in enumerate(("fork", "spawn", "forkserver")):
             torch.manual_seed(seed)
             child = mp.get_context(method).Process(target=train, args=(seed, torch.nn.Linear(4, 1)))
             child.start()
             child.join()
             assert child.exitcode == 0
+        pid = os.fork()
+        if not pid:
+            train(3, torch.nn.Linear(4, 1))
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
 """
 
 
-@pytest.mark.slow
-def test_children_of_a_script_are_members_of_its_run(place):
-    (place.path / "children.py").write_text(textwrap.dedent(CHILDREN))
+ONLY_CHILDREN_IMPORT_TORCH = """
+    import os, multiprocessing as mp
+    def train():
+        import torch
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    if __name__ == "__main__":
+        for method in ("fork", "spawn", "forkserver"):
+            child = mp.get_context(method).Process(target=train)
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+        pid = os.fork()
+        if not pid:
+            train()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def run_children(place, source):
+    (place.path / "children.py").write_text(textwrap.dedent(source))
     environment = {**os.environ, "TUI_TRAINER_RUNS_DIR": str(place.runs)}
     done = processes.run(
-        [sys.executable, *RUN, "--name", "family", "children.py"],
+        [sys.executable, *RUN, "--budget", "0", "--name", "family", "children.py"],
         cwd=place.path,
         env=environment,
         capture_output=True,
@@ -311,15 +341,54 @@ def test_children_of_a_script_are_members_of_its_run(place):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_children_of_a_script_are_members_of_its_run(place):
+    done = run_children(place, CHILDREN)
     tables = place.tables("family")
-    assert {rank: table.rows for rank, table in tables.items()} == {1: 12, 2: 12}
+    assert {rank: table.rows for rank, table in tables.items()} == dict.fromkeys((1, 2, 3, 4), 12)
     for line in done.stdout.splitlines():
         if line.startswith("SEEN"):
             _, seed, loss = line.split()
-            assert column(tables[int(seed) + 1], "loss")[-1] == np.float32(float.fromhex(loss))
+            table = tables[int(seed) + 1]
+            assert column(table, "loss")[-1] == np.float32(float.fromhex(loss))
+            # The run's budget, 0 for no limit, is its children's too.
+            assert np.isfinite(column(table, "grad_norm_preclip")).all()
     info = StoredHistory(place.runs / "family", ended=True).store.info()
-    assert [(p.rank, p.state) for p in info.processes] == [(1, "finished"), (2, "finished")]
+    assert [(p.rank, p.state) for p in info.processes] == [
+        (rank, "finished") for rank in (1, 2, 3, 4)
+    ]
     assert place.run("family").reported.step == 12
+
+
+@pytest.mark.slow
+def test_children_of_a_script_that_does_not_import_torch(place):
+    run_children(place, ONLY_CHILDREN_IMPORT_TORCH)
+    tables = place.tables("family")
+    assert {rank: table.rows for rank, table in tables.items()} == dict.fromkeys((1, 2, 3, 4), 12)
+
+
+@pytest.mark.slow
+def test_a_program_that_a_script_starts_is_named_with_the_command_that_traces_it(place):
+    (place.path / "worker.py").write_text("print('WORKED')\n")
+    source = """
+        import os, subprocess, sys
+        for _ in range(2):
+            subprocess.run([sys.executable, "-u", "worker.py", "--fast"], check=True)
+        subprocess.check_output([sys.executable, "-c", "print(1)"])
+        os.system("true")
+    """
+    done = run_children(place, source)
+    assert done.stdout.count("WORKED") == 2
+    store = StoredHistory(place.runs / "family", ended=True).store
+    found = StoredEvents(store).first_events(10)
+    said = [event.text for event in found if isinstance(event, Notice) and event.kind == "rank"]
+    assert said == [
+        "worker.py runs in a process of its own, which is not traced: if it trains, start it with "
+        "tui-trainer run worker.py"
+    ]
 
 
 @pytest.mark.slow

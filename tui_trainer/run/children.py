@@ -1,4 +1,5 @@
-"""Traces the processes that a script starts with `multiprocessing`, as members of its run.
+"""Traces the processes that a script starts with `multiprocessing` or `os.fork`, as members of its
+run.
 
 A spawned child receives the run's directory with the preparation data of `multiprocessing`; a
 forked child inherits a copy of the tracer, which is replaced. Either joins the run at its first
@@ -11,21 +12,24 @@ import multiprocessing
 import multiprocessing.process
 import multiprocessing.spawn
 import multiprocessing.util
+import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.config.run_spec import RunSpec, read_spec
 from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import Item, StepRecorded
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.context import create_tracer
+from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import Outcome, outcome_of
 from tui_trainer.run.rank_client import RankClient
 from tui_trainer.run.rank_control import RankFollower
+from tui_trainer.run.subprocesses import ProgramReports
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
@@ -56,15 +60,19 @@ class _JoinWhenUnpickled:
 
 
 class ChildTraces:
-    """Makes children started between `install` and `remove` join the run."""
+    """Makes children started between `install` and `remove` join the run, and reports programs that
+    cannot."""
 
-    def __init__(self, directory: str, budget: float, tracer: Tracer) -> None:
-        self._directory = directory
-        self._budget = budget
-        self._tracer: Tracer | None = tracer
+    def __init__(self, run: RunContext) -> None:
+        self._directory = run.spec.directory
+        self.untrace: Callable[[], None] = _nothing
+        """Undoes, in a forked child, the tracing that its parent has begun or prepared."""
+        self._installed = False
         self._original: Callable[..., dict[str, Any]] | None = None
+        self._programs = ProgramReports(lambda text: run.recorder.notice("rank", text))
 
     def install(self) -> None:
+        self._installed = True
         original = self._original = multiprocessing.spawn.get_preparation_data
         directory = self._directory
 
@@ -76,37 +84,56 @@ class ChildTraces:
         self._ours = prepared
         multiprocessing.spawn.get_preparation_data = prepared
         multiprocessing.util.register_after_fork(self, _join_forked)
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _join_os_forked(reference()))
+        self._programs.install()
 
     def remove(self) -> None:
-        self._tracer = None
+        self._installed = False
+        self._programs.remove()
         if self._original and multiprocessing.spawn.get_preparation_data is self._ours:
             multiprocessing.spawn.get_preparation_data = self._original
 
-    def join_forked(self) -> None:
+    def join_forked(self, label: str, by_fork_alone: bool = False) -> None:
         """Called in a forked child."""
-        tracer, self._tracer = self._tracer, None
-        process = multiprocessing.process.current_process()
-        target = getattr(getattr(process, "_target", None), "__module__", "")
-        if tracer is None:
+        if not self._installed:
             return
-        from tui_trainer.trace.torch_private import DATA_LOADER_WORKER  # imports torch
-
-        if target == DATA_LOADER_WORKER:  # which trains nothing
-            return
-        tracer.detach()
-        ChildTraining(self._directory, process.name, self._budget).trace()
+        untrace, self.untrace = self.untrace, _nothing
+        untrace()
+        training = ChildTraining(self._directory, label)
+        self.untrace = around_torch_import(lambda: None, training.trace)
+        if by_fork_alone:
+            training.end_before_exit()
 
 
 def _join_forked(traces: ChildTraces) -> None:
+    """In a child that `multiprocessing` has forked."""
     try:
-        traces.join_forked()
+        process = multiprocessing.process.current_process()
+        target = getattr(getattr(process, "_target", None), "__module__", "")
+        if "torch" in sys.modules:
+            from tui_trainer.trace.torch_private import DATA_LOADER_WORKER
+
+            if target == DATA_LOADER_WORKER:  # which trains nothing
+                return
+        traces.join_forked(process.name)
+    except Exception as error:
+        print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
+
+
+def _join_os_forked(traces: ChildTraces | None) -> None:
+    """In any forked child: joins if the script has called `os.fork` by itself."""
+    try:
+        caller = sys._getframe(2).f_globals.get("__name__", "")
+        if traces is not None and not caller.startswith(("multiprocessing.", "subprocess", "pty")):
+            traces.join_forked(f"pid {os.getpid()}", by_fork_alone=True)
     except Exception as error:
         print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
 
 
 def join_spawned(directory: str, label: str) -> None:
     """Called in a spawned child, before it imports the script."""
-    around_torch_import(lambda: None, ChildTraining(directory, label, 0.01).trace)
+    around_torch_import(lambda: None, ChildTraining(directory, label).trace)
 
 
 class ChildTraining:
@@ -114,11 +141,20 @@ class ChildTraining:
 
     recording = False
 
-    def __init__(self, directory: str, label: str, budget: float) -> None:
-        self.spec = RunSpec(name=label, directory="", task="script", budget=budget)
+    def __init__(self, directory: str, label: str) -> None:
+        spec = read_spec(directory)
+        self.spec = RunSpec(
+            name=label,
+            directory="",
+            task="script",
+            budget=spec.budget,
+            attention_pattern=spec.attention_pattern,
+        )
         self.gate = Gate()
         self._directory = Path(directory)
         self._label = label
+        self._tracer: Tracer | None = None
+        self._pid = os.getpid()
 
     def trace(self) -> None:
         """Trace this thread; torch has been imported. Never raises."""
@@ -130,17 +166,38 @@ class ChildTraining:
             )
             follower.follow(self._client)
             self.recorder.subscribe(_FromFirstStep(self._client))
-            self._tracer = create_tracer(self)
-            self._tracer.attach()
-            # Also runs in a forked child, which ends with os._exit.
-            multiprocessing.util.Finalize(self, self._end, exitpriority=0)
+            tracer = create_tracer(self)
+            tracer.attach()
+            self._tracer = tracer
+            self._finalize()
+            # A child of a fork server forgets its finalizers when its target is about to run.
+            multiprocessing.util.register_after_fork(self, ChildTraining._finalize)
         except Exception as error:
             print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
 
+    def _finalize(self) -> None:
+        """Call `_end` when this process ends, also by the `os._exit` of `multiprocessing`."""
+        if os.getpid() == self._pid:
+            multiprocessing.util.Finalize(self, self._end, exitpriority=0)
+
+    def end_before_exit(self) -> None:
+        """Have the last steps recorded before a call of `os._exit`, as forked children end."""
+        original = os._exit
+
+        def _exit(status: int) -> NoReturn:
+            if os.getpid() == self._pid:
+                self._end()
+            original(status)
+
+        os._exit = _exit
+
     def _end(self) -> None:
+        tracer, self._tracer = self._tracer, None
+        if tracer is None:
+            return
         error = sys.exc_info()[1]
         outcome = Outcome("finished") if error is None else outcome_of(error)
-        self._tracer.detach()
+        tracer.detach()
         self.gate.end()
         status: Status = self.recorder.status
         self.recorder.close(FLUSH_S)
@@ -184,3 +241,7 @@ class _FromFirstStep:
 
 def _ignore(text: str) -> None:
     """A child process continues to train silently when its run has ended."""
+
+
+def _nothing() -> None:
+    pass

@@ -43,23 +43,28 @@ class _Finder:
         return spec
 
 
-def around_torch_import(before: Callable[[], None], after: Callable[[], None]) -> None:
+def around_torch_import(
+    before: Callable[[], None], after: Callable[[], None]
+) -> Callable[[], None]:
     """Call `before()` when torch is about to be imported and `after()` once it is; both at once
-    if it has been imported already. Neither may raise."""
-    if "torch" in sys.modules:
-        before()
-        after()
-    else:
-        sys.meta_path.insert(0, _Finder("torch", before, after))
+    if it has been imported already. Neither may raise. Returns a function that gives this up."""
+    return _around_import("torch", before, after)
 
 
 def after_import(name: str, call: Callable[[], None]) -> Callable[[], None]:
     """Call `call()`, which must not raise, once the module `name` has been imported; at once if it
     has been. Returns a function that gives this up."""
+    return _around_import(name, _nothing, call)
+
+
+def _around_import(
+    name: str, before: Callable[[], None], after: Callable[[], None]
+) -> Callable[[], None]:
     if name in sys.modules:
-        call()
+        before()
+        after()
         return _nothing
-    finder = _Finder(name, _nothing, call)
+    finder = _Finder(name, before, after)
     sys.meta_path.insert(0, finder)
 
     def give_up() -> None:

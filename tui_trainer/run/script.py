@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.run.children import ChildTraces
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
 from tui_trainer.run.import_hook import around_torch_import
@@ -48,9 +49,12 @@ def train_script(run: RunContext) -> Outcome:
     load = load_module if spec.module else load_script
     program = load(spec.script or "", spec.arguments)
     tracers: list[Tracer] = []
-    around_torch_import(
-        lambda: run.show_waiting_for("importing torch"), lambda: trace(run, tracers)
+    children = trace_children(run)
+    give_up = around_torch_import(
+        lambda: run.show_waiting_for("importing torch"), lambda: trace(run, tracers, children)
     )
+    if children is not None and not tracers:
+        children.untrace = give_up
     run.show_waiting_for("the script's first step")
     run.script_started()
     try:
@@ -66,8 +70,21 @@ def train_script(run: RunContext) -> Outcome:
 # ---------------------------------------------------------------- tracing
 
 
+def trace_children(run: RunContext) -> ChildTraces | None:
+    """Trace the child processes of the script from here on, if this process records."""
+    if not run.recording:
+        return None
+    children = ChildTraces(run)
+    children.install()
+    run.at_end(children.remove)
+    return children
+
+
 def trace(
-    run: RunContext, tracers: list[Tracer], started_in: types.FrameType | None = None
+    run: RunContext,
+    tracers: list[Tracer],
+    children: ChildTraces | None,
+    started_in: types.FrameType | None = None,
 ) -> None:
     """Trace this thread from here on; no exception reaches the script. Appends to `tracers`.
 
@@ -75,7 +92,6 @@ def trace(
     """
     try:
         from tui_trainer.run.checkpoints import CheckpointSaver
-        from tui_trainer.run.children import ChildTraces
         from tui_trainer.run.frameworks import observe_frameworks
         from tui_trainer.run.progress import Progress
 
@@ -83,13 +99,12 @@ def trace(
         progress = Progress(run, tracer, started_in)
         tracer.attach()
         tracers.append(tracer)
+        if children is not None:
+            children.untrace = tracer.detach
         run.at_end(observe_frameworks(run, progress))
         run.at_end(progress.close)
         if not run.recording:
             return
-        children = ChildTraces(run.spec.directory, run.spec.budget, tracer)
-        children.install()
-        run.at_end(children.remove)
         run.show_waiting_for("the script's first step")
         run.recorder.describe(versions=with_torch_versions(run.recorder.info.versions))
         saver = CheckpointSaver(run.spec, run.recorder, lambda: _visible_state(tracer))

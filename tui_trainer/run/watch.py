@@ -38,7 +38,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.host import Host, WorkerStopHandler
 from tui_trainer.run.outcome import STOPPED, Outcome, outcome_of
 from tui_trainer.run.scalars import activated, active_log
-from tui_trainer.run.script import trace
+from tui_trainer.run.script import trace, trace_children
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import check_directory
 from tui_trainer.trace.gate import StopTraining
@@ -334,7 +334,7 @@ class WatchedRun(Run):
         self._scalars.enter_context(activated(self._host.recorder, self._host.gate))
         tracers: list[Tracer] = []
         self._tracers = tracers
-        trace(self._host, tracers, sys._getframe(1))
+        trace(self._host, tracers, trace_children(self._host), sys._getframe(1))
         for tracer in tracers:
             tracer.register(model, optimizers)
         self._host.show_waiting_for("the first step")
