@@ -151,6 +151,19 @@ class RunOptions:
             metavar="LEVEL",
         ),
     ] = None
+    alerts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--alert",
+            help="a command or an http(s) address to call at findings that are warnings or errors, "
+            "at breakpoints, and at the end; may be given several times (docs/runs.md)",
+            group=RUNNING,
+            negative=(),
+            metavar="COMMAND|URL",
+            show_default=False,
+            consume_multiple=False,
+        ),
+    ] = ()
     checkpoint_every: Annotated[
         int | None,
         _flag(

@@ -47,11 +47,22 @@ def check_options(options: RunOptions) -> None:
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
     check_rules(options.rules)
+    for target in options.alerts:
+        _check_alert(target)
     if options.breakpoints:
         from tui_trainer.cli.commands.breakpoints import check_condition
 
         for condition in options.breakpoints:
             check_condition(condition, "--break: ")
+
+
+def _check_alert(target: str) -> None:
+    """Raise UsageError for an empty command and for an address that cannot be called."""
+    scheme, separator, rest = target.partition("://")
+    if not target.strip() or (not rest.partition("/")[0] and separator):
+        raise UsageError(f"--alert cannot be {target!r}", "give a command or an http(s) address")
+    if separator and " " not in scheme and scheme not in ("http", "https"):
+        raise UsageError(f"--alert cannot call {target}", "give a command or an http(s) address")
 
 
 def check_rules(text: str) -> None:
@@ -118,6 +129,7 @@ def prepare(
             rules=options.rules,
             checkpoint_every=options.checkpoint_every,
             breakpoints=_breakpoints(options, branch),
+            alerts=options.alerts,
             keep_checkpoints=options.keep_checkpoints,
             resume=str(branch.checkpoint) if branch else None,
             parent=str(branch.run.directory) if branch else "",

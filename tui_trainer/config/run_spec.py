@@ -73,6 +73,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Changes to the rules that judge the run (see `findings.settings`)."""
     breakpoints: tuple[Breakpoint, ...] = ()
     """Those that the run begins with."""
+    alerts: tuple[str, ...] = ()
+    """Commands and webhooks that are told about warnings, errors and the end."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept, in addition to the best one."""
     resume: str | None = None

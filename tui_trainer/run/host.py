@@ -129,8 +129,18 @@ class Host:
         self.recorder.subscribe(StatusFile(self.spec.directory, self.recorder.info))
         self.recorder.subscribe(StoreWriter(self.spec.directory, self._store_problem))
         self.recorder.subscribe(self.ranks)
+        if self.recording and self.spec.alerts:
+            self._send_alerts()
         if sink is not None:
             self.recorder.subscribe(sink)
+
+    def _send_alerts(self) -> None:
+        from tui_trainer.record.alerts import AlertSink
+
+        try:
+            self.recorder.subscribe(AlertSink(self.spec.alerts, self.recorder.info))
+        except OSError as error:
+            self.recorder.fault("no alert can be sent", error)
 
     def train(self) -> Outcome:
         """Train on this thread; returns how it ended and never raises."""
