@@ -95,3 +95,32 @@ def test_explain(tmp_path: Path) -> None:
     done = call("explain", "loss-diverges", cwd=tmp_path)
     assert "--rules loss-diverges.rise=2" in done.stdout
     assert_refused(call("explain", "loss-converges", cwd=tmp_path), "loss-diverges", status=2)
+
+
+def test_a_shipped_task_is_checked(tmp_path: Path) -> None:
+    """`--steps` is that of check: the schedule stays that of a whole training."""
+    options = ("--steps", "6", "--threads", "1", "--width", "16", "--layers", "1")
+    done = call("check", "gpt", *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "gpt: no findings in 6 steps\n"), done.stderr
+    bad = call("check", "--json", "--steps", "40", "gpt", "--lr", "30", *options[2:], cwd=tmp_path)
+    answer = json.loads(bad.stdout)
+    assert (bad.returncode, answer["script"], answer["steps"]) == (1, "gpt", 40)
+    assert answer["findings"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpt", "--epohcs", "3"), "did you mean --epochs?"),
+        (("gpt", "--learning-rate", "fast"), "--learning-rate cannot be 'fast'"),
+        (
+            ("--epochs", "3", "train.py"),
+            "tui-trainer check train.py --epochs 3",
+        ),
+        (("--stpes", "3", "train.py"), "did you mean --steps?"),
+        ((), "check needs a script or a task"),
+    ],
+)
+def test_near_misses_of_check(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert_refused(call("check", *arguments, cwd=tmp_path), message)

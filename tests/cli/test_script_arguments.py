@@ -38,6 +38,22 @@ def test_a_module_needs_its_name() -> None:
         split(["--json", "-m"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--epochs", "3", "t.py"], "go after the script: tui-trainer run t.py --epochs 3"),
+        (["--lr=1e-3", "--json", "t.py"], "go after the script: tui-trainer run t.py --lr 1e-3"),
+        (["--fast", "t.py"], "go after the script: tui-trainer run t.py --fast"),
+        (["--fast"], "go after the script: tui-trainer run train.py --fast"),
+        (["--deatch", "t.py"], "did you mean --detach?"),
+    ],
+)
+def test_an_option_of_the_script_before_it(arguments: list[str], hint: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        split(arguments)
+    assert hint in refused.value.hint
+
+
 @given(st.lists(st.text()))
 def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> None:
     assert split(["--json", "t.py", *arguments]) == (["--json"], Script("t.py", tuple(arguments)))

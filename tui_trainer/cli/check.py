@@ -1,10 +1,11 @@
-"""`tui-trainer check script.py`: run some steps without a screen and print the findings."""
+"""`tui-trainer check`: run some steps of a script or a task without a screen, and print the
+findings."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,12 +17,15 @@ from tui_trainer.cli.options import CheckOptions, RunOptions
 from tui_trainer.cli.run_setup import prepare
 from tui_trainer.cli.run_text import finding_lines
 from tui_trainer.cli.script import Script
+from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.findings.verdict import finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Finding, Status
-from tui_trainer.protocol.schema import SCRIPT
+from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.record.events import Item, RunEnded
 from tui_trainer.run.output import redirect_stdout_to_stderr
+from tui_trainer.tasks.definition import TaskDefinition
 
 
 class FindingsCollector:
@@ -46,11 +50,29 @@ def check_script(script: Script, options: CheckOptions) -> int:
     """Run `options.steps` steps and print the findings. Returns the script's exit status if it
     fails, 1 if a finding is a warning or an error, otherwise 0. Raises CommandError."""
     script.check()
+
+    def spec_in(wanted: RunOptions) -> RunSpec:
+        return prepare(SCRIPT, wanted, script=script)
+
+    return _check(script.title, options, spec_in)
+
+
+def check_task(
+    task: TaskDefinition, preset: str | None, overrides: dict[str, Scalar], options: CheckOptions
+) -> int:
+    """As `check_script`. Schedules stay those of a whole training. Raises ConfigurationError and
+    CommandError."""
+    configuration = to_flat(resolve(task, preset, overrides))
+
+    def spec_in(wanted: RunOptions) -> RunSpec:
+        return prepare(task.name, wanted, configuration)
+
+    return _check(task.name, options, spec_in)
+
+
+def _check(title: str, options: CheckOptions, spec_in: Callable[[RunOptions], RunSpec]) -> int:
     with tempfile.TemporaryDirectory(prefix="tui-trainer-check-") as folder:
-        wanted = RunOptions(
-            runs_dir=Path(folder), budget=0.0, watch_nonfinite=True, rules=options.rules
-        )
-        spec = prepare(SCRIPT, wanted, script=script)
+        spec = spec_in(RunOptions(runs_dir=Path(folder), budget=0.0, rules=options.rules))
         stdout = os.fdopen(redirect_stdout_to_stderr(), "w", encoding="utf-8")
         from tui_trainer.run.host import Host, run_to_end
 
@@ -62,18 +84,18 @@ def check_script(script: Script, options: CheckOptions) -> int:
     findings = newest_findings(collector.findings)
     with stdout:
         if options.json:
-            stdout.write(_as_json(script, end, findings) + "\n")
+            stdout.write(_as_json(title, end, findings) + "\n")
         else:
             console = Console(file=stdout, highlight=False, soft_wrap=True)
-            console.print(*_report(script, end, findings), sep="\n")
+            console.print(*_report(title, end, findings), sep="\n")
     if end.state == "crashed":
         return status or FAULT
     return FAULT if any(finding.level != "info" for finding in findings) else 0
 
 
-def _as_json(script: Script, end: Status, findings: list[Finding]) -> str:
+def _as_json(title: str, end: Status, findings: list[Finding]) -> str:
     made = {
-        "script": script.title,
+        "script": title,
         "steps": end.step,
         "state": end.state,
         "reason": end.reason if end.state == "crashed" else "",
@@ -82,16 +104,16 @@ def _as_json(script: Script, end: Status, findings: list[Finding]) -> str:
     return msgspec.json.encode(made).decode()
 
 
-def _report(script: Script, end: Status, findings: list[Finding]) -> list[Text]:
+def _report(title: str, end: Status, findings: list[Finding]) -> list[Text]:
     lines = finding_lines(findings, details=True)
     steps = counted(end.step, "step")
     if not end.step:
-        lines.append(Text(f"{script.title}: no optimizer step was seen"))
+        lines.append(Text(f"{title}: no optimizer step was seen"))
     elif not findings:
-        lines.append(Text(f"{script.title}: no findings in {steps}"))
+        lines.append(Text(f"{title}: no findings in {steps}"))
     else:
         causes = sum(each.cause is None for each in findings)
-        lines.append(Text(f"{script.title}: {counted(causes, 'finding')} in {steps}"))
+        lines.append(Text(f"{title}: {counted(causes, 'finding')} in {steps}"))
     if end.state == "crashed":
         lines.append(Text(f"it crashed: {end.reason}", "red"))
     return lines

@@ -83,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
     if first == "run":
         return _run_script(arguments[1:])
     if first == "check":
-        return _check_script(arguments[1:])
+        return _check(arguments[1:])
     if first in commands.COMMANDS or first in commands.HIDDEN:
         result = _call(_app((), with_runs=True), arguments)
     elif first and not first.startswith("-"):
@@ -117,10 +117,13 @@ def _app(names: Sequence[str], with_runs: bool = False) -> App:
     app["--help"].group = app["--version"].group = OTHER
     tasks = [load_task(names[0])] if len(names) == 1 else usable_tasks(names)
     for task in tasks:
-        app.command(task_command(task, start_task), name=task.name, group=TASKS)
+        app.command(task_command(task, start_task, RunOptions), name=task.name, group=TASKS)
     usage = "Usage: tui-trainer run [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
     app.command(_script_command, name="run", group=TASKS, usage=usage)
-    usage = "Usage: tui-trainer check [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]"
+    usage = (
+        "Usage: tui-trainer check [OPTIONS] SCRIPT|-m MODULE [ITS OWN ARGUMENTS]\n"
+        "       tui-trainer check TASK [OPTIONS]"
+    )
     app.command(_check_command, name="check", group=TASKS, usage=usage)
     if with_runs:
         commands.register(app)
@@ -155,29 +158,42 @@ def _check_command(
     *script: ScriptArguments,
     options: Annotated[CheckOptions, Parameter(name="*")] = CheckOptions(),  # noqa: B008
 ) -> CheckOptions:
-    """run some steps of a script without a screen, and print what is wrong"""
+    """run some steps of a script or a task without a screen, and print what is wrong"""
     return options
 
 
-def _check_script(arguments: list[str]) -> int:
+def _check(arguments: list[str]) -> int:
     from tui_trainer.cli.script import split
 
-    ours, script = split(arguments, CheckOptions)
+    ours, script = split(arguments, CheckOptions, "check")
+    if script is not None and not script.module and script.target in task_names():
+        return _check_task(script.target, [*ours, *script.arguments])
     options = _call(_app(()), ["check", *ours])
     if not isinstance(options, CheckOptions):  # help was printed
         return 0
     if script is None:
-        raise UsageError("check needs a script", "tui-trainer check --steps 300 train.py")
+        raise UsageError("check needs a script or a task", "tui-trainer check --steps 300 train.py")
     from tui_trainer.cli.check import check_script
 
     return check_script(script, options)
+
+
+def _check_task(name: str, arguments: list[str]) -> int:
+    """`check TASK`, with the options of the task besides those of check."""
+    from tui_trainer.cli.check import check_task
+    from tui_trainer.cli.options import task_command
+
+    app = App(name="tui-trainer check", help_format="plaintext", version_flags=())
+    app.command(task_command(load_task(name), check_task, CheckOptions), name=name)
+    result = _call(app, [name, *arguments])
+    return result if isinstance(result, int) else 0
 
 
 def _run_script(arguments: list[str]) -> int:
     from tui_trainer.cli.script import split
     from tui_trainer.cli.start import start_script
 
-    ours, script = split(arguments)
+    ours, script = split(arguments, RunOptions, "run")
     options = _call(_app(()), ["run", *ours])
     if not isinstance(options, RunOptions):  # help was printed
         return 0

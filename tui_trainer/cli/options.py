@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Group, Parameter, validators
 
@@ -151,7 +151,7 @@ class RunOptions:
             metavar="LEVEL",
         ),
     ] = None
-    alerts: Annotated[
+    alert: Annotated[
         tuple[str, ...],
         Parameter(
             name="--alert",
@@ -196,7 +196,7 @@ class RunOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """How to check a script."""
+    """How to check a script or a task."""
 
     steps: Annotated[
         int,
@@ -233,30 +233,39 @@ class StartOptions:
 # ---------------------------------------------------------------- options of a task
 
 PRESET = Group("Preset", sort_key=0)
-_PLAIN = RunOptions()
+ALIASES = {"learning_rate": "--lr"}
+"""A second flag of an option, as other programs call it."""
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 
-Start = Callable[[TaskDefinition, str | None, dict[str, Scalar], RunOptions], int]
+Options = TypeVar("Options")
+"""RunOptions or CheckOptions."""
+Start = Callable[[TaskDefinition, str | None, dict[str, Scalar], Options], int]
 """(task, preset, overrides, options) → exit status."""
 
 
-def task_command(task: TaskDefinition, start: Start) -> Callable[..., int]:
-    """The function behind `tui-trainer <task>`, with one keyword for every option of the task.
+def task_command(
+    task: TaskDefinition, start: Start[Options], kind: type[Options]
+) -> Callable[..., int]:
+    """The function behind `tui-trainer <task>`, with one keyword for every option of the task,
+    except those that `kind` has itself.
 
     Values are passed on as typed: `config.resolve` converts and checks them, as it does for the
     start screen, so that both report the same error.
     """
 
+    plain: Any = kind()
+    taken = {each.name for each in fields(plain)}
+
     def command(
-        *, preset: str | None = None, options: RunOptions = _PLAIN, **given: str | bool | None
+        *, preset: str | None = None, options: Options = plain, **given: str | bool | None
     ) -> int:
         overrides: dict[str, Scalar] = {name: v for name, v in given.items() if v is not None}
         return start(task, preset, overrides, options)
 
     keywords = [
         _keyword("preset", Annotated[str | None, _preset_flag(task)]),
-        _keyword("options", Annotated[RunOptions, Parameter(name="*")], _PLAIN),
-        *_override_keywords(task),
+        _keyword("options", Annotated[kind, Parameter(name="*")], plain),
+        *(each for each in _override_keywords(task) if each.name not in taken),
     ]
     command.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in keywords}
@@ -298,7 +307,7 @@ def _preset_flag(task: TaskDefinition) -> Parameter:
 def _task_flag(option: Option, group: Group, value: Scalar) -> Parameter:
     metavar = "|".join(option.choices) or _METAVARS.get(option.kind)
     return Parameter(
-        name=option.flag,
+        name=(option.flag, ALIASES[option.name]) if option.name in ALIASES else option.flag,
         help=option.help,
         group=group,
         metavar=metavar,

@@ -47,7 +47,7 @@ def check_options(options: RunOptions) -> None:
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
     check_rules(options.rules)
-    for target in options.alerts:
+    for target in options.alert:
         _check_alert(target)
     if options.breakpoints:
         from tui_trainer.cli.commands.breakpoints import check_condition
@@ -129,7 +129,7 @@ def prepare(
             rules=options.rules,
             checkpoint_every=options.checkpoint_every,
             breakpoints=_breakpoints(options, branch),
-            alerts=options.alerts,
+            alerts=options.alert,
             keep_checkpoints=options.keep_checkpoints,
             resume=str(branch.checkpoint) if branch else None,
             parent=str(branch.run.directory) if branch else "",

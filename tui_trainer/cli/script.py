@@ -3,6 +3,7 @@ launcher in `tui-trainer run [options] torchrun --nproc-per-node=2 train.py`."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import shutil
@@ -45,14 +46,15 @@ class Script:
 
 
 def split(
-    arguments: Sequence[str], options: type[Any] = RunOptions
+    arguments: Sequence[str], options: type[Any] = RunOptions, command: str = "run"
 ) -> tuple[list[str], Script | None]:
     """Split into our own options and the script with its arguments.
 
     Everything after the script belongs to it. The script is None when none is named, since the
     options may ask for help. `options`: the class of our options. Raises UsageError.
     """
-    valued = _options_with_a_value(options)
+    flags = _flags(options)
+    valued = [flag for flag, has_value in flags.items() if has_value]
     ours: list[str] = []
     rest = list(arguments)
     while rest:
@@ -66,6 +68,8 @@ def split(
         if token == "--" and rest:
             token = rest.pop(0)
         elif token.startswith("-") and token != "-":
+            if token.partition("=")[0] not in (*flags, *HELP_FLAGS):
+                raise _not_ours(token, rest, list(flags), command)
             ours.append(token)
             if token in valued and rest:
                 ours.append(rest.pop(0))
@@ -74,15 +78,33 @@ def split(
     return ours, None
 
 
-def _options_with_a_value(options: type[Any]) -> frozenset[str]:
+HELP_FLAGS = ("--help", "-h", "--version")
+
+
+def _flags(options: type[Any]) -> dict[str, bool]:
+    """The flags of a class of options, and whether each takes a value."""
     hints = get_type_hints(options, include_extras=True)
     named = {each.name: hints[each.name] for each in fields(options)}
-    return frozenset(
-        flag
+    return {
+        flag: get_args(hint)[0] is not bool
         for name, hint in named.items()
-        if get_args(hint)[0] is not bool
         for flag in (get_args(hint)[1].name or ("--" + name.replace("_", "-"),))
-    )
+    }
+
+
+def _not_ours(token: str, rest: Sequence[str], flags: Sequence[str], command: str) -> UsageError:
+    """An unknown option before the script: a misspelt one of ours, or one of the script."""
+    flag, _, given = token.partition("=")
+    similar = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
+    if similar:
+        hint = f"did you mean {similar[0]}?"
+    else:
+        scripts = [each for each in rest if each.endswith(".py")]
+        script = scripts[0] if scripts else "train.py"
+        value = [given] if given else rest[: rest.index(script)] if scripts else []
+        made = " ".join([script, flag, *value])
+        hint = f"options of the script go after the script: tui-trainer {command} {made}"
+    return UsageError(f"{command} has no option {flag}", hint)
 
 
 def _path(target: str) -> Path:
