@@ -36,7 +36,7 @@ def mnist_cnn(steps: int) -> None:
         nn.Linear(64, 10), nn.LogSoftmax(1),
     )  # fmt: skip
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.85)
     step = 0
     while step < steps:
         model.train()
