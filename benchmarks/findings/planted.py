@@ -1,7 +1,7 @@
 """What the programs of sets B, C and D have wrong, and what a finding has to say of it.
 
 Written before the rules were read: `cause` names a class of problem in words of its own. Which
-rules belong to a class is in `classes.py`, written afterwards.
+rules belong to a class is in `causes.py`, written afterwards.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Program:
     name: str
     script: str
     arguments: tuple[str, ...] = ()
-    clean: tuple[str, ...] = ("--clean",)
-    """Arguments that, added, make it the twin."""
+    clean_arguments: tuple[str, ...] = ("--clean",)
+    """Arguments that make it the clean twin."""
     ranks: int = 1
     task: str = ""
     """A shipped task instead of a script."""
@@ -209,12 +209,13 @@ SET_C = (
 
 def _clean(script: str, *names: str) -> tuple[Program, ...]:
     return tuple(
-        Program(name, f"clean/{script}.py", (name, "500"), clean=(), steps=500) for name in names
+        Program(name, f"clean/{script}.py", (name, "500"), clean_arguments=(), steps=500)
+        for name in names
     )
 
 
 def _task(name: str, *arguments: str) -> Program:
-    return Program(name, "", arguments, clean=(), task=name.split()[0], steps=500)
+    return Program(name, "", arguments, clean_arguments=(), task=name.split()[0], steps=500)
 
 
 SET_D = (
@@ -290,3 +291,5 @@ SET_D = (
         "two_tasks",
     ),
 )
+
+SETS = {"B": SET_B, "C": SET_C, "D": SET_D}

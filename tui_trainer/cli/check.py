@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,12 +33,15 @@ class FindingsCollector:
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
+        self.found: dict[int, int] = {}
+        """The step at which each finding was first reported, by number."""
         self.end = Status()
 
     def take(self, items: Sequence[Item], status: Status) -> None:
         for item in items:
             if isinstance(item, Finding):
                 self.findings.append(item)
+                self.found.setdefault(item.number, item.step)
             elif isinstance(item, RunEnded):
                 self.end = item.status
 
@@ -84,7 +87,7 @@ def _check(title: str, options: CheckOptions, spec_in: Callable[[RunOptions], Ru
     findings = newest_findings(collector.findings)
     with stdout:
         if options.json:
-            stdout.write(_as_json(title, end, findings) + "\n")
+            stdout.write(_as_json(title, end, findings, collector.found) + "\n")
         else:
             console = Console(file=stdout, highlight=False, soft_wrap=True)
             console.print(*_report(title, end, findings), sep="\n")
@@ -93,13 +96,15 @@ def _check(title: str, options: CheckOptions, spec_in: Callable[[RunOptions], Ru
     return FAULT if any(finding.level != "info" for finding in findings) else 0
 
 
-def _as_json(title: str, end: Status, findings: list[Finding]) -> str:
+def _as_json(title: str, end: Status, findings: list[Finding], found: Mapping[int, int]) -> str:
     made = {
         "script": title,
         "steps": end.step,
         "state": end.state,
         "reason": end.reason if end.state == "crashed" else "",
-        "findings": [finding_object(finding) for finding in findings],
+        "findings": [
+            {**finding_object(finding), "found": found[finding.number]} for finding in findings
+        ],
     }
     return msgspec.json.encode(made).decode()
 

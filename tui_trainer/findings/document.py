@@ -23,8 +23,9 @@ Symptoms of one cause are grouped: the finding of the cause comes first, with it
 `tui-trainer check --steps 300 train.py` runs some steps of a script without a screen and prints
 the findings, `tui-trainer check gpt --steps 300` those of a task, with the options of the task;
 with `--json` as one object with `findings`, each with `rule`, `level`, `onset`, `where`, `title`,
-`text`, `next`, `confidence`, `evidence` and `cause` (the `number` of the finding that explains it).
-The exit status is 1 if there is a warning or an error.
+`text`, `next`, `confidence`, `evidence`, `cause` (the `number` of the finding that explains it) and
+`found` (the step at which it was first reported, later than the onset where a rule waits for more
+data). The exit status is 1 if there is a warning or an error.
 
 A rule reports nothing until it has the data that it needs, and prefers a missed problem to a false
 alarm. Rules run on the recorder's thread; the only measurements made for them are four flags that

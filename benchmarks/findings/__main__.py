@@ -1,0 +1,117 @@
+"""Runs a set of planted programs and their clean twins and prints a table.
+
+    python -m benchmarks.findings --set B|C|D [NAME …] [--jobs N] [--json FILE]
+
+Set A is run by `python benchmarks/findings/run.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.findings.judge import Answer, Verdict, judge, run
+from benchmarks.findings.planted import SETS, Program
+
+GOALS = {
+    "B": "goal: 10 of 11 within one step of the trigger",
+    "C": "goal: 90 % detected in 100 steps, 60 % with the cause named, 65 % placed",
+    "D": "goal: at most one false warning in 20 programs, and no false error",
+}
+
+
+def _twins(programs: Sequence[Program]) -> list[Program]:
+    """The clean twins, each once: most faults of a kind of model share theirs."""
+    found: dict[tuple[str, ...], Program] = {}
+    for program in programs:
+        twin = replace(program, cause=None, places=(), arguments=program.clean_arguments)
+        found.setdefault((twin.script, *twin.arguments), twin)
+    return [replace(each, name=f"{each.name} (clean)") for each in found.values()]
+
+
+def _listed(answer: Answer) -> str:
+    if answer.fault:
+        return answer.fault
+    return "; ".join(
+        f"{each['rule']} ({each['level']}) since {each['onset']}, found at {each['found']}"
+        + ("" if each["cause"] is None else ", an effect")
+        for each in answer.findings
+    )
+
+
+def _line(program: Program, answer: Answer, verdict: Verdict) -> str:
+    if answer.fault:
+        words = "FAILED"
+    elif program.cause is None:
+        words = "FALSE ALARM" if answer.warnings else "clean"
+    elif not verdict.detected:
+        words = "missed"
+    else:
+        words = f"after {verdict.late}" + (", named" if verdict.named else "")
+        words += ", placed" if verdict.placed else ""
+    return f"{program.name:<32} {words:<26} {_listed(answer)}  {answer.seconds:.0f} s"
+
+
+def _summary(which: str, judged: Sequence[tuple[Program, Answer, Verdict]]) -> str:
+    faults = [each for each in judged if each[0].cause is not None]
+    right = [each for each in judged if each[0].cause is None]
+    lines = []
+    if faults:
+        total = len(faults)
+        detected = sum(verdict.detected for _, _, verdict in faults)
+        named = sum(verdict.named for _, _, verdict in faults)
+        placed = sum(verdict.placed for _, _, verdict in faults)
+        soon = sum(verdict.late is not None and verdict.late <= 1 for _, _, verdict in faults)
+        lines.append(
+            f"{total} faults: {detected} detected ({detected / total:.0%}), {soon} of them within "
+            f"one step; {named} named ({named / total:.0%}); {placed} placed ({placed / total:.0%})"
+        )
+    if right:
+        warned = [answer.warnings for _, answer, _ in right]
+        errors = sum(any(each["level"] == "error" for each in found) for found in warned)
+        lines.append(
+            f"{len(right)} clean programs: {sum(map(bool, warned))} with a false warning, "
+            f"{errors} of them an error"
+        )
+    return "\n".join([*lines, GOALS[which]])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line per program; the exit status is 1 if one failed to run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.findings")
+    parser.add_argument("--set", choices=sorted(SETS), required=True, dest="which")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-twins", action="store_true", help="only the programs with a fault")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args(arguments)
+    programs = [
+        each
+        for each in SETS[options.which]
+        if not options.names or any(name in each.name for name in options.names)
+    ]
+    if options.which != "D" and not options.no_twins:
+        programs += _twins(programs)
+    judged = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for program, answer in zip(programs, pool.map(run, programs), strict=True):
+            verdict = judge(program, answer)
+            judged.append((program, answer, verdict))
+            print(_line(program, answer, verdict), flush=True)
+    print(_summary(options.which, judged))
+    if options.json:
+        made = [
+            {"program": asdict(program), "answer": asdict(answer), "verdict": asdict(verdict)}
+            for program, answer, verdict in judged
+        ]
+        options.json.write_text(json.dumps(made, indent=1), encoding="utf-8")
+    return int(any(answer.fault for _, answer, _ in judged))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""Runs planted programs under tui-trainer and compares its findings with what was declared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from time import perf_counter
+from typing import Any
+
+from benchmarks.findings.causes import RULES
+from benchmarks.findings.planted import HERE, Program
+
+TIMEOUT = 900
+
+Finding = dict[str, Any]
+Runner = Callable[..., Any]
+"""`subprocess.run`, or a function that behaves like it."""
+
+
+@dataclass
+class Answer:
+    """What a program's run gave."""
+
+    findings: list[Finding] = field(default_factory=list)
+    """Each with `found`, the step at which it was first reported."""
+    steps: int = 0
+    seconds: float = 0.0
+    fault: str = ""
+    losses: list[float] = field(default_factory=list)
+    """As the program printed them."""
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [each for each in self.findings if each["level"] != "info"]
+
+
+def run(program: Program, runner: Runner = subprocess.run) -> Answer:
+    """Run a program to the end of its steps."""
+    arguments = program.arguments
+    command = [sys.executable, "-P", "-m", "tui_trainer"]
+    script = str(HERE / program.script)
+    checked = program.ranks == 1 and not program.task
+    with tempfile.TemporaryDirectory(prefix="findings-") as folder:
+        if program.task:
+            command += ["--runs-dir", folder, program.task, "--json"]
+            command += ["--steps", str(program.steps), *arguments]
+        elif checked:
+            command += ["check", "--json", "--steps", str(program.steps), script, *arguments]
+        else:
+            command += ["--runs-dir", folder, "run", "--json", "--nproc", str(program.ranks)]
+            command += [script, *arguments]
+        began = perf_counter()
+        try:
+            done = runner(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=TIMEOUT,
+                env=_environment(),
+            )
+        except subprocess.TimeoutExpired:
+            return Answer(fault=f"not finished after {TIMEOUT} s")
+    answer = _checked(done.stdout) if checked else _recorded(done.stdout)
+    answer.seconds = perf_counter() - began
+    answer.losses = [float(each) for each in re.findall(r"step \d+ loss (\S+)", done.stderr)]
+    if not answer.fault and not answer.steps:
+        answer.fault = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+    return answer
+
+
+def _environment() -> Mapping[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _checked(output: str) -> Answer:
+    try:
+        read = json.loads(output)
+    except ValueError:
+        return Answer()
+    return Answer(read["findings"], read["steps"], fault=read["reason"])
+
+
+def _recorded(output: str) -> Answer:
+    """What the lines of `--json` say."""
+    answer = Answer()
+    newest: dict[int, Finding] = {}
+    for line in output.splitlines():
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if read.get("type") == "event" and read.get("kind") == "finding":
+            before = newest.get(read["number"], read)
+            newest[read["number"]] = {**read, "found": before.get("found", read["step"])}
+        if read.get("type") == "end":
+            answer.fault = read.get("reason", "") if read.get("state") == "crashed" else ""
+        if isinstance(read.get("step"), int):
+            answer.steps = max(answer.steps, read["step"])
+    answer.findings = list(newest.values())
+    return answer
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the findings of a program compare with its fault."""
+
+    detected: bool
+    """There is a warning or an error that is not older than the fault."""
+    late: int | None
+    """Steps from the trigger to the first such finding."""
+    named: bool
+    """One that is not the effect of another names the cause."""
+    placed: bool
+    """One names the parameter, module, rank or phase."""
+
+
+def judge(program: Program, answer: Answer) -> Verdict:
+    """Compare the findings with what is declared."""
+    after = [each for each in answer.warnings if each["onset"] >= program.trigger]
+    steps = [each["found"] - program.trigger for each in after]
+    rules = RULES.get(program.cause, ()) if program.cause else ()
+    causes = [each for each in answer.findings if each["cause"] is None]
+    return Verdict(
+        detected=bool(after),
+        late=min(steps, default=None),
+        named=any(each["rule"] in rules for each in causes),
+        placed=any(_is_at(each, place) for each in after for place in program.places),
+    )
+
+
+def _is_at(finding: Finding, place: str) -> bool:
+    where = finding["where"]
+    named = [where["phase"] or "", *where["parameters"]]
+    named += re.findall(r"rank \d+", finding["text"])
+    return any(fnmatchcase(each, place) or fnmatchcase(each, f"*.{place}") for each in named)
