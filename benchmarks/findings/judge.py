@@ -49,12 +49,12 @@ def run(program: Program, runner: Runner = subprocess.run) -> Answer:
     checked = program.ranks == 1 and not program.task
     with tempfile.TemporaryDirectory(prefix="findings-") as folder:
         if program.task:
-            command += ["--runs-dir", folder, program.task, "--json"]
+            command += [program.task, "--json", "--runs-dir", folder]
             command += ["--steps", str(program.steps), *arguments]
         elif checked:
             command += ["check", "--json", "--steps", str(program.steps), script, *arguments]
         else:
-            command += ["--runs-dir", folder, "run", "--json", "--nproc", str(program.ranks)]
+            command += ["run", "--json", "--runs-dir", folder, "--nproc", str(program.ranks)]
             command += [script, *arguments]
         began = perf_counter()
         try:
@@ -100,8 +100,8 @@ def _recorded(output: str) -> Answer:
         if read.get("type") == "event" and read.get("kind") == "finding":
             before = newest.get(read["number"], read)
             newest[read["number"]] = {**read, "found": before.get("found", read["step"])}
-        if read.get("type") == "end":
-            answer.fault = read.get("reason", "") if read.get("state") == "crashed" else ""
+        if read.get("type") == "end" and read["reason"] != "finished":
+            answer.fault = read["message"] or read["reason"]
         if isinstance(read.get("step"), int):
             answer.steps = max(answer.steps, read["step"])
     answer.findings = list(newest.values())
