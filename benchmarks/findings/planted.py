@@ -102,7 +102,15 @@ SET_B = (
 
 
 def _fault(kind: str, fault: str, cause: Cause, places: tuple[str, ...]) -> Program:
-    return Program(f"{kind} {fault}", "faults.py", (kind, fault, "400"), cause=cause, places=places)
+    own_twin = fault in ("over_scaled_outputs", "missing_regularization", "low_adam_epsilon")
+    return Program(
+        f"{kind} {fault}",
+        "faults.py",
+        (kind, fault, "400"),
+        (kind, fault if own_twin else "none", "400", "--clean"),
+        cause=cause,
+        places=places,
+    )
 
 
 _FIRST = {"mlp": "hidden_1*", "cnn": "features.0*", "gpt": "w?e*"}
