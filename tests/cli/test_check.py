@@ -52,6 +52,7 @@ def test_json_is_one_object(script: Path, tmp_path: Path) -> None:
     assert finding.keys() >= {"rule", "level", "onset", "where", "text", "next", "evidence"}
     assert (finding["rule"], finding["level"], finding["onset"]) == ("gradients-kept", "error", 2)
     assert finding["where"]["phase"] == "zero_grad"
+    assert finding["found"] == 3
 
 
 def test_clean_script_passes_and_leaves_nothing(script: Path, tmp_path: Path) -> None:
