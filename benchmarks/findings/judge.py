@@ -46,13 +46,13 @@ def run(program: Program, runner: Runner = subprocess.run) -> Answer:
     arguments = program.arguments
     command = [sys.executable, "-P", "-m", "tui_trainer"]
     script = str(HERE / program.script)
-    checked = program.ranks == 1 and not program.task
+    checked = program.ranks == 1
     with tempfile.TemporaryDirectory(prefix="findings-") as folder:
-        if program.task:
-            command += [program.task, "--json", "--runs-dir", folder]
-            command += ["--steps", str(program.steps), *arguments]
-        elif checked:
-            command += ["check", "--json", "--steps", str(program.steps), script, *arguments]
+        if checked:
+            options = ["--json", "--steps", str(program.steps)]
+            command += ["check"]
+            command += [program.task, *options] if program.task else [*options, script]
+            command += arguments
         else:
             command += ["run", "--json", "--runs-dir", folder, "--nproc", str(program.ranks)]
             command += [script, *arguments]
