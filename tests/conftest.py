@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SESSION] = config.stash[MADE_HERE] = tempfile.mkdtemp(
             prefix="tui-trainer-tests-"
         )
+    # The theme that the developer has chosen is none of the tests' business.
+    os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ[SESSION], "config")
 
 
 @pytest.hookimpl(optionalhook=True)  # the plugin may be switched off

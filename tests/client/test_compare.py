@@ -17,7 +17,7 @@ from tui_trainer.client.compare import ComparedRun, Difference, differences, out
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.ui.compare import CompareApp
-from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS
+from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS, distinct_parts
 
 
 def losses(name):
@@ -209,3 +209,22 @@ async def test_runs_without_a_series(tmp_path):
         await settle(pilot)
         assert "◆ empty" in text_of(app)
         assert "–" in text_of(app)
+
+
+def test_only_the_parts_that_differ_are_shown_of_long_settings():
+    commands = ["train.py --lr 1e-3 --seed 1", "train.py --lr 1e-2 --seed 1"]
+    assert distinct_parts(commands) == ["…1e-3…", "…1e-2…"]
+    assert distinct_parts(["a", "b"]) == ["a", "b"]
+    assert distinct_parts(["x y", "x y z"]) == ["…y", "…y z"]
+
+
+async def test_four_runs_at_120_columns_show_whole_numbers():
+    app = CompareApp(compared("calm", "eager", "calm", "eager"), frames_per_second=0.01)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        text = text_of(app)
+        assert text.count("finished") >= 4
+        state = next(line for line in text.splitlines() if "finished" in line)
+        assert state.count("finished") == 4
+        losses = next(line for line in text.splitlines() if "loss, last" in line)
+        assert "…" not in losses.rpartition("loss, last")[2]

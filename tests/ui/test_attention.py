@@ -118,10 +118,10 @@ async def test_the_chosen_tab_stays_in_sight_and_tabs_are_clicked() -> None:
         await settle(pilot)
         await pilot.press("M")
         await settle(pilot)
-        assert " mean " in text_of(app).split("\n")[1]
+        assert " mean " in text_of(app).split("\n")[2]
         await pilot.press("m")
         await settle(pilot)
-        line = text_of(app).split("\n")[1]
+        line = text_of(app).split("\n")[2]
         await pilot.click("TabLine", offset=(line.index("norm") + 1, 0))
         await settle(pilot)
         assert "Frobenius" in text_of(app)
@@ -184,7 +184,7 @@ async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> 
         table.choose(BY_KEY["cos"])
         cosines = first_row(table)
         assert cosines["qv"] == cosines["kv"] == ("n/a", app.palette.dim)
-        assert cosines["qk"][1] == app.palette.v
+        assert cosines["qk"][1] == app.palette.qk
         table.choose(BY_KEY["norm"])
         assert first_row(table)["q"] == ("nan", app.palette.error)
         heads = first_row(heads_table)

@@ -22,6 +22,7 @@ from tui_trainer.ui.widgets.chart import (
     Band,
     Chart,
     Line,
+    Moment,
     Points,
     Threshold,
     smooth,
@@ -74,8 +75,13 @@ def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, wi
     grid = plotted(rows)
     scale = chart.scale
     assert scale is not None
-    assert scale.low <= values.min()
-    assert values.max() <= scale.high
+    below, above = (any(each.above is side for each in chart.hidden) for side in (False, True))
+    assert below or scale.low <= values.min()
+    assert above or values.max() <= scale.high
+    for outliers in chart.hidden:  # marked, and their extreme is written in the chart
+        assert outliers.extreme == (values.max() if outliers.above else values.min())
+    if chart.hidden:
+        return
     for column in np.flatnonzero(seen.filled):
         inside = values[seen.edges[column] - 1 : seen.edges[column + 1] - 1]
         expected = scale.dot_rows(np.array([inside.max(), inside.min()], np.float32), len(grid))
@@ -84,16 +90,19 @@ def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, wi
         assert set_rows[0] <= round(expected[1]) <= set_rows[-1]
 
 
-def test_one_spike_in_ten_thousand_steps_is_drawn_to_its_full_height():
+def test_one_spike_in_ten_thousand_steps_is_marked_with_its_height():
     history = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step in range(1, 10_001):
         history.append(step, np.array([100.0 if step == 4567 else 1.0], np.float32))
     chart = Chart()
     seen = history.window([0], 1, 10_001, 2 * chart.plot_width(80))
-    grid = plotted(
-        chart.rows(80, 12, (1, 10_001), [Band.from_window(seen, 0, STYLE)], PALETTE, UNICODE)
-    )
-    top = round(chart.scale.dot_rows(np.array([100.0], np.float32), len(grid))[0])
+    layers = [Band.from_window(seen, 0, STYLE)]
+    rows = text_of(chart.rows(80, 12, (1, 10_001), layers, PALETTE, UNICODE))
+    assert rows[0].count(UNICODE.ascending) == 2  # in its column, and before the text
+    assert "▲ 100 near step 4,5" in rows[0]
+    logarithmic = Chart(log=True)
+    grid = plotted(logarithmic.rows(80, 12, (1, 10_001), layers, PALETTE, UNICODE))
+    top = round(logarithmic.scale.dot_rows(np.array([100.0], np.float32), len(grid))[0])
     assert grid[top].sum() == 1
 
 
@@ -254,3 +263,57 @@ def test_a_log_axis_has_labels_within_a_decade():
     labels = value_labels(Scale(0.3, 30.0, log=True), 20)
     assert list(labels.values()) == ["0.3", "1", "3", "10", "30"]
     assert "1e-10" in value_labels(Scale(1e-30, 1e30, log=True), 20).values()
+
+
+def chart_of(values, **options):
+    values = np.asarray(values, np.float32)
+    chart = Chart(**options)
+    layers = [Band(PALETTE.loss, values, values)]
+    rows = chart.rows(69, 12, (1, 1001), layers, PALETTE, UNICODE)
+    return chart, ["".join(segment.text for segment in row) for row in rows]
+
+
+def calm(columns=120):
+    return 1 + 0.1 * np.sin(np.arange(columns))
+
+
+def test_one_outlier_does_not_flatten_a_linear_chart():
+    values = calm()
+    values[40] = 153
+    chart, rows = chart_of(values)
+    assert chart.scale.high < 2
+    assert "▲ 153" in rows[0]
+    assert "step 334" in rows[0]
+    logarithmic, rows = chart_of(values, log=True)
+    assert logarithmic.scale.high > 150
+    assert "▲" not in "".join(rows)
+
+
+def test_an_outlier_below_is_marked_below():
+    values = calm()
+    values[40] = -153
+    chart, rows = chart_of(values)
+    assert chart.scale.low > 0
+    assert "▼ -153" in rows[-2]
+
+
+def test_the_newest_values_are_never_hidden():
+    values = calm()
+    values[-1] = 153
+    chart, rows = chart_of(values)
+    assert chart.scale.high >= 153
+    assert "▲" not in "".join(rows)
+
+
+def test_a_falling_loss_is_shown_whole():
+    chart, rows = chart_of(5 * np.exp(-np.arange(120) / 30) + 1)
+    assert chart.scale.high >= 6
+    assert "▲" not in "".join(rows)
+
+
+def test_a_moment_is_a_line_through_the_free_cells():
+    values = np.full(120, 1, np.float32)
+    layers = [Band(PALETTE.loss, values, values), Moment(PALETTE.error, 501)]
+    rows = Chart().rows(69, 12, (1, 1001), layers, PALETTE, UNICODE)
+    texts = ["".join(segment.text for segment in row) for row in rows[:-1]]
+    assert sum("┆" in text for text in texts) >= len(texts) - 2

@@ -14,6 +14,7 @@ from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import Banner, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
+from tui_trainer.ui.panels.updates import UpdatesPanel
 from tui_trainer.ui.screens.dialogs import NumberPrompt, QuitDialog
 from tui_trainer.ui.widgets.lines import LineView
 
@@ -217,12 +218,12 @@ async def test_panels_fold_into_tabs_and_unfold_on_resize():
         screen = pilot.app.screen
         shown = lambda: [  # noqa: E731
             kind.__name__
-            for kind in (LossPanel, GradientsPanel, ClippingPanel, LayersTable)
+            for kind in (LossPanel, GradientsPanel, ClippingPanel, UpdatesPanel, LayersTable)
             if screen.query(kind).first().is_on_screen
         ]
         await pilot.pause()
         assert shown() == ["LossPanel"]
-        for name in ("GradientsPanel", "ClippingPanel", "LayersTable"):
+        for name in ("GradientsPanel", "ClippingPanel", "UpdatesPanel", "LayersTable"):
             await pilot.press("right")
             await pilot.pause()
             assert shown() == [name]

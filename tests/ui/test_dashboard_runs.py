@@ -28,7 +28,7 @@ async def test_every_optimizer_is_shown_with_its_loss_and_its_gradients():
         assert len(app.screen.query_one(GradientsPanel).name_tree.names) == 54
 
 
-async def test_where_there_is_no_attention_the_gradients_have_its_room():
+async def test_where_there_is_no_attention_its_screen_says_so_and_updates_have_its_room():
     session = fake.fake_gpt(60)
     reason = "no attention layer was found"
     info = msgspec.structs.replace(session.run.info, attention=(), unseen={"attention": reason})
@@ -37,8 +37,11 @@ async def test_where_there_is_no_attention_the_gradients_have_its_room():
     app = TuiTrainerApp(session)
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.pause()
+        assert reason not in text_of(app)
+        assert app.screen.query_one("#updates").size.height > 8
+        await pilot.press("2")
+        await pilot.pause()
         assert reason in text_of(app)
-        assert app.screen.query_one(GradientsPanel).size.height > 20
 
 
 async def test_the_header_shows_the_name_to_attach_to():
@@ -86,7 +89,7 @@ async def test_clicks_on_the_footer_and_on_tabs_do_what_their_labels_say():
     app = TuiTrainerApp(session)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.pause()
-        for number, name in enumerate(("Loss", "Gradients", "Clipping", "Wq Wk Wv")):
+        for number, name in enumerate(("Loss", "Gradients", "Clipping", "Updates", "Wq Wk Wv")):
             at = drawn(app, TabLine).index(name)
             await pilot.click(TabLine, offset=(at + 1, 0))
             assert app.screen.query_one(TabLine).current == number

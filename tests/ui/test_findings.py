@@ -41,11 +41,11 @@ async def test_worst_finding_is_shown_under_the_header(mode):
     app = app_on(mode, session)
     async with app.run_test(size=(120, 40)) as pilot:
         await frame(pilot)
-        assert "updates are too large" not in text_of(app).splitlines()[1]
+        assert "updates are too large" not in text_of(app).splitlines()[2]
         finding(session)
         finding(session, 1, level="error", title="nan or inf", onset=125)
         await frame(pilot)
-        line = text_of(app).splitlines()[1]
+        line = text_of(app).splitlines()[2]
         assert "nan or inf, since step 125" in line
         assert "and 1 more" in line
         assert FINDINGS_KEY in line

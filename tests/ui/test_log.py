@@ -183,6 +183,8 @@ async def test_long_lines_are_looked_at_further_right() -> None:
     app = app_on("log", session)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
+        await pilot.press("z")  # no wrapping
+        await settle(pilot)
         assert "the end" not in text_of(app)
         await pilot.press(*["right"] * 4)
         await settle(pilot)
@@ -224,3 +226,24 @@ async def test_five_thousand_lines_draw_only_visible_ones() -> None:
         view = app.screen.query_one(LogView)
         assert view.line_count() >= 4_990
         assert len(view._lines) < 100
+
+
+async def test_a_long_line_is_read_whole_at_80_columns() -> None:
+    session = fake_gpt(10)
+    words = " ".join(f"word{number}" for number in range(40))
+    session.log.append(LogLine(len(session.log), 2e9, 10, "stdout", f"{words} end-of-the-line"))
+    session._changed()
+    app = app_on("log", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        assert "end-of-the-line" in text_of(app)
+        await pilot.press("z")
+        await frame(pilot)
+        assert "end-of-the-line" not in text_of(app)
+        await pilot.press("z")
+        await frame(pilot)
+        view = app.screen.query_one(LogView)
+        assert view.line_count() > len(view.model.shown)
+        await pilot.resize_terminal(200, 24)
+        await frame(pilot)
+        assert "end-of-the-line" in text_of(app)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -224,7 +225,17 @@ def run_app_until_exit(run: Callable[[], int], opened: Callable[[], ShownRun | N
     status = shown.print_summary() if shown else 0
     if crash:
         return _report_crash(crash, shown.directory if shown else Path(tempfile.gettempdir()))
+    if not signal_status:
+        _run_next_command()
     return signal_status or status
+
+
+def _run_next_command() -> None:
+    """Become the command that the user has chosen after the end of the run, if any."""
+    app = sys.modules.get("tui_trainer.ui.app")
+    command: tuple[str, ...] = app.TuiTrainerApp.next_command if app is not None else ()
+    if command:
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "tui_trainer", *command])
 
 
 def _run_catching_crash(run: Callable[[], int]) -> str:

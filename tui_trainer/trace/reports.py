@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tui_trainer.protocol import PHASES, Phase, schema
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
 from tui_trainer.trace.measurement import StepMeasurer
@@ -178,7 +179,7 @@ class PhaseReporter:
     def _step(self) -> Report:
         step = self._run.step
         quantities: list[Quantity] = []
-        why = "it was not measured in this step"
+        why, lost = "it was not measured in this step", 0
         for measurer in self._run.registry.measurers:
             probe = measurer.probes.named(schema.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
@@ -187,12 +188,16 @@ class PhaseReporter:
                 why = missing if missing_at == step else why
                 continue
             _, updates, ratios = latest
-            order = sorted(range(len(ratios)), key=lambda i: -ratios[i])[:LARGEST]
+            finite = [math.isfinite(ratio) for ratio in ratios]
+            lost += len(finite) - sum(finite)
+            order = sorted(range(len(ratios)), key=lambda i: (finite[i], -ratios[i]))[:LARGEST]
             quantities.append(Quantity(_qualified(measurer, "norm of the update"), _total(updates)))
             for i in order:
                 name = measurer.tracked.names[i]
                 quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
         text = f"step {step} is complete"
+        if lost:
+            text += f"; the updates of {counted(lost, 'parameter')} are not finite"
         return text if quantities else f"{text}; its update is not shown: {why}", quantities, []
 
 

@@ -25,6 +25,7 @@ from textual.timer import Timer
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import Ack, Action, BreakpointStop, Notice
+from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
@@ -35,6 +36,7 @@ from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
 
 if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
+    from tui_trainer.ui.screens.ended import NextStep
 
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
@@ -47,6 +49,10 @@ MAX_DRAIN_CHECKS = 12
 DUE_TOLERANCE_S = 0.002
 SHOWN_BY_STATE = (messages.Pause, messages.Resume)
 """Commands whose effect the header shows anyway: `paused  after forward`, `running`."""
+NO_QUERIES = ("dumb", "linux")
+"""Terminals that would print the question about their background."""
+LIGHT_ANSI_COLORS = (7, *range(9, 16))
+"""Background colours of $COLORFGBG that are light, as Vim takes them."""
 STATUS_MESSAGE_S = 4.0
 """How long the answer to a command stays in the header."""
 
@@ -55,6 +61,8 @@ class TuiTrainerApp(App[int]):
     """Shows one run; returns the exit code of the command."""
 
     TITLE = "tui-trainer"
+    next_command: ClassVar[tuple[str, ...]] = ()
+    """The command of `tui-trainer` that the user has chosen to run after the app has closed."""
     CSS_PATH = Path(__file__).with_name("app.tcss")
     ENABLE_COMMAND_PALETTE = True
     COMMANDS = App.COMMANDS | {ActionProvider}
@@ -103,9 +111,14 @@ class TuiTrainerApp(App[int]):
         theme_name: str = theme.DARK.name,
         slow_link: bool = False,
         ends_with_app: bool = False,
+        asks_background: bool = False,
     ) -> None:
-        """`slow_link`: send the terminal few bytes. `ends_with_app`: the run trains inside this
-        process, so leaving ends it. `frames_per_second` overrides that of the link, for tests."""
+        """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
+        background is light, and use the light theme there. `ends_with_app`: the run trains inside
+        this process, so leaving ends it. `frames_per_second` overrides that of the link, for tests.
+        """
+        # Textual's own constructor asks for the driver's class.
+        self._asks_background = asks_background and os.environ.get("TERM", "") not in NO_QUERIES
         super().__init__()
         self.session = session
         self.snapshot = Snapshot()
@@ -118,6 +131,7 @@ class TuiTrainerApp(App[int]):
         self.on_launch = on_launch
         self.ends_with_app = ends_with_app
         self.status_message = ""
+        self.help_for = start_mode if start_mode != "help" else "dashboard"
         self._start_mode = start_mode
         self._ascii_filter = AsciiFilter() if ascii else None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -142,6 +156,8 @@ class TuiTrainerApp(App[int]):
         for own_theme in theme.THEMES:
             self.register_theme(own_theme)
         self.theme = theme_name
+        self._theme_to_remember = False
+        """Whether a change of the theme is one that the user made."""
 
     # ------------------------------------------------------------ start and end
 
@@ -152,6 +168,9 @@ class TuiTrainerApp(App[int]):
         self.switch_mode(self._start_mode)
         self.run_worker(self._load_rest, thread=True, group="load")
         self._loop = asyncio.get_running_loop()
+        if self._asks_background and self._driver is not None and not self.is_headless:
+            self._driver.write(textual_hacks.BACKGROUND_QUERY)
+        self._theme_to_remember = not self.is_headless
         self.frame_scheduler.input_received(self._now())
         ticks_per_second = max(self.link.frames_per_second, MIN_TICKS_PER_SECOND)
         self.set_interval(1 / ticks_per_second, self._tick)
@@ -304,6 +323,8 @@ class TuiTrainerApp(App[int]):
 
     def action_go(self, mode: str) -> None:
         """Switch to another screen."""
+        if mode == "help" and self.current_mode != "help":
+            self.help_for = self.current_mode
         if mode != self.current_mode:
             self.switch_mode(mode)
 
@@ -401,6 +422,32 @@ class TuiTrainerApp(App[int]):
             markup=False,
         )
 
+    # ------------------------------------------------------------ after the end
+
+    def ask_next(self) -> None:
+        """Offer what can be done with a run that has ended; what is chosen is run on leaving."""
+        if self.snapshot.info is not None and not isinstance(self.screen, ModalScreen):
+            self.run_worker(partial(self._find_next_steps, self.snapshot.info), thread=True)
+
+    def _find_next_steps(self, info: RunInfo) -> None:
+        from tui_trainer.ui.screens.ended import next_steps
+
+        found = next_steps(info, replayed=self.snapshot.link.state == "replay")
+        self.call_from_thread(self._offer_next_steps, found)
+
+    def _offer_next_steps(self, found: list[NextStep]) -> None:
+        from tui_trainer.ui.screens.ended import EndedDialog
+
+        if found:
+            self.push_screen(EndedDialog(found), self._leave_for)
+        else:
+            self.notify("the recording of this run is on another machine", severity="warning")
+
+    def _leave_for(self, command: tuple[str, ...] | None) -> None:
+        if command is not None:
+            TuiTrainerApp.next_command = command
+            self.exit(0)
+
     # ------------------------------------------------------------ quitting
 
     async def action_quit(self) -> None:
@@ -424,6 +471,8 @@ class TuiTrainerApp(App[int]):
 
     def get_driver_class(self) -> type[Driver]:
         """Textual's driver, with its output counted."""
+        if self._asks_background:
+            textual_hacks.take_background_replies(self._background_known)
         return textual_hacks.metered(super().get_driver_class())
 
     def get_line_filters(self) -> list[LineFilter]:
@@ -431,18 +480,43 @@ class TuiTrainerApp(App[int]):
         filters = list(super().get_line_filters())
         return [*filters, self._ascii_filter] if self._ascii_filter is not None else filters
 
+    def _background_known(self, background: tuple[float, float, float]) -> None:
+        """Called on the thread that reads the terminal."""
+        loop = self._loop
+        if theme.is_light(*background) and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self.call_next, self._use_light_theme)
+
+    def _use_light_theme(self) -> None:
+        if self.theme == theme.DARK.name:
+            self._theme_to_remember = False
+            self.theme = theme.LIGHT.name
+            self.call_later(self._remember_from_now_on)
+
+    def _remember_from_now_on(self) -> None:
+        self._theme_to_remember = not self.is_headless
+
     def _update_palette(self) -> None:
         self.palette = theme.palette(self.theme_variables, self.native_ansi_color)
+        if self._theme_to_remember:
+            theme.remember_theme(self.theme)
         self.redraw()
 
 
-def choose_theme() -> str:
-    """$TEXTUAL_THEME; else Textual's 16-colour theme on a terminal with 16 colours, else ours."""
-    requested = os.environ.get("TEXTUAL_THEME", "")
-    if requested in {*BUILTIN_THEMES, *(own_theme.name for own_theme in theme.THEMES)}:
-        return requested
-    only_16_colors = Console(force_terminal=True).color_system == "standard"
-    return "ansi-dark" if only_16_colors else theme.DARK.name
+def theme_options() -> dict[str, Any]:
+    """The theme to start with, as options of the app: $TEXTUAL_THEME; else the one that was chosen
+    last; else Textual's 16-colour theme on a terminal with 16 colours; else ours for a light or a
+    dark background, as $COLORFGBG or the terminal says."""
+    known = {*BUILTIN_THEMES, *(own_theme.name for own_theme in theme.THEMES)}
+    for requested in (os.environ.get("TEXTUAL_THEME", ""), theme.remembered_theme()):
+        if requested in known:
+            return {"theme_name": requested}
+    if Console(force_terminal=True).color_system == "standard":
+        return {"theme_name": "ansi-dark"}
+    background = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    if background.isdigit():
+        light = int(background) in LIGHT_ANSI_COLORS
+        return {"theme_name": theme.LIGHT.name if light else theme.DARK.name}
+    return {"theme_name": theme.DARK.name, "asks_background": True}
 
 
 def run_app(
@@ -464,9 +538,9 @@ def run_app(
         ascii=ascii,
         start_mode=start_mode,
         on_launch=on_launch,
-        theme_name=choose_theme(),
         slow_link=slow_link,
         ends_with_app=ends_with_app,
+        **theme_options(),
     ).run_until_exit()
 
 

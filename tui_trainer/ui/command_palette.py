@@ -47,6 +47,8 @@ class ActionProvider(Provider):
         if context.session is not None and not replayed and not context.snapshot.status.ended:
             for name, help, action in COMMANDS_WITHOUT_KEY:
                 yield name, help, partial(context.command, action)
+        if context.session is not None and (replayed or context.snapshot.status.ended):
+            yield "What next", "Replay, compare, report, or start again", context.ask_next
         for name in sorted(self.app.available_themes):
             yield f"Theme {name}", "Colours of the screen", partial(self._set_theme, name)
 

@@ -12,9 +12,9 @@ from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.compare import SERIES, ComparedRun, Parting, find_partings
-from tui_trainer.ui.app import TuiTrainerApp, choose_theme
+from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.panels.runs import DifferencesTable, Legend, OverlayChart
+from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
@@ -33,11 +33,13 @@ class CompareScreen(RunScreen):
 
     CSS = """
     CompareScreen #charts { width: 3fr; height: 1fr; padding: 0 1; }
-    CompareScreen #differences { width: 2fr; padding: 0 1 0 0; }
+    CompareScreen #table { width: 2fr; padding: 0 1 0 0; }
+    CompareScreen.-many #table { width: 3fr; }
+    CompareScreen.-wide #table { width: 2fr; }
     CompareScreen #body { height: 1fr; }
     CompareScreen TabLine { display: none; }
     CompareScreen.-folded TabLine { display: block; }
-    CompareScreen.-folded #charts, CompareScreen.-folded #differences { width: 1fr; }
+    CompareScreen.-folded #charts, CompareScreen.-folded #table { width: 1fr; }
     CompareScreen #loss { height: 3fr; }
     CompareScreen #validation, CompareScreen #norm { height: 2fr; }
     """
@@ -47,7 +49,7 @@ class CompareScreen(RunScreen):
                 tooltip="Align the runs by step or by time"),
         Binding("m", "smooth", "Smooth", id="compare.smooth",
                 tooltip="Show smoothed curves with all values behind them, or only the values"),
-        Binding("l", "log", "Log", id="compare.log", tooltip="Logarithmic or linear axes"),
+        Binding("l", "log", "Log scale", id="compare.log", tooltip="Logarithmic or linear axes"),
         Binding("left", "tab(-1)", "Tab", show=False, id="compare.tab_left",
                 tooltip="Show the previous panel, where only one fits"),
         Binding("right", "tab(1)", "Tab", show=False, id="compare.tab_right",
@@ -71,10 +73,14 @@ class CompareScreen(RunScreen):
             with Vertical(id="charts"):
                 for series in SERIES:
                     yield OverlayChart(series, self.runs, id=series)
-            yield DifferencesTable(self.runs, id="differences")
+            with Vertical(id="table"):
+                yield DifferencesTable(self.runs, id="differences")
+                yield DifferenceDetail(self.runs)
         yield KeyLine()
 
     def on_mount(self) -> None:
+        self.query_one(DifferenceDetail).styles.height = len(self.runs) + 1
+        self.set_class(len(self.runs) > 3, "-many")
         table = self.query_one(DifferencesTable)
         table.read()
         table.focus()
@@ -89,7 +95,17 @@ class CompareScreen(RunScreen):
             chart.update_rows()
         self.query_one(Legend).update_rows()
         self.query_one(DifferencesTable).update_rows()
+        self._show_detail()
         self.query_one(KeyLine).update_rows()
+
+    def _show_detail(self) -> None:
+        detail = self.query_one(DifferenceDetail)
+        detail.line = self.query_one(DifferencesTable).current
+        detail.update_rows()
+
+    def on_virtual_table_highlighted(self) -> None:
+        """Show the row under the cursor in full."""
+        self._show_detail()
 
     def _redraw(self) -> None:
         self.show(self.context.snapshot)
@@ -130,8 +146,10 @@ class CompareScreen(RunScreen):
         self._show_tab()
 
     def _show_tab(self) -> None:
-        for number, name in enumerate((*SERIES, "differences")):
-            self.query_one(f"#{name}").display = not self._folded or number == self._tab
+        for number, name in enumerate((*SERIES, "table")):
+            measured = name == "table" or any(run.series(name) is not None for run in self.runs)
+            shown = number == self._tab if self._folded else measured
+            self.query_one(f"#{name}").display = shown
         self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
         self.query_one(TabLine).choose(self._tab)
         self.call_after_refresh(self._redraw)
@@ -197,4 +215,4 @@ def run_comparison(
     runs: Sequence[ComparedRun], *, ascii: bool = False, tolerance: float = 0.0
 ) -> int:
     """Show the runs until the user leaves. Returns the exit code."""
-    return CompareApp(runs, tolerance, ascii=ascii, theme_name=choose_theme()).run_until_exit()
+    return CompareApp(runs, tolerance, ascii=ascii, **theme_options()).run_until_exit()

@@ -20,6 +20,7 @@ class Glyphs:
     corner: str = "└"
     axis: str = "─"
     dash: str = "╌"
+    vertical_dash: str = "┆"
     running: str = "●"
     paused: str = "‖"
     waiting: str = "○"
@@ -52,6 +53,7 @@ ASCII = Glyphs(
     corner="+",
     axis="-",
     dash="-",
+    vertical_dash="|",
     running="*",
     paused="=",
     waiting="o",

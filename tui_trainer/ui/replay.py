@@ -17,7 +17,7 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol import formatting
-from tui_trainer.ui.app import TuiTrainerApp, choose_theme
+from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.textual_hacks import bindings_of
@@ -340,5 +340,5 @@ class ReplayApp(TuiTrainerApp):
 
 def run_replay(replay: ReplaySession, *, ascii: bool = False, slow_link: bool = False) -> int:
     """Show a recorded run until the user leaves. Returns the exit code."""
-    app = ReplayApp(replay, ascii=ascii, slow_link=slow_link, theme_name=choose_theme())
+    app = ReplayApp(replay, ascii=ascii, slow_link=slow_link, **theme_options())
     return app.run_until_exit()

@@ -8,6 +8,8 @@
 2. A driver that counts its output and can be closed while the terminal reads nothing.
    Uses `Driver._writer_thread` and `WriterThread._queue`.
 3. The bindings of one node. Uses `DOMNode._bindings`.
+4. The terminal's answer about its background colour, taken out of the input before it is read as
+   keys. Uses `textual._xterm_parser.XTermParser.feed`.
 
 `tests/ui/test_textual_hacks.py` fails when one of these names changes its meaning.
 """
@@ -15,7 +17,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Event, Thread, current_thread, main_thread
@@ -26,6 +30,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
+from textual._xterm_parser import XTermParser
 from textual.binding import Binding
 from textual.dom import DOMNode
 from textual.driver import Driver
@@ -275,3 +280,36 @@ def pending_writes(driver: Driver | None) -> int:
 def bindings_of(node: DOMNode, key: str) -> list[Binding]:
     """The node's own bindings of `key`, even where another node has one with priority."""
     return node._bindings.key_to_bindings.get(key, [])
+
+
+# -------------------------------------------------------------------- the terminal's background
+
+BACKGROUND_QUERY = "\x1b]11;?\x1b\\"
+"""Asks an xterm-like terminal for its background colour; others ignore it."""
+_BACKGROUND_REPLY = re.compile(r"\x1b\]11;rgba?:([0-9a-fA-F/]+)(?:\x07|\x1b\\)")
+_BEGUN_REPLY = re.compile(r"\x1b\](?:1(?:1(?:;[^\x07\x1b]*\x1b?)?)?)?\Z")
+_feed = XTermParser.feed
+
+
+def take_background_replies(answered: Callable[[tuple[float, float, float]], None]) -> None:
+    """Call `answered`, on the thread that reads the input, with red, green and blue of 0 to 1 for
+    each reply to `BACKGROUND_QUERY`. To be called before the app starts."""
+    begun = ""
+
+    def feed(self: XTermParser, data: str) -> Iterable[Any]:
+        nonlocal begun
+        if data:
+            data, begun = begun + data, ""
+            while (reply := _BACKGROUND_REPLY.search(data)) is not None:
+                parts = reply[1].split("/")[:3]
+                if len(parts) == 3 and all(parts):
+                    red, green, blue = (int(part, 16) / (16 ** len(part) - 1) for part in parts)
+                    answered((red, green, blue))
+                data = data[: reply.start()] + data[reply.end() :]
+            if (rest := _BEGUN_REPLY.search(data)) is not None:
+                data, begun = data[: rest.start()], rest[0]
+            if not data:
+                return ()
+        return _feed(self, data)
+
+    XTermParser.feed = feed  # type: ignore[method-assign]

@@ -7,10 +7,13 @@ themes, which do not define the `tt-` variables, each meaning has a fallback in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+import platformdirs
 from rich.style import Style
 from textual.color import Color
 from textual.theme import Theme
@@ -29,7 +32,8 @@ DARK = Theme(
     panel="#1d242f",
     dark=True,
     variables={
-        "tt-faint": "#3a4453",
+        "tt-rule": "#3a4453",
+        "tt-faint": "#5d6979",
         "tt-dim": "#7f8b9d",
         "tt-loss": "#eef2f8",
         "tt-loss-raw": "#5c7391",
@@ -39,6 +43,9 @@ DARK = Theme(
         "tt-q": "#5cb3f2",
         "tt-k": "#f2a65a",
         "tt-v": "#57c99b",
+        "tt-qk": "#b7a1f4",
+        "tt-qv": "#63d3da",
+        "tt-kv": "#c9c763",
         "footer-background": "#161b24",
         "footer-key-foreground": "#7cc4c4",
         "footer-description-foreground": "#8d99ab",
@@ -52,28 +59,32 @@ LIGHT = Theme(
     name="tui-trainer-light",
     primary="#1f6f8b",
     secondary="#59677d",
-    accent="#0f7173",
-    warning="#8a6a00",
-    error="#c0303c",
-    success="#1f7a45",
+    accent="#0d6a6c",
+    warning="#7d6000",
+    error="#b92a37",
+    success="#1c7040",
     foreground="#1f2733",
     background="#fbfbf8",
     surface="#f2f2ee",
     panel="#e8e8e3",
     dark=False,
     variables={
-        "tt-faint": "#c9cdd3",
-        "tt-dim": "#667182",
+        "tt-rule": "#c9cdd3",
+        "tt-faint": "#8b939f",
+        "tt-dim": "#5d6878",
         "tt-loss": "#10151d",
-        "tt-loss-raw": "#9db0c8",
+        "tt-loss-raw": "#7f93ad",
         "tt-validation": "#9a3fa8",
         "tt-norm": "#4759a8",
-        "tt-clip": "#c0303c",
-        "tt-q": "#0a6ebd",
-        "tt-k": "#b85c00",
-        "tt-v": "#0b7d54",
+        "tt-clip": "#b92a37",
+        "tt-q": "#0a65ad",
+        "tt-k": "#a04f00",
+        "tt-v": "#0a724d",
+        "tt-qk": "#6a47bd",
+        "tt-qv": "#0b6b80",
+        "tt-kv": "#66640a",
         "footer-background": "#f2f2ee",
-        "footer-key-foreground": "#0f7173",
+        "footer-key-foreground": "#0d6a6c",
         "footer-description-foreground": "#59677d",
         "border": "#c9cdd3",
         "block-cursor-background": "#cfe6e6",
@@ -82,6 +93,40 @@ LIGHT = Theme(
 )
 
 THEMES = (DARK, LIGHT)
+
+REMEMBERED = "theme"
+"""File in the user's configuration directory with the name of the theme that was chosen last."""
+
+
+def remembered_theme() -> str:
+    """The theme that the user chose last; "" for none."""
+    try:
+        return _remembered_file().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def remember_theme(name: str) -> None:
+    """Use this theme from the next start on."""
+    with contextlib.suppress(OSError):  # a home that cannot be written to
+        _remembered_file().parent.mkdir(parents=True, exist_ok=True)
+        _remembered_file().write_text(f"{name}\n", encoding="utf-8")
+
+
+def _remembered_file() -> Path:
+    return Path(platformdirs.user_config_dir("tui-trainer", appauthor=False)) / REMEMBERED
+
+
+def is_light(red: float, green: float, blue: float) -> bool:
+    """Whether a background of these shares of 1 is light."""
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+
+
+TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0
+"""Smallest contrast with the background, of text and of the marks of charts (WCAG 2.2, 1.4.3 and
+1.4.11). Text has it under the cursor too."""
+CURSOR_SHARE = {True: 0.16, False: 0.1}
+"""Share of the accent in the background of the cursor's row, in dark themes and in light ones."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +138,9 @@ class Palette:
     dim: Style
     """Labels and units."""
     faint: Style
-    """Rules, axes and tracks."""
+    """Axes, tracks and other marks that are no text."""
+    rule: Style
+    """Rules beside titles, which carry no information."""
     title: Style
     accent: Style
     """Keys, the current phase, and other things that can be acted on."""
@@ -113,16 +160,15 @@ class Palette:
     q: Style
     k: Style
     v: Style
+    qk: Style
+    qv: Style
+    kv: Style
     cursor: Style
     """The row under the cursor; added to the styles of its cells."""
     current: Style
     """The current phase."""
     provisional: Style
     """Values of the unfinished step, while paused inside it."""
-
-    def series(self, letter: str) -> Style:
-        """The colour of `q`, `k` or `v`; that of text for a pair (`qk`)."""
-        return {"q": self.q, "k": self.k, "v": self.v}.get(letter, self.text)
 
 
 def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
@@ -135,6 +181,31 @@ def palette(variables: Mapping[str, str], ansi: bool = False) -> Palette:
 _USED_VARIABLES = frozenset(
     ("foreground", "background", "accent", "warning", "error", "success", *DARK.variables)
 )
+
+
+def contrast(one: Color, other: Color) -> float:
+    """The contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(color: Color) -> float:
+    parts = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in color.normalized
+    ]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def readable(color: Color, backgrounds: Sequence[Color], minimum: float) -> Color:
+    """`color`, moved towards white on dark backgrounds and towards black on light ones until it
+    has the contrast `minimum` with all of them."""
+    end = Color(255, 255, 255) if backgrounds[0].brightness < 0.5 else Color(0, 0, 0)
+    for share in range(0, 101, 4):
+        moved = color.blend(end, share / 100)
+        if all(contrast(moved, background) >= minimum for background in backgrounds):
+            return moved
+    return end
 
 
 @lru_cache(maxsize=16)
@@ -151,40 +222,57 @@ def _theme_palette(variables: dict[str, str]) -> Palette:
     dark = background.brightness < 0.5
     ours = (DARK if dark else LIGHT).variables
 
-    def style(name: str, fallback: Color | str, bold: bool = False, italic: bool = False) -> Style:
+    cursor = background.blend(Color.parse(variables["accent"]), CURSOR_SHARE[dark])
+
+    def style(
+        name: str,
+        fallback: Color | str,
+        *,
+        bold: bool = False,
+        italic: bool = False,
+        on: tuple[Color, ...] = (background, cursor),
+        contrast: float = TEXT_CONTRAST,
+    ) -> Style:
+        """The colour of a variable, or `fallback`, with at least this contrast with `on`."""
         color = variables.get(name) or fallback
         color = color if isinstance(color, Color) else Color.parse(color)
         solid = background.blend(color.with_alpha(1), color.a)
         return Style(
-            color=solid.rich_color,
+            color=readable(solid, on, contrast).rich_color,
             bgcolor=background.rich_color,
             bold=bold or None,
             italic=italic or None,
         )
 
+    def mark(name: str, fallback: Color | str) -> Style:
+        return style(name, fallback, on=(background,), contrast=MARK_CONTRAST)
+
     def mixed(share: float) -> Color:
         return background.blend(foreground, share)
 
     accent = style("accent", ours["footer-key-foreground"])
-    cursor = background.blend(Color.parse(variables["accent"]), 0.24)
     return Palette(
         text=style("", foreground),
         strong=style("", foreground, bold=True),
-        dim=style("tt-dim", mixed(0.55)),
-        faint=style("tt-faint", mixed(0.24)),
+        dim=style("tt-dim", mixed(0.55), on=(background,)),  # the cursor draws it as text
+        faint=mark("tt-faint", mixed(0.4)),
+        rule=style("tt-rule", mixed(0.24), contrast=1),
         title=style("", mixed(0.85), bold=True),
         accent=accent,
         good=style("success", "green"),
         warning=style("warning", "yellow"),
         error=style("error", "red"),
         loss=style("tt-loss", foreground),
-        loss_raw=style("tt-loss-raw", mixed(0.4)),
+        loss_raw=mark("tt-loss-raw", mixed(0.4)),
         validation=style("tt-validation", ours["tt-validation"]),
         norm=style("tt-norm", ours["tt-norm"]),
         clip=style("tt-clip", variables["error"]),
         q=style("tt-q", ours["tt-q"]),
         k=style("tt-k", ours["tt-k"]),
         v=style("tt-v", ours["tt-v"]),
+        qk=style("tt-qk", ours["tt-qk"]),
+        qv=style("tt-qv", ours["tt-qv"]),
+        kv=style("tt-kv", ours["tt-kv"]),
         cursor=Style(bgcolor=cursor.rich_color, bold=True),
         current=Style(color=background.rich_color, bgcolor=accent.color, bold=True),
         provisional=style("warning", "yellow", italic=True),
@@ -199,6 +287,7 @@ def _ansi_palette() -> Palette:
         strong=Style(bold=True),
         dim=Style(dim=True),
         faint=Style(dim=True),
+        rule=Style(dim=True),
         title=Style(bold=True),
         accent=Style(color="cyan"),
         good=Style(color="green"),
@@ -212,6 +301,9 @@ def _ansi_palette() -> Palette:
         q=Style(color="bright_blue"),
         k=Style(color="yellow"),
         v=Style(color="green"),
+        qk=Style(color="bright_magenta"),
+        qv=Style(color="bright_cyan"),
+        kv=Style(color="bright_yellow"),
         cursor=Style(reverse=True),
         current=Style(reverse=True, bold=True),
         provisional=Style(color="yellow", italic=True),

@@ -87,7 +87,7 @@ def title_line(
         row.append(Segment(f" {label} " if label else " ", palette.dim))
         row += (Segment(value, style), Segment(" ", palette.text))
         left -= needed
-    row.append(Segment(view.glyphs.rule * max(0, left), palette.faint))
+    row.append(Segment(view.glyphs.rule * max(0, left), palette.rule))
     if right:
         row.append(Segment(f" {right}", palette.dim))
     return row

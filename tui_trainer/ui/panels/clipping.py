@@ -55,9 +55,11 @@ class ClippingPanel(Panel):
     def content(self, size: Size) -> Sequence[Row]:
         """Title, chart, clipped steps."""
         clips_height = 0
-        if size.height >= MIN_HEIGHT_FOR_CLIPS:
+        clips = not unavailable_reason(self.snapshot, "clip")
+        self.panel_title = "Clipping" if clips else "Gradient norm"
+        if clips and size.height >= MIN_HEIGHT_FOR_CLIPS:
             clips_height = max(3, int((size.height - 1) * CLIPS_SHARE))
-        chart_height = size.height - 1 - clips_height
+        chart_height = size.height - 1 - (clips_height if clips else 1)
         steps, layers = self._chart_layers(size.width)
         rows = self.chart.rows(size.width, chart_height, steps, layers, self.palette, self.glyphs)
         if not layers:
@@ -66,10 +68,15 @@ class ClippingPanel(Panel):
         info = self.snapshot.info
         optimizer = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
         right = [word for word in ("log" if self.chart.log else "", optimizer) if word]
+        why = (
+            []
+            if clips
+            else [message_row(unavailable_reason(self.snapshot, "clip"), self.palette.dim)]
+        )
         title = self.title_line(
             size.width, self._figures(), f" {self.glyphs.separator} ".join(right)
         )
-        return [title, *rows, *self._clipped_steps(size.width, clips_height)]
+        return [title, *rows, *why, *self._clipped_steps(size.width, clips_height)]
 
     def _chart_layers(self, width: int) -> tuple[tuple[int, int], list[Layer]]:
         """The steps that the chart shows, and its layers; none before the first step."""

@@ -306,6 +306,8 @@ class GradientsPanel(VirtualTable):
         row = self.current_row
         if row is not None and self._measured and (why := why_absent(float(self._norms[row]))):
             figures.append((self.glyphs.missing, why.reason, palette.text))
+        elif row is not None and self._measured and self._norms[row] == 0:
+            figures.append(("", "this gradient is zero", palette.warning))
         if self.name_tree.leaf_count:
             figures.append(("of", f"{self.name_tree.leaf_count:,} parameters", palette.dim))
         right = "" if self.sort_key == "model" else f"by {self.sort_key}"
@@ -367,6 +369,8 @@ class GradientsPanel(VirtualTable):
         if not self._measured:
             return None
         norm = float(self._norms[row])
+        if norm == 0:
+            return Cell(norm, "warning")
         return Cell(norm, "provisional") if self._provisional else norm
 
     def _share_cell(self, row: int) -> float | None:

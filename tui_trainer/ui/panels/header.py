@@ -3,6 +3,7 @@ and a banner when something is wrong."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -13,15 +14,14 @@ from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.protocol.text import strip_escapes, truncate, truncate_middle
+from tui_trainer.protocol.text import strip_escapes, truncate, truncate_middle, wrap
 from tui_trainer.ui.panels.base import Figure, Panel
 from tui_trainer.ui.widgets.lines import DrawingContext, Row, Span
 
 WIDE = 120
-"""Columns from which the budget is shown with an overhead that exceeds it."""
-OVER_BUDGET = 1.1
-"""Times the budget: an overhead that is kept at the budget fluctuates around it."""
+"""Columns from which the budget is shown with the overhead."""
 FAR_OVER_BUDGET = 5.0
 """Times the budget, shown as a warning. With steps of a few milliseconds the overhead is above the
 budget all the time, which deserves no warning."""
@@ -32,6 +32,10 @@ MAX_MESSAGE_SHARE = 22
 """Cells of the message for which title and name give way."""
 MAX_DEVICE_WIDTH = 40
 MIN_BAR_WIDTH = 12
+MAX_BANNER_LINES = 3
+"""Of the message, and of the hint."""
+NOTICEABLE_MS = 10
+"""Latency from which it is shown."""
 
 
 class HeaderLine(Panel):
@@ -42,6 +46,9 @@ class HeaderLine(Panel):
     """
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"
+
+    _remote = False
+    """Whether the connection has been slow enough for its latency to be shown."""
 
     def rows(self, size: Size) -> Sequence[Row]:
         """One row."""
@@ -97,10 +104,10 @@ class HeaderLine(Panel):
             return glyphs.ended, status.state, palette.accent
         if link.state in ("lost", "closed"):
             return glyphs.failed, "no link", palette.error
-        if status.state == "paused":
-            return glyphs.paused, "paused", palette.warning
-        if status.state == "running":
-            return glyphs.running, "running", palette.good
+        if status.state in ("paused", "running"):
+            sign = glyphs.paused if status.state == "paused" else glyphs.running
+            style = palette.warning if status.state == "paused" else palette.good
+            return sign, status.state, palette.error if self._lost_loss() else style
         return glyphs.waiting, status.state, palette.dim
 
     def _message(self) -> str:
@@ -118,6 +125,14 @@ class HeaderLine(Panel):
             return f"to step {status.run_to:,}"
         if status.throttle is not None and not status.ended:
             return f"at most {status.throttle:g} steps/s"
+        return "" if status.ended else self._lost_loss()
+
+    def _lost_loss(self) -> str:
+        """`loss is nan` while the newest loss of an optimizer is not finite."""
+        for table in self.snapshot.history.tables_named(schema.STEP):
+            loss = table.newest("loss")
+            if loss is not None and not math.isfinite(loss) and why_absent(loss) is None:
+                return f"loss is {formatting.number(loss, 0)}"
         return ""
 
     def _link(self) -> tuple[str, Style]:
@@ -126,7 +141,9 @@ class HeaderLine(Panel):
         slow = " slow link" if self.slow_link else ""
         if link.state == "live" and link.message:  # nothing has arrived for a while
             return f"{link.message}{slow}", self.palette.warning
-        latency = f" {link.latency_ms:.0f} ms" if link.latency_ms and link.latency_ms >= 1 else ""
+        # Once shown it keeps its width, so that nothing moves when the line gets faster.
+        self._remote |= (link.latency_ms or 0) >= NOTICEABLE_MS
+        latency = f" {link.latency_ms or 0:4.0f} ms" if self._remote else ""
         broken = link.state == "lost" or (link.state == "closed" and not self.snapshot.status.ended)
         style = self.palette.error if broken else self.palette.dim
         return f"{self._role()}{slow}{latency}", style
@@ -181,11 +198,9 @@ class HeaderLine(Panel):
             return None
         text = f"overhead {100 * share:.{2 if share < 0.09995 else 1}f} %"  # the same width always
         budget = info.budget if info else 0.0
-        if not 0 < budget * OVER_BUDGET < share:
-            return text, "dim"
-        if wide:
+        if wide and budget:
             text = f"{text} (budget {formatting.percent(budget, 0, 2)})"
-        return text, "warning" if share > FAR_OVER_BUDGET * budget else "text"
+        return text, "warning" if 0 < FAR_OVER_BUDGET * budget < share else "dim"
 
 
 class ProgressLine(Panel):
@@ -227,8 +242,9 @@ class ProgressLine(Panel):
         figures: list[Figure] = [
             ("", f"step {steps}", palette.strong),
             ("steps/s", self._speed(), palette.text),
-            ("left", _clock(status.remaining_s), palette.text),
         ]
+        if not status.ended:
+            figures.append(("left", _clock(status.remaining_s), palette.text))
         if info and info.steps_per_epoch:
             figures.append(("epoch", f"{status.epoch:6.2f}", palette.text))
         figures.append(("elapsed", _clock(status.elapsed_s), palette.text))
@@ -256,16 +272,30 @@ class Banner(Panel):
     DEFAULT_CSS = """
     Banner { height: 1; display: none; }
     Banner.-shown { display: block; }
-    Banner.-hinted { height: 2; }
     """
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw a snapshot, and appear or disappear."""
         self.snapshot = snapshot
-        kind, _, hint = self._message()
+        kind, message, hint = self._message()
         self.set_class(bool(kind), "-shown")
-        self.set_class(bool(hint), "-hinted")
+        lines = self._lines(message, hint, self.app.size.width)
+        self.styles.height = max(1, len(lines))
         self.update_rows()
+
+    def _lines(self, message: str, hint: str, width: int) -> list[tuple[str, bool]]:
+        """The lines of message and hint, and whether each is one of the message: enough for the
+        file and line of an error. The log has what is longer."""
+        found: list[tuple[str, bool]] = []
+        for text, is_message in ((message.partition("\n")[0], True), (hint, False)):
+            text = " ".join(strip_escapes(text).split())
+            lines = wrap(text, max(1, width - 4)) if text else []
+            if len(lines) > MAX_BANNER_LINES:
+                last = f"{lines[MAX_BANNER_LINES - 1]} {lines[MAX_BANNER_LINES]}"
+                last = truncate(last, max(1, width - 4), self.glyphs.ellipsis)
+                lines = [*lines[: MAX_BANNER_LINES - 1], last]
+            found += [(line, is_message) for line in lines]
+        return found
 
     def _message(self) -> tuple[Literal["error", "warning", "end", ""], str, str]:
         """(kind, what happened, what to do about it)"""
@@ -292,14 +322,10 @@ class Banner(Panel):
         kind, message, hint = self._message()
         style = "accent" if kind in ("end", "") else kind
         sign = self.glyphs.ended if kind == "end" else self.glyphs.failed
-        lines = message.splitlines()
-        first_line = strip_escapes(lines[0]) if lines else ""  # the log has the rest
-        room = size.width - 4
-        text = truncate(first_line, room, self.glyphs.ellipsis)
-        rows = [self.styled([(f" {sign} {text}", f"{style} bold")])]
-        if hint:
-            hint = truncate(" ".join(strip_escapes(hint).split()), room, self.glyphs.ellipsis)
-            rows.append(self.styled([(f"   {hint}", "dim")]))
+        rows: list[Row] = []
+        for text, is_message in self._lines(message, hint, size.width):
+            start = f" {sign} " if not rows else "   "
+            rows.append(self.styled([(f"{start}{text}", f"{style} bold" if is_message else "dim")]))
         return rows
 
 

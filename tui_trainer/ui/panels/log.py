@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
@@ -198,6 +198,8 @@ def _merge(entries: list[LogEntry], new: list[LogEntry]) -> int | None:
 
 TIME_WIDTH, STEP_WIDTH, TAG_WIDTH = 8, 7, 11
 MIN_TEXT_WIDTH = 10
+MAX_WRAPPED_LINES = 12
+"""Of one entry; `tui-trainer logs` prints what is longer."""
 
 
 class LogView(ScrollingLines):
@@ -215,16 +217,31 @@ class LogView(ScrollingLines):
         self.found: int | None = None
         """Index of the line that a search has found."""
         self.search_text = ""
+        self.wraps = True
+        """Whether texts that are longer than their column continue on the next lines."""
+        self._places: list[tuple[int, int]] = []
+        """Line to the index of its entry in `shown` and the part of its text, 0 for the first."""
+        self._wrapped_at = 0
+        """The width of the column when `_places` was made."""
         self._text_offset = 0
-        """Characters of the texts that are scrolled out to the left."""
+        """Characters of the texts that are scrolled out to the left, where they do not wrap."""
 
     def line_count(self) -> int:
-        """Entries that pass the filter."""
-        return len(self.model.shown)
+        """Lines of the entries that pass the filter."""
+        return len(self._places)
 
     def lines_changed(self, first: int = 0) -> None:
-        """Scroll to new lines when following."""
-        super().lines_changed(first)
+        """Entries from `first` on are new. Scrolls to them when following."""
+        width = self._text_width()
+        if width != self._wrapped_at:
+            self._wrapped_at, first = width, 0
+        line = bisect_left(self._places, (first, 0))
+        del self._places[line:]
+        for index in range(first, len(self.model.shown)):
+            parts = -(-len(self.model.shown[index].text) // width) if self.wraps else 1
+            parts = min(max(1, parts), MAX_WRAPPED_LINES)
+            self._places += [(index, part) for part in range(parts)]
+        super().lines_changed(line)
         if self.follow:
             self._scroll_to_line(self.max_scroll_y)
 
@@ -244,8 +261,15 @@ class LogView(ScrollingLines):
             self.follow = at_end
             self.post_message(self.FollowChanged())
 
+    def toggle_wrap(self) -> None:
+        """Wrap long texts, or cut them."""
+        self.wraps, self._text_offset = not self.wraps, 0
+        self.lines_changed()
+
     def scroll_text(self, by: int) -> None:
         """Show long texts further right, or further left, by half of their column."""
+        if self.wraps:
+            return
         offset = max(0, self._text_offset + by * (self._text_width() // 2))
         if offset != self._text_offset:
             self._text_offset = offset
@@ -256,7 +280,8 @@ class LogView(ScrollingLines):
         self.found = index
         if index is not None:
             self.set_follow(False)
-            self._scroll_to_line(max(0, index - self.view_size.height // 2))
+            line = bisect_left(self._places, (index, 0))
+            self._scroll_to_line(max(0, line - self.view_size.height // 2))
         self.lines_changed()
 
     def _scroll_to_line(self, y: int) -> None:
@@ -266,14 +291,28 @@ class LogView(ScrollingLines):
         return max(MIN_TEXT_WIDTH, self.view_size.width - TIME_WIDTH - STEP_WIDTH - TAG_WIDTH - 3)
 
     def line(self, index: int) -> Row:
-        """One entry, cut to the width."""
+        """One entry, or a further part of its text."""
+        index, part = self._places[index]
         entry = self.model.shown[index]
+        if self.wraps:
+            width = self._text_width()
+            text = entry.text[part * width :]
+            if part == MAX_WRAPPED_LINES - 1:
+                text = truncate(text, width, self.glyphs.ellipsis)
+            text = text[:width]
+        else:
+            text = truncate(
+                entry.text[self._text_offset :], self._text_width(), self.glyphs.ellipsis
+            )
+        if part:
+            level_style = "text" if entry.level == "info" else entry.level
+            margin = " " * (TIME_WIDTH + STEP_WIDTH + TAG_WIDTH + 3)
+            return self.styled([(margin, "text"), *self._highlighted(text, level_style)])
         step = f"{entry.step:,}" if entry.step else ""
         level_style = "text" if entry.level == "info" else entry.level
         stderr_style = "warning" if entry.kind == "stderr" else "dim"
         tag_style = stderr_style if entry.level == "info" else level_style
         tag = truncate(entry.tag, TAG_WIDTH - 1, self.glyphs.ellipsis)
-        text = truncate(entry.text[self._text_offset :], self._text_width(), self.glyphs.ellipsis)
         return self.styled(
             [
                 (self._time(entry), "accent reverse" if index == self.found else "dim"),

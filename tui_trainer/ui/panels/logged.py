@@ -53,7 +53,7 @@ class LoggedTable(VirtualTable):
         if newest is None:
             return None
         why = why_absent(newest[1])
-        return newest[1] if why is None else Cell(None, "faint")
+        return newest[1] if why is None else Cell(None, "dim")
 
     def _best(self, row: int) -> CellValue:
         return self._logged[row].best()

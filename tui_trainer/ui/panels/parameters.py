@@ -15,6 +15,7 @@ from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.messages import NonFinite
 from tui_trainer.protocol.schema import ParameterInfo, RunInfo
+from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable
@@ -121,6 +122,25 @@ class ParameterValues:
                 return why.reason
         return ""
 
+    def verdict(self, parameter: int) -> str:
+        """What is unhealthy about the newest values of a parameter, in words; "" for nothing."""
+        found = []
+        ratios, norms = self.newest[schema.UPDATE_RATIO], self.newest[schema.GRAD_NORM]
+        if parameter < len(norms) and norms[parameter] == 0:
+            found.append("its gradient is zero")
+        if parameter < len(ratios) and (words := UPDATE_RATIO.verdict(float(ratios[parameter]))):
+            found.append(f"update {words}")
+        return ", ".join(found)
+
+    @property
+    def unhealthy_updates(self) -> int:
+        """How many update ratios lie outside the healthy band."""
+        ratios = self.newest.get(schema.UPDATE_RATIO, np.empty(0, np.float32))
+        assert UPDATE_RATIO.low is not None
+        assert UPDATE_RATIO.high is not None
+        known = ratios[np.isfinite(ratios)]
+        return int(((known < UPDATE_RATIO.low) | (known > UPDATE_RATIO.high)).sum())
+
     def measured(self, quantity: str) -> NDArray[np.bool_]:
         """Whether `quantity` of each parameter has been measured at all, (parameters,)."""
         measured = np.zeros(len(self.newest[quantity]), np.bool_)
@@ -214,7 +234,7 @@ class ParameterTable(VirtualTable):
             ),
             TableColumn(
                 "update", "update", 8, self._newest(schema.UPDATE_RATIO), scientific,
-                tooltip="‖Δw‖ / ‖w‖ of a step; healthy near 1e-3",
+                tooltip=f"‖Δw‖ / ‖w‖ of a step; {UPDATE_RATIO.words}",
             ),
             TableColumn(
                 "weight", "‖w‖", 9, self._newest(schema.WEIGHT_NORM), tooltip="Norm of the weights"
@@ -352,6 +372,10 @@ class ParameterTable(VirtualTable):
             newest = float(self.values.newest[quantity][row])
             if not np.isfinite(newest) and not self._measured[quantity][row]:
                 return None
+            if quantity == schema.UPDATE_RATIO and not UPDATE_RATIO.holds(newest):
+                return Cell(newest, "warning")
+            if quantity == schema.GRAD_NORM and newest == 0:
+                return Cell(newest, "warning")
             return Cell(newest, "provisional") if self.values.provisional[quantity] else newest
 
         return value

@@ -3,6 +3,7 @@ phase produced."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
+from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
@@ -127,7 +129,7 @@ class PhaseStrip(Panel):
         for phase, time in zip(PHASES, times.tolist(), strict=True):
             share = ""
             if time != time:
-                missing = "none" if unavailable_reason(self.snapshot, phase) else None
+                missing = "never" if unavailable_reason(self.snapshot, phase) else None
                 row.append(Segment((missing or self.glyphs.missing).rjust(8), palette.dim))
             else:
                 row.append(Segment(formatting.milliseconds(time, 8), self._time_style(phase)))
@@ -161,11 +163,24 @@ class PhaseStrip(Panel):
             strip_escapes(report.summary), max(0, width - cell_len(begin)), self.glyphs.ellipsis
         )
         row = self.styled([(begin, "warning"), (summary, "strong")])
-        purpose = next((text for phase, text in PURPOSES.items() if phase == report.phase), "")
+        purpose = PURPOSES.get(report.phase, "") if report.phase in PHASES else ""
+        if any(map(_is_nonfinite, report.quantities)):
+            purpose = ""  # it would be wrong: an update of nan does not move anything a little
+        elif words := _unhealthy(report):
+            purpose = words
         room = width - 4 - sum(segment.cell_length for segment in row)
         if purpose and len(purpose) <= room:
             row.append(Segment(f"  {self.glyphs.separator} {purpose}", self.palette.dim))
         return row
+
+    def _value_style(self, quantity: Quantity) -> Style:
+        """Red where it is not finite, and yellow where it is not healthy."""
+        if _is_nonfinite(quantity):
+            return self.palette.error
+        ratio = quantity.name.startswith("update ratio") and isinstance(quantity.value, float)
+        if ratio and not UPDATE_RATIO.holds(float(quantity.value)):
+            return self.palette.warning
+        return self.palette.text
 
     def _quantities(self, report: PhaseReport, width: int) -> Row:
         """The quantities that the phase produced, as many as fit."""
@@ -178,9 +193,20 @@ class PhaseStrip(Panel):
             value = f"{truncate_middle(value, MAX_QUANTITY_WIDTH, self.glyphs.ellipsis)}  "
             if cell_len(name) + cell_len(value) > left:
                 continue
-            row += (Segment(name, self.palette.dim), Segment(value, self.palette.text))
+            row += (Segment(name, self.palette.dim), Segment(value, self._value_style(quantity)))
             left -= cell_len(name) + cell_len(value)
         return row
+
+
+def _unhealthy(report: PhaseReport) -> str:
+    """What is unhealthy about the quantities of a phase, in words."""
+    ratios = [q.value for q in report.quantities if q.name.startswith("update ratio")]
+    verdicts = [UPDATE_RATIO.verdict(ratio) for ratio in ratios if isinstance(ratio, float)]
+    return next((f"updates {words}" for words in verdicts if words), "")
+
+
+def _is_nonfinite(quantity: Quantity) -> bool:
+    return isinstance(quantity.value, float) and not math.isfinite(quantity.value)
 
 
 def _column_width(width: int) -> int:

@@ -111,7 +111,7 @@ class OverlayChart(LineView):
             row += self.styled([(text, RUN_STYLES[number])])
             left -= len(text)
         rule = f" {self.glyphs.rule * max(0, left - len(right) - 1)}"[: max(0, left)]
-        return [*row, *self.styled([(rule, "faint"), (right, "dim")])]
+        return [*row, *self.styled([(rule, "rule"), (right, "dim")])]
 
 
 class Legend(LineView):
@@ -156,12 +156,16 @@ class DifferencesTable(VirtualTable):
         """Where the runs part, once it is known."""
         self._lines: list[Difference | str] = []
         """Headings and rows."""
+        self._outcomes = 0
+        self._run_width = MIN_RUN_WIDTH
 
     def read(self) -> None:
         """Read the runs again."""
         settings = differences(self.runs)
         heading = DIFFERENT if settings else SAME
-        self._lines = [*self._parting_lines(), OUTCOME, *outcome(self.runs), heading, *settings]
+        partings, outcomes = self._parting_lines(), outcome(self.runs)
+        self._outcomes = len(partings) + len(outcomes)
+        self._lines = [*partings, OUTCOME, *outcomes, heading, *settings]
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
 
@@ -194,6 +198,7 @@ class DifferencesTable(VirtualTable):
         longest, count = max(map(len, names), default=len(SAME)), len(self.runs)
         name_width = min(longest, max(len(SAME), width - (MIN_RUN_WIDTH + 1) * count - 1))
         run_width = max(3, min(MAX_RUN_WIDTH, (width - name_width - 1) // count - 1))
+        self._run_width = run_width
         columns = [TableColumn("name", "", name_width, self._name_cell, left=True)]
         for number in range(count):
             marker, value = run_marker(number, self.glyphs), partial(self._value_cell, number)
@@ -222,8 +227,57 @@ class DifferencesTable(VirtualTable):
         value = None if isinstance(line, str) else line.values[number]
         if isinstance(line, str) or value is None:
             return None
-        best = _best_run(line) == number
-        return Cell(strip_escapes(formatting.scalar(value)), RUN_STYLES[number] if best else "text")
+        style = RUN_STYLES[number] if _best_run(line) == number else "text"
+        texts = [strip_escapes(formatting.scalar(each)) for each in line.values]
+        is_setting = row > self._outcomes
+        if isinstance(value, float) and (not is_setting or len(texts[number]) > self._run_width):
+            return Cell(value, style)  # the column writes as many digits as fit
+        return Cell(distinct_parts(texts)[number], style)
+
+    @property
+    def current(self) -> Difference | None:
+        """The row under the cursor; None on a heading."""
+        row = self.current_row
+        line = self._lines[row] if row is not None else ""
+        return None if isinstance(line, str) else line
+
+
+class DifferenceDetail(LineView):
+    """The values of the row under the cursor in full, one run a line."""
+
+    DEFAULT_CSS = "DifferenceDetail { width: 1fr; margin-top: 1; }"
+
+    def __init__(self, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.runs = runs
+        self.line: Difference | None = None
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """The name of the row, and a line for each run."""
+        if self.line is None:
+            return [[]]
+        rows = [self.styled([(self.line.name, "title")])]
+        for number, value in enumerate(self.line.values):
+            text = strip_escapes(formatting.scalar(value))
+            text = truncate_middle(text, max(1, size.width - 2), self.glyphs.ellipsis)
+            marker = run_marker(number, self.glyphs)
+            rows.append(self.styled([(f"{marker} ", RUN_STYLES[number]), (text, "text")]))
+        return rows[: size.height]
+
+
+def distinct_parts(texts: Sequence[str]) -> list[str]:
+    """Texts without the words at their beginning and end that all of them share:
+    `["…1e-3", "…1e-2"]` of `["train.py --lr 1e-3", "train.py --lr 1e-2"]`."""
+    split = [text.split(" ") for text in texts]
+    shortest = min(map(len, split), default=0)
+    head = 0
+    while head < shortest - 1 and len({words[head] for words in split}) == 1:
+        head += 1
+    tail = 0
+    while tail < shortest - head - 1 and len({words[-1 - tail] for words in split}) == 1:
+        tail += 1
+    ends = ("…" if head else "", "…" if tail else "")
+    return [ends[0] + " ".join(words[head : len(words) - tail]) + ends[1] for words in split]
 
 
 def _best_run(line: Difference) -> int | None:

@@ -420,7 +420,7 @@ class GeneratedTexts(ScrollingLines):
         for number, sample in enumerate(self.samples):
             title = f"step {sample.step:,}" + ("  newest" if number == 0 else "")
             rule = " " + self.glyphs.rule * max(0, width - len(title) - 1)
-            rows.append([(title, "accent bold" if number == 0 else "title"), (rule, "faint")])
+            rows.append([(title, "accent bold" if number == 0 else "title"), (rule, "rule")])
             rows += _text_rows(sample, width)
             rows.append([])
         return rows[:-1]

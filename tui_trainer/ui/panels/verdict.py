@@ -14,14 +14,31 @@ from tui_trainer.findings.verdict import newest_findings
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.protocol.text import truncate, truncate_middle, wrap
+from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.panels.base import Panel
-from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold, compact_number
+from tui_trainer.ui.widgets.chart import (
+    AxisMarks,
+    Band,
+    Chart,
+    Layer,
+    Moment,
+    Threshold,
+    compact_number,
+)
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.scale import step_window
 
 STYLES = {"error": "error", "warning": "warning", "info": "dim"}
 WORDS = {"possible": "possibly", "likely": "probably", "certain": "certainly"}
 FINDINGS_KEY = "8"
+MIN_CHART_NAME_WIDTH = 24
+"""Cells that the legend leaves for the name of a charted series."""
+
+
+def warnings_of(snapshot: Snapshot) -> list[Finding]:
+    """The findings that are warnings or errors, worst first, without the effects of others."""
+    found = newest_findings(snapshot.events)
+    return [finding for finding in found if finding.cause is None and finding.level != "info"]
 
 
 class VerdictLine(Panel):
@@ -35,8 +52,7 @@ class VerdictLine(Panel):
     def show(self, snapshot: Snapshot) -> None:
         """Draw a snapshot, and appear with the first warning."""
         if snapshot.events is not self.snapshot.events:
-            found = newest_findings(snapshot.events)
-            self._causes = [f for f in found if f.cause is None and f.level != "info"]
+            self._causes = warnings_of(snapshot)
             self.set_class(bool(self._causes), "-shown")
         super().show(snapshot)
 
@@ -66,7 +82,7 @@ class VerdictLine(Panel):
 class FindingDetail(LineView):
     """One finding in full: what, where, why, what next."""
 
-    DEFAULT_CSS = "FindingDetail { height: 100%; width: 1fr; }"
+    DEFAULT_CSS = "FindingDetail { width: 1fr; }"
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -81,8 +97,15 @@ class FindingDetail(LineView):
         self._finding, self._cause, self._effects = finding, cause, effects
         self.update_rows()
 
+    def needed_height(self, width: int) -> int:
+        """Rows of the whole text."""
+        return len(self._text_rows(width)) if self.is_attached else 1
+
     def rows(self, size: Size) -> Sequence[Row]:
         """As many rows as fit."""
+        return self._text_rows(size.width)[: size.height]
+
+    def _text_rows(self, width: int) -> list[Row]:
         found = self._finding
         if found is None:
             return [[]]
@@ -94,19 +117,19 @@ class FindingDetail(LineView):
                 ]
             )
         ]
-        self._add(rows, "", found.text, size.width)
+        self._add(rows, "", found.text, width)
         if self._cause is not None:
             text = f"{self._cause.title}, since step {self._cause.onset:,}"
-            self._add(rows, "an effect of", text, size.width)
+            self._add(rows, "an effect of", text, width)
         for effect in self._effects:
-            self._add(rows, "explains", f"{effect.title}, since step {effect.onset:,}", size.width)
+            self._add(rows, "explains", f"{effect.title}, since step {effect.onset:,}", width)
         if found.parameters:
-            self._add(rows, "where", ", ".join(found.parameters), size.width)
+            self._add(rows, "where", ", ".join(found.parameters), width)
         for each in found.evidence:
-            self._add(rows, "measured", f"{each.quantity} {each.text}{band(each)}", size.width)
-        self._add(rows, "try", found.next, size.width)
-        self._add(rows, "rule", f"{found.rule} (tui-trainer explain {found.rule})", size.width)
-        return rows[: size.height]
+            self._add(rows, "measured", f"{each.quantity} {each.text}{band(each)}", width)
+        self._add(rows, "try", found.next, width)
+        self._add(rows, "rule", f"{found.rule} (tui-trainer explain {found.rule})", width)
+        return rows
 
     def _add(self, rows: list[Row], label: str, text: str, width: int) -> None:
         margin = 13 if label else 0
@@ -162,26 +185,42 @@ class EvidenceChart(LineView):
         evidence, series, palette = self._evidence, self._series, self.palette
         if evidence is None or series is None or not series.rows or size.height < 4:
             return [[]]
-        newest = series.latest()
-        value = float(newest[1][self._column]) if newest else float("nan")
-        name = f"{evidence.table} {evidence.column}" if evidence.column else evidence.quantity
-        number = f"  {compact_number(value, 9)}"
-        name = truncate_middle(name, max(1, size.width - len(number)), self.glyphs.ellipsis)
-        title = self.styled([(name, "title"), (number, "text")])
+        title = self._title_row(evidence, series, size.width)
         steps = step_window(series.last_step or 0, None, self._total)
         window = series.window([self._column], *steps, 2 * self.chart.plot_width(size.width))
         band = Band.from_window(window, 0, palette.norm)
         on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
         limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
         self.chart.log = _spans_decades(band, limits)
-        layers: list[Layer] = [band]
-        layers += [Threshold(palette.clip, x) for x in limits if x > 0 or not self.chart.log]
+        layers: list[Layer] = [band, Moment(palette.error, self._onset)]
+        layers += [Threshold(palette.good, x) for x in limits if x > 0 or not self.chart.log]
         columns = 2 * self.chart.plot_width(size.width)
         layers.append(
             AxisMarks.at_steps([self._onset], steps, columns, palette.error, self.glyphs.user_event)
         )
         rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, self.glyphs)
         return [title, *rows]
+
+    def _title_row(self, evidence: Evidence, series: SeriesReader, width: int) -> Row:
+        """`grad_norm head.weight  0.31  healthy 1e-4 to 0.1 ╌  since step 120 ┆`, as much as fits;
+        the signs are those of the lines in the chart."""
+        newest = series.latest()
+        value = float(newest[1][self._column]) if newest else float("nan")
+        healthy = HealthyBand(evidence.low, evidence.high)
+        style = "text" if healthy.holds(value) else "warning"
+        spans = [(f"  {compact_number(value, 9).strip()}", style if value == value else "error")]
+        legend = [(f"  {self.glyphs.vertical_dash} since step {self._onset:,}", "error")]
+        if healthy.limits:
+            legend.insert(0, (f"  {self.glyphs.dash} {healthy.words}", "good"))
+        name = f"{evidence.table.replace('_', ' ')} {evidence.column}".strip()
+        left = width - MIN_CHART_NAME_WIDTH - len(spans[0][0])
+        for text, colour in legend:
+            if len(text) <= left:
+                spans.append((text, colour))
+                left -= len(text)
+        room = width - sum(len(text) for text, _ in spans)
+        name = truncate_middle(name, max(1, room), self.glyphs.ellipsis)
+        return self.styled([(name, "title"), *spans])
 
 
 def _spans_decades(band: Band, limits: Sequence[float]) -> bool:

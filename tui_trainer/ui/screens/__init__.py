@@ -26,6 +26,8 @@ class ScreenEntry:
     target: str
     """`module:class` in `tui_trainer.ui.screens`."""
     tooltip: str
+    short_title: str = ""
+    """For narrow terminals; "": the title."""
 
     def load(self) -> type[Screen[Any]]:
         """Import the screen's class."""
@@ -40,10 +42,20 @@ class ScreenEntry:
 
 SCREENS = (
     ScreenEntry(
-        "dashboard", "1", "Dashboard", "dashboard:DashboardScreen", "Everything at a glance"
+        "dashboard",
+        "1",
+        "Dashboard",
+        "dashboard:DashboardScreen",
+        "Everything at a glance",
+        "Dash",
     ),
     ScreenEntry(
-        "attention", "2", "Attention", "attention:AttentionScreen", "Wq, Wk, Wv per layer and head"
+        "attention",
+        "2",
+        "Attention",
+        "attention:AttentionScreen",
+        "Wq, Wk, Wv per layer and head",
+        "Attn",
     ),
     ScreenEntry(
         "parameters",
@@ -51,6 +63,7 @@ SCREENS = (
         "Parameters",
         "parameters:ParametersScreen",
         "Every parameter, every column",
+        "Params",
     ),
     ScreenEntry("samples", "4", "Samples", "samples:SamplesScreen", "What the model produces"),
     ScreenEntry("log", "5", "Log", "log:LogScreen", "Output of the script, events and commands"),
@@ -72,11 +85,17 @@ class AppContext(DrawingContext, Protocol):
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
 
+    help_for: str
+    """The screen that the help was opened from."""
+
     def command(self, action: Action) -> None:
         """Send a command to the run and show its answer."""
 
     def attach(self, session: Session) -> None:
         """Show the run of another session."""
+
+    def ask_next(self) -> None:
+        """Offer what can be done with a run that has ended."""
 
     def action_go(self, mode: str) -> None:
         """Switch to the screen of `mode`."""

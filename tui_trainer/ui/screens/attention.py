@@ -14,6 +14,7 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.schema import AttentionInfo
 from tui_trainer.ui.panels.attention.statistics import (
     NO_ATTENTION,
@@ -162,6 +163,7 @@ class AttentionScreen(DetailScreen):
                 total_steps=total,
                 log=self._log_scale and not statistic.signed,
                 selected=statistic is self.statistic,
+                band=statistic.band,
             )
 
     def _charted_statistics(self) -> list[Statistic]:
@@ -181,7 +183,10 @@ class AttentionScreen(DetailScreen):
     def _show_healthy(self) -> None:
         statistic, snapshot = self.statistic, self.context.snapshot
         age = staleness(snapshot, snapshot.history.tables_named(statistic.table))
-        pieces = [("healthy", "good"), (statistic.healthy, "dim")]
+        pieces: list[Span] = [("healthy", "good"), (statistic.healthy, "dim")]
+        unhealthy = self.layer_table.unhealthy
+        if unhealthy:
+            pieces.insert(0, (f"{counted(unhealthy, 'value')} outside", "warning bold"))
         self.query_one("#healthy", Caption).update(pieces, age)
 
     # ------------------------------------------------------------ actions
@@ -195,8 +200,8 @@ class AttentionScreen(DetailScreen):
 
     def _choose(self, number: int) -> None:
         self._chosen = number
-        self._explain()
         self.layer_table.choose(self.statistic)
+        self._explain()
         self._show_layer()
 
     def action_heads(self) -> None:

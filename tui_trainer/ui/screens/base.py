@@ -3,23 +3,28 @@ control the run, `DetailScreen` a header and the line of keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
+from textual.geometry import Size
 from textual.screen import Screen
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import messages
+from tui_trainer.protocol import messages, schema
+from tui_trainer.protocol.messages import Finding
 from tui_trainer.ui import textual_hacks
+from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.panels.header import HeaderLine
-from tui_trainer.ui.panels.verdict import VerdictLine
-from tui_trainer.ui.screens import AppContext, app_context
+from tui_trainer.ui.panels.verdict import STYLES as FINDING_STYLES
+from tui_trainer.ui.panels.verdict import VerdictLine, warnings_of
+from tui_trainer.ui.screens import SCREENS, AppContext, ScreenEntry, app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.lines import Row, Span
 
 MIN_SIZE = (40, 10)
 """Columns and rows below which a screen only says that the terminal is too small."""
@@ -27,7 +32,7 @@ MIN_SIZE = (40, 10)
 
 CONTROL_BINDINGS = (
     Binding("space", "pause", "Pause/resume", key_display="space", id="run.pause",
-            tooltip="Pause at the next phase boundary, or resume"),
+            tooltip="Pause at the next phase boundary, or resume; after the end, what next"),
     Binding("s", "step", "Step", id="run.step", tooltip="One optimizer step, then pause"),
     Binding("p", "phase", "Phase", id="run.phase",
             tooltip="To the next phase boundary, then pause"),
@@ -44,6 +49,7 @@ CONTROL_BINDINGS = (
 )  # fmt: skip
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
+NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints")
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
@@ -75,6 +81,79 @@ class RunScreen(Screen[Any]):
         self.context.screen_resumed(self)
 
 
+class ScreenTabs(Panel):
+    """The screens with their keys, the one in front highlighted; a click switches. The findings
+    have their number, in the colour of the worst."""
+
+    DEFAULT_CSS = "ScreenTabs { height: 1; }"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranges: list[tuple[int, int, str]] = []
+        """(start, stop, mode) of the cells of each tab."""
+        self._warnings: Sequence[Finding] = ()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw a snapshot."""
+        if snapshot.events is not self.snapshot.events:
+            self._warnings = warnings_of(snapshot)
+        super().show(snapshot)
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """One row, with titles as long as there is room for."""
+        entries = [entry for entry in SCREENS if self._offered(entry)]
+        titles = [entry.title for entry in entries]
+        if sum(len(title) + 4 for title in titles) + 4 > size.width:
+            titles = [entry.short_title or entry.title for entry in entries]
+        if sum(len(title) + 4 for title in titles) + 4 > size.width:
+            titles = [
+                title if entry.mode == self.app.current_mode else ""
+                for entry, title in zip(entries, titles, strict=True)
+            ]
+        spans: list[Span] = [(" ", "text")]
+        self._ranges = []
+        x = 1
+        for entry, title in zip(entries, titles, strict=True):
+            label = f" {title}" if title else ""
+            if entry.mode == self.app.current_mode:
+                pieces: list[Span] = [(f" {entry.key}{label} ", "current")]
+            else:
+                pieces = [(f" {entry.key}", "accent"), (f"{label} ", "dim")]
+            if entry.mode == "findings" and self._warnings:
+                number = f"{len(self._warnings)} "
+                pieces.append((number, f"{FINDING_STYLES[self._warnings[0].level]} bold"))
+            width = sum(len(text) for text, _ in pieces)
+            self._ranges.append((x, x + width, entry.mode))
+            x += width
+            spans += pieces
+        return [self.styled(spans)]
+
+    def _offered(self, entry: ScreenEntry) -> bool:
+        """The help is in the line of keys; a run of one process has no use for the ranks."""
+        if entry.mode == "help":
+            return self.app.current_mode == "help"
+        if entry.mode == "ranks" and self.app.current_mode != "ranks":
+            info = self.snapshot.info
+            if info is None or not any(table.name == schema.RANKS for table in info.tables):
+                return False
+        return bool(self.app.check_action("go", (entry.mode,)))
+
+    def on_click(self, event: events.Click) -> None:
+        """Switch to the screen under the pointer."""
+        for start, stop, mode in self._ranges:
+            if start <= event.x < stop:
+                app_context(self).action_go(mode)
+
+
+def pause_label(snapshot: Snapshot) -> str:
+    """What the pause key does now."""
+    if snapshot.link.state == "replay":
+        return "Play" if snapshot.status.state != "running" else "Pause"
+    if snapshot.status.ended:
+        return "What next"
+    return "Resume" if snapshot.status.state == "paused" else "Pause"
+
+
 class ControlScreen(RunScreen):
     """A screen from which the run can be controlled: its bindings include `CONTROL_BINDINGS`."""
 
@@ -85,8 +164,10 @@ class ControlScreen(RunScreen):
         snapshot = self.context.snapshot
         status, link = snapshot.status, snapshot.link
         if link.state == "replay":
-            if action in ("phase", "mark", "throttle", "take_control", "breakpoints"):
+            if action in NOT_IN_REPLAY:
                 return False
+        elif status.ended:
+            return action == "pause"
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
         if action == "epoch":  # a reason why there are none is said when the key is pressed
@@ -96,7 +177,11 @@ class ControlScreen(RunScreen):
         return True
 
     def action_pause(self) -> None:
-        status = self.context.snapshot.status
+        snapshot = self.context.snapshot
+        status = snapshot.status
+        if status.ended and snapshot.link.state != "replay":
+            self.context.ask_next()
+            return
         paused = status.state == "paused" or status.ended  # a replay may start again at its end
         self.context.command(messages.Resume() if paused else messages.Pause())
 
@@ -159,6 +244,7 @@ class DetailScreen(ControlScreen):
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
+        yield ScreenTabs()
         yield VerdictLine()
         yield from self.body()
         yield KeyLine()
@@ -169,6 +255,7 @@ class DetailScreen(ControlScreen):
 
     def show(self, snapshot: Snapshot) -> None:
         self.query_one(HeaderLine).show(snapshot)
+        self.query_one(ScreenTabs).show(snapshot)
         self.query_one(VerdictLine).show(snapshot)
         self.show_body(snapshot)
         self.show_keys()
@@ -179,7 +266,9 @@ class DetailScreen(ControlScreen):
 
     def show_keys(self) -> None:
         """Update the line of keys: those that cannot be used now are dimmed."""
-        self.query_one(KeyLine).update_rows()
+        keys = self.query_one(KeyLine)
+        keys.labels["run.pause"] = pause_label(self.context.snapshot)
+        keys.update_rows()
 
     def on_descendant_focus(self) -> None:
         """Show the keys of the widget that has the focus now."""

@@ -19,19 +19,28 @@ from tui_trainer.ui.panels.gradients import GradientsPanel, SortKey
 from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
+from tui_trainer.ui.panels.updates import LearningRatePanel, UpdatesPanel
 from tui_trainer.ui.panels.verdict import VerdictLine
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, MIN_SIZE, ControlScreen
+from tui_trainer.ui.screens.base import (
+    CONTROL_BINDINGS,
+    MIN_SIZE,
+    ControlScreen,
+    ScreenTabs,
+    pause_label,
+)
 from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 
-TABS = ("Loss", "Gradients", "Clipping", "Wq Wk Wv")
-TAB_PANELS = ("loss", "gradients", "clipping", "attention")
+TABS = ("Loss", "Gradients", "Clipping", "Updates", "Wq Wk Wv")
+TAB_PANELS = ("loss", "gradients", "clipping", "updates", "attention")
 SHOWN_TRENDS = (0, 1, 4)
 """Indices in TREND_STATISTICS: the first at every size, all where there is room."""
 FULL_SIZE = (100, 30)
 """Columns and rows from which all panels are shown at once."""
+LARGE_SIZE = (160, 50)
+"""From which updates and learning rate are shown beside attention and clipping."""
 
 
 class DashboardScreen(ControlScreen):
@@ -43,10 +52,10 @@ class DashboardScreen(ControlScreen):
                 tooltip="Show only parameters whose name contains these words; escape clears it"),
         Binding("o", "sort", "Sort", id="dashboard.sort",
                 tooltip="Sort the gradients: in the model's order, by norm, by name"),
-        Binding("l", "log('loss')", "Log", id="dashboard.log_loss",
+        Binding("l", "log('loss')", "Log scale", id="dashboard.log_loss",
                 tooltip="Logarithmic axis of the loss"),
-        Binding("L", "log('clipping')", "Log of the norm", show=False, id="dashboard.log_norm",
-                tooltip="Logarithmic axis of the gradient norm"),
+        Binding("L", "log('clipping')", "Log scale of the norm", show=False,
+                id="dashboard.log_norm", tooltip="Logarithmic axis of the gradient norm"),
         Binding("w", "window", "Window", id="dashboard.window",
                 tooltip="Steps in the charts: the whole run, the last 1,000, the last 200"),
         Binding("m", "trend", "Trend", id="dashboard.trend",
@@ -63,11 +72,14 @@ class DashboardScreen(ControlScreen):
         super().__init__()
         self._folded = False
         self._tab = 0
+        self._lacks = (False, False)
+        """Whether the run has no attention layers, and whether it never clips."""
         self._panels: list[Panel | GradientsPanel | LayersTable] = []
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
+        yield ScreenTabs()
         yield VerdictLine()
         yield ProgressLine()
         yield FactsLine()
@@ -78,11 +90,13 @@ class DashboardScreen(ControlScreen):
             with Vertical(id="left"):
                 yield LossPanel(id="loss")
                 yield ClippingPanel(id="clipping")
+                yield LearningRatePanel(id="learning-rate")
             yield GradientsPanel(id="gradients")
             with Vertical(id="attention"):
                 yield LayersTable(id="layers")
                 for number in range(len(SHOWN_TRENDS)):
                     yield TrendChart(SHOWN_TRENDS[number], id=f"trend-{number}")
+            yield UpdatesPanel(id="updates")
         yield SearchInput("names with these words")
         yield KeyLine()
 
@@ -93,12 +107,18 @@ class DashboardScreen(ControlScreen):
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
-        self.set_class(bool(unavailable_reason(snapshot, "attention")), "-no-attention")
+        lacks = (
+            bool(unavailable_reason(snapshot, "attention")),
+            bool(unavailable_reason(snapshot, "clip")),
+        )
+        if lacks != self._lacks:
+            self._lacks = lacks
+            self._show_panels()
         for panel in self._panels:
             if panel.is_on_screen or isinstance(panel, Banner | FactsLine | VerdictLine):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
-        keys.labels["run.pause"] = "Resume" if snapshot.status.state == "paused" else "Pause"
+        keys.labels["run.pause"] = pause_label(snapshot)
         keys.update_rows()
 
     def on_mount(self) -> None:
@@ -120,12 +140,31 @@ class DashboardScreen(ControlScreen):
         self._show_tab()
 
     def _show_tab(self) -> None:
-        for number, name in enumerate(TAB_PANELS):
-            self.query_one(f"#{name}").display = not self._folded or number == self._tab
-        left = not self._folded or TAB_PANELS[self._tab] in ("loss", "clipping")
-        self.query_one("#left").display = left
+        self._show_panels()
         self.query_one(TabLine).choose(self._tab)
         self.call_after_refresh(lambda: self.show(self.context.snapshot))
+
+    def _show_panels(self) -> None:
+        """Panels that this run has nothing for give way to those of updates and learning rate."""
+        no_attention, no_clipping = self._lacks
+        self.set_class(no_attention, "-no-attention")
+        self.set_class(no_clipping, "-no-clipping")
+        if self._folded:
+            shown = {TAB_PANELS[self._tab]}
+            if shown == {"clipping"} and no_clipping:
+                shown.add("learning-rate")
+        else:
+            width, height = self.size
+            large = width >= LARGE_SIZE[0] and height >= LARGE_SIZE[1]
+            shown = {"loss", "gradients", "clipping"}
+            shown.add("updates" if no_attention else "attention")
+            if large:
+                shown.add("updates")
+            if no_clipping or height >= LARGE_SIZE[1]:
+                shown.add("learning-rate")
+        for name in (*TAB_PANELS, "learning-rate"):
+            self.query_one(f"#{name}").display = name in shown
+        self.query_one("#left").display = bool(shown & {"loss", "clipping"})
 
     def select(self, name: str) -> None:
         """Put the cursor of the gradients on a parameter."""

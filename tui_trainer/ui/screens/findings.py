@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal
+from textual.containers import Container
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
@@ -91,10 +91,11 @@ class FindingsScreen(DetailScreen):
     CSS = """
     FindingsScreen VerdictLine.-shown { display: none; }
     FindingsScreen #summary { margin: 0 1; }
-    FindingsScreen #finding { height: 1fr; margin: 1 1 0 1; }
-    FindingsScreen FindingDetail { width: 3fr; margin-right: 2; }
-    FindingsScreen EvidenceChart { width: 2fr; }
-    FindingsScreen.-narrow EvidenceChart { display: none; }
+    FindingsScreen #finding { height: 1fr; margin: 1 1 0 1; layout: vertical; }
+    FindingsScreen EvidenceChart { max-height: 24; margin-top: 1; }
+    FindingsScreen.-wide #finding { layout: horizontal; }
+    FindingsScreen.-wide FindingDetail { width: 1fr; margin-right: 2; }
+    FindingsScreen.-wide EvidenceChart { width: 1fr; margin-top: 0; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
 
@@ -106,7 +107,7 @@ class FindingsScreen(DetailScreen):
         yield Caption(id="summary")
         yield Placeholder()
         yield FindingsTable()
-        yield Horizontal(FindingDetail(), EvidenceChart(), id="finding")
+        yield Container(FindingDetail(), EvidenceChart(), id="finding")
 
     @property
     def table(self) -> FindingsTable:
@@ -151,7 +152,11 @@ class FindingsScreen(DetailScreen):
         by_number = {each.number: each for each in self._findings}
         cause = by_number.get(finding.cause) if finding and finding.cause is not None else None
         effects = [f for f in self._findings if finding is not None and f.cause == finding.number]
-        self.query_one(FindingDetail).show(finding, cause, effects)
+        detail = self.query_one(FindingDetail)
+        detail.show(finding, cause, effects)
+        wide = self.has_class("-wide")
+        width = self.size.width - 2
+        detail.styles.height = detail.needed_height(width // 2 - 2 if wide else width)
         evidence = self._charted(finding)
         series, column = None, 0
         if evidence is not None and finding is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from textual.app import App
@@ -15,6 +15,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
+from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
 from tui_trainer.ui.panels.base import slowed_tables
@@ -46,8 +47,18 @@ class KeyGroup:
     keys: tuple[KeyHelp, ...]
 
 
-def key_groups(app: App[Any]) -> tuple[KeyGroup, ...]:
-    """The keys of the app, of each screen, and of tables, forms and dialogs."""
+IN_REPLAY = {
+    "run.pause": "Play the recording, or pause",
+    "run.step": "One step on",
+    "run.steps": "A number of steps on",
+    "run.epoch": "To the end of the epoch",
+}
+"""What the keys that control a run do over a recording."""
+
+
+def key_groups(app: App[Any], first: str = "") -> tuple[KeyGroup, ...]:
+    """The keys of the app, of each screen, and of tables, forms and dialogs; those of the screen
+    `first` before all others. Over a recording only those that do something there."""
     app_bindings = list(Binding.make_bindings(type(app).BINDINGS))
     replay = [binding for binding in app_bindings if (binding.id or "").startswith("replay.")]
     everywhere = [binding for binding in app_bindings if binding not in replay]
@@ -56,19 +67,27 @@ def key_groups(app: App[Any]) -> tuple[KeyGroup, ...]:
         KeyGroup("Everywhere", _keys(app, [*everywhere, _palette_binding(app)])),
     ]
     if replay:
-        groups.insert(1, KeyGroup("Looking back", _keys(app, replay)))
+        playing = [
+            replace(binding, tooltip=IN_REPLAY[binding.id])
+            for binding in CONTROL_BINDINGS
+            if binding.id in IN_REPLAY
+        ]
+        groups[0] = KeyGroup("Looking back", _keys(app, [*playing, *replay]))
     controls = {binding.id for binding in CONTROL_BINDINGS}
     for entry in SCREENS:
         bindings = Binding.make_bindings(entry.load().BINDINGS)
         own = [binding for binding in bindings if binding.id not in controls]
-        if own:
+        if own and entry.mode == first:
+            groups.insert(0, KeyGroup(f"This screen: {entry.title}", _keys(app, own)))
+        elif own and (not replay or entry.mode != "start"):
             groups.append(KeyGroup(entry.title, _keys(app, own)))
     for title, screen in getattr(app, "OWN_SCREENS", ()):
         groups.insert(1, KeyGroup(title, _keys(app, screen.BINDINGS)))
     groups.append(KeyGroup("In tables", _keys(app, VirtualTable.BINDINGS)))
     forms = [*ChoiceRow.BINDINGS, *SearchInput.BINDINGS]
     groups.append(KeyGroup("In forms and prompts", _keys(app, forms)))
-    groups.append(KeyGroup("In the list of breakpoints", _keys(app, BreakpointList.BINDINGS)))
+    if not replay:
+        groups.append(KeyGroup("In the list of breakpoints", _keys(app, BreakpointList.BINDINGS)))
     in_dialogs = [*dialogs.NumberPrompt.BINDINGS, *dialogs.QuitDialog.BINDINGS]
     groups.append(KeyGroup("In dialogs", _keys(app, in_dialogs)))
     return tuple(groups)
@@ -124,7 +143,7 @@ QUANTITIES: Entries = (
         "below 1 the step was clipped",
     ),
     ("share", "‖gᵢ‖² / Σ‖g‖²: a parameter's part of the squared total norm"),
-    ("update ratio", "‖Δw‖ / ‖w‖ of one step: healthy near 1e-3, too large above 1e-2"),
+    ("update ratio", f"‖Δw‖ / ‖w‖ of one step: {UPDATE_RATIO.words}, best near 1e-3"),
     ("weight norm", "‖w‖₂; without weight decay it usually grows"),
     ("non-finite", "nan or inf: usually a step that is too large, or an overflow of the data type"),
     (
@@ -243,7 +262,7 @@ class HelpView(ScrollingLines):
 
     def _block_rows(self, block: HelpBlock, width: int) -> list[list[Span]]:
         rule = self.glyphs.rule * max(0, width - len(block.title) - 1)
-        rows: list[list[Span]] = [[(block.title, "title"), (f" {rule}", "faint")]]
+        rows: list[list[Span]] = [[(block.title, "title"), (f" {rule}", "rule")]]
         longest = max((len(name) for name, _ in block.entries), default=0)
         left = min(longest + 2, MAX_NAME_WIDTH)
         for name, text in block.entries:
@@ -277,13 +296,15 @@ class HelpScreen(DetailScreen):
         Binding("slash", "filter", "Filter", key_display="/", id="help.filter",
                 tooltip="Show only entries that contain these words; escape clears it"),
         Binding("escape", "back", "Back", id="help.back",
-                tooltip="Clear the filter, or return to the dashboard"),
+                tooltip="Clear the filter, or return to the screen before"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self._cadences: tuple[tuple[str, str], ...] = ()
+        self._first = ""
+        """The screen whose keys come first."""
 
     def body(self) -> Iterable[Widget]:
         yield HelpView()
@@ -295,16 +316,19 @@ class HelpScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         """The cadences are all that the help shows of a run."""
-        found = cadence_entries(snapshot.info)
-        if found != self._cadences:
-            self._cadences = found
+        found, first = cadence_entries(snapshot.info), self.context.help_for
+        if (found, first) != (self._cadences, self._first):
+            if first != self._first:
+                self.query_one(HelpView).scroll_home(animate=False)
+            self._cadences, self._first = found, first
             self._show_matches(self.query_one(SearchInput).value)
 
     def _show_matches(self, text: str) -> None:
         context = self.context
         words = text.casefold().split()
         found = []
-        for block in help_blocks(key_groups(self.app), context.glyphs, context.snapshot.info):
+        groups = key_groups(self.app, context.help_for)
+        for block in help_blocks(groups, context.glyphs, context.snapshot.info):
             entries = tuple(
                 entry
                 for entry in block.entries
@@ -331,4 +355,4 @@ class HelpScreen(DetailScreen):
         if search.value:
             search.value = ""
         else:
-            self.context.action_go("dashboard")
+            self.context.action_go(self.context.help_for)

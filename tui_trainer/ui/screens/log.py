@@ -59,6 +59,8 @@ class LogScreen(DetailScreen):
                 tooltip="Show only warnings and errors, or everything"),
         Binding("T", "since", "Time", id="log.time", show=False,
                 tooltip="Show the time of day, or the time since the run started"),
+        Binding("z", "wrap", "Wrap", id="log.wrap", show=False,
+                tooltip="Wrap long lines, or cut them and scroll with left and right"),
         Binding("left", "shift(-1)", "Left", id="log.left", show=False,
                 tooltip="Scroll long lines to the left"),
         Binding("right", "shift(1)", "Right", id="log.right", show=False,
@@ -127,7 +129,8 @@ class LogScreen(DetailScreen):
             for kind, key, name in KINDS
         ]
         toggles.append(("follow", "f", "follow", self.view.follow))
-        toggles.append(("worst", "w", "warnings", lines.warnings_only))
+        toggles.append(("worst", "w", "warn", lines.warnings_only))
+        toggles.append(("wrap", "z", "wrap", self.view.wraps))
         if lines.text:
             toggles.append(("clear", "/", f"filter “{lines.text}”", True))
         if tuple(toggles) == self._toggles:
@@ -196,6 +199,11 @@ class LogScreen(DetailScreen):
         """Switch between the time of day and the time since the start."""
         self.view.relative_to = self._started_at if self.view.relative_to is None else None
         self.view.lines_changed()
+
+    def action_wrap(self) -> None:
+        """Wrap long lines, or cut them."""
+        self.view.toggle_wrap()
+        self._show_toggles()
 
     def action_shift(self, by: int) -> None:
         """Scroll long lines sideways."""

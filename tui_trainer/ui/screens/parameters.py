@@ -15,7 +15,9 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.text import truncate_middle
+from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.panels.parameters import (
     MODEL_ORDER,
@@ -160,7 +162,10 @@ class ParametersScreen(DetailScreen):
         pieces: list[Span] = [("Parameters", "title")]
         pieces.append((f"{shown:,} of {count:,}" if shown != count else f"{count:,}", "text"))
         pieces.append((f"{formatting.count(table.element_count, 0)} elements", "dim"))
-        if table.sorted_by == MODEL_ORDER:
+        if number := self.values.unhealthy_updates:
+            limits = UPDATE_RATIO.words.removeprefix("healthy ")
+            pieces.append((f"{counted(number, 'update')} outside {limits}", "warning"))
+        elif table.sorted_by == MODEL_ORDER:
             pieces.append(("in the model's order", "dim"))
         else:
             pieces.append((f"by {SORT_NAMES.get(table.sorted_by, table.sorted_by)}", "dim"))
@@ -197,6 +202,8 @@ class ParametersScreen(DetailScreen):
         if reason := self.values.why_absent(row):  # what does not fit is cut off at the end
             absent = (f"{self.context.glyphs.missing} {reason}", "text")
             pieces = [pieces[0], absent, (by, "dim"), (facts, "dim")]
+        elif verdict := self.values.verdict(row):
+            pieces.insert(1, (verdict, "warning"))
         self.query_one("#selected", Caption).update(pieces)
         visible_charts = max(1, self.size.width // CHART_WIDTH)
         for number, (chart, (quantity, name, style)) in enumerate(
@@ -208,7 +215,8 @@ class ParametersScreen(DetailScreen):
             series, column = found if found else (None, 0)
             curves = [ChartCurve("", style, column)] if found else []
             total, log = info.total_steps, self._log_scale
-            chart.plot(name, series, curves, placeholder=why, total_steps=total, log=log)
+            chart.plot(name, series, curves, placeholder=why, total_steps=total, log=log,
+                       band=UPDATE_RATIO if quantity == schema.UPDATE_RATIO else None)  # fmt: skip
 
     # ------------------------------------------------------------ actions
 

@@ -21,6 +21,7 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.history.window import Window
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille
@@ -34,6 +35,13 @@ AXIS_WIDTH = 9
 SMOOTHING_SHARE = 1 / 24
 """A smoothed line averages over about this share of the chart's width."""
 SPACE = 0x20
+OUTLIER_QUANTILES = (0.02, 0.98)
+OUTLIER_DISTANCE = 4.0
+"""A linear axis does not reach values further from those between the quantiles than so many times
+the distance between the two."""
+MIN_VALUES_FOR_OUTLIERS = 60
+NEWEST_COLUMNS = 2
+"""Dot columns at the end of the curves whose values are always shown."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,28 @@ class AxisMarks:
         return AxisMarks(style, (found - start) * columns // max(1, stop - start), marker)
 
 
-Layer = Band | Line | Points | Label | Threshold | AxisMarks
+@dataclass(frozen=True)
+class Moment:
+    """A dashed vertical line at a step, such as the onset of a finding."""
+
+    style: Style
+    step: int
+
+
+Layer = Band | Line | Points | Label | Threshold | AxisMarks | Moment
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Values beyond the end of a linear axis, which would flatten all others."""
+
+    above: bool
+    edge: float
+    extreme: float
+    column: int
+    """Dot column of the extreme."""
+    columns: NDArray[np.int64]
+    """Dot columns of all of them."""
 
 
 def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Floats, Floats]:
@@ -152,6 +181,7 @@ class Canvas:
     ) -> None:
         self.width, self.height = width, height
         self.scale = scale
+        self._palette = palette
         self._glyphs = glyphs
         self._codes = np.full((height, width), SPACE, np.uint32)
         self._style_numbers = np.zeros((height, width), np.int64)
@@ -227,6 +257,35 @@ class Canvas:
         self._codes[y, cells] = [ord(character) for character in layer.text]
         self._style_numbers[y, cells] = self._add_style(layer.style)
 
+    def draw_moment(self, layer: Moment, steps: tuple[int, int]) -> None:
+        """In the cells that are free."""
+        start, stop = steps
+        x = (layer.step - start) * self.width // max(1, stop - start)
+        if 0 <= x < self.width:
+            free = self._codes[:, x] == SPACE
+            self._codes[free, x] = ord(self._glyphs.vertical_dash)
+            self._style_numbers[free, x] = self._add_style(layer.style)
+
+    def draw_outliers(self, outliers: Outliers, steps: tuple[int, int]) -> None:
+        """Mark the columns whose values lie beyond the axis, and say how far they reach."""
+        y = 0 if outliers.above else self.height - 1
+        sign = self._glyphs.ascending if outliers.above else self._glyphs.descending
+        number = self._add_style(self._palette.warning)
+        at = np.unique(outliers.columns // 2)
+        at = at[at < self.width]
+        self._codes[y, at], self._style_numbers[y, at] = ord(sign), number
+        start, stop = steps
+        step = start + outliers.column * (stop - start) // (2 * self.width)
+        value = f"{outliers.extreme:.4g}"
+        texts = (f"{sign} {value} near step {step:,}", f"{sign} {value}")
+        text = next((text for text in texts if len(text) < self.width), "")
+        free = self._codes[y] == SPACE
+        starts = [x for x in range(self.width - len(text), -1, -1) if free[x : x + len(text)].all()]
+        x = starts[0] if starts else self.width - len(text)
+        cells = slice(x, x + len(text))
+        self._codes[y, cells] = [ord(character) for character in text]
+        self._style_numbers[y, cells] = number
+
     def _clamped_row(self, dot_row: float) -> int:
         return min(max(round(dot_row) // 4, 0), self.height - 1)
 
@@ -241,6 +300,8 @@ class Chart:
     """Whether a linear value axis always includes 0."""
     scale: Scale | None = None
     """The value axis as last drawn."""
+    hidden: Sequence[Outliers] = ()
+    """What lay beyond it."""
 
     def plot_width(self, width: int) -> int:
         """Cells across the plot of a chart `width` cells wide; twice as many dot columns."""
@@ -257,9 +318,14 @@ class Chart:
     ) -> list[Row]:
         """`height` rows of a chart of start <= step < stop: the plot, and the step axis below."""
         plot_height = max(1, height - 1)
-        self.scale = _fit_layers(layers, self.log, self.include_zero, self.scale)
+        self.scale, self.hidden = _fit_layers(layers, self.log, self.include_zero, self.scale)
         canvas = Canvas(self.plot_width(width), plot_height, self.scale, palette, glyphs)
         canvas.draw(layers)
+        for layer in layers:
+            if isinstance(layer, Moment):
+                canvas.draw_moment(layer, steps)
+        for outliers in self.hidden:
+            canvas.draw_outliers(outliers, steps)
         labels = value_labels(self.scale, plot_height) if layers else {}
         rows = []
         for y, plotted in enumerate(canvas.rows()):
@@ -278,20 +344,67 @@ def put_message(rows: list[Row], text: str, style: Style) -> None:
 
 def _fit_layers(
     layers: Sequence[Layer], log: bool, include_zero: bool, previous: Scale | None
-) -> Scale:
+) -> tuple[Scale, list[Outliers]]:
+    """A scale for the values of some layers; on a linear axis without a few that would flatten all
+    others, which are returned."""
+    columns: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     values: list[NDArray[np.floating]] = [np.empty(0)]
+    limits: list[float] = []
     for layer in layers:
         if isinstance(layer, Band):
             values += [layer.low, layer.high]
-        elif isinstance(layer, Line | Points):
+            columns += [np.arange(len(layer.low)), np.arange(len(layer.high))]
+        elif isinstance(layer, Line):
             values.append(layer.values)
+            columns.append(np.arange(len(layer.values)))
+        elif isinstance(layer, Points):
+            values.append(layer.values)
+            columns.append(layer.columns)
         elif isinstance(layer, Threshold):
-            values.append(np.array([layer.value]))
-    numbers = np.concatenate(values).astype(np.float64)
-    numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log))]
-    if not len(numbers):
-        return fit_scale(np.nan, np.nan, log, include_zero, previous)
-    return fit_scale(float(numbers.min()), float(numbers.max()), log, include_zero, previous)
+            limits.append(layer.value)
+    numbers, places = np.concatenate(values).astype(np.float64), np.concatenate(columns)
+    shown = np.isfinite(numbers) & ((numbers > 0) | (not log))
+    numbers, places = numbers[shown], places[shown]
+    limits = [limit for limit in limits if np.isfinite(limit) and (limit > 0 or not log)]
+    if not len(numbers) and not limits:
+        return fit_scale(np.nan, np.nan, log, include_zero, previous), []
+    hidden = [] if log else _outliers(numbers, places)
+    kept = _without(numbers, hidden)
+    if len(kept):  # beside outliers that are shown, those on the other side may be small
+        far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
+        hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
+        numbers = _without(numbers, hidden)
+    ends = [*limits, *((float(numbers.min()), float(numbers.max())) if len(numbers) else ())]
+    scale = fit_scale(min(ends), max(ends), log, include_zero, previous)
+    # A scale that was kept may show what a new one would hide.
+    return scale, [each for each in hidden if not scale.low <= each.extreme <= scale.high]
+
+
+def _without(numbers: NDArray[np.float64], hidden: Sequence[Outliers]) -> NDArray[np.float64]:
+    for each in hidden:
+        numbers = numbers[numbers <= each.edge if each.above else numbers >= each.edge]
+    return numbers
+
+
+def _outliers(numbers: NDArray[np.float64], places: NDArray[np.int64]) -> list[Outliers]:
+    """The few values that are so far from all others that they would flatten them: none where the
+    newest values are among them, since then the run is on its way there."""
+    if len(numbers) < MIN_VALUES_FOR_OUTLIERS:
+        return []
+    low, high = np.quantile(numbers, OUTLIER_QUANTILES)
+    newest = places >= places.max() - NEWEST_COLUMNS
+    found = []
+    for above, edge in ((True, high), (False, low)):
+        beyond = numbers > edge if above else numbers < edge
+        far = float(numbers.max() - high if above else low - numbers.min())
+        if far <= OUTLIER_DISTANCE * (high - low) or (beyond & newest).any():
+            continue
+        extreme = int(numbers.argmax() if above else numbers.argmin())
+        found.append(
+            Outliers(above, float(edge), float(numbers[extreme]), int(places[extreme]),
+                     np.unique(places[beyond]))
+        )  # fmt: skip
+    return found
 
 
 def value_labels(scale: Scale, rows: int) -> dict[int, str]:
@@ -405,6 +518,7 @@ class SeriesChart(LineView):
         self._placeholder = ""
         self._total_steps: int | None = None
         self._selected = False
+        self._band: HealthyBand | None = None
 
     def plot(
         self,
@@ -416,13 +530,15 @@ class SeriesChart(LineView):
         total_steps: int | None = None,
         log: bool = False,
         selected: bool = False,
+        band: HealthyBand | None = None,
     ) -> None:
-        """Show `curves` of `series`, or `placeholder` where there is nothing to draw."""
+        """Show `curves` of `series`, or `placeholder` where there is nothing to draw. The limits
+        of a healthy `band` are drawn where values come near them."""
         curves = tuple(curves)
         if (title, series, curves) != (self._title, self._series, self._curves):
             self.chart = Chart()
         self.chart.log = log
-        self._title, self._series, self._curves = title, series, curves
+        self._title, self._series, self._curves, self._band = title, series, curves, band
         self._placeholder, self._total_steps, self._selected = placeholder, total_steps, selected
         self.update_rows()
 
@@ -445,6 +561,9 @@ class SeriesChart(LineView):
             Band.from_window(window, number, self.style(curve.style))
             for number, curve in enumerate(curves)
         ]
+        if self._band is not None:
+            limits = near_limits(self._band, window.low, window.high)
+            layers += [Threshold(self.palette.good, limit) for limit in limits]
         chart_height = size.height - 1
         return [
             title,
@@ -464,11 +583,26 @@ class SeriesChart(LineView):
                 break
             finite = np.isfinite(value)
             missing = "dim" if why_absent(value) is not None else "error"
-            style = self.style(curve.style if finite else missing)
+            healthy = self._band is None or self._band.holds(value)
+            style = self.style((curve.style if healthy else "warning") if finite else missing)
             row += (Segment(label, palette.dim), Segment(text, style))
             left -= len(label) + len(text)
-        row.append(Segment(f" {self.glyphs.rule * (left - 1)}" if left else "", palette.faint))
+        if self._band is not None and len(self._band.words) + 4 < left:
+            row.append(Segment(f" {self._band.words}", palette.dim))
+            left -= len(self._band.words) + 1
+        row.append(Segment(f" {self.glyphs.rule * (left - 1)}" if left else "", palette.rule))
         return row
+
+
+def near_limits(band: HealthyBand, low: Floats, high: Floats) -> list[float]:
+    """The limits of a band within the drawn values, or not far from them: a limit that is far away
+    would flatten the curve."""
+    known = np.concatenate([low[np.isfinite(low)], high[np.isfinite(high)]])
+    if not len(known):
+        return []
+    least, most = float(known.min()), float(known.max())
+    room = (most - least) / 2
+    return [limit for limit in band.limits if least - room <= limit <= most + room]
 
 
 def compact_number(value: float, width: int) -> str:

@@ -68,8 +68,8 @@ class KeyLine(LineView):
         for hint in [*shown, *last]:
             row += self.styled(
                 [
-                    (hint.display, "accent" if hint.enabled else "faint"),
-                    (f" {hint.label}  ", "dim" if hint.enabled else "faint"),
+                    (hint.display, "accent" if hint.enabled else "dim"),
+                    (f" {hint.label}  ", "dim"),
                 ]
             )
             self._key_ranges.append((x, x + hint.width, hint.key))

@@ -65,7 +65,7 @@ class TabLine(LineView):
             style = palette.current if number == self.current else palette.dim
             row += (Segment(f" {name} ", style), Segment(" ", palette.text))
             left -= len(name) + PADDING
-        row.append(Segment(self.glyphs.rule * max(0, left - 1), palette.faint))
+        row.append(Segment(self.glyphs.rule * max(0, left - 1), palette.rule))
         return [row]
 
     def on_click(self, event: events.Click) -> None:

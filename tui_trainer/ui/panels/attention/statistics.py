@@ -21,6 +21,7 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import AttentionInfo
+from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.chart import ChartCurve
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell
@@ -29,8 +30,8 @@ MATRICES = ("q", "k", "v")
 PAIRS = ("qk", "qv", "kv")
 LAYER = ("",)
 """The only part of a statistic of the layer as a whole."""
-PART_STYLES = {"q": "q", "k": "k", "v": "v", "qk": "v", "qv": "k", "kv": "q", "": "norm"}
-"""Wq, Wk and Wv have the same colours everywhere; a pair has the colour of the third matrix."""
+PART_STYLES = {"q": "q", "k": "k", "v": "v", "qk": "qk", "qv": "qv", "kv": "kv", "": "norm"}
+"""Wq, Wk and Wv have the same colours everywhere; pairs have colours of their own."""
 
 NO_ATTENTION = "no attention layer was found in this model"
 
@@ -48,6 +49,8 @@ class Statistic:
     signed: bool = False
     short_title: str = ""
     """Where there is little room; "" for the title itself."""
+    band: HealthyBand | None = None
+    """Where values are healthy, if that can be said in numbers; others are coloured."""
 
     @property
     def label(self) -> str:
@@ -90,12 +93,14 @@ SHOWN_STATISTICS = (
     Statistic(
         "cos", "cosine", schema.ATTENTION, PAIRS,
         "⟨Wa,Wb⟩/(‖Wa‖‖Wb‖): 1 same direction, 0 unrelated, as at a random start",
-        "near 0; q and k may align slowly, a sudden jump is suspicious", True, "cos",
+        "near 0, up to ±0.7; q and k may align slowly, a jump is suspicious", True, "cos",
+        HealthyBand(-0.7, 0.7),
     ),
     Statistic(
         "distance", "distance", schema.ATTENTION, PAIRS,
         "‖Wa−Wb‖/√(‖Wa‖²+‖Wb‖²): 1 for unrelated matrices, 0 for equal ones",
-        "near 1; towards 0 two projections do the same work",
+        "near 1; below 0.5 two projections do much the same work",
+        band=HealthyBand(low=0.5),
     ),
     Statistic(
         "norm", "norm", schema.ATTENTION, MATRICES,
@@ -110,7 +115,8 @@ SHOWN_STATISTICS = (
     Statistic(
         "growth", "growth", schema.ATTENTION, LAYER,
         "‖Wq‖‖Wk‖/‖Wv‖ relative to the start: early sign of a logit blow-up",
-        "1 to a few; a steep rise comes before entropy collapses",
+        "1 to 10; a steep rise comes before entropy collapses",
+        band=HealthyBand(high=10),
     ),
     Statistic(
         "sigma_max", "σ max", schema.ATTENTION_SPECTRUM, MATRICES,
@@ -120,7 +126,8 @@ SHOWN_STATISTICS = (
     Statistic(
         "stable_rank", "stable rank", schema.ATTENTION_SPECTRUM, MATRICES,
         "‖W‖²/σ_max²: how many directions dominate; robust to small ones",
-        "falls as structure is learned; near 1 a single direction dominates",
+        "falls as structure is learned; below 1.1 a single direction dominates",
+        band=HealthyBand(low=1.1),
     ),
     Statistic(
         "effective_rank", "effective rank", schema.ATTENTION_SPECTRUM, MATRICES,
@@ -130,17 +137,20 @@ SHOWN_STATISTICS = (
     Statistic(
         "max_logit", "max logit", schema.ATTENTION_HEALTH, LAYER,
         "the largest attention logit q·k/√d of a sampled batch",
-        "below about 50; beyond it softmax saturates and gradients vanish",
+        "below 50; beyond it softmax saturates and gradients vanish",
+        band=HealthyBand(high=50),
     ),
     Statistic(
         "entropy", "entropy", schema.ATTENTION_HEALTH, LAYER,
         "mean entropy of the attention rows in nats: how spread out attention is",
-        "between 0 (one token only) and ln of the context length (uniform)",
+        "0.1 to ln of the context length (uniform); near 0: one token only",
+        band=HealthyBand(low=0.1),
     ),
     Statistic(
         "cos_qk_activations", "cos(q, k)", schema.ATTENTION_HEALTH, LAYER,
         "mean cosine between queries and keys (activations, not weights)",
-        "small; near 1 every query attends to all keys alike", True,
+        "small; above 0.9 every query attends to all keys alike", True,
+        band=HealthyBand(-0.9, 0.9),
     ),
     Statistic(
         "std", "std", schema.ATTENTION, MATRICES,
@@ -215,6 +225,8 @@ class LayerValues:
         not_comparable = why_absent(value) is Absent.NOT_COMPARABLE
         if not_comparable or (value != value and not layer.comparable(part)):
             return Cell(NOT_COMPARABLE, "dim")
+        if statistic.band is not None and not statistic.band.holds(value):
+            return Cell(value, "warning")
         return Cell(value, "provisional" if self.provisional[row] else PART_STYLES[part])
 
 

@@ -107,6 +107,19 @@ class StatisticTable(VirtualTable):
         cell = self.value_cell(statistic, part, row)
         return cell.value if cell is not None and isinstance(cell.value, float) else None
 
+    @property
+    def unhealthy(self) -> int:
+        """How many values of the chosen statistic lie outside their healthy band."""
+        band = self.statistic.band
+        if band is None:
+            return 0
+        values = (
+            self.value(self.statistic, row, part)
+            for row in range(len(self._layers))
+            for part in self.statistic.parts
+        )
+        return sum(value is not None and not band.holds(value) for value in values)
+
     # ------------------------------------------------------------ drawing
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
