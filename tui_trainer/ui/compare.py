@@ -150,6 +150,8 @@ class CompareScreen(RunScreen):
             measured = name == "table" or any(run.series(name) is not None for run in self.runs)
             shown = number == self._tab if self._folded else measured
             self.query_one(f"#{name}").display = shown
+        # Columns of two runs are wide enough for nearly all values.
+        self.query_one(DifferenceDetail).display = not self._folded or len(self.runs) > 2
         self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
         self.query_one(TabLine).choose(self._tab)
         self.call_after_refresh(self._redraw)
