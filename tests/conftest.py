@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.examples import FEW
 from tests.once import SESSION
 
 # Tests run side by side, each in one thread: more of them would only wait for each other.
@@ -30,25 +31,37 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         )
 
-# A loaded machine takes its time over an example: that is no fault of what is tested.
-hypothesis.settings.register_profile(
-    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+# The time that an example takes is that of the machine. The examples are the same in every run;
+# `pytest --hypothesis-profile=explore` tries others.
+_same = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("explore", _same)
+hypothesis.settings.register_profile("tests", _same, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
+ONLY_QUICK = "not slow"
+"""The marks that `make test-fast` selects."""
 SLOW = (
-    *("packaging", "ssh", "terminal", "oracle"),
-    *("cli/test_faults.py", "cli/test_read_only.py", "cli/test_resume.py"),
-    *("client/test_compare.py", "report/test_report.py", "store/test_damaged.py"),
-    *("run/test_host.py", "run/test_stopping.py", "run/test_watch.py"),
-    *("ui/test_missing_values.py", "ui/test_screen_snapshots.py", "ui/test_start.py"),
-    *("ui/test_replay.py", "ui/test_user_text.py"),
+    *("export", "packaging", "ssh", "terminal", "oracle"),
+    *("architecture/test_contracts.py", "architecture/test_imports.py"),
+    *("cli/test_breakpoints.py", "cli/test_check.py", "cli/test_commands.py", "cli/test_faults.py"),
+    *("cli/test_json.py", "cli/test_paused.py", "cli/test_read_only.py", "cli/test_refused.py"),
+    *("cli/test_resume.py", "client/test_compare.py", "client/test_events_kept.py"),
+    *("report/test_report.py", "run/test_commands_answered.py", "run/test_host.py"),
+    *("run/test_last_steps.py", "run/test_order.py", "run/test_progress.py"),
+    *("run/test_stopping.py", "run/test_watch.py", "runs/test_disk.py", "runs/test_liveness.py"),
+    *("runs/test_orphans.py", "store/test_damaged.py", "store/test_schema.py"),
+    *("tasks/test_vit_task.py", "trace/test_bit_identity.py", "ui/test_attention_of_two.py"),
+    *("ui/test_damaged_recording.py", "ui/test_missing_values.py", "ui/test_replay.py"),
+    *("ui/test_screen_snapshots.py", "ui/test_staleness.py", "ui/test_start.py"),
+    *("ui/test_textual_hacks.py", "ui/test_user_text.py"),
 )
 """Folders and files of slow tests; elsewhere each is marked."""
 MADE_HERE = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == ONLY_QUICK:
+        os.environ[FEW] = "1"
     if SESSION not in os.environ:  # workers inherit it
         os.environ[SESSION] = config.stash[MADE_HERE] = tempfile.mkdtemp(
             prefix="tui-trainer-tests-"
@@ -58,10 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)  # the plugin may be switched off
-def pytest_xdist_auto_num_workers() -> int:
-    """Half as many more than cores: many tests wait for other processes."""
-    cores = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
-    return -(-3 * (cores or 1) // 2)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Half as many more than cores: many of the slow tests wait for other processes."""
+    cores = (os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()) or 1
+    return cores if config.option.markexpr == ONLY_QUICK else -(-3 * cores // 2)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
 from tui_trainer.breakpoints.expression import NAMES, ExpressionError, completions, parse
 from tui_trainer.protocol.errors import UserError
@@ -228,7 +229,7 @@ WORDS = [*NAMES, *"()+-*/%<>=!.,:[]{}'\"@\\ \n", "and", "or", "not", "at", "any"
          "if", "else", "for x in", "True", "None", "f'", "é", "\x00"]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join) | st.text(string.printable))
 def test_nothing_but_the_errors_of_the_language_is_ever_raised(text: str) -> None:
     moment = FakeMoment(step=3, loss=1.0, grad_norm=2.0)
@@ -269,7 +270,7 @@ CONDITIONS = st.recursive(
 VALUE = st.none() | st.floats(width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(CONDITIONS, VALUE, VALUE, VALUE, VALUE)
 def test_well_formed_conditions_are_evaluated_whatever_the_values(
     text: str, loss: float | None, norm: float | None, a: float | None, b: float | None

@@ -14,7 +14,7 @@ import msgspec
 import pexpect
 import pytest
 
-from tests.runs.starting import last_step, until
+from tests.runs.starting import last_step, stored_step, until
 from tui_trainer.cli.commands import doctor
 from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
 from tui_trainer.cli.commands.logs import LogCopier
@@ -118,7 +118,7 @@ def test_show_of_a_live_run(runs):
 
 def test_show_of_a_crashed_run(runs):
     runs.start("gpt-dead")
-    until(lambda: runs.reported("gpt-dead").step > 50, "some steps")
+    until(lambda: stored_step(runs.directory / "gpt-dead") > 50, "some steps are recorded")
     runs.kill("gpt-dead")
     done = runs.call("show", "gpt-dead")
     assert done.returncode == 0

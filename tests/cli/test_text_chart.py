@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from tests.examples import examples
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 
 VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(VALUES, st.integers(30, 120), st.integers(5, 20))
 def test_any_curve_fits_its_size(values, width, height):
     lines = text_chart([TextCurve(range(1, len(values) + 1), values, values)], width, height)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tui_trainer.history import MemoryHistory, MemorySeries
 from tui_trainer.history.buckets import NAN, NEGATIVE, POSITIVE
 from tui_trainer.history.sync import apply_rows, rows_since
@@ -76,7 +77,7 @@ def check_window(
         assert window.edges[-1] > steps[asked][-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(0, 6000),
@@ -100,7 +101,7 @@ def test_no_window_loses_an_extreme(seed, count, entries, zooms):
     check_window(history, steps, values, last - 30, last + 1, 40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     seed=st.integers(0, 2**32),
     pieces=st.lists(
@@ -165,7 +166,7 @@ def test_wrong_rows_are_refused():
     assert history.rows == 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_hostile_rows_raise_value_error_only(data):
     import msgspec

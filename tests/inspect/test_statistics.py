@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tui_trainer.inspect import statistics, values
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.heat_map import heat_map
@@ -100,7 +101,7 @@ def test_bfloat16_and_complex_numbers():
     assert_matches(statistics_of(turned, 5), turned.abs().numpy())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.lists(
         st.one_of(
@@ -170,7 +171,7 @@ def blocks(matrix: np.ndarray, height: int, width: int, reduction: str) -> np.nd
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 @given(
     shape=st.tuples(st.integers(2, 40), st.integers(1, 40)),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tests.examples import examples
 from tests.trace.support import (
     EVERYTHING,
     KeepingRecorder,
@@ -285,7 +286,7 @@ def test_update_ratios_in_turns_are_recorded_once_all_are_measured():
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), budget=st.integers(4, 400))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 def test_turns_hold_every_parameter_once_within_the_budget(sizes, budget):
     parameters = [torch.empty(size) for size in sizes]
     turns = in_turns(parameters, budget)

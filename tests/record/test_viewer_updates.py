@@ -79,6 +79,7 @@ def left_out(log):
 
 
 @pytest.mark.parametrize("budget", [4 * 1024, 64 * 1024, 256 * 1024])
+@pytest.mark.slow
 def test_a_flood_of_lines_stays_within_the_budget_and_its_newest_come(recorder, clock, budget):
     viewer = Watched(recorder, clock, budget, 1)
     viewer.catch_up()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.run.test_server import Rig, wait_for
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
@@ -126,9 +127,8 @@ def check(rig):
 
 
 SETTINGS = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=examples(60),
+    suppress_health_check=list(HealthCheck),
 )
 
 big = st.integers(-(2**63), 2**64 - 1)

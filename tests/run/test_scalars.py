@@ -113,6 +113,7 @@ def test_the_step_is_the_one_in_progress_within_an_iteration(recorder):
     assert log.current_step == 2
 
 
+@pytest.mark.slow
 def test_names_without_end_are_refused(recorder):
     with activated(recorder, Gate()):
         for number in range(MAX_NAMES + 5):
@@ -159,6 +160,7 @@ print("weights", model.weight.sum().item())
 """
 
 
+@pytest.mark.slow
 def test_a_script_logs_and_every_output_has_the_values(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = call("run", "--json", "--name", "r", "train.py", cwd=tmp_path)

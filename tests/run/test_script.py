@@ -273,6 +273,7 @@ def test_a_megabyte_passes_unchanged(place):
     assert ours(place, "train.py").stdout == "x" * 1_000_000
 
 
+@pytest.mark.slow
 def test_the_environment_set_before_importing_torch_counts(place):
     write(
         place,

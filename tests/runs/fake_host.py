@@ -17,6 +17,7 @@ from tui_trainer.config.run_spec import read_spec
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.schema import Column, ParameterInfo
+from tui_trainer.run import host
 from tui_trainer.run.host import Host, run_to_end
 from tui_trainer.run.outcome import Outcome, outcome_of
 from tui_trainer.run.signals import StopHandler
@@ -69,4 +70,5 @@ class FakeHost(Host):
 
 
 if __name__ == "__main__":
+    host.LINGER_S = 240.0  # a viewer on a busy machine takes its time to fetch the end
     sys.exit(run_to_end(FakeHost(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])), None))

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from tests import processes
 from tui_trainer.config.run_spec import LOG_FILE, RunSpec, find_socket, write_spec
 from tui_trainer.config.run_state import RunState, read_state
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import StoreError
 
 T = TypeVar("T")
 
@@ -32,6 +34,16 @@ def last_step(done: subprocess.CompletedProcess[str]) -> int:
     """The step that a successful command printed."""
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("step ")[1].split(",")[0].split()[0].replace(",", ""))
+
+
+def stored_step(directory: Path) -> int:
+    """The newest step in the store of a run; 0 while there is none."""
+    try:
+        history = StoredHistory(directory)
+    except StoreError:
+        return 0
+    with contextlib.closing(history):
+        return history.last_step
 
 
 class Runs:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.starting import until
+from tests.runs.starting import stored_step, until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory
@@ -32,6 +32,11 @@ def seen(runs, name):
 def assert_training_continues(runs, name):
     before = seen(runs, name).step
     until(lambda: seen(runs, name).step > before + 20, "training continues")
+
+
+def until_stored(runs, name, step):
+    """Wait until that step is in the store: a kill may take what was made since."""
+    until(lambda: stored_step(runs.directory / name) >= step, f"step {step} is stored")
 
 
 def assert_whole(runs, name, at_least):
@@ -55,7 +60,7 @@ def test_a_full_disk(runs):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     until(lambda: not seen(runs, "gpt-full").recording, "recording resumes")
     step = seen(runs, "gpt-full").step
-    until(lambda: runs.reported("gpt-full").step > step + 50, "more steps")
+    until_stored(runs, "gpt-full", step + 50)
     runs.kill("gpt-full")
     assert_whole(runs, "gpt-full", step)
 
@@ -76,7 +81,7 @@ def test_pages_overwritten_with_noise(runs):
     assert_training_continues(runs, "gpt-noise")
     assert list(place.glob("damaged-*"))
     step = seen(runs, "gpt-noise").step
-    until(lambda: runs.reported("gpt-noise").step > step + 50, "more steps")
+    until_stored(runs, "gpt-noise", step + 50)
     runs.kill("gpt-noise")
     assert_whole(runs, "gpt-noise", step)  # the damaged part was written again from memory
 
@@ -88,7 +93,7 @@ def test_a_removed_store(runs):
         path.unlink()
     until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "the status reports it")
     step = seen(runs, "gpt-bereft").step
-    until(lambda: runs.reported("gpt-bereft").step > step + 500, "more steps")
+    until_stored(runs, "gpt-bereft", step + 50)
     runs.kill("gpt-bereft")
     assert_whole(runs, "gpt-bereft", step)
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tui_trainer.cli.commands.compare import compare
 from tui_trainer.cli.commands.export import export
 from tui_trainer.cli.commands.report import report
@@ -154,11 +155,11 @@ def no_constant(name):
     state=st.sampled_from(("finished", "crashed", "")),
 )
 @settings(
-    max_examples=12,
-    deadline=None,
+    max_examples=examples(12),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],
 )
+@pytest.mark.slow
 def test_commands_run_whatever_is_missing(tmp_path_factory, recorded, other, described, state):
     place = tmp_path_factory.mktemp("missing")
     runs = place / "runs"

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.history.test_series import check_window, series
 from tui_trainer.history.records import StepRecord
 from tui_trainer.history.series import MemorySeries
@@ -63,9 +64,7 @@ def write(directory, steps, values, commits=7, close=True):
     return sink
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(25), suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(1, 9000),

@@ -41,6 +41,7 @@ def assert_equal(some: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("clip", ["norm", "value", "off"])
+@pytest.mark.slow
 def test_same_seed_same_weights(clip):
     runs = []
     for seed in (1, 1, 2):
@@ -68,6 +69,7 @@ def test_evaluations_change_nothing():
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "fp16"}, {"optimizer": "sgd"}])
+@pytest.mark.slow
 def test_resume_in_the_middle_equals_going_on(options):
     """The state is taken inside the optimizer's step, where a checkpoint is taken."""
     whole = tiny(100, dropout=0.1, **options)
@@ -96,6 +98,7 @@ def test_resume_in_the_middle_equals_going_on(options):
     assert_equal(weights(whole), weights(resumed))
 
 
+@pytest.mark.slow
 def test_it_learns():
     training = tiny(200, width=32, learning_rate=1e-2)
     before = training.evaluations[0].run()[0]["loss"]

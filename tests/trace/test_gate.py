@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.runs.starting import until
 from tui_trainer.protocol import PHASES
 from tui_trainer.trace.gate import Gate, Refusal, StopTraining
@@ -81,7 +82,7 @@ def test_one_phase_at_a_time_goes_through_all_seven():
 
 
 @given(phases=st.integers(0, 9), counts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_exactly_so_many_more_steps_from_whatever_phase(phases, counts):
     gate = Gate(paused=True)
     with running(gate) as loop:

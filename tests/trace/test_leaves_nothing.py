@@ -219,6 +219,7 @@ def function(model, backend):
 
 @pytest.mark.parametrize("how", [outer, in_place, function])
 @pytest.mark.parametrize("options", [EVERYTHING, Options()])
+@pytest.mark.slow
 def test_compiled_graphs_are_compiled_once_as_without_us(how, options):
     torch.manual_seed(0)
     bare = compilations(Net(), how)
@@ -227,6 +228,7 @@ def test_compiled_graphs_are_compiled_once_as_without_us(how, options):
     assert counted == [bare] == [1]
 
 
+@pytest.mark.slow
 def test_whole_compiled_gpt_is_compiled_once():
     def run() -> int:
         count = 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+import pytest
 from rich.style import Style
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
@@ -259,6 +260,7 @@ async def test_before_the_first_data_every_key_is_safe() -> None:
         await settle(pilot)
 
 
+@pytest.mark.slow
 async def test_a_thousand_layers() -> None:
     app = app_on("attention", fake_large(6_000))
     async with app.run_test(size=(200, 60)) as pilot:
@@ -269,6 +271,7 @@ async def test_a_thousand_layers() -> None:
         assert len(app.screen.query_one(StatisticTable)._trends) < 200
 
 
+@pytest.mark.slow
 async def test_other_sizes_are_drawn_without_fault() -> None:
     app = app_on("attention", fake_gpt(steps=1))
     async with app.run_test(size=(120, 40)) as pilot:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rich.style import Style
 
+from tests.examples import examples
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.ui import theme
@@ -62,7 +63,7 @@ def plotted(rows):
     width=st.integers(AXIS_WIDTH + 4, 120),
     height=st.integers(3, 30),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_the_extremes_of_every_drawn_column_are_those_of_the_raw_data(values, width, height):
     history = MemorySeries(Table(0, "step", (Column("loss"),)))
     for step, value in enumerate(values, 1):

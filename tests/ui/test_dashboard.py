@@ -168,6 +168,7 @@ async def test_log_scale_window_and_trend_keys():
     "make",
     [fake.fake_empty, fake.fake_one_point, fake.fake_non_finite, fake.fake_extremes, fake.fake_vit],
 )
+@pytest.mark.slow
 async def test_every_state_is_drawn_at_every_size(make, size):
     async with app_of(make()).run_test(size=size) as pilot:
         await pilot.press("l", "L", "space", "p", "o", "w", "m", "l", "L")
@@ -337,6 +338,7 @@ async def test_only_what_changed_is_refreshed():
         assert cells < 60
 
 
+@pytest.mark.slow
 async def test_ten_thousand_parameters_build_only_visible_rows():
     async with app_of(fake.fake_large(10_000, 20)).run_test(size=(120, 40)) as pilot:
         table = pilot.app.screen.query_one(GradientsPanel)

@@ -38,6 +38,7 @@ def describe(session: FakeSession, **changes: object) -> None:
     ("mode", "size"),
     [("dashboard", (120, 40)), ("dashboard", (200, 60)), ("log", (80, 24)), ("log", (120, 40))],
 )
+@pytest.mark.slow
 async def test_the_arithmetic_of_an_epoch_is_on_screen(mode: str, size: tuple[int, int]) -> None:
     session = on_faces()
     app = app_on(mode, session)

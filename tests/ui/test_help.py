@@ -57,6 +57,7 @@ async def test_signs_are_those_that_are_drawn(ascii: bool, signs: tuple[str, ...
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 async def test_all_of_it_can_be_read(size: tuple[int, int]) -> None:
     app = app_on("help", fake_gpt())
     async with app.run_test(size=size) as pilot:

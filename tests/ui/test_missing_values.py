@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.ui.fake import fake_gpt, fake_vit
 from tests.ui.open_app import OpenApp
 from tests.ui.screens import app_on, settle, text_of
@@ -130,7 +131,7 @@ QUANTITIES = ("loss", "clip", "attention", "grad_norm", "memory", *PHASES)
 
 @given(snapshot=snapshots())
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=examples(8), suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
 def test_every_screen_draws_whatever_is_missing(opened, snapshot):
     with warnings.catch_warnings():

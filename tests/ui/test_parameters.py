@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.ui.fake import fake_empty, fake_extremes, fake_gpt, fake_large, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
@@ -127,6 +128,7 @@ async def test_columns_without_room_are_reached_with_the_arrows() -> None:
         assert "optimizer" in text_of(app)
 
 
+@pytest.mark.slow
 async def test_ten_thousand_parameters_scroll_sort_and_filter() -> None:
     session = fake_large(10_000)
     app = app_on("parameters", session)
@@ -186,6 +188,7 @@ async def test_before_the_first_data_it_says_what_it_waits_for() -> None:
         await settle(pilot)
 
 
+@pytest.mark.slow
 async def test_other_sizes_are_drawn_without_fault() -> None:
     app = app_on("parameters", fake_gpt(steps=1))
     async with app.run_test(size=(120, 40)) as pilot:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ui.fake_run import gpt_parameters
@@ -25,7 +25,6 @@ def test_a_model_reads_as_its_modules():
 
 
 @given(st.lists(st.lists(part, min_size=1, max_size=5).map(".".join), unique=True, max_size=40))
-@settings(deadline=None)
 def test_every_parameter_is_shown_once_and_modules_add_up(names):
     tree = NameTree(names)
     visible = tree.visible().tolist()

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from tests.examples import examples
 from tests.ui.fake import fake_gpt, fake_vit
 from tests.ui.open_app import OpenApp
 from tui_trainer.history import MemoryHistory
@@ -172,8 +173,7 @@ PROGRAM_WORDS = {
 
 @given(snapshot=snapshots())
 @settings(
-    max_examples=15,
-    deadline=None,
+    max_examples=examples(15),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],
 )
