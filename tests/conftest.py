@@ -41,20 +41,25 @@ hypothesis.settings.load_profile("tests")
 ONLY_QUICK = "not slow"
 """The marks that `make test-fast` selects."""
 SLOW = (
-    *("export", "packaging", "ssh", "terminal", "oracle"),
-    *("architecture/test_contracts.py", "architecture/test_imports.py"),
-    *("cli/test_breakpoints.py", "cli/test_check.py", "cli/test_commands.py", "cli/test_faults.py"),
-    *("cli/test_json.py", "cli/test_paused.py", "cli/test_read_only.py", "cli/test_refused.py"),
-    *("cli/test_resume.py", "client/test_compare.py", "client/test_events_kept.py"),
-    *("report/test_report.py", "run/test_commands_answered.py", "run/test_host.py"),
-    *("run/test_last_steps.py", "run/test_order.py", "run/test_progress.py"),
-    *("run/test_stopping.py", "run/test_watch.py", "runs/test_disk.py", "runs/test_liveness.py"),
-    *("runs/test_orphans.py", "store/test_damaged.py", "store/test_schema.py"),
-    *("tasks/test_vit_task.py", "trace/test_bit_identity.py", "ui/test_attention_of_two.py"),
-    *("ui/test_damaged_recording.py", "ui/test_missing_values.py", "ui/test_replay.py"),
-    *("ui/test_screen_snapshots.py", "ui/test_staleness.py", "ui/test_start.py"),
-    *("ui/test_textual_hacks.py", "ui/test_user_text.py"),
-)
+    "export", "oracle", "packaging", "ssh", "terminal",
+    "architecture/test_contracts.py", "architecture/test_imports.py",
+    "cli/test_breakpoints.py", "cli/test_check.py", "cli/test_commands.py", "cli/test_faults.py",
+    "cli/test_inspect.py", "cli/test_json.py", "cli/test_paused.py", "cli/test_read_only.py",
+    "cli/test_refused.py", "cli/test_resume.py",
+    "client/test_compare.py", "client/test_events_kept.py",
+    "report/test_report.py",
+    "run/test_commands_answered.py", "run/test_host.py", "run/test_last_steps.py",
+    "run/test_order.py",
+    "run/test_printed_step.py", "run/test_progress.py", "run/test_stopping.py",
+    "run/test_watch.py",
+    "runs/test_disk.py", "runs/test_liveness.py", "runs/test_orphans.py",
+    "store/test_damaged.py", "store/test_schema.py",
+    "tasks/test_vit_task.py",
+    "trace/test_bit_identity.py",
+    "ui/test_attention_of_two.py", "ui/test_damaged_recording.py", "ui/test_missing_values.py",
+    "ui/test_replay.py", "ui/test_screen_snapshots.py", "ui/test_staleness.py", "ui/test_start.py",
+    "ui/test_textual_hacks.py", "ui/test_user_text.py",
+)  # fmt: skip
 """Folders and files of slow tests; elsewhere each is marked."""
 MADE_HERE = pytest.StashKey[str]()
 
@@ -89,6 +94,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(here)
         if path.parts[0] in SLOW or path.as_posix() in SLOW:
             item.add_marker("slow")
+
+
+def pytest_sessionfinish() -> None:
+    """pytest collects garbage five times as it ends: let it find none."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_finish() -> None:

@@ -232,6 +232,7 @@ def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [t for state in optimizer.state.values() for t in state.values()]
 
 
+@pytest.mark.slow
 def test_a_training_is_bit_identical_with_everything_inspected_at_every_phase():
     outcomes = []
     looked = []

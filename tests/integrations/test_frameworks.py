@@ -169,6 +169,7 @@ def printed(text, word):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # five processes that import a framework
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_framework(tmp_path, name):
     if importlib.util.find_spec(name) is None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
+from textual.pilot import Pilot
 
 IDLE_AFTER_S = 0.005
 
@@ -31,11 +32,11 @@ def parse_style_sheets_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def wait_for_idle_loops() -> Iterator[None]:
-    """`Pilot.pause` returns when the event loop has nothing left to run.
+def wait_for_the_event_loop() -> Iterator[None]:
+    """`Pilot.pause` returns when the event loop has nothing left to run, however long that takes.
 
     Textual's own waits until the process uses little of the processor, which is true of every
-    process on a busy machine, and never of an app that is drawn often.
+    process on a busy machine, and never of an app that is drawn often; and for 30 s at most.
     """
 
     async def wait(min_sleep: float = 0.02, max_sleep: float = 1) -> None:
@@ -47,4 +48,5 @@ def wait_for_idle_loops() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("textual.pilot.wait_for_idle", wait)
+        patch.setattr(Pilot._wait_for_screen, "__defaults__", (240.0,))
         yield
