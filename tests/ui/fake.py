@@ -17,11 +17,13 @@ import msgspec
 import numpy as np
 
 from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesise
+from tests.ui.fake_tensors import FakeTensors
 from tui_trainer.client.api import Link, Snapshot
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.analysis import STATISTICS
 from tui_trainer.protocol import PHASES, messages, schema
 from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -61,6 +63,10 @@ class FakeSession:
         self.log: list[LogLine] = []
         self.artifacts: list[Artifact] = []
         self.report: PhaseReport | None = None
+        self.tensors = FakeTensors()
+        self.inspected: list[InspectionRequest] = []
+        self.held: list[Future[Inspected]] = []
+        self.hold_answers = False
         self.refuse = ""
         """Set to have every command refused with this reason."""
         self._version = 1
@@ -108,6 +114,15 @@ class FakeSession:
             ack = Ack(len(self.sent), True, self.status, message)
         answer.set_result(ack)
         self._changed()
+        return answer
+
+    def inspect(self, request: InspectionRequest) -> Future[Inspected]:
+        """Answered at once by `tensors`, unless the answer is held back by `hold_answers`."""
+        answer: Future[Inspected] = Future()
+        self.inspected.append(request)
+        if not self.hold_answers:
+            answer.set_result(self.tensors.answer(request, self.status))
+        self.held.append(answer)
         return answer
 
     def watch(self, topics: frozenset[str]) -> None:

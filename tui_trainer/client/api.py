@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tui_trainer.history import History, MemoryHistory
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import Ack, Action, Artifact, Event, LogLine, PhaseReport, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.launch import LaunchRequest
@@ -69,6 +70,10 @@ class Session(Protocol):
     def send(self, action: Action) -> Future[Ack]:
         """Send a command. The future resolves with its acknowledgement: `ok=False`, with a reason,
         when it is refused or the link is down."""
+
+    def inspect(self, request: InspectionRequest) -> Future[Inspected]:
+        """Ask for a look into tensors; only the latest request is answered, earlier ones are
+        cancelled. The answer has `failed` and a reason where there is none."""
 
     def watch(self, topics: frozenset[str]) -> None:
         """Set which of the tables that are measured on request are on the screen."""

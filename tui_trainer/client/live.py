@@ -26,6 +26,7 @@ from tui_trainer.client.connection import (
 )
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import Ack, Action, Hello, Poll, Status, Update, Welcome
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
@@ -79,6 +80,8 @@ class LiveSession:
         # attributes that hold immutable values.
         self._arrived: deque[Delivery | Status | Link] = deque()
         self._commands: deque[tuple[Action, Future[Ack]]] = deque()
+        self._inspection: tuple[InspectionRequest, Future[Inspected]] | None = None
+        """Not sent yet."""
         self._topics: frozenset[str] = frozenset()
         self._interval_s = 0.25
         self._callback: Callable[[], None] | None = None
@@ -94,6 +97,7 @@ class LiveSession:
         self._generation = 0
         # Used by the session's thread alone.
         self._task: asyncio.Task[None] | None = None
+        self._inspecting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._next_poll = Poll(budget=LARGEST_BUDGET // 4)
         self._polled_generation = 0
@@ -152,6 +156,13 @@ class LiveSession:
         self._commands.append((action, future))
         if not self._call(self._send_commands):
             self._refuse_commands(NOT_CONNECTED)
+        return future
+
+    def inspect(self, request: InspectionRequest) -> Future[Inspected]:
+        future: Future[Inspected] = Future()
+        self._inspection = (request, future)
+        if not self._call(self._send_inspection):
+            future.set_result(_not_inspected(NOT_CONNECTED))
         return future
 
     def watch(self, topics: frozenset[str]) -> None:
@@ -335,6 +346,19 @@ class LiveSession:
         self._poll_at_once = True
         self._wake.set()
 
+    def _send_inspection(self) -> None:
+        """Send the latest request in place of the one that is due."""
+        if self._inspection is None:
+            return
+        (request, future), self._inspection = self._inspection, None
+        if self._inspecting is not None:
+            self._inspecting.cancel()
+        connection = self._connection
+        if connection is None or self._link.state != "live":
+            future.set_result(_not_inspected(NOT_CONNECTED))
+        else:
+            self._inspecting = self._loop.create_task(_inspect(connection, request, future))
+
     def _refuse_commands(self, why: str) -> None:
         while self._commands:
             with contextlib.suppress(IndexError):  # the other thread does the same
@@ -377,6 +401,25 @@ class LiveSession:
 def refusal(why: str) -> Ack:
     """The answer to a command that did not reach the run."""
     return Ack(0, False, Status(), why)
+
+
+async def _inspect(
+    connection: Connection, request: InspectionRequest, future: Future[Inspected]
+) -> None:
+    try:
+        answer = await connection.inspect(request)
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    except RunError as error:
+        answer = _not_inspected(error.message, error.hint)
+    if future.set_running_or_notify_cancel():
+        future.set_result(answer)
+
+
+def _not_inspected(why: str, hint: str = "") -> Inspected:
+    """The answer to a request that did not reach the run."""
+    return Inspected(0, "failed", message=why, hint=hint)
 
 
 def _resolve(future: Future[Ack], ack: Ack) -> None:

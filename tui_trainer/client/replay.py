@@ -20,6 +20,7 @@ from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, 
 from tui_trainer.history import History
 from tui_trainer.history.analysis import Spike, find_spikes
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import (
     Ack,
     Action,
@@ -110,6 +111,10 @@ def _clipped_share(history: History, window: int) -> float | None:
     if not len(values):  # a damaged recording
         return None
     return float((values[:, column] < 1).mean())
+
+
+NO_TENSORS = "a recording holds what was measured, not the tensors"
+NO_TENSORS_HINT = "tensors are there while a run is live: tui-trainer attach"
 
 
 class ReplaySession:
@@ -270,6 +275,12 @@ class ReplaySession:
         if self._callback is not None:
             self._callback()
         return future
+
+    def inspect(self, request: InspectionRequest) -> Future[Inspected]:
+        """A recording has no tensors."""
+        answer: Future[Inspected] = Future()
+        answer.set_result(Inspected(0, "failed", message=NO_TENSORS, hint=NO_TENSORS_HINT))
+        return answer
 
     def watch(self, topics: frozenset[str]) -> None:
         """Nothing to do: every recorded table is there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +25,7 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import messages
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
 from tui_trainer.protocol.messages import Ack, Action, BreakpointStop, Notice
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui import textual_hacks, theme
@@ -128,6 +130,7 @@ class TuiTrainerApp(App[int]):
         self.frame_scheduler = FrameScheduler(self.link)
         self.glyphs: Glyphs = ASCII if ascii else UNICODE
         self.palette: theme.Palette = theme.palette(self.theme_variables)
+        self.inspected: TensorRef | None = None
         self.on_launch = on_launch
         self.ends_with_app = ends_with_app
         self.status_message = ""
@@ -393,6 +396,25 @@ class TuiTrainerApp(App[int]):
         # Not ack.status: the session delivers it in order with the others, and drawn from here it
         # could replace a newer one.
         self.draw_frame()
+
+    def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
+        """Ask the run for a look into tensors; `answered` is called on the event loop, unless
+        another request replaces this one."""
+        if self.session is None:
+            return
+
+        def arrived(future: Future[Inspected]) -> None:
+            """Called by the session, on any thread."""
+            loop = self._loop
+            if not future.cancelled() and loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self.call_next, answered, future.result())
+
+        self.session.inspect(request).add_done_callback(arrived)
+
+    def show_tensor(self, tensor: TensorRef) -> None:
+        """Open a tensor in the inspector."""
+        self.inspected = tensor
+        self.action_go("inspect")
 
     def show_status_message(self, message: str) -> None:
         """Show one short line in the header for a few seconds."""

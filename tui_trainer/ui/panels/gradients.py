@@ -281,6 +281,14 @@ class GradientsPanel(VirtualTable):
         if len(places):
             self.move_cursor(int(places[0]))
 
+    @property
+    def current_parameter(self) -> str:
+        """The parameter under the cursor; "" on a module."""
+        row = self.current_row
+        return (
+            self.name_tree.names[row] if row is not None and row < len(self.name_tree.names) else ""
+        )
+
     def toggle(self, node: int) -> None:
         """Fold or unfold a module; from then on the panel does not fold by itself."""
         self._folded_by_user = True

@@ -12,6 +12,7 @@ from textual.dom import DOMNode
 from textual.screen import Screen
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
 from tui_trainer.protocol.messages import Action
 from tui_trainer.ui.widgets.lines import DrawingContext
 
@@ -72,6 +73,9 @@ SCREENS = (
         "findings", "8", "Findings", "findings:FindingsScreen", "What is wrong, since when and why"
     ),
     ScreenEntry("ranks", "9", "Ranks", "ranks:RanksScreen", "One line for each process of the run"),
+    ScreenEntry(
+        "inspect", "0", "Inspect", "inspect:InspectScreen", "Look into a tensor of the live run"
+    ),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
 )
 
@@ -82,6 +86,8 @@ class AppContext(DrawingContext, Protocol):
     session: Session | None
     snapshot: Snapshot
     """The snapshot on screen."""
+    inspected: TensorRef | None
+    """The tensor in the inspector."""
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
 
@@ -90,6 +96,13 @@ class AppContext(DrawingContext, Protocol):
 
     def command(self, action: Action) -> None:
         """Send a command to the run and show its answer."""
+
+    def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
+        """Ask the run for a look into tensors; `answered` is called on the event loop, unless
+        another request replaces this one."""
+
+    def show_tensor(self, tensor: TensorRef) -> None:
+        """Open a tensor in the inspector."""
 
     def attach(self, session: Session) -> None:
         """Show the run of another session."""

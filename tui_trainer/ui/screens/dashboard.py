@@ -12,6 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.panels.clipping import ClippingPanel
@@ -64,6 +65,8 @@ class DashboardScreen(ControlScreen):
                 tooltip="Show the previous panel"),
         Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
                 tooltip="Show the next panel"),
+        Binding("i", "inspect", "Inspect", id="dashboard.inspect", show=False,
+                tooltip="Look into the gradient of the parameter under the cursor"),
         Binding("escape", "clear_filter", "Clear", id="dashboard.clear", show=False,
                 tooltip="Clear the filter"),
     ]  # fmt: skip
@@ -200,6 +203,14 @@ class DashboardScreen(ControlScreen):
 
     def action_sort(self) -> None:
         self.query_one(GradientsPanel).sort()
+
+    def action_inspect(self) -> None:
+        """Open the gradient of the parameter under the cursor in the inspector."""
+        name = self.query_one(GradientsPanel).current_parameter
+        if name:
+            self.context.show_tensor(TensorRef(name, "gradient"))
+        else:
+            self.notify("put the cursor on a parameter in the gradients", markup=False)
 
     def action_trend(self) -> None:
         """Show the next statistic of Wq, Wk, Wv."""

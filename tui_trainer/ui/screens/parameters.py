@@ -16,6 +16,7 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.protocol.text import truncate_middle
 from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.panels.base import placeholder_message, staleness
@@ -86,6 +87,8 @@ class ParametersScreen(DetailScreen):
         Binding("escape", "clear", "Clear", id="parameters.clear", show=False,
                 tooltip="Clear the filter"),
         *CONTROL_BINDINGS,
+        Binding("i", "inspect", "Inspect", id="parameters.inspect",
+                tooltip="Look into the tensor of the parameter under the cursor"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -266,6 +269,12 @@ class ParametersScreen(DetailScreen):
         self.table.update_rows()
         self._show_summary()
         self._show_selected()
+
+    def action_inspect(self) -> None:
+        """Open the parameter under the cursor in the inspector."""
+        info, row = self.values.info, self.table.current_row
+        if info is not None and row is not None:
+            self.context.show_tensor(TensorRef(info.parameters[row].name))
 
     def action_shift(self, by: int) -> None:
         """Scroll the columns."""

@@ -1,0 +1,75 @@
+"""The tensors of a fake run, and what the run would answer about them."""
+
+from __future__ import annotations
+
+import math
+
+from tui_trainer.protocol.inspection import (
+    Inspected,
+    InspectionRequest,
+    ListTensors,
+    Summarize,
+    TensorInfo,
+    TensorList,
+    TensorRef,
+    TensorSummary,
+)
+from tui_trainer.protocol.messages import Status
+
+WEIGHT = "blocks.0.attention.W_query.weight"
+BIAS = "blocks.0.attention.W_query.bias"
+HEAD = "head.weight"
+
+
+class FakeTensors:
+    """A few tensors with visible structure. torch is imported with the first request."""
+
+    def __init__(self) -> None:
+        self._made: dict[TensorRef, object] = {}
+
+    def _tensors(self) -> dict[TensorRef, object]:
+        import torch
+
+        if not self._made:
+            generator = torch.Generator().manual_seed(3)
+            rows, columns = torch.arange(96.0)[:, None], torch.arange(300.0)
+            wave = (torch.sin(rows / 9) + torch.cos(columns / 17)) / 20
+            weight = wave + torch.randn(96, 300, generator=generator) / 50
+            gradient = torch.randn(96, 300, generator=generator) / 900
+            gradient[:, :40] = 0.0
+            head = torch.randn(12, 20, generator=generator)
+            head[3, 4], head[7, 15] = math.nan, math.inf
+            self._made = {
+                TensorRef(WEIGHT): weight,
+                TensorRef(WEIGHT, "gradient"): gradient,
+                TensorRef(WEIGHT, "state", "exp_avg"): gradient / 10,
+                TensorRef(BIAS): torch.randn(700, generator=generator),
+                TensorRef(HEAD): head,
+                TensorRef("empty"): torch.empty(0, 3),
+            }
+        return self._made
+
+    def answer(self, request: InspectionRequest, status: Status) -> Inspected:
+        from tui_trainer.inspect.catalog import info_of
+        from tui_trainer.inspect.heat_map import heat_map
+        from tui_trainer.inspect.statistics import statistics_of
+
+        def done(result: TensorList | TensorSummary) -> Inspected:
+            return Inspected(1, "done", result, status.step, status.phase, 3.2)
+
+        tensors = self._tensors()
+        match request:
+            case ListTensors():
+                listed = [info_of(ref, tensor) for ref, tensor in tensors.items()]  # type: ignore[arg-type]
+                return done(TensorList(tuple(listed)))
+            case Summarize(tensor=ref) if ref in tensors:
+                tensor = tensors[ref]
+                info: TensorInfo = info_of(ref, tensor)  # type: ignore[arg-type]
+                some = bool(info.elements)
+                statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
+                heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
+                return done(TensorSummary(info, statistics, heat))
+            case Summarize(tensor=ref):
+                why = f"{ref.name} has no gradient now: none was computed"
+                return Inspected(1, "failed", message=why, hint="pause after backward")
+        raise AssertionError(request)

@@ -1,0 +1,250 @@
+"""The inspector: what it asks for and when, what it shows, and that it never breaks."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.ui.fake import FakeSession, fake_empty, fake_gpt
+from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
+from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
+from tui_trainer.client.replay import NO_TENSORS
+from tui_trainer.protocol.inspection import (
+    Histogram,
+    Inspected,
+    ListTensors,
+    Summarize,
+    TensorRef,
+    Window,
+)
+from tui_trainer.protocol.messages import Pause, Resume
+from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.panels.tensor import Viewport, bars, color_range
+from tui_trainer.ui.screens import inspect as screen
+
+
+def paused_app(ref: TensorRef | None = TensorRef(WEIGHT)) -> tuple[TuiTrainerApp, FakeSession]:  # noqa: B008
+    session = fake_gpt()
+    session.send(Pause())
+    app = app_on("inspect", session)
+    app.inspected = ref
+    return app, session
+
+
+def summaries(session: FakeSession) -> list[Summarize]:
+    return [each for each in session.inspected if isinstance(each, Summarize)]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (60, 24), (40, 10)], ids=str)
+async def test_a_tensor_as_heat_map_and_numbers(size):
+    app, session = paused_app()
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        if size[0] < screen.MIN_WIDTH_BESIDE:
+            await pilot.press("v")
+            await settle(pilot)
+        shown = text_of(app)
+        assert "96×300 float32" in shown
+        assert re.search(r"mean +0\.004", shown)
+        window = summaries(session)[-1].window
+        if size == (120, 40):
+            assert "step 300, after step" in shown
+            assert window.rows > 60
+            assert window.columns > 70
+
+
+async def test_it_reads_again_at_each_stop_and_seldom_while_running(monkeypatch):
+    app, session = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        before = len(session.inspected)
+        for _ in range(3):
+            await frame(pilot)
+        assert len(session.inspected) == before
+        session.advance(1)
+        await frame(pilot)
+        await until(pilot, lambda: len(session.inspected) > before, "another request")
+        assert summaries(session)[-1].statistics
+        monkeypatch.setattr(screen, "MIN_INTERVAL_S", 1e9)
+        session.send(Resume())
+        await frame(pilot)
+        await settle(pilot)
+        before = len(session.inspected)
+        for _ in range(5):
+            session.advance(1)
+            await frame(pilot)
+        assert len(session.inspected) <= before + 1
+
+
+async def test_zoom_and_pan_ask_for_another_window_only():
+    app, session = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        await pilot.press("plus", "right", "down", "m")
+        await settle(pilot)
+        last = summaries(session)[-1]
+        assert not last.statistics
+        assert (last.window.row_from, last.window.row_to) == (36, 84)
+        assert (last.window.column_from, last.window.column_to) == (112, 262)
+        assert last.window.reduction == "mean"
+        shown = text_of(app)
+        assert "36–83" in shown
+        assert "96×300 float32" in shown  # the numbers stay
+        await pilot.press("f")
+        await settle(pilot)
+        assert summaries(session)[-1].window.row_to is None
+
+
+async def test_choosing_another_tensor():
+    app, _ = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(app.screen, screen.TensorDialog), "the dialog")
+        await pilot.press(*"head", "enter")
+        await until(pilot, lambda: "not finite: 1 nan, 1 inf" in text_of(app), "the other tensor")
+        assert app.inspected == TensorRef(HEAD)
+        await pilot.press("left_square_bracket")
+        await until(pilot, lambda: app.inspected == TensorRef(BIAS), "the one before")
+        await settle(pilot)
+        assert "entries 0–699" in re.sub(" +", " ", text_of(app))
+        await pilot.press("left_square_bracket")
+        await until(pilot, lambda: app.inspected == TensorRef(WEIGHT), "the first")
+        await pilot.press("g")
+        await until(pilot, lambda: app.inspected == TensorRef(WEIGHT, "gradient"), "its gradient")
+        await pilot.press("g")
+        wanted = TensorRef(WEIGHT, "state", "exp_avg")
+        await until(pilot, lambda: app.inspected == wanted, "its state")
+        await settle(pilot)
+        assert f"exp_avg of {WEIGHT}" in text_of(app)
+
+
+async def test_what_cannot_be_read_is_said():
+    app, session = paused_app(TensorRef(HEAD, "gradient"))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "has no gradient now" in text_of(app), "the reason")
+        assert "pause after backward" in text_of(app)
+        session.end("finished", "all steps made")
+        await frame(pilot)
+
+
+@pytest.mark.parametrize("ref", [TensorRef("empty"), TensorRef(BIAS), TensorRef(HEAD)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+async def test_every_key_on_unusual_tensors(ref, size):
+    app, _ = paused_app(ref)
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        for key in (
+            "plus",
+            "plus",
+            "right",
+            "down",
+            "minus",
+            "left",
+            "up",
+            "f",
+            "m",
+            "m",
+            "l",
+            "v",
+        ):
+            await pilot.press(key)
+            await settle(pilot)
+        assert ref.name in text_of(app)
+
+
+async def test_without_a_tensor_without_a_run_and_over_a_recording():
+    app, session = paused_app(None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "no tensor is chosen" in text_of(app)
+        for key in ("plus", "right", "m", "l", "g", "right_square_bracket"):
+            await pilot.press(key)
+        assert session.inspected == []
+    app = app_on("inspect", fake_empty())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "waiting: importing torch" in text_of(app)
+    app, session = paused_app()
+    failed = Inspected(0, "failed", message=NO_TENSORS)
+    session.tensors.answer = lambda request, status: failed
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: NO_TENSORS in text_of(app), "the reason")
+        await pilot.press("slash")
+        await settle(pilot)
+        assert not isinstance(app.screen, screen.TensorDialog)
+
+
+async def test_an_answer_to_an_older_request_is_dropped():
+    app, session = paused_app()
+    session.hold_answers = True
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: bool(session.held), "a request")
+        app.inspected = TensorRef(HEAD)
+        app.redraw()
+        await settle(pilot)
+        first, last = session.held[0], session.held[-1]
+        requests = session.inspected
+        assert requests[-1].tensor == TensorRef(HEAD)
+        last.set_result(session.tensors.answer(requests[-1], session.status))
+        await until(pilot, lambda: "12×20" in text_of(app), "the newer answer")
+        first.set_result(session.tensors.answer(requests[0], session.status))
+        await settle(pilot)
+        assert "12×20" in text_of(app)
+
+
+async def test_the_parameter_under_the_cursor_opens_with_i():
+    session = fake_gpt()
+    app = app_on("parameters", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("down", "i")
+        await until(pilot, lambda: app.current_mode == "inspect", "the inspector")
+        assert app.inspected == TensorRef(session.run.info.parameters[1].name)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        panel = app.screen.query_one("#gradients")
+        name = session.run.info.parameters[2].name
+        app.screen.select(name)
+        await settle(pilot)
+        assert panel.current_parameter == name
+        await pilot.press("i")
+        await until(pilot, lambda: app.current_mode == "inspect", "the inspector")
+        assert app.inspected == TensorRef(name, "gradient")
+    assert ListTensors() not in session.inspected
+
+
+def test_a_viewport_stays_inside_of_its_tensor():
+    view, matrix = Viewport(), (10, 1000)
+    for _ in range(12):
+        view.zoom(matrix, 0.5)
+    assert view.rows == (3, 5)
+    assert view.columns[1] - view.columns[0] == 2
+    for _ in range(2000):
+        view.pan(matrix, 1, 1)
+    assert view.rows == (8, 10)
+    assert view.columns == (998, 1000)
+    for _ in range(12):
+        view.zoom(matrix, 2.0)
+    assert view.whole
+    assert view.window((5, 7)) == Window(5, 7)
+    view.pan(matrix, 1, 1)
+    assert view.whole
+
+
+def test_colours_are_around_zero_for_signed_values_only():
+    cells = np.array([[1.0, -3.0], [np.nan, 2.0]], np.float32)
+    assert color_range(cells, "mean") == (-3.0, 3.0)
+    assert color_range(np.abs(cells), "mean_abs") == (1.0, 3.0)
+    assert color_range(np.full((2, 2), np.nan, np.float32), "mean") == (0.0, 0.0)
+
+
+def test_each_bin_with_an_entry_shows():
+    lines = bars(Histogram(0, 1, (0, 1, 100_000, 0)), 8, 3, "▁▂▃▄▅▆▇█")
+    assert lines == ["    ██  ", "    ██  ", "  ▁▁██  "]

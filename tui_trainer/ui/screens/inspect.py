@@ -1,0 +1,434 @@
+"""The inspector: a tensor of the live run as a heat map and in numbers, read again at each stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import msgspec
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widget import Widget
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.formatting import milliseconds
+from tui_trainer.protocol.inspection import (
+    Inspected,
+    InspectionRequest,
+    ListTensors,
+    Summarize,
+    TensorInfo,
+    TensorList,
+    TensorRef,
+    TensorSummary,
+    Window,
+)
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.tensor import (
+    REDUCTIONS,
+    ZOOM,
+    HeatMapView,
+    StatisticsView,
+    Viewport,
+)
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.text import Caption, Placeholder
+
+MIN_WIDTH_BESIDE = 76
+"""Width from which heat map and numbers stand beside each other."""
+MIN_INTERVAL_S = 1.0
+COST_SHARE = 0.05
+"""While the run runs, a tensor is read again after `MIN_INTERVAL_S`, and so rarely that reading it
+takes at most this share of the time."""
+MAX_MATCHES = 200
+"""Tensors that the dialog lists at a time."""
+ENTRIES = 5
+READING, WAITING = "reading …", "waiting for the end of the current step"
+NO_TENSOR = "no tensor is chosen"
+NO_TENSOR_HINT = "/ lists the tensors; i on a table of parameters opens the one under the cursor"
+
+
+class TensorDialog(ModalScreen[TensorRef | None]):
+    """Chooses a tensor by words of its name."""
+
+    CSS = """
+    TensorDialog .dialog { width: 84; }
+    TensorDialog OptionList { max-height: 14; }
+    TensorDialog .keys { color: $text-muted; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Cancel", id="tensors.cancel",
+                tooltip="Keep the tensor"),
+        Binding("down", "to_list", "List", show=False, id="tensors.list",
+                tooltip="To the list of tensors"),
+    ]  # fmt: skip
+
+    def __init__(self, tensors: TensorList) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self._matches: list[TensorInfo] = []
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static("Inspect a tensor", markup=False)
+            yield Input(placeholder="words of its name: head grad", compact=True)
+            yield OptionList(compact=True, markup=False)
+            yield Static("enter: inspect, down: list, escape: cancel", classes="keys", markup=False)
+
+    def on_mount(self) -> None:
+        self._list("")
+        self.query_one(Input).focus()
+
+    def _list(self, text: str) -> None:
+        words = text.casefold().split()
+        found = [
+            each
+            for each in self._tensors.tensors
+            if all(word in each.ref.text.casefold() for word in words)
+        ]
+        self._matches = found[:MAX_MATCHES]
+        options = self.query_one(OptionList)
+        options.set_options([Option(_option(each)) for each in self._matches])
+        options.display = bool(self._matches)
+        if self._matches:
+            options.highlighted = 0
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        self._list(event.value)
+
+    def on_input_submitted(self) -> None:
+        """Choose the first that matches."""
+        highlighted = self.query_one(OptionList).highlighted
+        if self._matches:
+            self.dismiss(self._matches[highlighted or 0].ref)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(self._matches[event.option_index].ref)
+
+    def action_to_list(self) -> None:
+        self.query_one(OptionList).focus()
+
+
+def _option(tensor: TensorInfo) -> Content:
+    shape = "×".join(map(str, tensor.shape)) or "0-d"
+    return Content.assemble(tensor.ref.text, (f"   {shape} {tensor.dtype}", "dim"))
+
+
+class InspectScreen(DetailScreen):
+    """A heat map with zoom and pan, next to the statistics of the tensor."""
+
+    CSS = """
+    InspectScreen #tensor { margin: 0 1; }
+    InspectScreen #parts { height: 1fr; margin: 0 1; }
+    InspectScreen HeatMapView { width: 1fr; }
+    InspectScreen StatisticsView { width: 1fr; display: none; }
+    InspectScreen.-numbers HeatMapView { display: none; }
+    InspectScreen.-numbers StatisticsView { display: block; }
+    InspectScreen.-beside HeatMapView { display: block; margin-right: 2; }
+    InspectScreen.-beside StatisticsView { display: block; width: 37; }
+    InspectScreen.-wide StatisticsView { width: 46; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
+                tooltip="Choose a tensor by words of its name"),
+        Binding("g", "kind", "Kind", id="inspect.kind",
+                tooltip="The parameter, its gradient, and the state of its optimizer, in turn"),
+        Binding("right_square_bracket", "next(1)", "Next", key_display="]", id="inspect.next",
+                tooltip="The next parameter or buffer of the model"),
+        Binding("left_square_bracket", "next(-1)", "Previous", key_display="[",
+                id="inspect.previous", show=False, tooltip="The previous parameter or buffer"),
+        Binding("plus,equals_sign", "zoom(1)", "Zoom", key_display="+", id="inspect.zoom_in",
+                tooltip="A smaller part of the heat map, larger; arrows move it"),
+        Binding("minus", "zoom(-1)", "Zoom out", key_display="-", id="inspect.zoom_out",
+                show=False, tooltip="A larger part of the heat map, smaller"),
+        Binding("f,escape", "fit", "Whole", id="inspect.fit", show=False,
+                tooltip="The whole tensor in the heat map"),
+        Binding("up", "pan(-1,0)", "Up", id="inspect.up", show=False,
+                tooltip="Move the part that is shown"),
+        Binding("down", "pan(1,0)", "Down", id="inspect.down", show=False,
+                tooltip="Move the part that is shown"),
+        Binding("left", "pan(0,-1)", "Left", id="inspect.left", show=False,
+                tooltip="Move the part that is shown"),
+        Binding("right", "pan(0,1)", "Right", id="inspect.right", show=False,
+                tooltip="Move the part that is shown"),
+        Binding("m", "reduction", "Reduce", id="inspect.reduction",
+                tooltip="How a block of entries becomes one cell: mean |x|, mean, largest |x|"),
+        Binding("l", "log", "Log", id="inspect.log",
+                tooltip="Histogram of the values, or of log10 of their sizes"),
+        Binding("v", "numbers", "Numbers", id="inspect.numbers",
+                tooltip="Heat map or numbers, where only one fits"),
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.viewport = Viewport()
+        self.summary: TensorSummary | None = None
+        """What is on the screen."""
+        self.read_at = ""
+        """The step and phase that its values belong to."""
+        self._took_ms = 0.0
+        self._error = ("", "")
+        """Message and hint where the tensor cannot be read."""
+        self._ref: TensorRef | None = None
+        self._asked: _Asked | None = None
+        self._requests = 0
+        """Number of requests so far; only the latest is answered."""
+        self._pending = False
+        self._due_at = 0.0
+        """When to read again while the run runs, on the monotonic clock."""
+
+    def body(self) -> Iterable[Widget]:
+        yield Caption(id="tensor")
+        yield Placeholder()
+        yield Horizontal(HeatMapView(), StatisticsView(), id="parts")
+
+    @property
+    def heat_map(self) -> HeatMapView:
+        return self.query_one(HeatMapView)
+
+    @property
+    def numbers(self) -> StatisticsView:
+        return self.query_one(StatisticsView)
+
+    # ------------------------------------------------------------ reading
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        self._follow_choice()
+        self._read(snapshot)
+        self._draw(snapshot)
+
+    def _follow_choice(self) -> None:
+        chosen = self.context.inspected
+        if chosen != self._ref:
+            self._ref, self._asked = chosen, None
+            self.summary, self._error, self.read_at = None, ("", ""), ""
+            self.viewport.reset()
+
+    def _read(self, snapshot: Snapshot) -> None:
+        """Ask for the tensor where the screen does not show it as it is now."""
+        status = snapshot.status
+        if self._ref is None or status.ended or snapshot.link.state not in ("live", "replay"):
+            return
+        paused = status.state == "paused"
+        visible = self.heat_map.view_size.height > 0
+        window = self.viewport.window(self.heat_map.pixels) if visible else None
+        wanted = _Asked(self._ref, (status.step, status.phase, paused), window)
+        last = self._asked
+        if wanted == last:
+            return
+        moved = last is None or (wanted.tensor, wanted.window) != (last.tensor, last.window)
+        if not moved and not paused and (self._pending or time.monotonic() < self._due_at):
+            return
+        known = self.summary is not None and last is not None and paused
+        unchanged = known and (wanted.tensor, wanted.moment) == (last.tensor, last.moment)  # type: ignore[union-attr]
+        self._asked = wanted
+        request = Summarize(self._ref, not unchanged, window, entries=ENTRIES)
+        self._ask(request, self._summarized)
+
+    def _ask(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
+        """Send a request; an answer that comes after the next request is dropped."""
+        self._requests += 1
+        number = self._requests
+        self._pending = True
+
+        def arrived(answer: Inspected) -> None:
+            if number == self._requests and self.is_mounted:
+                self._pending = False
+                answered(answer)
+
+        self.context.inspect(request, arrived)
+
+    def _summarized(self, answer: Inspected) -> None:
+        interval = max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
+        self._due_at = time.monotonic() + interval
+        if isinstance(answer.result, TensorSummary):
+            summary = answer.result
+            if summary.statistics is None and self.summary is not None:
+                summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
+            self.summary, self._error = summary, ("", "")
+            after = f", after {answer.phase}" if answer.phase else ""
+            self.read_at, self._took_ms = f"step {answer.step:,}{after}", answer.took_ms
+        else:
+            self.summary, self._error = None, (answer.message, answer.hint)
+        self._draw(self.context.snapshot)
+
+    # ------------------------------------------------------------ drawing
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        summary = self.summary
+        message = self._missing(snapshot) if summary is None and not self._reading else ("", "")
+        self.query_one(Placeholder).set_message(*message)
+        self.query_one("#parts").display = not message[0]
+        spans, right = self._caption(snapshot)
+        self.query_one("#tensor", Caption).update(spans, right, right_is_optional=True)
+        if summary is not None:
+            empty = "it has no entries" if not summary.tensor.elements else READING
+            self.heat_map.show(summary.heat, empty)
+            self.numbers.show(summary.tensor, summary.statistics)
+        else:
+            self.heat_map.show(None, WAITING if self._waits(snapshot) else READING)
+            self.numbers.show(None, None)
+
+    def _caption(self, snapshot: Snapshot) -> tuple[list[Span], str]:
+        spans: list[Span] = [("Inspect", "title")]
+        if self._ref is not None:
+            spans.append((self._ref.text, "accent"))
+        if self.summary is None:
+            return spans, ""
+        spans.append((self.read_at, "text"))
+        if snapshot.status.ended:
+            spans.append((f"the run has {_ended(snapshot)}", "warning"))
+        return spans, f"read in {milliseconds(self._took_ms, 0)}"
+
+    def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
+        """Why there is nothing to see, and what to do."""
+        if self._error[0]:
+            return self._error
+        status, link = snapshot.status, snapshot.link
+        if status.ended:
+            return f"the run has {_ended(snapshot)}: its tensors are gone", ""
+        if link.state not in ("live", "replay"):
+            return link.message or "no connection to the run", link.hint
+        message, hint = placeholder_message(snapshot, NO_TENSOR)
+        return message, NO_TENSOR_HINT if message == NO_TENSOR else hint
+
+    @property
+    def _reading(self) -> bool:
+        """Whether an answer will come."""
+        return self._ref is not None and self._pending and not self._error[0]
+
+    def _waits(self, snapshot: Snapshot) -> bool:
+        """Whether the answer comes at the end of a step."""
+        return snapshot.status.state != "paused"
+
+    # ------------------------------------------------------------ actions
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Dim the keys that have nothing to act on."""
+        if action in ("zoom", "pan", "fit", "reduction", "log", "kind", "next"):
+            return True if self.summary is not None or self._ref is not None else None
+        if action == "numbers":
+            return not self.has_class("-beside")
+        return super().check_action(action, parameters)
+
+    def _show(self) -> None:
+        self.show(self.context.snapshot)
+
+    def action_choose(self) -> None:
+        """List the tensors of the run."""
+
+        def chosen(tensor: TensorRef | None) -> None:
+            self._asked = None
+            if tensor is not None:
+                self.context.inspected = tensor
+            self._show()
+
+        self._with_list(lambda tensors: self.app.push_screen(TensorDialog(tensors), chosen))
+
+    def _with_list(self, use: Callable[[TensorList], object]) -> None:
+        """Call `use` with the tensors that there are now."""
+
+        def listed(answer: Inspected) -> None:
+            if isinstance(answer.result, TensorList):
+                use(answer.result)
+            else:
+                self.notify(answer.message, title=answer.hint, severity="warning", markup=False)
+
+        self._asked = None
+        self._ask(ListTensors(), listed)
+
+    def action_kind(self) -> None:
+        """The next of the tensors that belong to the same parameter."""
+        ref = self._ref
+        if ref is not None:
+            self._with_list(lambda tensors: self._go_to(_next_kind(tensors, ref)))
+
+    def action_next(self, by: int) -> None:
+        """The same kind of tensor of the next parameter."""
+        ref = self._ref
+        if ref is not None:
+            self._with_list(lambda tensors: self._go_to(_next_name(tensors, ref, by)))
+
+    def _go_to(self, tensor: TensorRef) -> None:
+        self.context.inspected = tensor
+        self._show()
+
+    def action_zoom(self, direction: int) -> None:
+        """Show a smaller (1) or a larger (-1) part."""
+        self._change_view(lambda matrix: self.viewport.zoom(matrix, ZOOM**-direction))
+
+    def action_pan(self, down: int, right: int) -> None:
+        """Move the part that is shown."""
+        self._change_view(lambda matrix: self.viewport.pan(matrix, down, right))
+
+    def _change_view(self, change: Callable[[tuple[int, int]], None]) -> None:
+        if self.summary is not None and self.summary.heat is not None:
+            change(self.summary.heat.matrix)
+            self._show()
+
+    def action_fit(self) -> None:
+        self.viewport.reset()
+        self._show()
+
+    def action_reduction(self) -> None:
+        """The next way to make one cell of a block."""
+        place = REDUCTIONS.index(self.viewport.reduction)
+        self.viewport.reduction = REDUCTIONS[(place + 1) % len(REDUCTIONS)]
+        self._show()
+
+    def action_log(self) -> None:
+        self.numbers.toggle_log()
+
+    def action_numbers(self) -> None:
+        self.toggle_class("-numbers")
+        self.call_after_refresh(self._show)
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Show heat map and numbers beside each other where both fit."""
+        super().on_resize(event)
+        self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
+
+    def on_heat_map_view_resized(self) -> None:
+        """Ask for as many cells as there is room for now."""
+        self._show()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request was about."""
+
+    tensor: TensorRef
+    moment: tuple[int, str, bool]
+    """Step, phase, and whether the run was paused."""
+    window: Window | None
+
+
+def _ended(snapshot: Snapshot) -> str:
+    state = snapshot.status.state
+    return "been stopped" if state == "stopped" else state
+
+
+def _next_kind(tensors: TensorList, ref: TensorRef) -> TensorRef:
+    same = [each.ref for each in tensors.tensors if each.ref.name == ref.name]
+    if ref not in same:
+        return same[0] if same else ref
+    return same[(same.index(ref) + 1) % len(same)]
+
+
+def _next_name(tensors: TensorList, ref: TensorRef, by: int) -> TensorRef:
+    names = list(dict.fromkeys(each.ref.name for each in tensors.tensors))
+    if ref.name not in names:
+        return ref
+    name = names[(names.index(ref.name) + by) % len(names)]
+    found = [each.ref for each in tensors.tensors if each.ref.name == name]
+    return next((r for r in found if (r.kind, r.key) == (ref.kind, ref.key)), found[0])
