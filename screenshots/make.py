@@ -66,6 +66,7 @@ PICTURES = (
     Picture("dashboard-vit", "vit", step=300),
     Picture("paused-after-backward", paused_after="backward", step=200),
     Picture("exploding", settings=EXPLODING, step=150),
+    Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
     Picture("findings", settings=EXPLODING, step=150, keys=("8",)),
 )
 

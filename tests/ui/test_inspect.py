@@ -198,12 +198,12 @@ async def test_an_answer_to_an_older_request_is_dropped():
         assert "12×20" in text_of(app)
 
 
-async def test_the_parameter_under_the_cursor_opens_with_i():
+async def test_the_parameter_under_the_cursor_opens_with_enter():
     session = fake_gpt()
     app = app_on("parameters", session)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        await pilot.press("down", "i")
+        await pilot.press("down", "enter")
         await until(pilot, lambda: app.current_mode == "inspect", "the inspector")
         assert app.inspected == TensorRef(session.run.info.parameters[1].name)
     app = app_on("dashboard", session)
@@ -213,8 +213,8 @@ async def test_the_parameter_under_the_cursor_opens_with_i():
         name = session.run.info.parameters[2].name
         app.screen.select(name)
         await settle(pilot)
-        assert panel.current_parameter == name
-        await pilot.press("i")
+        assert panel.parameter(panel.current_row) == name
+        await pilot.press("enter")
         await until(pilot, lambda: app.current_mode == "inspect", "the inspector")
         assert app.inspected == TensorRef(name, "gradient")
     assert ListTensors() not in session.inspected

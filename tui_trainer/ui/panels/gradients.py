@@ -281,13 +281,10 @@ class GradientsPanel(VirtualTable):
         if len(places):
             self.move_cursor(int(places[0]))
 
-    @property
-    def current_parameter(self) -> str:
-        """The parameter under the cursor; "" on a module."""
-        row = self.current_row
-        return (
-            self.name_tree.names[row] if row is not None and row < len(self.name_tree.names) else ""
-        )
+    def parameter(self, row: int) -> str:
+        """The name of a parameter; "" for a module."""
+        names = self.name_tree.names
+        return names[row] if row < len(names) else ""
 
     def toggle(self, node: int) -> None:
         """Fold or unfold a module; from then on the panel does not fold by itself."""

@@ -65,8 +65,6 @@ class DashboardScreen(ControlScreen):
                 tooltip="Show the previous panel"),
         Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
                 tooltip="Show the next panel"),
-        Binding("i", "inspect", "Inspect", id="dashboard.inspect", show=False,
-                tooltip="Look into the gradient of the parameter under the cursor"),
         Binding("escape", "clear_filter", "Clear", id="dashboard.clear", show=False,
                 tooltip="Clear the filter"),
     ]  # fmt: skip
@@ -204,14 +202,6 @@ class DashboardScreen(ControlScreen):
     def action_sort(self) -> None:
         self.query_one(GradientsPanel).sort()
 
-    def action_inspect(self) -> None:
-        """Open the gradient of the parameter under the cursor in the inspector."""
-        name = self.query_one(GradientsPanel).current_parameter
-        if name:
-            self.context.show_tensor(TensorRef(name, "gradient"))
-        else:
-            self.notify("put the cursor on a parameter in the gradients", markup=False)
-
     def action_trend(self) -> None:
         """Show the next statistic of Wq, Wk, Wv."""
         self.query_one("#trend-0", TrendChart).cycle_statistic()
@@ -234,9 +224,12 @@ class DashboardScreen(ControlScreen):
         self.query_one(SearchInput).value = ""
 
     def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
-        """Fold or unfold a module in the tree of gradients."""
+        """Fold or unfold a module in the tree of gradients; inspect the gradient of a parameter."""
         if isinstance(message.table, GradientsPanel):
-            message.table.toggle(message.row)
+            if name := message.table.parameter(message.row):
+                self.context.show_tensor(TensorRef(name, "gradient"))
+            else:
+                message.table.toggle(message.row)
 
     def on_virtual_table_sort_requested(self, message: VirtualTable.SortRequested) -> None:
         """Sort by a title that was clicked; a second click restores the model's order."""

@@ -54,7 +54,7 @@ MAX_MATCHES = 200
 ENTRIES = 5
 READING, WAITING = "reading …", "waiting for the end of the current step"
 NO_TENSOR = "no tensor is chosen"
-NO_TENSOR_HINT = "/ lists the tensors; i on a table of parameters opens the one under the cursor"
+NO_TENSOR_HINT = "/ lists the tensors; enter on a parameter of screen 3 opens it"
 
 
 class TensorDialog(ModalScreen[TensorRef | None]):

@@ -87,8 +87,6 @@ class ParametersScreen(DetailScreen):
         Binding("escape", "clear", "Clear", id="parameters.clear", show=False,
                 tooltip="Clear the filter"),
         *CONTROL_BINDINGS,
-        Binding("i", "inspect", "Inspect", id="parameters.inspect",
-                tooltip="Look into the tensor of the parameter under the cursor"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -270,11 +268,10 @@ class ParametersScreen(DetailScreen):
         self._show_summary()
         self._show_selected()
 
-    def action_inspect(self) -> None:
+    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
         """Open the parameter under the cursor in the inspector."""
-        info, row = self.values.info, self.table.current_row
-        if info is not None and row is not None:
-            self.context.show_tensor(TensorRef(info.parameters[row].name))
+        if self.values.info is not None:
+            self.context.show_tensor(TensorRef(self.values.info.parameters[message.row].name))
 
     def action_shift(self, by: int) -> None:
         """Scroll the columns."""
