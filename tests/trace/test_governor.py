@@ -21,6 +21,7 @@ from tui_trainer.trace.governor import (
     Governor,
 )
 from tui_trainer.trace.probe import Options, Probe, Readings
+from tui_trainer.trace.schedule import ProbeSchedule
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -331,3 +332,36 @@ def test_every_clip_names_the_dominant_parameters_at_any_budget():
 def test_without_clipping_gradients_are_measured_every_four_steps_at_least():
     rows = list(small_budget(None).rows("grad_norm"))
     assert max(b - a for a, b in itertools.pairwise(rows)) == 4
+
+
+class WantedOften(Probe):
+    often_in_short_runs = True
+
+
+def test_a_short_run_measures_what_is_wanted_often_several_times():
+    often = ActiveProbe(
+        probe=WantedOften.__new__(WantedOften), tables=[], name="update_ratio", natural=10,
+        every=10, importance=20, max_stretch=32,
+    )  # fmt: skip
+    rare = active_probe(name="spectra", natural=10, every=10, importance=10)
+    governor = Governor(0.01, silent)
+    measured = 0
+    for step in range(300):
+        due = [probe for probe in (often, rare) if step % probe.now == 0]
+        measured += often in due
+        governor.step(due, [often, rare], {probe.name: 50.0 for probe in due}, 2.0)
+    assert rare.now >= 320
+    assert often.now <= 300 / 4
+    assert measured >= 10
+
+
+def test_a_step_before_a_pause_is_measured_in_full():
+    probes = [
+        active_probe(name="grad_norm", natural=1, every=4, importance=50),
+        active_probe(name="heads", natural=0, every=0, importance=10),
+    ]
+    schedule = ProbeSchedule(probes)
+    for stops_soon, expected in ((False, probes[:1]), (False, []), (True, probes[:1]), (False, [])):
+        schedule.begin_step(1, (), stops_soon)
+        assert list(schedule.plan.probes) == expected
+        schedule.end_step()

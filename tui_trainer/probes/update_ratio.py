@@ -39,6 +39,7 @@ class UpdateRatio(Probe):
     first_steps = 5
     importance = 20
     max_stretch = 32
+    often_in_short_runs = True
     owns_readings = True
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:

@@ -20,6 +20,7 @@ class Weights(Probe):
     every = 10
     importance = 30
     max_stretch = 32
+    often_in_short_runs = True
     owns_readings = True
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:

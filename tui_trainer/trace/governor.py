@@ -23,6 +23,8 @@ short steps): something is always measured."""
 RESTORE_BELOW = 0.7
 """A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not oscillate."""
+MIN_MEASUREMENTS = 4
+"""Among the steps so far, of probes that are wanted often in short runs."""
 REPORT_AGAIN = 1.5
 """An exceeded budget is reported again once the cost has changed by this factor."""
 
@@ -134,6 +136,7 @@ class Governor:
                 while (
                     total > room
                     and probe.now < min(limit * probe.unstretched, probe.longest)
+                    and not (probe.probe.often_in_short_runs and self._would_be_rare(2 * probe.now))
                     and probe.mean_ms() > 0.02 * room  # stretching cheap probes gains nothing
                 ):
                     total -= probe.mean_ms() - probe.mean_ms(2 * probe.now)
@@ -146,6 +149,11 @@ class Governor:
                     f"{percent(self.budget, 0)}"
                 )
                 self._on_change([probe], text, "info")
+
+    def _would_be_rare(self, every: int) -> bool:
+        """Whether a cadence leaves less than MIN_MEASUREMENTS among as many steps as have passed:
+        in a run of 300 steps, one in 320 would measure nothing."""
+        return every * MIN_MEASUREMENTS > self._steps
 
     def _restore(self, probes: list[ActiveProbe], total: float, room: float) -> None:
         """Halve one cadence where that fits: watched first, then the most important."""

@@ -149,6 +149,9 @@ class Probe:
     """The governor stretches the less important ones first, and never those of 100 or more."""
     max_stretch: ClassVar[int] = 1024
     """How many times its natural cadence the governor may stretch it."""
+    often_in_short_runs: ClassVar[bool] = False
+    """Whether the governor keeps at least four measurements among the steps so far, whatever the
+    budget."""
     every_forward: ClassVar[bool] = False
     """Whether `before_forward`, `after_forward` and `model_called` are called for every forward of
     a step, not only for the first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from tui_trainer.trace.active_probe import ActiveProbe
+from tui_trainer.trace.probe import Probe
 
 MAX_PLANS = 64
 
@@ -56,6 +57,8 @@ class ProbeSchedule:
         """Follow changed cadences and failed probes."""
         self.working = [probe for probe in self.probes if not probe.failed]
         self._always = 0
+        self._periodic = 0
+        """Those that measure some steps, and any step before a pause."""
         self._sometimes: list[tuple[int, int, int]] = []
         """(cadence, first steps that are all measured, bit)."""
         self._with_clipping = 0
@@ -71,6 +74,8 @@ class ProbeSchedule:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, probe.probe.first_steps, bit))
+                if type(probe.probe).wants is Probe.wants:  # others say so themselves
+                    self._periodic |= bit
             if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit
                 self.clip_readers.append(probe)
@@ -91,7 +96,9 @@ class ProbeSchedule:
         for every, first, bit in self._sometimes:
             if self._steps % every == 0 or self._steps < first:
                 chosen |= bit
-        self._choose(chosen | self._requested(step) if stops_soon else chosen)
+        if stops_soon:  # what the user is about to look at is measured in full
+            chosen |= self._requested(step) | self._periodic
+        self._choose(chosen)
         for probe in self.plan.reading:
             probe.begin_step()
 

@@ -84,7 +84,7 @@ class UpdatesPanel(Panel):
             put_message(rows, text, self.palette.dim)
         figures = self._figures(movers)
         if age := staleness(self.snapshot, tables):
-            figures.append(("", age, self.palette.dim))
+            figures.insert(1, ("", age, self.palette.dim))
         title = self.title_line(size.width, figures)
         return [title, *rows, *self._list(movers, size.width, list_height)]
 
