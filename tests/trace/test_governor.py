@@ -151,7 +151,7 @@ def test_cadence_is_restored_when_cheap_without_oscillating():
     assert governed[0].every == 1
 
 
-def test_nothing_is_restored_over_budget_and_one_warning_is_given():
+def test_nothing_is_restored_over_budget_which_is_said_once():
     """The part that is no matter of choice is over the budget by itself."""
     said: list[tuple[str, str]] = []
     governor = Governor(0.01, lambda of, text, level: said.append((text, level)))
@@ -162,12 +162,12 @@ def test_nothing_is_restored_over_budget_and_one_warning_is_given():
         "overhead exceeds the budget of 1 %: measurements at every step take 0.35 ms, "
         "of a 19.4 ms step"
     )
-    assert said == [(text, "warning")]
+    assert said == [(text, "info")]
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.7}, 20, step_ms=19.4)
-    assert [text for text, _ in said[1:]] == [text.replace("0.35", "0.70")]
+    assert len(said) == 1
     run(governor, [one], {"weight_norm": 0.01, "tracer": 0.01}, 20, step_ms=19.4)
     assert one.every == 10
-    assert all("the budget allows it" in text for text, _ in said[2:])
+    assert all("the budget allows it" in text for text, _ in said[1:])
 
 
 def test_warning_names_the_cost_of_stretchable_probes():

@@ -25,8 +25,6 @@ RESTORE_BELOW = 0.7
 cadences do not oscillate."""
 MIN_MEASUREMENTS = 4
 """Among the steps so far, of probes that are wanted often in short runs."""
-REPORT_AGAIN = 1.5
-"""An exceeded budget is reported again once the cost has changed by this factor."""
 
 OnChange = Callable[[Sequence[ActiveProbe], str, Level], None]
 """Called with the probes whose cadence has changed, a sentence for the log and its level."""
@@ -52,7 +50,7 @@ class Governor:
         self._before_watching: dict[ActiveProbe, int] = {}
         """Cadences from before anything was watched."""
         self._windows_over = 0
-        self._reported_share = 0.0
+        self._reported = False
 
     def step(
         self,
@@ -167,25 +165,23 @@ class Governor:
                     return
 
     def _report_if_exceeded(self, fixed: float, rest: float, step_ms: float) -> None:
-        """Warn after two windows over budget; again only once the cost has changed a lot."""
+        """Say it once, after two windows over budget; again only after the budget was kept."""
         allowed, share = self.budget * step_ms, (fixed + rest) / step_ms
         if fixed + rest <= allowed:
             self._windows_over = 0
             if share < RESTORE_BELOW * self.budget:
-                self._reported_share = 0.0
+                self._reported = False
             return
         self._windows_over += 1
-        reported = self._reported_share
-        unchanged = reported and reported / REPORT_AGAIN <= share <= reported * REPORT_AGAIN
-        if self._windows_over < 2 or unchanged:
+        if self._windows_over < 2 or self._reported:
             return
-        self._reported_share = share
+        self._reported = True
         others = "" if fixed > allowed else f", the others at their longest cadence {rest:.2f} ms"
         text = (
             f"overhead exceeds the budget of {percent(self.budget, 0)}: measurements at every step "
             f"take {fixed:.2f} ms{others}, of a {step_ms:.1f} ms step"
         )
-        self._on_change((), text, "warning")
+        self._on_change((), text, "info")
 
     def _follow_watching(self, probes: Sequence[ActiveProbe]) -> bool:
         """Report what is watched now or no longer. When nothing is watched any more, cadences that

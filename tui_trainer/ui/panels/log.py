@@ -27,7 +27,7 @@ from tui_trainer.protocol.messages import (
     Skipped,
 )
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.protocol.text import strip_escapes, truncate
+from tui_trainer.protocol.text import strip_escapes, truncate, wrap
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 
 Kind = Literal["stdout", "stderr", "events", "clips"]
@@ -219,8 +219,9 @@ class LogView(ScrollingLines):
         self.search_text = ""
         self.wraps = True
         """Whether texts that are longer than their column continue on the next lines."""
-        self._places: list[tuple[int, int]] = []
-        """Line to the index of its entry in `shown` and the part of its text, 0 for the first."""
+        self._places: list[tuple[int, int, str]] = []
+        """Line to the index of its entry in `shown`, its number among the lines of the entry, and
+        its text."""
         self._wrapped_at = 0
         """The width of the column when `_places` was made."""
         self._text_offset = 0
@@ -235,12 +236,17 @@ class LogView(ScrollingLines):
         width = self._text_width()
         if width != self._wrapped_at:
             self._wrapped_at, first = width, 0
-        line = bisect_left(self._places, (first, 0))
+        line = bisect_left(self._places, (first,))
         del self._places[line:]
         for index in range(first, len(self.model.shown)):
-            parts = -(-len(self.model.shown[index].text) // width) if self.wraps else 1
-            parts = min(max(1, parts), MAX_WRAPPED_LINES)
-            self._places += [(index, part) for part in range(parts)]
+            text = self.model.shown[index].text
+            if not self.wraps or len(text) <= width:
+                self._places.append((index, 0, text))
+                continue
+            lines = wrap(text[: MAX_WRAPPED_LINES * width], width)
+            if len(text) > MAX_WRAPPED_LINES * width:
+                lines[-1] = truncate(f"{lines[-1]}{text[-width:]}", width, self.glyphs.ellipsis)
+            self._places += [(index, number, part) for number, part in enumerate(lines)]
         super().lines_changed(line)
         if self.follow:
             self._scroll_to_line(self.max_scroll_y)
@@ -280,7 +286,7 @@ class LogView(ScrollingLines):
         self.found = index
         if index is not None:
             self.set_follow(False)
-            line = bisect_left(self._places, (index, 0))
+            line = bisect_left(self._places, (index,))
             self._scroll_to_line(max(0, line - self.view_size.height // 2))
         self.lines_changed()
 
@@ -292,18 +298,9 @@ class LogView(ScrollingLines):
 
     def line(self, index: int) -> Row:
         """One entry, or a further part of its text."""
-        index, part = self._places[index]
+        index, part, text = self._places[index]
         entry = self.model.shown[index]
-        if self.wraps:
-            width = self._text_width()
-            text = entry.text[part * width :]
-            if part == MAX_WRAPPED_LINES - 1:
-                text = truncate(text, width, self.glyphs.ellipsis)
-            text = text[:width]
-        else:
-            text = truncate(
-                entry.text[self._text_offset :], self._text_width(), self.glyphs.ellipsis
-            )
+        text = truncate(text[self._text_offset :], self._text_width(), self.glyphs.ellipsis)
         if part:
             level_style = "text" if entry.level == "info" else entry.level
             margin = " " * (TIME_WIDTH + STEP_WIDTH + TAG_WIDTH + 3)

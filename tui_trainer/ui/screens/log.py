@@ -59,7 +59,7 @@ class LogScreen(DetailScreen):
                 tooltip="Show only warnings and errors, or everything"),
         Binding("T", "since", "Time", id="log.time", show=False,
                 tooltip="Show the time of day, or the time since the run started"),
-        Binding("z", "wrap", "Wrap", id="log.wrap", show=False,
+        Binding("z", "wrap", "Wrap", id="log.wrap",
                 tooltip="Wrap long lines, or cut them and scroll with left and right"),
         Binding("left", "shift(-1)", "Left", id="log.left", show=False,
                 tooltip="Scroll long lines to the left"),
@@ -130,7 +130,6 @@ class LogScreen(DetailScreen):
         ]
         toggles.append(("follow", "f", "follow", self.view.follow))
         toggles.append(("worst", "w", "warn", lines.warnings_only))
-        toggles.append(("wrap", "z", "wrap", self.view.wraps))
         if lines.text:
             toggles.append(("clear", "/", f"filter “{lines.text}”", True))
         if tuple(toggles) == self._toggles:
@@ -203,7 +202,6 @@ class LogScreen(DetailScreen):
     def action_wrap(self) -> None:
         """Wrap long lines, or cut them."""
         self.view.toggle_wrap()
-        self._show_toggles()
 
     def action_shift(self, by: int) -> None:
         """Scroll long lines sideways."""
