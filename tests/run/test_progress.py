@@ -107,6 +107,16 @@ def test():
     pass
 """
 
+RECURRENT = """
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = torch.nn.LSTM(4, 4), torch.nn.Linear(4, 4)
+    def forward(self, x):
+        return self.head(self.rnn(x.view(x.shape[0], -1, 4))[0]).mean(1)
+model = Model()
+"""
+
 LOOP = """
 for epoch in range(1, 4):
     train()
@@ -204,3 +214,12 @@ def test_a_scripted_loss_can_still_be_compiled_by_torchscript(tmp_path):
     (tmp_path / "train.py").write_text(source)
     done = call("run", "--json", "--name", "r", "train.py", cwd=tmp_path)
     assert "SCRIPTED 1.0" in done.stderr
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_length_of_sequences_is_no_number_of_samples(tmp_path, batch_first):
+    source = HEAD.replace("model = torch.nn.Linear(16, 4)", RECURRENT)
+    source = source.replace("LSTM(4, 4)", f"LSTM(4, 4, batch_first={batch_first})")
+    header, _, _, _ = run(tmp_path, source + "\ndef test(): pass\n" + LOOP)
+    assert header["items_per_step"] == (10 if batch_first else None)
+    assert ("items_per_step" in header["unseen"]) != batch_first

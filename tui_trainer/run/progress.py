@@ -45,6 +45,8 @@ class Progress:
         self._forwards: list[int] = []
         self._calls = 0
         self._batches: set[int] = set()
+        self._may_be_sequences = False
+        """Whether the first dimension of a batch may be a sequence's, for models that take that."""
         self._framework = ""
         tracer.loop = self
         tracer.evaluation.on_result = self._evaluated
@@ -106,6 +108,7 @@ class Progress:
         first = next((v for v in given if isinstance(v, torch.Tensor) and v.dim() > 0), None)
         if first is not None:
             self._batches.add(first.shape[0])
+            self._may_be_sequences |= first.dim() in (2, 3)
 
     def step_completed(self, step: int) -> None:
         """Part of `LoopObserver`."""
@@ -122,10 +125,16 @@ class Progress:
     def _conclude(self) -> None:
         found = length_of(self._samples, self._forwards, self._started_in)
         per_step = self._forwards[1:]
-        items = None
-        if len(self._batches) == 1 and len(set(per_step)) == 1:
+        items, unseen = None, dict(found.unseen)
+        if self._may_be_sequences and any(map(_is_sequence_first, self._tracer.roots)):
+            unseen[ITEMS] = "the model takes sequences first (batch_first=False)"
+        elif len(self._batches) == 1 and len(set(per_step)) == 1:
             items = next(iter(self._batches)) * per_step[0] or None
-        self.report(found.total_steps, found.steps_per_epoch, items, found.unseen)
+        self.report(found.total_steps, found.steps_per_epoch, items, unseen)
+
+
+def _is_sequence_first(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "batch_first", None) is False for module in model.modules())
 
 
 class LoopLength:
