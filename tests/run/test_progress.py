@@ -107,6 +107,16 @@ def test():
     pass
 """
 
+SEVERAL_MODELS = """
+decoder = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD([*model.parameters(), *decoder.parameters()], lr=0.1)
+def train():
+    for data, target in train_loader:
+        optimizer.zero_grad()
+        F.cross_entropy(decoder(model(data)), target).backward()
+        optimizer.step()
+"""
+
 RECURRENT = """
 class Model(torch.nn.Module):
     def __init__(self):
@@ -214,6 +224,13 @@ def test_a_scripted_loss_can_still_be_compiled_by_torchscript(tmp_path):
     (tmp_path / "train.py").write_text(source)
     done = call("run", "--json", "--name", "r", "train.py", cwd=tmp_path)
     assert "SCRIPTED 1.0" in done.stderr
+
+
+def test_of_several_models_the_number_of_samples_is_not_known(tmp_path):
+    source = HEAD + SEVERAL_MODELS + "\ndef test(): pass\n" + LOOP
+    header, _, _, _ = run(tmp_path, source)
+    assert (header["total_steps"], header["items_per_step"]) == (18, None)
+    assert "several models" in header["unseen"]["items_per_step"]
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

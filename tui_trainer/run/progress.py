@@ -126,7 +126,9 @@ class Progress:
         found = length_of(self._samples, self._forwards, self._started_in)
         per_step = self._forwards[1:]
         items, unseen = None, dict(found.unseen)
-        if self._may_be_sequences and any(map(_is_sequence_first, self._tracer.roots)):
+        if len(self._tracer.roots) > 1:
+            unseen[ITEMS] = "several models are called in each step"
+        elif self._may_be_sequences and any(map(_is_sequence_first, self._tracer.roots)):
             unseen[ITEMS] = "the model takes sequences first (batch_first=False)"
         elif len(self._batches) == 1 and len(set(per_step)) == 1:
             items = next(iter(self._batches)) * per_step[0] or None
