@@ -261,6 +261,6 @@ def test_optimizer_that_dies_takes_its_meter_with_it():
             gpt_loop(model, torch.optim.AdamW(model.parameters()), 2)
             del model
             gc.collect()
-        assert tracer.registry.measurers == []
+        assert tracer.registry.measurers == ()
         assert tracer.roots == []
     assert len(recorder.records) == 6

@@ -9,7 +9,7 @@ import numpy as np
 
 from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.absent import to_float32, why_absent
+from tui_trainer.protocol.absent import float32_row, why_absent
 from tui_trainer.trace.norms import norm_of
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
@@ -77,7 +77,7 @@ class ClippingProbe(Probe):
         if scale < 1:
             facts.clip = self._event(hardest, before, scale, facts)
         row = (hardest.max_norm, before, after, scale, hardest.gradient_scale)
-        return (to_float32(np.array(row)),)
+        return (float32_row(row),)
 
     def _event(
         self, clip: ClipMeasurement, before: float, scale: float, facts: StepFacts
@@ -91,9 +91,11 @@ class ClippingProbe(Probe):
                 total = norm_of(norms)
             if 0 < total < math.inf:
                 parts = np.square(norms / total)
-                largest = [i for i in np.argsort(-parts, kind="stable")[:DOMINANT] if parts[i] > 0]
-                parameters = tuple(self.tracked.indices[i] for i in largest)
-                shares = tuple(min(1.0, float(parts[i])) for i in largest)
+                largest = np.argsort(-parts, kind="stable")[:DOMINANT]
+                found = np.minimum(parts[largest], 1.0)
+                count = int(np.count_nonzero(found > 0))
+                shares = tuple(found[:count].tolist())
+                parameters = tuple([self.tracked.indices[i] for i in largest[:count].tolist()])
         limit = clip.max_norm
         return ClipRecord(
             max_norm=0.0 if why_absent(limit) is not None else limit,
@@ -108,11 +110,13 @@ class ClippingProbe(Probe):
     def _norms(self, clip: ClipMeasurement, facts: StepFacts) -> Values | None:
         """Of the gradients that were clipped, before that; 0 for the others."""
         if clip.norms is not None:
-            norms = clip.norms.copy()
+            norms = clip.norms
         elif clip.known and facts.gradient_norms is not None:
             norms = facts.gradient_norms * clip.gradient_scale
         else:
             return None
+        if clip.positions is None and facts.absent_gradients is None:
+            return norms
         clipped = np.ones(len(norms), bool)
         if clip.positions is not None:
             clipped[:] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,10 @@ class NonFiniteProbe(Probe):
         absent: NDArray[np.uint8] | None = None,
     ) -> None:
         if found is None or (absent is not None and absent.all()):
+            return
+        if math.isfinite(np.add.reduce(found)):  # then each of them is
+            self._present.discard(quantity)
+            self._finite_at[quantity] = facts.step
             return
         finite = np.isfinite(found)
         if absent is not None:

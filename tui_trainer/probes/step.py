@@ -8,7 +8,7 @@ import numpy as np
 
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.absent import to_float32
+from tui_trainer.protocol.absent import float32_row
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
 
@@ -32,7 +32,7 @@ class StepProbe(Probe):
             facts.step_ms,
             facts.evaluations,
         )
-        return (to_float32(np.array(row)),)
+        return (float32_row(row),)
 
 
 class PhasesProbe(Probe):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -107,7 +108,23 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 def to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """Values for a row; what float32 cannot hold is absent instead of infinite or zero."""
     size = np.abs(values)
+    # Few calls for what is usual; `fmin` and `fmax` pass over NaNs.
+    if size.size and np.fmin.reduce(size) >= SMALLEST and np.fmax.reduce(size) <= LARGEST:
+        return values.astype(np.float32)
     outside = ((size > LARGEST) & (size < math.inf)) | ((size < SMALLEST) & (size > 0))
     if outside.any():
         values = np.where(outside, absent(Absent.OUT_OF_RANGE), values)
     return values.astype(np.float32)
+
+
+def float32_row(values: Iterable[float]) -> NDArray[np.float32]:
+    """`to_float32` of a few numbers."""
+    return np.array(
+        [v if SMALLEST <= v <= LARGEST or v == 0 or v != v else _held(v) for v in values],
+        np.float32,
+    )
+
+
+def _held(value: float) -> float:
+    size = abs(value)
+    return value if SMALLEST <= size <= LARGEST or size == math.inf else absent(Absent.OUT_OF_RANGE)

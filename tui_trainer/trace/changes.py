@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from math import isfinite
+from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 
 from tui_trainer.trace.step import Returned
 from tui_trainer.trace.torch_private import version_of
 
+SAMPLED_GRADIENTS = 8
+"""Gradients that are looked at before a backward, to see after it whether it has changed any."""
 MAX_WATCHED = 256
 """Parameters whose gradients are checked for changes; of larger models evenly spaced ones."""
 SAMPLED = 64
 """Elements sampled per weight to detect an update by hand."""
 
-Marks = list[tuple[int, int] | None]
-"""(identity, version) of gradients; None where there is none."""
+NO_GRADIENT = id(None)
+NO_VERSION = -1
+
+
+class Marks(NamedTuple):
+    """Identities and versions of gradients; NO_GRADIENT and NO_VERSION where there is none."""
+
+    ids: list[int]
+    versions: list[int]
+
+    def differ_where_present(self, others: Marks) -> bool:
+        """Whether any gradient is another one than in `others`, or has another version."""
+        both = zip(*self, *others, strict=True)
+        return any(a != NO_GRADIENT and (a != b or n != m) for a, n, b, m in both)
 
 
 class GradientMarks:
@@ -28,41 +45,84 @@ class GradientMarks:
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._watched = parameters[:: -(-len(parameters) // MAX_WATCHED)] if parameters else []
         self._all_watched = len(self._watched) == len(parameters)
-        self._known: Marks | None = [None] * len(self._watched)
+        count = len(self._watched)
+        self._nothing = Marks([NO_GRADIENT] * count, [NO_VERSION] * count)
+        self._known: Marks | None = self._nothing
         """Since the last change that is known; None: they may have changed."""
-        self._before_backward: Marks = []
-        self._used: Marks = []
+        self._places: list[int] = []
+        """Of a sample of the gradients that a backward usually gives."""
+        self._choose_sample(range(count))
+        self._before_backward: Marks | None = None
+        """None where the sample had no gradient."""
+        self._last = self._nothing
+        """As they were last looked at."""
+        self._used = self._nothing
         """Of the gradients that the last step used."""
+        self._raised_by_clipping = 0
+        """By how much a clipping by norm raises the version of each gradient; 0: not known."""
 
     def before_backward(self) -> None:
-        self._before_backward = self._current()
+        nothing = all(map(is_, map(_gradient_of, self._sample), repeat(None)))
+        self._before_backward = None if nothing else self._current()
+
+    def _choose_sample(self, places: Sequence[int]) -> None:
+        self._places = list(places[:: -(-len(places) // SAMPLED_GRADIENTS) or 1])
+        self._sample = [self._watched[place] for place in self._places]
 
     def any_kept(self) -> bool:
         """Whether the open backward found gradients that the last step used, judged by three."""
         now, used = self._before_backward, self._used
-        if len(now) != len(used) or not now:
+        if now is None or not now.ids:
             return False
-        places = (0, len(now) // 2, len(now) - 1)
-        return any(now[place] is not None and now[place] == used[place] for place in places)
+        last = len(now.ids) - 1
+        return any(
+            now.ids[place] != NO_GRADIENT
+            and now.ids[place] == used.ids[place]
+            and now.versions[place] == used.versions[place]
+            for place in (0, last // 2, last)
+        )
 
     def reached_by_backward(self) -> bool:
         """Whether the backward that has just ended changed any gradient."""
+        before, last = self._before_backward, self._last
         marks = self._current()
-        reached = marks != self._before_backward
+        if before is not None:
+            reached = marks != before
+        elif marks is self._nothing:
+            reached = False
+        else:
+            reached = True
+            found = list(map(marks.ids.__getitem__, self._places))
+            if NO_GRADIENT in found:
+                self._choose_sample([i for i, each in enumerate(marks.ids) if each != NO_GRADIENT])
+                if found.count(NO_GRADIENT) == len(found):
+                    # Only others have gradients, which may be from before.
+                    reached = marks.differ_where_present(last)
         if reached:
             self._known = marks
         return reached
 
     def changed(self) -> bool:
         """Whether the script has changed gradients since the last change that is known."""
-        return self._known is not None and self._current() != self._known
+        if self._known is None:
+            return False
+        marks = self._current()
+        if marks != self._known:
+            return True
+        self._known = marks
+        return False
 
     def first_changed(self) -> bool:
         """`changed`, judged by the first parameter that had a gradient."""
-        for position, mark in enumerate(self._known or ()):
-            if mark is not None:
+        known = self._known
+        if known is None or known is self._nothing:
+            return False
+        for position, identity in enumerate(known.ids):
+            if identity != NO_GRADIENT:
                 gradient = self._watched[position].grad
-                return gradient is None or (id(gradient), version_of(gradient)) != mark
+                if gradient is None or id(gradient) != identity:
+                    return True
+                return version_of(gradient) != known.versions[position]
         return False
 
     def changed_positions(self) -> list[int] | None:
@@ -70,11 +130,27 @@ class GradientMarks:
         marks, before = self._current(), self._known
         if before is None or not self._all_watched:
             return None
-        return [i for i, (a, b) in enumerate(zip(marks, before, strict=True)) if a != b]
+        both = zip(*marks, *before, strict=True)
+        return [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
 
     def remember(self) -> None:
         """The gradients are now as they should be."""
         self._known = self._current()
+
+    def clipped(self) -> None:
+        """`remember` after a clipping by norm of all of these gradients, which `changed` has looked
+        at before. It multiplies each in place, so that what it does to their versions is known once
+        it was seen."""
+        before, raised = self._known, self._raised_by_clipping
+        if before is not None and raised and self._last is before:
+            self._known = self._last = Marks(before.ids, list(map(raised.__add__, before.versions)))
+            return
+        self.remember()
+        after = self._known
+        if before is not None and after is not None and before.ids == after.ids:
+            by = {b - a for a, b in zip(before.versions, after.versions, strict=True)}
+            whole = len(by) == 1 and NO_GRADIENT not in after.ids
+            self._raised_by_clipping = by.pop() if whole else 0
 
     def forget(self) -> None:
         """The gradients have changed in a way that is known; the next backward marks them."""
@@ -86,19 +162,29 @@ class GradientMarks:
         versions = {
             id(g): version for ref, version in returned.values() if (g := ref()) is not None
         }
-        self._known = [
-            mark and (mark[0], versions.get(mark[0], mark[1])) for mark in self._current()
-        ]
+        marks = self._current()
+        found = [versions.get(*mark) for mark in zip(*marks, strict=True)]
+        self._known = Marks(marks.ids, found)
 
     def use(self) -> None:
         """The optimizer has used the gradients."""
-        self._used = self._known or []
+        self._used = self._known or self._nothing
 
     def _current(self) -> Marks:
-        return [
-            None if (gradient := p.grad) is None else (id(gradient), version_of(gradient))
-            for p in self._watched
-        ]
+        """Called several times in every step, hence without a loop of its own where it can be."""
+        gradients = list(map(_gradient_of, self._watched))
+        ids = list(map(id, gradients))
+        if NO_GRADIENT not in ids:
+            marks = Marks(ids, list(map(version_of, gradients)))
+        elif ids == self._nothing.ids:
+            marks = self._nothing
+        else:
+            marks = Marks(ids, [NO_VERSION if g is None else version_of(g) for g in gradients])
+        self._last = marks
+        return marks
+
+
+_gradient_of = attrgetter("grad")
 
 
 class WeightWatch:

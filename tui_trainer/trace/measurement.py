@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import is_
 from time import perf_counter
 from typing import Any
@@ -48,6 +50,7 @@ from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import TransferPart
 
 NO_SIGNS: frozenset[Sign] = frozenset()
+NONE_FROZEN: frozenset[int] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
@@ -226,11 +229,14 @@ class StepMeasurer:
         self.reading = GradientReading(norms, None, self._why_absent(self.tracked.gradients()))
         self.probes.gradient_norms(norms)
 
-    def after_clipping(self) -> None:
+    def after_clipping(self, clipping: Clipping) -> None:
         """Gradients were clipped by torch."""
         if self.careful:
             self._latest = self.norms_now()
-        self.marks.remember()
+        if clipping.kind == "norm" and clipping.positions[id(self)] is None:
+            self.marks.clipped()
+        else:
+            self.marks.remember()
 
     def refresh_norms(self) -> None:
         """Gradients were unscaled after they were read."""
@@ -344,11 +350,14 @@ class StepMeasurer:
     def _judge(self, norms: Sequence[float]) -> None:
         """Whether float32 sums of squares of such gradients are exact."""
         low, high = COMFORTABLE
-        self._comfortable = all(norm == 0 or low < norm < high for norm in norms)
+        usual = bool(norms) and low < min(norms) and max(norms) < high
+        if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a NaN
+            usual = all(norm == 0 or low < norm < high for norm in norms)
+        self._comfortable = usual
 
     def _why_absent(self, gradients: Sequence[Gradient]) -> NDArray[np.uint8] | None:
-        if not self.tracked.empty and not any(gradient is None for gradient in gradients):
-            self._set_frozen(frozenset())
+        if not self.tracked.empty and not any(map(is_, gradients, repeat(None))):
+            self._set_frozen(NONE_FROZEN)
             return None
         absent = np.zeros(len(gradients), np.uint8)
         for position, (gradient, parameter) in enumerate(
@@ -469,7 +478,8 @@ class StepMeasurer:
             signs.append("kept_gradients")
         if self.eval_forward:
             signs.append("eval_mode")
-        if any(each.cross_entropy and each.cross_entropy.of_softmax for each in self.passes):
+        found = [each.cross_entropy for each in self.passes if each.cross_entropy is not None]
+        if found and any(each.of_softmax for each in found):
             signs.append("softmax_twice")
         return frozenset(signs) if signs else NO_SIGNS
 

@@ -15,6 +15,8 @@ from tui_trainer.trace.torch_private import is_sharded, local, norms_of
 
 SMALL, LARGE = 1e-30, 1e36
 """Outside of these a sum of squares in float32 may have lost digits, underflowed or overflowed."""
+SAFE_SQUARE = 1e-250
+"""Between this and its inverse a sum of squares in float64 has all its digits."""
 
 
 class Norms:
@@ -179,6 +181,9 @@ def norms_before(
 
 def norm_of(values: NDArray[np.float64]) -> float:
     """√Σx² without overflow."""
+    square = float(np.dot(values, values))
+    if SAFE_SQUARE < square < 1 / SAFE_SQUARE:
+        return math.sqrt(square)
     largest = float(np.max(np.abs(values), initial=0.0))
     if largest == 0 or not math.isfinite(largest):
         return largest

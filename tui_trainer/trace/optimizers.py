@@ -77,7 +77,7 @@ class _Entry:
 
 def group_sizes(optimizer: Optimizer) -> tuple[int, ...]:
     """Number of parameters in each group: changes when a group is added."""
-    return tuple(len(group["params"]) for group in optimizer.param_groups)
+    return tuple([len(group["params"]) for group in optimizer.param_groups])
 
 
 class OptimizerRegistry:
@@ -96,6 +96,8 @@ class OptimizerRegistry:
         self._options = options
         self._names = Names(self._is_one_of_several)
         self._entries: dict[int, tuple[weakref.ref[Optimizer], _Entry]] = {}
+        self.measurers: tuple[StepMeasurer, ...] = ()
+        """Of the optimizers that are alive, in order of registration."""
         self._created: list[weakref.ref[Optimizer]] = []
         """Optimizers that exist and are not registered: they may never be used."""
         self._pending: list[weakref.ref[Optimizer]] = []
@@ -114,12 +116,6 @@ class OptimizerRegistry:
         self._phases_unseen: dict[str, str] = {}
         self._loop_unseen: dict[str, str] = {}
         self._by_hand: HandUpdates | None = None
-
-    @property
-    def measurers(self) -> list[StepMeasurer]:
-        """Of the optimizers that are alive, in order of registration."""
-        # A copy first: an optimizer may be freed meanwhile, and another thread may ask.
-        return [entry.measurer for _, entry in list(self._entries.values())]
 
     @property
     def names(self) -> Names:
@@ -159,8 +155,8 @@ class OptimizerRegistry:
         for reference, entry in list(self._entries.values()):
             entry.recount_in -= 1
             optimizer = reference()
-            if optimizer is not None and self._outdated(optimizer, entry):
-                self.measurer_for(optimizer)
+            if optimizer is not None and self._outdated(reference, entry):
+                self._register(optimizer, entry)
 
     def register_reached(self) -> list[StepMeasurer]:
         """After a backward that reached no registered optimizer, or perhaps further ones: register
@@ -184,7 +180,7 @@ class OptimizerRegistry:
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
         """The measurers of the optimizers that update any of these."""
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        return [m for m in self.measurers if any(id(p) in m.tracked.ids for p in given)]
+        return [m for m in self.measurers if not m.tracked.ids.keys().isdisjoint(map(id, given))]
 
     def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
         """None also for updates by hand."""
@@ -221,6 +217,13 @@ class OptimizerRegistry:
             if optimizer is not None and any(id(p) in ids for p in parameters_of(optimizer)):
                 self.measurer_for(unwrapped_optimizer(optimizer))
 
+    def stepping(self, optimizer: Optimizer) -> StepMeasurer:
+        """The measurer of an optimizer, or of the one that it wraps, whose step begins."""
+        known = self._entries.get(id(optimizer))
+        if known is not None and known[0]() is optimizer and not self._outdated(*known):
+            return known[1].measurer
+        return self.measurer_for(unwrapped_optimizer(optimizer))
+
     def measurer_for(self, optimizer: Optimizer) -> StepMeasurer:
         """The measurer of this optimizer. A new one is made on its first appearance, and when the
         parameters that are measured with it have changed."""
@@ -228,11 +231,12 @@ class OptimizerRegistry:
         if known is None or known[0]() is not optimizer:
             return self._register(optimizer, None)
         entry = known[1]
-        return (
-            self._register(optimizer, entry) if self._outdated(optimizer, entry) else entry.measurer
-        )
+        return self._register(optimizer, entry) if self._outdated(*known) else entry.measurer
 
-    def _outdated(self, optimizer: Optimizer, entry: _Entry) -> bool:
+    def _outdated(self, reference: weakref.ref[Optimizer], entry: _Entry) -> bool:
+        optimizer = reference()
+        if optimizer is None:
+            return False
         if entry.structure != self._structure or entry.group_sizes != group_sizes(optimizer):
             return True
         if entry.recount_in <= 0:
@@ -319,15 +323,29 @@ class OptimizerRegistry:
         if before is not None:
             measurer.weights = before.weights and WeightWatch(tracked.parameters)
         elif isinstance(optimizer, Optimizer) and self._by_hand is not None:
-            self._entries.pop(id(self._by_hand), None)  # there is an optimizer after all
+            self._forget(id(self._by_hand))  # there is an optimizer after all
             self._by_hand = None
         if before is None:
             self._structure += bool(self._entries)  # its parameters are no other's any more
             self._created = [r for r in self._created if r() is not optimizer]
-        reference = weakref.ref(optimizer, lambda _: self._entries.pop(key, None))
+        reference = weakref.ref(optimizer, lambda _: self._forget(key))
         self._entries[key] = (reference, _Entry(optimizer, measurer, self._structure))
+        self._list_measurers()
         self._describe()
         return measurer
+
+    def _forget(self, key: int) -> None:
+        """An optimizer is gone, and its measurer with it."""
+        self._entries.pop(key, None)
+        self._list_measurers()
+
+    def _list_measurers(self) -> None:
+        while True:
+            # A copy first: another optimizer may be freed meanwhile, on any thread.
+            entries = list(self._entries.values())
+            self.measurers = tuple(entry.measurer for _, entry in entries)
+            if len(entries) == len(self._entries):
+                return
 
     def _other_modules(self) -> list[torch.nn.Module]:
         """Modules that may own parameters of models that are not called."""
@@ -387,7 +405,7 @@ class OptimizerRegistry:
         """The slot of an optimizer that is gone, where this one replaces it."""
         slot = next((s for s in self._slots if s.vacant and s.fits(optimizer)), None)
         if slot is not None:
-            self._entries.pop(id(slot.optimizer()), None)
+            self._forget(id(slot.optimizer()))
             slot.occupy(optimizer)
             self._names.release()
             text = f"{slot.name} continues with a new model of the same shapes: the last was freed"

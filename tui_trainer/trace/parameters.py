@@ -60,6 +60,7 @@ class TrackedParameters:
         """id(parameter) to position, of the optimizer's own."""
         self.empty = frozenset(i for i, p in enumerate(self.parameters) if not p.numel())
         """Positions of parameters without elements."""
+        self._count = len(self.parameters)
         self.trainable = [p.requires_grad for p in self.parameters]
         self.sharded = any(is_sharded(p) for p in self.parameters)
         """Whether this process holds only shards of them. What is measured of a parameter is then
@@ -79,10 +80,10 @@ class TrackedParameters:
 
     def weight(self, position: int) -> torch.Tensor:
         """The present value of a parameter or a further weight."""
-        count = len(self.parameters)
-        if position < count:
-            return local(self.parameters[position]).detach()
-        return self.further[position - count].read()
+        if position < self._count:
+            parameter = self.parameters[position]
+            return (local(parameter) if self.sharded else parameter).detach()
+        return self.further[position - self._count].read()
 
     def weight_at_start(self, position: int) -> torch.Tensor:
         """What drift is measured from; only to be called before the first step."""

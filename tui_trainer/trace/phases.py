@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -152,7 +152,7 @@ def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Clip:
     """The time of a clip, which goes to the next step of any of its owners."""
 
@@ -268,13 +268,12 @@ class Phases:
         self._in_gate = True
         gate = self._gate
         try:
-            if gate.may_pause_at(PHASES[phase]) or (
-                phase == STEP and gate.has_work_after(self.step)
-            ):
+            name = PHASES[phase]
+            if gate.may_pause_at(name) or (phase == STEP and gate.has_work_after(self.step)):
                 with torch.enable_grad():  # for the work that others do in the gate
-                    gate.reached(PHASES[phase], self.step)
+                    gate.reached(name, self.step)
             else:
-                gate.reached(PHASES[phase], self.step)
+                gate.reached(name, self.step)
         finally:
             self._in_gate = False
             self._after_boundary()
@@ -380,7 +379,9 @@ class Phases:
                 step_ms += clip.wall_ms
             elif clip not in own and not clip.kept:
                 step_ms -= clip.wall_ms
-        self._clips = [replace(c, kept=True) for c in self._clips if c not in own and c.owners]
+        self._clips = [clip for clip in self._clips if clip not in own and clip.owners]
+        for clip in self._clips:
+            clip.kept = True
         self._seen_ever |= self.seen
         self.seen = set()
         self._data_due = True

@@ -72,7 +72,7 @@ class TableSpec:
     """`Table.every`, where it is not the probe's cadence (0: by the clock)."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class ClipMeasurement:
     """One clipping of gradients, on the host. Norms are those that the clipping saw, with any loss
     scale that was still on them."""
@@ -99,7 +99,7 @@ class ClipMeasurement:
     """The script may have changed the gradients by itself: it has where the norms differ."""
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class StepFacts:
     """One step on the host, while its rows are made. Probes run in the order of the registry, so
     that later ones can use what earlier ones have found."""

@@ -136,6 +136,11 @@ class GradScaling:
                 self.add(scaler, before, after)
         del self._losses[:-MAX_KEPT]
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a scaler has scaled anything since the last `update`."""
+        return self._scaler is not None
+
     def unscaled_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """What `loss` was before it was scaled; itself where it was not."""
         for reference, before in self._losses:
@@ -289,7 +294,7 @@ class Header:
         left = values.tolist()
         left.reverse()
 
-        def take(value: Reading | None, default: float = float("nan")) -> float:
+        def take(value: Reading | None, default: float = math.nan) -> float:
             if isinstance(value, torch.Tensor):
                 return float(left.pop())
             return default if value is None else value

@@ -354,8 +354,14 @@ class Tracer:
 
     def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients. Waits for it."""
-        scale = self._scaling.gradient_scale(self.registry.optimizer_of(measurer))
+        scale = self._scale_of(measurer)
         return float(scale) if scale is not None else 1.0
+
+    def _scale_of(self, measurer: StepMeasurer) -> torch.Tensor | None:
+        """The same (0-d), without waiting; None where there is none."""
+        if not self._scaling.in_use:
+            return None
+        return self._scaling.gradient_scale(self.registry.optimizer_of(measurer))
 
     # ------------------------------------------------------------ calls of the model
 
@@ -617,7 +623,7 @@ class Tracer:
             self._pass.returned = {
                 -n: (weakref.ref(g), torch_private.version_of(g)) for n, g in enumerate(leaves)
             }
-        self._close_backward(self.registry.measurers)
+        self._close_backward(list(self.registry.measurers))
         self._phases.after_backward()
         self._phases.leave(OUTSIDE)
 
@@ -778,7 +784,7 @@ class Tracer:
                 norm_after=total_norm(parameters) if kind == "value" else None,
                 total=self._total_before_clip,
                 two_norm=kind == "norm" and float(norm_type) == 2.0,
-                scale=self._scaling.gradient_scale(self.registry.optimizer_of(self._clipping[0])),
+                scale=self._scale_of(self._clipping[0]),
             )
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             for measurer in self._clipping:
@@ -788,7 +794,7 @@ class Tracer:
                 elif kind == "norm":
                     clipping.readings[id(measurer)] = measurer.captured(captured)
                 measurer.clips.append(clipping)
-                measurer.after_clipping()
+                measurer.after_clipping(clipping)
         self._phases.leave(OUTSIDE, owners=tuple(m.slot for m in self._clipping))
 
     def _report_late_clip(self) -> None:
@@ -806,10 +812,8 @@ class Tracer:
         clipping: str = "",
         gradients: list[torch.Tensor | None] | None = None,
     ) -> GradientReading:
-        optimizer = self.registry.optimizer_of(measurer)
         measurer.prepare(self.step, self.gate.stops_soon)
-        scale = self._scaling.gradient_scale(optimizer)
-        return measurer.read_gradients(scale, clipping, gradients)
+        return measurer.read_gradients(self._scale_of(measurer), clipping, gradients)
 
     def _take_unseen_gradients(self) -> None:
         """Gradients that came without any backward that was seen: set by the script, or by code
@@ -867,7 +871,7 @@ class Tracer:
             norm_after=total_of([change.after for change in changes], positions),
             total=None,
             two_norm=True,
-            scale=self._scaling.gradient_scale(self.registry.optimizer_of(changes[0].measurer)),
+            scale=self._scale_of(changes[0].measurer),
             tentative=all(change.tentative for change in changes),
         )
         for change in changes:
@@ -896,7 +900,7 @@ class Tracer:
         self._inner_steps = self._evaluations = 0
         self._evaluated = None
         self._phases.before_step()
-        measurer = self._stepping = self.registry.measurer_for(unwrapped_optimizer(optimizer))
+        measurer = self._stepping = self.registry.stepping(optimizer)
         measurer.prepare(self.step, self.gate.stops_soon)
         if not closure:
             self._take_unseen_gradients()

@@ -26,8 +26,10 @@ from tui_trainer.trace.torch_private import copy_each
 BLOCK_BYTES = 32 * 1024 * 1024
 Source = Callable[[int], torch.Tensor | None]
 """Returns a parameter, or its gradient, by position."""
-SQUARES = [0, 4, 8]
+SQUARES = np.array([0, 4, 8])
 """‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
+OF_BOTH, OF_A, OF_B = np.array([1, 2, 5]), np.array([0, 0, 4]), np.array([4, 8, 8])
+"""⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv among them."""
 
 
 @dataclass
@@ -327,9 +329,9 @@ class Attention(Probe):
         """(layers, 9) → (layers, 3) each: ⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv. A shared head
         counts once for each comparison."""
         return (
-            products[:, [1, 2, 5]],
-            products[:, [0, 0, 4]],
-            products[:, [4, 8, 8]] * self._repeats,
+            products[:, OF_BOTH],
+            products[:, OF_A],
+            products[:, OF_B] * self._repeats,
         )
 
 
