@@ -15,6 +15,7 @@ from tui_trainer.protocol.schema import (
     AttentionInfo,
     Column,
     ParameterInfo,
+    ProcessInfo,
     RunInfo,
     Table,
     attention_columns,
@@ -32,6 +33,7 @@ TABLES = (
     Table(6, schema.ATTENTION_HEALTH, attention_columns(LAYERS, schema.HEALTH_STATISTICS)),
     Table(7, schema.ATTENTION, attention_columns(LAYERS, ("growth",))),
     Table(8, schema.VALIDATION, (Column("loss"),)),
+    *(Table(9 + rank, schema.RANKS, schema.RANK_COLUMNS, rank=rank) for rank in range(3)),
 )
 NO_LOSS = absent(Absent.NO_LOSS)
 
@@ -49,6 +51,8 @@ class Run:
         rules="",
         facts=None,
         total_steps=None,
+        steps_per_epoch=None,
+        ranks=0,
         kinds=RULES,
     ):
         self.faults: list[str] = []
@@ -60,6 +64,8 @@ class Run:
             optimizers=tuple(optimizers),
             facts=facts or {},
             total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            processes=tuple(ProcessInfo(rank, pid=1, state="running") for rank in range(ranks)),
             attention=tuple(
                 AttentionInfo(layer, "separate", "q", "k", "v") for layer in LAYERS if attention
             ),
@@ -97,7 +103,9 @@ class Run:
         signs=(),
         optimizer="",
         classes=None,
+        **further,
     ):
+        """`further`: fields of StepRecord."""
         self.number += 1
         if loss is None:
             loss = 2.3 * 0.99**self.number + 0.01 * self.random.standard_normal() + 0.1
@@ -125,6 +133,7 @@ class Run:
                 nonfinite=tuple(NonFiniteRecord(*each) for each in nonfinite),
                 signs=frozenset(signs),
                 classes=classes,
+                **further,
             )
         )
 
@@ -132,6 +141,14 @@ class Run:
         self.engine.skipped(
             SkipRecord(self.number + 1, 1000.0, reason, "skipped", "", (), loss_scale=loss_scale)
         )
+
+    def ranks(self, *rows):
+        """One row of table `ranks` for each rank, by column; others are absent."""
+        for rank, row in enumerate(rows):
+            values = np.full(len(schema.RANK_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
+            for column, value in row.items():
+                values[schema.RANK_INDEX[column]] = value
+            self.engine.row(9 + rank, self.number, values, 1000.0)
 
     def validate(self, loss):
         self.engine.row(8, self.number, np.array([loss], np.float32), 1000.0)

@@ -9,6 +9,14 @@ import pytest
 
 from tests.findings.synthetic import NAMES, NO_LOSS, Run
 from tui_trainer.findings.rules import RULES
+from tui_trainer.history.records import (
+    BadBatch,
+    BatchRecord,
+    BatchTensor,
+    InitialWeight,
+    UnitsRecord,
+    UnitsShare,
+)
 from tui_trainer.protocol.absent import Absent, absent
 
 nan, inf = math.nan, math.inf
@@ -246,6 +254,168 @@ def memory_growth(bug):
     return run
 
 
+def batch_of(*tensors, broadcast="", workers=0):
+    return BatchRecord(tensors, broadcast, workers)
+
+
+def tensor(role="input", low=-2.0, high=2.0, mean=0.0, std=1.0, **changed):
+    known = {"name": "", "shape": (32, 8), "kind": "float", "classes": 0, "same_rows": False}
+    known |= {"checksum": 1, "left_out": 0}
+    return BatchTensor(role=role, low=low, high=high, mean=mean, std=std, **(known | changed))
+
+
+def of_batches(make):
+    """A run whose steps have the batches of `make(number)`."""
+
+    def case(bug):
+        run = Run(steps_per_epoch=10)
+        for number in range(1, 30):
+            run.step(batch=make(bug, number))
+        return run
+
+    return case
+
+
+def input_scale(bug, number):
+    scale = 70.0 if bug and number > 3 else 0.3
+    return batch_of(tensor("first layer", 0.0, 255.0, scale / 2, scale))
+
+
+def constant_inputs(bug, number):
+    given = tensor(same_rows=bug, checksum=number)
+    return batch_of(given, tensor(low=1.0, high=1.0 if bug else 2.0))
+
+
+def same_batch(bug, number):
+    return batch_of(tensor(checksum=7 if bug else number))
+
+
+def batches_repeat(bug, number):
+    return batch_of(tensor(checksum=number // 2), workers=2 if bug else 0)
+
+
+def constant_labels(bug, number):
+    label = 3.0 if bug else number // 5
+    return batch_of(
+        tensor("target", label, label, name="cross_entropy", classes=10, kind="integer")
+    )
+
+
+def label_range(bug, number):
+    low = -1.0 if bug else 0.0
+    return batch_of(tensor("target", low, 1.0, name="binary_cross_entropy_with_logits"))
+
+
+def loss_broadcasts(bug, number):
+    return batch_of(tensor(checksum=number), broadcast="mse_loss of (8, 1) and (8,)" if bug else "")
+
+
+def bad_batch(bug):
+    run = Run()
+    for number in range(1, 60):
+        bad = BadBatch(40.0, 2.0, -3.0, 900.0, (), ((4, 0.9), (1, 0.02)))
+        run.step(40.0 if number == 40 else None, bad_batch=bad if bug and number == 40 else None)
+    return run
+
+
+def of_units(kind, **changed):
+    def case(bug):
+        run = Run()
+        for number in range(1, 120):
+            share = 0.95 if bug else 0.3
+            units = UnitsRecord((UnitsShare("layer", kind, 64, share),), ())
+            run.step(units=units if number % 75 == 51 else None)
+        return run
+
+    return case
+
+
+def dropout_off(bug):
+    run = Run()
+    for number in range(1, 120):
+        off = ("encoder.dropout",) if bug or number == 26 else ()
+        run.step(units=UnitsRecord((), off) if number % 25 == 1 else None)
+    return run
+
+
+def of_weights(wrong, right):
+    def case(bug):
+        run = Run()
+        for number in range(1, 10):
+            run.step(initial=(wrong if bug else right,) if number == 1 else ())
+        return run
+
+    return case
+
+
+NORMAL = InitialWeight("layer0.weight", 100, 16, 0.1, False, False, "")
+
+
+def of_signs(sign, first):
+    def case(bug):
+        run = Run()
+        for number in range(1, 30):
+            run.step(signs=[sign] if bug and number >= first else [])
+        return run
+
+    return case
+
+
+def schedule_ends(bug):
+    run = Run(total_steps=1000)
+    for number in range(1, 700):
+        run.step(rate=1e-7 if number > (200 if bug else 600) else 1e-3)
+    return run
+
+
+def zero_gradients(bug):
+    run = Run()
+    for number in range(1, 60):
+        gradients = [0.3] * 8
+        if bug or number < 10:
+            gradients[1] = 0.0
+        run.step(gradients=gradients)
+    return run
+
+
+def of_ranks(rows):
+    """A run of three ranks with `rows(bug, number)` after each step."""
+
+    def case(bug):
+        run = Run(ranks=3)
+        for number in range(1, 160):
+            run.step()
+            run.ranks(*rows(bug, number))
+        return run
+
+    return case
+
+
+def clips_alone(bug, number):
+    scale = 0.5 if number % 3 else 1.0
+    alone = bug and number > 4
+    other = {"clip_scale": 1.0 if alone else scale}
+    return {"clip_scale": 0.4 if alone else scale}, other, other
+
+
+def ranks_part(bug, number):
+    if number % 50:
+        return {}, {}, {}
+    equal = {"checksum_high": 5.0, "checksum_low": number}
+    other = {"checksum_high": 6.0, "checksum_low": number}
+    return equal, other if bug and number > 100 else equal, equal
+
+
+def ranks_same_batch(bug, number):
+    weights = {"checksum_high": 1.0, "checksum_low": 1.0}
+    return tuple({**weights, "batch_checksum": 5.0 if bug else rank} for rank in range(3))
+
+
+def straggler(bug, number):
+    times = [30.0, 30.0, 90.0 if bug else 35.0]
+    return tuple({"step_ms": 150.0, "phase_ms.forward": time} for time in times)
+
+
 CASES: dict[str, tuple[Case, int]] = {
     "gradients-kept": (gradients_kept, 2),
     "zeroed-before-step": (zeroed_before_step, 1),
@@ -275,6 +445,32 @@ CASES: dict[str, tuple[Case, int]] = {
     "over-fitting": (over_fitting, 125),
     "input-bound": (input_bound, 11),
     "memory-growth": (memory_growth, 20),
+    "input-scale": (of_batches(input_scale), 4),
+    "constant-inputs": (of_batches(constant_inputs), 1),
+    "same-batch": (of_batches(same_batch), 1),
+    "batches-repeat": (of_batches(batches_repeat), 1),
+    "constant-labels": (of_batches(constant_labels), 1),
+    "label-range": (of_batches(label_range), 1),
+    "loss-broadcasts": (of_batches(loss_broadcasts), 1),
+    "bad-batch": (bad_batch, 40),
+    "dead-units": (of_units("relu"), 1),
+    "saturated-units": (of_units("tanh"), 1),
+    "dropout-off": (dropout_off, 1),
+    "constant-weights": (
+        of_weights(NORMAL._replace(constant=True, same_rows=True), NORMAL._replace(rms=0.2)),
+        1,
+    ),
+    "initial-scale": (of_weights(NORMAL._replace(rms=3.0), NORMAL._replace(rms=0.02)), 1),
+    "untied-weights": (of_weights(NORMAL._replace(equal_to="embedding.weight"), NORMAL), 1),
+    "backward-twice": (of_signs("backward_twice", 3), 3),
+    "schedule-before-step": (of_signs("schedule_first", 2), 2),
+    "train-mode-evaluation": (of_signs("evaluated_in_train_mode", 20), 20),
+    "schedule-ends-early": (schedule_ends, 201),
+    "zero-gradients": (zero_gradients, 1),
+    "clips-alone": (of_ranks(clips_alone), 5),
+    "ranks-part": (of_ranks(ranks_part), 101),
+    "ranks-same-batch": (of_ranks(ranks_same_batch), 1),
+    "straggler": (of_ranks(straggler), 11),
 }
 NEAR = {"loss-diverges": 45, "loss-oscillates": 1, "gradients-explode": 6}
 """Steps by which the onset may be late, where it has to rise out of noise."""

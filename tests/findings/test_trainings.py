@@ -23,6 +23,11 @@ from tui_trainer.trace.tracer import Tracer
 
 def findings_of(train):
     """Train under the tracer; the findings that are warnings or worse."""
+    return [f for f in all_findings_of(train) if f.level != "info"]
+
+
+def all_findings_of(train):
+    """Train under the tracer; every finding."""
     torch.manual_seed(0)
     recorder = Recorder(RunInfo(name="run", task="script"))
     faults = []
@@ -37,7 +42,7 @@ def findings_of(train):
     finally:
         recorder.close()
     assert not faults
-    return [f for f in newest_findings(events) if f.level != "info"]
+    return newest_findings(events)
 
 
 class Net(nn.Module):

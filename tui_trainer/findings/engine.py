@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from tui_trainer.findings.observation import LossTrend, Reader
+from tui_trainer.findings.observation import LossTrend, Reader, Row
 from tui_trainer.findings.rule import Found, Rule
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.settings import RuleSettings
@@ -21,6 +21,8 @@ from tui_trainer.protocol.messages import Finding
 from tui_trainer.protocol.schema import RunInfo
 
 MAX_FINDINGS = 200
+MAX_RANK_STEPS = 64
+"""Steps of which the rows of some ranks may be missing."""
 MAX_UPDATES = 5
 """How many times a finding may be updated."""
 
@@ -41,9 +43,16 @@ class _OptimizerRules:
         self.on_evaluation = [
             rule for rule in rules if type(rule).evaluation is not Rule.evaluation
         ]
+        self.on_ranks = [rule for rule in rules if type(rule).ranks is not Rule.ranks]
 
     def drop(self, rule: Rule) -> None:
-        for rules in (self.rules, self.on_step, self.on_skip, self.on_evaluation):
+        for rules in (
+            self.rules,
+            self.on_step,
+            self.on_skip,
+            self.on_evaluation,
+            self.on_ranks,
+        ):
             if rule in rules:
                 rules.remove(rule)
 
@@ -66,6 +75,8 @@ class FindingsEngine:
         self._reach = {rule.name: rule.reach for rule in rules}
         self._reader = Reader()
         self._by_optimizer: dict[str, _OptimizerRules] = {}
+        self._rank_rows: dict[int, dict[int, Row]] = {}
+        """Step → rank → row, until those of all ranks are there."""
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
         """By number, as they were last reported."""
@@ -105,8 +116,12 @@ class FindingsEngine:
         return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
 
     def row(self, table: int, step: int, values: Floats, time: float) -> list[Finding]:
-        """Evaluate the rules for a row measured outside a step, if it is an evaluation."""
+        """Evaluate the rules for a row measured outside a step, if it is an evaluation or the last
+        of the rows of a step that the processes of a distributed training measure."""
         name, columns = self._reader.table(table)
+        rank = self._reader.rank_of(table)
+        if name == schema.RANKS and rank is not None:
+            return self._rank_row(rank, step, Row(name, columns, values), time)
         if name != schema.VALIDATION or not self._by_optimizer:
             return []
         metrics = {
@@ -118,6 +133,23 @@ class FindingsEngine:
         reports: list[tuple[Rule, Found]] = []
         for rule in tuple(active.on_evaluation):
             self._ask(rule, rule.evaluation, reports, step, metrics)
+        return self._publish(reports, step, time, key) if reports else []
+
+    def _rank_row(self, rank: int, step: int, row: Row, time: float) -> list[Finding]:
+        count = self._reader.facts.ranks
+        if count < 2 or not self._by_optimizer:
+            return []
+        rows = self._rank_rows.setdefault(step, {})
+        rows[rank] = row
+        if len(rows) < count:
+            if len(self._rank_rows) > MAX_RANK_STEPS:
+                del self._rank_rows[min(self._rank_rows)]
+            return []
+        del self._rank_rows[step]
+        key, active = next(iter(self._by_optimizer.items()))
+        reports: list[tuple[Rule, Found]] = []
+        for rule in tuple(active.on_ranks):
+            self._ask(rule, rule.ranks, reports, step, rows)
         return self._publish(reports, step, time, key) if reports else []
 
     # ------------------------------------------------------------ rules

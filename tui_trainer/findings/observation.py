@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import (
+    BadBatch,
+    BatchRecord,
     ClipRecord,
     Floats,
+    InitialWeight,
     NonFiniteRecord,
     Producer,
     Sign,
     SkipRecord,
     StepRecord,
+    UnitsRecord,
 )
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent_mask, why_absent
@@ -94,6 +98,10 @@ class Observation:
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
     producer: Producer | None = None
+    batch: BatchRecord | None = None
+    bad_batch: BadBatch | None = None
+    units: UnitsRecord | None = None
+    initial: tuple[InitialWeight, ...] = ()
 
 
 @dataclass(slots=True)
@@ -124,6 +132,9 @@ class RunFacts:
         self.of_task = False
         """Whether `classes` was declared by the task."""
         self.total_steps: int | None = None
+        self.steps_per_epoch: int | None = None
+        self.ranks = 0
+        """Number of processes of a distributed training."""
         self.device = ""
 
     def update(self, info: RunInfo) -> None:
@@ -135,6 +146,8 @@ class RunFacts:
         self.optimizers = info.optimizers
         self.resumed = info.branch_step is not None
         self.total_steps = info.total_steps
+        self.steps_per_epoch = info.steps_per_epoch
+        self.ranks = sum(not process.label for process in info.processes)
         self.device = info.device.kind if info.device else ""
         classes = info.facts.get("classes", info.facts.get("vocabulary"))
         if isinstance(classes, int) and not isinstance(classes, bool) and classes > 1:
@@ -203,6 +216,7 @@ class Reader:
     def __init__(self) -> None:
         self.facts = RunFacts()
         self._tables: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self._ranks: dict[int, int] = {}
         self._info: RunInfo | None = None
 
     def update(self, info: RunInfo) -> None:
@@ -216,12 +230,17 @@ class Reader:
             table.id: (table.name, tuple(column.name for column in table.columns))
             for table in info.tables
         }
+        self._ranks = {table.id: table.rank for table in info.tables if table.rank is not None}
         for number, entry in self._tables.items():
             if known.get(number) == entry:
                 self._tables[number] = known[number]
 
     def table(self, number: int) -> tuple[str, tuple[str, ...]]:
         return self._tables.get(number, ("", ()))
+
+    def rank_of(self, number: int) -> int | None:
+        """Whose measurements a table `ranks` has."""
+        return self._ranks.get(number)
 
     def observe(self, record: StepRecord) -> Observation:
         seen = Observation(
@@ -232,6 +251,10 @@ class Reader:
             nonfinite=record.nonfinite,
             signs=record.signs,
             producer=record.producer,
+            batch=record.batch,
+            bad_batch=record.bad_batch,
+            units=record.units,
+            initial=record.initial,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:
             self.facts.classes = record.classes

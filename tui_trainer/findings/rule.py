@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts, SkippedStep
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.messages import Confidence, Evidence, Level
 
@@ -78,6 +78,11 @@ class Rule:
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         """An iteration for this optimizer without a step."""
+        return ()
+
+    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+        """The rows of one step of all processes of a distributed training, by rank (given to the
+        rules of the first optimizer)."""
         return ()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> Iterable[Found]:

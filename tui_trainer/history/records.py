@@ -17,11 +17,21 @@ from tui_trainer.protocol.messages import (
 
 Floats = NDArray[np.float32]
 
-Sign = Literal["new_parameters", "kept_gradients", "eval_mode", "softmax_twice"]
+Sign = Literal[
+    "new_parameters",
+    "kept_gradients",
+    "eval_mode",
+    "softmax_twice",
+    "backward_twice",
+    "schedule_first",
+    "evaluated_in_train_mode",
+]
 """What the tracer noticed in a step besides its numbers: it is the first of a new set of
 parameters; its first backward added to gradients that the optimizer's last step had used already;
 its forward ran a model in `eval()` mode that has layers for which that matters; its loss is a
-cross-entropy, which takes a softmax, of a softmax."""
+cross-entropy, which takes a softmax, of a softmax; the same loss was backpropagated twice; a
+scheduler of its optimizer was stepped between its backward and its update; a model with such layers
+was evaluated in `train()` mode before it."""
 
 
 class Producer(NamedTuple):
@@ -67,6 +77,89 @@ class ClipRecord:
     """Loss scale that was still on the gradients; `norm_before` has it too."""
 
 
+TensorRole = Literal["input", "first layer", "target"]
+
+
+class BatchTensor(NamedTuple):
+    """A tensor of a batch: an argument of the model, what its first layer with weights was given,
+    or the target of a loss function. Statistics are of its finite elements."""
+
+    role: TensorRole
+    name: str
+    """Class of the first layer, or name of the loss function."""
+    shape: tuple[int, ...]
+    kind: str
+    """`float`, `integer` or `bool`."""
+    classes: int
+    """Of a target of class indices the number of logits, otherwise 0."""
+    low: float
+    high: float
+    mean: float
+    std: float
+    same_rows: bool
+    """Whether all rows are equal (False for a single one)."""
+    checksum: int
+    left_out: int
+    """Elements that are not finite, or that the loss ignores."""
+
+
+class BatchRecord(NamedTuple):
+    """What the model and the loss function received in one forward."""
+
+    tensors: tuple[BatchTensor, ...]
+    broadcast: str
+    """A loss function and the different shapes of its input and target; "" without."""
+    workers: int
+    """Most worker processes of a DataLoader that the script's variables hold."""
+
+
+class BadBatch(NamedTuple):
+    """The batch of a loss that is far above those before, or not finite."""
+
+    loss: float
+    usual: float
+    """The highest of the losses before."""
+    low: float
+    high: float
+    """Of the finite elements of its first input."""
+    broken_rows: tuple[int, ...]
+    """Rows of the input with values that are not finite, the first ones."""
+    shares: tuple[tuple[int, float], ...]
+    """(row, share of the loss) of the rows with the largest shares, where the loss function can be
+    taken of each row."""
+
+
+class UnitsShare(NamedTuple):
+    """Units of one activation that did not change over several batches."""
+
+    path: str
+    kind: str
+    """`relu` (always 0), `sigmoid` or `tanh` (always at one of its limits)."""
+    units: int
+    share: float
+
+
+class UnitsRecord(NamedTuple):
+    """Activations that were measured over a whole window of steps."""
+
+    layers: tuple[UnitsShare, ...]
+    dropout_off: tuple[str, ...]
+    """Dropout layers in `eval()` mode in a model in `train()` mode."""
+
+
+class InitialWeight(NamedTuple):
+    """A weight matrix before the first step."""
+
+    name: str
+    fan_in: int
+    units: int
+    rms: float
+    constant: bool
+    same_rows: bool
+    equal_to: str
+    """An embedding with equal weights of its own, in which case the rest is not set."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """Everything measured in one optimizer step."""
@@ -88,6 +181,10 @@ class StepRecord:
     """Number of classes, where the loss is seen to be one mean cross-entropy."""
     producer: Producer | None = None
     """Of the value that is not finite, where there is one and its origin was seen."""
+    batch: BatchRecord | None = None
+    bad_batch: BadBatch | None = None
+    units: UnitsRecord | None = None
+    initial: tuple[InitialWeight, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,17 @@ from tui_trainer.probes.attention.heads import AttentionHeads
 from tui_trainer.probes.attention.health import AttentionHealth
 from tui_trainer.probes.attention.spectrum import AttentionSpectrum
 from tui_trainer.probes.attention.weights import Attention
+from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.gradients import Gradients
+from tui_trainer.probes.initial_weights import InitialWeights
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.outputs import OutputSums
 from tui_trainer.probes.overhead import Overhead
 from tui_trainer.probes.replica import ReplicaChecksum
 from tui_trainer.probes.step import PhasesProbe, StepProbe
+from tui_trainer.probes.units import UnitsProbe
 from tui_trainer.probes.update_ratio import UpdateRatio
 from tui_trainer.probes.weights import Weights
 from tui_trainer.trace.probe import Probe
@@ -36,15 +39,23 @@ PROBES: tuple[type[Probe], ...] = (
     PhasesProbe,
     NonFiniteProbe,
     OutputSums,
+    BatchProbe,
+    UnitsProbe,
+    InitialWeights,
     Memory,
     Overhead,
 )
 
-RULE_PROBES: tuple[type[Probe], ...] = (OutputSums,)
+RULE_PROBES: tuple[type[Probe], ...] = (
+    OutputSums,
+    BatchProbe,
+    UnitsProbe,
+    InitialWeights,
+)
 """Those that only rules use."""
 
 RANK_PROBES: tuple[type[Probe], ...] = (
-    *(Gradients, StepProbe, PhasesProbe, NonFiniteProbe, Memory),
+    *(Gradients, StepProbe, ClippingProbe, PhasesProbe, NonFiniteProbe, BatchProbe, Memory),
     ReplicaChecksum,
 )
 """What each further process of a run measures."""

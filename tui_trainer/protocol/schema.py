@@ -280,6 +280,8 @@ RANK_COLUMNS = (
     Column("device_bytes", "bytes"),
     Column("host_bytes", "bytes"),
     *REPLICA_COLUMNS,
+    Column("clip_scale"),  # as in table `clip`
+    Column("batch_checksum"),  # of the bits of its inputs, 24 bits
 )
 """Of the tables `ranks`, one for each process of a run with several."""
 

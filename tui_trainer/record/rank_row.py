@@ -13,6 +13,7 @@ _SOURCES: dict[str, dict[str, str]] = {
     schema.STEP: {"loss": "loss", "grad_norm_preclip": "grad_norm_preclip", "step_ms": "step_ms"},
     schema.PHASE_MS: {phase: f"phase_ms.{phase}" for phase in PHASES},
     schema.MEMORY: {"device_bytes": "device_bytes", "host_bytes": "host_bytes"},
+    schema.CLIP: {"scale": "clip_scale"},
     schema.REPLICA: {column.name: column.name for column in schema.REPLICA_COLUMNS},
 }
 """Table to its columns, and where they are in a row of `ranks`."""
@@ -29,4 +30,7 @@ def rank_row(tables: tuple[Table, ...], record: StepRecord) -> Floats:
         for column, value in zip(table.columns, values, strict=True):
             if column.name in source:
                 row[schema.RANK_INDEX[source[column.name]]] = value
+    if record.batch is not None:
+        inputs = [each.checksum for each in record.batch.tensors if each.role == "input"]
+        row[schema.RANK_INDEX["batch_checksum"]] = hash(tuple(inputs)) & 0xFFFFFF
     return row

@@ -51,6 +51,8 @@ KEPT = 256
 """Losses on a device that are summed at once."""
 LOSS_MODULES = ("torch.nn.functional", "torch.nn.modules.loss")
 
+OnTrainingLoss = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, Any], Any], object]
+"""(torch's function, its name, args, kwargs, result)"""
 OnResult = Callable[[int, "torch.Tensor | float", int], None]
 """(completed steps, mean loss, number of losses)"""
 
@@ -72,8 +74,12 @@ class EvaluationLosses:
         self.on_ambiguous: Callable[[int], None] = _ignore
         """Called in place of it, with the number of completed steps, where several losses are
         computed: which of them is *the* loss is the script's own business."""
+        self.on_training_loss: OnTrainingLoss | None = None
+        """Called with every scalar loss that is computed with gradients."""
         self.muted = False
         """Whether a framework reports its own results."""
+        self.losses_computed = 0
+        """In the last evaluation."""
         self._open = False
         self._step = 0
         self._trained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -95,8 +101,6 @@ class EvaluationLosses:
 
     def install(self) -> None:
         """Listen to the loss functions."""
-        if self.on_result is None:
-            return
         for name in LOSS_FUNCTIONS:
             original = getattr(functional, name, None)
             if original is not None:
@@ -137,6 +141,7 @@ class EvaluationLosses:
             return
         self._open = False
         count, places, on_result = self._count, len(self._places), self.on_result
+        self.losses_computed = count
         mean = self._mean() if count and places == 1 else None
         self._reset()
         if mean is not None and on_result is not None and not self.muted:
@@ -158,7 +163,14 @@ class EvaluationLosses:
 
         def loss(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if torch.compiler.is_compiling() or not self._open:
+            if torch.compiler.is_compiling():
+                return result
+            listener = self.on_training_loss
+            if listener is not None and not self._open and torch.is_grad_enabled():
+                if get_ident() == observer.training_thread:
+                    listener(original, name, args, kwargs, result)
+                return result
+            if not self._open:
                 return result
             if torch.is_grad_enabled() and not self._with_gradients:
                 return result
@@ -201,6 +213,33 @@ class EvaluationLosses:
             before = self._device_sum
             self._device_sum = total if before is None else before + total
             self._on_device = []
+
+
+USUAL_DISTANCE = 5
+"""Steps between two evaluations from which calls without gradients are taken for one: a GAN calls
+its generator so in every iteration."""
+
+
+class EvaluationModes:
+    """Calls without gradients, between two steps, of models in `train()` mode that have layers for
+    which that matters."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._last = -USUAL_DISTANCE
+
+    def evaluated(self) -> None:
+        """A model was called so."""
+        self._calls += 1
+
+    def in_train_mode(self, step: int, losses: int) -> bool:
+        """At the end of a step: whether there was an evaluation before it, of several calls or with
+        `losses`."""
+        calls, self._calls = self._calls, 0
+        if not calls:
+            return False
+        last, self._last = self._last, step
+        return step - last > USUAL_DISTANCE and (calls > 1 or losses > 0)
 
 
 def _ignore(step: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Producer, Sign, StepRecord
+from tui_trainer.history.records import Sign, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.trace.active_probe import ActiveProbe
@@ -123,6 +123,8 @@ class StepMeasurer:
         """Whether the first of the passes added to gradients that a step had used already."""
         self.eval_forward = False
         """Whether the model was called in `eval()` mode for this step."""
+        self.schedule_first = False
+        """Whether a scheduler was stepped between backward and the optimizer's step."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
@@ -457,7 +459,8 @@ class StepMeasurer:
         completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
         completed.classes = self._classes()
-        completed.producer = self._producer()
+        completed.producer = next((p.producer for p in self.passes if p.producer), None)
+        completed.bad_batch = next((p.bad_batch for p in self.passes if p.bad_batch), None)
         self.marks.use()
         self._steps += 1
         self._forget()
@@ -481,6 +484,10 @@ class StepMeasurer:
         found = [each.cross_entropy for each in self.passes if each.cross_entropy is not None]
         if found and any(each.of_softmax for each in found):
             signs.append("softmax_twice")
+        if self.schedule_first:
+            signs.append("schedule_first")
+        if any(each.repeated for each in self.passes):
+            signs.append("backward_twice")
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:
@@ -491,11 +498,8 @@ class StepMeasurer:
         losses = sum(len(each.losses) for each in self.passes)
         return found.classes if losses == 1 or found.divided else None
 
-    def _producer(self) -> Producer | None:
-        return next((each.producer for each in self.passes if each.producer is not None), None)
-
     def _forget(self) -> None:
-        self.eval_forward = self.kept_gradients = False
+        self.eval_forward = self.kept_gradients = self.schedule_first = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
@@ -577,6 +581,10 @@ class StepMeasurer:
             signs=step.signs,
             classes=step.classes,
             producer=merged(facts.producer, step.producer),
+            batch=facts.batch,
+            bad_batch=step.bad_batch,
+            units=facts.units,
+            initial=facts.initial,
         )
         return record, facts, spent
 

@@ -16,12 +16,15 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import (
+    BatchRecord,
     ClipRecord,
     Floats,
+    InitialWeight,
     NonFiniteRecord,
     Producer,
     SkipRecord,
     StepRecord,
+    UnitsRecord,
 )
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import (
@@ -132,6 +135,9 @@ class StepFacts:
     clip: ClipRecord | None = None
     nonfinite: list[NonFiniteRecord] = field(default_factory=list)
     producer: Producer | None = None
+    batch: BatchRecord | None = None
+    units: UnitsRecord | None = None
+    initial: tuple[InitialWeight, ...] = ()
 
 
 class Probe:

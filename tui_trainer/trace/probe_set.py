@@ -159,7 +159,8 @@ class ProbeSet:
 
     def after_forward(self) -> None:
         with probe_context(self._tracked.device):
-            for probe in self.schedule.plan.after_forward:
+            # In the reverse order of what they replaced.
+            for probe in reversed(self.schedule.plan.after_forward):
                 self._call(probe, probe.probe.after_forward)
 
     def loss_called(

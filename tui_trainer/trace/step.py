@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Producer, Sign, SkipRecord, StepRecord
+from tui_trainer.history.records import BadBatch, Producer, Sign, SkipRecord, StepRecord
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
@@ -96,6 +96,9 @@ class BackwardPass:
     """Set for some of the passes."""
     producer: Producer | None = None
     """Of the loss, where that is seen not to be finite."""
+    bad_batch: BadBatch | None = None
+    repeated: bool = False
+    """Whether one of the losses was backpropagated before, into the same gradients."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: Returned = field(default_factory=dict)
@@ -218,6 +221,7 @@ class CompletedStep:
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
     producer: Producer | None = None
+    bad_batch: BadBatch | None = None
     """As in `StepRecord`."""
 
     def facts(self, header: Values) -> StepFacts:

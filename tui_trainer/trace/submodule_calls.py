@@ -26,52 +26,73 @@ class SubmoduleCalls:
 
     def __init__(self, called: OnCall, returned: OnReturn) -> None:
         """Both are called on the training thread; neither may change anything."""
-        self._called = called
-        self._returned = returned
-        self._original: Callable[..., Any] | None = None
-        self._ours: Callable[..., Any] | None = None
+        self.called = called
+        self.returned = returned
+        self.thread = 0
+        """Identity of the thread whose calls are reported."""
         self.fault: Exception | None = None
         """What a callback raised: the rest of the forward is not observed."""
 
     def begin(self, root: torch.nn.Module) -> bool:
         """The forward of `root` begins; False where it cannot be observed."""
-        if self._original is not None or any(is_compiled(module) for module in root.modules()):
+        if any(is_compiled(module) for module in root.modules()):
             return False
-        original: Callable[..., Any] = torch.nn.Module.__call__
-        thread = get_ident()
-        called, returned = self._called, self._returned
-        self.fault = None
-
-        def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if (
-                self._ours is None
-                or self.fault is not None
-                or get_ident() != thread
-                or torch.compiler.is_compiling()
-            ):
-                return original(module, *args, **kwargs)
-            try:
-                called(module, args, kwargs)
-            except Exception as fault:
-                self.fault = fault
-            result = original(module, *args, **kwargs)
-            if self.fault is None:
-                try:
-                    returned(module, result)
-                except Exception as fault:
-                    self.fault = fault
-            return result
-
-        self._original, self._ours = original, __call__
-        torch.nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        self.fault, self.thread = None, get_ident()
+        _replacement.add(self)
         return True
 
     def end(self) -> None:
         """The forward is over, or nothing more has to be observed."""
-        if self._original is not None:
+        _replacement.discard(self)
+
+
+class _Replacement:
+    """The function in place of `torch.nn.Module.__call__`, one for all that observe calls."""
+
+    def __init__(self) -> None:
+        self._observers: tuple[SubmoduleCalls, ...] = ()
+        self._original: Callable[..., Any] | None = None
+        self._ours: Callable[..., Any] | None = None
+
+    def add(self, observer: SubmoduleCalls) -> None:
+        if observer not in self._observers:
+            self._observers = (*self._observers, observer)
+        if self._ours is None:
+            self._original = torch.nn.Module.__call__
+            self._ours = self._function(self._original)
+            torch.nn.Module.__call__ = self._ours  # type: ignore[method-assign]
+
+    def discard(self, observer: SubmoduleCalls) -> None:
+        self._observers = tuple(each for each in self._observers if each is not observer)
+        if not self._observers and self._ours is not None:
             if torch.nn.Module.__call__ is self._ours:
-                torch.nn.Module.__call__ = self._original  # type: ignore[method-assign]
+                torch.nn.Module.__call__ = self._original  # type: ignore[method-assign, assignment]
             self._original = self._ours = None
+
+    def _function(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self._observers or torch.compiler.is_compiling():
+                return original(module, *args, **kwargs)
+            thread = get_ident()
+            for each in self._observers:
+                if each.thread == thread and each.fault is None:
+                    try:
+                        each.called(module, args, kwargs)
+                    except Exception as fault:
+                        each.fault = fault
+            result = original(module, *args, **kwargs)
+            for each in self._observers:
+                if each.thread == thread and each.fault is None:
+                    try:
+                        each.returned(module, result)
+                    except Exception as fault:
+                        each.fault = fault
+            return result
+
+        return __call__
+
+
+_replacement = _Replacement()
 
 
 def tensors_in(value: Any, depth: int = MAX_DEPTH) -> list[torch.Tensor]:

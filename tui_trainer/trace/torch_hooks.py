@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler, OneCycleLR
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -75,6 +76,7 @@ class TorchEvents(Protocol):
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None: ...
     def gradients_unscaled(self, optimizer: Optimizer) -> None: ...
     def scaler_updated(self) -> None: ...
+    def schedule_stepped(self, optimizer: Optimizer) -> None: ...
 
 
 class TorchHooks:
@@ -91,6 +93,7 @@ class TorchHooks:
         self._wrap_clipping()
         self._wrap_scaler()
         self._wrap_functional()
+        self._wrap_schedulers()
         self._handles = [*self._hook_optimizers(), *self._hook_modules()]
 
     def remove(self) -> None:
@@ -232,6 +235,23 @@ class TorchHooks:
         replace(torch.Tensor, "backward", copy_metadata(method, tensor_backward))
         replace(torch.autograd, "backward", copy_metadata(function, autograd_backward))
         replace(torch.autograd, "grad", copy_metadata(grad, autograd_grad))
+
+    def _wrap_schedulers(self) -> None:
+        events, ignored = self._events, self._ignored
+        for kind in (LRScheduler, CosineAnnealingWarmRestarts, OneCycleLR):
+            if "step" not in vars(kind):
+                continue
+            original: Callable[..., None] = kind.step
+
+            def step(
+                self: Any, *args: Any, _original: Callable[..., None] = original, **kwargs: Any
+            ) -> None:
+                _original(self, *args, **kwargs)
+                optimizer = getattr(self, "optimizer", None)
+                if isinstance(optimizer, Optimizer) and not ignored():
+                    events.schedule_stepped(optimizer)
+
+            self._patches.replace(kind, "step", copy_metadata(step, original))
 
     def _wrap_functional(self) -> None:
         for name, has_value in (("grad", False), ("grad_and_value", True)):

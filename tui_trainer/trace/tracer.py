@@ -33,7 +33,8 @@ from torch.optim.optimizer import Optimizer
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
-from tui_trainer.trace.evaluation import EvaluationLosses
+from tui_trainer.trace.bad_batch import BadBatches
+from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.measurement import HandChange, StepMeasurer
@@ -157,6 +158,9 @@ class Tracer:
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
         self._scaling = GradScaling()
+        self._modes = EvaluationModes()
+        self._bad_batches = BadBatches()
+        self._last_loss: weakref.ref[torch.Tensor] | None = None
         self._origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
         self._pass: BackwardPass | None = None
         """The open backward."""
@@ -192,6 +196,7 @@ class Tracer:
         self.training_thread = threading.get_ident()
         self._hooks.install()
         self.evaluation.install()
+        self.evaluation.on_training_loss = self.loss_called
         self._origins.install()
         self._roots.search()
         self.gate.hooks.pausing = self._reporter.report
@@ -420,6 +425,8 @@ class Tracer:
         self._end_step_by_hand()
         if not self._within_iteration:
             self.evaluation.call_began(module, self.step - 1)
+            if module.training and depends_on_mode(module):
+                self._modes.evaluated()
         self._phases.stop_clock()
 
     @guarded
@@ -441,6 +448,7 @@ class Tracer:
         self.evaluation.trains(module)
         if self.loop is not None:
             self.loop.model_called(args, kwargs)
+        self._bad_batches.model_called(args, kwargs)
         self.registry.search_further_roots()
         if self.gate.may_pause_at("data"):
             self._reporter.keep_inputs(args, kwargs)
@@ -511,12 +519,47 @@ class Tracer:
         if self.optimizer_steps < GRAPHS_READ and len(scalars) == 1:
             self._pass.cross_entropy = torch_private.cross_entropy_of(scalars[0])
         if scalars:
-            self._pass.producer = self._origins.producer_of(scalars)
+            self._look_at_losses(self._pass, scalars)
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
             measurer.before_backward()
         self._phases.run()
         return True
+
+    def _look_at_losses(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
+        """What about these losses can be seen only now."""
+        backward.producer = self._origins.producer_of(scalars)
+        backward.bad_batch = self._bad_batches.look_at(scalars[0]) if len(scalars) == 1 else None
+        last = self._last_loss() if self._last_loss is not None else None
+        previous = self._last_pass
+        waiting = previous is not None and not previous.used and bool(previous.claims)
+        backward.repeated = last is scalars[0] and waiting
+        self._last_loss = weakref.ref(scalars[0])
+
+    @guarded
+    def loss_called(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        """A loss function was called with gradients."""
+        if not isinstance(result, torch.Tensor) or result.dim():
+            return
+        self._bad_batches.loss_called(function, name, args, kwargs)
+        for measurer in self.registry.measurers:
+            if measurer.probes.schedule.plan.loss_called:
+                measurer.probes.loss_called(name, args, kwargs, result)
+
+    @guarded
+    def schedule_stepped(self, optimizer: Optimizer) -> None:
+        """A scheduler has changed the learning rate of `optimizer`."""
+        optimizer = unwrapped_optimizer(optimizer)
+        for measurer in self.registry.measurers:
+            if measurer.passes and self.registry.optimizer_of(measurer) is optimizer:
+                measurer.schedule_first = True
 
     @guarded
     def backward_ended(self) -> None:
@@ -561,6 +604,9 @@ class Tracer:
             and not (last.used or last.returned or backward.returned)
         ):
             last.add(backward.losses)
+            last.repeated = last.repeated or backward.repeated
+            last.producer = last.producer or backward.producer
+            last.bad_batch = last.bad_batch or backward.bad_batch
             backward = last
         self._last_pass = backward
         for measurer in reached:
@@ -997,6 +1043,8 @@ class Tracer:
             evaluations=evaluations,
         )
         completed = measurer.after_update(outcome)
+        if self._modes.in_train_mode(self.step, self.evaluation.losses_computed):
+            completed.signs |= {"evaluated_in_train_mode"}
         if measurer.trainable_changed:
             measurer.trainable_changed = False
             self.registry.update_trainable(measurer)

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from tui_trainer.findings.rule import Rule
 from tui_trainer.findings.rules.attention import AttentionEntropy, AttentionLogits
+from tui_trainer.findings.rules.batch import (
+    BadBatchRule,
+    BatchesRepeat,
+    ConstantInputs,
+    ConstantLabels,
+    InputScale,
+    LabelRange,
+    LossBroadcasts,
+    SameBatch,
+)
 from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedToNothing
 from tui_trainer.findings.rules.coverage import (
     EvaluationMode,
@@ -11,9 +21,17 @@ from tui_trainer.findings.rules.coverage import (
     NeverReached,
     NoGradients,
     NotInOptimizer,
+    ZeroGradients,
 )
 from tui_trainer.findings.rules.gradients import GradientsExplode, GradientsVanish
+from tui_trainer.findings.rules.initialisation import ConstantWeights, InitialScale, UntiedWeights
 from tui_trainer.findings.rules.learning_rate import LearningRateJump, LearningRateZero, NoWarmUp
+from tui_trainer.findings.rules.loop import (
+    BackwardTwice,
+    ScheduleEnds,
+    ScheduleFirst,
+    TrainModeEvaluation,
+)
 from tui_trainer.findings.rules.loss import (
     InitialLoss,
     LossDiverges,
@@ -23,7 +41,9 @@ from tui_trainer.findings.rules.loss import (
     SoftmaxTwice,
 )
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
+from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
 from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
+from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits
 from tui_trainer.findings.rules.update_ratio import UpdateRatioHigh, UpdateRatioLow
 from tui_trainer.findings.rules.zero_grad import GradientsKept, ZeroedBeforeStep
 
@@ -34,15 +54,34 @@ RULES: tuple[type[Rule], ...] = (
     NotInOptimizer,
     NeverReached,
     MostlyFrozen,
+    BackwardTwice,
+    ScheduleFirst,
     EvaluationMode,
+    DropoutOff,
+    TrainModeEvaluation,
+    ConstantInputs,
+    InputScale,
+    SameBatch,
+    BatchesRepeat,
+    ConstantLabels,
+    LabelRange,
+    LossBroadcasts,
+    BadBatchRule,
+    ConstantWeights,
+    InitialScale,
+    UntiedWeights,
     SoftmaxTwice,
     LearningRateZero,
+    ScheduleEnds,
     LearningRateJump,
     NoWarmUp,
     UpdateRatioHigh,
     UpdateRatioLow,
     GradientsVanish,
     GradientsExplode,
+    DeadUnits,
+    SaturatedUnits,
+    ZeroGradients,
     ClippedToNothing,
     AlwaysClipped,
     LossScale,
@@ -54,6 +93,10 @@ RULES: tuple[type[Rule], ...] = (
     LossOscillates,
     NoProgress,
     OverFitting,
+    ClipsAlone,
+    RanksPart,
+    RanksSameBatch,
     InputBound,
+    Straggler,
     MemoryGrowth,
 )

@@ -172,6 +172,69 @@ class NeverReached(Rule):
         )  # fmt: skip
 
 
+class ZeroGradients(Rule):
+    """Parameters whose gradient is exactly zero."""
+
+    name = "zero-gradients"
+    title = "gradients are exactly zero"
+    needs = "the gradients of twenty steps"
+    explanation = (
+        "Backward reaches these parameters, and their gradient is exactly 0 at every step: what "
+        "they compute is multiplied by zero, or passes a unit whose slope is zero. Usual causes "
+        "are dead ReLUs, weights that start at zero on both sides of a layer, a mask that hides "
+        "everything, and rounding or comparisons, which have no slope."
+    )
+    next = "follow the output of this layer in forward to where its gradient ends"
+    source = "zero gradients are a symptom of DeepDiagnosis (Wardat et al., ICSE 2022)"
+    thresholds = (RuleThreshold("steps", 20, "measured steps in a row"),)
+    explained_by = ("dead-units", "constant-weights", "saturated-units", "label-range")
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._counts = np.zeros(0, np.int64)
+        self._first = 0
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.gradients
+        if row is None or self._done:
+            return
+        if row.names is not self._names:
+            self._names, self._first = row.names, seen.step
+            self._counts = np.zeros(len(row.names), np.int64)
+        zero = row.values == 0
+        if not self._counts.any() and self._first != seen.step and not zero.any():
+            self._done = True  # it is so from the start or not at all
+            return
+        self._counts = np.where(zero, self._counts + 1, -(1 << 60))
+        if self._counts.max(initial=0) < self.limits["steps"]:
+            return
+        self._done = True
+        names = [
+            name
+            for name, count in zip(row.names, self._counts.tolist(), strict=True)
+            if count >= self.limits["steps"]
+            and (info := self.facts.parameters.get(name)) is not None
+            and info.optimizer
+            and info.trainable
+            and info.numel
+        ]
+        if not names or not (row.finite & ~zero).any():
+            return
+        yield Found(
+            self._first,
+            f"the gradient of {named(names)} is exactly 0 at every step",
+            confidence="certain",
+            phase="backward",
+            parameters=tuple(names[:16]),
+            evidence=(
+                evidence("parameters with a gradient of exactly 0", len(names), high=0,
+                         table="grad_norm", column=names[0], text=str(len(names))),
+            ),
+        )  # fmt: skip
+
+
 class NoGradients(Rule):
     """The optimizer steps, and none of its parameters has a gradient."""
 

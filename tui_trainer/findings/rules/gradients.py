@@ -126,6 +126,8 @@ class GradientsExplode(_Depth):
         RuleThreshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
     )
     explained_by = (
+        "input-scale",
+        "initial-scale",
         "gradients-kept",
         "update-ratio-high",
         "learning-rate-jump",

@@ -45,6 +45,9 @@ class NonFiniteRule(Rule):
     )
     source = "IEEE 754; order of backward as in PyTorch's autograd mechanics notes"
     explained_by = (
+        "input-scale",
+        "initial-scale",
+        "label-range",
         "gradients-kept",
         "update-ratio-high",
         "learning-rate-jump",

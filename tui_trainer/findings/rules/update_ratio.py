@@ -64,7 +64,14 @@ class UpdateRatioHigh(_UpdateRatio):
             "at_once", 0.7, "median at which one measurement is enough if the loss rises"
         ),
     )
-    explained_by = ("gradients-kept", "learning-rate-jump", "no-warm-up", "initial-loss")
+    explained_by = (
+        "input-scale",
+        "initial-scale",
+        "gradients-kept",
+        "learning-rate-jump",
+        "no-warm-up",
+        "initial-loss",
+    )
 
     WATCHED = 50
     """Steps after a high ratio in which the loss is watched."""

@@ -1,0 +1,428 @@
+"""Inputs and targets: their scale, whether they vary, and batches that stand out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.history.records import BadBatch, BatchRecord, BatchTensor
+from tui_trainer.protocol.formatting import percent
+from tui_trainer.protocol.messages import Level
+
+
+def _of_role(batch: BatchRecord, role: str) -> list[BatchTensor]:
+    return [tensor for tensor in batch.tensors if tensor.role == role]
+
+
+class InputScale(Rule):
+    """Inputs that are far from zero mean and unit variance."""
+
+    name = "input-scale"
+    title = "the inputs are not normalised"
+    needs = "the inputs of three steps, and a first layer that is linear or a convolution"
+    explanation = (
+        "The first layer with weights is given numbers that are far larger, or far smaller, than "
+        "about 1. Its outputs and gradients have that scale too: a learning rate that suits the "
+        "other layers does not suit it, and the loss starts high or hardly moves. A first layer "
+        "that normalises its input, or an embedding, is not judged, and neither is what the model "
+        "itself divides before its first layer."
+    )
+    next = (
+        "subtract the mean and divide by the standard deviation of the training data (for images: "
+        "divide by 255 first)"
+    )
+    source = (
+        "LeCun, Bottou, Orr & Müller, Efficient BackProp (1998), normalizing the inputs; "
+        "unnormalised data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    )
+    thresholds = (
+        RuleThreshold("high", 20, "larger of |mean| and standard deviation"),
+        RuleThreshold("low", 0.001, "the same, of inputs that are too small"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.batch is None:
+            return
+        given = _of_role(seen.batch, "first layer")
+        if not given:
+            return
+        first = given[0]
+        scale = max(abs(first.mean), first.std)
+        large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
+        if self._streak.add(large or small, seen.step) < 3:
+            return
+        self._reported = True
+        whole = any(each.kind != "float" for each in _of_role(seen.batch, "input"))
+        yield Found(
+            self._streak.onset,
+            f"the first layer is given numbers from {first.low:.4g} to {first.high:.4g} (mean "
+            f"{first.mean:.3g}, standard deviation {first.std:.3g})"
+            + (", converted from integers" if whole else ""),
+            phase="data",
+            evidence=(
+                evidence("scale of the inputs", scale, self.limits["low"], self.limits["high"]),
+            ),
+        )
+
+
+class ConstantInputs(Rule):
+    """Every example of a batch is the same."""
+
+    name = "constant-inputs"
+    title = "the inputs are constant"
+    level = "error"
+    needs = "the inputs of three steps"
+    explanation = (
+        "All examples of a batch are equal, or all numbers in it are: the model can learn nothing "
+        "from its input but a constant. Usually the data was overwritten, cropped to nothing, "
+        "divided as integers, or indexed by the same number."
+    )
+    next = "print a batch where it is made, and again just before the model is called"
+    source = "unexpected constant data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.batch is None:
+            return
+        inputs = _of_role(seen.batch, "input")
+        holds = bool(inputs) and all(
+            each.same_rows or (math.prod(each.shape) > 1 and each.low == each.high)
+            for each in inputs
+        )
+        count = self._streak.add(holds, seen.step)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        first = inputs[0]
+        what = (
+            f"all its numbers are {first.low:.4g}"
+            if first.low == first.high
+            else f"its {first.shape[0]} examples are equal"
+        )
+        yield Found(
+            self._streak.onset,
+            f"the input of the model is constant since step {self._streak.onset:,}: {what}",
+            confidence="certain",
+            phase="data",
+            evidence=(evidence("steps with a constant input", count, high=0, text=str(count)),),
+        )
+
+
+class SameBatch(Rule):
+    """The model is given the same batch at every step."""
+
+    name = "same-batch"
+    title = "every step has the same batch"
+    needs = "the inputs of the first steps"
+    explanation = (
+        "The inputs of every step have the same bits. That is right for full-batch training and "
+        "when over-fitting one batch on purpose, and a mistake where `next(iter(loader))` is "
+        "called in the loop or the batch is drawn outside of it. It is a warning where the loop "
+        "is known to go over more than one batch."
+    )
+    next = "draw a new batch in every iteration: `for x, y in loader:`"
+    source = (
+        "Karpathy, A Recipe for Training Neural Networks (2019), overfit one batch on purpose only"
+    )
+    thresholds = (RuleThreshold("steps", 5, "measured steps with equal inputs"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first: tuple[int, ...] | None = None
+        self._onset = self._count = 0
+        self._level: Level | None = None
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.batch is None or self._level == "warning":
+            return
+        inputs = tuple(each.checksum for each in _of_role(seen.batch, "input"))
+        if not inputs:
+            return
+        if self._first is None:
+            self._first, self._onset = inputs, seen.step
+        self._count = self._count + 1 if inputs == self._first else -(1 << 60)
+        if self._count < self.limits["steps"]:
+            return
+        several = (self.facts.steps_per_epoch or 1) > 1
+        level: Level = "warning" if several else "info"
+        if level == self._level:
+            return
+        self._level = level
+        yield Found(
+            self._onset,
+            f"the inputs of all {self._count} steps that were looked at are the same"
+            + (
+                f", although an epoch has {self.facts.steps_per_epoch:,} steps"
+                if several
+                else ": right for full-batch training"
+            ),
+            level=level,
+            confidence="certain",
+            phase="data",
+            evidence=(evidence("steps with the same inputs", self._count, text=str(self._count)),),
+        )
+
+
+class BatchesRepeat(Rule):
+    """Several workers of a DataLoader yield the same batches."""
+
+    name = "batches-repeat"
+    title = "workers yield the same batches"
+    needs = "the inputs of the first six steps, and a DataLoader with several workers"
+    explanation = (
+        "Successive batches have the same bits, and the data comes from several worker processes. "
+        "Each worker has its own copy of the dataset: an IterableDataset that is not divided among "
+        "them yields every example once per worker, and a generator that is seeded alike in each "
+        "makes the same random examples. An epoch is then several times the same data."
+    )
+    next = (
+        "divide an IterableDataset by torch.utils.data.get_worker_info(), and seed random "
+        "generators in worker_init_fn with torch.initial_seed(), which differs in each worker"
+    )
+    source = (
+        "PyTorch's documentation of IterableDataset and of randomness in multi-process data "
+        "loading; the same seed in all workers is a silent error of TrainCheck (Jiang et al., "
+        "OSDI 2025)"
+    )
+    thresholds = (RuleThreshold("share", 0.4, "share of steps with the batch of the one before"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._last: tuple[int, tuple[int, ...]] | None = None
+        self._first = self._pairs = self._equal = 0
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.batch is None:
+            return
+        inputs = tuple(each.checksum for each in _of_role(seen.batch, "input"))
+        last, self._last = self._last, (seen.step, inputs)
+        if last is None or seen.step != last[0] + 1:
+            self._done = last is not None
+            return
+        self._first = self._first or last[0]
+        self._pairs += 1
+        self._equal += inputs == last[1]
+        if self._pairs < 5:
+            return
+        self._done = True
+        share = self._equal / self._pairs
+        if seen.batch.workers < 2 or self._equal == self._pairs or share < self.limits["share"]:
+            return
+        yield Found(
+            self._first,
+            f"{self._equal} of {self._pairs} batches are equal to the one before them: the "
+            f"{seen.batch.workers} workers of the DataLoader yield the same data",
+            phase="data",
+            evidence=(
+                evidence("share of repeated batches", share, high=0.0, text=percent(share, 0, 0)),
+            ),
+        )
+
+
+class ConstantLabels(Rule):
+    """All labels are the same class."""
+
+    name = "constant-labels"
+    title = "all labels are the same"
+    needs = "the targets of cross_entropy or nll_loss in six steps, eight labels each"
+    explanation = (
+        "Every target that the loss function has received is the same class. The loss falls fast "
+        "and the model learns a constant. Usually the labels were not shuffled together with the "
+        "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
+        "by class that is read without shuffling looks the same until the next class comes."
+    )
+    next = "print the labels of a batch; shuffle the training data (DataLoader(shuffle=True))"
+    source = (
+        "faulty labels and missing shuffling are faults of TheDeepChecker (Braiek & Khomh, TOSEM "
+        "2023)"
+    )
+    thresholds = (RuleThreshold("steps", 6, "measured steps in a row"),)
+
+    MIN_LABELS = 8
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._label: float | None = None
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.batch is None:
+            return
+        targets = [each for each in _of_role(seen.batch, "target") if each.classes > 1]
+        if not targets:
+            return
+        labels = {value for each in targets for value in (each.low, each.high)}
+        count = sum(math.prod(each.shape) - each.left_out for each in targets)
+        one = len(labels) == 1 and count >= self.MIN_LABELS
+        if not one or labels != {self._label}:
+            self._streak.add(False, seen.step)
+            self._label = next(iter(labels)) if one else None
+        if self._streak.add(one, seen.step) < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"every label since step {self._streak.onset:,} is {self._label:.0f}, of "
+            f"{targets[0].classes:,} classes",
+            phase="loss",
+            evidence=(evidence("different labels", 1, low=2, text="1"),),
+        )
+
+
+class LabelRange(Rule):
+    """Targets that the loss function is not made for."""
+
+    name = "label-range"
+    title = "targets are out of range"
+    needs = "the targets of a binary or class loss in three steps"
+    explanation = (
+        "binary_cross_entropy_with_logits expects targets from 0 to 1. With others (−1 and 1, or 0 "
+        "and 255) it raises no error, has no minimum, and falls below zero. A class loss whose "
+        "targets are almost all equal to `ignore_index` trains on nothing."
+    )
+    next = "map the targets to 0 and 1; check what ignore_index stands for"
+    source = "PyTorch's documentation of BCEWithLogitsLoss and of CrossEntropyLoss"
+    thresholds = (
+        RuleThreshold("ignored", 0.99, "share of targets that are ignored"),
+        RuleThreshold("steps", 3, "measured steps in a row"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streaks: dict[str, Streak] = {}
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.batch is None:
+            return
+        for target in _of_role(seen.batch, "target"):
+            if target.name.startswith("binary_cross_entropy"):
+                wrong = target.low < 0 or target.high > 1
+                text = f"from {target.low:.4g} to {target.high:.4g}, not from 0 to 1"
+            elif target.classes:
+                share = target.left_out / math.prod(target.shape)
+                wrong = share > self.limits["ignored"]
+                text = f"to {percent(share, 1, 1)} equal to ignore_index"
+            else:
+                continue
+            streak = self._streaks.setdefault(target.name, Streak())
+            if streak.add(wrong, seen.step) >= self.limits["steps"]:
+                self._reported = True
+                yield Found(
+                    streak.onset,
+                    f"the targets of {target.name} are {text}",
+                    confidence="certain",
+                    phase="loss",
+                    evidence=(evidence("highest target", target.high, text=f"{target.high:.4g}"),),
+                )
+                return
+
+
+class LossBroadcasts(Rule):
+    """The loss compares an input and a target of different shapes."""
+
+    name = "loss-broadcasts"
+    title = "the loss broadcasts its inputs"
+    needs = "a regression loss in three steps"
+    explanation = (
+        "Predictions and targets have different shapes, such as (32, 1) and (32,). PyTorch "
+        "broadcasts both to (32, 32): every prediction is compared with every target, and the best "
+        "that the model can do is to predict their mean. PyTorch itself warns once."
+    )
+    next = "give both the same shape: prediction.squeeze(-1), or target.unsqueeze(-1)"
+    source = "PyTorch's documentation of broadcasting semantics, and the warning of mse_loss"
+    thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.batch is None:
+            return
+        if self._streak.add(bool(seen.batch.broadcast), seen.step) < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"{seen.batch.broadcast} is taken of every pair of elements, not of each with its own "
+            "target",
+            confidence="certain",
+            phase="loss",
+            evidence=(evidence("pairs of different shapes", 1, high=0, text=seen.batch.broadcast),),
+        )
+
+
+class BadBatchRule(Rule):
+    """One batch has a loss far above all before it."""
+
+    name = "bad-batch"
+    title = "one batch stands out"
+    level = "info"
+    needs = "the losses of 32 steps before it, on the CPU"
+    explanation = (
+        "The loss of this batch is several times the highest of the steps before. Its inputs were "
+        "looked at while they were there: their range, rows with values that are not finite, and, "
+        "where the loss function can be taken of each row, the rows with the largest shares of the "
+        "loss. One such batch is often a wrong label or a broken example; many are divergence."
+    )
+    next = "look at these rows of the batch; clip the gradient norm if such batches are to be kept"
+    source = (
+        "Chowdhery et al., PaLM (2022), section 5.1: batches at loss spikes; Koh & Liang, "
+        "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
+    )
+
+    MAX_REPORTS = 3
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._reports = 0
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        bad = seen.bad_batch
+        if bad is None or self._reports >= self.MAX_REPORTS:
+            return
+        if not math.isfinite(bad.loss) and not bad.broken_rows:
+            return  # reported by `non-finite`, and nothing to add
+        self._reports += 1
+        yield Found(
+            seen.step,
+            f"the loss of step {seen.step:,} is {bad.loss:.4g}"
+            + (f", the highest before was {bad.usual:.4g}" if bad.usual else "")
+            + _rows(bad),
+            confidence="certain",
+            phase="data",
+            key=str(seen.step),
+            evidence=(
+                evidence("loss", bad.loss, high=bad.usual or None, table="step", column="loss",
+                         text=f"{bad.loss:.4g}"),
+            ),
+        )  # fmt: skip
+
+
+def _rows(bad: BadBatch) -> str:
+    text = ""
+    if bad.broken_rows:
+        rows = ", ".join(str(row) for row in bad.broken_rows)
+        text += f"; rows with inputs that are not finite: {rows}"
+    elif math.isfinite(bad.low):
+        text += f"; its inputs are from {bad.low:.4g} to {bad.high:.4g}"
+    if bad.shares:
+        shares = ", ".join(f"{row} ({percent(share, 0, 0)})" for row, share in bad.shares[:3])
+        text += f"; rows by their share of the loss: {shares}"
+    return text

@@ -1,0 +1,168 @@
+"""The order and the modes of the loop: backward, the schedule, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+
+
+class BackwardTwice(Rule):
+    """The same loss is backpropagated twice."""
+
+    name = "backward-twice"
+    title = "backward is called twice on one loss"
+    needs = "two optimizer steps"
+    explanation = (
+        "backward() was called twice on the same loss before the optimizer's step "
+        "(retain_graph=True lets it pass). The gradients are added up, so the update is that of a "
+        "loss twice as large, and the time of a backward is spent for nothing. Several losses of "
+        "one graph are not reported."
+    )
+    next = "call backward() once for each loss; to use several losses, add them up"
+    source = "PyTorch's documentation of Tensor.backward (gradients accumulate in the leaves)"
+    thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        count = self._streak.add("backward_twice" in seen.signs, seen.step)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"since step {self._streak.onset:,} backward is called more than once on the same loss "
+            "before the optimizer steps: its gradients are added up",
+            confidence="certain",
+            phase="backward",
+            evidence=(evidence("steps with a repeated backward", count, high=0, text=str(count)),),
+        )
+
+
+class ScheduleFirst(Rule):
+    """The schedule is advanced between backward and the optimizer's step."""
+
+    name = "schedule-before-step"
+    title = "the schedule is stepped in the wrong place"
+    needs = "three optimizer steps"
+    explanation = (
+        "scheduler.step() is called between backward and optimizer.step(). The first learning rate "
+        "of the schedule is skipped, and with gradient accumulation the schedule runs through once "
+        "per micro-batch instead of once per step. PyTorch expects it after optimizer.step()."
+    )
+    next = "call scheduler.step() after optimizer.step(), once for each step (or each epoch)"
+    source = "PyTorch's documentation of torch.optim (order of scheduler.step since 1.1)"
+    thresholds = (RuleThreshold("steps", 3, "steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        count = self._streak.add("schedule_first" in seen.signs, seen.step)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"since step {self._streak.onset:,} the scheduler is stepped between backward and "
+            "optimizer.step()",
+            confidence="certain",
+            phase="step",
+            evidence=(
+                evidence("steps with a scheduler before the update", count, high=0,
+                         text=str(count)),
+            ),
+        )  # fmt: skip
+
+
+class ScheduleEnds(Rule):
+    """The learning rate has almost vanished long before the end."""
+
+    name = "schedule-ends-early"
+    title = "the schedule ends before the training"
+    needs = "the total number of steps, and the learning rate of every step"
+    explanation = (
+        "The learning rate has fallen below a thousandth of its highest value although most of the "
+        "training is still to come. A schedule that counts epochs and is stepped once per batch "
+        "(StepLR, ExponentialLR, a cosine over the number of epochs) does that within a few "
+        "hundred steps; what follows trains almost nothing."
+    )
+    next = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
+    source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
+    thresholds = (
+        RuleThreshold("share", 0.001, "of the highest learning rate so far"),
+        RuleThreshold("progress", 0.5, "share of all steps until which it is a mistake"),
+        RuleThreshold("steps", 10, "steps in a row"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._highest = 0.0
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        rate, total = seen.learning_rate, self.facts.total_steps
+        if self._reported or rate is None:
+            return
+        self._highest = max(self._highest, rate)
+        low = 0 < rate < self.limits["share"] * self._highest
+        count = self._streak.add(low, seen.step)
+        if not total or count < self.limits["steps"]:
+            return
+        if self._streak.onset > self.limits["progress"] * total:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"at step {self._streak.onset:,} of {total:,} the learning rate is down to {rate:.3g}, "
+            f"from {self._highest:.3g}",
+            phase="step",
+            evidence=(
+                evidence("learning rate", rate, low=self.limits["share"] * self._highest,
+                         table="step", column="learning_rate"),
+            ),
+        )  # fmt: skip
+
+
+class TrainModeEvaluation(Rule):
+    """The model is evaluated in `train()` mode."""
+
+    name = "train-mode-evaluation"
+    title = "the model is evaluated in train() mode"
+    needs = "an evaluation between two steps"
+    explanation = (
+        "The model is called without gradients while it is in train() mode, and it has dropout or "
+        "batch normalisation: dropout drops activations of the evaluation, and batch normalisation "
+        "uses the statistics of each batch and updates its running ones from the evaluation's "
+        "data. Single calls, and those that come at almost every step (a GAN's), are not reported."
+    )
+    next = "call model.eval() before an evaluation, and model.train() after it"
+    source = "PyTorch's documentation of Module.eval, and its note on autograd mechanics"
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or "evaluated_in_train_mode" not in seen.signs:
+            return
+        self._reported = True
+        yield Found(
+            seen.step,
+            f"before step {seen.step:,} the model was evaluated in train() mode: with dropout, or "
+            "with batch statistics",
+            phase="forward",
+            evidence=(evidence("evaluations in train() mode", 1, high=0, text="1"),),
+        )

@@ -1,0 +1,240 @@
+"""Processes of a distributed training that part, wait for one, or see the same data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+from tui_trainer.findings.observation import LossTrend, Row, RunFacts
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.protocol.formatting import percent
+
+OWN_PHASES = ("data", "zero_grad", "forward", "loss")
+"""Phases in which a process of a data-parallel training waits for no other."""
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in sorted(ranks)]
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"
+
+
+def _checksum(row: Row) -> tuple[float, float] | None:
+    high, low = row.get("checksum_high"), row.get("checksum_low")
+    return None if high is None or low is None or high != high else (high, low)
+
+
+class ClipsAlone(Rule):
+    """One process clips gradients that the others do not clip."""
+
+    name = "clips-alone"
+    title = "one rank clips its gradients alone"
+    level = "error"
+    needs = "the clippings of all ranks in two steps"
+    explanation = (
+        "Some processes clip the gradients of a step and the others do not, although gradients "
+        "that were averaged are the same on all of them. Their updates differ, and the replicas "
+        "part. Clipping inside of `if rank == 0`, or before the gradients are averaged, does that."
+    )
+    next = "clip on every rank, after backward (DDP has averaged the gradients then)"
+    source = (
+        "clipping on one rank only is the BLOOM-176B divergence that TrainCheck reproduces (Jiang "
+        "et al., OSDI 2025)"
+    )
+    thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+        if self._reported:
+            return
+        scales = {rank: row.get("clip_scale") for rank, row in rows.items()}
+        clip = {rank for rank, scale in scales.items() if scale is not None and scale < 1}
+        rest = rows.keys() - clip
+        # Sums of different orders may be on both sides of the limit.
+        holds = bool(clip) and bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
+        if self._streak.add(holds, step) < self.limits["steps"]:
+            return
+        self._reported = True
+        lowest = min(scales[rank] or 0.0 for rank in clip)
+        yield Found(
+            self._streak.onset,
+            f"{_listed(clip)} of {len(rows)} clips its gradients (to {percent(lowest, 0, 1)}), and "
+            f"{_listed(rest)} does not",
+            confidence="certain",
+            phase="clip",
+            evidence=(evidence("ranks that clip", len(clip), text=f"{len(clip)} of {len(rows)}"),),
+        )
+
+
+class RanksPart(Rule):
+    """Replicas whose weights were equal and are not any more."""
+
+    name = "ranks-part"
+    title = "the ranks' weights part"
+    level = "error"
+    needs = "the checksums of the weights of all ranks, which are taken every 50 steps"
+    explanation = (
+        "The replicas of a data-parallel training have the same bits at every step, since all "
+        "apply the same gradients to the same weights. Once they differ they stay different, and "
+        "what is saved is the model of rank 0 alone. Usual causes are something that one rank "
+        "does by itself (clipping, skipping a step, another learning rate), parameters outside of "
+        "the wrapped model, and buffers that are not synchronised."
+    )
+    next = "look for code that depends on the rank, and for parameters that DDP does not know"
+    source = (
+        "PyTorch's documentation of DistributedDataParallel; diverging replicas are silent errors "
+        "of TrainCheck (Jiang et al., OSDI 2025)"
+    )
+    explained_by = ("clips-alone",)
+    slack = 60
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._agreed_at: int | None = None
+        self._reported = False
+
+    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+        sums = {rank: found for rank, row in rows.items() if (found := _checksum(row)) is not None}
+        if self._reported or len(sums) < len(rows):
+            return
+        usual = Counter(sums[rank] for rank in sorted(sums)).most_common(1)[0][0]
+        others = {rank for rank, found in sums.items() if found != usual}
+        if not others:
+            self._agreed_at = step
+            return
+        if self._agreed_at is None:  # never were replicas
+            return
+        self._reported = True
+        yield Found(
+            self._agreed_at + 1,
+            f"the weights of {_listed(others)} differ from those of the other ranks at step "
+            f"{step:,}; they were equal at step {self._agreed_at:,}",
+            confidence="certain",
+            phase="step",
+            evidence=(
+                evidence("different models", len(set(sums.values())), high=1,
+                         text=str(len(set(sums.values())))),
+            ),
+        )  # fmt: skip
+
+
+class RanksSameBatch(Rule):
+    """All processes are given the same batches."""
+
+    name = "ranks-same-batch"
+    title = "all ranks have the same batches"
+    needs = "the inputs of all ranks in five steps, and replicas"
+    explanation = (
+        "Every process of a data-parallel training is given the same inputs: the additional ones "
+        "do the same work again, and an epoch is as many times the data. Usually the "
+        "DistributedSampler is missing, or all ranks draw their examples with the same seed."
+    )
+    next = "give the DataLoader a DistributedSampler, or seed the data with a number per rank"
+    source = (
+        "PyTorch's documentation of DistributedSampler; the same seed in all workers is a silent "
+        "error of TrainCheck (Jiang et al., OSDI 2025)"
+    )
+    thresholds = (RuleThreshold("steps", 5, "measured steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._replicas = False
+        self._reported = False
+
+    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+        if self._reported:
+            return
+        sums = [_checksum(row) for row in rows.values()]
+        self._replicas = self._replicas or all(each is not None for each in sums)
+        batches = [row.get("batch_checksum") for row in rows.values()]
+        if any(each is None for each in batches):
+            return
+        count = self._streak.add(len(set(batches)) == 1, step)
+        if count < self.limits["steps"] or not self._replicas:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"all {len(rows)} ranks were given the same inputs in all {count} steps that were "
+            "looked at",
+            confidence="certain",
+            phase="data",
+            evidence=(evidence("steps with the same inputs", count, high=0, text=str(count)),),
+        )
+
+
+class Straggler(Rule):
+    """One process is slower than the others, which wait for it."""
+
+    name = "straggler"
+    title = "one rank is slower than the others"
+    needs = "the phases of all ranks in sixty steps of at least 20 ms"
+    explanation = (
+        "The time that this process needs until backward begins, in which it waits for no other, "
+        "is much longer than that of the others. They wait for it in every step, when gradients "
+        "are averaged. Usual causes are longer sequences or more data on one rank, a busy or hot "
+        "machine, and work that only rank 0 does in the loop (logging, saving)."
+    )
+    next = "balance the data; see what this rank does before backward that the others do not"
+    source = (
+        "Lin et al., Understanding Stragglers in Large Model Training Using What-if Analysis (OSDI "
+        "2025)"
+    )
+    thresholds = (
+        RuleThreshold("factor", 1.5, "times the median of the other ranks"),
+        RuleThreshold("share", 0.1, "of the duration of a step, that it costs at least"),
+        RuleThreshold("step_ms", 20, "shortest step that is checked"),
+    )
+
+    FIRST, STEPS = 10, 60
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._busy: dict[int, list[float]] = {}
+        self._steps: list[tuple[int, float]] = []
+        self._skipped = 0
+        self._reported = False
+
+    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+        if self._reported:
+            return
+        self._skipped += 1
+        if self._skipped <= self.FIRST:
+            return
+        duration = max(row.get("step_ms") or 0.0 for row in rows.values())
+        self._steps.append((step, duration))
+        for rank, row in rows.items():
+            times = [row.get(f"phase_ms.{phase}") for phase in OWN_PHASES]
+            busy = sum(time for time in times if time is not None and time == time)
+            self._busy.setdefault(rank, []).append(busy)
+        if len(self._steps) < self.STEPS:
+            return
+        first = self._steps[0][0]
+        step_ms = median(duration for _, duration in self._steps)
+        usual = {rank: median(times) for rank, times in self._busy.items()}
+        self._steps, self._busy = [], {}
+        slowest = max(usual, key=lambda rank: usual[rank])
+        others = median(time for rank, time in usual.items() if rank != slowest)
+        extra = usual[slowest] - others
+        if (
+            step_ms < self.limits["step_ms"]
+            or usual[slowest] < self.limits["factor"] * others
+            or extra < self.limits["share"] * step_ms
+        ):
+            return
+        self._reported = True
+        yield Found(
+            first,
+            f"rank {slowest} needs {usual[slowest]:.0f} ms until backward, the others {others:.0f} "
+            f"ms: they wait {extra:.0f} ms of each step's {step_ms:.0f} ms for it",
+            phase="forward",
+            evidence=(
+                evidence(f"time of rank {slowest} until backward", usual[slowest],
+                         high=self.limits["factor"] * others, unit=" ms"),
+            ),
+        )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Units that no longer react to their input, and dropout that is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
+from tui_trainer.history.records import UnitsShare
+from tui_trainer.protocol.formatting import percent
+from tui_trainer.protocol.messages import Level
+
+STEPS_OF_WINDOW = 50
+"""Steps from the first to the last measurement of a window (see `probes.units`)."""
+
+
+class _StuckUnits(Rule):
+    """Reports the layers with the largest shares of units that did not change."""
+
+    kinds: tuple[str, ...] = ()
+    thresholds = (
+        RuleThreshold("share", 0.9, "share of a layer's units, for a warning"),
+        RuleThreshold("info", 0.5, "the same, for a remark"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._level: Level | None = None
+
+    def what(self, worst: UnitsShare) -> str:
+        raise NotImplementedError
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.units is None or self._level == "warning":
+            return
+        layers = sorted(
+            (each for each in seen.units.layers if each.kind in self.kinds),
+            key=lambda each: -each.share,
+        )
+        stuck = [each for each in layers if each.share >= self.limits["info"]]
+        if not stuck:
+            return
+        level: Level = "warning" if stuck[0].share >= self.limits["share"] else "info"
+        if level == self._level:
+            return
+        self._level = level
+        yield Found(
+            max(1, seen.step - STEPS_OF_WINDOW),
+            f"{self.what(stuck[0])}"
+            + (f"; {len(stuck)} of {len(layers)} layers are like that" if len(stuck) > 1 else ""),
+            level=level,
+            phase="forward",
+            parameters=tuple(each.path for each in stuck[:8] if each.path),
+            evidence=(
+                evidence("share of units that do not change", stuck[0].share,
+                         high=self.limits["info"], text=percent(stuck[0].share, 0, 0)),
+            ),
+        )  # fmt: skip
+
+
+class DeadUnits(_StuckUnits):
+    """ReLU units that are zero for every example."""
+
+    name = "dead-units"
+    title = "dead ReLU units"
+    kinds = ("relu",)
+    needs = "the activations of three steps, each with 16 examples or positions"
+    explanation = (
+        "These units were zero for every example of three batches within 50 steps. The gradient of "
+        "a ReLU is zero there, so the weights before it do not change and the units stay dead. The "
+        "usual cause is one large update (a learning rate that is too high, unnormalised inputs), "
+        "or a bias that starts far below zero."
+    )
+    next = (
+        "lower the learning rate, normalise the inputs, use He's initialisation, or an activation "
+        "with a gradient below zero (LeakyReLU, GELU)"
+    )
+    source = (
+        "Lu et al., Dying ReLU and Initialization (2019); half of a layer is the limit of Amazon "
+        "SageMaker Debugger's rule DeadRelu"
+    )
+    explained_by = ("input-scale", "update-ratio-high", "learning-rate-jump", "initial-scale")
+
+    def what(self, worst: UnitsShare) -> str:
+        where = f" of {worst.path}" if worst.path else ""
+        return (
+            f"{percent(worst.share, 0, 0)} of the {worst.units:,} ReLU units{where} were zero for "
+            "every example of three batches"
+        )
+
+
+class SaturatedUnits(_StuckUnits):
+    """Sigmoid and tanh units that are at their limits for every example."""
+
+    name = "saturated-units"
+    title = "saturated units"
+    kinds = ("sigmoid", "tanh")
+    needs = "the activations of three steps, each with 16 examples or positions"
+    explanation = (
+        "These units were within 1 % of a limit of their range for every example of three batches "
+        "within 50 steps. The gradient of a sigmoid or tanh is almost zero there, so hardly any of "
+        "it passes to the layers before. The usual causes are initial weights or inputs that are "
+        "too large, and a learning rate that is too high. The activation of the model's output is "
+        "not judged."
+    )
+    next = "normalise the inputs, use Glorot's initialisation, lower the learning rate"
+    source = (
+        "Glorot & Bengio, Understanding the difficulty of training deep feedforward neural "
+        "networks (AISTATS 2010); half of a layer is the limit of Amazon SageMaker Debugger's rule "
+        "SaturatedActivation"
+    )
+    explained_by = ("input-scale", "update-ratio-high", "learning-rate-jump", "initial-scale")
+
+    def what(self, worst: UnitsShare) -> str:
+        where = f" of {worst.path}" if worst.path else ""
+        return (
+            f"{percent(worst.share, 0, 0)} of the {worst.units:,} {worst.kind} units{where} were "
+            "at a limit of their range for every example of three batches"
+        )
+
+
+class DropoutOff(Rule):
+    """A part of the model trains with its dropout off."""
+
+    name = "dropout-off"
+    title = "dropout is off in a part of the model"
+    needs = "the modes of the layers in two steps"
+    explanation = (
+        "The model is in train() mode, but dropout layers inside it are in eval() mode, next to "
+        "weights that are trained: a part of the model was set to eval() and never set back. A "
+        "part whose weights are all frozen is not reported."
+    )
+    next = "call train() on the whole model after the last eval() of any of its parts"
+    source = (
+        "PyTorch's documentation of Module.train; dropout that is off in training is a silent "
+        "error of TrainCheck (Jiang et al., OSDI 2025)"
+    )
+    thresholds = (RuleThreshold("measurements", 2, "measured steps in a row"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported or seen.units is None:
+            return
+        off = seen.units.dropout_off
+        if self._streak.add(bool(off), seen.step) < self.limits["measurements"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"dropout is in eval() mode in {named(off)} while the rest of the model trains",
+            confidence="certain",
+            phase="forward",
+            parameters=off[:8],
+            evidence=(evidence("dropout layers that are off", len(off), high=0,
+                               text=str(len(off))),),
+        )  # fmt: skip

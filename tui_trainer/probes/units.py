@@ -1,0 +1,205 @@
+"""Dead and saturated units: outputs of ReLU, sigmoid and tanh that no example changes."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
+
+from tui_trainer.history.records import Floats, UnitsRecord, UnitsShare
+from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.submodule_calls import SubmoduleCalls
+from tui_trainer.trace.torch_private import PLAIN
+
+FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
+    (functional, "relu", "relu"),
+    (functional, "relu6", "relu"),
+    (torch, "relu", "relu"),
+    (functional, "sigmoid", "sigmoid"),
+    (torch, "sigmoid", "sigmoid"),
+    (functional, "tanh", "tanh"),
+    (torch, "tanh", "tanh"),
+)
+"""(namespace, name, kind)"""
+WINDOW = 3
+"""Measurements over which a unit must not change to count."""
+MIN_POSITIONS = 16
+"""Examples (or positions in them) of a batch from which units are judged."""
+SATURATED = 0.01
+"""Distance to its limit, of a sigmoid's or tanh's range of 1, within which an output counts."""
+MAX_CALLS = 256
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One call of an activation function in the forward."""
+
+    key: tuple[str, str, int]
+    """(path, kind, units)"""
+    stuck: torch.Tensor
+    """For each unit whether it has not changed in this window."""
+    count: int = 0
+
+
+class UnitsProbe(Probe):
+    """No table: sets `StepFacts.units`, over windows of WINDOW measurements.
+
+    The activation functions of torch and torch.nn.functional are replaced during one forward; a
+    unit is the last dimension of an output, or the channel of an image. The last activation of a
+    model, after which no layer with weights comes, is left out: it is the model's output.
+    """
+
+    name = "units"
+    every = 25
+    importance = 8
+    owns_readings = True
+
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        self._own = {id(parameter) for parameter in tracked.parameters}
+        self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(
+            {module: path for path, module in tracked.modules.items()}
+        )
+        self._calls = SubmoduleCalls(self._called, self._returned)
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._stack: list[torch.nn.Module] = []
+        self._inside = False
+        """Whether an activation function is being called: one may call another."""
+        self._layers: list[_Layer] = []
+        self._next = 0
+        self._followed = 0
+        """Activations of this forward after which a layer with weights was called."""
+        self._measured = False
+        self._quiet_dropout: tuple[str, ...] = ()
+        self._under_way: deque[tuple[list[tuple[str, str, int]], bool, tuple[str, ...]]] = deque()
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        self._measured = False
+        if not any(id(parameter) in self._own for parameter in root.parameters()):
+            return
+        self._stack, self._next, self._followed, self._inside = [], 0, 0, False
+        if not self._calls.begin(root):
+            return
+        self._measured = True
+        self._quiet_dropout = self._dropout_off(root)
+        for owner, name, kind in FUNCTIONS:
+            original = getattr(owner, name)
+            ours = self._observing(original, kind)
+            setattr(owner, name, ours)
+            self._replaced.append((owner, name, original, ours))
+
+    def after_forward(self) -> None:
+        for owner, name, original, ours in reversed(self._replaced):
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+        self._replaced = []
+        self._calls.end()
+        self._stack = []
+        del self._layers[self._next :]
+
+    def _dropout_off(self, root: torch.nn.Module) -> tuple[str, ...]:
+        """Dropout layers in eval() mode in a model in train() mode, next to weights that train."""
+        if not root.training:
+            return ()
+        found = [
+            self._paths.get(child, type(child).__name__)
+            for parent in root.modules()
+            for child in parent.children()
+            if isinstance(child, _DropoutNd)
+            and child.p > 0
+            and not child.training
+            and any(parameter.requires_grad for parameter in parent.parameters())
+        ]
+        return tuple(dict.fromkeys(found))
+
+    # ------------------------------------------------------------ in the forward
+
+    def _called(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._stack.append(module)
+        if any(True for _ in module.parameters(recurse=False)):
+            self._followed = self._next
+
+    def _returned(self, module: torch.nn.Module, result: Any) -> None:
+        while self._stack and self._stack.pop() is not module:
+            pass
+
+    def _observing(self, original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        def activation(*args: Any, **kwargs: Any) -> Any:
+            if self._inside or not self._replaced or torch.compiler.is_compiling():
+                return original(*args, **kwargs)
+            self._inside = True
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self._inside = False
+            if type(result) in PLAIN and self._next < MAX_CALLS:
+                try:
+                    with torch.no_grad():
+                        self._observe(result.detach(), kind)
+                except Exception as fault:
+                    self._calls.fault = fault
+            return result
+
+        return activation
+
+    def _observe(self, output: torch.Tensor, kind: str) -> None:
+        if output.dim() < 2 or not output.is_floating_point():
+            return
+        dimension = 1 if output.dim() > 3 else output.dim() - 1
+        units = output.shape[dimension]
+        if units < 2 or output.numel() // units < MIN_POSITIONS:
+            return
+        if kind == "relu":
+            stuck_now = output <= 0
+        elif kind == "tanh":
+            stuck_now = output.abs() > 1 - SATURATED
+        else:
+            stuck_now = (output < SATURATED) | (output > 1 - SATURATED)
+        stuck = stuck_now.transpose(0, dimension).flatten(1).all(dim=1)
+        path = self._paths.get(self._stack[-1], "") if self._stack else ""
+        key = path, kind, units
+        if self._next < len(self._layers) and self._layers[self._next].key == key:
+            layer = self._layers[self._next]
+            if layer.count >= WINDOW:
+                layer.stuck, layer.count = stuck, 0
+            else:
+                layer.stuck = layer.stuck & stuck
+        else:
+            del self._layers[self._next :]
+            layer = _Layer(key, stuck)
+            self._layers.append(layer)
+        layer.count += 1
+        self._next += 1
+
+    # ------------------------------------------------------------ the end of the step
+
+    def after_update(self) -> Readings:
+        """The share of stuck units of each layer whose window is complete."""
+        layers = self._layers[: self._followed] if self._measured else []
+        complete = [layer for layer in layers if layer.count == WINDOW]
+        quiet, self._quiet_dropout = self._quiet_dropout, ()
+        measured, self._measured = self._measured, False
+        self._under_way.append(([layer.key for layer in complete], measured, quiet))
+        return [layer.stuck.double().mean() for layer in complete]
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Sets `facts.units`."""
+        keys, measured, quiet = self._under_way.popleft()
+        if measured:
+            shares = zip(keys, values.tolist(), strict=False)
+            facts.units = UnitsRecord(
+                tuple(
+                    UnitsShare(path, kind, units, share) for (path, kind, units), share in shares
+                ),
+                quiet,
+            )
+        return ()
