@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-CLEAN = ("none", "adam-warm-up", "gan", "slow-step")
+CLEAN = ("none", "adam-warm-up", "gan", "slow-step", "tied")
 bug = sys.argv[1]
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
 torch.manual_seed(0)
@@ -42,12 +42,17 @@ class Model(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
         self.blocks = nn.Sequential(Block(), Block())
         self.head = nn.Linear(WIDTH, VOCABULARY)
+        if bug in ("tied", "untied"):
+            nn.init.normal_(self.embedding.weight, std=0.1)
+            self.head.weight = self.embedding.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(self.embedding(x) + self.position))
 
 
 model = Model()
+if bug == "untied":
+    model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
 rate = {"no-warm-up": 0.3, "adam-warm-up": 3e-3}.get(bug, 1e-3)
 optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
 warm_up = 30 if bug == "adam-warm-up" else 0

@@ -54,6 +54,7 @@ class BatchProbe(Probe):
     every = 10
     first_steps = 6
     importance = 12
+    max_stretch = 32
     owns_readings = True
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:

@@ -27,7 +27,7 @@ class _Weight:
 class InitialWeights(Probe):
     """No table: sets `StepFacts.initial` at the optimizer's first step."""
 
-    name = "initial weights"
+    name = "initial_weights"
     every = 1 << 40
     importance = 100
     owns_readings = True

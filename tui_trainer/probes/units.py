@@ -59,6 +59,7 @@ class UnitsProbe(Probe):
     name = "units"
     every = 25
     importance = 8
+    max_stretch = 16
     owns_readings = True
 
     def __init__(self, tracked: TrackedParameters, options: Options) -> None:

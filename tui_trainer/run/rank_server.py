@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,6 @@ SEND_TIMEOUT_S = 10.0
 MATCH_S = 2.0
 """How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
-MAX_COMPARED = 16
-"""Number of steps whose checksums may be incomplete."""
 LEAVE_S = 5.0
 """How long the end of the run waits for the other processes to end."""
 VERDICT_S = 1.5
@@ -158,11 +156,6 @@ class RankServer:
         """Step → time at which rank 0 ended it."""
         self._waiting: deque[_Waiting] = deque()
         self._verdicts: list[str] = []
-        self._checksums: dict[int, dict[int, tuple[float, float]]] = {}
-        """Step → rank → checksum of the weights, until all ranks have sent it."""
-        self._agreed_at: int | None = None
-        """The last step at which the weights of all ranks were equal."""
-        self._diverged: set[int] = set()
         self._closing = False
         self.hooks = RankServerHooks()
         self.steps_of_children = 0
@@ -346,40 +339,10 @@ class RankServer:
                 table = self._tables[rank] = self._recorder.new_table(
                     schema.RANKS, schema.RANK_COLUMNS, rank=rank
                 )
-            if not alone:
-                self._compare(rank, step, values)
             if alone:
                 self._recorder.row(table, step, values)
             else:
                 self._waiting.append(_Waiting(table, step, ended_at, values, time.monotonic()))
-
-    def _compare(self, rank: int, step: int, values: Floats) -> None:
-        """Report replicas that have diverged. Ranks whose weights were never equal are not
-        replicas."""
-        first = schema.RANK_INDEX[schema.REPLICA_COLUMNS[0].name]
-        found = (float(values[first]), float(values[first + 1]))
-        if found[0] != found[0] or self._own is None:
-            return
-        of_step = self._checksums.setdefault(step, {})
-        of_step[rank] = found
-        if len(of_step) < self._own.world_size:
-            if len(self._checksums) > MAX_COMPARED:
-                del self._checksums[min(self._checksums)]
-            return
-        del self._checksums[step]
-        counts = Counter(value for _, value in sorted(of_step.items()))
-        usual = counts.most_common(1)[0][0]
-        diverged = {each for each, value in of_step.items() if value != usual}
-        if not diverged:
-            self._agreed_at = step
-        elif self._agreed_at is not None and diverged - self._diverged:
-            names = ", ".join(str(each) for each in sorted(diverged))
-            text = (
-                f"the weights of rank {names} differ from those of the other ranks: equal at step "
-                f"{self._agreed_at:,}, different at step {step:,}"
-            )
-            self._recorder.notice("rank", text, "error", step)
-        self._diverged = diverged
 
     def _match(self, everything: bool = False) -> None:
         """Record the rows whose lag is known, each table's in order."""

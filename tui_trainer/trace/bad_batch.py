@@ -20,6 +20,8 @@ from tui_trainer.trace.torch_private import PLAIN
 RECENT = 32
 FACTOR = 4.0
 """Times the highest of the last losses from which a batch is looked at."""
+OF_FIRST = 0.5
+"""Of the first loss, that such a batch has at least: near zero, four times is little."""
 MAX_LOOKED_AT = 20
 MAX_HELD = 1 << 20
 """Elements of a tensor that is kept from the loss function to backward."""
@@ -36,6 +38,7 @@ class BadBatches:
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self._first = 0.0
         self._inputs: list[weakref.ref[torch.Tensor]] = []
         self._loss: tuple[Callable[..., Any], str, list[Any], dict[str, Any]] | None = None
         self._left = MAX_LOOKED_AT
@@ -70,7 +73,9 @@ class BadBatches:
     def _look_at(self, value: float) -> BadBatch | None:
         if math.isfinite(value):
             usual = max(self._recent, default=0.0)
-            high = len(self._recent) == RECENT and value > FACTOR * usual > 0
+            self._first = self._first or abs(value)
+            far = value > FACTOR * usual > 0 and value > OF_FIRST * self._first
+            high = far and len(self._recent) == RECENT
             self._recent.append(abs(value))
             if not high:
                 return None

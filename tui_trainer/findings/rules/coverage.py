@@ -187,7 +187,13 @@ class ZeroGradients(Rule):
     next = "follow the output of this layer in forward to where its gradient ends"
     source = "zero gradients are a symptom of DeepDiagnosis (Wardat et al., ICSE 2022)"
     thresholds = (RuleThreshold("steps", 20, "measured steps in a row"),)
-    explained_by = ("dead-units", "constant-weights", "saturated-units", "label-range")
+    explained_by = (
+        "dead-units",
+        "constant-weights",
+        "saturated-units",
+        "label-range",
+        "constant-labels",
+    )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -254,7 +260,7 @@ class NoGradients(Rule):
     )
     source = "PyTorch's documentation of torch.optim (construct optimizers after moving a model)"
     thresholds = (RuleThreshold("steps", 3, "steps in a row without any gradient"),)
-    explained_by = ("zeroed-before-step",)
+    explained_by = ("zeroed-before-step", "constant-labels")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)

@@ -79,6 +79,8 @@ class GradientsVanish(_Depth):
         RuleThreshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
     )
 
+    explained_by = ("saturated-units", "dead-units", "initial-scale")
+
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._streak = Streak()

@@ -117,7 +117,7 @@ class ScheduleEnds(Rule):
         if self._reported or rate is None:
             return
         self._highest = max(self._highest, rate)
-        low = 0 < rate < self.limits["share"] * self._highest
+        low = 0 < rate <= self.limits["share"] * self._highest * (1 + 1e-6)
         count = self._streak.add(low, seen.step)
         if not total or count < self.limits["steps"]:
             return

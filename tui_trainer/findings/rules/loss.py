@@ -32,6 +32,8 @@ class InitialLoss(Rule):
         RuleThreshold("low", 0.3, "times ln K"),
     )
 
+    explained_by = ("input-scale", "initial-scale", "label-range")
+
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._done = False
@@ -128,6 +130,14 @@ class NoProgress(Rule):
         RuleThreshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
     )
     explained_by = (
+        "constant-inputs",
+        "loss-broadcasts",
+        "label-range",
+        "constant-weights",
+        "dead-units",
+        "saturated-units",
+        "input-scale",
+        "schedule-ends-early",
         "non-finite",
         "gradients-kept",
         "zeroed-before-step",

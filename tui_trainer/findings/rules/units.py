@@ -79,7 +79,15 @@ class DeadUnits(_StuckUnits):
         "Lu et al., Dying ReLU and Initialization (2019); half of a layer is the limit of Amazon "
         "SageMaker Debugger's rule DeadRelu"
     )
-    explained_by = ("input-scale", "update-ratio-high", "learning-rate-jump", "initial-scale")
+    explained_by = (
+        "constant-inputs",
+        "constant-labels",
+        "constant-weights",
+        "input-scale",
+        "initial-scale",
+        "update-ratio-high",
+        "learning-rate-jump",
+    )
 
     def what(self, worst: UnitsShare) -> str:
         where = f" of {worst.path}" if worst.path else ""
@@ -109,7 +117,15 @@ class SaturatedUnits(_StuckUnits):
         "networks (AISTATS 2010); half of a layer is the limit of Amazon SageMaker Debugger's rule "
         "SaturatedActivation"
     )
-    explained_by = ("input-scale", "update-ratio-high", "learning-rate-jump", "initial-scale")
+    explained_by = (
+        "constant-inputs",
+        "constant-labels",
+        "constant-weights",
+        "input-scale",
+        "initial-scale",
+        "update-ratio-high",
+        "learning-rate-jump",
+    )
 
     def what(self, worst: UnitsShare) -> str:
         where = f" of {worst.path}" if worst.path else ""

@@ -65,6 +65,7 @@ class UpdateRatioHigh(_UpdateRatio):
         ),
     )
     explained_by = (
+        "label-range",
         "input-scale",
         "initial-scale",
         "gradients-kept",
@@ -162,6 +163,11 @@ class UpdateRatioLow(_UpdateRatio):
         RuleThreshold("steps", 100, "minimum number of steps"),
     )
     explained_by = (
+        "dead-units",
+        "saturated-units",
+        "zero-gradients",
+        "schedule-ends-early",
+        "constant-labels",
         "learning-rate-zero",
         "zeroed-before-step",
         "no-gradients",
