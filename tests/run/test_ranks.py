@@ -39,7 +39,7 @@ SCRIPT = """
     torch.manual_seed(0)
     layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
     model = DDP(torch.nn.Sequential(*layers))
-    torch.manual_seed(rank)
+    torch.manual_seed(0 if "SAME" in os.environ else rank)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     steps, pause = int(os.environ["STEPS"]), float(os.environ.get("PAUSE", "0"))
     for step in range(1, steps + 1):
@@ -49,7 +49,9 @@ SCRIPT = """
         loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.tensor(0.0)
+        if rank == 0 or "ALONE" not in os.environ:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         if rank == 1 and step == int(os.environ.get("PART", "0")):
             model.module[0].weight.data.view(-1)[3] += 1e-6
@@ -181,6 +183,21 @@ def test_replicas_that_part_are_named_within_one_cadence(place):
     )
     found = [line for line in place.printed("step 1", 1) if "weights" in line]
     assert found == [f"step 101: error: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("ALONE", "one rank clips its gradients alone"),
+        ("SAME", "all ranks have the same batches"),
+    ],
+)
+def test_rank_that_clips_alone_and_ranks_with_the_same_batches_are_named(place, variable, expected):
+    command = (*RUN, "--name", "wrong", "train.py")
+    for process in place.start(2, *command, STEPS="60", **{variable: "1"}):
+        assert process.wait(120) == 0, place.errors(0)
+    lines = place.printed("step ", 1)
+    assert [line for line in lines if expected in line], lines
 
 
 @pytest.mark.slow

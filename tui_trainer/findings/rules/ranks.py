@@ -41,7 +41,7 @@ class ClipsAlone(Rule):
         "clipping on one rank only is the BLOOM-176B divergence that TrainCheck reproduces (Jiang "
         "et al., OSDI 2025)"
     )
-    thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
+    thresholds = (RuleThreshold("steps", 2, "steps in a row of those in which any rank clips"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -54,8 +54,10 @@ class ClipsAlone(Rule):
         scales = {rank: row.get("clip_scale") for rank, row in rows.items()}
         clip = {rank for rank, scale in scales.items() if scale is not None and scale < 1}
         rest = rows.keys() - clip
+        if not clip:
+            return  # a step that tells nothing
         # Sums of different orders may be on both sides of the limit.
-        holds = bool(clip) and bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
+        holds = bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
         if self._streak.add(holds, step) < self.limits["steps"]:
             return
         self._reported = True
