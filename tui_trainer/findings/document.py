@@ -30,8 +30,8 @@ data). The exit status is 1 if there is a warning or an error.
 A rule reports nothing until it has the data that it needs, and prefers a missed problem to a false
 alarm. Rules run on the recorder's thread. Most use what is measured anyway; for the others, probes
 look at the batch in the first six steps and every tenth, at activations every 25th step, and at the
-initial weights once, within the same budget. A rule that raises an exception is switched off, with a line in the
-log.
+initial weights once, within the same budget. A rule that raises an exception is switched off, with
+a line in the log.
 
 `tui-trainer explain RULE` prints a section of this page. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules
