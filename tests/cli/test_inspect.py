@@ -90,6 +90,27 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert inspect("one", "table", "--save", "h.safetensors").returncode == 0
         assert b'"BF16"' in (tmp_path / "h.safetensors").read_bytes()[:200]
 
+        text = inspect("one", "0.weight", "--update", "--index", "2,7").stdout
+        assert text.startswith("0.weight[2, 7] · step 3, after backward\nadam, group 0: lr 0.01, ")
+        for part in ("β₁·m + (1−β₁)·g", "−η·m̂ / (√v̂ + ε)", "t = 3", "before ", "predicted "):
+            assert part in text
+        found = json.loads(inspect("one", "0.weight", "--update", "--json").stdout)
+        assert (found["index"], found["actual"]) == (None, None)
+        predicted = json.loads(
+            inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout
+        )["predicted"]
+        assert call("step", "one", cwd=tmp_path).returncode == 0
+        found = json.loads(
+            inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout
+        )
+        assert (found["step"], found["phase"]) == (3, "step")
+        assert np.isclose(found["actual"], predicted, rtol=1e-6)
+        assert found["difference"] <= 4 * found["precision"]
+        assert_refused(inspect("one", "0.bias", "--update"), "was not observed", "ask again")
+        assert_refused(inspect("one", "0.bias", "--update", "--index", "x"), status=2)
+        assert_refused(inspect("one", "0.bias", "--index", "1"), status=2)
+        assert_refused(inspect("one", "0.bias", "--update", "--grad"), status=2)
+
         assert_refused(inspect("one", "weight"), "2 tensors match weight", "0.weight, 1.weight")
         assert_refused(inspect("one", "wieght"), "no parameter or buffer matches wieght")
         assert_refused(inspect("one", "table", "--grad"), "table has no gradient now")

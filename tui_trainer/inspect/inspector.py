@@ -9,10 +9,12 @@ import torch
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.statistics import statistics_of
+from tui_trainer.inspect.update_watch import UpdateWatch
 from tui_trainer.inspect.values import readable
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
+    ExplainUpdate,
     InspectionRequest,
     InspectionResult,
     ListTensors,
@@ -20,6 +22,7 @@ from tui_trainer.protocol.inspection import (
     Summarize,
     TensorRef,
     TensorSummary,
+    UpdateExplanation,
 )
 from tui_trainer.trace.tracer import Tracer
 
@@ -34,6 +37,7 @@ class Inspector:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
+        self._watch: UpdateWatch | None = None
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
         """Raises InspectionError, or whatever torch raises on an unusual tensor."""
@@ -49,6 +53,15 @@ class Inspector:
                     return self._summarize(catalog, request)
                 case ReadTensor(tensor=ref):
                     return TensorCopy(catalog, ref)
+                case ExplainUpdate():
+                    return self._explain(tracer, request)
+
+    def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
+        """From the first request on the steps are observed, of the latest parameter asked for."""
+        if self._watch is None or self._watch.request != request or tracer.updates is None:
+            self._watch = UpdateWatch(tracer, request)
+            tracer.updates = self._watch
+        return self._watch.explain()
 
     def _summarize(self, catalog: TensorCatalog, request: Summarize) -> TensorSummary:
         found = catalog.find(request.tensor)

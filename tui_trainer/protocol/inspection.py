@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.schema import Scalar
 
 TensorKind = Literal["parameter", "buffer", "gradient", "state"]
 """`state`: of an optimizer, for one parameter."""
@@ -177,6 +178,44 @@ class TensorData(msgspec.Struct, tag="data", frozen=True, array_like=True):
     data: bytes
 
 
+class UpdateTerm(msgspec.Struct, frozen=True, array_like=True):
+    """One line of the update of a weight, in the order in which it is computed."""
+
+    name: str
+    formula: str
+    value: float
+    """Of a single entry; of a whole tensor its 2-norm."""
+    numbers: str = ""
+    """The formula with its numbers, for a single entry."""
+
+
+class UpdateExplanation(msgspec.Struct, tag="explanation", frozen=True, array_like=True):
+    """Why the optimizer moves a weight as it does. Of a whole tensor all values are 2-norms."""
+
+    tensor: TensorInfo
+    index: tuple[int, ...] | None
+    """None: the whole tensor."""
+    optimizer: str
+    group: int
+    settings: dict[str, Scalar]
+    """Hyper-parameters of the group."""
+    count: int
+    """Which step of the optimizer it is for this parameter (the t of Adam), from 1; 0 for SGD,
+    which does not count them."""
+    terms: tuple[UpdateTerm, ...]
+    """The last two are the update and the new weight."""
+    old: float
+    predicted: float
+    """The new weight."""
+    actual: float | None = None
+    """None before the step."""
+    difference: float | None = None
+    """The size of what was predicted less what is; of a whole tensor the norm of that."""
+    precision: float = 0.0
+    """The spacing of numbers of the weight's type around it; of a tensor the norm of that."""
+    notes: tuple[str, ...] = ()
+
+
 class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
     """Asks which tensors there are."""
 
@@ -199,8 +238,20 @@ class ReadTensor(msgspec.Struct, tag="read_tensor", frozen=True):
     offset: int = 0
 
 
-InspectionRequest = ListTensors | Summarize | ReadTensor
-InspectionResult = TensorList | TensorSummary | TensorData
+class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
+    """Asks for the update of a parameter or of one of its entries: before the optimizer's step as
+    it is predicted, after it with what it was. The parameter's steps are observed from the first
+    such request on, for as long as there are further ones."""
+
+    name: str
+    index: tuple[int, ...] | None = None
+    """None: the whole tensor."""
+
+
+InspectionRequest = ListTensors | Summarize | ReadTensor | ExplainUpdate
+InspectionResult = TensorList | TensorSummary | TensorData | UpdateExplanation
+NOT_OBSERVED = "the update of this step was not observed"
+"""Message of a request that comes after the step, before any other one."""
 
 
 class Inspect(msgspec.Struct, tag="inspect", frozen=True, array_like=True):

@@ -119,6 +119,16 @@ class LoopObserver(Protocol):
         """The training thread is in the call of the optimizer's `step`."""
 
 
+class UpdateObserver(Protocol):
+    """Looks at the weights around the steps of optimizers. Raises nothing."""
+
+    def step_began(self, optimizer: Optimizer) -> None:
+        """The weights are about to change."""
+
+    def step_ended(self, optimizer: Optimizer) -> None:
+        """They have changed."""
+
+
 class Tracer:
     """Traces the training on the thread that attaches it.
 
@@ -151,6 +161,7 @@ class Tracer:
         self._roots = RootModules(self._patches, self)
         self.evaluation = EvaluationLosses(self, self._patches)
         self.loop: LoopObserver | None = None
+        self.updates: UpdateObserver | None = None
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
@@ -931,6 +942,8 @@ class Tracer:
 
     def step_began(self, optimizer: Optimizer, closure: bool) -> None:
         self.optimizer_steps += 1
+        if self.updates is not None and self.training_thread:
+            self.updates.step_began(optimizer)
         if self._given_up:
             self._outer_step = self._outer_step or id(optimizer)
         else:
@@ -977,6 +990,8 @@ class Tracer:
 
     def step_ended(self, optimizer: Optimizer) -> None:
         """The weights have changed."""
+        if self.updates is not None and self.training_thread:
+            self.updates.step_ended(optimizer)
         step = self.step
         self._end_step(optimizer)
         if self._given_up and id(optimizer) == self._outer_step:

@@ -19,9 +19,11 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.tensors import ENDINGS, cells_of, fetch, find_tensor, write_tensor
-from tui_trainer.protocol.formatting import bytes_, number, percent
+from tui_trainer.protocol.formatting import bytes_, number, percent, scalar
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
+    NOT_OBSERVED,
+    ExplainUpdate,
     HeatMap,
     Histogram,
     Inspected,
@@ -36,6 +38,7 @@ from tui_trainer.protocol.inspection import (
     TensorList,
     TensorStatistics,
     TensorSummary,
+    UpdateExplanation,
     Window,
 )
 from tui_trainer.runs.errors import RunError
@@ -45,6 +48,7 @@ SHADES = " ░▒▓█"
 NOT_FINITE = "!"
 BARS = " ▁▂▃▄▅▆▇█"
 ROWS, COLUMNS = 16, 64
+UPDATE_ATTEMPTS = 5
 T = TypeVar("T", bound=InspectionResult)
 
 
@@ -66,6 +70,18 @@ def inspect(
         Parameter(
             help="a tensor that its optimizer holds, such as exp_avg",
             metavar="KEY",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    update: Annotated[
+        bool, flag("why the optimizer moves the parameter: its formula with the numbers in it")
+    ] = False,
+    index: Annotated[
+        str | None,
+        Parameter(
+            help="with --update: of one entry, such as 3,17; without it values are norms",
+            metavar="I,J",
             show_default=False,
             negative=(),
         ),
@@ -107,7 +123,8 @@ def inspect(
 ) -> int:
     """look into a tensor of a live run, or list its tensors"""
     kind, key = _kind(grad, state)
-    if name is None and (kind or save or window):
+    place = _index(index, update, kind is not None or save is not None or window is not None)
+    if name is None and (kind or save or window or update):
         raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
     shown = _window(window, reduce)
     _check_file(save, overwrite)
@@ -123,6 +140,11 @@ def inspect(
             if save is not None:
                 _save(client, tensor, save)
                 return 0
+            if update:
+                answer = _explain(client, ExplainUpdate(tensor.ref.name, place))
+                explained = _result(answer, UpdateExplanation)
+                print(_as_json(found, answer) if json else _update_text(answer, explained))
+                return 0
             answer = _ask(client, Summarize(tensor.ref, window=shown, entries=entries))
     summary = _result(answer, TensorSummary)
     print(_as_json(found, answer) if json else _as_text(answer, summary), flush=True)
@@ -135,6 +157,19 @@ def _kind(grad: bool, state: str | None) -> tuple[TensorKind | None, str]:
     if grad:
         return "gradient", ""
     return ("state", state) if state is not None else (None, "")
+
+
+def _index(text: str | None, update: bool, other: bool) -> tuple[int, ...] | None:
+    if text is not None and not update:
+        raise UsageError("--index belongs to --update", "tui-trainer inspect RUN NAME --update")
+    if update and other:
+        raise UsageError("--update is of a parameter alone", "without --grad, --state, --save")
+    if text is None:
+        return None
+    parts = text.strip("[] ").split(",") if text.strip("[] ") else []
+    if not all(re.fullmatch(r"\s*\d{1,18}\s*", part) for part in parts):
+        raise UsageError(f"--index {text} is not understood", "numbers from 0: --index 3,17")
+    return tuple(int(part) for part in parts)
 
 
 def _window(text: str | None, reduction: Reduction) -> Window:
@@ -171,6 +206,18 @@ def _result(answer: Inspected, kind: type[T]) -> T:
     if not isinstance(answer.result, kind):
         raise CommandError("the run answered something else")
     return answer.result
+
+
+def _explain(client: RunClient, request: ExplainUpdate) -> Inspected:
+    """A run that is running observes its steps from the first request on: ask again after one."""
+    for _ in range(UPDATE_ATTEMPTS):
+        answer = client.inspect(request)
+        running = answer.message == NOT_OBSERVED and client.poll(0).status.state == "running"
+        if not running:
+            break
+    if answer.state == "failed":
+        raise RunError(answer.message, answer.hint)
+    return answer
 
 
 # ---------------------------------------------------------------- saving
@@ -331,6 +378,47 @@ def _heat_lines(heat: HeatMap) -> list[str]:
     return [f"{text} of blocks {block}, {part}, darkest: {number(top, 0)}", *lines]
 
 
+# ---------------------------------------------------------------- the update of a weight
+
+HIDDEN_SETTINGS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay",
+                   "initial_lr")  # fmt: skip
+"""Settings that do not change the result."""
+
+
+def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
+    single = found.index is not None
+    counting = f" (its step t = {found.count:,})" if found.count else ""
+    place = f"[{', '.join(map(str, found.index))}]" if found.index is not None else ""
+    settings = ", ".join(
+        f"{name} {scalar(value)}"
+        for name, value in found.settings.items()
+        if name not in HIDDEN_SETTINGS and value not in (None, False)
+    )
+    lines = [
+        f"{found.tensor.ref.name}{place} · {when(answer)}",
+        f"{found.optimizer}, group {found.group}: {settings}{counting}",
+        "",
+    ]
+    value = "value" if single else "2-norm"
+    table = new_table(("", "formula", value, *(["with numbers"] if single else [])), right=(value,))
+    for term in found.terms:
+        cells = [term.name, term.formula, exact(term.value), *([term.numbers] if single else [])]
+        table.add_row(*map(Text, cells))
+    lines += [line.plain for line in table_lines(table)]
+    lines += ["", f"before     {exact(found.old)}", f"predicted  {exact(found.predicted)}"]
+    if found.actual is not None and found.difference is not None:
+        apart = f"{found.difference:.2g}"
+        unit = "spacing of numbers there" if single else "norm of the spacing"
+        lines.append(f"actual     {exact(found.actual)}")
+        lines.append(f"difference {apart} ({unit}: {found.precision:.2g})")
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def exact(value: float) -> str:
+    """Enough digits to tell two float32 values apart."""
+    return f"{value:.8g}"
+
+
 # ---------------------------------------------------------------- JSON
 
 
@@ -355,6 +443,8 @@ def _plain(value: Any) -> Any:
         return {**fields, "cells": cells_of(value).tolist()}
     if isinstance(value, msgspec.Struct):
         return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
