@@ -102,3 +102,14 @@ def test_a_log_bounded_by_size():
     some, more = log.since(0, 1000, max_size=25)
     assert len(some) == 2
     assert more
+
+
+def test_a_changed_limit_shows_at_once():
+    throughput = Throughput()
+    now = run(throughput, 50, each=1.0, own_ms=1.0)
+    throughput.restart_window()
+    assert throughput.steps_per_second(now) is None
+    now = run(throughput, 3, each=0.1, start=now, first=51, own_ms=1.0)
+    assert throughput.steps_per_second(now) == pytest.approx(10.0)
+    assert throughput.remaining_s(100, now) == pytest.approx(10.0)
+    assert throughput.cost_share() == pytest.approx(0.01)

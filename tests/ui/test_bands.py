@@ -93,14 +93,14 @@ async def test_an_attention_value_outside_its_band_is_coloured() -> None:
     run = synthesise(describe())
     table = run.table(schema.ATTENTION)
     columns = [column.name for column in run.info.tables[table].columns]
-    run.values[table][:, columns.index("blocks.0.attention.growth")] = 42
+    run.values[table][:, columns.index("blocks.0.attention.growth")] = 420
     app = app_on("attention", FakeSession(run, 300))
     async with app.run_test(size=(120, 40)) as pilot:
         await frame(pilot)
         await pilot.press("m", "m", "m", "m", "m")  # growth
         await frame(pilot)
         assert "1 value outside" in text_of(app)
-        assert style_of(app, "42") == app.palette.warning.color
+        assert style_of(app, "420") == app.palette.warning.color
 
 
 async def test_the_state_is_red_while_the_loss_is_not_finite() -> None:

@@ -211,6 +211,10 @@ class Recorder:
     def pause_ended(self) -> None:
         self.throughput.resume(self._clock())
 
+    def speed_limit_changed(self) -> None:
+        """Measure speed and remaining time from the next step on."""
+        self._queue.append((self.throughput.restart_window, ()))
+
     def watched(self) -> frozenset[str]:
         """The topics on viewers' screens now, and the tables that breakpoints need as `needed:` and
         their name. Takes no lock."""

@@ -64,6 +64,11 @@ class Throughput:
         while len(self._points) > WINDOW_STEPS and newest - self._points[0].time > WINDOW_S:
             self._drop_oldest()
 
+    def restart_window(self) -> None:
+        """Forget the speed so far: the limit on it has changed."""
+        while len(self._points) > 1:
+            self._drop_oldest()
+
     def _drop_oldest(self) -> None:
         self._own_ms -= self._points.popleft().own_ms
         self._warming = max(0, self._warming - 1)

@@ -228,6 +228,7 @@ class CommandHandler:
                 f"cannot run at {rate:g} steps/s: give a number from {low:g} to {high:,.0f}"
             )
         self._gate.throttle(rate)
+        self._recorder.speed_limit_changed()
         return "full speed" if rate is None else f"at most {rate:g} steps/s"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.segment import Segment
 from textual.geometry import Size
 
@@ -108,7 +109,6 @@ class UpdatesPanel(Panel):
         style = self.palette.good if UPDATE_RATIO.holds(median) else self.palette.warning
         return [
             ("median", formatting.scientific(median, 8), style),
-            ("", UPDATE_RATIO.words, self.palette.dim),
         ]
 
     def _layers(
@@ -147,7 +147,9 @@ class UpdatesPanel(Panel):
         if height < 2:
             return []
         titles = f"{'‖Δw‖/‖w‖':>{RATIO_WIDTH}}  moved most"
-        rows: list[Row] = [[Segment(titles, self.palette.dim)]]
+        words = UPDATE_RATIO.words.rjust(max(0, width - cell_len(titles)))
+        words = words if len(words) > len(UPDATE_RATIO.words) else ""
+        rows: list[Row] = [[Segment(titles + words, self.palette.dim)]]
         if not movers:
             return [*rows, message_row("", self.palette.dim)]
         for ratio, name in movers[: height - 1]:

@@ -115,8 +115,8 @@ SHOWN_STATISTICS = (
     Statistic(
         "growth", "growth", schema.ATTENTION, LAYER,
         "‖Wq‖‖Wk‖/‖Wv‖ relative to the start: early sign of a logit blow-up",
-        "1 to 10; a steep rise comes before entropy collapses",
-        band=HealthyBand(high=10),
+        "1 to 40; a steep rise comes before entropy collapses",
+        band=HealthyBand(high=40),
     ),
     Statistic(
         "sigma_max", "σ max", schema.ATTENTION_SPECTRUM, MATRICES,
