@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.config.run_spec import RunSpec, saved_breakpoints
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import Breakpoint, Notice, Poll
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
@@ -49,6 +52,7 @@ class Run:
         self.budget = budget
         self.before: Callable[[int], None] = lambda step: None
         self.weights: list[torch.Tensor] = []
+        self.losses: dict[int, float] = {}
 
     def _changed(self) -> None:
         if self.gate.mode == "paused":
@@ -74,6 +78,7 @@ class Run:
                     targets = targets * float("nan")
                 optimizer.zero_grad()
                 loss = (model(inputs) - targets).square().mean()
+                self.losses[step] = loss.item()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -106,6 +111,8 @@ class Run:
         ('grad_norm("2.bias") > 30 at clip', [("clip", 10, "2.bias")]),
         ('log("half") == 6', [("step", 13, "")]),
         ('log("half") == 6 at data', [("data", 13, "")]),
+        ('logged("half") == 6 at data', [("data", 13, "")]),
+        ('validation("half") == 6', []),
         ("weight_norm(any) > 0 and step == 7", [("step", 7, "0.weight")]),
         ("update_ratio(any) >= 0 and step == 8", [("step", 8, "2.weight")]),
         ('finding("non-finite")', [("step", 15, "")]),
@@ -225,3 +232,33 @@ def test_they_are_saved_and_restored(tmp_path: Path) -> None:
     assert "breakpoint loss > was not restored" in again.notices()[0]
     (tmp_path / "breakpoints.json").write_bytes(b"{")
     assert saved_breakpoints(tmp_path) == ()
+
+
+def test_the_results_of_evaluations_stop_the_run_before_the_next_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, 'validation("loss") > 2', 'logged("loss") > 2')
+    validation = ScalarLog(run.recorder, run.gate, schema.VALIDATION)
+    run.before = lambda step: validation.log({"loss": float(step)}) if step in (2, 8) else None
+    assert [stop[:2] for stop in run.train()] == [("data", 8)]
+
+
+def test_ranks_are_compared_at_the_same_step(tmp_path: Path) -> None:
+    """Rank 1 reports its steps two steps late, and another loss in step 9."""
+    run = Run(tmp_path, "rank(1).loss != loss", "rank(any).grad_norm > 1e6")
+
+    def rank_one(step: int) -> None:
+        late = step - 2
+        if late in run.losses:
+            row = np.full(len(schema.RANK_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
+            row[schema.RANK_INDEX["loss"]] = run.losses[late] + (0.5 if late == 9 else 0)
+            run.breakpoints.observe_rank(1, late, row)
+
+    run.before = rank_one
+    stops = run.train()
+    assert [stop[:2] for stop in stops[:1]] == [("step", 11)], run.notices()
+    (text, *_) = [each for each in run.notices() if "rank(1)" in each]
+    assert "paused after step at breakpoint 1: rank(1).loss != loss" in text
+    assert text.endswith("at step 9)")
+
+
+def test_without_other_ranks_nothing_is_compared(tmp_path: Path) -> None:
+    assert Run(tmp_path, "rank(1).loss != loss").train() == []

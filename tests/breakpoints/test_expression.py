@@ -26,6 +26,7 @@ class FakeMoment:
         self.numbers: dict[str, float | None] = {**numbers}
         self.columns: dict[str, dict[str, float | None]] = {}
         self.scalars: dict[str, float] = {}
+        self.of_ranks: dict[str, list[float]] = {}
         self.broken: Reading | None = None
         self.found: str = ""
 
@@ -43,8 +44,15 @@ class FakeMoment:
         present = np.array([value is not None for value in chosen.values()])
         return Several(tuple(chosen), np.array(values), present)
 
-    def logged(self, name: str) -> float | None:
-        return self.scalars.get(name)
+    def logged(self, table: str, name: str) -> float | None:
+        return self.scalars.get(name if table == "logged" else f"{table} {name}")
+
+    def ranks(self, column: str) -> Several | None:
+        found = self.of_ranks.get(column)
+        if found is None:
+            return None
+        names = tuple(f"rank {number}" for number in range(len(found)))
+        return Several(names, np.array(found), np.ones(len(found), np.bool_))
 
     def nonfinite(self) -> Reading | None:
         return self.broken
@@ -141,7 +149,14 @@ def test_logged_scalars_findings_and_what_is_not_finite() -> None:
     moment = FakeMoment()
     moment.scalars["val/acc"] = 0.1
     assert met('log("val/acc") < 0.5', moment)
+    assert met('logged("val/acc") < 0.5', moment)
     assert not met('log("other") < 0.5', moment)
+    moment.scalars["validation loss"] = 3.0
+    assert met('validation("loss") > 2', moment)
+    assert not met('logged("loss") > 2', moment)
+    assert parse('validation("loss") > 2').phase == "data"
+    assert parse('validation("loss") > 2 * loss').phase == "step"
+    assert parse('validation("loss") > 2 at step').phase == "step"
     moment.found = "exploding-gradients"
     assert met('finding("exploding")', moment)
     assert not met('finding("vanishing")', moment)
@@ -153,9 +168,32 @@ def test_logged_scalars_findings_and_what_is_not_finite() -> None:
     assert outcome.readings == (moment.broken,)
 
 
+def test_ranks_are_compared() -> None:
+    moment = FakeMoment(loss=1.0)
+    assert not met("rank(1).loss != loss", moment)
+    moment.of_ranks = {"loss": [1.0, 1.5], "grad_norm_preclip": [3.0, 4.0]}
+    outcome = parse("rank(1).loss != loss").evaluate(moment)
+    assert outcome.met
+    assert outcome.text == "loss of rank 1 1.5, loss 1"
+    assert not met("rank(0).loss != loss", moment)
+    assert not met("rank(2).loss != loss", moment)
+    assert parse("rank(any).loss > 1.2").evaluate(moment).text == "loss of rank 1 1.5"
+    assert met("max(rank(any).grad_norm) > 1.2 * min(rank(any).grad_norm)", moment)
+    assert not met("rank(any).loss > 2", moment)
+    assert parse("rank(1).loss > 2").ranks
+    assert not parse("loss > 2").ranks
+
+
 @pytest.mark.parametrize(
     ("text", "place", "message", "hint"),
     [
+        ("rank(1) > 3", "rank(1)", "this is a rank, not a quantity", "rank(1).loss"),
+        ("rank > 3", "rank", "rank is a function", "rank(1).loss"),
+        ("rank(1).los > 3", "rank(1).los", "a rank has no quantity los", "loss"),
+        ("rank(-1).loss > 3", "rank(-1)", "rank takes a number or any", "rank(any).loss"),
+        ("rank(1).loss > 3 at loss", "rank(1).loss", "ranks are only compared", "leave out"),
+        ("rank(1).loss > clip.scale", "clip.scale", "clip.scale cannot be compared", "step, loss"),
+        ("nonfinite and rank(1).loss > 3", "nonfinite", "nonfinite cannot be", "only step"),
         ("losss > 3", "losss", "there is no quantity losss", "did you mean loss"),
         ("loss > grdnorm(any)", "grdnorm", "there is no function grdnorm", "grad_norm"),
         ("loss > 3 at backwards", "backwards", "there is no phase backwards", "backward"),

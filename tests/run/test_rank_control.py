@@ -146,6 +146,26 @@ def test_all_end_at_the_same_step(group):
     assert group.ended[0][0] is StopTraining
 
 
+class AlwaysMet:
+    """Breakpoints of which one is met at every step."""
+
+    def reached(self, phase, step):
+        return True
+
+
+def test_a_breakpoint_that_is_met_again_does_not_keep_all_from_stopping(group):
+    group.moves_on()
+    group.gate.hooks.breakpoint_reached = group.control.pause_at_breakpoint
+    group.gate.breakpoints = AlwaysMet()
+    group.gate.break_phases = frozenset({"step"})
+    group.held()
+    group.control.stop()
+    for thread in group.threads:
+        thread.join(240)
+    assert len(set(group.ended)) == 1
+    assert group.ended[0][0] is StopTraining
+
+
 def test_a_run_that_starts_paused_is_held_before_its_first_step():
     group = Group(3, paused=True)
     try:

@@ -20,7 +20,7 @@ from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.framing import read_as
-from tui_trainer.protocol.messages import Notice, Pause, Resume, Step, StepPhase
+from tui_trainer.protocol.messages import Notice, Pause, Resume, Step, StepPhase, Stop
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
@@ -198,6 +198,26 @@ def test_rank_that_clips_alone_and_ranks_with_the_same_batches_are_named(place, 
         assert process.wait(120) == 0, place.errors(0)
     lines = place.printed("step ", 1)
     assert [line for line in lines if expected in line], lines
+
+
+@pytest.mark.slow
+def test_a_breakpoint_compares_ranks_and_the_paused_run_stops(place):
+    """They train on different data, so that their losses differ in every step."""
+    condition = ("--break", "rank(1).loss != loss")
+    started = place.start(2, *RUN, "--name", "two", *condition, "train.py", STEPS="1000000")
+    run = until(lambda: place.runs.is_dir() and _listening(place, "two"), "the run listens")
+    with RunClient.connect(run, "test", read_only=False) as client:
+
+        def stopped_at():
+            client.poll()
+            return client.snapshot.status.stopped_at
+
+        stop = until(stopped_at, "the condition is met", 150)
+        assert stop.condition == "rank(1).loss != loss"
+        assert stop.text.startswith("loss of rank 1 ")
+        assert client.command(Stop()).ok
+        for process in started:
+            assert process.wait(240) == 0, place.errors(0) + place.errors(1)
 
 
 @pytest.mark.slow

@@ -5,15 +5,22 @@ from __future__ import annotations
 import difflib
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
-from tui_trainer.breakpoints.expression import SCALARS, Expression, ExpressionError, parse
+from tui_trainer.breakpoints.expression import (
+    SCALARS,
+    ConditionResult,
+    Expression,
+    ExpressionError,
+    parse,
+)
 from tui_trainer.findings.verdict import LEVEL_ORDER
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import Phase, schema
@@ -26,6 +33,10 @@ MAX_BREAKPOINTS = 100
 COLUMN_OF = {"lr": "learning_rate", "grad_norm": "grad_norm_preclip"}
 """Scalar quantities whose column in table `step` has another name."""
 ATTENTION_TABLES = (schema.ATTENTION, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH)
+
+
+STEPS_OF_RANKS = 256
+"""Steps that are kept to compare processes, and by which one may lag behind."""
 
 
 class BreakpointError(UserError):
@@ -77,7 +88,9 @@ class _Active:
     met: bool = False
     """Whether the condition was met at the last boundary."""
     logged_before: int = 0
-    """How many values the script had logged at the last boundary."""
+    """How many values had been logged at the last boundary."""
+    compared: int | None = None
+    """The last step for which the processes were compared."""
 
     def as_message(self) -> Breakpoint:
         return Breakpoint(
@@ -113,6 +126,7 @@ class Breakpoints:
         self._next = 1
         self._plans: Mapping[Phase, tuple[_Active, ...]] = {}
         self._values = _Values()
+        self._ranked = False
 
     # ------------------------------------------------------------ controls, for any thread
 
@@ -211,17 +225,26 @@ class Breakpoints:
         self._plans = {phase: tuple(some) for phase, some in plans.items()}
         self.phases = frozenset(plans)
         self.tables = frozenset(t for active in enabled for t in active.expression.tables)
+        self._ranked = any(active.expression.ranks for active in enabled)
+        self._values.keeps_steps = self._ranked
         self._run.breakpoints_changed(self)
 
     # ------------------------------------------------------------ training thread
 
     def observe(self, record: StepRecord) -> None:
         """Take the record of a completed step."""
-        self._values.observe(record)
+        self._values.observe(record, self._run)
 
-    def logged(self, values: Mapping[str, float]) -> None:
-        """Take values that the script has logged."""
-        self._values.log(values)
+    def logged(self, values: Mapping[str, float], table: str = schema.LOGGED) -> None:
+        """Take values that the script has logged, or the results of an evaluation."""
+        self._values.log(values, table)
+
+    def observe_rank(self, rank: int, step: int, row: Floats) -> None:
+        """Take the row of table `ranks` of another process, on any thread."""
+        if self._ranked:
+            with self._lock:
+                self._values.ranks.setdefault(rank, OrderedDict())[step] = row
+                _forget(self._values.ranks[rank])
 
     def reached(self, phase: Phase, step: int) -> bool:
         """Evaluate the conditions of `phase`; returns whether the run has to pause. Never raises an
@@ -232,7 +255,7 @@ class Breakpoints:
         for active in self._plans.get(phase, ()):
             moment.logged_before = active.logged_before
             try:
-                outcome = active.expression.evaluate(moment)
+                outcome = self._evaluate(active, moment)
             except UserError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 self._disable(active, f"{error.message}{hint}", step)
@@ -250,7 +273,8 @@ class Breakpoints:
             fired.append(active)
             place = next((r for r in outcome.readings if r.parameter or r.table), Reading(""))
             hit = BreakpointStop(active.number, active.expression.text, step, phase, outcome.text,
-                                 place.parameter, place.table)  # fmt: skip
+                                 "" if active.expression.ranks else place.parameter,
+                                 place.table)  # fmt: skip
             if not active.log_only:
                 stop = stop or hit
                 self._run.notice("breakpoint", f"paused after {phase} at {hit.reason}", "warning",
@@ -266,6 +290,25 @@ class Breakpoints:
         if stop is not None:
             self.stop = stop
         return stop is not None
+
+    def _evaluate(self, active: _Active, moment: _Moment) -> ConditionResult:
+        if not active.expression.ranks:
+            return active.expression.evaluate(moment)
+        moment.finish()
+        with self._lock:
+            last = self._values.last_common_step(moment.step)
+            first = moment.step if active.compared is None else active.compared + 1
+            active.compared = max(last, first - 1)
+            for step in range(max(first, last - STEPS_OF_RANKS), last + 1):
+                outcome = active.expression.evaluate(_PastStep(step, self._values))
+                if outcome.met:
+                    active.compared = step
+                    where = Reading(f"at step {step:,}")
+                    readings = (
+                        outcome.readings if step == moment.step else (*outcome.readings, where)
+                    )
+                    return ConditionResult(True, readings)
+        return ConditionResult(False)
 
     def _disable(self, active: _Active, why: str, step: int) -> None:
         with self._lock:
@@ -298,8 +341,14 @@ class _Values:
     broken_parameter: str = ""
     broken_within: dict[Phase, bool] = field(default_factory=dict)
     """Phase → whether a value was not finite there in the last step."""
-    numbers: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Logged values: name → (count, value)."""
+    numbers: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    """Logged values: (table, name) → (count, value)."""
+    keeps_steps: bool = False
+    """Whether `steps` is kept: a condition compares processes."""
+    steps: OrderedDict[int, dict[str, float]] = field(default_factory=OrderedDict)
+    """The newest steps of this process: quantities of table `step`."""
+    ranks: dict[int, OrderedDict[int, Floats]] = field(default_factory=dict)
+    """Rank → step → row of table `ranks`, of the other processes."""
     logged_count: int = 0
     known_findings: dict[int, Level] = field(default_factory=dict)
     tables: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
@@ -308,8 +357,10 @@ class _Values:
     )
     """(names, positions) of the columns that a selector chooses in a table."""
 
-    def observe(self, record: StepRecord) -> None:
+    def observe(self, record: StepRecord, run: BreakpointHost) -> None:
         self.record = record
+        if self.keeps_steps and not record.optimizer:
+            self._keep(record, run)
         before, self.newly_broken, self.broken_parameter = self.broken, "", ""
         if not record.nonfinite and not before:
             return
@@ -321,10 +372,22 @@ class _Values:
                 self.broken_parameter = parameter
                 return
 
-    def log(self, values: Mapping[str, float]) -> None:
+    def log(self, values: Mapping[str, float], table: str) -> None:
         self.logged_count += 1
         for name, value in values.items():
-            self.numbers[name] = (self.logged_count, value)
+            self.numbers[table, name] = (self.logged_count, value)
+
+    def _keep(self, record: StepRecord, run: BreakpointHost) -> None:
+        for number, values in record.rows:
+            name, columns = self.table(number, len(values), run)
+            if name == schema.STEP:
+                self.steps[record.step] = dict(zip(columns, values.tolist(), strict=False))
+        _forget(self.steps)
+
+    def last_common_step(self, step: int) -> int:
+        """The last step, up to this one, that is known of every process that keeps up."""
+        newest = [max(rows) for rows in self.ranks.values() if rows]
+        return min([step, *(last for last in newest if step - last < STEPS_OF_RANKS)])
 
     def table(self, number: int, width: int, run: BreakpointHost) -> tuple[str, tuple[str, ...]]:
         """Name and columns of a table."""
@@ -422,13 +485,13 @@ class _Moment:
 
     def _row(self, name: str) -> tuple[int, tuple[str, ...], Floats] | None:
         if name not in self._rows:
-            self._finish()
+            self.finish()
             record = self._values.record
             current = record is not None and record.step == self.step
             self._rows[name] = self._values.row(name, self._run) if current else None
         return self._rows[name]
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         if not self._finished:
             self._finished = True
             if self._live is not None:
@@ -444,8 +507,8 @@ class _Moment:
 
     # ------------------------------------------------------------ logged values, nan, findings
 
-    def logged(self, name: str) -> float | None:
-        count, value = self._values.numbers.get(name, (0, 0.0))
+    def logged(self, table: str, name: str) -> float | None:
+        count, value = self._values.numbers.get((table, name), (0, 0.0))
         return value if count > self.logged_before else None
 
     def nonfinite(self) -> Reading | None:
@@ -454,7 +517,7 @@ class _Moment:
         return self._broken
 
     def _nonfinite_step(self) -> Reading | None:
-        self._finish()
+        self.finish()
         values, record = self._values, self._values.record
         if record is None or record.step != self.step or not values.newly_broken:
             return None
@@ -476,7 +539,7 @@ class _Moment:
 
     def finding(self, part: str, level: Level) -> Reading | None:
         if self._findings is None:
-            self._finish()
+            self.finish()
             known = self._values.known_findings
             self._findings = [
                 finding
@@ -490,6 +553,53 @@ class _Moment:
                 table = next((each.table for each in finding.evidence if each.table), "")
                 return Reading(f"{finding.rule}: {finding.title}", parameter, table)
         return None
+
+    def ranks(self, column: str) -> Several | None:
+        return None  # see _PastStep
+
+
+class _PastStep:
+    """The end of a step that every process has ended, for conditions that compare processes."""
+
+    def __init__(self, step: int, values: _Values) -> None:
+        self.step = step
+        self._values = values
+
+    def number(self, name: str) -> float | None:
+        value = self._values.steps.get(self.step, {}).get(COLUMN_OF.get(name, name))
+        return None if value is None or why_absent(value) is not None else value
+
+    def ranks(self, column: str) -> Several | None:
+        found: dict[str, float] = {}
+        own = self._values.steps.get(self.step, {}).get(column)
+        if own is not None:
+            found["rank 0"] = own
+        for rank, rows in sorted(self._values.ranks.items()):
+            if self.step in rows:
+                found[f"rank {rank}"] = float(rows[self.step][schema.RANK_INDEX[column]])
+        if not found:
+            return None
+        values = np.array(list(found.values()), np.float32)
+        return Several(tuple(found), values.astype(np.float64), ~absent_mask(values))
+
+    # The language does not allow the others in such a condition.
+
+    def several(self, quantity: Variable, selector: Selector) -> Several | None:
+        return None
+
+    def logged(self, table: str, name: str) -> float | None:
+        return None
+
+    def nonfinite(self) -> Reading | None:
+        return None
+
+    def finding(self, part: str, level: Level) -> Reading | None:
+        return None
+
+
+def _forget(steps: OrderedDict[int, Any]) -> None:
+    while len(steps) > STEPS_OF_RANKS:
+        steps.popitem(last=False)
 
 
 def _present(row: tuple[int, tuple[str, ...], Floats], column: str) -> float | None:

@@ -85,8 +85,12 @@ class Moment(Protocol):
         Raises UserError where nothing matches the selector.
         """
 
-    def logged(self, name: str) -> float | None:
-        """The value that the script has logged under this name since the last evaluation."""
+    def logged(self, table: str, name: str) -> float | None:
+        """The value of this name that was logged, or measured by an evaluation, since the last
+        evaluation of the condition. `table`: `logged` or `validation`."""
+
+    def ranks(self, column: str) -> Several | None:
+        """A column of every process in this step, by the number of its rank."""
 
     def nonfinite(self) -> Reading | None:
         """The quantity that has become nan or inf."""

@@ -12,6 +12,7 @@ functions; nothing is ever executed as Python. Numbers are float64.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import operator
 import re
@@ -124,11 +125,25 @@ SEVERAL = {
 }  # fmt: skip
 """Quantities of several columns, called with a selector."""
 
-NONFINITE, FINDING, LOG, ANY = "nonfinite", "finding", "log", "any"
+NONFINITE, FINDING, ANY, RANK = "nonfinite", "finding", "any", "rank"
+LOGS = {"log": schema.LOGGED, "logged": schema.LOGGED, "validation": schema.VALIDATION}
+"""Functions that read values by their names, and the table that has them."""
+RANK_QUANTITIES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm_preclip",
+    "step_ms": "step_ms",
+    "lag_ms": "lag_ms",
+}
+"""What `rank(1).` can be followed by, and the column that it is in."""
+WITH_RANKS = ("step", "loss", "grad_norm", "learning_rate", "lr", "step_ms")
+"""Quantities that can stand in one condition with those of ranks: they are known for past steps."""
 EMA, ABS, MINIMUM, MAXIMUM = "ema", "abs", "min", "max"
 FUNCTIONS = {
     FINDING: "a new finding, by (part of) the name of its rule",
-    LOG: "a number that the script logs with tui_trainer.log",
+    "log": "a number that the script logs with tui_trainer.log",
+    "logged": "the same as log",
+    "validation": "a result of an evaluation, such as its loss",
+    RANK: "a quantity of one process, or of any: rank(1).loss, rank(any).grad_norm",
     EMA: "the exponential mean of a quantity over the previous steps",
     ABS: "the absolute value",
     MINIMUM: "the smallest of numbers, or of several columns",
@@ -169,6 +184,8 @@ class Expression:
     """The tables that it reads."""
     findings: bool = False
     """Whether it reads findings."""
+    ranks: bool = False
+    """Whether it compares processes, and so is evaluated for steps that all of them have ended."""
     selectors: tuple[tuple[Variable, Selector, int, int], ...] = ()
     """Each selector with its quantity and the start and end of its place in the text."""
     _evaluate: Evaluate = field(default=lambda moment, readings: True, repr=False)
@@ -207,6 +224,14 @@ def parse(text: str) -> Expression:
         phase, condition = _phase(text, at), text[: at.start()].rstrip()
         if not condition:
             return Expression(text, phase)
+    if at is None and "validation" in condition:
+        # An evaluation runs between two steps: stop before the next one changes the weights.
+        with contextlib.suppress(ExpressionError):
+            return _compiled(text, condition, "data")
+    return _compiled(text, condition, phase)
+
+
+def _compiled(text: str, condition: str, phase: Phase) -> Expression:
     compiler = _Compiler(text, condition, phase)
     compiled = compiler.compile()
     return Expression(
@@ -214,6 +239,7 @@ def parse(text: str) -> Expression:
         phase,
         frozenset(compiler.tables),
         compiler.findings,
+        compiler.ranks is not None,
         tuple(compiler.selectors),
         compiled,
     )
@@ -267,6 +293,9 @@ class _Compiler:
         self._phase: Phase = phase
         self.tables: set[str] = set()
         self.findings = False
+        self.ranks: ast.expr | None = None
+        """The first quantity of a rank."""
+        self._not_with_ranks: tuple[str, ast.expr] | None = None
         self.selectors: list[tuple[Variable, Selector, int, int]] = []
 
     def compile(self) -> Evaluate:
@@ -279,6 +308,10 @@ class _Compiler:
         part = self._part(tree.body, 0)
         if part.kind != "truth":
             raise self._error("this is a number, not a condition", tree.body, "such as loss > 3")
+        if self.ranks is not None and self._not_with_ranks is not None:
+            name, node = self._not_with_ranks
+            known = ", ".join(WITH_RANKS)
+            raise self._error(f"{name} cannot be compared with ranks", node, f"only {known} can")
         return part.evaluate
 
     # ------------------------------------------------------------ errors
@@ -324,6 +357,8 @@ class _Compiler:
                 return self._name(node, name)
             case ast.Attribute(value=ast.Name(id=owner), attr=name):
                 return self._name(node, f"{owner}.{name}")
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="rank")) as call, attr=name):
+                return self._rank(node, call, name)
             case ast.Call():
                 return self._call(node, depth)
             case ast.Compare():
@@ -361,13 +396,16 @@ class _Compiler:
         return part
 
     def _name(self, node: ast.expr, name: str) -> Part:
+        if name not in WITH_RANKS:
+            self._not_with_ranks = self._not_with_ranks or (name, node)
         if name == NONFINITE:
             self._check_phase(node, NONFINITE, "loss")
             return Part("truth", reported(lambda moment: moment.nonfinite()))
         quantity = SCALARS.get(name)
         if quantity is None:
             if name in SEVERAL or name in FUNCTIONS:
-                example = {FINDING: '("exploding")', LOG: '("name")'}.get(name, "(any)")
+                examples = {FINDING: '("exploding")', RANK: "(1).loss", EMA: "(loss)"}
+                example = '("name")' if name in LOGS else examples.get(name, "(any)")
                 raise self._error(f"{name} is a function", node, f"such as {name}{example}")
             if name == ANY:
                 message = "any is only allowed in parentheses"
@@ -401,6 +439,8 @@ class _Compiler:
         name = _dotted(node.func)
         if name is None:
             raise self._error("this is not a function", node.func)
+        if name in SEVERAL or name in LOGS or name == FINDING:
+            self._not_with_ranks = self._not_with_ranks or (name, node)
         if name in SEVERAL:
             return self._several(node, SEVERAL[name])
         if name == FINDING:
@@ -410,8 +450,10 @@ class _Compiler:
                 raise self._error(message, node, f"leave out `at {self._phase}`")
             self.findings = True
             return Part("truth", reported(lambda moment: moment.finding(part, level)))
-        if name == LOG:
-            return self._logged(self._string(node, "a name", '("accuracy")'))
+        if name in LOGS:
+            return self._logged(LOGS[name], self._string(node, "a name", '("accuracy")'))
+        if name == RANK:
+            raise self._error("this is a rank, not a quantity", node, "such as rank(1).loss")
         if name == EMA:
             return self._ema(node, depth)
         if name == ABS:
@@ -477,13 +519,52 @@ class _Compiler:
             example = 'phase_ms("data")'
         raise self._error(f"{quantity.name} takes a selector", node, f"such as {example}")
 
-    def _logged(self, name: str) -> Part:
-        self.tables.add(schema.LOGGED)
+    def _logged(self, table: str, name: str) -> Part:
+        self.tables.add(table)
+        label = f"validation {name}" if table == schema.VALIDATION else name
 
         def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-            value = moment.logged(name)
+            value = moment.logged(table, name)
             if value is not None:
-                readings.append(Reading(f"{name} {value:.4g}", table=schema.LOGGED))
+                readings.append(Reading(f"{label} {value:.4g}", table=table))
+            return value
+
+        return Part("number", evaluate)
+
+    def _rank(self, node: ast.expr, call: ast.Call, name: str) -> Part:
+        """`rank(1).loss`, or `rank(any).loss` of all processes."""
+        column = RANK_QUANTITIES.get(name)
+        if column is None:
+            hint = _near(name, tuple(RANK_QUANTITIES))
+            raise self._error(f"a rank has no quantity {name}", node, hint)
+        if self._phase != "step":
+            message = "ranks are only compared at the end of the step"
+            raise self._error(message, node, f"leave out `at {self._phase}`")
+        number: int | None
+        match call:
+            case ast.Call(args=[ast.Constant(value=int(given))], keywords=[]) if (
+                type(given) is int and given >= 0
+            ):
+                number = given
+            case ast.Call(args=[ast.Name(id="any")], keywords=[]):
+                number = None
+            case _:
+                hint = "such as rank(1).loss or rank(any).loss"
+                raise self._error("rank takes a number or any", call, hint)
+        self.ranks = self.ranks or node
+        self.tables.add(schema.STEP)
+        if number is None:
+            return Part("several", lambda moment, readings: moment.ranks(column), label=name)
+
+        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+            found = moment.ranks(column)
+            if found is None or f"rank {number}" not in found.names:
+                return None
+            place = found.names.index(f"rank {number}")
+            if not found.present[place]:
+                return None
+            value = float(found.values[place])
+            readings.append(Reading(f"{name} of rank {number} {value:.4g}"))
             return value
 
         return Part("number", evaluate)

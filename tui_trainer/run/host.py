@@ -94,7 +94,8 @@ class Host:
             self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         mine = spec if self.recording else msgspec.structs.replace(spec, breakpoints=())
         self.breakpoints = RunBreakpoints(mine, self.gate, self.recorder)
-        self.gate.hooks.breakpoint_reached = self.controls.pause
+        self.gate.hooks.breakpoint_reached = self.controls.pause_at_breakpoint
+        self.ranks.hooks.row_received = self.breakpoints.all.observe_rank
         control = CommandHandler(
             self.gate,
             self.recorder,

@@ -72,6 +72,12 @@ class RankControl:
             self._set("hold")
             return self._gate.hold_from((0, 0))
 
+    def pause_at_breakpoint(self) -> None:
+        """Pause all processes, unless they are about to stop."""
+        with self._changed:
+            if self._goal not in ("stop", "end"):
+                self.pause()
+
     def resume(self) -> None:
         with self._changed:
             self._set("go")

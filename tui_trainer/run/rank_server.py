@@ -122,6 +122,10 @@ class _Waiting:
     since: float
 
 
+def _ignore_row(rank: int, step: int, values: Floats) -> None:
+    pass
+
+
 def _do_nothing() -> None:
     pass
 
@@ -134,6 +138,8 @@ class RankServerHooks:
     """Called when a process has joined, sent its position, or left."""
     stop_wanted: Callable[[], None] = _do_nothing
     """Called when a process has received a signal to end."""
+    row_received: Callable[[int, int, Floats], None] = _ignore_row
+    """Called with rank, step and values of each row of another rank."""
 
 
 class RankServer:
@@ -266,6 +272,8 @@ class RankServer:
                     if peer.child:
                         self.steps_of_children = max(self.steps_of_children, row.step)
                     self._add(peer.rank, row.step, row.time, values, peer.child)
+                    if not peer.child:
+                        self.hooks.row_received(peer.rank, row.step, values)
                 self._match()
                 if peer.child and not self._own_ends:
                     self._recorder.set_status(step=self.steps_of_children)

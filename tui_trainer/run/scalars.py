@@ -191,7 +191,7 @@ class ScalarLog:
         for table, row in rows.items():
             self.recorder.row(table, step, row)
         if self._gate.break_phases and self._gate.breakpoints is not None:
-            self._gate.breakpoints.logged(values)
+            self._gate.breakpoints.logged(values, self._table)
 
     def _declare(self, names: list[str]) -> None:
         """Declare a table for names that are logged together for the first time."""

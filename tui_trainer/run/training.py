@@ -20,7 +20,7 @@ from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import device_info, with_torch_versions
 from tui_trainer.run.outcome import STOPPED, Outcome
 from tui_trainer.tasks.definition import Evaluation, TaskDefinition, Training, build, find_task
-from tui_trainer.trace.gate import StopTraining
+from tui_trainer.trace.gate import Gate, StopTraining
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def _schedule_between_steps(
         return training.model.state_dict(), training.stateful
 
     saver = CheckpointSaver(run.spec, run.recorder, contents)
-    evaluations = Evaluations(training.evaluations, run.recorder, saver.save_if_best)
+    evaluations = Evaluations(training.evaluations, run.recorder, run.gate, saver.save_if_best)
     # Evaluations first: the checkpoint of the best weights then serves the cadence as well.
     run.gate.call_every(evaluations.cadences, evaluations.after_step)
     run.gate.call_every(saver.cadences, saver.after_step)
@@ -158,11 +158,13 @@ class Evaluations:
         self,
         evaluations: Sequence[Evaluation],
         recorder: Recorder,
+        gate: Gate,
         on_loss: Callable[[int, float], None],
     ) -> None:
         """`on_loss(step, loss)` is called after each evaluation that measures a loss."""
         self._evaluations = evaluations
         self._recorder = recorder
+        self._gate = gate
         self._on_loss = on_loss
         self._tables: dict[tuple[str, ...], int] = {}
         self._last_step: dict[str, int] = {}
@@ -213,6 +215,8 @@ class Evaluations:
             self._tables[names] = self._recorder.new_table(VALIDATION, columns, every=0)
         values = np.array([metrics[name] for name in names], np.float32)
         self._recorder.row(self._tables[names], step, values)
+        if self._gate.breakpoints is not None:
+            self._gate.breakpoints.logged(metrics, VALIDATION)
         if "loss" in metrics:
             self._on_loss(step, metrics["loss"])
 
