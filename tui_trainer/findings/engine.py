@@ -137,7 +137,7 @@ class FindingsEngine:
 
     def _rank_row(self, rank: int, step: int, row: Row, time: float) -> list[Finding]:
         count = self._reader.facts.ranks
-        if count < 2 or not self._by_optimizer:
+        if count < 2:
             return []
         rows = self._rank_rows.setdefault(step, {})
         rows[rank] = row
@@ -146,7 +146,8 @@ class FindingsEngine:
                 del self._rank_rows[min(self._rank_rows)]
             return []
         del self._rank_rows[step]
-        key, active = next(iter(self._by_optimizer.items()))
+        key = next(iter(self._by_optimizer), "")
+        active = self._rules_of(key)
         reports: list[tuple[Rule, Found]] = []
         for rule in tuple(active.on_ranks):
             self._ask(rule, rule.ranks, reports, step, rows)

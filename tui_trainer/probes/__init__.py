@@ -19,7 +19,7 @@ from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.outputs import OutputSums
 from tui_trainer.probes.overhead import Overhead
-from tui_trainer.probes.replica import ReplicaChecksum
+from tui_trainer.probes.replica import ReplicaChecksum, ReplicaSample
 from tui_trainer.probes.step import PhasesProbe, StepProbe
 from tui_trainer.probes.units import UnitsProbe
 from tui_trainer.probes.update_ratio import UpdateRatio
@@ -54,8 +54,11 @@ RULE_PROBES: tuple[type[Probe], ...] = (
 )
 """Those that only rules use."""
 
+REPLICA_PROBES: tuple[type[Probe], ...] = (ReplicaChecksum, ReplicaSample)
+"""Those that every process of a run with several has as well."""
+
 RANK_PROBES: tuple[type[Probe], ...] = (
     *(Gradients, StepProbe, ClippingProbe, PhasesProbe, NonFiniteProbe, BatchProbe, Memory),
-    ReplicaChecksum,
+    *REPLICA_PROBES,
 )
 """What each further process of a run measures."""

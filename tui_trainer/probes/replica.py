@@ -1,4 +1,4 @@
-"""A checksum of the weights, by which the replicas of a data-parallel training are compared."""
+"""Checksums of the weights, by which the replicas of a data-parallel training are compared."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSp
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 HALF = 24
 """Bits that float32 holds exactly."""
+SAMPLED = 512
+"""Elements of a parameter in the sample of every step."""
 
 
 class ReplicaChecksum(Probe):
@@ -34,11 +36,62 @@ class ReplicaChecksum(Probe):
             self.tables = (TableSpec(schema.REPLICA, schema.REPLICA_COLUMNS),)
 
     def after_update(self) -> Readings:
-        total = checksum(self.tracked.parameters)
-        return [total >> HALF, total & ((1 << HALF) - 1)]
+        return _halves(checksum(self.tracked.parameters))
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         return (np.array(values, dtype=np.float32),)
+
+
+class ReplicaSample(Probe):
+    """Table `replica_sample`: the same of a few elements of the first, the middle and the last
+    parameter, before each update: so that of the first step shows whether ranks start equal."""
+
+    name = schema.REPLICA_SAMPLE
+    importance = 60
+
+    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+        super().__init__(tracked, options)
+        if tracked.key or tracked.sharded:
+            self.unseen = "as for the checksum of all weights"
+            return
+        own = range(tracked.own)
+        self._positions = sorted({own[0], own[len(own) // 2], own[-1]}) if own else []
+        self._readings: Readings = ()
+        self.tables = (TableSpec(schema.REPLICA_SAMPLE, schema.REPLICA_SAMPLE_COLUMNS),)
+
+    def before_update(self) -> None:
+        sampled = [
+            part
+            for at in self._positions
+            if (part := sample(self.tracked.parameters[at])) is not None
+        ]
+        self._readings = _halves(checksum(sampled)) if sampled else ()
+
+    def after_update(self) -> Readings:
+        readings, self._readings = self._readings, ()
+        return readings
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        return (np.array(values, dtype=np.float32) if len(values) else None,)
+
+
+def sample(parameter: torch.Tensor) -> torch.Tensor | None:
+    """SAMPLED elements at equal distances, a view; None of a layout that has none."""
+    count = parameter.numel()
+    if parameter.layout != torch.strided or not count or not _is_dense(parameter):
+        return None
+    taken = min(SAMPLED, count)
+    return parameter.detach().as_strided((taken,), (count // taken,))
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _halves(total: torch.Tensor) -> Readings:
+    return [total >> HALF, total & ((1 << HALF) - 1)]
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

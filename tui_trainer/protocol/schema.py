@@ -219,6 +219,7 @@ ATTENTION_HEALTH = "attention_health"
 ATTENTION_HEADS = "attention_heads"
 RANKS = "ranks"
 REPLICA = "replica"
+REPLICA_SAMPLE = "replica_sample"
 
 TABLE_NAMES = (
     STEP,
@@ -237,6 +238,7 @@ TABLE_NAMES = (
     ATTENTION_HEADS,
     RANKS,
     REPLICA,
+    REPLICA_SAMPLE,
 )
 
 STEP_COLUMNS = (
@@ -271,6 +273,11 @@ REPLICA_COLUMNS = (
     Column("checksum_low"),
 )
 
+REPLICA_SAMPLE_COLUMNS = (
+    Column("sample_high"),  # the same of some elements, before the update
+    Column("sample_low"),
+)
+
 RANK_COLUMNS = (
     Column("loss", "", "lower"),
     Column("grad_norm_preclip"),
@@ -280,6 +287,7 @@ RANK_COLUMNS = (
     Column("device_bytes", "bytes"),
     Column("host_bytes", "bytes"),
     *REPLICA_COLUMNS,
+    *REPLICA_SAMPLE_COLUMNS,
     Column("clip_scale"),  # as in table `clip`
     Column("batch_checksum"),  # of the bits of its inputs, 24 bits
 )

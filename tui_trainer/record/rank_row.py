@@ -15,6 +15,7 @@ _SOURCES: dict[str, dict[str, str]] = {
     schema.MEMORY: {"device_bytes": "device_bytes", "host_bytes": "host_bytes"},
     schema.CLIP: {"scale": "clip_scale"},
     schema.REPLICA: {column.name: column.name for column in schema.REPLICA_COLUMNS},
+    schema.REPLICA_SAMPLE: {column.name: column.name for column in schema.REPLICA_SAMPLE_COLUMNS},
 }
 """Table to its columns, and where they are in a row of `ranks`."""
 
@@ -30,6 +31,9 @@ def rank_row(tables: tuple[Table, ...], record: StepRecord) -> Floats:
         for column, value in zip(table.columns, values, strict=True):
             if column.name in source:
                 row[schema.RANK_INDEX[source[column.name]]] = value
+    if record.clip is not None and record.clip.kind == "hand":
+        # Gradients that the script averages by itself change as well.
+        row[schema.RANK_INDEX["clip_scale"]] = absent(Absent.NOT_MEASURED)
     if record.batch is not None:
         inputs = [each.checksum for each in record.batch.tensors if each.role == "input"]
         row[schema.RANK_INDEX["batch_checksum"]] = hash(tuple(inputs)) & 0xFFFFFF

@@ -50,8 +50,7 @@ class RunContext(Protocol):
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
     from tui_trainer.inspect.inspector import Inspector
-    from tui_trainer.probes import PROBES, RANK_PROBES
-    from tui_trainer.probes.replica import ReplicaChecksum
+    from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
 
@@ -61,7 +60,7 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
         watch_nonfinite=run.spec.watch_nonfinite,
     )
     several = run.spec.is_script and rank_here() is not None
-    recorded = (*PROBES, ReplicaChecksum) if several else PROBES
+    recorded = (*PROBES, *REPLICA_PROBES) if several else PROBES
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
     run.inspect_with(Inspector(tracer))

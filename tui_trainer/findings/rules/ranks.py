@@ -19,8 +19,11 @@ def _listed(ranks: Iterable[int]) -> str:
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"
 
 
-def _checksum(row: Row) -> tuple[float, float] | None:
-    high, low = row.get("checksum_high"), row.get("checksum_low")
+Checksum = tuple[float, float]
+
+
+def _checksum(row: Row, kind: str = "checksum") -> Checksum | None:
+    high, low = row.get(f"{kind}_high"), row.get(f"{kind}_low")
     return None if high is None or low is None or high != high else (high, low)
 
 
@@ -78,7 +81,10 @@ class RanksPart(Rule):
     name = "ranks-part"
     title = "the ranks' weights part"
     level = "error"
-    needs = "the checksums of the weights of all ranks, which are taken every 50 steps"
+    needs = (
+        "checksums of the weights of all ranks: of a sample of them at every step, of all of them "
+        "every 50 steps"
+    )
     explanation = (
         "The replicas of a data-parallel training have the same bits at every step, since all "
         "apply the same gradients to the same weights. Once they differ they stay different, and "
@@ -96,25 +102,36 @@ class RanksPart(Rule):
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
-        self._agreed_at: int | None = None
+        self._agreed_at: dict[str, int] = {}
+        """Kind of checksum → the last step after which it was equal on all ranks."""
         self._reported = False
 
     def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
-        sums = {rank: found for rank, row in rows.items() if (found := _checksum(row)) is not None}
-        if self._reported or len(sums) < len(rows):
-            return
+        for kind, after in (("checksum", step), ("sample", step - 1)):
+            sums = {
+                rank: found
+                for rank, row in rows.items()
+                if (found := _checksum(row, kind)) is not None
+            }
+            if len(sums) == len(rows) and not self._reported:
+                yield from self._compare(kind, after, sums)
+
+    def _compare(self, kind: str, after: int, sums: Mapping[int, Checksum]) -> Iterable[Found]:
+        """`after`: the step whose update made these weights; 0: the initial ones."""
         usual = Counter(sums[rank] for rank in sorted(sums)).most_common(1)[0][0]
         others = {rank for rank, found in sums.items() if found != usual}
         if not others:
-            self._agreed_at = step
+            self._agreed_at[kind] = after
             return
-        if self._agreed_at is None:  # never were replicas
+        agreed_at = self._agreed_at.get(kind)
+        if agreed_at is None:  # never were replicas
             return
         self._reported = True
+        before = f"after step {agreed_at:,}" if agreed_at else "at the start"
         yield Found(
-            self._agreed_at + 1,
-            f"the weights of {_listed(others)} differ from those of the other ranks at step "
-            f"{step:,}; they were equal at step {self._agreed_at:,}",
+            agreed_at + 1,
+            f"the weights of {_listed(others)} differ from those of the other ranks after step "
+            f"{after:,}; they were equal {before}",
             confidence="certain",
             phase="step",
             evidence=(
