@@ -113,7 +113,8 @@ class Verdict:
     """How the findings of a program compare with its fault."""
 
     detected: bool
-    """There is a warning or an error that is not older than the fault."""
+    """There is a warning or an error, or a hint (`info`) that names the cause, and it is not older
+    than the fault."""
     late: int | None
     """Steps from the trigger to the first such finding."""
     named: bool
@@ -124,10 +125,14 @@ class Verdict:
 
 def judge(program: Program, answer: Answer) -> Verdict:
     """Compare the findings with what is declared."""
-    after = [each for each in answer.warnings if each["onset"] >= program.trigger]
-    steps = [each["found"] - program.trigger for each in after]
     rules = RULES.get(program.cause, ()) if program.cause else ()
-    causes = [each for each in answer.findings if each["cause"] is None]
+    after = [
+        each
+        for each in answer.findings
+        if each["onset"] >= program.trigger and (each["level"] != "info" or each["rule"] in rules)
+    ]
+    steps = [each["found"] - program.trigger for each in after]
+    causes = [each for each in after if each["cause"] is None]
     return Verdict(
         detected=bool(after),
         late=min(steps, default=None),

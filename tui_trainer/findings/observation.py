@@ -18,6 +18,7 @@ from tui_trainer.history.records import (
     ClipRecord,
     Floats,
     InitialWeight,
+    LossGraph,
     NonFiniteRecord,
     Producer,
     Sign,
@@ -97,6 +98,7 @@ class Observation:
     health: Row | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
+    loss_graph: LossGraph | None = None
     producer: Producer | None = None
     batch: BatchRecord | None = None
     bad_batch: BadBatch | None = None
@@ -250,6 +252,7 @@ class Reader:
             clip_event=record.clip,
             nonfinite=record.nonfinite,
             signs=record.signs,
+            loss_graph=record.loss_graph,
             producer=record.producer,
             batch=record.batch,
             bad_batch=record.bad_batch,

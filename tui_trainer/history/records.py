@@ -113,6 +113,21 @@ class BatchRecord(NamedTuple):
     """Most worker processes of a DataLoader that the script's variables hold."""
 
 
+class LossGraph(NamedTuple):
+    """What the autograd graph of a loss tells about how it is computed."""
+
+    rows: int
+    """Examples of the one softmax from which the loss is made; 0 without one."""
+    classes: int
+    over_rows: bool
+    """Whether that softmax is taken over the examples."""
+    log_of_outputs: str
+    """`log` or `nll_loss`, where it is applied to the output of a layer; "" otherwise."""
+    squared_softmax: bool
+    hidden_softmaxes: int
+    """Number of layers whose input is a softmax."""
+
+
 class BadBatch(NamedTuple):
     """The batch of a loss that is far above those before, or not finite."""
 
@@ -179,6 +194,8 @@ class StepRecord:
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
     """Number of classes, where the loss is seen to be one mean cross-entropy."""
+    loss_graph: LossGraph | None = None
+    """Of a step with one loss, among the first ones."""
     producer: Producer | None = None
     """Of the value that is not finite, where there is one and its origin was seen."""
     batch: BatchRecord | None = None

@@ -459,6 +459,7 @@ class StepMeasurer:
         completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
         completed.classes = self._classes()
+        completed.loss_graph = self.passes[0].loss_graph if len(self.passes) == 1 else None
         completed.producer = next((p.producer for p in self.passes if p.producer), None)
         completed.bad_batch = next((p.bad_batch for p in self.passes if p.bad_batch), None)
         self.marks.use()
@@ -580,6 +581,7 @@ class StepMeasurer:
             own_ms=sum(facts.own_ms.values()),
             signs=step.signs,
             classes=step.classes,
+            loss_graph=step.loss_graph,
             producer=merged(facts.producer, step.producer),
             batch=facts.batch,
             bad_batch=step.bad_batch,

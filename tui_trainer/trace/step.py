@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import BadBatch, Producer, Sign, SkipRecord, StepRecord
+from tui_trainer.history.records import (
+    BadBatch,
+    LossGraph,
+    Producer,
+    Sign,
+    SkipRecord,
+    StepRecord,
+)
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.messages import ClipKind, SkipReason
@@ -94,6 +101,8 @@ class BackwardPass:
     """Measurers of the optimizers that have neither used nor lost the gradients."""
     cross_entropy: torch_private.CrossEntropy | None = None
     """Set for some of the passes."""
+    loss_graph: LossGraph | None = None
+    """The same."""
     producer: Producer | None = None
     """Of the loss, where that is seen not to be finite."""
     bad_batch: BadBatch | None = None
@@ -220,6 +229,7 @@ class CompletedStep:
     """As `StepFacts.absent_gradients`."""
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
+    loss_graph: LossGraph | None = None
     producer: Producer | None = None
     bad_batch: BadBatch | None = None
     """As in `StepRecord`."""

@@ -37,6 +37,7 @@ from tui_trainer.trace.bad_batch import BadBatches
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
+from tui_trainer.trace.loss_graph import loss_graph_of
 from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
@@ -529,6 +530,8 @@ class Tracer:
         self._pass = BackwardPass(losses)
         if self.optimizer_steps < GRAPHS_READ and len(scalars) == 1:
             self._pass.cross_entropy = torch_private.cross_entropy_of(scalars[0])
+            if not self.optimizer_steps:
+                self._pass.loss_graph = loss_graph_of(scalars[0].grad_fn)
         if scalars:
             self._look_at_losses(self._pass, scalars)
         self._phases.boundary(LOSS)

@@ -40,6 +40,13 @@ from tui_trainer.findings.rules.loss import (
     OverFitting,
     SoftmaxTwice,
 )
+from tui_trainer.findings.rules.loss_graph import (
+    LogOfLogits,
+    LossScaled,
+    SoftmaxInside,
+    SoftmaxOverBatch,
+    SquaredSoftmax,
+)
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
 from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
@@ -71,6 +78,11 @@ RULES: tuple[type[Rule], ...] = (
     InitialScale,
     UntiedWeights,
     SoftmaxTwice,
+    SoftmaxOverBatch,
+    LogOfLogits,
+    SoftmaxInside,
+    SquaredSoftmax,
+    LossScaled,
     LearningRateZero,
     ScheduleEnds,
     LearningRateJump,
