@@ -14,6 +14,7 @@ from tui_trainer.history.records import (
     BatchRecord,
     BatchTensor,
     InitialWeight,
+    LossGraph,
     UnitsRecord,
     UnitsShare,
 )
@@ -361,6 +362,21 @@ def of_signs(sign, first):
     return case
 
 
+PLAIN = LossGraph(64, 10, False, "", False, 0)
+
+
+def of_graph(loss=None, **wrong):
+    def case(bug):
+        run = Run()
+        graph = PLAIN._replace(**wrong) if bug else PLAIN
+        run.step(loss if bug else None, loss_graph=graph)
+        for _ in range(3):
+            run.step()
+        return run
+
+    return case
+
+
 def schedule_ends(bug):
     run = Run(total_steps=1000)
     for number in range(1, 700):
@@ -467,6 +483,11 @@ CASES: dict[str, tuple[Case, int]] = {
     "train-mode-evaluation": (of_signs("evaluated_in_train_mode", 20), 20),
     "schedule-ends-early": (schedule_ends, 201),
     "zero-gradients": (zero_gradients, 1),
+    "softmax-over-batch": (of_graph(over_rows=True), 1),
+    "log-of-logits": (of_graph(log_of_outputs="log"), 1),
+    "softmax-inside": (of_graph(hidden_softmaxes=2), 1),
+    "squared-error-of-softmax": (of_graph(squared_softmax=True), 1),
+    "loss-scaled": (of_graph(loss=2.31 * 64 / 10), 1),
     "clips-alone": (of_ranks(clips_alone), 5),
     "ranks-part": (of_ranks(ranks_part), 101),
     "ranks-same-batch": (of_ranks(ranks_same_batch), 1),
@@ -512,6 +533,27 @@ def test_rule_can_be_switched_off(rule):
 
 
 # ------------------------------------------------------------------------------ single rules
+
+
+@pytest.mark.parametrize("first_bad", [1, 2, 40])
+def test_replicas_part_at_the_step_whose_update_differs(first_bad):
+    run = Run(ranks=2)
+    for number in range(1, 60):
+        run.step()
+        equal = {"sample_high": 5.0, "sample_low": number}  # before the update of this step
+        other = {**equal, "sample_high": 6.0}
+        run.ranks(equal, other if number > first_bad else equal)
+    finding = run.found["ranks-part"]
+    assert finding.onset == first_bad
+    assert finding.step == first_bad + 1
+
+
+def test_ranks_that_never_were_equal_are_no_replicas():
+    run = Run(ranks=2)
+    for number in range(1, 120):
+        run.step()
+        run.ranks(*({"sample_high": rank, "sample_low": number} for rank in range(2)))
+    assert not run.found
 
 
 def test_gradient_that_is_not_finite_is_blamed_on_the_parameter_nearest_to_the_loss():

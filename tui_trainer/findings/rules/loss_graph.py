@@ -50,6 +50,7 @@ class SoftmaxOverBatch(_OfFirstGraph):
                 f"the softmax of the loss is taken over the {graph.rows:,} examples of a batch, "
                 f"not over the {graph.classes:,} outputs of each",
                 phase="loss",
+                evidence=(evidence("dimension of the softmax", 0, text="0"),),
             )
 
 
@@ -77,6 +78,7 @@ class LogOfLogits(_OfFirstGraph):
                 seen.step,
                 f"the loss takes {what} of what the last layer outputs, without a softmax",
                 phase="loss",
+                evidence=(evidence("softmax before the loss", 0, low=1, text="none"),),
             )
 
 
@@ -126,6 +128,7 @@ class SquaredSoftmax(_OfFirstGraph):
                 seen.step,
                 f"the loss is the squared error of a softmax over {graph.classes:,} classes",
                 phase="loss",
+                evidence=(evidence("classes", graph.classes, text=f"{graph.classes:,}"),),
             )
 
 
