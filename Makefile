@@ -1,5 +1,5 @@
 # make run          train a small GPT, live in the terminal (installs everything first)
-# make test         make check, then every test; TESTS=tests/cli runs some of them
+# make test         make check and every test; TESTS=tests/cli runs some of them
 # make test-fast    the quick tests: no real terminals, ssh, packaging or long trainings; no checks
 # make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
 # make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning, PEFT; installs them
@@ -35,8 +35,12 @@ run: $(INSTALLED)
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-test: check
-	$(BIN)/python -m pytest $(TESTS)
+# The checks run beside the tests: alone they leave a core idle for half a minute.
+test: $(DEVELOPED)
+	@mkdir -p build
+	@{ $(MAKE) --no-print-directory check >build/check.txt 2>&1 || { cat build/check.txt; false; }; } & checks=$$!; \
+	    $(BIN)/python -m pytest $(TESTS); tests=$$?; \
+	    wait $$checks && echo "checks passed" && exit $$tests
 
 test-fast: $(DEVELOPED)
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)
