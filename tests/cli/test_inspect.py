@@ -92,7 +92,7 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
 
         text = inspect("one", "0.weight", "--update", "--index", "2,7").stdout
         assert text.startswith("0.weight[2, 7] · step 3, after backward\nadam, group 0: lr 0.01, ")
-        for part in ("β₁·m + (1−β₁)·g", "−η·m̂ / (√v̂ + ε)", "t = 3", "before ", "predicted "):
+        for part in ("β₁·m + (1−β₁)·g", "−η·m' / (√v' + ε)", "t = 3", "before ", "predicted "):
             assert part in text
         found = json.loads(inspect("one", "0.weight", "--update", "--json").stdout)
         assert (found["index"], found["actual"]) == (None, None)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 from tui_trainer.protocol.inspection import (
+    ExplainUpdate,
     Inspected,
     InspectionRequest,
+    InspectionResult,
     ListTensors,
     Summarize,
     TensorInfo,
     TensorList,
     TensorRef,
     TensorSummary,
+    UpdateExplanation,
+    UpdateTerm,
 )
 from tui_trainer.protocol.messages import Status
 
@@ -54,7 +58,7 @@ class FakeTensors:
         from tui_trainer.inspect.heat_map import heat_map
         from tui_trainer.inspect.statistics import statistics_of
 
-        def done(result: TensorList | TensorSummary) -> Inspected:
+        def done(result: InspectionResult) -> Inspected:
             return Inspected(1, "done", result, status.step, status.phase, 3.2)
 
         tensors = self._tensors()
@@ -69,7 +73,44 @@ class FakeTensors:
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
                 return done(TensorSummary(info, statistics, heat))
+            case ExplainUpdate():
+                return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case Summarize(tensor=ref):
                 why = f"{ref.name} has no gradient now: none was computed"
                 return Inspected(1, "failed", message=why, hint="pause after backward")
         raise AssertionError(request)
+
+
+def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanation:
+    """A step of AdamW, of one entry with its numbers."""
+    import torch
+
+    from tui_trainer.inspect.catalog import info_of
+    from tui_trainer.inspect.update_formulas import Inputs, explain
+
+    weight = torch.tensor(0.0125)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(weight)], lr=0.01, weight_decay=0.01)
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    state = {
+        "step": torch.tensor(29.0),
+        "exp_avg": torch.tensor(4.2e-4),
+        "exp_avg_sq": torch.tensor(1.3e-5),
+    }
+    inputs = Inputs(group, weight, torch.tensor(-0.0143), state, True)
+    found = explain(optimizer, inputs, request.index is not None)
+    terms = [UpdateTerm(t.name, t.formula, float(t.values), t.numbers) for t in found.terms]
+    return UpdateExplanation(
+        tensor=info_of(TensorRef(request.name), tensor),  # type: ignore[arg-type]
+        index=request.index,
+        optimizer="adamw",
+        group=0,
+        settings={"lr": 0.01, "betas": "0.9, 0.999", "eps": 1e-8, "weight_decay": 0.01},
+        count=30,
+        terms=tuple(terms),
+        old=float(weight),
+        predicted=float(found.new),
+        actual=float(found.new) if request.index else None,
+        difference=0.0 if request.index else None,
+        precision=1.5e-9,
+        notes=() if request.index else ("clipping would still change it",),
+    )

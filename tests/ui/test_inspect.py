@@ -12,6 +12,7 @@ from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
 from tui_trainer.protocol.inspection import (
+    ExplainUpdate,
     Histogram,
     Inspected,
     ListTensors,
@@ -23,6 +24,7 @@ from tui_trainer.protocol.messages import Pause, Resume
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.tensor import Viewport, bars, color_range
 from tui_trainer.ui.screens import inspect as screen
+from tui_trainer.ui.screens.dialogs import TextPrompt
 
 
 def paused_app(ref: TensorRef | None = TensorRef(WEIGHT)) -> tuple[TuiTrainerApp, FakeSession]:  # noqa: B008
@@ -248,3 +250,48 @@ def test_colours_are_around_zero_for_signed_values_only():
 def test_each_bin_with_an_entry_shows():
     lines = bars(Histogram(0, 1, (0, 1, 100_000, 0)), 8, 3, "▁▂▃▄▅▆▇█")
     assert lines == ["    ██  ", "    ██  ", "  ▁▁██  "]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+async def test_the_update_of_a_parameter_and_of_an_entry(size):
+    app, session = paused_app()
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("u")
+        await until(pilot, lambda: app.screen.explanation is not None, "the update")
+        await settle(pilot)
+        assert ExplainUpdate(WEIGHT) in session.inspected
+        shown = text_of(app)
+        assert "whole tensor, in norms" in shown
+        assert "β₁·m + (1−β₁)·g" in shown
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(app.screen, TextPrompt), "the prompt")
+        await pilot.press(*"3,17", "enter")
+        wanted = ExplainUpdate(WEIGHT, (3, 17))
+        await until(pilot, lambda: wanted in session.inspected, "the entry")
+        await until(pilot, lambda: "entry [3, 17]" in text_of(app), "its update")
+        assert "0.9·0.00042 + 0.1·(-0.0143)" in text_of(app)
+        before = session.inspected.count(wanted)
+        session.advance(1)
+        await frame(pilot)
+        await until(pilot, lambda: session.inspected.count(wanted) > before, "the next step's")
+        await pilot.press("u")
+        await settle(pilot)
+        assert "entry [3, 17]" not in text_of(app)
+
+
+async def test_an_update_that_cannot_be_explained_says_why():
+    app, session = paused_app()
+    answer = session.tensors.answer
+
+    def refuse(request, status):
+        if isinstance(request, ExplainUpdate):
+            return Inspected(1, "failed", message="no optimizer holds it", hint="freeze less")
+        return answer(request, status)
+
+    session.tensors.answer = refuse
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("u")
+        await until(pilot, lambda: "no optimizer holds it" in text_of(app), "the reason")
+        assert "freeze less" in text_of(app)

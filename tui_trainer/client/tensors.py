@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.inspection import (
     HeatMap,
     Inspected,
@@ -18,6 +19,7 @@ from tui_trainer.protocol.inspection import (
     TensorInfo,
     TensorKind,
     TensorRef,
+    UpdateExplanation,
 )
 from tui_trainer.runs.errors import RunError
 
@@ -63,6 +65,29 @@ def _why_not_found(
 def cells_of(heat: HeatMap) -> npt.NDArray[np.float32]:
     """The cells of a heat map, (rows, columns). Raises ValueError if they do not fit."""
     return np.frombuffer(heat.cells, "<f4").reshape(heat.rows, heat.columns)
+
+
+QUIET_SETTINGS = (
+    *("foreach", "fused", "capturable", "differentiable"),
+    *("decoupled_weight_decay", "initial_lr"),
+)
+"""Settings that do not change the result, or that the formula shows."""
+
+
+def settings_text(explanation: UpdateExplanation) -> str:
+    """`lr 0.01, betas 0.9, 0.999, eps 1e-08 (its step t = 30)`"""
+    shown = [
+        f"{name} {scalar(value)}"
+        for name, value in explanation.settings.items()
+        if name not in QUIET_SETTINGS and value not in (None, False)
+    ]
+    counting = f" (its step t = {explanation.count:,})" if explanation.count else ""
+    return f"{', '.join(shown)}{counting}"
+
+
+def exact(value: float) -> str:
+    """Enough digits to tell two float32 values apart."""
+    return f"{value:.8g}"
 
 
 # ---------------------------------------------------------------- writing

@@ -145,8 +145,8 @@ def adam(inputs: Inputs, out: Explained) -> None:
         largest = inputs.kept("max_exp_avg_sq")
         v = out.add("v", "max(v_max, v) (amsgrad)", torch.maximum(largest, v),
                     "max(", largest, ", ", v, ")")  # fmt: skip
-    m_hat = out.add("m̂", "m / (1−β₁ᵗ)", m / correction1, m, " / ", correction1)
-    root = out.add("√v̂", "√(v / (1−β₂ᵗ))", v.sqrt() / correction2**0.5, "√(", v, " / ",
+    m_hat = out.add("m'", "m / (1−β₁ᵗ)", m / correction1, m, " / ", correction1)
+    root = out.add("√v'", "√(v / (1−β₂ᵗ))", v.sqrt() / correction2**0.5, "√(", v, " / ",
                    correction2, ")")  # fmt: skip
     if decay and inputs.decoupled:
         w = inputs.weight
@@ -155,7 +155,7 @@ def adam(inputs: Inputs, out: Explained) -> None:
         inputs = Inputs(inputs.settings, shrunk, inputs.gradient, inputs.state, True)
     update = m.div(root + eps) * (-lr / correction1)
     parts = ("−", lr, "·", m_hat, " / (", root, " + ", eps, ")")
-    _apply(inputs, out, "−η·m̂ / (√v̂ + ε)", update, *parts)
+    _apply(inputs, out, "−η·m' / (√v' + ε)", update, *parts)
 
 
 def rmsprop(inputs: Inputs, out: Explained) -> None:
@@ -169,9 +169,9 @@ def rmsprop(inputs: Inputs, out: Explained) -> None:
     if inputs.settings.get("centered"):
         a = inputs.kept("grad_avg")
         values = a.lerp(g, 1 - alpha)
-        a = out.add("ḡ", "α·ḡ + (1−α)·g", values, alpha, "·", a, " + ", 1 - alpha, "·", g)
+        a = out.add("a", "α·a + (1−α)·g", values, alpha, "·", a, " + ", 1 - alpha, "·", g)
         values = s.addcmul(a, a, value=-1).sqrt()
-        root = out.add("r", "√(s − ḡ²) (centered)", values, "√(", s, " − ", a, "²)")
+        root = out.add("r", "√(s − a²) (centered)", values, "√(", s, " − ", a, "²)")
     else:
         root = out.add("r", "√s", s.sqrt(), "√", s)
     if momentum > 0:

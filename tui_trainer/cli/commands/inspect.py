@@ -18,8 +18,16 @@ from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_s
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.connection import RunClient
-from tui_trainer.client.tensors import ENDINGS, cells_of, fetch, find_tensor, write_tensor
-from tui_trainer.protocol.formatting import bytes_, number, percent, scalar
+from tui_trainer.client.tensors import (
+    ENDINGS,
+    cells_of,
+    exact,
+    fetch,
+    find_tensor,
+    settings_text,
+    write_tensor,
+)
+from tui_trainer.protocol.formatting import bytes_, number, percent
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
@@ -380,23 +388,13 @@ def _heat_lines(heat: HeatMap) -> list[str]:
 
 # ---------------------------------------------------------------- the update of a weight
 
-HIDDEN_SETTINGS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay",
-                   "initial_lr")  # fmt: skip
-"""Settings that do not change the result."""
-
 
 def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
     single = found.index is not None
-    counting = f" (its step t = {found.count:,})" if found.count else ""
     place = f"[{', '.join(map(str, found.index))}]" if found.index is not None else ""
-    settings = ", ".join(
-        f"{name} {scalar(value)}"
-        for name, value in found.settings.items()
-        if name not in HIDDEN_SETTINGS and value not in (None, False)
-    )
     lines = [
         f"{found.tensor.ref.name}{place} · {when(answer)}",
-        f"{found.optimizer}, group {found.group}: {settings}{counting}",
+        f"{found.optimizer}, group {found.group}: {settings_text(found)}",
         "",
     ]
     value = "value" if single else "2-norm"
@@ -412,11 +410,6 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
         lines.append(f"actual     {exact(found.actual)}")
         lines.append(f"difference {apart} ({unit}: {found.precision:.2g})")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
-
-
-def exact(value: float) -> str:
-    """Enough digits to tell two float32 values apart."""
-    return f"{value:.8g}"
 
 
 # ---------------------------------------------------------------- JSON

@@ -21,6 +21,7 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.inspection import (
+    ExplainUpdate,
     Inspected,
     InspectionRequest,
     ListTensors,
@@ -29,6 +30,7 @@ from tui_trainer.protocol.inspection import (
     TensorList,
     TensorRef,
     TensorSummary,
+    UpdateExplanation,
     Window,
 )
 from tui_trainer.ui.panels.base import placeholder_message
@@ -39,12 +41,16 @@ from tui_trainer.ui.panels.tensor import (
     StatisticsView,
     Viewport,
 )
+from tui_trainer.ui.panels.update import UpdateView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 MIN_WIDTH_BESIDE = 76
 """Width from which heat map and numbers stand beside each other."""
+MIN_WIDTH_FOR_UPDATE = 110
+"""Width from which heat map and update stand beside each other."""
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
 """While the run runs, a tensor is read again after `MIN_INTERVAL_S`, and so rarely that reading it
@@ -136,6 +142,12 @@ class InspectScreen(DetailScreen):
     InspectScreen.-beside HeatMapView { display: block; margin-right: 2; }
     InspectScreen.-beside StatisticsView { display: block; width: 37; }
     InspectScreen.-wide StatisticsView { width: 46; }
+    InspectScreen UpdateView { width: 1fr; display: none; }
+    InspectScreen.-update UpdateView { display: block; }
+    InspectScreen.-update StatisticsView { display: none; }
+    InspectScreen.-update HeatMapView { display: none; }
+    InspectScreen.-update.-room-for-update HeatMapView { display: block; }
+    InspectScreen.-update.-room-for-update UpdateView { width: 64; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
@@ -164,6 +176,10 @@ class InspectScreen(DetailScreen):
                 tooltip="How a block of entries becomes one cell: mean |x|, mean, largest |x|"),
         Binding("l", "log", "Log", id="inspect.log",
                 tooltip="Histogram of the values, or of log10 of their sizes"),
+        Binding("u", "update", "Update", id="inspect.update",
+                tooltip="Why the optimizer moves the parameter: its formula with the numbers"),
+        Binding("x", "entry", "Entry", id="inspect.entry", show=False,
+                tooltip="The update of one entry: asks for its index, * for the whole tensor"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
                 tooltip="Heat map or numbers, where only one fits"),
         *CONTROL_BINDINGS,
@@ -177,6 +193,12 @@ class InspectScreen(DetailScreen):
         self.read_at = ""
         """The step and phase that its values belong to."""
         self._took_ms = 0.0
+        self.explanation: UpdateExplanation | None = None
+        self._index: tuple[int, ...] | None = None
+        """The entry whose update is explained; None: the whole tensor."""
+        self._unexplained = ("", "")
+        self._explained_for: tuple[object, ...] | None = None
+        """Request and moment that the explanation is of."""
         self._error = ("", "")
         """Message and hint where the tensor cannot be read."""
         self._ref: TensorRef | None = None
@@ -190,7 +212,7 @@ class InspectScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         yield Caption(id="tensor")
         yield Placeholder()
-        yield Horizontal(HeatMapView(), StatisticsView(), id="parts")
+        yield Horizontal(HeatMapView(), StatisticsView(), UpdateView(), id="parts")
 
     @property
     def heat_map(self) -> HeatMapView:
@@ -212,6 +234,8 @@ class InspectScreen(DetailScreen):
         if chosen != self._ref:
             self._ref, self._asked = chosen, None
             self.summary, self._error, self.read_at = None, ("", ""), ""
+            self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
+            self._index = None
             self.viewport.reset()
 
     def _read(self, snapshot: Snapshot) -> None:
@@ -261,6 +285,27 @@ class InspectScreen(DetailScreen):
         else:
             self.summary, self._error = None, (answer.message, answer.hint)
         self._draw(self.context.snapshot)
+        self._explain()
+
+    def _explain(self) -> None:
+        """Ask for the update, after the summary of the same moment."""
+        if self._ref is None or self._asked is None or not self.has_class("-update"):
+            return
+        if self._ref.kind == "buffer":
+            self._unexplained = ("a buffer is not updated by an optimizer", "")
+            return
+        request = ExplainUpdate(self._ref.name, self._index)
+        wanted = (request, self._asked.moment)
+        if wanted != self._explained_for and not self._pending:
+            self._explained_for = wanted
+            self._ask(request, self._explained)
+
+    def _explained(self, answer: Inspected) -> None:
+        if isinstance(answer.result, UpdateExplanation):
+            self.explanation, self._unexplained = answer.result, ("", "")
+        else:
+            self.explanation, self._unexplained = None, (answer.message, answer.hint)
+        self._draw(self.context.snapshot)
 
     # ------------------------------------------------------------ drawing
 
@@ -275,6 +320,7 @@ class InspectScreen(DetailScreen):
             empty = "it has no entries" if not summary.tensor.elements else READING
             self.heat_map.show(summary.heat, empty)
             self.numbers.show(summary.tensor, summary.statistics)
+            self.query_one(UpdateView).show(self.explanation, self._unexplained)
         else:
             self.heat_map.show(None, WAITING if self._waits(snapshot) else READING)
             self.numbers.show(None, None)
@@ -315,7 +361,7 @@ class InspectScreen(DetailScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Dim the keys that have nothing to act on."""
-        if action in ("zoom", "pan", "fit", "reduction", "log", "kind", "next"):
+        if action in ("zoom", "pan", "fit", "reduction", "log", "kind", "next", "update", "entry"):
             return True if self.summary is not None or self._ref is not None else None
         if action == "numbers":
             return not self.has_class("-beside")
@@ -389,6 +435,31 @@ class InspectScreen(DetailScreen):
     def action_log(self) -> None:
         self.numbers.toggle_log()
 
+    def action_update(self) -> None:
+        """Show the update in place of the numbers, or the numbers again."""
+        self.toggle_class("-update")
+        self._explained_for = None
+        self._explain()
+        self.call_after_refresh(self._show)
+
+    def action_entry(self) -> None:
+        """Ask for the index of an entry, and explain its update."""
+
+        def chosen(text: str | None) -> None:
+            if text is None:
+                return
+            parts = text.strip("[]* ").split(",") if text.strip("[]* ") else []
+            if not all(part.strip().isdecimal() and len(part) < 18 for part in parts):
+                self.notify("an index is numbers from 0, such as 3,17", markup=False)
+                return
+            self._index = tuple(map(int, parts)) if parts else None
+            self.add_class("-update")
+            self._explained_for = None
+            self._explain()
+            self.call_after_refresh(self._show)
+
+        self.app.push_screen(TextPrompt("Index of the entry (* for the whole tensor)"), chosen)
+
     def action_numbers(self) -> None:
         self.toggle_class("-numbers")
         self.call_after_refresh(self._show)
@@ -397,6 +468,7 @@ class InspectScreen(DetailScreen):
         """Show heat map and numbers beside each other where both fit."""
         super().on_resize(event)
         self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
+        self.set_class(event.size.width >= MIN_WIDTH_FOR_UPDATE, "-room-for-update")
 
     def on_heat_map_view_resized(self) -> None:
         """Ask for as many cells as there is room for now."""
