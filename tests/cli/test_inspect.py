@@ -111,6 +111,13 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert_refused(inspect("one", "0.bias", "--index", "1"), status=2)
         assert_refused(inspect("one", "0.bias", "--update", "--grad"), status=2)
 
+        text = inspect("one", "--groups").stdout
+        assert "adam, group 0: 4 parameters, 71 entries\n  lr 0.01, betas 0.9, 0.999" in text
+        assert "optimizer state" in text
+        found = json.loads(inspect("one", "--groups", "--json").stdout)
+        assert found["groups"][0]["names"][0] == "0.weight"
+        assert_refused(inspect("one", "0.bias", "--groups"), status=2)
+
         assert_refused(inspect("one", "weight"), "2 tensors match weight", "0.weight, 1.weight")
         assert_refused(inspect("one", "wieght"), "no parameter or buffer matches wieght")
         assert_refused(inspect("one", "table", "--grad"), "table has no gradient now")

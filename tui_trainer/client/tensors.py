@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,8 +19,8 @@ from tui_trainer.protocol.inspection import (
     TensorInfo,
     TensorKind,
     TensorRef,
-    UpdateExplanation,
 )
+from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.errors import RunError
 
 MAX_SUGGESTIONS = 8
@@ -74,14 +74,14 @@ QUIET_SETTINGS = (
 """Settings that do not change the result, or that the formula shows."""
 
 
-def settings_text(explanation: UpdateExplanation) -> str:
+def settings_text(settings: Mapping[str, Scalar], count: int = 0) -> str:
     """`lr 0.01, betas 0.9, 0.999, eps 1e-08 (its step t = 30)`"""
     shown = [
         f"{name} {scalar(value)}"
-        for name, value in explanation.settings.items()
+        for name, value in settings.items()
         if name not in QUIET_SETTINGS and value not in (None, False)
     ]
-    counting = f" (its step t = {explanation.count:,})" if explanation.count else ""
+    counting = f" (its step t = {count:,})" if count else ""
     return f"{', '.join(shown)}{counting}"
 
 

@@ -10,10 +10,12 @@ from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.statistics import statistics_of
 from tui_trainer.inspect.update_watch import UpdateWatch
+from tui_trainer.inspect.usage import parameter_use
 from tui_trainer.inspect.values import readable
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
+    DescribeUse,
     ExplainUpdate,
     InspectionRequest,
     InspectionResult,
@@ -53,6 +55,8 @@ class Inspector:
                     return self._summarize(catalog, request)
                 case ReadTensor(tensor=ref):
                     return TensorCopy(catalog, ref)
+                case DescribeUse():
+                    return parameter_use(tracer, catalog)
                 case ExplainUpdate():
                     return self._explain(tracer, request)
 

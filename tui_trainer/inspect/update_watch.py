@@ -16,6 +16,7 @@ import torch
 
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.update_formulas import Inputs, explain, formula_of, is_decoupled
+from tui_trainer.inspect.usage import scalar_of
 from tui_trainer.inspect.values import readable
 from tui_trainer.protocol.inspection import (
     NOT_OBSERVED,
@@ -24,7 +25,6 @@ from tui_trainer.protocol.inspection import (
     UpdateExplanation,
     UpdateTerm,
 )
-from tui_trainer.protocol.schema import Scalar
 from tui_trainer.trace.tracer import Tracer
 
 STEPS_OBSERVED = 200
@@ -172,7 +172,7 @@ class UpdateWatch:
             index=self.request.index,
             optimizer=self._name,
             group=_group_of(optimizer, parameter)[0],
-            settings={key: _scalar(value) for key, value in inputs.settings.items()},
+            settings={key: scalar_of(value) for key, value in inputs.settings.items()},
             count=0 if isinstance(optimizer, torch.optim.SGD) else inputs.count,
             terms=tuple(terms),
             old=size(inputs.weight),
@@ -214,14 +214,3 @@ def _value(tensor: torch.Tensor) -> float:
 def _norm(tensor: torch.Tensor) -> float:
     found = float(torch.linalg.vector_norm(tensor.float()))
     return found if math.isfinite(found) else float(torch.linalg.vector_norm(tensor.double()))
-
-
-def _scalar(value: Any) -> Scalar:
-    """A hyper-parameter as a message can carry it."""
-    if isinstance(value, torch.Tensor):
-        return float(value) if value.numel() == 1 else str(tuple(value.shape))
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return ", ".join(f"{_scalar(each)}" for each in value)
-    return type(value).__name__

@@ -23,6 +23,8 @@ InspectionState = Literal["pending", "done", "failed"]
 
 MAX_CELLS = 512 * 512
 """Limit of `Window.rows` times `Window.columns`."""
+MAX_NAMES = 1000
+"""Names in each list of `ParameterUse`."""
 MAX_ENTRIES = 100
 """Limit of `Summarize.entries`."""
 
@@ -216,6 +218,45 @@ class UpdateExplanation(msgspec.Struct, tag="explanation", frozen=True, array_li
     notes: tuple[str, ...] = ()
 
 
+class OptimizerGroup(msgspec.Struct, frozen=True, array_like=True):
+    """A parameter group of an optimizer."""
+
+    optimizer: str
+    number: int
+    settings: dict[str, Scalar]
+    names: tuple[str, ...]
+    """Of its parameters; at most `MAX_NAMES`."""
+    parameters: int
+    elements: int
+
+
+class HeldBytes(msgspec.Struct, frozen=True, array_like=True):
+    """The memory of one kind of tensor on one device."""
+
+    kind: TensorKind
+    device: str
+    tensors: int
+    bytes: int
+
+
+class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
+    """Who updates which parameters, and what lies where. Lists have at most `MAX_NAMES` names."""
+
+    groups: tuple[OptimizerGroup, ...]
+    memory: tuple[HeldBytes, ...]
+    frozen: tuple[str, ...] = ()
+    without_optimizer: tuple[str, ...] = ()
+    """Trainable, and held by no optimizer."""
+    without_gradient: tuple[str, ...] = ()
+    """Trainable and held by an optimizer, and without a gradient while others have one."""
+    shared: tuple[tuple[str, ...], ...] = ()
+    """Names of the same parameter."""
+
+
+class DescribeUse(msgspec.Struct, tag="describe_use", frozen=True):
+    """Asks who updates which parameters, and what lies where."""
+
+
 class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
     """Asks which tensors there are."""
 
@@ -248,8 +289,8 @@ class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
     """None: the whole tensor."""
 
 
-InspectionRequest = ListTensors | Summarize | ReadTensor | ExplainUpdate
-InspectionResult = TensorList | TensorSummary | TensorData | UpdateExplanation
+InspectionRequest = ListTensors | Summarize | ReadTensor | ExplainUpdate | DescribeUse
+InspectionResult = TensorList | TensorSummary | TensorData | UpdateExplanation | ParameterUse
 NOT_OBSERVED = "the update of this step was not observed"
 """Message of a request that comes after the step, before any other one."""
 

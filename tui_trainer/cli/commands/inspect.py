@@ -27,10 +27,11 @@ from tui_trainer.client.tensors import (
     settings_text,
     write_tensor,
 )
-from tui_trainer.protocol.formatting import bytes_, number, percent
+from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
+    DescribeUse,
     ExplainUpdate,
     HeatMap,
     Histogram,
@@ -38,6 +39,7 @@ from tui_trainer.protocol.inspection import (
     InspectionRequest,
     InspectionResult,
     ListTensors,
+    ParameterUse,
     Reduction,
     Summarize,
     TensorEntry,
@@ -82,6 +84,10 @@ def inspect(
             negative=(),
         ),
     ] = None,
+    groups: Annotated[
+        bool,
+        flag("who updates which parameters, with the hyper-parameters, and the bytes by kind"),
+    ] = False,
     update: Annotated[
         bool, flag("why the optimizer moves the parameter: its formula with the numbers in it")
     ] = False,
@@ -132,6 +138,8 @@ def inspect(
     """look into a tensor of a live run, or list its tensors"""
     kind, key = _kind(grad, state)
     place = _index(index, update, kind is not None or save is not None or window is not None)
+    if groups and (name is not None or kind or save or window or update):
+        raise UsageError("--groups is about all parameters", "tui-trainer inspect RUN --groups")
     if name is None and (kind or save or window or update):
         raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
     shown = _window(window, reduce)
@@ -139,6 +147,11 @@ def inspect(
     with cli_errors():
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer inspect") as client:
+            if groups:
+                answer = _ask(client, DescribeUse())
+                use = _result(answer, ParameterUse)
+                print(_as_json(found, answer) if json else _use_text(use, answer), flush=True)
+                return 0
             listed = _ask(client, ListTensors())
             tensors = _result(listed, TensorList)
             if name is None:
@@ -394,7 +407,7 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
     place = f"[{', '.join(map(str, found.index))}]" if found.index is not None else ""
     lines = [
         f"{found.tensor.ref.name}{place} · {when(answer)}",
-        f"{found.optimizer}, group {found.group}: {settings_text(found)}",
+        f"{found.optimizer}, group {found.group}: {settings_text(found.settings, found.count)}",
         "",
     ]
     value = "value" if single else "2-norm"
@@ -410,6 +423,44 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
         lines.append(f"actual     {exact(found.actual)}")
         lines.append(f"difference {apart} ({unit}: {found.precision:.2g})")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+# ---------------------------------------------------------------- groups
+
+NAMES_SHOWN = 6
+KIND_NAMES = {"parameter": "parameters", "gradient": "gradients", "state": "optimizer state",
+              "buffer": "buffers"}  # fmt: skip
+
+
+def _use_text(use: ParameterUse, answer: Inspected) -> str:
+    lines = [when(answer), ""]
+    for group in use.groups:
+        size = f"{counted(group.parameters, 'parameter')}, {count(group.elements, 0)} entries"
+        lines.append(f"{group.optimizer}, group {group.number}: {size}")
+        lines.append(f"  {settings_text(group.settings)}")
+        lines.append(f"  {_names(group.names, group.parameters)}")
+    if not use.groups:
+        lines.append("no optimizer is known yet")
+    for title, names in (
+        ("frozen (requires_grad is False)", use.frozen),
+        ("trainable, in no optimizer", use.without_optimizer),
+        ("without a gradient now, while others have one", use.without_gradient),
+    ):
+        if names:
+            lines += ["", f"{title}: {len(names):,}", f"  {_names(names, len(names))}"]
+    if use.shared:
+        lines += ["", f"shared under several names: {len(use.shared):,}"]
+        lines += [f"  {' = '.join(names)}" for names in use.shared[:NAMES_SHOWN]]
+    table = new_table(("", "device", "tensors", "bytes"), right=("tensors", "bytes"))
+    for each in use.memory:
+        kind = KIND_NAMES[each.kind]
+        table.add_row(kind, Text(each.device), f"{each.tensors:,}", bytes_(each.bytes, 0))
+    return "\n".join([*lines, "", *(line.plain for line in table_lines(table))])
+
+
+def _names(names: tuple[str, ...], whole: int) -> str:
+    more = f", and {whole - NAMES_SHOWN:,} more" if whole > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
 
 
 # ---------------------------------------------------------------- JSON

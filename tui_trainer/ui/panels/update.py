@@ -64,7 +64,7 @@ class UpdateView(ScrollingLines):
         rows = [title_line(self, width, "Update", figures)]
         group = f"{found.optimizer}, group {found.group}"
         rows += self._wrapped(group, "accent", width)
-        return rows + self._wrapped(settings_text(found), "dim", width)
+        return rows + self._wrapped(settings_text(found.settings, found.count), "dim", width)
 
     def _terms(self, found: UpdateExplanation, width: int) -> list[Row]:
         rows: list[Row] = []
