@@ -226,40 +226,12 @@ def _task(name: str, *arguments: str) -> Program:
     return Program(name, "", arguments, clean_arguments=(), task=name.split()[0], steps=500)
 
 
+_SMALL = (
+    *("--layers", "2", "--heads", "2", "--width", "48", "--block-size", "32"),
+    *("--batch-size", "8", "--eval-batches", "2", "--sample-every", "0"),
+)
+
 SET_D = (
-    _task("gpt light"),
-    _task("gpt nanogpt-cpu", "--preset", "nanogpt-cpu", "--batch-size", "4", "--layers", "2"),
-    _task(
-        "gpt nanogpt-gpu",
-        "--preset",
-        "nanogpt-gpu",
-        "--layers",
-        "2",
-        "--heads",
-        "2",
-        "--width",
-        "48",
-        "--block-size",
-        "32",
-        "--batch-size",
-        "8",
-    ),
-    _task(
-        "gpt gpt2",
-        "--preset",
-        "gpt2",
-        "--layers",
-        "2",
-        "--heads",
-        "2",
-        "--width",
-        "48",
-        "--block-size",
-        "32",
-        "--batch-size",
-        "8",
-    ),
-    _task("vit light"),
     *_clean(
         "vision",
         "mnist_cnn",
@@ -298,6 +270,11 @@ SET_D = (
         "frozen_then_unfrozen",
         "two_tasks",
     ),
+    _task("gpt light"),
+    _task("gpt nanogpt-cpu", "--preset", "nanogpt-cpu", "--batch-size", "4", "--layers", "2"),
+    _task("gpt nanogpt-gpu", "--preset", "nanogpt-gpu", *_SMALL),
+    _task("gpt gpt2", "--preset", "gpt2", "--vocabulary", "256", *_SMALL),
+    _task("vit digits"),
 )
 
 SETS = {"B": SET_B, "C": SET_C, "D": SET_D}
