@@ -33,6 +33,7 @@ TABLES = (
     Table(6, schema.ATTENTION_HEALTH, attention_columns(LAYERS, schema.HEALTH_STATISTICS)),
     Table(7, schema.ATTENTION, attention_columns(LAYERS, ("growth",))),
     Table(8, schema.VALIDATION, (Column("loss"),)),
+    Table(20, schema.WEIGHT_NORM, tuple(map(Column, NAMES))),
     *(Table(9 + rank, schema.RANKS, schema.RANK_COLUMNS, rank=rank) for rank in range(3)),
 )
 NO_LOSS = absent(Absent.NO_LOSS)
@@ -94,6 +95,7 @@ class Run:
         ms=30.0,
         gradients=None,
         updates=None,
+        weights=None,
         clip=None,
         data_ms=1.0,
         memory=None,
@@ -119,6 +121,7 @@ class Run:
             5: memory,
             6: health,
             7: growth,
+            20: weights,
         }
         self.engine.step(
             StepRecord(

@@ -135,6 +135,22 @@ def update_ratio_low(bug):
     return run
 
 
+def updates_small(bug):
+    run = Run()
+    for number in range(1, 120):
+        updates = [5e-5 if bug else 1e-3] * 8 if number % 10 == 1 else None
+        run.step(2.3 + 0.01 * math.sin(number), updates=updates)
+    return run
+
+
+def weights_shrink(bug):
+    run = Run()
+    for number in range(1, 120):
+        norm = 0.993**number if bug else 1 if number < 5 else 0.5  # clamped once
+        run.step(weights=[10 * norm] * 8 if number % 10 == 1 else None)
+    return run
+
+
 def gradients_vanish(bug):
     run = Run()
     for _ in range(60):
@@ -446,6 +462,8 @@ CASES: dict[str, tuple[Case, int]] = {
     "no-warm-up": (no_warm_up, 1),
     "update-ratio-high": (update_ratio_high, 1),
     "update-ratio-low": (update_ratio_low, 1),
+    "updates-small": (updates_small, 1),
+    "weights-shrink": (weights_shrink, 1),
     "gradients-vanish": (gradients_vanish, 1),
     "gradients-explode": (gradients_explode, 31),
     "clipped-to-nothing": (clipped_to_nothing, 1),

@@ -51,7 +51,12 @@ from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
 from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
 from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits
-from tui_trainer.findings.rules.update_ratio import UpdateRatioHigh, UpdateRatioLow
+from tui_trainer.findings.rules.update_ratio import (
+    UpdateRatioHigh,
+    UpdateRatioLow,
+    UpdatesSmall,
+    WeightsShrink,
+)
 from tui_trainer.findings.rules.zero_grad import GradientsKept, ZeroedBeforeStep
 
 RULES: tuple[type[Rule], ...] = (
@@ -89,6 +94,8 @@ RULES: tuple[type[Rule], ...] = (
     NoWarmUp,
     UpdateRatioHigh,
     UpdateRatioLow,
+    UpdatesSmall,
+    WeightsShrink,
     GradientsVanish,
     GradientsExplode,
     DeadUnits,

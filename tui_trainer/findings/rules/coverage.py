@@ -182,7 +182,8 @@ class ZeroGradients(Rule):
         "Backward reaches these parameters, and their gradient is exactly 0 at every step: what "
         "they compute is multiplied by zero, or passes a unit whose slope is zero. Usual causes "
         "are dead ReLUs, weights that start at zero on both sides of a layer, a mask that hides "
-        "everything, and rounding or comparisons, which have no slope."
+        "everything, and rounding or comparisons, which have no slope. Biases alone are not "
+        "reported: in a difference of two outputs they cancel."
     )
     next = "follow the output of this layer in forward to where its gradient ends"
     source = "zero gradients are a symptom of DeepDiagnosis (Wardat et al., ICSE 2022)"
@@ -226,8 +227,8 @@ class ZeroGradients(Rule):
             and info.trainable
             and info.numel
         ]
-        if not names or not (row.finite & ~zero).any():
-            return
+        if not any(map(self.facts.is_matrix, names)) or not (row.finite & ~zero).any():
+            return  # a bias may cancel: in a Wasserstein loss, in a ranking
         yield Found(
             self._first,
             f"the gradient of {named(names)} is exactly 0 at every step",
@@ -247,7 +248,7 @@ class NoGradients(Rule):
     name = "no-gradients"
     title = "the optimizer has no gradients"
     level = "error"
-    needs = "three steps"
+    needs = "two steps"
     explanation = (
         "The optimizer steps, but none of its parameters has a gradient. Either it holds tensors "
         "that are no longer those of the trained model, because it was created before the model "
@@ -259,7 +260,7 @@ class NoGradients(Rule):
         "and check that backward() is called on a loss that depends on the model"
     )
     source = "PyTorch's documentation of torch.optim (construct optimizers after moving a model)"
-    thresholds = (RuleThreshold("steps", 3, "steps in a row without any gradient"),)
+    thresholds = (RuleThreshold("steps", 2, "steps in a row without any gradient"),)
     explained_by = ("zeroed-before-step", "constant-labels")
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -214,6 +215,137 @@ class UpdateRatioLow(_UpdateRatio):
             evidence=(
                 evidence("median ‖Δw‖/‖w‖", median, HEALTHY_LOW, HEALTHY_HIGH,
                          table="update_ratio", column=names[0]),
+            ),
+        )  # fmt: skip
+
+
+class UpdatesSmall(_UpdateRatio):
+    """Updates are small from the start, and the loss stands still."""
+
+    name = "updates-small"
+    title = "updates are small, and the loss stands still"
+    level = "info"
+    needs = "update ratios of the first 60 steps at a rate that does not rise, and their losses"
+    explanation = (
+        "From the start the updates are well below the usual 1e-3 of the weights, and the loss "
+        "has not moved outside of its noise. The learning rate may be too low. It is only a hint: "
+        "a large model, or one that was trained before, may need so many steps."
+    )
+    next = "try a rate ten times higher for a hundred steps, and compare"
+    source = SOURCE
+    thresholds = (
+        RuleThreshold("ratio", 2e-4, "median of ‖Δw‖/‖w‖ over the weight matrices"),
+        RuleThreshold("steps", 60, "number of first steps in which the loss stands still"),
+    )
+    explained_by = UpdateRatioLow.explained_by
+    LAST = 300
+    """Later a loss that stands still has other reasons."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._rate = math.inf
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.updates is None or self._done or self.ignored(seen):
+            return
+        rate, before = seen.learning_rate or 0.0, self._rate
+        self._rate = rate
+        ratios, names = self.ratios(seen.updates)
+        if not len(ratios) or seen.step > self.LAST:
+            self._done = self._done or seen.step > self.LAST
+            return
+        median = float(np.median(ratios))
+        slow = 0 < median < self.limits["ratio"] and rate <= 1.001 * before
+        if not slow:
+            self._streak.add(False, seen.step)
+            return
+        self._streak.add(True, seen.step)
+        trend = self.trend
+        if seen.step - self._streak.onset < self.limits["steps"] or not trend.first:
+            return
+        start = sum(trend.first) / len(trend.first)
+        if trend.fast < start - max(2 * trend.noise, 0.01 * abs(start)):
+            return  # the loss falls nevertheless
+        self._done = True
+        yield Found(
+            self._streak.onset,
+            f"one step changes the weights by {_share(median)} of their size (median over "
+            f"{len(ratios)} weight matrices), and after {trend.count} steps the loss is where it "
+            "started; about 1e-3 is usual",
+            confidence="possible",
+            phase="step",
+            parameters=tuple(names[:8]),
+            evidence=(
+                evidence("median ‖Δw‖/‖w‖", median, HEALTHY_LOW, HEALTHY_HIGH,
+                         table="update_ratio", column=names[0]),
+            ),
+        )  # fmt: skip
+
+
+class WeightsShrink(Rule):
+    """Decay or a penalty removes the weights faster than they learn."""
+
+    name = "weights-shrink"
+    title = "the weights shrink"
+    needs = "the weight norms of the first 200 steps"
+    explanation = (
+        "The norm of all weight matrices has fallen by a quarter within the first steps, at one "
+        "measurement after the other. Training makes it grow or leaves it; weight decay of the "
+        "usual strength takes a few percent in that time. A decay or a penalty that is so strong "
+        "decides what the weights become, not the data."
+    )
+    next = "divide weight_decay, or the factor of the penalty in the loss, by 10 or more"
+    source = "over-regularization is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    thresholds = (
+        RuleThreshold("share", 0.75, "of the first norm"),
+        RuleThreshold("steps", 200, "number of first steps that are checked"),
+    )
+    explained_by = ("non-finite",)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._matrices: list[int] = []
+        self._first = 0.0
+        self._last = 0.0
+        self._falls = 0
+        self._onset = 0
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.weights
+        if row is None or self._done:
+            return
+        if row.names is not self._names:
+            self._names = row.names
+            self._matrices = [i for i, name in enumerate(row.names) if self.facts.is_matrix(name)]
+            self._first, self._onset = 0.0, seen.step
+        values = row.values[self._matrices]
+        norm = float(np.sqrt(np.square(values[np.isfinite(values)], dtype=np.float64).sum()))
+        if not self._first:
+            self._first = self._last = norm
+            return
+        if seen.step > self.limits["steps"]:
+            self._done = True
+            return
+        self._falls += norm < 0.99 * self._last
+        self._last = norm
+        # A script that clamps its weights makes them shrink once.
+        if norm > self.limits["share"] * self._first or self._falls < 3:
+            return
+        self._done = True
+        names = [row.names[index] for index in self._matrices]
+        yield Found(
+            self._onset,
+            f"the norm of all weight matrices has fallen from {self._first:.3g} to {norm:.3g} in "
+            f"{seen.step - self._onset} steps",
+            phase="step",
+            parameters=tuple(names[:8]),
+            evidence=(
+                evidence("‖W‖ relative to its first value", norm / self._first, 0.9, None,
+                         table="weight_norm", column=names[0]),
             ),
         )  # fmt: skip
 
