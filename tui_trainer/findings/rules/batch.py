@@ -39,7 +39,7 @@ class InputScale(Rule):
     )
     thresholds = (
         RuleThreshold("high", 20, "larger of |mean| and standard deviation"),
-        RuleThreshold("low", 0.001, "the same, of inputs that are too small"),
+        RuleThreshold("low", 0.004, "the same; images divided by 255 twice are below it"),
     )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
