@@ -76,6 +76,30 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
     assert [(each["number"], each["hits"]) for each in saved] == [(1, 1), (2, 1)]
 
 
+def test_the_result_of_an_evaluation_pauses_a_task_before_its_next_step(tmp_path: Path) -> None:
+    options = ("--steps", "20", "--eval-every", "6", "--eval-batches", "1", "--width", "16")
+    process = processes.Popen(
+        [*COMMAND, "gpt", "--json", "--name", "one", *options, "--layers", "1", "--threads", "1",
+         "--break", 'validation("loss") > 0 and step > 1'],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        events = map(json.loads, process.stdout)
+        paused = next(each for each in events if each.get("kind") == "breakpoint")
+        assert paused["text"].startswith("paused after data at breakpoint 1: validation(")
+        assert "(validation loss " in paused["text"]
+        assert paused["step"] == 7
+        assert "paused" in call("show", "one", cwd=tmp_path).stdout.splitlines()[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LOOP)
     done = call("run", "--break", "loss >", "train.py", cwd=tmp_path)
