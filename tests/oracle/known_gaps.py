@@ -29,10 +29,6 @@ class Gap:
 # ---------------------------------------------------------------- where they show
 
 
-def everywhere(loop: Loop) -> bool:
-    return True
-
-
 def has_several(loop: Loop) -> bool:
     return len(loop.optimizers) > 1 or loop.sparse
 
@@ -85,13 +81,6 @@ CLOSURE = Loop(optimizers=(Optimizer(kind="adam", closure=True),))
 LBFGS = (Optimizer(kind="lbfgs", closure=True),)
 
 KNOWN_GAPS: tuple[Gap, ...] = (
-    Gap(
-        "time between phases",
-        "What lies between two phases belongs to none, so phases do not sum to their step.",
-        everywhere,
-        ("whole_times",),
-        (Loop(evaluates=True),),
-    ),
     Gap(
         "show of several optimizers",
         "show gives the values of the first optimizer as those of the run's last step.",

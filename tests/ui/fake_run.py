@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol import BETWEEN, PHASES, schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.schema import (
     AttentionInfo,
@@ -187,7 +187,9 @@ def _gradient_norms(info: RunInfo, steps: NDArray[np.int64], random: np.random.G
 
 def _phases(count: int, random: np.random.Generator) -> NDArray[np.float64]:
     typical = np.array([1.2, 0.2, 14.6, 0.6, 25.1, 0.9, 3.0])
-    return typical * np.exp(random.normal(0, 0.03, (count, len(PHASES))))
+    phases = typical * np.exp(random.normal(0, 0.03, (count, len(PHASES))))
+    between = np.full((count, len(BETWEEN)), absent(Absent.NO_PHASE))
+    return np.concatenate([phases, between], axis=1)
 
 
 def _weights(info: RunInfo, steps: NDArray[np.int64]) -> NDArray[np.float64]:

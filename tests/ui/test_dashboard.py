@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from textual import events
 
-from tests.ui import fake
+from tests.ui import fake, fake_run
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
 from tui_trainer.protocol import PHASES, messages
@@ -63,6 +64,19 @@ async def test_p_walks_through_the_phases_in_order_and_shows_what_each_produced(
             assert session.status.phase == phase
             assert f"after {phase}" in drawn(pilot.app, PhaseStrip)
         assert session.status.step == 301
+
+
+async def test_time_between_the_phases_stands_below_them(monkeypatch):
+    between = np.array([6.0, np.nan, 0.5, 2.5])
+    row = np.concatenate([np.full(len(PHASES), 2.0), between])
+    monkeypatch.setattr(fake_run, "_phases", lambda count, random: np.tile(row, (count, 1)))
+    async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
+        await pilot.pause()
+        last = drawn(pilot.app, PhaseStrip).splitlines()[-1]
+        assert "eval 6.0 ms" in last
+        assert "tracing 0.50 ms" in last
+        assert "other 2.5 ms" in last
+        assert "checkpoint" not in last
 
 
 async def test_fresh_gradients_stand_in_the_table_after_backward():

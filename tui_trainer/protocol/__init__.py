@@ -15,3 +15,6 @@ PROTOCOL_VERSION = 5
 Phase = Literal["data", "zero_grad", "forward", "loss", "backward", "clip", "step"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases of one optimizer step, in the order of the textbook loop."""
+BETWEEN = ("eval", "checkpoint", "tracing", "other")
+"""What the time of a step between its phases is called: evaluations, checkpoints that the script
+saves, our own work on the training thread, and everything else."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from tui_trainer.protocol import PHASES
+from tui_trainer.protocol import BETWEEN, PHASES
 
 Scalar = str | int | float | bool | None
 AttentionKind = Literal["separate", "fused", "grouped", "multihead"]
@@ -260,7 +260,8 @@ CLIP_COLUMNS = (
     Column("gradient_scale"),  # loss scale still on the gradients, and on both norms
 )
 
-PHASE_COLUMNS = tuple(Column(phase, "ms", "lower") for phase in PHASES)
+PHASE_COLUMNS = tuple(Column(name, "ms", "lower") for name in (*PHASES, *BETWEEN))
+"""They add up to the step's `step_ms`."""
 
 MEMORY_COLUMNS = (
     Column("device_bytes", "bytes"),  # allocated on the accelerator; NaN on the CPU

@@ -3,7 +3,9 @@
 Rules:
 
 * Time between a step and the next forward is `data`; time between a forward and its backward is
-  `loss`.
+  `loss`. Evaluations, and checkpoints that the script saves, are taken out of both.
+* All other time between phases is `tracing` where it is ours and `other` where it is the script's,
+  so that the times of a step add up to it.
 * A phase inside another one (a backward inside a forward, …) is part of it; only inside a `step`
   with a closure are the closure's own phases counted.
 * The boundary of `data` is passed where the model is called, when the batch is certainly there, and
@@ -12,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +23,13 @@ from typing import Any
 
 import torch
 
-from tui_trainer.protocol import PHASES
+from tui_trainer.protocol import BETWEEN, PHASES
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.trace.gate import Gate
 
 DATA, ZERO_GRAD, FORWARD, LOSS, BACKWARD, CLIP, STEP = range(len(PHASES))
-OUTSIDE = len(PHASES)
-"""Time of no phase: our own work, evaluations, and what a script does between two phases."""
+EVAL, CHECKPOINT, TRACING, OTHER = range(len(PHASES), len(PHASES) + len(BETWEEN))
+COLUMNS = len(PHASES) + len(BETWEEN)
 STEPS_BEFORE_UNSEEN = 5
 """Steps after which a phase that never occurred is reported as missing."""
 
@@ -39,28 +42,52 @@ WHY_UNSEEN = {
 }
 
 PhaseTimes = Callable[[], list[float]]
-"""Returns the milliseconds of each phase, absent for one that the step did not have; to be called
-once the step's values have arrived."""
+"""Returns the milliseconds of each column of table `phase_ms`, absent for a phase that the step did
+not have; to be called once the step's values have arrived."""
 
 
 class HostClock:
-    """Self time of each phase on the host's clock, summed within a step."""
+    """Self time of each phase, and of what lies between, on the host's clock."""
 
     def __init__(self) -> None:
-        self._totals = [0.0] * (OUTSIDE + 1)
-        self._current = OUTSIDE
+        self._totals = [0.0] * COLUMNS
+        self._current = TRACING
         self._since = perf_counter()
+        self._gap = (OTHER, 0.0)
+        """What the time before the open phase was counted as, and how long it was."""
 
-    def switch(self, phase: int) -> None:
-        """End the current phase and begin `phase` (an index into PHASES, or OUTSIDE)."""
+    def switch(self, phase: int) -> float:
+        """End the current phase and begin `phase`, or another column of table `phase_ms`; returns
+        the present time."""
         now = perf_counter()
         self._totals[self._current] += now - self._since
         self._since = now
         self._current = phase
+        return now
+
+    def end_gap(self) -> float:
+        """A phase is open, which our own preparations precede; returns the present time."""
+        now = perf_counter()
+        self._gap = (self._current, now - self._since)
+        self._totals[self._current] += now - self._since
+        self._since = now
+        self._current = TRACING
+        return now
 
     def relabel(self, phase: int) -> None:
         """Count the time since the last switch as `phase`."""
         self._current = phase
+
+    def relabel_gap(self, phase: int) -> None:
+        """Count the time before the open phase as `phase`."""
+        before, seconds = self._gap
+        self._totals[before] -= seconds
+        self._totals[phase] += seconds
+        self._gap = (phase, 0.0)
+
+    def discount(self, seconds: float) -> None:
+        """So much of our own time is no part of the step: the gate's, and work that is excluded."""
+        self._totals[TRACING] -= seconds
 
     def total_ms(self, phase: int) -> float:
         """Time of a phase in this step so far."""
@@ -69,13 +96,12 @@ class HostClock:
     def take(self) -> PhaseTimes:
         """The times of the step that ends here; the next one starts at zero."""
         times = [seconds * 1e3 for seconds in self._totals]
-        del times[OUTSIDE:]
-        self._totals = [0.0] * (OUTSIDE + 1)
+        self._totals = [0.0] * COLUMNS
         return lambda: times
 
     def take_phase(self, phase: int) -> PhaseTimes:
         """The time of one phase, which is not this step's."""
-        times = [0.0] * OUTSIDE
+        times = [0.0] * COLUMNS
         times[phase] = self._totals[phase] * 1e3
         self._totals[phase] = 0.0
         return lambda: times
@@ -85,31 +111,43 @@ class CudaClock:
     """The same on the device's clock.
 
     Events are recorded into the stream and read a step or more later, when they have passed, so
-    that timing never makes the host wait for the device.
+    that timing never makes the host wait for the device. Our own time on the host is no time of the
+    device.
     """
 
     def __init__(self) -> None:
         self._pool: list[torch.cuda.Event] = []
-        self._current = OUTSIDE
+        self._current = OTHER
         self._start: torch.cuda.Event | None = None
         self._spans: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._events: list[torch.cuda.Event] = []
 
-    def switch(self, phase: int) -> None:
-        """End the current phase in the stream and begin `phase`."""
-        if phase == self._current == OUTSIDE:
-            return
+    def switch(self, phase: int) -> float:
+        """End the current phase in the stream and begin `phase`; returns the host's time."""
+        if phase >= TRACING and self._current >= TRACING:
+            return perf_counter()
         event = self._pool.pop() if self._pool else _timing_event()
         event.record()
         self._events.append(event)
-        if self._current != OUTSIDE and self._start is not None:
+        if self._current < TRACING and self._start is not None:
             self._spans.append((self._current, self._start, event))
         self._start = event
         self._current = phase
+        return perf_counter()
 
     def relabel(self, phase: int) -> None:
         """Count the time since the last switch as `phase`."""
         self._current = phase
+
+    def end_gap(self) -> float:
+        """A phase is open: it ends the gap when its own time begins."""
+        return perf_counter()
+
+    def relabel_gap(self, phase: int) -> None:
+        self._current = phase
+
+    def discount(self, seconds: float) -> None:
+        pass
 
     def total_ms(self, phase: int) -> float:
         """Time of a phase in this step so far. Waits for the device: only while paused."""
@@ -139,7 +177,8 @@ class CudaClock:
 
         def read() -> list[float]:
             if not times:
-                times.extend([0.0] * OUTSIDE)
+                times.extend([0.0] * OTHER)
+                times.append(math.nan)  # what the device did between the phases is not measured
                 for phase, start, end in spans:
                     times[phase] += start.elapsed_time(end)
                 self._pool.extend(used)
@@ -179,9 +218,9 @@ class Phases:
         self._clock: HostClock | CudaClock = HostClock()
         self._may_change_clock = True
         """Until the first step is complete: the model's device is known at its first call."""
-        self._times: PhaseTimes = lambda: [0.0] * OUTSIDE
+        self._times: PhaseTimes = lambda: [0.0] * COLUMNS
         self._open: list[int] = []
-        self._gap = OUTSIDE
+        self._gap = OTHER
         """What the time between two phases counts as, until the next phase begins."""
         self._data_due = True
         """Whether the next call of the model needs a new batch."""
@@ -189,6 +228,9 @@ class Phases:
         """Whether the boundary of a `zero_grad` follows that of `data`."""
         self._clips: list[_Clip] = []
         self._clip_began = 0.0
+        self._clip_ended = 0.0
+        self._evaluating = False
+        """Whether the time since the last phase has had calls of an evaluation."""
         self._last_end = 0.0
         self._idle_before = 0.0
         self._in_gate = False
@@ -216,24 +258,27 @@ class Phases:
                 if phase == STEP:
                     return False
                 self._open.clear()  # an optimizer raised and the script continued
+        now = self._clock.end_gap()
         if self._last_end == 0.0:
-            self._last_end, self._idle_before = perf_counter(), self._gate.idle_s
+            self._last_end, self._idle_before = now, self._gate.idle_s
+            self._clock.take()
+        self._evaluating = False
         self._open.append(phase)
         self.seen.add(phase)
         return True
 
     def run(self) -> None:
         """Start the clock of the open phase, after our own preparations."""
-        self._clock.switch(self._open[-1])
+        now = self._clock.switch(self._open[-1])
         if self._open[-1] == CLIP:
-            self._clip_began = perf_counter()
+            self._clip_began = now
 
     def leave(self, gap: int | None = None, owners: tuple[Any, ...] | None = None) -> None:
         """Close the open phase and pass its boundary. `gap`: what the following time counts as
         (None: as before). `owners`: the optimizers whose gradients a clip has clipped."""
         phase = self._open.pop()
         if owners is not None and not self.closure:
-            wall_ms = (perf_counter() - self._clip_began) * 1e3
+            wall_ms = (self._clip_ended - self._clip_began) * 1e3
             self._clips.append(_Clip(owners, self._clock.take_phase(phase), wall_ms))
         if gap is not None:
             self._gap = gap
@@ -264,9 +309,10 @@ class Phases:
 
     def boundary(self, phase: int) -> None:
         """Pass the gate at the end of `phase`, with the clock stopped."""
-        self._clock.switch(OUTSIDE)
+        self._clock.switch(TRACING)
         self._in_gate = True
         gate = self._gate
+        idle = gate.idle_s
         try:
             name = PHASES[phase]
             if gate.may_pause_at(name) or (phase == STEP and gate.has_work_after(self.step)):
@@ -276,11 +322,27 @@ class Phases:
                 gate.reached(name, self.step)
         finally:
             self._in_gate = False
+            if gate.idle_s != idle:
+                self._clock.discount(gate.idle_s - idle)
             self._after_boundary()
 
     def stop_clock(self) -> None:
         """The time from here is ours."""
-        self._clock.switch(OUTSIDE)
+        now = self._clock.switch(TRACING)
+        if self._open and self._open[-1] == CLIP:
+            self._clip_ended = now
+
+    def begin_evaluation(self) -> None:
+        """The model is called without gradients; `resume_clock` follows."""
+        if self._evaluating:
+            self._clock.relabel(EVAL)  # the next batch of the evaluation
+        self._evaluating = True
+        self._clock.switch(EVAL)
+
+    def begin_checkpoint(self) -> None:
+        """The script saves a checkpoint; `resume_clock` follows."""
+        self._evaluating = False
+        self._clock.switch(CHECKPOINT)
 
     def resume_clock(self) -> None:
         """The time from here is the script's."""
@@ -291,16 +353,17 @@ class Phases:
     def excluded(self) -> Iterator[None]:
         """Around work that is not training: it counts for no phase and for no step's time."""
         current = self._open[-1] if self._open else self._gap
-        began = perf_counter()
-        if not self._in_gate:  # where the clock is stopped already
-            self._clock.switch(OUTSIDE)
+        if self._in_gate:  # where the clock is stopped already
+            yield
+            return
+        began = self._clock.switch(TRACING)
         try:
             yield
         finally:
-            if not self._in_gate:
-                if self._last_end:  # 0 until the first phase has begun
-                    self._last_end += perf_counter() - began
-                self._clock.switch(current)
+            seconds = self._clock.switch(current) - began
+            if self._last_end:  # 0 until the first phase has begun
+                self._last_end += seconds
+            self._clock.discount(seconds)
 
     # ------------------------------------------------------------ what precedes a phase
 
@@ -320,6 +383,8 @@ class Phases:
 
     def before_step(self) -> None:
         """`step` is open, perhaps without forward and backward before it."""
+        if self._gap == DATA and self.seen == {STEP}:
+            self._clock.relabel_gap(OTHER)  # another optimizer's step, for which no batch was drawn
         self._end_zero_grad()
 
     def after_backward(self) -> None:
@@ -327,8 +392,8 @@ class Phases:
         self._data_due = True
 
     def _end_data(self) -> None:
-        if self._gap == OUTSIDE and BACKWARD in self.seen:
-            self._clock.relabel(DATA)  # the next micro-batch of an accumulated step
+        if self._gap == OTHER and BACKWARD in self.seen:
+            self._clock.relabel_gap(DATA)  # the next micro-batch of an accumulated step
         if self._data_due:
             self._data_due = False
             self.boundary(DATA)
@@ -344,7 +409,7 @@ class Phases:
     def end_step_by_hand(self) -> None:
         """The script has updated the weights since the last phase, and a new one begins."""
         self._clock.relabel(STEP)
-        self._clock.switch(OUTSIDE)
+        self._clock.switch(TRACING)
         self.seen.add(STEP)
         self._end_zero_grad()
 
@@ -364,14 +429,13 @@ class Phases:
     def discard_iteration(self) -> tuple[float, PhaseTimes]:
         """An iteration ends without a step: its duration, and that of each phase. The next batch
         belongs to the same step."""
-        self._clock.switch(OUTSIDE)
         step_ms, times = self._take(self._clips, False, False)
         self.seen = set(self._open)
         self._gap = DATA
         return step_ms, times
 
     def _take(self, own: list[_Clip], shared: bool, clipped: bool) -> tuple[float, PhaseTimes]:
-        now, idle = perf_counter(), self._gate.idle_s
+        now, idle = self._clock.switch(TRACING), self._gate.idle_s
         step_ms = (now - self._last_end - (idle - self._idle_before)) * 1e3
         self._last_end, self._idle_before = now, idle
         for clip in self._clips:
@@ -385,7 +449,7 @@ class Phases:
         self._seen_ever |= self.seen
         self.seen = set()
         self._data_due = True
-        return step_ms, _step_times(self._clock.take(), own, shared, clipped)
+        return step_ms, _step_times(self._clock.take(), step_ms, own, shared, clipped)
 
     def next_step(self) -> None:
         """Pass the boundary of the completed step and begin the next."""
@@ -407,8 +471,10 @@ class Phases:
         return {PHASES[p]: why for p, why in WHY_UNSEEN.items() if p not in self._reported_seen}
 
 
-def _step_times(taken: PhaseTimes, clips: list[_Clip], shared: bool, clipped: bool) -> PhaseTimes:
-    """The times of a step, with those of its `clips`."""
+def _step_times(
+    taken: PhaseTimes, step_ms: float, clips: list[_Clip], shared: bool, clipped: bool
+) -> PhaseTimes:
+    """The times of a step of `step_ms`, with those of its `clips`."""
     times: list[float] = []
 
     def read() -> list[float]:
@@ -416,9 +482,11 @@ def _step_times(taken: PhaseTimes, clips: list[_Clip], shared: bool, clipped: bo
             times.extend(taken())
             for clip in clips:
                 times[CLIP] += clip.times()[CLIP]
-            for phase in range(OUTSIDE):
-                if times[phase] == 0:
-                    elsewhere = shared and (phase != CLIP or clipped)
+            if math.isnan(times[OTHER]):
+                times[OTHER] = max(0.0, step_ms - sum(times[:OTHER]))
+            for phase in range(COLUMNS):
+                if times[phase] <= 0:
+                    elsewhere = shared and phase < EVAL and (phase != CLIP or clipped)
                     times[phase] = absent(Absent.SHARED if elsewhere else Absent.NO_PHASE)
         return times
 

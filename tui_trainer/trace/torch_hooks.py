@@ -1,4 +1,4 @@
-"""Where the tracer hooks into torch: optimizers, zero_grad, backward, clipping, GradScaler.
+"""Where the tracer hooks into torch: optimizers, zero_grad, backward, clipping, GradScaler, save.
 
 Every wrapper calls straight through while torch.compile traces it, on other threads than the one
 that trains and while the tracer is suspended.
@@ -73,6 +73,8 @@ class TorchEvents(Protocol):
     def evaluation_began(self) -> None: ...
     def evaluation_ended(self) -> None: ...
     def phase_failed(self) -> None: ...
+    def saving_began(self) -> bool: ...
+    def saving_ended(self) -> None: ...
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None: ...
     def gradients_unscaled(self, optimizer: Optimizer) -> None: ...
     def scaler_updated(self) -> None: ...
@@ -94,6 +96,7 @@ class TorchHooks:
         self._wrap_scaler()
         self._wrap_functional()
         self._wrap_schedulers()
+        self._wrap_saving()
         self._handles = [*self._hook_optimizers(), *self._hook_modules()]
 
     def remove(self) -> None:
@@ -252,6 +255,20 @@ class TorchHooks:
                     events.schedule_stepped(optimizer)
 
             self._patches.replace(kind, "step", copy_metadata(step, original))
+
+    def _wrap_saving(self) -> None:
+        events, ignored = self._events, self._ignored
+        original: Callable[..., Any] = torch.save
+
+        def save(*args: Any, **kwargs: Any) -> Any:
+            if ignored() or not events.saving_began():
+                return original(*args, **kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                events.saving_ended()
+
+        self._patches.replace(torch, "save", copy_metadata(save, original))
 
     def _wrap_functional(self) -> None:
         for name, has_value in (("grad", False), ("grad_and_value", True)):

@@ -44,7 +44,7 @@ from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.norms import total_norm, total_of
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.parameters import parameters_of
-from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OUTSIDE, STEP, ZERO_GRAD, Phases
+from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OTHER, STEP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Options,
     Probe,
@@ -433,16 +433,27 @@ class Tracer:
 
     @guarded
     def _evaluation_call_began(self, module: torch.nn.Module) -> None:
-        self._queue.drain()  # the next step may be long in coming
         self._end_step_by_hand()
+        self._phases.begin_evaluation()
+        self._queue.drain()  # the next step may be long in coming
         if not self._within_iteration:
             self.evaluation.call_began(module, self.step - 1)
             if module.training and depends_on_mode(module):
                 self._modes.evaluated()
-        self._phases.stop_clock()
 
     @guarded
     def _evaluation_call_ended(self) -> None:
+        self._phases.resume_clock()
+
+    @guarded
+    def saving_began(self) -> bool:
+        if self.in_phase:
+            return False
+        self._phases.begin_checkpoint()
+        return True
+
+    @guarded
+    def saving_ended(self) -> None:
         self._phases.resume_clock()
 
     @guarded
@@ -594,7 +605,7 @@ class Tracer:
                 self._read_gradients(measurer)
             self._expect_update_by_hand(measurer)
         self._phases.after_backward()
-        self._phases.leave(OUTSIDE)
+        self._phases.leave(OTHER)
 
     def _expect_update_by_hand(self, measurer: StepMeasurer) -> None:
         if measurer.weights is not None:
@@ -663,7 +674,7 @@ class Tracer:
                 self._read_gradients(measurer, gradients=found)
             self._expect_update_by_hand(measurer)
         self._phases.after_backward()
-        self._phases.leave(OUTSIDE)
+        self._phases.leave(OTHER)
 
     @guarded
     def functional_began(self) -> bool:
@@ -685,7 +696,7 @@ class Tracer:
             }
         self._close_backward(list(self.registry.measurers))
         self._phases.after_backward()
-        self._phases.leave(OUTSIDE)
+        self._phases.leave(OTHER)
 
     @guarded
     def phase_failed(self) -> None:
@@ -855,7 +866,7 @@ class Tracer:
                     clipping.readings[id(measurer)] = measurer.captured(captured)
                 measurer.clips.append(clipping)
                 measurer.after_clipping(clipping)
-        self._phases.leave(OUTSIDE, owners=tuple(m.slot for m in self._clipping))
+        self._phases.leave(OTHER, owners=tuple(m.slot for m in self._clipping))
 
     def _report_late_clip(self) -> None:
         if not self._late_clips_reported and self.registry.measurers:
@@ -1106,10 +1117,10 @@ class Tracer:
         """Report what was left of a step that never came."""
         try:
             self._phases.close_all()
-            self._phases.stop_clock()
             self._stepping = self._evaluated = None
-            self.evaluation.end()
             self._end_step_by_hand()
+            self._phases.stop_clock()
+            self.evaluation.end()
             left: list[BackwardPass] = []
             for measurer in self.registry.measurers:
                 self._gradients_between_passes(measurer)

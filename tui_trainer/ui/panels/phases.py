@@ -14,7 +14,7 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import PHASES, Phase, formatting, schema
+from tui_trainer.protocol import BETWEEN, PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.bands import UPDATE_RATIO
@@ -67,11 +67,11 @@ class PhaseStrip(Panel):
         super().show(snapshot)
 
     def rows(self, size: Size) -> Sequence[Row]:
-        """Three rows, four while paused; two where the terminal is short."""
+        """Three or four rows; two while paused where the terminal is short."""
         report, times = self._report(), self._times()
         names, values = self._names(size.width, times, report), self._values(size.width, times)
         if report is None:
-            return [names, values, self._proportions(size.width, times)]
+            return [names, values, self._proportions(size.width, times), *self._between()]
         summary = self._summary(report, size.width)
         if size.height <= 2:
             return [names, summary]
@@ -80,20 +80,38 @@ class PhaseStrip(Panel):
     def _report(self) -> PhaseReport | None:
         return self.snapshot.report if self.snapshot.status.state == "paused" else None
 
-    def _times(self) -> NDArray[np.float64]:
-        """Milliseconds of each phase: the mean of the last steps or, in a step that the run is
-        paused in, the times measured there. NaN for phases that the run does not have."""
+    def _means(self, names: Sequence[str], per_step: bool = False) -> NDArray[np.float64]:
+        """Mean milliseconds of columns of table `phase_ms` over the last steps that had them, or
+        `per_step` over all of these. NaN for those that none had."""
         table = self.snapshot.history.table(schema.PHASE_MS)
-        times = np.full(len(PHASES), np.nan)
+        found = np.full(len(names), np.nan)
         if table is not None and table.rows:
             values = table.tail(AVERAGED_STEPS)[1]
             finite = np.isfinite(values)
             counts = finite.sum(0)
             sums = np.where(finite, values, 0).sum(0, dtype=np.float64)
-            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-            for number, phase in enumerate(PHASES):
-                if (column := table.column(phase)) is not None:
-                    times[number] = means[column]
+            divisors = len(values) if per_step else np.maximum(counts, 1)
+            means = np.where(counts > 0, sums / divisors, np.nan)
+            for number, name in enumerate(names):
+                if (column := table.column(name)) is not None:
+                    found[number] = means[column]
+        return found
+
+    def _between(self) -> list[Row]:
+        """The times between the phases in one row; none where there are no such times."""
+        parts = [
+            f"{name} {formatting.milliseconds(time, 0)}"
+            for name, time in zip(BETWEEN, self._means(BETWEEN, per_step=True), strict=True)
+            if time > 0
+        ]
+        separator = f" {self.glyphs.separator} "
+        text = f" between the phases: {separator.join(parts)}"
+        return [self.styled([(text, "dim")])] if parts else []
+
+    def _times(self) -> NDArray[np.float64]:
+        """Milliseconds of each phase: the mean of the last steps or, in a step that the run is
+        paused in, the times measured there. NaN for phases that the run does not have."""
+        times = self._means(PHASES)
         for number, phase in enumerate(PHASES):
             if unavailable_reason(self.snapshot, phase) and not times[number] > 0:
                 times[number] = np.nan
