@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from tests.integrations.seen import SEEN
 from tests.oracle import adapter
 from tests.oracle.compare import CHECKS, Difference, differences
 from tests.oracle.generator import (
@@ -107,6 +108,7 @@ def test_through_the_command_line(loop: Loop, tmp_path: Path) -> None:
     wrong = unknown(loop, differences(loop, truth, output))
     if wrong:
         fail(loop, wrong)
+    assert "loss" in SEEN["loop"][1] & SEEN["by hand"][1]
 
 
 @pytest.mark.timeout(600)

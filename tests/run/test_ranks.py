@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests import processes
+from tests.integrations.seen import SEEN
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
@@ -168,6 +169,7 @@ def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
     assert np.isfinite(column(tables[1], "lag_ms")).all()
     assert (column(tables[0], "lag_ms") == 0).all()
     assert column(tables[1], "host_bytes")[0] > 1e6
+    assert SEEN["ddp"][1] == {"steps", "loss", "ranks"}
     info = StoredHistory(place.runs / "both", ended=True).store.info()
     assert [(p.rank, p.state) for p in info.processes] == [(0, "finished"), (1, "finished")]
 
@@ -561,3 +563,4 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
             norms = history.table(schema.GRAD_NORM).blocks()
             values = np.concatenate([block.value for block in norms])
             assert values[step, 0] == pytest.approx(float.fromhex(shard), rel=1e-5)
+    assert SEEN["fsdp2"][1] == {"steps", "loss", "ranks"}
