@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -76,7 +77,7 @@ class RunSummary:
     clipped_share: float | None = None
     phase_ms: dict[str, float | None] = field(default_factory=dict)
     attention: tuple[LayerSummary, ...] = ()
-    phase: Phase | str = ""
+    phase: Phase | Literal[""] = ""
     parameters: int | None = None
     """Number of elements of all trainable parameters."""
     viewers: tuple[str, ...] = ()
