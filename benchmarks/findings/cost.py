@@ -70,7 +70,7 @@ def main() -> None:
             recorder.judge_with(FindingsEngine())
         tracer = Tracer(recorder, Gate(), probes, Options(budget=0.01, watch_nonfinite=watched))
         with tracer:
-            train(model, optimizer, 60)
+            train(model, optimizer, 20)
         variants[name] = tracer
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for block in range(chosen.blocks):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats, Producer
 from tui_trainer.protocol.absent import why_absent
@@ -27,6 +29,11 @@ GROWTH = 10.0
 """Times its usual value at which a loss or gradient norm arms the probe."""
 RECENT = 16
 MAX_SUMS = 4096
+PASSING = (
+    *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
+    *(_DropoutNd, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+)
+"""Modules whose output is finite where their input is."""
 
 
 @dataclass(slots=True)
@@ -124,6 +131,9 @@ class OutputSums(Probe):
                 self._add(module, True, tensor)
 
     def _returned(self, module: torch.nn.Module, result: Any) -> None:
+        if isinstance(module, PASSING) and isinstance(result, torch.Tensor):
+            self._known[id(result)] = weakref.ref(result), version_of(result)
+            return
         for tensor in tensors_in(result):
             known = self._known.get(id(tensor))
             if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
