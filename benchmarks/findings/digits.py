@@ -100,6 +100,7 @@ parameters = {
 }.get(bug, net.parameters)()
 rates = {"rate-too-high": 10.0, "rate-too-low": 1e-9, "raw-pixels": 1e-6, "minus-one": 1e-3}
 rates |= {"regression": 1e-3, "broadcast": 1e-3, "large-weights": 1e-5, "binary": 0.01}
+rates |= {"bad-rows": 0.01}
 rate = rates.get(bug, 0.1)
 optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 if bug == "replaced-model":
@@ -140,7 +141,7 @@ for step in range(1, steps + 1):
         y = torch.full_like(y, 3)
     if bug == "bad-rows" and step == 90:
         x = x.clone()
-        x[11] = 10.0
+        x[11] = 40.0
     if bug == "bad-batch" and step == 90:
         x = x * math.inf
     if bug not in ("zero-missing", "zero-after", "accumulate", "accumulate-schedule"):
