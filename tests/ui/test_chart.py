@@ -318,3 +318,13 @@ def test_a_moment_is_a_line_through_the_free_cells():
     rows = Chart().rows(69, 12, (1, 1001), layers, PALETTE, UNICODE)
     texts = ["".join(segment.text for segment in row) for row in rows[:-1]]
     assert sum("┆" in text for text in texts) >= len(texts) - 2
+
+
+def test_a_loss_that_explodes_makes_the_axis_logarithmic_by_itself():
+    values = np.concatenate([calm(100), np.geomspace(2, 1e9, 20)])
+    chart, _ = chart_of(values)
+    assert chart.drawn_log
+    assert not chart.log
+    assert not chart.hidden
+    chart, _ = chart_of(np.concatenate([values, -values[:1]])[1:])
+    assert not chart.drawn_log

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import app_on, frame, settle, text_of
+from tests.ui.screens import app_on, frame, settle, text_of, until
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.verdict import FINDINGS_KEY
 from tui_trainer.ui.screens import SCREENS
 
@@ -110,6 +111,32 @@ async def test_enter_on_a_finding_about_the_loss_goes_to_the_dashboard():
         await pilot.press("enter")
         await settle(pilot)
         assert app.current_mode == "dashboard"
+
+
+async def test_go_there_moves_to_the_parameter_or_to_the_layer_and_its_statistic():
+    session = fake_gpt(300)
+    app = app_on("findings", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        column = "blocks.2.attention.growth"
+        evidence = (Evidence("growth", "60", 60.0, None, 40.0, "attention", column),)
+        finding(session, title="attention logits grow", evidence=evidence,
+                parameters=("blocks.2.attention",))  # fmt: skip
+        await frame(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert app.current_mode == "attention"
+        assert app.screen.statistic.key == "growth"
+        assert app.screen.layer_table.current_row == 2
+        name = session.poll().info.parameters[5].name
+        finding(session, evidence=(Evidence("loss", "9", 9.0),), parameters=(name,))
+        await pilot.press("8")
+        await frame(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert app.current_mode == "dashboard"
+        gradients = app.screen.query_one(GradientsPanel)
+        leaf = gradients.name_tree.names.index(name)
+        await until(pilot, lambda: gradients.current_row == leaf, "the cursor on the parameter")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=lambda s: f"{s[0]}x{s[1]}")

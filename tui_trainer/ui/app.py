@@ -342,6 +342,9 @@ class TuiTrainerApp(App[int]):
         self._watch_topics()
         if isinstance(screen, RunScreen) and screen.is_mounted:
             screen.show(self.snapshot)
+            if screen.wanted:
+                screen.select(screen.wanted)
+                screen.wanted = ""
             self._end_screen_switch()
 
     def delay_update(self, delay: float = 0.05) -> None:

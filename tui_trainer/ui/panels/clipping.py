@@ -67,7 +67,7 @@ class ClippingPanel(Panel):
         # With several optimizers this is the norm of the first; the list has the clips of all.
         info = self.snapshot.info
         optimizer = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
-        right = [word for word in ("log" if self.chart.log else "", optimizer) if word]
+        right = [word for word in ("log" if self.chart.drawn_log else "", optimizer) if word]
         why = (
             []
             if clips

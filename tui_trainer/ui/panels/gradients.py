@@ -173,6 +173,8 @@ class GradientsPanel(VirtualTable):
         """The rows in view when the trends were drawn."""
         self._frames = 0
         self._folded_by_user = False
+        self._wanted = ""
+        """Name of the parameter to put the cursor on."""
         self._name_styles: dict[str, str] = {}
 
     # ------------------------------------------------------------ what is shown
@@ -183,6 +185,7 @@ class GradientsPanel(VirtualTable):
         self._gradients = GradientNorms(snapshot)
         self._take_names()
         self._take_norms()
+        self._select_wanted()
         self._name_styles = _attention_styles(snapshot)
         self.placeholder = unavailable_reason(snapshot, "grad_norm") or self._placeholder_message()
         self._frames += 1
@@ -271,10 +274,15 @@ class GradientsPanel(VirtualTable):
         self.update_rows()
 
     def select(self, name: str) -> None:
-        """Put the cursor on a parameter, and unfold the modules that it is in."""
-        if name not in self.name_tree.names:
+        """Put the cursor on a parameter, once it is known, and unfold the modules that it is in."""
+        self._wanted = name
+        self._select_wanted()
+
+    def _select_wanted(self) -> None:
+        if not self._wanted or self._wanted not in self.name_tree.names:
             return
-        leaf = self.name_tree.names.index(name)
+        leaf = self.name_tree.names.index(self._wanted)
+        self._wanted = ""
         self.name_tree.unfold(leaf)
         self._arrange()
         places = np.flatnonzero(self.order == leaf)

@@ -93,7 +93,7 @@ class LossPanel(Panel):
         if not last_step:
             put_message(rows, waiting_message(self.snapshot), palette.dim)
         window = "whole run" if self.max_steps is None else f"last {self.max_steps:,}"
-        right = f"log {glyphs.separator} {window}" if self.chart.log else window
+        right = f"log {glyphs.separator} {window}" if self.chart.drawn_log else window
         return [self.title_line(size.width, figures, right), *rows]
 
     def _training_loss(

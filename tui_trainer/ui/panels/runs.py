@@ -102,7 +102,7 @@ class OverlayChart(LineView):
         palette = self.palette
         row: Row = [Segment(f"{SERIES[self.series][2]} ", palette.title)]
         left = width - len(row[0].text)
-        right = " log" if self.chart.log else ""
+        right = " log" if self.chart.drawn_log else ""
         for number, run in enumerate(self.runs):
             value = formatting.number(run.newest(self.series), 6)
             text = f" {run_marker(number, self.glyphs)} {value}"

@@ -204,6 +204,23 @@ class AttentionScreen(DetailScreen):
         self._explain()
         self._show_layer()
 
+    def select(self, name: str) -> None:
+        """Put the cursor on a layer, and show the statistic of a column (`layer.statistic`)."""
+        info = self.context.snapshot.info
+        layers = [layer.layer for layer in info.attention] if info else []
+        layer, _, column = name.rpartition(".")
+        if name not in layers and layer in layers:
+            for number, statistic in enumerate(SHOWN_STATISTICS):
+                if column in map(statistic.column, statistic.parts):
+                    self._choose(number)
+        else:
+            layer = name
+        if layer in layers:
+            row = layers.index(layer)
+            places = (self.layer_table.order == row).nonzero()[0]
+            if len(places):
+                self.layer_table.move_cursor(int(places[0]))
+
     def action_heads(self) -> None:
         """Show the other table, or move the focus to it where both are shown."""
         heads = self.query_one(HeadsTable)

@@ -58,6 +58,8 @@ class RunScreen(Screen[Any]):
 
     topics: frozenset[str] = frozenset()
     """On-request tables that the run measures while the screen is shown."""
+    wanted = ""
+    """What to select once the screen is mounted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class RunScreen(Screen[Any]):
         raise NotImplementedError
 
     def select(self, name: str) -> None:
-        """Put the cursor on a parameter, where the screen lists parameters."""
+        """Put the cursor on a parameter, or on a layer, where the screen lists such things."""
 
     def on_screen_resume(self) -> None:
         """Draw what has arrived while another screen was in front."""

@@ -16,7 +16,7 @@ from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.verdict import STYLES, EvidenceChart, FindingDetail
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen, RunScreen
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
@@ -188,13 +188,20 @@ class FindingsScreen(DetailScreen):
         evidence = self._charted(finding)
         mode = SCREEN_OF_TABLE.get(evidence.table if evidence else "", "dashboard")
         self.context.action_go(mode)
-        if mode == "parameters" and finding.parameters:
-            self.app.call_later(self._select_parameter, finding.parameters[0])
+        # A parameter, or a layer with one of its statistics.
+        wanted = evidence.column if evidence is not None and mode == "attention" else ""
+        if wanted or finding.parameters:
+            self.app.call_later(self._select, wanted or finding.parameters[0])
 
-    def _select_parameter(self, name: str) -> None:
-        select = getattr(self.app.screen, "select", None)
-        if select is not None:
-            select(name)
+    def _select(self, name: str) -> None:
+        """Put the cursor of the screen in front on what a finding is about."""
+        screen = self.app.screen
+        if not isinstance(screen, RunScreen):
+            return
+        if screen.is_mounted:
+            screen.select(name)
+        else:
+            screen.wanted = name
 
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
         self._show_selected()

@@ -40,6 +40,8 @@ OUTLIER_DISTANCE = 4.0
 """A linear axis does not reach values further from those between the quantiles than so many times
 the distance between the two."""
 MIN_VALUES_FOR_OUTLIERS = 60
+LOG_BY_ITSELF = 1000.0
+"""Times the median, from which a largest value that is not left out makes an axis logarithmic."""
 NEWEST_COLUMNS = 2
 """Dot columns at the end of the curves whose values are always shown."""
 
@@ -303,6 +305,11 @@ class Chart:
     hidden: Sequence[Outliers] = ()
     """What lay beyond it."""
 
+    @property
+    def drawn_log(self) -> bool:
+        """Whether the axis as last drawn is logarithmic."""
+        return self.scale.log if self.scale is not None else self.log
+
     def plot_width(self, width: int) -> int:
         """Cells across the plot of a chart `width` cells wide; twice as many dot columns."""
         return max(1, width - AXIS_WIDTH)
@@ -370,7 +377,9 @@ def _fit_layers(
         return fit_scale(np.nan, np.nan, log, include_zero, previous), []
     hidden = [] if log else _outliers(numbers, places)
     kept = _without(numbers, hidden)
-    if len(kept):  # beside outliers that are shown, those on the other side may be small
+    if not log and _spans_thousands(kept, limits, previous):
+        log, hidden = True, []
+    elif len(kept):  # beside outliers that are shown, those on the other side may be small
         far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
         hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
         numbers = _without(numbers, hidden)
@@ -378,6 +387,18 @@ def _fit_layers(
     scale = fit_scale(min(ends), max(ends), log, include_zero, previous)
     # A scale that was kept may show what a new one would hide.
     return scale, [each for each in hidden if not scale.low <= each.extreme <= scale.high]
+
+
+def _spans_thousands(
+    numbers: NDArray[np.float64], limits: Sequence[float], previous: Scale | None
+) -> bool:
+    """Whether a linear axis would show nothing of most values, as of a loss that explodes: then it
+    is logarithmic by itself."""
+    if len(numbers) < MIN_VALUES_FOR_OUTLIERS or min([*limits, float(numbers.min())]) <= 0:
+        return False
+    kept = previous is not None and previous.log
+    factor = LOG_BY_ITSELF / 3 if kept else LOG_BY_ITSELF
+    return float(numbers.max()) > factor * float(np.median(numbers))
 
 
 def _without(numbers: NDArray[np.float64], hidden: Sequence[Outliers]) -> NDArray[np.float64]:
