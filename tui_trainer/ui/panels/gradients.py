@@ -283,6 +283,7 @@ class GradientsPanel(VirtualTable):
             return
         leaf = self.name_tree.names.index(self._wanted)
         self._wanted = ""
+        self._folded_by_user = True  # it would be folded away again
         self.name_tree.unfold(leaf)
         self._arrange()
         places = np.flatnonzero(self.order == leaf)
