@@ -17,14 +17,13 @@ Nothing here may ever change or stop the training: every method that torch calls
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -35,6 +34,7 @@ from tui_trainer.protocol.messages import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.bad_batch import BadBatches
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
+from tui_trainer.trace.faults import Faults, always_guarded, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.loss_graph import loss_graph_of
@@ -50,7 +50,6 @@ from tui_trainer.trace.probe import (
     Probe,
     Reading,
     RecorderLike,
-    describe_exception,
 )
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import (
@@ -68,46 +67,8 @@ from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
 from tui_trainer.trace.torch_private import NormCapture
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
 GRAPHS_READ = 5
 """Optimizer steps in which the graph of the loss is looked at."""
-MAX_FAULTS = 3
-"""Steps in a row whose measurement a fault of ours may end before tracing is switched off."""
-
-
-def guarded(
-    method: Callable[Concatenate[Tracer, P], R], always: bool = False
-) -> Callable[Concatenate[Tracer, P], R]:
-    """Count our own time, and let no exception of ours reach the training.
-
-    Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
-    step: until its end only methods that are `always` called do anything. A method that tells
-    whether a phase begins returns False then.
-    """
-
-    @functools.wraps(method)
-    def wrapper(self: Tracer, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._given_up and not always:
-            return False  # type: ignore[return-value] # "no phase" for those that tell
-        began, idle = perf_counter(), self.gate.idle_s
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as fault:
-            self._give_up_step(method.__name__, fault)
-            return False  # type: ignore[return-value]
-        finally:
-            self._own_s += perf_counter() - began - (self.gate.idle_s - idle)
-
-    return wrapper  # type: ignore[return-value] # functools.wraps names `self`
-
-
-def always_guarded(
-    method: Callable[Concatenate[Tracer, P], R],
-) -> Callable[Concatenate[Tracer, P], R]:
-    return guarded(method, always=True)
 
 
 class LoopObserver(Protocol):
@@ -150,12 +111,8 @@ class Tracer:
         self.optimizer_steps = 0
         """How often any optimizer's `step` began."""
         self._attached = False
-        self._given_up = False
-        """Whether a fault of ours has ended the measurement of the current step."""
-        self._faulty_steps = 0
-        """Steps in a row that were given up."""
-        self._reported_faults: set[str] = set()
-        self._own_s = 0.0
+        self.faults = Faults(recorder)
+        self.own_s = 0.0
         """Our overhead since it was last accounted for, without time spent in the gate."""
         self._patches = Patches()
         self._hooks = TorchHooks(self, self._patches)
@@ -166,7 +123,7 @@ class Tracer:
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
-        self._queue = StepQueue(self._report_fault)
+        self._queue = StepQueue(self.faults.report)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
         self._scaling = GradScaling()
@@ -258,7 +215,7 @@ class Tracer:
             for optimizer in optimizers:
                 self.registry.measurer_for(unwrapped_optimizer(optimizer))
         except Exception as fault:
-            self._report_fault("register", fault)
+            self.faults.report("register", fault)
 
     def flush(self) -> None:
         """Record every completed step, waiting for its values if necessary."""
@@ -266,7 +223,7 @@ class Tracer:
             with torch.no_grad():
                 self._queue.drain(everything=True)
         except Exception as fault:
-            self._report_fault("flush", fault)
+            self.faults.report("flush", fault)
 
     def flush_idle(self) -> None:
         """For another thread, many times a second: record completed steps where the training thread
@@ -275,7 +232,7 @@ class Tracer:
             with torch.no_grad():
                 self._queue.drain_idle()
         except Exception as fault:
-            self._report_fault("recording", fault)
+            self.faults.report("recording", fault)
 
     def reset_after_fork(self) -> None:
         """In a forked child, where nothing is traced."""
@@ -286,24 +243,16 @@ class Tracer:
         """`flush`, counted as overhead, which time in the gate otherwise is not."""
         began = perf_counter()
         self.flush()
-        self._own_s += perf_counter() - began
+        self.own_s += perf_counter() - began
 
     # ------------------------------------------------------------ faults of ours
 
-    def _report_fault(self, where: str, fault: Exception) -> None:
-        """Report a fault, the same one only once."""
-        text = describe_exception(fault)
-        if text not in self._reported_faults:
-            self._reported_faults.add(text)
-            self.recorder.notice("fault", f"{where}: {text}", "error")
-
-    def _give_up_step(self, where: str, fault: Exception) -> None:
+    def give_up_step(self, where: str, fault: Exception) -> None:
         """After a fault: the current step is not measured. After too many in a row nothing is."""
-        self._report_fault(f"step {self.step} is not measured: {where}", fault)
+        self.faults.report(f"step {self.step} is not measured: {where}", fault)
         try:
-            if not self._given_up:
-                self._given_up = True
-                self._faulty_steps += 1
+            if not self.faults.given_up:
+                self.faults.give_up()
                 if not self._phases.close_all() and where != "_end_step":
                     self._outer_step = 0
                 self._stepping = self._evaluated = self._pass = self._last_pass = None
@@ -311,13 +260,13 @@ class Tracer:
                 self._phases.stop_clock()
                 self._end_sampling()
         except Exception as further:
-            self._report_fault(where, further)
-        if self._faulty_steps >= MAX_FAULTS:
+            self.faults.report(where, further)
+        if self.faults.too_many:
             self._switch_off()
 
     def _continue_after_fault(self, stepped: bool) -> None:
         """The iteration that was given up is over: measure again from here."""
-        self._given_up = False
+        self.faults.given_up = False
         step = self.step
         try:
             for measurer in self.registry.measurers:
@@ -327,7 +276,7 @@ class Tracer:
             if stepped:
                 self._phases.next_step()
         except Exception as fault:
-            self._report_fault(f"after step {step}", fault)
+            self.faults.report(f"after step {step}", fault)
             self._switch_off()
 
     def _switch_off(self) -> None:
@@ -390,7 +339,7 @@ class Tracer:
         kwargs: dict[str, Any],
     ) -> Any:
         """A root module is called (see `module_calls.CallObserver`)."""
-        if self._given_up and self.registry.by_hand is not None:
+        if self.faults.given_up and self.registry.by_hand is not None:
             self._continue_after_fault(stepped=False)
         if not torch.is_grad_enabled() or (not module.training and self._is_evaluation(module)):
             return self._evaluate(original, module, args, kwargs)
@@ -958,7 +907,7 @@ class Tracer:
         self.optimizer_steps += 1
         if self.updates is not None and self.training_thread:
             self.updates.step_began(optimizer)
-        if self._given_up:
+        if self.faults.given_up:
             self._outer_step = self._outer_step or id(optimizer)
         else:
             self._begin_step(optimizer, closure)
@@ -1008,7 +957,7 @@ class Tracer:
             self.updates.step_ended(optimizer)
         step = self.step
         self._end_step(optimizer)
-        if self._given_up and id(optimizer) == self._outer_step:
+        if self.faults.given_up and id(optimizer) == self._outer_step:
             self._continue_after_fault(stepped=self.step == step)
 
     @guarded
@@ -1078,24 +1027,24 @@ class Tracer:
             measurer.trainable_changed = False
             self.registry.update_trainable(measurer)
         accounted = perf_counter()
-        overhead_ms = (self._own_s + accounted - began) * 1e3
+        overhead_ms = (self.own_s + accounted - began) * 1e3
         own_ms = completed.own_ms
         own_ms["tracer"] = max(0.0, overhead_ms - sum(own_ms.values()))
         self._queue.put(measurer, completed, self.gate.armed)
         # `guarded` adds the whole of this call, of which the part above is accounted for already.
-        self._own_s = began - accounted - self._queue.take_accounted_s()
+        self.own_s = began - accounted - self._queue.take_accounted_s()
         if self.loop is not None:
             self.loop.step_completed(self.step)
         unseen = self._phases.unseen()
         if unseen is not None:
             self.registry.set_phases_unseen(unseen)
         self._phases.next_step()
-        self._faulty_steps = 0
+        self.faults.in_a_row = 0
 
     def step_skipped(self, optimizer: Optimizer) -> None:
         """A GradScaler did not call `optimizer.step`."""
         self._skip_step(optimizer)
-        if self._given_up:
+        if self.faults.given_up:
             self._continue_after_fault(stepped=False)
 
     @guarded
@@ -1134,7 +1083,7 @@ class Tracer:
                         left.append(backward)
             self._skip(left, "end")
         except Exception as fault:
-            self._report_fault("the end of the script", fault)
+            self.faults.report("the end of the script", fault)
 
     # ------------------------------------------------------------ loss scaling
 

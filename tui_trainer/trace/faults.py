@@ -1,0 +1,88 @@
+"""Faults of ours while a training is traced: none may reach it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from time import perf_counter
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import RecorderLike, describe_exception
+
+MAX_FAULTS = 3
+"""Steps in a row whose measurement a fault of ours may end before tracing is switched off."""
+
+
+class Faults:
+    """Reports faults, and counts the steps that they have ended."""
+
+    def __init__(self, recorder: RecorderLike) -> None:
+        self._recorder = recorder
+        self._reported: set[str] = set()
+        self.given_up = False
+        """Whether a fault has ended the measurement of the current step."""
+        self.in_a_row = 0
+        """Steps in a row that were given up."""
+
+    @property
+    def too_many(self) -> bool:
+        return self.in_a_row >= MAX_FAULTS
+
+    def give_up(self) -> None:
+        """The current step is not measured."""
+        self.given_up = True
+        self.in_a_row += 1
+
+    def report(self, where: str, fault: Exception) -> None:
+        """Report a fault, the same one only once."""
+        text = describe_exception(fault)
+        if text not in self._reported:
+            self._reported.add(text)
+            self._recorder.notice("fault", f"{where}: {text}", "error")
+
+
+class Tracing(Protocol):
+    """An object whose methods are guarded: the tracer."""
+
+    faults: Faults
+    gate: Gate
+    own_s: float
+
+    def give_up_step(self, where: str, fault: Exception) -> None:
+        """The measurement of the current step ends here."""
+
+
+S = TypeVar("S", bound=Tracing)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(
+    method: Callable[Concatenate[S, P], R], always: bool = False
+) -> Callable[Concatenate[S, P], R]:
+    """Count our own time, and let no exception of ours reach the training.
+
+    Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
+    step: until its end only methods that are `always` called do anything. A method that tells
+    whether a phase begins returns False then.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.faults.given_up and not always:
+            return False  # type: ignore[return-value] # "no phase" for those that tell
+        began, idle = perf_counter(), self.gate.idle_s
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as fault:
+            self.give_up_step(method.__name__, fault)
+            return False  # type: ignore[return-value]
+        finally:
+            self.own_s += perf_counter() - began - (self.gate.idle_s - idle)
+
+    return wrapper  # type: ignore[return-value] # functools.wraps names `self`
+
+
+def always_guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    return guarded(method, always=True)
