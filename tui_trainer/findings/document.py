@@ -33,6 +33,9 @@ look at the batch in the first six steps and every tenth, at activations every 2
 initial weights once, within the same budget. A rule that raises an exception is switched off, with
 a line in the log.
 
+[How much the rules find](findings-measured.md) was measured with planted faults and with programs
+that train well.
+
 `tui-trainer explain RULE` prints a section of this page. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules
 over-fitting=off,loss-diverges.rise=3`; `--rules off` switches all of them off.

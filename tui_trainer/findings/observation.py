@@ -98,6 +98,8 @@ class Observation:
     health: Row | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
+    classes: int | None = None
+    """As in `StepRecord`."""
     loss_graph: LossGraph | None = None
     producer: Producer | None = None
     batch: BatchRecord | None = None
@@ -252,6 +254,7 @@ class Reader:
             clip_event=record.clip,
             nonfinite=record.nonfinite,
             signs=record.signs,
+            classes=record.classes,
             loss_graph=record.loss_graph,
             producer=record.producer,
             batch=record.batch,

@@ -286,7 +286,9 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(network(24) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        chances = self.gate(x).softmax(1)
+        scores = self.gate(x)
+        # Without noise an expert may never be tried.
+        chances = (scores + torch.randn_like(scores)).softmax(1)
         weight, chosen = chances.max(1)
         outputs = x.new_zeros(len(x), 3)
         for number, expert in enumerate(self.experts):

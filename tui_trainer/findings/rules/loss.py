@@ -42,7 +42,8 @@ class InitialLoss(Rule):
         if self._done or seen.loss is None:
             return
         self._done = True
-        classes = self.facts.classes
+        # Only of this very loss: a later training of the same run may have another one.
+        classes = self.facts.classes if self.facts.of_task else seen.classes
         if classes is None or self.facts.resumed or not math.isfinite(seen.loss):
             return
         chance = math.log(classes)
