@@ -141,7 +141,7 @@ for step in range(1, steps + 1):
         y = torch.full_like(y, 3)
     if bug == "bad-rows" and step == 90:
         x = x.clone()
-        x[11] = 40.0
+        x[11] = 1000.0
     if bug == "bad-batch" and step == 90:
         x = x * math.inf
     if bug not in ("zero-missing", "zero-after", "accumulate", "accumulate-schedule"):
@@ -173,7 +173,7 @@ for step in range(1, steps + 1):
         loss.backward()
     if bug == "zero-between":
         optimizer.zero_grad()
-    if bug == "clip":
+    if bug in ("clip", "bad-rows"):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if bug == "clip-to-nothing":
         nn.utils.clip_grad_norm_(net.parameters(), 1e-4)
