@@ -57,14 +57,15 @@ def stored(directory: Path, tables: dict[str, dict[int, np.ndarray]], commits: i
 def training(steps: int, gradients_every: int = 1, first: int = 1, seed: int = 0):
     """What two runs with the same seed would measure; times are never the same twice."""
     made = np.random.default_rng(seed).random((steps + 1, 12)).astype(np.float32) + 0.5
-    times = np.random.default_rng().random((steps + 1, 8)).astype(np.float32)
+    widths = steps + 1, len(schema.PHASE_COLUMNS)
+    times = np.random.default_rng().random(widths).astype(np.float32)
     numbers = range(first, steps + 1)
     return {
         schema.STEP: {i: np.array([made[i, 0], 1e-3, made[i, 1], times[i, 0], 1]) for i in numbers},
         schema.GRAD_NORM: {i: made[i, 2:5] for i in numbers if i % gradients_every == 0},
         schema.UPDATE_RATIO: {i: made[i, 5:8] for i in numbers if i % (4 * gradients_every) == 0},
         schema.CLIP: {i: np.array([1, made[i, 1], 1, 0.5, 1]) for i in numbers},
-        schema.PHASE_MS: {i: times[i, : len(PHASES)] for i in numbers},
+        schema.PHASE_MS: {i: times[i] for i in numbers},
         schema.LOGGED: {i: made[i, 8:9] for i in numbers if i % 10 == 0},
         schema.OVERHEAD: {i: times[i, :1] for i in numbers},
     }

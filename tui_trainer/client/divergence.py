@@ -151,6 +151,7 @@ def first_difference(a: History, b: History, tolerance: float = 0.0) -> RunsComp
 COMPARED_COLUMNS = {
     schema.STEP: ("loss", "learning_rate", "grad_norm_preclip", "evaluations"),
     schema.RANKS: ("loss", "grad_norm_preclip"),
+    schema.PHASE_MS: PHASES,
 }
 """Of tables that also hold durations and memory, which differ between any two runs."""
 NOT_COMPARED = (schema.OVERHEAD, schema.MEMORY, schema.REPLICA)
