@@ -180,7 +180,7 @@ class BatchesRepeat(Rule):
 
     name = "batches-repeat"
     title = "workers yield the same batches"
-    needs = "the inputs of the first six steps, and a DataLoader with several workers"
+    needs = "the inputs of five of the first six steps, and a DataLoader with several workers"
     explanation = (
         "Successive batches have the same bits, and the data comes from several worker processes. "
         "Each worker has its own copy of the dataset: an IterableDataset that is not divided among "
@@ -215,7 +215,7 @@ class BatchesRepeat(Rule):
         self._first = self._first or last[0]
         self._pairs += 1
         self._equal += inputs == last[1]
-        if self._pairs < 5:
+        if self._pairs < 4:  # a first step before the optimizer is known has no batch
             return
         self._done = True
         share = self._equal / self._pairs
