@@ -33,6 +33,7 @@ async def test_lines_are_laid_out_again_beside_a_scrollbar() -> None:
     session.log += [LogLine(n, 2e9 + n, n, "stdout", "x" * 200) for n in range(10, 100)]
     app = app_on("log", session)
     async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("z")  # long lines are cut
         await settle(pilot)
         view = app.screen.query_one(LogView)
         assert view.show_vertical_scrollbar

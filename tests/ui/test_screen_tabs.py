@@ -18,7 +18,7 @@ def line_of(app: object) -> str:
 @pytest.mark.parametrize("mode", ["dashboard", "attention", "parameters", "samples", "log"])
 async def test_every_screen_shows_the_keys_of_all(mode: str) -> None:
     app = app_on(mode, fake_gpt(300))
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await frame(pilot)
         line = line_of(app)
         for entry in SCREENS:
@@ -28,7 +28,7 @@ async def test_every_screen_shows_the_keys_of_all(mode: str) -> None:
 
 async def test_titles_give_way_on_a_narrow_terminal() -> None:
     app = app_on("parameters", fake_gpt(300))
-    async with app.run_test(size=(60, 20)) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await frame(pilot)
         assert "1 Dash " in line_of(app)
         await pilot.resize_terminal(42, 12)
@@ -43,17 +43,17 @@ async def test_findings_are_counted() -> None:
     app = app_on("dashboard", session)
     async with app.run_test(size=(80, 24)) as pilot:
         await frame(pilot)
-        assert line_of(app).rstrip().endswith("8 Findings")
+        assert "8 Findings  0 Inspect" in line_of(app)
         finding(session)
         finding(session, 1, level="error", title="nan or inf", onset=125)
         await frame(pilot)
-        assert line_of(app).rstrip().endswith("8 Findings 2")
+        assert "8 Findings 2  0 Inspect" in line_of(app)
 
 
 async def test_a_click_switches() -> None:
     app = app_on("dashboard", fake_gpt(300))
     async with app.run_test(size=(80, 24)) as pilot:
         await frame(pilot)
-        await pilot.click(ScreenTabs, offset=(line_of(app).index("3 Parameters") + 2, 0))
+        await pilot.click(ScreenTabs, offset=(line_of(app).index("3 Params") + 2, 0))
         await frame(pilot)
         assert app.current_mode == "parameters"

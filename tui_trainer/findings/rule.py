@@ -122,7 +122,9 @@ def evidence(
     """A number with its healthy range."""
     finite = value == value and abs(value) != float("inf")
     shown = text or f"{value:.3g}{unit}"
-    return Evidence(quantity, shown, value if finite else None, low, high, table, column)
+    # A count is written like any other number, here and after it was read from the store.
+    known, low, high = (None if x is None else float(x) for x in (value, low, high))
+    return Evidence(quantity, shown, known if finite else None, low, high, table, column)
 
 
 def named(names: Iterable[str], most: int = 3) -> str:

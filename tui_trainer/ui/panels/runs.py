@@ -59,9 +59,9 @@ class OverlayChart(LineView):
         columns = 2 * self.chart.plot_width(size.width)
         stop = max(1.0, *(run.length[1 if self.by_time else 0] for run in self.runs))
         curves = [run.curve(self.series, stop, columns, self.by_time) for run in self.runs]
-        title = self._title_row(size.width)
         if all(curve is None for curve in curves):
-            return [title, [], message_row("not measured in any of these runs", self.palette.dim)]
+            message = message_row("not measured in any of these runs", self.palette.dim)
+            return [self._title_row(size.width), [], message]
         layers = self._layers(curves)
         steps = (0, max(1, round(stop))) if self.by_time else (1, int(stop) + 1)
         height = size.height - 1
@@ -69,7 +69,8 @@ class OverlayChart(LineView):
         if self.by_time:
             unit = rows[-1][0]
             rows[-1][0] = Segment("seconds ".rjust(len(unit.text)), unit.style)
-        return [title, *rows]
+        # The title says whether the axis of these rows is logarithmic.
+        return [self._title_row(size.width), *rows]
 
     def _layers(self, curves: Sequence[ComparedCurve | None]) -> list[Layer]:
         """Bands below, then lines, then markers."""
