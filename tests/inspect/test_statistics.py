@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
@@ -112,6 +112,8 @@ def test_bfloat16_and_complex_numbers():
         max_size=60,
     )
 )
+@example([0.0, 1e-30])
+@example([0.0, 1e-40])
 def test_what_is_not_finite_is_counted_and_left_out(numbers):
     tensor = torch.tensor(numbers, dtype=torch.float32)
     before, values.CPU_ELEMENTS = values.CPU_ELEMENTS, 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -105,10 +106,10 @@ class Place:
         status, out, err = self.do()
         return status, [json.loads(line) for line in out.splitlines()], err
 
-    def process(self, cold=False):
+    def process(self, cold=False, command=("-m", "tui_trainer.run")):
         log = open(self.run / "boot.log", "wb")  # noqa: SIM115
         return processes.Popen(
-            [sys.executable, "-P", "-m", "tui_trainer.run", str(self.run)],
+            [sys.executable, "-P", *command, str(self.run)],
             cwd=self.folder,
             env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
@@ -119,8 +120,17 @@ class Place:
         )
 
     def viewer(self):
-        wait_for(lambda: find_socket(self.run))
-        return Viewer(find_socket(self.run))
+        """Connects as soon as the run listens."""
+        made = []
+
+        def connected():
+            with contextlib.suppress(ConnectionRefusedError, FileNotFoundError):
+                if path := find_socket(self.run):
+                    made.append(Viewer(path))
+            return made
+
+        wait_for(connected)
+        return made[0]
 
 
 class Viewer:
@@ -418,9 +428,17 @@ def test_start_paused_stops_before_anything_happens(place):
     assert process.wait(240) == 0
 
 
+PATIENT = """
+import sys
+from tui_trainer.run import __main__, host
+host.FIRST_VIEWER_S = host.LINGER_S = 240.0  # on a busy machine a viewer takes its time
+sys.exit(__main__.start(sys.argv[1:]))
+"""
+
+
 def test_a_script_that_crashes_at_once_is_still_reported(place):
     place.script("print('before')\nraise RuntimeError('at once')")
-    process = place.process()
+    process = place.process(command=("-c", PATIENT))
     viewer = place.viewer()
     updates = []
     wait_for(lambda: updates.append(viewer.ask(Poll())) or updates[-1].status.ended)

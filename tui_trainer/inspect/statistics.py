@@ -25,6 +25,8 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
+UNDERFLOW = 1e-12
+"""A smaller spread is read again in float64: squares of its deviations may be 0 in float32."""
 
 
 def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
@@ -40,7 +42,8 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
             nonfinite.add(number, offset, values, finite)
             part = values[finite]
             reading = readings[number] = _on_host([_read(part)])[0]
-        if not (math.isfinite(reading.total) and math.isfinite(reading.spread)):
+        underflows = reading.spread < UNDERFLOW and reading.low < reading.high
+        if underflows or not (math.isfinite(reading.total) and math.isfinite(reading.spread)):
             reading = readings[number] = _on_host([_read(flat_values(part).double())])[0]
         moments.add(part.numel(), reading)
     search = _Search(parts, readings, nonfinite.parts, min(entries, tensor.numel()))
