@@ -268,6 +268,22 @@ def test_worker_processes_find_its_classes(place, method):
     assert done.returncode == 0
 
 
+def test_a_child_that_is_terminated_right_after_the_fork_ends(place):
+    """As Pool.terminate does with a worker that has just been started."""
+    write(
+        place,
+        """
+        import multiprocessing, os, signal, time
+        os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0,))
+        child.start()
+        child.join()
+        print(child.exitcode)
+        """,
+    )
+    assert ours(place, "train.py").stdout == "-15\n"
+
+
 def test_a_megabyte_passes_unchanged(place):
     write(place, "import sys; sys.stdout.write('x' * 1_000_000)")
     assert ours(place, "train.py").stdout == "x" * 1_000_000

@@ -45,6 +45,7 @@ class StopHandler:
         self._is_script = False
         self._sigterm_interrupts = False
         """Whether the next SIGTERM was sent by `_interrupt`."""
+        self._pid = os.getpid()
 
     @property
     def requested(self) -> bool:
@@ -132,6 +133,12 @@ class StopHandler:
             self._warn("the script ignores SIGINT and handles SIGTERM: it is not interrupted")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # A forked child has inherited the handler. It ends as it would without us: an exception
+            # would be lost in what runs right after the fork, and a lock may be held for ever.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self._sigterm_interrupts and number == signal.SIGTERM:
             self._sigterm_interrupts = False
             raise KeyboardInterrupt
