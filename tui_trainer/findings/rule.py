@@ -127,6 +127,38 @@ def evidence(
     return Evidence(quantity, shown, known if finite else None, low, high, table, column)
 
 
+class SignRule(Rule):
+    """Base class of rules that report a sign seen at `thresholds["steps"]` steps in a row."""
+
+    sign: ClassVar[str]
+    """Of `Observation.signs`."""
+    problem: ClassVar[str]
+    """What is wrong, after `since step N`."""
+    counted: ClassVar[str]
+    """Name of the evidence: what the steps have in common."""
+    phase: ClassVar[Phase]
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._reported = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._reported:
+            return
+        count = self._streak.add(self.sign in seen.signs, seen.step)
+        if count < self.limits["steps"]:
+            return
+        self._reported = True
+        yield Found(
+            self._streak.onset,
+            f"since step {self._streak.onset:,} {self.problem}",
+            confidence="certain",
+            phase=self.phase,
+            evidence=(evidence(self.counted, count, high=0, text=str(count)),),
+        )
+
+
 def named(names: Iterable[str], most: int = 3) -> str:
     """`a, b, c and 4 more`"""
     listed = list(names)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
 
@@ -345,7 +345,7 @@ class MostlyFrozen(Rule):
         )  # fmt: skip
 
 
-class EvaluationMode(Rule):
+class EvaluationMode(SignRule):
     """The model trains in `eval()` mode."""
 
     name = "eval-mode"
@@ -360,24 +360,10 @@ class EvaluationMode(Rule):
     next = "call model.train() before the training steps, and again after every evaluation"
     source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
     thresholds = (RuleThreshold("steps", 20, "steps in a row"),)
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported:
-            return
-        count = self._streak.add("eval_mode" in seen.signs, seen.step)
-        if count < self.limits["steps"]:
-            return
-        self._reported = True
-        yield Found(
-            self._streak.onset,
-            f"since step {self._streak.onset:,} the model has been trained in eval() mode: dropout "
-            "is off and batch normalisation does not update its statistics",
-            confidence="certain",
-            phase="forward",
-            evidence=(evidence("steps in eval() mode", count, high=0, text=str(count)),),
-        )
+    sign = "eval_mode"
+    problem = (
+        "the model has been trained in eval() mode: dropout is off and batch normalisation does "
+        "not update its statistics"
+    )
+    counted = "steps in eval() mode"
+    phase = "forward"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence
 
 
-class BackwardTwice(Rule):
+class BackwardTwice(SignRule):
     """The same loss is backpropagated twice."""
 
     name = "backward-twice"
@@ -23,30 +23,16 @@ class BackwardTwice(Rule):
     next = "call backward() once for each loss; to use several losses, add them up"
     source = "PyTorch's documentation of Tensor.backward (gradients accumulate in the leaves)"
     thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported:
-            return
-        count = self._streak.add("backward_twice" in seen.signs, seen.step)
-        if count < self.limits["steps"]:
-            return
-        self._reported = True
-        yield Found(
-            self._streak.onset,
-            f"since step {self._streak.onset:,} backward is called more than once on the same loss "
-            "before the optimizer steps: its gradients are added up",
-            confidence="certain",
-            phase="backward",
-            evidence=(evidence("steps with a repeated backward", count, high=0, text=str(count)),),
-        )
+    sign = "backward_twice"
+    problem = (
+        "backward is called more than once on the same loss before the optimizer steps: its "
+        "gradients are added up"
+    )
+    counted = "steps with a repeated backward"
+    phase = "backward"
 
 
-class ScheduleFirst(Rule):
+class ScheduleFirst(SignRule):
     """The schedule is advanced between backward and the optimizer's step."""
 
     name = "schedule-before-step"
@@ -60,30 +46,10 @@ class ScheduleFirst(Rule):
     next = "call scheduler.step() after optimizer.step(), once for each step (or each epoch)"
     source = "PyTorch's documentation of torch.optim (order of scheduler.step since 1.1)"
     thresholds = (RuleThreshold("steps", 3, "steps in a row"),)
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported:
-            return
-        count = self._streak.add("schedule_first" in seen.signs, seen.step)
-        if count < self.limits["steps"]:
-            return
-        self._reported = True
-        yield Found(
-            self._streak.onset,
-            f"since step {self._streak.onset:,} the scheduler is stepped between backward and "
-            "optimizer.step()",
-            confidence="certain",
-            phase="step",
-            evidence=(
-                evidence("steps with a scheduler before the update", count, high=0,
-                         text=str(count)),
-            ),
-        )  # fmt: skip
+    sign = "schedule_first"
+    problem = "the scheduler is stepped between backward and optimizer.step()"
+    counted = "steps with a scheduler before the update"
+    phase = "step"
 
 
 class ScheduleEnds(Rule):

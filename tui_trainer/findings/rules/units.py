@@ -22,6 +22,15 @@ class _StuckUnits(Rule):
         RuleThreshold("share", 0.9, "share of a layer's units, for a warning"),
         RuleThreshold("info", 0.5, "the same, for a remark"),
     )
+    explained_by = (
+        "constant-inputs",
+        "constant-labels",
+        "constant-weights",
+        "input-scale",
+        "initial-scale",
+        "update-ratio-high",
+        "learning-rate-jump",
+    )
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -79,15 +88,6 @@ class DeadUnits(_StuckUnits):
         "Lu et al., Dying ReLU and Initialization (2019); half of a layer is the limit of Amazon "
         "SageMaker Debugger's rule DeadRelu"
     )
-    explained_by = (
-        "constant-inputs",
-        "constant-labels",
-        "constant-weights",
-        "input-scale",
-        "initial-scale",
-        "update-ratio-high",
-        "learning-rate-jump",
-    )
 
     def what(self, worst: UnitsShare) -> str:
         where = f" of {worst.path}" if worst.path else ""
@@ -116,15 +116,6 @@ class SaturatedUnits(_StuckUnits):
         "Glorot & Bengio, Understanding the difficulty of training deep feedforward neural "
         "networks (AISTATS 2010); half of a layer is the limit of Amazon SageMaker Debugger's rule "
         "SaturatedActivation"
-    )
-    explained_by = (
-        "constant-inputs",
-        "constant-labels",
-        "constant-weights",
-        "input-scale",
-        "initial-scale",
-        "update-ratio-high",
-        "learning-rate-jump",
     )
 
     def what(self, worst: UnitsShare) -> str:
