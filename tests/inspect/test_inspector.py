@@ -16,6 +16,7 @@ from tests.trace.support import EVERYTHING, KeepingRecorder, SmallGpt, gpt_loop,
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.inspector import PART_BYTES, Inspector, TensorCopy
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
     ListTensors,
     ReadTensor,
@@ -23,7 +24,6 @@ from tui_trainer.protocol.inspection import (
     TensorList,
     TensorRef,
     TensorSummary,
-    Window,
 )
 from tui_trainer.trace.gate import Gate, Refusal
 from tui_trainer.trace.tracer import Tracer

@@ -16,7 +16,8 @@ from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.statistics import statistics_of
 from tui_trainer.inspect.values import evenly_spaced, readable
-from tui_trainer.protocol.inspection import HeatMap, TensorStatistics, Window
+from tui_trainer.protocol.heat_map import HeatMap, Window
+from tui_trainer.protocol.inspection import TensorStatistics
 
 
 @pytest.fixture

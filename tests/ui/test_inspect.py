@@ -11,6 +11,7 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
+from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Histogram,
@@ -18,7 +19,6 @@ from tui_trainer.protocol.inspection import (
     ListTensors,
     Summarize,
     TensorRef,
-    Window,
 )
 from tui_trainer.protocol.messages import Pause, Resume
 from tui_trainer.ui.app import TuiTrainerApp

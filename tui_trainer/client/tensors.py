@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tui_trainer.protocol.formatting import scalar
+from tui_trainer.protocol.heat_map import HeatMap
 from tui_trainer.protocol.inspection import (
-    HeatMap,
     Inspected,
     InspectionRequest,
     ReadTensor,

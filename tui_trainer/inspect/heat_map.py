@@ -7,7 +7,7 @@ import torch
 
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.values import as_matrix, as_real, part_elements
-from tui_trainer.protocol.inspection import MAX_CELLS, HeatMap, Reduction, Window
+from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, Reduction, Window
 
 
 def heat_map(tensor: torch.Tensor, window: Window) -> HeatMap:

@@ -13,16 +13,13 @@ from typing import Literal
 import msgspec
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 
 TensorKind = Literal["parameter", "buffer", "gradient", "state"]
 """`state`: of an optimizer, for one parameter."""
-Reduction = Literal["mean_abs", "mean", "max_abs"]
-"""How a heat map makes one cell of a block of entries."""
 InspectionState = Literal["pending", "done", "failed"]
 
-MAX_CELLS = 512 * 512
-"""Limit of `Window.rows` times `Window.columns`."""
 MAX_NAMES = 1000
 """Names in each list of `ParameterUse`."""
 MAX_ENTRIES = 100
@@ -121,45 +118,6 @@ class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
     @property
     def not_finite(self) -> int:
         return self.nan + self.positive_inf + self.negative_inf
-
-
-class Window(msgspec.Struct, frozen=True, array_like=True):
-    """The part of a tensor that a heat map shows, and the size that it is reduced to.
-
-    A tensor is shown as a matrix: its first dimension by all others. One with a single row or a
-    single dimension is shown in reading order, broken into lines: its window is a range of columns.
-    """
-
-    rows: int
-    """Number of cells, at most."""
-    columns: int
-    row_from: int = 0
-    row_to: int | None = None
-    """None: to the end."""
-    column_from: int = 0
-    column_to: int | None = None
-    reduction: Reduction = "mean_abs"
-
-
-class HeatMap(msgspec.Struct, frozen=True, array_like=True):
-    """A window of a tensor, reduced to blocks of equal size; the last ones may be smaller."""
-
-    matrix: tuple[int, int]
-    """Rows and columns of the whole tensor."""
-    row_from: int
-    row_to: int
-    column_from: int
-    column_to: int
-    block_rows: int
-    block_columns: int
-    rows: int
-    columns: int
-    reduction: Reduction
-    lines: bool
-    """Whether it is in reading order: cell k has the columns from `column_from + k * block_columns`
-    on, and nan fills the rest of the last line."""
-    cells: bytes
-    """float32 of shape (rows, columns); not finite for a block with such an element."""
 
 
 class TensorSummary(msgspec.Struct, tag="summary", frozen=True, array_like=True):

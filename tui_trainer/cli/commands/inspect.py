@@ -28,19 +28,18 @@ from tui_trainer.client.tensors import (
     write_tensor,
 )
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
+from tui_trainer.protocol.heat_map import HeatMap, Reduction, Window
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
     DescribeUse,
     ExplainUpdate,
-    HeatMap,
     Histogram,
     Inspected,
     InspectionRequest,
     InspectionResult,
     ListTensors,
     ParameterUse,
-    Reduction,
     Summarize,
     TensorEntry,
     TensorInfo,
@@ -49,7 +48,6 @@ from tui_trainer.protocol.inspection import (
     TensorStatistics,
     TensorSummary,
     UpdateExplanation,
-    Window,
 )
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry

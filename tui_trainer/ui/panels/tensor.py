@@ -13,15 +13,8 @@ from textual.message import Message
 
 from tui_trainer.client.tensors import cells_of
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
-from tui_trainer.protocol.inspection import (
-    HeatMap,
-    Histogram,
-    Reduction,
-    TensorEntry,
-    TensorInfo,
-    TensorStatistics,
-    Window,
-)
+from tui_trainer.protocol.heat_map import HeatMap, Reduction, Window
+from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks
 from tui_trainer.ui.widgets.lines import LineView, Row, ScrollingLines, Span

@@ -20,6 +20,7 @@ from textual.widgets.option_list import Option
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import milliseconds
+from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -31,7 +32,6 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
     TensorSummary,
     UpdateExplanation,
-    Window,
 )
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import (
