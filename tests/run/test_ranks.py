@@ -77,8 +77,9 @@ class Place:
         self.started = []
         (path / "train.py").write_text(textwrap.dedent(SCRIPT))
 
-    def start(self, ranks, *command, **variables):
-        """The processes of a launch, as a launcher would start them."""
+    def start(self, ranks, *command, each=lambda rank: {}, **variables):
+        """The processes of a launch, as a launcher would start them; `each(rank)`: variables of
+        one of them."""
         port = str(free_port())
         for rank in range(ranks):
             environment = {
@@ -90,6 +91,7 @@ class Place:
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
+                **each(rank),
             }
             with (
                 open(self.path / f"out-{rank}.txt", "w") as out,

@@ -53,7 +53,9 @@ class Sshd:
         self.start()
 
     def _configure(self) -> None:
-        environment = {"HOME": str(self.home), **self.environment}
+        # The code under test, where it is not the installed one.
+        path = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        environment = {"HOME": str(self.home), **path, **self.environment}
         settings = " ".join(f'"{name}={value}"' for name, value in environment.items())
         (self.directory / "sshd_config").write_text(
             f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.directory}/host\n"

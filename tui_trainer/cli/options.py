@@ -76,6 +76,15 @@ class RunOptions:
             validator=validators.Number(gte=1),
         ),
     ] = None
+    ranks_over: Annotated[
+        str | None,
+        _flag(
+            "with ranks on several machines: how those on other machines than rank 0's reach it, "
+            "through ssh without a password",
+            RUNNING,
+            metavar="ssh://\\[USER@]HOST\\[:PORT]",
+        ),
+    ] = None
     name: Annotated[
         str | None,
         _flag("name of the run (default: a random name)", RUNNING, metavar="NAME"),

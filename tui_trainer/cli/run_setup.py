@@ -46,6 +46,8 @@ def check_options(options: RunOptions) -> None:
         raise UsageError(f"--name cannot be {options.name!r}", "use letters, digits and . _ + -")
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)
+    if options.ranks_over is not None:
+        _check_ranks_over(options.ranks_over)
     check_rules(options.rules)
     for target in options.alert:
         _check_alert(target)
@@ -54,6 +56,15 @@ def check_options(options: RunOptions) -> None:
 
         for condition in options.breakpoints:
             check_condition(condition, "--break: ")
+
+
+def _check_ranks_over(given: str) -> None:
+    """Raise RunError or UsageError unless this is the address of a machine."""
+    from tui_trainer.client.ssh import parse_address
+
+    address = parse_address(given)
+    if address.run:
+        raise UsageError("--ranks-over names a machine, not a run", f"leave out /{address.run}")
 
 
 def _check_alert(target: str) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.options import RunOptions, StartOptions
@@ -23,10 +23,12 @@ from tui_trainer.config.run_spec import RunSpec, find_socket
 from tui_trainer.config.training import from_flat, resolve, to_flat
 from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.checkpoints import Branch, find_branch
+from tui_trainer.runs.errors import RunError
 from tui_trainer.tasks.definition import TaskDefinition
 
 if TYPE_CHECKING:
     from tui_trainer.record.events import Sink
+    from tui_trainer.run.rank_client import Connect
     from tui_trainer.runs.launch import LaunchRequest, RunProcess
 
 
@@ -58,6 +60,11 @@ def start_script(script: Script, options: RunOptions) -> int:
     rank = rank_here()
     if rank is not None:
         return _start_rank(launch, rank, options)
+    if options.ranks_over is not None:
+        raise UsageError(
+            "--ranks-over is for a process that a launcher has started on one of several machines",
+            "torchrun --nnodes 2 … --no-python tui-trainer run --ranks-over ssh://HOST train.py",
+        )
     return _show(prepare(SCRIPT, options, script=launch.script, launcher=launch.command), options)
 
 
@@ -105,7 +112,27 @@ def _train_rank(script: Script, rank: Rank, options: RunOptions) -> int:
         start_paused=options.paused,
         budget=options.measuring_budget,
     )
-    return train_rank(spec, rank, lambda: find_run(rank, options.runs_dir))
+    return train_rank(spec, rank, _connect_to_rank_zero(rank, options))
+
+
+def _connect_to_rank_zero(rank: Rank, options: RunOptions) -> Connect:
+    """How this rank reaches the run that rank 0 records. Raises CommandError."""
+    from tui_trainer.run.rank_client import connect_locally
+
+    if rank.with_rank_zero:
+        return connect_locally(lambda: find_run(rank.launch, options.runs_dir))
+    if options.ranks_over is None:
+        return lambda: _refuse_other_machine(rank)
+    from tui_trainer.client.ssh import SshConnector, parse_address
+
+    return SshConnector(parse_address(options.ranks_over), launch=rank.launch).connect_rank
+
+
+def _refuse_other_machine(rank: Rank) -> NoReturn:
+    raise RunError(
+        "it is on another machine than rank 0 (to record it: tui-trainer run --ranks-over "
+        f"ssh://{rank.master or 'HOST'})"
+    )
 
 
 def _show(spec: RunSpec, options: RunOptions) -> int:

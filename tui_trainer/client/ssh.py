@@ -271,10 +271,12 @@ _FIND_AND_RUN = (
 )
 
 
-def remote_command(run: str, command: str = "", runs_dir: str = "") -> str:
-    """What the login shell on the other machine runs: the relay for `run`, with `command`, with
-    $TUI_TRAINER_REMOTE_COMMAND, or with tui-trainer wherever it is found there."""
+def remote_command(run: str, command: str = "", runs_dir: str = "", launch: str = "") -> str:
+    """What the login shell on the other machine runs: the relay for `run` or for the run of a
+    `launch`, with `command`, with $TUI_TRAINER_REMOTE_COMMAND, or with tui-trainer wherever it is
+    found there."""
     words = [f"--runs-dir={runs_dir}"] if runs_dir else []
+    words += [f"--launch={launch}"] if launch else []
     words += [run] if run else []
     arguments = " ".join(shlex.quote(word) for word in words)
     given = command or os.environ.get(REMOTE_COMMAND_VARIABLE, "")
@@ -305,10 +307,14 @@ Choose = Callable[[Sequence[RemoteRun]], str]
 class SshConnector:
     """A `Connector` to a run on another machine, for the first connection and all later ones."""
 
-    def __init__(self, address: SshAddress, command: str = "", runs_dir: str = "") -> None:
+    def __init__(
+        self, address: SshAddress, command: str = "", runs_dir: str = "", launch: str = ""
+    ) -> None:
+        """`command`, `runs_dir`, `launch`: see `remote_command`."""
         self.address = address
         self._command = command
         self._runs_dir = runs_dir
+        self._launch = launch
         self._first: SshProcess | None = None
         self._denied_at: float | None = None
 
@@ -337,6 +343,15 @@ class SshConnector:
         self.address = replace(self.address, run=greeting.run)
         self._first = process
         return greeting.run
+
+    def connect_rank(self) -> socket.socket:
+        """A blocking socket to the run of a launch, for a training process; waits until that run
+        listens. ssh ends with the socket. Raises RunError."""
+        self.begin(lambda offered: offered[0].name, interactive=False)
+        process, self._first = self._first, None
+        assert process is not None
+        process.socket.setblocking(True)
+        return process.socket
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[socket.socket]:
@@ -378,7 +393,7 @@ class SshConnector:
         return process
 
     def _start(self, batch: bool) -> SshProcess:
-        remote = remote_command(self.address.run, self._command, self._runs_dir)
+        remote = remote_command(self.address.run, self._command, self._runs_dir, self._launch)
         command = ssh_command(self.address, remote, batch)
         if shutil.which(command[0]) is None:
             raise RunError(f"there is no {command[0]} on this machine", "install OpenSSH's client")

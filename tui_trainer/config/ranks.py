@@ -40,6 +40,10 @@ class Rank:
     """How often the launcher has started the processes again."""
     launch: str = ""
     """The same for all processes of a launch, and for no other."""
+    with_rank_zero: bool = True
+    """Whether rank 0 runs on this machine."""
+    master: str = ""
+    """The address of rank 0's machine, as the launcher knows it."""
 
 
 def rank_here(environment: Mapping[str, str] = os.environ) -> Rank | None:
@@ -52,7 +56,15 @@ def rank_here(environment: Mapping[str, str] = os.environ) -> Rank | None:
     if world_size < 2 or not 0 <= rank < world_size:
         return None
     text = "\n".join(environment.get(name, "") for name in _IDENTIFYING)
-    return Rank(rank, world_size, restart, hashlib.sha256(text.encode()).hexdigest()[:24])
+    return Rank(
+        rank,
+        world_size,
+        restart,
+        hashlib.sha256(text.encode()).hexdigest()[:24],
+        # Ranks are numbered machine by machine, beginning with that of rank 0.
+        with_rank_zero=environment.get("LOCAL_RANK", str(rank)) == str(rank),
+        master=environment.get("MASTER_ADDR", ""),
+    )
 
 
 class LaunchNote(msgspec.Struct, frozen=True):
@@ -64,15 +76,15 @@ class LaunchNote(msgspec.Struct, frozen=True):
     """See `process_identity`: a note of a process that is gone is not valid."""
 
 
-def _note_path(rank: Rank, runs_dir: str | os.PathLike[str] | None) -> Path:
-    return runs_directory(runs_dir) / LAUNCHES / f"{rank.launch}.json"
+def _note_path(launch: str, runs_dir: str | os.PathLike[str] | None) -> Path:
+    return runs_directory(runs_dir) / LAUNCHES / f"{launch}.json"
 
 
 def leave_note(
     rank: Rank, directory: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
     """Tell the other ranks of this launch where the run is. Raises OSError."""
-    path = _note_path(rank, runs_dir)
+    path = _note_path(rank.launch, runs_dir)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     note = LaunchNote(os.fspath(directory), os.getpid(), process_identity(os.getpid()))
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -82,9 +94,9 @@ def leave_note(
     return path
 
 
-def find_run(rank: Rank, runs_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The directory of the run that rank 0 of this launch records; None while there is none."""
-    path = _note_path(rank, runs_dir)
+def find_run(launch: str, runs_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The directory of the run that rank 0 of a launch records; None while there is none."""
+    path = _note_path(launch, runs_dir)
     with contextlib.suppress(OSError, msgspec.DecodeError):
         for checked in (path.parent, path):
             found = checked.stat()

@@ -105,7 +105,7 @@ def _newest(column: NDArray[np.float32]) -> float:
 
 def _remark_endings(ranks: Sequence[RankSummary]) -> None:
     for each in ranks:
-        if each.process.state in ("killed", "crashed"):
+        if each.process.state in ("killed", "crashed", "lost"):
             each.remarks.append(each.process.reason or each.process.state)
         elif each.process.state == "waiting":
             each.remarks.append("has not joined the run")

@@ -79,6 +79,8 @@ class Join(msgspec.Struct, tag="join", frozen=True, array_like=True):
     pid: int
     label: str = ""
     """Name of a child process."""
+    host: str = ""
+    """The machine that it runs on; "" for rank 0's."""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):

@@ -77,6 +77,15 @@ class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
     """Number of the last `Hold` or `Go` that was obeyed before."""
 
 
+class RankPosition(msgspec.Struct, tag="position", frozen=True, array_like=True):
+    """What SHARED holds, from a process on another machine, sent once a second."""
+
+    place: Place
+    phase: Phase | Literal[""]
+    for_s: float
+    """Seconds since that phase ended."""
+
+
 class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
     """The last message: how the training ended."""
 
@@ -105,7 +114,7 @@ class Go(msgspec.Struct, tag="go", frozen=True, array_like=True):
     stop: bool = False
 
 
-ToRankZero = RankRows | RankLine | RankNotice | RankAt | StopWanted | Leave
+ToRankZero = RankRows | RankLine | RankNotice | RankAt | RankPosition | StopWanted | Leave
 ToRank = Joined | Refused | Hold | Go
 
 to_rank_zero: msgspec.msgpack.Decoder[ToRankZero] = msgspec.msgpack.Decoder(ToRankZero)

@@ -23,8 +23,9 @@ Better = Literal["lower", "higher", ""]
 """The direction in which a series improves; "" where neither is better."""
 SCRIPT = "script"
 """The task of a run that trains a user's own script."""
-ProcessState = Literal["waiting", "running", "finished", "stopped", "crashed", "killed"]
-"""`waiting`: it has not connected yet; `killed`: its connection ended without a word."""
+ProcessState = Literal["waiting", "running", "finished", "stopped", "crashed", "killed", "lost"]
+"""`waiting`: it has not connected yet; `killed`: its connection ended without a word; `lost`: the
+same, from another machine, where it may still be training."""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True):
@@ -135,6 +136,8 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     state: ProcessState = "waiting"
     reason: str = ""
     """How it ended."""
+    host: str = ""
+    """The machine that it runs on; "" for rank 0's."""
 
 
 class RunInfo(msgspec.Struct, frozen=True):

@@ -42,8 +42,10 @@ def start(arguments: list[str]) -> int:
     host: Host
     if rank is not None and rank.rank:
         from tui_trainer.run.rank import RankHost, spec_of_rank
+        from tui_trainer.run.rank_client import connect_locally
 
-        host = RankHost(spec_of_rank(spec, rank), rank, lambda: Path(spec.directory), others)
+        connect = connect_locally(lambda: Path(spec.directory))
+        host = RankHost(spec_of_rank(spec, rank), rank, connect, others)
         log = log.with_name(f"{log.stem}-rank-{rank.rank}{log.suffix}")
     else:
         host = Host(spec, others=others)

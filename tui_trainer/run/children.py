@@ -27,7 +27,7 @@ from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import
 from tui_trainer.run.outcome import Outcome, outcome_of
-from tui_trainer.run.rank_client import RankClient
+from tui_trainer.run.rank_client import RankClient, connect_locally
 from tui_trainer.run.rank_control import RankFollower
 from tui_trainer.run.subprocesses import ProgramReports
 from tui_trainer.trace.gate import Gate
@@ -162,7 +162,12 @@ class ChildTraining:
             self.recorder = Recorder(initial_info(self.spec))
             follower = RankFollower(self.gate)
             self._client = RankClient(
-                -1, 1, self._label, lambda: self._directory, _ignore, follower.descriptor
+                -1,
+                1,
+                self._label,
+                connect_locally(lambda: self._directory),
+                _ignore,
+                follower.descriptor,
             )
             follower.follow(self._client)
             self.recorder.subscribe(_FromFirstStep(self._client))

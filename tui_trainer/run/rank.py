@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
 from tui_trainer.config.machine import OtherLoad
 from tui_trainer.config.ranks import Rank
@@ -19,11 +18,13 @@ from tui_trainer.protocol.ranks import StopWanted
 from tui_trainer.record.events import Sink
 from tui_trainer.run.host import Host, run_to_end
 from tui_trainer.run.outcome import Outcome
-from tui_trainer.run.rank_client import RankClient
+from tui_trainer.run.rank_client import Connect, RankClient
 from tui_trainer.run.rank_control import STOP_S, RankFollower
 from tui_trainer.trace.gate import Refusal
 
 FLUSH_S = 5.0
+REPORT_S = 1.0
+"""How often a rank on another machine sends its position."""
 
 
 def print_to_stderr(text: str) -> None:
@@ -41,13 +42,21 @@ class RankHost(Host):
         self,
         spec: RunSpec,
         rank: Rank,
-        locate: Callable[[], Path | None],
+        connect: Connect,
         others: OtherLoad | None = None,
     ) -> None:
+        """`connect()`: see `RankClient`."""
         super().__init__(spec, others=others)
-        self._follower = RankFollower(self.gate)
+        host = "" if rank.with_rank_zero else platform.node()
+        self._follower = RankFollower(self.gate, REPORT_S if host else None)
         self._client = RankClient(
-            rank.rank, rank.world_size, "", locate, print_to_stderr, self._follower.descriptor
+            rank.rank,
+            rank.world_size,
+            "",
+            connect,
+            print_to_stderr,
+            self._follower.descriptor,
+            host,
         )
         self._follower.follow(self._client)
         self.stops.stop_gate = self._ask_to_stop
@@ -84,6 +93,7 @@ def spec_of_rank(spec: RunSpec, rank: Rank) -> RunSpec:
     return msgspec.structs.replace(spec, name=f"rank-{rank.rank}", directory="")
 
 
-def train_rank(spec: RunSpec, rank: Rank, locate: Callable[[], Path | None]) -> int:
-    """Train on the main thread as a rank of the run found by `locate`; returns the exit status."""
-    return run_to_end(RankHost(spec, rank, locate), None)
+def train_rank(spec: RunSpec, rank: Rank, connect: Connect) -> int:
+    """Train on the main thread as a rank of the run that `connect` reaches; returns the exit
+    status."""
+    return run_to_end(RankHost(spec, rank, connect), None)

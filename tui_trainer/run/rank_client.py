@@ -68,6 +68,26 @@ class RankClientHooks:
     """Called once when rank 0 was not found or the connection has ended."""
 
 
+Connect = Callable[[], socket.socket | None]
+"""Connects to rank 0's run; None while it does not listen. Raises RunError if it never will."""
+
+
+def connect_locally(locate: Callable[[], Path | None]) -> Connect:
+    """Connects to a run on this machine; `locate()`: its directory, once it is known."""
+
+    def connect() -> socket.socket | None:
+        directory = locate()
+        path = find_socket(directory) if directory is not None else None
+        if path is None:
+            return None
+        try:
+            return connect_unix(path)
+        except RunError:  # not listening yet, or not trusted
+            return None
+
+    return connect
+
+
 class RankClient:
     """The connection of one training process to the run."""
 
@@ -76,15 +96,17 @@ class RankClient:
         rank: int,
         world_size: int,
         label: str,
-        locate: Callable[[], Path | None],
+        connect: Connect,
         warn: Callable[[str], None],
         shared: int = -1,
+        host: str = "",
     ) -> None:
-        """`rank`: -1 for a child process, which rank 0 numbers; `locate()`: the run's directory,
-        once it is known; `warn(text)`: called once if rank 0 is not found or is lost; `shared`: the
-        descriptor of the memory with this process's position."""
-        self._join = Join(PROTOCOL_VERSION, __version__, rank, world_size, os.getpid(), label)
-        self._locate = locate
+        """`rank`: -1 for a child process, which rank 0 numbers; `connect()`: called on a thread of
+        the client's until it succeeds; `warn(text)`: called once if rank 0 is not found or is lost;
+        `shared`: the descriptor of the memory with this process's position; `host`: the name of
+        this machine, if rank 0 runs on another."""
+        self._join = Join(PROTOCOL_VERSION, __version__, rank, world_size, os.getpid(), label, host)
+        self._open = connect
         self._warn = warn
         self._shared = shared
         self.hooks = RankClientHooks()
@@ -200,17 +222,12 @@ class RankClient:
 
     def _share(self, stream: socket.socket) -> None:
         """Send the descriptor of the memory with this process's position."""
-        descriptors = [self._shared] if self._shared >= 0 else []
+        descriptors = [self._shared] if self._shared >= 0 and not self._join.host else []
         socket.send_fds(stream, [b"\0"], descriptors)
 
     def _try(self) -> tuple[socket.socket, ToRank] | None:
-        directory = self._locate()
-        path = find_socket(directory) if directory is not None else None
-        if path is None:
-            return None
-        try:
-            stream = connect_unix(path)
-        except RunError:  # not listening yet, or not trusted
+        stream = self._open()
+        if stream is None:
             return None
         stream.settimeout(SEND_TIMEOUT_S)
         stream.sendall(encode(self._join, MAX_BYTES))

@@ -16,7 +16,8 @@ import threading
 import time
 from typing import Literal
 
-from tui_trainer.protocol.ranks import SHARED, Go, Hold, Place, RankAt, ToRank
+from tui_trainer.protocol import PHASES
+from tui_trainer.protocol.ranks import SHARED, Go, Hold, Place, RankAt, RankPosition, ToRank
 from tui_trainer.run.rank_client import RankClient
 from tui_trainer.run.rank_server import Peer, RankServer
 from tui_trainer.trace.gate import Gate, Refusal
@@ -216,8 +217,11 @@ class RankControl:
 class RankFollower:
     """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports its place."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, report_s: float | None = None) -> None:
+        """`report_s`: how often to send the position to a rank 0 that cannot read it from memory;
+        None: never."""
         self._gate = gate
+        self._report_s = report_s
         self._changed = threading.Event()
         self._number = 0
         self._client: RankClient | None = None
@@ -266,7 +270,9 @@ class RankFollower:
         gate, client = self._gate, self._client
         assert client is not None
         while gate.mode != "ended":
-            self._changed.wait()
+            if not self._changed.wait(self._report_s):
+                client.send(self._position())
+                continue
             self._changed.clear()
             number = 0
             while number != self._number:  # answers a message that arrived meanwhile as well
@@ -274,6 +280,14 @@ class RankFollower:
                 self._settle()
                 held = gate.mode == "paused"  # read before its place: see `RankControl._needed`
                 client.send(RankAt(gate.place, gate.phase, held, number))
+
+    def _position(self) -> RankPosition:
+        shared = self._gate.shared
+        if shared is None or not shared[1]:
+            return RankPosition(self._gate.place, self._gate.phase, 0.0)
+        step, number, phase, since = shared
+        for_s = max(0.0, (time.monotonic_ns() - since) / 1e9)
+        return RankPosition((step, number), PHASES[phase], for_s)
 
     def _settle(self) -> None:
         """Wait until a thread that has just reached a boundary stops there or passes it, so that it

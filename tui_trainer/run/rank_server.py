@@ -34,6 +34,7 @@ from tui_trainer.protocol.ranks import (
     RankAt,
     RankLine,
     RankNotice,
+    RankPosition,
     RankRows,
     StopWanted,
     ToRank,
@@ -75,6 +76,10 @@ class Peer:
     """Number of the last `Hold` or `Go` that was sent to it."""
     shared: mmap.mmap | None = None
     """See `protocol.ranks.SHARED`."""
+    host: str = ""
+    """The machine that it runs on, if that is another."""
+    sent: tuple[RankPosition, float] | None = None
+    """The last position that it has sent, and when that arrived (monotonic)."""
     left: Leave | None = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -97,6 +102,10 @@ class Peer:
             for_s = max(0.0, (time.monotonic_ns() - since) / 1e9)
             ended: Phase = PHASES[phase]
             return ProcessAt(self.rank, step, ended, for_s, held)
+        if self.sent is not None and not held:
+            position, received = self.sent
+            for_s = position.for_s + time.monotonic() - received
+            return ProcessAt(self.rank, position.place[0], position.phase, for_s, held)
         if self.at is None:
             return None
         return ProcessAt(self.rank, self.at.place[0], self.at.phase, 0.0, held)
@@ -255,9 +264,10 @@ class RankServer:
                     stream.sendall(encode(Refused(refusal)))
                 return None
             label = single_line(join.label, 40)
-            peer = Peer(rank, label, join.pid, stream, child)
+            host = single_line(join.host, 40)
+            peer = Peer(rank, label, join.pid, stream, child, host=host)
             self._peers = {**self._peers, rank: peer}
-            self._processes[rank] = ProcessInfo(rank, label, join.pid, "running")
+            self._processes[rank] = ProcessInfo(rank, label, join.pid, "running", host=host)
             self._describe()
         return peer
 
@@ -285,6 +295,8 @@ class RankServer:
             case RankAt():
                 peer.at = message
                 self.hooks.changed()
+            case RankPosition():
+                peer.sent = message, time.monotonic()
             case StopWanted():
                 self.hooks.stop_wanted()
             case Leave():
@@ -299,18 +311,24 @@ class RankServer:
         elif self._closing:
             state, reason, failed, verdict = "stopped", "", False, ""
         else:
-            ending = ending_of(peer.pid)
+            if peer.host:  # its process cannot be looked at
+                state, ending = "lost", f"closed its connection from {peer.host}"
+            else:
+                ending = ending_of(peer.pid)
             step = peer.step_in_progress()
             reason, failed = ending, True
             verdict = f"{peer.name} {ending} at step {step:,}"
         with self._left:
             self._peers = {r: each for r, each in self._peers.items() if each is not peer}
-            self._processes[peer.rank] = ProcessInfo(peer.rank, peer.label, peer.pid, state, reason)
+            self._processes[peer.rank] = ProcessInfo(
+                peer.rank, peer.label, peer.pid, state, reason, peer.host
+            )
             self._describe()
             if failed and verdict not in self._verdicts:
                 self._verdicts.append(verdict)
-                self._recorder.notice("rank", verdict, "error")
-                if not peer.child:
+                # A lost connection to another machine may be a fault of the network alone.
+                self._recorder.notice("rank", verdict, "warning" if state == "lost" else "error")
+                if not peer.child and state != "lost":
                     self._recorder.set_status(reason=verdict)
             self._left.notify_all()
         self.hooks.changed()

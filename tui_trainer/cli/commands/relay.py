@@ -7,19 +7,31 @@ decoding them. When either side ends, so does it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from tui_trainer.cli.commands.common import RunName, RunsDir
 from tui_trainer.client.relay_greeting import RelayGreeting, RemoteRun, encode_greeting
-from tui_trainer.runs.errors import RunError
+from tui_trainer.config.ranks import find_run
+from tui_trainer.config.run_spec import find_socket
+from tui_trainer.runs.errors import NotListening, RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
 from tui_trainer.runs.security import connect_unix
 
+Launch = Annotated[
+    str | None,
+    Parameter(help="connect a rank of this launch to its run, once it listens", show=False),
+]
+LAUNCH_S = 50.0
+"""How long rank 0 of a launch may take to create its run. Less than ranks look for it."""
 SILENT_S = 180.0
 """A viewer that has sent nothing for this long is gone, even if sshd has not noticed. Viewers poll
 every few seconds at least, and reconnect when they wake up."""
@@ -27,10 +39,12 @@ LONGEST_ANSWER = 4096
 _BLOCK = 1 << 16
 
 
-def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
+def relay(run: RunName = None, *, launch: Launch = None, runs_dir: RunsDir = None) -> int:
     """connect standard input and output to a run (for ssh)"""
     found = None
     try:
+        if launch is not None:
+            return _relay_rank(launch, runs_dir)
         found = _find(run, runs_dir)
         connection = connect_unix(live_socket(found))
     except RunError as error:
@@ -40,7 +54,30 @@ def relay(run: RunName = None, *, runs_dir: RunsDir = None) -> int:
     except (OSError, EOFError):
         return 1
     _greet(RelayGreeting("connected", run=found.name))
-    _copy_both_ways(connection)
+    _copy_both_ways(connection, SILENT_S)
+    return 0
+
+
+def _relay_rank(launch: str, runs_dir: Path | None) -> int:
+    """Connect a training process on another machine to the run of its launch, which it may have to
+    wait for, and which it may be connected to in silence for days. Raises RunError."""
+    deadline = time.monotonic() + LAUNCH_S
+    while True:
+        directory = find_run(launch, runs_dir)
+        path = find_socket(directory) if directory is not None else None
+        if directory is not None and path is not None:
+            with contextlib.suppress(NotListening):
+                connection = connect_unix(path)
+                break
+        if time.monotonic() > deadline:
+            raise RunError(
+                "rank 0 of this launch records no run here",
+                "is this the machine of rank 0, and is $TUI_TRAINER_RUNS_DIR set there for logins "
+                "without a terminal?",
+            )
+        time.sleep(0.1)
+    _greet(RelayGreeting("connected", run=directory.name))
+    _copy_both_ways(connection, math.inf)
     return 0
 
 
@@ -88,7 +125,8 @@ def _write(data: bytes | memoryview) -> None:
         view = view[os.write(1, view) :]
 
 
-def _copy_both_ways(connection: socket.socket) -> None:
+def _copy_both_ways(connection: socket.socket, silent_s: float) -> None:
+    """Copy until either side ends, or the viewer has sent nothing for `silent_s`."""
     received_at = [time.monotonic()]
     ended = threading.Event()
 
@@ -107,8 +145,8 @@ def _copy_both_ways(connection: socket.socket) -> None:
 
     for work in (to_run, to_viewer):
         threading.Thread(target=work, daemon=True).start()
-    while not ended.wait(max(0.1, received_at[0] + SILENT_S - time.monotonic())):
-        if time.monotonic() - received_at[0] >= SILENT_S:
+    while not ended.wait(min(3600.0, max(0.1, received_at[0] + silent_s - time.monotonic()))):
+        if time.monotonic() - received_at[0] >= silent_s:
             break
     # The other thread may be blocked for ever on a stream whose reader is gone: exit without it.
     os._exit(0)

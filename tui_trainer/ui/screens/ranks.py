@@ -25,7 +25,8 @@ ONE_PROCESS = "this run trains in one process"
 HINT = "tui-trainer run --nproc 4 train.py, or torchrun, trains in several"
 WIDE, WIDEST = 90, 170
 """Cells from which the lag, and the phases with the memory, are shown."""
-STATE_STYLES = {"killed": "error", "crashed": "error", "waiting": "warning"}
+ENDED_BADLY = ("killed", "crashed", "lost")
+STATE_STYLES = {**dict.fromkeys(ENDED_BADLY, "error"), "waiting": "warning"}
 
 
 class RanksTable(VirtualTable):
@@ -99,7 +100,7 @@ class RanksTable(VirtualTable):
 
     def _remarks(self, row: int) -> Cell:
         rank = self.ranks[row]
-        bad = rank.process.state in ("killed", "crashed")
+        bad = rank.process.state in ENDED_BADLY
         return Cell("; ".join(rank.remarks), "error" if bad else "warning")
 
     def cut_remarks(self) -> list[RankSummary]:
