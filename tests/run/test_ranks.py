@@ -168,6 +168,9 @@ def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
             float.fromhex(norm), rel=1e-5
         )
         assert column(table, "phase_ms.backward")[at] > 0
+        parts = [name for name in schema.RANK_INDEX if name.startswith("phase_ms.")]
+        total = sum(np.nan_to_num(column(table, name)[at]) for name in parts)
+        assert total == pytest.approx(column(table, "step_ms")[at], rel=0.01)
     assert np.isfinite(column(tables[1], "lag_ms")).all()
     assert (column(tables[0], "lag_ms") == 0).all()
     assert column(tables[1], "host_bytes")[0] > 1e6

@@ -287,7 +287,7 @@ RANK_COLUMNS = (
     Column("grad_norm_preclip"),
     Column("step_ms", "ms", "lower"),
     Column("lag_ms", "ms"),  # end of the step after that of rank 0; negative: before
-    *(Column(f"phase_ms.{phase}", "ms", "lower") for phase in PHASES),
+    *(Column(f"phase_ms.{phase}", "ms", "lower") for phase in (*PHASES, *BETWEEN)),
     Column("device_bytes", "bytes"),
     Column("host_bytes", "bytes"),
     *REPLICA_COLUMNS,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from tui_trainer.history.records import Floats, StepRecord
-from tui_trainer.protocol import PHASES, schema
+from tui_trainer.protocol import BETWEEN, PHASES, schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.schema import Table
 
 _SOURCES: dict[str, dict[str, str]] = {
     schema.STEP: {"loss": "loss", "grad_norm_preclip": "grad_norm_preclip", "step_ms": "step_ms"},
-    schema.PHASE_MS: {phase: f"phase_ms.{phase}" for phase in PHASES},
+    schema.PHASE_MS: {phase: f"phase_ms.{phase}" for phase in (*PHASES, *BETWEEN)},
     schema.MEMORY: {"device_bytes": "device_bytes", "host_bytes": "host_bytes"},
     schema.CLIP: {"scale": "clip_scale"},
     schema.REPLICA: {column.name: column.name for column in schema.REPLICA_COLUMNS},

@@ -13,7 +13,7 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.ranks import WINDOW, RankSummary, skew_ms, summarize_ranks
-from tui_trainer.protocol import PHASES, formatting
+from tui_trainer.protocol import BETWEEN, PHASES, formatting
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
@@ -26,6 +26,8 @@ HINT = "tui-trainer run --nproc 4 train.py, or torchrun, trains in several"
 WIDE, WIDEST = 90, 170
 """Cells from which the lag, and the phases with the memory, are shown."""
 ENDED_BADLY = ("killed", "crashed", "lost")
+SHOWN_MS = 1.0
+"""Times between phases have a column where one process at least has this much."""
 STATE_STYLES = {**dict.fromkeys(ENDED_BADLY, "error"), "waiting": "warning"}
 
 
@@ -58,6 +60,13 @@ class RanksTable(VirtualTable):
             columns.append(self._time("lag_ms", "lag", 8))
         if width >= WIDEST:
             columns += [self._time(f"phase_ms.{phase}", phase, 9) for phase in PHASES]
+            columns += [
+                self._time(f"phase_ms.{name}", name, 10)
+                for name in BETWEEN
+                if any(
+                    (rank.values.get(f"phase_ms.{name}") or 0) >= SHOWN_MS for rank in self.ranks
+                )
+            ]
             columns.append(TableColumn("memory", "memory", 9, self._memory, formatting.bytes_))
         columns.append(TableColumn("state", "state", 9, self._state, left=True))
         columns.append(TableColumn("remarks", "", 0, self._remarks, left=True))
