@@ -16,13 +16,12 @@ from tui_trainer.run.checkpoints import (
     NotSerializable,
     flatten,
     load_checkpoint,
-    random_state,
     restore,
-    restore_random_state,
     unflatten,
 )
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.tasks.torch_private import GradScaler
+from tui_trainer.trace.random_state import random_state, restore_random_state
 
 
 def same(a, b):

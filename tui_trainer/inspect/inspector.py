@@ -8,6 +8,7 @@ import torch
 
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.heat_map import heat_map
+from tui_trainer.inspect.rerun import StepCapture
 from tui_trainer.inspect.statistics import statistics_of
 from tui_trainer.inspect.update_watch import UpdateWatch
 from tui_trainer.inspect.usage import parameter_use
@@ -40,6 +41,7 @@ class Inspector:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
         self._watch: UpdateWatch | None = None
+        self.capture = StepCapture(tracer)
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
         """Raises InspectionError, or whatever torch raises on an unusual tensor."""

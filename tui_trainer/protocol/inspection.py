@@ -249,6 +249,8 @@ class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
 
 InspectionRequest = ListTensors | Summarize | ReadTensor | ExplainUpdate | DescribeUse
 InspectionResult = TensorList | TensorSummary | TensorData | UpdateExplanation | ParameterUse
+NOT_CAPTURED = "the batch of this step was not kept"
+"""Message of a request that needs to run the forward pass again, before any other such one."""
 NOT_OBSERVED = "the update of this step was not observed"
 """Message of a request that comes after the step, before any other one."""
 

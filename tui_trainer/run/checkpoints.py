@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from tui_trainer.runs.checkpoints import (
     checkpoint_path,
     checkpoint_steps,
 )
+from tui_trainer.trace.random_state import random_state
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -285,29 +285,6 @@ def restore(
             f"the checkpoint {checkpoint.path} does not fit this run: {error}",
             "resume with the task and the options that it was made with",
         ) from error
-
-
-# ---------------------------------------------------------------- random generators
-
-
-def random_state() -> dict[str, Any]:
-    """The state of torch's generators (CPU and every CUDA device in use), numpy's and Python's."""
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 # ---------------------------------------------------------------- state as JSON and tensors

@@ -137,7 +137,8 @@ def _optimizers(training: Training) -> list[torch.optim.Optimizer]:
 
 
 def _resume(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -> None:
-    from tui_trainer.run.checkpoints import restore, restore_random_state
+    from tui_trainer.run.checkpoints import restore
+    from tui_trainer.trace.random_state import restore_random_state
 
     restore(checkpoint, training.model, training.stateful)
     restore_random_state(checkpoint.random)

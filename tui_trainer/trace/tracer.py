@@ -91,6 +91,31 @@ class UpdateObserver(Protocol):
         """They have changed."""
 
 
+class ForwardObserver(Protocol):
+    """Looks at what the loss of a step is computed from. Raises nothing."""
+
+    def forward_began(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A root module is about to be called for training."""
+
+    def forward_ended(self, result: Any) -> None:
+        """It returned this."""
+
+    def loss_called(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: torch.Tensor,
+    ) -> None:
+        """A loss function of torch returned a scalar."""
+
+    def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
+        """The gradients of this scalar are about to be computed; `value`: it without its graph and
+        the scale of a GradScaler."""
+
+
 class Tracer:
     """Traces the training on the thread that attaches it.
 
@@ -120,6 +145,7 @@ class Tracer:
         self.evaluation = EvaluationLosses(self, self._patches)
         self.loop: LoopObserver | None = None
         self.updates: UpdateObserver | None = None
+        self.forwards: ForwardObserver | None = None
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
@@ -424,6 +450,8 @@ class Tracer:
         self.registry.search_further_roots()
         if self.gate.may_pause_at("data"):
             self._reporter.keep_inputs(args, kwargs)
+        if self.forwards is not None:
+            self.forwards.forward_began(module, args, kwargs)
         self._phases.before_forward(module)
         if not module.training or self._in_eval_mode:
             self._note_mode(module)
@@ -456,6 +484,8 @@ class Tracer:
     def _forward_ended(self, result: Any) -> None:
         if self._sampling:
             self._end_sampling()
+        if self.forwards is not None:
+            self.forwards.forward_ended(result)
         if self.gate.may_pause_at("forward"):
             self._reporter.keep_output(result)
         self._phases.leave(LOSS)
@@ -494,6 +524,8 @@ class Tracer:
                 self._pass.loss_graph = loss_graph_of(scalars[0].grad_fn)
         if scalars:
             self._look_at_losses(self._pass, scalars)
+            if self.forwards is not None:
+                self.forwards.backward_began(scalars[0], losses[0])
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
             measurer.before_backward()
@@ -523,6 +555,8 @@ class Tracer:
         if not isinstance(result, torch.Tensor) or result.dim():
             return
         self._bad_batches.loss_called(function, name, args, kwargs)
+        if self.forwards is not None:
+            self.forwards.loss_called(function, args, kwargs, result)
         for measurer in self.registry.measurers:
             if measurer.probes.schedule.plan.loss_called:
                 measurer.probes.loss_called(name, args, kwargs, result)
