@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, text_of
-from tui_trainer.protocol.schema import ProcessInfo
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.schema import ProcessInfo, Table
+from tui_trainer.ui.screens.ranks import RanksChart
 
 REASON = "killed by signal 9 (SIGKILL), possibly out of memory"
 
@@ -22,3 +26,34 @@ async def test_remarks_are_shown_in_full_at_every_size(size):
     async with app.run_test(size=size) as pilot:
         await frame(pilot)
         assert text_of(app).count(REASON) == 1
+
+
+def row_of(rank, loss):
+    row = np.full(len(schema.RANK_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
+    row[schema.RANK_INDEX["loss"]] = loss
+    row[schema.RANK_INDEX["step_ms"]] = 10.0 + rank
+    return row
+
+
+@pytest.mark.parametrize(("size", "charts"), [((80, 24), 1), ((120, 40), 2), ((200, 60), 3)])
+async def test_charts_have_the_line_of_the_rank_under_the_cursor(size, charts):
+    session = fake_gpt(20)
+    processes = tuple(ProcessInfo(rank, state="running") for rank in range(3))
+    number = len(session.run.info.tables)
+    series = [
+        session.history.declare(Table(number + rank, schema.RANKS, schema.RANK_COLUMNS, rank=rank))
+        for rank in range(3)
+    ]
+    for rank, each in enumerate(series):
+        for step in range(1, 21):
+            each.append(step, row_of(rank, rank + 1.0))
+    session.run.info = msgspec.structs.replace(session.run.info, processes=processes)
+    session._changed()
+    app = app_on("ranks", session)
+    async with app.run_test(size=size) as pilot:
+        await frame(pilot)
+        assert len([c for c in app.screen.query(RanksChart) if c.display]) == charts
+        assert "rank 0    1.000" in text_of(app)
+        await pilot.press("down", "down")
+        await frame(pilot)
+        assert "rank 2    3.000" in text_of(app)

@@ -7,17 +7,21 @@ from typing import ClassVar
 
 import numpy as np
 from rich.cells import cell_len
+from textual import events
 from textual.binding import BindingType
+from textual.containers import Horizontal
 from textual.geometry import Size
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.ranks import WINDOW, RankSummary, skew_ms, summarize_ranks
-from tui_trainer.protocol import BETWEEN, PHASES, formatting
+from tui_trainer.protocol import BETWEEN, PHASES, formatting, schema
 from tui_trainer.protocol.text import wrap
-from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.base import NO_STEP_YET, Figure, Panel, placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.chart import Band, Chart, Layer, Line, put_message
 from tui_trainer.ui.widgets.lines import LineView, Row, Span
+from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.text import Caption, Placeholder
 
@@ -26,6 +30,10 @@ HINT = "tui-trainer run --nproc 4 train.py, or torchrun, trains in several"
 WIDE, WIDEST = 90, 170
 """Cells from which the lag, and the phases with the memory, are shown."""
 ENDED_BADLY = ("killed", "crashed", "lost")
+MAX_CHARTED = 64
+"""Processes whose values a chart reads; of more, every n-th."""
+MIN_HEIGHT_FOR_CHARTS, MIN_CHART_WIDTH = 18, 60
+"""Rows that the table and the remarks leave, and cells for each chart."""
 SHOWN_MS = 1.0
 """Times between phases have a column where one process at least has this much."""
 STATE_STYLES = {**dict.fromkeys(ENDED_BADLY, "error"), "waiting": "warning"}
@@ -141,10 +149,72 @@ class RemarksView(LineView):
         return rows[: size.height]
 
 
+class RanksChart(Panel):
+    """One quantity of all processes: the range of their values, and a line for the selected one."""
+
+    DEFAULT_CSS = "RanksChart { width: 1fr; height: 1fr; min-height: 6; margin: 1 1 0 1; }"
+
+    def __init__(self, title: str, column: str) -> None:
+        super().__init__()
+        self.panel_title = title
+        self._column = column
+        self._selected = 0
+        self._chart = Chart()
+
+    def show_ranks(self, snapshot: Snapshot, selected: int) -> None:
+        """Draw a snapshot, with a line for the rank `selected`."""
+        self._selected = selected
+        self.show(snapshot)
+
+    def content(self, size: Size) -> Sequence[Row]:
+        """Title and chart."""
+        tables = [table for table in self.snapshot.history.tables_named(schema.RANKS) if table.rows]
+        chosen = [table for table in tables if table.table.rank == self._selected]
+        # Of very many processes some, always with the selected one: every table is read.
+        tables = [*tables[:: -(-len(tables) // MAX_CHARTED) or 1], *chosen]
+        last_step = max((table.last_step or 0 for table in tables), default=0)
+        info = self.snapshot.info
+        steps = step_window(last_step, None, info.total_steps if info else None, self.slow_link)
+        layers: list[Layer] = []
+        bins = 2 * self._chart.plot_width(size.width)
+        bands = [
+            Band.from_window(table.window([column], *steps, bins), 0, self.palette.faint)
+            for table in tables
+            if (column := table.column(self._column)) is not None
+        ]
+        if bands:
+            bad = [band.nonfinite for band in bands if band.nonfinite is not None]
+            layers.append(
+                Band(
+                    self.palette.faint,
+                    np.fmin.reduce([band.low for band in bands]),
+                    np.fmax.reduce([band.high for band in bands]),
+                    np.logical_or.reduce(bad) if bad else None,
+                )
+            )
+        figures: list[Figure] = []
+        if chosen and bands:
+            own = bands[-1]
+            layers.append(Line(self.palette.accent, own.high))
+            value = chosen[-1].newest(self._column)
+            text = formatting.number(value, 8) if value is not None else self.glyphs.missing
+            figures.append((f"rank {self._selected}", text, self.palette.accent))
+        rows = self._chart.rows(
+            size.width, size.height - 1, steps, layers, self.palette, self.glyphs
+        )
+        if not layers:
+            put_message(rows, NO_STEP_YET, self.palette.dim)
+        log = "log" if self._chart.drawn_log else ""
+        return [self.title_line(size.width, figures, f"grey: all ranks {log}".rstrip()), *rows]
+
+
 class RanksScreen(DetailScreen):
     """The processes, the skew between them, and what stands out."""
 
-    CSS = "RanksScreen #summary { margin: 0 1; }"
+    CSS = """
+    RanksScreen #summary { margin: 0 1; }
+    RanksScreen #charts { height: 1fr; }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
 
     def on_mount(self) -> None:
@@ -156,6 +226,10 @@ class RanksScreen(DetailScreen):
         table = RanksTable()
         yield table
         yield RemarksView(table)
+        with Horizontal(id="charts"):
+            yield RanksChart("Loss", "loss")
+            yield RanksChart("Gradient norm", "grad_norm_preclip")
+            yield RanksChart("Time of a step, ms", "step_ms")
 
     def show_body(self, snapshot: Snapshot) -> None:
         info = snapshot.info
@@ -173,6 +247,32 @@ class RanksScreen(DetailScreen):
         remarks = self.query_one(RemarksView)
         remarks.display = bool(ranks)
         remarks.update_rows()
+        self._show_charts(snapshot, ranks)
+
+    def on_virtual_table_highlighted(self) -> None:
+        """Draw the line of the rank under the cursor."""
+        self._show_charts(self.context.snapshot, self.query_one(RanksTable).ranks)
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Hide the charts where there is no room for them."""
+        super().on_resize(event)
+        self._show_charts(self.context.snapshot, self.query_one(RanksTable).ranks)
+
+    def _show_charts(self, snapshot: Snapshot, ranks: Sequence[RankSummary]) -> None:
+        """The charts have what the table and the remarks leave, if that is enough for them."""
+        table, remarks = self.query_one(RanksTable), self.query_one(RemarksView)
+        cut = sum(len(rank.remarks) for rank in table.cut_remarks())
+        shown = bool(ranks) and self.size.height - len(ranks) - 2 * cut >= MIN_HEIGHT_FOR_CHARTS
+        self.query_one("#charts").display = shown
+        remarks.styles.height = 2 * cut if shown else "1fr"
+        if not shown:
+            return
+        row = table.current_row or 0
+        selected = ranks[min(row, len(ranks) - 1)].process.rank
+        for number, chart in enumerate(self.query(RanksChart)):
+            chart.display = (number + 1) * MIN_CHART_WIDTH <= self.size.width
+            if chart.display:
+                chart.show_ranks(snapshot, selected)
 
 
 def _summary(ranks: Sequence[RankSummary]) -> list[Span]:
