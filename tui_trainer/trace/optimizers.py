@@ -93,7 +93,7 @@ class OptimizerRegistry:
         self._recorder = recorder
         self._roots = roots
         self._probes = probes
-        self._options = options
+        self.options = options
         self._names = Names(self._is_one_of_several)
         self._entries: dict[int, tuple[weakref.ref[Optimizer], _Entry]] = {}
         self.measurers: tuple[StepMeasurer, ...] = ()
@@ -308,7 +308,7 @@ class OptimizerRegistry:
                     self._index(name, parameter, "")
         self._search_roots(tracked.ids)
         measurer = StepMeasurer(
-            tracked, self._probes, self._recorder, self._options, slot, self._cadence_changed
+            tracked, self._probes, self._recorder, self.options, slot, self._cadence_changed
         )
         if before is not None:
             measurer.take_over(before)

@@ -1,0 +1,189 @@
+"""A look into an attention layer of a live run: what is asked for, and the answer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tui_trainer.protocol.heat_map import HeatMap, Window
+
+ContributionKind = Literal["start", "attention", "head", "bias", "module", "readout"]
+"""`readout`: the biases of the final norm and of the head, which only the logit has."""
+
+MAX_POSITIONS = 16_384
+"""Keys and queries whose values are sent one by one: the first ones."""
+PAIRS = ("qk", "qv", "kv")
+PARTS = ("q", "k", "v")
+
+
+class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
+    """Asks what a layer attends to, for one example of the batch of the step. The forward pass is
+    run again for it."""
+
+    layer: str = ""
+    """Its path; "": the first one."""
+    head: int = 0
+    query: int | None = None
+    """None: the last position."""
+    sample: int = 0
+    """Number of the example in the batch."""
+    window: Window | None = None
+    """The part of the map, and the size it is reduced to; None: without the map."""
+    weights: bool = False
+    """Whether to compare Wq, Wk and Wv of every head."""
+    residual: bool = False
+    """Whether to take the residual stream apart."""
+
+
+class QueryRow(msgspec.Struct, frozen=True, array_like=True):
+    """One query with every key: float32 of shape (keys,) each."""
+
+    products: bytes
+    """q · k"""
+    angles: bytes
+    """Between q and k, in degrees."""
+    scores: bytes
+    """What softmax is taken of: q · k times the scale, plus what is added to it; nan where it may
+    not attend."""
+    weights: bytes
+    """softmax of the scores; 0 where it may not attend."""
+
+
+class HeadAttention(msgspec.Struct, frozen=True, array_like=True):
+    """What one head does."""
+
+    entropy: float
+    """Of the query's weights, in nats."""
+    mean_entropy: float
+    """Over the queries."""
+    largest: float
+    """Largest weight of the query."""
+    key: int
+    """The key that has it."""
+
+
+class HeadWeights(msgspec.Struct, frozen=True, array_like=True):
+    """Wq, Wk and Wv of one head, each (head_dim, width). nan where two cannot be compared."""
+
+    cosines: tuple[float, float, float]
+    """⟨Wa, Wb⟩ / (‖Wa‖ ‖Wb‖) of qk, qv and kv."""
+    distances: tuple[float, float, float]
+    """‖Wa − Wb‖ / √(‖Wa‖² + ‖Wb‖²)"""
+    angles: tuple[float, float, float]
+    """Mean of the principal angles between their row spaces, in degrees."""
+    largest: tuple[float, float, float]
+    """Largest singular value of Wq, Wk and Wv."""
+    stable_ranks: tuple[float, float, float]
+    """‖W‖² / σ_max²"""
+
+
+class HeadSpectra(msgspec.Struct, frozen=True, array_like=True):
+    """Of one head: singular values and principal angles."""
+
+    singular: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Of Wq, Wk and Wv, descending."""
+    angles: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Between the row spaces of qk, qv and kv, in degrees, ascending."""
+
+
+class Contribution(msgspec.Struct, frozen=True, array_like=True):
+    """One summand of the residual stream at the query's position."""
+
+    name: str
+    kind: ContributionKind
+    norm: float
+    """2-norm; nan of the `readout`."""
+    cosine: float
+    """With the stream before the final norm."""
+    logit: float
+    """Direct effect on the logit; nan where it is not known."""
+    head: int = -1
+    """Of a `head`: it is a part of the attention that follows."""
+
+
+class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
+    """The stream before the final norm as the sum of what was added to it."""
+
+    contributions: tuple[Contribution, ...]
+    """In order. Heads and biases stand before the attention that they sum to."""
+    norm: float
+    """Of the stream."""
+    difference: float
+    """‖Σ contributions − stream‖ / ‖stream‖, over all positions that are kept."""
+    position: int
+    """Where the stream is: that of the query, or the one that the model reads out; -1: the mean
+    over all positions, which it reads out."""
+    target: int = -1
+    """Number of the token or class whose logit it is; -1: none."""
+    correct: bool = True
+    """Whether `target` is the target of the loss; otherwise the largest logit."""
+    logit: float = float("nan")
+    """Of the target, as the model computed it."""
+    logit_difference: float = float("nan")
+    """|Σ direct effects − logit|"""
+    target_name: str = ""
+    no_logit: str = ""
+    """Why there is no effect on a logit."""
+    notes: tuple[str, ...] = ()
+
+
+class Picture(msgspec.Struct, frozen=True, array_like=True):
+    """The image that the patches are of, scaled to the range of its values."""
+
+    width: int
+    height: int
+    pixels: bytes
+    """RGB, row by row."""
+
+
+class PatchGrid(msgspec.Struct, frozen=True, array_like=True):
+    """How the patches of an image became positions."""
+
+    rows: int
+    columns: int
+    first: int
+    """Position of the first patch: those before it are class tokens and the like."""
+    picture: Picture | None = None
+
+
+class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_like=True):
+    """The answer to `ExamineAttention`."""
+
+    layer: str
+    layers: tuple[str, ...]
+    """Every attention layer of the model."""
+    head: int
+    heads: int
+    sample: int
+    samples: int
+    query: int
+    queries: int
+    keys: int
+    head_dim: int
+    scale: float
+    """What q · k is multiplied with."""
+    missing: str = ""
+    """Why Q and K are not known; there is no map then."""
+    how: str = ""
+    """What computed the attention."""
+    checked: str = ""
+    """What it was compared with."""
+    deviation: float = 0.0
+    """Largest difference to that, relative to its largest value."""
+    notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    """Of the keys; empty: their numbers."""
+    grid: PatchGrid | None = None
+    map: HeatMap | None = None
+    row: QueryRow | None = None
+    entropies: bytes = b""
+    """Of the head, for each query: float32 of shape (queries,), in nats."""
+    by_head: tuple[HeadAttention, ...] = ()
+    weights: tuple[HeadWeights, ...] = ()
+    no_weights: str = ""
+    """Why the heads' weights cannot be compared."""
+    spectra: HeadSpectra | None = None
+    residual: ResidualStream | None = None
+    no_residual: str = ""
+    """Why the residual stream cannot be taken apart."""
