@@ -1,7 +1,7 @@
 # make run          train a small GPT, live in the terminal (installs everything first)
 # make test         make check and every test; TESTS=tests/cli runs some of them
 # make test-fast    the quick tests: no real terminals, ssh, packaging or long trainings; no checks
-# make oracle       generated training loops compared with float64 references: LOOPS=2000, SEED=0
+# make oracle       generated loops and scalar expressions against references: LOOPS=2000, SEED=0
 # make test-frameworks  the tests with Hugging Face's Trainer, accelerate and Lightning, PEFT; installs them
 # make check        ruff, mypy --strict and the import contracts
 # make format       sort imports and format the sources
@@ -49,7 +49,8 @@ test-fast: $(DEVELOPED)
 LOOPS ?= 2000
 SEED ?= 0
 oracle: $(DEVELOPED)
-	TUI_TRAINER_ORACLE_LOOPS=$(LOOPS) TUI_TRAINER_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/oracle
+	TUI_TRAINER_ORACLE_LOOPS=$(LOOPS) TUI_TRAINER_ORACLE_SEED=$(SEED) TUI_TRAINER_SCALAR_EXPRESSIONS=$(LOOPS) \
+	    $(BIN)/python -m pytest tests/oracle tests/learn/test_scalar_oracle.py
 
 # `make test` runs these too, where the frameworks are installed.
 FRAMEWORKS := $(VENV)/frameworks.stamp

@@ -1,4 +1,4 @@
-"""The commands for existing runs, one file each, imported when they are called."""
+"""The commands other than those that train, one file each, imported when they are called."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ _RECORDINGS = {
     "report": ("report", "write one HTML page about a run"),
     "export": ("export", "write a run as CSV, JSON lines, Parquet or TensorBoard files"),
 }
+_LEARN = {
+    "graph": ("graph", "a graph of scalars: values, gradients and the chain rule, step by step"),
+}
 _MACHINE = {
     "explain": ("explain", "explain a rule that judges runs, or list all of them"),
     "doctor": ("doctor", "check versions, device, terminal, permissions, and what is missing"),
 }
 
-COMMANDS = (*_RUNS, *_RECORDINGS, *_MACHINE)
+COMMANDS = (*_RUNS, *_RECORDINGS, *_LEARN, *_MACHINE)
 HIDDEN = ("relay",)
 """Used on the remote side of an ssh connection."""
 
@@ -47,7 +50,8 @@ def register(app: App) -> None:
     for about, group in (
         (_RUNS, Group("Runs", sort_key=1)),
         (_RECORDINGS, Group("Recordings", sort_key=2)),
-        (_MACHINE, Group("This machine", sort_key=3)),
+        (_LEARN, Group("Learn", sort_key=3)),
+        (_MACHINE, Group("This machine", sort_key=4)),
     ):
         for name, (module, line) in about.items():
             function = f"{name}_" if iskeyword(name) else name

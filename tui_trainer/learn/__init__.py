@@ -1,0 +1,1 @@
+"""Learning by watching: pages whose numbers are measured on live models."""

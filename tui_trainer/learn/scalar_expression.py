@@ -1,0 +1,321 @@
+"""Expressions of scalars, such as `(a*b + c) * f` or `e = a*b; d = e + c; L = d*f`, parsed into the
+nodes of a graph in the order in which they are evaluated.
+
+An expression is parsed with `ast` over a whitelist of nodes; nothing is ever executed as Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from tui_trainer.breakpoints.expression import ExpressionError
+from tui_trainer.config.errors import did_you_mean
+from tui_trainer.learn.scalar_operations import OPERATIONS
+
+MAX_CHARACTERS = 2000
+MAX_NODES = 200
+MAX_DEPTH = 200
+
+BINARY: dict[type[ast.operator], str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**",
+}  # fmt: skip
+FUNCTIONS = ("tanh", "relu", "exp", "log")
+ALLOWED = f"numbers, names, + - * / **, {', '.join(FUNCTIONS)}"
+INPUT, CONSTANT = "input", "constant"
+OUTPUT_NAME = "L"
+INTERMEDIATE_NAMES = "edgkmnpqrsuvz"
+"""Names for intermediate results, in this order, and after them t1, t2, …"""
+
+
+class GraphError(ExpressionError):
+    """An expression that cannot be parsed or evaluated, with the position of the error."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One scalar of the graph."""
+
+    name: str
+    operation: str
+    """`input`, `constant`, or a key of OPERATIONS."""
+    inputs: tuple[int, ...] = ()
+    """Indices of the operands."""
+    constant: float = 0.0
+    """The value of a constant."""
+    start: int = 0
+    end: int = 0
+    """Where it stands in the text of the expression."""
+
+    @property
+    def is_input(self) -> bool:
+        return self.operation == INPUT
+
+    @property
+    def is_computed(self) -> bool:
+        return self.operation in OPERATIONS
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A parsed expression: its nodes, each after those that it is computed from."""
+
+    text: str
+    nodes: tuple[Node, ...]
+    output: int
+    """Index of the node that is differentiated."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names that need a value, in the order in which they appear."""
+        return tuple(node.name for node in self.nodes if node.is_input)
+
+    def index(self, name: str) -> int | None:
+        """The index of the node of this name."""
+        return next((i for i, node in enumerate(self.nodes) if node.name == name), None)
+
+    def operation_text(self, index: int) -> str:
+        """`a*b`, `tanh(n)`; "" for inputs and constants."""
+        node = self.nodes[index]
+        if not node.is_computed:
+            return ""
+        return OPERATIONS[node.operation].text(*map(self.label, node.inputs))
+
+    def label(self, index: int) -> str:
+        """The name of a node inside a formula: `a`, `2`, `(-2)`."""
+        name = self.nodes[index].name
+        return f"({name})" if name.startswith("-") else name
+
+    def check_values(self, values: Mapping[str, float]) -> None:
+        """Raise GraphError unless exactly the inputs have values, all of them finite."""
+        inputs = self.inputs
+        for name, value in values.items():
+            if name not in inputs:
+                if self.index(name) is not None:
+                    raise self._error(f"{name} is computed, so it cannot be given", name,
+                                      f"only {', '.join(inputs)} can be given")  # fmt: skip
+                hint = did_you_mean(name, inputs)
+                raise GraphError(f"there is no {name} in the expression", self.text, 0, 0, hint)
+            if not math.isfinite(value):
+                raise self._error(f"{name} is {value}", name, "give a finite number")
+        missing = [name for name in inputs if name not in values]
+        if missing:
+            verb = "has" if len(missing) == 1 else "have"
+            raise self._error(
+                f"{', '.join(missing)} {verb} no value",
+                missing[0],
+                f"--at {' '.join(f'{name}=1' for name in missing)}",
+            )
+
+    def _error(self, message: str, name: str, hint: str) -> GraphError:
+        node = self.nodes[cast(int, self.index(name))]
+        return GraphError(message, self.text, node.start, node.end, hint)
+
+
+def parse(text: str) -> Expression:
+    """Parse an expression. Raises GraphError."""
+    return _Parser(" ".join(text.split())).parse()
+
+
+class _Parser:
+    """Turns the syntax tree of an expression into nodes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._bytes = text.encode()
+        self._nodes: list[Node] = []
+        self._by_name: dict[str, int] = {}
+        self._unnamed: list[int] = []
+
+    def parse(self) -> Expression:
+        if not self._text:
+            raise GraphError("the expression is empty", "", 0, 0, 'such as "(a*b + c) * f"')
+        if len(self._text) > MAX_CHARACTERS:
+            raise GraphError(f"the expression is longer than {MAX_CHARACTERS} characters", "", 0, 0)
+        statements = self._statements()
+        output = -1
+        for number, statement in enumerate(statements):
+            last = number == len(statements) - 1
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name) as target], value=value):
+                    output = self._assignment(target, name, value)
+                case ast.Expr(value=value) if last:
+                    output = self._node(value, 0)
+                case ast.Expr():
+                    raise self._error("only the last part may be without a name", statement,
+                                      "such as e = a*b; e + c")  # fmt: skip
+                case _:
+                    raise self._error("this is not supported", statement, ALLOWED)
+        if not any(node.is_input for node in self._nodes):
+            raise GraphError("there is no name in the expression, so nothing to differentiate",
+                             self._text, 0, len(self._text), 'such as "(a*b + c) * f"')  # fmt: skip
+        self._name_intermediates(output)
+        return Expression(self._text, tuple(self._nodes), output)
+
+    def _statements(self) -> list[ast.stmt]:
+        try:
+            tree = ast.parse(self._text, mode="exec")
+        except SyntaxError as error:
+            raise self._syntax_error(error) from None
+        except (ValueError, RecursionError, MemoryError):
+            raise GraphError("this cannot be parsed", self._text, 0, 0, ALLOWED) from None
+        if not tree.body:
+            raise GraphError("the expression is empty", self._text, 0, 0)
+        return tree.body
+
+    def _syntax_error(self, error: SyntaxError) -> GraphError:
+        text = self._text
+        start = max(0, (error.offset or 1) - 1)
+        hint = ""
+        if text.count("(") != text.count(")"):
+            hint = "a parenthesis is missing"
+        elif missing := re.search(r"(?<![\w.])\d+(?:\.\d*)?(?=[A-Za-z_])|\)(?=\s*[\w(])", text):
+            hint, start = "write * between two factors", missing.end()
+        elif re.search(r"\b[A-Za-z_]\w*\s+[A-Za-z_(\d]", text):
+            hint = "write * between two factors"
+        return GraphError("this is not a valid expression", text, start, start + 1, hint)
+
+    # ------------------------------------------------------------ nodes
+
+    def _assignment(self, target: ast.Name, name: str, value: ast.expr) -> int:
+        if name in self._by_name:
+            known = self._nodes[self._by_name[name]]
+            message = f"{name} is already used" if known.is_input else f"{name} is assigned twice"
+            raise self._error(message, target, "give every result a name of its own")
+        if name in FUNCTIONS:
+            raise self._error(f"{name} is a function", target, "choose another name")
+        index = self._node(value, 0)
+        node = self._nodes[index]
+        if not node.is_computed or index not in self._unnamed:
+            raise self._error(f"{name} would be a second name of {node.name}", value,
+                              "assign the result of an operation")  # fmt: skip
+        if name in self._by_name:
+            raise self._error(f"{name} is used before it has a value", target)
+        self._unnamed.remove(index)
+        start, _ = self._place(target)
+        self._nodes[index] = Node(name, node.operation, node.inputs, 0.0, start, node.end)
+        self._by_name[name] = index
+        return index
+
+    def _node(self, node: ast.expr, depth: int) -> int:
+        """Add a node and those it is computed from. Returns its index."""
+        if depth > MAX_DEPTH:
+            raise self._error("this is nested too deeply", node)
+        match node:
+            case ast.Constant(value=value) if type(value) in (int, float):
+                return self._constant(node, cast(float, value))
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if type(value) in (
+                int,
+                float,
+            ):
+                return self._constant(node, -cast(float, value))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return self._computed("neg", node, self._node(operand, depth + 1))
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self._node(operand, depth + 1)
+            case ast.Name(id=name):
+                return self._name(node, name)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+                operands = self._node(left, depth + 1), self._node(right, depth + 1)
+                return self._computed(BINARY[type(op)], node, *operands)
+            case ast.BinOp(op=ast.BitXor()):
+                raise self._error("^ is not a power here", node, "write ** for a power")
+            case ast.Call():
+                return self._call(node, depth)
+        raise self._error("this is not supported", node, ALLOWED)
+
+    def _call(self, node: ast.Call, depth: int) -> int:
+        if not isinstance(node.func, ast.Name):
+            raise self._error("this is not a function", node.func, ALLOWED)
+        name = node.func.id
+        if name not in FUNCTIONS:
+            known = {"sqrt": "write x**0.5", "pow": "write a**b"}
+            hint = known.get(name) or did_you_mean(name, FUNCTIONS)
+            if name in self._by_name:
+                hint = f"write {name} * (…) for a product"
+            raise self._error(f"there is no function {name}", node.func, hint)
+        if len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
+            raise self._error(f"{name} takes one value", node, f"such as {name}(a)")
+        return self._computed(name, node, self._node(node.args[0], depth + 1))
+
+    def _name(self, node: ast.Name, name: str) -> int:
+        if name in FUNCTIONS:
+            raise self._error(f"{name} is a function", node, f"such as {name}(a)")
+        if name not in self._by_name:
+            self._by_name[name] = self._add(node, Node(name, INPUT))
+        return self._by_name[name]
+
+    def _constant(self, node: ast.expr, value: float) -> int:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self._error("this number is too large", node)
+        return self._add(node, Node(f"{number:g}", CONSTANT, constant=number))
+
+    def _computed(self, operation: str, node: ast.expr, *inputs: int) -> int:
+        index = self._add(node, Node("", operation, inputs))
+        self._unnamed.append(index)
+        return index
+
+    def _add(self, place: ast.expr, node: Node) -> int:
+        if len(self._nodes) >= MAX_NODES:
+            raise self._error(f"the graph would have more than {MAX_NODES} nodes", place)
+        start, end = self._place(place)
+        self._nodes.append(Node(node.name, node.operation, node.inputs, node.constant, start, end))
+        return len(self._nodes) - 1
+
+    def _name_intermediates(self, output: int) -> None:
+        """Name what has no name: the output L, the others e, d, g, … in order of evaluation."""
+        taken = set(self._by_name)
+        if output in self._unnamed and OUTPUT_NAME not in taken:
+            self._rename(output, OUTPUT_NAME)
+        pool = [letter for letter in INTERMEDIATE_NAMES if letter not in taken]
+        pool += [f"t{n}" for n in range(1, MAX_NODES + 1) if f"t{n}" not in taken]
+        for index, name in zip(tuple(self._unnamed), pool, strict=False):
+            self._rename(index, name)
+
+    def _rename(self, index: int, name: str) -> None:
+        node = self._nodes[index]
+        self._nodes[index] = Node(name, node.operation, node.inputs, 0.0, node.start, node.end)
+        self._unnamed.remove(index)
+
+    # ------------------------------------------------------------ errors
+
+    def _place(self, node: ast.AST) -> tuple[int, int]:
+        """First and last character of a node, from ast's offsets in UTF-8 bytes."""
+        start, end = getattr(node, "col_offset", 0), getattr(node, "end_col_offset", None)
+        stop = len(self._bytes) if end is None else end
+        return (
+            len(self._bytes[:start].decode(errors="ignore")),
+            len(self._bytes[:stop].decode(errors="ignore")),
+        )
+
+    def _error(self, message: str, node: ast.AST, hint: str = "") -> GraphError:
+        return GraphError(message, self._text, *self._place(node), hint)
+
+
+def parse_values(given: Sequence[str]) -> dict[str, float]:
+    """`["a=2", "b=-3"]` as numbers by name. Raises GraphError."""
+    values: dict[str, float] = {}
+    text = " ".join(given)
+    at = 0
+    for part in given:
+        name, equals, number = part.partition("=")
+        name, number, end = name.strip(), number.strip(), at + len(part)
+        if not equals or not name.isidentifier():
+            raise GraphError(f"{part} is not a value", text, at, end, "such as --at a=2 b=-3")
+        if name in values:
+            raise GraphError(f"{name} is given twice", text, at, end)
+        try:
+            values[name] = float(number)
+        except ValueError:
+            message, start = f"{number or 'nothing'} is not a number", end - len(number)
+            raise GraphError(message, text, start, end, f"such as --at {name}=2") from None
+        at = end + 1
+    return values

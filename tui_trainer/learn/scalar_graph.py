@@ -1,0 +1,392 @@
+"""A scalar graph with values: forward and backward one node at a time, numerical derivatives, and
+what a step of gradient descent does.
+
+Reverse-mode differentiation as in PyTorch: the gradient of the output is 1, and each node, in the
+reverse order of evaluation, adds (its gradient × the local derivative) to each of its operands.
+All numbers are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tui_trainer.learn.scalar_expression import Expression, GraphError, Node, parse
+from tui_trainer.learn.scalar_operations import OPERATIONS, DomainError
+
+DEFAULT_H = 1e-4
+Difference = Literal["central", "forward"]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one node adds to the gradient of one of its operands."""
+
+    to: int
+    """Index of the operand."""
+    local: float
+    """The derivative of the node with respect to the operand."""
+    formula: str
+    """The local derivative with names: `b`."""
+    amount: float
+    """The gradient of the node × `local`."""
+    total: float
+    """The gradient of the operand after it was added."""
+    first: bool
+    """Whether it is the first that the operand receives."""
+
+    @property
+    def formula_alone(self) -> str:
+        """The formula without the parentheses that it needs inside a product."""
+        inner = self.formula[1:-1]
+        wrapped = self.formula == f"({inner})" and "(" not in inner
+        return inner if wrapped else self.formula
+
+
+@dataclass(frozen=True)
+class BackwardStep:
+    """The gradient of a node is complete and is passed on to its operands."""
+
+    node: int
+    gradient: float
+    contributions: tuple[Contribution, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScalarGraph:
+    """An expression evaluated at a point, with the gradient of its output."""
+
+    expression: Expression
+    inputs: Mapping[str, float]
+    values: tuple[float, ...]
+    """Of each node."""
+    gradients: tuple[float | None, ...]
+    """Of the output with respect to each node; None where the output does not depend on it, or
+    where it is a constant."""
+    backward: tuple[BackwardStep, ...]
+    """The output first."""
+    formulas: tuple[str, ...] = field(repr=False)
+    """Each gradient as a product of local derivatives: `f*b`; "" where there is none."""
+
+    @staticmethod
+    def at(expression: Expression, values: Mapping[str, float]) -> ScalarGraph:
+        """Evaluate an expression. Raises GraphError."""
+        expression.check_values(values)
+        computed = evaluate(expression, values)
+        gradients, steps = _backward(expression, computed)
+        return ScalarGraph(expression, dict(values), computed, gradients, steps,
+                           _formulas(expression, steps))  # fmt: skip
+
+    @staticmethod
+    def of(text: str, values: Mapping[str, float]) -> ScalarGraph:
+        """Parse and evaluate. Raises GraphError."""
+        return ScalarGraph.at(parse(text), values)
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.expression.nodes
+
+    @property
+    def output(self) -> int:
+        return self.expression.output
+
+    @property
+    def output_name(self) -> str:
+        return self.nodes[self.output].name
+
+    def with_value(self, name: str, value: float) -> ScalarGraph:
+        """The graph with another value of an input. Raises GraphError."""
+        return ScalarGraph.at(self.expression, {**self.inputs, name: value})
+
+    def numerical(
+        self, index: int, h: float = DEFAULT_H, difference: Difference = "central"
+    ) -> float | None:
+        """(L(x + h) − L(x − h)) / 2h, or (L(x + h) − L(x)) / h, with the node changed and all that
+        is computed from it evaluated again. None where L is undefined there, and of constants."""
+        if self.gradients[index] is None:
+            return None
+        try:
+            above = self._output_at(index, self.values[index] + h)
+            if difference == "forward":
+                return (above - self.values[self.output]) / h
+            return (above - self._output_at(index, self.values[index] - h)) / (2 * h)
+        except GraphError:
+            return None
+
+    def _output_at(self, index: int, value: float) -> float:
+        """The output with one node changed."""
+        return evaluate(self.expression, self.inputs, {index: value})[self.output]
+
+    def output_with(self, name: str, value: float) -> float | None:
+        """The output at another value of an input; None where it is undefined."""
+        try:
+            return evaluate(self.expression, {**self.inputs, name: value})[self.output]
+        except GraphError:
+            return None
+
+
+def evaluate(
+    expression: Expression, values: Mapping[str, float], changed: Mapping[int, float] | None = None
+) -> tuple[float, ...]:
+    """The value of every node; the nodes in `changed` have the values given there. Raises
+    GraphError where an operation has no real, finite result."""
+    computed: list[float] = []
+    for index, node in enumerate(expression.nodes):
+        if changed and index in changed:
+            value = changed[index]
+        elif node.is_input:
+            value = values[node.name]
+        elif not node.is_computed:
+            value = node.constant
+        else:
+            value = _value(expression, index, [computed[i] for i in node.inputs])
+        computed.append(value)
+    return tuple(computed)
+
+
+def _value(expression: Expression, index: int, operands: list[float]) -> float:
+    node = expression.nodes[index]
+    try:
+        value = OPERATIONS[node.operation].value(*operands)
+    except DomainError as error:
+        raise _undefined(expression, index, str(error), operands) from None
+    if not math.isfinite(value):
+        what = f"{node.name} is too large for a float64"
+        raise _undefined(expression, index, what, operands)
+    return value
+
+
+def _undefined(
+    expression: Expression, index: int, message: str, operands: list[float]
+) -> GraphError:
+    node = expression.nodes[index]
+    pairs = zip(node.inputs, operands, strict=True)
+    named = [
+        f"{expression.nodes[i].name} = {value:.6g}"
+        for i, value in pairs
+        if expression.nodes[i].operation != "constant"
+    ]
+    hint = f"there {', '.join(named)}" if named else ""
+    return GraphError(message, expression.text, node.start, node.end, hint)
+
+
+def _backward(
+    expression: Expression, values: tuple[float, ...]
+) -> tuple[tuple[float | None, ...], tuple[BackwardStep, ...]]:
+    """The gradients, and how they came about."""
+    needed = _depends_on_inputs(expression)
+    gradients: dict[int, float] = {}
+    steps = []
+    if needed[expression.output]:
+        gradients[expression.output] = 1.0
+    for index in reversed(range(len(values))):
+        node, gradient = expression.nodes[index], gradients.get(index)
+        if gradient is None or not node.is_computed:
+            continue
+        operation = OPERATIONS[node.operation]
+        operands = [values[i] for i in node.inputs]
+        locals_ = operation.derivatives(*operands, values[index])
+        names = [expression.label(i) for i in node.inputs]
+        formulas = operation.formulas(*names, node.name)
+        contributions = []
+        for to, local, formula in zip(node.inputs, locals_, formulas, strict=True):
+            if needed[to]:
+                # As PyTorch, which masks where there is nothing to pass on: nan and inf end there.
+                masked = local == 0 and node.operation in ("relu", "**")
+                amount = 0.0 if masked else gradient * local
+                first = to not in gradients
+                gradients[to] = total = amount if first else gradients[to] + amount
+                contributions.append(Contribution(to, local, formula, amount, total, first))
+        steps.append(BackwardStep(index, gradient, tuple(contributions)))
+    return tuple(gradients.get(i) for i in range(len(values))), tuple(steps)
+
+
+def _depends_on_inputs(expression: Expression) -> list[bool]:
+    needed: list[bool] = []
+    for node in expression.nodes:
+        needed.append(node.is_input or any(needed[i] for i in node.inputs))
+    return needed
+
+
+MAX_FORMULA = 32
+"""Longer products are written with the gradient that they begin with: `dL/dn*(1 - o**2)`."""
+
+
+def _formulas(expression: Expression, steps: tuple[BackwardStep, ...]) -> tuple[str, ...]:
+    """The gradient of every node as a product of local derivatives, without factors of 1 but the
+    last."""
+    output = expression.nodes[expression.output].name
+    terms: dict[int, list[str]] = {expression.output: ["1"]}
+    done: dict[int, str] = {}
+    for step in steps:
+        done[step.node] = text = " + ".join(terms[step.node])
+        if len(text) > MAX_FORMULA:
+            text = f"d{output}/d{expression.nodes[step.node].name}"
+        elif len(terms[step.node]) > 1:
+            text = f"({text})"
+        upstream = text.removesuffix("*1")
+        for each in step.contributions:
+            product = each.formula if upstream == "1" else f"{upstream}*{each.formula}"
+            terms.setdefault(each.to, []).append(product)
+    for index, parts in terms.items():
+        done.setdefault(index, " + ".join(parts))
+    return tuple(_shortened(done.get(index, ""), output) for index in range(len(expression.nodes)))
+
+
+def _shortened(text: str, output: str) -> str:
+    return text if len(text) <= 2 * MAX_FORMULA else f"{text[: 2 * MAX_FORMULA - 3]}..."
+
+
+# ---------------------------------------------------------------- the error of numerical gradients
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """The error of a numerical derivative at one h; None where it is undefined."""
+
+    h: float
+    central: float | None
+    forward: float | None
+
+
+SWEEP_LOW, SWEEP_HIGH = -15.0, 0.0
+"""The exponents of 10 between which h is swept."""
+NEVER_AGREES = 1e-3
+ROUNDING = 1e-13
+"""Errors below this, relative to the output, are rounding alone."""
+
+
+def sweep(graph: ScalarGraph, index: int, points: int = 61) -> list[SweepPoint]:
+    """How far the numerical gradient of a node is from its gradient, for h from 1e-15 to 1, evenly
+    spaced on a logarithmic axis. The truncation error of the forward difference falls as h, that of
+    the central one as h²; the rounding error of both grows as 1/h."""
+    gradient = graph.gradients[index]
+
+    def error(h: float, difference: Difference) -> float | None:
+        found = graph.numerical(index, h, difference)
+        return None if found is None or gradient is None else abs(found - gradient)
+
+    span = SWEEP_HIGH - SWEEP_LOW
+    hs = [10 ** (SWEEP_LOW + span * n / (points - 1)) for n in range(points)]
+    return [SweepPoint(h, error(h, "central"), error(h, "forward")) for h in hs]
+
+
+def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) -> str:
+    """Where the error is smallest, and what makes it grow on both sides of it."""
+    name, output = graph.nodes[index].name, graph.output_name
+    known = [(point.central, point.h) for point in points if point.central is not None]
+    if not known:
+        return f"the numerical gradient of {name} is undefined at every h"
+    least, best = min(known)
+    if least > NEVER_AGREES * max(1.0, abs(graph.gradients[index] or 0.0)):
+        return f"they never agree: {output} has a kink at this {name}, and no derivative there"
+    largest = max((error for error, h in known if h >= 0.1), default=0.0)
+    middle = max((error for error, h in known if 1e-3 <= h < 0.1), default=0.0)
+    if largest <= 10 * middle or largest <= ROUNDING * max(1.0, abs(graph.values[graph.output])):
+        # Rounding alone leaves errors that fall as 1/h up to the largest h.
+        return f"no truncation error: {output} is at most quadratic in {name}, so only rounding"
+    return f"smallest error near h = {best:.0e}: left of it rounding, right of it truncation"
+
+
+# ---------------------------------------------------------------- gradient descent
+
+
+@dataclass(frozen=True)
+class DescentRun:
+    """Steps W ← W − lr·G of one input with one learning rate."""
+
+    label: str
+    """`too small`, `right`, `too large`."""
+    learning_rate: float
+    weights: tuple[float, ...]
+    """Before the first step, then after each."""
+    gradients: tuple[float, ...]
+    """dL/dW at each of the weights."""
+    outputs: tuple[float, ...]
+    """L at each of them."""
+    left_domain: bool = False
+    """Whether it ended early, where the expression is undefined."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What gradient descent on one input does with three learning rates."""
+
+    name: str
+    runs: tuple[DescentRun, ...]
+    verdict: str
+    """Which way, and what limits how far."""
+
+
+DESCENT_STEPS = 8
+RATES = tuple(10 ** (exponent / 8) for exponent in range(-32, 25))
+"""Learning rates that are tried, 1e-4 to 1e3."""
+TOO_SMALL = 1 / 20
+"""Of the right rate."""
+DIVERGED = 1e12
+
+
+def descend(
+    graph: ScalarGraph, name: str, label: str, learning_rate: float, steps: int = DESCENT_STEPS
+) -> DescentRun:
+    """Follow W ← W − lr·G for some steps."""
+    index = graph.expression.index(name)
+    assert index is not None
+    weights, gradients, outputs = [], [], []
+    left, current = False, graph
+    for number in range(steps + 1):
+        gradient = current.gradients[index] or 0.0
+        weights.append(current.inputs[name])
+        gradients.append(gradient)
+        outputs.append(current.values[graph.output])
+        weight = weights[-1] - learning_rate * gradient
+        if number == steps:
+            break
+        if not math.isfinite(weight) or abs(weight) > DIVERGED:
+            left = True
+            break
+        try:
+            current = current.with_value(name, weight)
+        except GraphError:
+            left = True
+            break
+    return DescentRun(label, learning_rate, tuple(weights), tuple(gradients), tuple(outputs), left)
+
+
+def three_rates(graph: ScalarGraph, name: str) -> Descent:
+    """Descent on an input with a learning rate that is too small, right, and too large."""
+    index = graph.expression.index(name)
+    gradient = graph.gradients[index] if index is not None else None
+    output = graph.output_name
+    if not gradient:
+        return Descent(name, (), f"d{output}/d{name} is 0 here: no step of any size moves {name}")
+    tried = [descend(graph, name, "", rate) for rate in RATES]
+    reached = [
+        math.inf if run.left_domain or not math.isfinite(run.outputs[-1]) else run.outputs[-1]
+        for run in tried
+    ]
+    best = min(range(len(RATES)), key=lambda number: reached[number])
+    start = graph.values[graph.output]
+    too_large = next(
+        (n for n in range(best + 1, len(RATES)) if reached[n] > start + abs(start) * 1e-9), None
+    )
+    way = "down" if gradient > 0 else "up"
+    which = f"d{output}/d{name} = {gradient:.4g}: {output} falls as {name} goes {way}"
+    if math.isinf(reached[best]):
+        return Descent(name, (), f"{which}; every rate leaves what is defined")
+    if too_large is None:
+        rates = (RATES[16], RATES[24], RATES[32])  # 0.01, 0.1, 1
+        runs = tuple(
+            descend(graph, name, label, rate)
+            for label, rate in zip(("small", "larger", "largest"), rates, strict=True)
+        )
+        return Descent(name, runs, f"{which}, and has no minimum there: no rate is too large")
+    labelled = (
+        ("too small", RATES[best] * TOO_SMALL),
+        ("right", RATES[best]),
+        ("too large", RATES[too_large]),
+    )
+    runs = tuple(descend(graph, name, label, rate) for label, rate in labelled)
+    return Descent(name, runs, f"{which}; how far is lr times that")
