@@ -73,6 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     # The theme that the developer has chosen is none of the tests' business.
     os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ[SESSION], "config")
+    os.environ["XDG_STATE_HOME"] = os.path.join(os.environ[SESSION], "state")
 
 
 @pytest.hookimpl(optionalhook=True)  # the plugin may be switched off

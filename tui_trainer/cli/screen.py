@@ -171,8 +171,12 @@ def show_start(
     tasks: Sequence[TaskForm],
     ascii: bool,
     slow_link: bool = False,
+    *,
+    mode: str = "start",
+    lesson: str = "",
 ) -> int:
-    """Show the start screen, then the run that is started on it; return the exit status."""
+    """Show the start screen (or that of another `mode`), then the run that is started on it; return
+    the exit status."""
     run_app = load_app()
     from tui_trainer.ui.screens.start import Launcher
 
@@ -188,7 +192,12 @@ def show_start(
     launcher = Launcher(tuple(tasks), open_run)
     return run_app_until_exit(
         lambda: run_app(
-            None, ascii=ascii, start_mode="start", on_launch=launcher, slow_link=slow_link
+            None,
+            ascii=ascii,
+            start_mode=mode,
+            on_launch=launcher,
+            slow_link=slow_link,
+            lesson=lesson,
         ),
         lambda: opened[-1] if opened else None,
     )

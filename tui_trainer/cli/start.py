@@ -204,8 +204,10 @@ def open_sink(kind: Literal["plain", "json"]) -> Sink:
 # ---------------------------------------------------------------- on the start screen
 
 
-def start_screen(options: StartOptions) -> int:
-    """Show the start screen. Raises UsageError without a terminal."""
+def start_screen(
+    options: StartOptions, *, mode: Literal["start", "learn"] = "start", lesson: str = ""
+) -> int:
+    """Show the start screen, or the pages to learn from. Raises UsageError without a terminal."""
     if reason := why_no_screen():
         raise UsageError(reason, "name what to train: tui-trainer gpt, or see tui-trainer --help")
     from tui_trainer.cli.installed_tasks import task_names, usable_tasks
@@ -216,7 +218,9 @@ def start_screen(options: StartOptions) -> int:
     def create(request: LaunchRequest) -> RunSpec:
         return spec_for(request, tasks, options)
 
-    return show_start(create, tuple(tasks.values()), options.ascii, options.slow_link)
+    return show_start(
+        create, tuple(tasks.values()), options.ascii, options.slow_link, mode=mode, lesson=lesson
+    )
 
 
 def spec_for(

@@ -1,1 +1,1 @@
-"""Learning by watching: pages whose numbers are measured on live models."""
+"""Learning by watching: scalar graphs, and pages whose numbers are measured on live models."""

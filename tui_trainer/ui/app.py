@@ -32,6 +32,7 @@ from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
+from tui_trainer.ui.lessons import lessons_for
 from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
@@ -114,10 +115,12 @@ class TuiTrainerApp(App[int]):
         slow_link: bool = False,
         ends_with_app: bool = False,
         asks_background: bool = False,
+        lesson: str = "",
     ) -> None:
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
-        this process, so leaving ends it. `frames_per_second` overrides that of the link, for tests.
+        this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
+        `frames_per_second` overrides that of the link, for tests.
         """
         # Textual's own constructor asks for the driver's class.
         self._asks_background = asks_background and os.environ.get("TERM", "") not in NO_QUERIES
@@ -135,6 +138,9 @@ class TuiTrainerApp(App[int]):
         self.ends_with_app = ends_with_app
         self.status_message = ""
         self.help_for = start_mode if start_mode != "help" else "dashboard"
+        self.learn_from = "dashboard" if on_launch is None else "start"
+        self.lesson = lesson
+        self.lessons: tuple[str, ...] = ()
         self._start_mode = start_mode
         self._ascii_filter = AsciiFilter() if ascii else None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -328,6 +334,9 @@ class TuiTrainerApp(App[int]):
         """Switch to another screen."""
         if mode == "help" and self.current_mode != "help":
             self.help_for = self.current_mode
+            self.lessons = lessons_for(self.screen, self.snapshot.status)
+        if mode == "learn" and self.current_mode != "learn":
+            self.learn_from = self.help_for if self.current_mode == "help" else self.current_mode
         if mode != self.current_mode:
             self.switch_mode(mode)
 
@@ -418,6 +427,11 @@ class TuiTrainerApp(App[int]):
         """Open a tensor in the inspector."""
         self.inspected = tensor
         self.action_go("inspect")
+
+    def show_lesson(self, page: str) -> None:
+        """Open a page of `tui-trainer learn`."""
+        self.lesson = page
+        self.action_go("learn")
 
     def show_status_message(self, message: str) -> None:
         """Show one short line in the header for a few seconds."""
@@ -552,6 +566,7 @@ def run_app(
     on_launch: OnLaunch | None = None,
     slow_link: bool = False,
     ends_with_app: bool = False,
+    lesson: str = "",
 ) -> int:
     """Show `session` (or the start screen) until the user leaves, and restore the terminal.
 
@@ -565,6 +580,7 @@ def run_app(
         on_launch=on_launch,
         slow_link=slow_link,
         ends_with_app=ends_with_app,
+        lesson=lesson,
         **theme_options(),
     ).run_until_exit()
 

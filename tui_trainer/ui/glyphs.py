@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from rich.segment import Segment
@@ -117,6 +118,11 @@ _REPLACEMENTS = str.maketrans(
         "‘": "'",
         "’": "'",
         "“": '"',
+        "«": '"',
+        "»": '"',
+        "œ": "o",
+        "Œ": "O",
+        "ᵀ": "T",
         "”": '"',
     }
 )
@@ -129,7 +135,13 @@ def to_ascii(text: str) -> str:
     translated = text.translate(_REPLACEMENTS)
     if translated.isascii():
         return translated
-    return "".join(char if char.isascii() else "?" for char in translated)
+    return "".join(char if char.isascii() else _base_letter(char) for char in translated)
+
+
+def _base_letter(char: str) -> str:
+    """A letter without its accent."""
+    base = unicodedata.normalize("NFKD", char)[0]
+    return base if base.isascii() else "?"
 
 
 class AsciiFilter(LineFilter):

@@ -32,6 +32,7 @@ _RECORDINGS = {
 }
 _LEARN = {
     "graph": ("graph", "a graph of scalars: values, gradients and the chain rule, step by step"),
+    "learn": ("learn", "learn how training works from pages that measure what they state"),
 }
 _MACHINE = {
     "explain": ("explain", "explain a rule that judges runs, or list all of them"),

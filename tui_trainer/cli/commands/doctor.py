@@ -39,6 +39,7 @@ LIBRARIES = {
     "textual": "the screens",
     "rich": "tables in the terminal",
     "jinja2": "reports",
+    "markdown-it-py": "the pages to learn from",
     "plotext": "charts of show and compare --plain",
     "msgspec": "messages and the files of a run",
     "numpy": "measurements",

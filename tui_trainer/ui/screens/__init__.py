@@ -77,6 +77,13 @@ SCREENS = (
         "inspect", "0", "Inspect", "inspect:InspectScreen", "Look into a tensor of the live run"
     ),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
+    ScreenEntry(
+        "learn",
+        "ctrl+l",
+        "Learn",
+        "learn:LearnScreen",
+        "Short pages about training, measured on a live model while you read",
+    ),
 )
 
 
@@ -93,6 +100,12 @@ class AppContext(DrawingContext, Protocol):
 
     help_for: str
     """The screen that the help was opened from."""
+    learn_from: str
+    """The screen that the pages were opened from."""
+    lesson: str
+    """The page to open when the pages are shown next; "" for the list."""
+    lessons: tuple[str, ...]
+    """Pages about what was on the screen that the help was opened from."""
 
     def command(self, action: Action) -> None:
         """Send a command to the run and show its answer."""
@@ -103,6 +116,9 @@ class AppContext(DrawingContext, Protocol):
 
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""
+
+    def show_lesson(self, page: str) -> None:
+        """Open a page of `tui-trainer learn`."""
 
     def attach(self, session: Session) -> None:
         """Show the run of another session."""

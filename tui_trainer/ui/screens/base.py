@@ -131,9 +131,10 @@ class ScreenTabs(Panel):
         return [self.styled(spans)]
 
     def _offered(self, entry: ScreenEntry) -> bool:
-        """The help is in the line of keys; a run of one process has no use for the ranks."""
-        if entry.mode == "help":
-            return self.app.current_mode == "help"
+        """The help is in the line of keys, and the pages to learn from are behind it; a run of one
+        process has no use for the ranks."""
+        if entry.mode in ("help", "learn"):
+            return self.app.current_mode == entry.mode
         if entry.mode == "ranks" and self.app.current_mode != "ranks":
             info = self.snapshot.info
             if info is None or not any(table.name == schema.RANKS for table in info.tables):

@@ -12,6 +12,8 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.learn.page import titles
+from tui_trainer.learn.progress import load_progress
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
@@ -218,6 +220,13 @@ def help_blocks(
     ]
 
 
+def lesson_block(lessons: Sequence[str]) -> HelpBlock:
+    """The pages about what was on the screen; key `l` opens the first."""
+    known = titles(load_progress().shown_language)
+    entries = [("l" if not number else "", known[name]) for number, name in enumerate(lessons)]
+    return HelpBlock("Learn about this", entries or [("l", "the list of pages")])
+
+
 class HelpView(ScrollingLines):
     """Blocks in columns of about equal height."""
 
@@ -295,6 +304,8 @@ class HelpScreen(DetailScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter", key_display="/", id="help.filter",
                 tooltip="Show only entries that contain these words; escape clears it"),
+        Binding("l", "lesson", "Learn about this", id="help.lesson",
+                tooltip="The page about the panel or the screen that the help was opened from"),
         Binding("escape", "back", "Back", id="help.back",
                 tooltip="Clear the filter, or return to the screen before"),
         *CONTROL_BINDINGS,
@@ -305,6 +316,7 @@ class HelpScreen(DetailScreen):
         self._cadences: tuple[tuple[str, str], ...] = ()
         self._first = ""
         """The screen whose keys come first."""
+        self._lessons: tuple[str, ...] = ()
 
     def body(self) -> Iterable[Widget]:
         yield HelpView()
@@ -317,10 +329,11 @@ class HelpScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         """The cadences are all that the help shows of a run."""
         found, first = cadence_entries(snapshot.info), self.context.help_for
-        if (found, first) != (self._cadences, self._first):
-            if first != self._first:
+        lessons = self.context.lessons
+        if (found, first, lessons) != (self._cadences, self._first, self._lessons):
+            if (first, lessons) != (self._first, self._lessons):
                 self.query_one(HelpView).scroll_home(animate=False)
-            self._cadences, self._first = found, first
+            self._cadences, self._first, self._lessons = found, first, lessons
             self._show_matches(self.query_one(SearchInput).value)
 
     def _show_matches(self, text: str) -> None:
@@ -328,7 +341,8 @@ class HelpScreen(DetailScreen):
         words = text.casefold().split()
         found = []
         groups = key_groups(self.app, context.help_for)
-        for block in help_blocks(groups, context.glyphs, context.snapshot.info):
+        blocks = help_blocks(groups, context.glyphs, context.snapshot.info)
+        for block in [lesson_block(context.lessons), *blocks]:
             entries = tuple(
                 entry
                 for entry in block.entries
@@ -338,6 +352,10 @@ class HelpScreen(DetailScreen):
                 found.append(HelpBlock(block.title, entries, block.style))
         nothing = HelpBlock("Nothing found", (("", f"no entry has “{text}”: escape shows all"),))
         self.query_one(HelpView).show_blocks(found or [nothing])
+
+    def action_lesson(self) -> None:
+        """Open the first of the pages that the help names; the list where it names none."""
+        self.context.show_lesson(next(iter(self.context.lessons), ""))
 
     def action_filter(self) -> None:
         self.query_one(SearchInput).open()

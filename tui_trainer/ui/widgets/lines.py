@@ -65,6 +65,9 @@ class LineView(ScrollView, can_focus=False):
     }
     """
 
+    lessons: tuple[str, ...] = ()
+    """Pages of `tui-trainer learn` about what it shows."""
+
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
         self._rows: list[Row] = []

@@ -1,0 +1,120 @@
+"""`tui-trainer learn [PAGE]`: short pages whose numbers are measured on live models."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+from tui_trainer.cli.commands.common import RunsDir, flag
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.options import StartOptions
+from tui_trainer.cli.start import start_screen
+from tui_trainer.cli.terminal import why_no_screen
+from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
+from tui_trainer.learn.laboratory import ExperimentError, Laboratory
+from tui_trainer.learn.layout import Numbers, laid_out, plain
+from tui_trainer.learn.measured import Measured
+from tui_trainer.learn.page import Page, load_page, titles, words
+from tui_trainer.learn.progress import Progress, load_progress, save_progress
+
+MAX_WIDTH = 84
+
+
+def learn(
+    page: Annotated[
+        str | None, Parameter(help="name of a page (default: the list)", show_default=False)
+    ] = None,
+    *,
+    language: Annotated[
+        Literal["en", "fr"] | None,
+        Parameter(
+            help="language of the pages, from now on (default: that of $LANG)", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, Parameter(help="seed of the experiment, off the screen")] = 1,
+    answer: Annotated[bool, flag("print the answer to the question, too")] = False,
+    plain: Annotated[bool, flag("print text even on a terminal")] = False,
+    json: Annotated[bool, flag("print one JSON object")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
+    slow_link: Annotated[
+        bool, flag("send less to the terminal: one frame in 2 s, and at once after a key")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """learn how training works from pages that measure what they state"""
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is negative", "seeds are 0, 1, 2, …")
+    try:
+        name = find_page(page) if page is not None else ""
+    except UnknownPage as error:
+        raise UsageError(error.message, error.hint) from None
+    progress = load_progress()
+    if language is not None and language != progress.language:
+        progress.language = language
+        save_progress(progress)
+    if not (json or plain or answer) and not why_no_screen():
+        options = StartOptions(ascii=ascii, slow_link=slow_link, runs_dir=runs_dir)
+        return start_screen(options, mode="learn", lesson=name)
+    if not name:
+        _print_list(progress, json)
+        return 0
+    shown = load_page(name, progress.shown_language)
+    laboratory = Laboratory()
+    try:
+        measured = laboratory.measure(name, seed)
+    except ExperimentError as error:
+        raise CommandError(error.message, error.hint) from error
+    finally:
+        laboratory.close()
+    if json:
+        print(msgspec.json.encode(page_object(shown, measured)).decode())
+    else:
+        print(page_text(shown, measured, answer))
+    return 0
+
+
+def _print_list(progress: Progress, json: bool) -> None:
+    language = progress.shown_language
+    if json:
+        pages = [
+            {"page": name, "title": title, "state": progress.state(name)}
+            for name, title in titles(language).items()
+        ]
+        print(msgspec.json.encode({"language": language, "pages": pages}).decode())
+        return
+    width = max(map(len, PAGES))
+    for name, title in titles(language).items():
+        state = progress.state(name)
+        print(f"{name:{width}}  {title}{'' if state == 'new' else f' ({words(language)[state]})'}")
+    print("\ntui-trainer learn PAGE prints one, on a terminal it opens it")
+
+
+def page_text(page: Page, measured: Measured, answer: bool = False) -> str:
+    """A page with its numbers as plain text."""
+    numbers = Numbers(page.language, measured.values, quotes_code=True)
+    text = f"# {page.title}\n\n{page.text}" + (f"\n\n{page.answer}" if answer else "")
+    return plain(laid_out(text, numbers, min(MAX_WIDTH, shutil.get_terminal_size().columns)))
+
+
+def page_object(page: Page, measured: Measured) -> dict[str, Any]:
+    """A page, its numbers and the answer as one object."""
+    numbers = Numbers(page.language, measured.values, quotes_code=True)
+
+    def filled(markdown: str) -> str:
+        return plain(laid_out(markdown, numbers, MAX_WIDTH))
+
+    return {
+        "page": page.name,
+        "language": page.language,
+        "title": page.title,
+        "seed": measured.seed,
+        "torch": measured.torch,
+        "values": measured.values,
+        "body": filled(page.body),
+        "to_try": filled(page.to_try),
+        "question": filled(page.question),
+        "answer": filled(page.answer),
+    }

@@ -1,0 +1,75 @@
+"""`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
+
+With `--serve` it reads a `Wanted` from each line of its standard input and answers each with one
+line, a `Measured` or a `Failed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import msgspec
+
+from tui_trainer.learn.catalog import PAGES, find_page
+from tui_trainer.learn.experiments import run_experiment
+from tui_trainer.learn.measured import Failed, Measured, Wanted, all_finite
+from tui_trainer.protocol.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """Run what the command line asks for and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tui_trainer.learn.experiments")
+    parser.add_argument("name", nargs="?", help="name of a page")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--list", action="store_true", help="print the names of all experiments")
+    parser.add_argument("--serve", action="store_true", help="answer requests on standard input")
+    given = parser.parse_args(arguments)
+    if given.serve:
+        serve()
+        return 0
+    if given.list or given.name is None:
+        print("\n".join(PAGES))
+        return 0
+    result = answer(Wanted(given.name, given.seed))
+    if given.json:
+        print(msgspec.json.encode(result).decode())
+    elif isinstance(result, Measured):
+        for name, value in result.values.items():
+            print(f"{name} = {value}")
+    else:
+        print(f"{result.message}\n  hint: {result.hint}", file=sys.stderr)
+    return 0 if isinstance(result, Measured) else 1
+
+
+def serve() -> None:
+    """Answer requests until standard input is closed."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    for line in sys.stdin.buffer:
+        answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=Wanted))) + b"\n")
+        answers.flush()
+
+
+def answer(wanted: Wanted) -> Measured | Failed:
+    """What an experiment measures, or why it could not."""
+    try:
+        measured = run_experiment(find_page(wanted.experiment), wanted.seed)
+    except UserError as error:
+        return Failed(error.message, error.hint)
+    except ModuleNotFoundError as error:
+        return Failed(
+            f"the numbers of the pages are measured with PyTorch: there is no module {error.name}",
+            f"install it for {sys.executable}, for instance with pip install torch",
+        )
+    except Exception as error:
+        return Failed(f"the experiment failed: {type(error).__name__}: {error}")
+    if not all_finite(measured.values):
+        return Failed(f"the experiment {wanted.experiment} measured nan or inf")
+    return measured
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""Runs experiments in a child process, which imports PyTorch once and answers in JSON.
+
+The side that shows pages never imports PyTorch. The child sees no GPU and uses one thread, so that
+it does not disturb a training on this machine; it ends when its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+
+import msgspec
+
+from tui_trainer.learn.measured import Failed, Measured, Wanted, all_finite
+from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.text import sanitize_message, single_line
+
+TIMEOUT_S = 180.0
+"""Importing PyTorch takes seconds, and minutes on a cold disk; an experiment less than one."""
+MAX_ANSWER_BYTES = 1 << 20
+COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.experiments", "--serve")
+
+
+class ExperimentError(UserError):
+    """An experiment could not be run."""
+
+
+class Laboratory:
+    """The child process, started at the first experiment. Thread-safe."""
+
+    def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        """Held while an experiment runs."""
+        self._closed = False
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+
+    def measure(self, experiment: str, seed: int) -> Measured:
+        """Run an experiment and wait for its values. Raises ExperimentError."""
+        with self._lock:
+            if self._closed:
+                raise ExperimentError("the screen has been closed")
+            process = self._running()
+            timer = threading.Timer(TIMEOUT_S, process.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                answer = self._ask(process, Wanted(experiment, seed))
+            finally:
+                timer.cancel()
+        if answer.experiment != experiment or answer.seed != seed:
+            raise ExperimentError(f"the experiment {experiment} answered for another one")
+        return answer
+
+    def close(self) -> None:
+        """End the child; an experiment that is running fails."""
+        self._closed = True
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._said,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                    start_new_session=True,  # Ctrl-C is for the app
+                )
+            except OSError as error:
+                raise ExperimentError(f"cannot start the experiment: {error}") from error
+        return self._process
+
+    def _ask(self, process: subprocess.Popen[bytes], wanted: Wanted) -> Measured:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(msgspec.json.encode(wanted) + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline(MAX_ANSWER_BYTES)
+        except (OSError, ValueError):
+            line = b""
+        if not line:
+            raise self._why_silent(process)
+        return checked(line)
+
+    def _why_silent(self, process: subprocess.Popen[bytes]) -> ExperimentError:
+        _end(process)
+        self._process = None
+        said = single_line(self._last_line(), 200)
+        return ExperimentError(
+            "the experiment ended without an answer",
+            said
+            or "python -m tui_trainer.learn.experiments --list shows whether it can be started",
+        )
+
+    def _last_line(self) -> str:
+        """The last line that the child wrote to its standard error."""
+        with contextlib.suppress(OSError, ValueError):
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").strip().splitlines()
+            return lines[-1] if lines else ""
+        return ""
+
+
+def checked(line: bytes) -> Measured:
+    """The answer of the child. Raises ExperimentError where it is none, or says that it failed."""
+    try:
+        answer = msgspec.json.decode(line, type=Measured)
+    except msgspec.MsgspecError:
+        try:
+            failed = sanitize_message(msgspec.json.decode(line, type=Failed))
+        except msgspec.MsgspecError as error:
+            raise ExperimentError(f"the experiment gave no valid answer: {error}") from error
+        raise ExperimentError(failed.message, failed.hint) from None
+    if not all_finite(answer.values):
+        raise ExperimentError(f"the experiment {answer.experiment} measured nan or inf")
+    return sanitize_message(answer)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()

@@ -1,0 +1,233 @@
+"""A page as lines of styled text, for the screen and for a pipe.
+
+Markdown is parsed before the values are put in, so that no value can change the structure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.cells import cell_len
+
+from tui_trainer.learn.measured import Value
+from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, written
+
+Piece = tuple[str, str]
+"""A text and the name of its style in the palette of the app."""
+Line = list[Piece]
+
+PENDING = "…"
+"""Stands for a value that has not been measured yet."""
+CODE_INDENT = 4
+COLUMN_GAP = 3
+_SPACES = str.maketrans({NO_BREAK: " ", NARROW_NO_BREAK: " "})
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The values to write into a page, and how."""
+
+    language: str
+    values: dict[str, Value] | None = None
+    """None: not measured yet."""
+    before: dict[str, Value] | None = None
+    """Values of the experiment with another seed, to show which of them stay."""
+    pending: str = PENDING
+    quotes_code: bool = False
+    """Whether code in running text keeps its backticks, where there are no styles."""
+
+    def piece(self, name: str, form: str, code: bool) -> Piece:
+        """The text of one value and its style."""
+        if self.values is None or name not in self.values:
+            return self.pending, "dim"
+        text = written(self.values[name], form, self.language, code)
+        if self.before is None or name not in self.before:
+            return text, "accent"
+        same = written(self.before[name], form, self.language, code) == text
+        return text, "good underline" if same else "warning"
+
+
+def laid_out(markdown: str, numbers: Numbers, width: int) -> list[Line]:
+    """The lines of a text, of at most `width` cells where words allow it."""
+    return _Layout(numbers, max(20, width)).lines(_parser().parse(markdown))
+
+
+def plain(lines: Iterable[Line]) -> str:
+    """The lines without styles."""
+    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
+
+
+def changed_values(values: dict[str, Value], before: dict[str, Value]) -> set[str]:
+    """Names of the values that differ from those of another seed, to six digits."""
+    return {
+        name
+        for name, value in values.items()
+        if name not in before or _rounded(value) != _rounded(before[name])
+    }
+
+
+def _rounded(value: Value) -> str:
+    return str([f"{item:.6g}" if isinstance(item, float) else item for item in _items(value)])
+
+
+def _items(value: Value) -> Sequence[float | int | str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _parser() -> MarkdownIt:
+    return MarkdownIt("commonmark").enable("table")
+
+
+class _Layout:
+    def __init__(self, numbers: Numbers, width: int) -> None:
+        self._numbers = numbers
+        self._width = width
+
+    def lines(self, tokens: Sequence[Token]) -> list[Line]:
+        """All blocks, with an empty line between two of them."""
+        found: list[Line] = []
+        index, in_item, new_item = 0, False, False
+        while index < len(tokens):
+            token = tokens[index]
+            block: list[Line] = []
+            match token.type:
+                case "heading_open":
+                    block = self._wrapped(tokens[index + 1], "title")
+                case "paragraph_open":
+                    block = self._wrapped(tokens[index + 1], "text", 2 if in_item else 0)
+                    if new_item:
+                        block[0] = [("· ", "dim"), *block[0][1:]]
+                        new_item = False
+                case "code_block" | "fence":
+                    block = self._code(token.content)
+                case "table_open":
+                    end = next(
+                        i for i in range(index, len(tokens)) if tokens[i].type == "table_close"
+                    )
+                    block = self._table(tokens[index:end])
+                    index = end
+                case "list_item_open":
+                    in_item = new_item = True
+                case "list_item_close":
+                    in_item = False
+            if block:
+                tight = in_item and found and not token.type.startswith("heading")
+                found += [*([[]] if found and not (tight and token.hidden) else []), *block]
+            index += 1
+        return found
+
+    # ------------------------------------------------------------ text
+
+    def _pieces(self, inline: Token, base: str) -> list[Piece]:
+        """The words of a paragraph with their styles, values filled in."""
+        pieces: list[Piece] = []
+        style = base
+        for token in inline.children or ():
+            match token.type:
+                case "text":
+                    pieces += self._filled(token.content, style, code=False)
+                case "code_inline":
+                    tick = [("`", "strong")] if self._numbers.quotes_code else []
+                    pieces += [*tick, *self._filled(token.content, "strong", code=True), *tick]
+                case "softbreak" | "hardbreak":
+                    pieces.append((" ", style))
+                case "strong_open" | "em_open":
+                    style = "strong" if base == "text" else base
+                case "strong_close" | "em_close":
+                    style = base
+        return pieces
+
+    def _filled(self, text: str, style: str, code: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        last = 0
+        for match in PLACEHOLDER.finditer(text):
+            pieces.append((text[last : match.start()], style))
+            pieces.append(self._numbers.piece(match[1], match[2] or "", code))
+            last = match.end()
+        return [piece for piece in [*pieces, (text[last:], style)] if piece[0]]
+
+    def _wrapped(self, inline: Token, style: str, indent: int = 0) -> list[Line]:
+        lines: list[Line] = []
+        line: Line = []
+        used = 0
+        for word in _words_of(self._pieces(inline, style)):
+            cells = _cells(word)
+            if line and used + 1 + cells > self._width - indent:
+                lines.append(line)
+                line, used = [], 0
+            if line:
+                line.append((" ", "text"))
+                used += 1
+            line += word
+            used += cells
+        margin: Line = [(" " * indent, "text")] if indent else []
+        return [[*margin, *_drawable(each)] for each in [*lines, line]]
+
+    # ------------------------------------------------------------ code and tables
+
+    def _code(self, content: str) -> list[Line]:
+        margin = (" " * CODE_INDENT, "text")
+        lines: list[Line] = []
+        for text in content.rstrip("\n").split("\n"):
+            code, mark, comment = text.partition("  #")
+            line = [margin, *self._filled(code, "strong", code=True)]
+            line += self._filled(mark + comment, "dim", code=True)
+            lines.append(_drawable(line))
+        return lines
+
+    def _table(self, tokens: Sequence[Token]) -> list[Line]:
+        rows: list[list[list[Piece]]] = []
+        right: list[bool] = []
+        for token, inline in pairwise(tokens):
+            if token.type == "tr_open":
+                rows.append([])
+            elif token.type in ("th_open", "td_open"):
+                head = token.type == "th_open"
+                if head:
+                    right.append("right" in str(token.attrs.get("style", "")))
+                rows[-1].append(_drawable(self._pieces(inline, "dim" if head else "text")))
+        widths = [max(_cells(row[column]) for row in rows) for column in range(len(right))]
+        if not any(map(_cells, rows[0])):  # a table without a header
+            rows = rows[1:]
+        lines = []
+        for row in rows:
+            line: Line = [(" " * CODE_INDENT, "text")]
+            for number, (cell, width, to_right) in enumerate(zip(row, widths, right, strict=True)):
+                gap = " " * (COLUMN_GAP if number else 0)
+                padding = " " * (width - _cells(cell))
+                line.append((gap + (padding if to_right else ""), "text"))
+                line += [*cell, ("" if to_right else padding, "text")]
+            lines.append([piece for piece in line if piece[0]])
+        return lines
+
+
+def _words_of(pieces: Sequence[Piece]) -> list[Line]:
+    """The pieces cut at spaces; one word may have pieces of several styles."""
+    words: list[Line] = []
+    open_word = False
+    for text, style in pieces:
+        for part in re.split("( +)", text):
+            if not part:
+                continue
+            if not part.strip(" "):  # a space that does not break belongs to its word
+                open_word = False
+            elif open_word:
+                words[-1].append((part, style))
+            else:
+                words.append([(part, style)])
+                open_word = True
+    return words
+
+
+def _cells(pieces: Iterable[Piece]) -> int:
+    return sum(cell_len(text) for text, _ in pieces)
+
+
+def _drawable(pieces: Iterable[Piece]) -> Line:
+    """Terminals draw spaces that do not break in different widths."""
+    return [(text.translate(_SPACES), style) for text, style in pieces]

@@ -1,0 +1,45 @@
+"""What an experiment measures: the values that a page states, as they cross from its process."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+Value = bool | int | float | str | list[float | int | str]
+"""A number, a text, or a vector. Floats are finite."""
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The result of one experiment."""
+
+    experiment: str
+    seed: int
+    values: dict[str, Value]
+    """By the name of the placeholder."""
+    milliseconds: float
+    torch: str
+    """Version of PyTorch."""
+
+
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The reason why an experiment could not be run."""
+
+    message: str
+    hint: str = ""
+
+
+class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The experiment to run, and the seed of its random numbers."""
+
+    experiment: str
+    seed: int
+
+
+def all_finite(values: dict[str, Value]) -> bool:
+    """Whether no value is nan or infinite: JSON could not hold it, and no page states one."""
+    return all(
+        not isinstance(item, float) or math.isfinite(item)
+        for value in values.values()
+        for item in (value if isinstance(value, list) else [value])
+    )

@@ -1,0 +1,110 @@
+"""The pages: their texts in each language, and the numbers written into them.
+
+A page is a Markdown file: a title, the text, and the three sections of `SECTIONS`, whose headings
+are in the language of the page. `{name:.3f}` stands for a measured value in Python's notation of
+formats; none is written out in the text, so that each number on the screen is one that was
+measured. In running text and tables a number has the signs of the language (`0,090`), in code those
+of Python.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tui_trainer.learn.measured import Value
+
+TEXTS = Path(__file__).parent / "pages"
+"""A folder for each language, with a file for each page and the words of the screen."""
+LANGUAGES = ("en", "fr")
+NO_BREAK, NARROW_NO_BREAK = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
+PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(?::([^{}\s]*))?\}")
+_SECTION = re.compile(r"^## .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Page:
+    """The text of a page in one language, in Markdown with placeholders."""
+
+    name: str
+    language: str
+    title: str
+    body: str
+    """What the page explains."""
+    to_try: str
+    """One thing to try, with its heading as the others."""
+    question: str
+    """A question whose answer the experiment gives."""
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """Everything but the answer."""
+        return "\n\n".join((self.body, self.to_try, self.question))
+
+
+def load_page(name: str, language: str) -> Page:
+    """Read a page. `name` is one of `catalog.PAGES`."""
+    text = (TEXTS / language / f"{name}.md").read_text(encoding="utf-8")
+    heads = [match.start() for match in _SECTION.finditer(text)]
+    title, _, body = text[: heads[0]].partition("\n")
+    to_try, question, answer = (
+        text[start:end].strip() for start, end in zip(heads, [*heads[1:], len(text)], strict=True)
+    )
+    return Page(name, language, title.removeprefix("# "), body.strip(), to_try, question, answer)
+
+
+@cache
+def titles(language: str) -> dict[str, str]:
+    """The titles of all pages, by name."""
+    from tui_trainer.learn.catalog import PAGES
+
+    return {name: load_page(name, language).title for name in PAGES}
+
+
+@cache
+def words(language: str) -> dict[str, str]:
+    """What the screen says around the pages."""
+    return dict(tomllib.loads((TEXTS / language / "words.toml").read_text(encoding="utf-8")))
+
+
+def language_of(environment: Mapping[str, str] = os.environ) -> str:
+    """The language that LANGUAGE, LC_ALL, LC_MESSAGES or LANG asks for, in the order in which
+    gettext reads them; English for one in which there are no pages."""
+    wanted = next(
+        (
+            environment[name]
+            for name in ("LC_ALL", "LC_MESSAGES", "LANG")
+            if environment.get(name, "")
+        ),
+        "",
+    )
+    if wanted.split(".")[0] not in ("", "C", "POSIX") and environment.get("LANGUAGE", ""):
+        wanted = environment["LANGUAGE"].split(":")[0]
+    language = re.split(r"[_.@]", wanted)[0].lower()
+    return language if language in LANGUAGES else LANGUAGES[0]
+
+
+def placeholders(text: str) -> set[str]:
+    """The names of the values that a text states."""
+    return {match[1] for match in PLACEHOLDER.finditer(text)}
+
+
+def written(value: Value, form: str, language: str, code: bool = False) -> str:
+    """A value as it stands in a text of `language`, or in code."""
+    if isinstance(value, list):
+        items = [written(item, form, language, code) for item in value]
+        separator = f"{NO_BREAK}; " if language == "fr" and not code else ", "
+        return f"[{separator.join(items)}]"
+    text = format(value, form if isinstance(value, str) or not isinstance(value, bool) else "")
+    if code or isinstance(value, str | bool):
+        return text
+    text = text.replace("-", "\N{MINUS SIGN}") if "e" not in text else text
+    if language == "fr":
+        return text.replace(",", NARROW_NO_BREAK).replace(".", ",")
+    return text

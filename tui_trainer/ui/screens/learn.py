@@ -1,0 +1,380 @@
+"""Learn: short pages whose numbers are measured on a live model while they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.learn.catalog import PAGES
+from tui_trainer.learn.laboratory import ExperimentError, Laboratory
+from tui_trainer.learn.layout import Line, Numbers, changed_values, laid_out
+from tui_trainer.learn.measured import Measured
+from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
+from tui_trainer.learn.progress import PageState, load_progress, save_progress
+from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.lines import Row, ScrollingLines
+from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
+from tui_trainer.ui.widgets.text import Caption
+
+FIRST_SEED = 1
+MAX_TEXT_WIDTH = 84
+"""Cells in which a text is easy to read."""
+MIN_WIDTH_BESIDE = 120
+"""Width from which the list stands beside the page."""
+MARKS: dict[PageState, tuple[str, str]] = {
+    "new": ("·", "dim"),
+    "read": ("○", "accent"),
+    "answered": ("✓", "good"),
+}
+"""Sign and style of each state of a page."""
+
+
+class PageList(VirtualTable):
+    """The pages, with how far the learner is."""
+
+    DEFAULT_CSS = "PageList { margin: 1 1 0 1; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "activate", "Open", id="learn.open", tooltip="Read the page"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, PageState] = {}
+        self.titles: dict[str, str] = {}
+        self.columns = (
+            TableColumn("number", "", 2, lambda row: Cell(str(row + 1), "dim")),
+            TableColumn("state", "", 1, self._mark, left=True),
+            TableColumn("title", "", 0, lambda row: self.titles.get(PAGES[row], ""), left=True),
+        )
+        self.set_order(np.arange(len(PAGES)))
+
+    def _mark(self, row: int) -> Cell:
+        return Cell(*MARKS[self.states.get(PAGES[row], "new")])
+
+
+class PageView(ScrollingLines):
+    """The text of one page, with the numbers that have been measured."""
+
+    DEFAULT_CSS = "PageView { margin: 1 0 0 1; }"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text = ""
+        self._numbers = Numbers(LANGUAGES[0])
+        self._laid_out: list[Line] = []
+
+    def show_text(self, text: str, numbers: Numbers) -> None:
+        """Show a text in Markdown."""
+        if (text, numbers) != (self._text, self._numbers):
+            self._text, self._numbers = text, numbers
+            self.lines_changed()
+
+    def lines_changed(self, first: int = 0) -> None:
+        """Lay the text out for the present width."""
+        width = min(self.view_size.width - 1, MAX_TEXT_WIDTH)
+        self._laid_out = laid_out(self._text, self._numbers, width)
+        super().lines_changed(first)
+
+    def line_count(self) -> int:
+        return len(self._laid_out)
+
+    def line(self, index: int) -> Row:
+        return self.styled(self._laid_out[index])
+
+
+class LearnScreen(RunScreen):
+    """A list of pages and the page that is read: side by side where there is room."""
+
+    CSS = """
+    LearnScreen #learn-title { height: 1; padding: 0 1; }
+    LearnScreen #learn-body { height: 1fr; }
+    LearnScreen #reader { display: none; width: 1fr; }
+    LearnScreen #page-title { margin: 1 1 0 1; }
+    LearnScreen #page-state { margin: 0 1; }
+    LearnScreen.-reading PageList { display: none; }
+    LearnScreen.-reading #reader { display: block; }
+    LearnScreen.-beside PageList { display: block; width: 52; }
+    LearnScreen.-beside #reader { display: block; }
+    LearnScreen.-too-small #learn-title, LearnScreen.-too-small #learn-body { display: none; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("a,enter", "answer", "Answer", id="learn.answer",
+                tooltip="Show or hide the answer to the question of the page"),
+        Binding("r", "again", "Other seed", id="learn.again",
+                tooltip="Measure again with another seed: what stays is a law"),
+        Binding("n,right", "turn(1)", "Next", id="learn.next", tooltip="The next page"),
+        Binding("N,left", "turn(-1)", "Previous", id="learn.previous", show=False,
+                tooltip="The page before"),
+        Binding("l", "language", "English/français", id="learn.language",
+                tooltip="Read the pages in the other language; it is remembered"),
+        Binding("escape", "back", "Back", id="learn.back",
+                tooltip="To the list of pages, or to the screen before"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.laboratory = Laboratory()
+        self._progress = load_progress()
+        self._page: Page | None = None
+        self._revealed = False
+        self._opened_from_help = False
+        self._measured: dict[str, list[Measured]] = {}
+        """What was measured for each page: the newest two, the older first."""
+        self._failure: dict[str, ExperimentError] = {}
+        """Why a page has no numbers."""
+        self._experiment: tuple[str, int] | None = None
+        """The experiment in progress and its seed."""
+        self._wanted: tuple[str, int] | None = None
+        """The one to run after it."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # ------------------------------------------------------------ layout
+
+    def compose(self) -> ComposeResult:
+        yield TooSmall(*MIN_SIZE)
+        yield Caption(id="learn-title")
+        with Horizontal(id="learn-body"):
+            yield PageList()
+            with Vertical(id="reader"):
+                yield Caption(id="page-title")
+                yield Caption(id="page-state")
+                yield PageView()
+        yield KeyLine()
+
+    def on_mount(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.query_one(PageList).focus()
+        self._show_all()
+        self._open_wanted()
+
+    def on_unmount(self) -> None:
+        """End the child process."""
+        self.laboratory.close()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Show list and page beside each other where there is room."""
+        width, height = event.size
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
+        self.set_class(self._beside, "-beside")
+        if self._beside and self._page is None:
+            self._preview(self.query_one(PageList).cursor)
+
+    @property
+    def _beside(self) -> bool:
+        return self.app.size.width >= MIN_WIDTH_BESIDE
+
+    @property
+    def _reading(self) -> bool:
+        """Whether the page has the keys, and not the list."""
+        return self.has_class("-reading")
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Of a run nothing is shown here; a page may have been asked for on another screen."""
+        self._open_wanted()
+
+    def _open_wanted(self) -> None:
+        if self.context.lesson and self.is_mounted:
+            name, self.context.lesson = self.context.lesson, ""
+            self._opened_from_help = self.context.learn_from != "learn"
+            self.open_page(name)
+
+    # ------------------------------------------------------------ pages
+
+    @property
+    def language(self) -> str:
+        """The language of the pages."""
+        return self._progress.shown_language
+
+    def open_page(self, name: str) -> None:
+        """Read a page; its numbers are measured unless they are known."""
+        pages = self.query_one(PageList)
+        pages.move_cursor(PAGES.index(name))
+        self.add_class("-reading")
+        if self._progress.mark(name):
+            save_progress(self._progress)
+        self._show_page(name)
+        self.query_one(PageView).focus()
+
+    def _preview(self, row: int) -> None:
+        """Show a page beside the list, which keeps the keys."""
+        self._show_page(PAGES[row])
+
+    def _show_page(self, name: str) -> None:
+        self._page = load_page(name, self.language)
+        self._revealed = False
+        self.query_one(PageView).scroll_home(animate=False)
+        if name not in self._measured:
+            self._measure(name, FIRST_SEED)
+        self._show_all()
+
+    def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
+        """Show the page under the cursor where there is room beside the list."""
+        message.stop()
+        if self._beside and not self._reading:
+            self._preview(message.row)
+
+    def on_virtual_table_activated(self, message: VirtualTable.Activated) -> None:
+        """Open the page under the cursor."""
+        message.stop()
+        self._opened_from_help = False
+        self.open_page(PAGES[message.row])
+
+    # ------------------------------------------------------------ drawing
+
+    def _show_all(self) -> None:
+        text = words(self.language)
+        pages = self.query_one(PageList)
+        pages.titles = titles(self.language)
+        pages.states = {name: self._progress.state(name) for name in PAGES}
+        pages.update_rows()
+        answered = sum(state == "answered" for state in pages.states.values())
+        progress = text["pages"].format(answered=answered, count=len(PAGES))
+        self.query_one("#learn-title", Caption).update(
+            [(text["learn"], "title"), (progress, "dim")],
+            text["choose"] if not self._reading else "",
+            right_is_optional=True,
+        )
+        self._show_text()
+        self.refresh_bindings()
+        self.query_one(KeyLine).update_rows()
+
+    def _show_text(self) -> None:
+        page = self._page
+        if page is None:
+            return
+        text, glyphs = words(self.language), self.context.glyphs
+        number = f"{PAGES.index(page.name) + 1}/{len(PAGES)}"
+        self.query_one("#page-title", Caption).update([(number, "dim"), (page.title, "title")])
+        state, style, hint = self._page_state(page.name)
+        self.query_one("#page-state", Caption).update(
+            [(state, style)], hint, right_is_optional=True
+        )
+        known = self._measured.get(page.name, [])
+        numbers = Numbers(
+            self.language,
+            known[-1].values if known else None,
+            known[-2].values if len(known) > 1 else None,
+            glyphs.missing if page.name in self._failure else glyphs.ellipsis,
+        )
+        shown = page.text + "\n\n"
+        shown += page.answer if self._revealed else f"*{text['press_answer']}*"
+        self.query_one(PageView).show_text(shown, numbers)
+
+    def _page_state(self, name: str) -> tuple[str, str, str]:
+        """What is known of the numbers of a page, its style, and a hint."""
+        text = words(self.language)
+        if self._experiment is not None and self._experiment[0] == name:
+            return text["measuring"], "warning", ""
+        if name in self._failure:
+            failure = self._failure[name]
+            hint = f" ({failure.hint})" if failure.hint else ""
+            return f"{text['failed']}: {failure.message}{hint}", "error", ""
+        known = self._measured.get(name, [])
+        if not known:
+            return text["measuring"], "warning", ""
+        newest = known[-1]
+        if len(known) == 1:
+            told = text["measured"].format(
+                seed=newest.seed, milliseconds=round(newest.milliseconds)
+            )
+            return f"{told}, PyTorch {newest.torch}", "dim", text["press_again"]
+        changed = len(changed_values(known[-1].values, known[-2].values))
+        told = text["compared"].format(
+            seed=newest.seed, same=len(newest.values) - changed, changed=changed
+        )
+        return told, "dim", text["legend"].format(before=known[-2].seed)
+
+    # ------------------------------------------------------------ measuring
+
+    def _measure(self, name: str, seed: int) -> None:
+        """Run an experiment once the one in progress has ended."""
+        self._failure.pop(name, None)
+        if self._experiment is not None:
+            self._wanted = name, seed
+            return
+        self._experiment = name, seed
+        self.run_worker(partial(self._run, name, seed), thread=True, group="experiment")
+
+    def _run(self, name: str, seed: int) -> None:
+        """Called on a thread: a child process measures."""
+        try:
+            result: Measured | ExperimentError = self.laboratory.measure(name, seed)
+        except ExperimentError as error:
+            result = error
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the app has left
+            self._loop.call_soon_threadsafe(self.call_next, self._arrived, name, result)
+
+    def _arrived(self, name: str, result: Measured | ExperimentError) -> None:
+        self._experiment = None
+        if isinstance(result, Measured):
+            self._measured[name] = [*self._measured.get(name, []), result][-2:]
+        else:
+            self._failure[name] = result
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None and wanted != (name, getattr(result, "seed", None)):
+            self._measure(*wanted)
+        self._show_all()
+
+    # ------------------------------------------------------------ actions
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of a page are offered while one is shown."""
+        if action == "turn":
+            return self._reading
+        if action in ("answer", "again"):
+            return self._page is not None and (self._reading or self._beside)
+        return True
+
+    def action_answer(self) -> None:
+        """Show or hide the answer."""
+        if self._page is None:
+            return
+        self._revealed = not self._revealed
+        if self._revealed and self._progress.mark(self._page.name, answered=True):
+            save_progress(self._progress)
+        self._show_all()
+        if self._revealed:
+            self.call_after_refresh(self.query_one(PageView).scroll_end, animate=False)
+
+    def action_again(self) -> None:
+        """Run the experiment of the page with the next seed."""
+        if self._page is not None and self._experiment is None:
+            known = self._measured.get(self._page.name, [])
+            self._measure(self._page.name, known[-1].seed + 1 if known else FIRST_SEED)
+            self._show_all()
+
+    def action_turn(self, by: int) -> None:
+        """Open the next or the previous page."""
+        if self._page is not None:
+            self.open_page(PAGES[(PAGES.index(self._page.name) + by) % len(PAGES)])
+
+    def action_language(self) -> None:
+        """Show the pages in the other language."""
+        others = [language for language in LANGUAGES if language != self.language]
+        self._progress.language = others[0]
+        save_progress(self._progress)
+        if self._page is not None:
+            self._page = load_page(self._page.name, self.language)
+        self._show_all()
+
+    def action_back(self) -> None:
+        """To the list; from there, or from a page that the help opened, to the screen before."""
+        if self._reading:
+            self.remove_class("-reading")
+            self.query_one(PageList).focus()
+            self._show_all()
+            if not self._opened_from_help:
+                return
+        self._opened_from_help = False
+        self.context.action_go(self.context.learn_from)
