@@ -40,6 +40,12 @@ class Laboratory:
         self._closed = False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
 
+    def prepare(self) -> None:
+        """Start the child, so that it has imported PyTorch when the first page is opened."""
+        with self._lock, contextlib.suppress(ExperimentError):
+            if not self._closed:
+                self._running()
+
     def measure(self, experiment: str, seed: int) -> Measured:
         """Run an experiment and wait for its values. Raises ExperimentError."""
         with self._lock:

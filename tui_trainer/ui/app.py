@@ -138,7 +138,7 @@ class TuiTrainerApp(App[int]):
         self.ends_with_app = ends_with_app
         self.status_message = ""
         self.help_for = start_mode if start_mode != "help" else "dashboard"
-        self.learn_from = "dashboard" if on_launch is None else "start"
+        self.learn_from = ""
         self.lesson = lesson
         self.lessons: tuple[str, ...] = ()
         self._start_mode = start_mode

@@ -7,6 +7,7 @@ line, a `Measured` or a `Failed`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -46,11 +47,19 @@ def main(arguments: list[str]) -> int:
 
 def serve() -> None:
     """Answer requests until standard input is closed."""
+    os.nice(5)  # a training on this machine comes first
+    prepare()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     for line in sys.stdin.buffer:
         answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=Wanted))) + b"\n")
         answers.flush()
+
+
+def prepare() -> None:
+    """Import what experiments use; what is missing is reported with the first of them."""
+    with contextlib.suppress(ImportError):
+        import torch._dynamo  # noqa: F401
 
 
 def answer(wanted: Wanted) -> Measured | Failed:

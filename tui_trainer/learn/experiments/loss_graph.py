@@ -32,7 +32,6 @@ def experiment() -> dict[str, Value]:
         "leaves": len(leaves(nodes)),
         "parameters": len(list(model.parameters())),
         "item_type": type(loss.item()).__name__,
-        "item_has_graph": hasattr(loss.item(), "grad_fn"),
         "detached_operations": len(graph_nodes(loss.detach())),
         "no_grad_operations": len(graph_nodes(without)),
         "batches": BATCHES,

@@ -20,9 +20,7 @@ def experiment() -> dict[str, Value]:
     held_by_id = {id(tensor): tensor for tensor in held}
     values: dict[str, Value] = {
         "parameters": len(named),
-        "held": len(held),
         "shared": sum(held_by_id.get(id(each)) is each for each in named.values()),
-        "groups": len(optimizer.param_groups),
     }
     for number, name in enumerate(SHOWN, 1):
         tensor = named[name]

@@ -101,7 +101,7 @@ class AppContext(DrawingContext, Protocol):
     help_for: str
     """The screen that the help was opened from."""
     learn_from: str
-    """The screen that the pages were opened from."""
+    """The screen that the pages were opened from; "" where the app began with them."""
     lesson: str
     """The page to open when the pages are shown next; "" for the list."""
     lessons: tuple[str, ...]

@@ -29,7 +29,7 @@ from tui_trainer.ui.widgets.text import Caption
 FIRST_SEED = 1
 MAX_TEXT_WIDTH = 84
 """Cells in which a text is easy to read."""
-MIN_WIDTH_BESIDE = 120
+MIN_WIDTH_BESIDE = 140
 """Width from which the list stands beside the page."""
 MARKS: dict[PageState, tuple[str, str]] = {
     "new": ("·", "dim"),
@@ -153,6 +153,7 @@ class LearnScreen(RunScreen):
 
     def on_mount(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self.run_worker(self.laboratory.prepare, thread=True, group="experiment")
         self.query_one(PageList).focus()
         self._show_all()
         self._open_wanted()
@@ -185,7 +186,7 @@ class LearnScreen(RunScreen):
     def _open_wanted(self) -> None:
         if self.context.lesson and self.is_mounted:
             name, self.context.lesson = self.context.lesson, ""
-            self._opened_from_help = self.context.learn_from != "learn"
+            self._opened_from_help = bool(self.context.learn_from)
             self.open_page(name)
 
     # ------------------------------------------------------------ pages
@@ -377,4 +378,7 @@ class LearnScreen(RunScreen):
             if not self._opened_from_help:
                 return
         self._opened_from_help = False
-        self.context.action_go(self.context.learn_from)
+        origin = self.context.learn_from
+        if not origin:
+            origin = "start" if self.app.check_action("go", ("start",)) else "dashboard"
+        self.context.action_go(origin)

@@ -281,6 +281,8 @@ class StartScreen(RunScreen):
                 tooltip="Hide the options of the group"),
         Binding("ctrl+r", "reset", "Reset", id="start.reset",
                 tooltip="Set every field to the value of the preset"),
+        Binding("ctrl+l", "app.go('learn')", "Learn", id="start.learn",
+                tooltip="Short pages about training, measured on a live model while you read"),
     ]  # fmt: skip
 
     def __init__(self) -> None:

@@ -1,0 +1,112 @@
+"""`tui-trainer learn` off a terminal: a list, a page as text, one object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.calling import call
+from tests.learn.measured_once import measured
+from tui_trainer.cli.main import run
+from tui_trainer.learn import laboratory
+from tui_trainer.learn.catalog import PAGES
+from tui_trainer.learn.laboratory import ExperimentError
+from tui_trainer.learn.measured import Measured
+from tui_trainer.learn.page import titles
+from tui_trainer.learn.progress import load_progress
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments run in this process."""
+    monkeypatch.setattr(
+        laboratory.Laboratory, "measure", lambda self, name, seed: measured(name, seed)
+    )
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["learn"]) == 0
+    printed = capsys.readouterr().out
+    for name, title in titles("en").items():
+        assert f"{name} " in printed
+        assert title in printed
+
+
+def test_the_list_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["learn", "--json", "--language", "fr"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["language"] == "fr"
+    assert [page["page"] for page in found["pages"]] == list(PAGES)
+    assert {page["state"] for page in found["pages"]} == {"new"}
+    assert load_progress().language == "fr"
+    assert run(["learn"]) == 0
+    assert titles("fr")["loss-graph"] in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_page_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["learn", "accumulation"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(titles("en")["accumulation"])
+    assert f"{measured('accumulation').values['norm_once']:.4f}" in printed
+    assert "`zero_grad(set_to_none=True)`" in printed or "`set_to_none=True`" in printed
+    assert "Question" in printed
+    assert "Answer" not in printed
+    assert run(["learn", "accumulation", "--answer", "--seed", "2"]) == 0
+    assert "3.00 times" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_page_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["learn", "Param_Groups", "--json", "--language", "fr"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["page"], found["language"], found["seed"]) == ("param-groups", "fr", 1)
+    values = measured("param-groups").values
+    assert found["values"].keys() == values.keys()
+    assert found["answer"].startswith("Réponse")
+    assert all(found[part] for part in ("title", "body", "to_try", "question", "torch"))
+
+
+def test_what_cannot_be_measured_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, name: str, seed: int) -> Measured:
+        raise ExperimentError("there is no module torch", "pip install torch")
+
+    monkeypatch.setattr(laboratory.Laboratory, "measure", fail)
+    assert run(["learn", "loss-graph"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "tui-trainer: there is no module torch\n  hint: pip install torch\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("learn", "nothing"), "there is no page nothing"),
+        (("learn", "--language", "de"), "de"),
+        (("learn", "loss-graph", "--seed", "-1"), "--seed -1 is negative"),
+    ],
+)
+def test_a_wrong_command_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(list(arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_process_prints_the_list(tmp_path: Path) -> None:
+    done = call("learn", "--json", cwd=tmp_path, env={"LANG": "fr_FR.UTF-8"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["language"] == "fr"

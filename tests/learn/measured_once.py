@@ -1,0 +1,14 @@
+"""What the experiments measure, once for all tests of a process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tui_trainer.learn.experiments import run_experiment
+from tui_trainer.learn.measured import Measured
+
+
+@cache
+def measured(name: str, seed: int = 1) -> Measured:
+    """The values of a page."""
+    return run_experiment(name, seed)

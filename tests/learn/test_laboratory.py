@@ -1,0 +1,214 @@
+"""Experiments in a child process: its answers are checked, and it never stays behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tui_trainer.learn import progress as progress_module
+from tui_trainer.learn.experiments.__main__ import answer
+from tui_trainer.learn.laboratory import COMMAND, ExperimentError, Laboratory, checked
+from tui_trainer.learn.measured import Failed, Measured, Wanted
+from tui_trainer.learn.progress import Progress, load_progress, save_progress
+
+ANSWER = Measured("loss-graph", 1, {"loss": 3.5, "name": "x", "vector": [1, 2.5]}, 1.0, "2.13.0")
+
+
+def child(program: str) -> Laboratory:
+    """A laboratory whose child is this Python program."""
+    return Laboratory((sys.executable, "-c", program))
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def real() -> Iterator[Laboratory]:
+    laboratory = Laboratory()
+    yield laboratory
+    laboratory.close()
+
+
+@pytest.mark.slow
+def test_a_real_child_answers_again_and_ends_with_the_laboratory(real: Laboratory) -> None:
+    real.prepare()
+    first, second = real.measure("loss-graph", 1), real.measure("loss-graph", 2)
+    assert (first.experiment, first.seed, second.seed) == ("loss-graph", 1, 2)
+    assert first.values["leaves"] == second.values["leaves"]
+    assert first.values["loss"] != second.values["loss"]
+    with pytest.raises(ExperimentError, match="no page nothing"):
+        real.measure("nothing", 1)
+    assert real.measure("loss-graph", 1).values == first.values
+    assert real._process is not None
+    pid = real._process.pid
+    real.close()
+    assert gone(pid)
+    with pytest.raises(ExperimentError, match="closed"):
+        real.measure("loss-graph", 1)
+
+
+def test_the_child_is_this_python_without_the_current_directory() -> None:
+    assert COMMAND[:3] == (sys.executable, "-P", "-m")
+
+
+def test_a_child_ends_when_its_input_is_closed() -> None:
+    laboratory = child("import sys; sys.stdin.read()")
+    laboratory.prepare()
+    process = laboratory._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(120) == 0
+
+
+def test_a_child_that_dies_is_reported_with_its_last_words_and_started_again(
+    tmp_path: Path,
+) -> None:
+    laboratory = child(
+        "import os, sys\n"
+        f"path = {str(tmp_path / 'again')!r}\n"
+        "if not os.path.exists(path):\n"
+        "    open(path, 'w').close()\n"
+        "    sys.exit('out of luck')\n"
+        f"sys.stdin.readline(); print({msgspec.json.encode(ANSWER).decode()!r}, flush=True)\n"
+    )
+    with pytest.raises(ExperimentError, match="without an answer") as caught:
+        laboratory.measure("loss-graph", 1)
+    assert caught.value.hint == "out of luck"
+    assert laboratory.measure("loss-graph", 1) == ANSWER
+    laboratory.close()
+
+
+def test_closing_ends_an_experiment_that_hangs() -> None:
+    laboratory = child("import time; time.sleep(600)")
+    errors = []
+
+    def measure() -> None:
+        try:
+            laboratory.measure("loss-graph", 1)
+        except ExperimentError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    deadline = time.monotonic() + 120
+    while laboratory._process is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    laboratory.close()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert len(errors) == 1
+
+
+def test_an_answer_for_another_page_is_refused() -> None:
+    line = msgspec.json.encode(ANSWER).decode()
+    laboratory = child(f"input(); print({line!r}, flush=True); input()")
+    with pytest.raises(ExperimentError, match="another"):
+        laboratory.measure("accumulation", 1)
+    laboratory.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b'{"experiment": "loss-graph"}',
+        b'{"experiment":"x","seed":1,"values":{"a":null},"milliseconds":1,"torch":""}',
+        b'{"experiment":"x","seed":1,"values":{"a":{"b":1}},"milliseconds":1,"torch":""}',
+        b'{"experiment":"x","seed":1,"values":{},"milliseconds":1,"torch":"","more":1}',
+    ],
+)
+def test_what_is_no_answer_is_refused(line: bytes) -> None:
+    with pytest.raises(ExperimentError, match="no valid answer"):
+        checked(line)
+
+
+def test_an_answer_is_checked() -> None:
+    assert checked(msgspec.json.encode(ANSWER)) == ANSWER
+    with pytest.raises(ExperimentError, match="why") as caught:
+        checked(msgspec.json.encode(Failed("why", "what to do")))
+    assert caught.value.hint == "what to do"
+
+
+def test_a_python_without_pytorch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "tui_trainer.learn.experiments.loss_graph", raising=False)
+    failed = answer(Wanted("loss-graph", 1))
+    assert isinstance(failed, Failed)
+    assert "PyTorch" in failed.message
+    assert "pip install torch" in failed.hint
+
+
+def test_an_experiment_that_raises_or_measures_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tui_trainer.learn.experiments import loss_graph
+
+    monkeypatch.setattr(loss_graph, "experiment", lambda: {"loss": float("nan")})
+    failed = answer(Wanted("loss-graph", 1))
+    assert isinstance(failed, Failed)
+    assert "nan" in failed.message
+    monkeypatch.setattr(loss_graph, "experiment", lambda: [][0])
+    failed = answer(Wanted("loss-graph", 1))
+    assert isinstance(failed, Failed)
+    assert "IndexError" in failed.message
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("LANG", "fr_FR.UTF-8")
+    for name in ("LC_ALL", "LC_MESSAGES", "LANGUAGE"):
+        monkeypatch.delenv(name, raising=False)
+    progress = load_progress()
+    assert progress == Progress()
+    assert progress.shown_language == "fr"
+    assert progress.mark("loss-graph")
+    assert not progress.mark("loss-graph")
+    assert progress.mark("accumulation", answered=True)
+    progress.language = "en"
+    save_progress(progress)
+    loaded = load_progress()
+    assert [loaded.state(n) for n in ("loss-graph", "accumulation", "param-groups")] == [
+        "read",
+        "answered",
+        "new",
+    ]
+    assert loaded.shown_language == "en"
+    if sys.platform == "linux":
+        assert progress_module._file() == tmp_path / "tui-trainer" / "learn.json"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"read": 3}', b"\xff\xfe"])
+def test_a_damaged_file_is_as_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    save_progress(Progress(read=["x"]))
+    progress_module._file().write_bytes(content)
+    assert load_progress() == Progress()
+
+
+def test_a_home_that_cannot_be_written_to_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    save_progress(Progress(read=["x"]))

@@ -1,0 +1,251 @@
+"""The pages on the screen: the list, reading, measuring again, languages, and the way from the help."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from tests.ui.fake import fake_gpt
+from tests.ui.screens import SIZES, app_on, settle, text_of, until
+from tui_trainer.learn.catalog import PAGES
+from tui_trainer.learn.laboratory import ExperimentError
+from tui_trainer.learn.measured import Measured, Value
+from tui_trainer.learn.page import load_page, placeholders
+from tui_trainer.learn.progress import load_progress
+from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.lessons import OF_SCREEN, lessons_for
+from tui_trainer.ui.screens import SCREENS, learn
+from tui_trainer.ui.screens.learn import LearnScreen
+
+
+class FakeLaboratory:
+    """Answers with values of its own; `gate` holds answers back."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: ExperimentError | None = None
+        self.closed = False
+
+    def prepare(self) -> None:
+        pass
+
+    def measure(self, experiment: str, seed: int) -> Measured:
+        self.asked.append((experiment, seed))
+        assert self.gate.wait(240)
+        if self.error is not None:
+            raise self.error
+        page = load_page(experiment, "en")
+        values: dict[str, Value] = {}
+        for name in sorted(placeholders(page.text + page.answer)):
+            values[name] = 7
+        values |= {"loss": 3.0 + seed, "norm_once": 0.5 * seed, "left_none": "None"}
+        return Measured(experiment, seed, values, 12.3, "2.13.0")
+
+    def close(self) -> None:
+        self.closed = True
+        self.gate.set()
+
+
+@pytest.fixture(autouse=True)
+def laboratory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeLaboratory:
+    fake = FakeLaboratory()
+    monkeypatch.setattr(learn, "Laboratory", lambda: fake)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+async def press(pilot: Pilot[int], *keys: str) -> None:
+    for key in keys:
+        await pilot.press(key)
+        await settle(pilot)
+
+
+async def shows(pilot: Pilot[int], app: TuiTrainerApp, *texts: str) -> None:
+    def all_there() -> bool:
+        shown = text_of(app)
+        return all(text in shown for text in texts)
+
+    await until(pilot, all_there, f"{texts} on\n{text_of(app)}")
+
+
+def title(name: str, language: str = "en") -> str:
+    return load_page(name, language).title
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_list_and_a_page(size: tuple[int, int], laboratory: FakeLaboratory) -> None:
+    app = app_on("learn", None)
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        for name in PAGES:
+            assert title(name) in text_of(app)
+        await press(pilot, "enter")
+        await shows(pilot, app, f"1/{len(PAGES)}", "seed 1, measured in 12 ms", "4.0000")
+        assert load_progress().read == [PAGES[0]]
+        await press(pilot, "escape")
+        assert title(PAGES[1]) in text_of(app)
+    assert laboratory.closed
+
+
+async def test_a_page_is_there_before_its_numbers(laboratory: FakeLaboratory) -> None:
+    laboratory.gate.clear()
+    app = app_on("learn", None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "enter")
+        await shows(pilot, app, "measuring…", "Nobody builds it")
+        laboratory.gate.set()
+        await shows(pilot, app, "measured in 12 ms")
+        assert "measuring…" not in text_of(app)
+
+
+async def test_only_the_page_in_front_is_measured_next(laboratory: FakeLaboratory) -> None:
+    laboratory.gate.clear()
+    app = app_on("learn", None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "enter", "n", "n")
+        laboratory.gate.set()
+        await shows(pilot, app, f"3/{len(PAGES)}", "measured in 12 ms")
+        assert laboratory.asked == [(PAGES[0], 1), (PAGES[2], 1)]
+        await press(pilot, "left")
+        await shows(pilot, app, f"2/{len(PAGES)}", "measured in 12 ms")
+        assert laboratory.asked[2:] == [(PAGES[1], 1)]
+
+
+async def test_another_seed_shows_what_is_law(laboratory: FakeLaboratory) -> None:
+    app = app_on("learn", None)
+    app.lesson = "loss-graph"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, app, "4.0000")
+        await press(pilot, "r")
+        await shows(pilot, app, "seed 2:", " changed", "underlined: the same with seed 1", "5.0000")
+        screen = app.screen
+        assert isinstance(screen, LearnScreen)
+        view = screen.query_one(learn.PageView)
+        styles = {text: style for line in view._laid_out for text, style in line}
+        assert styles["5.0000"] == "warning"
+        assert styles["7"] == "good underline"
+
+
+async def test_the_answer_is_shown_on_request_and_remembered(laboratory: FakeLaboratory) -> None:
+    app = app_on("learn", None)
+    app.lesson = "loss-graph"
+    async with app.run_test(size=(80, 48)) as pilot:
+        await shows(pilot, app, "measured", "a shows the answer")
+        assert "No graph is freed" not in text_of(app)
+        await press(pilot, "a")
+        await shows(pilot, app, "7 nodes. No graph is freed", f"1 of {len(PAGES)} answered")
+        assert load_progress().answered == ["loss-graph"]
+        await press(pilot, "a")
+        assert "No graph is freed" not in text_of(app)
+        await press(pilot, "escape")
+        assert "✓" in text_of(app)
+
+
+async def test_the_language_is_changed_and_remembered(laboratory: FakeLaboratory) -> None:
+    app = app_on("learn", None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "enter", "l")
+        await shows(pilot, app, "Apprendre", title(PAGES[0], "fr"), "graine 1")
+        assert load_progress().language == "fr"
+        await press(pilot, "l")
+        await shows(pilot, app, title(PAGES[0], "en"))
+
+
+async def test_the_language_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANG", "fr_FR.UTF-8")
+    app = app_on("learn", None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert title(PAGES[0], "fr") in text_of(app)
+
+
+async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
+    laboratory: FakeLaboratory,
+) -> None:
+    laboratory.error = ExperimentError("there is no module torch", "pip install torch")
+    app = app_on("learn", None)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await press(pilot, "enter")
+        await shows(pilot, app, "could not be measured: there is no module torch", "Nobody builds")
+        laboratory.error = None
+        await press(pilot, "r")
+        await shows(pilot, app, "seed 1, measured")
+
+
+async def test_accents_are_kept_readable_in_ascii() -> None:
+    app = app_on("learn", None, ascii=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "l", "enter")
+        await shows(pilot, app, "Personne ne le construit. Chaque operation")
+        assert text_of(app).isascii()
+
+
+# ---------------------------------------------------------------- from other screens
+
+
+async def test_the_help_leads_to_the_page_of_the_screen(laboratory: FakeLaboratory) -> None:
+    app = app_on("parameters", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "question_mark")
+        await shows(pilot, app, "Learn about this", title(app.lessons[0]))
+        await press(pilot, "l")
+        await shows(pilot, app, title(app.lessons[0]), "measured in")
+        await press(pilot, "escape")
+        assert app.current_mode == "parameters"
+
+
+async def test_the_phase_in_which_a_run_is_paused_comes_first() -> None:
+    session = fake_gpt()
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        app.draw_frame()
+        await settle(pilot)
+        status = app.snapshot.status
+        paused = type(status)(state="paused", step=3, phase="zero_grad")
+        assert lessons_for(app.screen, paused)[0] == "accumulation"
+
+
+async def test_every_screen_and_every_panel_has_a_page() -> None:
+    assert set(OF_SCREEN) == {entry.mode for entry in SCREENS}
+    for names in OF_SCREEN.values():
+        assert names
+        assert set(names) <= set(PAGES)
+
+
+async def test_the_start_screen_offers_the_pages() -> None:
+    from tests.ui.test_start import Started, app_with
+
+    app = app_with(Started())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "Learn" in text_of(app)
+        await press(pilot, "ctrl+l")
+        assert app.current_mode == "learn"
+        await press(pilot, "escape")
+        assert app.current_mode == "start"
+
+
+async def test_from_a_run_and_back() -> None:
+    app = app_on("log", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "ctrl+l", "enter", "escape")
+        assert app.current_mode == "learn"
+        await press(pilot, "escape")
+        assert app.current_mode == "log"
+
+
