@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch.nn import functional as F
+from tui_trainer.models.gpt import GPT
 
 from tests.learn.measured_once import measured
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.experiments.small_models import random_batch, small_gpt
 from tui_trainer.learn.measured import Value
-from tui_trainer.models.gpt import GPT
 
 SEED = 1
 Check = Callable[[dict[str, Value]], None]
@@ -69,7 +69,7 @@ class Checked(dict[str, Value]):
         return set(self) - self._read
 
 
-def near(value: object, rel: float = 1e-4, abs: float = 1e-7) -> object:  # noqa: A002
+def near(value: object, rel: float = 1e-4, abs: float = 1e-7) -> object:
     return pytest.approx(value, rel=rel, abs=abs)
 
 

@@ -147,7 +147,11 @@ def test_french_is_typeset_as_french(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_french_is_no_copy_of_the_english(name: str) -> None:
     english, french = (
-        set(re.findall(r"[^\n]{25,}", PLACEHOLDER.sub("", CODE.sub("", everything(page_of(name, l))))))
+        set(
+            re.findall(
+                r"[^\n]{25,}", PLACEHOLDER.sub("", CODE.sub("", everything(page_of(name, l))))
+            )
+        )
         for l in LANGUAGES  # noqa: E741
     )
     assert not english & french

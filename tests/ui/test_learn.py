@@ -1,4 +1,4 @@
-"""The pages on the screen: the list, reading, measuring again, languages, and the way from the help."""
+"""The pages on the screen: the list, reading, measuring again, languages, the way from the help."""
 
 from __future__ import annotations
 
@@ -247,5 +247,3 @@ async def test_from_a_run_and_back() -> None:
         assert app.current_mode == "learn"
         await press(pilot, "escape")
         assert app.current_mode == "log"
-
-
