@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
-from tui_trainer.breakpoints.expression import NAMES, ExpressionError, completions, parse
+from tui_trainer.breakpoints.expression import ExpressionError, parse
+from tui_trainer.breakpoints.quantities import NAMES, completions
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import Level
 

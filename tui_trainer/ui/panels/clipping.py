@@ -20,7 +20,8 @@ from tui_trainer.ui.panels.base import (
     unavailable_reason,
     user_event_marks,
 )
-from tui_trainer.ui.widgets.chart import AxisMarks, Band, Chart, Layer, Threshold, put_message
+from tui_trainer.ui.widgets.chart import Chart, put_message
+from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Threshold
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted

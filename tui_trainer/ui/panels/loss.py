@@ -17,17 +17,8 @@ from tui_trainer.ui.panels.base import (
     user_event_marks,
     waiting_message,
 )
-from tui_trainer.ui.widgets.chart import (
-    AxisMarks,
-    Band,
-    Chart,
-    Label,
-    Layer,
-    Line,
-    Points,
-    put_message,
-    smooth,
-)
+from tui_trainer.ui.widgets.chart import Chart, put_message
+from tui_trainer.ui.widgets.layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 

@@ -24,16 +24,8 @@ from tui_trainer.ui.panels.base import (
     staleness,
     waiting_message,
 )
-from tui_trainer.ui.widgets.chart import (
-    Band,
-    Chart,
-    Floats,
-    Layer,
-    Line,
-    Threshold,
-    fill_gaps,
-    put_message,
-)
+from tui_trainer.ui.widgets.chart import Chart, put_message
+from tui_trainer.ui.widgets.layers import Band, Floats, Layer, Line, Threshold, fill_gaps
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted

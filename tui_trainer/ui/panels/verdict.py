@@ -16,15 +16,8 @@ from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.protocol.text import truncate, truncate_middle, wrap
 from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.panels.base import Panel
-from tui_trainer.ui.widgets.chart import (
-    AxisMarks,
-    Band,
-    Chart,
-    Layer,
-    Moment,
-    Threshold,
-    compact_number,
-)
+from tui_trainer.ui.widgets.chart import Chart, compact_number
+from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Moment, Threshold
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.scale import step_window
 

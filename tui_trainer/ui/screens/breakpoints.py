@@ -12,7 +12,8 @@ from textual.suggester import Suggester
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from tui_trainer.breakpoints.expression import ExpressionError, completions, parse
+from tui_trainer.breakpoints.expression import ExpressionError, parse
+from tui_trainer.breakpoints.quantities import completions
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.messages import (
     AddBreakpoint,

@@ -1,8 +1,5 @@
-"""A chart of values against steps, drawn in braille: layers (bands, lines, points, …), the canvas
-that they are drawn on, and the two axes. `SeriesChart` shows columns of a series with a title.
-
-A band reaches exactly from the smallest to the largest value of each column of dots, so that no
-spike is lost.
+"""A chart of values against steps, drawn in braille: the canvas that its layers are drawn on, with
+the two axes. `SeriesChart` shows columns of a series with a title.
 """
 
 from __future__ import annotations
@@ -12,167 +9,38 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.history.series import SeriesReader
-from tui_trainer.history.window import Window
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille
+from tui_trainer.ui.widgets.axes import (
+    AXIS_WIDTH,
+    Outliers,
+    fit_layers,
+    step_axis,
+    value_labels,
+)
+from tui_trainer.ui.widgets.layers import (
+    Band,
+    Floats,
+    Label,
+    Layer,
+    Line,
+    Moment,
+    Points,
+    Threshold,
+)
 from tui_trainer.ui.widgets.lines import LineView, Row
-from tui_trainer.ui.widgets.scale import Scale, fit_scale, step_window
+from tui_trainer.ui.widgets.scale import Scale, step_window
 
-Floats = NDArray[np.float32]
-
-AXIS_WIDTH = 9
-"""Cells left of the plot: a label of 8, right-aligned, and the axis itself."""
-SMOOTHING_SHARE = 1 / 24
-"""A smoothed line averages over about this share of the chart's width."""
 SPACE = 0x20
-OUTLIER_QUANTILES = (0.02, 0.98)
-OUTLIER_DISTANCE = 4.0
-"""A linear axis does not reach values further from those between the quantiles than so many times
-the distance between the two."""
-MIN_VALUES_FOR_OUTLIERS = 60
-LOG_BY_ITSELF = 1000.0
-"""Times the median, from which a largest value that is not left out makes an axis logarithmic."""
-NEWEST_COLUMNS = 2
-"""Dot columns at the end of the curves whose values are always shown."""
-
-
-@dataclass(frozen=True)
-class Band:
-    """The smallest to the largest value of each dot column, two to a cell; NaN leaves a gap."""
-
-    style: Style
-    low: Floats
-    high: Floats
-    nonfinite: NDArray[np.bool_] | None = None
-    """Dot columns in which a NaN or an infinity was measured; they are marked on the step axis."""
-
-    @staticmethod
-    def from_window(window: Window, column: int, style: Style) -> Band:
-        """A band from a column of a history window with two buckets to a cell."""
-        low, high = fill_gaps(window.low[:, column], window.high[:, column], window.filled)
-        return Band(style, low, high, window.nonfinite[:, column])
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line through one value a dot column; NaN interrupts it."""
-
-    style: Style
-    values: Floats
-    nonfinite: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True)
-class Points:
-    """Single values, each drawn as a marker in its cell."""
-
-    style: Style
-    columns: NDArray[np.int64]
-    """Dot columns."""
-    values: Floats
-    marker: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """The name of a curve at its end, which tells curves apart without colour too."""
-
-    style: Style
-    column: int
-    """Dot column of the curve's end; the name stands right of it."""
-    value: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A dashed horizontal line, such as the limit of gradient clipping."""
-
-    style: Style
-    value: float
-
-
-@dataclass(frozen=True)
-class AxisMarks:
-    """Dot columns that are marked on the step axis, such as those of clipped steps."""
-
-    style: Style
-    columns: NDArray[np.int64]
-    marker: str
-
-    @staticmethod
-    def at_steps(
-        marked: Sequence[int], steps: tuple[int, int], columns: int, style: Style, marker: str
-    ) -> AxisMarks:
-        """Marks at some of the steps of a chart of start <= step < stop, `columns` dots wide."""
-        start, stop = steps
-        found = np.array([step for step in marked if start <= step < stop], np.int64)
-        return AxisMarks(style, (found - start) * columns // max(1, stop - start), marker)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A dashed vertical line at a step, such as the onset of a finding."""
-
-    style: Style
-    step: int
-
-
-Layer = Band | Line | Points | Label | Threshold | AxisMarks | Moment
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """Values beyond the end of a linear axis, which would flatten all others."""
-
-    above: bool
-    edge: float
-    extreme: float
-    column: int
-    """Dot column of the extreme."""
-    columns: NDArray[np.int64]
-    """Dot columns of all of them."""
-
-
-def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Interpolate dot columns without a measurement between two that have one (where there are
-    fewer steps than dots). A measured NaN stays a gap."""
-    at = np.flatnonzero(filled)
-    if len(at) < 2 or len(at) == at[-1] - at[0] + 1:
-        return low, high
-    inner = np.arange(at[0], at[-1] + 1)
-    low, high = low.copy(), high.copy()
-    for values in (low, high):
-        values[inner] = np.interp(inner, at, values[at]).astype(np.float32)
-    return low, high
-
-
-def smooth(low: Floats, high: Floats) -> Floats:
-    """The middle of each dot column's extent, averaged with a Gaussian over SMOOTHING_SHARE of the
-    width; NaN where nothing was measured."""
-    middle = low / 2 + high / 2
-    known = np.isfinite(middle)
-    if not known.any():
-        return np.full(len(low), np.nan, np.float32)
-    width = max(2.0, len(low) * SMOOTHING_SHARE)
-    reach = int(2 * width)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width / 2)) ** 2)
-    largest = float(np.abs(middle[known]).max()) or 1.0
-    scaled = np.where(known, middle / largest, 0.0)
-    total = np.convolve(scaled, kernel)[reach : reach + len(middle)]
-    weight = np.convolve(known.astype(float), kernel)[reach : reach + len(middle)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(known, total / weight * largest, np.nan), np.float32)
 
 
 class Canvas:
@@ -325,7 +193,7 @@ class Chart:
     ) -> list[Row]:
         """`height` rows of a chart of start <= step < stop: the plot, and the step axis below."""
         plot_height = max(1, height - 1)
-        self.scale, self.hidden = _fit_layers(layers, self.log, self.include_zero, self.scale)
+        self.scale, self.hidden = fit_layers(layers, self.log, self.include_zero, self.scale)
         canvas = Canvas(self.plot_width(width), plot_height, self.scale, palette, glyphs)
         canvas.draw(layers)
         for layer in layers:
@@ -347,171 +215,6 @@ def put_message(rows: list[Row], text: str, style: Style) -> None:
     """Write a message into the middle of a chart that has nothing to show yet."""
     y = max(0, len(rows) // 2 - 1)
     rows[y] = [*rows[y][:2], Segment(f"  {text}", style)]
-
-
-def _fit_layers(
-    layers: Sequence[Layer], log: bool, include_zero: bool, previous: Scale | None
-) -> tuple[Scale, list[Outliers]]:
-    """A scale for the values of some layers; on a linear axis without a few that would flatten all
-    others, which are returned."""
-    columns: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    values: list[NDArray[np.floating]] = [np.empty(0)]
-    limits: list[float] = []
-    for layer in layers:
-        if isinstance(layer, Band):
-            values += [layer.low, layer.high]
-            columns += [np.arange(len(layer.low)), np.arange(len(layer.high))]
-        elif isinstance(layer, Line):
-            values.append(layer.values)
-            columns.append(np.arange(len(layer.values)))
-        elif isinstance(layer, Points):
-            values.append(layer.values)
-            columns.append(layer.columns)
-        elif isinstance(layer, Threshold):
-            limits.append(layer.value)
-    numbers, places = np.concatenate(values).astype(np.float64), np.concatenate(columns)
-    shown = np.isfinite(numbers) & ((numbers > 0) | (not log))
-    numbers, places = numbers[shown], places[shown]
-    limits = [limit for limit in limits if np.isfinite(limit) and (limit > 0 or not log)]
-    if not len(numbers) and not limits:
-        return fit_scale(np.nan, np.nan, log, include_zero, previous), []
-    hidden = [] if log else _outliers(numbers, places)
-    kept = _without(numbers, hidden)
-    if not log and _spans_thousands(kept, limits, previous):
-        log, hidden = True, []
-    elif len(kept):  # beside outliers that are shown, those on the other side may be small
-        far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
-        hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
-        numbers = _without(numbers, hidden)
-    ends = [*limits, *((float(numbers.min()), float(numbers.max())) if len(numbers) else ())]
-    scale = fit_scale(min(ends), max(ends), log, include_zero, previous)
-    # A scale that was kept may show what a new one would hide.
-    return scale, [each for each in hidden if not scale.low <= each.extreme <= scale.high]
-
-
-def _spans_thousands(
-    numbers: NDArray[np.float64], limits: Sequence[float], previous: Scale | None
-) -> bool:
-    """Whether a linear axis would show nothing of most values, as of a loss that explodes: then it
-    is logarithmic by itself."""
-    if len(numbers) < MIN_VALUES_FOR_OUTLIERS or min([*limits, float(numbers.min())]) <= 0:
-        return False
-    kept = previous is not None and previous.log
-    factor = LOG_BY_ITSELF / 3 if kept else LOG_BY_ITSELF
-    return float(numbers.max()) > factor * float(np.median(numbers))
-
-
-def _without(numbers: NDArray[np.float64], hidden: Sequence[Outliers]) -> NDArray[np.float64]:
-    for each in hidden:
-        numbers = numbers[numbers <= each.edge if each.above else numbers >= each.edge]
-    return numbers
-
-
-def _outliers(numbers: NDArray[np.float64], places: NDArray[np.int64]) -> list[Outliers]:
-    """The few values that are so far from all others that they would flatten them: none where the
-    newest values are among them, since then the run is on its way there."""
-    if len(numbers) < MIN_VALUES_FOR_OUTLIERS:
-        return []
-    low, high = np.quantile(numbers, OUTLIER_QUANTILES)
-    newest = places >= places.max() - NEWEST_COLUMNS
-    found = []
-    for above, edge in ((True, high), (False, low)):
-        beyond = numbers > edge if above else numbers < edge
-        far = float(numbers.max() - high if above else low - numbers.min())
-        if far <= OUTLIER_DISTANCE * (high - low) or (beyond & newest).any():
-            continue
-        extreme = int(numbers.argmax() if above else numbers.argmin())
-        found.append(
-            Outliers(above, float(edge), float(numbers[extreme]), int(places[extreme]),
-                     np.unique(places[beyond]))
-        )  # fmt: skip
-    return found
-
-
-def value_labels(scale: Scale, rows: int) -> dict[int, str]:
-    """Cell row to its label: round values, evenly spaced."""
-    ticks = scale.ticks(rows)
-    placed = zip(ticks, _tick_texts(ticks, scale.log), strict=True)
-    labels = {scale.cell_row(tick, rows): text for tick, text in placed}
-    return {row: text for row, text in labels.items() if row is not None}
-
-
-def _tick_texts(ticks: Sequence[float], log: bool) -> list[str]:
-    """The ticks with as many decimals as are needed to tell them apart."""
-    room = AXIS_WIDTH - 1
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    if log:  # `0.1`, `1`, `1e-30`
-        return [f"{tick:.3g}".replace("e+", "e").replace("e-0", "e-") for tick in ticks]
-    if len(ticks) < 2 or not 1e-5 < largest < 1e6:
-        return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
-    for decimals in range(7):
-        texts = [f"{tick:.{decimals}f}" for tick in ticks]
-        exact = all(
-            abs(float(text) - tick) < 1e-3 * largest
-            for text, tick in zip(texts, ticks, strict=True)
-        )
-        if exact and len(set(texts)) == len(texts):
-            break
-    return [
-        text if len(text) <= room else formatting.number(float(text), room, 3) for text in texts
-    ]
-
-
-def step_axis(
-    width: int, steps: tuple[int, int], layers: Sequence[Layer], palette: Palette, glyphs: Glyphs
-) -> Row:
-    """The step axis: a rule with step numbers in it and the marks of the layers.
-
-    Where marks and numbers meet, a NaN's mark displaces the number and any other mark only colours
-    the digit under it.
-    """
-    cells = [(glyphs.axis, palette.faint)] * width
-    for layer in layers:
-        if isinstance(layer, Band | Line) and layer.nonfinite is not None:
-            for x in np.unique(np.flatnonzero(layer.nonfinite) // 2):
-                cells[x] = (glyphs.failed, palette.error)
-    _write_step_numbers(cells, steps, palette)
-    for layer in layers:
-        if isinstance(layer, AxisMarks):
-            for x in np.unique(layer.columns // 2):
-                if 0 <= x < width and cells[x][1] is not palette.error:
-                    is_digit = cells[x][1] is palette.dim
-                    cells[x] = (cells[x][0] if is_digit else layer.marker, layer.style)
-    label = Segment("step ".rjust(AXIS_WIDTH - 1), palette.dim)
-    return [label, Segment(glyphs.corner, palette.faint), *_joined(cells)]
-
-
-def _joined(cells: Sequence[tuple[str, Style]]) -> Row:
-    """Cells as segments, neighbours of one style in one segment."""
-    row: Row = []
-    text, style = "", cells[0][1]
-    for character, next_style in cells:
-        if next_style is not style:
-            row.append(Segment(text, style))
-            text, style = "", next_style
-        text += character
-    return [*row, Segment(text, style)]
-
-
-def _write_step_numbers(
-    cells: list[tuple[str, Style]], steps: tuple[int, int], palette: Palette
-) -> None:
-    (start, stop), width = steps, len(cells)
-    for tick in _step_ticks(start, stop, max(1, width // 10)):
-        text = f"{tick:,}"
-        x = int((tick - start) * width / max(1, stop - start)) - len(text) // 2
-        x = min(max(x, 0), width - len(text))
-        around = cells[max(0, x - 1) : x + len(text) + 1]
-        if x >= 0 and all(style is palette.faint for _, style in around):
-            cells[x : x + len(text)] = [(character, palette.dim) for character in text]
-
-
-def _step_ticks(start: int, stop: int, max_count: int) -> list[int]:
-    spacing = max(1, -(-(stop - start) // max(1, max_count)))
-    power = 10 ** (len(str(spacing)) - 1)
-    spacing = next(n * power for n in (1, 2, 5, 10) if n * power >= spacing)
-    first = -(-start // spacing) * spacing
-    return list(range(first, stop + 1, spacing))
 
 
 @dataclass(frozen=True)
