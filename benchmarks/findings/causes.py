@@ -15,7 +15,7 @@ RULES: dict[Cause, tuple[str, ...]] = {
     "one rank clips alone": ("clips-alone",),
     "weights are too large at the start": ("initial-loss", "initial-scale"),
     "units are identical at the start": ("constant-weights",),
-    "frozen after it was trained": (),
+    "frozen after it was trained": ("frozen-late",),
     "dropout is off": ("eval-mode", "dropout-off"),
     "batches repeat": ("batches-repeat", "same-batch"),
     "inputs are scaled too small": ("input-scale",),

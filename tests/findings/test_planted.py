@@ -336,5 +336,5 @@ def streaming(whole):
 
 
 def test_workers_that_yield_the_same_batches_are_named():
-    assert ("batches-repeat", 1) in names_of(lambda: streaming(True))
+    assert ("batches-repeat", 2) in names_of(lambda: streaming(True))
     assert "batches-repeat" not in [rule for rule, _ in names_of(lambda: streaming(False))]

@@ -81,6 +81,18 @@ def mostly_frozen(bug):
     return run
 
 
+def frozen_late(bug):
+    run = Run()
+    frozen = absent(Absent.FROZEN)
+    for number in range(1, 30):
+        gradients = [0.3] * 8
+        late = number == 5 or number > 20
+        if late if bug else number < 10:  # a clean run unfreezes what was frozen
+            gradients[0] = gradients[1] = frozen
+        run.step(gradients=gradients)
+    return run
+
+
 def eval_mode(bug):
     run = Run()
     for number in range(1, 60):
@@ -308,7 +320,7 @@ def same_batch(bug, number):
 
 
 def batches_repeat(bug, number):
-    return batch_of(tensor(checksum=number // 2), workers=2 if bug else 0)
+    return batch_of(tensor(checksum=(number - 1) // 2), workers=2 if bug else 0)
 
 
 def constant_labels(bug, number):
@@ -340,7 +352,7 @@ def of_units(kind, **changed):
         run = Run()
         for number in range(1, 120):
             share = 0.95 if bug else 0.3
-            units = UnitsRecord((UnitsShare("layer", kind, 64, share),), ())
+            units = UnitsRecord((UnitsShare("layer", kind, 64, share),))
             run.step(units=units if number % 75 == 51 else None)
         return run
 
@@ -350,8 +362,8 @@ def of_units(kind, **changed):
 def dropout_off(bug):
     run = Run()
     for number in range(1, 120):
-        off = ("encoder.dropout",) if bug or number == 26 else ()
-        run.step(units=UnitsRecord((), off) if number % 25 == 1 else None)
+        off = ("encoder.dropout",) if (bug and number > 40) or number == 26 else ()
+        run.step(dropout_off=off if number % 30 else None)
     return run
 
 
@@ -455,6 +467,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "not-in-optimizer": (not_in_optimizer, 1),
     "never-reached": (never_reached, 1),
     "mostly-frozen": (mostly_frozen, 1),
+    "frozen-late": (frozen_late, 21),
     "eval-mode": (eval_mode, 5),
     "softmax-before-cross-entropy": (softmax_before_cross_entropy, 1),
     "learning-rate-zero": (learning_rate_zero, 11),
@@ -482,14 +495,14 @@ CASES: dict[str, tuple[Case, int]] = {
     "input-scale": (of_batches(input_scale), 4),
     "constant-inputs": (of_batches(constant_inputs), 1),
     "same-batch": (of_batches(same_batch), 1),
-    "batches-repeat": (of_batches(batches_repeat), 1),
+    "batches-repeat": (of_batches(batches_repeat), 2),
     "constant-labels": (of_batches(constant_labels), 1),
     "label-range": (of_batches(label_range), 1),
     "loss-broadcasts": (of_batches(loss_broadcasts), 1),
     "bad-batch": (bad_batch, 40),
     "dead-units": (of_units("relu"), 1),
     "saturated-units": (of_units("tanh"), 1),
-    "dropout-off": (dropout_off, 1),
+    "dropout-off": (dropout_off, 41),
     "constant-weights": (
         of_weights(NORMAL._replace(constant=True, same_rows=True), NORMAL._replace(rms=0.2)),
         1,
@@ -553,6 +566,31 @@ def test_rule_can_be_switched_off(rule):
 # ------------------------------------------------------------------------------ single rules
 
 
+@pytest.mark.parametrize(
+    ("workers", "first", "onset", "found"),
+    [(2, 1, 2, 3), (2, 2, 4, 5), (4, 1, 2, 5), (4, 2, 3, 5), (8, 1, 2, 11), (8, 2, 3, 11)],
+)
+def test_workers_with_the_same_data_are_named_once_each_had_its_turn(workers, first, onset, found):
+    run = Run(steps_per_epoch=100)
+    for number in range(1, 30):
+        # The batch of the very first step may not be seen.
+        seen = first <= number < first + 6 or (number > 6 and number % 10 == 1)
+        given = batch_of(tensor(checksum=(number - 1) // workers), workers=workers)
+        run.step(batch=given if seen else None)
+    assert list(run.found) == ["batches-repeat"]
+    finding = run.found["batches-repeat"]
+    assert (finding.onset, finding.step) == (onset, found)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 100])
+def test_batches_that_are_used_several_times_are_no_fault_of_workers(kept):
+    run = Run(steps_per_epoch=None)
+    for number in range(1, 30):
+        given = batch_of(tensor(checksum=(number - 1) // kept), workers=2)
+        run.step(batch=given if number < 7 or number % 10 == 1 else None)
+    assert "batches-repeat" not in run.found
+
+
 @pytest.mark.parametrize("first_bad", [1, 2, 40])
 def test_replicas_part_at_the_step_whose_update_differs(first_bad):
     run = Run(ranks=2)
@@ -607,8 +645,9 @@ def test_warm_up_is_no_jump():
 def test_layer_that_joins_the_optimizer_later_is_not_reported_before():
     run = Run(outside=NAMES[2:4])
     run.step()
-    run.step()
     assert not run.found
+    run.step()
+    assert run.found["not-in-optimizer"].step == 2
 
 
 def test_losses_of_several_optimizers_are_not_judged():

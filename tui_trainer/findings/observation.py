@@ -105,6 +105,7 @@ class Observation:
     batch: BatchRecord | None = None
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
+    dropout_off: tuple[str, ...] | None = None
     initial: tuple[InitialWeight, ...] = ()
 
 
@@ -260,6 +261,7 @@ class Reader:
             batch=record.batch,
             bad_batch=record.bad_batch,
             units=record.units,
+            dropout_off=record.dropout_off,
             initial=record.initial,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:

@@ -158,8 +158,6 @@ class UnitsRecord(NamedTuple):
     """Activations that were measured over a whole window of steps."""
 
     layers: tuple[UnitsShare, ...]
-    dropout_off: tuple[str, ...]
-    """Dropout layers in `eval()` mode in a model in `train()` mode."""
 
 
 class InitialWeight(NamedTuple):
@@ -201,6 +199,8 @@ class StepRecord:
     batch: BatchRecord | None = None
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
+    dropout_off: tuple[str, ...] | None = None
+    """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
     initial: tuple[InitialWeight, ...] = ()
 
 

@@ -16,6 +16,7 @@ from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.initial_weights import InitialWeights
 from tui_trainer.probes.memory import Memory
+from tui_trainer.probes.modes import Modes
 from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.outputs import OutputSums
 from tui_trainer.probes.overhead import Overhead
@@ -41,6 +42,7 @@ PROBES: tuple[type[Probe], ...] = (
     OutputSums,
     BatchProbe,
     UnitsProbe,
+    Modes,
     InitialWeights,
     Memory,
     Overhead,
@@ -50,6 +52,7 @@ RULE_PROBES: tuple[type[Probe], ...] = (
     OutputSums,
     BatchProbe,
     UnitsProbe,
+    Modes,
     InitialWeights,
 )
 """Those that only rules use."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats, UnitsRecord, UnitsShare
 from tui_trainer.trace.parameters import TrackedParameters
@@ -78,8 +77,7 @@ class UnitsProbe(Probe):
         self._followed = 0
         """Activations of this forward after which a layer with weights was called."""
         self._measured = False
-        self._quiet_dropout: tuple[str, ...] = ()
-        self._under_way: deque[tuple[list[tuple[str, str, int]], bool, tuple[str, ...]]] = deque()
+        self._under_way: deque[tuple[list[tuple[str, str, int]], bool]] = deque()
 
     def before_forward(self, root: torch.nn.Module) -> None:
         self._measured = False
@@ -89,7 +87,6 @@ class UnitsProbe(Probe):
         if not self._calls.begin(root):
             return
         self._measured = True
-        self._quiet_dropout = self._dropout_off(root)
         for owner, name, kind in FUNCTIONS:
             original = getattr(owner, name)
             ours = self._observing(original, kind)
@@ -104,21 +101,6 @@ class UnitsProbe(Probe):
         self._calls.end()
         self._stack = []
         del self._layers[self._next :]
-
-    def _dropout_off(self, root: torch.nn.Module) -> tuple[str, ...]:
-        """Dropout layers in eval() mode in a model in train() mode, next to weights that train."""
-        if not root.training:
-            return ()
-        found = [
-            self._paths.get(child, type(child).__name__)
-            for parent in root.modules()
-            for child in parent.children()
-            if isinstance(child, _DropoutNd)
-            and child.p > 0
-            and not child.training
-            and any(parameter.requires_grad for parameter in parent.parameters())
-        ]
-        return tuple(dict.fromkeys(found))
 
     # ------------------------------------------------------------ in the forward
 
@@ -187,20 +169,18 @@ class UnitsProbe(Probe):
         """The share of stuck units of each layer whose window is complete."""
         layers = self._layers[: self._followed] if self._measured else []
         complete = [layer for layer in layers if layer.count == WINDOW]
-        quiet, self._quiet_dropout = self._quiet_dropout, ()
         measured, self._measured = self._measured, False
-        self._under_way.append(([layer.key for layer in complete], measured, quiet))
+        self._under_way.append(([layer.key for layer in complete], measured))
         return [layer.stuck.double().mean() for layer in complete]
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.units`."""
-        keys, measured, quiet = self._under_way.popleft()
+        keys, measured = self._under_way.popleft()
         if measured:
             shares = zip(keys, values.tolist(), strict=False)
             facts.units = UnitsRecord(
                 tuple(
                     UnitsShare(path, kind, units, share) for (path, kind, units), share in shares
-                ),
-                quiet,
+                )
             )
         return ()

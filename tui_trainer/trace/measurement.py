@@ -586,6 +586,7 @@ class StepMeasurer:
             batch=facts.batch,
             bad_batch=step.bad_batch,
             units=facts.units,
+            dropout_off=facts.dropout_off,
             initial=facts.initial,
         )
         return record, facts, spent

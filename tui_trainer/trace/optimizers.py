@@ -147,6 +147,8 @@ class OptimizerRegistry:
     def refresh(self) -> None:
         """Before a forward: register what is pending, and follow optimizers that were given
         parameters and models that were given layers."""
+        if not self._entries and not self._pending:
+            self._register_only_one()
         if self._pending:
             pending, self._pending = self._pending, []
             for optimizer in (reference() for reference in pending):
@@ -157,6 +159,17 @@ class OptimizerRegistry:
             optimizer = reference()
             if optimizer is not None and self._outdated(reference, entry):
                 self._register(optimizer, entry)
+
+    def _register_only_one(self) -> None:
+        """Before the first forward of a loop that does not begin with `zero_grad`: what its only
+        optimizer is for is known already. Several are numbered in the order of their use."""
+        created = {id(each): each for each in map(unwrapped_optimizer, self._optimizers())}
+        if len(created) != 1:
+            return
+        (optimizer,) = created.values()
+        own = {id(parameter) for parameter in parameters_of(optimizer)}
+        if any(id(p) in own for model in self._roots.modules for p in model.parameters()):
+            self.measurer_for(optimizer)
 
     def register_reached(self) -> list[StepMeasurer]:
         """After a backward that reached no registered optimizer, or perhaps further ones: register

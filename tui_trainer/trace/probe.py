@@ -137,6 +137,7 @@ class StepFacts:
     producer: Producer | None = None
     batch: BatchRecord | None = None
     units: UnitsRecord | None = None
+    dropout_off: tuple[str, ...] | None = None
     initial: tuple[InitialWeight, ...] = ()
 
 

@@ -17,6 +17,7 @@ from tui_trainer.findings.rules.batch import (
 from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedToNothing
 from tui_trainer.findings.rules.coverage import (
     EvaluationMode,
+    FrozenLate,
     MostlyFrozen,
     NeverReached,
     NoGradients,
@@ -66,6 +67,7 @@ RULES: tuple[type[Rule], ...] = (
     NotInOptimizer,
     NeverReached,
     MostlyFrozen,
+    FrozenLate,
     BackwardTwice,
     ScheduleFirst,
     EvaluationMode,

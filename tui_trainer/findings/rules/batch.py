@@ -16,7 +16,34 @@ def _of_role(batch: BatchRecord, role: str) -> list[BatchTensor]:
     return [tensor for tensor in batch.tensors if tensor.role == role]
 
 
-class InputScale(Rule):
+def _checksums(batch: BatchRecord) -> tuple[int, ...]:
+    return tuple(each.checksum for each in _of_role(batch, "input"))
+
+
+class _BatchRule(Rule):
+    """Base class of rules on the batch that report once."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self.streak = Streak()
+        self.done = False
+        """Nothing more is looked at."""
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        return () if self.done or seen.batch is None else self.batch(seen, seen.batch)
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        """A step whose batch was looked at, until the rule is `done`."""
+        raise NotImplementedError
+
+    def held(self, wrong: bool, step: int) -> bool:
+        """Whether `wrong` has now held at `thresholds["steps"]` measured steps in a row; the rule
+        is done then."""
+        self.done = self.streak.add(wrong, step) >= self.limits["steps"]
+        return self.done
+
+
+class InputScale(_BatchRule):
     """Inputs that are far from zero mean and unit variance."""
 
     name = "input-scale"
@@ -40,28 +67,21 @@ class InputScale(Rule):
     thresholds = (
         RuleThreshold("high", 20, "larger of |mean| and standard deviation"),
         RuleThreshold("low", 0.004, "the same; images divided by 255 twice are below it"),
+        RuleThreshold("steps", 3, "measured steps in a row"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.batch is None:
-            return
-        given = _of_role(seen.batch, "first layer")
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        given = _of_role(batch, "first layer")
         if not given:
             return
         first = given[0]
         scale = max(abs(first.mean), first.std)
         large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
-        if self._streak.add(large or small, seen.step) < 3:
+        if not self.held(large or small, seen.step):
             return
-        self._reported = True
-        whole = any(each.kind != "float" for each in _of_role(seen.batch, "input"))
+        whole = any(each.kind != "float" for each in _of_role(batch, "input"))
         yield Found(
-            self._streak.onset,
+            self.streak.onset,
             f"the first layer is given numbers from {first.low:.4g} to {first.high:.4g} (mean "
             f"{first.mean:.3g}, standard deviation {first.std:.3g})"
             + (", converted from integers" if whole else ""),
@@ -72,7 +92,7 @@ class InputScale(Rule):
         )
 
 
-class ConstantInputs(Rule):
+class ConstantInputs(_BatchRule):
     """Every example of a batch is the same."""
 
     name = "constant-inputs"
@@ -88,23 +108,15 @@ class ConstantInputs(Rule):
     source = "unexpected constant data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.batch is None:
-            return
-        inputs = _of_role(seen.batch, "input")
-        holds = bool(inputs) and all(
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        inputs = _of_role(batch, "input")
+        constant = bool(inputs) and all(
             each.same_rows or (math.prod(each.shape) > 1 and each.low == each.high)
             for each in inputs
         )
-        count = self._streak.add(holds, seen.step)
-        if count < self.limits["steps"]:
+        if not self.held(constant, seen.step):
             return
-        self._reported = True
+        count = self.streak.count
         first = inputs[0]
         what = (
             f"all its numbers are {first.low:.4g}"
@@ -112,15 +124,15 @@ class ConstantInputs(Rule):
             else f"its {first.shape[0]} examples are equal"
         )
         yield Found(
-            self._streak.onset,
-            f"the input of the model is constant since step {self._streak.onset:,}: {what}",
+            self.streak.onset,
+            f"the input of the model is constant since step {self.streak.onset:,}: {what}",
             confidence="certain",
             phase="data",
             evidence=(evidence("steps with a constant input", count, high=0, text=str(count)),),
         )
 
 
-class SameBatch(Rule):
+class SameBatch(_BatchRule):
     """The model is given the same batch at every step."""
 
     name = "same-batch"
@@ -144,22 +156,24 @@ class SameBatch(Rule):
         self._onset = self._count = 0
         self._level: Level | None = None
 
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if seen.batch is None or self._level == "warning":
-            return
-        inputs = tuple(each.checksum for each in _of_role(seen.batch, "input"))
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        inputs = _checksums(batch)
         if not inputs:
             return
         if self._first is None:
             self._first, self._onset = inputs, seen.step
-        self._count = self._count + 1 if inputs == self._first else -(1 << 60)
-        if self._count < self.limits["steps"]:
+        if inputs != self._first:
+            self.done = True
+            return
+        self._count += 1
+        # Workers that yield the same data take turns: the batch changes once each had its own.
+        if self._count < self.limits["steps"] or seen.step - self._onset < batch.workers:
             return
         several = (self.facts.steps_per_epoch or 1) > 1
         level: Level = "warning" if several else "info"
         if level == self._level:
             return
-        self._level = level
+        self._level, self.done = level, level == "warning"
         yield Found(
             self._onset,
             f"the inputs of all {self._count} steps that were looked at are the same"
@@ -175,15 +189,18 @@ class SameBatch(Rule):
         )
 
 
-class BatchesRepeat(Rule):
+class BatchesRepeat(_BatchRule):
     """Several workers of a DataLoader yield the same batches."""
 
     name = "batches-repeat"
     title = "workers yield the same batches"
-    needs = "the inputs of five of the first six steps, and a DataLoader with several workers"
+    needs = (
+        "the inputs of the first steps, one more than there are workers, and a DataLoader with "
+        "several of them"
+    )
     explanation = (
-        "Successive batches have the same bits, and the data comes from several worker processes. "
-        "Each worker has its own copy of the dataset: an IterableDataset that is not divided among "
+        "Each batch comes as many times in a row as the DataLoader has worker processes, which are "
+        "asked for batches in turn. Each worker has its own copy of the dataset: an IterableDataset that is not divided among "
         "them yields every example once per worker, and a generator that is seeded alike in each "
         "makes the same random examples. An epoch is then several times the same data."
     )
@@ -193,46 +210,65 @@ class BatchesRepeat(Rule):
     )
     source = (
         "PyTorch's documentation of IterableDataset and of randomness in multi-process data "
-        "loading; the same seed in all workers is a silent error of TrainCheck (Jiang et al., "
-        "OSDI 2025)"
+        "loading (workers are asked for batches in turn); the same seed in all workers is a silent "
+        "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
-    thresholds = (RuleThreshold("share", 0.4, "share of steps with the batch of the one before"),)
-
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._last: tuple[int, tuple[int, ...]] | None = None
-        self._first = self._pairs = self._equal = 0
-        self._done = False
+        self._first = 0
+        """The first step whose batch was that of the step before."""
+        self._pairs = self._equal = 0
+        self._run = 1
+        """Steps in a row with the newest batch."""
+        self._cut = 0
+        """Steps in a row that may belong to the first such run and were not looked at."""
 
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._done or seen.batch is None:
-            return
-        inputs = tuple(each.checksum for each in _of_role(seen.batch, "input"))
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        inputs, workers = _checksums(batch), batch.workers
         last, self._last = self._last, (seen.step, inputs)
-        if last is None or seen.step != last[0] + 1:
-            self._done = last is not None
+        if last is None:
+            self._cut = min(seen.step - 1, 1)
+            self.done = workers < 2
             return
-        self._first = self._first or last[0]
+        equal = inputs == last[1]
+        run, self._run = self._run, self._run + 1 if equal else 1
+        if seen.step != last[0] + 1:
+            self.done = True  # from here on too few steps are looked at
+            # More workers than steps that were looked at one after the other.
+            if 1 < run == self._pairs + 1 <= workers and not equal:
+                yield self._found(workers)
+            return
         self._pairs += 1
-        self._equal += inputs == last[1]
-        if self._pairs < 4:  # a first step before the optimizer is known has no batch
+        if equal:
+            self._equal += 1
+            self._first = self._first or seen.step
+            self.done = self._run > workers
             return
-        self._done = True
-        share = self._equal / self._pairs
-        if seen.batch.workers < 2 or self._equal == self._pairs or share < self.limits["share"]:
-            return
-        yield Found(
+        whole = run == workers or (run > 1 and run + self._cut == workers)
+        self.done = whole or self._equal > 0 or self._pairs >= max(4, workers)
+        self._cut = 0
+        if whole:
+            yield self._found(workers)
+
+    def _found(self, workers: int) -> Found:
+        return Found(
             self._first,
             f"{self._equal} of {self._pairs} batches are equal to the one before them: the "
-            f"{seen.batch.workers} workers of the DataLoader yield the same data",
+            f"{workers} workers of the DataLoader yield the same data",
             phase="data",
             evidence=(
-                evidence("share of repeated batches", share, high=0.0, text=percent(share, 0, 0)),
+                evidence(
+                    "share of repeated batches",
+                    self._equal / self._pairs,
+                    high=0.0,
+                    text=percent(self._equal / self._pairs, 0, 0),
+                ),
             ),
         )
 
 
-class ConstantLabels(Rule):
+class ConstantLabels(_BatchRule):
     """All labels are the same class."""
 
     name = "constant-labels"
@@ -255,35 +291,30 @@ class ConstantLabels(Rule):
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
-        self._streak = Streak()
         self._label: float | None = None
-        self._reported = False
 
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.batch is None:
-            return
-        targets = [each for each in _of_role(seen.batch, "target") if each.classes > 1]
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        targets = [each for each in _of_role(batch, "target") if each.classes > 1]
         if not targets:
             return
         labels = {value for each in targets for value in (each.low, each.high)}
         count = sum(math.prod(each.shape) - each.left_out for each in targets)
         one = len(labels) == 1 and count >= self.MIN_LABELS
         if not one or labels != {self._label}:
-            self._streak.add(False, seen.step)
+            self.streak.add(False, seen.step)
             self._label = next(iter(labels)) if one else None
-        if self._streak.add(one, seen.step) < self.limits["steps"]:
+        if not self.held(one, seen.step):
             return
-        self._reported = True
         yield Found(
-            self._streak.onset,
-            f"every label since step {self._streak.onset:,} is {self._label:.0f}, of "
+            self.streak.onset,
+            f"every label since step {self.streak.onset:,} is {self._label:.0f}, of "
             f"{targets[0].classes:,} classes",
             phase="loss",
             evidence=(evidence("different labels", 1, low=2, text="1"),),
         )
 
 
-class LabelRange(Rule):
+class LabelRange(_BatchRule):
     """Targets that the loss function is not made for."""
 
     name = "label-range"
@@ -304,12 +335,10 @@ class LabelRange(Rule):
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._streaks: dict[str, Streak] = {}
-        self._reported = False
+        """Loss function → of its targets."""
 
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.batch is None:
-            return
-        for target in _of_role(seen.batch, "target"):
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        for target in _of_role(batch, "target"):
             if target.name.startswith("binary_cross_entropy"):
                 wrong = target.low < 0 or target.high > 1
                 text = f"from {target.low:.4g} to {target.high:.4g}, not from 0 to 1"
@@ -319,11 +348,10 @@ class LabelRange(Rule):
                 text = f"to {percent(share, 1, 1)} equal to ignore_index"
             else:
                 continue
-            streak = self._streaks.setdefault(target.name, Streak())
-            if streak.add(wrong, seen.step) >= self.limits["steps"]:
-                self._reported = True
+            self.streak = self._streaks.setdefault(target.name, Streak())
+            if self.held(wrong, seen.step):
                 yield Found(
-                    streak.onset,
+                    self.streak.onset,
                     f"the targets of {target.name} are {text}",
                     confidence="certain",
                     phase="loss",
@@ -332,7 +360,7 @@ class LabelRange(Rule):
                 return
 
 
-class LossBroadcasts(Rule):
+class LossBroadcasts(_BatchRule):
     """The loss compares an input and a target of different shapes."""
 
     name = "loss-broadcasts"
@@ -347,24 +375,16 @@ class LossBroadcasts(Rule):
     source = "PyTorch's documentation of broadcasting semantics, and the warning of mse_loss"
     thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streak = Streak()
-        self._reported = False
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.batch is None:
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        if not self.held(bool(batch.broadcast), seen.step):
             return
-        if self._streak.add(bool(seen.batch.broadcast), seen.step) < self.limits["steps"]:
-            return
-        self._reported = True
         yield Found(
-            self._streak.onset,
-            f"{seen.batch.broadcast} is taken of every pair of elements, not of each with its own "
+            self.streak.onset,
+            f"{batch.broadcast} is taken of every pair of elements, not of each with its own "
             "target",
             confidence="certain",
             phase="loss",
-            evidence=(evidence("pairs of different shapes", 1, high=0, text=seen.batch.broadcast),),
+            evidence=(evidence("pairs of different shapes", 1, high=0, text=batch.broadcast),),
         )
 
 

@@ -17,7 +17,7 @@ class NotInOptimizer(Rule):
 
     name = "not-in-optimizer"
     title = "parameters that no optimizer updates"
-    needs = "the gradient norms of three steps"
+    needs = "the gradient norms of two steps"
     explanation = (
         "These parameters require a gradient, backward computes one, and no optimizer holds them: "
         "they keep their initial values. It happens when a layer is added after the optimizer was "
@@ -29,7 +29,8 @@ class NotInOptimizer(Rule):
         "that was added), or freeze them with requires_grad_(False)"
     )
     source = "TrainCheck (Jiang et al., OSDI 2025), a part of the model missing in the optimizer"
-    thresholds = (RuleThreshold("steps", 3, "measured steps with a gradient"),)
+    # Another optimizer that holds them may be seen for the first time when it makes its first step.
+    thresholds = (RuleThreshold("steps", 2, "measured steps with a gradient"),)
     explained_by = ("no-gradients",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
@@ -345,12 +346,82 @@ class MostlyFrozen(Rule):
         )  # fmt: skip
 
 
+class FrozenLate(Rule):
+    """Parameters that were trained first and frozen then."""
+
+    name = "frozen-late"
+    title = "parameters are frozen after they were trained"
+    level = "info"
+    needs = "the gradients of a step, and then of two without those of some parameters"
+    explanation = (
+        "These parameters were updated from the first step on, and later requires_grad was set to "
+        "False for them, although none had been frozen before. A model that freezes its stages in "
+        "its own train() method does that when train() is called: without that call before the "
+        "first step, the pretrained stages are changed until the first evaluation is over. "
+        "Freezing one layer after another on purpose looks the same. Parameters that are trained "
+        "again later were not meant to stay fixed and are not reported."
+    )
+    next = (
+        "if they were to keep their pretrained values: freeze them, or call model.train(), before "
+        "the first step, and load the pretrained weights again"
+    )
+    source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages that are not applied"
+    thresholds = (RuleThreshold("steps", 2, "measured steps in a row in which they are frozen"),)
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._names: tuple[str, ...] = ()
+        self._trained = np.zeros(0, np.int64)
+        """Measured steps with a gradient."""
+        self._streak = Streak()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        row = seen.gradients
+        if row is None or self._done:
+            return
+        if row.names is not self._names:
+            self._names, self._trained = row.names, np.zeros(len(row.names), np.int64)
+            self._streak = Streak()
+        frozen = row.reasons() == Absent.FROZEN if row.any_absent else row.absent
+        if not self._trained.any() and frozen.any():
+            self._done = True  # a part was frozen from the start: what follows is a schedule
+            return
+        late = frozen & (self._trained > 0)
+        self._trained += ~row.absent
+        if self._streak.add(bool(late.any()), seen.step) < self.limits["steps"]:
+            return
+        self._done = True
+        names = [
+            name
+            for name, is_late in zip(row.names, late.tolist(), strict=True)
+            if is_late and (info := self.facts.parameters.get(name)) is not None and info.optimizer
+        ]
+        if not names:
+            return
+        numel = sum(self.facts.parameters[name].numel for name in names)
+        trained = int(self._trained[late].max())
+        yield Found(
+            self._streak.onset,
+            f"{named(names)} ({counted(numel, 'number')}) were trained until step "
+            f"{self._streak.onset - 1:,} and are frozen since: they no longer have the values that "
+            "they started with",
+            confidence="possible",
+            phase="step",
+            parameters=tuple(names[:16]),
+            evidence=(
+                evidence("measured steps before they were frozen", trained, high=0,
+                         table="grad_norm", column=names[0], text=f"{trained:,}"),
+            ),
+        )  # fmt: skip
+
+
 class EvaluationMode(SignRule):
     """The model trains in `eval()` mode."""
 
     name = "eval-mode"
     title = "the model trains in eval() mode"
-    needs = "twenty steps"
+    needs = "three steps"
     explanation = (
         "The model is called for training while it is in eval() mode, and it has dropout or batch "
         "normalisation, which behave differently in that mode: dropout does nothing, and running "
@@ -359,7 +430,7 @@ class EvaluationMode(SignRule):
     )
     next = "call model.train() before the training steps, and again after every evaluation"
     source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
-    thresholds = (RuleThreshold("steps", 20, "steps in a row"),)
+    thresholds = (RuleThreshold("steps", 3, "steps in a row"),)
     sign = "eval_mode"
     problem = (
         "the model has been trained in eval() mode: dropout is off and batch normalisation does "

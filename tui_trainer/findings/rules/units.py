@@ -131,7 +131,7 @@ class DropoutOff(Rule):
 
     name = "dropout-off"
     title = "dropout is off in a part of the model"
-    needs = "the modes of the layers in two steps"
+    needs = "two steps"
     explanation = (
         "The model is in train() mode, but dropout layers inside it are in eval() mode, next to "
         "weights that are trained: a part of the model was set to eval() and never set back. A "
@@ -142,7 +142,7 @@ class DropoutOff(Rule):
         "PyTorch's documentation of Module.train; dropout that is off in training is a silent "
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
-    thresholds = (RuleThreshold("measurements", 2, "measured steps in a row"),)
+    thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -150,10 +150,10 @@ class DropoutOff(Rule):
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported or seen.units is None:
+        off = seen.dropout_off
+        if self._reported or off is None:
             return
-        off = seen.units.dropout_off
-        if self._streak.add(bool(off), seen.step) < self.limits["measurements"]:
+        if self._streak.add(bool(off), seen.step) < self.limits["steps"]:
             return
         self._reported = True
         yield Found(
