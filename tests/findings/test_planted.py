@@ -238,7 +238,9 @@ def two_losses():
 
 
 def names_of(train):
-    return [(f.rule, f.onset) for f in all_findings_of(train)]
+    """Without what is true of the data of all these programs: two of four classes are rare."""
+    found = all_findings_of(train)
+    return [(f.rule, f.onset) for f in found if f.rule != "unbalanced-classes"]
 
 
 def test_backward_twice_on_one_loss_is_named():

@@ -14,6 +14,7 @@ from tui_trainer.history.records import (
     BatchRecord,
     BatchTensor,
     InitialWeight,
+    LabelCounts,
     LossGraph,
     UnitsRecord,
     UnitsShare,
@@ -339,6 +340,41 @@ def loss_broadcasts(bug, number):
     return batch_of(tensor(checksum=number), broadcast="mse_loss of (8, 1) and (8,)" if bug else "")
 
 
+def counts(**changed):
+    known = {"classes": 10, "total": 640, "different": 10, "largest": 0.12, "largest_class": 3}
+    known |= {"entropy": 2.29, "per_example": True, "plain": True, **changed}
+    return LabelCounts(**known)
+
+
+def unbalanced_classes(bug, number):
+    labels = counts(total=64 * number, different=6, largest=0.75, entropy=0.8)
+    return batch_of(tensor(checksum=number))._replace(labels=labels if bug else counts())
+
+
+def no_better_than_prior(bug):
+    run = Run(facts={"classes": 10})
+    for number in range(1, 160):
+        batch = batch_of(tensor(checksum=number))._replace(labels=counts(total=64 * number))
+        run.step(2.3 if bug or number < 50 else 2.1, batch=batch if number % 10 == 1 else None)
+    return run
+
+
+def adam_epsilon(bug):
+    run = Run()
+    run.step(epsilon=1e-16 if bug else 1e-8)
+    for _ in range(3):
+        run.step()
+    return run
+
+
+def signal_vanishes(bug):
+    run = Run()
+    for number in range(1, 120):
+        units = UnitsRecord((), "head", 2e-4 if bug or number < 20 else 0.1, 0.9)
+        run.step(2.3, units=units if number % 25 == 1 else None)
+    return run
+
+
 def bad_batch(bug):
     run = Run()
     for number in range(1, 60):
@@ -497,6 +533,10 @@ CASES: dict[str, tuple[Case, int]] = {
     "same-batch": (of_batches(same_batch), 1),
     "batches-repeat": (of_batches(batches_repeat), 2),
     "constant-labels": (of_batches(constant_labels), 1),
+    "unbalanced-classes": (of_batches(unbalanced_classes), 1),
+    "no-better-than-prior": (no_better_than_prior, 1),
+    "adam-epsilon": (adam_epsilon, 1),
+    "signal-vanishes": (signal_vanishes, 1),
     "label-range": (of_batches(label_range), 1),
     "loss-broadcasts": (of_batches(loss_broadcasts), 1),
     "bad-batch": (bad_batch, 40),

@@ -107,6 +107,7 @@ class Observation:
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
     initial: tuple[InitialWeight, ...] = ()
+    epsilon: float | None = None
 
 
 @dataclass(slots=True)
@@ -263,6 +264,7 @@ class Reader:
             units=record.units,
             dropout_off=record.dropout_off,
             initial=record.initial,
+            epsilon=record.epsilon,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:
             self.facts.classes = record.classes

@@ -103,6 +103,26 @@ class BatchTensor(NamedTuple):
     """Elements that are not finite, or that the loss ignores."""
 
 
+class LabelCounts(NamedTuple):
+    """How often each class has been a label, over all steps whose batch was looked at."""
+
+    classes: int
+    total: int
+    """Number of labels."""
+    different: int
+    """Number of classes among them."""
+    largest: float
+    """Share of the most frequent class."""
+    largest_class: int
+    entropy: float
+    """Of their distribution, in nats, with Miller and Madow's correction for its bias: the mean
+    cross-entropy of a model that ignores its inputs and knows these shares."""
+    per_example: bool
+    """Whether there is one label for each row of the model's first input."""
+    plain: bool
+    """Whether the loss is their mean, without weights of the classes and without smoothing."""
+
+
 class BatchRecord(NamedTuple):
     """What the model and the loss function received in one forward."""
 
@@ -111,6 +131,8 @@ class BatchRecord(NamedTuple):
     """A loss function and the different shapes of its input and target; "" without."""
     workers: int
     """Most worker processes of a DataLoader that the script's variables hold."""
+    labels: LabelCounts | None = None
+    """Of the only loss over classes in a step."""
 
 
 class LossGraph(NamedTuple):
@@ -155,9 +177,17 @@ class UnitsShare(NamedTuple):
 
 
 class UnitsRecord(NamedTuple):
-    """Activations that were measured over a whole window of steps."""
+    """What was measured of the activations in one forward."""
 
     layers: tuple[UnitsShare, ...]
+    """Activations that were measured over a whole window of steps."""
+    last_layer: str = ""
+    """Path of the last linear layer or convolution that was called."""
+    spread: float | None = None
+    """How much what it is given differs between the examples of the batch: the root of the mean
+    square of the differences from the mean example, over that of the values themselves."""
+    first_spread: float | None = None
+    """The same of what the first such layer is given."""
 
 
 class InitialWeight(NamedTuple):
@@ -202,6 +232,8 @@ class StepRecord:
     dropout_off: tuple[str, ...] | None = None
     """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
     initial: tuple[InitialWeight, ...] = ()
+    epsilon: float | None = None
+    """The smallest `eps` of an optimizer of Adam's family, at its first step."""
 
 
 @dataclass(frozen=True, slots=True)

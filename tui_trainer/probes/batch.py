@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tui_trainer.history.records import BatchRecord, BatchTensor, Floats, TensorRole
+from tui_trainer.history.records import (
+    BatchRecord,
+    BatchTensor,
+    Floats,
+    LabelCounts,
+    TensorRole,
+)
 from tui_trainer.probes.replica import checksum
 from tui_trainer.trace.evaluation import CLASS_LOSSES
 from tui_trainer.trace.parameters import TrackedParameters
@@ -20,6 +26,9 @@ from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN
 
+LABEL_STATISTICS = ("total", "different", "largest", "largest_class", "entropy")
+MAX_CLASSES = 8192
+"""Classes whose labels are counted."""
 STATISTICS = ("low", "high", "mean", "std", "same_rows", "checksum", "not_finite")
 MAX_TARGETS = 4
 MAX_ELEMENTS = 1 << 24
@@ -40,6 +49,16 @@ class _Seen:
     shape: tuple[int, ...]
     kind: str
     classes: int
+
+
+@dataclass(slots=True)
+class _Labels:
+    """The targets of a loss over classes."""
+
+    loss: str
+    classes: int
+    per_example: bool
+    plain: bool
 
 
 class BatchProbe(Probe):
@@ -67,13 +86,19 @@ class BatchProbe(Probe):
         self._here = False
         """Whether the model of this optimizer is the one that is called in this step."""
         self._workers: int | None = None
-        self._under_way: deque[tuple[list[_Seen], str]] = deque()
+        self._labels: list[_Labels] = []
+        """Of the losses of this step."""
+        self._counts: torch.Tensor | None = None
+        """Labels of each class, over all measured steps: float64 (classes,)."""
+        self._counted = ""
+        """The loss function whose labels they are."""
+        self._under_way: deque[tuple[list[_Seen], str, _Labels | None]] = deque()
 
     def model_called(
         self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The arguments of the model."""
-        self._seen, self._readings, self._broadcast = [], [], ""
+        self._seen, self._readings, self._broadcast, self._labels = [], [], "", []
         self._here = any(id(parameter) in self._own for parameter in root.parameters())
         if not self._here:
             return
@@ -128,8 +153,42 @@ class BatchProbe(Probe):
             ignored = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
             classes = given.shape[1] if given.dim() > 1 else given.shape[0]
             self._add("target", name, target, classes=classes, ignored=ignored)
+            self._count(name, args, kwargs, target, classes, ignored)
         elif name in BINARY or name in ELEMENTWISE:
             self._add("target", name, target)
+
+    def _count(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: torch.Tensor,
+        classes: int,
+        ignored: int,
+    ) -> None:
+        """Add the labels of a loss to those of the steps before."""
+        weight = args[2] if len(args) > 2 else kwargs.get("weight")
+        reduction = args[6] if len(args) > 6 else kwargs.get("reduction", "mean")
+        smoothing = args[7] if len(args) > 7 else kwargs.get("label_smoothing", 0.0)
+        rows = next((each.shape[0] for each in self._seen if each.role == "input"), 0)
+        self._labels.append(
+            _Labels(
+                name,
+                classes,
+                per_example=target.numel() == rows,
+                plain=weight is None and reduction == "mean" and not smoothing,
+            )
+        )
+        if len(self._labels) > 1 or not 1 < classes <= MAX_CLASSES or type(target) not in PLAIN:
+            return
+        if self._counts is None or len(self._counts) != classes or self._counted != name:
+            kind = torch.float32 if target.device.type == "mps" else torch.float64
+            self._counts = torch.zeros(classes, dtype=kind, device=target.device)
+            self._counted = name
+        labels = target.detach().flatten()
+        valid = (labels != ignored) & (labels >= 0) & (labels < classes)
+        labels = labels.where(valid, 0).long()
+        self._counts = self._counts.scatter_add(0, labels, valid.to(self._counts.dtype))
 
     def _add(
         self,
@@ -153,14 +212,21 @@ class BatchProbe(Probe):
         seen, self._seen = self._seen, []
         readings, self._readings = self._readings, []
         broadcast, self._broadcast = self._broadcast, ""
-        self._under_way.append((seen, broadcast))
+        labels, self._labels = self._labels, []
+        known, counts = labels[0] if len(labels) == 1 else None, self._counts
+        if known is None or counts is None or known.classes != len(counts):
+            known = None  # no loss over classes, several, or more classes than are counted
+        else:
+            readings.append(label_statistics(counts))
+        self._under_way.append((seen, broadcast, known))
         return readings
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.batch`."""
-        seen, broadcast = self._under_way.popleft()
+        seen, broadcast, labels = self._under_way.popleft()
         count = len(STATISTICS)
-        if values.size != count * len(seen) or not seen:
+        further = len(LABEL_STATISTICS) if labels is not None else 0
+        if values.size != count * len(seen) + further or not seen:
             return ()
         tensors = []
         for position, each in enumerate(seen):
@@ -183,7 +249,20 @@ class BatchProbe(Probe):
                     int(bad),
                 )
             )
-        facts.batch = BatchRecord(tuple(tensors), broadcast, self._workers or 0)
+        counts = None
+        if labels is not None:
+            total, different, largest, largest_class, entropy = values[-further:].tolist()
+            counts = LabelCounts(
+                labels.classes,
+                int(total),
+                int(different),
+                largest,
+                int(largest_class),
+                entropy,
+                labels.per_example,
+                labels.plain,
+            )
+        facts.batch = BatchRecord(tuple(tensors), broadcast, self._workers or 0, counts)
         return ()
 
 
@@ -216,6 +295,16 @@ def statistics(tensor: torch.Tensor, ignored: int | None = None) -> torch.Tensor
             (tensor.numel() - count).to(x.dtype),
         ]
     )
+
+
+def label_statistics(counts: torch.Tensor) -> torch.Tensor:
+    """LABEL_STATISTICS of the number of labels of each class, as float64 (5,)."""
+    total = counts.sum()
+    shares = counts / total
+    different = (counts > 0).sum().to(counts.dtype)
+    entropy = -torch.special.xlogy(shares, shares).sum() + (different - 1) / (2 * total)
+    largest = shares.max()
+    return torch.stack([total, different, largest, shares.argmax().to(counts.dtype), entropy])
 
 
 def _nothing(module: torch.nn.Module, result: Any) -> None:

@@ -1,4 +1,4 @@
-"""Dead and saturated units: outputs of ReLU, sigmoid and tanh that no example changes."""
+"""Dead and saturated units, and how much the features of the examples differ."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from tui_trainer.history.records import Floats, UnitsRecord, UnitsShare
+from tui_trainer.probes.batch import CONVOLUTIONS
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
 from tui_trainer.trace.submodule_calls import SubmoduleCalls
@@ -34,6 +35,8 @@ MIN_POSITIONS = 16
 SATURATED = 0.01
 """Distance to its limit, of a sigmoid's or tanh's range of 1, within which an output counts."""
 MAX_CALLS = 256
+MIN_EXAMPLES = 4
+"""Rows of a batch from which their spread is taken."""
 
 
 @dataclass(slots=True)
@@ -50,9 +53,11 @@ class _Layer:
 class UnitsProbe(Probe):
     """No table: sets `StepFacts.units`, over windows of WINDOW measurements.
 
-    The activation functions of torch and torch.nn.functional are replaced during one forward; a
-    unit is the last dimension of an output, or the channel of an image. The last activation of a
-    model, after which no layer with weights comes, is left out: it is the model's output.
+    Also measures how much the inputs of the first and the last linear layer or convolution differ
+    between the examples. The activation functions of torch and torch.nn.functional are replaced
+    during one forward; a unit is the last dimension of an output, or the channel of an image. The
+    last activation of a model, after which no layer with weights comes, is left out: it is the
+    model's output.
     """
 
     name = "units"
@@ -77,13 +82,19 @@ class UnitsProbe(Probe):
         self._followed = 0
         """Activations of this forward after which a layer with weights was called."""
         self._measured = False
-        self._under_way: deque[tuple[list[tuple[str, str, int]], bool]] = deque()
+        self._first_input: torch.Tensor | None = None
+        self._last_input: torch.Tensor | None = None
+        """What linear layers and convolutions of this forward were given."""
+        self._last_layer = ""
+        self._spreads: list[torch.Tensor] = []
+        self._under_way: deque[tuple[list[tuple[str, str, int]], bool, str]] = deque()
 
     def before_forward(self, root: torch.nn.Module) -> None:
         self._measured = False
         if not any(id(parameter) in self._own for parameter in root.parameters()):
             return
         self._stack, self._next, self._followed, self._inside = [], 0, 0, False
+        self._spreads, self._last_layer = [], ""
         if not self._calls.begin(root):
             return
         self._measured = True
@@ -101,6 +112,10 @@ class UnitsProbe(Probe):
         self._calls.end()
         self._stack = []
         del self._layers[self._next :]
+        first, last = self._first_input, self._last_input
+        self._first_input = self._last_input = None
+        if first is not None and last is not None and first is not last:
+            self._spreads = [spread(first), spread(last)]
 
     # ------------------------------------------------------------ in the forward
 
@@ -110,6 +125,18 @@ class UnitsProbe(Probe):
         self._stack.append(module)
         if any(True for _ in module.parameters(recurse=False)):
             self._followed = self._next
+        if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)) and args:
+            given = args[0]
+            if (
+                type(given) in PLAIN
+                and given.is_floating_point()
+                and given.dim() > 1
+                and len(given) >= MIN_EXAMPLES
+            ):
+                self._last_input = given.detach()
+                self._last_layer = self._paths.get(module, "")
+                if self._first_input is None:
+                    self._first_input = self._last_input
 
     def _returned(self, module: torch.nn.Module, result: Any) -> None:
         while self._stack and self._stack.pop() is not module:
@@ -170,17 +197,23 @@ class UnitsProbe(Probe):
         layers = self._layers[: self._followed] if self._measured else []
         complete = [layer for layer in layers if layer.count == WINDOW]
         measured, self._measured = self._measured, False
-        self._under_way.append(([layer.key for layer in complete], measured))
-        return [layer.stuck.double().mean() for layer in complete]
+        spreads, self._spreads = self._spreads if measured else [], []
+        path = self._last_layer if spreads else ""
+        self._under_way.append(([layer.key for layer in complete], measured, path))
+        return [*(layer.stuck.double().mean() for layer in complete), *spreads]
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.units`."""
-        keys, measured = self._under_way.popleft()
+        keys, measured, path = self._under_way.popleft()
         if measured:
-            shares = zip(keys, values.tolist(), strict=False)
-            facts.units = UnitsRecord(
-                tuple(
-                    UnitsShare(path, kind, units, share) for (path, kind, units), share in shares
-                )
-            )
+            known = values.tolist()
+            shares = tuple(UnitsShare(*key, share) for key, share in zip(keys, known, strict=False))
+            first, last = known[len(keys) :] or (None, None)
+            facts.units = UnitsRecord(shares, path, last, first)
         return ()
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """√(mean of the squared differences from the mean row / mean of the squares), 0-d."""
+    rows = tensor.flatten(1).float()
+    return ((rows - rows.mean(0)).square().mean() / rows.square().mean()).sqrt()

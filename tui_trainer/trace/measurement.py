@@ -462,6 +462,7 @@ class StepMeasurer:
         completed.loss_graph = self.passes[0].loss_graph if len(self.passes) == 1 else None
         completed.producer = next((p.producer for p in self.passes if p.producer), None)
         completed.bad_batch = next((p.bad_batch for p in self.passes if p.bad_batch), None)
+        completed.epsilon = None if self._steps else self.slot.epsilon
         self.marks.use()
         self._steps += 1
         self._forget()
@@ -588,6 +589,7 @@ class StepMeasurer:
             units=facts.units,
             dropout_off=facts.dropout_off,
             initial=facts.initial,
+            epsilon=step.epsilon,
         )
         return record, facts, spent
 

@@ -19,6 +19,7 @@ from tui_trainer.trace.parameters import parameters_of
 from tui_trainer.trace.probe import RecorderLike
 
 Optimizer = torch.optim.Optimizer
+ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
 
 @dataclass(eq=False)
@@ -47,6 +48,14 @@ class OptimizerSlot:
     def fits(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer is of the same class, with parameters of the same shapes."""
         return type(optimizer) is self.kind and shapes_of(optimizer) == self.shapes
+
+    @property
+    def epsilon(self) -> float | None:
+        """The smallest `eps` of an optimizer of Adam's family; None for others."""
+        optimizer = self.optimizer()
+        if optimizer is None or not issubclass(self.kind, ADAMS):
+            return None
+        return min((float(group["eps"]) for group in optimizer.param_groups), default=None)
 
     def occupy(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)

@@ -232,6 +232,7 @@ class CompletedStep:
     loss_graph: LossGraph | None = None
     producer: Producer | None = None
     bad_batch: BadBatch | None = None
+    epsilon: float | None = None
     """As in `StepRecord`."""
 
     def facts(self, header: Values) -> StepFacts:

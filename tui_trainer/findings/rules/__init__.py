@@ -13,6 +13,7 @@ from tui_trainer.findings.rules.batch import (
     LabelRange,
     LossBroadcasts,
     SameBatch,
+    UnbalancedClasses,
 )
 from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedToNothing
 from tui_trainer.findings.rules.coverage import (
@@ -26,7 +27,12 @@ from tui_trainer.findings.rules.coverage import (
 )
 from tui_trainer.findings.rules.gradients import GradientsExplode, GradientsVanish
 from tui_trainer.findings.rules.initialisation import ConstantWeights, InitialScale, UntiedWeights
-from tui_trainer.findings.rules.learning_rate import LearningRateJump, LearningRateZero, NoWarmUp
+from tui_trainer.findings.rules.learning_rate import (
+    AdamEpsilon,
+    LearningRateJump,
+    LearningRateZero,
+    NoWarmUp,
+)
 from tui_trainer.findings.rules.loop import (
     BackwardTwice,
     ScheduleEnds,
@@ -37,6 +43,7 @@ from tui_trainer.findings.rules.loss import (
     InitialLoss,
     LossDiverges,
     LossOscillates,
+    NoBetterThanPrior,
     NoProgress,
     OverFitting,
     SoftmaxTwice,
@@ -51,7 +58,7 @@ from tui_trainer.findings.rules.loss_graph import (
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
 from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
-from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits
+from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits, SignalVanishes
 from tui_trainer.findings.rules.update_ratio import (
     UpdateRatioHigh,
     UpdateRatioLow,
@@ -78,6 +85,7 @@ RULES: tuple[type[Rule], ...] = (
     SameBatch,
     BatchesRepeat,
     ConstantLabels,
+    UnbalancedClasses,
     LabelRange,
     LossBroadcasts,
     BadBatchRule,
@@ -94,6 +102,7 @@ RULES: tuple[type[Rule], ...] = (
     ScheduleEnds,
     LearningRateJump,
     NoWarmUp,
+    AdamEpsilon,
     UpdateRatioHigh,
     UpdateRatioLow,
     UpdatesSmall,
@@ -102,6 +111,7 @@ RULES: tuple[type[Rule], ...] = (
     GradientsExplode,
     DeadUnits,
     SaturatedUnits,
+    SignalVanishes,
     ZeroGradients,
     ClippedToNothing,
     AlwaysClipped,
@@ -113,6 +123,7 @@ RULES: tuple[type[Rule], ...] = (
     LossDiverges,
     LossOscillates,
     NoProgress,
+    NoBetterThanPrior,
     OverFitting,
     ClipsAlone,
     RanksPart,

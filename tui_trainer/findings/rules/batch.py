@@ -200,9 +200,10 @@ class BatchesRepeat(_BatchRule):
     )
     explanation = (
         "Each batch comes as many times in a row as the DataLoader has worker processes, which are "
-        "asked for batches in turn. Each worker has its own copy of the dataset: an IterableDataset that is not divided among "
-        "them yields every example once per worker, and a generator that is seeded alike in each "
-        "makes the same random examples. An epoch is then several times the same data."
+        "asked for batches in turn. Each worker has its own copy of the dataset: an "
+        "IterableDataset that is not divided among them yields every example once per worker, and "
+        "a generator that is seeded alike in each makes the same random examples. An epoch is then "
+        "several times the same data."
     )
     next = (
         "divide an IterableDataset by torch.utils.data.get_worker_info(), and seed random "
@@ -213,6 +214,7 @@ class BatchesRepeat(_BatchRule):
         "loading (workers are asked for batches in turn); the same seed in all workers is a silent "
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
+
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
         self._last: tuple[int, tuple[int, ...]] | None = None
@@ -312,6 +314,70 @@ class ConstantLabels(_BatchRule):
             phase="loss",
             evidence=(evidence("different labels", 1, low=2, text="1"),),
         )
+
+
+class UnbalancedClasses(_BatchRule):
+    """Some classes have almost all of the labels."""
+
+    name = "unbalanced-classes"
+    title = "the classes are unbalanced"
+    level = "info"
+    needs = (
+        "the targets of cross_entropy or nll_loss, one for each example and without weights: 200 "
+        "labels, and ten for each class"
+    )
+    explanation = (
+        "The labels of the batches so far are far from evenly distributed over the classes: a "
+        "model that always predicts the most frequent one has a high accuracy already, the loss is "
+        "dominated by it, and the rare classes are hardly learnt. Often the data are like that; "
+        "accuracy is then not the number to look at. It is a mistake where the data were meant to "
+        "be balanced: a filter, a join or a split has lost examples. Labels of every position of "
+        "a text or a picture are not reported, nor losses with a weight for each class."
+    )
+    next = (
+        "count the labels of the training set; sample the rare classes more often "
+        "(WeightedRandomSampler), or give cross_entropy a weight for each class; look at the "
+        "accuracy of each class"
+    )
+    source = (
+        "Buda, Maki & Mazurowski, A systematic study of the class imbalance problem in "
+        "convolutional neural networks (2018); Pielou's evenness (1966): the entropy over ln K; "
+        "unbalanced data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    )
+    thresholds = (
+        RuleThreshold("evenness", 0.5, "entropy of the labels over that of an even distribution"),
+        RuleThreshold("labels", 200, "minimum number of labels"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first = 0
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        labels = batch.labels
+        if labels is None or not labels.plain or not labels.per_example:
+            return
+        self._first = self._first or seen.step
+        if labels.total < max(self.limits["labels"], 10 * labels.classes):
+            return
+        self.done = True
+        evenness = labels.entropy / math.log(labels.classes)
+        if labels.different < 2 or evenness >= self.limits["evenness"]:
+            return
+        missing = labels.classes - labels.different
+        yield Found(
+            self._first,
+            f"{percent(labels.largest, 0, 0)} of {labels.total:,} labels are class "
+            f"{labels.largest_class}"
+            + (f", and {missing} of {labels.classes:,} classes have not come up" if missing else "")
+            + f": their entropy is {percent(evenness, 0, 0)} of that of an even distribution",
+            confidence="certain",
+            phase="data",
+            evidence=(
+                evidence("evenness of the labels", evenness, low=self.limits["evenness"],
+                         text=percent(evenness, 0, 0)),
+            ),
+        )  # fmt: skip
 
 
 class LabelRange(_BatchRule):

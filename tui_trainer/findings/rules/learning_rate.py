@@ -204,3 +204,56 @@ class NoWarmUp(Rule):
                          column="learning_rate"),
             ),
         )  # fmt: skip
+
+
+class AdamEpsilon(Rule):
+    """`eps` of Adam is too small for the numbers that it is added to."""
+
+    name = "adam-epsilon"
+    title = "Adam's eps is very small"
+    level = "info"
+    needs = "the settings of an optimizer of Adam's family, and one step"
+    explanation = (
+        "Adam divides each update by the root of the mean square of the gradients, plus eps. Where "
+        "gradients are tiny (units that hardly ever react, a loss near zero, their rounding "
+        "errors), eps alone keeps the update small; with a very small one these weights move by "
+        "the whole learning rate at every step, in a direction that is noise. Published trainings "
+        "use 1e-10 to 1e-3, and 1e-15 where tiny gradients are meant to count (hash grids of "
+        "neural fields). In float16 the usual 1e-8 is rounded to zero: where the mean square is "
+        "zero as well, the update is a division by zero, which is a warning."
+    )
+    next = "use the default eps=1e-8, or 1e-4 for weights in float16; or keep weights in float32"
+    source = (
+        "Kingma & Ba, Adam (ICLR 2015), 1e-8; Liu et al., RoBERTa (2019), section 3.1, on its "
+        "effect on stability; Müller et al., Instant Neural Graphics Primitives (SIGGRAPH 2022), "
+        "1e-15; a low eps is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    )
+    thresholds = (
+        RuleThreshold("low", 1e-10, "smallest eps that is not remarked on"),
+        RuleThreshold("float16", 3e-8, "half of the smallest number of float16, for such weights"),
+    )
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        epsilon = seen.epsilon
+        if epsilon is None:
+            return
+        optimizer = self.facts.optimizer_name(seen.optimizer)
+        half = [
+            info.name
+            for info in self.facts.parameters.values()
+            if info.dtype == "float16" and info.optimizer == optimizer and info.trainable
+        ]
+        vanishes = bool(half) and epsilon < self.limits["float16"]
+        if not vanishes and epsilon >= self.limits["low"]:
+            return
+        low = self.limits["float16" if vanishes else "low"]
+        yield Found(
+            seen.step,
+            f"{optimizer} has eps={epsilon:.3g}"
+            + (f", which is zero in the float16 of its {len(half)} parameters" if vanishes else ""),
+            level="warning" if vanishes else None,
+            confidence="certain" if vanishes else "possible",
+            phase="step",
+            parameters=tuple(half[:8]) if vanishes else (),
+            evidence=(evidence("eps", epsilon, low=low),),
+        )

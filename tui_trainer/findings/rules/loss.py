@@ -9,6 +9,7 @@ import numpy as np
 
 from tui_trainer.findings.observation import FIRST_LOSSES, LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.history.records import LabelCounts
 from tui_trainer.protocol.formatting import percent
 
 
@@ -197,6 +198,93 @@ class NoProgress(Rule):
                 evidence("loss, mean of the last 64 steps", float(recent.mean()),
                          high=0.95 * chance if chance else float(first.mean()),
                          table="step", column="loss"),
+            ),
+        )  # fmt: skip
+
+
+class NoBetterThanPrior(Rule):
+    """The loss is that of a model that ignores its inputs."""
+
+    name = "no-better-than-prior"
+    title = "the loss is no lower than without the inputs"
+    level = "info"
+    needs = (
+        "100 losses that are a mean cross-entropy over classes, ten labels for each class, and a "
+        "learning rate that does not rise any more"
+    )
+    explanation = (
+        "A model that ignores its inputs can reach the entropy of the labels' distribution, which "
+        "is counted over the batches. This one is updated at the usual rate and has not got below "
+        "that: so far the inputs tell it nothing about the labels. Either they do not belong "
+        "together (shuffled separately, joined by the wrong key, off by one), or the inputs carry "
+        "nothing of what the labels depend on (an augmentation, crop or normalisation that "
+        "destroys them), or learning is slow to begin. It is a hint that comes early; if the loss "
+        "has not fallen at all after 300 steps, there is a warning."
+    )
+    next = (
+        "look at a few inputs with their labels just before the model is called; train on the "
+        "inputs without augmentation; try to overfit a single batch"
+    )
+    source = (
+        'Karpathy, A Recipe for Training Neural Networks (2019), "input-independent baseline"; '
+        "Miller (1955) for the bias of the entropy"
+    )
+    thresholds = (
+        RuleThreshold("steps", 90, "minimum number of losses"),
+        RuleThreshold("share", 0.97, "of the labels' entropy, below which something is learnt"),
+        RuleThreshold("ratio", 2e-4, "median ‖Δw‖/‖w‖ below which updates are too small to judge"),
+    )
+    explained_by = NoProgress.explained_by
+    slack = NoProgress.slack
+
+    RECENT = 32
+    """Losses that are compared."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._labels: LabelCounts | None = None
+        self._ratio = math.inf
+        self._highest_rate = 0.0
+        self._rose_at = 0
+        """Step at which the learning rate rose last."""
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done:
+            return
+        rate = seen.learning_rate or 0.0
+        if rate > 1.001 * self._highest_rate:
+            self._highest_rate, self._rose_at = rate, seen.step
+        if seen.updates is not None and seen.updates.finite.any():
+            self._ratio = float(np.median(seen.updates.values[seen.updates.finite]))
+        if seen.batch is not None and seen.batch.labels is not None:
+            self._labels = seen.batch.labels
+        labels, trend = self._labels, self.trend
+        if labels is None or trend.count < self.limits["steps"]:
+            return
+        self._done = (
+            not labels.plain
+            or self.facts.classes != labels.classes
+            or len(self.facts.optimizers) > 1
+            or self.facts.resumed
+        )
+        still = seen.step - self._rose_at >= self.RECENT and self._ratio >= self.limits["ratio"]
+        if self._done or not still or labels.total < 10 * labels.classes:
+            return
+        recent = [loss for _, loss in trend.recent][-self.RECENT :]
+        mean = float(np.mean(recent))
+        self._done = True
+        if mean < self.limits["share"] * labels.entropy or trend.fast > 1.5 * trend.start:
+            return
+        yield Found(
+            seen.step - trend.count + 1,
+            f"after {trend.count:,} steps the loss is {mean:.4g}: a model that ignores its inputs "
+            f"can reach {labels.entropy:.4g}, the entropy of the labels so far",
+            confidence="possible",
+            phase="loss",
+            evidence=(
+                evidence(f"loss, mean of the last {len(recent)} steps", mean,
+                         high=self.limits["share"] * labels.entropy, table="step", column="loss"),
             ),
         )  # fmt: skip
 

@@ -126,6 +126,80 @@ class SaturatedUnits(_StuckUnits):
         )
 
 
+class SignalVanishes(Rule):
+    """What the last layer is given hardly depends on the example."""
+
+    name = "signal-vanishes"
+    title = "the signal vanishes on its way forward"
+    needs = "what the first and the last layer are given in two steps, 25 apart, and the losses"
+    explanation = (
+        "The features that the last layer is given are almost the same for all examples of a "
+        "batch, although the inputs differ, and the loss has not fallen: in each layer the biases, "
+        "or a mean that all examples share, outweigh what they differ in. The gradients of the "
+        "first layers say almost nothing about the examples either. Deep networks without "
+        "normalisation or residual connections, and with PyTorch's default initialisation (which "
+        "is smaller than He's), are the usual cause; a sigmoid in each layer is another."
+    )
+    next = (
+        "add normalisation layers (BatchNorm, LayerNorm) or residual connections, or initialise "
+        "with kaiming_normal_(weight, nonlinearity='relu') and zero biases"
+    )
+    source = (
+        "Schoenholz et al., Deep Information Propagation (ICLR 2017): beyond a depth, correlations "
+        "between inputs converge to 1 and a network cannot be trained; Ioffe & Szegedy, Batch "
+        "Normalization (ICML 2015)"
+    )
+    thresholds = (
+        RuleThreshold("share", 0.01, "difference between the examples, as a share of the values"),
+        RuleThreshold("measurements", 2, "measured steps in a row"),
+        RuleThreshold("fall", 0.05, "fall of the loss from which nothing is reported"),
+    )
+    explained_by = (
+        "constant-inputs",
+        "same-batch",
+        "constant-weights",
+        "dead-units",
+        "saturated-units",
+        "softmax-inside",
+        "input-scale",
+        "update-ratio-high",
+        "learning-rate-jump",
+        "loss-diverges",
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.units is None:
+            return
+        spread, first = seen.units.spread, seen.units.first_spread
+        if spread is None or first is None:
+            return
+        low = self.limits["share"] * min(1.0, first)
+        if self._streak.add(spread < low, seen.step) < self.limits["measurements"]:
+            return
+        start = self.trend.start
+        if self.trend.count and self.trend.fast < start - self.limits["fall"] * abs(start):
+            return
+        self._done = True
+        path = seen.units.last_layer
+        yield Found(
+            self._streak.onset,
+            f"what {path or 'the last layer'} is given differs between the examples of a batch by "
+            f"only {percent(spread, 0, 3)} of its values ({percent(first, 0, 0)} at the first "
+            "layer): its output hardly depends on the input",
+            phase="forward",
+            parameters=(path,) if path else (),
+            evidence=(
+                evidence("difference between examples", spread, low=low,
+                         text=percent(spread, 0, 3)),
+            ),
+        )  # fmt: skip
+
+
 class DropoutOff(Rule):
     """A part of the model trains with its dropout off."""
 
