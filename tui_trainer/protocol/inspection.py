@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 
@@ -247,8 +248,17 @@ class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
     """None: the whole tensor."""
 
 
-InspectionRequest = ListTensors | Summarize | ReadTensor | ExplainUpdate | DescribeUse
-InspectionResult = TensorList | TensorSummary | TensorData | UpdateExplanation | ParameterUse
+InspectionRequest = (
+    ListTensors | Summarize | ReadTensor | ExplainUpdate | DescribeUse | ExamineAttention
+)
+InspectionResult = (
+    TensorList
+    | TensorSummary
+    | TensorData
+    | UpdateExplanation
+    | ParameterUse
+    | AttentionExamination
+)
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""
 NOT_OBSERVED = "the update of this step was not observed"
