@@ -55,11 +55,11 @@ def key_rows(found: AttentionExamination) -> list[KeyRow]:
     row = found.row
     if row is None:
         return []
-    columns = (floats(each).tolist() for each in (row.products, row.angles, row.scores))
-    weights = floats(row.weights).tolist()
+    packed = (row.products, row.angles, row.scores, row.weights)
+    columns = [floats(each).tolist() for each in packed]
     return [
-        KeyRow(key, position_label(found, key), *values, weight)
-        for key, (*values, weight) in enumerate(zip(*columns, weights, strict=True))
+        KeyRow(key, position_label(found, key), *values)
+        for key, values in enumerate(zip(*columns, strict=True))
     ]
 
 
@@ -165,6 +165,4 @@ def weights_as_data(weights: HeadWeights) -> dict[str, dict[str, float]]:
         ("largest", PARTS),
         ("stable_ranks", PARTS),
     )
-    return {
-        name: dict(zip(keys, getattr(weights, name), strict=True)) for name, keys in names
-    }
+    return {name: dict(zip(keys, getattr(weights, name), strict=True)) for name, keys in names}

@@ -6,10 +6,13 @@ precision of its numbers. Where it is not, or Q and K are not known, the answer 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -37,6 +40,7 @@ from tui_trainer.inspect.attention_trace import (
 )
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.heat_map import heat_map
+from tui_trainer.inspect.rerun import StepCapture
 from tui_trainer.probes.attention.layers import AttentionLayer, Projection, find_layers
 from tui_trainer.protocol.attention import (
     MAX_POSITIONS,
@@ -51,6 +55,7 @@ from tui_trainer.protocol.attention import (
     ResidualStream,
 )
 from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.torch_private import tensors_of
 from tui_trainer.trace.tracer import Tracer
 
 MAX_MAP = 1 << 26
@@ -61,6 +66,7 @@ SOME_QUERIES = 64
 """Evenly spaced ones, of a larger layer."""
 MAX_PICTURE = 64
 """Pixels on the longer side of an image that is sent."""
+WITHOUT_LOSS = "without the loss"
 ROTARY = ("rotary", "rope")
 CHECKED = {
     SDPA: f"what {SDPA} returned",
@@ -83,8 +89,11 @@ def attention_layers(tracer: Tracer) -> list[FoundLayer]:
     """Those of every model. Raises InspectionError where there are none."""
     found: dict[str, FoundLayer] = {}
     why = "no optimizer has made a step yet"
+    names = tracer.registry.names
+    modules = {path: module for root in tracer.roots for path, module in names.modules(root)}
     for measurer in tracer.registry.measurers:
-        tracked = measurer.tracked
+        # Modules are forgotten once the probes have been made.
+        tracked = dataclasses.replace(measurer.tracked, modules=modules, models=tracer.roots)
         layers = find_layers(tracked, tracer.registry.options.attention_pattern)
         for layer in layers.layers:
             found.setdefault(layer.path, FoundLayer(tracked, layer))
@@ -135,6 +144,27 @@ def _parameter(tracked: TrackedParameters, part: Projection) -> torch.Tensor | N
     return tracked.parameters[part.parameter] if part.parameter < len(tracked.parameters) else None
 
 
+def examine_attention(
+    tracer: Tracer,
+    capture: StepCapture,
+    request: ExamineAttention,
+    tokens: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> AttentionExamination:
+    """Run the forward pass of the current step again and answer. Raises InspectionError."""
+    layers = attention_layers(tracer)
+    found = chosen_layer(layers, request.layer)
+    trace = new_trace(layers, request, found.layer.path)
+    examiner = AttentionExaminer(layers, found, request)
+    with trace, capture.rerun(trace.called, trace.returned, gradients=False) as run:
+        given = tensors_of((run.call.args, run.call.kwargs))
+        if request.residual and run.call.returned:
+            with contextlib.suppress(Exception):  # without it the largest logit is explained
+                run.call.loss.again(run.output)  # passes the targets to cross_entropy
+        notes = [note for note in run.notes if not note.startswith(WITHOUT_LOSS)]
+    return examiner.answer(trace, given, tokens, classes, notes)
+
+
 class AttentionExaminer:
     """Makes the answer of a trace. All of it runs under no_grad on the training thread."""
 
@@ -147,19 +177,22 @@ class AttentionExaminer:
         if heads is not None and not 0 <= request.head < heads:
             raise InspectionError(f"there is no head {request.head}", f"{_to(heads)} are there")
         self._notes: list[str] = []
+        self._classes: Sequence[str] = ()
 
     def answer(
         self,
         trace: AttentionTrace,
         given: Sequence[torch.Tensor],
         tokens: Sequence[str] = (),
+        classes: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> AttentionExamination:
-        """`given`: the tensors that the model was called with; `tokens`: texts of its tokens."""
+        """`given`: the tensors that the model was called with; `tokens` and `classes`: what its
+        inputs and outputs are called, by number."""
         if trace.fault is not None:
             raise trace.fault
         layer, request = self._found.layer, self._request
-        self._notes = list(notes)
+        self._notes, self._classes = list(notes), classes
         calls = trace.calls.get(layer.path, 0)
         if calls > 1:
             self._notes.append(f"the layer is called {calls} times: this is the last one")
@@ -314,9 +347,13 @@ class AttentionExaminer:
         if not self._request.residual:
             return None, ""
         try:
-            return residual_stream(trace, query, queries), ""
+            stream = residual_stream(trace, query, queries)
         except NoStream as reason:
             return None, str(reason)
+        if 0 <= stream.target < len(self._classes):
+            name = self._classes[stream.target]
+            return msgspec.structs.replace(stream, target_name=name), ""
+        return stream, ""
 
 
 def _to(count: int) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 
+from tui_trainer.inspect.attention import examine_attention
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.rerun import StepCapture
@@ -13,6 +15,7 @@ from tui_trainer.inspect.statistics import statistics_of
 from tui_trainer.inspect.update_watch import UpdateWatch
 from tui_trainer.inspect.usage import parameter_use
 from tui_trainer.inspect.values import readable
+from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -42,6 +45,10 @@ class Inspector:
         self._tracer = weakref.ref(tracer)
         self._watch: UpdateWatch | None = None
         self.capture = StepCapture(tracer)
+        self.tokens: Sequence[str] = ()
+        """Texts of the model's tokens, by number; empty where they are not known."""
+        self.classes: Sequence[str] = ()
+        """Names of what the model predicts, by number."""
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
         """Raises InspectionError, or whatever torch raises on an unusual tensor."""
@@ -61,6 +68,9 @@ class Inspector:
                     return parameter_use(tracer, catalog)
                 case ExplainUpdate():
                     return self._explain(tracer, request)
+                case ExamineAttention():
+                    names = self.tokens, self.classes
+                    return examine_attention(tracer, self.capture, request, *names)
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""

@@ -220,6 +220,9 @@ class ChildTraining:
     def inspect_with(self, inspector: Inspector) -> None:
         """Does nothing: viewers inspect rank 0's tensors."""
 
+    def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
+        """Does nothing, either."""
+
     def at_end(self, call: Callable[[], None]) -> None:
         """Does nothing: nothing has to be undone in a child."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.config.ranks import rank_here
@@ -39,6 +39,9 @@ class RunContext(Protocol):
 
     def inspect_with(self, inspector: Inspector) -> None:
         """Set what looks into the tensors of the training."""
+
+    def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
+        """Set the texts of the model's tokens and the names of its classes, for inspections."""
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this on the training thread once the training has ended."""

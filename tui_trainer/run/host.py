@@ -11,7 +11,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,6 +256,11 @@ class Host:
 
     def inspect_with(self, inspector: Inspector) -> None:
         self.inspections.inspector = inspector
+
+    def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
+        if self.inspections.inspector is not None:
+            self.inspections.inspector.tokens = tokens
+            self.inspections.inspector.classes = classes
 
     def at_end(self, call: Callable[[], None]) -> None:
         self._at_end.append(call)

@@ -47,6 +47,7 @@ def train_task(run: RunContext) -> Outcome:
     try:
         training = build(definition, config)
         _describe(run, training, torch.get_num_threads())
+        run.name_outputs(training.tokens, training.classes)
         saver, evaluations = _schedule_between_steps(run, training)
         if checkpoint is None:
             with tracer.suspended():

@@ -8,7 +8,7 @@ start screen read it; `build` is imported in the training process.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,10 @@ class Training:
     evaluations: tuple[Evaluation, ...] = ()
     facts: dict[str, Scalar] = field(default_factory=dict)
     """About the data: characters, vocabulary size, images, batches per epoch, …"""
+    tokens: Sequence[str] = ()
+    """Texts of the model's tokens, by number, for a model that reads tokens."""
+    classes: Sequence[str] = ()
+    """Names of what the model predicts, by number."""
     stateful: dict[str, Any] = field(default_factory=dict)
     """Objects with `state_dict()` and `load_state_dict()` that a checkpoint holds in addition to
     the model: optimizer, scheduler, scaler, batches (their position and generator)."""

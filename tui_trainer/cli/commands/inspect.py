@@ -317,7 +317,7 @@ def _as_text(answer: Inspected, summary: TensorSummary) -> str:
     elif statistics is not None:
         lines += ["", "it has no elements"]
     if heat is not None:
-        lines += ["", *_heat_lines(heat)]
+        lines += ["", *heat_lines(heat)]
     return "\n".join(lines)
 
 
@@ -375,7 +375,7 @@ def _histogram_lines(title: str, histogram: Histogram, log: bool) -> list[str]:
     return [f"{title:<10}  {low:>9} {bars} {high}"]
 
 
-def _heat_lines(heat: HeatMap) -> list[str]:
+def heat_lines(heat: HeatMap) -> list[str]:
     cells = cells_of(heat)
     finite = np.isfinite(cells)
     sizes = np.abs(np.where(finite, cells, 0.0))

@@ -80,6 +80,8 @@ def build(config: GptConfig) -> Training:
             "device": str(device),
             "threads": torch.get_num_threads(),
         },
+        tokens=corpus.alphabet,
+        classes=corpus.alphabet,
         stateful={"optimizer": optimizer, "scaler": scaler, "batches": batches},
     )
 

@@ -74,6 +74,7 @@ def build(config: VitConfig) -> Training:
             "device": str(device),
             "threads": torch.get_num_threads(),
         },
+        classes=training.classes,
         stateful={"optimizer": optimizer, "scaler": scaler, "batches": batches},
     )
 
