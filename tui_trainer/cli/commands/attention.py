@@ -192,7 +192,7 @@ def _weights(found: AttentionExamination) -> list[str]:
     for head, each in enumerate(found.weights):
         shown = head if len(found.weights) > 1 else found.head
         cells = [
-            *(signed(value, 0, 3) for value in each.cosines),
+            *(_signed(value) for value in each.cosines),
             *(number(value, 0, 3) for value in each.distances),
             *(f"{value:.1f}°" for value in each.angles),
             *(number(value, 0, 3) for value in (*each.largest, *each.stable_ranks)),
@@ -226,10 +226,9 @@ def _residual(found: AttentionExamination, stream: ResidualStream) -> list[str]:
         indent = "  " if each.kind in ("head", "bias") else ""
         named = f"{each.name} (what the stream begins with)" if each.kind == "start" else each.name
         norm = "" if math.isnan(each.norm) else number(each.norm, 0)
-        cosine = "" if math.isnan(each.cosine) else signed(each.cosine, 0, 3)
-        logit = "" if math.isnan(each.logit) else signed(each.logit, 0, 3)
+        cosine, logit = _signed(each.cosine), _signed(each.logit)
         table.add_row(*map(Text, (indent + named, norm, cosine, logit)))
-    total = "" if math.isnan(stream.logit) else signed(stream.logit, 0, 3)
+    total = _signed(stream.logit)
     table.add_row("the stream", Text(number(stream.norm, 0)), "", Text(total))
     lines = [
         f"the residual stream at {place_text(found, stream)}",
@@ -245,3 +244,7 @@ def _residual(found: AttentionExamination, stream: ResidualStream) -> list[str]:
             "the divisor of the final norm held"
         )
     return [*lines, *(f"note: {note}" for note in stream.notes)]
+
+
+def _signed(value: float) -> str:
+    return "" if math.isnan(value) else signed(value, 8, 3).strip()
