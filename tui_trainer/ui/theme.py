@@ -51,6 +51,8 @@ DARK = Theme(
         "footer-description-foreground": "#8d99ab",
         "border": "#3a4453",
         "block-cursor-background": "#26404a",
+        "block-cursor-blurred-background": "#1b2f37",
+        "input-selection-background": "#2c4a5a",
         "block-cursor-foreground": "#eef2f8",
     },
 )
@@ -88,6 +90,7 @@ LIGHT = Theme(
         "footer-description-foreground": "#59677d",
         "border": "#c9cdd3",
         "block-cursor-background": "#cfe6e6",
+        "block-cursor-blurred-background": "#e2f1f0",
         "block-cursor-foreground": "#10151d",
     },
 )
