@@ -98,6 +98,7 @@ class Run:
         weights=None,
         clip=None,
         data_ms=1.0,
+        eval_ms=absent(Absent.NO_PHASE),
         memory=None,
         health=None,
         growth=None,
@@ -112,6 +113,7 @@ class Run:
         if loss is None:
             loss = 2.3 * 0.99**self.number + 0.01 * self.random.standard_normal() + 0.1
         phases = [data_ms, *[absent(Absent.NO_PHASE)] * (len(schema.PHASE_COLUMNS) - 1)]
+        phases[[column.name for column in schema.PHASE_COLUMNS].index("eval")] = eval_ms
         rows = {
             0: [loss, rate, norm, ms, absent(Absent.NO_CLOSURE)],
             1: [norm / 3] * len(NAMES) if gradients is None else gradients,

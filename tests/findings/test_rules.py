@@ -276,6 +276,15 @@ def input_bound(bug):
     return run
 
 
+def evaluation_expensive(bug):
+    run = Run()
+    for number in range(1, 300):
+        evaluated = number > 1 and number % 20 == 1
+        took = (2000.0 if bug else 200.0) if evaluated else absent(Absent.NO_PHASE)
+        run.step(eval_ms=took, ms=100.0 + (took if evaluated else 0.0))
+    return run
+
+
 def memory_growth(bug):
     run = Run()
     for number in range(400):
@@ -527,6 +536,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "no-progress": (no_progress, 1),
     "over-fitting": (over_fitting, 125),
     "input-bound": (input_bound, 11),
+    "evaluation-expensive": (evaluation_expensive, 21),
     "memory-growth": (memory_growth, 20),
     "input-scale": (of_batches(input_scale), 4),
     "constant-inputs": (of_batches(constant_inputs), 1),
@@ -667,6 +677,13 @@ def test_loss_that_is_not_finite_is_blamed_on_the_forward_pass():
     finding = run.found["non-finite"]
     assert (finding.onset, finding.phase) == (2, "loss")
     assert "0.5 at step 1" in finding.text
+
+
+def test_calls_without_gradients_at_every_step_are_no_evaluations():
+    run = Run()
+    for _ in range(200):
+        run.step(eval_ms=300.0, ms=400.0)
+    assert "evaluation-expensive" not in run.found
 
 
 def test_jump_of_the_learning_rate_that_hurts_nobody_is_no_warning():

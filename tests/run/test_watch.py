@@ -71,6 +71,26 @@ def test_a_loop_is_recorded_and_torch_is_restored():
     assert state_of(run).step == 12
 
 
+def test_its_findings_and_its_end_are_reported(tmp_path):
+    out = tmp_path / "out"
+    model, optimizer = make()
+    target = f"cat >> {out}; echo >> {out}"
+    with tui_trainer.watch(model, optimizer, name="r", alert=target):
+        for _ in range(6):  # without zero_grad
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+
+    def sent():
+        lines = out.read_text().splitlines() if out.exists() else []
+        return {json.loads(line)["kind"]: json.loads(line) for line in lines if line}
+
+    until(lambda: sent().keys() == {"finding", "end"}, "both alerts")
+    assert sent()["finding"]["finding"]["rule"] == "gradients-kept"
+    assert (sent()["end"]["state"], sent()["end"]["step"]) == ("finished", 6)
+    with pytest.raises(ValueError, match="neither a command nor"):
+        tui_trainer.watch(model, optimizer, alert=["true", "ftp://example.org/x"])
+
+
 def test_the_weights_are_the_same_to_the_last_bit():
     model, optimizer = make()
     train(model, optimizer, 20)

@@ -49,14 +49,23 @@ def steps_in(lines: str) -> dict[int, tuple[object, ...]]:
     }
 
 
+def ends_in(alerts: Path) -> list[tuple[str, str]]:
+    """(run, how it ended) of the alerts in a file."""
+    lines = alerts.read_text().splitlines() if alerts.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(each["run"], each["state"]) for each in found if each["state"]]
+
+
 def newest(run: Path) -> tuple[int, Path]:
     found = max((run / "checkpoints").glob("step-*"))
     return int(found.name.removeprefix("step-")), found
 
 
-def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
+def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal, tmp_path):
+    out = tmp_path / "alerts"
+    alert = ("--alert", f"cat >> {out}; echo >> {out}")
     endless = (*OPTIONS, "--steps", "10000000", "--checkpoint-every", "100")
-    started = runs.call("gpt", "--detach", *endless)
+    started = runs.call("gpt", "--detach", *alert, *endless)
     assert started.returncode == 0, started.stderr
     name = started.stdout.strip()
     until(lambda: runs.reported(name).step > 5, "it trains")
@@ -90,6 +99,7 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     finally:
         os.kill(process, signal.SIGKILL)
     until(lambda: runs.ls()[name]["state"] == "crashed", "ls shows crashed")
+    until(lambda: ends_in(out) == [(name, "killed")], "the alert that it was killed")
     reported = runs.reported(name)
     shown = json.loads(runs.call("show", name, "--json").stdout)
     assert shown["state"] == "crashed"
@@ -107,8 +117,10 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal):
     # A resumed run ends with the weights of one that was never interrupted.
     branched, _ = newest(runs.directory / name)
     last = branched + 60
-    rest = runs.call("gpt", "--resume", name, "--steps", str(last), "--name", "rest", "--json")
+    rest_of_it = ("--resume", name, "--steps", str(last), "--name", "rest", "--json")
+    rest = runs.call("gpt", *rest_of_it, *alert)
     assert rest.returncode == 0, rest.stderr
+    until(lambda: ends_in(out)[1:] == [("rest", "finished")], "the alert that the rest ended")
     whole = runs.call("gpt", *OPTIONS, "--steps", str(last), "--name", "whole", "--json")
     assert whole.returncode == 0, whole.stderr
     expected = steps_in(whole.stdout)

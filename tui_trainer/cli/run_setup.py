@@ -69,11 +69,10 @@ def _check_ranks_over(given: str) -> None:
 
 def _check_alert(target: str) -> None:
     """Raise UsageError for an empty command and for an address that cannot be called."""
-    scheme, separator, rest = target.partition("://")
-    if not target.strip() or (not rest.partition("/")[0] and separator):
+    from tui_trainer.record.alerts import can_be_called
+
+    if not can_be_called(target):
         raise UsageError(f"--alert cannot be {target!r}", "give a command or an http(s) address")
-    if separator and " " not in scheme and scheme not in ("http", "https"):
-        raise UsageError(f"--alert cannot call {target}", "give a command or an http(s) address")
 
 
 def check_rules(text: str) -> None:

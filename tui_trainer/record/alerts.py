@@ -314,6 +314,14 @@ class AlertError(Exception):
         self.again = again
 
 
+def can_be_called(target: str) -> bool:
+    """Whether this may be a command or a webhook: not an empty one, nor another kind of address."""
+    scheme, separator, rest = target.partition("://")
+    if not target.strip() or (separator and not rest.partition("/")[0]):
+        return False
+    return not separator or " " in scheme or scheme in ("http", "https")
+
+
 def is_webhook(target: str) -> bool:
     return target.startswith(("http://", "https://"))
 

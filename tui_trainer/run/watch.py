@@ -34,6 +34,7 @@ from tui_trainer.config.run_spec import (
 from tui_trainer.history import History
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number, step_of
+from tui_trainer.record.alerts import can_be_called
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.host import Host, WorkerStopHandler
 from tui_trainer.run.outcome import STOPPED, Outcome, outcome_of
@@ -68,10 +69,12 @@ def watch(
     name: str | None = None,
     runs_dir: str | os.PathLike[str] | None = None,
     paused: bool = False,
+    alert: str | Sequence[str] = (),
 ) -> Run:
     """Record the training loop of `model` from now on, and let terminals attach to it.
 
-    `name`: of the run; random by default. `paused`: wait at the first phase for a terminal. Call it
+    `name`: of the run; random by default. `paused`: wait at the first phase for a terminal.
+    `alert`: commands or http(s) addresses to call at findings and at the end, as `--alert`. Call it
     between two iterations on the training thread; earlier steps are not recorded. The run ends with
     `close()`, at the end of a `with` block, or with the process. In a process started by
     `tui-trainer run`, this returns the run that is already being recorded.
@@ -81,6 +84,9 @@ def watch(
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     _check_arguments(model, optimizers)
+    targets = (alert,) if isinstance(alert, str) else tuple(alert)
+    if wrong := [target for target in targets if not can_be_called(target)]:
+        raise ValueError(f"watch: {wrong[0]!r} is neither a command nor an http(s) address")
     if _watched is not None and _watched.open:
         raise WatchError(
             f"this process is already watched, as {_watched.name}\n"
@@ -91,7 +97,7 @@ def watch(
         active.recorder.notice("state", text)
         return Run(active.recorder)
     _check_between_iterations(model, optimizers)
-    return WatchedRun(_prepare(name, runs_dir, paused), model, optimizers)
+    return WatchedRun(_prepare(name, runs_dir, paused, targets), model, optimizers)
 
 
 def _check_arguments(model: Any, optimizers: Sequence[Any]) -> None:
@@ -130,7 +136,12 @@ def _any_nonzero(gradient: torch.Tensor) -> bool:
 # ---------------------------------------------------------------- the run's directory
 
 
-def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: bool) -> RunSpec:
+def _prepare(
+    name: str | None,
+    runs_dir: str | os.PathLike[str] | None,
+    paused: bool,
+    alerts: tuple[str, ...],
+) -> RunSpec:
     """Create the directory of the run. Raises WatchError."""
     program = getattr(sys.modules.get("__main__"), "__file__", None)
     notebook = "ipykernel" in sys.modules
@@ -159,6 +170,7 @@ def _prepare(name: str | None, runs_dir: str | os.PathLike[str] | None, paused: 
         working_directory=os.getcwd(),
         command=tuple(argument.encode(errors="replace").decode() for argument in sys.argv),
         start_paused=paused,
+        alerts=alerts,
     )
     write_spec(spec)
     return spec

@@ -57,7 +57,12 @@ from tui_trainer.findings.rules.loss_graph import (
 )
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
-from tui_trainer.findings.rules.resources import InputBound, LossScale, MemoryGrowth
+from tui_trainer.findings.rules.resources import (
+    EvaluationExpensive,
+    InputBound,
+    LossScale,
+    MemoryGrowth,
+)
 from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits, SignalVanishes
 from tui_trainer.findings.rules.update_ratio import (
     UpdateRatioHigh,
@@ -129,6 +134,7 @@ RULES: tuple[type[Rule], ...] = (
     RanksPart,
     RanksSameBatch,
     InputBound,
+    EvaluationExpensive,
     Straggler,
     MemoryGrowth,
 )

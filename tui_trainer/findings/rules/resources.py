@@ -128,6 +128,78 @@ class InputBound(Rule):
         )  # fmt: skip
 
 
+class EvaluationExpensive(Rule):
+    """Evaluations take a large part of the time."""
+
+    name = "evaluation-expensive"
+    title = "evaluation takes a large part of the time"
+    level = "info"
+    needs = "the times of three evaluations, at least five steps apart, and of the steps between"
+    explanation = (
+        "Of the time from one evaluation to the next, the evaluation itself takes more than a "
+        "third. Evaluations are the calls of the model without gradients between two steps, with "
+        "everything until the next step begins; where such calls make the training data "
+        "(reinforcement learning), there is nothing to save."
+    )
+    next = (
+        "evaluate less often or on a fixed part of the validation set; use torch.inference_mode(), "
+        "larger batches and as many workers as for training"
+    )
+    source = (
+        "the limit is ours: PyTorch's MNIST and ImageNet examples evaluate 10,000 after 60,000 and "
+        "50,000 after 1.28 million images, about 5 % and 1 % of the time where a step of training "
+        "costs three forward passes"
+    )
+    thresholds = (
+        RuleThreshold("share", 0.33, "share of the time from one evaluation to the next"),
+        RuleThreshold("seconds", 30, "time of whole cycles before anything is reported"),
+    )
+
+    CYCLES = 2
+    """Whole ones, from the end of one evaluation to the end of the next."""
+    DISTANCE = 5
+    """Steps between evaluations, on average: what is called at almost every step is none."""
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first = 0
+        """The step before which the first evaluation was."""
+        self._cycles = 0
+        self._evaluating = self._total = 0.0
+        """Milliseconds since then."""
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.phases is None or not seen.step_ms:
+            return
+        evaluating = seen.phases.get("eval") or 0.0
+        if not self._first:
+            self._first = seen.step if evaluating > 0 else 0
+            return
+        self._total += seen.step_ms
+        if not evaluating > 0:
+            return
+        self._evaluating += evaluating
+        self._cycles += 1
+        steps = seen.step - self._first
+        share = self._evaluating / self._total
+        if self._cycles < self.CYCLES or self._total < 1e3 * self.limits["seconds"]:
+            return
+        if share <= self.limits["share"] or steps < self.DISTANCE * self._cycles:
+            return
+        self._done = True
+        yield Found(
+            self._first,
+            f"evaluations took {formatting.percent(share, 0, 0)} of the {self._total / 1e3:.0f} s "
+            f"since step {self._first:,}: {self._evaluating / 1e3 / self._cycles:.3g} s each, one "
+            f"every {steps / self._cycles:.3g} steps",
+            evidence=(
+                evidence("share of evaluations in the time", share, high=self.limits["share"],
+                         text=formatting.percent(share, 0, 0), table="phase_ms", column="eval"),
+            ),
+        )  # fmt: skip
+
+
 class MemoryGrowth(Rule):
     """Memory grows steadily."""
 
