@@ -37,6 +37,7 @@ TABLES = (
     *(Table(9 + rank, schema.RANKS, schema.RANK_COLUMNS, rank=rank) for rank in range(3)),
 )
 NO_LOSS = absent(Absent.NO_LOSS)
+NO_EVALUATION = absent(Absent.NO_PHASE)
 
 
 class Run:
@@ -98,7 +99,7 @@ class Run:
         weights=None,
         clip=None,
         data_ms=1.0,
-        eval_ms=absent(Absent.NO_PHASE),
+        eval_ms=NO_EVALUATION,
         memory=None,
         health=None,
         growth=None,
