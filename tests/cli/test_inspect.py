@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,24 @@ for step in range(1, 41):
     model(torch.randn(8, 12)).square().mean().backward()
     optimizer.step()
 """
+
+
+def assert_graph(
+    autograd: Callable[..., subprocess.CompletedProcess[str]], directory: Path
+) -> None:
+    text = autograd().stdout
+    assert "step 3, after backward\n" in text
+    assert "Sequential  the model" in text
+    found = json.loads(autograd("--json").stdout)
+    assert (found["run"], found["source"], found["same_loss"]) == ("one", "rerun", True)
+    leaves = [node["leaf"] for node in found["nodes"] if node["leaf"]]
+    assert sorted(leaves) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert "0.weight to the loss: 5 edges, the only path" in autograd("--path", "0.weight").stdout
+    done = autograd("--svg", "g.svg", "--dot", "g.dot")
+    assert done.returncode == 0, done.stderr
+    assert (directory / "g.svg").read_text().startswith("<svg")
+    assert_refused(autograd("--svg", "g.svg"), "g.svg already exists")
+    assert_refused(autograd("--path", "weight"), "2 leaves match weight")
 
 
 def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
@@ -99,6 +118,7 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         predicted = json.loads(
             inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout
         )["predicted"]
+        assert_graph(lambda *arguments: call("autograd", "one", *arguments, cwd=tmp_path), tmp_path)
         assert call("step", "one", cwd=tmp_path).returncode == 0
         found = json.loads(
             inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tui_trainer.inspect.attention import examine_attention
+from tui_trainer.inspect.autograd_graph import describe_graph
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.rerun import StepCapture
@@ -16,6 +17,7 @@ from tui_trainer.inspect.update_watch import UpdateWatch
 from tui_trainer.inspect.usage import parameter_use
 from tui_trainer.inspect.values import readable
 from tui_trainer.protocol.attention import ExamineAttention
+from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -71,6 +73,10 @@ class Inspector:
                 case ExamineAttention():
                     names = self.tokens, self.classes
                     return examine_attention(tracer, self.capture, request, *names)
+                case DescribeGraph():
+                    return describe_graph(tracer, catalog, self.capture)
+                case CheckGradient():
+                    raise InspectionError("not yet")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""

@@ -14,6 +14,12 @@ import msgspec
 
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
+from tui_trainer.protocol.autograd import (
+    AutogradGraph,
+    CheckGradient,
+    DescribeGraph,
+    GradientCheck,
+)
 from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 
@@ -249,7 +255,14 @@ class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
 
 
 InspectionRequest = (
-    ListTensors | Summarize | ReadTensor | ExplainUpdate | DescribeUse | ExamineAttention
+    ListTensors
+    | Summarize
+    | ReadTensor
+    | ExplainUpdate
+    | DescribeUse
+    | DescribeGraph
+    | CheckGradient
+    | ExamineAttention
 )
 InspectionResult = (
     TensorList
@@ -258,6 +271,8 @@ InspectionResult = (
     | UpdateExplanation
     | ParameterUse
     | AttentionExamination
+    | AutogradGraph
+    | GradientCheck
 )
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""

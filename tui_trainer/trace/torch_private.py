@@ -205,6 +205,13 @@ def node_name(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
 
 
+def next_sequence_number() -> int:
+    """The number that the next node of the graph gets on this thread: they are counted as they are
+    made."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
 def saved_tensors(node: Any) -> dict[str, torch.Tensor]:
     """What a node has saved for backward by name. Runs the unpacking hooks of saved tensors, so it
     must not be called where there are any."""

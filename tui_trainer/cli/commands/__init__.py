@@ -21,6 +21,7 @@ _RUNS = {
     "break": ("breakpoints", "pause a run when a condition is met, or list its breakpoints"),
     "inspect": ("inspect", "look into a tensor of a live run, or list its tensors"),
     "attention": ("attention", "what a head attends to, and what it adds to the stream"),
+    "autograd": ("autograd", "show the autograd graph of a live run's loss"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }

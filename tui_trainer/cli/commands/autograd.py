@@ -1,0 +1,264 @@
+"""`tui-trainer autograd RUN`: the autograd graph of a live run's loss, as text or a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from cyclopts import Parameter, validators
+from rich.text import Text
+
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.errors import CommandError
+from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.client.autograd import (
+    Fold,
+    find_leaf,
+    fold,
+    lines,
+    matches,
+    path_to_loss,
+    shape_text,
+    short,
+)
+from tui_trainer.client.connection import RunClient
+from tui_trainer.client.graph_pictures import dot, svg
+from tui_trainer.protocol.autograd import AutogradGraph, DescribeGraph
+from tui_trainer.protocol.formatting import bytes_, count, counted, number
+from tui_trainer.protocol.inspection import (
+    NOT_CAPTURED,
+    Inspected,
+    InspectionRequest,
+    InspectionResult,
+)
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry
+
+ATTEMPTS = 5
+MAX_FOUND = 200
+T = TypeVar("T", bound=InspectionResult)
+
+
+def autograd(
+    run: Annotated[
+        str | None,
+        Parameter(help="the run (default: the live one, if there is only one)", show_default=False),
+    ] = None,
+    /,
+    *,
+    find: Annotated[
+        str | None,
+        Parameter(
+            help="list the operations in which all these words occur",
+            metavar="TEXT",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    path: Annotated[
+        str | None,
+        Parameter(
+            help="how this parameter reaches the loss: at each branching where the largest "
+            "gradient flows",
+            metavar="PARAMETER",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        Parameter(
+            help="how deep modules are opened (default: all)",
+            metavar="N",
+            show_default=False,
+            validator=validators.Number(gte=0),
+        ),
+    ] = None,
+    all: Annotated[bool, flag("every block, not one of those that are equal")] = False,
+    json: Annotated[bool, flag("print the whole graph as one JSON object")] = False,
+    svg: Annotated[
+        Path | None,
+        Parameter(help="write a picture", metavar="FILE", show_default=False, negative=()),
+    ] = None,
+    dot: Annotated[
+        Path | None,
+        Parameter(
+            help="write the whole graph for Graphviz",
+            metavar="FILE",
+            show_default=False,
+            negative=(),
+        ),
+    ] = None,
+    overwrite: Annotated[bool, flag("replace existing files")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """show the autograd graph of a live run's loss"""
+    for file in (svg, dot):
+        if file is not None and file.exists() and not overwrite:
+            raise CommandError(f"{file} already exists", "--overwrite replaces it")
+    with cli_errors():
+        found = require_single_run(run, runs_dir)
+        with RunClient.connect(found, "tui-trainer autograd") as client:
+            answer = ask_for_rerun(client, DescribeGraph())
+        graph = result_of(answer, AutogradGraph)
+        if svg is not None or dot is not None:
+            _write(graph, found, answer, svg, dot, all)
+        elif json:
+            print(_as_json(found, answer, graph), flush=True)
+        elif path is not None:
+            print("\n".join(_path_lines(graph, path)), flush=True)
+        elif find is not None:
+            print("\n".join(_found_lines(graph, find)), flush=True)
+        else:
+            heading = _heading(graph, answer)
+            print("\n".join([*heading, "", *_tree_lines(graph, depth, all)]), flush=True)
+    return 0
+
+
+def ask_for_rerun(client: RunClient, request: InspectionRequest) -> Inspected:
+    """A run that is running keeps its batch from the first request on: ask again after a step.
+    Raises RunError."""
+    for _ in range(ATTEMPTS):
+        answer = client.inspect(request)
+        waiting = answer.message == NOT_CAPTURED or _is_live(answer)
+        if not waiting or client.poll(0).status.state != "running":
+            break
+    if answer.state == "failed":
+        raise RunError(answer.message, answer.hint)
+    return answer
+
+
+def _is_live(answer: Inspected) -> bool:
+    return isinstance(answer.result, AutogradGraph) and answer.result.source == "live"
+
+
+def result_of(answer: Inspected, kind: type[T]) -> T:
+    """The result of a request, of the kind that was asked for. Raises CommandError."""
+    if not isinstance(answer.result, kind):
+        raise CommandError("the run answered something else")
+    return answer.result
+
+
+# ---------------------------------------------------------------- text
+
+
+def when(answer: Inspected) -> str:
+    """`step 12, after backward`"""
+    return f"step {answer.step:,}" + (f", after {answer.phase}" if answer.phase else "")
+
+
+def _title(graph: AutogradGraph, answer: Inspected) -> str:
+    loss = "" if graph.loss is None else f"loss {number(graph.loss, 0, 6)} · "
+    return f"{loss}{when(answer)}"
+
+
+def _heading(graph: AutogradGraph, answer: Inspected) -> list[str]:
+    operations = sum(not node.leaf for node in graph.nodes)
+    leaves = len(graph.nodes) - operations
+    facts = [
+        counted(operations, "operation"),
+        counted(leaves, "leaf", "leaves"),
+        counted(graph.edges, "edge"),
+    ]
+    if graph.saved_bytes is not None:
+        facts.append(f"{bytes_(graph.saved_bytes, 0)} saved for backward")
+    found = [_title(graph, answer), ", ".join(facts)]
+    if graph.left_out:
+        found.append(f"note: {graph.left_out:,} edges lead to further nodes, which are left out")
+    return [*found, *(f"note: {note}" for note in graph.notes)]
+
+
+def _tree_lines(graph: AutogradGraph, depth: int | None, everything: bool) -> list[str]:
+    table = new_table(("", "shape", "saved", "gradient"), right=("shape", "saved", "gradient"))
+    for level, row in lines(fold(graph, not everything), depth):
+        table.add_row(Text(f"{'  ' * level}{label_of(row)}"), *cells_of(row))
+    return [line.plain for line in table_lines(table)]
+
+
+def label_of(row: Fold) -> str:
+    """`0 … 11 × 12  Block`, `Addmm`, `weight`"""
+    times = f" × {row.count}" if row.count > 1 else ""
+    detail = f"  {row.detail}" if row.detail and row.kind != "leaf" else ""
+    return f"{row.label}{times}{detail}"
+
+
+def cells_of(row: Fold) -> tuple[str, str, str]:
+    """Shape, saved bytes and gradient of a row, as text."""
+    small, large = row.gradients
+    own = row.kind in ("operation", "leaf") or not row.children
+    shape = shape_text(row.shape) if own else ""
+    saved = bytes_(row.saved_bytes, 0) if row.saved_bytes else ""
+    several = row.kind == "repeat" and small < large
+    gradient = f"{short(small)} … {short(large)}" if several else short(large)
+    return shape, saved, gradient
+
+
+def _path_lines(graph: AutogradGraph, name: str) -> list[str]:
+    found = path_to_loss(graph, find_leaf(graph, name))
+    several = f"1 of {count(found.paths, 0)} paths" if found.paths > 1 else "the only path"
+    table = new_table(("", "module", "shape", "gradient"), right=("shape", "gradient"))
+    for index, gradient in zip(found.nodes, (math.nan, *found.gradients), strict=True):
+        node = graph.nodes[index]
+        module = graph.modules[node.module].path
+        table.add_row(
+            Text(node.leaf or node.operation), Text(module), shape_text(node.shape), short(gradient)
+        )
+    steps = counted(len(found.gradients), "edge")
+    heading = f"{graph.nodes[found.nodes[0]].leaf} to the loss: {steps}, {several}"
+    return [heading, "", *(line.plain for line in table_lines(table))]
+
+
+def _found_lines(graph: AutogradGraph, text: str) -> list[str]:
+    found = matches(graph, text)
+    table = new_table(
+        ("", "module", "shape", "saved", "gradient"), right=("shape", "saved", "gradient")
+    )
+    for index in found[:MAX_FOUND]:
+        node = graph.nodes[index]
+        saved = bytes_(node.saved_bytes, 0) if node.saved_bytes else ""
+        module = graph.modules[node.module].path
+        name = Text(node.leaf or node.operation)
+        table.add_row(name, Text(module), shape_text(node.shape), saved, short(node.gradient))
+    heading = f"{len(found):,} of {counted(len(graph.nodes), 'node')} match {text}"
+    return [heading, "", *(line.plain for line in table_lines(table))] if found else [heading]
+
+
+# ---------------------------------------------------------------- files
+
+
+def _write(
+    graph: AutogradGraph,
+    run: RunEntry,
+    answer: Inspected,
+    picture: Path | None,
+    graphviz: Path | None,
+    everything: bool,
+) -> None:
+    title = f"{run.name} · {_title(graph, answer)}"
+    for file, text in (
+        (picture, svg(graph, title, not everything) if picture is not None else ""),
+        (graphviz, dot(graph, title) if graphviz is not None else ""),
+    ):
+        if file is None:
+            continue
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"cannot write {file}: {error.strerror or error}") from error
+        print(f"wrote the graph ({counted(len(graph.nodes), 'node')}) to {file}", flush=True)
+
+
+def _as_json(run: RunEntry, answer: Inspected, graph: AutogradGraph) -> str:
+    known = {"run": run.name, "step": answer.step, "phase": answer.phase}
+    return msgspec.json.encode({**known, "took_ms": answer.took_ms, **plain(graph)}).decode()
+
+
+def plain(value: Any) -> Any:
+    """A message as dictionaries and lists; nan as null."""
+    if isinstance(value, msgspec.Struct):
+        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

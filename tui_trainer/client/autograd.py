@@ -1,0 +1,288 @@
+"""The autograd graph of a run as a viewer has it: folded by module, searched, and followed."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tui_trainer.protocol.autograd import AutogradGraph
+from tui_trainer.runs.errors import RunError
+
+FoldKind = Literal["loss", "module", "repeat", "operation", "leaf"]
+MIN_REPEATS = 2
+MIN_OPERATIONS = 3
+"""From how many equal ones in a row on modules and operations are shown once."""
+MAX_SUGGESTIONS = 8
+
+
+@dataclass(eq=False)
+class Fold:
+    """A row of the folded graph: a module with what it has called, an operation, or a leaf."""
+
+    kind: FoldKind
+    label: str
+    detail: str = ""
+    """The class of a module, the name of a parameter."""
+    path: str = ""
+    node: int | None = None
+    """Of an operation or leaf: its index; of a module that of its operation nearest to the loss."""
+    children: list[Fold] = field(default_factory=list)
+    repeats: list[Fold] = field(default_factory=list)
+    """Of a `repeat`: all that are equal; its children are those of the first one."""
+    order: float = math.inf
+    operations: int = 0
+    """In it, of a repeat in all of them."""
+    saved_bytes: int = 0
+    gradients: tuple[float, float] = (math.nan, math.nan)
+    """Smallest and largest gradient that arrives at it; of a repeat over all of them."""
+    shape: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return max(1, len(self.repeats))
+
+    @property
+    def gradient(self) -> float:
+        return self.gradients[1]
+
+
+def fold(graph: AutogradGraph, repeats: bool = True) -> Fold:
+    """The graph as a tree of modules, from the loss on; with `repeats` equal neighbours as one."""
+    root = Fold("loss", "loss", order=-1)
+    known = graph.source == "rerun" and len(graph.modules) > 1
+    model = Fold("module", graph.modules[1].kind if known else "model", "the model")
+    places: dict[str, Fold] = {}
+
+    def place(path: str) -> Fold:
+        if path not in places:
+            above, _, label = path.rpartition(".")
+            found = places[path] = Fold("module", label, path=path)
+            (place(above) if above else model).children.append(found)
+        return places[path]
+
+    top = graph.modules[1].path if known else ""
+    places[top] = model
+    model.path = top
+    for module in graph.modules[1:]:
+        if module.path not in ("", top) and module.kind != "module":
+            place(module.path).detail = module.kind
+    homes = [root, *(place(m.path) if m.path else model for m in graph.modules[1:])]
+    consumers: dict[int, int] = {}
+    for index, node in enumerate(graph.nodes):
+        for before in node.inputs:
+            consumers.setdefault(before, index)
+        if node.leaf:
+            user = consumers.get(index, 0)
+            home, order = homes[graph.nodes[user].module], user + 0.5
+            row = Fold("leaf", node.leaf.rpartition(".")[2], node.leaf, node.leaf, index)
+        else:
+            home, order = homes[node.module], float(index)
+            row = Fold("operation", node.operation, node=index, operations=1)
+            row.path = graph.modules[node.module].path
+        row.order, row.shape, row.saved_bytes = order, node.shape, node.saved_bytes
+        row.gradients = (node.gradient, node.gradient)
+        home.children.append(row)
+    root.children.append(model)
+    _finish(root, repeats)
+    return root
+
+
+def _finish(root: Fold, repeats: bool) -> None:
+    """Order, sum up and fold the repeats, from the inside out and without recursion."""
+    signatures: dict[object, int] = {}
+    known: dict[int, int] = {}
+    for each in reversed(list(_walk(root))):
+        each.children = [c for c in each.children if c.kind != "module" or c.children]
+        each.children.sort(key=lambda child: child.order)
+        if each.children:
+            each.order = min(each.order, each.children[0].order)
+            each.operations = sum(child.operations for child in each.children)
+            each.saved_bytes = sum(child.saved_bytes for child in each.children)
+            first = next((c for c in each.children if c.kind != "leaf"), each.children[0])
+            each.gradients = first.gradients
+            if each.node is None:
+                each.node = first.node
+                each.shape = first.shape
+        inside = tuple(known[id(child)] for child in each.children)
+        label = each.label if each.kind == "leaf" else each.detail
+        what = (each.kind, label if each.kind != "operation" else each.label, inside)
+        own = (*what, each.shape) if each.kind in ("operation", "leaf") else what
+        known[id(each)] = signatures.setdefault(own, len(signatures))
+        if repeats:
+            each.children = _repeated(each.children, known, signatures)
+
+
+def _repeated(
+    children: list[Fold], known: dict[int, int], signatures: dict[object, int]
+) -> list[Fold]:
+    found: list[Fold] = []
+    start = 0
+    while start < len(children):
+        first = children[start]
+        end = start + 1
+        if first.kind in ("module", "operation"):
+            while end < len(children) and known[id(children[end])] == known[id(first)]:
+                end += 1
+        alike = children[start:end]
+        least = MIN_REPEATS if first.kind == "module" else MIN_OPERATIONS
+        if len(alike) >= least:
+            found.append(_repeat(alike))
+            known[id(found[-1])] = signatures.setdefault(
+                ("repeat", len(alike), known[id(first)]), len(signatures)
+            )
+        else:
+            found += alike
+        start = end
+    return found
+
+
+def _repeat(alike: list[Fold]) -> Fold:
+    first = alike[0]
+    names = sorted({each.label for each in alike}, key=_natural)
+    label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    gradients = [value for each in alike for value in each.gradients if not math.isnan(value)]
+    return Fold(
+        "repeat",
+        label,
+        first.detail,
+        first.path,
+        first.node,
+        list(first.children),
+        alike,
+        first.order,
+        sum(each.operations for each in alike),
+        sum(each.saved_bytes for each in alike),
+        (min(gradients), max(gradients)) if gradients else (math.nan, math.nan),
+        first.shape,
+    )
+
+
+def _natural(label: str) -> tuple[int, str]:
+    return (int(label), "") if label.isdigit() else (0, label)
+
+
+def _walk(root: Fold) -> Iterator[Fold]:
+    """Each before its children."""
+    waiting = [root]
+    while waiting:
+        each = waiting.pop()
+        yield each
+        waiting += reversed(each.children)
+
+
+def lines(root: Fold, depth: int | None = None) -> Iterator[tuple[int, Fold]]:
+    """(depth, row) of the rows down to a depth, in order."""
+    waiting = [(0, root)]
+    while waiting:
+        level, each = waiting.pop()
+        yield level, each
+        if depth is None or level < depth:
+            waiting += [(level + 1, child) for child in reversed(each.children)]
+
+
+# ---------------------------------------------------------------- finding and following
+
+
+def matches(graph: AutogradGraph, text: str) -> list[int]:
+    """The nodes in which every word of `text` occurs: in the operation, the module or the name."""
+    words = text.lower().split()
+    found = []
+    for index, node in enumerate(graph.nodes):
+        module = graph.modules[node.module]
+        line = f"{node.operation} {module.path} {module.kind} {node.leaf}".lower()
+        if all(word in line for word in words):
+            found.append(index)
+    return found
+
+
+def find_leaf(graph: AutogradGraph, text: str) -> int:
+    """The leaf of this name, or the only one whose name contains it. Raises RunError."""
+    leaves = [(index, node.leaf) for index, node in enumerate(graph.nodes) if node.leaf]
+    exact = [index for index, name in leaves if name == text]
+    found = exact or [index for index, name in leaves if text in name]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise RunError(
+            f"no leaf of the graph matches {text}",
+            "it is frozen, or the loss does not depend on it",
+        )
+    names = ", ".join(graph.nodes[index].leaf for index in found[:MAX_SUGGESTIONS])
+    raise RunError(f"{len(found)} leaves match {text}", names)
+
+
+@dataclass(frozen=True)
+class PathToLoss:
+    """How a leaf reaches the loss."""
+
+    nodes: tuple[int, ...]
+    """From the leaf to the loss."""
+    gradients: tuple[float, ...]
+    """That flowed along each of its edges; one less than nodes."""
+    paths: int
+    """How many different paths there are."""
+
+
+def path_to_loss(graph: AutogradGraph, leaf: int) -> PathToLoss:
+    """At each branching the edge through which the largest gradient flowed; where none is known,
+    the shortest way."""
+    users: list[list[tuple[int, float]]] = [[] for _ in graph.nodes]
+    for index, node in enumerate(graph.nodes):
+        for before, gradient in zip(node.inputs, node.gradients, strict=True):
+            users[before].append((index, gradient))
+    distance = _distances(graph)
+    nodes, gradients = [leaf], []
+    while nodes[-1] != 0 and len(nodes) <= len(graph.nodes):
+        user, gradient = max(
+            users[nodes[-1]],
+            key=lambda each: (-1.0 if math.isnan(each[1]) else each[1], -distance[each[0]]),
+            default=(0, math.nan),
+        )
+        nodes.append(user)
+        gradients.append(gradient)
+    return PathToLoss(tuple(nodes), tuple(gradients), _count_paths(graph, leaf))
+
+
+def _distances(graph: AutogradGraph) -> list[int]:
+    """Edges from the loss to each node."""
+    found = [len(graph.nodes)] * len(graph.nodes)
+    found[0] = 0
+    waiting = deque([0])
+    while waiting:
+        index = waiting.popleft()
+        for before in graph.nodes[index].inputs:
+            if found[before] > found[index] + 1:
+                found[before] = found[index] + 1
+                waiting.append(before)
+    return found
+
+
+def _count_paths(graph: AutogradGraph, leaf: int) -> int:
+    due = [0] * len(graph.nodes)
+    for node in graph.nodes:
+        for before in node.inputs:
+            due[before] += 1
+    paths = [0] * len(graph.nodes)
+    paths[0] = 1
+    ready = [index for index, count in enumerate(due) if not count]
+    while ready:
+        index = ready.pop()
+        for before in graph.nodes[index].inputs:
+            paths[before] += paths[index]
+            due[before] -= 1
+            if not due[before]:
+                ready.append(before)
+    return paths[leaf]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`24×11`; `0-d` for a scalar."""
+    return "×".join(map(str, shape)) or "0-d"
+
+
+def short(gradient: float) -> str:
+    """Three digits; "" where it is unknown."""
+    return "" if math.isnan(gradient) else f"{gradient:.3g}"

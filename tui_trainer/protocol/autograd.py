@@ -1,0 +1,122 @@
+"""The autograd graph of a loss, and checks of gradients, as requests and answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+GraphSource = Literal["rerun", "live"]
+"""`rerun`: the forward pass of the step, run again; `live`: the graph that the loss itself has."""
+
+
+class GraphNode(msgspec.Struct, frozen=True, array_like=True):
+    """An operation of the graph, or a leaf."""
+
+    operation: str
+    """Such as `Addmm`; of a leaf `parameter` or `input`."""
+    module: int
+    """Index in `AutogradGraph.modules` of the module that called it."""
+    shape: tuple[int, ...]
+    """Of its (first) result."""
+    dtype: str
+    inputs: tuple[int, ...] = ()
+    """Indices of the nodes that its inputs come from."""
+    gradients: tuple[float, ...] = ()
+    """2-norm of the gradient that flowed to each of the inputs; nan where unknown."""
+    gradient: float = math.nan
+    """2-norm of the gradient with respect to its result."""
+    saved_bytes: int = 0
+    """What it saves for backward, without parameters."""
+    leaf: str = ""
+    """Name of a leaf."""
+
+
+class GraphModule(msgspec.Struct, frozen=True, array_like=True):
+    """A module that was called, or what lies outside of all (without a kind)."""
+
+    path: str
+    kind: str = ""
+    """Name of its class."""
+
+
+class AutogradGraph(msgspec.Struct, tag="autograd_graph", frozen=True, array_like=True):
+    """The graph from a loss to its leaves."""
+
+    nodes: tuple[GraphNode, ...]
+    """The loss first; an operation before its inputs, leaves last."""
+    modules: tuple[GraphModule, ...]
+    """The first one is what lies outside of all modules."""
+    source: GraphSource
+    loss: float | None = None
+    same_loss: bool | None = None
+    """Whether the loss of a re-run is that of the step bit for bit; None: nothing to compare."""
+    saved_bytes: int | None = None
+    """Distinct memory that is saved for backward, without parameters; None: not known."""
+    left_out: int = 0
+    """Nodes beyond the limit."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def edges(self) -> int:
+        return sum(len(node.inputs) for node in self.nodes)
+
+
+class DescribeGraph(msgspec.Struct, tag="describe_graph", frozen=True):
+    """Asks for the autograd graph of the loss of the current step."""
+
+
+class GradientStep(msgspec.Struct, frozen=True, array_like=True):
+    """Numerical gradients of one entry with one step size."""
+
+    h: float
+    forward: float
+    """(L(w+h) − L(w)) / h"""
+    central: float
+    """(L(w+h) − L(w−h)) / 2h"""
+    forward_error: float
+    """Relative to the gradient of autograd: |a − n| / max(|a|, |n|)."""
+    central_error: float
+
+
+class CheckedEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One entry of a parameter: what autograd says, and what the loss does."""
+
+    index: tuple[int, ...]
+    value: float
+    autograd: float
+    steps: tuple[GradientStep, ...]
+    best: int
+    """Of `steps`: the one whose central difference is nearest to its neighbours'."""
+
+
+class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_like=True):
+    """The gradient of autograd beside numerical ones."""
+
+    name: str
+    dtype: str
+    """In which the losses were computed."""
+    loss: float
+    entries: tuple[CheckedEntry, ...]
+    copied_bytes: int
+    """Of the copy of the model."""
+    step_gradient: tuple[float, ...] = ()
+    """Of each entry what the step itself has in `.grad` now, nan where there is none."""
+    notes: tuple[str, ...] = ()
+
+
+class CheckGradient(msgspec.Struct, tag="check_gradient", frozen=True):
+    """Asks for a check of entries of a parameter, on the batch of the current step."""
+
+    name: str
+    indices: tuple[tuple[int, ...], ...] = ()
+    """Empty: those with the largest gradients, and some evenly spaced ones."""
+    entries: int = 4
+    """How many, if none are named."""
+    max_bytes: int = 0
+    """Above 0: how much the copy of the model may hold."""
+
+
+MAX_CHECKED = 64
+"""Entries in one check."""
