@@ -22,10 +22,14 @@ from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
+from tui_trainer.learn.scalar_examples import EXAMPLES
+from tui_trainer.learn.scalar_graph import ScalarGraph
+from tui_trainer.learn.scalar_svg import svg
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
 
 HERE = Path(__file__).resolve().parent
 LONGEST_S = 300.0
@@ -69,6 +73,41 @@ PICTURES = (
     Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
     Picture("findings", settings=EXPLODING, step=150, keys=("8",)),
 )
+
+
+@dataclass(frozen=True)
+class GraphPicture:
+    """Which example of the scalar graph to show, after which keys."""
+
+    name: str
+    example: str
+    size: tuple[int, int] = (120, 40)
+    keys: tuple[str, ...] = ()
+
+
+GRAPHS = (
+    GraphPicture("graph", "neuron", keys=("p",) * 7),
+    GraphPicture("graph-80x24", "chain", (80, 24), ("p",) * 6),
+    GraphPicture("graph-learning-rate", "weight", (80, 24), ("space", "left")),
+    GraphPicture("graph-error", "neuron", (80, 24), ("space", "right", "right")),
+)
+BACKPROPAGATION = "backpropagation"
+"""The picture that `tui-trainer graph --svg` writes."""
+
+
+async def make_graph(picture: GraphPicture) -> None:
+    """Open an example, press the keys, wait for PyTorch, and write the screen down."""
+    found = next(example for example in EXAMPLES if example.name == picture.example)
+    app = GraphApp(ScalarGraph.of(found.text, found.values))
+    async with app.run_test(size=picture.size) as pilot:
+        await pilot.pause()
+        for key in picture.keys:
+            await pilot.press(key)
+        async with asyncio.timeout(LONGEST_S):
+            while not isinstance(app.screen, GraphScreen) or app.screen.state.autograd is None:
+                await pilot.pause(0.1)
+        await pilot.pause()
+        write(picture.name, app.export_screenshot(title="tui-trainer"))
 
 
 async def make(picture: Picture, runs: Path) -> None:
@@ -130,13 +169,20 @@ def write(name: str, svg: str) -> None:
 def main() -> None:
     """Make all pictures, or those that are named."""
     wanted = sys.argv[1:]
-    unknown = set(wanted) - {picture.name for picture in PICTURES}
+    unknown = set(wanted) - {each.name for each in (*PICTURES, *GRAPHS)} - {BACKPROPAGATION}
     if unknown:
         sys.exit(f"no picture is called {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as runs:
         for picture in PICTURES:
             if not wanted or picture.name in wanted:
                 asyncio.run(make(picture, Path(runs)))
+    for graph in GRAPHS:
+        if not wanted or graph.name in wanted:
+            asyncio.run(make_graph(graph))
+    if not wanted or BACKPROPAGATION in wanted:
+        chain = EXAMPLES[0]
+        picture_of_chain = svg(ScalarGraph.of("(a*b + c) * f", chain.values))
+        (HERE / f"{BACKPROPAGATION}.svg").write_text(picture_of_chain, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -191,11 +191,10 @@ def _backward(
         names = [expression.label(i) for i in node.inputs]
         formulas = operation.formulas(*names, node.name)
         contributions = []
-        for to, local, formula in zip(node.inputs, locals_, formulas, strict=True):
+        passes = operation.passes(*operands)
+        for to, local, formula, passed in zip(node.inputs, locals_, formulas, passes, strict=True):
             if needed[to]:
-                # As PyTorch, which masks where there is nothing to pass on: nan and inf end there.
-                masked = local == 0 and node.operation in ("relu", "**")
-                amount = 0.0 if masked else gradient * local
+                amount = gradient * local if passed else 0.0
                 first = to not in gradients
                 gradients[to] = total = amount if first else gradients[to] + amount
                 contributions.append(Contribution(to, local, formula, amount, total, first))
@@ -286,8 +285,8 @@ def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) 
     middle = max((error for error, h in known if 1e-3 <= h < 0.1), default=0.0)
     if largest <= 10 * middle or largest <= ROUNDING * max(1.0, abs(graph.values[graph.output])):
         # Rounding alone leaves errors that fall as 1/h up to the largest h.
-        return f"no truncation error: {output} is at most quadratic in {name}, so only rounding"
-    return f"smallest error near h = {best:.0e}: left of it rounding, right of it truncation"
+        return f"only rounding: {output} is at most quadratic in {name}, so nothing is truncated"
+    return f"best near h = {best:.0e}: left of it rounding, right of it truncation"
 
 
 # ---------------------------------------------------------------- gradient descent
@@ -382,11 +381,11 @@ def three_rates(graph: ScalarGraph, name: str) -> Descent:
             descend(graph, name, label, rate)
             for label, rate in zip(("small", "larger", "largest"), rates, strict=True)
         )
-        return Descent(name, runs, f"{which}, and has no minimum there: no rate is too large")
+        return Descent(name, runs, f"{which}, without a minimum: no rate is too large")
     labelled = (
         ("too small", RATES[best] * TOO_SMALL),
         ("right", RATES[best]),
         ("too large", RATES[too_large]),
     )
     runs = tuple(descend(graph, name, label, rate) for label, rate in labelled)
-    return Descent(name, runs, f"{which}; how far is lr times that")
+    return Descent(name, runs, f"{which}, by lr times that a step")

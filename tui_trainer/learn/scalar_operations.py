@@ -25,8 +25,9 @@ class Operation:
     """Takes the names of the operands and of the result."""
     text: Callable[..., str]
     """The operation with the names of its operands: `a*b`."""
-    sign: str
-    """As drawn in the graph."""
+    passes: Callable[..., tuple[bool, ...]] = lambda *operands: (True,) * len(operands)
+    """Whether anything is passed on to each operand. Where not, its share is 0 even of a gradient
+    that is infinite or nan, as in PyTorch."""
 
 
 def _divide(a: float, b: float) -> float:
@@ -101,38 +102,33 @@ def _infix(sign: str) -> Callable[[str, str], str]:
 
 OPERATIONS: dict[str, Operation] = {
     "+": Operation(
-        lambda a, b: a + b, lambda a, b, r: (1.0, 1.0), lambda a, b, r: ("1", "1"),
-        _infix(" + "), "+",
+        lambda a, b: a + b, lambda a, b, r: (1.0, 1.0), lambda a, b, r: ("1", "1"), _infix(" + ")
     ),
     "-": Operation(
         lambda a, b: a - b, lambda a, b, r: (1.0, -1.0), lambda a, b, r: ("1", "(-1)"),
-        _infix(" - "), "-",
+        _infix(" - "),
     ),
     "*": Operation(
-        lambda a, b: a * b, lambda a, b, r: (b, a), lambda a, b, r: (b, a), _infix("*"), "*"
+        lambda a, b: a * b, lambda a, b, r: (b, a), lambda a, b, r: (b, a), _infix("*")
     ),
     "/": Operation(
-        _divide,
-        lambda a, b, r: (1 / b, -r / b),
-        lambda a, b, r: (f"1/{b}", f"-{a}/{b}**2"),
-        _infix("/"), "/",
+        _divide, lambda a, b, r: (1 / b, -r / b), lambda a, b, r: (f"1/{b}", f"-{a}/{b}**2"),
+        _infix("/"),
     ),
-    "**": Operation(_power, _power_derivatives, _power_formulas, _infix("**"), "**"),
+    "**": Operation(
+        _power, _power_derivatives, _power_formulas, _infix("**"),
+        lambda a, b: (b != 0, True),
+    ),
     "neg": Operation(
-        lambda x: -x, lambda x, r: (-1.0,), lambda x, r: ("(-1)",), lambda x: f"-{x}", "-"
+        lambda x: -x, lambda x, r: (-1.0,), lambda x, r: ("(-1)",), lambda x: f"-{x}"
     ),
     "tanh": Operation(
-        math.tanh, lambda x, r: (1 - r * r,), lambda x, r: (f"(1 - {r}**2)",),
-        _function("tanh"), "tanh",
+        math.tanh, lambda x, r: (1 - r * r,), lambda x, r: (f"(1 - {r}**2)",), _function("tanh")
     ),
     "relu": Operation(
-        lambda x: max(x, 0.0),
-        lambda x, r: (1.0 if x > 0 else 0.0,),
-        lambda x, r: (f"({x} > 0)",),
-        _function("relu"), "relu",
+        lambda x: max(x, 0.0), lambda x, r: (1.0 if x > 0 else 0.0,), lambda x, r: (f"({x} > 0)",),
+        _function("relu"), lambda x: (x > 0,),
     ),
-    "exp": Operation(_exp, lambda x, r: (r,), lambda x, r: (r,), _function("exp"), "exp"),
-    "log": Operation(
-        _log, lambda x, r: (1 / x,), lambda x, r: (f"1/{x}",), _function("log"), "log"
-    ),
+    "exp": Operation(_exp, lambda x, r: (r,), lambda x, r: (r,), _function("exp")),
+    "log": Operation(_log, lambda x, r: (1 / x,), lambda x, r: (f"1/{x}",), _function("log")),
 }  # fmt: skip

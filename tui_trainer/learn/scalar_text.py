@@ -104,10 +104,8 @@ def local_text(each: Contribution) -> str:
 
 
 def update_line(descent: Descent, number: int) -> str:
-    """`w <- w - lr*G = 0.5 - 0.237*(-6.75) = 2.1006`"""
-    run, name = descent.runs[number], descent.name
+    """`w - lr*G` of the first step in numbers: `0.5 - 0.237*(-6.75) = 2.1006`"""
+    run = descent.runs[number]
     weight, gradient, rate = run.weights[0], run.gradients[0], run.learning_rate
-    return (
-        f"{name} <- {name} - lr*G = {short(weight)} - {rate:.3g}*{factor(gradient)}"
-        f" = {short(weight - rate * gradient)}"
-    )
+    after = short(weight - rate * gradient)
+    return f"{short(weight)} - {rate:.3g}*{factor(gradient)} = {after}"

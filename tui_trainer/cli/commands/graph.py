@@ -15,6 +15,7 @@ from rich.text import Text
 from tui_trainer.cli.commands.common import flag
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.config.errors import did_you_mean
 from tui_trainer.learn.scalar_examples import EXAMPLES
@@ -94,7 +95,9 @@ def graph(
         ),
     ] = None,
     overwrite: Annotated[bool, flag("with --svg: replace the file")] = False,
+    plain: Annotated[bool, flag("print a table instead of opening the screen")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
+    ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
 ) -> int:
     """a graph of scalars: values, gradients and the chain rule, one node at a time"""
     found = _graph_of(expression, at)
@@ -103,6 +106,8 @@ def graph(
     if svg is not None:
         _write_svg(found, svg, overwrite)
         return 0
+    if not (json or plain or sweep or descend) and not why_no_screen():
+        return _open(found, h, ascii)
     autograd = _autograd(found)
     if json:
         print(_as_json(found, autograd, h, sweep, descend), flush=True)
@@ -144,6 +149,13 @@ def _write_svg(found: ScalarGraph, path: Path, overwrite: bool) -> None:
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     print(f"wrote {path}", flush=True)
+
+
+def _open(found: ScalarGraph, h: float, ascii: bool) -> int:
+    from tui_trainer.cli.screen import run_app_until_exit
+    from tui_trainer.ui.scalar_graph import run_graph
+
+    return run_app_until_exit(lambda: run_graph(found, h=h, ascii=ascii), lambda: None)
 
 
 def _autograd(found: ScalarGraph) -> TorchGradients | None:
@@ -223,8 +235,9 @@ def _descent_lines(descent: Descent, output: str) -> list[Text]:
     lines = [Text(f"{descent.name} <- {descent.name} - lr*G", "bold"), Text(descent.verdict)]
     if not descent.runs:
         return lines
-    table = new_table(("rate", "lr", f"{output} before", "after 1 step", "after all", "first step"),
-                      right=("lr", f"{output} before", "after 1 step", "after all"))  # fmt: skip
+    before, moved = f"{output} before", f"{descent.name} - lr*G"
+    headings = ("rate", "lr", before, "after 1 step", "after all", moved)
+    table = new_table(headings, right=("lr", before, "after 1 step", "after all"))
     for number, run in enumerate(descent.runs):
         table.add_row(
             run.label,

@@ -1,0 +1,170 @@
+"""The screen of scalar graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ui.screens import SIZES, settle, text_of, until
+from tui_trainer.learn.scalar_examples import EXAMPLES
+from tui_trainer.learn.scalar_expression import parse
+from tui_trainer.learn.scalar_graph import ScalarGraph
+from tui_trainer.learn.torch_process import TorchGradients
+from tui_trainer.ui import scalar_graph
+from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
+
+LESSON = ScalarGraph.of("(a*b + c) * f", {"a": 2, "b": -3, "c": 10, "f": -2})
+
+
+class FakeTorch:
+    """Answers like the process, without one."""
+
+    off_by = 0.0
+
+    def gradients(self, expression: str, values: dict[str, float]) -> TorchGradients:
+        gradients = ScalarGraph.at(parse(expression), values).gradients
+        wrong = tuple(None if g is None else g + self.off_by for g in gradients)
+        return TorchGradients("PyTorch 9.9", wrong)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scalar_graph, "TorchProcess", FakeTorch)
+
+
+def example(name: str) -> ScalarGraph:
+    found = next(each for each in EXAMPLES if each.name == name)
+    return ScalarGraph.of(found.text, found.values)
+
+
+def screen_of(app: GraphApp) -> GraphScreen:
+    assert isinstance(app.screen, GraphScreen)
+    return app.screen
+
+
+async def press(pilot, *keys):
+    await pilot.press(*keys)
+    await settle(pilot)
+
+
+async def answered(pilot):
+    await until(pilot, lambda: screen_of(pilot.app).state.autograd, "PyTorch's answer")
+    await settle(pilot)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_forward_and_backward_one_node_at_a_time(size):
+    async with GraphApp(LESSON).run_test(size=size) as pilot:
+        await settle(pilot)
+        assert "-6.000" not in text_of(pilot.app)
+        await press(pilot, "p")
+        assert "e = a*b = 2*(-3) = -6" in text_of(pilot.app)
+        assert "de/da = b = -3" in text_of(pilot.app)
+        await press(pilot, "p", "p", "p")
+        text = text_of(pilot.app)
+        assert "backward: dL/dL = 1" in text
+        assert "dL/dd = f = -2" in text
+        await press(pilot, "p", "p")
+        assert "dL/da = dL/de * de/da = dL/de * b = -2 * (-3) = 6" in text_of(pilot.app)
+        await press(pilot, "p")  # nothing is left
+        assert screen_of(pilot.app).state.finished
+        await press(pilot, "comma")
+        assert "backward: dL/dd = -2" in text_of(pilot.app)
+        await press(pilot, "space", "space")
+        assert screen_of(pilot.app).state.position == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["neuron", "net"])
+async def test_every_panel_of_the_examples(name, size):
+    async with GraphApp(example(name)).run_test(size=size) as pilot:
+        await answered(pilot)
+        await press(pilot, "space")
+        seen = text_of(pilot.app)
+        for _ in range(3):
+            await press(pilot, "right")
+            seen += text_of(pilot.app)
+        for part in ("PyTorch 9.9 agrees", "numerical", "central", "lr*G", "1e-15", "tanh"):
+            assert part in seen
+        assert "of it rounding" in seen or "only rounding" in seen
+
+
+async def test_a_value_is_edited_and_everything_follows():
+    async with GraphApp(LESSON).run_test(size=(80, 24)) as pilot:
+        await press(pilot, "space", "enter")
+        await press(pilot, *["backspace"] * 3, *"log", "enter")
+        assert "log is not a number" in text_of(pilot.app)
+        await press(pilot, *["backspace"] * 3, *"4", "enter")
+        await settle(pilot)
+        state = screen_of(pilot.app).state
+        assert state.graph.inputs["a"] == 4
+        assert state.graph.values[state.graph.output] == 4
+        assert "4.000" in text_of(pilot.app)
+        assert state.finished
+
+
+async def test_a_value_where_the_expression_is_undefined_is_refused():
+    graph = ScalarGraph.of("log(a)", {"a": 2})
+    async with GraphApp(graph).run_test(size=(80, 24)) as pilot:
+        await press(pilot, "enter", "backspace", *"-1", "enter")
+        assert "the logarithm of a negative number" in text_of(pilot.app)
+        await press(pilot, "escape")
+        assert screen_of(pilot.app).state.graph.inputs["a"] == 2
+
+
+async def test_update_moves_the_selected_input_downhill():
+    async with GraphApp(example("weight")).run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        before = screen_of(pilot.app).state.graph
+        await press(pilot, "u")
+        after = screen_of(pilot.app).state.graph
+        assert after.values[after.output] < 0.1 * before.values[before.output]
+
+
+async def test_selection_h_examples_and_an_expression():
+    async with GraphApp(LESSON).run_test(size=(80, 24)) as pilot:
+        await press(pilot, "down", "down")
+        state = screen_of(pilot.app).state
+        assert state.graph.nodes[state.selected].name == "e"
+        await press(pilot, "enter")
+        assert isinstance(pilot.app.screen, GraphScreen)  # no prompt for a computed node
+        await press(pilot, "h", *["backspace"] * 6, *"0", "enter")
+        assert "a number above 0" in text_of(pilot.app)
+        await press(pilot, *".01", "enter")
+        assert state.h == 0.01
+        await press(pilot, "o")
+        assert state.graph.expression.text == EXAMPLES[0].text
+        await press(pilot, "i", *["backspace"] * len(EXAMPLES[0].text), *"a*", "enter")
+        assert "not a valid expression" in text_of(pilot.app)
+        await press(pilot, *"k", "enter")
+        assert state.graph.inputs == {"a": 2, "k": 1}
+        assert state.position == 0
+
+
+async def test_gradients_that_differ_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(FakeTorch, "off_by", 0.5)
+    async with GraphApp(LESSON).run_test(size=(80, 24)) as pilot:
+        await answered(pilot)
+        assert "PyTorch 9.9 differs by" in text_of(pilot.app)
+
+
+async def test_the_picture_is_written(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    async with GraphApp(LESSON).run_test(size=(80, 24)) as pilot:
+        await press(pilot, "w", "enter")
+        assert "</svg>" in (tmp_path / "backpropagation.svg").read_text()
+        await press(pilot, "w", "enter")
+        assert "already exists" in text_of(pilot.app)
+
+
+async def test_help_and_back():
+    async with GraphApp(LESSON, ascii=True).run_test(size=(120, 40)) as pilot:
+        await press(pilot, "question_mark")
+        assert "Scalar graph" in text_of(pilot.app)
+        await press(pilot, "escape")
+        assert isinstance(pilot.app.screen, GraphScreen)
+        assert all(row.isascii() for row in text_of(pilot.app).splitlines() if "dL" in row)

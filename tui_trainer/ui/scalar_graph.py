@@ -1,0 +1,398 @@
+"""The app for `tui-trainer graph`: a scalar graph, forward and backward one node at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.learn.scalar_examples import EXAMPLES
+from tui_trainer.learn.scalar_expression import GraphError, parse
+from tui_trainer.learn.scalar_graph import DEFAULT_H, ScalarGraph, three_rates
+from tui_trainer.learn.scalar_svg import svg
+from tui_trainer.learn.torch_process import TorchGradients, TorchProcess
+from tui_trainer.ui.app import TuiTrainerApp, theme_options
+from tui_trainer.ui.command_palette import ActionProvider
+from tui_trainer.ui.panels.scalar_graph import (
+    DescentChart,
+    GraphState,
+    GraphTitle,
+    GraphView,
+    NodeTable,
+    StepText,
+    SweepChart,
+)
+from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.screens.dialogs import KEYS_HINT
+from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.tabs import TabLine
+
+TABS = ("Graph", "Nodes", "Error against h", "Learning rate")
+PANELS = ("graph", "nodes", "sweep", "descent")
+FULL_SIZE = (110, 34)
+"""Columns and rows from which all panels are shown at once."""
+
+
+class GraphPrompt(ModalScreen[str | None]):
+    """Asks for a text until `check` finds nothing wrong with it. Escape returns None."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Cancel", id="graph_prompt.cancel",
+                tooltip="Change nothing")
+    ]  # fmt: skip
+
+    def __init__(self, question: str, value: str, check: Callable[[str], str]) -> None:
+        """`check` returns what is wrong with a text, or ""."""
+        super().__init__()
+        self._question, self._value, self._check = question, value, check
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static(self._question, markup=False)
+            yield Input(self._value, compact=True)
+            yield Static("", classes="error", markup=False)
+            yield Static(KEYS_HINT)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Return the text, or say what is wrong with it."""
+        text = event.value.strip()
+        if wrong := self._check(text):
+            self.query_one(".error", Static).update(wrong)
+        else:
+            self.dismiss(text)
+
+
+class GraphScreen(RunScreen):
+    """The graph, the current step, the table of nodes, and two charts."""
+
+    CSS = """
+    GraphScreen TabLine { display: none; }
+    GraphScreen.-folded TabLine { display: block; }
+    GraphScreen #graph { height: 3fr; padding: 0 1; }
+    GraphScreen StepText { padding: 0 1; }
+    GraphScreen #lower { height: 4fr; }
+    GraphScreen #nodes { width: 4fr; padding: 0 1; }
+    GraphScreen #charts { width: 3fr; padding: 0 1 0 0; }
+    GraphScreen #sweep, GraphScreen #descent { height: 1fr; }
+    GraphScreen.-folded #graph { height: 1fr; }
+    GraphScreen.-folded #lower { height: 1fr; }
+    GraphScreen.-folded #charts { padding: 0 1; }
+    """
+    COMMANDS = RunScreen.COMMANDS | {ActionProvider}
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "step(1)", "Next node", id="graph.next",
+                tooltip="Compute the next node, or pass its gradient on"),
+        Binding("comma", "step(-1)", "Back", key_display=",", id="graph.back",
+                tooltip="One step back"),
+        Binding("space", "all", "All", key_display="space", id="graph.all",
+                tooltip="Make all steps, or begin again"),
+        Binding("enter", "edit", "Value", id="graph.edit",
+                tooltip="Change the value of the selected input"),
+        Binding("u", "update", "Update", id="graph.update",
+                tooltip="One step W <- W - lr*G of the selected input with the right rate"),
+        Binding("h", "h", "Set h", id="graph.h", tooltip="Step of the numerical gradient"),
+        Binding("o", "example", "Example", id="graph.example",
+                tooltip="The next example: the chain rule, a weight, a neuron, a net"),
+        Binding("i", "expression", "Expression", show=False, id="graph.expression",
+                tooltip="Type another expression"),
+        Binding("w", "write", "SVG", show=False, id="graph.svg",
+                tooltip="Write the graph as an SVG picture"),
+        Binding("up", "select(-1)", "Select", show=False, id="graph.up",
+                tooltip="Select the node before"),
+        Binding("down", "select(1)", "Select", show=False, id="graph.down",
+                tooltip="Select the next node"),
+        Binding("left", "tab(-1)", "Tab", show=False, id="graph.tab_left",
+                tooltip="Show the previous panel, where only one fits"),
+        Binding("right", "tab(1)", "Tab", show=False, id="graph.tab_right",
+                tooltip="Show the next panel, where only one fits"),
+    ]  # fmt: skip
+
+    def __init__(self, graph: ScalarGraph, h: float = DEFAULT_H) -> None:
+        super().__init__()
+        self.state = GraphState(graph, h)
+        self.torch = TorchProcess()
+        self._select_first_input()
+        self._tab = 0
+        self._folded = False
+
+    def compose(self) -> ComposeResult:
+        yield TooSmall(*MIN_SIZE)
+        yield GraphTitle(self.state)
+        yield TabLine(TABS)
+        yield GraphView(self.state, id="graph")
+        yield StepText(self.state)
+        with Horizontal(id="lower"):
+            yield NodeTable(self.state, id="nodes")
+            with Vertical(id="charts"):
+                yield SweepChart(self.state, id="sweep")
+                yield DescentChart(self.state, id="descent")
+        yield KeyLine()
+
+    def on_mount(self) -> None:
+        self._ask_torch()
+
+    def on_unmount(self) -> None:
+        self.torch.close()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw the graph; the snapshot, that of a run, is empty here."""
+        self.query_one(GraphTitle).update_rows()
+        self.query_one(GraphView).show()
+        self.query_one(StepText).update_rows()
+        self.query_one(NodeTable).show()
+        self.query_one(SweepChart).update_rows()
+        self.query_one(DescentChart).update_rows()
+        self.query_one(KeyLine).update_rows()
+
+    def _redraw(self) -> None:
+        self.show(self.context.snapshot)
+
+    # ------------------------------------------------------------ PyTorch
+
+    def _ask_torch(self) -> None:
+        """Ask for PyTorch's gradients on a thread."""
+        graph = self.state.graph
+        self.run_worker(lambda: self._answer(graph), thread=True, group="torch")
+
+    def _answer(self, graph: ScalarGraph) -> None:
+        """Runs on a thread."""
+        answer = self.torch.gradients(graph.expression.text, graph.inputs)
+        with contextlib.suppress(RuntimeError):  # the app has ended meanwhile
+            self.app.call_from_thread(self._answered, graph, answer)
+
+    def _answered(self, graph: ScalarGraph, answer: TorchGradients | None) -> None:
+        if graph is self.state.graph:
+            self.state.autograd, self.state.no_torch = answer, answer is None
+            self._redraw()
+
+    # ------------------------------------------------------------ layout
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Choose between all panels and tabs."""
+        width, height = event.size
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
+        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
+        self.set_class(self._folded, "-folded")
+        self._show_tab()
+
+    def _show_tab(self) -> None:
+        for number, name in enumerate(PANELS):
+            self.query_one(f"#{name}").display = not self._folded or number == self._tab
+        self.query_one("#lower").display = not self._folded or self._tab > 0
+        self.query_one("#charts").display = not self._folded or self._tab > 1
+        self.query_one(StepText).display = not self._folded or self._tab < 2
+        self.query_one(TabLine).choose(self._tab)
+        if not self._folded or self._tab == 1:
+            self.query_one(NodeTable).focus()
+        self.call_after_refresh(self._redraw)
+
+    def action_tab(self, by: int) -> None:
+        """Show the next or previous panel."""
+        if self._folded:
+            self._tab = (self._tab + by) % len(TABS)
+            self._show_tab()
+
+    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
+        self._tab = message.number
+        self._show_tab()
+
+    # ------------------------------------------------------------ steps and selection
+
+    def action_step(self, by: int) -> None:
+        """Make the next step, or take the last one back."""
+        self._go_to(self.state.position + by)
+
+    def action_all(self) -> None:
+        """Make all steps; begin again at the end."""
+        self._go_to(0 if self.state.finished else len(self.state.steps))
+
+    def _go_to(self, position: int) -> None:
+        self.state.position = min(max(position, 0), len(self.state.steps))
+        self._redraw()
+
+    def action_select(self, by: int) -> None:
+        """Select another node."""
+        self._select(min(max(self.state.selected + by, 0), len(self.state.graph.nodes) - 1))
+
+    def on_virtual_table_highlighted(self, message: NodeTable.Highlighted) -> None:
+        if message.row != self.state.selected:
+            self._select(message.row)
+
+    def on_virtual_table_activated(self) -> None:
+        self.action_edit()
+
+    def _select(self, index: int) -> None:
+        self.state.selected = index
+        self._redraw()
+
+    def _select_first_input(self) -> None:
+        graph = self.state.graph
+        wanted = next((e.raise_ for e in EXAMPLES if e.text == graph.expression.text), None)
+        index = graph.expression.index(wanted) if wanted is not None else None
+        inputs = (i for i, node in enumerate(graph.nodes) if node.is_input)
+        self.state.selected = index if index is not None else next(inputs)
+
+    # ------------------------------------------------------------ changes
+
+    def _set(self, graph: ScalarGraph) -> None:
+        """Show another graph, or other values."""
+        self.state.set_graph(graph)
+        self._ask_torch()
+        self._redraw()
+
+    def action_edit(self) -> None:
+        """Ask for another value of the selected input."""
+        node, graph = self.state.graph.nodes[self.state.selected], self.state.graph
+        if not node.is_input:
+            text = f"{node.name} is not an input; select one with the arrow keys"
+            self.notify(text, severity="warning", markup=False)
+            return
+
+        def attempt(text: str) -> ScalarGraph:
+            try:
+                return graph.with_value(node.name, float(text))
+            except ValueError:
+                raise GraphError(f"{text or 'nothing'} is not a number", "", 0, 0) from None
+
+        def change(text: str | None) -> None:
+            if text is not None:
+                self._set(attempt(text))
+
+        value = f"{graph.inputs[node.name]:.10g}"
+        prompt = GraphPrompt(f"Value of {node.name}", value, lambda text: _wrong(attempt, text))
+        self.app.push_screen(prompt, change)
+
+    def action_update(self) -> None:
+        """W <- W - lr*G for the selected input."""
+        node, graph = self.state.graph.nodes[self.state.selected], self.state.graph
+        descent = three_rates(graph, node.name) if node.is_input else None
+        if descent is None or not descent.runs:
+            text = descent.verdict if descent is not None else f"{node.name} is not an input"
+            self.notify(text, severity="warning", markup=False)
+            return
+        run = descent.runs[1]
+        try:
+            self._set(graph.with_value(node.name, run.weights[1]))
+        except (GraphError, IndexError):
+            self.notify("that step leaves what is defined", severity="warning", markup=False)
+
+    def action_h(self) -> None:
+        """Ask for another step of the numerical gradient."""
+
+        def change(text: str | None) -> None:
+            if text is not None:
+                self.state.h = float(text)
+                self._redraw()
+
+        prompt = GraphPrompt("Step h of the numerical gradient", f"{self.state.h:g}", _wrong_h)
+        self.app.push_screen(prompt, change)
+
+    def action_example(self) -> None:
+        """Show the next example."""
+        texts = [example.text for example in EXAMPLES]
+        shown = self.state.graph.expression.text
+        number = (texts.index(shown) + 1) % len(EXAMPLES) if shown in texts else 0
+        example = EXAMPLES[number]
+        self.state.position = 0
+        self.state.set_graph(ScalarGraph.of(example.text, example.values))
+        self._select_first_input()
+        self.notify(example.title, markup=False)
+        self._ask_torch()
+        self._redraw()
+
+    def action_expression(self) -> None:
+        """Ask for another expression. Names keep their values; new ones are 1."""
+        graph = self.state.graph
+
+        def attempt(text: str) -> ScalarGraph:
+            expression = parse(text)
+            values = {name: graph.inputs.get(name, 1.0) for name in expression.inputs}
+            return ScalarGraph.at(expression, values)
+
+        def change(text: str | None) -> None:
+            if text is not None:
+                self.state.position = 0
+                self.state.set_graph(attempt(text))
+                self._select_first_input()
+                self._ask_torch()
+                self._redraw()
+
+        prompt = GraphPrompt(
+            "Expression", graph.expression.text, lambda text: _wrong(attempt, text)
+        )
+        self.app.push_screen(prompt, change)
+
+    def action_write(self) -> None:
+        """Ask for a file and write the picture into it."""
+        graph = self.state.graph
+
+        def check(text: str) -> str:
+            path = Path(text).expanduser()
+            if path.suffix != ".svg":
+                return "the name must end in .svg"
+            return f"{path} already exists" if path.exists() else ""
+
+        def write(text: str | None) -> None:
+            if text is None:
+                return
+            path = Path(text).expanduser()
+            try:
+                path.write_text(svg(graph), encoding="utf-8")
+            except OSError as error:
+                reason = error.strerror or str(error)
+                self.notify(f"cannot write {path}: {reason}", severity="error", markup=False)
+            else:
+                self.notify(f"wrote {path}", markup=False)
+
+        prompt = GraphPrompt("Write the graph to", "backpropagation.svg", check)
+        self.app.push_screen(prompt, write)
+
+
+def _wrong(attempt: Callable[[str], object], text: str) -> str:
+    """What is wrong with a text, with its hint."""
+    try:
+        attempt(text)
+    except GraphError as error:
+        place = "" if not error.text else f" at {error.text[error.start : error.end]!r}"
+        return f"{error.message}{place}" + (f": {error.hint}" if error.hint else "")
+    return ""
+
+
+def _wrong_h(text: str) -> str:
+    number = float(text) if re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text.lower()) else 0.0
+    return "" if 0 < number <= 1 else "a number above 0, up to 1, such as 1e-4"
+
+
+class GraphApp(TuiTrainerApp):
+    """Shows a scalar graph."""
+
+    OWN_SCREENS = (("Scalar graph", GraphScreen),)
+
+    def __init__(self, graph: ScalarGraph, h: float = DEFAULT_H, **options: Any) -> None:
+        super().__init__(None, start_mode="graph", **options)
+        self.add_mode("graph", lambda: GraphScreen(graph, h))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Of the other screens only the help is of use here."""
+        if action == "go" and parameters[0] not in ("help", "graph"):
+            return False
+        return super().check_action(action, parameters)
+
+    def action_go(self, mode: str) -> None:
+        """Switch the screen; where others return to the dashboard, return to the graph."""
+        super().action_go("graph" if mode == "dashboard" else mode)
+
+
+def run_graph(graph: ScalarGraph, *, h: float = DEFAULT_H, ascii: bool = False) -> int:
+    """Show the graph until the user leaves. Returns the exit code."""
+    return GraphApp(graph, h, ascii=ascii, **theme_options()).run_until_exit()
