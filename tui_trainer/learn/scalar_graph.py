@@ -164,7 +164,7 @@ def _undefined(
     node = expression.nodes[index]
     pairs = zip(node.inputs, operands, strict=True)
     named = [
-        f"{expression.nodes[i].name} = {value:.6g}"
+        f"{expression.operation_text(i) or expression.nodes[i].name} = {value:.6g}"
         for i, value in pairs
         if expression.nodes[i].operation != "constant"
     ]

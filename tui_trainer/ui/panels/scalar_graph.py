@@ -28,15 +28,9 @@ from tui_trainer.learn.scalar_layout import Layout, layout
 from tui_trainer.learn.scalar_text import GraphStep, short, steps_of, update_line
 from tui_trainer.learn.torch_process import TorchGradients
 from tui_trainer.protocol import formatting
-from tui_trainer.ui.widgets.chart import (
-    AXIS_WIDTH,
-    Canvas,
-    Layer,
-    Line,
-    Moment,
-    Points,
-    value_labels,
-)
+from tui_trainer.ui.widgets.axes import AXIS_WIDTH, value_labels
+from tui_trainer.ui.widgets.chart import Canvas
+from tui_trainer.ui.widgets.layers import Layer, Line, Moment, Points
 from tui_trainer.ui.widgets.lines import LineView, Row, ScrollingLines
 from tui_trainer.ui.widgets.scale import Scale, fit_scale
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable
