@@ -119,6 +119,15 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
             inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout
         )["predicted"]
         assert_graph(lambda *arguments: call("autograd", "one", *arguments, cwd=tmp_path), tmp_path)
+        gradcheck = ("gradcheck", "one", "0.weight", "--index", "2,7")
+        assert "(L(w+h) − L(w−h)) / 2h" in call(*gradcheck, cwd=tmp_path).stdout
+        found = json.loads(call(*gradcheck, "--json", cwd=tmp_path).stdout)
+        entry = found["entries"][0]
+        assert (found["dtype"], entry["index"]) == ("float64", [2, 7])
+        assert entry["steps"][entry["best"]]["central_error"] < 1e-6
+        assert np.isclose(found["step_gradient"][0], entry["autograd"], rtol=1e-3)
+        assert_refused(call("gradcheck", "one", "0", cwd=tmp_path), "2 tensors match 0")
+        assert_refused(call("gradcheck", "one", cwd=tmp_path), "name a parameter", status=2)
         assert call("step", "one", cwd=tmp_path).returncode == 0
         found = json.loads(
             inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout

@@ -10,6 +10,7 @@ import torch
 from tui_trainer.inspect.attention import examine_attention
 from tui_trainer.inspect.autograd_graph import describe_graph
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
+from tui_trainer.inspect.gradient_check import check_gradient
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.rerun import StepCapture
 from tui_trainer.inspect.statistics import statistics_of
@@ -76,7 +77,7 @@ class Inspector:
                 case DescribeGraph():
                     return describe_graph(tracer, catalog, self.capture)
                 case CheckGradient():
-                    raise InspectionError("not yet")
+                    return check_gradient(tracer, catalog, self.capture, request)
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""

@@ -31,6 +31,16 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Cast:
+    """To another type of floating-point numbers."""
+
+    dtype: torch.dtype
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Derived:
     """A tensor that was computed from an output of the model."""
 
@@ -38,12 +48,13 @@ class Derived:
     """Of the output among those of the model."""
     steps: tuple[Step, ...]
 
-    def again(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         if self.position >= len(outputs):
             raise InspectionError("the model returned something else this time")
         tensor = outputs[self.position]
         for step in self.steps:
-            tensor = step(tensor)
+            if not (wide and isinstance(step, Cast)):
+                tensor = step(tensor)
         return tensor
 
 
@@ -54,10 +65,10 @@ class Kept:
     tensor: torch.Tensor
     version: int
 
-    def again(self) -> torch.Tensor:
+    def again(self, wide: bool) -> torch.Tensor:
         if version_of(self.tensor) != self.version:
             raise InspectionError("the targets of this step have been overwritten since")
-        return self.tensor
+        return self.tensor.double() if wide and self.tensor.is_floating_point() else self.tensor
 
 
 @dataclass
@@ -72,17 +83,17 @@ class LossCall:
     key: OutputKey | None
     """None once backward began."""
 
-    def again(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         def filled(value: Any) -> Any:
             if isinstance(value, Derived):
-                return value.again(outputs)
-            return value.again() if isinstance(value, Kept) else value
+                return value.again(outputs, wide)
+            return value.again(wide) if isinstance(value, Kept) else value
 
         args = [filled(value) for value in self.args]
         kwargs = {name: filled(value) for name, value in self.kwargs.items()}
         result: torch.Tensor
         device, enabled, dtype = self.autocast[0]
-        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+        with torch.autocast(device, dtype, enabled and not wide, cache_enabled=False):
             result = self.function(*args, **kwargs)
         return result
 
@@ -194,14 +205,15 @@ class LossRecipe:
 
     # ------------------------------------------------------------ again
 
-    def again(self, output: Any) -> torch.Tensor | None:
-        """The loss of this output of a re-run, 0-d; None where it is not known how."""
+    def again(self, output: Any, wide: bool = False) -> torch.Tensor | None:
+        """The loss of this output of a re-run, 0-d; None where it is not known how. `wide`: all in
+        float64, where the model has computed in it."""
         outputs = outputs_of(output)
         if self._direct is not None:
-            return self._direct.again(outputs)
+            return self._direct.again(outputs, wide)
         if not self._terms:
             return None
-        terms = [call.again(outputs) for call in self._terms]
+        terms = [call.again(outputs, wide) for call in self._terms]
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         factor = self._factor
         if factor == 1.0:
@@ -273,8 +285,7 @@ def _step(node: Any) -> Step | None:
         shape = tuple(node._input_metadata[0].shape)
         return lambda x: x.reshape(shape)
     if name == "ToCopy":
-        dtype = node._input_metadata[0].dtype
-        return lambda x: x.to(dtype)
+        return Cast(node._input_metadata[0].dtype)
     if name in PLAIN:
         return PLAIN[name]
     made = _WITH_SETTINGS.get(name)

@@ -268,12 +268,31 @@ def _after_calls(model: torch.nn.Module, returned: OnReturn) -> None:
         module.register_forward_hook(hook)
 
 
-def _call(model: torch.nn.Module, call: ModelCall) -> Any:
+def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tensor | None:
+    """The loss of one more forward pass within `again`, which begins with the same buffers and
+    random numbers as the one before and leaves none of its own. `wide`: the model has been given
+    parameters in float64, and the batch is converted to it."""
+    with _lent(model, None):
+        restore_random_state(call.random)
+        for generator, state in call.generators:
+            generator.set_state(state)
+        return call.loss.again(_call(model, call, wide), wide)
+
+
+def _call(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
     given = tensors_of((call.args, call.kwargs))
     if [version_of(each) for each in given] != call.versions:
         raise InspectionError("the batch of this step has been overwritten since")
     args, kwargs = torch.utils._pytree.tree_map(_without_graph, (call.args, call.kwargs))
+    if wide:
+        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
     return model(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    """The values of a batch in float64."""
+    wide = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if wide else value
 
 
 def _without_graph(value: Any) -> Any:

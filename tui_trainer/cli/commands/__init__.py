@@ -22,6 +22,7 @@ _RUNS = {
     "inspect": ("inspect", "look into a tensor of a live run, or list its tensors"),
     "attention": ("attention", "what a head attends to, and what it adds to the stream"),
     "autograd": ("autograd", "show the autograd graph of a live run's loss"),
+    "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }
