@@ -71,7 +71,7 @@ def check_gradient(
             if not stepped:
                 notes += _loss_notes(call, value, wide)
             del loss
-            entries = []
+            entries: list[CheckedEntry] = []
             began = monotonic()
             for index in _chosen(request, gradient):
                 if entries and monotonic() - began > MAX_S:
