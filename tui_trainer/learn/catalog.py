@@ -7,9 +7,19 @@ from tui_trainer.protocol import Phase
 from tui_trainer.protocol.errors import UserError
 
 PAGES = (
+    "scalar-tensor",
     "loss-graph",
+    "gradient",
     "accumulation",
+    "forward-backward",
     "param-groups",
+    "updates",
+    "clipping",
+    "device",
+    "qkv",
+    "attention-scores",
+    "residual-stream",
+    "vit-arithmetic",
 )
 """Names of the pages. The text of each is in `pages/en` and `pages/fr`, and the experiment that
 measures its numbers in `experiments/`."""
@@ -18,8 +28,9 @@ PAGE_OF_PHASE: dict[Phase, str] = {
     "zero_grad": "accumulation",
     "forward": "loss-graph",
     "loss": "loss-graph",
-    "backward": "accumulation",
-    "step": "param-groups",
+    "backward": "gradient",
+    "clip": "clipping",
+    "step": "updates",
 }
 """The page about what happens in a phase, offered first while a run is paused there."""
 
