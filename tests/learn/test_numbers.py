@@ -303,7 +303,7 @@ def _(v: dict[str, Value]) -> None:
 
 @checks("device")
 def _(v: dict[str, Value]) -> None:
-    model, batch = small_gpt(), random_batch()
+    model = small_gpt()
     assert (v["cpu_device"], v["meta_device"]) == ("cpu", "meta")
     shape = "×".join(map(str, model.token_embedding.weight.shape))
     assert v["cpu_shape"] == v["meta_shape"] == shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from tui_trainer.learn.measured import Measured, Value
 from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.lessons import OF_SCREEN, lessons_for
+from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for
 from tui_trainer.ui.screens import SCREENS, learn
 from tui_trainer.ui.screens.learn import LearnScreen
+from tui_trainer.ui.widgets.lines import LineView
 
 
 class FakeLaboratory:
@@ -87,7 +89,7 @@ async def test_the_list_and_a_page(size: tuple[int, int], laboratory: FakeLabora
         for name in PAGES:
             assert title(name) in text_of(app)
         await press(pilot, "enter")
-        await shows(pilot, app, f"1/{len(PAGES)}", "seed 1, measured in 12 ms", "4.0000")
+        await shows(pilot, app, f"1/{len(PAGES)}", "seed 1, measured in 12 ms", "of 7×7 holds 7")
         assert load_progress().read == [PAGES[0]]
         await press(pilot, "escape")
         assert title(PAGES[1]) in text_of(app)
@@ -100,7 +102,7 @@ async def test_a_page_is_there_before_its_numbers(laboratory: FakeLaboratory) ->
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
-        await shows(pilot, app, "measuring…", "Nobody builds it")
+        await shows(pilot, app, "measuring…", "A weight matrix of …×… holds")
         laboratory.gate.set()
         await shows(pilot, app, "measured in 12 ms")
         assert "measuring…" not in text_of(app)
@@ -177,7 +179,7 @@ async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
-        await shows(pilot, app, "could not be measured: there is no module torch", "Nobody builds")
+        await shows(pilot, app, "could not be measured: there is no module", "A weight matrix of")
         laboratory.error = None
         await press(pilot, "r")
         await shows(pilot, app, "seed 1, measured")
@@ -188,7 +190,7 @@ async def test_accents_are_kept_readable_in_ascii() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "l", "enter")
-        await shows(pilot, app, "Personne ne le construit. Chaque operation")
+        await shows(pilot, app, "A la main, la regle de la chaine")
         assert text_of(app).isascii()
 
 
@@ -219,11 +221,34 @@ async def test_the_phase_in_which_a_run_is_paused_comes_first() -> None:
         assert lessons_for(app.screen, paused)[0] == "accumulation"
 
 
-async def test_every_screen_and_every_panel_has_a_page() -> None:
-    assert set(OF_SCREEN) == {entry.mode for entry in SCREENS}
-    for names in OF_SCREEN.values():
-        assert names
-        assert set(names) <= set(PAGES)
+def line_views(kind: type[LineView]) -> Iterator[type[LineView]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from line_views(each)
+
+
+def test_screens_and_panels_name_pages_that_exist() -> None:
+    for entry in SCREENS:
+        entry.load()
+    named = [name for view in line_views(LineView) for name in view.lessons]
+    assert named
+    assert set(OF_SCREEN) <= {entry.mode for entry in SCREENS}
+    assert all(OF_SCREEN.values())
+    of_screens = [name for names in OF_SCREEN.values() for name in names]
+    assert {*named, *OF_ANY_SCREEN, *of_screens} == set(PAGES)
+
+
+@pytest.mark.parametrize(
+    ("tab", "page"), enumerate(("loss-graph", "gradient", "clipping", "updates", "qkv"))
+)
+async def test_the_panel_in_view_comes_first(tab: int, page: str) -> None:
+    app = app_on("dashboard", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, *["right"] * tab)
+        app.draw_frame()
+        await settle(pilot)
+        assert lessons_for(app.screen, app.snapshot.status)[0] == page
 
 
 async def test_the_start_screen_offers_the_pages() -> None:

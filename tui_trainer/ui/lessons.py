@@ -6,24 +6,23 @@ from typing import Any
 
 from textual.screen import Screen
 
-from tui_trainer.learn.catalog import PAGE_OF_PHASE, PAGES
+from tui_trainer.learn.catalog import PAGE_OF_PHASE
 from tui_trainer.protocol.messages import Status
 from tui_trainer.ui.widgets.lines import LineView
 
 OF_SCREEN: dict[str, tuple[str, ...]] = {
-    "dashboard": ("loss-graph",),
-    "attention": ("param-groups",),
-    "parameters": ("param-groups", "accumulation"),
-    "samples": ("loss-graph",),
+    "dashboard": ("forward-backward", "updates"),
+    "attention": ("qkv", "attention-scores", "residual-stream"),
+    "parameters": ("gradient", "param-groups"),
+    "samples": ("vit-arithmetic",),
     "log": ("loss-graph",),
-    "help": ("loss-graph",),
-    "findings": ("accumulation",),
-    "ranks": ("accumulation",),
-    "inspect": ("param-groups",),
-    "start": ("loss-graph",),
-    "learn": ("loss-graph",),
+    "findings": ("accumulation", "loss-graph", "clipping"),
+    "ranks": ("device",),
+    "inspect": ("scalar-tensor", "updates", "param-groups"),
+    "start": ("vit-arithmetic", "device"),
 }
-"""Pages by the mode of a screen; the panels name theirs themselves."""
+"""Pages by the mode of a screen. Widgets name theirs themselves, in `LineView.lessons`."""
+OF_ANY_SCREEN = ("forward-backward",)
 
 
 def lessons_for(screen: Screen[Any], status: Status) -> tuple[str, ...]:
@@ -32,11 +31,12 @@ def lessons_for(screen: Screen[Any], status: Status) -> tuple[str, ...]:
     names: list[str] = []
     if status.state == "paused" and status.phase in PAGE_OF_PHASE:
         names.append(PAGE_OF_PHASE[status.phase])
-    if screen.focused is not None:
-        for node in screen.focused.ancestors_with_self:
+    focused = screen.focused
+    if focused is not None and focused.is_on_screen:
+        for node in focused.ancestors_with_self:
             names += getattr(node, "lessons", ())
     for view in screen.query(LineView):
         if view.is_on_screen and view.display:
             names += view.lessons
-    names += OF_SCREEN.get(screen.app.current_mode, ())
-    return tuple(name for name in dict.fromkeys(names) if name in PAGES)
+    names += OF_SCREEN.get(screen.app.current_mode, OF_ANY_SCREEN)
+    return tuple(dict.fromkeys(names))

@@ -66,8 +66,7 @@ def experiment() -> dict[str, Value]:
 
 
 def _watch_order(model: GPT) -> tuple[list[float | int | str], list[float | int | str]]:
-    """Lists that the modules of `WATCHED` enter when their output is computed, and when its gradient
-    is."""
+    """Two lists that fill with names of `WATCHED`: as outputs, then as gradients are computed."""
     forward: list[float | int | str] = []
     backward: list[float | int | str] = []
 

@@ -14,7 +14,7 @@ from tui_trainer.learn.experiments.small_models import (
     small_gpt,
 )
 from tui_trainer.learn.measured import Value
-from tui_trainer.models.gpt import GPT, Block, CausalSelfAttention
+from tui_trainer.models.gpt import Block, CausalSelfAttention
 
 STEPS = 30
 

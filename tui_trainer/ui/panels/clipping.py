@@ -39,6 +39,7 @@ class ClippingPanel(Panel):
     """A chart of the norm with the limit, and below it the clipped steps with the parameters that
     contributed most to the norm."""
 
+    lessons = ("clipping",)
     panel_title = "Clipping"
     # The norm is shown where nothing clips, too: no `quantity`.
 

@@ -142,6 +142,8 @@ class GradientsPanel(VirtualTable):
     """A tree of modules in the order of the model; a flat list of parameters when it is sorted
     otherwise or filtered."""
 
+    lessons = ("gradient", "accumulation")
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         percent = partial(formatting.percent, decimals=0)

@@ -33,6 +33,7 @@ OTHER_LOSS_STYLES = ("accent", "warning", "good")
 class LossPanel(Panel):
     """The training loss as a band of all values with a smoothed line; validation as points."""
 
+    lessons = ("loss-graph",)
     panel_title = "Loss"
     quantity = "loss"
 

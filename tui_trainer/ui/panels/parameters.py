@@ -195,6 +195,8 @@ class ParameterValues:
 class ParameterTable(VirtualTable):
     """Rows are parameters, by their index in `RunInfo.parameters`."""
 
+    lessons = ("gradient", "param-groups")
+
     def __init__(self, values: ParameterValues, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.values = values

@@ -92,6 +92,8 @@ def _moved(part: tuple[int, int] | None, size: int, steps: int) -> tuple[int, in
 class HeatMapView(LineView):
     """Two cells of the heat map in one of the terminal, one above the other."""
 
+    lessons = ("scalar-tensor",)
+
     class Resized(Message):
         """There is room for another number of cells."""
 
@@ -268,6 +270,8 @@ def _background(style: Style) -> tuple[int, int, int]:
 
 class StatisticsView(ScrollingLines):
     """Facts, moments, quantiles, the histogram and single entries of a tensor."""
+
+    lessons = ("scalar-tensor",)
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)

@@ -12,6 +12,8 @@ from tui_trainer.ui.widgets.lines import Row, ScrollingLines
 class UpdateView(ScrollingLines):
     """The formula of the optimizer, line by line, with the numbers of this step."""
 
+    lessons = ("updates",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.explanation: UpdateExplanation | None = None

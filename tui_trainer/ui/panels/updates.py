@@ -49,6 +49,7 @@ class UpdatesPanel(Panel):
     """A chart of the update ratios of all parameters with the healthy band, and below it the
     parameters that move most."""
 
+    lessons = ("updates",)
     panel_title = "Updates"
     quantity = schema.UPDATE_RATIO
 
@@ -158,6 +159,7 @@ class UpdatesPanel(Panel):
 class LearningRatePanel(Panel):
     """The learning rate over the run."""
 
+    lessons = ("forward-backward", "updates")
     panel_title = "Learning rate"
 
     def __init__(self, *, id: str | None = None) -> None:

@@ -57,6 +57,8 @@ COLUMNS = (
 class LayersTable(VirtualTable):
     """Layers by statistics."""
 
+    lessons = ("qkv",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.header_height = 1
@@ -127,6 +129,7 @@ VALUE_WIDTH = 7
 class TrendChart(Panel):
     """One statistic of one layer over the run: a curve for each of its parts."""
 
+    lessons = ("qkv",)
     quantity = "attention"
 
     def __init__(self, statistic: int = 0, *, id: str | None = None) -> None:

@@ -40,6 +40,8 @@ MODEL_ORDER = "order"
 class StatisticTable(VirtualTable):
     """Rows are attention layers: the values and trends of one statistic, and some of others."""
 
+    lessons = ("qkv", "residual-stream")
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.snapshot = Snapshot()
@@ -209,6 +211,8 @@ HEAD_VALUE_WIDTH = 7
 
 class HeadsTable(VirtualTable):
     """Norms, cosines and drifts of the parts of Wq, Wk and Wv that belong to each head."""
+
+    lessons = ("attention-scores", "residual-stream")
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
