@@ -33,6 +33,7 @@ from tui_trainer.protocol.inspection import (
     TensorSummary,
     UpdateExplanation,
 )
+from tui_trainer.protocol.settings import ReadSettings
 from tui_trainer.trace.tracer import Tracer
 
 MAX_COPY_BYTES = 2 << 30
@@ -78,6 +79,8 @@ class Inspector:
                     return describe_graph(tracer, catalog, self.capture)
                 case CheckGradient():
                     return check_gradient(tracer, catalog, self.capture, request)
+                case ReadSettings():
+                    raise InspectionError("this run has no settings that can be changed")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""

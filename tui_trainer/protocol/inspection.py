@@ -22,6 +22,7 @@ from tui_trainer.protocol.autograd import (
 )
 from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.settings import ReadSettings, SettingList
 
 TensorKind = Literal["parameter", "buffer", "gradient", "state"]
 """`state`: of an optimizer, for one parameter."""
@@ -263,6 +264,7 @@ InspectionRequest = (
     | DescribeGraph
     | CheckGradient
     | ExamineAttention
+    | ReadSettings
 )
 InspectionResult = (
     TensorList
@@ -273,6 +275,7 @@ InspectionResult = (
     | AttentionExamination
     | AutogradGraph
     | GradientCheck
+    | SettingList
 )
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""

@@ -17,6 +17,7 @@ import msgspec
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.settings import SettingChange
 
 State = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "crashed"]
 """The states of a run; a decoder refuses any other."""
@@ -32,6 +33,7 @@ NoticeKind = Literal[
     "command",
     "control",
     "device",
+    "edit",
     "evaluation",
     "fault",
     "mark",
@@ -559,6 +561,16 @@ class DeleteBreakpoint(msgspec.Struct, tag="delete_breakpoint", frozen=True):
     number: int
 
 
+class ChangeSettings(msgspec.Struct, tag="change_settings", frozen=True):
+    """Change settings of the training at the next step boundary, all at once or none."""
+
+    changes: tuple[SettingChange, ...]
+
+
+class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):
+    """Undo the latest change of settings that is not undone yet."""
+
+
 Action = (
     Pause
     | Resume
@@ -573,6 +585,8 @@ Action = (
     | AddBreakpoint
     | ChangeBreakpoint
     | DeleteBreakpoint
+    | ChangeSettings
+    | UndoSettings
 )
 
 

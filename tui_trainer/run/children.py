@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
+    from tui_trainer.travel.edits import LiveEdits
 
 FLUSH_S = 5.0
 KEY = "tui_trainer"
@@ -211,6 +212,10 @@ class ChildTraining:
 
     # ------------------------------------------------------------ RunContext
 
+    @property
+    def edits(self) -> LiveEdits | None:
+        return None
+
     def show_waiting_for(self, what: str) -> None:
         """Does nothing: viewers show rank 0's."""
 
@@ -220,8 +225,13 @@ class ChildTraining:
     def inspect_with(self, inspector: Inspector) -> None:
         """Does nothing: viewers inspect rank 0's tensors."""
 
+<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Does nothing, either."""
+=======
+    def edit_with(self, edits: LiveEdits) -> None:
+        """Does nothing: settings are changed in a run of one process only."""
+>>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Does nothing: nothing has to be undone in a child."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
+    from tui_trainer.travel.edits import LiveEdits
 
 
 class RunContext(Protocol):
@@ -31,6 +32,10 @@ class RunContext(Protocol):
     @property
     def gate(self) -> Gate: ...
 
+    @property
+    def edits(self) -> LiveEdits | None:
+        """What changes the settings of the training; None before it begins."""
+
     def show_waiting_for(self, what: str) -> None:
         """Show what the run is doing while it makes no steps; "" once it does."""
 
@@ -40,8 +45,13 @@ class RunContext(Protocol):
     def inspect_with(self, inspector: Inspector) -> None:
         """Set what looks into the tensors of the training."""
 
+<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Set the texts of the model's tokens and the names of its classes, for inspections."""
+=======
+    def edit_with(self, edits: LiveEdits) -> None:
+        """Set what changes the settings of the training."""
+>>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this on the training thread once the training has ended."""
@@ -56,6 +66,7 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
+    from tui_trainer.travel.edits import LiveEdits
 
     options = Options(
         budget=run.spec.budget,
@@ -67,5 +78,6 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
     run.inspect_with(Inspector(tracer))
+    run.edit_with(LiveEdits(tracer, run.gate, run.recorder))
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tui_trainer.breakpoints.breakpoints import BreakpointError
 from tui_trainer.breakpoints.expression import ExpressionError
@@ -13,6 +14,7 @@ from tui_trainer.protocol.messages import (
     AddBreakpoint,
     Breakpoint,
     ChangeBreakpoint,
+    ChangeSettings,
     Checkpoint,
     DeleteBreakpoint,
     Mark,
@@ -25,6 +27,7 @@ from tui_trainer.protocol.messages import (
     Stop,
     TakeControl,
     Throttle,
+    UndoSettings,
 )
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
@@ -32,9 +35,14 @@ from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.rank_control import RankControl
 from tui_trainer.trace.gate import Gate, Refusal
 
+if TYPE_CHECKING:
+    from tui_trainer.travel.edits import LiveEdits
+
 MAX_STEPS = 10**12
 MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
+LOGGED = (Mark, ChangeSettings, UndoSettings)
+"""Commands that add a notice of their own."""
 MOVES = (Resume, Step, StepPhase, RunToEpochEnd)
 """After these the run is no longer paused at the breakpoint where it was."""
 
@@ -71,9 +79,12 @@ class CommandHandler:
         save_checkpoint: Callable[[], None],
         controls: RankControl | None = None,
         breakpoints: RunBreakpoints | None = None,
+        edits: Callable[[], LiveEdits] | None = None,
     ) -> None:
         """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
-        `controls`: those of all processes of the run."""
+        `controls`: those of all processes of the run. `edits()` raises Refusal where no setting can
+        be changed."""
+        self._edits = edits
         self._breakpoints = breakpoints
         self._gate = gate
         self._controls: Gate | RankControl = controls or gate
@@ -112,7 +123,7 @@ class CommandHandler:
             return CommandResult(False, error.pointed, error.hint)
         except (Refusal, BreakpointError) as refused:
             return CommandResult(False, refused.message, refused.hint)
-        if not isinstance(action, Mark):
+        if not isinstance(action, LOGGED):
             # The gate's step: the recorder has not yet seen the steps in its queue.
             step = self._gate.completed
             kind: NoticeKind = "control" if isinstance(action, TakeControl) else "command"
@@ -191,9 +202,17 @@ class CommandHandler:
                 step = self._gate.completed
                 self._recorder.notice("mark", mark, step=step, who=viewer.name)
                 return mark
-
+            case ChangeSettings(changes=changes):
+                return self._live_edits().change(changes, viewer.name)
+            case UndoSettings():
+                return self._live_edits().undo(viewer.name)
             case AddBreakpoint() | ChangeBreakpoint() | DeleteBreakpoint():
                 return self._change_breakpoints(action)
+
+    def _live_edits(self) -> LiveEdits:
+        if self._edits is None:
+            raise Refusal("this run has no settings that can be changed")
+        return self._edits()
 
     def _change_breakpoints(
         self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint

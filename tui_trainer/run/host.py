@@ -54,6 +54,7 @@ from tui_trainer.trace.gate import Gate, Refusal
 if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
+    from tui_trainer.travel.edits import LiveEdits
 
 
 MAX_STORE_PROBLEMS = 20
@@ -103,7 +104,9 @@ class Host:
             self._save_on_request,
             self.controls,
             self.breakpoints,
+            self._live_edits,
         )
+        self.edits: LiveEdits | None = None
         self.inspections = Inspections(self.gate)
         self.server = Server(spec.name, self.recorder, control, self._serve_rank, self.inspections)
         self._saver: CheckpointSaver | None = None
@@ -257,10 +260,16 @@ class Host:
     def inspect_with(self, inspector: Inspector) -> None:
         self.inspections.inspector = inspector
 
+<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         if self.inspections.inspector is not None:
             self.inspections.inspector.tokens = tokens
             self.inspections.inspector.classes = classes
+=======
+    def edit_with(self, edits: LiveEdits) -> None:
+        self.edits = edits
+        self.inspections.edits = edits
+>>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         self._at_end.append(call)
@@ -285,6 +294,18 @@ class Host:
     def _stop_all(self) -> None:
         with contextlib.suppress(Refusal):
             self.controls.stop(checkpoint=True)
+
+    def _live_edits(self) -> LiveEdits:
+        """Raises Refusal where nothing can be changed."""
+        processes = 1 + sum(not peer.child for peer in self.ranks.peers)
+        if processes > 1:
+            raise Refusal(
+                f"this run trains in {processes} processes, and each has settings of its own",
+                "settings can be changed in a run of one process",
+            )
+        if self.edits is None:
+            raise Refusal("the training has not begun yet")
+        return self.edits
 
     def _save_on_request(self) -> None:
         if self._saver is None:

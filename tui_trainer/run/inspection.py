@@ -18,11 +18,13 @@ from tui_trainer.protocol.inspection import (
     ReadTensor,
     TensorData,
 )
+from tui_trainer.protocol.settings import ReadSettings
 from tui_trainer.protocol.text import single_line
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector, TensorCopy
+    from tui_trainer.travel.edits import LiveEdits
 
 WAIT_S = 0.2
 """How long a viewer's thread waits before it answers that a request is pending."""
@@ -56,6 +58,8 @@ class Inspections:
     def __init__(self, gate: Gate) -> None:
         self.inspector: Inspector | None = None
         """None until the training begins."""
+        self.edits: LiveEdits | None = None
+        """The same."""
         self._gate = gate
         self._lock = threading.Lock()
         self._requests: dict[int, _Request] = {}
@@ -113,7 +117,11 @@ class Inspections:
         """On the training thread."""
         assert self.inspector is not None
         began = time.perf_counter()
-        result = self.inspector.answer(request)
+        result: InspectionResult | TensorCopy
+        if isinstance(request, ReadSettings) and self.edits is not None:
+            result = self.edits.settings()
+        else:
+            result = self.inspector.answer(request)
         took_ms = (time.perf_counter() - began) * 1e3
         return _Answer(result, self._gate.current_step, self._gate.phase, took_ms)
 

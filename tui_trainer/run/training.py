@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     import torch
 
     from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint, Stateful
+    from tui_trainer.travel.edits import EditableTask
+
+
+EDITS = "edits"
+"""Name of the state of a user's changes in a checkpoint."""
 
 
 def train_task(run: RunContext) -> Outcome:
@@ -47,7 +52,12 @@ def train_task(run: RunContext) -> Outcome:
     try:
         training = build(definition, config)
         _describe(run, training, torch.get_num_threads())
+<<<<<<< HEAD
         run.name_outputs(training.tokens, training.classes)
+=======
+        if run.edits is not None:
+            run.edits.task = editable(training)
+>>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
         saver, evaluations = _schedule_between_steps(run, training)
         if checkpoint is None:
             with tracer.suspended():
@@ -93,6 +103,15 @@ def _find_definition(name: str) -> TaskDefinition:
         raise ConfigurationError(f"there is no task {name!r}", did_you_mean(name, known)) from None
 
 
+def editable(training: Training) -> EditableTask | None:
+    """What a user may change of the task's own parts."""
+    from tui_trainer.travel.edits import EditableTask
+
+    if training.schedule is None or training.batches is None:
+        return None
+    return EditableTask(training.schedule, training.batches, training.items_per_step)
+
+
 def _describe(run: RunContext, training: Training, threads: int) -> None:
     run.gate.steps_per_epoch = training.steps_per_epoch
     run.recorder.describe(
@@ -111,7 +130,8 @@ def _schedule_between_steps(
     from tui_trainer.run.checkpoints import CheckpointSaver
 
     def contents() -> tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]:
-        return training.model.state_dict(), training.stateful
+        edits = {EDITS: run.edits} if run.edits is not None else {}
+        return training.model.state_dict(), {**training.stateful, **edits}
 
     saver = CheckpointSaver(run.spec, run.recorder, contents)
     evaluations = Evaluations(training.evaluations, run.recorder, run.gate, saver.save_if_best)
@@ -142,6 +162,8 @@ def _resume(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -
     from tui_trainer.trace.random_state import restore_random_state
 
     restore(checkpoint, training.model, training.stateful)
+    if run.edits is not None and EDITS in checkpoint.states:
+        run.edits.load_state_dict(checkpoint.states[EDITS])
     restore_random_state(checkpoint.random)
     run.recorder.set_status(step=checkpoint.step)
     run.recorder.notice("state", f"resumed from {checkpoint.path}", step=checkpoint.step)

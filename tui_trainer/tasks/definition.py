@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tui_trainer.config.training import TrainingConfig
 from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
@@ -56,6 +56,43 @@ class Evaluation:
     at_start: bool = False
 
 
+class Schedule(Protocol):
+    """A learning-rate schedule that a user may change while training."""
+
+    @property
+    def schedule(self) -> str:
+        """Its name; `constant` if the rate never changes by itself."""
+
+    def change(self, step: int, value: float, group: int | None) -> None:
+        """Let the learning rate of step `step`, counted from 0, be `value`, of one parameter group
+        or of all, and go on from there."""
+
+    def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set the learning rate of step `step`, counted from 0."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Batches(Protocol):
+    """Data whose batch size and order a user may change while training."""
+
+    seed: int
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    def change(self, batch_size: int, seed: int) -> None:
+        """From the next batch on."""
+
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigurationError if there are not so many examples."""
+
+
 @dataclass
 class Training:
     """A task that is ready to run."""
@@ -77,6 +114,10 @@ class Training:
     stateful: dict[str, Any] = field(default_factory=dict)
     """Objects with `state_dict()` and `load_state_dict()` that a checkpoint holds in addition to
     the model: optimizer, scheduler, scaler, batches (their position and generator)."""
+    schedule: Schedule | None = None
+    """The learning rate, if it may be changed while training."""
+    batches: Batches | None = None
+    """The data, if they may be changed while training."""
 
 
 def find_task(name: str) -> TaskDefinition:

@@ -56,8 +56,12 @@ def _implementation(config: TrainingConfig, device: torch.device) -> dict[str, b
     return {config.implementation: True}
 
 
+Changed = tuple[int, float]
+"""A step, counted from 0, and the learning rate that it has by a change made while training."""
+
+
 class LearningRate:
-    """The learning rate as a function of the step alone, so that it has no state to save."""
+    """The learning rate as a function of the step, and of the changes that a user has made."""
 
     def __init__(self, config: TrainingConfig, total_steps: int) -> None:
         self.schedule = config.schedule
@@ -65,9 +69,11 @@ class LearningRate:
         self.minimum = config.min_learning_rate
         self.warmup_steps = config.warmup_steps
         self.total_steps = total_steps
+        self._changes: dict[int | None, Changed] = {}
+        """Number of a parameter group → its latest change; None: of all groups."""
 
     def at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0.
+        """The learning rate of step `step`, counted from 0, without any change.
 
         It rises as in nanoGPT, peak · (step + 1) / (warmup_steps + 1). Then it is constant or falls
         to the minimum at `total_steps`, linearly or as half a cosine (Loshchilov & Hutter 2017).
@@ -86,5 +92,28 @@ class LearningRate:
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of step `step`, counted from 0, in every parameter group."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.at(step)
+        for number, group in enumerate(optimizer.param_groups):
+            group["lr"] = self._of_group(step, number)
+
+    def _of_group(self, step: int, group: int) -> float:
+        """After a change the schedule goes on in proportion from the value that was set."""
+        change = self._changes.get(group, self._changes.get(None))
+        if change is None:
+            return self.at(step)
+        changed_at, value = change
+        scheduled = self.at(changed_at)
+        return self.at(step) / scheduled * value if scheduled else value
+
+    def change(self, step: int, value: float, group: int | None = None) -> None:
+        """Let the learning rate of step `step` be `value`, and follow the schedule from there;
+        `group`: of one parameter group only."""
+        if group is None:
+            self._changes.clear()
+        self._changes[group] = (step, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The changes."""
+        return {"changes": [[group, *change] for group, change in self._changes.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._changes = {group: (step, value) for group, step, value in state["changes"]}

@@ -45,6 +45,8 @@ class TorchEvents(Protocol):
 
     training_thread: int
     optimizer_steps: int
+    clip_calls: dict[ClipKind, float]
+    clip_limits: dict[ClipKind, float]
 
     def optimizer_created(self, optimizer: Optimizer) -> None: ...
     def optimizer_used(self, optimizer: Optimizer) -> None: ...
@@ -314,6 +316,8 @@ class TorchHooks:
         events, ignored = self._events, self._ignored
 
         def clip(*args: Any, **kwargs: Any) -> Any:
+            if kind in events.clip_limits and not torch.compiler.is_compiling():
+                args, kwargs = _with_limit(args, kwargs, events.clip_limits[kind])
             if ignored():
                 return original(*args, **kwargs)
             parameters = args[0] if args else kwargs.get("parameters", ())
@@ -335,6 +339,8 @@ class TorchHooks:
                 events.phase_failed()
                 raise
             limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
+            if kind not in events.clip_limits and isinstance(limit, (int, float)):
+                events.clip_calls[kind] = limit
             total = result
             if name == "clip_grads_with_norm_":
                 total = args[2] if len(args) > 2 else kwargs.get("total_norm")
@@ -380,3 +386,13 @@ class TorchHooks:
         replace(GradScaler, "unscale_", copy_metadata(unscale_, unscale))
         replace(GradScaler, "step", copy_metadata(step_, step))
         replace(GradScaler, "update", copy_metadata(update_, update))
+
+
+def _with_limit(
+    args: tuple[Any, ...], kwargs: dict[str, Any], limit: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a clipping function with another threshold."""
+    if len(args) > 1:
+        return (args[0], limit, *args[2:]), kwargs
+    name = "clip_value" if "clip_value" in kwargs else "max_norm"
+    return args, {**kwargs, name: limit}

@@ -135,6 +135,10 @@ class Tracer:
         """Identity of the thread that trains; 0 while detached, suspended or switched off."""
         self.optimizer_steps = 0
         """How often any optimizer's `step` began."""
+        self.clip_calls: dict[ClipKind, float] = {}
+        """The threshold with which the training last called each kind of clipping."""
+        self.clip_limits: dict[ClipKind, float] = {}
+        """The thresholds that a user has set instead."""
         self._attached = False
         self.faults = Faults(recorder)
         self.own_s = 0.0

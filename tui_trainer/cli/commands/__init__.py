@@ -23,6 +23,7 @@ _RUNS = {
     "attention": ("attention", "what a head attends to, and what it adds to the stream"),
     "autograd": ("autograd", "show the autograd graph of a live run's loss"),
     "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
+    "set": ("set", "change the learning rate or another setting of a live run, or list them"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }
@@ -42,6 +43,8 @@ _MACHINE = {
     "doctor": ("doctor", "check versions, device, terminal, permissions, and what is missing"),
 }
 
+BUILTINS = ("set",)
+"""Commands whose names are Python's own: their functions end in an underscore, too."""
 COMMANDS = (*_RUNS, *_RECORDINGS, *_LEARN, *_MACHINE)
 HIDDEN = ("relay",)
 """Used on the remote side of an ssh connection."""
@@ -58,6 +61,6 @@ def register(app: App) -> None:
         (_MACHINE, Group("This machine", sort_key=4)),
     ):
         for name, (module, line) in about.items():
-            function = f"{name}_" if iskeyword(name) else name
+            function = f"{name}_" if iskeyword(name) or name in BUILTINS else name
             app.command(f"{_PACKAGE}.{module}:{function}", name=name, help=line, group=group)
     app.command(f"{_PACKAGE}.relay:relay", name="relay", show=False)

@@ -158,7 +158,7 @@ class TextBatches:
 
     Every epoch takes each block once, in a new order and cut from a new offset: in as many steps a
     model sees more of the text than with blocks drawn at random. Iterating continues from
-    `position`, and the batches depend on the seed and the position alone.
+    `position`, and a batch depends on the seed, the batch size and the position alone.
     """
 
     def __init__(
@@ -193,11 +193,11 @@ class TextBatches:
         return max(1, self.blocks_per_epoch // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        starts, starts_epoch = torch.empty(0), -1
+        starts, order = torch.empty(0), (-1, 0, 0)
         while self.position < self.total:
             epoch, index = divmod(self.position, self.batches_per_epoch)
-            if epoch != starts_epoch:
-                starts, starts_epoch = self._starts(epoch), epoch
+            if order != (epoch, self.seed, self.batch_size):
+                starts, order = self._starts(epoch), (epoch, self.seed, self.batch_size)
             chosen = starts[index * self.batch_size : (index + 1) * self.batch_size]
             inputs, targets = cut_blocks(self.tokens, chosen, self.block_size)
             self.position += 1
@@ -216,6 +216,19 @@ class TextBatches:
         if self.device.type == "cuda":  # pinned memory lets the copy overlap with the last step
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
+
+    def change(self, batch_size: int, seed: int) -> None:
+        """From the next batch on, as if all batches before had been of this size and seed."""
+        self.batch_size, self.seed = batch_size, seed
+
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigurationError for a batch that is larger than the text has positions."""
+        positions = len(self.tokens) - self.block_size
+        if not 1 <= batch_size <= positions:
+            raise ConfigurationError(
+                f"batch_size cannot be {batch_size:,}",
+                f"the text has {positions:,} different blocks: give a number from 1 to that",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -83,6 +83,8 @@ def build(config: GptConfig) -> Training:
         tokens=corpus.alphabet,
         classes=corpus.alphabet,
         stateful={"optimizer": optimizer, "scaler": scaler, "batches": batches},
+        schedule=rate,
+        batches=batches,
     )
 
 

@@ -12,7 +12,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -180,10 +180,23 @@ class ImageBatches:
     def __len__(self) -> int:
         return self.plan.updates
 
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.plan.batches_per_epoch
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.position < self.plan.updates:
+            yield from self._in_order(BatchOrder(self.plan, self.seed, self.position))
+
+    def _in_order(self, order: BatchOrder) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `order`, until it is changed."""
         loader = DataLoader(
             self.decoder,
-            batch_sampler=BatchOrder(self.plan, self.seed, self.position),
+            batch_sampler=order,
             collate_fn=collate,
             # Its own generator: the global one must not depend on when workers are started.
             generator=torch.Generator(),
@@ -197,6 +210,22 @@ class ImageBatches:
             yield (
                 normalise(pixels.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
+            )
+            if (order.plan, order.seed) != (self.plan, self.seed):
+                return
+
+    def change(self, batch_size: int, seed: int) -> None:
+        """From the next batch on, as if all batches before had been of this size and seed. The
+        number of batches of the training stays."""
+        self.plan = replace(self.plan, batch_size=batch_size, steps=self.plan.updates)
+        self.seed = seed
+
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigurationError for a batch that is larger than the set of images."""
+        if not 1 <= batch_size <= self.plan.images:
+            raise ConfigurationError(
+                f"batch_size cannot be {batch_size:,}",
+                f"there are {self.plan.images:,} training images: give a number from 1 to that",
             )
 
     def state_dict(self) -> dict[str, Any]:

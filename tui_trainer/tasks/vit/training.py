@@ -76,6 +76,8 @@ def build(config: VitConfig) -> Training:
         },
         classes=training.classes,
         stateful={"optimizer": optimizer, "scaler": scaler, "batches": batches},
+        schedule=rate,
+        batches=batches,
     )
 
 

@@ -28,7 +28,7 @@ Figure = tuple[str, str, Style]
 MAX_LABEL_WIDTH, MAX_VALUE_WIDTH = 24, 36
 MIN_RIGHT_WIDTH = 20
 NO_STEP_YET = "no step yet"
-USER_EVENTS = ("command", "control", "mark")
+USER_EVENTS = ("command", "control", "edit", "mark")
 """Kinds of `Notice` that a user caused: they may explain why a curve bends."""
 
 

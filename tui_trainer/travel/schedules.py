@@ -1,0 +1,235 @@
+"""The learning rate of a script: who else sets it, and how a change prevails.
+
+* A scheduler of torch: its base rates are scaled by the same factor, so that its curve goes on from
+  the new value.
+* The script itself, in every step: what it sets is multiplied by the factor for the duration of the
+  optimizer's step. That is noticed one step after the change.
+* Nobody: the value stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tui_trainer.protocol.settings import shown
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.optimizers import unwrapped_optimizer
+from tui_trainer.trace.tracer import Tracer
+
+Group = dict[str, Any]
+Undo = Callable[[], None]
+BASE_RATES = ("base_lrs", "max_lrs")
+"""Lists of schedulers with a rate for each group, from which they compute."""
+GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
+"""The same in the groups themselves (OneCycleLR)."""
+
+
+class LearningRates:
+    """Changes the learning rates of a script's optimizers."""
+
+    def __init__(self, tracer: Tracer, gate: Gate, recorder: Recorder) -> None:
+        self._tracer = tracer
+        self._gate = gate
+        self._recorder = recorder
+        self._factors: dict[int, tuple[weakref.ref[Optimizer], int, float]] = {}
+        """id(group) → its optimizer, its number in that, and the factor on what the script sets."""
+        self._held: list[tuple[Group, Any]] = []
+        self._handles: list[Any] = []
+
+    def change(self, targets: Sequence[tuple[Optimizer, Group]], value: float) -> Undo:
+        """Set the rate of these groups. On the training thread."""
+        undos = [self._change(optimizer, group, value) for optimizer, group in targets]
+        if any(schedulers_of(optimizer) for optimizer, _ in targets):
+            check = None
+        else:
+            check = self._check_next_step(targets, value, undos)
+
+        def undo() -> None:
+            if check in self._gate.after_step:
+                self._gate.after_step.remove(check)
+            for _, each in reversed(undos):
+                each()
+
+        return undo
+
+    def _change(self, optimizer: Optimizer, group: Group, value: float) -> tuple[float, Undo]:
+        old = float(group["lr"])
+        factor = value / old if old else None
+        known = self._factors.get(id(group))
+        if known is not None:  # the group holds the script's value times the factor now
+            return old, self._scale_script(optimizer, group, (known[2] * factor) if factor else 0.0)
+        restored = [
+            _scale(holder, key, factor, value)
+            for scheduler in schedulers_of(optimizer)
+            for holder, key in _rates_of(scheduler, optimizer, group)
+        ]
+        set_rate(group, value)
+
+        def undo() -> None:
+            for restore in restored:
+                restore()
+            # A scheduler has moved the rate on since.
+            set_rate(group, float(group["lr"]) / factor if restored and factor else old)
+
+        return old, undo
+
+    def note(self, optimizers: Sequence[Optimizer]) -> str:
+        """Who else sets the rate."""
+        if any(ref() in optimizers for ref, _, _ in self._factors.values()):
+            return "the script sets it; its values are scaled"
+        names = dict.fromkeys(type(s).__name__ for o in optimizers for s in schedulers_of(o))
+        return ", ".join(names)
+
+    # ------------------------------------------------------------ a script that sets it itself
+
+    def _check_next_step(
+        self,
+        targets: Sequence[tuple[Optimizer, Group]],
+        value: float,
+        undos: list[tuple[float, Undo]],
+    ) -> Callable[[int], None]:
+        """After the next step, find out whether the script has set another rate; returns what is
+        called then. `undos`: of each target its rate before, and how to restore it."""
+        old = [before for before, _ in undos]
+        first = self._gate.completed
+
+        def check(step: int) -> None:
+            if step <= first:
+                return
+            self._gate.after_step.remove(check)
+            replaced = [
+                (optimizer, group, before)
+                for (optimizer, group), before in zip(targets, old, strict=True)
+                if float(group["lr"]) != value and before and id(group) not in self._factors
+            ]
+            if not replaced:
+                return
+            for optimizer, group, before in replaced:
+                undos.append((before, self._scale_script(optimizer, group, value / before)))
+            group, before = replaced[0][1:]
+            text = (
+                f"the script itself set the learning rate of step {step:,} to "
+                f"{shown(float(group['lr']))}; from step {step + 1:,} on its values are "
+                f"multiplied by {value / before:.4g}"
+            )
+            self._recorder.notice("edit", text, "warning", step)
+
+        self._gate.after_step.append(check)
+        return check
+
+    def _scale_script(self, optimizer: Optimizer, group: Group, factor: float) -> Undo:
+        before = self._factors.get(id(group))
+        number = next((n for n, g in enumerate(optimizer.param_groups) if g is group), 0)
+        self._set_factor(id(group), (weakref.ref(optimizer), number, factor))
+        return lambda: self._set_factor(id(group), before)
+
+    def _set_factor(
+        self, key: int, entry: tuple[weakref.ref[Optimizer], int, float] | None
+    ) -> None:
+        if entry is None:
+            self._factors.pop(key, None)
+        else:
+            self._factors[key] = entry
+        if self._factors and not self._handles:
+            self._handles = [
+                register_optimizer_step_pre_hook(self._before_step),
+                register_optimizer_step_post_hook(self._after_step),
+            ]
+        elif not self._factors:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            entry = self._factors.get(id(group))
+            if entry is not None and entry[0]() is optimizer:
+                self._held.append((group, group["lr"]))
+                group["lr"] = group["lr"] * entry[2]
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        held, self._held = self._held, []
+        for group, rate in held:
+            group["lr"] = rate
+
+    # ------------------------------------------------------------ snapshots
+
+    def snapshot(self) -> Any:
+        return dict(self._factors)
+
+    def restore(self, snapshot: Any) -> None:
+        for key in {*self._factors, *snapshot}:
+            self._set_factor(key, snapshot.get(key))
+
+
+def set_rate(group: Group, value: float) -> None:
+    rate = group["lr"]
+    if isinstance(rate, torch.Tensor):  # which a compiled optimizer reads
+        rate.fill_(value)
+    else:
+        group["lr"] = value
+
+
+def schedulers_of(optimizer: Optimizer) -> list[Any]:
+    """The schedulers of torch that set this optimizer's rate: the objects that refer to it."""
+    found: dict[int, Any] = {}
+    for scheduler in _with_inner(list(_referring(optimizer))):
+        owner = getattr(scheduler, "optimizer", None)
+        if isinstance(owner, Optimizer) and unwrapped_optimizer(owner) is optimizer:
+            found.setdefault(id(scheduler), scheduler)
+    return list(found.values())
+
+
+def _referring(optimizer: Optimizer) -> Iterator[Any]:
+    for referrer in gc.get_referrers(optimizer):
+        # The types, not isinstance(), which would run the code of lazy objects.
+        if issubclass(type(referrer), LRScheduler):
+            yield referrer
+        elif type(referrer) is dict:
+            for owner in gc.get_referrers(referrer):
+                if issubclass(type(owner), LRScheduler) and vars(owner) is referrer:
+                    yield owner
+
+
+def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
+    """With those inside of SequentialLR and ChainedScheduler."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _with_inner(list(getattr(scheduler, "_schedulers", ())))
+
+
+def _rates_of(scheduler: Any, optimizer: Optimizer, group: Group) -> Iterator[tuple[Any, Any]]:
+    """(holder, key) of every rate that the scheduler computes the group's rate from."""
+    owner = scheduler.optimizer
+    number = next((n for n, g in enumerate(owner.param_groups) if g is group), None)
+    for name in BASE_RATES:
+        rates = getattr(scheduler, name, None)
+        if isinstance(rates, list) and number is not None and number < len(rates):
+            yield rates, number
+    if type(scheduler).__name__ == "OneCycleLR":
+        for key in GROUP_RATES:
+            if key in group:
+                yield group, key
+
+
+def _scale(holder: Any, key: Any, factor: float | None, value: float) -> Undo:
+    """Scale a rate; where the present rate is 0 there is no factor, and it becomes `value`."""
+    before = holder[key]
+    holder[key] = before * factor if factor is not None else value
+
+    def restore() -> None:
+        holder[key] = before
+
+    return restore
