@@ -224,6 +224,8 @@ class FakeSession:
             case messages.DeleteBreakpoint(number):
                 left = [each for each in status.breakpoints if each.number != number]
                 self._status(breakpoints=tuple(left))
+            case messages.ChangeSettings(changes):
+                self._notice("edit", "; ".join(change.text for change in changes), status.step)
             case messages.Stop(checkpoint):
                 self.end("stopped", "stopped by you", "checkpoint written" if checkpoint else "")
                 return "stopping"

@@ -19,10 +19,25 @@ from tui_trainer.protocol.inspection import (
     UpdateTerm,
 )
 from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.settings import ReadSettings, Setting, SettingList
 
 WEIGHT = "blocks.0.attention.W_query.weight"
 BIAS = "blocks.0.attention.W_query.bias"
 HEAD = "head.weight"
+SETTINGS = SettingList(
+    (
+        Setting("lr", 6e-4, "cosine schedule"),
+        Setting("weight_decay[0]", 0.1, "adamw, 20 parameters"),
+        Setting("weight_decay[1]", 0.0, "adamw, 7 parameters"),
+        Setting("betas", (0.9, 0.99)),
+        Setting("eps", 1e-8),
+        Setting("clip", 1.0, "clip_grad_norm_"),
+        Setting("batch_size", 32.0),
+        Setting("seed", 1337.0, "order of the data"),
+    ),
+    frozen=6,
+    edits=1,
+)
 
 
 class FakeTensors:
@@ -75,6 +90,8 @@ class FakeTensors:
                 return done(TensorSummary(info, statistics, heat))
             case ExplainUpdate():
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
+            case ReadSettings():
+                return done(SETTINGS)
             case Summarize(tensor=ref):
                 why = f"{ref.name} has no gradient now: none was computed"
                 return Inspected(1, "failed", message=why, hint="pause after backward")

@@ -86,7 +86,7 @@ class RunSummary:
     findings: tuple[Finding, ...] = ()
     """What the rules found, worst first, effects after their cause."""
     events: tuple[Event, ...] = ()
-    """The newest events, oldest first."""
+    """The newest events and changes of settings, oldest first."""
     ranks: tuple[RankSummary, ...] = ()
     """The processes of a run with several."""
     logged: dict[str, LoggedValue] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def _summary(
         viewers=status.viewers,
         recording=status.recording,
         findings=tuple(newest_findings(events)),
-        events=tuple(events[-EVENTS_SHOWN:]),
+        events=_shown_events(events),
         ranks=tuple(summarize_ranks(info, status, history)),
         logged=_logged(history, schema.LOGGED),
     )
@@ -260,3 +260,11 @@ def _attention(info: RunInfo, history: History) -> tuple[LayerSummary, ...]:
         )
         for each in info.attention
     )
+
+
+def _shown_events(events: Sequence[Event]) -> tuple[Event, ...]:
+    """The newest events, and the newest changes of settings even where they are older."""
+    edits = [each for each in events if isinstance(each, Notice) and each.kind == "edit"]
+    newest = events[-EVENTS_SHOWN:]
+    older = [each for each in edits[-EVENTS_SHOWN:] if each not in newest]
+    return (*older, *newest)

@@ -149,6 +149,8 @@ class Tracer:
         self.evaluation = EvaluationLosses(self, self._patches)
         self.loop: LoopObserver | None = None
         self.updates: UpdateObserver | None = None
+        self.rates: UpdateObserver | None = None
+        """Sets other learning rates for the duration of an optimizer's step."""
         self.forwards: ForwardObserver | None = None
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
         self._reporter = PhaseReporter(self)
@@ -943,6 +945,8 @@ class Tracer:
 
     def step_began(self, optimizer: Optimizer, closure: bool) -> None:
         self.optimizer_steps += 1
+        if self.rates is not None and self.training_thread:
+            self.rates.step_began(optimizer)
         if self.updates is not None and self.training_thread:
             self.updates.step_began(optimizer)
         if self.faults.given_up:
@@ -997,6 +1001,8 @@ class Tracer:
         self._end_step(optimizer)
         if self.faults.given_up and id(optimizer) == self._outer_step:
             self._continue_after_fault(stepped=self.step == step)
+        if self.rates is not None:
+            self.rates.step_ended(optimizer)
 
     @guarded
     def _end_step(self, optimizer: Optimizer) -> None:

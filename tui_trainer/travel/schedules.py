@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
 from tui_trainer.protocol.settings import shown
 from tui_trainer.record.recorder import Recorder
@@ -46,7 +42,6 @@ class LearningRates:
         self._factors: dict[int, tuple[weakref.ref[Optimizer], int, float]] = {}
         """id(group) → its optimizer, its number in that, and the factor on what the script sets."""
         self._held: list[tuple[Group, Any]] = []
-        self._handles: list[Any] = []
 
     def change(self, targets: Sequence[tuple[Optimizer, Group]], value: float) -> Undo:
         """Set the rate of these groups. On the training thread."""
@@ -142,27 +137,24 @@ class LearningRates:
             self._factors.pop(key, None)
         else:
             self._factors[key] = entry
-        if self._factors and not self._handles:
-            self._handles = [
-                register_optimizer_step_pre_hook(self._before_step),
-                register_optimizer_step_post_hook(self._after_step),
-            ]
-        elif not self._factors:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+        if self._factors:
+            self._tracer.rates = self
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def step_began(self, optimizer: Optimizer) -> None:
+        """See `trace.tracer.UpdateObserver`."""
         for group in optimizer.param_groups:
             entry = self._factors.get(id(group))
             if entry is not None and entry[0]() is optimizer:
                 self._held.append((group, group["lr"]))
                 group["lr"] = group["lr"] * entry[2]
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def step_ended(self, optimizer: Optimizer) -> None:
+        """The same."""
         held, self._held = self._held, []
         for group, rate in held:
             group["lr"] = rate
+        if not self._factors:
+            self._tracer.rates = None
 
     # ------------------------------------------------------------ snapshots
 

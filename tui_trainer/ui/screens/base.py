@@ -40,6 +40,8 @@ CONTROL_BINDINGS = (
     Binding("b", "breakpoints", "Breakpoints", id="run.breakpoints",
             tooltip="Pause when a condition is met, such as loss > 5"),
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
+    Binding("E", "settings", "Edit settings", key_display="E", show=False, id="run.settings",
+            tooltip="Change the learning rate or another setting while it trains, or undo that"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
@@ -49,7 +51,7 @@ CONTROL_BINDINGS = (
 )  # fmt: skip
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
-NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints")
+NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints", "settings")
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
@@ -215,6 +217,12 @@ class ControlScreen(RunScreen):
         from tui_trainer.ui.screens.breakpoints import BreakpointsDialog
 
         self.app.push_screen(BreakpointsDialog())
+
+    def action_settings(self) -> None:
+        """Show the settings of the training, and change them."""
+        from tui_trainer.ui.screens.settings import SettingsDialog
+
+        self.app.push_screen(SettingsDialog())
 
     def action_mark(self) -> None:
         """Ask for a note and add it at the current step."""

@@ -1,0 +1,66 @@
+"""Settings of a real run, changed from another terminal: applied, recorded, shown and undone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from tests import processes
+from tests.cli.calling import COMMAND, assert_refused, call
+from tests.runs.starting import until
+
+OPTIONS = """
+    --steps 40 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
+    --device cpu --eval-batches 1 --sample-every 1000 --warmup-steps 0 --schedule constant
+    --learning-rate 0.001 --checkpoint-every 6
+"""
+
+
+def rates(directory: Path, cwd: Path) -> dict[int, float]:
+    """The learning rate of each step that is recorded."""
+    lines = call("export", directory, "--format", "jsonl", cwd=cwd).stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+
+
+def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path) -> None:
+    process = processes.Popen(
+        [*COMMAND, "gpt", "--json", "--paused", "--name", "one", *OPTIONS.split()],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until(lambda: call("step", "one", "3", cwd=tmp_path).returncode == 0, "the run steps")
+        listed = json.loads(call("set", "one", "--json", cwd=tmp_path).stdout)
+        assert listed["settings"]["lr"] == 0.001
+        assert listed["settings"]["clip"] == 1.0
+        wrong = call("set", "one", "lr=1e-3", "momentum=0.9", cwd=tmp_path)
+        assert_refused(wrong, "adamw has no momentum", "it has lr, weight_decay, betas, eps")
+        wrong = call("set", "one", "rl=1", cwd=tmp_path)
+        assert_refused(wrong, "there is no setting 'rl'", status=2)
+        done = call("set", "one", "lr=3e-4", "freeze=blocks.0.*", cwd=tmp_path)
+        assert done.stdout.startswith("one: lr 0.001 → 0.0003; freeze blocks.0.*: "), done
+        assert done.stdout.endswith("from step 4 on\n")
+        call("step", "one", "3", cwd=tmp_path)
+        done = call("set", "one", "--undo", cwd=tmp_path)
+        assert done.stdout.startswith("one: undone: lr 0.001 → 0.0003; freeze"), done
+        call("step", "one", "2", cwd=tmp_path)
+        shown = json.loads(call("show", "one", "--json", cwd=tmp_path).stdout)
+        edits = [event for event in shown["events"] if event["kind"] == "edit"]
+        assert [event["step"] for event in edits] == [3, 6]
+        found = rates(tmp_path / "runs" / "one", tmp_path)
+        assert [found[step] for step in range(1, 9)] == [0.001] * 3 + [0.0003] * 3 + [0.001] * 2
+    finally:
+        process.kill()
+        process.communicate()
+    # Killed: the checkpoint of step 6 was written before that change was undone.
+    done = call("gpt", "--resume", "one@6", "--name", "two", "--json", "--steps", "8",
+                cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done
+    again = rates(tmp_path / "runs" / "two", tmp_path)
+    assert again == {7: 0.0003, 8: 0.0003}

@@ -1,0 +1,168 @@
+"""The dialog of the settings of a live run: their present values, and an input for a change."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.suggester import SuggestFromList
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.input import Selection
+from textual.widgets.option_list import Option
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.live_settings import NAMES, parse_changes
+from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.inspection import Inspected
+from tui_trainer.protocol.messages import ChangeSettings, Notice, UndoSettings
+from tui_trainer.protocol.settings import ReadSettings, Setting, SettingList, shown
+from tui_trainer.ui.screens import app_context
+from tui_trainer.ui.screens.dialogs import SnapshotDialog
+
+EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
+LATER = "the settings are read at the next step boundary"
+
+
+class SettingsTable(OptionList):
+    """One line a setting; enter edits it."""
+
+    def __init__(self) -> None:
+        super().__init__(compact=True, markup=False)
+        self.settings: tuple[Setting, ...] = ()
+
+    def set_settings(self, settings: tuple[Setting, ...]) -> None:
+        """Show these; the cursor stays on its line."""
+        line = self.highlighted
+        self.settings = settings
+        names = max((len(each.name) for each in settings), default=0)
+        values = max((len(shown(each.value)) for each in settings), default=0)
+        self.set_options(
+            Option(
+                Content.assemble(
+                    (f" {each.name:{names}}  ", "$text-accent"),
+                    f"{shown(each.value):>{values}}",
+                    (f"   {each.note}", "dim"),
+                )
+            )
+            for each in settings
+        )
+        if settings:
+            self.highlighted = min(line or 0, len(settings) - 1)
+        self.display = bool(settings)
+
+
+class SettingsDialog(SnapshotDialog):
+    """Shows the settings of the run that can be changed, and changes them."""
+
+    CSS = """
+    SettingsDialog .dialog { width: 92; }
+    SettingsDialog OptionList { max-height: 12; }
+    SettingsDialog .keys { color: $text-muted; margin-top: 1; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Close", id="settings.close",
+                tooltip="Close the settings"),
+        Binding("up", "focus_list", "List", show=False, id="settings.list",
+                tooltip="To the list of settings"),
+        Binding("ctrl+z", "undo", "Undo", priority=True, id="settings.undo",
+                tooltip="Undo the latest change"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: int | None = None
+        """Id of the latest change of settings that is shown."""
+
+    def compose(self) -> ComposeResult:
+        names = [f"{name}=" for name in NAMES]
+        with Vertical(classes="dialog"):
+            yield Static("Change a setting of the training, from the next step on", markup=False)
+            yield SettingsTable()
+            yield Input(
+                placeholder="change",
+                suggester=SuggestFromList(names),
+                compact=True,
+                select_on_focus=False,
+            )
+            yield Static("", classes="error", markup=False)
+            yield Static("", classes="about", markup=False)
+            yield Static(classes="keys", markup=False)
+
+    def on_mount(self) -> None:
+        self.query_one(SettingsTable).display = False
+        self.query_one(".about", Static).update(LATER)
+        self.show(app_context(self).snapshot)
+        self.query_one(Input).focus()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Read the settings again where they have changed."""
+        edits = [e.id for e in snapshot.events if isinstance(e, Notice) and e.kind == "edit"]
+        latest = edits[-1] if edits else -1
+        if latest != self._seen:
+            self._seen = latest
+            app_context(self).inspect(ReadSettings(), self._show_settings)
+        self._show_keys()
+
+    def _show_settings(self, answer: Inspected) -> None:
+        if not self.is_mounted:
+            return
+        about = self.query_one(".about", Static)
+        if not isinstance(answer.result, SettingList):
+            about.update(f"{answer.message}\n{answer.hint}".strip())
+            return
+        listed = answer.result
+        self.query_one(SettingsTable).set_settings(listed.settings)
+        facts = [
+            *([f"{counted(listed.frozen, 'parameter')} frozen"] if listed.frozen else []),
+            *([f"ctrl+z undoes the last of {counted(listed.edits, 'change')}"] if listed.edits
+              else []),
+        ]  # fmt: skip
+        about.update(", ".join(facts))
+        about.display = bool(facts)
+
+    def _show_keys(self) -> None:
+        table = self.query_one(SettingsTable)
+        if table.has_focus:
+            text = "enter: edit this one, tab: input, escape: close"
+        else:
+            text = f"enter: change, right: complete{', up: list' * table.display}, escape: close"
+            text += f"\n{EXAMPLES}"
+        self.query_one(".keys", Static).update(text)
+
+    def on_descendant_focus(self) -> None:
+        self._show_keys()
+
+    def action_focus_list(self) -> None:
+        if self.query_one(SettingsTable).display:
+            self.query_one(SettingsTable).focus()
+
+    def action_undo(self) -> None:
+        app_context(self).command(UndoSettings())
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Edit the setting under the cursor."""
+        setting = self.query_one(SettingsTable).settings[event.option_index]
+        change = self.query_one(Input)
+        change.value = f"{setting.name}={shown(setting.value)}"
+        change.selection = Selection(len(setting.name) + 1, len(change.value))
+        change.focus()
+
+    def on_input_changed(self) -> None:
+        self.query_one(".error", Static).update("")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Make the change, or say what is wrong with it."""
+        if not event.value.strip():
+            return
+        try:
+            changes = parse_changes(event.value.split())
+        except ConfigurationError as error:
+            hint = f"\n{error.hint}" if error.hint else ""
+            self.query_one(".error", Static).update(f"{error.message}{hint}")
+            return
+        app_context(self).command(ChangeSettings(changes))
+        event.input.value = ""
