@@ -22,7 +22,7 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import nonfinite
-from tui_trainer.protocol.messages import END_STATES, Event, Finding, Status
+from tui_trainer.protocol.messages import END_STATES, Event, Finding, Notice, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import EntryState, RunEntry

@@ -225,13 +225,11 @@ class ChildTraining:
     def inspect_with(self, inspector: Inspector) -> None:
         """Does nothing: viewers inspect rank 0's tensors."""
 
-<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Does nothing, either."""
-=======
+
     def edit_with(self, edits: LiveEdits) -> None:
         """Does nothing: settings are changed in a run of one process only."""
->>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Does nothing: nothing has to be undone in a child."""

@@ -45,13 +45,11 @@ class RunContext(Protocol):
     def inspect_with(self, inspector: Inspector) -> None:
         """Set what looks into the tensors of the training."""
 
-<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Set the texts of the model's tokens and the names of its classes, for inspections."""
-=======
+
     def edit_with(self, edits: LiveEdits) -> None:
         """Set what changes the settings of the training."""
->>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this on the training thread once the training has ended."""

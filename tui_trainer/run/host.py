@@ -260,16 +260,14 @@ class Host:
     def inspect_with(self, inspector: Inspector) -> None:
         self.inspections.inspector = inspector
 
-<<<<<<< HEAD
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         if self.inspections.inspector is not None:
             self.inspections.inspector.tokens = tokens
             self.inspections.inspector.classes = classes
-=======
+
     def edit_with(self, edits: LiveEdits) -> None:
         self.edits = edits
         self.inspections.edits = edits
->>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
 
     def at_end(self, call: Callable[[], None]) -> None:
         self._at_end.append(call)

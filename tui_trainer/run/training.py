@@ -52,12 +52,9 @@ def train_task(run: RunContext) -> Outcome:
     try:
         training = build(definition, config)
         _describe(run, training, torch.get_num_threads())
-<<<<<<< HEAD
         run.name_outputs(training.tokens, training.classes)
-=======
         if run.edits is not None:
             run.edits.task = editable(training)
->>>>>>> 28a6982 (Change settings of a live training: learning rate, decay, clipping, data, freezing)
         saver, evaluations = _schedule_between_steps(run, training)
         if checkpoint is None:
             with tracer.suspended():
