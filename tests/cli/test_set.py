@@ -22,7 +22,7 @@ def rates(directory: Path, cwd: Path) -> dict[int, float]:
     """The learning rate of each step that is recorded."""
     lines = call("export", directory, "--format", "jsonl", cwd=cwd).stdout.splitlines()
     rows = [json.loads(line) for line in lines]
-    return {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+    return {row["step"]: row["lr"] for row in rows if row.get("type") == "step"}
 
 
 def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path) -> None:
