@@ -101,10 +101,12 @@ def written(value: Value, form: str, language: str, code: bool = False) -> str:
         items = [written(item, form, language, code) for item in value]
         separator = f"{NO_BREAK}; " if language == "fr" and not code else ", "
         return f"[{separator.join(items)}]"
-    text = format(value, form if isinstance(value, str) or not isinstance(value, bool) else "")
+    text = str(value) if isinstance(value, bool) else format(value, form)
     if code or isinstance(value, str | bool):
         return text
-    text = text.replace("-", "\N{MINUS SIGN}") if "e" not in text else text
+    if "e" not in text:
+        text = text.lstrip("-") if not text.strip("-0.,") else text  # no negative zero
+        text = text.replace("-", "\N{MINUS SIGN}")
     if language == "fr":
         return text.replace(",", NARROW_NO_BREAK).replace(".", ",")
     return text

@@ -179,6 +179,10 @@ class LearnScreen(RunScreen):
         """Whether the page has the keys, and not the list."""
         return self.has_class("-reading")
 
+    def on_descendant_focus(self) -> None:
+        """Show the keys of the list or of the page."""
+        self.call_after_refresh(self.query_one(KeyLine).update_rows)
+
     def show(self, snapshot: Snapshot) -> None:
         """Of a run nothing is shown here; a page may have been asked for on another screen."""
         self._open_wanted()
