@@ -7,6 +7,7 @@ and what the app shows is written as SVG (and as PNG, where rsvg-convert is inst
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.screens.learn import LearnScreen
 from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
 
 HERE = Path(__file__).resolve().parent
@@ -93,6 +95,38 @@ GRAPHS = (
 )
 BACKPROPAGATION = "backpropagation"
 """The picture that `tui-trainer graph --svg` writes."""
+
+
+@dataclass(frozen=True)
+class PagePicture:
+    """Which page of `tui-trainer learn` to show, after which keys."""
+
+    name: str
+    page: str = ""
+    size: tuple[int, int] = (80, 24)
+    keys: tuple[str, ...] = ()
+
+
+PAGES = (
+    PagePicture("learn-80x24", "accumulation", keys=("r",)),
+    PagePicture("learn", "attention-scores", (200, 45), ("r", "a")),
+    PagePicture("learn-fr", "attention-scores", (80, 40), ("l",)),
+)
+
+
+async def make_page(picture: PagePicture) -> None:
+    """Open a page, press the keys, wait for its numbers after each, and write the screen down."""
+    app = TuiTrainerApp(start_mode="learn", lesson=picture.page)
+    async with app.run_test(size=picture.size) as pilot:
+        for key in ("", *picture.keys):
+            if key:
+                await pilot.press(key)
+            await pilot.pause()
+            async with asyncio.timeout(LONGEST_S):
+                while not isinstance(app.screen, LearnScreen) or app.screen.measuring:
+                    await pilot.pause(0.1)
+        await pilot.pause(0.5)
+        write(picture.name, app.export_screenshot(title="tui-trainer"))
 
 
 async def make_graph(picture: GraphPicture) -> None:
@@ -169,13 +203,18 @@ def write(name: str, svg: str) -> None:
 def main() -> None:
     """Make all pictures, or those that are named."""
     wanted = sys.argv[1:]
-    unknown = set(wanted) - {each.name for each in (*PICTURES, *GRAPHS)} - {BACKPROPAGATION}
+    unknown = set(wanted) - {each.name for each in (*PICTURES, *GRAPHS, *PAGES)} - {BACKPROPAGATION}
     if unknown:
         sys.exit(f"no picture is called {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as runs:
         for picture in PICTURES:
             if not wanted or picture.name in wanted:
                 asyncio.run(make(picture, Path(runs)))
+    for page in PAGES:
+        if not wanted or page.name in wanted:
+            with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as state:
+                os.environ |= {"XDG_STATE_HOME": state, "LC_ALL": "C.UTF-8"}
+                asyncio.run(make_page(page))
     for graph in GRAPHS:
         if not wanted or graph.name in wanted:
             asyncio.run(make_graph(graph))

@@ -249,6 +249,7 @@ def _(v: dict[str, Value]) -> None:
 def _(v: dict[str, Value]) -> None:
     lr, beta, decay = (float(v[name]) for name in ("learning_rate", "momentum", "decay"))  # type: ignore[arg-type]
     assert (lr, beta, decay) == (0.1, 0.9, 0.1)
+    assert (v["alpha"], v["beta_2"]) == (0.99, 0.999)
     w, g1, g2 = (float(v[name]) for name in ("weight", "first", "second"))  # type: ignore[arg-type]
     drawn = torch.randn(2).tolist()
     assert (w, g1) == near(tuple(drawn))

@@ -23,6 +23,8 @@ Line = list[Piece]
 
 PENDING = "…"
 """Stands for a value that has not been measured yet."""
+UNCHANGED, CHANGED = "good underline", "warning"
+"""Styles of values after another seed."""
 CODE_INDENT = 4
 COLUMN_GAP = 3
 _SPACES = str.maketrans({NO_BREAK: " ", NARROW_NO_BREAK: " "})
@@ -49,7 +51,7 @@ class Numbers:
         if self.before is None or name not in self.before:
             return text, "accent"
         same = written(self.before[name], form, self.language, code) == text
-        return text, "good underline" if same else "warning"
+        return text, UNCHANGED if same else CHANGED
 
 
 def laid_out(markdown: str, numbers: Numbers, width: int) -> list[Line]:
@@ -62,21 +64,13 @@ def plain(lines: Iterable[Line]) -> str:
     return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
 
 
-def changed_values(values: dict[str, Value], before: dict[str, Value]) -> set[str]:
-    """Names of the values that differ from those of another seed, to six digits."""
+def changed_values(markdown: str, numbers: Numbers) -> set[str]:
+    """Names of the values that a text shows differently from those of the other seed."""
     return {
-        name
-        for name, value in values.items()
-        if name not in before or _rounded(value) != _rounded(before[name])
+        match[1]
+        for match in PLACEHOLDER.finditer(markdown)
+        if numbers.piece(match[1], match[2] or "", code=False)[1] == CHANGED
     }
-
-
-def _rounded(value: Value) -> str:
-    return str([f"{item:.6g}" if isinstance(item, float) else item for item in _items(value)])
-
-
-def _items(value: Value) -> Sequence[float | int | str]:
-    return value if isinstance(value, list) else [value]
 
 
 def _parser() -> MarkdownIt:

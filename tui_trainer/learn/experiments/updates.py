@@ -25,10 +25,13 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 def experiment() -> dict[str, Value]:
     """Give every optimizer the same weight and the same two gradients."""
     weight, first = torch.randn(2).tolist()
+    unused = [nn.Parameter(torch.zeros(1))]
     second = 0.5 * first + 0.1 * torch.randn(()).item()
     values: dict[str, Value] = {
         "learning_rate": LEARNING_RATE,
         "momentum": MOMENTUM,
+        "alpha": OPTIMIZERS["rmsprop"](unused).param_groups[0]["alpha"],
+        "beta_2": OPTIMIZERS["adam"](unused).param_groups[0]["betas"][1],
         "decay": DECAY,
         "weight": weight,
         "first": first,

@@ -260,10 +260,6 @@ class LearnScreen(RunScreen):
         text, glyphs = words(self.language), self.context.glyphs
         number = f"{PAGES.index(page.name) + 1}/{len(PAGES)}"
         self.query_one("#page-title", Caption).update([(number, "dim"), (page.title, "title")])
-        state, style, hint = self._page_state(page.name)
-        self.query_one("#page-state", Caption).update(
-            [(state, style)], hint, right_is_optional=True
-        )
         known = self._measured.get(page.name, [])
         numbers = Numbers(
             self.language,
@@ -271,13 +267,17 @@ class LearnScreen(RunScreen):
             known[-2].values if len(known) > 1 else None,
             glyphs.missing if page.name in self._failure else glyphs.ellipsis,
         )
+        state, style, hint = self._page_state(page, numbers)
+        self.query_one("#page-state", Caption).update(
+            [(state, style)], hint, right_is_optional=True
+        )
         shown = page.text + "\n\n"
         shown += page.answer if self._revealed else f"*{text['press_answer']}*"
         self.query_one(PageView).show_text(shown, numbers)
 
-    def _page_state(self, name: str) -> tuple[str, str, str]:
+    def _page_state(self, page: Page, numbers: Numbers) -> tuple[str, str, str]:
         """What is known of the numbers of a page, its style, and a hint."""
-        text = words(self.language)
+        name, text = page.name, words(self.language)
         if self._experiment is not None and self._experiment[0] == name:
             return text["measuring"], "warning", ""
         if name in self._failure:
@@ -293,13 +293,18 @@ class LearnScreen(RunScreen):
                 seed=newest.seed, milliseconds=round(newest.milliseconds)
             )
             return f"{told}, PyTorch {newest.torch}", "dim", text["press_again"]
-        changed = len(changed_values(known[-1].values, known[-2].values))
+        changed = len(changed_values(page.text + page.answer, numbers))
         told = text["compared"].format(
             seed=newest.seed, same=len(newest.values) - changed, changed=changed
         )
         return told, "dim", text["legend"].format(before=known[-2].seed)
 
     # ------------------------------------------------------------ measuring
+
+    @property
+    def measuring(self) -> bool:
+        """Whether an experiment is in progress."""
+        return self._experiment is not None
 
     def _measure(self, name: str, seed: int) -> None:
         """Run an experiment once the one in progress has ended."""
