@@ -54,8 +54,10 @@ def test_a_real_child_answers_again_and_ends_with_the_laboratory(real: Laborator
     with pytest.raises(ExperimentError, match="no page nothing"):
         real.measure("nothing", 1)
     assert real.measure("loss-graph", 1).values == first.values
-    assert real._process is not None
-    pid = real._process.pid
+    real.release()
+    assert real._process is None
+    real.prepare()
+    pid = real._process.pid  # type: ignore[union-attr]
     real.close()
     assert gone(pid)
     with pytest.raises(ExperimentError, match="closed"):

@@ -11,6 +11,9 @@ from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
+from tui_trainer.learn.laboratory import ExperimentError, Laboratory
+from tui_trainer.learn.measured import Measured
+
 IDLE_AFTER_S = 0.005
 
 
@@ -28,6 +31,19 @@ def parse_style_sheets_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stylesheet, "_parse_rules", look_up)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def measure_nothing() -> Iterator[None]:
+    """Tests that pass by the pages to learn from start no process that imports PyTorch."""
+
+    def refuse(self: Laboratory, experiment: str, seed: int) -> Measured:
+        raise ExperimentError("not measured in tests")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Laboratory, "prepare", lambda self: None)
+        patch.setattr(Laboratory, "measure", refuse)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,9 @@ class FakeLaboratory:
             values[name] = 7
         values |= {"loss": 3.0 + seed, "norm_once": 0.5 * seed, "left_none": "None"}
         return Measured(experiment, seed, values, 12.3, "2.13.0")
+
+    def release(self) -> None:
+        pass
 
     def close(self) -> None:
         self.closed = True
@@ -262,6 +265,31 @@ async def test_the_start_screen_offers_the_pages() -> None:
         assert app.current_mode == "learn"
         await press(pilot, "escape")
         assert app.current_mode == "start"
+
+
+async def test_the_help_of_the_pages_leads_back_to_them() -> None:
+    app = app_on("log", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await press(pilot, "ctrl+l", "question_mark", "l")
+        assert app.current_mode == "learn"
+        await press(pilot, "escape")
+        assert app.current_mode == "log"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "theme"), [*((size, "tui-trainer") for size in SIZES), (SIZES[0], "tui-trainer-light")]
+)
+def test_looks(snap_compare: Callable[..., bool], size: tuple[int, int], theme: str) -> None:
+    app = TuiTrainerApp(None, start_mode="learn", theme_name=theme, lesson="accumulation")
+
+    async def again(pilot: Pilot[int]) -> None:
+        await shows(pilot, app, "measured in 12 ms")
+        await press(pilot, "r")
+        await shows(pilot, app, "seed 2:")
+
+    assert snap_compare(app, terminal_size=size, run_before=again)
 
 
 async def test_from_a_run_and_back() -> None:

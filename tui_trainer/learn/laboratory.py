@@ -63,6 +63,16 @@ class Laboratory:
             raise ExperimentError(f"the experiment {experiment} answered for another one")
         return answer
 
+    def release(self) -> None:
+        """End the child until the next experiment, unless one is running."""
+        if self._lock.acquire(blocking=False):
+            try:
+                process, self._process = self._process, None
+                if process is not None:
+                    _end(process)
+            finally:
+                self._lock.release()
+
     def close(self) -> None:
         """End the child; an experiment that is running fails."""
         self._closed = True

@@ -335,8 +335,9 @@ class TuiTrainerApp(App[int]):
         if mode == "help" and self.current_mode != "help":
             self.help_for = self.current_mode
             self.lessons = lessons_for(self.screen, self.snapshot.status)
-        if mode == "learn" and self.current_mode != "learn":
-            self.learn_from = self.help_for if self.current_mode == "help" else self.current_mode
+        if mode == "learn":
+            origin = self.help_for if self.current_mode == "help" else self.current_mode
+            self.learn_from = self.learn_from if origin == "learn" else origin
         if mode != self.current_mode:
             self.switch_mode(mode)
 

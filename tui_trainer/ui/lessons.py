@@ -28,6 +28,8 @@ OF_ANY_SCREEN = ("forward-backward",)
 def lessons_for(screen: Screen[Any], status: Status) -> tuple[str, ...]:
     """The pages about a screen, the nearest first: of the phase that a run is paused in, of the
     panel that has the focus, of the other panels in view, of the screen as a whole."""
+    if screen.app.current_mode == "learn":
+        return ()
     names: list[str] = []
     if status.state == "paused" and status.phase in PAGE_OF_PHASE:
         names.append(PAGE_OF_PHASE[status.phase])

@@ -12,6 +12,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.timer import Timer
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
@@ -27,6 +28,7 @@ from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.text import Caption
 
 FIRST_SEED = 1
+RELEASE_AFTER_S = 60.0
 MAX_TEXT_WIDTH = 84
 """Cells in which a text is easy to read."""
 MIN_WIDTH_BESIDE = 140
@@ -137,6 +139,7 @@ class LearnScreen(RunScreen):
         self._wanted: tuple[str, int] | None = None
         """The one to run after it."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._release_timer: Timer | None = None
 
     # ------------------------------------------------------------ layout
 
@@ -153,10 +156,21 @@ class LearnScreen(RunScreen):
 
     def on_mount(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.run_worker(self.laboratory.prepare, thread=True, group="experiment")
         self.query_one(PageList).focus()
         self._show_all()
         self._open_wanted()
+
+    def on_screen_resume(self) -> None:
+        """Keep the child process, or start it again."""
+        super().on_screen_resume()
+        if self._release_timer is not None:
+            self._release_timer.stop()
+            self._release_timer = None
+        self.run_worker(self.laboratory.prepare, thread=True, group="experiment")
+
+    def on_screen_suspend(self) -> None:
+        """End the child process a while after the screen was left: it holds 300 MB."""
+        self._release_timer = self.set_timer(RELEASE_AFTER_S, self.laboratory.release)
 
     def on_unmount(self) -> None:
         """End the child process."""
