@@ -29,6 +29,15 @@ GROWTH = 10.0
 """Times its usual value at which a loss or gradient norm arms the probe."""
 RECENT = 16
 MAX_SUMS = 4096
+PROPAGATING = (
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
+"""Modules whose output is not finite wherever their input is not."""
+READ_BY_OTHERS = (*PROPAGATING, nn.Embedding)
+"""Layers whose output is hardly ever the end of a model's computation."""
+MAX_HELD_BYTES = 1 << 26
+"""Of tensors that are kept until the end of a forward instead of being summed."""
 PASSING = (
     *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
     *(_DropoutNd, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -44,6 +53,8 @@ class _Sum:
     """None: the arguments of the model itself."""
     entering: bool
     tensor: weakref.ref[torch.Tensor]
+    held: torch.Tensor | None = None
+    """The tensor itself, to be summed only if a later one is not finite."""
 
 
 class OutputSums(Probe):
@@ -55,7 +66,10 @@ class OutputSums(Probe):
     ten times its usual value, and at all steps with `Options.watch_nonfinite`. Tensors that are not
     finite in steps whose loss is (masks) do not count.
 
-    On an accelerator the sums stay there until the step is over.
+    On an accelerator the sums stay there until the step is over. On the CPU, where the end of a
+    forward is soon enough, the inputs and outputs of linear layers, convolutions, normalisations
+    and embeddings are kept instead, and summed only if what was computed from them is not finite.
+    Autograd keeps most of these tensors as well; at most MAX_HELD_BYTES are kept.
     """
 
     name = "outputs"
@@ -76,7 +90,9 @@ class OutputSums(Probe):
         # By weak references: a probe does not keep a model.
         self._modules = weakref.WeakValueDictionary(tracked.modules)
         self._sums: list[_Sum] = []
-        self._values: list[torch.Tensor] = []
+        self._values: list[torch.Tensor | None] = []
+        """None: held instead."""
+        self._held_bytes = 0
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         """id → tensors of this forward that have been summed, with their version."""
         self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
@@ -117,29 +133,50 @@ class OutputSums(Probe):
         if fault is not None:
             raise fault
         if self._on_host and self._values:
-            values, sums = torch.stack(self._values), self._sums
-            self._values, self._sums = [], []
-            if not math.isfinite(float(values.sum())):
-                self._found = self._first(values.numpy().astype(np.float64), sums)
+            found, sums = self._values, self._sums
+            self._values, self._sums, self._held_bytes = [], [], 0
+            if sums[-1].held is not None:
+                found[-1] = _sum(sums[-1].held)
+            if not math.isfinite(float(torch.stack([v for v in found if v is not None]).sum())):
+                values = [
+                    _sum(entry.held) if value is None and entry.held is not None else value
+                    for value, entry in zip(found, sums, strict=True)
+                ]
+                numbers = [math.nan if value is None else value.item() for value in values]
+                self._found = self._first(np.array(numbers, np.float64), sums)
 
     def _called(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        for tensor in tensors_in(args) if not kwargs else tensors_in((*args, *kwargs.values())):
-            known = self._known.get(id(tensor))
-            if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
-                self._add(module, True, tensor)
+        if len(args) == 1 and not kwargs and type(args[0]) in PLAIN:
+            given: Sequence[torch.Tensor] = args
+        else:
+            given = tensors_in((*args, *kwargs.values()))
+        for tensor in given:
+            if not self._is_known(tensor):
+                self._add(module, True, tensor, isinstance(module, PROPAGATING))
 
     def _returned(self, module: torch.nn.Module, result: Any) -> None:
-        if isinstance(module, PASSING) and isinstance(result, torch.Tensor):
+        single = type(result) in PLAIN
+        if single and isinstance(module, PASSING):
             self._known[id(result)] = weakref.ref(result), version_of(result)
             return
-        for tensor in tensors_in(result):
-            known = self._known.get(id(tensor))
-            if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
-                self._add(module, False, tensor)
+        for tensor in (result,) if single else tensors_in(result):
+            if not self._is_known(tensor):
+                self._add(module, False, tensor, isinstance(module, READ_BY_OTHERS))
 
-    def _add(self, module: torch.nn.Module | None, entering: bool, tensor: torch.Tensor) -> None:
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        known = self._known.get(id(tensor))
+        return known is not None and known[0]() is tensor and known[1] == version_of(tensor)
+
+    def _add(
+        self,
+        module: torch.nn.Module | None,
+        entering: bool,
+        tensor: torch.Tensor,
+        passed_on: bool = False,
+    ) -> None:
+        """`passed_on`: another tensor is not finite either where this one is not."""
         if (
             type(tensor) not in PLAIN
             or not tensor.is_floating_point()
@@ -149,17 +186,25 @@ class OutputSums(Probe):
             return
         reference = weakref.ref(tensor)
         self._known[id(tensor)] = reference, version_of(tensor)
-        self._values.append(tensor.detach().sum(dtype=torch.float32))
         owner = weakref.ref(module) if module is not None else None
-        self._sums.append(_Sum(owner, entering, reference))
+        held = None
+        # Without gradients, as in a checkpointed block, autograd keeps nothing and neither do we.
+        if passed_on and self._on_host and torch.is_grad_enabled():
+            size = tensor.numel() * tensor.element_size()
+            if self._held_bytes + size <= MAX_HELD_BYTES:
+                self._held_bytes += size
+                held = tensor.detach()
+        self._values.append(_sum(tensor) if held is None else None)
+        self._sums.append(_Sum(owner, entering, reference, held))
 
     # ------------------------------------------------------------ the end of the step
 
     def after_update(self) -> Readings:
         """On an accelerator: the sums."""
         self._steps += 1
-        values, self._values = self._values, []
-        sums, self._sums = self._sums, []
+        values = [value for value in self._values if value is not None]
+        sums = [entry for entry in self._sums if entry.held is None]
+        self._values, self._sums = [], []
         found, self._found = self._found, None
         self._under_way.append((sums, found))
         return values
@@ -220,3 +265,7 @@ class OutputSums(Probe):
                 if not bool(torch.isfinite(parameter.detach()).all()):
                     return Producer("weight", f"{path}.{name}".lstrip("."), type(module).__name__)
         return Producer("module", path, type(module).__name__, "", place_of_call(path, modules))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().sum(dtype=torch.float32)

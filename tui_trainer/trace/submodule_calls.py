@@ -1,7 +1,9 @@
 """The calls of the modules inside one forward pass.
 
-`torch.nn.Module.__call__` is replaced while the forward of a root model is open, and restored at
-its end. Nothing is attached to a module, and nothing is replaced in a compiled model.
+`torch.nn.Module._call_impl`, to which `__call__` delegates, is replaced while the forward of a root
+model is open, and restored at its end. (`__call__` is a slot of the type: to set it, Python visits
+every subclass of Module, which takes 1 ms.) Nothing is attached to a module, and nothing is replaced
+in a compiled model.
 """
 
 from __future__ import annotations
@@ -32,22 +34,25 @@ class SubmoduleCalls:
         """Identity of the thread whose calls are reported."""
         self.fault: Exception | None = None
         """What a callback raised: the rest of the forward is not observed."""
+        self.root: torch.nn.Module | None = None
+        """The model whose forward is observed, which is not reported itself."""
 
     def begin(self, root: torch.nn.Module) -> bool:
         """The forward of `root` begins; False where it cannot be observed."""
         if any(is_compiled(module) for module in root.modules()):
             return False
-        self.fault, self.thread = None, get_ident()
+        self.fault, self.thread, self.root = None, get_ident(), root
         _replacement.add(self)
         return True
 
     def end(self) -> None:
         """The forward is over, or nothing more has to be observed."""
+        self.root = None
         _replacement.discard(self)
 
 
 class _Replacement:
-    """The function in place of `torch.nn.Module.__call__`, one for all that observe calls."""
+    """The function in place of `Module._call_impl`, one for all that observe calls."""
 
     def __init__(self) -> None:
         self._observers: tuple[SubmoduleCalls, ...] = ()
@@ -58,38 +63,38 @@ class _Replacement:
         if observer not in self._observers:
             self._observers = (*self._observers, observer)
         if self._ours is None:
-            self._original = torch.nn.Module.__call__
+            self._original = torch.nn.Module._call_impl
             self._ours = self._function(self._original)
-            torch.nn.Module.__call__ = self._ours  # type: ignore[method-assign]
+            torch.nn.Module._call_impl = self._ours  # type: ignore[method-assign]
 
     def discard(self, observer: SubmoduleCalls) -> None:
         self._observers = tuple(each for each in self._observers if each is not observer)
         if not self._observers and self._ours is not None:
-            if torch.nn.Module.__call__ is self._ours:
-                torch.nn.Module.__call__ = self._original  # type: ignore[method-assign, assignment]
+            if torch.nn.Module._call_impl is self._ours:
+                torch.nn.Module._call_impl = self._original  # type: ignore[method-assign, assignment]
             self._original = self._ours = None
 
     def _function(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def _call_impl(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._observers or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
             thread = get_ident()
             for each in self._observers:
-                if each.thread == thread and each.fault is None:
+                if each.thread == thread and each.fault is None and each.root is not module:
                     try:
                         each.called(module, args, kwargs)
                     except Exception as fault:
                         each.fault = fault
             result = original(module, *args, **kwargs)
             for each in self._observers:
-                if each.thread == thread and each.fault is None:
+                if each.thread == thread and each.fault is None and each.root is not module:
                     try:
                         each.returned(module, result)
                     except Exception as fault:
                         each.fault = fault
             return result
 
-        return __call__
+        return _call_impl
 
 
 _replacement = _Replacement()
