@@ -1,9 +1,8 @@
 """The calls of the modules inside one forward pass.
 
-`torch.nn.Module._call_impl`, to which `__call__` delegates, is replaced while the forward of a root
-model is open, and restored at its end. (`__call__` is a slot of the type: to set it, Python visits
-every subclass of Module, which takes 1 ms.) Nothing is attached to a module, and nothing is replaced
-in a compiled model.
+The function to which `torch.nn.Module.__call__` delegates is replaced while the forward of a root
+model is open, and restored at its end. Nothing is attached to a module, and nothing is replaced in
+a compiled model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.trace.torch_private import is_compiled
+from tui_trainer.trace.torch_private import call_impl, is_compiled, set_call_impl
 
 OnCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]
 OnReturn = Callable[[torch.nn.Module, Any], None]
@@ -52,7 +51,7 @@ class SubmoduleCalls:
 
 
 class _Replacement:
-    """The function in place of `Module._call_impl`, one for all that observe calls."""
+    """The function in place of torch's, one for all that observe calls."""
 
     def __init__(self) -> None:
         self._observers: tuple[SubmoduleCalls, ...] = ()
@@ -63,19 +62,19 @@ class _Replacement:
         if observer not in self._observers:
             self._observers = (*self._observers, observer)
         if self._ours is None:
-            self._original = torch.nn.Module._call_impl
+            self._original = call_impl()
             self._ours = self._function(self._original)
-            torch.nn.Module._call_impl = self._ours  # type: ignore[method-assign]
+            set_call_impl(self._ours)
 
     def discard(self, observer: SubmoduleCalls) -> None:
         self._observers = tuple(each for each in self._observers if each is not observer)
-        if not self._observers and self._ours is not None:
-            if torch.nn.Module._call_impl is self._ours:
-                torch.nn.Module._call_impl = self._original  # type: ignore[method-assign, assignment]
+        if not self._observers and self._original is not None:
+            if call_impl() is self._ours:
+                set_call_impl(self._original)
             self._original = self._ours = None
 
     def _function(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def _call_impl(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._observers or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
             thread = get_ident()
@@ -94,7 +93,7 @@ class _Replacement:
                         each.fault = fault
             return result
 
-        return _call_impl
+        return observed
 
 
 _replacement = _Replacement()

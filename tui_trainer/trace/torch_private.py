@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -100,6 +101,14 @@ def is_compiled(module: torch.nn.Module) -> bool:
         type(module).__name__ == "OptimizedModule"  # by name: importing dynamo takes seconds
         or getattr(module, "_compiled_call_impl", None) is not None
     )
+
+
+call_impl: Callable[[], Callable[..., Any]] = partial(getattr, torch.nn.Module, "_call_impl")
+"""The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: to set it,
+Python visits every subclass of Module, which takes a millisecond.)"""
+set_call_impl: Callable[[Callable[..., Any]], None] = partial(
+    setattr, torch.nn.Module, "_call_impl"
+)
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
