@@ -117,7 +117,7 @@ class BatchProbe(Probe):
 
     def before_forward(self, root: torch.nn.Module) -> None:
         if self._here:
-            self._calls.begin(root)
+            self._calls.begin(root, under_way=True)
 
     def after_forward(self) -> None:
         self._calls.end()

@@ -123,7 +123,7 @@ class OutputSums(Probe):
 
     def before_forward(self, root: torch.nn.Module) -> None:
         if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
-            self._calls.begin(root)
+            self._calls.begin(root, under_way=True)
 
     def after_forward(self) -> None:
         """On the CPU the sums are looked at now, while the graph is alive."""

@@ -95,7 +95,7 @@ class UnitsProbe(Probe):
             return
         self._stack, self._next, self._followed, self._inside = [], 0, 0, False
         self._spreads, self._last_layer = [], ""
-        if not self._calls.begin(root):
+        if not self._calls.begin(root, under_way=True):
             return
         self._measured = True
         for owner, name, kind in FUNCTIONS:

@@ -33,20 +33,22 @@ class SubmoduleCalls:
         """Identity of the thread whose calls are reported."""
         self.fault: Exception | None = None
         """What a callback raised: the rest of the forward is not observed."""
-        self.root: torch.nn.Module | None = None
-        """The model whose forward is observed, which is not reported itself."""
+        self.left_out: torch.nn.Module | None = None
+        """The model whose call had begun before it was observed."""
 
-    def begin(self, root: torch.nn.Module) -> bool:
-        """The forward of `root` begins; False where it cannot be observed."""
+    def begin(self, root: torch.nn.Module, under_way: bool = False) -> bool:
+        """The forward of `root` begins; False where it cannot be observed. `under_way`: it has been
+        called already, and this call is not reported."""
         if any(is_compiled(module) for module in root.modules()):
             return False
-        self.fault, self.thread, self.root = None, get_ident(), root
+        self.fault, self.thread = None, get_ident()
+        self.left_out = root if under_way else None
         _replacement.add(self)
         return True
 
     def end(self) -> None:
         """The forward is over, or nothing more has to be observed."""
-        self.root = None
+        self.left_out = None
         _replacement.discard(self)
 
 
@@ -79,14 +81,14 @@ class _Replacement:
                 return original(module, *args, **kwargs)
             thread = get_ident()
             for each in self._observers:
-                if each.thread == thread and each.fault is None and each.root is not module:
+                if each.thread == thread and each.fault is None and each.left_out is not module:
                     try:
                         each.called(module, args, kwargs)
                     except Exception as fault:
                         each.fault = fault
             result = original(module, *args, **kwargs)
             for each in self._observers:
-                if each.thread == thread and each.fault is None and each.root is not module:
+                if each.thread == thread and each.fault is None and each.left_out is not module:
                     try:
                         each.returned(module, result)
                     except Exception as fault:
