@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from tests.client.test_autograd import residual
+from tui_trainer.protocol.autograd import DescribeGraph
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -88,6 +90,8 @@ class FakeTensors:
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
                 return done(TensorSummary(info, statistics, heat))
+            case DescribeGraph():
+                return done(residual(12))
             case ExplainUpdate():
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case ReadSettings():

@@ -117,9 +117,9 @@ async def test_choosing_another_tensor():
         assert "entries 0–699" in re.sub(" +", " ", text_of(app))
         await pilot.press("left_square_bracket")
         await until(pilot, lambda: app.inspected == TensorRef(WEIGHT), "the first")
-        await pilot.press("g")
+        await pilot.press("k")
         await until(pilot, lambda: app.inspected == TensorRef(WEIGHT, "gradient"), "its gradient")
-        await pilot.press("g")
+        await pilot.press("k")
         wanted = TensorRef(WEIGHT, "state", "exp_avg")
         await until(pilot, lambda: app.inspected == wanted, "its state")
         await settle(pilot)
@@ -165,7 +165,7 @@ async def test_without_a_tensor_without_a_run_and_over_a_recording():
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         assert "no tensor is chosen" in text_of(app)
-        for key in ("plus", "right", "m", "l", "g", "right_square_bracket"):
+        for key in ("plus", "right", "m", "l", "k", "right_square_bracket"):
             await pilot.press(key)
         assert session.inspected == []
     app = app_on("inspect", fake_empty())

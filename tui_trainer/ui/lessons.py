@@ -19,6 +19,7 @@ OF_SCREEN: dict[str, tuple[str, ...]] = {
     "findings": ("accumulation", "loss-graph", "clipping"),
     "ranks": ("device",),
     "inspect": ("scalar-tensor", "updates", "param-groups"),
+    "autograd": ("loss-graph", "forward-backward", "gradient"),
     "start": ("vit-arithmetic", "device"),
 }
 """Pages by the mode of a screen. Widgets name theirs themselves, in `LineView.lessons`."""

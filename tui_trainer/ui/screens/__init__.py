@@ -76,6 +76,14 @@ SCREENS = (
     ScreenEntry(
         "inspect", "0", "Inspect", "inspect:InspectScreen", "Look into a tensor of the live run"
     ),
+    ScreenEntry(
+        "autograd",
+        "g",
+        "Autograd",
+        "autograd:AutogradScreen",
+        "The graph from the loss to the parameters, with the gradients along it",
+        "Graph",
+    ),
     ScreenEntry("start", "7", "Start", "start:StartScreen", "Choose what to train"),
     ScreenEntry(
         "learn",

@@ -133,9 +133,9 @@ class ScreenTabs(Panel):
         return [self.styled(spans)]
 
     def _offered(self, entry: ScreenEntry) -> bool:
-        """The help is in the line of keys, and the pages to learn from are behind it; a run of one
-        process has no use for the ranks."""
-        if entry.mode in ("help", "learn"):
+        """The help is in the line of keys, and the pages to learn from are behind it; the graph has
+        its key in the inspector; a run of one process has no use for the ranks."""
+        if entry.mode in ("help", "learn", "autograd"):
             return self.app.current_mode == entry.mode
         if entry.mode == "ranks" and self.app.current_mode != "ranks":
             info = self.snapshot.info

@@ -152,7 +152,7 @@ class InspectScreen(DetailScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
                 tooltip="Choose a tensor by words of its name"),
-        Binding("g", "kind", "Kind", id="inspect.kind",
+        Binding("k", "kind", "Kind", id="inspect.kind",
                 tooltip="The parameter, its gradient, and the state of its optimizer, in turn"),
         Binding("right_square_bracket", "next(1)", "Next", key_display="]", id="inspect.next",
                 tooltip="The next parameter or buffer of the model"),

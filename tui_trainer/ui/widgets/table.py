@@ -76,7 +76,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
                 tooltip="One page up"),
         Binding("pagedown", "page(1)", "Page down", show=False, id="table.page_down",
                 tooltip="One page down"),
-        Binding("home,g", "edge(0)", "First", show=False, id="table.first",
+        Binding("home", "edge(0)", "First", show=False, id="table.first",
                 tooltip="To the first row"),
         Binding("end,G", "edge(1)", "Last", show=False, id="table.last",
                 tooltip="To the last row"),

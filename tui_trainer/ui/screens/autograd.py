@@ -1,0 +1,228 @@
+"""The autograd graph of the current step: from the loss through the modules to the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widget import Widget
+from textual.widgets import Input
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.autograd import AutogradGraph, DescribeGraph
+from tui_trainer.protocol.formatting import milliseconds, number
+from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
+from tui_trainer.ui.panels.autograd import GraphTable, NodeDetails, graph_spans
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.search import SearchInput
+from tui_trainer.ui.widgets.table import VirtualTable
+from tui_trainer.ui.widgets.text import Caption, Placeholder
+
+MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 104, 30
+"""From which the details stand beside the graph, or else below it."""
+MAX_RETRIES = 5
+READING = "running the forward pass of this step again …"
+NO_GRAPH = "no graph was read yet"
+
+
+class AutogradScreen(DetailScreen):
+    """A tree that opens module by module, and the details of the row under the cursor."""
+
+    CSS = """
+    AutogradScreen #graph { margin: 0 1; }
+    AutogradScreen #parts { height: 1fr; margin: 0 1; }
+    AutogradScreen #beside { width: 48; margin-left: 2; display: none; }
+    AutogradScreen #below { height: 9; margin: 1 1 0 1; display: none; }
+    AutogradScreen.-beside #beside { display: block; }
+    AutogradScreen.-wide #beside { width: 72; }
+    AutogradScreen.-below #below { display: block; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "search", "Search", key_display="/", id="autograd.search",
+                tooltip="Show only rows with these words: an operation, a module, a parameter"),
+        Binding("u", "repeats", "Repeats", id="autograd.repeats",
+                tooltip="Equal blocks as one, or each by itself"),
+        Binding("r", "read", "Read again", id="autograd.read",
+                tooltip="Run the forward and backward pass of this step again"),
+        Binding("i", "inspect", "Inspect", id="autograd.inspect",
+                tooltip="Open the parameter under the cursor in the inspector"),
+        Binding("escape", "clear", "Clear", show=False, id="autograd.clear",
+                tooltip="Show all rows again"),
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph: AutogradGraph | None = None
+        self._moment: tuple[int, str] | None = None
+        """Step and phase that were asked about last."""
+        self._read_at, self._took_ms = "", 0.0
+        self._error = ("", "")
+        self._requests = 0
+        self._pending = False
+        self._retries = 0
+
+    def body(self) -> Iterable[Widget]:
+        yield Caption(id="graph")
+        yield Placeholder()
+        with Horizontal(id="parts"):
+            yield GraphTable()
+            yield NodeDetails(id="beside")
+        with Vertical(id="below"):
+            yield NodeDetails()
+        yield SearchInput("operation, module or parameter with these words")
+
+    @property
+    def table(self) -> GraphTable:
+        return self.query_one(GraphTable)
+
+    def on_mount(self) -> None:
+        self.table.focus()
+
+    # ------------------------------------------------------------ reading
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        status = snapshot.status
+        live = not status.ended and snapshot.link.state in ("live", "replay")
+        moment = (status.step, status.phase)
+        if live and not self._pending:
+            stopped = status.state == "paused" and moment != self._moment
+            if stopped or (self._moment is None and status.step > 0):
+                self._retries = 0
+                self._ask(moment)
+        self._draw(snapshot)
+
+    def _ask(self, moment: tuple[int, str]) -> None:
+        self._moment = moment
+        self._requests += 1
+        request = self._requests
+        self._pending = True
+
+        def arrived(answer: Inspected) -> None:
+            if request == self._requests and self.is_mounted:
+                self._pending = False
+                self._answered(answer)
+
+        self.context.inspect(DescribeGraph(), arrived)
+
+    def _answered(self, answer: Inspected) -> None:
+        status = self.context.snapshot.status
+        result = answer.result
+        live = isinstance(result, AutogradGraph) and result.source == "live"
+        early = (answer.message == NOT_CAPTURED or live) and status.state == "running"
+        if early and self._retries < MAX_RETRIES:  # the batch is kept from the first request on
+            self._retries += 1
+            self._ask((status.step, status.phase))
+            return
+        if isinstance(result, AutogradGraph):
+            after = f", after {answer.phase}" if answer.phase else ""
+            self.graph, self._error = result, ("", "")
+            self._read_at, self._took_ms = f"step {answer.step:,}{after}", answer.took_ms
+            self.table.show(result)
+        else:
+            self._error = (answer.message, answer.hint)
+            self.graph = None
+            self.table.show(None)
+        self._show_details()
+        self._draw(self.context.snapshot)
+
+    # ------------------------------------------------------------ drawing
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        message, hint = self._missing(snapshot) if self.graph is None else ("", "")
+        self.query_one(Placeholder).set_message(message, hint)
+        self.query_one("#parts").display = not message
+        spans: list[Span] = [("Autograd graph", "title")]
+        right = ""
+        if self.graph is not None:
+            if self.graph.loss is not None:
+                spans.append((f"loss {number(self.graph.loss, 0)}", "accent"))
+            spans.append((self._read_at, "text"))
+            spans += graph_spans(self.graph)
+            right = f"read in {milliseconds(self._took_ms, 0)}"
+            if self.graph.source == "live":
+                spans.append(("without gradients", "warning"))
+        self.query_one("#graph", Caption).update(spans, right, right_is_optional=True)
+
+    def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
+        if self._error[0]:
+            return self._error
+        if self._pending:
+            return READING, ""
+        status, link = snapshot.status, snapshot.link
+        if status.ended:
+            return "the run has ended: there is no graph any more", ""
+        if link.state not in ("live", "replay"):
+            return link.message or "no connection to the run", link.hint
+        message, hint = placeholder_message(snapshot, NO_GRAPH)
+        return message, hint
+
+    def _show_details(self) -> None:
+        for details in self.query(NodeDetails):
+            details.show(self.graph, self.table.selected)
+
+    def on_virtual_table_highlighted(self) -> None:
+        """Describe the row under the cursor."""
+        self._show_details()
+
+    def on_virtual_table_activated(self, event: VirtualTable.Activated) -> None:
+        """Open or close a module, or inspect a parameter."""
+        if self.table.row_at(event.row).children:
+            self.table.toggle()
+        else:
+            self.action_inspect()
+
+    # ------------------------------------------------------------ actions
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Dim the keys that have nothing to act on."""
+        if action in ("search", "repeats"):
+            return True if self.graph is not None else None
+        if action == "inspect":
+            row = self.table.selected if self.is_mounted else None
+            return True if row is not None and row.kind == "leaf" else None
+        return super().check_action(action, parameters)
+
+    def action_search(self) -> None:
+        self.query_one(SearchInput).open()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter as the text is typed."""
+        self.table.filter = event.value.strip()
+        self.table.rebuild()
+
+    def on_search_input_closed(self) -> None:
+        self.table.focus()
+
+    def action_clear(self) -> None:
+        self.query_one(SearchInput).value = ""
+
+    def action_repeats(self) -> None:
+        """Show equal blocks as one, or each by itself."""
+        self.table.repeats = not self.table.repeats
+        self.table.rebuild()
+
+    def action_read(self) -> None:
+        """Ask again, also while the run runs."""
+        status = self.context.snapshot.status
+        if not status.ended and not self._pending:
+            self._retries = 0
+            self._ask((status.step, status.phase))
+
+    def action_inspect(self) -> None:
+        row = self.table.selected
+        if row is not None and row.kind == "leaf" and row.path:
+            self.context.show_tensor(TensorRef(row.path))
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Put the details where there is room for them."""
+        super().on_resize(event)
+        beside = event.size.width >= MIN_WIDTH_BESIDE
+        self.set_class(beside, "-beside")
+        self.set_class(event.size.width >= 160, "-wide")
+        self.set_class(not beside and event.size.height >= MIN_HEIGHT_BELOW, "-below")
