@@ -9,7 +9,8 @@ import pytest
 from rich.cells import cell_len
 
 from tests.learn.measured_once import measured
-from tui_trainer.learn.catalog import PAGE_OF_PHASE, PAGES, UnknownPage, find_page
+from tui_trainer.findings.rules import RULES
+from tui_trainer.learn.catalog import PAGE_OF_PHASE, PAGE_OF_RULE, PAGES, UnknownPage, find_page
 from tui_trainer.learn.layout import Numbers, laid_out, plain
 from tui_trainer.learn.page import (
     LANGUAGES,
@@ -165,6 +166,11 @@ def test_the_words_of_the_screen_are_in_each_language() -> None:
 def test_titles_differ() -> None:
     for language in LANGUAGES:
         assert len(set(titles(language).values())) == len(PAGES)
+
+
+def test_rules_have_pages() -> None:
+    assert set(PAGE_OF_RULE) <= {rule.name for rule in RULES}
+    assert set(PAGE_OF_RULE.values()) <= set(PAGES)
 
 
 def test_phases_have_pages() -> None:

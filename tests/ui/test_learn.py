@@ -10,7 +10,8 @@ import pytest
 from textual.pilot import Pilot
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import SIZES, app_on, settle, text_of, until
+from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
+from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.laboratory import ExperimentError
 from tui_trainer.learn.measured import Measured, Value
@@ -233,7 +234,8 @@ def line_views(kind: type[LineView]) -> Iterator[type[LineView]]:
 def test_screens_and_panels_name_pages_that_exist() -> None:
     for entry in SCREENS:
         entry.load()
-    named = [name for view in line_views(LineView) for name in view.lessons]
+    of_views = [view.lessons for view in line_views(LineView)]
+    named = [name for names in of_views if isinstance(names, tuple) for name in names]
     assert named
     assert set(OF_SCREEN) <= {entry.mode for entry in SCREENS}
     assert all(OF_SCREEN.values())
@@ -252,6 +254,15 @@ async def test_the_panel_in_view_comes_first(tab: int, page: str) -> None:
         app.draw_frame()
         await settle(pilot)
         assert lessons_for(app.screen, app.snapshot.status)[0] == page
+
+
+async def test_a_finding_leads_to_the_page_about_it() -> None:
+    session = fake_gpt(300)
+    finding(session, rule="attention-logits")
+    app = app_on("findings", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        assert lessons_for(app.screen, app.snapshot.status)[0] == "attention-scores"
 
 
 async def test_the_start_screen_offers_the_pages() -> None:

@@ -35,6 +35,36 @@ PAGE_OF_PHASE: dict[Phase, str] = {
 """The page about what happens in a phase, offered first while a run is paused there."""
 
 
+PAGE_OF_RULE = {
+    "gradients-kept": "accumulation",
+    "zeroed-before-step": "accumulation",
+    "backward-twice": "accumulation",
+    "no-gradients": "gradient",
+    "mostly-frozen": "gradient",
+    "zero-gradients": "gradient",
+    "gradients-vanish": "gradient",
+    "never-reached": "loss-graph",
+    "memory-growth": "loss-graph",
+    "not-in-optimizer": "param-groups",
+    "learning-rate-zero": "updates",
+    "update-ratio-high": "updates",
+    "update-ratio-low": "updates",
+    "updates-small": "updates",
+    "no-warm-up": "updates",
+    "weights-shrink": "updates",
+    "loss-diverges": "forward-backward",
+    "loss-oscillates": "forward-backward",
+    "no-progress": "forward-backward",
+    "gradients-explode": "clipping",
+    "always-clipped": "clipping",
+    "clipped-to-nothing": "clipping",
+    "clips-alone": "clipping",
+    "attention-logits": "attention-scores",
+    "attention-entropy": "attention-scores",
+}
+"""The page that explains what a rule of the findings is about."""
+
+
 class UnknownPage(UserError):
     """No page has this name."""
 

@@ -12,6 +12,7 @@ from tui_trainer.cli.errors import unknown
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.findings.rule import Rule
 from tui_trainer.findings.rules import RULES
+from tui_trainer.learn.catalog import PAGE_OF_RULE
 
 WIDTH = 92
 
@@ -52,6 +53,8 @@ def explanation(rule: type[Rule]) -> str:
     ]
     if rule.explained_by:
         parts.append(_paragraph("it can be an effect of: ", ", ".join(rule.explained_by)))
+    if page := PAGE_OF_RULE.get(rule.name):
+        parts.append(_paragraph("learn more: ", f"tui-trainer learn {page}"))
     parts.append(_paragraph("source: ", rule.source))
     return "\n\n".join(parts)
 

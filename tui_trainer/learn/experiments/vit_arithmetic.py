@@ -15,8 +15,8 @@ IMAGES, BATCH_SIZE, EPOCHS = 494_149, 128, 40
 
 def experiment() -> dict[str, Value]:
     """Build the model on the device `meta`, pass an image, and let a sampler count batches."""
-    model, tokens = _model(PATCH_SIZE)
-    _, other_tokens = _model(OTHER_PATCH_SIZE)
+    model, tokens = _model(PATCH_SIZE, LAYERS)
+    _, other_tokens = _model(OTHER_PATCH_SIZE, layers=1)
     projection = model.patch_embedding.projection
     block = model.blocks[0]
     assert isinstance(block, Block)
@@ -52,7 +52,7 @@ def experiment() -> dict[str, Value]:
     }
 
 
-def _model(patch_size: int) -> tuple[ViT, int]:
+def _model(patch_size: int, layers: int) -> tuple[ViT, int]:
     """The ViT with patches of this size, and the number of tokens that an image becomes."""
     with torch.device("meta"):
         model = ViT(
@@ -60,7 +60,7 @@ def _model(patch_size: int) -> tuple[ViT, int]:
             image_size=IMAGE_SIZE,
             patch_size=patch_size,
             channels=3,
-            layers=LAYERS,
+            layers=layers,
             heads=HEADS,
             width=WIDTH,
             embedding=EMBEDDING,

@@ -12,6 +12,7 @@ from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.findings.verdict import newest_findings
+from tui_trainer.learn.catalog import PAGE_OF_RULE
 from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.ui.panels.base import placeholder_message
@@ -66,6 +67,12 @@ class FindingsTable(VirtualTable):
         """The finding under the cursor."""
         row = self.current_row
         return self.findings[row] if row is not None else None
+
+    @property
+    def lessons(self) -> tuple[str, ...]:
+        """The page about the finding under the cursor."""
+        page = PAGE_OF_RULE.get(self.current.rule) if self.current is not None else None
+        return () if page is None else (page,)
 
     def _level(self, row: int) -> Cell:
         level = self.findings[row].level

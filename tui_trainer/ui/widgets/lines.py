@@ -65,9 +65,6 @@ class LineView(ScrollView, can_focus=False):
     }
     """
 
-    lessons: tuple[str, ...] = ()
-    """Pages of `tui-trainer learn` about what it shows."""
-
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
         self._rows: list[Row] = []
@@ -75,6 +72,11 @@ class LineView(ScrollView, can_focus=False):
         self._rows_palette: Palette | None = None
         self._styles: dict[str, Style] = {}
         """Of that palette."""
+
+    @property
+    def lessons(self) -> tuple[str, ...]:
+        """Pages of `tui-trainer learn` about what it shows; the help leads to them."""
+        return ()
 
     def rows(self, size: Size) -> Sequence[Row]:
         """The visible rows, from the top, of a view of this size."""
