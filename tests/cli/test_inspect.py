@@ -109,6 +109,19 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert inspect("one", "table", "--save", "h.safetensors").returncode == 0
         assert b'"BF16"' in (tmp_path / "h.safetensors").read_bytes()[:200]
 
+        listed = inspect("one", "--modules").stdout.splitlines()
+        rows = [line.split()[:3] for line in listed[1:]]
+        assert rows[0] == ["model", "input", "8×12"]
+        assert rows[1:4] == [["0", "input", "8×12"], ["0", "output", "8×5"], ["1", "input", "8×5"]]
+        found = json.loads(inspect("one", "1", "--output", "0", "--json").stdout)
+        assert found["statistics"]["count"] == 8
+        assert inspect("one", "0", "--input", "0", "--save", "x.npy").returncode == 0
+        assert np.load(tmp_path / "x.npy").shape == (8, 12)
+        assert_refused(
+            inspect("one", "0", "--output", "1"), "no module that matches 0 has an output 1"
+        )
+        assert_refused(inspect("one", "0", "--output", "0", "--grad"), status=2)
+
         text = inspect("one", "0.weight", "--update", "--index", "2,7").stdout
         assert text.startswith("0.weight[2, 7] · step 3, after backward\nadam, group 0: lr 0.01, ")
         for part in ("β₁·m + (1−β₁)·g", "−η·m' / (√v' + ε)", "t = 3", "before ", "predicted "):

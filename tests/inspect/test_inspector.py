@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
@@ -16,8 +17,10 @@ from tests.trace.support import EVERYTHING, KeepingRecorder, SmallGpt, gpt_loop,
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.inspector import PART_BYTES, Inspector, TensorCopy
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
+    ExplainUpdate,
     ListTensors,
     ReadTensor,
     Summarize,
@@ -228,6 +231,21 @@ def look_into_everything(inspector: Inspector) -> int:
     return len(listed.tensors)
 
 
+def run_again(inspector: Inspector) -> int:
+    """Every request for which the forward pass runs again; how many were answered."""
+    done = 0
+    requests = [ListTensors(modules=True), DescribeGraph()]
+    requests += [CheckGradient("head.weight", ((1, 2),)), ExplainUpdate("head.weight", (1, 2))]
+    requests += [
+        Summarize(TensorRef(n, k)) for n in ("blocks.0", "head") for k in ("input", "output")
+    ]
+    for request in requests:
+        with contextlib.suppress(InspectionError):
+            inspector.answer(request)
+            done += 1
+    return done
+
+
 def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [t for state in optimizer.state.values() for t in state.values()]
 
@@ -235,7 +253,7 @@ def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 @pytest.mark.slow
 def test_a_training_is_bit_identical_with_everything_inspected_at_every_phase():
     outcomes = []
-    looked = []
+    looked, again = [], []
     for inspected in (False, True):
         torch.manual_seed(7)
         model = SmallGpt()
@@ -244,11 +262,14 @@ def test_a_training_is_bit_identical_with_everything_inspected_at_every_phase():
         def look(inspector, phase, step, inspected=inspected):
             if inspected:
                 looked.append(look_into_everything(inspector))
+                if step == 3:
+                    again.append(run_again(inspector))
 
         losses = Traced(look).run(lambda m=model, o=optimizer: gpt_loop(m, o, 12))
         found = [*losses, *model.state_dict().values(), *states(optimizer), torch.get_rng_state()]
         outcomes.append([copy.deepcopy(each) for each in found])
     assert max(looked) > 40
+    assert max(again) == 8
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 

@@ -52,6 +52,10 @@ def find_tensor(
 def _why_not_found(
     tensors: Sequence[TensorInfo], text: str, kind: TensorKind | None, key: str
 ) -> tuple[str, str]:
+    if kind in ("input", "output"):
+        number = f" {key}" if key else ""
+        hint = "tui-trainer inspect RUN --modules lists them"
+        return f"no module that matches {text} has an {kind}{number}", hint
     named = [each for each in tensors if text in each.ref.name]
     if named and kind == "state":
         keys = dict.fromkeys(each.ref.key for each in named if each.ref.kind == "state")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from msgspec import structs
 
+from tui_trainer.inspect.activations import list_activations, with_activation
 from tui_trainer.inspect.attention import examine_attention
 from tui_trainer.inspect.autograd_graph import describe_graph
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
@@ -29,6 +32,7 @@ from tui_trainer.protocol.inspection import (
     ListTensors,
     ReadTensor,
     Summarize,
+    TensorInfo,
     TensorRef,
     TensorSummary,
     UpdateExplanation,
@@ -62,12 +66,22 @@ class Inspector:
         catalog = TensorCatalog(tracer)
         with torch.no_grad():
             match request:
+                case ListTensors(modules=True):
+                    return list_activations(tracer, self.capture)
                 case ListTensors():
                     return catalog.list()
-                case Summarize():
-                    return self._summarize(catalog, request)
+                case Summarize(tensor=TensorRef(kind="input" | "output") as ref):
+                    use = partial(_summary, request)
+                    summary, note = with_activation(tracer, self.capture, ref, use)
+                    return structs.replace(summary, tensor=_noted(summary.tensor, note))
+                case Summarize(tensor=ref):
+                    return _summary(request, catalog.find(ref), catalog.note(ref))
+                case ReadTensor(tensor=TensorRef(kind="input" | "output") as ref):
+                    return with_activation(
+                        tracer, self.capture, ref, lambda tensor: TensorCopy(ref, tensor)
+                    )[0]
                 case ReadTensor(tensor=ref):
-                    return TensorCopy(catalog, ref)
+                    return TensorCopy(ref, catalog.find(ref), catalog.note(ref))
                 case DescribeUse():
                     return parameter_use(tracer, catalog)
                 case ExplainUpdate():
@@ -89,26 +103,29 @@ class Inspector:
             tracer.updates = self._watch
         return self._watch.explain()
 
-    def _summarize(self, catalog: TensorCatalog, request: Summarize) -> TensorSummary:
-        found = catalog.find(request.tensor)
-        tensor = readable(found)
-        entries = min(max(request.entries, 0), MAX_ENTRIES)
-        empty = not tensor.numel()
-        with torch.autocast(tensor.device.type, enabled=False):
-            return TensorSummary(
-                info_of(request.tensor, found, catalog.note(request.tensor)),
-                statistics_of(tensor, entries) if request.statistics else None,
-                heat_map(tensor, request.window) if request.window and not empty else None,
-            )
+
+def _summary(request: Summarize, found: torch.Tensor, note: str = "") -> TensorSummary:
+    tensor = readable(found)
+    entries = min(max(request.entries, 0), MAX_ENTRIES)
+    empty = not tensor.numel()
+    with torch.autocast(tensor.device.type, enabled=False):
+        return TensorSummary(
+            info_of(request.tensor, found, note),
+            statistics_of(tensor, entries) if request.statistics else None,
+            heat_map(tensor, request.window) if request.window and not empty else None,
+        )
+
+
+def _noted(info: TensorInfo, note: str) -> TensorInfo:
+    return structs.replace(info, note=", ".join(filter(None, (info.note, note))))
 
 
 class TensorCopy:
     """The bytes of a tensor on the host, for as long as a viewer fetches them."""
 
-    def __init__(self, catalog: TensorCatalog, ref: TensorRef) -> None:
-        found = catalog.find(ref)
+    def __init__(self, ref: TensorRef, found: torch.Tensor, note: str = "") -> None:
         tensor = readable(found)
-        self.info = info_of(ref, found, catalog.note(ref))
+        self.info = info_of(ref, found, note)
         if self.info.bytes > MAX_COPY_BYTES:
             size, limit = bytes_(self.info.bytes, 0), bytes_(MAX_COPY_BYTES, 0)
             raise InspectionError(f"it has {size}, and at most {limit} are copied to save it")

@@ -191,8 +191,9 @@ class StepCapture:
         called: OnCall | None = None,
         returned: OnReturn | None = None,
         gradients: bool = True,
+        loss: bool = True,
     ) -> Iterator[Rerun]:
-        """Run the forward pass and the loss of the current step again.
+        """Run the forward pass and, if wanted, the loss of the current step again.
 
         The graph may be used until the end of the context. `called` and `returned` observe the
         calls of the modules, the root's included. Raises InspectionError where it is not possible.
@@ -205,23 +206,29 @@ class StepCapture:
             if returned is not None:
                 _after_calls(model, returned)
             output = _call(model, call)
-            loss = call.loss.again(output) if call.returned else None
-            yield Rerun(call, model, output, loss, self._notes(call, model, loss, hooked))
+            found = call.loss.again(output) if loss and call.returned else None
+            notes = self._notes(call, model, hooked)
+            if loss:
+                notes += self._loss_notes(call, found)
+            yield Rerun(call, model, output, found, notes)
 
-    def _notes(
-        self, call: ModelCall, model: torch.nn.Module, loss: torch.Tensor | None, hooked: int
-    ) -> list[str]:
-        notes = []
+    @property
+    def _stepped(self) -> bool:
+        """Whether the weights have been updated since."""
         tracer = self._tracer()
-        stepped = tracer is not None and tracer.gate.phase in ("step", "")
-        if stepped:
+        return tracer is not None and tracer.gate.phase in ("step", "")
+
+    def _loss_notes(self, call: ModelCall, loss: torch.Tensor | None) -> list[str]:
+        if loss is None:
+            return [f"without the loss: {call.loss.why_missing(call.returned)}"]
+        return call.loss.notes(loss.detach(), self._stepped)
+
+    def _notes(self, call: ModelCall, model: torch.nn.Module, hooked: int) -> list[str]:
+        notes = []
+        if self._stepped:
             notes.append("with the weights as they are now, after the step")
         if call.number > 1:
             notes.append(f"of call {call.number} of a model in this step, without the earlier ones")
-        if loss is None:
-            notes.append(f"without the loss: {call.loss.why_missing(call.returned)}")
-        else:
-            notes += call.loss.notes(loss.detach(), stepped)
         if any(is_compiled(module) for module in model.modules()):
             notes.append("the model is compiled: it ran again uncompiled")
         if hooked:

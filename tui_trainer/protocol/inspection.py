@@ -24,8 +24,8 @@ from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.settings import ReadSettings, SettingList
 
-TensorKind = Literal["parameter", "buffer", "gradient", "state"]
-"""`state`: of an optimizer, for one parameter."""
+TensorKind = Literal["parameter", "buffer", "gradient", "state", "input", "output"]
+"""`state`: of an optimizer, for one parameter; `input` and `output`: of a module."""
 InspectionState = Literal["pending", "done", "failed"]
 
 MAX_NAMES = 1000
@@ -38,10 +38,11 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     """Identifies a tensor of a run."""
 
     name: str
-    """Of the parameter or buffer."""
+    """Of the parameter, buffer or module."""
     kind: TensorKind = "parameter"
     key: str = ""
-    """Of a `state`: its name in the optimizer, such as `exp_avg`."""
+    """Of a `state`: its name in the optimizer, such as `exp_avg`. Of an `input` or `output`: its
+    number, "" for the first."""
 
     @property
     def text(self) -> str:
@@ -51,6 +52,8 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
                 return f"gradient of {self.name}"
             case "state":
                 return f"{self.key} of {self.name}"
+            case "input" | "output":
+                return f"{self.kind}{f' {self.key}' if self.key else ''} of {self.name}"
             case _:
                 return self.name
 
@@ -225,6 +228,9 @@ class DescribeUse(msgspec.Struct, tag="describe_use", frozen=True):
 
 class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
     """Asks which tensors there are."""
+
+    modules: bool = False
+    """Instead the inputs and outputs of modules, for which the forward pass runs again."""
 
 
 class Summarize(msgspec.Struct, tag="summarize", frozen=True):

@@ -14,6 +14,7 @@ import numpy as np
 from cyclopts import Parameter, validators
 from rich.text import Text
 
+from tui_trainer.cli.commands.autograd import ask_for_rerun
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
@@ -82,6 +83,29 @@ def inspect(
             negative=(),
         ),
     ] = None,
+    modules: Annotated[
+        bool, flag("list the inputs and outputs of the modules: the forward pass runs again")
+    ] = False,
+    output: Annotated[
+        int | None,
+        Parameter(
+            help="an output of the module of this name; 0 is the first",
+            metavar="N",
+            show_default=False,
+            negative=(),
+            validator=validators.Number(gte=0),
+        ),
+    ] = None,
+    input: Annotated[
+        int | None,
+        Parameter(
+            help="an input of the module of this name; 0 is the first",
+            metavar="N",
+            show_default=False,
+            negative=(),
+            validator=validators.Number(gte=0),
+        ),
+    ] = None,
     groups: Annotated[
         bool,
         flag("who updates which parameters, with the hyper-parameters, and the bytes by kind"),
@@ -134,7 +158,8 @@ def inspect(
     runs_dir: RunsDir = None,
 ) -> int:
     """look into a tensor of a live run, or list its tensors"""
-    kind, key = _kind(grad, state)
+    kind, key = _kind(grad, state, input, output)
+    of_modules = modules or kind in ("input", "output")
     place = _index(index, update, kind is not None or save is not None or window is not None)
     if groups and (name is not None or kind or save or window or update):
         raise UsageError("--groups is about all parameters", "tui-trainer inspect RUN --groups")
@@ -150,7 +175,7 @@ def inspect(
                 use = _result(answer, ParameterUse)
                 print(_as_json(found, answer) if json else _use_text(use, answer), flush=True)
                 return 0
-            listed = _ask(client, ListTensors())
+            listed = ask_for_rerun(client, ListTensors(of_modules))
             tensors = _result(listed, TensorList)
             if name is None:
                 print(_list_as_json(found, listed) if json else _list_as_text(tensors), flush=True)
@@ -164,15 +189,21 @@ def inspect(
                 explained = _result(answer, UpdateExplanation)
                 print(_as_json(found, answer) if json else _update_text(answer, explained))
                 return 0
-            answer = _ask(client, Summarize(tensor.ref, window=shown, entries=entries))
+            answer = ask_for_rerun(client, Summarize(tensor.ref, window=shown, entries=entries))
     summary = _result(answer, TensorSummary)
     print(_as_json(found, answer) if json else _as_text(answer, summary), flush=True)
     return 0
 
 
-def _kind(grad: bool, state: str | None) -> tuple[TensorKind | None, str]:
-    if grad and state is not None:
-        raise UsageError("--grad and --state name two different tensors", "give one of them")
+def _kind(
+    grad: bool, state: str | None, input: int | None, output: int | None
+) -> tuple[TensorKind | None, str]:
+    if sum((grad, state is not None, input is not None, output is not None)) > 1:
+        several = "--grad, --state, --input and --output name different tensors"
+        raise UsageError(several, "give one of them")
+    for kind, place in (("input", input), ("output", output)):
+        if place is not None:
+            return kind, str(place) if place else ""  # type: ignore[return-value]
     if grad:
         return "gradient", ""
     return ("state", state) if state is not None else (None, "")
