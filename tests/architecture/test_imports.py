@@ -9,6 +9,8 @@ import sys
 
 VIEWING = (
     "tui_trainer.ui.app",
+    "tui_trainer.ui.screens.learn",
+    "tui_trainer.learn.laboratory",
     "tui_trainer.client.api",
     "tui_trainer.client.live",
     "tui_trainer.runs.launch",

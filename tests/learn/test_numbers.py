@@ -7,6 +7,7 @@ numbers in another way: `torch.autograd.grad` instead of `backward`, formulas in
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -55,6 +56,40 @@ def test_the_same_seed_gives_the_same_numbers(page: str) -> None:
     assert {name: type(value) for name, value in first.items()} == {
         name: type(value) for name, value in second.items()
     }
+
+
+CLAIMS: dict[str, tuple[str, ...]] = {
+    "scalar-tensor": ("scalar_nodes > tensor_nodes", "difference < 1e-5"),
+    "gradient": ("abs(gradient / slope - 1) < 1e-4",),
+    "accumulation": ("halves_cosine > 0.9999", "zeros_moved > 0.01", "none_moved == 0"),
+    "forward-backward": (
+        "loss_downhill < loss - 0.05 < loss + 0.05 < loss_uphill",
+        "abs(loss_random - loss) < 0.02",
+        "0.7 < (loss_uphill - loss) / (loss - loss_downhill) < 1.4",
+    ),
+    "param-groups": ("new_gradient > 0", "abs(after - before) > 0.005"),
+    "updates": ("abs(rmsprop_1) > 5 * abs(adam_1)", "abs(adam_1 - adam_big) < 1e-6"),
+    "clipping": ("norm > 2 * limit", "value_cosine < 0.99", "cosine > 0.9999"),
+    "qkv": (
+        "max(gradient_q, gradient_k) < gradient_v / 10",
+        "abs(qk_0) < 0.15",
+        "abs(gradient_cosine) < 0.5",
+        "min(drift_q_2, drift_k_2, drift_v_2) > 0.2",
+        "copied_after < 0.98",
+    ),
+    "attention-scores": ("largest > 0.7 > 0.4 > scaled_largest", "abs(weight_2 - 0.090) < 5e-4"),
+    "residual-stream": ("added_norm > 0", "difference < 1e-6"),
+}
+"""What the texts say of the numbers, whatever the seed."""
+SEEDS = int(os.environ.get("TUI_TRAINER_LEARN_SEEDS", "2"))
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_what_is_said_of_the_numbers_holds_with_every_seed(page: str) -> None:
+    for seed in range(1, SEEDS + 1):
+        values = measured(page, seed).values
+        for claim in CLAIMS[page]:
+            assert eval(claim, {}, values), (claim, seed, values)
 
 
 class Checked(dict[str, Value]):

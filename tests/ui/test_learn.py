@@ -18,6 +18,7 @@ from tui_trainer.learn.measured import Measured, Value
 from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for
 from tui_trainer.ui.screens import SCREENS, learn
 from tui_trainer.ui.screens.learn import LearnScreen
@@ -263,6 +264,18 @@ async def test_a_finding_leads_to_the_page_about_it() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await frame(pilot)
         assert lessons_for(app.screen, app.snapshot.status)[0] == "attention-scores"
+
+
+async def test_the_palette_has_the_list_and_every_page() -> None:
+    app = app_on("log", fake_gpt())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        commands = {name: run for name, _, run in ActionProvider(app.screen).commands()}
+        assert "Learn" in commands
+        commands[f"Learn: {title('clipping')}"]()
+        await shows(pilot, app, title("clipping"), "measured in")
+        await press(pilot, "escape")
+        assert app.current_mode == "log"
 
 
 async def test_the_start_screen_offers_the_pages() -> None:

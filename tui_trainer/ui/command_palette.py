@@ -11,6 +11,8 @@ from functools import partial
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
+from tui_trainer.learn.page import titles
+from tui_trainer.learn.progress import load_progress
 from tui_trainer.protocol import messages
 from tui_trainer.protocol.messages import Action
 from tui_trainer.ui.screens import SCREENS, AppContext, app_context
@@ -23,6 +25,9 @@ COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
     ("Stop with a checkpoint", "Finish the step, write a checkpoint, end", messages.Stop(True)),
 )
 """Name, help and message of each."""
+
+THEME, PAGE = "Theme ", "Learn: "
+"""How the names of commands begin that are shown only when they are searched for."""
 
 Command = tuple[str, str, Callable[[], object]]
 """Name, help, and what it calls."""
@@ -42,15 +47,18 @@ class ActionProvider(Provider):
         for entry in SCREENS:
             if self.app.check_action("go", (entry.mode,)):
                 go = partial(context.action_go, entry.mode)
-                yield f"Show {entry.title.lower()}", f"{entry.tooltip} (key {entry.key})", go
+                name = "Learn" if entry.mode == "learn" else f"Show {entry.title.lower()}"
+                yield name, f"{entry.tooltip} (key {entry.key})", go
         replayed = context.snapshot.link.state == "replay"
         if context.session is not None and not replayed and not context.snapshot.status.ended:
             for name, help, action in COMMANDS_WITHOUT_KEY:
                 yield name, help, partial(context.command, action)
         if context.session is not None and (replayed or context.snapshot.status.ended):
             yield "What next", "Replay, compare, report, or start again", context.ask_next
+        for page, title in titles(load_progress().shown_language).items():
+            yield f"{PAGE}{title}", "A page to learn from", partial(context.show_lesson, page)
         for name in sorted(self.app.available_themes):
-            yield f"Theme {name}", "Colours of the screen", partial(self._set_theme, name)
+            yield f"{THEME}{name}", "Colours of the screen", partial(self._set_theme, name)
 
     def _bound_actions(self) -> Iterator[Command]:
         known: set[str] = set()
@@ -74,9 +82,9 @@ class ActionProvider(Provider):
         self.app.theme = name
 
     async def discover(self) -> Hits:
-        """All commands but themes, shown before anything is typed."""
+        """All commands but themes and pages, shown before anything is typed."""
         for name, help, run in self.commands():
-            if not name.startswith("Theme "):
+            if not name.startswith((THEME, PAGE)):
                 yield DiscoveryHit(name, run, help=help)
 
     async def search(self, query: str) -> Hits:
