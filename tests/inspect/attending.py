@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -32,7 +34,8 @@ def examined(
     given: torch.Tensor,
     request: ExamineAttention | None = None,
     targets: torch.Tensor | None = None,
-    tokens: str = "",
+    tokens: Sequence[str] = (),
+    classes: Sequence[str] = (),
 ) -> AttentionExamination:
     """Of one forward pass, and of the cross-entropy of its output with `targets`."""
     request = request or ExamineAttention()
@@ -50,4 +53,4 @@ def examined(
             if targets is not None:
                 F.cross_entropy(output.flatten(0, -2), targets.flatten())
         assert calls.fault is None
-        return AttentionExaminer(layers, chosen, request).answer(trace, [given], tokens)
+        return AttentionExaminer(layers, chosen, request).answer(trace, [given], tokens, classes)

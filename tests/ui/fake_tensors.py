@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from tests.client.test_autograd import residual
+from tests.ui.fake_attention import examined_attention
+from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import DescribeGraph
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
@@ -47,6 +49,8 @@ class FakeTensors:
 
     def __init__(self) -> None:
         self._made: dict[TensorRef, object] = {}
+        self.images = False
+        """Whether attention is that of a ViT."""
 
     def _tensors(self) -> dict[TensorRef, object]:
         import torch
@@ -92,6 +96,13 @@ class FakeTensors:
                 return done(TensorSummary(info, statistics, heat))
             case DescribeGraph():
                 return done(residual(12))
+            case ExamineAttention():
+                from tui_trainer.protocol.errors import UserError
+
+                try:
+                    return done(examined_attention(request, self.images))
+                except UserError as error:
+                    return Inspected(1, "failed", message=error.message, hint=error.hint)
             case ExplainUpdate():
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case ReadSettings():

@@ -7,12 +7,12 @@ from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.protocol import PHASES
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.screens import SCREENS, help
+from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, help
 from tui_trainer.ui.screens.help import key_groups
 
 
 def screens() -> list[type]:
-    return [entry.load() for entry in SCREENS]
+    return [entry.load() for entry in (*SCREENS, *FURTHER_SCREENS)]
 
 
 def test_every_binding_of_every_screen_is_in_the_help() -> None:

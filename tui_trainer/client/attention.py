@@ -21,7 +21,6 @@ from tui_trainer.protocol.attention import (
     PatchGrid,
     ResidualStream,
 )
-from tui_trainer.protocol.formatting import percent
 
 Floats = npt.NDArray[np.float32]
 VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"})
@@ -86,10 +85,10 @@ def patch_label(grid: PatchGrid, position: int) -> str:
 
 
 def entropy_text(entropy: float, keys: int) -> str:
-    """`1.773 nats, 43 % of the largest`: that of equal weights."""
+    """`1.773 of 3.871 nats`: of those that equal weights would have."""
     if keys < 2 or not math.isfinite(entropy):
         return f"{entropy:.3f} nats"
-    return f"{entropy:.3f} nats, {percent(entropy / math.log(keys), 0, 0)} of that of equal weights"
+    return f"{entropy:.3f} of {math.log(keys):.3f} nats"
 
 
 def allowed_keys(found: AttentionExamination) -> int:

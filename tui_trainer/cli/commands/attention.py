@@ -160,7 +160,11 @@ def _query(found: AttentionExamination, top: int) -> list[str]:
     rest = sum(row.weight for row in rows) - sum(row.weight for row in shown)
     left = len(rows) - len(shown)
     more = [f"{left} other keys: weight {number(rest, 0)} together"] if left > 0 else []
-    return [*lines, *more, f"entropy {entropy_text(entropy, allowed_keys(found))}"]
+    return [
+        *lines,
+        *more,
+        f"entropy {entropy_text(entropy, allowed_keys(found))}, which equal weights would have",
+    ]
 
 
 def _cells(row: KeyRow) -> tuple[str, ...]:

@@ -94,6 +94,17 @@ SCREENS = (
     ),
 )
 
+FURTHER_SCREENS = (
+    ScreenEntry(
+        "attention_layer",
+        "enter",
+        "Attention of a layer",
+        "attention_layer:AttentionLayerScreen",
+        "What a head attends to: enter on a layer of the attention screen",
+    ),
+)
+"""Screens that are opened from others, over them."""
+
 
 class AppContext(DrawingContext, Protocol):
     """The app, as far as its screens know it."""

@@ -280,6 +280,15 @@ class AttentionScreen(DetailScreen):
         if event.table is self.layer_table:
             self._show_layer()
 
+    def on_virtual_table_activated(self, event: VirtualTable.Activated) -> None:
+        """Look into a layer: what its heads attend to."""
+        from tui_trainer.ui.screens.attention_layer import AttentionLayerScreen
+
+        info, row = self.context.snapshot.info, self.layer_table.current_row
+        if info is not None and row is not None and row < len(info.attention):
+            head = event.row if isinstance(event.table, HeadsTable) else 0
+            self.app.push_screen(AttentionLayerScreen(info.attention[row].layer, head))
+
     # ------------------------------------------------------------ layout
 
     def on_resize(self, event: events.Resize) -> None:

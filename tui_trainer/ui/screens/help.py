@@ -21,7 +21,7 @@ from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
 from tui_trainer.ui.panels.base import slowed_tables
-from tui_trainer.ui.screens import SCREENS, dialogs
+from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, dialogs
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.screens.breakpoints import BreakpointList
 from tui_trainer.ui.widgets.form import ChoiceRow
@@ -76,7 +76,7 @@ def key_groups(app: App[Any], first: str = "") -> tuple[KeyGroup, ...]:
         ]
         groups[0] = KeyGroup("Looking back", _keys(app, [*playing, *replay]))
     controls = {binding.id for binding in CONTROL_BINDINGS}
-    for entry in SCREENS:
+    for entry in (*SCREENS, *FURTHER_SCREENS):
         bindings = Binding.make_bindings(entry.load().BINDINGS)
         own = [binding for binding in bindings if binding.id not in controls]
         if own and entry.mode == first:
