@@ -73,6 +73,26 @@ PICTURES = (
     Picture("paused-after-backward", paused_after="backward", step=200),
     Picture("exploding", settings=EXPLODING, step=150),
     Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
+    Picture(
+        "attention-layer",
+        paused_after="backward",
+        step=1500,
+        size=(120, 40),
+        keys=("2", "down", "enter", *["left"] * 6),
+    ),
+    Picture(
+        "residual-stream",
+        paused_after="backward",
+        step=1500,
+        keys=("2", "down", "down", "enter", "m", "m", "m", "m"),
+    ),
+    Picture(
+        "attention-vit",
+        "vit",
+        paused_after="backward",
+        step=300,
+        keys=("2", "down", "enter", "m", "h"),
+    ),
     Picture("findings", settings=EXPLODING, step=150, keys=("8",)),
 )
 

@@ -258,7 +258,7 @@ def test_the_weights_are_those_before_dropout(way):
     model = perturbed(nn.Sequential(Own(way, dropout=0.5)))
     found = examined(model, torch.randn(3, 5, 8), ExamineAttention(head=1, sample=1, window=WHOLE))
     assert found.missing == ""
-    assert any("before the dropout" in note for note in found.notes)
+    assert any("before dropout" in note for note in found.notes)
     np.testing.assert_allclose(matrix(found), model[0].seen[1, 1], rtol=3e-5, atol=1e-6)
 
 

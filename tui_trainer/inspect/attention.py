@@ -244,7 +244,7 @@ class AttentionExaminer:
             )  # fmt: skip
         if attend.dropout:
             share = "" if math.isnan(attend.dropout) else f" {attend.dropout:g}"
-            self._notes.append(f"weights before the dropout{share} that the layer applies to them")
+            self._notes.append(f"weights before dropout{share}")
         residual, no_residual = self._residual(trace, query, queries)
         whole = queries * keys <= MAX_MAP
         attention = _weights_of(attend, request.head) if whole else None

@@ -38,6 +38,7 @@ MIN_WIDTH_BESIDE = 150
 """Width from which layers and heads stand beside each other."""
 MIN_HEIGHT_BOTH = 32
 """Height from which heads stand below the layers; else one of the two is shown."""
+ENTER = "enter: what it attends to"
 FIXED_ROWS = 6
 """Rows of the header, the statistics' names, the explanation, the layer's line, and the keys."""
 
@@ -142,7 +143,8 @@ class AttentionScreen(DetailScreen):
         age = staleness(snapshot, snapshot.history.tables_named(schema.ATTENTION_HEADS))
         age_text = f"heads {age}" if age and self.query_one(HeadsTable).display else ""
         caption = self.query_one("#layer", Caption)
-        caption.update([piece for piece in pieces if piece[0]], age_text, right_is_optional=True)
+        shown = [piece for piece in pieces if piece[0]]
+        caption.update(shown, age_text or ENTER, right_is_optional=True)
         self.query_one(HeadsTable).show_layer(snapshot, layer, _why_no_heads(snapshot, layer))
         self._show_charts(snapshot, layer)
 

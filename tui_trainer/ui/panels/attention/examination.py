@@ -50,6 +50,8 @@ LABEL_WIDTH = 8
 BAR_WIDTH = 12
 EFFECT_WIDTH = 9
 """Cells of a bar to either side."""
+CAPTION_ROWS = 2
+"""Title, and the tokens of the keys."""
 MAX_CELL = 8
 """Terminal cells across, and half cells down, for one query and key at most."""
 NO_LABELS = "neither the text nor the image of this batch is known"
@@ -73,7 +75,7 @@ class AttentionMapView(HeatMapView):
     def pixels(self) -> tuple[int, int]:
         """(rows, columns) of cells for which there is room."""
         size = self.view_size
-        return max(2, 2 * (size.height - 3)), max(2, size.width - self._gutter)
+        return max(2, 2 * (size.height - CAPTION_ROWS)), max(2, size.width - self._gutter)
 
     @property
     def _gutter(self) -> int:
@@ -87,7 +89,7 @@ class AttentionMapView(HeatMapView):
         if heat is None or found is None:
             return super().rows(size)
         cells = cells_of(heat)
-        width, height = size.width - self._gutter, 2 * (size.height - 3)
+        width, height = size.width - self._gutter, 2 * (size.height - CAPTION_ROWS)
         across = min(max(1, width // heat.columns), MAX_CELL)
         down = min(max(1, height // heat.rows), MAX_CELL)
         if down > 1:
@@ -100,17 +102,17 @@ class AttentionMapView(HeatMapView):
         gutters = [self._beside(heat, found, line, down) for line in range(len(lines))]
         drawn = [[*gutter, *line] for gutter, line in zip(gutters, lines, strict=True)]
         return [
-            title_line(self, size.width, *self._head(heat)),
+            title_line(self, size.width, *self._head(heat, high)),
             *drawn,
             self._below(heat, found, across, shown.shape[1]),
-            self._scale(0.0, high, cells, size.width),
         ]
 
-    def _head(self, heat: HeatMap) -> tuple[str, list[Figure]]:
+    def _head(self, heat: HeatMap, high: float) -> tuple[str, list[Figure]]:
         style = self.palette.text
         figures = [
             ("queries", f"{heat.row_from:,}–{heat.row_to - 1:,}", style),
             ("keys", f"{heat.column_from:,}–{heat.column_to - 1:,}", style),
+            ("strongest", f"{high:.3f}", style),
         ]
         if heat.block_rows > 1 or heat.block_columns > 1:
             block = f"{heat.block_rows:,}{self.glyphs.times}{heat.block_columns:,}"
