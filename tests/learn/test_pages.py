@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from tests.learn.measured_once import measured
 from tui_trainer.findings.rules import RULES
 from tui_trainer.learn.catalog import PAGE_OF_PHASE, PAGE_OF_RULE, PAGES, UnknownPage, find_page
-from tui_trainer.learn.layout import Numbers, laid_out, plain
+from tui_trainer.learn.layout import Numbers, escaped, laid_out, plain
 from tui_trainer.learn.page import (
     LANGUAGES,
     NARROW_NO_BREAK,
@@ -166,6 +166,12 @@ def test_the_words_of_the_screen_are_in_each_language() -> None:
 def test_titles_differ() -> None:
     for language in LANGUAGES:
         assert len(set(titles(language).values())) == len(PAGES)
+
+
+def test_text_from_elsewhere_is_shown_as_it_is() -> None:
+    text = "*a* _b_ `c` [d](e) # f | g <h> {i} \\j &amp; 1. - + ~~k~~"
+    assert plain(laid_out(escaped(text), Numbers("en"), 200)) == text.replace("{i}", "…")
+    assert plain(laid_out(escaped("# no heading"), Numbers("en"), 200)) == "# no heading"
 
 
 def test_rules_have_pages() -> None:

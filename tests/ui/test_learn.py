@@ -179,12 +179,13 @@ async def test_the_language_is_that_of_the_environment(monkeypatch: pytest.Monke
 async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
     laboratory: FakeLaboratory,
 ) -> None:
-    laboratory.error = ExperimentError("there is no module torch", "pip install torch")
+    laboratory.error = ExperimentError("there is no module *torch*", "pip_install [torch]")
     app = app_on("learn", None)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
-        await shows(pilot, app, "could not be measured: there is no module", "A weight matrix of")
+        await shows(pilot, app, "could not be measured", "no module *torch*", "pip_install [torch]")
+        assert "A weight matrix of" in text_of(app)
         laboratory.error = None
         await press(pilot, "r")
         await shows(pilot, app, "seed 1, measured")

@@ -59,6 +59,11 @@ def laid_out(markdown: str, numbers: Numbers, width: int) -> list[Line]:
     return _Layout(numbers, max(20, width)).lines(_parser().parse(markdown))
 
 
+def escaped(text: str) -> str:
+    """`text` as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~&])", r"\\\1", " ".join(text.split()))
+
+
 def plain(lines: Iterable[Line]) -> str:
     """The lines without styles."""
     return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)

@@ -17,7 +17,7 @@ from textual.timer import Timer
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.laboratory import ExperimentError, Laboratory
-from tui_trainer.learn.layout import Line, Numbers, changed_values, laid_out
+from tui_trainer.learn.layout import Line, Numbers, changed_values, escaped, laid_out
 from tui_trainer.learn.measured import Measured
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
 from tui_trainer.learn.progress import PageState, load_progress, save_progress
@@ -285,7 +285,9 @@ class LearnScreen(RunScreen):
         self.query_one("#page-state", Caption).update(
             [(state, style)], hint, right_is_optional=True
         )
-        shown = page.text + "\n\n"
+        failure = self._failure.get(page.name)
+        shown = f"{escaped(failure.message)}\n\n{escaped(failure.hint)}\n\n" if failure else ""
+        shown += page.text + "\n\n"
         shown += page.answer if self._revealed else f"*{text['press_answer']}*"
         self.query_one(PageView).show_text(shown, numbers)
 
@@ -295,9 +297,7 @@ class LearnScreen(RunScreen):
         if self._experiment is not None and self._experiment[0] == name:
             return text["measuring"], "warning", ""
         if name in self._failure:
-            failure = self._failure[name]
-            hint = f" ({failure.hint})" if failure.hint else ""
-            return f"{text['failed']}: {failure.message}{hint}", "error", ""
+            return text["failed"], "error", ""
         known = self._measured.get(name, [])
         if not known:
             return text["measuring"], "warning", ""
