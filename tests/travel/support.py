@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Notice, Poll
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.environment import initial_info
-from tui_trainer.run.training import editable
+from tui_trainer.run.training import (
+    editable,
+    let_be_changed,
+    schedule_between_steps,
+    train_loop,
+)
 from tui_trainer.tasks.definition import Training, build, find_task
-from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.gate import Gate, Refusal, StopTraining
+from tui_trainer.trace.random_state import random_state
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.edits import Entry, LiveEdits
+from tui_trainer.travel.time_travel import TimeTravel
 
 TINY = {
     "gpt": {"layers": 1, "heads": 2, "width": 16, "block_size": 8, "batch_size": 4,
@@ -85,3 +98,109 @@ class Edited:
     def notices(self) -> list[str]:
         events = self.recorder.update_for(Poll()).events
         return [e.text for e in events if isinstance(e, Notice) and e.kind in ("edit", "fault")]
+
+
+class Run:
+    """A task that trains on a thread of its own, controlled from the test's."""
+
+    def __init__(self, training: Training, folder: Path, memory: int = 1 << 30, every: int = 1):
+        spec = RunSpec(name="r", directory=str(folder), task="gpt")
+        self.training, self.spec = training, spec
+        self.recorder = Recorder(initial_info(spec))
+        self.gate = Gate(paused=True)
+        self.gate.hooks.fault = self.recorder.fault
+        self.tracer = Tracer(self.recorder, self.gate, PROBES)
+        self.edits = LiveEdits(self.tracer, self.gate, self.recorder)
+        self.travel = TimeTravel(self.tracer, self.gate, self.recorder, self.edits, memory)
+        self.travel.every = every
+        let_be_changed(self, training)
+        self.saver = schedule_between_steps(self, training)[0]
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._train)
+
+    def save_with(self, saver: object) -> None:
+        pass
+
+    def _train(self) -> None:
+        try:
+            with self.tracer:
+                train_loop(self, self.training)
+        except StopTraining:
+            pass
+        except BaseException as failure:
+            self.failure = failure
+        finally:
+            self.gate.end()
+
+    def __enter__(self) -> Run:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Refusal):
+            self.gate.stop()
+        self._thread.join(240)
+        self.recorder.close(60)
+        if self.failure is not None:
+            raise self.failure
+
+    def at(self, step: int) -> dict[str, object]:
+        """Wait until it is paused at the end of a step; everything that its state consists of."""
+        deadline = time.monotonic() + 240
+        gate = self.gate
+        while not (gate.mode == "paused" and (gate.completed, gate.phase) == (step, "step")):
+            assert self._thread.is_alive(), (self.failure, self.log)
+            assert time.monotonic() < deadline, (gate.mode, gate.place, gate.phase, self.log)
+            time.sleep(0.002)
+        return self.gate.call_soon(self._state).result(240)
+
+    def _state(self) -> dict[str, object]:
+        training = self.training
+        states = {name: part.state_dict() for name, part in training.stateful.items()}
+        state = {
+            "weights": weights(training.model),
+            "states": states,
+            "random": random_state(),
+            "edits": self.edits.state_dict(),
+        }
+        return copy.deepcopy(state)
+
+    def to(self, step: int) -> dict[str, object]:
+        self.gate.run_until(step)
+        return self.at(step)
+
+    def back(self, step: int | None = None) -> dict[str, object]:
+        wanted = self.gate.completed - 1 if step is None else step
+        self.travel.back(step)
+        return self.at(wanted)
+
+    def change(self, text: str) -> None:
+        self.edits.change(parse_changes(text.split()))
+
+    @property
+    def losses(self) -> list[float]:
+        self.recorder.flush(60)
+        table = self.recorder.read(lambda history: history.table(schema.STEP))
+        steps, values = table.tail(1000)
+        assert steps.tolist() == list(range(1, len(steps) + 1))
+        return values[:, 0].tolist()
+
+    @property
+    def log(self) -> list[str]:
+        events = self.recorder.update_for(Poll()).events
+        return [event.text for event in events if isinstance(event, Notice)]
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two states are equal to the last bit."""
+    match a:
+        case torch.Tensor():
+            return isinstance(b, torch.Tensor) and torch.equal(a, b)
+        case np.ndarray():
+            return np.array_equal(a, b)
+        case dict():
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        case list() | tuple():
+            return len(a) == len(b) and all(map(same, a, b))
+        case _:
+            return a == b

@@ -567,6 +567,19 @@ class ChangeSettings(msgspec.Struct, tag="change_settings", frozen=True):
     changes: tuple[SettingChange, ...]
 
 
+class Back(msgspec.Struct, tag="back", frozen=True):
+    """Go back to the end of a step, and pause there."""
+
+    step: int | None = None
+    """None: one step back."""
+
+
+class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):
+    """Keep snapshots of the training from here on, in so much host memory; 0: none."""
+
+    bytes: int
+
+
 class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):
     """Undo the latest change of settings that is not undone yet."""
 
@@ -587,6 +600,8 @@ Action = (
     | DeleteBreakpoint
     | ChangeSettings
     | UndoSettings
+    | Back
+    | KeepSnapshots
 )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.history import MemoryHistory
@@ -61,6 +62,8 @@ QUEUE_STEPS = 4096
 QUEUE_BYTES = 64 * 1024 * 1024
 MIN_QUEUE_STEPS = 64
 MAX_REPORTED_FAULTS = 200
+REPEATED_ROWS = 100_000
+"""How far back steps that are made again are compared with what was recorded."""
 READER_GONE = "the reader closed the output; the training continues without it"
 
 
@@ -78,6 +81,9 @@ class Recorder:
         self._regular_calls: list[Callable[[], None]] = []
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
+        self.repeating_until = 0
+        """Steps up to this one are recorded already: the training was taken back, and makes them
+        again. Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
         """Tables that have to be measured in every step."""
 
@@ -87,6 +93,8 @@ class Recorder:
         self._dropped = 0
         self._ids = threading.Lock()
         self._next_table = len(info.tables)
+        self._differences = 0
+        """Steps that differed when they were made again."""
         self._faults: set[str] = set()
         self._paused_s: Callable[[], float] | None = None
         self._current_step: Callable[[], int] | None = None
@@ -119,6 +127,9 @@ class Recorder:
         """Queue the record of one optimizer step in O(1); it is dropped when the queue is full."""
         if self._forked:
             return
+        if record.step <= self.repeating_until:
+            self._queue.append((self._repeat_step, (record,)))
+            return
         if self.on_record is not None:
             self.on_record(record)
         if len(self._queue) >= self._capacity:
@@ -129,10 +140,14 @@ class Recorder:
 
     def skip(self, record: SkipRecord) -> None:
         """Record an iteration whose gradients no optimizer used."""
+        if record.step <= self.repeating_until:
+            return
         self._enqueue(self._add_skip, record)
 
     def row(self, table: int, step: int, values: Floats) -> None:
         """Record a row measured outside a step, such as a validation."""
+        if step <= self.repeating_until:
+            return
         self._enqueue(self._add_row, RowRecorded(table, step, values, round(self._clock(), 6)))
 
     def notice(
@@ -160,6 +175,12 @@ class Recorder:
     def artifact(self, artifact: Artifact) -> None:
         """Record a sample; its id is set here."""
         self._enqueue(self._add_artifact, sanitize_message(artifact))
+
+    def rewind(self, step: int, newest: int) -> None:
+        """The training is taken back to the end of `step`; `newest` is the last recorded step."""
+        self.repeating_until = newest
+        self._differences = 0
+        self._enqueue(self._rewound, step)
 
     def new_table(
         self,
@@ -417,6 +438,28 @@ class Recorder:
                 self._first_nonfinite = event
         if self._engine is not None:
             self._add_findings(self._engine.step(record))
+
+    def _rewound(self, step: int) -> None:
+        self._status = msgspec.structs.replace(self._status, step=step)
+        self.throughput.restart_window()
+
+    def _repeat_step(self, record: StepRecord) -> None:
+        """A step was made again: it must be the same. Nothing is recorded."""
+        self._status = msgspec.structs.replace(self._status, step=record.step)
+        for table, values in rounded_for_storage(record).rows:
+            if self._info.tables[table].name != schema.STEP or self._differences:
+                continue
+            steps, recorded = self.history.tables[table].tail(REPEATED_ROWS)
+            row = int(np.searchsorted(steps, record.step))
+            if row < len(steps) and steps[row] == record.step:
+                loss, again = recorded[row, 0], values[0]
+                if not (loss == again or (np.isnan(loss) and np.isnan(again))):
+                    self._differences += 1
+                    text = (
+                        f"step {record.step:,} differs now that it was made again: its loss was "
+                        f"{loss:.7g} and is {again:.7g}, so this training is not deterministic"
+                    )
+                    self._add_notice("state", text, "warning", record.step)
 
     def _add_skip(self, record: SkipRecord) -> None:
         self._send_info()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
 FLUSH_S = 5.0
 KEY = "tui_trainer"
@@ -216,6 +217,10 @@ class ChildTraining:
     def edits(self) -> LiveEdits | None:
         return None
 
+    @property
+    def travel(self) -> TimeTravel | None:
+        return None
+
     def show_waiting_for(self, what: str) -> None:
         """Does nothing: viewers show rank 0's."""
 
@@ -228,7 +233,7 @@ class ChildTraining:
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Does nothing, either."""
 
-    def edit_with(self, edits: LiveEdits) -> None:
+    def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
         """Does nothing: settings are changed in a run of one process only."""
 
     def at_end(self, call: Callable[[], None]) -> None:

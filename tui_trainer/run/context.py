@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.trace.tracer import Tracer
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
 
 class RunContext(Protocol):
@@ -36,6 +37,10 @@ class RunContext(Protocol):
     def edits(self) -> LiveEdits | None:
         """What changes the settings of the training; None before it begins."""
 
+    @property
+    def travel(self) -> TimeTravel | None:
+        """What goes back in it; the same."""
+
     def show_waiting_for(self, what: str) -> None:
         """Show what the run is doing while it makes no steps; "" once it does."""
 
@@ -48,8 +53,8 @@ class RunContext(Protocol):
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Set the texts of the model's tokens and the names of its classes, for inspections."""
 
-    def edit_with(self, edits: LiveEdits) -> None:
-        """Set what changes the settings of the training."""
+    def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
+        """Set what changes the settings of the training, and what goes back in it."""
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Call this on the training thread once the training has ended."""
@@ -65,6 +70,7 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
     options = Options(
         budget=run.spec.budget,
@@ -76,6 +82,8 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
     run.inspect_with(Inspector(tracer))
-    run.edit_with(LiveEdits(tracer, run.gate, run.recorder))
+    edits = LiveEdits(tracer, run.gate, run.recorder)
+    memory = run.spec.snapshots
+    run.edit_with(edits, TimeTravel(tracer, run.gate, run.recorder, edits, memory))
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

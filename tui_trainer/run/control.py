@@ -12,11 +12,13 @@ from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.protocol.messages import (
     Action,
     AddBreakpoint,
+    Back,
     Breakpoint,
     ChangeBreakpoint,
     ChangeSettings,
     Checkpoint,
     DeleteBreakpoint,
+    KeepSnapshots,
     Mark,
     NoticeKind,
     Pause,
@@ -37,13 +39,14 @@ from tui_trainer.trace.gate import Gate, Refusal
 
 if TYPE_CHECKING:
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
 MAX_STEPS = 10**12
 MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
 LOGGED = (Mark, ChangeSettings, UndoSettings)
 """Commands that add a notice of their own."""
-MOVES = (Resume, Step, StepPhase, RunToEpochEnd)
+MOVES = (Resume, Step, StepPhase, RunToEpochEnd, Back)
 """After these the run is no longer paused at the breakpoint where it was."""
 
 
@@ -80,11 +83,13 @@ class CommandHandler:
         controls: RankControl | None = None,
         breakpoints: RunBreakpoints | None = None,
         edits: Callable[[], LiveEdits] | None = None,
+        travel: Callable[[], TimeTravel] | None = None,
     ) -> None:
         """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
         `controls`: those of all processes of the run. `edits()` raises Refusal where no setting can
-        be changed."""
+        be changed, `travel()` where there is no way back."""
         self._edits = edits
+        self._travel = travel
         self._breakpoints = breakpoints
         self._gate = gate
         self._controls: Gate | RankControl = controls or gate
@@ -204,6 +209,10 @@ class CommandHandler:
                 return mark
             case ChangeSettings(changes=changes):
                 return self._live_edits().change(changes, viewer.name)
+            case Back(step=step):
+                return self._time_travel().back(step)
+            case KeepSnapshots(bytes=budget):
+                return self._time_travel().keep(budget)
             case UndoSettings():
                 return self._live_edits().undo(viewer.name)
             case AddBreakpoint() | ChangeBreakpoint() | DeleteBreakpoint():
@@ -213,6 +222,11 @@ class CommandHandler:
         if self._edits is None:
             raise Refusal("this run has no settings that can be changed")
         return self._edits()
+
+    def _time_travel(self) -> TimeTravel:
+        if self._travel is None:
+            raise Refusal("there is no way back in this run")
+        return self._travel()
 
     def _change_breakpoints(
         self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint

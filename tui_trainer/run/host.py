@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
 
 MAX_STORE_PROBLEMS = 20
@@ -105,8 +106,10 @@ class Host:
             self.controls,
             self.breakpoints,
             self._live_edits,
+            self._time_travel,
         )
         self.edits: LiveEdits | None = None
+        self.travel: TimeTravel | None = None
         self.inspections = Inspections(self.gate)
         self.server = Server(spec.name, self.recorder, control, self._serve_rank, self.inspections)
         self._saver: CheckpointSaver | None = None
@@ -265,8 +268,8 @@ class Host:
             self.inspections.inspector.tokens = tokens
             self.inspections.inspector.classes = classes
 
-    def edit_with(self, edits: LiveEdits) -> None:
-        self.edits = edits
+    def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
+        self.edits, self.travel = edits, travel
         self.inspections.edits = edits
 
     def at_end(self, call: Callable[[], None]) -> None:
@@ -295,15 +298,25 @@ class Host:
 
     def _live_edits(self) -> LiveEdits:
         """Raises Refusal where nothing can be changed."""
-        processes = 1 + sum(not peer.child for peer in self.ranks.peers)
-        if processes > 1:
-            raise Refusal(
-                f"this run trains in {processes} processes, and each has settings of its own",
-                "settings can be changed in a run of one process",
-            )
+        self._require_one_process()
         if self.edits is None:
             raise Refusal("the training has not begun yet")
         return self.edits
+
+    def _time_travel(self) -> TimeTravel:
+        """Raises Refusal where there is no way back."""
+        self._require_one_process()
+        if self.travel is None:
+            raise Refusal("the training has not begun yet")
+        return self.travel
+
+    def _require_one_process(self) -> None:
+        processes = 1 + sum(not peer.child for peer in self.ranks.peers)
+        if processes > 1:
+            raise Refusal(
+                f"this run trains in {processes} processes, and each has a state of its own",
+                "settings can be changed, and steps gone back, in a run of one process",
+            )
 
     def _save_on_request(self) -> None:
         if self._saver is None:

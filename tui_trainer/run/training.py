@@ -6,7 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import device_info, with_torch_versions
 from tui_trainer.run.outcome import STOPPED, Outcome
+from tui_trainer.runs.checkpoints import checkpoint_path, checkpoint_steps
 from tui_trainer.tasks.definition import Evaluation, TaskDefinition, Training, build, find_task
 from tui_trainer.trace.gate import Gate, StopTraining
 
@@ -53,9 +55,8 @@ def train_task(run: RunContext) -> Outcome:
         training = build(definition, config)
         _describe(run, training, torch.get_num_threads())
         run.name_outputs(training.tokens, training.classes)
-        if run.edits is not None:
-            run.edits.task = editable(training)
-        saver, evaluations = _schedule_between_steps(run, training)
+        let_be_changed(run, training)
+        saver, evaluations = schedule_between_steps(run, training)
         if checkpoint is None:
             with tracer.suspended():
                 evaluations.before_first_step()
@@ -66,7 +67,7 @@ def train_task(run: RunContext) -> Outcome:
         run.show_waiting_for("")
         outcome = Outcome("finished")
         try:
-            training.loop()
+            train_loop(run, training)
         except StopTraining:  # the gate has already written a checkpoint if one was requested
             outcome = STOPPED
     finally:
@@ -100,6 +101,57 @@ def _find_definition(name: str) -> TaskDefinition:
         raise ConfigurationError(f"there is no task {name!r}", did_you_mean(name, known)) from None
 
 
+def train_loop(run: RunContext, training: Training) -> None:
+    """Train to the end, and go back on the way as often as a user wants to. Raises StopTraining."""
+    from tui_trainer.travel.time_travel import GoingBack
+
+    travel, target = run.travel, None
+    if travel is not None:
+        travel.start()
+    while True:
+        try:
+            if travel is not None and target is not None:
+                travel.go(target)
+            return training.loop()
+        except GoingBack as back:
+            target = back.step
+
+
+def let_be_changed(run: RunContext, training: Training) -> None:
+    """Let a user change the settings of the task, and go back in it."""
+    if run.edits is not None and run.travel is not None:
+        run.edits.task = editable(training)
+        run.travel.task = training
+        run.travel.checkpoints = OwnCheckpoints(Path(run.spec.directory), training)
+
+
+class OwnCheckpoints:
+    """The checkpoints that this run has written, to go back to."""
+
+    def __init__(self, directory: Path, training: Training) -> None:
+        self._directory = directory
+        self._training = training
+
+    def steps(self) -> Sequence[int]:
+        return checkpoint_steps(self._directory)
+
+    def load(self, step: int) -> LoadedCheckpoint:
+        """Raises ConfigurationError."""
+        from tui_trainer.run.checkpoints import load_checkpoint
+
+        return load_checkpoint(checkpoint_path(self._directory, step))
+
+    def restore(self, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
+        """Returns the state of the changes of settings. Raises ConfigurationError."""
+        from tui_trainer.run.checkpoints import restore
+        from tui_trainer.trace.random_state import restore_random_state
+
+        restore(checkpoint, self._training.model, self._training.stateful)
+        restore_random_state(checkpoint.random)
+        state: dict[str, Any] = checkpoint.states[EDITS]
+        return state
+
+
 def editable(training: Training) -> EditableTask | None:
     """What a user may change of the task's own parts."""
     from tui_trainer.travel.edits import EditableTask
@@ -121,9 +173,10 @@ def _describe(run: RunContext, training: Training, threads: int) -> None:
     )
 
 
-def _schedule_between_steps(
+def schedule_between_steps(
     run: RunContext, training: Training
 ) -> tuple[CheckpointSaver, Evaluations]:
+    """Have the evaluations of the task, and checkpoints, made between its steps."""
     from tui_trainer.run.checkpoints import CheckpointSaver
 
     def contents() -> tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]:
@@ -133,10 +186,20 @@ def _schedule_between_steps(
     saver = CheckpointSaver(run.spec, run.recorder, contents)
     evaluations = Evaluations(training.evaluations, run.recorder, run.gate, saver.save_if_best)
     # Evaluations first: the checkpoint of the best weights then serves the cadence as well.
-    run.gate.call_every(evaluations.cadences, evaluations.after_step)
-    run.gate.call_every(saver.cadences, saver.after_step)
+    run.gate.call_every(evaluations.cadences, _once(run, evaluations.after_step))
+    run.gate.call_every(saver.cadences, _once(run, saver.after_step))
     run.save_with(saver)
     return saver, evaluations
+
+
+def _once(run: RunContext, work: Callable[[int], None]) -> Callable[[int], None]:
+    """`work`, but not after steps that are made again."""
+
+    def after_step(step: int) -> None:
+        if step > run.recorder.repeating_until:
+            work(step)
+
+    return after_step
 
 
 def _checkpoint_to_resume(spec: RunSpec) -> LoadedCheckpoint | None:

@@ -44,6 +44,13 @@ class GradScaler(torch.amp.GradScaler):
         super().update(new_scale)
         self._stepping = False
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's, also in the middle of a step, of which nothing is left then."""
+        super().load_state_dict(state_dict)
+        self._stepping = False
+        if self.is_enabled():
+            self._per_optimizer_states.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """The state as it is after the update of the step that is being made."""
         found = self._found_infinite() if self._stepping else []

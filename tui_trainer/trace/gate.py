@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from tui_trainer.breakpoints.breakpoints import Breakpoints
@@ -24,6 +25,8 @@ from tui_trainer.protocol.errors import UserError
 Mode = Literal["running", "paused", "stopping", "ended"]
 Place = tuple[int, int]
 SHARED_FIELDS = 4
+MAX_PAUSE_OF_WORK = 10**15
+"""Steps until work that has failed is called again: none."""
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
@@ -128,6 +131,8 @@ class Gate:
         self.break_phases: frozenset[Phase] = frozenset()
         """The phases at whose end breakpoints are evaluated."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
+        self._due: dict[Callable[[int], int], int] = {}
+        """Work → the step after which it is due."""
         self._next_scheduled: float = math.inf
         self._condition = threading.Condition()
         self._requests: deque[_Request] = deque()
@@ -342,6 +347,29 @@ class Gate:
             self._scheduled.append((wanted, work))
             self._next_scheduled = min(self._next_scheduled, next_multiple(wanted, self.completed))
 
+    def call_when_due(self, work: Callable[[int], int]) -> None:
+        """Like `after_step`, but after the steps that `work` chooses: it returns the next one. The
+        first is the next step that is made."""
+        self.due_after(work, self.completed + 1)
+
+    def due_after(self, work: Callable[[int], int], step: int) -> None:
+        """Call `work` after this step."""
+        self._due[work] = step
+        self._next_scheduled = min(self._next_scheduled, step)
+
+    def rewind(self, step: int) -> None:
+        """The training is taken to the end of step `step`, by the thread that trains. It is not
+        paused then, and steps and phases that it was to pause after are forgotten."""
+        with self._condition:
+            self.completed, self.step_in_progress = step, step + 1
+            self.phase, self.place = "step", (step, 0)
+            self._waiting = self._pausing = False
+            self._boundaries_left, self._target, self._hold = 0, None, None
+            self._due = dict.fromkeys(self._due, step + 1)
+            self._plan_work(step)
+            self._rearm()
+        self._call_hook(self.hooks.changed)
+
     def has_work_after(self, step: int) -> bool:
         """Whether any work is due after this step."""
         return step >= self._next_scheduled or bool(self.after_step)
@@ -403,7 +431,19 @@ class Gate:
         for cadences, work in self._scheduled:
             if any(step % every == 0 for every in cadences):
                 self._work("after a step", work, step)
-        self._next_scheduled = min(next_multiple(cadences, step) for cadences, _ in self._scheduled)
+        for due, when in tuple(self._due.items()):
+            if step >= when:
+                self._work("after a step", partial(self._call_due, due), step)
+        self._plan_work(step)
+
+    def _call_due(self, work: Callable[[int], int], step: int) -> None:
+        self._due[work] = step + MAX_PAUSE_OF_WORK  # also where it fails
+        self._due[work] = max(step + 1, work(step))
+
+    def _plan_work(self, step: int) -> None:
+        """Find the next step after which any work is due."""
+        cadences = [next_multiple(cadences, step) for cadences, _ in self._scheduled]
+        self._next_scheduled = min([*cadences, *self._due.values()], default=math.inf)
 
     def _work(self, name: str, work: Callable[[int], object], step: int) -> None:
         with self.hooks.work_context():

@@ -451,6 +451,16 @@ class Phases:
         self._data_due = True
         return step_ms, _step_times(self._clock.take(), step_ms, own, shared, clipped)
 
+    def rewind(self, step: int) -> None:
+        """The training was taken elsewhere: step `step` comes next, from its beginning."""
+        self.close_all()
+        self.discard_iteration()
+        self.step = step
+        self.closure = self._evaluating = self._zero_grad_due = False
+        self._clips = []
+        self._last_end = 0.0
+        self.resume_clock()
+
     def next_step(self) -> None:
         """Pass the boundary of the completed step and begin the next."""
         self._gap = DATA

@@ -249,6 +249,23 @@ class Tracer:
         except Exception as fault:
             self.faults.report("register", fault)
 
+    def rewind(self, step: int) -> None:
+        """The training was taken to the end of step `step`: what is open belongs to no step."""
+        self.flush()
+        try:
+            self._end_sampling()
+            self._phases.rewind(step + 1)
+            self._pass = self._last_pass = self._stepping = self._evaluated = None
+            self._clipping = []
+            self._inner_steps = self._outer_step = 0
+            self._scaling = GradScaling()
+            for measurer in self.registry.measurers:
+                measurer.lose()
+                measurer.marks.forget()
+            self.faults.given_up = False
+        except Exception as fault:
+            self.faults.report("going back", fault)
+
     def flush(self) -> None:
         """Record every completed step, waiting for its values if necessary."""
         try:

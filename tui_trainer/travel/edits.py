@@ -66,20 +66,22 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Undoable:
+    """A change that can be undone."""
+
+    text: str
+    undo: Undo
+
+
+@dataclass(frozen=True)
 class Entry:
     """A change that was made at the end of step `step`; None: the latest one was undone."""
 
     step: int
     changes: tuple[SettingChange, ...] | None
     who: str = ""
-
-
-@dataclass(frozen=True)
-class Undoable:
-    """A change that can be undone."""
-
-    text: str
-    undo: Undo
+    undoable: Undoable | None = None
+    """How to undo it."""
 
 
 @dataclass
@@ -101,19 +103,25 @@ class LiveEdits:
         """None for a script."""
         self.state = EditState()
         self._rates = LearningRates(tracer, gate, recorder)
-        self.changed: Callable[[], None] | None = None
-        """Called on the training thread after each change."""
+        self.check: Callable[[], None] | None = None
+        """Raises Refusal where no setting may be changed now."""
+        self._edited_before = False
+        """Whether the run that this one continues was changed."""
 
     # ------------------------------------------------------------ any thread
 
     def change(self, changes: Sequence[SettingChange], who: str = "") -> str:
         """Make changes at the end of the current step; returns a text about it. Raises Refusal."""
+        if self.check is not None:
+            self.check()
         for change in changes:
             self.plan(change)
         return self._at_boundary(lambda: self.apply(Entry(0, tuple(changes), who)))
 
     def undo(self, who: str = "") -> str:
         """Undo the latest change. Raises Refusal."""
+        if self.check is not None:
+            self.check()
         if not self.state.undoable:
             raise Refusal("no change of a setting is left to undo")
         return self._at_boundary(lambda: self.apply(Entry(0, None, who)))
@@ -143,6 +151,9 @@ class LiveEdits:
         """Make a change, or undo one, at the end of the step that is completed. Raises Refusal, and
         then nothing has changed. `silent`: it is made again, and was recorded the first time."""
         step = self._gate.completed
+        if self.check is not None and not silent:
+            self.check()
+        made = None
         if entry.changes is None:
             if not self.state.undoable:
                 raise Refusal("no change of a setting is left to undo")
@@ -150,15 +161,14 @@ class LiveEdits:
             last.undo()
             text = f"undone: {last.text}"
         else:
-            text = self._apply_all(entry.changes)
-        self.state.log.append(Entry(step, entry.changes, entry.who))
+            made = self._apply_all(entry.changes)
+            text = made.text
+        self.state.log.append(Entry(step, entry.changes, entry.who, made))
         if not silent:
             self._recorder.notice("edit", text, step=step, who=entry.who)
-        if self.changed is not None:
-            self.changed()
         return f"{text}, from step {step + 1:,} on"
 
-    def _apply_all(self, changes: Sequence[SettingChange]) -> str:
+    def _apply_all(self, changes: Sequence[SettingChange]) -> Undoable:
         done: list[Undo] = []
         texts = []
         try:
@@ -169,9 +179,9 @@ class LiveEdits:
         except BaseException:
             _undo_all(done)
             raise
-        text = "; ".join(texts)
-        self.state.undoable.append(Undoable(text, lambda: _undo_all(done)))
-        return text
+        made = Undoable("; ".join(texts), lambda: _undo_all(done))
+        self.state.undoable.append(made)
+        return made
 
     def plan(self, change: SettingChange) -> Plan:
         """Raises Refusal where the change is not possible. Reads only."""
@@ -430,7 +440,8 @@ class LiveEdits:
         if self.task is not None:
             state["schedule"] = self.task.schedule.state_dict()
             state["data"] = [self.task.batches.batch_size, self.task.batches.seed]
-        state["edited"] = bool(self.state.log)
+        state["edited"] = self._edited_before or bool(self.state.log)
+        state["edits"] = len(self.state.log)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -438,7 +449,7 @@ class LiveEdits:
         if not state.get("edited"):
             return
         self._load(state)
-        self.state = EditState([Entry(self._gate.completed, ())])
+        self._edited_before = True
 
     def _load(self, state: dict[str, Any]) -> None:
         self._tracer.clip_limits.clear()
@@ -457,6 +468,17 @@ class LiveEdits:
         """The state in memory, to be handed to `restore`."""
         state = EditState(list(self.state.log), list(self.state.undoable))
         return self.state_dict(), state, self._rates.snapshot()
+
+    def restore_saved(self, state: dict[str, Any], way: Sequence[Entry]) -> None:
+        """Be as in a checkpoint of this same run; `way`: the changes that it has had."""
+        self._load(state)
+        self._rates.restore({})
+        self.state = EditState(list(way[: state["edits"]]))
+        for entry in self.state.log:
+            if entry.undoable is not None:
+                self.state.undoable.append(entry.undoable)
+            elif self.state.undoable:
+                self.state.undoable.pop()
 
     def restore(self, snapshot: tuple[dict[str, Any], EditState, Any]) -> None:
         data, state, rates = snapshot

@@ -1,0 +1,114 @@
+"""Going back arrives where the training has been, to the last bit, and goes on from there."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.travel.support import Run, same, tiny, weights
+from tui_trainer.trace.gate import Refusal
+from tui_trainer.travel.state import TrainingParts, TrainingState
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [("gpt", {}), ("vit", {}), ("gpt", {"dtype": "fp16", "optimizer": "sgd"})],
+)
+def test_going_back_is_having_been_there(task, options, tmp_path):
+    with Run(tiny(task, **options), tmp_path, every=3) as run:
+        seen = {step: run.to(step) for step in range(1, 9)}
+        losses = run.losses
+        assert same(seen[7], run.back())
+        assert same(seen[6], run.back())
+        assert same(seen[2], run.back(2))
+        assert same(seen[3], run.to(3))
+        assert same(seen[5], run.back(5)), "forward again, to a step that was seen"
+        assert same(seen[8], run.to(8))
+        assert run.losses == losses, "nothing is recorded twice"
+        run.to(10)
+    whole = tiny(task, **options)
+    whole.total_steps = 10
+    with Run(tiny(task, **options), tmp_path, memory=0) as plain:
+        end = plain.to(10)
+        assert plain.losses == run.losses
+    assert same(end["weights"], weights(run.training.model))
+    assert not [line for line in run.log if "differs" in line or "Error" in line]
+
+
+def test_changes_of_settings_are_made_again_at_their_steps(tmp_path):
+    with Run(tiny(), tmp_path, every=4) as run:
+        seen = {step: run.to(step) for step in range(1, 3)}
+        run.change("lr=3e-3 freeze=blocks.0.*norm* batch_size=6")
+        seen[2] = run.at(2)
+        seen |= {step: run.to(step) for step in range(3, 6)}
+        run.edits.undo()
+        run.change("clip=0.01 beta1=0.5")
+        seen[5] = run.at(5)
+        seen |= {step: run.to(step) for step in range(6, 9)}
+        for step in (7, 5, 4, 2, 1, 3, 6, 8):
+            assert same(seen[step], run.back(step)), step
+        run.back(4)
+        with pytest.raises(Refusal, match="step 4 is in the past of this run") as refused:
+            run.change("lr=1")
+        assert "branch" in refused.value.hint
+        assert same(seen[8], run.to(8))
+        run.change("lr=1e-4")
+        run.to(9)
+    assert not [line for line in run.log if "differs" in line or "Error" in line]
+
+
+def test_a_phase_within_an_earlier_step_can_be_looked_at(tmp_path):
+    with Run(tiny(), tmp_path) as run:
+        run.to(6)
+        seen = run.to(7)
+        run.back(5)
+        while run.gate.phase != "backward":
+            place = run.gate.place
+            run.gate.step_phase()
+            while run.gate.place == place or run.gate.mode != "paused":
+                pass
+        assert run.gate.step_in_progress == 6
+        assert run.travel.back() == "back to step 5"
+        run.at(5)
+        assert same(seen, run.to(7))
+
+
+def test_a_checkpoint_serves_where_no_snapshot_is_kept(tmp_path):
+    with Run(tiny(), tmp_path, memory=0) as run:
+        seen = {step: run.to(step) for step in range(1, 7)}
+        with pytest.raises(Refusal, match="no snapshot of an earlier step is kept"):
+            run.travel.back()
+        run.change("lr=3e-3")
+        run.gate.call_soon(lambda: run.saver.write(6)).result(60)
+        seen |= {step: run.to(step) for step in range(7, 10)}
+        for step in (8, 6, 9):
+            expected = seen[step] if step != 6 else run.back(6)
+            assert same(expected, run.back(step))
+        with pytest.raises(Refusal, match="nothing is kept from before step 6"):
+            run.travel.back(4)
+        with pytest.raises(Refusal, match="the run has not been at step 12 yet"):
+            run.travel.back(12)
+
+
+def test_snapshots_stay_within_their_memory_and_are_dense_near_the_present(tmp_path):
+    training = tiny(steps=60)
+    with Run(training, tmp_path) as run:
+        run.to(2)
+        size = TrainingState.take(
+            TrainingParts([training.model], [training.stateful["optimizer"]])
+        ).nbytes
+        run.travel.ring.budget_bytes = 8 * size
+        run.to(40)
+        steps = run.travel.ring.steps
+        assert run.travel.ring.nbytes <= 8 * size
+        assert steps[0] == 0
+        assert steps[-3:] == (38, 39, 40)
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert gaps == sorted(gaps, reverse=True)
+    announced = [line for line in run.log if line.startswith("snapshots take at most")]
+    assert len(announced) == 2, "of weights, and of weights with the optimizer's state"
+    with Run(tiny(), tmp_path, memory=1000) as small:
+        small.to(2)
+        assert small.travel.ring.steps == ()
+    assert any("two do not fit in" in line for line in small.log)

@@ -1,0 +1,180 @@
+"""Copies of the state of a training in host memory, and how they are put back.
+
+What is copied: parameters and buffers of the models, all that the optimizers hold, schedulers,
+scalers and whatever else has a `state_dict`, and the random generators. Tensors are put back into
+the ones that exist, so that what refers to them (a compiled step, a fused optimizer) stays valid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from tui_trainer.trace.random_state import random_state, restore_random_state
+from tui_trainer.trace.torch_private import local
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(eq=False)
+class TrainingParts:
+    """The objects that make up a training."""
+
+    models: Sequence[torch.nn.Module]
+    optimizers: Sequence[Optimizer]
+    others: Sequence[Stateful] = ()
+    """Schedulers, scalers, batches."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Parameters and buffers, each once; also buffers that no `state_dict` has."""
+        seen: set[int] = set()
+        for model in self.models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
+    def nbytes(self) -> int:
+        """The size of a copy, without making it."""
+        own = sum(_nbytes(tensor) for tensor in self.tensors())
+        return own + sum(_nbytes(each) for each in self._optimizer_states())
+
+    def _optimizer_states(self) -> Iterator[Any]:
+        for optimizer in self.optimizers:
+            yield from optimizer.state.values()
+
+
+@dataclass(eq=False)
+class TrainingState:
+    """A copy of the state of a training."""
+
+    parts: TrainingParts
+    tensors: list[torch.Tensor]
+    optimizers: list[tuple[list[dict[str, Any]], list[Any]]]
+    """Of each optimizer the settings of its groups, and the state of each of its parameters."""
+    others: list[dict[str, Any]]
+    random: dict[str, Any]
+    nbytes: int = field(default=0)
+
+    @classmethod
+    def take(cls, parts: TrainingParts) -> TrainingState:
+        """Copy the present state to the host."""
+        with torch.no_grad():
+            state = cls(
+                parts,
+                [_copied(tensor) for tensor in parts.tensors()],
+                [_optimizer_state(optimizer) for optimizer in parts.optimizers],
+                [_copied(copy.copy(each.state_dict())) for each in parts.others],
+                random_state(),
+            )
+        state.nbytes = _nbytes([state.tensors, state.optimizers])
+        return state
+
+    def restore(self) -> None:
+        """Put it back. Gradients are dropped, as before the first backward of a step."""
+        parts = self.parts
+        with torch.no_grad():
+            for tensor, saved in zip(parts.tensors(), self.tensors, strict=True):
+                local(tensor).copy_(saved)
+                tensor.grad = None
+            for optimizer, (groups, states) in zip(parts.optimizers, self.optimizers, strict=True):
+                _restore_optimizer(optimizer, groups, states)
+        for each, saved_dict in zip(parts.others, self.others, strict=True):
+            each.load_state_dict(_copied(saved_dict))
+        restore_random_state(self.random)
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[Any]]:
+    groups = [
+        {key: _copied(value) for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    states = [
+        _copied(optimizer.state[p]) if p in optimizer.state else None
+        for p in _parameters(optimizer)
+    ]
+    return groups, states
+
+
+def _restore_optimizer(
+    optimizer: Optimizer, groups: list[dict[str, Any]], states: list[Any]
+) -> None:
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key in [key for key in group if key != "params" and key not in saved]:
+            del group[key]
+        for key, value in saved.items():
+            group[key] = _put_back(group.get(key), value, None)
+    for parameter, state in zip(_parameters(optimizer), states, strict=True):
+        if state is None:
+            optimizer.state.pop(parameter, None)
+        else:
+            present = optimizer.state.get(parameter)
+            optimizer.state[parameter] = _put_back(present, state, parameter)
+
+
+def _put_back(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
+    """A copy of what was saved: in the present tensor where one of the same kind is there."""
+    match saved:
+        case torch.Tensor():
+            if (
+                isinstance(present, torch.Tensor)
+                and local(present).shape == saved.shape
+                and present.dtype == saved.dtype
+            ):
+                local(present).copy_(saved)
+                return present
+            # Counts of steps (0-d) stay on the host, where the optimizers keep them.
+            if parameter is not None and saved.dim():
+                return saved.to(parameter.device, copy=True)
+            return saved.clone()
+        case dict():
+            held = present if isinstance(present, dict) else {}
+            return {k: _put_back(held.get(k), v, parameter) for k, v in saved.items()}
+        case list() | tuple():
+            same = isinstance(present, (list, tuple)) and len(present) == len(saved)
+            old = present if same else [None] * len(saved)
+            parts = [_put_back(o, v, parameter) for o, v in zip(old, saved, strict=True)]
+            return parts if isinstance(saved, list) else tuple(parts)
+        case _:
+            return copy.deepcopy(saved)
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the host that shares nothing with `value`."""
+    match value:
+        case torch.Tensor():
+            return local(value.detach()).to("cpu", copy=True)
+        case dict():
+            return {key: _copied(part) for key, part in value.items()}
+        case list():
+            return [_copied(part) for part in value]
+        case tuple() if type(value) is tuple:
+            return tuple(_copied(part) for part in value)
+        case _:
+            return copy.deepcopy(value)
+
+
+def _nbytes(value: Any) -> int:
+    match value:
+        case torch.Tensor():
+            held = local(value)
+            return held.numel() * held.element_size()
+        case dict():
+            return sum(_nbytes(part) for part in value.values())
+        case list() | tuple():
+            return sum(_nbytes(part) for part in value)
+        case _:
+            return 0

@@ -1,0 +1,344 @@
+"""Going back in a training: to a snapshot, and from there on again to the wanted step.
+
+A shipped task is taken back exactly: its loop is left, its state and its position in the data
+become those of the nearest snapshot (or checkpoint) at or before the wanted step, and the steps
+between are made again, with the changes of settings that were made at them. They are not recorded
+twice.
+
+A script's own variables cannot be taken back. Weights, optimizers, schedulers, scalers and random
+generators become those of the snapshot, and the script goes on where it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psutil
+from torch.amp.grad_scaler import GradScaler
+
+from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.tasks.definition import Training
+from tui_trainer.trace.gate import Gate, Refusal
+from tui_trainer.trace.optimizers import Optimizer
+from tui_trainer.trace.script_frames import objects_of_script
+from tui_trainer.trace.tracer import Tracer
+from tui_trainer.travel.edits import Entry, LiveEdits
+from tui_trainer.travel.schedules import schedulers_of
+from tui_trainer.travel.snapshots import Snapshot, SnapshotRing, interval
+from tui_trainer.travel.state import Stateful, TrainingParts, TrainingState
+
+NEVER = 10**15
+SCRIPT_STATE = (
+    "weights, optimizers, schedulers, scalers and random generators; the script's own data order "
+    "and counters go on"
+)
+NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
+HOW_TO_KEEP = (
+    "tui-trainer back RUN --keep 1GB keeps them from here on; --snapshots 1GB from the start"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where to go."""
+
+    wanted: int
+    nearest: int
+    """The nearest step at or before it of which the state is kept."""
+    saved: Any = None
+    """A checkpoint of it, where no snapshot is kept."""
+
+
+class GoingBack(KeyboardInterrupt):
+    """Raised on the training thread to leave the loop of a task, which then begins at another step.
+
+    A `KeyboardInterrupt`, as `StopTraining`: nothing that handles exceptions takes it for a fault.
+    """
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(f"going to step {step.wanted}")
+        self.step = step
+
+
+class SavedStates(Protocol):
+    """The checkpoints of the run on disk."""
+
+    def steps(self) -> Sequence[int]: ...
+
+    def load(self, step: int) -> Any:
+        """Raises ConfigurationError."""
+
+    def restore(self, checkpoint: Any) -> dict[str, Any]:
+        """Load model, optimizer, data and generators; returns the state of the changes of
+        settings."""
+
+
+class TimeTravel:
+    """Keeps snapshots of one training, and goes back to them."""
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        gate: Gate,
+        recorder: Recorder,
+        edits: LiveEdits,
+        budget_bytes: int = 0,
+    ) -> None:
+        self._tracer = tracer
+        self._gate = gate
+        self._recorder = recorder
+        self._edits = edits
+        self.ring = SnapshotRing(budget_bytes)
+        self.task: Training | None = None
+        """None for a script."""
+        self.checkpoints: SavedStates | None = None
+        self.every: int | None = None
+        """Steps between snapshots; None: as many as keep their cost small."""
+        self._copy_s = 0.0
+        self._last = 0.0
+        self._last_step = 0
+        self._announced = 0
+        """Bytes of a snapshot that were announced."""
+        self._way: list[Entry] = []
+        """All changes of settings up to the newest step."""
+        self._target: int | None = None
+        """Where steps are being made again to."""
+        self._break_phases: Any = None
+        gate.call_when_due(self._after_step)
+        edits.check = self._check_edit
+
+    # ------------------------------------------------------------ any thread
+
+    @property
+    def newest(self) -> int:
+        """The newest step of this training."""
+        return max(self._gate.completed, self._recorder.repeating_until)
+
+    @property
+    def in_the_past(self) -> bool:
+        """Whether newer steps than the present one are recorded."""
+        return self._gate.completed < self._recorder.repeating_until
+
+    def keep(self, budget_bytes: int) -> str:
+        """Keep snapshots within so much memory, from here on; 0: none. Raises Refusal."""
+        available = psutil.virtual_memory().available
+        if budget_bytes > available:
+            raise Refusal(
+                f"{bytes_(budget_bytes, 0)} is more than the {bytes_(available, 0)} that are free",
+                "give less memory",
+            )
+        self.ring.budget_bytes = budget_bytes
+        self._announced = 0
+        if not budget_bytes:
+            self.ring = SnapshotRing(0)
+            return "no more snapshots are kept"
+        self._gate.call_soon(lambda: self._take(self._gate.completed))
+        return f"snapshots are kept in at most {bytes_(budget_bytes, 0)}"
+
+    def back(self, step: int | None = None) -> str:
+        """Go to the end of `step`, by default one step back, and pause there; returns a text about
+        it. Raises Refusal."""
+        gate = self._gate
+        if step is None:
+            within = gate.mode == "paused" and gate.phase not in ("", "step")
+            step = gate.completed if within else gate.completed - 1
+        if step < 0:
+            raise Refusal("there is no step before the first one")
+        if step > self.newest:
+            raise Refusal(
+                f"the run has not been at step {step:,} yet",
+                f"its newest step is {self.newest:,}; tui-trainer step RUN goes on",
+            )
+        if self.task is None:
+            return self._back_in_script(step)
+        nearest = self._nearest(step)
+        if nearest is None:
+            earliest = min([*self.ring.steps, *self._saved_steps()], default=None)
+            if earliest is None:
+                raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
+            raise Refusal(
+                f"nothing is kept from before step {earliest:,}",
+                f"the earliest step is {earliest:,}",
+            )
+        gate.call_soon(lambda: self._leave_loop(step), mid_step=True).add_done_callback(
+            lambda done: self._report_failure(done.exception())
+        )
+        again = step - nearest
+        return f"back to step {step:,}" + (
+            f": {counted(again, 'step')} from step {nearest:,} are made again" if again else ""
+        )
+
+    def _leave_loop(self, step: int) -> None:
+        """Raises GoingBack, or an exception where the state cannot be had any more."""
+        nearest = self._nearest(step)
+        if nearest is None:
+            raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
+        saved = None
+        if nearest not in self.ring.steps and self.checkpoints is not None:
+            saved = self.checkpoints.load(nearest)
+        raise GoingBack(Step(step, nearest, saved))
+
+    def _report_failure(self, error: BaseException | None) -> None:
+        if isinstance(error, UserError):
+            text = f"the run stays where it is: {error.message}"
+            self._recorder.notice("state", text, "error", self._gate.completed)
+        elif error is not None:
+            self._recorder.fault("going back", error)
+
+    def _saved_steps(self) -> Sequence[int]:
+        return self.checkpoints.steps() if self.checkpoints is not None else ()
+
+    def _nearest(self, step: int) -> int | None:
+        """The nearest step at or before `step` of which the state is kept."""
+        kept = [each for each in (*self.ring.steps, *self._saved_steps()) if each <= step]
+        return max(kept, default=None)
+
+    # ------------------------------------------------------------ keeping snapshots
+
+    def _after_step(self, step: int) -> int:
+        """On the training thread; returns the step after which to call it again."""
+        if not self.ring.budget_bytes:
+            return NEVER
+        now = time.perf_counter()
+        steps = step - self._last_step
+        step_s = (now - self._last) / steps if steps > 0 and self._last else 0.0
+        if step not in self.ring.steps:
+            self._take(step)
+        self._last, self._last_step = time.perf_counter(), step
+        return step + (self.every or interval(self._copy_s, step_s))
+
+    def start(self) -> None:
+        """Before the first step of a task."""
+        if self.ring.budget_bytes:
+            self._take(self._gate.completed)
+
+    def _take(self, step: int) -> None:
+        """Take a snapshot between two steps."""
+        began = time.perf_counter()
+        parts = self._parts()
+        if not self._announce(parts.nbytes()):
+            return
+        with self._recorder.excluded():
+            self.ring.add(Snapshot(step, TrainingState.take(parts), self._edits.snapshot()))
+        self._copy_s = time.perf_counter() - began
+        self._gate.due_after(self._after_step, step + (self.every or 1))
+
+    def _announce(self, size: int) -> bool:
+        """Say how much memory is going to be taken, also where that has grown: an optimizer
+        allocates its state at its first step. False where not even two snapshots fit."""
+        budget = self.ring.budget_bytes
+        if size <= self._announced:
+            return True
+        self._announced = size
+        each, most = bytes_(size, 0), bytes_(budget, 0)
+        if 2 * size > budget:
+            self.ring = SnapshotRing(0)
+            text = f"no snapshots are kept: one takes {each}, and two do not fit in {most}"
+            self._recorder.notice("state", text, "warning", self._gate.completed)
+            return False
+        text = f"snapshots take at most {most} of memory, {each} each"
+        self._recorder.notice("state", text, step=self._gate.completed)
+        return True
+
+    def _parts(self) -> TrainingParts:
+        if self.task is not None:
+            stateful = self.task.stateful.values()
+            optimizers = [each for each in stateful if isinstance(each, Optimizer)]
+            others = [each for each in stateful if not isinstance(each, Optimizer)]
+            return TrainingParts([self.task.model], optimizers, others)
+        optimizers = [optimizer for _, optimizer in self._tracer.registry.existing()]
+        schedulers = {id(s): s for optimizer in optimizers for s in schedulers_of(optimizer)}
+        found: list[Stateful] = [*schedulers.values(), *objects_of_script(GradScaler)]
+        return TrainingParts(list(self._tracer.roots), optimizers, found)
+
+    # ------------------------------------------------------------ a task
+
+    def go(self, to: Step) -> None:
+        """On the training thread, outside of the loop: be at the end of the wanted step, or run up
+        to it; the loop is to be called again."""
+        recorder, gate, target, nearest = self._recorder, self._gate, to.wanted, to.nearest
+        if not self.in_the_past:
+            self._way = list(self._edits.state.log)
+        newest = self.newest
+        self._tracer.rewind(nearest)
+        gate.rewind(nearest)
+        recorder.rewind(nearest, newest)
+        self._restore(to)
+        if self._after_repeated not in gate.after_step:
+            gate.after_step.append(self._after_repeated)
+        self._reapply(nearest)
+        self._target = target
+        if nearest < target:
+            if self._break_phases is None:
+                self._break_phases, gate.break_phases = gate.break_phases, frozenset()
+            recorder.set_status(waiting_for=f"making steps {nearest + 1:,} to {target:,} again")
+            gate.run_until(target)
+            return
+        self._arrived()
+        gate.pause()
+        if target:
+            gate.reached("step", target)
+
+    def _restore(self, to: Step) -> None:
+        snapshot = self.ring.before(to.nearest)
+        if to.saved is not None and self.checkpoints is not None:
+            self._edits.restore_saved(self.checkpoints.restore(to.saved), self._way)
+        else:
+            assert snapshot is not None
+            snapshot.state.restore()
+            self._edits.restore(snapshot.edits)
+        if self.task is not None:
+            self.task.model.zero_grad(set_to_none=True)
+
+    def _reapply(self, step: int) -> None:
+        """Make the changes of settings again that were made at the end of `step`."""
+        made = len(self._edits.state.log)
+        for entry in self._way[made:]:
+            if entry.step == step:
+                self._edits.apply(entry, silent=True)
+
+    def _after_repeated(self, step: int) -> None:
+        """On the training thread, after each step that is made again."""
+        if step > self._recorder.repeating_until:
+            self._gate.after_step.remove(self._after_repeated)
+            return
+        self._reapply(step)
+        if self._target is not None and step >= self._target:
+            self._arrived()
+
+    def _arrived(self) -> None:
+        self._target = None
+        self._recorder.set_status(waiting_for="")
+        if self._break_phases is not None:
+            self._gate.break_phases, self._break_phases = self._break_phases, None
+
+    def _check_edit(self) -> None:
+        """Raises Refusal where a change would make another training of the recorded one."""
+        if self.task is not None and self.in_the_past:
+            raise Refusal(
+                f"step {self._gate.completed:,} is in the past of this run, which has been at step "
+                f"{self.newest:,}",
+                "tui-trainer branch RUN makes a new run from here, with changes such as lr=3e-4",
+            )
+
+    # ------------------------------------------------------------ a script
+
+    def _back_in_script(self, step: int) -> str:
+        snapshot = self.ring.before(step)
+        if snapshot is None:
+            raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
+        self._gate.call_soon(lambda: self._restore_script(snapshot)).add_done_callback(
+            lambda done: self._report_failure(done.exception())
+        )
+        return f"to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
+
+    def _restore_script(self, snapshot: Snapshot) -> None:
+        snapshot.state.restore()
+        self._edits.restore(snapshot.edits)
+        text = f"back to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
+        self._recorder.notice("edit", text, step=self._gate.completed)
