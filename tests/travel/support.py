@@ -20,10 +20,12 @@ from tui_trainer.probes import PROBES
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Notice, Poll
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.run.checkpoints import load_checkpoint
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.training import (
     editable,
     let_be_changed,
+    restore_checkpoint,
     schedule_between_steps,
     train_loop,
 )
@@ -117,6 +119,15 @@ class Run:
         self.saver = schedule_between_steps(self, training)[0]
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._train)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from the newest checkpoint of the run in `folder`, as after a kill."""
+        checkpoint = load_checkpoint(folder)
+        self.gate.completed, self.gate.step_in_progress = checkpoint.step, checkpoint.step + 1
+        self.tracer.step = checkpoint.step + 1
+        self.tracer.register(self.training.model, [self.training.stateful["optimizer"]])
+        self.gate.due_after(self.travel._after_step, checkpoint.step + 1)
+        restore_checkpoint(self, checkpoint, self.training)
 
     def save_with(self, saver: object) -> None:
         pass

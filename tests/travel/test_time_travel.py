@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
+import torch
 
-from tests.travel.support import Run, same, tiny, weights
+from tests.travel.support import Edited, Run, same, tiny, weights
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.state import TrainingParts, TrainingState
+from tui_trainer.travel.time_travel import TimeTravel
 
 
 @pytest.mark.parametrize(
@@ -112,3 +115,87 @@ def test_snapshots_stay_within_their_memory_and_are_dense_near_the_present(tmp_p
         small.to(2)
         assert small.travel.ring.steps == ()
     assert any("two do not fit in" in line for line in small.log)
+
+
+def test_a_killed_run_is_resumed_and_gone_back_in(tmp_path):
+    with Run(tiny(), tmp_path) as run:
+        run.to(4)
+        run.change("lr=3e-3 weight_decay=0.3 freeze=norm* seed=3")
+        run.to(6)
+        run.gate.call_soon(lambda: run.saver.write(6)).result(60)
+        seen = {step: run.to(step) for step in range(7, 10)}
+    resumed = Run(tiny(), tmp_path / "other")
+    resumed.resume(tmp_path)
+    with resumed as run:
+        run.to(8)
+        again = run.to(9)
+        for step in (9, 7, 8):
+            found = again if step == 9 else run.back(step)
+            for part in ("weights", "states", "random"):
+                assert same(seen[step][part], found[part]), (step, part, run.log)
+        with pytest.raises(Refusal, match="nothing is kept from before step 6"):
+            run.travel.back(5)
+
+
+class Position:
+    """A script's own data."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def next(self):
+        self.drawn += 1
+        return torch.randn(8, 4)
+
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+
+def script(model, optimizer, scheduler, data, after=lambda step: None):
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        model(data.next()).square().mean().backward()
+        optimizer.step()
+        after(step)
+        scheduler.step()
+
+
+def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path):
+    parts = make()
+    data = Position()
+    travels = []
+
+    def keep(run):
+        travels.append(TimeTravel(run.tracer, run.gate, run.recorder, run.edits, 1 << 30))
+        travels[0]._take(4)
+
+    def back(run):
+        assert travels[0]._restore_script(travels[0].ring.before(4)) is None
+
+    run = Edited(lambda: script(*parts, data), {4: keep, 8: back})
+    assert data.drawn == 12
+    assert "own data order and counters go on" in run.notices[-1]
+    model, optimizer, scheduler = make()
+    saved = {}
+
+    def by_hand(step):
+        if step == 4:
+            saved["state"] = copy.deepcopy(
+                [model.state_dict(), optimizer.state_dict(), scheduler.state_dict()]
+            )
+            saved["random"] = torch.get_rng_state()
+        if step == 8:
+            for part, state in zip((model, optimizer, scheduler), saved["state"], strict=True):
+                part.load_state_dict(state)
+            torch.set_rng_state(saved["random"])
+
+    script(model, optimizer, scheduler, Position(), by_hand)
+    assert same(weights(parts[0]), weights(model))
+    assert same(parts[1].state_dict(), optimizer.state_dict())
+    assert same(parts[2].state_dict(), scheduler.state_dict())

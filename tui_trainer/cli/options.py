@@ -112,6 +112,14 @@ class RunOptions:
             validator=validators.Number(gte=0, lte=1),
         ),
     ] = None
+    snapshots: Annotated[
+        str | None,
+        _flag(
+            "keep snapshots of the training in so much memory, such as 1GB, to go back to any step",
+            RUNNING,
+            metavar="SIZE",
+        ),
+    ] = None
     watch_nonfinite: Annotated[
         bool,
         _flag(

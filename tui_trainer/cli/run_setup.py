@@ -13,7 +13,7 @@ from pathlib import Path
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
-from tui_trainer.config.errors import did_you_mean
+from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
@@ -24,6 +24,7 @@ from tui_trainer.config.run_spec import (
     write_spec,
 )
 from tui_trainer.config.run_state import read_state
+from tui_trainer.config.sizes import parse_size
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.boot_log import BOOT_LOG
@@ -141,6 +142,7 @@ def prepare(
             breakpoints=_breakpoints(options, branch),
             alerts=options.alert,
             keep_checkpoints=options.keep_checkpoints,
+            snapshots=_snapshot_bytes(options),
             resume=str(branch.checkpoint) if branch else None,
             parent=str(branch.run.directory) if branch else "",
             branch_step=branch.step if branch else None,
@@ -152,6 +154,14 @@ def prepare(
             "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
         ) from error
     return spec
+
+
+def _snapshot_bytes(options: RunOptions) -> int:
+    """Raises UsageError."""
+    try:
+        return parse_size(options.snapshots) if options.snapshots else 0
+    except ConfigurationError as error:
+        raise UsageError(f"--snapshots: {error.message}", error.hint) from error
 
 
 def _breakpoints(options: RunOptions, branch: Branch | None) -> tuple[Breakpoint, ...]:

@@ -199,6 +199,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     breakpoints: tuple[Breakpoint, ...] = ()
     stopped_at: BreakpointStop | None = None
     """Set while the run is paused at a breakpoint."""
+    ahead: int | None = None
+    """The newest step, where the run was taken back behind it."""
 
     @property
     def ended(self) -> bool:

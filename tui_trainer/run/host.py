@@ -353,6 +353,9 @@ class Host:
         }
         if (stop := self.breakpoints.stopped_at) is not None:
             changes["stopped_at"], changes["reason"] = stop, stop.reason
+        travel = self.travel
+        if travel is not None and travel.in_the_past:
+            changes["ahead"] = travel.newest
         if mode in ("stopping", "ended"):
             changes["state"] = "stopping"
         elif not gate.phase and (step := self.ranks.steps_of_children):

@@ -63,7 +63,7 @@ def train_task(run: RunContext) -> Outcome:
         else:
             # Built from the same seed, so these are the weights that the first run started with.
             tracer.register(training.model, _optimizers(training))
-            _resume(run, checkpoint, training)
+            restore_checkpoint(run, checkpoint, training)
         run.show_waiting_for("")
         outcome = Outcome("finished")
         try:
@@ -217,7 +217,8 @@ def _optimizers(training: Training) -> list[torch.optim.Optimizer]:
     return [part for part in parts if isinstance(part, torch.optim.Optimizer)]
 
 
-def _resume(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -> None:
+def restore_checkpoint(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -> None:
+    """Continue from where the checkpoint was written."""
     from tui_trainer.run.checkpoints import restore
     from tui_trainer.trace.random_state import restore_random_state
 

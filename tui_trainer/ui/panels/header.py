@@ -118,7 +118,8 @@ class HeaderLine(Panel):
         if status.state == "paused" and status.stopped_at is not None:
             return f"at {status.stopped_at.reason}"
         if status.state == "paused":
-            return f"after {status.phase}" if status.phase else status.reason
+            after = f"after {status.phase}" if status.phase else status.reason
+            return after if status.ahead is None else f"{after}, back from step {status.ahead:,}"
         if status.state == "starting":
             return status.waiting_for
         if status.run_to is not None and not status.ended:

@@ -42,6 +42,8 @@ CONTROL_BINDINGS = (
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("E", "settings", "Edit settings", key_display="E", show=False, id="run.settings",
             tooltip="Change the learning rate or another setting while it trains, or undo that"),
+    Binding("comma", "back", "One step back", key_display=",", show=False, id="run.back",
+            tooltip="Go back to the end of the step before, where snapshots are kept"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
@@ -51,7 +53,7 @@ CONTROL_BINDINGS = (
 )  # fmt: skip
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
-NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints", "settings")
+NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints", "settings", "back")
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
@@ -217,6 +219,9 @@ class ControlScreen(RunScreen):
         from tui_trainer.ui.screens.breakpoints import BreakpointsDialog
 
         self.app.push_screen(BreakpointsDialog())
+
+    def action_back(self) -> None:
+        self.context.command(messages.Back())
 
     def action_settings(self) -> None:
         """Show the settings of the training, and change them."""

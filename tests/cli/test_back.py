@@ -1,0 +1,59 @@
+"""A real run is taken back from another terminal, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.cli.calling import COMMAND, assert_refused, call
+from tests.runs.starting import until
+
+OPTIONS = """
+    --steps 12 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
+    --device cpu --eval-batches 1 --eval-every 3 --sample-every 1000 --snapshots 64MB
+"""
+
+
+def losses(directory: Path, cwd: Path) -> dict[int, float]:
+    lines = call("export", directory, "--format", "jsonl", cwd=cwd).stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = [(row["step"], row["loss"]) for row in rows if row.get("type") == "step"]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1))
+    return dict(found)
+
+
+def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
+    process = processes.Popen(
+        [*COMMAND, "gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split()],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until(lambda: call("step", "one", "7", cwd=tmp_path).returncode == 0, "the run steps")
+        recorded = losses(tmp_path / "runs" / "one", tmp_path)
+        done = call("back", "one", cwd=tmp_path)
+        assert done.returncode == 0, done
+        assert done.stdout.splitlines()[-1].startswith("one paused at step 6, loss "), done
+        there = json.loads(call("back", "one", "--to", "2", "--json", cwd=tmp_path).stdout)
+        assert (there["step"], there["state"]) == (2, "paused")
+        assert there["loss"] == pytest.approx(recorded[2], rel=1e-6)
+        assert_refused(call("set", "one", "lr=1", cwd=tmp_path), "step 2 is in the past", "branch")
+        assert_refused(call("back", "one", "--to", "9", cwd=tmp_path), "has not been at step 9 yet")
+        assert_refused(call("back", "one", "--keep", "much", cwd=tmp_path), "512MB", status=2)
+        call("resume", "one", cwd=tmp_path)
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    whole = losses(tmp_path / "runs" / "one", tmp_path)
+    assert len(whole) == 12
+    assert {step: whole[step] for step in recorded} == recorded
+    assert "differs" not in out + err
