@@ -213,11 +213,11 @@ class FakeSession:
                 added = messages.Breakpoint(number, condition)
                 self._status(breakpoints=(*status.breakpoints, added))
                 return f"breakpoint {number}: {condition}"
-            case messages.ChangeBreakpoint(number, enabled):
+            case messages.ChangeBreakpoint(number, enabled, ignore):
+                given = {"enabled": enabled, "ignore": ignore}
+                fields = {name: value for name, value in given.items() if value is not None}
                 changed = [
-                    msgspec.structs.replace(each, enabled=enabled)
-                    if each.number == number
-                    else each
+                    msgspec.structs.replace(each, **fields) if each.number == number else each
                     for each in status.breakpoints
                 ]
                 self._status(breakpoints=tuple(changed))

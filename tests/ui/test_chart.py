@@ -317,5 +317,10 @@ def test_a_loss_that_explodes_makes_the_axis_logarithmic_by_itself():
     assert chart.drawn_log
     assert not chart.log
     assert not chart.hidden
+    layers = [Band(PALETTE.loss, values.astype(np.float32), values.astype(np.float32))]
+    for log in (False, True, False):
+        chart.toggle_log()  # always to what is not drawn now
+        chart.rows(69, 12, (1, 1001), layers, PALETTE, UNICODE)
+        assert chart.drawn_log is log
     chart, _ = chart_of(np.concatenate([values, -values[:1]])[1:])
     assert not chart.drawn_log

@@ -12,6 +12,7 @@ from tests.ui.fake import FakeSession, fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
 from tests.ui.test_replay import record_run
 from tui_trainer.client.replay import ReplaySession
+from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.replay import ReplayApp
 from tui_trainer.ui.screens.ended import EndedDialog, next_steps
@@ -87,6 +88,20 @@ def test_a_comparison_with_the_newest_other_runs(tmp_path: Path, monkeypatch) ->
     titles = [step.title for step in next_steps(info, replayed=False)]
     assert titles[:2] == ["Replay", "Compare with eager"]
     assert next_steps(info, replayed=True)[0].title == "Compare with eager"
+
+
+@pytest.mark.parametrize(
+    ("task", "saved", "offered"),
+    [("gpt", (100, 250), True), ("gpt", (100, 300), False), ("gpt", (), False),
+     ("script", (100,), False)],
+)  # fmt: skip
+def test_resuming_where_a_checkpoint_is_left(tmp_path: Path, task, saved, offered) -> None:
+    for step in saved:
+        (tmp_path / f"checkpoints/step-{step:08}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step:08}/state.json").touch()
+    info = RunInfo("r", task, directory=str(tmp_path), total_steps=300)
+    found = [step.command for step in next_steps(info, False) if step.title == "Resume"]
+    assert found == ([(task, "--resume", str(tmp_path))] if offered else [])
 
 
 async def test_help_of_a_replay_is_about_the_replay(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.ui.screens import SIZES, app_on, frame, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.schema import ProcessInfo, Table
-from tui_trainer.ui.screens.ranks import RanksChart
+from tui_trainer.ui.screens.ranks import RanksChart, RanksTable
 
 REASON = "killed by signal 9 (SIGKILL), possibly out of memory"
 
@@ -32,6 +32,7 @@ def row_of(rank, loss):
     row = np.full(len(schema.RANK_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
     row[schema.RANK_INDEX["loss"]] = loss
     row[schema.RANK_INDEX["step_ms"]] = 10.0 + rank
+    row[schema.RANK_INDEX["grad_norm_preclip"]] = 30.0 if rank == 2 else 1.0
     return row
 
 
@@ -54,6 +55,10 @@ async def test_charts_have_the_line_of_the_rank_under_the_cursor(size, charts):
         await frame(pilot)
         assert len([c for c in app.screen.query(RanksChart) if c.display]) == charts
         assert "rank 0    1.000" in text_of(app)
+        color = app.screen.query_one(RanksTable).palette.warning.color
+        strips = app.screen._compositor.render_strips()
+        pieces = [piece for strip in strips for piece in strip if piece.style.color == color]
+        assert ["30.00"] == [text for piece in pieces if (text := piece.text.strip())[:2] == "30"]
         await pilot.press("down", "down")
         await frame(pilot)
         assert "rank 2    3.000" in text_of(app)

@@ -57,6 +57,8 @@ class Rule:
     source: ClassVar[str]
     """Where the test and its thresholds come from."""
     thresholds: ClassVar[tuple[RuleThreshold, ...]] = ()
+    unconditional: ClassVar[bool] = False
+    """Whether it runs with `--rules off` too, until it is switched off by its name."""
     explained_by: ClassVar[tuple[str, ...]] = ()
     """Rules whose findings are the cause of this one if their onset is not later."""
     slack: ClassVar[int] = 10

@@ -32,7 +32,7 @@ class RuleSettings:
     """Rule name → threshold name → value."""
 
     def runs(self, rule: type[Rule]) -> bool:
-        return self.switches.get(rule.name, self.enabled)
+        return self.switches.get(rule.name, self.enabled or rule.unconditional)
 
     def limits_of(self, rule: type[Rule]) -> dict[str, float]:
         changed = self.limits.get(rule.name, {})

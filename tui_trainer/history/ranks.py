@@ -44,6 +44,8 @@ class RankSummary:
     """Of `schema.RANK_COLUMNS` in its newest row; times are means of the last WINDOW steps."""
     at: ProcessAt | None = None
     remarks: list[str] = field(default_factory=list)
+    standing_out: set[str] = field(default_factory=set)
+    """The columns whose values a remark is about."""
 
     @property
     def name(self) -> str:
@@ -131,6 +133,7 @@ def _remark_slowest(ranks: Sequence[RankSummary]) -> None:
         if phase not in MAY_WAIT and more > max(SLOW_MS, SLOW_SHARE * float(step_ms)):
             slow = ranks[int(order[-1])]
             slow.remarks.append(f"slow in {phase}, +{milliseconds(more, 0)}")
+            slow.standing_out.add(f"phase_ms.{phase}")
             return
 
 
@@ -149,6 +152,9 @@ def _remark_gradients(ranks: Sequence[RankSummary]) -> None:
             each.remarks.append(f"gradient {norm / middle:.2g} times the others'")
         elif len(finite) > 2 and norm * STANDS_OUT < middle:
             each.remarks.append(f"gradient {norm / middle:.2g} of the others'")
+        else:
+            continue
+        each.standing_out.add("grad_norm_preclip")
 
 
 def _remark_waiting(ranks: Sequence[RankSummary]) -> None:

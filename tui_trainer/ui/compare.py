@@ -188,7 +188,7 @@ class CompareScreen(RunScreen):
     def action_log(self) -> None:
         """Switch between logarithmic and linear axes."""
         for chart in self.query(OverlayChart):
-            chart.chart.log = not chart.chart.log
+            chart.chart.toggle_log()
             chart.update_rows()
 
 

@@ -81,6 +81,7 @@ class RanksPart(Rule):
     name = "ranks-part"
     title = "the ranks' weights part"
     level = "error"
+    unconditional = True  # one of several models would be saved without a word
     needs = (
         "checksums of the weights of all ranks: of a sample of them at every step, of all of them "
         "every 50 steps"

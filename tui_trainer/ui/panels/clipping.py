@@ -51,7 +51,7 @@ class ClippingPanel(Panel):
 
     def toggle_log(self) -> None:
         """Switch between a linear and a logarithmic axis."""
-        self.chart.log = not self.chart.log
+        self.chart.toggle_log()
         self.update_rows()
 
     def content(self, size: Size) -> Sequence[Row]:

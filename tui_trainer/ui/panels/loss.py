@@ -45,7 +45,7 @@ class LossPanel(Panel):
 
     def toggle_log(self) -> None:
         """Switch between a linear and a logarithmic axis."""
-        self.chart.log = not self.chart.log
+        self.chart.toggle_log()
         self.update_rows()
 
     def cycle_window(self) -> int | None:

@@ -184,7 +184,7 @@ class EvidenceChart(LineView):
         band = Band.from_window(window, 0, palette.norm)
         on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
         limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
-        self.chart.log = _spans_decades(band, limits)
+        self.chart.log = _spans_decades(band, limits) or None
         layers: list[Layer] = [band, Moment(palette.error, self._onset)]
         layers += [Threshold(palette.good, x) for x in limits if x > 0 or not self.chart.log]
         columns = 2 * self.chart.plot_width(size.width)

@@ -81,7 +81,8 @@ class AttentionScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self._chosen = 0
-        self._log_scale = False
+        self._log_scale: bool | None = None
+        """Of all charts; None: each as suits its values."""
         self._layout_key: tuple[int, Size] | None = None
         """The number of layers and the size that the screen was laid out for."""
 
@@ -163,7 +164,7 @@ class AttentionScreen(DetailScreen):
                 curves,
                 placeholder=f"n/a: {layer.note}" if measured and not curves else missing,
                 total_steps=total,
-                log=self._log_scale and not statistic.signed,
+                log=None if statistic.signed else self._log_scale,
                 selected=statistic is self.statistic,
                 band=statistic.band,
             )
@@ -275,7 +276,8 @@ class AttentionScreen(DetailScreen):
 
     def action_log(self) -> None:
         """Switch between logarithmic and linear charts."""
-        self._log_scale = not self._log_scale
+        shown = [each for each in self.query(SeriesChart) if each.display]
+        self._log_scale = not any(each.chart.drawn_log for each in shown)
         self._show_layer()
 
     def on_virtual_table_highlighted(self, event: VirtualTable.Highlighted) -> None:

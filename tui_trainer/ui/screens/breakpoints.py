@@ -22,7 +22,7 @@ from tui_trainer.protocol.messages import (
     DeleteBreakpoint,
 )
 from tui_trainer.ui.screens import app_context
-from tui_trainer.ui.screens.dialogs import SnapshotDialog
+from tui_trainer.ui.screens.dialogs import NumberPrompt, SnapshotDialog
 
 EXAMPLES = "such as loss > 3 * ema(loss), nonfinite, grad_norm(any) > 10 at backward"
 
@@ -47,6 +47,8 @@ class BreakpointList(OptionList):
                 tooltip="Disable it after it has fired once, or never"),
         Binding("l", "change('log_only')", "Log only", id="breakpoints.log",
                 tooltip="Write a line to the log instead of pausing"),
+        Binding("i", "ignore", "Ignore", id="breakpoints.ignore",
+                tooltip="Let the first hits have no effect"),
         Binding("d,delete", "delete", "Delete", id="breakpoints.delete",
                 tooltip="Delete the breakpoint"),
     ]  # fmt: skip
@@ -97,6 +99,21 @@ class BreakpointList(OptionList):
             changed = {field: not getattr(current, field)}
             app_context(self).command(ChangeBreakpoint(current.number, **changed))
 
+    def action_ignore(self) -> None:
+        """Ask how many hits of the breakpoint under the cursor have no effect."""
+        current = self.current
+        if current is None:
+            return
+        number, context = current.number, app_context(self)
+
+        def change(count: float | None) -> None:
+            if count is not None:
+                context.command(ChangeBreakpoint(number, ignore=int(count)))
+
+        question = f"Ignore how many hits of {current.condition}, from now on? (empty: none)"
+        prompt = NumberPrompt(question, str(current.ignore or ""), whole=True, empty=0)
+        self.app.push_screen(prompt, change)
+
     def action_delete(self) -> None:
         current = self.current
         if current is not None:
@@ -140,7 +157,7 @@ class BreakpointsDialog(SnapshotDialog):
     def _show_keys(self) -> None:
         listed = self.query_one(BreakpointList)
         if listed.has_focus:
-            text = "space: on/off, o: once, l: log only, d: delete, escape: close"
+            text = "space: on/off, o: once, i: ignore, l: log only, d: delete, escape: close"
         else:
             text = f"enter: add, right: complete{', tab: list' * listed.display}, escape: close"
             text += f"\n{EXAMPLES}"

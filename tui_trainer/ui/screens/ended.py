@@ -1,4 +1,5 @@
-"""What to do with a run that has ended: replay it, compare it, report on it, or start it again."""
+"""What to do with a run that has ended: replay it, resume it, compare it, report on it, or start it
+again."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.schema import SCRIPT, RunInfo
+from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs
@@ -42,6 +44,10 @@ def next_steps(info: RunInfo, replayed: bool) -> list[NextStep]:
     steps = [] if replayed else [
         NextStep("Replay", "step by step through the recording", ("replay", directory))
     ]  # fmt: skip
+    saved = [] if info.task == SCRIPT else checkpoint_steps(Path(directory))
+    if saved and (info.total_steps is None or saved[-1] < info.total_steps):
+        text = f"a new run from the checkpoint of step {saved[-1]:,}"
+        steps.append(NextStep("Resume", text, (info.task, "--resume", directory)))
     steps += [
         NextStep(
             f"Compare with {other.name}",

@@ -92,7 +92,8 @@ class ParametersScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self.values = ParameterValues()
-        self._log_scale = False
+        self._log_scale: bool | None = None
+        """Of all charts; None: each as suits its values."""
         self._sorted_at = 0.0
         self._wanted = ""
         """Name of the parameter to put the cursor on."""
@@ -279,7 +280,8 @@ class ParametersScreen(DetailScreen):
 
     def action_log(self) -> None:
         """Switch between logarithmic and linear charts."""
-        self._log_scale = not self._log_scale
+        shown = [each for each in self.query(SeriesChart) if each.display]
+        self._log_scale = not any(each.chart.drawn_log for each in shown)
         self._show_selected()
 
     def on_virtual_table_highlighted(self, event: VirtualTable.Highlighted) -> None:

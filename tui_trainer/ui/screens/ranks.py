@@ -83,17 +83,21 @@ class RanksTable(VirtualTable):
         return columns, [column.width or max(1, width - fixed) for column in columns]
 
     def _time(self, name: str, title: str, width: int) -> TableColumn:
-        def value(row: int) -> float | None:
-            return self.ranks[row].values.get(name)
+        def cell(row: int) -> Cell:
+            rank = self.ranks[row]
+            out = name in rank.standing_out
+            return Cell(rank.values.get(name), "warning" if out else "text")
 
-        return TableColumn(name, title, width, value, formatting.milliseconds)
+        return TableColumn(name, title, width, cell, formatting.milliseconds)
 
     def _checked(self, name: str) -> Callable[[int], Cell]:
-        """A value that should be finite."""
+        """A value that should be finite, and like that of the others."""
 
         def cell(row: int) -> Cell:
-            value = self.ranks[row].values.get(name)
-            return Cell(value, "text" if value is None or np.isfinite(value) else "error")
+            rank = self.ranks[row]
+            value = rank.values.get(name)
+            style = "warning" if name in rank.standing_out else "text"
+            return Cell(value, style if value is None or np.isfinite(value) else "error")
 
         return cell
 

@@ -48,10 +48,12 @@ class Outliers:
 
 
 def fit_layers(
-    layers: Sequence[Layer], log: bool, include_zero: bool, previous: Scale | None
+    layers: Sequence[Layer], log: bool | None, include_zero: bool, previous: Scale | None
 ) -> tuple[Scale, list[Outliers]]:
     """A scale for the values of some layers; on a linear axis without a few that would flatten all
-    others, which are returned."""
+    others, which are returned. `log` None: linear, or logarithmic where that would show
+    nothing of most values."""
+    by_itself, log = log is None, bool(log)
     columns: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     values: list[NDArray[np.floating]] = [np.empty(0)]
     limits: list[float] = []
@@ -75,7 +77,7 @@ def fit_layers(
         return fit_scale(np.nan, np.nan, log, include_zero, previous), []
     hidden = [] if log else _outliers(numbers, places)
     kept = _without(numbers, hidden)
-    if not log and _spans_thousands(kept, limits, previous):
+    if by_itself and _spans_thousands(kept, limits, previous):
         log, hidden = True, []
     elif len(kept):  # beside outliers that are shown, those on the other side may be small
         far = OUTLIER_DISTANCE * float(kept.max() - kept.min())

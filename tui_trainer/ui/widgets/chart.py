@@ -165,7 +165,8 @@ class Chart:
     """Draws layers with their axes, and keeps its value axis from one frame to the next while the
     values still fit it."""
 
-    log: bool = False
+    log: bool | None = None
+    """None: linear, or logarithmic where that would show nothing of most values."""
     include_zero: bool = False
     """Whether a linear value axis always includes 0."""
     scale: Scale | None = None
@@ -176,7 +177,11 @@ class Chart:
     @property
     def drawn_log(self) -> bool:
         """Whether the axis as last drawn is logarithmic."""
-        return self.scale.log if self.scale is not None else self.log
+        return self.scale.log if self.scale is not None else bool(self.log)
+
+    def toggle_log(self) -> None:
+        """Switch to the axis that is not drawn now, linear or logarithmic."""
+        self.log = not self.drawn_log
 
     def plot_width(self, width: int) -> int:
         """Cells across the plot of a chart `width` cells wide; twice as many dot columns."""
@@ -252,7 +257,7 @@ class SeriesChart(LineView):
         *,
         placeholder: str = "",
         total_steps: int | None = None,
-        log: bool = False,
+        log: bool | None = None,
         selected: bool = False,
         band: HealthyBand | None = None,
     ) -> None:
