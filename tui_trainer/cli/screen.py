@@ -140,8 +140,16 @@ class InApp:
         return FAULT if state.state == "crashed" else 0
 
 
-def show_run(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
-    """Start the run, show it until the user leaves, and return the exit status.
+def show_run(
+    spec: RunSpec,
+    ascii: bool,
+    slow_link: bool = False,
+    *,
+    mode: str = "dashboard",
+    message: str = "",
+) -> int:
+    """Start the run, show it until the user leaves, and return the exit status. `mode`: the screen
+    to begin with; `message`: shown there at first.
 
     The run process is started before Textual is imported, because it needs seconds to import torch.
     """
@@ -152,7 +160,10 @@ def show_run(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
         opened.abandon()
         raise
     return run_app_until_exit(
-        lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link), lambda: opened
+        lambda: run_app(
+            opened.session, ascii=ascii, slow_link=slow_link, start_mode=mode, message=message
+        ),
+        lambda: opened,
     )
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
     from tui_trainer.ui.screens.ended import NextStep
 
+FIRST_MESSAGE_S = 20.0
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
 MAX_PENDING_WRITES = 3
@@ -116,10 +117,12 @@ class TuiTrainerApp(App[int]):
         ends_with_app: bool = False,
         asks_background: bool = False,
         lesson: str = "",
+        message: str = "",
     ) -> None:
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
         this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
+        `message`: shown for a while at first.
         `frames_per_second` overrides that of the link, for tests.
         """
         # Textual's own constructor asks for the driver's class.
@@ -140,6 +143,7 @@ class TuiTrainerApp(App[int]):
         self.help_for = start_mode if start_mode != "help" else "dashboard"
         self.learn_from = ""
         self.lesson = lesson
+        self._message = message
         self.lessons: tuple[str, ...] = ()
         self._start_mode = start_mode
         self._ascii_filter = AsciiFilter() if ascii else None
@@ -185,6 +189,8 @@ class TuiTrainerApp(App[int]):
         self.set_interval(1 / ticks_per_second, self._tick)
         if self.session is not None:
             self.attach(self.session)
+        if self._message:
+            self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
 
     def _load_rest(self) -> None:
         """Import the other screens after the first paint, on a thread."""
@@ -568,6 +574,7 @@ def run_app(
     slow_link: bool = False,
     ends_with_app: bool = False,
     lesson: str = "",
+    message: str = "",
 ) -> int:
     """Show `session` (or the start screen) until the user leaves, and restore the terminal.
 
@@ -582,6 +589,7 @@ def run_app(
         slow_link=slow_link,
         ends_with_app=ends_with_app,
         lesson=lesson,
+        message=message,
         **theme_options(),
     ).run_until_exit()
 

@@ -36,6 +36,7 @@ _RECORDINGS = {
     "export": ("export", "write a run as CSV, JSON lines, Parquet or TensorBoard files"),
 }
 _LEARN = {
+    "demo": ("demo", "short trainings with one fault each: what names it, what cures it"),
     "graph": ("graph", "a graph of scalars: values, gradients and the chain rule, step by step"),
     "learn": ("learn", "learn how training works from pages that measure what they state"),
 }

@@ -67,7 +67,7 @@ def compare(
         for line in as_lines(compared, tolerance):
             console.print(line, soft_wrap=True)
     else:
-        return _open(compared, ascii, tolerance)
+        return open_screen(compared, ascii, tolerance)
     _say_faults(compared)
     return 0
 
@@ -78,7 +78,8 @@ def _say_faults(compared: list[ComparedRun]) -> None:
             say(f"{run.name}: {run.fault}")
 
 
-def _open(compared: list[ComparedRun], ascii: bool, tolerance: float) -> int:
+def open_screen(compared: list[ComparedRun], ascii: bool, tolerance: float = 0.0) -> int:
+    """Show the runs on one chart until the user leaves, and return the exit status."""
     from tui_trainer.cli.screen import run_app_until_exit
     from tui_trainer.ui.compare import run_comparison
 

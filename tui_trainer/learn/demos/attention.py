@@ -1,7 +1,6 @@
-"""Attention logits that blow up.
+"""Attention logits that blow up: the rate of Wq and Wk is too high.
 
-The rate of Wq and Wk is too high: their norms grow long before the loss reacts. The cure is one
-rate for all weights.
+Their norms grow long before the loss reacts. The cure is one rate for all weights.
 """
 
 from __future__ import annotations
@@ -12,17 +11,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--cured", action="store_true")
-parser.add_argument("--steps", type=int, default=150)
-options = parser.parse_args()
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-digits = load_digits()
-images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
-labels = torch.tensor(digits.target)
 
 
 class Attention(nn.Module):
@@ -54,15 +42,32 @@ class Model(nn.Module):
         return self.head(x.mean(1))
 
 
-model = Model()
-steep = [w for name, w in model.named_parameters() if "q_proj" in name or "k_proj" in name]
-rest = [w for name, w in model.named_parameters() if "q_proj" not in name and "k_proj" not in name]
-rate = 1e-3 if options.cured else 0.05
-optimizer = torch.optim.Adam([{"params": steep, "lr": rate}, {"params": rest}], lr=1e-3)
+def train(cured: bool, steps: int) -> float:
+    """Train on handwritten digits and return the last loss."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
+    labels = torch.tensor(digits.target)
+    model = Model()
+    by_name = dict(model.named_parameters())
+    steep = [w for name, w in by_name.items() if "q_proj" in name or "k_proj" in name]
+    others = [w for name, w in by_name.items() if "q_proj" not in name and "k_proj" not in name]
+    optimizer = torch.optim.Adam(
+        [{"params": steep, "lr": 1e-3 if cured else 0.05}, {"params": others, "lr": 1e-3}]
+    )
 
-for _ in range(options.steps):
-    rows = torch.randint(len(images), (64,))
-    loss = F.cross_entropy(model(images[rows]), labels[rows])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    for _ in range(steps):
+        rows = torch.randint(len(images), (64,))
+        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cured", action="store_true")
+    parser.add_argument("--steps", type=int, default=150)
+    given = parser.parse_args()
+    train(given.cured, given.steps)

@@ -1,7 +1,4 @@
-"""Labels that were shuffled apart from their images.
-
-There is nothing to learn: the loss stays at ln 10 = 2.303.
-"""
+"""Labels that were shuffled apart from their images: the loss stays at ln 10 = 2.303."""
 
 from __future__ import annotations
 
@@ -12,26 +9,32 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--cured", action="store_true")
-parser.add_argument("--steps", type=int, default=400)
-options = parser.parse_args()
 
-torch.manual_seed(0)
-torch.set_num_threads(1)
-digits = load_digits()
-images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
-labels = torch.tensor(digits.target)
-if not options.cured:
-    labels = labels[torch.randperm(len(labels))]
-model = nn.Sequential(
-    nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def train(cured: bool, steps: int) -> float:
+    """Train on handwritten digits and return the last loss."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
+    labels = torch.tensor(digits.target)
+    if not cured:
+        labels = labels[torch.randperm(len(labels))]
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-for _ in range(options.steps):
-    rows = torch.randint(len(images), (64,))
-    loss = F.cross_entropy(model(images[rows]), labels[rows])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    for _ in range(steps):
+        rows = torch.randint(len(images), (64,))
+        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cured", action="store_true")
+    parser.add_argument("--steps", type=int, default=400)
+    given = parser.parse_args()
+    train(given.cured, given.steps)
