@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,13 +30,17 @@ from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN
 
-LABEL_STATISTICS = ("total", "different", "largest", "largest_class", "entropy")
+MAX_TARGETS = 4
 MAX_CLASSES = 8192
 """Classes whose labels are counted."""
-STATISTICS = ("low", "high", "mean", "std", "same_rows", "checksum", "not_finite")
-MAX_TARGETS = 4
-MAX_ELEMENTS = 1 << 24
-"""Of a larger tensor only the first rows are looked at."""
+SAMPLE = 8192
+"""Elements that are copied of a larger tensor, at equal distances."""
+SAMPLED_ROWS = 128
+ALL_FIRST_LAYERS = 6
+"""Measurements in each of which the input of the first layer is looked at: observing the calls of
+modules costs more than all else here."""
+FIRST_LAYER_EVERY = 10
+"""In how many of the measurements after these."""
 ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 """Losses that broadcast an input and a target of different shapes."""
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -43,12 +51,22 @@ CONVOLUTIONS = tuple(
 
 
 @dataclass(slots=True)
-class _Seen:
+class SeenTensor:
     role: TensorRole
     name: str
     shape: tuple[int, ...]
     kind: str
     classes: int
+    ignored: int | None
+    copied: tuple[int, int]
+    """Rows and elements per row of the copy."""
+    whole: bool
+    """Whether the copy is the whole tensor; otherwise the readings of `_of_whole` precede it."""
+
+    @property
+    def readings(self) -> int:
+        rows, columns = self.copied
+        return rows * columns + (0 if self.whole else OF_WHOLE)
 
 
 @dataclass(slots=True)
@@ -59,6 +77,8 @@ class _Labels:
     classes: int
     per_example: bool
     plain: bool
+    target: int
+    """Its position among the tensors that were seen."""
 
 
 class BatchProbe(Probe):
@@ -66,7 +86,9 @@ class BatchProbe(Probe):
 
     Looks at the arguments of the model, at what its first layer with weights is given, and at the
     targets of the loss functions of torch.nn.functional, in the first forward of a step; never at
-    the data set, of which nothing is read. Costs one pass over each of these tensors.
+    the data set, of which nothing is read. A small tensor is copied, and its statistics are
+    computed when the step is recorded; of a larger one, its range and checksum are taken at once,
+    and the rest from a sample.
     """
 
     name = "batch"
@@ -80,19 +102,23 @@ class BatchProbe(Probe):
         super().__init__(tracked, options)
         self._own = {id(parameter) for parameter in tracked.parameters}
         self._calls = SubmoduleCalls(self._called, _nothing)
-        self._seen: list[_Seen] = []
+        self._seen: list[SeenTensor] = []
         self._readings: list[torch.Tensor] = []
         self._broadcast = ""
+        self._measurements = 0
+        self._first_layer_judged = True
+        """Whether the first module with weights is one whose input has to be of a certain scale."""
         self._here = False
         """Whether the model of this optimizer is the one that is called in this step."""
         self._workers: int | None = None
         self._labels: list[_Labels] = []
         """Of the losses of this step."""
-        self._counts: torch.Tensor | None = None
-        """Labels of each class, over all measured steps: float64 (classes,)."""
+        self._counter = LabelCounter()
+        self._large_counts: torch.Tensor | None = None
+        """Labels of each class, over all measured steps whose targets are too large to copy."""
         self._counted = ""
         """The loss function whose labels they are."""
-        self._under_way: deque[tuple[list[_Seen], str, _Labels | None]] = deque()
+        self._under_way: deque[tuple[list[SeenTensor], str, _Labels | None]] = deque()
 
     def model_called(
         self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,15 +134,17 @@ class BatchProbe(Probe):
         for tensor in tensors_in((*args, *kwargs.values())):
             self._add("input", "", tensor)
         if isinstance(root, (*FIRST_LAYERS, *CONVOLUTIONS)) and self._seen:
-            self._seen.append(_Seen("first layer", "", *self._same_as_last()))
+            self._seen.append(replace(self._seen[-1], role="first layer"))
             self._readings.append(self._readings[-1])
 
-    def _same_as_last(self) -> tuple[tuple[int, ...], str, int]:
-        last = self._seen[-1]
-        return last.shape, last.kind, last.classes
-
     def before_forward(self, root: torch.nn.Module) -> None:
-        if self._here:
+        if not self._here:
+            return
+        number = self._measurements
+        self._measurements += 1
+        if number < ALL_FIRST_LAYERS or (
+            self._first_layer_judged and number % FIRST_LAYER_EVERY == 0
+        ):
             self._calls.begin(root, under_way=True)
 
     def after_forward(self) -> None:
@@ -128,7 +156,8 @@ class BatchProbe(Probe):
         """The first module that has weights: what it is given, if it is a linear map of it."""
         if not any(True for _ in module.parameters(recurse=False)):
             return
-        if isinstance(module, (*FIRST_LAYERS, *CONVOLUTIONS)):
+        self._first_layer_judged = isinstance(module, (*FIRST_LAYERS, *CONVOLUTIONS))
+        if self._first_layer_judged:
             with torch.no_grad():
                 for tensor in tensors_in(args)[:1]:
                     self._add("first layer", type(module).__name__, tensor)
@@ -152,43 +181,41 @@ class BatchProbe(Probe):
         if name in CLASS_LOSSES and not target.is_floating_point():
             ignored = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
             classes = given.shape[1] if given.dim() > 1 else given.shape[0]
-            self._add("target", name, target, classes=classes, ignored=ignored)
-            self._count(name, args, kwargs, target, classes, ignored)
+            if self._add("target", name, target, classes=classes, ignored=ignored):
+                self._add_labels(name, args, kwargs, target)
         elif name in BINARY or name in ELEMENTWISE:
             self._add("target", name, target)
 
-    def _count(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        target: torch.Tensor,
-        classes: int,
-        ignored: int,
+    def _add_labels(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: torch.Tensor
     ) -> None:
-        """Add the labels of a loss to those of the steps before."""
+        """The labels of the target that was seen last; they are counted here if it is too large to
+        copy, otherwise when the step is recorded."""
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
         reduction = args[6] if len(args) > 6 else kwargs.get("reduction", "mean")
         smoothing = args[7] if len(args) > 7 else kwargs.get("label_smoothing", 0.0)
         rows = next((each.shape[0] for each in self._seen if each.role == "input"), 0)
+        seen = self._seen[-1]
         self._labels.append(
             _Labels(
                 name,
-                classes,
+                seen.classes,
                 per_example=target.numel() == rows,
                 plain=weight is None and reduction == "mean" and not smoothing,
+                target=len(self._seen) - 1,
             )
         )
-        if len(self._labels) > 1 or not 1 < classes <= MAX_CLASSES or type(target) not in PLAIN:
+        if len(self._labels) > 1 or seen.whole or not 1 < seen.classes <= MAX_CLASSES:
             return
-        if self._counts is None or len(self._counts) != classes or self._counted != name:
+        before = self._large_counts
+        if before is None or len(before) != seen.classes or self._counted != name:
             kind = torch.float32 if target.device.type == "mps" else torch.float64
-            self._counts = torch.zeros(classes, dtype=kind, device=target.device)
+            before = torch.zeros(seen.classes, dtype=kind, device=target.device)
             self._counted = name
         labels = target.detach().flatten()
-        valid = (labels != ignored) & (labels >= 0) & (labels < classes)
+        valid = (labels != seen.ignored) & (labels >= 0) & (labels < seen.classes)
         labels = labels.where(valid, 0).long()
-        self._counts = self._counts.scatter_add(0, labels, valid.to(self._counts.dtype))
+        self._large_counts = before.scatter_add(0, labels, valid.to(before.dtype))
 
     def _add(
         self,
@@ -197,114 +224,174 @@ class BatchProbe(Probe):
         tensor: torch.Tensor,
         classes: int = 0,
         ignored: int | None = None,
-    ) -> None:
+    ) -> bool:
+        """Returns whether such a tensor can be looked at."""
         if type(tensor) not in PLAIN or not tensor.numel() or tensor.is_complex():
-            return
+            return False
         if tensor.layout != torch.strided:
-            return
+            return False
         kind = "float" if tensor.is_floating_point() else "integer"
         if tensor.dtype == torch.bool:
             kind = "bool"
-        self._seen.append(_Seen(role, name, tuple(tensor.shape), kind, classes))
-        self._readings.append(statistics(tensor.detach(), ignored))
+        copied, reading = copied_of(tensor.detach(), ignored)
+        rows, columns = copied
+        whole = rows * columns == tensor.numel()
+        self._seen.append(
+            SeenTensor(role, name, tuple(tensor.shape), kind, classes, ignored, copied, whole)
+        )
+        self._readings.append(reading)
+        return True
 
     def after_update(self) -> Readings:
         seen, self._seen = self._seen, []
         readings, self._readings = self._readings, []
         broadcast, self._broadcast = self._broadcast, ""
         labels, self._labels = self._labels, []
-        known, counts = labels[0] if len(labels) == 1 else None, self._counts
-        if known is None or counts is None or known.classes != len(counts):
-            known = None  # no loss over classes, several, or more classes than are counted
-        else:
-            readings.append(label_statistics(counts))
+        known = labels[0] if len(labels) == 1 and 1 < labels[0].classes <= MAX_CLASSES else None
+        if known is not None and not seen[known.target].whole:
+            assert self._large_counts is not None
+            readings.append(self._large_counts)
         self._under_way.append((seen, broadcast, known))
         return readings
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.batch`."""
         seen, broadcast, labels = self._under_way.popleft()
-        count = len(STATISTICS)
-        further = len(LABEL_STATISTICS) if labels is not None else 0
-        if values.size != count * len(seen) + further or not seen:
+        large = labels is not None and not seen[labels.target].whole
+        expected = sum(each.readings for each in seen)
+        if labels is not None and large:
+            expected += labels.classes
+        if not seen or values.size != expected:
             return ()
-        tensors = []
-        for position, each in enumerate(seen):
-            low, high, mean, std, same, total, bad = values[
-                position * count : (position + 1) * count
-            ].tolist()
-            tensors.append(
-                BatchTensor(
-                    each.role,
-                    each.name,
-                    each.shape,
-                    each.kind,
-                    each.classes,
-                    low,
-                    high,
-                    mean,
-                    std,
-                    bool(same),
-                    int(total),
-                    int(bad),
-                )
-            )
-        counts = None
+        tensors: list[BatchTensor] = []
+        counts, position = None, 0
+        for each in seen:
+            given = values[position : position + each.readings]
+            position += each.readings
+            if labels is not None and not large and len(tensors) == labels.target:
+                self._counter.add(labels, given[given != each.ignored])
+            tensors.append(statistics(each, given))
         if labels is not None:
-            total, different, largest, largest_class, entropy = values[-further:].tolist()
-            counts = LabelCounts(
-                labels.classes,
-                int(total),
-                int(different),
-                largest,
-                int(largest_class),
-                entropy,
-                labels.per_example,
-                labels.plain,
-            )
+            counts = self._counter.counts(labels, values[position:] if large else None)
         facts.batch = BatchRecord(tuple(tensors), broadcast, self._workers or 0, counts)
         return ()
 
 
-def statistics(tensor: torch.Tensor, ignored: int | None = None) -> torch.Tensor:
-    """STATISTICS of a tensor as float64 (7,); elements that are not finite, or equal to `ignored`,
-    count in the checksum only."""
-    if tensor.numel() > MAX_ELEMENTS and tensor.dim():
-        tensor = tensor[: max(1, MAX_ELEMENTS // max(1, tensor[0].numel()))]
-    bits = tensor.contiguous()
-    if bits.dtype == torch.bool:
-        bits = bits.view(torch.int8)
-    total = checksum([bits])
-    x = tensor.float() if tensor.device.type == "mps" else tensor.double()
-    valid = torch.isfinite(x) if ignored is None else tensor != ignored
-    count = valid.sum()
-    zeroed = x.where(valid, 0.0)
-    mean = zeroed.sum() / count
-    std = ((zeroed - mean).square().where(valid, 0.0).sum() / count).sqrt()
+OF_WHOLE = 5
+"""Readings of a tensor that is too large to copy: see `_of_whole`."""
+
+
+def copied_of(tensor: torch.Tensor, ignored: int | None) -> tuple[tuple[int, int], torch.Tensor]:
+    """(rows, elements per row) of the copy, and the readings: the copy, flattened, as float64,
+    behind those of `_of_whole` where it is a sample."""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    count = tensor.numel()
     rows = tensor.shape[0] if tensor.dim() else 1
-    same = (tensor[1:] == tensor[:1]).all() if rows > 1 else torch.zeros((), device=tensor.device)
-    infinite = torch.tensor(float("inf"), dtype=x.dtype, device=x.device)
-    return torch.stack(
-        [
-            x.where(valid, infinite).min(),
-            x.where(valid, -infinite).max(),
-            mean,
-            std,
-            same.to(x.dtype),
-            total.to(x.dtype),
-            (tensor.numel() - count).to(x.dtype),
-        ]
+    if count <= SAMPLE:
+        return (rows, count // rows), tensor.to(wide, copy=True).reshape(-1)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    of_whole = _of_whole(tensor, ignored, wide)
+    if tensor.dim() > 1:
+        some = tensor[:: -(-rows // SAMPLED_ROWS)].flatten(1)
+        sample = some[:, :: -(-some.numel() // SAMPLE)].to(wide)
+    else:
+        sample = tensor[:: -(-rows // SAMPLE), None].to(wide)
+    return (sample.shape[0], sample.shape[1]), torch.cat([of_whole, sample.reshape(-1)])
+
+
+def _of_whole(tensor: torch.Tensor, ignored: int | None, wide: torch.dtype) -> torch.Tensor:
+    """Lowest and highest element (NaN where one is), checksum, number of ignored elements, and
+    whether the first, second and last row are equal."""
+    if ignored is None:
+        low, high = torch.aminmax(tensor)
+        left_out = torch.zeros((), device=tensor.device)
+    else:
+        limits = torch.iinfo(tensor.dtype)
+        valid = tensor != ignored
+        low = tensor.where(valid, limits.max).min()
+        high = tensor.where(valid, limits.min).max()
+        left_out = tensor.numel() - valid.sum()
+    equal = (tensor[1] == tensor[0]).all() & (tensor[-1] == tensor[0]).all()
+    return torch.stack([each.to(wide) for each in (low, high, checksum([tensor]), left_out, equal)])
+
+
+def statistics(seen: SeenTensor, values: Values) -> BatchTensor:
+    """Of the elements that are finite and not ignored; the checksum is of all."""
+    copy = values if seen.whole else values[OF_WHOLE:]
+    valid = np.isfinite(copy) if seen.ignored is None else copy != seen.ignored
+    some = copy[valid]
+    low, high = (some.min(), some.max()) if some.size else (math.inf, -math.inf)
+    mean, std = (some.mean(), some.std()) if some.size else (math.nan, math.nan)
+    rows, columns = seen.copied
+    table = copy.reshape(rows, columns)
+    same = rows > 1 and bool((table[1:] == table[0]).all())
+    total = zlib.crc32(copy.tobytes())
+    left_out = copy.size - some.size
+    if not seen.whole:
+        lowest, highest, of_whole, ignored, equal = values[:OF_WHOLE].tolist()
+        if math.isfinite(lowest) and math.isfinite(highest):
+            low, high = lowest, highest
+        same = same and bool(equal)
+        total ^= int(of_whole)
+        share = left_out / copy.size
+        left_out = round(share * math.prod(seen.shape)) if seen.ignored is None else int(ignored)
+    return BatchTensor(
+        seen.role,
+        seen.name,
+        seen.shape,
+        seen.kind,
+        seen.classes,
+        float(low),
+        float(high),
+        float(mean),
+        float(std),
+        same,
+        total,
+        left_out,
     )
 
 
-def label_statistics(counts: torch.Tensor) -> torch.Tensor:
-    """LABEL_STATISTICS of the number of labels of each class, as float64 (5,)."""
-    total = counts.sum()
-    shares = counts / total
-    different = (counts > 0).sum().to(counts.dtype)
-    entropy = -torch.special.xlogy(shares, shares).sum() + (different - 1) / (2 * total)
-    largest = shares.max()
-    return torch.stack([total, different, largest, shares.argmax().to(counts.dtype), entropy])
+class LabelCounter:
+    """Counts labels on the host, over all measured steps."""
+
+    def __init__(self) -> None:
+        self._counted = ("", 0)
+        self._counts: NDArray[np.float64] = np.zeros(0)
+        self._of_large: NDArray[np.float64] = np.zeros(0)
+
+    def add(self, labels: _Labels, values: Values) -> None:
+        self._follow(labels)
+        valid = values[(values >= 0) & (values < labels.classes)].astype(np.int64)
+        self._counts += np.bincount(valid, minlength=labels.classes)
+
+    def counts(self, labels: _Labels, of_large: Values | None) -> LabelCounts:
+        """The counts so far; `of_large`: those of targets that were too large to copy."""
+        self._follow(labels)
+        if of_large is not None:
+            self._of_large = of_large
+        counts = self._counts + self._of_large
+        total = counts.sum()
+        different = int((counts > 0).sum())
+        shares = counts[counts > 0] / total if total else counts[:0]
+        entropy = math.nan  # with Miller and Madow's correction of its bias
+        if different:
+            entropy = float(-(shares * np.log(shares)).sum() + (different - 1) / (2 * total))
+        return LabelCounts(
+            labels.classes,
+            int(total),
+            different,
+            float(counts.max() / total) if total else math.nan,
+            int(counts.argmax()),
+            entropy,
+            labels.per_example,
+            labels.plain,
+        )
+
+    def _follow(self, labels: _Labels) -> None:
+        if self._counted != (labels.loss, labels.classes):
+            self._counted = labels.loss, labels.classes
+            self._counts, self._of_large = np.zeros(labels.classes), np.zeros(labels.classes)
 
 
 def _nothing(module: torch.nn.Module, result: Any) -> None:

@@ -109,6 +109,10 @@ class OutputSums(Probe):
     def armed(self) -> bool:
         return self._steps < self._armed_until
 
+    @property
+    def resting(self) -> bool:
+        return not self.armed
+
     # ------------------------------------------------------------ in the forward
 
     def model_called(
@@ -212,10 +216,7 @@ class OutputSums(Probe):
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.producer`, and arms the probe."""
         sums, found = self._under_way.popleft() if self._under_way else ([], None)
-        loss_known = why_absent(facts.loss) is None
-        wrong = bool(facts.nonfinite) or (loss_known and not math.isfinite(facts.loss))
-        norm_known = why_absent(facts.total_norm) is None
-        wrong = wrong or (norm_known and not math.isfinite(facts.total_norm))
+        wrong = bool(facts.nonfinite) or _not_finite(facts.loss) or _not_finite(facts.total_norm)
         if values.size and not np.isfinite(values).all() and len(values) == len(sums):
             found = self._first(values, sums)
         if found is not None:
@@ -232,9 +233,10 @@ class OutputSums(Probe):
         grows = False
         for value, recent in ((facts.loss, self._losses), (facts.total_norm, self._norms)):
             if math.isfinite(value):
-                if len(recent) == RECENT:
-                    grows = grows or abs(value) > GROWTH * sorted(recent)[RECENT // 2] > 0
-                recent.append(abs(value))
+                value = abs(value)
+                if len(recent) == RECENT and value > GROWTH * min(recent):
+                    grows = grows or value > GROWTH * sorted(recent)[RECENT // 2] > 0
+                recent.append(value)
         return grows
 
     def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
@@ -269,3 +271,8 @@ class OutputSums(Probe):
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().sum(dtype=torch.float32)
+
+
+def _not_finite(value: float) -> bool:
+    """Whether a value that is known is NaN or infinite."""
+    return not math.isfinite(value) and why_absent(value) is None

@@ -185,6 +185,12 @@ class Probe:
             if self.on_unseen_change is not None:
                 self.on_unseen_change()
 
+    @property
+    def resting(self) -> bool:
+        """Whether the forward of the next step need not be observed: `model_called`,
+        `before_forward` and `after_forward` are not called then."""
+        return False
+
     def wants(self, step: int) -> bool:
         """Whether a step before a pause should be measured although its cadence does not call for
         it. May be called several times, for no other step."""

@@ -13,16 +13,20 @@ MAX_PLANS = 64
 class StepPlan:
     """The probes of one step, by the hooks through which they are called."""
 
-    def __init__(self, probes: Sequence[ActiveProbe]) -> None:
+    def __init__(
+        self, probes: Sequence[ActiveProbe], resting: Collection[ActiveProbe] = ()
+    ) -> None:
+        """`resting`: those of `probes` that need not observe the forward."""
+
         def those_with(hook: str) -> tuple[ActiveProbe, ...]:
             return tuple(probe for probe in probes if hook in probe.hooks)
 
         self.probes = tuple(probes)
         self.reading = tuple(probe for probe in probes if probe.hooks)
-        self.before_forward = those_with("before_forward")
-        self.after_forward = those_with("after_forward")
+        self.before_forward = tuple(p for p in those_with("before_forward") if p not in resting)
+        self.after_forward = tuple(p for p in those_with("after_forward") if p not in resting)
         self.further_forward = tuple(p for p in self.before_forward if p.probe.every_forward)
-        self.model_called = those_with("model_called")
+        self.model_called = tuple(p for p in those_with("model_called") if p not in resting)
         self.loss_called = those_with("loss_called")
         self.gradients = those_with("gradients")
         self.gradient_norms = those_with("gradient_norms")
@@ -48,7 +52,9 @@ class ProbeSchedule:
         """Steps of this optimizer so far."""
         self._chosen = 0
         """Bit set over `probes`."""
-        self._plans: dict[int, StepPlan] = {}
+        self._resting = 0
+        """Bit set of those chosen that need not observe the forward of the step."""
+        self._plans: dict[tuple[int, int], StepPlan] = {}
         self._watched: Collection[str] = ()
         """Topics."""
         self.update()
@@ -61,6 +67,7 @@ class ProbeSchedule:
         """Those that measure some steps, and any step before a pause."""
         self._sometimes: list[tuple[int, int, int]] = []
         """(cadence, first steps that are all measured, bit)."""
+        self._may_rest: list[tuple[Probe, int]] = []
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
         """Those that measure every step whose gradients are clipped."""
@@ -69,6 +76,8 @@ class ProbeSchedule:
             bit = 1 << position
             if probe.failed:
                 continue
+            if type(probe.probe).resting is not Probe.resting:
+                self._may_rest.append((probe.probe, bit))
             every = probe.now
             if every == 1 or probe.needed:
                 self._always |= bit
@@ -98,6 +107,10 @@ class ProbeSchedule:
                 chosen |= bit
         if stops_soon:  # what the user is about to look at is measured in full
             chosen |= self._requested(step) | self._periodic
+        self._resting = 0
+        for each, bit in self._may_rest:
+            if each.resting:
+                self._resting |= bit
         self._choose(chosen)
         for probe in self.plan.reading:
             probe.begin_step()
@@ -135,11 +148,13 @@ class ProbeSchedule:
 
     def _choose(self, chosen: int) -> None:
         self._chosen = chosen
-        plan = self._plans.get(chosen)
+        key = chosen, self._resting
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[chosen] = StepPlan(
-                [p for i, p in enumerate(self.probes) if chosen >> i & 1 and not p.failed]
+            plan = self._plans[key] = StepPlan(
+                [p for i, p in enumerate(self.probes) if chosen >> i & 1 and not p.failed],
+                [p for i, p in enumerate(self.probes) if self._resting >> i & 1],
             )
         self.plan = plan

@@ -17,6 +17,8 @@ from tui_trainer.trace.probe import Readings, Values
 
 UNWRITTEN = -7.1623e-133
 """Written to the end of pinned memory, and there until the copy has overwritten it."""
+FEW = 64
+"""Elements of a tensor up to which a list of them is made faster than a vector."""
 SETTLE_S = 0.02
 """Time after which the whole of a copy has arrived whose end has: it takes microseconds."""
 
@@ -202,6 +204,9 @@ def _vector(readings: Readings | list[float]) -> Values:
     if isinstance(readings, list) and len(readings) > 1 and isinstance(readings[0], float):
         return np.array(readings, dtype=np.float64)
     first = readings[0] if readings else None
-    if isinstance(first, torch.Tensor) and len(readings) == 1 and first.dim() == 1 and first.is_cpu:
-        return first.to(torch.float64).numpy()
+    if isinstance(first, torch.Tensor) and first.dim() == 1 and first.is_cpu:
+        if len(readings) == 1:
+            return first.to(torch.float64).numpy()
+        if first.numel() > FEW:
+            return flattened([torch.as_tensor(r) for r in readings]).numpy()
     return np.array(_read_on_host(readings), dtype=np.float64)
