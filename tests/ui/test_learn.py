@@ -20,7 +20,7 @@ from tui_trainer.learn.progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for
-from tui_trainer.ui.screens import SCREENS, learn
+from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, learn
 from tui_trainer.ui.screens.learn import LearnScreen
 from tui_trainer.ui.widgets.lines import LineView
 
@@ -234,12 +234,13 @@ def line_views(kind: type[LineView]) -> Iterator[type[LineView]]:
 
 
 def test_screens_and_panels_name_pages_that_exist() -> None:
-    for entry in SCREENS:
+    screens = (*SCREENS, *FURTHER_SCREENS)
+    for entry in screens:
         entry.load()
     of_views = [view.lessons for view in line_views(LineView)]
     named = [name for names in of_views if isinstance(names, tuple) for name in names]
     assert named
-    assert set(OF_SCREEN) <= {entry.mode for entry in SCREENS}
+    assert set(OF_SCREEN) <= {entry.mode for entry in screens}
     assert all(OF_SCREEN.values())
     of_screens = [name for names in OF_SCREEN.values() for name in names]
     assert {*named, *OF_ANY_SCREEN, *of_screens} == set(PAGES)

@@ -63,6 +63,7 @@ NO_LABELS = "neither the text nor the image of this batch is known"
 class AttentionMapView(HeatMapView):
     """Queries down, keys across, with the tokens beside them and a mark at the query."""
 
+    lessons = ("attention-scores",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -149,6 +150,7 @@ class AttentionMapView(HeatMapView):
 class InputView(LineView):
     """The weights of the query over the text or over the image."""
 
+    lessons = ("attention-scores",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -294,6 +296,7 @@ def _token_name(grid: PatchGrid, key: int) -> str:
 class QueryTable(VirtualTable):
     """Rows are keys: q · k, the angle, the score, the weight."""
 
+    lessons = ("attention-scores",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -451,6 +454,7 @@ HEAD_LEGEND = ("entropy in nats: query, mean", "∠ between row spaces", "σ lar
 class AttentionHeadsTable(VirtualTable):
     """Rows are heads: entropies, and how Wq, Wk and Wv relate."""
 
+    lessons = ("qkv",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -495,6 +499,7 @@ class AttentionHeadsTable(VirtualTable):
 class SpectraView(LineView):
     """Singular values of Wq, Wk and Wv of a head, and the angles between their row spaces."""
 
+    lessons = ("qkv",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -541,6 +546,7 @@ class SpectraView(LineView):
 class ResidualTable(VirtualTable):
     """Rows are what was added to the stream, in order."""
 
+    lessons = ("residual-stream",)
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.header_height = 1
