@@ -18,8 +18,6 @@ OF_SCREEN: dict[str, tuple[str, ...]] = {
     "log": ("loss-graph",),
     "findings": ("accumulation", "loss-graph", "clipping"),
     "ranks": ("device",),
-    "autograd": ("loss-graph", "gradient"),
-    "attention_layer": ("attention-scores", "qkv", "residual-stream"),
     "inspect": ("scalar-tensor", "updates", "param-groups"),
     "autograd": ("loss-graph", "forward-backward", "gradient"),
     "start": ("vit-arithmetic", "device"),
