@@ -64,6 +64,7 @@ class AttentionMapView(HeatMapView):
     """Queries down, keys across, with the tokens beside them and a mark at the query."""
 
     lessons = ("attention-scores",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -151,6 +152,7 @@ class InputView(LineView):
     """The weights of the query over the text or over the image."""
 
     lessons = ("attention-scores",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -297,6 +299,7 @@ class QueryTable(VirtualTable):
     """Rows are keys: q · k, the angle, the score, the weight."""
 
     lessons = ("attention-scores",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -455,6 +458,7 @@ class AttentionHeadsTable(VirtualTable):
     """Rows are heads: entropies, and how Wq, Wk and Wv relate."""
 
     lessons = ("qkv",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -500,6 +504,7 @@ class SpectraView(LineView):
     """Singular values of Wq, Wk and Wv of a head, and the angles between their row spaces."""
 
     lessons = ("qkv",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -547,6 +552,7 @@ class ResidualTable(VirtualTable):
     """Rows are what was added to the stream, in order."""
 
     lessons = ("residual-stream",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.header_height = 1
