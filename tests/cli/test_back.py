@@ -19,12 +19,18 @@ OPTIONS = """
 """
 
 
-def losses(directory: Path, cwd: Path) -> dict[int, float]:
+def losses_from(directory: Path, cwd: Path) -> dict[int, float]:
     lines = call("export", directory, "--format", "jsonl", cwd=cwd).stdout.splitlines()
     rows = [json.loads(line) for line in lines]
     found = [(row["step"], row["loss"]) for row in rows if row.get("type") == "step"]
-    assert [step for step, _ in found] == list(range(1, len(found) + 1))
+    assert len(dict(found)) == len(found), "a step was recorded twice"
     return dict(found)
+
+
+def losses(directory: Path, cwd: Path) -> dict[int, float]:
+    found = losses_from(directory, cwd)
+    assert sorted(found) == list(range(1, len(found) + 1))
+    return found
 
 
 def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
@@ -57,3 +63,40 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
     assert len(whole) == 12
     assert {step: whole[step] for step in recorded} == recorded
     assert "differs" not in out + err
+
+
+def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path) -> None:
+    process = processes.Popen(
+        [*COMMAND, "gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split()],
+        cwd=tmp_path,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: call("step", "one", "8", cwd=tmp_path).returncode == 0, "the run steps")
+        changes = ("lr=0.5", "clip=0.01")
+        done = call("branch", "one", *changes, "--to", "5", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done
+        assert json.loads(done.stdout) == {
+            "run": "one-2", "parent": "one", "branch_step": 5, "changes": ["lr=0.5", "clip=0.01"]
+        }  # fmt: skip
+        assert call("step", "one", "3", cwd=tmp_path).stdout.startswith("one paused at step 8")
+
+        def state() -> dict[str, object]:
+            runs = json.loads(call("ls", "--json", cwd=tmp_path).stdout)
+            return next(each for each in runs if each["name"] == "one-2")
+
+        until(lambda: state()["state"] == "finished", "the branch ends")
+        assert (Path(state()["parent"]).name, state()["branch_step"]) == ("one", 5)
+        parent, child = (
+            losses_from(tmp_path / "runs" / name, tmp_path) for name in ("one", "one-2")
+        )
+        assert sorted(child) == list(range(6, 13))
+        assert child[6] == parent[6], "the loss of a step is computed before its update"
+        assert child[7] != parent[7]
+        compared = call("compare", "one", "one-2", cwd=tmp_path)
+        assert compared.returncode == 0, compared
+    finally:
+        process.kill()
+        process.wait()

@@ -112,6 +112,19 @@ class RunOptions:
             validator=validators.Number(gte=0, lte=1),
         ),
     ] = None
+    set: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--set",
+            help="change a setting before the first step, as tui-trainer set does in a live run, "
+            "such as lr=3e-4 with --resume; may be given several times",
+            group=RUNNING,
+            negative=(),
+            metavar="CHANGE",
+            show_default=False,
+            consume_multiple=False,
+        ),
+    ] = ()
     snapshots: Annotated[
         str | None,
         _flag(

@@ -14,6 +14,7 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
+from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
@@ -143,6 +144,7 @@ def prepare(
             alerts=options.alert,
             keep_checkpoints=options.keep_checkpoints,
             snapshots=_snapshot_bytes(options),
+            changes=_changes(options, script),
             resume=str(branch.checkpoint) if branch else None,
             parent=str(branch.run.directory) if branch else "",
             branch_step=branch.step if branch else None,
@@ -154,6 +156,16 @@ def prepare(
             "--runs-dir DIR or $TUI_TRAINER_RUNS_DIR keeps runs elsewhere",
         ) from error
     return spec
+
+
+def _changes(options: RunOptions, script: Script | None) -> tuple[str, ...]:
+    """The changes of settings before the first step. Raises UsageError."""
+    if script is not None and options.set:
+        raise UsageError("--set does not work with a script", "give the script its own options")
+    try:
+        return tuple(c.text for c in parse_changes(options.set)) if options.set else ()
+    except ConfigurationError as error:
+        raise UsageError(f"--set: {error.message}", error.hint) from error
 
 
 def _snapshot_bytes(options: RunOptions) -> int:

@@ -75,6 +75,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Those that the run begins with."""
     alerts: tuple[str, ...] = ()
     """Commands and webhooks that are told about warnings, errors and the end."""
+    changes: tuple[str, ...] = ()
+    """Changes of settings before the first step, such as `lr=3e-4`."""
     snapshots: int = 0
     """Bytes of host memory for snapshots of the training, to go back to; 0: none are taken."""
     keep_checkpoints: int = 3

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
+from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import from_flat
 from tui_trainer.protocol.schema import VALIDATION, Better, Column
@@ -22,7 +23,7 @@ from tui_trainer.run.environment import device_info, with_torch_versions
 from tui_trainer.run.outcome import STOPPED, Outcome
 from tui_trainer.runs.checkpoints import checkpoint_path, checkpoint_steps
 from tui_trainer.tasks.definition import Evaluation, TaskDefinition, Training, build, find_task
-from tui_trainer.trace.gate import Gate, StopTraining
+from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,13 @@ def train_task(run: RunContext) -> Outcome:
             # Built from the same seed, so these are the weights that the first run started with.
             tracer.register(training.model, _optimizers(training))
             restore_checkpoint(run, checkpoint, training)
+        if config.clip != "off":
+            # Known before it is called first.
+            value = config.clip == "value"
+            tracer.clip_calls[config.clip] = config.clip_value if value else config.max_norm
+        if run.spec.changes:
+            tracer.register(training.model, _optimizers(training))
+            change_before_first_step(run)
         run.show_waiting_for("")
         outcome = Outcome("finished")
         try:
@@ -99,6 +107,17 @@ def _find_definition(name: str) -> TaskDefinition:
 
         known = [entry.name for entry in entry_points(group="tui_trainer.tasks")]
         raise ConfigurationError(f"there is no task {name!r}", did_you_mean(name, known)) from None
+
+
+def change_before_first_step(run: RunContext) -> None:
+    """Make the changes of settings that the run was started with. Raises ConfigurationError."""
+    from tui_trainer.travel.edits import Entry
+
+    assert run.edits is not None
+    try:
+        run.edits.apply(Entry(0, parse_changes(run.spec.changes)))
+    except Refusal as refused:
+        raise ConfigurationError(refused.message, refused.hint) from refused
 
 
 def train_loop(run: RunContext, training: Training) -> None:

@@ -24,6 +24,7 @@ _RUNS = {
     "autograd": ("autograd", "show the autograd graph of a live run's loss"),
     "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
     "back": ("back", "take a live run back to an earlier step"),
+    "branch": ("branch", "start a new run from where a live one is, with other settings"),
     "set": ("set", "change the learning rate or another setting of a live run, or list them"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
