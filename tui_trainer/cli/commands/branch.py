@@ -16,7 +16,7 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import read_spec, runs_directory
-from tui_trainer.protocol.messages import Back, Checkpoint, Notice
+from tui_trainer.protocol.messages import Action, Back, Checkpoint, Notice
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.liveness import RunEntry
@@ -100,7 +100,7 @@ def _saved(run: RunEntry, to: int | None) -> int:
     with RunClient.connect(run, "tui-trainer branch", read_only=False) as client:
         while client.poll().more:
             pass
-        actions = [*([Back(to)] if to is not None else []), Checkpoint()]
+        actions: list[Action] = [*([Back(to)] if to is not None else []), Checkpoint()]
         for action in actions:
             ack = client.command_in_control(action)
             if not ack.ok:
