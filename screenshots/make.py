@@ -19,14 +19,17 @@ from pathlib import Path
 from cells import redraw
 from textual.pilot import Pilot
 
+from tui_trainer.cli.commands.demo import first_message
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
+from tui_trainer.learn.demos import DEMOS
 from tui_trainer.learn.scalar_examples import EXAMPLES
 from tui_trainer.learn.scalar_graph import ScalarGraph
 from tui_trainer.learn.scalar_svg import svg
-from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.messages import Breakpoint
+from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
@@ -164,6 +167,31 @@ async def make_graph(picture: GraphPicture) -> None:
         write(picture.name, app.export_screenshot(title="tui-trainer"))
 
 
+DEMO, DEMO_NAME = "demo", "rate-high"
+
+
+async def make_demo(runs: Path) -> None:
+    """The screen of a guided run, paused at its breakpoint."""
+    demo = next(each for each in DEMOS if each.name == DEMO_NAME)
+    name, directory = create_run_directory(demo.script.stem, runs)
+    stop = Breakpoint(1, demo.breakpoint, once=True)
+    spec = RunSpec(
+        name=name, directory=str(directory), task=SCRIPT, script=str(demo.script),
+        breakpoints=(stop,),
+    )  # fmt: skip
+    launched = launch(spec)
+    session = LiveSession(connector(launched.connect))
+    app = TuiTrainerApp(session, start_mode=demo.screen, message=first_message(demo, cured=False))
+    try:
+        async with app.run_test(size=(120, 40), notifications=True) as pilot:
+            await until(pilot, app, lambda: app.snapshot.status.state == "paused")
+            await pilot.pause(1.0)
+            write(DEMO, app.export_screenshot(title="tui-trainer"))
+    finally:
+        launched.process.terminate()
+        launched.process.wait(60)
+
+
 async def make(picture: Picture, runs: Path) -> None:
     """Train as far as the picture needs, show it, and write it down."""
     definition = find_task(picture.task)
@@ -223,13 +251,16 @@ def write(name: str, svg: str) -> None:
 def main() -> None:
     """Make all pictures, or those that are named."""
     wanted = sys.argv[1:]
-    unknown = set(wanted) - {each.name for each in (*PICTURES, *GRAPHS, *PAGES)} - {BACKPROPAGATION}
+    known = {each.name for each in (*PICTURES, *GRAPHS, *PAGES)} | {BACKPROPAGATION, DEMO}
+    unknown = set(wanted) - known
     if unknown:
         sys.exit(f"no picture is called {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as runs:
         for picture in PICTURES:
             if not wanted or picture.name in wanted:
                 asyncio.run(make(picture, Path(runs)))
+        if not wanted or DEMO in wanted:
+            asyncio.run(make_demo(Path(runs)))
     for page in PAGES:
         if not wanted or page.name in wanted:
             with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as state:

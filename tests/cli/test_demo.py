@@ -7,10 +7,12 @@ import json
 import pytest
 
 from tests.recorded_runs import directory
+from tests.ui.screens import text_of, until
 from tui_trainer.cli.commands import demo as command
 from tui_trainer.cli.main import run
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.learn.demos import DEMOS
+from tui_trainer.ui.app import TuiTrainerApp
 
 
 @pytest.fixture
@@ -62,8 +64,14 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
     assert message in capsys.readouterr().err
 
 
+async def test_the_app_begins_with_a_message() -> None:
+    app = TuiTrainerApp(None, message=command.first_message(DEMOS[0], cured=False))
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await until(pilot, lambda: "It pauses at" in text_of(app), "the message")
+
+
 def test_the_first_message_of_a_guided_run() -> None:
     for demo in DEMOS:
-        text = command._message(demo, cured=False)
+        text = command.first_message(demo, cured=False)
         assert demo.breakpoint in text
         assert (demo.live in text) if demo.live else "E and" not in text

@@ -78,8 +78,9 @@ async def test_forward_and_backward_one_node_at_a_time(size):
         assert screen_of(pilot.app).state.position == 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["neuron", "net"])
+@pytest.mark.parametrize(
+    ("name", "size"), [("neuron", SIZES[0]), ("net", SIZES[1]), ("net", SIZES[2])]
+)
 async def test_every_panel_of_the_examples(name, size):
     async with GraphApp(example(name)).run_test(size=size) as pilot:
         await answered(pilot)

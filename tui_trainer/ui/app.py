@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
     from tui_trainer.ui.screens.ended import NextStep
 
-FIRST_MESSAGE_S = 20.0
+FIRST_MESSAGE_S = 30.0
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
 MAX_PENDING_WRITES = 3
@@ -189,8 +189,6 @@ class TuiTrainerApp(App[int]):
         self.set_interval(1 / ticks_per_second, self._tick)
         if self.session is not None:
             self.attach(self.session)
-        if self._message:
-            self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
 
     def _load_rest(self) -> None:
         """Import the other screens after the first paint, on a thread."""
@@ -199,6 +197,8 @@ class TuiTrainerApp(App[int]):
         self.call_from_thread(self._loaded)
 
     def _loaded(self) -> None:
+        if self._message:
+            self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
         gc.enable()  # the command line disables it until the first paint
         if not self.is_headless:
             # Modules and widgets live until the end. Without this every full collection would

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from msgspec.structs import replace
 from rich.console import Console
 from rich.text import Text
 
@@ -27,6 +27,7 @@ from tui_trainer.client.compare import ComparedRun
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.findings.verdict import finding_object
 from tui_trainer.learn.demos import DEMOS, Demo
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.launch import run_command
 from tui_trainer.runs.registry import resolve
@@ -109,10 +110,10 @@ def _show(chosen: Demo, cured: bool, options: RunOptions) -> int:
     """Open the screen to watch; the run pauses where it goes wrong."""
     from tui_trainer.cli.screen import show_run
 
-    if not cured:
-        options = replace(options, breakpoints=(chosen.breakpoint,))
     spec = _spec(chosen, cured, options)
-    message = _message(chosen, cured)
+    if not cured:  # once: after that the learner goes on without being stopped again
+        spec = replace(spec, breakpoints=(Breakpoint(1, chosen.breakpoint, once=True),))
+    message = first_message(chosen, cured)
     status = show_run(spec, options.ascii, options.slow_link, mode=chosen.screen, message=message)
     if not cured:
         print(f"\nthe cure: {chosen.cure}")
@@ -121,7 +122,8 @@ def _show(chosen: Demo, cured: bool, options: RunOptions) -> int:
     return status
 
 
-def _message(chosen: Demo, cured: bool) -> str:
+def first_message(chosen: Demo, cured: bool) -> str:
+    """What will happen, where it pauses, and what can be done about it then."""
     if cured:
         return f"Cured: {chosen.cure}."
     live = f" When it pauses, E and {chosen.live} is the cure." if chosen.live else ""
