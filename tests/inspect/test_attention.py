@@ -211,6 +211,14 @@ class Own(nn.Module):
             )
         elif "own" in self.way:
             y = Opaque.apply(q, k, v).transpose(1, 2).flatten(2)
+        elif "bias" in self.way:
+            bias = torch.arange(t) * torch.tensor([0.1, 0.3])[:, None, None]  # as in ALiBi
+            q, k, v = (e.reshape(b * 2, t, 4) for e in (q, k, v))
+            scores = bias.repeat(b, 1, 1).baddbmm(batch1=q, batch2=k.transpose(1, 2), alpha=0.5)
+            scores = scores.view(b, 2, t, t).masked_fill(~mask, torch.finfo(torch.float32).min)
+            weights = scores.softmax(-1)
+            self.seen = weights.detach()
+            y = torch.bmm(weights.view(b * 2, t, t), v).view(b, 2, t, 4).transpose(1, 2).flatten(2)
         elif "bmm" in self.way:
             q, k, v = (e.reshape(b * 2, t, 4) for e in (q, k, v))
             scores = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=0.5)
@@ -238,6 +246,7 @@ class Opaque(torch.autograd.Function):
         ("matmul rotary", SOFTMAX),
         ("einsum", SOFTMAX),
         ("bmm", SOFTMAX),
+        ("bias", SOFTMAX),
         ("sdpa", SDPA),
         ("sdpa rotary", SDPA),
         ("own", PROJECTED),
@@ -250,6 +259,7 @@ def test_attention_by_hand_is_seen_where_it_is_computed(way, how, kv_heads):
     found = examined(model, torch.randn(3, 5, 8), ExamineAttention(head=1, sample=1, window=WHOLE))
     assert (found.missing, found.how, found.samples, found.query) == ("", how, 3, 4)
     np.testing.assert_allclose(matrix(found), model[0].seen[1, 1], rtol=3e-5, atol=1e-6)
+    assert math.isnan(found.scale) if way == "bias" else found.scale == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("way", ["matmul", "sdpa"])

@@ -84,6 +84,14 @@ def patch_label(grid: PatchGrid, position: int) -> str:
     return f"row {place // grid.columns}, col {place % grid.columns}"
 
 
+def short_patch_label(grid: PatchGrid, position: int) -> str:
+    """`2, 3`, or `class`."""
+    place = position - grid.first
+    if place < 0:
+        return patch_label(grid, position)
+    return f"{place // grid.columns}, {place % grid.columns}"
+
+
 def entropy_text(entropy: float, keys: int) -> str:
     """`1.773 of 3.871 nats`: of those that equal weights would have."""
     if keys < 2 or not math.isfinite(entropy):

@@ -264,7 +264,7 @@ class AttentionExaminer:
             queries=queries,
             keys=keys,
             head_dim=size,
-            scale=attend.scale,
+            scale=self._scale(attend, query),
             how=attend.how,
             checked=checked,
             deviation=off,
@@ -322,6 +322,24 @@ class AttentionExaminer:
                 ),
             )
         return off, checked, ""
+
+    def _scale(self, attend: Attend, query: int) -> float:
+        """What the products were multiplied with; nan where something else was added to them."""
+        if not math.isnan(attend.scale):
+            return attend.scale
+        assert attend.q is not None
+        assert attend.k is not None
+        head, rows = self._request.head, slice(query, query + 1)
+        keys = wide(repeated(attend.k, attend.q.shape[0])[head])
+        found, _ = products(wide(attend.q[head, query]), keys)
+        scores = scores_of(attend, rows, head)[0, 0]
+        allowed = torch.isfinite(scores)
+        found, scores = found[allowed].double(), scores[allowed].double()
+        scale = float((found @ scores) / (found @ found)) if found.any() else math.nan
+        if deviation(scale * found, scores) > math.sqrt(tolerance(attend.q.dtype)):
+            self._notes.append("more than a scale lies between q·k and the scores")
+            return math.nan
+        return scale
 
     # ------------------------------------------------------------ further parts
 

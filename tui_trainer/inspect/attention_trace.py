@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "__matmul__"))
+FACTORS = ("batch1", "batch2", "mat2", "other", "tensor2")
+"""Names of what a product is of, where they are given by name."""
 FEW_ELEMENTS = 1 << 18
 """Of a stream (positions, width) of the example: above it only the query's row is kept."""
 MAX_TAIL = 4
@@ -58,7 +60,7 @@ class Attend:
     """(key/value heads, keys, head_dim)"""
     v: torch.Tensor | None = None
     """(key/value heads, keys, value_dim)"""
-    scale: float = 1.0
+    scale: float = math.nan
     bias: torch.Tensor | None = None
     """Added to the scaled products: broadcasts to (heads, queries, keys), -inf where masked."""
     causal: bool = False
@@ -364,9 +366,8 @@ class AttentionTrace(TorchFunctionMode):
         if layer is None or result.dim() not in (3, 4):
             return
         equation = args[0] if args and isinstance(args[0], str) else ""
-        tensors = [each for each in args if isinstance(each, torch.Tensor)]
-        if len(tensors) == 1 and isinstance(kwargs.get("other"), torch.Tensor):
-            tensors.append(kwargs["other"])
+        given = (*args, *(kwargs.get(name) for name in FACTORS))
+        tensors = [each for each in given if isinstance(each, torch.Tensor)]
         if len(tensors) < 2:
             return
         product = _Product(result, tensors[-2], tensors[-1], equation)

@@ -162,7 +162,7 @@ class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_l
     keys: int
     head_dim: int
     scale: float
-    """What q · k is multiplied with."""
+    """What q · k is multiplied with; nan where something is added to it, such as a bias."""
     missing: str = ""
     """Why Q and K are not known; there is no map then."""
     how: str = ""

@@ -149,7 +149,8 @@ def _query(found: AttentionExamination, top: int) -> list[str]:
     largest = sorted(rows, key=lambda row: -row.weight)[:top]
     shown = sorted(largest, key=lambda row: row.key)
     labelled = any(row.label for row in shown)
-    headings = ("key", "", "q·k", "angle", f"score = q·k·{found.scale:.4g}", "weight")
+    score = "score" if math.isnan(found.scale) else f"score = q·k·{found.scale:.4g}"
+    headings = ("key", "", "q·k", "angle", score, "weight")
     table = new_table(headings, right=("key", *headings[2:]))
     for row in shown:
         table.add_row(*map(Text, _cells(row)))

@@ -40,6 +40,8 @@ TABS = ("map", "input", "query", "heads", "residual")
 TAB_NAMES = ("Map", "Text or image", "Query by keys", "Heads", "Residual stream")
 MIN_WIDTH_TOGETHER = 112
 """Width from which the map, the text and the query stand beside each other."""
+ROOMY_WIDTH = 140
+"""Width from which there is room for bars beside the weights."""
 SPECTRA_ROWS = 9
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
@@ -72,8 +74,9 @@ class AttentionLayerScreen(DetailScreen):
     AttentionLayerScreen.-input #beside, AttentionLayerScreen.-query #beside { display: block; }
     AttentionLayerScreen.-input QueryTable { display: none; }
     AttentionLayerScreen.-query InputView { display: none; }
-    AttentionLayerScreen.-together AttentionMapView { display: block; width: 3fr; margin: 0 2 0 0; }
-    AttentionLayerScreen.-together #beside { display: block; width: 2fr; min-width: 54; }
+    AttentionLayerScreen.-together AttentionMapView { display: block; width: 3fr; margin: 0 1 0 0; }
+    AttentionLayerScreen.-together #beside { display: block; width: 2fr; max-width: 48; }
+    AttentionLayerScreen.-roomy #beside { max-width: 80; }
     AttentionLayerScreen.-together InputView { display: block; height: 2fr; }
     AttentionLayerScreen.-together QueryTable { display: block; height: 3fr; margin: 1 0 0 0; }
     AttentionLayerScreen.-heads #heads { display: block; }
@@ -320,7 +323,9 @@ class AttentionLayerScreen(DetailScreen):
     def _lay_out(self) -> None:
         """Show map, text and query together where they fit."""
         together = self.tab in ("map", "input", "query")
-        self.set_class(together and self.app.size.width >= MIN_WIDTH_TOGETHER, "-together")
+        width = self.app.size.width
+        self.set_class(together and width >= MIN_WIDTH_TOGETHER, "-together")
+        self.set_class(width >= ROOMY_WIDTH, "-roomy")
 
     def action_head(self, by: int) -> None:
         heads = self.found.heads if self.found is not None else 0

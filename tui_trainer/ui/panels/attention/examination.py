@@ -22,6 +22,7 @@ from tui_trainer.client.attention import (
     key_rows,
     place_text,
     position_label,
+    short_patch_label,
     target_text,
     visible,
 )
@@ -336,11 +337,14 @@ class QueryTable(VirtualTable):
         self.set_order(order.astype(np.int64))
 
     def _all_columns(self) -> tuple[TableColumn, ...]:
+        found = self.found
+        patches = found is not None and found.grid is not None and not found.labels
         longest = max((cell_len(key.label) for key in self._keys), default=0)
-        label = min(max(longest, 5), MAX_LABEL)
+        label = 7 if patches else min(max(longest, 5), MAX_LABEL)
+        title = "row,col" if patches else "token"
         return (
             TableColumn("key", "key", 5, lambda row: Cell(str(row), self._style(row, "dim"))),
-            TableColumn("label", "token", label, self._label, left=True),
+            TableColumn("label", title, label, self._label, left=True),
             TableColumn("product", "q·k", 7, self._of(lambda k: k.product)),
             TableColumn("angle", "angle", 6, self._angle),
             TableColumn("score", "score", 7, self._score),
@@ -357,7 +361,11 @@ class QueryTable(VirtualTable):
         return lambda row: Cell(value(self._keys[row]), self._style(row))
 
     def _label(self, row: int) -> Cell:
-        return Cell(self._keys[row].label, self._style(row))
+        found = self.found
+        label = self._keys[row].label
+        if found is not None and found.grid is not None and not found.labels:
+            label = short_patch_label(found.grid, row)
+        return Cell(label, self._style(row))
 
     def _angle(self, row: int) -> Cell:
         angle = self._keys[row].angle
@@ -382,10 +390,9 @@ class QueryTable(VirtualTable):
         if found is not None and found.head < len(found.by_head):
             entropy = found.by_head[found.head].entropy
             text = entropy_text(entropy, allowed_keys(found))
-            figures = [
-                ("entropy", text, self.palette.text),
-                ("scale", number(found.scale, 0), self.palette.text),
-            ]
+            figures = [("entropy", text, self.palette.text)]
+            if not math.isnan(found.scale):
+                figures.append(("scale", number(found.scale, 0), self.palette.text))
         return [title_line(self, width, "Query by keys", figures)]
 
 
