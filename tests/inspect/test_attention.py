@@ -333,3 +333,28 @@ def test_a_large_map_is_reduced_and_the_row_is_exact():
     np.testing.assert_array_equal(matrix(small), blocks)
     assert small.row == whole.row
     assert examined(model, tokens, ExamineAttention()).map is None
+
+
+@pytest.mark.parametrize("way", ["matmul", "sdpa", "multihead"])
+def test_half_precision_is_checked_to_its_own_precision(way):
+    torch.manual_seed(2)
+    model = perturbed(Wrapped() if way == "multihead" else nn.Sequential(Own(way)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = examined(model, torch.randn(3, 5, 8), ExamineAttention(head=1, window=WHOLE))
+    assert found.missing == ""
+    np.testing.assert_allclose(matrix(found).sum(1), 1, atol=0.02)
+
+
+def test_a_product_that_is_not_understood_is_said():
+    class Dotted(Own):
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = (p(x).view(b, t, 2, 4).transpose(1, 2)
+                       for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+            weights = torch.einsum("...td,...sd->...ts", q, k).softmax(-1)
+            y = torch.einsum("...ts,...sd->...td", weights, v)
+            return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    found = examined(perturbed(nn.Sequential(Dotted(""))), torch.randn(3, 5, 8))
+    assert found.map is None
+    assert found.missing.startswith("following it failed: ")

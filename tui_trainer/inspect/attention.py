@@ -60,7 +60,7 @@ from tui_trainer.trace.tracer import Tracer
 
 MAX_MAP = 1 << 26
 """Queries times keys of one head."""
-MAX_ALL = 1 << 27
+MAX_ALL = 1 << 24
 """Queries times keys of all heads, up to which the mean entropy is over all queries."""
 SOME_QUERIES = 64
 """Evenly spaced ones, of a larger layer."""
@@ -162,7 +162,9 @@ def examine_attention(
             with contextlib.suppress(Exception):  # without it the largest logit is explained
                 run.call.loss.again(run.output)  # passes the targets to cross_entropy
         notes = [note for note in run.notes if not note.startswith(WITHOUT_LOSS)]
-    return examiner.answer(trace, given, tokens, classes, notes)
+    device = next((tensor.device.type for tensor in given), "cpu")
+    with torch.autocast(device, enabled=False):  # the run may stand inside an `autocast` of its own
+        return examiner.answer(trace, given, tokens, classes, notes)
 
 
 class AttentionExaminer:
@@ -189,8 +191,6 @@ class AttentionExaminer:
     ) -> AttentionExamination:
         """`given`: the tensors that the model was called with; `tokens` and `classes`: what its
         inputs and outputs are called, by number."""
-        if trace.fault is not None:
-            raise trace.fault
         layer, request = self._found.layer, self._request
         self._notes, self._classes = list(notes), classes
         calls = trace.calls.get(layer.path, 0)
@@ -292,6 +292,8 @@ class AttentionExaminer:
             if not attend.problem and attend.q is None:
                 return attend, "its Q and K are not seen"
             return attend, attend.problem
+        if trace.fault is not None:
+            return None, f"following it failed: {type(trace.fault).__name__}: {trace.fault}"
         if path not in trace.calls:
             if path not in self._found.tracked.modules:
                 return None, "no module of the model is this layer: its calls are not seen"
