@@ -79,14 +79,14 @@ PICTURES = (
     Picture(
         "attention-layer",
         paused_after="backward",
-        step=1500,
+        step=700,
         size=(120, 40),
         keys=("2", "down", "enter", *["left"] * 6),
     ),
     Picture(
         "residual-stream",
         paused_after="backward",
-        step=1500,
+        step=700,
         keys=("2", "down", "down", "enter", "m", "m", "m", "m"),
     ),
     Picture(
