@@ -18,11 +18,19 @@ import torch
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog
 from tui_trainer.inspect.rerun import StepCapture
 from tui_trainer.protocol.autograd import AutogradGraph, GraphModule, GraphNode
-from tui_trainer.trace.torch_private import next_sequence_number, node_name, plain_name
+from tui_trainer.trace.torch_private import (
+    local,
+    next_sequence_number,
+    node_name,
+    norms_of,
+    plain_name,
+)
 from tui_trainer.trace.tracer import Tracer
 
 MAX_NODES = 50_000
 """Nodes of one answer: about 5 MB of a message."""
+MAX_WAITING, MAX_WAITING_BYTES = 256, 64 << 20
+"""Gradients whose norms are taken at once."""
 OUTSIDE = GraphModule("")
 
 
@@ -228,21 +236,18 @@ class _Walk:
 
     def measure_gradients(self, loss: torch.Tensor) -> None:
         """Run backward, without adding to any `.grad`, and take the norms on its way."""
-        found: list[torch.Tensor] = []
-        places: list[tuple[int, int]] = []
-        """(node, input); input −1: the gradient with respect to its own result."""
-
-        def take(gradient: torch.Tensor | None, node: int, place: int) -> None:
-            if gradient is not None:
-                found.append(_norm(gradient))
-                places.append((node, place))
+        norms = _Norms()
+        single = [count == 1 for count in self._users()]
 
         def hook_of(number: int) -> Any:
             def hook(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-                with torch.no_grad():
-                    for place, gradient in enumerate(inputs):
-                        take(gradient, number, place)
-                    take(next((g for g in outputs if g is not None), None), number, -1)
+                for place, gradient in enumerate(inputs):
+                    if gradient is not None:
+                        norms.add(gradient, (number, place))
+                if not single[number]:
+                    arrived = next((each for each in outputs if each is not None), None)
+                    if arrived is not None:
+                        norms.add(arrived, (number, -1))
 
             return hook
 
@@ -257,16 +262,18 @@ class _Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            for node, gradient in zip(self._leaves, gradients, strict=True):
-                take(gradient, self._index[node], -1)
-            values = _on_host(found)
+        for node, gradient in zip(self._leaves, gradients, strict=True):
+            if gradient is not None:
+                norms.add(gradient, (self._index[node], -1))
         flows: dict[int, dict[int, float]] = {}
-        for (number, place), value in zip(places, values, strict=True):
+        for (number, place), value in norms.values():
             if place < 0:
                 self._arrived[number] = value
             else:
                 flows.setdefault(number, {})[place] = value
+                before = self._index.get(self._nodes[number].next_functions[place][0])
+                if before is not None and single[before] and math.isnan(self._arrived[before]):
+                    self._arrived[before] = value  # it has come through this edge alone
         for number, node in enumerate(self._nodes):
             own = flows.get(number, {})
             self._flows[number] = tuple(
@@ -274,6 +281,16 @@ class _Walk:
                 for place, (before, _) in enumerate(node.next_functions)
                 if before in self._index
             )
+
+    def _users(self) -> list[int]:
+        """How many edges lead to each node; 2 for one that has several results or is the loss."""
+        found = [0] * len(self._nodes)
+        found[0] = 2
+        for node in self._nodes:
+            for before, output in node.next_functions:
+                if before in self._index:
+                    found[self._index[before]] += 2 if output else 1
+        return found
 
     # ------------------------------------------------------------ the answer
 
@@ -318,24 +335,52 @@ def _result(node: Any) -> tuple[tuple[int, ...], Any]:
         return (), ""
 
 
+Place = tuple[int, int]
+"""(node, which of its inputs); −1: what arrives at the node."""
+
+
+class _Norms:
+    """The 2-norms of many tensors, of which a bounded part is held at a time: one call of a
+    function costs more than the norm of a small tensor."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, Place]]] = {}
+        self._bytes = self._count = 0
+        self._found: list[tuple[torch.Tensor, Place]] = []
+
+    def add(self, gradient: torch.Tensor, place: Place) -> None:
+        if type(gradient) is not torch.Tensor or gradient.is_complex() or gradient.is_sparse:
+            self._found.append((_norm(gradient), place))
+            return
+        held = self._waiting.setdefault((gradient.device, gradient.dtype), [])
+        held.append((gradient.detach(), place))
+        self._bytes += gradient.nbytes
+        self._count += 1
+        if self._count >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES:
+            self._take()
+
+    def _take(self) -> None:
+        for (_, dtype), held in self._waiting.items():
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            norms = norms_of([tensor for tensor, _ in held], wide)
+            self._found += zip(norms, (place for _, place in held), strict=True)
+        self._waiting.clear()
+        self._bytes = self._count = 0
+
+    def values(self) -> Iterator[tuple[Place, float]]:
+        """All of them on the host, in one copy per device."""
+        self._take()
+        by_device: dict[torch.device, list[tuple[torch.Tensor, Place]]] = {}
+        for norm, place in self._found:
+            by_device.setdefault(norm.device, []).append((norm, place))
+        for found in by_device.values():
+            together = torch.stack([norm.float() for norm, _ in found]).tolist()
+            yield from zip((place for _, place in found), together, strict=True)
+
+
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.is_sparse:
-        gradient = gradient.coalesce().values()
-    wide = None if gradient.is_complex() else torch.float32
-    if gradient.dtype == torch.float64:
-        wide = torch.float64
-    found: torch.Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
-    return found
-
-
-def _on_host(values: list[torch.Tensor]) -> list[float]:
-    """0-d tensors as numbers, in one copy per device."""
-    found = [0.0] * len(values)
-    by_device: dict[torch.device, list[int]] = {}
-    for number, value in enumerate(values):
-        by_device.setdefault(value.device, []).append(number)
-    for numbers in by_device.values():
-        together = torch.stack([values[number].float() for number in numbers]).tolist()
-        for number, value in zip(numbers, together, strict=True):
-            found[number] = value
+    held = local(gradient.detach())
+    if held.is_sparse:
+        held = held.coalesce().values()
+    found: torch.Tensor = torch.linalg.vector_norm(held)
     return found
