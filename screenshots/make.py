@@ -75,6 +75,12 @@ PICTURES = (
     Picture("dashboard-vit", "vit", step=300),
     Picture("paused-after-backward", paused_after="backward", step=200),
     Picture("exploding", settings=EXPLODING, step=150),
+    Picture(
+        "autograd",
+        paused_after="backward",
+        step=60,
+        keys=("g", "slash", *"blocks.1 query", "enter", "end"),
+    ),
     Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
     Picture(
         "attention-layer",
@@ -209,6 +215,13 @@ async def make(picture: Picture, runs: Path) -> None:
                 await pause_after(pilot, app, picture.paused_after)
             for key in picture.keys:
                 await pilot.press(key)
+                if key == "g":  # from now on the batch of each step is kept
+                    await until(pilot, app, lambda: getattr(app.screen, "graph", None) is not None)
+                    at = app.snapshot.status.step
+                    await pilot.press("space")
+                    await until(pilot, app, lambda: app.snapshot.status.step > at + 1)  # noqa: B023
+                    await pause_after(pilot, app, picture.paused_after)
+                    await pilot.pause(2.0)
             await pilot.pause(1.0)
             write(picture.name, app.export_screenshot(title="tui-trainer"))
     finally:

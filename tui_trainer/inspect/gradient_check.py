@@ -35,6 +35,8 @@ MAX_BYTES = 1 << 30
 """Of the copies in float64, unless more is allowed."""
 MAX_S = 30.0
 """Entries that are not begun by then are left out."""
+ROUNDINGS = 10
+"""In units of the last place, how far off a loss may be that was summed up from many numbers."""
 SAME_LOSS = 1e-3
 """Relative difference of the losses up to which float64 draws the same random numbers."""
 
@@ -191,7 +193,8 @@ def _checked(
             errors = relative_error(autograd, forward), relative_error(autograd, central)
             steps.append(GradientStep(h, forward, central, *errors))
         place[index] = value
-    return CheckedEntry(index, value, autograd, tuple(steps), steadiest(steps))
+    spacing = abs(here) * torch.finfo(target.dtype).eps
+    return CheckedEntry(index, value, autograd, tuple(steps), steadiest(steps, spacing))
 
 
 def relative_error(a: float, b: float) -> float:
@@ -200,11 +203,15 @@ def relative_error(a: float, b: float) -> float:
     return abs(a - b) / largest if largest else 0.0
 
 
-def steadiest(steps: list[GradientStep]) -> int:
-    """The h from which the central difference changes least to the next larger one: between those
-    whose curvature and those whose rounding shows."""
-    changes = [relative_error(after.central, before.central) for before, after in pairwise(steps)]
-    known = [(change, number + 1) for number, change in enumerate(changes) if change == change]
+def steadiest(steps: list[GradientStep], spacing: float) -> int:
+    """The h whose central difference is probably the best: the change from the next larger h, which
+    shows the curvature, and the rounding of the losses (`spacing` of numbers there) are smallest
+    together. The gradient of autograd has no part in it."""
+    errors = [
+        (abs(after.central - before.central) + ROUNDINGS * spacing / after.h, number)
+        for number, (before, after) in enumerate(pairwise(steps), 1)
+    ]
+    known = [each for each in errors if not math.isnan(each[0])]
     return min(known)[1] if known else 0
 
 

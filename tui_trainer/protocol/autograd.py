@@ -88,7 +88,7 @@ class CheckedEntry(msgspec.Struct, frozen=True, array_like=True):
     autograd: float
     steps: tuple[GradientStep, ...]
     best: int
-    """Of `steps`: the one whose central difference is nearest to its neighbours'."""
+    """Of `steps`: the one whose central difference is probably the best."""
 
 
 class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_like=True):

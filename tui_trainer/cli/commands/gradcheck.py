@@ -145,7 +145,7 @@ def _sweep(entry: CheckedEntry) -> list[str]:
             f"{step.forward_error:.1e}",
             f"{step.central:.8g}",
             f"{step.central_error:.1e}",
-            "← steadiest" if index == entry.best else "",
+            "← best" if index == entry.best else "",
         )
     return [f"{place_text(entry)}: autograd {entry.autograd:.8g}", *_plain(table_lines(table))]
 
