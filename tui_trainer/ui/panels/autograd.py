@@ -309,8 +309,7 @@ class NodeDetails(ScrollingLines):
             return []
         found = path_to_loss(graph, node)
         several = f"1 of {count(found.paths, 0)} paths" if found.paths > 1 else "the only path"
-        edges = counted(len(found.gradients), "edge")
-        rows = [[], title_line(self, width, "To the loss", right=f"{edges}, {several}")]
+        rows = [[], title_line(self, width, "To the loss", right=several)]
         steps = list(zip(found.nodes[1:], found.gradients, strict=True))[:MAX_PATH]
         return rows + [self._edge(graph, user, gradient, width) for user, gradient in steps]
 
