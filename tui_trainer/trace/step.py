@@ -137,6 +137,11 @@ class GradScaling:
         self._scaler: weakref.ref[Any] | None = None
         """The scaler in use between `scale` and `update`."""
 
+    def reset(self) -> None:
+        """Nothing that was scaled is of use any more."""
+        self._losses.clear()
+        self._scaler = None
+
     def add(self, scaler: Any, original: Any, result: Any) -> None:
         """`scaler.scale(original)` returned `result`. Keeps values, never a graph."""
         self._scaler = weakref.ref(scaler)

@@ -23,42 +23,37 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer
 
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import ClipKind, SkipReason
+from tui_trainer.protocol.messages import ClipKind
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.bad_batch import BadBatches
+from tui_trainer.trace.clippings import Clippings
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.faults import Faults, always_guarded, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
-from tui_trainer.trace.loss_graph import loss_graph_of
-from tui_trainer.trace.measurement import HandChange, StepMeasurer
+from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
-from tui_trainer.trace.norms import total_norm, total_of
+from tui_trainer.trace.observers import ForwardObserver, LoopObserver, UpdateObserver
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
-from tui_trainer.trace.parameters import parameters_of
+from tui_trainer.trace.passes import BackwardPasses
 from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OTHER, STEP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Options,
     Probe,
-    Reading,
     RecorderLike,
 )
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import (
     BackwardPass,
-    Clipping,
-    GradientReading,
     GradScaling,
-    Returned,
-    SkippedIteration,
     SkipRecorder,
     StepOutcome,
     scalar,
@@ -66,54 +61,10 @@ from tui_trainer.trace.step import (
 from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
 from tui_trainer.trace.torch_private import NormCapture
+from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5
 """Optimizer steps in which the graph of the loss is looked at."""
-
-
-class LoopObserver(Protocol):
-    """Looks at the loop around the first steps."""
-
-    def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A model is called with gradients."""
-
-    def step_completed(self, step: int) -> None:
-        """The training thread is in the call of the optimizer's `step`."""
-
-
-class UpdateObserver(Protocol):
-    """Looks at the weights around the steps of optimizers. Raises nothing."""
-
-    def step_began(self, optimizer: Optimizer) -> None:
-        """The weights are about to change."""
-
-    def step_ended(self, optimizer: Optimizer) -> None:
-        """They have changed."""
-
-
-class ForwardObserver(Protocol):
-    """Looks at what the loss of a step is computed from. Raises nothing."""
-
-    def forward_began(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """A root module is about to be called for training."""
-
-    def forward_ended(self, result: Any) -> None:
-        """It returned this."""
-
-    def loss_called(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: torch.Tensor,
-    ) -> None:
-        """A loss function of torch returned a scalar."""
-
-    def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
-        """The gradients of this scalar are about to be computed; `value`: it without its graph and
-        the scale of a GradScaler."""
 
 
 class Tracer:
@@ -158,33 +109,22 @@ class Tracer:
         self._queue = StepQueue(self.faults.report)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
-        self._scaling = GradScaling()
         self._modes = EvaluationModes()
         self._bad_batches = BadBatches()
-        self._last_loss: weakref.ref[torch.Tensor] | None = None
         self._origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
-        self._pass: BackwardPass | None = None
-        """The open backward."""
-        self._last_pass: BackwardPass | None = None
-        self._in_eval_mode: set[int] = set()
-        """Identities of the first trained parameter of each model that was called in `eval()` mode
-        since the last backward."""
+        self._passes = BackwardPasses(self._scaling, self._origins, self._bad_batches)
+        self._open_step = OpenStep()
+        self._waiting = WaitingGradients(
+            self.registry,
+            self._phases,
+            self._scaling,
+            gate,
+            self._open_step,
+            lambda skipped: self._queue.put(self._skips, skipped, gate.armed),
+        )
+        self._clips = Clippings(self._waiting, recorder)
         self._sampling: list[StepMeasurer] = []
         """Measurers whose probes observe the open forward."""
-        self._clipping: list[StepMeasurer] = []
-        """Measurers whose gradients the open clip clips."""
-        self._stepping: StepMeasurer | None = None
-        self._outer_step = 0
-        """Identity of the optimizer whose `step` is the outermost that is open, or was the last."""
-        self._inner_steps = 0
-        """Depth of optimizer steps inside the open `step`."""
-        self._evaluations = 0
-        """Evaluations of the closure in the open `step`."""
-        self._evaluated: StepMeasurer | None = None
-        """The optimizer whose open `step` has evaluated its closure once: what follows belongs to
-        further evaluations."""
-        self._total_before_clip: Reading | None = None
-        self._late_clips_reported = False
 
     # ------------------------------------------------------------ attaching
 
@@ -255,10 +195,11 @@ class Tracer:
         try:
             self._end_sampling()
             self._phases.rewind(step + 1)
-            self._pass = self._last_pass = self._stepping = self._evaluated = None
-            self._clipping = []
-            self._inner_steps = self._outer_step = 0
-            self._scaling = GradScaling()
+            self._passes.reset()
+            self._clips.reset()
+            self._open_step.reset()
+            self._open_step.outer = 0
+            self._scaling.reset()
             for measurer in self.registry.measurers:
                 measurer.lose()
                 measurer.marks.forget()
@@ -303,9 +244,10 @@ class Tracer:
             if not self.faults.given_up:
                 self.faults.give_up()
                 if not self._phases.close_all() and where != "_end_step":
-                    self._outer_step = 0
-                self._stepping = self._evaluated = self._pass = self._last_pass = None
-                self._clipping = []
+                    self._open_step.outer = 0
+                self._open_step.reset()
+                self._passes.reset()
+                self._clips.reset()
                 self._phases.stop_clock()
                 self._end_sampling()
         except Exception as further:
@@ -355,7 +297,9 @@ class Tracer:
     def losses(self) -> list[torch.Tensor]:
         """Losses of the current step (0-d each)."""
         waiting = [p for m in self.registry.measurers for p in m.passes if not p.used]
-        passes = list(dict.fromkeys([*waiting, *([self._pass] if self._pass else [])]))
+        if self._passes.open is not None:
+            waiting.append(self._passes.open)
+        passes = dict.fromkeys(waiting)
         return [loss for each in passes for loss in each.losses]
 
     @property
@@ -369,14 +313,8 @@ class Tracer:
 
     def gradient_scale(self, measurer: StepMeasurer) -> float:
         """The factor that a GradScaler still has on this optimizer's gradients. Waits for it."""
-        scale = self._scale_of(measurer)
+        scale = self._waiting.scale_of(measurer)
         return float(scale) if scale is not None else 1.0
-
-    def _scale_of(self, measurer: StepMeasurer) -> torch.Tensor | None:
-        """The same (0-d), without waiting; None where there is none."""
-        if not self._scaling.in_use:
-            return None
-        return self._scaling.gradient_scale(self.registry.optimizer_of(measurer))
 
     # ------------------------------------------------------------ calls of the model
 
@@ -462,7 +400,7 @@ class Tracer:
         if not self.in_phase:
             for measurer in self.registry.measurers:
                 if measurer.passes and measurer.probably_changed():
-                    self._gradients_between_passes(measurer)
+                    self._waiting.between_passes(measurer)
         first = FORWARD not in self._phases.seen
         if not self._phases.enter(FORWARD):
             return False
@@ -476,8 +414,7 @@ class Tracer:
         if self.forwards is not None:
             self.forwards.forward_began(module, args, kwargs)
         self._phases.before_forward(module)
-        if not module.training or self._in_eval_mode:
-            self._note_mode(module)
+        self._passes.model_called(module)
         if first:
             if not self._phases.closure:
                 self.registry.refresh()
@@ -488,15 +425,6 @@ class Tracer:
                 self._sampling.append(measurer)
         self._phases.run()
         return True
-
-    def _note_mode(self, module: torch.nn.Module) -> None:
-        """Remember that a model is called for training in `eval()` mode, if it has a parameter to
-        train and layers for which that matters."""
-        trained = next((id(p) for p in module.parameters() if p.requires_grad), 0)
-        if module.training:
-            self._in_eval_mode.discard(trained)
-        elif trained and depends_on_mode(module):
-            self._in_eval_mode.add(trained)
 
     @guarded
     def _forward_failed(self) -> None:
@@ -533,37 +461,18 @@ class Tracer:
         if not self._phases.enter(BACKWARD):
             return False
         self.evaluation.gradients_computed()
-        given = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
-        losses = [scalar(self._scaling.unscaled_loss(loss)) for loss in scalars]
         self._phases.before_backward()
         for measurer in self.registry.measurers:
             if measurer.passes:
-                self._gradients_between_passes(measurer)
-        self._pass = BackwardPass(losses)
-        if self.optimizer_steps < GRAPHS_READ and len(scalars) == 1:
-            self._pass.cross_entropy = torch_private.cross_entropy_of(scalars[0])
-            if not self.optimizer_steps:
-                self._pass.loss_graph = loss_graph_of(scalars[0].grad_fn)
-        if scalars:
-            self._look_at_losses(self._pass, scalars)
-            if self.forwards is not None:
-                self.forwards.backward_began(scalars[0], losses[0])
+                self._waiting.between_passes(measurer)
+        scalars = self._passes.begin(outputs, self.optimizer_steps)
+        if scalars and self.forwards is not None:
+            self.forwards.backward_began(scalars[0], self._passes.open_losses[0])
         self._phases.boundary(LOSS)
         for measurer in self.registry.measurers:
             measurer.before_backward()
         self._phases.run()
         return True
-
-    def _look_at_losses(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
-        """What about these losses can be seen only now."""
-        backward.producer = self._origins.producer_of(scalars)
-        backward.bad_batch = self._bad_batches.look_at(scalars[0]) if len(scalars) == 1 else None
-        last = self._last_loss() if self._last_loss is not None else None
-        previous = self._last_pass
-        waiting = previous is not None and not previous.used and bool(previous.claims)
-        backward.repeated = last is scalars[0] and waiting
-        self._last_loss = weakref.ref(scalars[0])
 
     @guarded
     def loss_called(
@@ -605,10 +514,10 @@ class Tracer:
             if by_hand is not None:
                 by_hand.marks.remember()
                 reached.append(by_hand)
-        self._close_backward(reached)
+        self._passes.end(reached, self._open_step.evaluated)
         for measurer in reached:
             if measurer.careful and measurer.reading is None and measurer.passes:
-                self._read_gradients(measurer)
+                self._waiting.read(measurer)
             self._expect_update_by_hand(measurer)
         self._phases.after_backward()
         self._phases.leave(OTHER)
@@ -618,33 +527,6 @@ class Tracer:
             measurer.prepare(self.step, self.gate.stops_soon)
             measurer.before_update()
             measurer.weights.remember()
-
-    def _close_backward(self, reached: list[StepMeasurer]) -> None:
-        """Put the pass to those that wait for the steps of the optimizers that it `reached`."""
-        backward, self._pass = self._pass, None
-        if backward is None:
-            return
-        # Of a closure only the first evaluation is at the weights that the step began with; where
-        # the others reach further optimizers, they are no iteration of theirs.
-        backward.used = self._evaluated is not None
-        reached = [measurer for measurer in reached if measurer is not self._evaluated]
-        last = self._last_pass
-        if (
-            last is not None
-            and last.claims == set(reached)
-            and not (last.used or last.returned or backward.returned)
-        ):
-            last.add(backward.losses)
-            last.repeated = last.repeated or backward.repeated
-            last.producer = last.producer or backward.producer
-            last.bad_batch = last.bad_batch or backward.bad_batch
-            backward = last
-        self._last_pass = backward
-        for measurer in reached:
-            measurer.add_pass(backward)
-            if self._in_eval_mode and not self._in_eval_mode.isdisjoint(measurer.tracked.ids):
-                measurer.eval_forward = True
-        self._in_eval_mode.clear()
 
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:
@@ -668,16 +550,16 @@ class Tracer:
             for parameter, gradient in zip(given, result, strict=False)
             if isinstance(gradient, torch.Tensor)
         }
-        if self._pass is not None:
-            self._pass.returned = {
+        if self._passes.open is not None:
+            self._passes.open.returned = {
                 key: (weakref.ref(g), torch_private.version_of(g)) for key, g in gradients.items()
             }
         reached = self.registry.measurers_of(given)
-        self._close_backward(reached)
+        self._passes.end(reached, self._open_step.evaluated)
         for measurer in reached:
             if measurer.careful and measurer.reading is None and measurer.passes:
                 found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
-                self._read_gradients(measurer, gradients=found)
+                self._waiting.read(measurer, gradients=found)
             self._expect_update_by_hand(measurer)
         self._phases.after_backward()
         self._phases.leave(OTHER)
@@ -693,24 +575,23 @@ class Tracer:
         gradients, value = result if has_value else (result, None)
         if isinstance(value, (tuple, list)) and value:
             value = value[0]
-        if self._pass is not None:
+        if self._passes.open is not None:
             if isinstance(value, torch.Tensor) and value.numel() == 1:
-                self._pass.losses = [scalar(value)]
+                self._passes.open.losses = [scalar(value)]
             leaves = torch_private.tensors_of(gradients)
-            self._pass.returned = {
+            self._passes.open.returned = {
                 -n: (weakref.ref(g), torch_private.version_of(g)) for n, g in enumerate(leaves)
             }
-        self._close_backward(list(self.registry.measurers))
+        self._passes.end(list(self.registry.measurers), self._open_step.evaluated)
         self._phases.after_backward()
         self._phases.leave(OTHER)
 
     @guarded
     def phase_failed(self) -> None:
         """The torch function that is the open phase raised."""
-        self._pass = None
+        self._passes.open = None
         if self._phases.fail() == CLIP:
-            for measurer in self._clipping:
-                measurer.clip_failed()
+            self._clips.failed()
 
     # ------------------------------------------------------------ zero_grad, and what it discards
 
@@ -733,81 +614,22 @@ class Tracer:
         for measurer in self.registry.measurers:
             # About to be thrown away, perhaps: the last moment to read them.
             if measurer.reading is None and any(not each.used for each in measurer.passes):
-                self._resolve_returned(measurer)
+                self._waiting.resolve_returned(measurer)
                 if measurer.passes:
-                    self._read_gradients(measurer)
+                    self._waiting.read(measurer)
         self._phases.run()
         return True
 
     @guarded
     def zero_grad_ended(self, owner: Optimizer | torch.nn.Module) -> None:
         self._phases.stop_clock()
-        waiting = [m for m in self.registry.measurers if m.passes and m is not self._evaluated]
-        if waiting:
-            self._lose(waiting, _zeroed_by(owner))
+        self._waiting.zeroed(owner)
         for measurer in self.registry.measurers:
             if measurer.passes:
                 measurer.marks.remember()
             else:
                 measurer.marks.forget()
         self._phases.leave()
-
-    def _lose(self, measurers: list[StepMeasurer], zeroed: Callable[[torch.Tensor], bool]) -> None:
-        """Let go of the passes of those `measurers` that have no gradients left."""
-        lost: list[BackwardPass] = []
-        for measurer in measurers:
-            if measurer.gradients_zeroed(zeroed):
-                lost += self._discard(measurer)
-        self._skip(lost, "hand")
-
-    def _discard(self, measurer: StepMeasurer) -> list[BackwardPass]:
-        """The gradients of `measurer` are thrown away: the passes that no optimizer has used or
-        can use any more."""
-        passes = measurer.passes
-        knowledge = measurer.lose()
-        lost: list[BackwardPass] = []
-        for backward in passes:
-            backward.claims.discard(measurer)
-            if measurer is self._stepping:
-                backward.used = True  # a closure begins its next evaluation
-            backward.lost.append(knowledge)
-            if not backward.claims and not backward.used:
-                lost.append(backward)
-        return lost
-
-    def _skip(self, lost: list[BackwardPass], reason: SkipReason) -> None:
-        """Report an iteration whose gradients no optimizer used."""
-        if not lost:
-            return
-        losses = [loss for backward in lost for loss in backward.losses]
-        step_ms, times = self._phases.discard_iteration()
-        parts = []
-        for knowledge in dict.fromkeys(part for backward in lost for part in backward.lost):
-            outcome = StepOutcome(
-                step=self.step,
-                losses=losses,
-                learning_rate=absent(Absent.NOT_MEASURED),
-                step_ms=step_ms,
-                times=times,
-                clips=knowledge.clips,
-            )
-            parts.append((knowledge.measurer, knowledge.measurer.skipped(outcome, knowledge)))
-        scale = self._scaling.read_loss_scale() if reason == "scaler" else None
-        skipped = SkippedIteration(reason, scale, parts)
-        self._queue.put(self._skips, skipped, self.gate.armed)
-
-    def _gradients_between_passes(self, measurer: StepMeasurer) -> None:
-        """Before a further backward: follow what the script did to the gradients by itself."""
-        self._resolve_returned(measurer)
-        if not measurer.passes or measurer is self._evaluated:
-            return
-        if not measurer.changed_between_passes():
-            return
-        if measurer.any_gradient() and not measurer.all_zero():
-            self._follow_changes_by_hand()
-        else:
-            self._skip(self._discard(measurer), "hand")
-            measurer.marks.forget()
 
     # ------------------------------------------------------------ clipping
 
@@ -816,18 +638,9 @@ class Tracer:
         self._end_step_by_hand()
         if not self._phases.enter(CLIP):
             return False
-        self._take_unseen_gradients()
-        self._follow_changes_by_hand()
-        clipped = self.registry.measurers_of(parameters)
-        self._clipping = [m for m in clipped if m.passes and m is not self._evaluated]
-        self._total_before_clip = None
-        for measurer in self._clipping:
-            if measurer.reading is None:
-                self._read_gradients(measurer, kind)
-        if self._clipping and (not two_norm or any(m.careful for m in self._clipping)):
-            self._total_before_clip = total_norm(parameters)
+        self._clips.began(parameters, kind, two_norm)
         if self.gate.armed:
-            self._reporter.keep_norms(self._clipping, self.gate.stops_soon)
+            self._reporter.keep_norms(self._clips.measurers, self.gate.stops_soon)
         self._phases.run()
         return True
 
@@ -843,120 +656,8 @@ class Tracer:
     ) -> None:
         """`total` is the norm before clipping, as the function returned it."""
         self._phases.stop_clock()
-        total = captured.whole_total(total, limit)
-        if not self._clipping and self._evaluated is None:
-            if self.registry.measurers_of(parameters):
-                self._report_late_clip()
-            for measurer in self.registry.measurers:
-                measurer.marks.forget()
-        before = self._total_before_clip if kind == "value" else total
-        if self._clipping and isinstance(before, (torch.Tensor, float)):
-            for measurer in self._clipping:
-                if kind == "norm":
-                    measurer.use_clip_norms(captured, parameters, limit, total)
-            clipping = Clipping(
-                kind=kind,
-                max_norm=float(limit),
-                norm_before=before,
-                norm_after=total_norm(parameters) if kind == "value" else None,
-                total=self._total_before_clip,
-                two_norm=kind == "norm" and float(norm_type) == 2.0,
-                scale=self._scale_of(self._clipping[0]),
-            )
-            given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-            for measurer in self._clipping:
-                clipping.positions[id(measurer)] = measurer.positions_of(given)
-                if measurer.reading is not None and not measurer.clips:
-                    clipping.readings[id(measurer)] = measurer.reading
-                elif kind == "norm":
-                    clipping.readings[id(measurer)] = measurer.captured(captured)
-                measurer.clips.append(clipping)
-                measurer.after_clipping(clipping)
-        self._phases.leave(OTHER, owners=tuple(m.slot for m in self._clipping))
-
-    def _report_late_clip(self) -> None:
-        if not self._late_clips_reported and self.registry.measurers:
-            self._late_clips_reported = True
-            text = (
-                "gradients are clipped after optimizer.step() has used them, which changes no "
-                "update: clip between backward and step"
-            )
-            self.recorder.notice("clip_after_step", text, "warning", self.step)
-
-    def _read_gradients(
-        self,
-        measurer: StepMeasurer,
-        clipping: str = "",
-        gradients: list[torch.Tensor | None] | None = None,
-    ) -> GradientReading:
-        measurer.prepare(self.step, self.gate.stops_soon)
-        return measurer.read_gradients(self._scale_of(measurer), clipping, gradients)
-
-    def _take_unseen_gradients(self) -> None:
-        """Gradients that came without any backward that was seen: set by the script, or by code
-        that calls the autograd engine by itself."""
-        for measurer in self.registry.measurers:
-            self._resolve_returned(measurer)
-            if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
-                measurer.add_pass(BackwardPass([]))
-                measurer.marks.remember()
-
-    def _resolve_returned(self, measurer: StepMeasurer) -> None:
-        """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
-        for backward in [each for each in measurer.passes if each.returned]:
-            returned, backward.returned = backward.returned, {}
-            for holder in list(backward.claims):
-                self._resolve_for(holder, backward, returned)
-
-    def _resolve_for(
-        self,
-        measurer: StepMeasurer,
-        backward: BackwardPass,
-        returned: Returned,
-    ) -> None:
-        same, some = measurer.has_gradients(returned)
-        alone = len(measurer.passes) == 1
-        if some or (alone and measurer.marks.changed() and measurer.any_gradient()):
-            if not same:  # changed before they were assigned
-                measurer.reading = None
-            measurer.marks.assigned(returned)
-        else:
-            measurer.passes.remove(backward)
-            backward.claims.discard(measurer)
-            measurer.marks.remember()
-
-    def _follow_changes_by_hand(self, before_step: bool = False) -> None:
-        """Find out whether the script has changed gradients between backward and step by itself:
-        scaled, clipped or averaged them."""
-        changes = [
-            change
-            for measurer in self.registry.measurers
-            if measurer.passes
-            and measurer is not self._evaluated
-            and (change := measurer.change_by_hand(before_step)) is not None
-        ]
-        if not changes:
-            return
-        before = [change.before for change in changes]
-        positions = _distinct(changes)
-        clipping = Clipping(
-            kind="hand",
-            max_norm=absent(Absent.NO_LIMIT),
-            norm_before=absent(Absent.CHANGED_BY_HAND)
-            if None in before
-            else total_of(before, positions),
-            norm_after=total_of([change.after for change in changes], positions),
-            total=None,
-            two_norm=True,
-            scale=self._scale_of(changes[0].measurer),
-            tentative=all(change.tentative for change in changes),
-        )
-        for change in changes:
-            measurer = change.measurer
-            clipping.positions[id(measurer)] = change.positions
-            if change.reading is not None:
-                clipping.readings[id(measurer)] = change.reading
-            measurer.clips.append(clipping)
+        self._clips.ended(kind, parameters, limit, norm_type, total, captured)
+        self._phases.leave(OTHER, owners=tuple(m.slot for m in self._clips.measurers))
 
     # ------------------------------------------------------------ the optimizer's step
 
@@ -967,27 +668,26 @@ class Tracer:
         if self.updates is not None and self.training_thread:
             self.updates.step_began(optimizer)
         if self.faults.given_up:
-            self._outer_step = self._outer_step or id(optimizer)
+            self._open_step.outer = self._open_step.outer or id(optimizer)
         else:
             self._begin_step(optimizer, closure)
 
     @guarded
     def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
         if not self._phases.enter(STEP):
-            self._inner_steps += 1
+            self._open_step.inner += 1
             return
-        self._outer_step = id(optimizer)
+        self._open_step.outer = id(optimizer)
         self._phases.closure = closure
-        self._inner_steps = self._evaluations = 0
-        self._evaluated = None
+        self._open_step.begin()
         self._phases.before_step()
-        measurer = self._stepping = self.registry.stepping(optimizer)
+        measurer = self._open_step.measurer = self.registry.stepping(optimizer)
         measurer.prepare(self.step, self.gate.stops_soon)
         if not closure:
-            self._take_unseen_gradients()
-            self._follow_changes_by_hand(before_step=True)
+            self._waiting.take_unseen()
+            self._waiting.follow_changes_by_hand(before_step=True)
             if measurer.reading is None:
-                self._read_gradients(measurer)
+                self._waiting.read(measurer)
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.before_update()
@@ -996,18 +696,18 @@ class Tracer:
     @guarded
     def evaluation_began(self) -> None:
         """The closure of the open `step` is called."""
-        self._evaluations += 1
+        self._open_step.evaluations += 1
 
     @guarded
     def evaluation_ended(self) -> None:
-        measurer = self._stepping
-        if measurer is not None and self._evaluations == 1:
+        measurer = self._open_step.measurer
+        if measurer is not None and self._open_step.evaluations == 1:
             self._phases.stop_clock()
-            self._take_unseen_gradients()
-            self._follow_changes_by_hand(before_step=True)
+            self._waiting.take_unseen()
+            self._waiting.follow_changes_by_hand(before_step=True)
             if measurer.reading is None:
-                self._read_gradients(measurer)
-            self._evaluated = measurer
+                self._waiting.read(measurer)
+            self._open_step.evaluated = measurer
             self._phases.resume_clock()
 
     def step_ended(self, optimizer: Optimizer) -> None:
@@ -1016,7 +716,7 @@ class Tracer:
             self.updates.step_ended(optimizer)
         step = self.step
         self._end_step(optimizer)
-        if self.faults.given_up and id(optimizer) == self._outer_step:
+        if self.faults.given_up and id(optimizer) == self._open_step.outer:
             self._continue_after_fault(stepped=self.step == step)
         if self.rates is not None:
             self.rates.step_ended(optimizer)
@@ -1024,19 +724,22 @@ class Tracer:
     @guarded
     def _end_step(self, optimizer: Optimizer) -> None:
         began = perf_counter()
-        if self._inner_steps:
-            self._inner_steps -= 1
+        if self._open_step.inner:
+            self._open_step.inner -= 1
             return
         if not self._phases.close(STEP):
             return
         self._phases.stop_clock()
-        measurer, self._stepping, self._evaluated = self._stepping, None, None
+        measurer = self._open_step.measurer
+        self._open_step.reset()
         if measurer is None:
             return
         if measurer.reading is None:
-            self._read_gradients(measurer)
+            self._waiting.read(measurer)
         rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
-        evaluations = self._evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
+        evaluations = (
+            self._open_step.evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
+        )
         self._complete(measurer, rate, evaluations, began)
 
     def _end_step_by_hand(self, zeroing: bool = False) -> None:
@@ -1054,10 +757,10 @@ class Tracer:
         if not measurer.any_gradient():  # released since the update that used them
             for backward in measurer.passes:
                 backward.returned = {}
-        self._resolve_returned(measurer)
+        self._waiting.resolve_returned(measurer)
         self._phases.end_step_by_hand()
         if measurer.marks.changed() and measurer.any_gradient() and not measurer.all_zero():
-            self._follow_changes_by_hand()
+            self._waiting.follow_changes_by_hand()
         rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
         self._complete(measurer, rate, evaluations, began)
 
@@ -1112,37 +815,37 @@ class Tracer:
     def _skip_step(self, optimizer: Optimizer) -> None:
         measurer = self.registry.measurer_for(unwrapped_optimizer(optimizer))
         self._phases.stop_clock()
-        self._take_unseen_gradients()
+        self._waiting.take_unseen()
         if measurer.reading is None:
-            self._read_gradients(measurer)
+            self._waiting.read(measurer)
         passes = measurer.passes
         knowledge = measurer.lose()
         for backward in passes:
             backward.claims.discard(measurer)
             backward.used, backward.lost = True, [knowledge]
-        self._skip(passes, "scaler")
+        self._waiting.skip(passes, "scaler")
         self._phases.resume_clock()
 
     def _script_ended(self) -> None:
         """Report what was left of a step that never came."""
         try:
             self._phases.close_all()
-            self._stepping = self._evaluated = None
+            self._open_step.reset()
             self._end_step_by_hand()
             self._phases.stop_clock()
             self.evaluation.end()
             left: list[BackwardPass] = []
             for measurer in self.registry.measurers:
-                self._gradients_between_passes(measurer)
+                self._waiting.between_passes(measurer)
                 if measurer.reading is None and any(not each.used for each in measurer.passes):
-                    self._read_gradients(measurer)
+                    self._waiting.read(measurer)
                 passes = measurer.passes
                 knowledge = measurer.lose()
                 for backward in passes:
                     backward.lost.append(knowledge)
                     if not backward.used and backward not in left:
                         left.append(backward)
-            self._skip(left, "end")
+            self._waiting.skip(left, "end")
         except Exception as fault:
             self.faults.report("the end of the script", fault)
 
@@ -1167,28 +870,6 @@ class Tracer:
     @always_guarded
     def scaler_updated(self) -> None:
         self._scaling.end_iteration()
-
-
-def _distinct(changes: Sequence[HandChange]) -> list[list[int] | None]:
-    """The positions of the changed parameters, each parameter with one measurer only."""
-    seen: set[int] = set()
-    found: list[list[int] | None] = []
-    for change in changes:
-        parameters = change.measurer.tracked.parameters
-        positions = range(len(parameters)) if change.positions is None else change.positions
-        new = [position for position in positions if id(parameters[position]) not in seen]
-        seen.update(id(parameters[position]) for position in new)
-        found.append(None if len(new) == len(parameters) else new)
-    return found
-
-
-def _zeroed_by(owner: Optimizer | torch.nn.Module) -> Callable[[torch.Tensor], bool]:
-    """Whether a parameter is one of those whose gradients `owner.zero_grad()` zeroes."""
-    if isinstance(owner, Optimizer):
-        ids = {id(p) for p in parameters_of(owner)}
-    else:
-        ids = {id(p) for p in owner.parameters()}
-    return lambda parameter: id(parameter) in ids
 
 
 def _disable_after_fork(tracer: Tracer | None) -> None:

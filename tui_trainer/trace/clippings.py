@@ -1,0 +1,96 @@
+"""Clippings of gradients by the functions of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.norms import total_norm
+from tui_trainer.trace.probe import Reading, RecorderLike
+from tui_trainer.trace.step import Clipping
+from tui_trainer.trace.torch_private import NormCapture
+from tui_trainer.trace.waiting_gradients import WaitingGradients
+
+
+class Clippings:
+    """The clipping that is open, or was the last."""
+
+    def __init__(self, waiting: WaitingGradients, recorder: RecorderLike) -> None:
+        self.measurers: list[StepMeasurer] = []
+        """Those whose gradients it clips."""
+        self._waiting = waiting
+        self._recorder = recorder
+        self._total_before: Reading | None = None
+        self._late_reported = False
+
+    def reset(self) -> None:
+        self.measurers = []
+
+    def began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> None:
+        waiting = self._waiting
+        waiting.take_unseen()
+        waiting.follow_changes_by_hand()
+        self.measurers = waiting.of(parameters)
+        self._total_before = None
+        for measurer in self.measurers:
+            if measurer.reading is None:
+                waiting.read(measurer, kind)
+        if self.measurers and (not two_norm or any(m.careful for m in self.measurers)):
+            self._total_before = total_norm(parameters)
+
+    def failed(self) -> None:
+        """The function raised."""
+        for measurer in self.measurers:
+            measurer.clip_failed()
+
+    def ended(
+        self,
+        kind: ClipKind,
+        parameters: Any,
+        limit: Any,
+        norm_type: Any,
+        total: Any,
+        captured: NormCapture,
+    ) -> None:
+        """`total` is the norm before clipping, as the function returned it."""
+        total = captured.whole_total(total, limit)
+        if not self.measurers and not self._waiting.evaluating_further:
+            if self._waiting.registry.measurers_of(parameters):
+                self._report_late()
+            for measurer in self._waiting.registry.measurers:
+                measurer.marks.forget()
+        before = self._total_before if kind == "value" else total
+        if self.measurers and isinstance(before, (torch.Tensor, float)):
+            for measurer in self.measurers:
+                if kind == "norm":
+                    measurer.use_clip_norms(captured, parameters, limit, total)
+            clipping = Clipping(
+                kind=kind,
+                max_norm=float(limit),
+                norm_before=before,
+                norm_after=total_norm(parameters) if kind == "value" else None,
+                total=self._total_before,
+                two_norm=kind == "norm" and float(norm_type) == 2.0,
+                scale=self._waiting.scale_of(self.measurers[0]),
+            )
+            given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            for measurer in self.measurers:
+                clipping.positions[id(measurer)] = measurer.positions_of(given)
+                if measurer.reading is not None and not measurer.clips:
+                    clipping.readings[id(measurer)] = measurer.reading
+                elif kind == "norm":
+                    clipping.readings[id(measurer)] = measurer.captured(captured)
+                measurer.clips.append(clipping)
+                measurer.after_clipping(clipping)
+
+    def _report_late(self) -> None:
+        if not self._late_reported and self._waiting.registry.measurers:
+            self._late_reported = True
+            text = (
+                "gradients are clipped after optimizer.step() has used them, which changes no "
+                "update: clip between backward and step"
+            )
+            self._recorder.notice("clip_after_step", text, "warning", self._waiting.step)

@@ -1,0 +1,54 @@
+"""What may look at a training while it is traced, besides the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+
+class LoopObserver(Protocol):
+    """Looks at the loop around the first steps."""
+
+    def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A model is called with gradients."""
+
+    def step_completed(self, step: int) -> None:
+        """The training thread is in the call of the optimizer's `step`."""
+
+
+class UpdateObserver(Protocol):
+    """Looks at the weights around the steps of optimizers. Raises nothing."""
+
+    def step_began(self, optimizer: Optimizer) -> None:
+        """The weights are about to change."""
+
+    def step_ended(self, optimizer: Optimizer) -> None:
+        """They have changed."""
+
+
+class ForwardObserver(Protocol):
+    """Looks at what the loss of a step is computed from. Raises nothing."""
+
+    def forward_began(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A root module is about to be called for training."""
+
+    def forward_ended(self, result: Any) -> None:
+        """It returned this."""
+
+    def loss_called(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: torch.Tensor,
+    ) -> None:
+        """A loss function of torch returned a scalar."""
+
+    def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
+        """The gradients of this scalar are about to be computed; `value`: it without its graph and
+        the scale of a GradScaler."""

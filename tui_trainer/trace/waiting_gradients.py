@@ -1,0 +1,258 @@
+"""Gradients between backward and the optimizer's step: what the script does to them by itself, and
+which are thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.messages import SkipReason
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.measurement import HandChange, StepMeasurer
+from tui_trainer.trace.norms import total_of
+from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.parameters import parameters_of
+from tui_trainer.trace.phases import Phases
+from tui_trainer.trace.step import (
+    BackwardPass,
+    Clipping,
+    GradientReading,
+    GradScaling,
+    Returned,
+    SkippedIteration,
+    StepOutcome,
+)
+
+
+@dataclass(eq=False)
+class OpenStep:
+    """The call of an optimizer's `step` that is open."""
+
+    measurer: StepMeasurer | None = None
+    evaluated: StepMeasurer | None = None
+    """The same, once it has evaluated its closure: what follows belongs to further evaluations."""
+    evaluations: int = 0
+    """Evaluations of its closure."""
+    inner: int = 0
+    """Depth of the steps of other optimizers inside it."""
+    outer: int = 0
+    """Identity of the outermost optimizer whose `step` is open, or was the last."""
+
+    def begin(self) -> None:
+        self.inner = self.evaluations = 0
+        self.evaluated = None
+
+    def reset(self) -> None:
+        """It is over, or given up."""
+        self.measurer = self.evaluated = None
+        self.inner = 0
+
+
+class WaitingGradients:
+    """Follows the gradients that wait for the steps of the optimizers of `registry`."""
+
+    def __init__(
+        self,
+        registry: OptimizerRegistry,
+        phases: Phases,
+        scaling: GradScaling,
+        gate: Gate,
+        open_step: OpenStep,
+        on_skip: Callable[[SkippedIteration], None],
+    ) -> None:
+        """`on_skip` is called with each iteration whose gradients no optimizer used."""
+        self.registry = registry
+        self._phases = phases
+        self._scaling = scaling
+        self._gate = gate
+        self._open_step = open_step
+        self._on_skip = on_skip
+
+    @property
+    def step(self) -> int:
+        """The current optimizer step."""
+        return self._phases.step
+
+    @property
+    def evaluating_further(self) -> bool:
+        """Whether a closure is evaluated whose first evaluation was measured."""
+        return self._open_step.evaluated is not None
+
+    def of(self, parameters: Sequence[torch.Tensor]) -> list[StepMeasurer]:
+        """Those of the optimizers of `parameters` for which gradients wait."""
+        found = self.registry.measurers_of(parameters)
+        return [m for m in found if m.passes and m is not self._open_step.evaluated]
+
+    def scale_of(self, measurer: StepMeasurer) -> torch.Tensor | None:
+        """The factor (0-d) that a GradScaler still has on this optimizer's gradients, without
+        waiting for it; None where there is none."""
+        if not self._scaling.in_use:
+            return None
+        return self._scaling.gradient_scale(self.registry.optimizer_of(measurer))
+
+    def read(
+        self,
+        measurer: StepMeasurer,
+        clipping: str = "",
+        gradients: list[torch.Tensor | None] | None = None,
+    ) -> GradientReading:
+        measurer.prepare(self._phases.step, self._gate.stops_soon)
+        return measurer.read_gradients(self.scale_of(measurer), clipping, gradients)
+
+    def take_unseen(self) -> None:
+        """Gradients that came without any backward that was seen: set by the script, or by code
+        that calls the autograd engine by itself."""
+        for measurer in self.registry.measurers:
+            self.resolve_returned(measurer)
+            if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
+                measurer.add_pass(BackwardPass([]))
+                measurer.marks.remember()
+
+    def resolve_returned(self, measurer: StepMeasurer) -> None:
+        """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
+        for backward in [each for each in measurer.passes if each.returned]:
+            returned, backward.returned = backward.returned, {}
+            for holder in list(backward.claims):
+                self._resolve_for(holder, backward, returned)
+
+    def _resolve_for(
+        self,
+        measurer: StepMeasurer,
+        backward: BackwardPass,
+        returned: Returned,
+    ) -> None:
+        same, some = measurer.has_gradients(returned)
+        alone = len(measurer.passes) == 1
+        if some or (alone and measurer.marks.changed() and measurer.any_gradient()):
+            if not same:  # changed before they were assigned
+                measurer.reading = None
+            measurer.marks.assigned(returned)
+        else:
+            measurer.passes.remove(backward)
+            backward.claims.discard(measurer)
+            measurer.marks.remember()
+
+    def follow_changes_by_hand(self, before_step: bool = False) -> None:
+        """Find out whether the script has changed gradients between backward and step by itself:
+        scaled, clipped or averaged them."""
+        changes = [
+            change
+            for measurer in self.registry.measurers
+            if measurer.passes
+            and measurer is not self._open_step.evaluated
+            and (change := measurer.change_by_hand(before_step)) is not None
+        ]
+        if not changes:
+            return
+        before = [change.before for change in changes]
+        positions = _distinct(changes)
+        clipping = Clipping(
+            kind="hand",
+            max_norm=absent(Absent.NO_LIMIT),
+            norm_before=absent(Absent.CHANGED_BY_HAND)
+            if None in before
+            else total_of(before, positions),
+            norm_after=total_of([change.after for change in changes], positions),
+            total=None,
+            two_norm=True,
+            scale=self.scale_of(changes[0].measurer),
+            tentative=all(change.tentative for change in changes),
+        )
+        for change in changes:
+            measurer = change.measurer
+            clipping.positions[id(measurer)] = change.positions
+            if change.reading is not None:
+                clipping.readings[id(measurer)] = change.reading
+            measurer.clips.append(clipping)
+
+    # ------------------------------------------------------------ thrown away
+
+    def zeroed(self, owner: Optimizer | torch.nn.Module) -> None:
+        """`owner.zero_grad()` has returned: let go of the passes of those that have no gradients
+        left."""
+        waiting = [
+            m for m in self.registry.measurers if m.passes and m is not self._open_step.evaluated
+        ]
+        if not waiting:
+            return
+        zeroed = _zeroed_by(owner)
+        lost: list[BackwardPass] = []
+        for measurer in waiting:
+            if measurer.gradients_zeroed(zeroed):
+                lost += self._discard(measurer)
+        self.skip(lost, "hand")
+
+    def _discard(self, measurer: StepMeasurer) -> list[BackwardPass]:
+        """The gradients of `measurer` are thrown away: the passes that no optimizer has used or
+        can use any more."""
+        passes = measurer.passes
+        knowledge = measurer.lose()
+        lost: list[BackwardPass] = []
+        for backward in passes:
+            backward.claims.discard(measurer)
+            if measurer is self._open_step.measurer:
+                backward.used = True  # a closure begins its next evaluation
+            backward.lost.append(knowledge)
+            if not backward.claims and not backward.used:
+                lost.append(backward)
+        return lost
+
+    def skip(self, lost: list[BackwardPass], reason: SkipReason) -> None:
+        """Report an iteration whose gradients no optimizer used."""
+        if not lost:
+            return
+        losses = [loss for backward in lost for loss in backward.losses]
+        step_ms, times = self._phases.discard_iteration()
+        parts = []
+        for knowledge in dict.fromkeys(part for backward in lost for part in backward.lost):
+            outcome = StepOutcome(
+                step=self._phases.step,
+                losses=losses,
+                learning_rate=absent(Absent.NOT_MEASURED),
+                step_ms=step_ms,
+                times=times,
+                clips=knowledge.clips,
+            )
+            parts.append((knowledge.measurer, knowledge.measurer.skipped(outcome, knowledge)))
+        scale = self._scaling.read_loss_scale() if reason == "scaler" else None
+        skipped = SkippedIteration(reason, scale, parts)
+        self._on_skip(skipped)
+
+    def between_passes(self, measurer: StepMeasurer) -> None:
+        """Before a further backward: follow what the script did to the gradients by itself."""
+        self.resolve_returned(measurer)
+        if not measurer.passes or measurer is self._open_step.evaluated:
+            return
+        if not measurer.changed_between_passes():
+            return
+        if measurer.any_gradient() and not measurer.all_zero():
+            self.follow_changes_by_hand()
+        else:
+            self.skip(self._discard(measurer), "hand")
+            measurer.marks.forget()
+
+
+def _distinct(changes: Sequence[HandChange]) -> list[list[int] | None]:
+    """The positions of the changed parameters, each parameter with one measurer only."""
+    seen: set[int] = set()
+    found: list[list[int] | None] = []
+    for change in changes:
+        parameters = change.measurer.tracked.parameters
+        positions = range(len(parameters)) if change.positions is None else change.positions
+        new = [position for position in positions if id(parameters[position]) not in seen]
+        seen.update(id(parameters[position]) for position in new)
+        found.append(None if len(new) == len(parameters) else new)
+    return found
+
+
+def _zeroed_by(owner: Optimizer | torch.nn.Module) -> Callable[[torch.Tensor], bool]:
+    """Whether a parameter is one of those whose gradients `owner.zero_grad()` zeroes."""
+    if isinstance(owner, Optimizer):
+        ids = {id(p) for p in parameters_of(owner)}
+    else:
+        ids = {id(p) for p in owner.parameters()}
+    return lambda parameter: id(parameter) in ids
