@@ -6,8 +6,9 @@ Each request on the Unix socket FD names the arguments, environment and director
 brings its standard streams; the answer is the process's number. `tests/processes.py` asks.
 
 Importing PyTorch and, at the first optimizer, its compiler takes a process four seconds of
-processor time; a fork has them at once. Nothing of tui_trainer is imported here: every process
-imports that itself. PyTorch is hidden until the process imports it.
+processor time; a fork has them at once. Of tui_trainer those modules are imported here that need
+neither PyTorch nor Textual and do nothing when they are imported. PyTorch is hidden until the
+process imports it.
 
 A process that has a terminal, the app, gets a fork server of its own, a child of it: the run
 process that it starts is forked there.

@@ -30,11 +30,16 @@ COLD = bool(os.environ.get("TUI_TRAINER_TEST_COLD")) or not sys.platform.startsw
 READ_AT_START = ("PYTHON", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", "LC_", "LANG")
 """What begins with one of these takes effect as an interpreter starts or a library is loaded."""
 UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+OURS = ("tui_trainer.cli.start", "tui_trainer.run.host", "tui_trainer.run.script")
+"""What every process that trains imports of the product, without PyTorch and Textual."""
 LIBRARIES = (
     *("cyclopts", "msgspec", "numpy", "platformdirs", "psutil", "rich.console", "rich.table"),
-    *("sqlite3",),
+    *("sqlite3", "tui_trainer.cli.main", *OURS),
 )
-WITH_TORCH = (*LIBRARIES, "PIL.Image", "safetensors", "textual.app", "torch", "torch._dynamo")
+WITH_TORCH = (
+    *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "safetensors.torch"),
+    *("textual.app", "torch", "torch._dynamo"),
+)
 PR_SET_CHILD_SUBREAPER = 36
 
 
