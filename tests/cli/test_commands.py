@@ -328,7 +328,7 @@ def test_doctor(runs):
     assert done.returncode == 0
     place = runs.create("gpt-open")
     place.chmod(0o770)
-    assert f"chmod go-w {place}" in runs.call("doctor", timeout=240).stdout
+    assert any(f"chmod go-w {place}" in check.hint for check in doctor._storage(runs.directory))
     runs.directory.chmod(0o777)
     unsafe = runs.call("doctor", timeout=240)
     assert unsafe.returncode == 1

@@ -18,6 +18,7 @@ from tests.runs.starting import until
 from tui_trainer.config.run_state import read_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
+SHORT += ["--sample-length", "8"]
 
 LOOP = """
 import sys, torch

@@ -219,13 +219,12 @@ def test_joining_loses_nothing(long):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_run(tmp_path):
+def test_memory_does_not_grow_with_the_run(tmp_path, long):
     peaks = []
-    for steps in (3000, 12000):
-        place = tmp_path / str(steps)
-        out = place / "out"
-        out.mkdir(parents=True)
-        history = StoredHistory(recorded(place, steps), ended=True)
+    for place in (recorded(tmp_path, 2000), long):
+        out = tmp_path / str(len(peaks))
+        out.mkdir()
+        history = StoredHistory(place, ended=True)
         tracemalloc.start()
         write_csv(history, out)
         peaks.append(tracemalloc.get_traced_memory()[1])

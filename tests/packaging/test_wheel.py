@@ -19,6 +19,7 @@ from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
+SMALL = ("--threads", "1", "--eval-batches", "1", "--sample-length", "8")
 
 
 def checked(command: Sequence[str | Path], **options: object) -> str:
@@ -107,7 +108,7 @@ def test_the_command_the_tasks_and_the_models_are_found(clean: Path, tmp_path: P
 
 
 def test_it_trains_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
-    command = [clean / "tui-trainer", "gpt", "--steps", "3", "--json", "--threads", "1"]
+    command = [clean / "tui-trainer", "gpt", "--steps", "3", "--json", *SMALL]
     lines = checked(command, cwd=tmp_path, env=away(tmp_path)).splitlines()
     records = [json.loads(line) for line in lines]
     assert records[0]["type"] == "run"
@@ -119,7 +120,7 @@ def test_it_trains_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
 def test_the_screen_opens_away_from_the_checkout(clean: Path, tmp_path: Path) -> None:
     from tests.terminal.harness import Terminal
 
-    command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", "--threads", "1"]
+    command = [str(clean / "tui-trainer"), "gpt", "--steps", "5", *SMALL]
     with Terminal(command, cwd=tmp_path, env=away(tmp_path), cold=True) as terminal:
         terminal.find(r"(?i)finished")
         terminal.press("q")

@@ -98,10 +98,10 @@ def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
     with Terminal([*GPT, "--slow-link"], 120, 40) as terminal:
         wait_for_step(terminal, 5)
         terminal.wait_for("slow link")
-        terminal.settle(4.0)
+        terminal.settle(2.0)
         before = len(terminal.output)
-        terminal.settle(10.0)
-        sent = (len(terminal.output) - before) / 10
+        terminal.settle(6.0)
+        sent = (len(terminal.output) - before) / 6
         assert 0 < sent < 1200, f"{sent:.0f} bytes a second"
 
         terminal.press("space")

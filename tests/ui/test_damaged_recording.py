@@ -13,7 +13,7 @@ from tests.ui.test_replay import opened, press, record_run, settle, text_of
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.screens import SCREENS
 
-SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "4"))
+SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "2"))
 
 
 @pytest.fixture(scope="module")
