@@ -14,7 +14,6 @@ from tui_trainer.protocol.messages import Notice
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.replay import ReplayApp
 
-
 ALL_KEYS = ("home", "space", ">", "end", "2", "3", "4", "5", "left", "c", "i", "z", "b")
 
 

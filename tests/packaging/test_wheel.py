@@ -84,7 +84,7 @@ def test_it_holds_what_it_must_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     here = {str(each.relative_to(ROOT)) for each in (ROOT / "tui_trainer").rglob("*.py")}
     here |= {f"tui_trainer/models/{each.name}" for each in (ROOT / "models").glob("*.py")}
-    for kind in ("*.tcss", "*.css", "*.html"):
+    for kind in ("*.tcss", "*.css", "*.html", "*.md", "*.toml"):
         here |= {str(each.relative_to(ROOT)) for each in (ROOT / "tui_trainer").rglob(kind)}
     here |= {"tui_trainer/py.typed"}
     packed = {name for name in names if ".dist-info/" not in name}

@@ -13,7 +13,11 @@ from tui_trainer.store.reader import StoredHistory
 
 SCRIPT = """
     import os, torch, torch.distributed as dist
+    import torch._inductor.config as inductor
     from torch._dynamo.utils import counters
+    # As little as can be for the C++ compiler, which takes two seconds for each kernel.
+    inductor.compile_threads = 1
+    inductor.cpp_cache_precompile_headers = inductor.cpp.vec_isa_ok = False
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -31,7 +35,6 @@ SCRIPT = """
                 torch._dynamo.graph_break()
             return x + self.mlp(x)
     BREAK = "break" in os.environ["HOW"]
-    # Inductor compiles each kernel for two seconds.
     first = torch.nn.Linear(16, 16) if os.environ["BACKEND"] == "inductor" else Block()
     model = torch.nn.Sequential(first, torch.nn.GELU(), torch.nn.Linear(16, 3))
     if ranks > 1:
@@ -78,9 +81,6 @@ def test_graphs_breaks_and_compilations_are_the_same(tmp_path, backend, how, ran
         "BACKEND": backend,
         "HOW": how,
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_VEC_ISA_OK": "0",
-        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
     }
     try:
