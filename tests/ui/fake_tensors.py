@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import msgspec
+
 from tests.client.test_autograd import residual
 from tests.ui.fake_attention import examined_attention
 from tui_trainer.protocol.attention import ExamineAttention
@@ -24,10 +26,23 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.settings import ReadSettings, Setting, SettingList
+from tui_trainer.protocol.travel import ReadTimeline, Timeline, TravelPlace
 
 WEIGHT = "blocks.0.attention.W_query.weight"
 BIAS = "blocks.0.attention.W_query.bias"
 HEAD = "head.weight"
+TIMELINE = Timeline(
+    (
+        *(TravelPlace(step, "snapshot") for step in (0, 8, 12, 16)),
+        TravelPlace(12, "edit", "lr=0.0003 clip=0.5"),
+        TravelPlace(16, "checkpoint"),
+    ),
+    20,
+    20,
+    True,
+    44_000_000,
+    512 << 20,
+)
 SETTINGS = SettingList(
     (
         Setting("lr", 6e-4, "cosine schedule"),
@@ -107,6 +122,9 @@ class FakeTensors:
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case ReadSettings():
                 return done(SETTINGS)
+            case ReadTimeline():
+                newest = max(status.step, status.ahead or 0)
+                return done(msgspec.structs.replace(TIMELINE, now=status.step, newest=newest))
             case Summarize(tensor=ref):
                 why = f"{ref.name} has no gradient now: none was computed"
                 return Inspected(1, "failed", message=why, hint="pause after backward")

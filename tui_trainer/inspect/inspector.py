@@ -38,6 +38,7 @@ from tui_trainer.protocol.inspection import (
     UpdateExplanation,
 )
 from tui_trainer.protocol.settings import ReadSettings
+from tui_trainer.protocol.travel import ReadTimeline
 from tui_trainer.trace.tracer import Tracer
 
 MAX_COPY_BYTES = 2 << 30
@@ -93,7 +94,7 @@ class Inspector:
                     return describe_graph(tracer, catalog, self.capture)
                 case CheckGradient():
                     return check_gradient(tracer, catalog, self.capture, request)
-                case ReadSettings():
+                case ReadSettings() | ReadTimeline():
                     raise InspectionError("this run has no settings that can be changed")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:

@@ -23,6 +23,7 @@ from tui_trainer.protocol.autograd import (
 from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.settings import ReadSettings, SettingList
+from tui_trainer.protocol.travel import ReadTimeline, Timeline
 
 TensorKind = Literal["parameter", "buffer", "gradient", "state", "input", "output"]
 """`state`: of an optimizer, for one parameter; `input` and `output`: of a module."""
@@ -271,6 +272,7 @@ InspectionRequest = (
     | CheckGradient
     | ExamineAttention
     | ReadSettings
+    | ReadTimeline
 )
 InspectionResult = (
     TensorList
@@ -282,6 +284,7 @@ InspectionResult = (
     | AutogradGraph
     | GradientCheck
     | SettingList
+    | Timeline
 )
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""

@@ -270,7 +270,7 @@ class Host:
 
     def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
         self.edits, self.travel = edits, travel
-        self.inspections.edits = edits
+        self.inspections.edits, self.inspections.travel = edits, travel
 
     def at_end(self, call: Callable[[], None]) -> None:
         self._at_end.append(call)

@@ -20,11 +20,13 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.settings import ReadSettings
 from tui_trainer.protocol.text import single_line
+from tui_trainer.protocol.travel import ReadTimeline
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
     from tui_trainer.inspect.inspector import Inspector, TensorCopy
     from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.travel.time_travel import TimeTravel
 
 WAIT_S = 0.2
 """How long a viewer's thread waits before it answers that a request is pending."""
@@ -59,6 +61,7 @@ class Inspections:
         self.inspector: Inspector | None = None
         """None until the training begins."""
         self.edits: LiveEdits | None = None
+        self.travel: TimeTravel | None = None
         """The same."""
         self._gate = gate
         self._lock = threading.Lock()
@@ -120,6 +123,8 @@ class Inspections:
         result: InspectionResult | TensorCopy
         if isinstance(request, ReadSettings) and self.edits is not None:
             result = self.edits.settings()
+        elif isinstance(request, ReadTimeline) and self.travel is not None:
+            result = self.travel.timeline()
         else:
             result = self.inspector.answer(request)
         took_ms = (time.perf_counter() - began) * 1e3

@@ -83,6 +83,12 @@ class Entry:
     undoable: Undoable | None = None
     """How to undo it."""
 
+    @property
+    def text(self) -> str:
+        if self.changes is None:
+            return "undone"
+        return " ".join(change.text for change in self.changes)
+
 
 @dataclass
 class EditState:

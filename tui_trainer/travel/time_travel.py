@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Gate, Refusal
@@ -197,6 +198,21 @@ class TimeTravel:
         """The nearest step at or before `step` of which the state is kept."""
         kept = [each for each in (*self.ring.steps, *self._saved_steps()) if each <= step]
         return max(kept, default=None)
+
+    def timeline(self) -> Timeline:
+        """Where the training can be taken to."""
+        edits = self._way if self.in_the_past else self._edits.state.log
+        places = [
+            *(TravelPlace(step, "snapshot") for step in self.ring.steps),
+            *(TravelPlace(step, "checkpoint") for step in self._saved_steps()),
+            *(TravelPlace(each.step, "edit", each.text) for each in edits),
+        ]
+        places.sort(key=lambda place: place.step)
+        ring = self.ring
+        exact = self.task is not None
+        return Timeline(
+            tuple(places), self._gate.completed, self.newest, exact, ring.nbytes, ring.budget_bytes
+        )
 
     # ------------------------------------------------------------ keeping snapshots
 

@@ -44,6 +44,8 @@ CONTROL_BINDINGS = (
             tooltip="Change the learning rate or another setting while it trains, or undo that"),
     Binding("comma", "back", "One step back", key_display=",", show=False, id="run.back",
             tooltip="Go back to the end of the step before, where snapshots are kept"),
+    Binding("T", "timeline", "Timeline", key_display="T", show=False, id="run.timeline",
+            tooltip="Snapshots, checkpoints and changes of settings: go to any step"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
@@ -53,7 +55,16 @@ CONTROL_BINDINGS = (
 )  # fmt: skip
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
-NOT_IN_REPLAY = ("phase", "mark", "throttle", "take_control", "breakpoints", "settings", "back")
+NOT_IN_REPLAY = (
+    "phase",
+    "mark",
+    "throttle",
+    "take_control",
+    "breakpoints",
+    "settings",
+    "back",
+    "timeline",
+)
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
 
@@ -222,6 +233,12 @@ class ControlScreen(RunScreen):
 
     def action_back(self) -> None:
         self.context.command(messages.Back())
+
+    def action_timeline(self) -> None:
+        """Show where the training can be taken back to."""
+        from tui_trainer.ui.screens.timeline import TimelineDialog
+
+        self.app.push_screen(TimelineDialog())
 
     def action_settings(self) -> None:
         """Show the settings of the training, and change them."""

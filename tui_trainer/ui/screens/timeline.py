@@ -1,0 +1,147 @@
+"""The dialog of the timeline: what is kept of earlier steps, and going to any of them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.sizes import parse_size
+from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.protocol.inspection import Inspected
+from tui_trainer.protocol.messages import Back, KeepSnapshots, Step
+from tui_trainer.protocol.travel import ReadTimeline, Timeline
+from tui_trainer.ui.screens import app_context
+from tui_trainer.ui.screens.dialogs import SnapshotDialog
+
+KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
+NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
+SCRIPT = "a script gets the state of a snapshot; its own data order and counters go on"
+
+
+class TimelineList(OptionList):
+    """One line a step that something is known of, the newest first."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "move(-1)", "Step back", id="timeline.left", tooltip="One step back"),
+        Binding("right", "move(1)", "Step on", id="timeline.right", tooltip="One step on"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__(compact=True, markup=False)
+        self.steps: list[int] = []
+
+    def set_timeline(self, timeline: Timeline) -> None:
+        """Show it; the cursor is on the step where the run is."""
+        by_step: dict[int, list[str]] = {timeline.now: [], timeline.newest: []}
+        for place in timeline.places:
+            by_step.setdefault(place.step, []).append(place.text or place.kind)
+        self.steps = sorted(by_step, reverse=True)
+        now = app_context(self).glyphs.paused
+        self.set_options(
+            Option(
+                Content.assemble(
+                    (f"{step:<9,} {now if step == timeline.now else ' '} ", "$text-accent"),
+                    " ".join(dict.fromkeys(by_step[step])),
+                    ("  newest step" if step == timeline.newest else "", "dim"),
+                )
+            )
+            for step in self.steps
+        )
+        self.highlighted = self.steps.index(timeline.now)
+
+    def action_move(self, steps: int) -> None:
+        """Go one step back, or one on."""
+        app_context(self).command(Back() if steps < 0 else Step(1))
+
+
+class TimelineDialog(SnapshotDialog):
+    """Shows where the training can be taken back to, and takes it there."""
+
+    CSS = """
+    TimelineDialog .dialog { width: 92; }
+    TimelineDialog OptionList { max-height: 12; }
+    TimelineDialog .keys { color: $text-muted; margin-top: 1; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Close", id="timeline.close",
+                tooltip="Close the timeline"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: tuple[int, str, int | None] | None = None
+        """Step, state and newest step of what is shown."""
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static("Go to a step", markup=False)
+            yield TimelineList()
+            yield Input(placeholder="step, or memory for snapshots such as 512MB", compact=True)
+            yield Static("", classes="error", markup=False)
+            yield Static("", classes="about", markup=False)
+            yield Static(KEYS, classes="keys", markup=False)
+
+    def on_mount(self) -> None:
+        self.show(app_context(self).snapshot)
+        self.query_one(TimelineList).focus()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Read the timeline again where the run has moved."""
+        status = snapshot.status
+        now = (status.step, status.state, status.ahead)
+        if now != self._seen:
+            self._seen = now
+            self._read()
+
+    def _read(self) -> None:
+        app_context(self).inspect(ReadTimeline(), self._show_timeline)
+
+    def _show_timeline(self, answer: Inspected) -> None:
+        if not self.is_mounted:
+            return
+        about = self.query_one(".about", Static)
+        timeline = answer.result
+        if not isinstance(timeline, Timeline):
+            about.update(f"{answer.message}\n{answer.hint}".strip())
+            return
+        self.query_one(TimelineList).set_timeline(timeline)
+        kept = sum(place.kind == "snapshot" for place in timeline.places)
+        facts = []
+        if timeline.budget:
+            taken, budget = bytes_(timeline.bytes, 0), bytes_(timeline.budget, 0)
+            facts.append(f"{counted(kept, 'snapshot')}, {taken} of {budget}")
+        elif not timeline.places:
+            facts.append(NOTHING)
+        facts += [SCRIPT] if not timeline.exact else []
+        about.update("\n".join(facts))
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Go to the step under the cursor."""
+        app_context(self).command(Back(self.query_one(TimelineList).steps[event.option_index]))
+
+    def on_input_changed(self) -> None:
+        self.query_one(".error", Static).update("")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Go to the step, or keep snapshots in so much memory."""
+        text = event.value.strip().replace(",", "")
+        if not text:
+            return
+        if text.isdecimal() and len(text) <= 15:
+            app_context(self).command(Back(int(text)))
+        else:
+            try:
+                app_context(self).command(KeepSnapshots(parse_size(text)))
+            except ConfigurationError as error:
+                self.query_one(".error", Static).update(f"{error.message}\n{error.hint}")
+                return
+            self.set_timer(0.5, self._read)
+        event.input.value = ""
