@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tui_trainer.ui.screens.timeline import TimelineDialog
-
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
 from tui_trainer.protocol.messages import Back, KeepSnapshots, Step
+from tui_trainer.ui.screens.timeline import TimelineDialog
 
 
 async def test_the_timeline_goes_to_any_step() -> None:
