@@ -9,7 +9,13 @@ import msgspec
 from tests.client.test_autograd import residual
 from tests.ui.fake_attention import examined_attention
 from tui_trainer.protocol.attention import ExamineAttention
-from tui_trainer.protocol.autograd import DescribeGraph
+from tui_trainer.protocol.autograd import (
+    CheckedEntry,
+    CheckGradient,
+    DescribeGraph,
+    GradientCheck,
+    GradientStep,
+)
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -109,6 +115,8 @@ class FakeTensors:
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
                 return done(TensorSummary(info, statistics, heat))
+            case CheckGradient(name=name):
+                return done(checked_gradient(name))
             case DescribeGraph():
                 return done(residual(12))
             case ExamineAttention():
@@ -164,3 +172,17 @@ def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanatio
         precision=1.5e-9,
         notes=() if request.index else ("clipping would still change it",),
     )
+
+
+def checked_gradient(name: str) -> GradientCheck:
+    """One right entry and a wrong one."""
+
+    def entry(index: tuple[int, ...], error: float) -> CheckedEntry:
+        steps = tuple(
+            GradientStep(10.0**-k, 0.25, 0.25 + error, 10.0**-k, max(error, 10.0 ** -(2 * k)))
+            for k in range(1, 10)
+        )
+        return CheckedEntry(index, -0.034, 0.25, steps, 4)
+
+    entries = (entry((5, 53), 1e-9), entry((24, 3), 0.3))
+    return GradientCheck(name, "float64", 2.5, entries, 1_200_000, (), ("a note",))

@@ -11,6 +11,7 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
+from tui_trainer.protocol.autograd import CheckGradient
 from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
@@ -295,3 +296,24 @@ async def test_an_update_that_cannot_be_explained_says_why():
         await pilot.press("u")
         await until(pilot, lambda: "no optimizer holds it" in text_of(app), "the reason")
         assert "freeze less" in text_of(app)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+async def test_a_gradient_is_checked_on_request(size):
+    app, session = paused_app()
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        assert not any(isinstance(each, CheckGradient) for each in session.inspected)
+        await pilot.press("c")
+        await until(pilot, lambda: app.screen.gradient_check is not None, "the check")
+        await settle(pilot)
+        shown = text_of(app)
+        assert "[5, 53]" in shown
+        assert "1.0e-08" in shown
+        assert sum(isinstance(each, CheckGradient) for each in session.inspected) == 1
+        await frame(pilot)
+        assert sum(isinstance(each, CheckGradient) for each in session.inspected) == 1
+        await pilot.press("c")
+        await settle(pilot)
+        assert "[5, 53]" not in text_of(app)

@@ -19,6 +19,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.autograd import CheckGradient, GradientCheck
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.heat_map import Window
 from tui_trainer.protocol.inspection import (
@@ -34,6 +35,7 @@ from tui_trainer.protocol.inspection import (
     UpdateExplanation,
 )
 from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.gradient_check import GradientCheckView
 from tui_trainer.ui.panels.tensor import (
     REDUCTIONS,
     ZOOM,
@@ -58,6 +60,8 @@ takes at most this share of the time."""
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
 ENTRIES = 5
+CHECKED_ENTRIES = 2
+CHECKING = "computing the loss of this step again, 19 times for each entry …"
 READING, WAITING = "reading …", "waiting for the end of the current step"
 NO_TENSOR = "no tensor is chosen"
 NO_TENSOR_HINT = "/ lists the tensors; enter on a parameter of screen 3 opens it"
@@ -148,6 +152,12 @@ class InspectScreen(DetailScreen):
     InspectScreen.-update HeatMapView { display: none; }
     InspectScreen.-update.-room-for-update HeatMapView { display: block; }
     InspectScreen.-update.-room-for-update UpdateView { width: 64; }
+    InspectScreen GradientCheckView { width: 1fr; display: none; }
+    InspectScreen.-check GradientCheckView { display: block; }
+    InspectScreen.-check StatisticsView { display: none; }
+    InspectScreen.-check HeatMapView { display: none; }
+    InspectScreen.-check.-beside HeatMapView { display: block; }
+    InspectScreen.-check.-beside GradientCheckView { width: 40; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
@@ -180,6 +190,8 @@ class InspectScreen(DetailScreen):
                 tooltip="Why the optimizer moves the parameter: its formula with the numbers"),
         Binding("x", "entry", "Entry", id="inspect.entry", show=False,
                 tooltip="The update of one entry: asks for its index, * for the whole tensor"),
+        Binding("c", "check", "Check", id="inspect.check",
+                tooltip="Check the gradient against numerical ones, on the batch of this step"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
                 tooltip="Heat map or numbers, where only one fits"),
         *CONTROL_BINDINGS,
@@ -199,6 +211,8 @@ class InspectScreen(DetailScreen):
         self._unexplained = ("", "")
         self._explained_for: tuple[object, ...] | None = None
         """Request and moment that the explanation is of."""
+        self.gradient_check: GradientCheck | None = None
+        self._unchecked = ("", "")
         self._error = ("", "")
         """Message and hint where the tensor cannot be read."""
         self._ref: TensorRef | None = None
@@ -212,7 +226,9 @@ class InspectScreen(DetailScreen):
     def body(self) -> Iterable[Widget]:
         yield Caption(id="tensor")
         yield Placeholder()
-        yield Horizontal(HeatMapView(), StatisticsView(), UpdateView(), id="parts")
+        yield Horizontal(
+            HeatMapView(), StatisticsView(), UpdateView(), GradientCheckView(), id="parts"
+        )
 
     @property
     def heat_map(self) -> HeatMapView:
@@ -236,6 +252,8 @@ class InspectScreen(DetailScreen):
             self.summary, self._error, self.read_at = None, ("", ""), ""
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
+            self.gradient_check, self._unchecked = None, ("", "")
+            self.remove_class("-check")
             self.viewport.reset()
 
     def _read(self, snapshot: Snapshot) -> None:
@@ -321,6 +339,7 @@ class InspectScreen(DetailScreen):
             self.heat_map.show(summary.heat, empty)
             self.numbers.show(summary.tensor, summary.statistics)
             self.query_one(UpdateView).show(self.explanation, self._unexplained)
+            self.query_one(GradientCheckView).show(self.gradient_check, self._unchecked)
         else:
             self.heat_map.show(None, WAITING if self._waits(snapshot) else READING)
             self.numbers.show(None, None)
@@ -361,7 +380,18 @@ class InspectScreen(DetailScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Dim the keys that have nothing to act on."""
-        if action in ("zoom", "pan", "fit", "reduction", "log", "kind", "next", "update", "entry"):
+        if action in (
+            "zoom",
+            "pan",
+            "fit",
+            "reduction",
+            "log",
+            "kind",
+            "next",
+            "update",
+            "entry",
+            "check",
+        ):
             return True if self.summary is not None or self._ref is not None else None
         if action == "numbers":
             return not self.has_class("-beside")
@@ -437,10 +467,36 @@ class InspectScreen(DetailScreen):
 
     def action_update(self) -> None:
         """Show the update in place of the numbers, or the numbers again."""
+        self.remove_class("-check")
         self.toggle_class("-update")
         self._explained_for = None
         self._explain()
         self.call_after_refresh(self._show)
+
+    def action_check(self) -> None:
+        """Check the gradient of the entry that was chosen, or of some; or show the numbers again."""
+        ref = self._ref
+        if ref is None or self.has_class("-check"):
+            self.remove_class("-check")
+            self.call_after_refresh(self._show)
+            return
+        self.remove_class("-update")
+        self.add_class("-check")
+        self.gradient_check = None
+        if ref.kind in ("buffer", "input", "output"):
+            self._unchecked = ("only parameters have gradients to check", "")
+        else:
+            self._unchecked = (CHECKING, "")
+            indices = (self._index,) if self._index is not None else ()
+            self._ask(CheckGradient(ref.name, indices, CHECKED_ENTRIES), self._checked)
+        self.call_after_refresh(self._show)
+
+    def _checked(self, answer: Inspected) -> None:
+        if isinstance(answer.result, GradientCheck):
+            self.gradient_check, self._unchecked = answer.result, ("", "")
+        else:
+            self._unchecked = (answer.message, answer.hint)
+        self._draw(self.context.snapshot)
 
     def action_entry(self) -> None:
         """Ask for the index of an entry, and explain its update."""
@@ -453,6 +509,7 @@ class InspectScreen(DetailScreen):
                 self.notify("an index is numbers from 0, such as 3,17", markup=False)
                 return
             self._index = tuple(map(int, parts)) if parts else None
+            self.remove_class("-check")
             self.add_class("-update")
             self._explained_for = None
             self._explain()
