@@ -474,7 +474,7 @@ class InspectScreen(DetailScreen):
         self.call_after_refresh(self._show)
 
     def action_check(self) -> None:
-        """Check the gradient of the entry that was chosen, or of some; or show the numbers again."""
+        """Check the gradient of the chosen entry, or of some; or show the numbers again."""
         ref = self._ref
         if ref is None or self.has_class("-check"):
             self.remove_class("-check")
