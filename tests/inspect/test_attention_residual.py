@@ -176,6 +176,8 @@ class Deep(nn.Module):
         for attention, norm, scale in zip(self.attentions, self.norms, self.scales, strict=True):
             if "scaled" in self.way:
                 x = x + scale(attention(norm(x)))
+            elif "parallel" in self.way:
+                x = attention(norm(x)) + scale(norm(x)) + x
             elif "in place" in self.way:
                 x = x.clone()
                 x += attention(norm(x))
@@ -208,6 +210,14 @@ def test_norms_of_other_models(norm):
 def test_branches_that_are_scaled_before_they_are_added():
     stream = stream_of(of_deep("scaled"))
     assert stream.logit_difference < 3e-6
+    assert sum(each.kind == "head" for each in stream.contributions) == 4
+
+
+def test_branches_that_read_the_same_stream():
+    stream = stream_of(of_deep("parallel"))
+    assert stream.logit_difference < 3e-6
+    kinds = [each.kind for each in summands(stream)]
+    assert kinds == ["start", *["attention", "module"] * 2, "readout"]
     assert sum(each.kind == "head" for each in stream.contributions) == 4
 
 

@@ -509,7 +509,7 @@ class AttentionTrace(TorchFunctionMode):
         if result is older:  # in place: it has become the sum
             start.values -= self._rows(torch.broadcast_to(younger, result.shape))
         stream = known or Stream(start, (), self._age(older))
-        added = (*stream.added, self._summand(younger, result))
+        added = (*stream.added, *self._summands(younger, result, stream.index))
         index = stream.index if result is older else self._count
         grown = Stream(stream.start, added, index)
         self._streams[id(result)] = (weakref.ref(result), grown)
@@ -520,6 +520,16 @@ class AttentionTrace(TorchFunctionMode):
             return stream.index
         made = self._index_of(tensor)
         return made.index if made is not None else -1
+
+    def _summands(
+        self, tensor: torch.Tensor, result: torch.Tensor, since: int
+    ) -> tuple[Added, ...]:
+        """What is added: a tensor, or the parts of a sum that was made since, such as that of
+        attention and MLP where both read the same stream."""
+        inner = self._stream_of(tensor)
+        if inner is not None and inner.start.index > since:
+            return (inner.start, *inner.added)
+        return (self._summand(tensor, result),)
 
     def _summand(self, tensor: torch.Tensor, result: torch.Tensor) -> Added:
         made = self._index_of(tensor)
