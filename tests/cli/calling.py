@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tests import processes
 
@@ -46,6 +49,46 @@ def call(
         text=True,
         timeout=timeout,
     )
+
+
+class StartedRun:
+    """A run that was started in its own process and goes on while commands are called."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def next_breakpoint(self) -> dict[str, Any]:
+        """Wait for the next breakpoint; returns its line of `--json`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if event.get("kind") == "breakpoint":
+                return event
+        raise AssertionError("no breakpoint was reached")
+
+    def wait(self) -> str:
+        """Wait until it has ended well; returns the rest of what it printed."""
+        out, err = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, err
+        return out + err
+
+
+@contextlib.contextmanager
+def started(*arguments: str, cwd: Path) -> Iterator[StartedRun]:
+    """`tui-trainer arguments…`, with its runs in `cwd`; killed at the end."""
+    process = processes.Popen(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(cwd / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield StartedRun(process)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def assert_refused(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import processes
-from tests.cli.calling import COMMAND, assert_refused, call
+from tests.cli.calling import assert_refused, call, started
 
 SIZES = (
     "--layers",
@@ -28,26 +26,13 @@ SIZES = (
 
 
 def test_attention_of_a_paused_run(tmp_path: Path) -> None:
-    process = processes.Popen(
-        [*COMMAND, "gpt", "--json", "--name", "one", "--break", "step == 3 at backward",
-         "--steps", "20", "--eval-batches", "1", "--sample-every", "0", "--threads", "1", *SIZES],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-
     def attention(*arguments: str) -> subprocess.CompletedProcess[str]:
         return call("attention", *arguments, cwd=tmp_path)
 
-    try:
-        for line in process.stdout:
-            if json.loads(line).get("kind") == "breakpoint":
-                break
-        else:
-            raise AssertionError("no breakpoint was reached")
+    options = ("--steps", "20", "--eval-batches", "1", "--sample-every", "0", "--threads", "1")
+    command = ("gpt", "--json", "--name", "one", "--break", "step == 3 at backward")
+    with started(*command, *options, *SIZES, cwd=tmp_path) as run:
+        run.next_breakpoint()
         text = attention(
             "one",
             "--layer",
@@ -86,6 +71,3 @@ def test_attention_of_a_paused_run(tmp_path: Path) -> None:
 
         assert_refused(attention("one", "--head", "2"), "there is no head 2", "0 to 1")
         assert_refused(attention("one", "--layer", "x"), "no attention layer matches x")
-    finally:
-        process.terminate()
-        process.wait(60)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import processes
-from tests.cli.calling import COMMAND, assert_refused, call
+from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
 
 OPTIONS = """
@@ -34,15 +31,8 @@ def losses(directory: Path, cwd: Path) -> dict[int, float]:
 
 
 def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
-    process = processes.Popen(
-        [*COMMAND, "gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split()],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    command = ("gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split())
+    with started(*command, cwd=tmp_path) as run:
         until(lambda: call("step", "one", "7", cwd=tmp_path).returncode == 0, "the run steps")
         recorded = losses(tmp_path / "runs" / "one", tmp_path)
         done = call("back", "one", cwd=tmp_path)
@@ -55,25 +45,16 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
         assert_refused(call("back", "one", "--to", "9", cwd=tmp_path), "has not been at step 9 yet")
         assert_refused(call("back", "one", "--keep", "much", cwd=tmp_path), "512MB", status=2)
         call("resume", "one", cwd=tmp_path)
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
+        printed = run.wait()
     whole = losses(tmp_path / "runs" / "one", tmp_path)
     assert len(whole) == 12
     assert {step: whole[step] for step in recorded} == recorded
-    assert "differs" not in out + err
+    assert "differs" not in printed
 
 
 def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path) -> None:
-    process = processes.Popen(
-        [*COMMAND, "gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split()],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    command = ("gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split())
+    with started(*command, cwd=tmp_path):
         until(lambda: call("step", "one", "8", cwd=tmp_path).returncode == 0, "the run steps")
         changes = ("lr=0.5", "clip=0.01")
         done = call("branch", "one", *changes, "--to", "5", "--json", cwd=tmp_path)
@@ -97,6 +78,3 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
         assert child[7] != parent[7]
         compared = call("compare", "one", "one-2", cwd=tmp_path)
         assert compared.returncode == 0, compared
-    finally:
-        process.kill()
-        process.wait()

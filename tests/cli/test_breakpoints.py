@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
-from tests import processes
-from tests.cli.calling import COMMAND, assert_refused, call
+from tests.cli.calling import assert_refused, call, started
 
 LOOP = """
 import torch
@@ -25,26 +22,9 @@ for step in range(1, 41):
 
 def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LOOP)
-    process = processes.Popen(
-        [*COMMAND, "run", "--json", "--name", "one", "--break", "loss > 100 * ema(loss)",
-         "--break", "step == 39 at backward", "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-
-    def next_stop() -> str:
-        for line in process.stdout:
-            event = json.loads(line)
-            if event.get("kind") == "breakpoint":
-                return event["text"]
-        raise AssertionError("no breakpoint was reached")
-
-    try:
-        assert next_stop().startswith(
+    breaks = ("--break", "loss > 100 * ema(loss)", "--break", "step == 39 at backward")
+    with started("run", "--json", "--name", "one", *breaks, "train.py", cwd=tmp_path) as run:
+        assert run.next_breakpoint()["text"].startswith(
             "paused after step at breakpoint 1: loss > 100 * ema(loss) (loss "
         )
         wrong = call("break", "one", "grad_norm('bais') > 1", cwd=tmp_path)
@@ -55,7 +35,7 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
         assert added.stdout == "one: breakpoint 3: step == 30 (once)\n"
         assert call("break", "one", "--disable", "1", cwd=tmp_path).returncode == 0
         assert call("resume", "one", cwd=tmp_path).returncode == 0
-        assert next_stop() == "paused after step at breakpoint 3: step == 30"
+        assert run.next_breakpoint()["text"] == "paused after step at breakpoint 3: step == 30"
         listed = json.loads(call("break", "one", "--json", cwd=tmp_path).stdout)
         assert [(each["number"], each["enabled"], each["hits"]) for each in listed] == [
             (1, False, 1), (2, True, 0), (3, False, 1)
@@ -63,41 +43,30 @@ def test_a_run_stands_where_its_condition_is_met_until_it_is_resumed(tmp_path: P
         assert call("break", "one", "--delete", "3", cwd=tmp_path).returncode == 0
         resumed = call("resume", "one", cwd=tmp_path)
         assert resumed.returncode == 0
-        assert next_stop() == "paused after backward at breakpoint 2: step == 39 at backward"
+        assert (
+            run.next_breakpoint()["text"]
+            == "paused after backward at breakpoint 2: step == 39 at backward"
+        )
         shown = call("pause", "one", cwd=tmp_path).stdout
         assert "one paused at step 38" in shown
         assert "(breakpoint 2: step == 39 at backward)" in shown
         call("resume", "one", cwd=tmp_path)
-        process.communicate(timeout=240)
-        assert process.returncode == 0
-    finally:
-        process.kill()
+        run.wait()
     saved = json.loads((tmp_path / "runs" / "one" / "breakpoints.json").read_text())
     assert [(each["number"], each["hits"]) for each in saved] == [(1, 1), (2, 1)]
 
 
 def test_the_result_of_an_evaluation_pauses_a_task_before_its_next_step(tmp_path: Path) -> None:
     options = ("--steps", "20", "--eval-every", "6", "--eval-batches", "1", "--width", "16")
-    process = processes.Popen(
-        [*COMMAND, "gpt", "--json", "--name", "one", *options, "--layers", "1", "--threads", "1",
-         "--break", 'validation("loss") > 0 and step > 1'],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        events = map(json.loads, process.stdout)
-        paused = next(each for each in events if each.get("kind") == "breakpoint")
+    options += ("--layers", "1", "--threads", "1")
+    condition = 'validation("loss") > 0 and step > 1'
+    command = ("gpt", "--json", "--name", "one", *options, "--break", condition)
+    with started(*command, cwd=tmp_path) as run:
+        paused = run.next_breakpoint()
         assert paused["text"].startswith("paused after data at breakpoint 1: validation(")
         assert "(validation loss " in paused["text"]
         assert paused["step"] == 7
         assert "paused" in call("show", "one", cwd=tmp_path).stdout.splitlines()[0]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> None:

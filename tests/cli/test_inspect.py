@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests import processes
-from tests.cli.calling import COMMAND, assert_refused, call
+from tests.cli.calling import assert_refused, call, started
 
 LOOP = """
 import torch
@@ -48,29 +46,13 @@ def assert_graph(
 
 def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LOOP)
-    process = processes.Popen(
-        [*COMMAND, "run", "--json", "--name", "one", "--break", "step == 3 at backward",
-         "--break", "step == 5", "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-
-    def until_stopped() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if json.loads(line).get("kind") == "breakpoint":
-                return
-        raise AssertionError("no breakpoint was reached")
 
     def inspect(*arguments: str) -> subprocess.CompletedProcess[str]:
         return call("inspect", *arguments, cwd=tmp_path)
 
-    try:
-        until_stopped()
+    breaks = ("--break", "step == 3 at backward", "--break", "step == 5")
+    with started("run", "--json", "--name", "one", *breaks, "train.py", cwd=tmp_path) as run:
+        run.next_breakpoint()
         listed = inspect("one").stdout.splitlines()
         assert listed[0].split() == ["tensor", "kind", "shape", "type", "bytes", "device"]
         assert listed[1].split() == ["0.weight", "parameter", "5×12", "float32", "240", "B", "cpu"]
@@ -173,15 +155,11 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert_refused(inspect("one", "--grad"), "name a parameter", status=2)
 
         assert call("resume", "one", cwd=tmp_path).returncode == 0
-        until_stopped()
+        run.next_breakpoint()
         assert "step 5, after step" in inspect("one", "0.bias").stdout
         assert (
             call("break", "one", "--disable", "1", "--disable", "2", cwd=tmp_path).returncode == 0
         )
         assert call("resume", "one", cwd=tmp_path).returncode == 0
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+        run.wait()
         assert_refused(inspect("one", "0.bias"), "one has finished")
-    finally:
-        process.kill()
-        process.communicate()

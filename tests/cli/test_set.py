@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
-from tests import processes
-from tests.cli.calling import COMMAND, assert_refused, call
+from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
 
 OPTIONS = """
@@ -26,15 +23,8 @@ def rates(directory: Path, cwd: Path) -> dict[int, float]:
 
 
 def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path) -> None:
-    process = processes.Popen(
-        [*COMMAND, "gpt", "--json", "--paused", "--name", "one", *OPTIONS.split()],
-        cwd=tmp_path,
-        env={**os.environ, "TUI_TRAINER_RUNS_DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    command = ("gpt", "--json", "--paused", "--name", "one", *OPTIONS.split())
+    with started(*command, cwd=tmp_path):
         until(lambda: call("step", "one", "3", cwd=tmp_path).returncode == 0, "the run steps")
         listed = json.loads(call("set", "one", "--json", cwd=tmp_path).stdout)
         assert listed["settings"]["lr"] == 0.001
@@ -55,9 +45,6 @@ def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path
         assert [event["step"] for event in edits] == [3, 6]
         found = rates(tmp_path / "runs" / "one", tmp_path)
         assert [found[step] for step in range(1, 9)] == [0.001] * 3 + [0.0003] * 3 + [0.001] * 2
-    finally:
-        process.kill()
-        process.communicate()
     # Killed: the checkpoint of step 6 was written before that change was undone.
     done = call("gpt", "--resume", "one@6", "--name", "two", "--json", "--steps", "8",
                 cwd=tmp_path)  # fmt: skip
