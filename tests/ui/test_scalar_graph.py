@@ -167,5 +167,5 @@ async def test_help_and_back():
         await press(pilot, "question_mark")
         assert "Scalar graph" in text_of(pilot.app)
         await press(pilot, "escape")
-        assert isinstance(pilot.app.screen, GraphScreen)
+        await until(pilot, lambda: isinstance(pilot.app.screen, GraphScreen), "the graph again")
         assert all(row.isascii() for row in text_of(pilot.app).splitlines() if "dL" in row)
