@@ -8,6 +8,7 @@ from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.protocol import PHASES
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, help
+from tui_trainer.ui.screens.base import CONTROL_ACTIONS
 from tui_trainer.ui.screens.help import key_groups
 
 
@@ -113,3 +114,11 @@ async def test_an_action_of_the_palette_acts() -> None:
         assert session.status.state == "stopped"
         after = [name for name, _, _ in ActionProvider(app.screen).commands()]
         assert "Stop the run" not in after
+
+
+def test_no_key_of_a_screen_shares_its_action_with_one_that_controls_the_run():
+    """Such a key would be dimmed while no run could obey."""
+    for entry in SCREENS:
+        for binding in entry.load().BINDINGS:
+            if isinstance(binding, Binding) and not (binding.id or "").startswith("run."):
+                assert binding.action not in CONTROL_ACTIONS, (entry.mode, binding.key)

@@ -42,7 +42,7 @@ CONTROL_BINDINGS = (
     Binding("e", "epoch", "Epoch", id="run.epoch", tooltip="To the end of the epoch, then pause"),
     Binding("E", "settings", "Edit settings", key_display="E", show=False, id="run.settings",
             tooltip="Change the learning rate or another setting while it trains, or undo that"),
-    Binding("comma", "back", "One step back", key_display=",", show=False, id="run.back",
+    Binding("comma", "step_back", "One step back", key_display=",", show=False, id="run.back",
             tooltip="Go back to the end of the step before, where snapshots are kept"),
     Binding("T", "timeline", "Timeline", key_display="T", show=False, id="run.timeline",
             tooltip="Snapshots, checkpoints and changes of settings: go to any step"),
@@ -62,7 +62,7 @@ NOT_IN_REPLAY = (
     "take_control",
     "breakpoints",
     "settings",
-    "back",
+    "step_back",
     "timeline",
 )
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
@@ -231,7 +231,7 @@ class ControlScreen(RunScreen):
 
         self.app.push_screen(BreakpointsDialog())
 
-    def action_back(self) -> None:
+    def action_step_back(self) -> None:
         self.context.command(messages.Back())
 
     def action_timeline(self) -> None:
