@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -317,3 +318,35 @@ async def test_a_gradient_is_checked_on_request(size):
         await pilot.press("c")
         await settle(pilot)
         assert "[5, 53]" not in text_of(app)
+
+
+async def test_what_has_changed_since_the_last_reading():
+    app, session = paused_app()
+    answer = session.tensors.answer
+
+    def growing(request, status):
+        found = answer(request, status)
+        if isinstance(request, Summarize) and request.statistics:
+            statistics = found.result.statistics
+            grown = msgspec.structs.replace(statistics, norm=statistics.norm + status.step)
+            result = msgspec.structs.replace(found.result, statistics=grown)
+            found = msgspec.structs.replace(found, result=result)
+        return found
+
+    session.tensors.answer = growing
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        assert "Since" not in text_of(app)
+        for number in range(2, 6):
+            session.advance(1)
+            await frame(pilot)
+            await until(pilot, lambda n=number: len(app.screen._history) == n, "another reading")
+        await settle(pilot)
+        shown = text_of(app)
+        assert re.search(r"Since .* step 303, after step", shown)
+        assert re.search(r"norm .*\+1", shown)
+        await pilot.press("right_square_bracket")
+        await until(pilot, lambda: app.inspected == TensorRef(BIAS), "the next tensor")
+        await settle(pilot)
+        assert "Since" not in text_of(app)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,6 +270,18 @@ def _background(style: Style) -> tuple[int, int, int]:
 # ---------------------------------------------------------------- statistics
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The statistics of a tensor at one moment."""
+
+    at: str
+    """`step 12, after backward`"""
+    statistics: TensorStatistics
+
+
+MIN_FOR_SPARKS = 3
+
+
 class StatisticsView(ScrollingLines):
     """Facts, moments, quantiles, the histogram and single entries of a tensor."""
 
@@ -277,12 +291,19 @@ class StatisticsView(ScrollingLines):
         super().__init__(id=id)
         self.tensor: TensorInfo | None = None
         self.statistics: TensorStatistics | None = None
+        self.history: Sequence[Reading] = ()
         self.log_scale = False
         """Whether the histogram is of the logarithms of absolute values."""
         self._built: list[Row] = []
 
-    def show(self, tensor: TensorInfo | None, statistics: TensorStatistics | None) -> None:
-        self.tensor, self.statistics = tensor, statistics
+    def show(
+        self,
+        tensor: TensorInfo | None,
+        statistics: TensorStatistics | None,
+        history: Sequence[Reading] = (),
+    ) -> None:
+        """Show a tensor; `history`: its readings while it was on the screen, the last one last."""
+        self.tensor, self.statistics, self.history = tensor, statistics, history
         self._build()
 
     def toggle_log(self) -> None:
@@ -318,6 +339,8 @@ class StatisticsView(ScrollingLines):
         if statistics is None or not statistics.count:
             return rows
         rows += self._moments(statistics)
+        if len(self.history) > 1:
+            rows += self._since_last(width)
         rows += [title_line(self, width, "Histogram", self._histogram_figures(statistics))]
         rows += self._histogram(statistics, width)
         rows += [title_line(self, width, "Quantiles", (), self._sampled(statistics))]
@@ -355,6 +378,24 @@ class StatisticsView(ScrollingLines):
             text = ", ".join(f"{many:,} {name}" for many, name in kinds if many)
             rows.append(self.styled([(f"not finite: {text}", "error")]))
             rows += [self._entry_row("", entry, "error") for entry in statistics.nonfinite[:3]]
+        return rows
+
+    def _since_last(self, width: int) -> list[Row]:
+        """What has changed since the reading before, and the norm at all of them."""
+        before, now = self.history[-2].statistics, self.history[-1].statistics
+        rows = [title_line(self, width, "Since", right=self.history[-2].at)]
+        for name in ("mean", "std", "norm"):
+            old, new = getattr(before, name), getattr(now, name)
+            change = f"{new - old:+.3g}" if new != old else "the same"
+            spans = [(f"{name:<6}", "dim"), (number(old, 10), "dim"), (f"  {change}", "text")]
+            rows.append(self.styled(spans))
+        values = [each.statistics.norm for each in self.history][-(width - 6) :]
+        low, high = min(values), max(values)
+        sparks = self.glyphs.sparks
+        if len(values) > MIN_FOR_SPARKS and math.isfinite(high - low):
+            levels = [int((v - low) / ((high - low) or 1.0) * (len(sparks) - 1)) for v in values]
+            text = "".join(sparks[level] for level in levels)
+            rows.append(self.styled([(f"{'norm':<6}", "dim"), (text, "norm")]))
         return rows
 
     def _pair(self, name: str, value: str) -> list[Span]:

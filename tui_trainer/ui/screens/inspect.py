@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,6 +41,7 @@ from tui_trainer.ui.panels.tensor import (
     REDUCTIONS,
     ZOOM,
     HeatMapView,
+    Reading,
     StatisticsView,
     Viewport,
 )
@@ -60,6 +62,7 @@ takes at most this share of the time."""
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
 ENTRIES = 5
+READINGS_KEPT = 500
 CHECKED_ENTRIES = 2
 CHECKING = "computing the loss of this step again, 19 times for each entry …"
 READING, WAITING = "reading …", "waiting for the end of the current step"
@@ -211,6 +214,8 @@ class InspectScreen(DetailScreen):
         self._unexplained = ("", "")
         self._explained_for: tuple[object, ...] | None = None
         """Request and moment that the explanation is of."""
+        self._history: deque[Reading] = deque(maxlen=READINGS_KEPT)
+        """Of this tensor, while it is on the screen."""
         self.gradient_check: GradientCheck | None = None
         self._unchecked = ("", "")
         self._error = ("", "")
@@ -252,6 +257,7 @@ class InspectScreen(DetailScreen):
             self.summary, self._error, self.read_at = None, ("", ""), ""
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
+            self._history.clear()
             self.gradient_check, self._unchecked = None, ("", "")
             self.remove_class("-check")
             self.viewport.reset()
@@ -299,7 +305,12 @@ class InspectScreen(DetailScreen):
                 summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
             self.summary, self._error = summary, ("", "")
             after = f", after {answer.phase}" if answer.phase else ""
-            self.read_at, self._took_ms = f"step {answer.step:,}{after}", answer.took_ms
+            at = f"step {answer.step:,}{after}"
+            self.read_at, self._took_ms = at, answer.took_ms
+            if summary.statistics is not None and not (
+                self._history and self._history[-1].at == at
+            ):
+                self._history.append(Reading(at, summary.statistics))
         else:
             self.summary, self._error = None, (answer.message, answer.hint)
         self._draw(self.context.snapshot)
@@ -337,7 +348,7 @@ class InspectScreen(DetailScreen):
         if summary is not None:
             empty = "it has no entries" if not summary.tensor.elements else READING
             self.heat_map.show(summary.heat, empty)
-            self.numbers.show(summary.tensor, summary.statistics)
+            self.numbers.show(summary.tensor, summary.statistics, tuple(self._history))
             self.query_one(UpdateView).show(self.explanation, self._unexplained)
             self.query_one(GradientCheckView).show(self.gradient_check, self._unchecked)
         else:
