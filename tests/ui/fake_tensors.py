@@ -105,6 +105,9 @@ class FakeTensors:
 
         tensors = self._tensors()
         match request:
+            case ListTensors(modules=True):
+                output = TensorRef("blocks.0.attention", "output")
+                return done(TensorList((TensorInfo(output, (16, 64), "float32", "cpu", 4096),)))
             case ListTensors():
                 listed = [info_of(ref, tensor) for ref, tensor in tensors.items()]  # type: ignore[arg-type]
                 return done(TensorList(tuple(listed)))

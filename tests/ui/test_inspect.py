@@ -350,3 +350,16 @@ async def test_what_has_changed_since_the_last_reading():
         await until(pilot, lambda: app.inspected == TensorRef(BIAS), "the next tensor")
         await settle(pilot)
         assert "Since" not in text_of(app)
+
+
+async def test_choosing_what_a_module_returns():
+    app, _ = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("o")
+        await until(pilot, lambda: isinstance(app.screen, screen.TensorDialog), "the dialog")
+        await settle(pilot)
+        assert "output of blocks.0.attention" in text_of(app)
+        await pilot.press("enter")
+        chosen = TensorRef("blocks.0.attention", "output")
+        await until(pilot, lambda: app.inspected == chosen, "the output")

@@ -165,6 +165,8 @@ class InspectScreen(DetailScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
                 tooltip="Choose a tensor by words of its name"),
+        Binding("o", "modules", "Modules", id="inspect.modules", show=False,
+                tooltip="Choose what a module is given or returns: the forward pass runs again"),
         Binding("k", "kind", "Kind", id="inspect.kind",
                 tooltip="The parameter, its gradient, and the state of its optimizer, in turn"),
         Binding("right_square_bracket", "next(1)", "Next", key_display="]", id="inspect.next",
@@ -320,8 +322,8 @@ class InspectScreen(DetailScreen):
         """Ask for the update, after the summary of the same moment."""
         if self._ref is None or self._asked is None or not self.has_class("-update"):
             return
-        if self._ref.kind == "buffer":
-            self._unexplained = ("a buffer is not updated by an optimizer", "")
+        if self._ref.kind in ("buffer", "input", "output"):
+            self._unexplained = ("only parameters are updated by an optimizer", "")
             return
         request = ExplainUpdate(self._ref.name, self._index)
         wanted = (request, self._asked.moment)
@@ -411,7 +413,11 @@ class InspectScreen(DetailScreen):
     def _show(self) -> None:
         self.show(self.context.snapshot)
 
-    def action_choose(self) -> None:
+    def action_modules(self) -> None:
+        """List the inputs and outputs of the modules."""
+        self.action_choose(modules=True)
+
+    def action_choose(self, modules: bool = False) -> None:
         """List the tensors of the run."""
 
         def chosen(tensor: TensorRef | None) -> None:
@@ -420,9 +426,11 @@ class InspectScreen(DetailScreen):
                 self.context.inspected = tensor
             self._show()
 
-        self._with_list(lambda tensors: self.app.push_screen(TensorDialog(tensors), chosen))
+        self._with_list(
+            lambda tensors: self.app.push_screen(TensorDialog(tensors), chosen), modules
+        )
 
-    def _with_list(self, use: Callable[[TensorList], object]) -> None:
+    def _with_list(self, use: Callable[[TensorList], object], modules: bool = False) -> None:
         """Call `use` with the tensors that there are now."""
 
         def listed(answer: Inspected) -> None:
@@ -432,7 +440,7 @@ class InspectScreen(DetailScreen):
                 self.notify(answer.message, title=answer.hint, severity="warning", markup=False)
 
         self._asked = None
-        self._ask(ListTensors(), listed)
+        self._ask(ListTensors(modules), listed)
 
     def action_kind(self) -> None:
         """The next of the tensors that belong to the same parameter."""
