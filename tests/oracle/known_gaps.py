@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.oracle.generator import Clip, Loop, Optimizer, shares_parameters
+from tests.oracle.generator import Clip, Loop, Optimizer
 
 
 @dataclass(frozen=True)
@@ -134,44 +134,6 @@ KNOWN_GAPS: tuple[Gap, ...] = (
                     Clip("hand", over="own", when="each"),
                     Clip("hand", tight=False, when="each"),
                 ),
-            ),
-        ),
-    ),
-    Gap(
-        "zeroing by hand beside several optimizers",
-        "Gradients that a clipping after the step changed count as skipped when they are zeroed.",
-        lambda loop: has_several(loop) and loop.zero_by == "hand" and clips_when(loop, "after"),
-        ("skipped_iterations", "unfinished"),
-        (
-            Loop(
-                iterations=5,
-                nets=(("a", "b"), ("c",)),
-                optimizers=(
-                    Optimizer(kind="adam", layers=("a", "b")),
-                    Optimizer(layers=("b", "c")),
-                ),
-                zero="before backward",
-                zero_by="hand",
-                micro_batches=2,
-                clips=(Clip(over="own", when="after"), Clip("value", over="own")),
-            ),
-        ),
-    ),
-    Gap(
-        "parameters of several optimizers",
-        "A step of one optimizer is taken for a change of the other's gradients.",
-        shares_parameters,
-        ("skipped_iterations", "unfinished"),
-        (
-            Loop(
-                seed=3,
-                optimizers=(
-                    Optimizer(kind="adam", layers=("a", "b")),
-                    Optimizer(kind="adam", layers=("b",)),
-                ),
-                losses=2,
-                gradients="autograd",
-                clips=(Clip(over="own", tight=False), Clip(over="own", tight=False)),
             ),
         ),
     ),

@@ -321,6 +321,85 @@ def test_gradients_that_are_scaled_by_hand_are_clipped_by_hand():
     close([record.clip.scale for record in recorder.records], [0.25] * 5)
 
 
+def test_clips_of_gradients_that_a_step_has_used_leave_nothing_behind():
+    first, second = mlp(), mlp()
+    optimizers = [sgd(first), sgd(second)]
+
+    def loop():
+        for _ in range(5):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                inputs, targets = batch()
+                F.cross_entropy(first(inputs) + second(inputs), targets).backward()
+                optimizer.step()
+                everything = [*first.parameters(), *second.parameters()]
+                torch.nn.utils.clip_grad_norm_(everything, 1e-3)
+                torch.nn.utils.clip_grad_norm_(everything, 1e-4)
+
+    recorder, _ = trace(loop)
+    assert len(recorder.records) == 10
+    assert recorder.skips == []
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_gradients_that_are_averaged_by_hand_are_not_clipped(bucketed):
+    model, averaged = mlp(), []
+    optimizer = sgd(model)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+
+    def loop():
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            gradients = [parameter.grad for parameter in model.parameters()]
+            if bucketed:
+                flat = torch.cat([gradient.flatten() for gradient in gradients])
+                torch.distributed.all_reduce(flat)
+                pieces = (flat / 2).split([gradient.numel() for gradient in gradients])
+                for gradient, piece in zip(gradients, pieces, strict=True):
+                    gradient.copy_(piece.view_as(gradient))
+            else:
+                for gradient in gradients:
+                    torch.distributed.all_reduce(gradient)
+                    gradient.div_(2)
+            averaged.append(total_of(model.parameters()))
+            optimizer.step()
+
+    try:
+        recorder, _ = trace(loop)
+    finally:
+        torch.distributed.destroy_process_group()
+    close(recorder.series("step", "grad_norm_preclip"), averaged)
+    assert all(record.clip is None for record in recorder.records)
+
+
+def test_gradients_that_are_scaled_after_a_mean_of_the_loss_are_clipped_by_hand():
+    model = mlp()
+    optimizer = sgd(model)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+
+    def loop():
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            torch.distributed.all_reduce(loss.detach())
+            for parameter in model.parameters():
+                parameter.grad.mul_(0.25)
+            optimizer.step()
+
+    try:
+        recorder, _ = trace(loop)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {record.clip.kind for record in recorder.records} == {"hand"}
+
+
 def test_gradients_that_are_zeroed_through_data_are_thrown_away():
     """`.data` counts no version: only the norms tell."""
     model, losses = mlp(), []

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
@@ -183,6 +184,23 @@ def test_evaluations_and_checkpoints_have_their_own_time():
         follows = step > 1 and step % 2 == 1  # the evaluation of the step before
         assert (row["eval"] > 0) == follows
         assert (row["checkpoint"] > 0) == follows
+
+
+def test_saving_as_safetensors_is_a_checkpoint(tmp_path):
+    def loop():
+        model, optimizer = make()
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+            if step % 2:
+                safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+
+    original = safetensors.torch.save_file
+    recorder, _ = trace(loop)
+    assert safetensors.torch.save_file is original
+    for step, row in recorder.rows("phase_ms").items():
+        assert (row["checkpoint"] > 0) == (step > 1 and step % 2 == 1)
 
 
 def test_time_in_the_gate_is_no_time_of_the_step():

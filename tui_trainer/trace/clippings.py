@@ -21,6 +21,8 @@ class Clippings:
     def __init__(self, waiting: WaitingGradients, recorder: RecorderLike) -> None:
         self.measurers: list[StepMeasurer] = []
         """Those whose gradients it clips."""
+        self._used: list[StepMeasurer] = []
+        """Those whose gradients it clips although a step has used them already."""
         self._waiting = waiting
         self._recorder = recorder
         self._total_before: Reading | None = None
@@ -33,7 +35,9 @@ class Clippings:
         waiting = self._waiting
         waiting.take_unseen()
         waiting.follow_changes_by_hand()
-        self.measurers = waiting.of(parameters)
+        found = waiting.registry.measurers_of(parameters)
+        self.measurers = [measurer for measurer in found if waiting.waits(measurer)]
+        self._used = [measurer for measurer in found if not measurer.passes]
         self._total_before = None
         for measurer in self.measurers:
             if measurer.reading is None:
@@ -58,10 +62,12 @@ class Clippings:
         """`total` is the norm before clipping, as the function returned it."""
         total = captured.whole_total(total, limit)
         if not self.measurers and not self._waiting.evaluating_further:
-            if self._waiting.registry.measurers_of(parameters):
+            if self._used:
                 self._report_late()
             for measurer in self._waiting.registry.measurers:
                 measurer.marks.forget()
+        for measurer in self._used:
+            measurer.marks.forget()
         before = self._total_before if kind == "value" else total
         if self.measurers and isinstance(before, (torch.Tensor, float)):
             for measurer in self.measurers:

@@ -123,6 +123,9 @@ class StepMeasurer:
         """Whether the first of the passes added to gradients that a step had used already."""
         self.eval_forward = False
         """Whether the model was called in `eval()` mode for this step."""
+        self.averaged = False
+        """Whether the script has reduced gradients over several processes by itself: what it does
+        to them from then on may be part of their mean."""
         self.schedule_first = False
         """Whether a scheduler was stepped between backward and the optimizer's step."""
         self._latest: Readings | None = None
@@ -208,6 +211,9 @@ class StepMeasurer:
         compare = before_step and self.careful and self._latest is not None
         if not changed and not compare:
             return None
+        if self.averaged and self.reading is None:
+            self.marks.remember()
+            return None
         positions = self.marks.changed_positions() if changed else None
         before, after = self._latest, self.norms_now()
         self._latest = after
@@ -216,7 +222,9 @@ class StepMeasurer:
             return None
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
         self.marks.remember()
-        if self.reading is not None and self._on_host and not _scaled_down(before, after):
+        if self.reading is not None and (
+            self.averaged or (self._on_host and not _scaled_down(before, after))
+        ):
             self._replace_norms(after)
             return None
         if self.reading is None:
@@ -501,7 +509,7 @@ class StepMeasurer:
         return found.classes if losses == 1 or found.divided else None
 
     def _forget(self) -> None:
-        self.eval_forward = self.kept_gradients = self.schedule_first = False
+        self.eval_forward = self.kept_gradients = self.schedule_first = self.averaged = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:

@@ -6,6 +6,7 @@ that trains and while the tracer is suspended.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -77,6 +78,7 @@ class TorchEvents(Protocol):
     def phase_failed(self) -> None: ...
     def saving_began(self) -> bool: ...
     def saving_ended(self) -> None: ...
+    def collective_called(self, tensors: Any) -> None: ...
     def loss_scaled(self, scaler: GradScaler, outputs: Any, result: Any) -> None: ...
     def gradients_unscaled(self, optimizer: Optimizer) -> None: ...
     def scaler_updated(self) -> None: ...
@@ -98,7 +100,12 @@ class TorchHooks:
         self._wrap_scaler()
         self._wrap_functional()
         self._wrap_schedulers()
-        self._wrap_saving()
+        self._wrap_saving(torch, "save")
+        with contextlib.suppress(ImportError):  # of a broken installation
+            import safetensors.torch
+
+            self._wrap_saving(safetensors.torch, "save_file")
+        self._wrap_collectives()
         self._handles = [*self._hook_optimizers(), *self._hook_modules()]
 
     def remove(self) -> None:
@@ -258,9 +265,9 @@ class TorchHooks:
 
             self._patches.replace(kind, "step", copy_metadata(step, original))
 
-    def _wrap_saving(self) -> None:
+    def _wrap_saving(self, module: Any, name: str) -> None:
         events, ignored = self._events, self._ignored
-        original: Callable[..., Any] = torch.save
+        original: Callable[..., Any] = getattr(module, name)
 
         def save(*args: Any, **kwargs: Any) -> Any:
             if ignored() or not events.saving_began():
@@ -270,7 +277,24 @@ class TorchHooks:
             finally:
                 events.saving_ended()
 
-        self._patches.replace(torch, "save", copy_metadata(save, original))
+        self._patches.replace(module, name, copy_metadata(save, original))
+
+    def _wrap_collectives(self) -> None:
+        if not torch.distributed.is_available():
+            return
+        for name in ("all_reduce", "all_reduce_coalesced"):
+            self._patches.replace(torch.distributed, name, self._collective(name))
+
+    def _collective(self, name: str) -> Callable[..., Any]:
+        events, ignored = self._events, self._ignored
+        original: Callable[..., Any] = getattr(torch.distributed, name)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            if not ignored():
+                events.collective_called(args[0] if args else next(iter(kwargs.values()), ()))
+            return original(*args, **kwargs)
+
+        return copy_metadata(collective, original)  # type: ignore[no-any-return]
 
     def _wrap_functional(self) -> None:
         for name, has_value in (("grad", False), ("grad_and_value", True)):

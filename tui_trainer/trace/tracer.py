@@ -441,6 +441,13 @@ class Tracer:
             self._reporter.keep_output(result)
         self._phases.leave(LOSS)
 
+    @guarded
+    def collective_called(self, tensors: Any) -> None:
+        """The script calls `all_reduce`."""
+        if not self.in_phase:
+            given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            self._waiting.averaged(given)
+
     def _end_sampling(self) -> None:
         sampling, self._sampling = self._sampling, []
         for measurer in reversed(sampling):  # in the reverse order of what they replaced

@@ -82,10 +82,9 @@ class WaitingGradients:
         """Whether a closure is evaluated whose first evaluation was measured."""
         return self._open_step.evaluated is not None
 
-    def of(self, parameters: Sequence[torch.Tensor]) -> list[StepMeasurer]:
-        """Those of the optimizers of `parameters` for which gradients wait."""
-        found = self.registry.measurers_of(parameters)
-        return [m for m in found if m.passes and m is not self._open_step.evaluated]
+    def waits(self, measurer: StepMeasurer) -> bool:
+        """Whether gradients wait for this optimizer's step."""
+        return bool(measurer.passes) and measurer is not self._open_step.evaluated
 
     def scale_of(self, measurer: StepMeasurer) -> torch.Tensor | None:
         """The factor (0-d) that a GradScaler still has on this optimizer's gradients, without
@@ -111,6 +110,13 @@ class WaitingGradients:
             if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
                 measurer.add_pass(BackwardPass([]))
                 measurer.marks.remember()
+
+    def averaged(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The script reduces `tensors` over several processes: gradients, or a buffer of them."""
+        if any(tensor.numel() > 1 for tensor in tensors):
+            for measurer in self.registry.measurers:
+                if measurer.passes:
+                    measurer.averaged = True
 
     def resolve_returned(self, measurer: StepMeasurer) -> None:
         """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
@@ -174,9 +180,7 @@ class WaitingGradients:
     def zeroed(self, owner: Optimizer | torch.nn.Module) -> None:
         """`owner.zero_grad()` has returned: let go of the passes of those that have no gradients
         left."""
-        waiting = [
-            m for m in self.registry.measurers if m.passes and m is not self._open_step.evaluated
-        ]
+        waiting = [measurer for measurer in self.registry.measurers if self.waits(measurer)]
         if not waiting:
             return
         zeroed = _zeroed_by(owner)
