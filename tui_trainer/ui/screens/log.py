@@ -57,7 +57,7 @@ class LogScreen(DetailScreen):
                 tooltip="Show or hide clipped steps"),
         Binding("w", "worst", "Warnings", id="log.warnings", show=False,
                 tooltip="Show only warnings and errors, or everything"),
-        Binding("T", "since", "Time", id="log.time", show=False,
+        Binding("d", "since", "Time", id="log.time", show=False,
                 tooltip="Show the time of day, or the time since the run started"),
         Binding("z", "wrap", "Wrap", id="log.wrap",
                 tooltip="Wrap long lines, or cut them and scroll with left and right"),
