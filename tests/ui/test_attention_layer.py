@@ -11,6 +11,7 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.protocol.messages import Pause
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.glyphs import ASCII, UNICODE
+from tui_trainer.ui.lessons import lessons_for
 from tui_trainer.ui.panels.attention.examination import QueryTable, fine_bar
 from tui_trainer.ui.screens.attention import AttentionScreen
 from tui_trainer.ui.screens.attention_layer import TABS, AttentionLayerScreen
@@ -163,3 +164,38 @@ async def test_what_cannot_be_had_is_said():
         session.end("finished", "all steps made")
         await frame(pilot)
         assert app.is_running
+
+
+async def test_each_view_leads_to_the_page_about_it():
+    app, session = paused_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = await opened(pilot, app)
+        for tab, page in (("map", "attention-scores"), ("heads", "qkv"),
+                          ("residual", "residual-stream")):  # fmt: skip
+            screen._choose(TABS.index(tab))
+            await settle(pilot)
+            names = lessons_for(screen, session.status)
+            assert next(name for name in names if name != "updates") == page
+
+
+async def test_a_run_that_is_running_is_asked_again_until_it_has_kept_a_batch():
+    session = fake_gpt()
+    session.hold_answers = True
+    app = app_on("attention", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("enter")
+        await until(pilot, lambda: asked(session), "a request")
+        session.hold_answers = False
+        session.held[-1].set_result(Inspected(1, "failed", message=NOT_CAPTURED))
+        screen = app.screen
+        assert isinstance(screen, AttentionLayerScreen)
+        await until(pilot, lambda: screen.found is not None or _advanced(session), "an answer")
+        assert screen.found is not None
+
+
+def _advanced(session: FakeSession) -> bool:
+    """Make a step, so that the screen is drawn again."""
+    if session.status.step < 390:
+        session.advance(1)
+    return False

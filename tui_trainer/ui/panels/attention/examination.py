@@ -66,6 +66,8 @@ class AttentionMapView(HeatMapView):
 
     lessons = ("attention-scores",)
 
+    lessons = ("attention-scores",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -151,6 +153,8 @@ class AttentionMapView(HeatMapView):
 
 class InputView(LineView):
     """The weights of the query over the text or over the image."""
+
+    lessons = ("attention-scores",)
 
     lessons = ("attention-scores",)
 
@@ -298,6 +302,8 @@ def _token_name(grid: PatchGrid, key: int) -> str:
 
 class QueryTable(VirtualTable):
     """Rows are keys: q · k, the angle, the score, the weight."""
+
+    lessons = ("attention-scores",)
 
     lessons = ("attention-scores",)
 
@@ -466,6 +472,8 @@ class AttentionHeadsTable(VirtualTable):
 
     lessons = ("qkv",)
 
+    lessons = ("qkv",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -509,6 +517,8 @@ class AttentionHeadsTable(VirtualTable):
 
 class SpectraView(LineView):
     """Singular values of Wq, Wk and Wv of a head, and the angles between their row spaces."""
+
+    lessons = ("qkv",)
 
     lessons = ("qkv",)
 
@@ -557,6 +567,8 @@ class SpectraView(LineView):
 
 class ResidualTable(VirtualTable):
     """Rows are what was added to the stream, in order."""
+
+    lessons = ("residual-stream",)
 
     lessons = ("residual-stream",)
 
@@ -651,6 +663,8 @@ class ResidualTable(VirtualTable):
 
 class ResidualNotes(ScrollingLines, can_focus=False):
     """Where the stream is, whose logit it is, and what is special."""
+
+    lessons = ("residual-stream",)
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
