@@ -169,6 +169,7 @@ def test_multihead_attention_as_its_own_weights_say(given, batch_first, need_wei
     model.need_weights = need_weights
     found = examined(model, x, ExamineAttention(head=1, query=2, sample=2, window=WHOLE))
     assert (found.how, found.missing) == (MULTIHEAD, "")
+    assert 0 <= found.deviation < 1e-5
     np.testing.assert_allclose(matrix(found), expected[2, 1], rtol=2e-5, atol=1e-7)
 
 
@@ -258,6 +259,7 @@ def test_attention_by_hand_is_seen_where_it_is_computed(way, how, kv_heads):
     model = perturbed(nn.Sequential(Own(way, kv_heads=kv_heads)))
     found = examined(model, torch.randn(3, 5, 8), ExamineAttention(head=1, sample=1, window=WHOLE))
     assert (found.missing, found.how, found.samples, found.query) == ("", how, 3, 4)
+    assert 0 <= found.deviation < 1e-5
     np.testing.assert_allclose(matrix(found), model[0].seen[1, 1], rtol=3e-5, atol=1e-6)
     assert math.isnan(found.scale) if way == "bias" else found.scale == pytest.approx(0.5)
 

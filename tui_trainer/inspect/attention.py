@@ -303,6 +303,8 @@ class AttentionExaminer:
     def _check(self, attend: Attend) -> tuple[float, str, str]:
         """(deviation, what it was compared with, why it is not shown)."""
         checked = CHECKED[attend.how]
+        if not math.isnan(attend.off):
+            return attend.off, checked, ""
         reference = attend.plain_z if attend.plain_z is not None else attend.z
         assert reference is not None
         assert attend.v is not None
@@ -411,7 +413,7 @@ def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[Attend 
                 off = deviation(merged, read)
                 best = min(best, off)
                 if off <= tolerance(read.dtype):
-                    attend.z = z.to(read.dtype)
+                    attend.z, attend.off = z.to(read.dtype), off
                     return attend, ""
     if math.isinf(best):
         return None, f"{unseen}, and no output projection is seen that it could be compared with"

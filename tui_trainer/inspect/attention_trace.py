@@ -71,6 +71,8 @@ class Attend:
     plain_z: torch.Tensor | None = None
     """The same without dropout, computed by the same function."""
     dropout: float = 0.0
+    off: float = math.nan
+    """By how much it differs from what the layer computed, where that has been compared already."""
     problem: str = ""
     """Why Q and K of it are not known."""
     out_weight: torch.Tensor | None = None
@@ -662,7 +664,7 @@ def _of_multihead(
     merged = weighted.transpose(0, 1).reshape(weighted.shape[1], -1)
     attend.out = torch.nn.functional.linear(merged, attend.out_weight, attend.out_bias)
     attend.plain_z = None
-    difference = deviation(attend.out, result[:, sample])
+    attend.off = difference = deviation(attend.out, result[:, sample])
     if difference > max(tolerance(each.dtype) for each in (query, attend.v, result)):
         attend.problem = (
             f"its output cannot be computed from Q, K and V: it differs by {difference:.1e}"
