@@ -9,6 +9,8 @@ import sys
 
 VIEWING = (
     "tui_trainer.ui.app",
+    "tui_trainer.ui.scalar_graph",
+    "tui_trainer.learn.demos",
     "tui_trainer.ui.screens.learn",
     "tui_trainer.learn.laboratory",
     "tui_trainer.client.api",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from tests.recorded_runs import directory
 from tests.ui.screens import text_of, until
 from tui_trainer.cli.commands import demo as command
+from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.main import run
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.learn.demos import DEMOS
@@ -62,6 +64,15 @@ def test_both_curves_and_what_was_found(capsys: pytest.CaptureFixture[str]) -> N
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_training_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = [sys.executable, "-c", "import sys; print('no disk', file=sys.stderr); sys.exit(3)"]
+    monkeypatch.setattr(command, "run_command", lambda spec: fails)
+    spec = read_spec(directory("calm"))
+    with pytest.raises(CommandError, match="status 3") as caught:
+        command._run_to_end([spec, spec])
+    assert caught.value.hint == "no disk"
 
 
 async def test_the_app_begins_with_a_message() -> None:
