@@ -459,3 +459,24 @@ def test_less_precise_matrix_products_do_not_touch_us():
     truth = expected(seen[2][1][0], start[0], seen[2][0][0], 1)
     close(recorder.rows("attention")[3]["layers.0.cos_qk"], truth["cos_qk"], 1e-5)
     assert recorder.notices_of("fault") == []
+
+
+def test_a_step_that_is_first_seen_within_autocast_is_measured_in_full_precision():
+    torch.manual_seed(0)
+    model = SmallGpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loop():
+        for _ in range(2):
+            optimizer.zero_grad()
+            tokens = torch.randint(0, 11, (3, 9))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    (row, *_) = recorder.rows("attention").values()
+    norms = [value for name, value in row.items() if "norm_q" in name]
+    expected = [float(block.q_proj.weight.detach().norm()) for block in model.blocks]
+    assert norms == pytest.approx(expected, rel=1e-6)

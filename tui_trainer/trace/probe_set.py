@@ -90,7 +90,7 @@ class ProbeSet:
 
     def _add(self, kind: type[Probe], options: Options, slot: OptimizerSlot) -> None:
         try:
-            with torch.no_grad():
+            with probe_context(self._tracked.device):  # perhaps within a script's autocast
                 probe = kind(self._tracked, options)
             if probe.unseen:
                 self.unseen[kind.name] = probe.unseen
