@@ -22,6 +22,7 @@ from tui_trainer.inspect.usage import parameter_use
 from tui_trainer.inspect.values import readable
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
+from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -96,6 +97,8 @@ class Inspector:
                     return check_gradient(tracer, catalog, self.capture, request)
                 case ReadSettings() | ReadTimeline():
                     raise InspectionError("this run has no settings that can be changed")
+                case WhatIf() | FindLearningRate() | MeasureLandscape():
+                    raise InspectionError("this run cannot be experimented with")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""

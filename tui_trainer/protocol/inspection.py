@@ -20,6 +20,12 @@ from tui_trainer.protocol.autograd import (
     DescribeGraph,
     GradientCheck,
 )
+from tui_trainer.protocol.experiments import (
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
 from tui_trainer.protocol.heat_map import HeatMap, Window
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.settings import ReadSettings, SettingList
@@ -273,6 +279,9 @@ InspectionRequest = (
     | ExamineAttention
     | ReadSettings
     | ReadTimeline
+    | WhatIf
+    | FindLearningRate
+    | MeasureLandscape
 )
 InspectionResult = (
     TensorList
@@ -285,6 +294,7 @@ InspectionResult = (
     | GradientCheck
     | SettingList
     | Timeline
+    | ExperimentResult
 )
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.experiments import (
+    Experiment,
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
 from tui_trainer.protocol.inspection import (
     Inspect,
     Inspected,
@@ -110,11 +117,27 @@ class Inspections:
             known.future.cancel()
         if self.inspector is None:
             raise UserError(NO_MODEL)
-        future = self._gate.call_soon(lambda: self._run(message.request), when_paused=True)
+        experiment = message.request
+        if isinstance(experiment, (WhatIf, FindLearningRate, MeasureLandscape)):
+            future = self._experiment(experiment)
+        else:
+            future = self._gate.call_soon(lambda: self._run(message.request), when_paused=True)
         request = _Request(message.id, future)
         with self._lock:
             self._requests[viewer] = request
         return request
+
+    def _experiment(self, experiment: Experiment) -> Future[_Answer]:
+        """Raises UserError."""
+        if self.travel is None:
+            raise UserError(NO_MODEL)
+        began = time.perf_counter()
+
+        def answered(result: ExperimentResult) -> _Answer:
+            took_ms = (time.perf_counter() - began) * 1e3
+            return _Answer(result, self._gate.current_step, self._gate.phase, took_ms)
+
+        return self.travel.experiment(experiment, answered)
 
     def _run(self, request: InspectionRequest) -> _Answer:
         """On the training thread."""

@@ -22,6 +22,7 @@ import msgspec
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import (
@@ -195,6 +196,10 @@ class ViewerConnection:
     def _inspected(self, message: Inspect) -> Inspected:
         if self._inspections is None:
             return Inspected(message.id, "failed", message="this run has no tensors")
+        experiment = isinstance(message.request, (WhatIf, FindLearningRate, MeasureLandscape))
+        if experiment and self.viewer is not None and self.viewer.read_only:
+            why = "this viewer is read-only, and an experiment pauses the training"
+            return Inspected(message.id, "failed", message=why)
         return self._inspections.answer(self._viewer_id, message)
 
     def _send(self, message: ToViewer) -> None:

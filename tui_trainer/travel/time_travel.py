@@ -12,14 +12,16 @@ generators become those of the snapshot, and the script goes on where it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 from torch.amp.grad_scaler import GradScaler
 
 from tui_trainer.protocol.errors import UserError
+from tui_trainer.protocol.experiments import Experiment, ExperimentResult
 from tui_trainer.protocol.formatting import bytes_, counted
 from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
@@ -29,10 +31,12 @@ from tui_trainer.trace.optimizers import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.edits import Entry, LiveEdits
+from tui_trainer.travel.experiments import Experiments
 from tui_trainer.travel.schedules import schedulers_of
 from tui_trainer.travel.snapshots import Snapshot, SnapshotRing, interval
 from tui_trainer.travel.state import Stateful, TrainingParts, TrainingState
 
+T = TypeVar("T")
 NEVER = 10**15
 SCRIPT_STATE = (
     "weights, optimizers, schedulers, scalers and random generators; the script's own data order "
@@ -53,6 +57,8 @@ class Step:
     """The nearest step at or before it of which the state is kept."""
     saved: Any = None
     """A checkpoint of it, where no snapshot is kept."""
+    experiment: Callable[[], None] | None = None
+    """What is to be run there instead of going anywhere."""
 
 
 class GoingBack(KeyboardInterrupt):
@@ -199,6 +205,31 @@ class TimeTravel:
         kept = [each for each in (*self.ring.steps, *self._saved_steps()) if each <= step]
         return max(kept, default=None)
 
+    def experiment(
+        self, experiment: Experiment, answered: Callable[[ExperimentResult], T]
+    ) -> Future[T]:
+        """Run an experiment where the training is, between two steps, and pause there. Raises
+        Refusal."""
+        task = self.task
+        if task is None:
+            raise Refusal("experiments are for the shipped tasks", "a script's loop is its own")
+        found: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                with self._tracer.suspended(), self._recorder.excluded():
+                    made = Experiments(task, self._edits, self._parts(), self.ring).run(experiment)
+                found.set_result(answered(made))
+            except Exception as error:
+                found.set_exception(error)
+
+        def leave() -> None:
+            step = self._gate.completed
+            raise GoingBack(Step(step, step, experiment=run))
+
+        self._gate.call_soon(leave)
+        return found
+
     def timeline(self) -> Timeline:
         """Where the training can be taken to."""
         edits = self._way if self.in_the_past else self._edits.state.log
@@ -277,6 +308,8 @@ class TimeTravel:
     def go(self, to: Step) -> None:
         """On the training thread, outside of the loop: be at the end of the wanted step, or run up
         to it; the loop is to be called again."""
+        if to.experiment is not None:
+            return self._experiment_at(to)
         recorder, gate, target, nearest = self._recorder, self._gate, to.wanted, to.nearest
         if not self.in_the_past:
             self._way = list(self._edits.state.log)
@@ -299,6 +332,19 @@ class TimeTravel:
         gate.pause()
         if target:
             gate.reached("step", target)
+
+    def _experiment_at(self, to: Step) -> None:
+        """Run an experiment between two steps, and be paused after it as before it."""
+        assert to.experiment is not None
+        self._tracer.rewind(to.wanted)
+        self._gate.rewind(to.wanted)
+        edits, state = self._edits.snapshot(), TrainingState.take(self._parts())
+        state.restore()
+        self._edits.restore(edits)
+        to.experiment()
+        self._gate.pause()
+        if to.wanted:
+            self._gate.reached("step", to.wanted)
 
     def _restore(self, to: Step) -> None:
         snapshot = self.ring.before(to.nearest)

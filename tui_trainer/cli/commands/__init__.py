@@ -25,6 +25,9 @@ _RUNS = {
     "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
     "back": ("back", "take a live run back to an earlier step"),
     "branch": ("branch", "start a new run from where a live one is, with other settings"),
+    "what-if": ("experiments", "compare the next steps with present and with changed settings"),
+    "lr-finder": ("experiments", "measure the loss while the learning rate grows"),
+    "landscape": ("experiments", "measure the loss along a direction from the weights"),
     "set": ("set", "change the learning rate or another setting of a live run, or list them"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
@@ -64,6 +67,7 @@ def register(app: App) -> None:
         (_MACHINE, Group("This machine", sort_key=4)),
     ):
         for name, (module, line) in about.items():
-            function = f"{name}_" if iskeyword(name) or name in BUILTINS else name
+            function = name.replace("-", "_")
+            function = f"{function}_" if iskeyword(name) or name in BUILTINS else function
             app.command(f"{_PACKAGE}.{module}:{function}", name=name, help=line, group=group)
     app.command(f"{_PACKAGE}.relay:relay", name="relay", show=False)

@@ -1,0 +1,62 @@
+"""Experiments measure what the training would do, and leave it as it was to the last bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.travel.support import Run, same, tiny
+from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
+from tui_trainer.trace.gate import Refusal
+
+
+def ask(run, experiment):
+    return run.travel.experiment(experiment, lambda result: result).result(240)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp16", "optimizer": "sgd"}])
+def test_what_if_says_what_happens_then_and_changes_nothing(options, tmp_path):
+    with Run(tiny(**options), tmp_path) as run:
+        seen = run.to(4)
+        answer = ask(run, WhatIf(parse_changes(["lr=0.05"]), 3))
+        assert same(seen, run.at(4))
+        ask(run, FindLearningRate(1e-5, 10.0, 5))
+        ask(run, MeasureLandscape("random", 3, 0.1))
+        ask(run, MeasureLandscape("gradient", 3))
+        assert same(seen, run.at(4))
+        run.to(7)
+        present, changed = answer.curves
+        assert present.x == (5.0, 6.0, 7.0)
+        assert present.loss == pytest.approx(run.losses[4:7], rel=1e-5)
+        run.back(4)
+        run.to(7)
+    with Run(tiny(**options), tmp_path, memory=0) as other:
+        other.to(4)
+        other.change("lr=0.05")
+        other.to(7)
+        assert changed.loss == pytest.approx(other.losses[4:7], rel=1e-5)
+        assert changed.loss != pytest.approx(present.loss, rel=1e-5)
+    assert not [line for line in run.log if "differs" in line or "Error" in line]
+
+
+def test_the_learning_rate_and_the_loss_along_directions(tmp_path):
+    with Run(tiny("vit"), tmp_path) as run:
+        run.to(2)
+        seen = run.to(5)
+        found = ask(run, FindLearningRate(1e-6, 1e3, 6)).curves[0]
+        ratios = [b / a for a, b in zip(found.x, found.x[1:], strict=False)]
+        assert ratios == pytest.approx([10 ** (9 / 5)] * len(ratios))
+        assert all(map(math.isfinite, found.loss[:3]))
+        along = ask(run, MeasureLandscape("gradient", 5, 1.0)).curves[0]
+        assert along.x == (-1.0, -0.5, 0.0, 0.5, 1.0)
+        assert along.loss[1] > along.loss[2] > along.loss[3], "against the gradient it falls"
+        between = ask(run, MeasureLandscape("snapshots", 4, 1.0, 2, 5)).curves[0]
+        assert between.x == pytest.approx((-1.0, 0.0, 1.0, 2.0))
+        assert between.loss[2] == pytest.approx(along.loss[2], rel=1e-5)
+        with pytest.raises(Refusal, match="there is no snapshot of step 9"):
+            ask(run, MeasureLandscape("snapshots", 3, 1.0, 9, 5))
+        with pytest.raises(Refusal, match="adamw has no momentum"):
+            ask(run, WhatIf(parse_changes(["momentum=0.5"]), 2))
+        assert same(seen, run.at(5))

@@ -1,0 +1,154 @@
+"""`what-if`, `lr-finder` and `landscape`: experiments with a live run that leave it as it was."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter, validators
+from rich.text import Text
+
+from tui_trainer.cli.commands.common import (
+    LiveRunName,
+    RunsDir,
+    cli_errors,
+    flag,
+    require_single_run,
+)
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.cli.text_chart import TextCurve, text_chart
+from tui_trainer.client.connection import RunClient
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.protocol.experiments import (
+    MAX_POINTS,
+    MAX_STEPS,
+    Direction,
+    Experiment,
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
+from tui_trainer.protocol.formatting import number
+
+ROWS = 25
+CHART = (76, 16)
+MARKERS = ("braille", "x")
+Json = Annotated[bool, flag("print the curves as one JSON object")]
+
+
+def _number(text: str, most: int) -> Parameter:
+    return Parameter(
+        help=text, metavar="N", negative=(), validator=validators.Number(gte=1, lte=most)
+    )
+
+
+def what_if(
+    *given: Annotated[
+        str,
+        Parameter(
+            help="the run (default: the live one, if there is only one) and changes, as for `set`",
+            show_default=False,
+        ),
+    ],
+    steps: Annotated[int, _number("number of steps to make with either", MAX_STEPS)] = 50,
+    json: Json = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """compare the next steps with the present settings and with changed ones"""
+    changes = [each for each in given if "=" in each]
+    names = [each for each in given if "=" not in each]
+    if len(names) > 1:
+        raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
+    try:
+        parsed = parse_changes(changes)
+    except ConfigurationError as error:
+        raise UsageError(error.message, error.hint) from error
+    run = names[0] if names else None
+    return _experiment("what-if", run, WhatIf(parsed, steps), json, runs_dir)
+
+
+def lr_finder(
+    run: LiveRunName = None,
+    *,
+    low: Annotated[float, Parameter(help="first learning rate", negative=())] = 1e-7,
+    high: Annotated[float, Parameter(help="last learning rate", negative=())] = 1.0,
+    steps: Annotated[int, _number("number of steps", MAX_STEPS)] = 100,
+    json: Json = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """measure the loss while the learning rate grows, then put the run back as it was"""
+    return _experiment("lr-finder", run, FindLearningRate(low, high, steps), json, runs_dir)
+
+
+def landscape(
+    run: LiveRunName = None,
+    *,
+    direction: Annotated[
+        Direction,
+        Parameter(help="against the gradient, a random one, or between two snapshots", negative=()),
+    ] = "gradient",
+    points: Annotated[int, _number("number of points", MAX_POINTS)] = 25,
+    reach: Annotated[
+        float,
+        Parameter(
+            help="how far to go: in learning rates, in norms of each parameter, or in distances of "
+            "the snapshots",
+            negative=(),
+        ),
+    ] = 1.0,
+    first: Annotated[int, Parameter(help="step of one snapshot", negative=())] = 0,
+    second: Annotated[int, Parameter(help="step of the other one", negative=())] = 0,
+    json: Json = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """measure the loss of the next batch along a direction from the present weights"""
+    asked = MeasureLandscape(direction, points, reach, first, second)
+    return _experiment("landscape", run, asked, json, runs_dir)
+
+
+def _experiment(
+    name: str, run: str | None, asked: Experiment, json: bool, runs_dir: RunsDir
+) -> int:
+    with cli_errors():
+        found = require_single_run(run, runs_dir)
+        with RunClient.connect(found, f"tui-trainer {name}", read_only=False) as client:
+            answer = client.inspect(asked)
+    result = answer.result
+    if not isinstance(result, ExperimentResult):
+        raise CommandError(f"{found.name}: {answer.message}", answer.hint)
+    if json:
+        document = {
+            "run": found.name,
+            "step": answer.step,
+            "text": result.text,
+            "curves": [
+                {"name": curve.name, result.x_name: curve.x, "loss": curve.loss}
+                for curve in result.curves
+            ],
+        }
+        print(msgspec.json.encode(document).decode(), flush=True)
+        return 0
+    print("\n".join(_lines(result)), flush=True)
+    return 0
+
+
+def _lines(result: ExperimentResult) -> list[str]:
+    curves = [
+        TextCurve(list(range(len(curve.x))), list(curve.loss), list(curve.loss), marker)
+        for curve, marker in zip(result.curves, MARKERS, strict=False)
+    ]
+    names = [f"loss: {curve.name}" for curve in result.curves]
+    table = new_table((result.x_name, *names), right=(result.x_name, *names))
+    longest = max(result.curves, key=lambda curve: len(curve.x))
+    every = max(1, len(longest.x) // ROWS)
+    for position in range(0, len(longest.x), every):
+        losses = [
+            number(curve.loss[position], 0) if position < len(curve.loss) else ""
+            for curve in result.curves
+        ]
+        table.add_row(f"{longest.x[position]:.4g}", *map(Text, losses))
+    rows = [line.plain.rstrip() for line in table_lines(table)]
+    return [*text_chart(curves, *CHART), *rows, result.text, "the run is as it was, and paused"]

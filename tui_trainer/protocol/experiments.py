@@ -1,0 +1,62 @@
+"""Experiments with a training that leave it as it was, and their results."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tui_trainer.protocol.settings import SettingChange
+
+Direction = Literal["gradient", "random", "snapshots"]
+MAX_STEPS = 1000
+MAX_POINTS = 201
+
+
+class WhatIf(msgspec.Struct, tag="what_if", frozen=True):
+    """Asks for the losses of the next steps with the present settings, and with changed ones."""
+
+    changes: tuple[SettingChange, ...]
+    steps: int = 50
+
+
+class FindLearningRate(msgspec.Struct, tag="find_learning_rate", frozen=True):
+    """Asks for the loss while the learning rate grows exponentially (Smith 2017)."""
+
+    low: float = 1e-7
+    high: float = 1.0
+    steps: int = 100
+
+
+class MeasureLandscape(msgspec.Struct, tag="measure_landscape", frozen=True):
+    """Asks for the loss of the next batch along a direction from the present weights."""
+
+    direction: Direction = "gradient"
+    points: int = 25
+    reach: float = 1.0
+    """How far to go to either side: for a `random` direction in units of the norm of each
+    parameter, for the `gradient` in learning rates, from one of the `snapshots` (0) to the other
+    (1) and as far beyond."""
+    first: int = 0
+    """Step of a snapshot."""
+    second: int = 0
+
+
+class Curve(msgspec.Struct, frozen=True, array_like=True):
+    """Losses over some quantity."""
+
+    name: str
+    x: tuple[float, ...]
+    loss: tuple[float, ...]
+
+
+class ExperimentResult(msgspec.Struct, tag="experiment", frozen=True, array_like=True):
+    """The curves that an experiment has measured."""
+
+    x_name: str
+    curves: tuple[Curve, ...]
+    text: str = ""
+    """What is seen in them, in a sentence."""
+
+
+Experiment = WhatIf | FindLearningRate | MeasureLandscape

@@ -1,0 +1,254 @@
+"""Experiments on a shipped task: what if a setting were another, which learning rate, and the loss
+along a direction.
+
+Each makes steps of the task's own loop from where the training is, outside of what is recorded, and
+puts everything back as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tui_trainer.protocol.experiments import (
+    MAX_POINTS,
+    MAX_STEPS,
+    Curve,
+    Experiment,
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
+from tui_trainer.tasks.definition import Training
+from tui_trainer.trace.gate import Refusal
+from tui_trainer.travel.edits import Entry, LiveEdits
+from tui_trainer.travel.snapshots import SnapshotRing
+from tui_trainer.travel.state import TrainingParts, TrainingState
+
+DIVERGED = 4.0
+"""The search for a learning rate ends where the loss is so many times the smallest one."""
+
+
+class _Enough(BaseException):
+    """Leaves the loop of the task."""
+
+
+class Experiments:
+    """Runs experiments on the training thread, outside of the loop, with the tracer suspended."""
+
+    def __init__(
+        self, task: Training, edits: LiveEdits, parts: TrainingParts, ring: SnapshotRing
+    ) -> None:
+        self._task = task
+        self._edits = edits
+        self._parts = parts
+        self._ring = ring
+        self._optimizer = parts.optimizers[0]
+
+    def run(self, experiment: Experiment) -> ExperimentResult:
+        """Raises Refusal; the training is afterwards as it was before, to the last bit."""
+        state, edits = TrainingState.take(self._parts), self._edits.snapshot()
+        try:
+            match experiment:
+                case WhatIf():
+                    return self._what_if(experiment, state, edits)
+                case FindLearningRate():
+                    return self._find_rate(experiment)
+                case MeasureLandscape():
+                    return self._landscape(experiment, state)
+        finally:
+            state.restore()
+            self._edits.restore(edits)
+
+    # ------------------------------------------------------------ the three
+
+    def _what_if(self, asked: WhatIf, state: TrainingState, edits: Any) -> ExperimentResult:
+        steps = _limited(asked.steps, MAX_STEPS)
+        present = self._losses(steps)
+        state.restore()
+        self._edits.restore(edits)
+        self._edits.apply(Entry(0, asked.changes), silent=True)
+        made = " ".join(change.text for change in asked.changes)
+        changed = self._losses(steps)
+        first = self._task.stateful["batches"].position - len(changed) + 1
+        x = tuple(float(first + number) for number in range(max(len(present), len(changed))))
+        text = (
+            f"after {len(changed)} steps the loss is {_last(changed)} instead of {_last(present)}"
+        )
+        curves = (
+            Curve("present settings", x[: len(present)], tuple(present)),
+            Curve(made, x[: len(changed)], tuple(changed)),
+        )
+        return ExperimentResult("step", curves, text)
+
+    def _find_rate(self, asked: FindLearningRate) -> ExperimentResult:
+        steps = _limited(asked.steps, MAX_STEPS)
+        if not 0 < asked.low < asked.high:
+            raise Refusal("the lowest learning rate must be above 0 and below the highest")
+        ratio = (asked.high / asked.low) ** (1 / max(1, steps - 1))
+        rates = [asked.low * ratio**number for number in range(steps)]
+        losses = self._losses(steps, rates)
+        rates = rates[: len(losses)]
+        text = "the loss falls nowhere: start lower"
+        if (best := _steepest(rates, losses)) is not None:
+            text = f"the loss falls fastest at {best:.2g}; a tenth of where it diverges is a limit"
+        return ExperimentResult(
+            "learning rate", (Curve("loss", tuple(rates), tuple(losses)),), text
+        )
+
+    def _landscape(self, asked: MeasureLandscape, state: TrainingState) -> ExperimentResult:
+        points = _limited(asked.points, MAX_POINTS)
+        weights = [p for p in self._task.model.parameters() if p.requires_grad]
+        origin = [p.detach().clone() for p in weights]
+        if asked.direction == "snapshots":
+            ends = [self._weights_of(step, weights) for step in (asked.first, asked.second)]
+            origin, direction = ends[0], [b - a for a, b in zip(*ends, strict=True)]
+            x = [asked.reach * (3 * n / max(1, points - 1) - 1) for n in range(points)]
+        else:
+            direction = self._direction(asked, weights, state)
+            x = [asked.reach * (2 * n / max(1, points - 1) - 1) for n in range(points)]
+        losses = []
+        for along in x:
+            state.restore()
+            with torch.no_grad():
+                for parameter, start, step in zip(weights, origin, direction, strict=True):
+                    parameter.copy_(start + along * step)
+            losses.append(self._loss())
+        lowest = x[min(range(points), key=lambda n: _order(losses[n]))]
+        text = f"the loss is lowest at {lowest:.3g}, on the next batch"
+        return ExperimentResult(asked.direction, (Curve("loss", tuple(x), tuple(losses)),), text)
+
+    def _weights_of(self, step: int, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        snapshot = self._ring.before(step)
+        if snapshot is None or snapshot.step != step:
+            kept = ", ".join(f"{each:,}" for each in self._ring.steps) or "none"
+            raise Refusal(f"there is no snapshot of step {step:,}", f"kept are: {kept}")
+        saved = dict(
+            zip(map(id, snapshot.state.parts.tensors()), snapshot.state.tensors, strict=True)
+        )
+        return [saved[id(parameter)].to(parameter.device, copy=True) for parameter in weights]
+
+    def _direction(
+        self, asked: MeasureLandscape, weights: Sequence[torch.Tensor], state: TrainingState
+    ) -> list[torch.Tensor]:
+        if asked.direction == "random":
+            # As long as each parameter, so that layers of different scales count the same
+            # (Li et al. 2018).
+            generator = torch.Generator().manual_seed(1)
+            drawn = [torch.randn(p.shape, generator=generator).to(p) for p in weights]
+            return [d * (p.detach().norm() / (d.norm() + 1e-12))
+                    for d, p in zip(drawn, weights, strict=True)]  # fmt: skip
+        self._losses(1, before_step=True)
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        gradients = [torch.zeros_like(p) if p.grad is None else -rate * p.grad for p in weights]
+        state.restore()
+        return gradients
+
+    # ------------------------------------------------------------ steps of the loop
+
+    def _losses(
+        self, steps: int, rates: Sequence[float] = (), before_step: bool = False
+    ) -> list[float]:
+        """The losses of the next steps; with `rates` until they diverge. `before_step`: the
+        gradients of the first one are left, and no step is made."""
+        losses: list[torch.Tensor] = []
+        smallest = math.inf
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            nonlocal smallest
+            if before_step:
+                raise _Enough
+            if not rates:
+                return
+            loss = float(losses[-1])
+            smallest = min(smallest, loss) if math.isfinite(loss) else smallest
+            if not math.isfinite(loss) or loss > DIVERGED * smallest:
+                raise _Enough
+            for group in optimizer.param_groups:
+                group["lr"] = rates[len(losses) - 1]
+
+        def after(*_: Any) -> None:
+            if len(losses) >= steps:
+                raise _Enough
+
+        handles = [
+            self._optimizer.register_step_pre_hook(before),
+            self._optimizer.register_step_post_hook(after),
+        ]
+        try:
+            with _backward_replaced(lambda loss: losses.append(self._unscaled(loss)), True):
+                self._loop()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [float(loss) for loss in losses]
+
+    def _loss(self) -> float:
+        """The loss of the next batch."""
+        found: list[float] = []
+
+        def note(loss: torch.Tensor) -> None:
+            found.append(float(self._unscaled(loss)))
+            raise _Enough
+
+        with _backward_replaced(note, False):
+            self._loop()
+        return found[0] if found else math.nan
+
+    def _loop(self) -> None:
+        try:
+            with torch.enable_grad():
+                self._task.loop()
+        except _Enough:
+            pass
+
+    def _unscaled(self, loss: torch.Tensor) -> torch.Tensor:
+        scaler = self._task.stateful.get("scaler")
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        return loss.detach() / scale if scale != 1.0 else loss.detach()
+
+
+@contextmanager
+def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Iterator[None]:
+    """Have `backward` of a loss noted first, and then run or not."""
+    original: Callable[..., Any] = torch.Tensor.backward
+
+    def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        note(self)
+        return original(self, *args, **kwargs) if run else None
+
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = original  # type: ignore[method-assign]
+
+
+def _limited(count: int, most: int) -> int:
+    if not 1 <= count <= most:
+        raise Refusal(f"{count:,} is not possible", f"give a number from 1 to {most:,}")
+    return count
+
+
+def _last(losses: Sequence[float]) -> str:
+    return f"{losses[-1]:.4g}" if losses else "unknown"
+
+
+def _order(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Where the loss, averaged over neighbours, falls fastest per decade."""
+    smooth = []
+    for number in range(len(losses)):
+        near = losses[max(0, number - 2) : number + 3]
+        smooth.append(sum(near) / len(near))
+    falls = [(smooth[n + 1] - smooth[n], rates[n]) for n in range(len(smooth) - 1)]
+    lowest = min(falls, default=None)
+    return lowest[1] if lowest is not None and lowest[0] < 0 else None
