@@ -34,7 +34,9 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
     command = ("gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split())
     with started(*command, cwd=tmp_path) as run:
         until(lambda: call("step", "one", "7", cwd=tmp_path).returncode == 0, "the run steps")
-        recorded = losses(tmp_path / "runs" / "one", tmp_path)
+        one = tmp_path / "runs" / "one"
+        until(lambda: len(losses(one, tmp_path)) == 7, "seven steps are stored")
+        recorded = losses(one, tmp_path)
         done = call("back", "one", cwd=tmp_path)
         assert done.returncode == 0, done
         assert done.stdout.splitlines()[-1].startswith("one paused at step 6, loss "), done
@@ -44,6 +46,16 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
         assert_refused(call("set", "one", "lr=1", cwd=tmp_path), "step 2 is in the past", "branch")
         assert_refused(call("back", "one", "--to", "9", cwd=tmp_path), "has not been at step 9 yet")
         assert_refused(call("back", "one", "--keep", "much", cwd=tmp_path), "512MB", status=2)
+        what = json.loads(
+            call("what-if", "one", "lr=0.1", "--steps", "3", "--json", cwd=tmp_path).stdout
+        )
+        present, changed = what["curves"]
+        assert present["loss"] == pytest.approx([recorded[step] for step in (3, 4, 5)], rel=1e-4)
+        assert (changed["name"], changed["step"]) == ("lr=0.1", [3, 4, 5])
+        shown = call("lr-finder", "one", "--steps", "8", cwd=tmp_path)
+        assert "learning rate" in shown.stdout, shown
+        shown = call("landscape", "one", "--points", "5", cwd=tmp_path)
+        assert shown.stdout.splitlines()[-1] == "the run is as it was, and paused", shown
         call("resume", "one", cwd=tmp_path)
         printed = run.wait()
     whole = losses(tmp_path / "runs" / "one", tmp_path)
@@ -70,6 +82,8 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
 
         until(lambda: state()["state"] == "finished", "the branch ends")
         assert (Path(state()["parent"]).name, state()["branch_step"]) == ("one", 5)
+        one = tmp_path / "runs" / "one"
+        until(lambda: len(losses_from(one, tmp_path)) == 8, "eight steps are stored")
         parent, child = (
             losses_from(tmp_path / "runs" / name, tmp_path) for name in ("one", "one-2")
         )

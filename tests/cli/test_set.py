@@ -43,7 +43,9 @@ def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path
         shown = json.loads(call("show", "one", "--json", cwd=tmp_path).stdout)
         edits = [event for event in shown["events"] if event["kind"] == "edit"]
         assert [event["step"] for event in edits] == [3, 6]
-        found = rates(tmp_path / "runs" / "one", tmp_path)
+        one = tmp_path / "runs" / "one"
+        until(lambda: len(rates(one, tmp_path)) == 8, "eight steps are stored")
+        found = rates(one, tmp_path)
         assert [found[step] for step in range(1, 9)] == [0.001] * 3 + [0.0003] * 3 + [0.001] * 2
     # Killed: the checkpoint of step 6 was written before that change was undone.
     done = call("gpt", "--resume", "one@6", "--name", "two", "--json", "--steps", "8",

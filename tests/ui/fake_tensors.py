@@ -16,6 +16,7 @@ from tui_trainer.protocol.autograd import (
     GradientCheck,
     GradientStep,
 )
+from tui_trainer.protocol.experiments import Curve, ExperimentResult, WhatIf
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -133,6 +134,15 @@ class FakeTensors:
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case ReadSettings():
                 return done(SETTINGS)
+            case WhatIf(changes=changes):
+                present, changed = (
+                    Curve(n, (21.0, 22.0), (2.5, v))
+                    for n, v in (("present settings", 2.25), ("x", 2.125))
+                )
+                name = " ".join(change.text for change in changes)
+                changed = msgspec.structs.replace(changed, name=name)
+                text = "after 2 steps the loss is 2.125 instead of 2.25"
+                return done(ExperimentResult("step", (present, changed), text))
             case ReadTimeline():
                 newest = max(status.step, status.ahead or 0)
                 return done(msgspec.structs.replace(TIMELINE, now=status.step, newest=newest))

@@ -36,6 +36,9 @@ async def test_settings_are_shown_changed_and_undone() -> None:
             lambda: session.inspected == [ReadSettings()] * 2,
             "the settings are read again after the change",
         )
+        await pilot.press(*"clip=0.5", "ctrl+o")
+        await until(pilot, lambda: "instead of 2.25" in text_of(app), "what if is answered")
+        assert "clip=0.5" in text_of(app)
         await pilot.press("ctrl+z")
         await frame(pilot)
         assert session.sent[-1] == UndoSettings()

@@ -16,14 +16,16 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import NAMES, parse_changes
-from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.experiments import ExperimentResult, WhatIf
+from tui_trainer.protocol.formatting import counted, number
 from tui_trainer.protocol.inspection import Inspected
 from tui_trainer.protocol.messages import ChangeSettings, Notice, UndoSettings
-from tui_trainer.protocol.settings import ReadSettings, Setting, SettingList, shown
+from tui_trainer.protocol.settings import ReadSettings, Setting, SettingChange, SettingList, shown
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
+WHAT_IF_STEPS = 50
 LATER = "the settings are read at the next step boundary"
 
 
@@ -70,6 +72,9 @@ class SettingsDialog(SnapshotDialog):
                 tooltip="To the list of settings"),
         Binding("ctrl+z", "undo", "Undo", priority=True, id="settings.undo",
                 tooltip="Undo the latest change"),
+        Binding("ctrl+o", "what_if", "What if", priority=True, id="settings.what_if",
+                tooltip="Make 50 steps with the present settings and 50 with the changed ones, "
+                "compare their losses, and put everything back"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -129,7 +134,7 @@ class SettingsDialog(SnapshotDialog):
         if table.has_focus:
             text = "enter: edit this one, tab: input, escape: close"
         else:
-            text = f"enter: change, right: complete{', up: list' * table.display}, escape: close"
+            text = f"enter: change, ctrl+o: what if{', up: list' * table.display}, escape: close"
             text += f"\n{EXAMPLES}"
         self.query_one(".keys", Static).update(text)
 
@@ -142,6 +147,29 @@ class SettingsDialog(SnapshotDialog):
 
     def action_undo(self) -> None:
         app_context(self).command(UndoSettings())
+
+    def action_what_if(self) -> None:
+        """Compare the next steps with and without the change in the input."""
+        changes = self._parsed(self.query_one(Input).value)
+        if changes:
+            about = self.query_one(".about", Static)
+            about.display = True
+            about.update(f"making {WHAT_IF_STEPS} steps with either …")
+            app_context(self).inspect(WhatIf(changes, WHAT_IF_STEPS), self._show_what_if)
+
+    def _show_what_if(self, answer: Inspected) -> None:
+        if not self.is_mounted:
+            return
+        about = self.query_one(".about", Static)
+        if not isinstance(answer.result, ExperimentResult):
+            about.update(f"{answer.message}\n{answer.hint}".strip())
+            return
+        lines = [answer.result.text]
+        for curve in answer.result.curves:
+            marks = [curve.loss[len(curve.loss) * n // 8] for n in range(8)] if curve.loss else []
+            losses = " ".join(number(loss, 6) for loss in (*marks, *curve.loss[-1:]))
+            lines.append(f"{losses}  {curve.name}")
+        about.update("\n".join(lines))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Edit the setting under the cursor."""
@@ -156,13 +184,18 @@ class SettingsDialog(SnapshotDialog):
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Make the change, or say what is wrong with it."""
-        if not event.value.strip():
-            return
+        changes = self._parsed(event.value)
+        if changes:
+            app_context(self).command(ChangeSettings(changes))
+            event.input.value = ""
+
+    def _parsed(self, text: str) -> tuple[SettingChange, ...]:
+        """The changes that were typed; none, and what is wrong with them on the screen."""
+        if not text.strip():
+            return ()
         try:
-            changes = parse_changes(event.value.split())
+            return parse_changes(text.split())
         except ConfigurationError as error:
             hint = f"\n{error.hint}" if error.hint else ""
             self.query_one(".error", Static).update(f"{error.message}{hint}")
-            return
-        app_context(self).command(ChangeSettings(changes))
-        event.input.value = ""
+            return ()
