@@ -34,17 +34,15 @@ def parse_style_sheets_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def measure_nothing() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that pass by the pages to learn from start no process that imports PyTorch."""
 
     def refuse(self: Laboratory, experiment: str, seed: int) -> Measured:
         raise ExperimentError("not measured in tests")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Laboratory, "prepare", lambda self: None)
-        patch.setattr(Laboratory, "measure", refuse)
-        yield
+    monkeypatch.setattr(Laboratory, "prepare", lambda self: None)
+    monkeypatch.setattr(Laboratory, "measure", refuse)
 
 
 @pytest.fixture(autouse=True, scope="session")
