@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tui_trainer.breakpoints.breakpoints import BreakpointError
+from tui_trainer.breakpoints.breakpoint_list import BreakpointError
 from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.config.run_spec import RunSpec, saved_breakpoints
 from tui_trainer.findings.engine import FindingsEngine
@@ -171,7 +171,7 @@ def test_a_fault_in_an_evaluation_disables_the_breakpoint_and_stops_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("no value")
 
-    monkeypatch.setattr("tui_trainer.breakpoints.values._present", broken)
+    monkeypatch.setattr("tui_trainer.breakpoints.observed._present", broken)
     assert [stop[:2] for stop in run.train()] == [("step", 5)]
     assert "breakpoint 1 is disabled: loss > 1: RuntimeError: no value" in run.notices()
 

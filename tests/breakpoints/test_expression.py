@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
+from tui_trainer.breakpoints.compiled import ColumnValues, MatchedValue, Quantity, Selector
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.breakpoints.quantities import NAMES, completions
 from tui_trainer.protocol.errors import UserError
@@ -28,13 +28,13 @@ class FakeMoment:
         self.columns: dict[str, dict[str, float | None]] = {}
         self.scalars: dict[str, float] = {}
         self.of_ranks: dict[str, list[float]] = {}
-        self.broken: Reading | None = None
+        self.broken: MatchedValue | None = None
         self.found: str = ""
 
     def number(self, name: str) -> float | None:
         return self.numbers.get(name)
 
-    def several(self, quantity: Variable, selector: Selector) -> Several | None:
+    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
         columns = self.columns.get(quantity.name)
         if columns is None:
             return None
@@ -43,28 +43,28 @@ class FakeMoment:
             raise UserError(str(selector))
         values = [math.nan if value is None else value for value in chosen.values()]
         present = np.array([value is not None for value in chosen.values()])
-        return Several(tuple(chosen), np.array(values), present)
+        return ColumnValues(tuple(chosen), np.array(values), present)
 
     def logged(self, table: str, name: str) -> float | None:
         return self.scalars.get(name if table == "logged" else f"{table} {name}")
 
-    def ranks(self, column: str) -> Several | None:
+    def ranks(self, column: str) -> ColumnValues | None:
         found = self.of_ranks.get(column)
         if found is None:
             return None
         names = tuple(f"rank {number}" for number in range(len(found)))
-        return Several(names, np.array(found), np.ones(len(found), np.bool_))
+        return ColumnValues(names, np.array(found), np.ones(len(found), np.bool_))
 
-    def nonfinite(self) -> Reading | None:
+    def nonfinite(self) -> MatchedValue | None:
         return self.broken
 
-    def finding(self, part: str, level: Level) -> Reading | None:
+    def finding(self, part: str, level: Level) -> MatchedValue | None:
         found = self.found and part in self.found and level != "error"
-        return Reading(self.found) if found else None
+        return MatchedValue(self.found) if found else None
 
 
-def met(text: str, moment: FakeMoment | None = None, **numbers: Any) -> bool:
-    return parse(text).evaluate(moment or FakeMoment(**numbers)).met
+def met(text: str, context: FakeMoment | None = None, **numbers: Any) -> bool:
+    return parse(text).evaluate(context or FakeMoment(**numbers)).met
 
 
 @pytest.mark.parametrize(
@@ -101,33 +101,33 @@ def test_a_measured_nan_is_not_equal_to_itself_and_an_absent_value_is_neither() 
 
 
 def test_a_quantity_of_several_columns_holds_where_any_does_and_names_the_furthest() -> None:
-    moment = FakeMoment()
-    moment.columns["grad_norm"] = {
+    context = FakeMoment()
+    context.columns["grad_norm"] = {
         "blocks.0.attention.W_query.weight": 12.0,
         "blocks.0.attention.W_key.weight": 20.0,
         "blocks.1.attention.W_query.weight": 90.0,
         "head.bias": None,
     }
-    outcome = parse('grad_norm("blocks.0.*") > 10').evaluate(moment)
+    outcome = parse('grad_norm("blocks.0.*") > 10').evaluate(context)
     assert outcome.met
-    assert outcome.readings[0].parameter == "blocks.0.attention.W_key.weight"
+    assert outcome.matched[0].parameter == "blocks.0.attention.W_key.weight"
     assert outcome.text == "grad_norm of blocks.0.attention.W_key.weight 20"
-    assert met('grad_norm("blocks.0.*.W_query") > 10', moment)
-    assert not met('grad_norm("blocks.0.*.W_query") > 15', moment)
-    assert not met('grad_norm("head.bias") > 0', moment)
-    assert not met('not grad_norm("head.bias") > 0', moment)
-    assert met("not grad_norm(any) > 100", moment)
-    assert met("max(grad_norm(any)) == 90", moment)
+    assert met('grad_norm("blocks.0.*.W_query") > 10', context)
+    assert not met('grad_norm("blocks.0.*.W_query") > 15', context)
+    assert not met('grad_norm("head.bias") > 0', context)
+    assert not met('not grad_norm("head.bias") > 0', context)
+    assert met("not grad_norm(any) > 100", context)
+    assert met("max(grad_norm(any)) == 90", context)
     with pytest.raises(UserError):
-        met('grad_norm("nothing.*") > 0', moment)
+        met('grad_norm("nothing.*") > 0', context)
 
 
 def test_columns_of_two_quantities_are_combined_by_name() -> None:
-    moment = FakeMoment()
-    moment.columns["grad_norm"] = {"a": 4.0, "b": 9.0}
-    moment.columns["weight_norm"] = {"b": 3.0, "c": 0.1}
-    assert met("grad_norm(any) / weight_norm(any) == 3", moment)
-    assert not met("grad_norm(any) / weight_norm(any) > 3", moment)
+    context = FakeMoment()
+    context.columns["grad_norm"] = {"a": 4.0, "b": 9.0}
+    context.columns["weight_norm"] = {"b": 3.0, "c": 0.1}
+    assert met("grad_norm(any) / weight_norm(any) == 3", context)
+    assert not met("grad_norm(any) / weight_norm(any) > 3", context)
 
 
 def test_the_mean_is_over_the_steps_before_and_skips_what_is_not_finite() -> None:
@@ -147,40 +147,40 @@ def test_the_mean_is_kept_up_to_date_behind_a_part_that_is_false() -> None:
 
 
 def test_logged_scalars_findings_and_what_is_not_finite() -> None:
-    moment = FakeMoment()
-    moment.scalars["val/acc"] = 0.1
-    assert met('log("val/acc") < 0.5', moment)
-    assert met('logged("val/acc") < 0.5', moment)
-    assert not met('log("other") < 0.5', moment)
-    moment.scalars["validation loss"] = 3.0
-    assert met('validation("loss") > 2', moment)
-    assert not met('logged("loss") > 2', moment)
+    context = FakeMoment()
+    context.scalars["val/acc"] = 0.1
+    assert met('log("val/acc") < 0.5', context)
+    assert met('logged("val/acc") < 0.5', context)
+    assert not met('log("other") < 0.5', context)
+    context.scalars["validation loss"] = 3.0
+    assert met('validation("loss") > 2', context)
+    assert not met('logged("loss") > 2', context)
     assert parse('validation("loss") > 2').phase == "data"
     assert parse('validation("loss") > 2 * loss').phase == "step"
     assert parse('validation("loss") > 2 at step').phase == "step"
-    moment.found = "exploding-gradients"
-    assert met('finding("exploding")', moment)
-    assert not met('finding("vanishing")', moment)
-    assert met('finding(level="warning")', moment)
-    assert not met('finding(level="error")', moment)
-    assert not met("nonfinite", moment)
-    moment.broken = Reading("gradient nan in a.weight", "a.weight")
-    outcome = parse("nonfinite").evaluate(moment)
-    assert outcome.readings == (moment.broken,)
+    context.found = "exploding-gradients"
+    assert met('finding("exploding")', context)
+    assert not met('finding("vanishing")', context)
+    assert met('finding(level="warning")', context)
+    assert not met('finding(level="error")', context)
+    assert not met("nonfinite", context)
+    context.broken = MatchedValue("gradient nan in a.weight", "a.weight")
+    outcome = parse("nonfinite").evaluate(context)
+    assert outcome.matched == (context.broken,)
 
 
 def test_ranks_are_compared() -> None:
-    moment = FakeMoment(loss=1.0)
-    assert not met("rank(1).loss != loss", moment)
-    moment.of_ranks = {"loss": [1.0, 1.5], "grad_norm_preclip": [3.0, 4.0]}
-    outcome = parse("rank(1).loss != loss").evaluate(moment)
+    context = FakeMoment(loss=1.0)
+    assert not met("rank(1).loss != loss", context)
+    context.of_ranks = {"loss": [1.0, 1.5], "grad_norm_preclip": [3.0, 4.0]}
+    outcome = parse("rank(1).loss != loss").evaluate(context)
     assert outcome.met
     assert outcome.text == "loss of rank 1 1.5, loss 1"
-    assert not met("rank(0).loss != loss", moment)
-    assert not met("rank(2).loss != loss", moment)
-    assert parse("rank(any).loss > 1.2").evaluate(moment).text == "loss of rank 1 1.5"
-    assert met("max(rank(any).grad_norm) > 1.2 * min(rank(any).grad_norm)", moment)
-    assert not met("rank(any).loss > 2", moment)
+    assert not met("rank(0).loss != loss", context)
+    assert not met("rank(2).loss != loss", context)
+    assert parse("rank(any).loss > 1.2").evaluate(context).text == "loss of rank 1 1.5"
+    assert met("max(rank(any).grad_norm) > 1.2 * min(rank(any).grad_norm)", context)
+    assert not met("rank(any).loss > 2", context)
     assert parse("rank(1).loss > 2").ranks
     assert not parse("loss > 2").ranks
 
@@ -271,15 +271,15 @@ WORDS = [*NAMES, *"()+-*/%<>=!.,:[]{}'\"@\\ \n", "and", "or", "not", "at", "any"
 @settings(max_examples=examples(300))
 @given(st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join) | st.text(string.printable))
 def test_nothing_but_the_errors_of_the_language_is_ever_raised(text: str) -> None:
-    moment = FakeMoment(step=3, loss=1.0, grad_norm=2.0)
-    moment.columns["grad_norm"] = {"a": 1.0, "b": None}
+    context = FakeMoment(step=3, loss=1.0, grad_norm=2.0)
+    context.columns["grad_norm"] = {"a": 1.0, "b": None}
     try:
         condition = parse(text)
     except ExpressionError as error:
         assert error.pointed  # noqa: PT017
         return
     for _ in range(2):
-        condition.evaluate(moment)
+        condition.evaluate(context)
 
 
 NUMBERS = st.recursive(
@@ -314,16 +314,16 @@ VALUE = st.none() | st.floats(width=32)
 def test_well_formed_conditions_are_evaluated_whatever_the_values(
     text: str, loss: float | None, norm: float | None, a: float | None, b: float | None
 ) -> None:
-    moment = FakeMoment(step=7, loss=loss, grad_norm=norm)
-    moment.columns["grad_norm"] = {"a": a, "b": b}
-    moment.columns["weight_norm"] = {"b": a}
+    context = FakeMoment(step=7, loss=loss, grad_norm=norm)
+    context.columns["grad_norm"] = {"a": a, "b": b}
+    context.columns["weight_norm"] = {"b": a}
     try:
         condition = parse(text)
     except ExpressionError as error:
         assert "characters" in error.message  # noqa: PT017
         return
     for _ in range(3):
-        assert isinstance(condition.evaluate(moment).met, bool)
+        assert isinstance(condition.evaluate(context).met, bool)
 
 
 def test_completion() -> None:

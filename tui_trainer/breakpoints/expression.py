@@ -23,16 +23,16 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.evaluation import (
+from tui_trainer.breakpoints.compiled import (
+    Compiled,
     Evaluate,
+    EvaluationContext,
     ExponentialMean,
-    Moment,
+    MatchedValue,
     Number,
-    Part,
-    Reading,
+    Quantity,
     Selector,
     Truth,
-    Variable,
     absolute,
     arithmetic,
     compare,
@@ -45,6 +45,7 @@ from tui_trainer.breakpoints.evaluation import (
 from tui_trainer.breakpoints.quantities import (
     ABS,
     ANY,
+    COLUMN_QUANTITIES,
     EMA,
     FINDING,
     FUNCTIONS,
@@ -56,7 +57,6 @@ from tui_trainer.breakpoints.quantities import (
     RANK,
     RANK_QUANTITIES,
     SCALARS,
-    SEVERAL,
     WITH_RANKS,
 )
 from tui_trainer.protocol import PHASES, Phase, schema
@@ -93,12 +93,12 @@ class ConditionResult:
     """The result of evaluating a condition."""
 
     met: bool
-    readings: tuple[Reading, ...] = ()
+    matched: tuple[MatchedValue, ...] = ()
 
     @property
     def text(self) -> str:
         """The values, such as `loss 7.1`."""
-        return ", ".join(reading.text for reading in self.readings)
+        return ", ".join(reading.text for reading in self.matched)
 
 
 # ---------------------------------------------------------------- conditions
@@ -117,16 +117,16 @@ class Expression:
     """Whether it reads findings."""
     ranks: bool = False
     """Whether it compares processes, and so is evaluated for steps that all of them have ended."""
-    selectors: tuple[tuple[Variable, Selector, int, int], ...] = ()
+    selectors: tuple[tuple[Quantity, Selector, int, int], ...] = ()
     """Each selector with its quantity and the start and end of its place in the text."""
-    _evaluate: Evaluate = field(default=lambda moment, readings: True, repr=False)
+    _evaluate: Evaluate = field(default=lambda context, matched: True, repr=False)
 
-    def evaluate(self, moment: Moment) -> ConditionResult:
+    def evaluate(self, context: EvaluationContext) -> ConditionResult:
         """Evaluate it now. Raises UserError if a selector matches nothing."""
-        readings: list[Reading] = []
-        if self._evaluate(moment, readings) is not True:
+        matched: list[MatchedValue] = []
+        if self._evaluate(context, matched) is not True:
             return ConditionResult(False)
-        return ConditionResult(True, tuple(dict.fromkeys(readings))[:MAX_READINGS])
+        return ConditionResult(True, tuple(dict.fromkeys(matched))[:MAX_READINGS])
 
 
 _AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
@@ -227,7 +227,7 @@ class _Compiler:
         self.ranks: ast.expr | None = None
         """The first quantity of a rank."""
         self._not_with_ranks: tuple[str, ast.expr] | None = None
-        self.selectors: list[tuple[Variable, Selector, int, int]] = []
+        self.selectors: list[tuple[Quantity, Selector, int, int]] = []
 
     def compile(self) -> Evaluate:
         try:
@@ -276,14 +276,14 @@ class _Compiler:
 
     # ------------------------------------------------------------ nodes
 
-    def _part(self, node: ast.expr, depth: int) -> Part:
+    def _part(self, node: ast.expr, depth: int) -> Compiled:
         if depth > MAX_DEPTH:
             raise self._error("this is nested too deeply", node)
         depth += 1
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
                 # An int of up to MAX_CHARACTERS digits fits into a float.
-                return Part("number", constant(float(cast(float, value))))
+                return Compiled("number", constant(float(cast(float, value))))
             case ast.Name(id=name):
                 return self._name(node, name)
             case ast.Attribute(value=ast.Name(id=owner), attr=name):
@@ -301,12 +301,12 @@ class _Compiler:
             case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
                 sign = -1.0 if isinstance(node.op, ast.USub) else 1.0
                 part = self._number(operand, depth)
-                return Part(part.kind, arithmetic(np.multiply, constant(sign), part.evaluate))
+                return Compiled(part.kind, arithmetic(np.multiply, constant(sign), part.evaluate))
             case ast.BinOp(op=operation) if type(operation) in ARITHMETIC:
                 left, right = self._number(node.left, depth), self._number(node.right, depth)
                 several = "several" in (left.kind, right.kind)
                 function = ARITHMETIC[type(operation)]
-                return Part(
+                return Compiled(
                     "several" if several else "number",
                     arithmetic(function, left.evaluate, right.evaluate),
                 )
@@ -314,27 +314,27 @@ class _Compiler:
             "this is not supported in a condition", node, "comparisons, + - * / %, and, or, not"
         )
 
-    def _number(self, node: ast.expr, depth: int) -> Part:
+    def _number(self, node: ast.expr, depth: int) -> Compiled:
         part = self._part(node, depth)
         if part.kind == "truth":
             raise self._error("this is a condition, not a number", node)
         return part
 
-    def _truth(self, node: ast.expr, depth: int) -> Part:
+    def _truth(self, node: ast.expr, depth: int) -> Compiled:
         part = self._part(node, depth)
         if part.kind != "truth":
             raise self._error("this is a number, not a condition", node, "such as loss > 3")
         return part
 
-    def _name(self, node: ast.expr, name: str) -> Part:
+    def _name(self, node: ast.expr, name: str) -> Compiled:
         if name not in WITH_RANKS:
             self._not_with_ranks = self._not_with_ranks or (name, node)
         if name == NONFINITE:
             self._check_phase(node, NONFINITE, "loss")
-            return Part("truth", reported(lambda moment: moment.nonfinite()))
+            return Compiled("truth", reported(lambda context: context.nonfinite()))
         quantity = SCALARS.get(name)
         if quantity is None:
-            if name in SEVERAL or name in FUNCTIONS:
+            if name in COLUMN_QUANTITIES or name in FUNCTIONS:
                 examples = {FINDING: '("exploding")', RANK: "(1).loss", EMA: "(loss)"}
                 example = '("name")' if name in LOGS else examples.get(name, "(any)")
                 raise self._error(f"{name} is a function", node, f"such as {name}{example}")
@@ -346,15 +346,15 @@ class _Compiler:
         if quantity.table:
             self.tables.add(quantity.table)
         if name == "step":
-            return Part("number", lambda moment, readings: float(moment.step))
+            return Compiled("number", lambda context, matched: float(context.step))
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-            value = moment.number(name)
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+            value = context.number(name)
             if value is not None:
-                readings.append(Reading(f"{name} {value:.4g}", table=quantity.table))
+                matched.append(MatchedValue(f"{name} {value:.4g}", table=quantity.table))
             return value
 
-        return Part("number", evaluate)
+        return Compiled("number", evaluate)
 
     def _check_phase(self, node: ast.AST, name: str, known_from: Phase) -> None:
         if PHASES.index(self._phase) < PHASES.index(known_from):
@@ -366,21 +366,21 @@ class _Compiler:
 
     # ------------------------------------------------------------ functions
 
-    def _call(self, node: ast.Call, depth: int) -> Part:
+    def _call(self, node: ast.Call, depth: int) -> Compiled:
         name = _dotted(node.func)
         if name is None:
             raise self._error("this is not a function", node.func)
-        if name in SEVERAL or name in LOGS or name == FINDING:
+        if name in COLUMN_QUANTITIES or name in LOGS or name == FINDING:
             self._not_with_ranks = self._not_with_ranks or (name, node)
-        if name in SEVERAL:
-            return self._several(node, SEVERAL[name])
+        if name in COLUMN_QUANTITIES:
+            return self._several(node, COLUMN_QUANTITIES[name])
         if name == FINDING:
             part, level = self._finding(node)
             if self._phase != "step":
                 message = "findings are only known at the end of the step"
                 raise self._error(message, node, f"leave out `at {self._phase}`")
             self.findings = True
-            return Part("truth", reported(lambda moment: moment.finding(part, level)))
+            return Compiled("truth", reported(lambda context: context.finding(part, level)))
         if name in LOGS:
             return self._logged(LOGS[name], self._string(node, "a name", '("accuracy")'))
         if name == RANK:
@@ -390,14 +390,14 @@ class _Compiler:
         if name == ABS:
             self._count(node, 1, 1)
             part_ = self._number(node.args[0], depth)
-            return Part(part_.kind, absolute(part_.evaluate))
+            return Compiled(part_.kind, absolute(part_.evaluate))
         if name in (MINIMUM, MAXIMUM):
             self._count(node, 1, 10)
             parts = [self._number(each, depth) for each in node.args]
-            return Part("number", extreme(name == MAXIMUM, [p.evaluate for p in parts]))
+            return Compiled("number", extreme(name == MAXIMUM, [p.evaluate for p in parts]))
         if name in SCALARS or name == NONFINITE:
             raise self._error(f"{name} is not a function", node, f"write {name}")
-        names = [*SEVERAL, *FUNCTIONS]
+        names = [*COLUMN_QUANTITIES, *FUNCTIONS]
         raise self._error(f"there is no function {name}", node.func, _near(name, names))
 
     def _count(self, node: ast.Call, least: int, most: int) -> None:
@@ -422,19 +422,19 @@ class _Compiler:
         example = '("exploding"), or finding(level="warning")'
         return self._string(node, "(part of) the name of a rule", example), "info"
 
-    def _several(self, node: ast.Call, quantity: Variable) -> Part:
+    def _several(self, node: ast.Call, quantity: Quantity) -> Compiled:
         selector = self._selector(node, quantity)
         self._check_phase(node, quantity.name, quantity.known_from)
         self.tables.add(quantity.table)
         self.selectors.append((quantity, selector, *self._place(node)))
-        return Part(
+        return Compiled(
             "several",
-            lambda moment, readings: moment.several(quantity, selector),
+            lambda context, matched: context.several(quantity, selector),
             label=quantity.name,
             table=quantity.table,
         )
 
-    def _selector(self, node: ast.Call, quantity: Variable) -> Selector:
+    def _selector(self, node: ast.Call, quantity: Quantity) -> Selector:
         match node:
             case ast.Call(args=[] | [ast.Name(id="any")], keywords=[]):
                 return Selector()
@@ -450,19 +450,19 @@ class _Compiler:
             example = 'phase_ms("data")'
         raise self._error(f"{quantity.name} takes a selector", node, f"such as {example}")
 
-    def _logged(self, table: str, name: str) -> Part:
+    def _logged(self, table: str, name: str) -> Compiled:
         self.tables.add(table)
         label = f"validation {name}" if table == schema.VALIDATION else name
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-            value = moment.logged(table, name)
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+            value = context.logged(table, name)
             if value is not None:
-                readings.append(Reading(f"{label} {value:.4g}", table=table))
+                matched.append(MatchedValue(f"{label} {value:.4g}", table=table))
             return value
 
-        return Part("number", evaluate)
+        return Compiled("number", evaluate)
 
-    def _rank(self, node: ast.expr, call: ast.Call, name: str) -> Part:
+    def _rank(self, node: ast.expr, call: ast.Call, name: str) -> Compiled:
         """`rank(1).loss`, or `rank(any).loss` of all processes."""
         column = RANK_QUANTITIES.get(name)
         if column is None:
@@ -485,22 +485,22 @@ class _Compiler:
         self.ranks = self.ranks or node
         self.tables.add(schema.STEP)
         if number is None:
-            return Part("several", lambda moment, readings: moment.ranks(column), label=name)
+            return Compiled("several", lambda context, matched: context.ranks(column), label=name)
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-            found = moment.ranks(column)
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+            found = context.ranks(column)
             if found is None or f"rank {number}" not in found.names:
                 return None
             place = found.names.index(f"rank {number}")
             if not found.present[place]:
                 return None
             value = float(found.values[place])
-            readings.append(Reading(f"{name} of rank {number} {value:.4g}"))
+            matched.append(MatchedValue(f"{name} of rank {number} {value:.4g}"))
             return value
 
-        return Part("number", evaluate)
+        return Compiled("number", evaluate)
 
-    def _ema(self, node: ast.Call, depth: int) -> Part:
+    def _ema(self, node: ast.Call, depth: int) -> Compiled:
         steps = EMA_STEPS
         match node:
             case ast.Call(args=[_], keywords=[]):
@@ -519,11 +519,11 @@ class _Compiler:
         if part.kind == "several":
             hint = "such as ema(max(grad_norm(any)))"
             raise self._error("ema takes one number", node.args[0], hint)
-        return Part("number", ExponentialMean(part.evaluate, steps))
+        return Compiled("number", ExponentialMean(part.evaluate, steps))
 
     # ------------------------------------------------------------ comparisons and logic
 
-    def _comparison(self, node: ast.Compare, depth: int) -> Part:
+    def _comparison(self, node: ast.Compare, depth: int) -> Compiled:
         operands = [self._number(each, depth) for each in (node.left, *node.comparators)]
         compared = []
         for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
@@ -531,34 +531,34 @@ class _Compiler:
                 raise self._error("this is not a comparison", node, "> >= < <= == !=")
             compared.append((left, *COMPARISONS[type(op)], right))
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Truth:
             # Evaluate every operand exactly once: `ema` is stateful.
-            values = [cast(Number, each.evaluate(moment, readings)) for each in operands]
+            values = [cast(Number, each.evaluate(context, matched)) for each in operands]
             truths = [
-                compare(values[i], values[i + 1], function, side, left, right, readings)
+                compare(values[i], values[i + 1], function, side, left, right, matched)
                 for i, (left, function, side, right) in enumerate(compared)
             ]
             return conjunction_of(truths)
 
-        return Part("truth", evaluate)
+        return Compiled("truth", evaluate)
 
-    def _bool(self, conjunction: bool, values: Sequence[ast.expr], depth: int) -> Part:
+    def _bool(self, conjunction: bool, values: Sequence[ast.expr], depth: int) -> Compiled:
         parts = [self._truth(each, depth).evaluate for each in values]
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-            truths = [cast(Truth, part(moment, readings)) for part in parts]  # `ema` is stateful
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Truth:
+            truths = [cast(Truth, part(context, matched)) for part in parts]  # `ema` is stateful
             return conjunction_of(truths) if conjunction else disjunction_of(truths)
 
-        return Part("truth", evaluate)
+        return Compiled("truth", evaluate)
 
-    def _not(self, operand: ast.expr, depth: int) -> Part:
+    def _not(self, operand: ast.expr, depth: int) -> Compiled:
         part = self._truth(operand, depth).evaluate
 
-        def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-            truth = cast(Truth, part(moment, readings))
+        def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Truth:
+            truth = cast(Truth, part(context, matched))
             return None if truth is None else not truth
 
-        return Part("truth", evaluate)
+        return Compiled("truth", evaluate)
 
 
 def _dotted(node: ast.expr) -> str | None:

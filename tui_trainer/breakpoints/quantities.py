@@ -5,41 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tui_trainer.breakpoints.evaluation import Variable
+from tui_trainer.breakpoints.compiled import Quantity
 from tui_trainer.protocol import PHASES, schema
 
 
-def _attention(names: Iterable[str], table: str) -> list[Variable]:
+def _attention(names: Iterable[str], table: str) -> list[Quantity]:
     text = "of the attention layers: (any), (layer=2) or a pattern"
-    return [Variable(name, f"{name} {text}", "step", table) for name in names]
+    return [Quantity(name, f"{name} {text}", "step", table) for name in names]
 
 
 SCALARS = {
     quantity.name: quantity
     for quantity in (
-        Variable("step", "the number of the optimizer step", "data"),
-        Variable("loss", "the loss of the step", "loss", schema.STEP),
-        Variable("learning_rate", "the learning rate", "step", schema.STEP),
-        Variable("lr", "the learning rate", "step", schema.STEP),
-        Variable("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
-        Variable("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
-        Variable("clip.scale", "the factor that clipping applied", "clip", schema.CLIP),
-        Variable("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
-        Variable("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
-        Variable("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
+        Quantity("step", "the number of the optimizer step", "data"),
+        Quantity("loss", "the loss of the step", "loss", schema.STEP),
+        Quantity("learning_rate", "the learning rate", "step", schema.STEP),
+        Quantity("lr", "the learning rate", "step", schema.STEP),
+        Quantity("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
+        Quantity("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
+        Quantity("clip.scale", "the factor that clipping applied", "clip", schema.CLIP),
+        Quantity("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
+        Quantity("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
+        Quantity("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
     )
 }
 """Quantities of one number."""
 
-SEVERAL = {
+COLUMN_QUANTITIES = {
     quantity.name: quantity
     for quantity in (
-        Variable("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
+        Quantity("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
                  "backward", schema.GRAD_NORM),
-        Variable("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
-        Variable("update_ratio", "sizes of updates relative to the weights", "step",
+        Quantity("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
+        Quantity("update_ratio", "sizes of updates relative to the weights", "step",
                  schema.UPDATE_RATIO),
-        Variable("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
+        Quantity("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
         *_attention(schema.ATTENTION_STATISTICS, schema.ATTENTION),
         *_attention(schema.SPECTRUM_STATISTICS, schema.ATTENTION_SPECTRUM),
         *_attention(schema.HEALTH_STATISTICS, schema.ATTENTION_HEALTH),
@@ -71,7 +71,7 @@ FUNCTIONS = {
     MINIMUM: "the smallest of numbers, or of several columns",
     MAXIMUM: "the largest of numbers, or of several columns",
 }
-NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *SEVERAL, *FUNCTIONS)))
+NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *COLUMN_QUANTITIES, *FUNCTIONS)))
 """All names, for completion."""
 
 
@@ -85,8 +85,8 @@ def completions(text: str) -> list[str]:
         if word is None or text.count('"') % 2:
             return []
         start = word.start()
-        words = [f"{n}(" if n in FUNCTIONS or (n in SEVERAL and n not in SCALARS) else n
+        words = [f"{n}(" if n in FUNCTIONS or (n in COLUMN_QUANTITIES and n not in SCALARS) else n
                  for n in NAMES]  # fmt: skip
-        words += [f"{n}(" for n in SEVERAL if n in SCALARS]
+        words += [f"{n}(" for n in COLUMN_QUANTITIES if n in SCALARS]
     given = text[start:]
     return [text[:start] + word for word in words if word.startswith(given) and word != given]

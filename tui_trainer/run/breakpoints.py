@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tui_trainer.breakpoints.breakpoints import Breakpoints
+from tui_trainer.breakpoints.breakpoint_list import Breakpoints
 from tui_trainer.config.run_spec import RunSpec, save_breakpoints
 from tui_trainer.protocol.messages import BreakpointStop, Finding, Level, NoticeKind
 from tui_trainer.protocol.schema import RunInfo

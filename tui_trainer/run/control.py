@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tui_trainer.breakpoints.breakpoints import BreakpointError
+from tui_trainer.breakpoints.breakpoint_list import BreakpointError
 from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.protocol.messages import (
     Action,

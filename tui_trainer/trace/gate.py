@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from tui_trainer.breakpoints.breakpoints import Breakpoints
+from tui_trainer.breakpoints.breakpoint_list import Breakpoints
 from tui_trainer.protocol import PHASES, Phase
 from tui_trainer.protocol.errors import UserError
 

@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from tui_trainer.breakpoints.evaluation import Reading
+from tui_trainer.breakpoints.compiled import MatchedValue
 from tui_trainer.breakpoints.expression import (
     ConditionResult,
     Expression,
     ExpressionError,
     parse,
 )
-from tui_trainer.breakpoints.values import (
+from tui_trainer.breakpoints.observed import (
     STEPS_OF_RANKS,
-    LiveMoment,
+    LiveContext,
     LiveStep,
-    PastStep,
+    Observed,
+    PastStepContext,
     RecordedRun,
-    Values,
     choose,
     forget_old,
     levels,
@@ -101,7 +101,7 @@ class Breakpoints:
         self._all: dict[int, _Active] = {}
         self._next = 1
         self._plans: Mapping[Phase, tuple[_Active, ...]] = {}
-        self._values = Values()
+        self._values = Observed()
         self._ranked = False
 
     # ------------------------------------------------------------ controls, for any thread
@@ -227,11 +227,11 @@ class Breakpoints:
         Exception."""
         stop: BreakpointStop | None = None
         fired: list[_Active] = []
-        moment = LiveMoment(phase, step, self._values, self.live, self._run)
+        context = LiveContext(phase, step, self._values, self.live, self._run)
         for active in self._plans.get(phase, ()):
-            moment.logged_before = active.logged_before
+            context.logged_before = active.logged_before
             try:
-                outcome = self._evaluate(active, moment)
+                outcome = self._evaluate(active, context)
             except UserError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 self._disable(active, f"{error.message}{hint}", step)
@@ -247,7 +247,7 @@ class Breakpoints:
             if active.hits <= active.ignore:
                 continue
             fired.append(active)
-            place = next((r for r in outcome.readings if r.parameter or r.table), Reading(""))
+            place = next((r for r in outcome.matched if r.parameter or r.table), MatchedValue(""))
             hit = BreakpointStop(active.number, active.expression.text, step, phase, outcome.text,
                                  "" if active.expression.ranks else place.parameter,
                                  place.table)  # fmt: skip
@@ -257,7 +257,7 @@ class Breakpoints:
                                  step)  # fmt: skip
             elif not met_before:
                 self._run.notice("breakpoint", f"{hit.reason}, after {phase}", "info", step)
-        moment.end()
+        context.end()
         if any(active.once for active in fired):
             with self._lock:
                 for active in fired:
@@ -267,23 +267,21 @@ class Breakpoints:
             self.stop = stop
         return stop is not None
 
-    def _evaluate(self, active: _Active, moment: LiveMoment) -> ConditionResult:
+    def _evaluate(self, active: _Active, context: LiveContext) -> ConditionResult:
         if not active.expression.ranks:
-            return active.expression.evaluate(moment)
-        moment.finish()
+            return active.expression.evaluate(context)
+        context.finish()
         with self._lock:
-            last = self._values.last_common_step(moment.step)
-            first = moment.step if active.compared is None else active.compared + 1
+            last = self._values.last_common_step(context.step)
+            first = context.step if active.compared is None else active.compared + 1
             active.compared = max(last, first - 1)
             for step in range(max(first, last - STEPS_OF_RANKS), last + 1):
-                outcome = active.expression.evaluate(PastStep(step, self._values))
+                outcome = active.expression.evaluate(PastStepContext(step, self._values))
                 if outcome.met:
                     active.compared = step
-                    where = Reading(f"at step {step:,}")
-                    readings = (
-                        outcome.readings if step == moment.step else (*outcome.readings, where)
-                    )
-                    return ConditionResult(True, readings)
+                    where = MatchedValue(f"at step {step:,}")
+                    matched = outcome.matched if step == context.step else (*outcome.matched, where)
+                    return ConditionResult(True, matched)
         return ConditionResult(False)
 
     def _disable(self, active: _Active, why: str, step: int) -> None:

@@ -1,6 +1,6 @@
-"""Values in conditions, and the closures that a condition is compiled to.
+"""The closures that conditions are compiled to, and the values that they work on.
 
-An `Evaluate` returns a Number or a Truth at a moment of the run; a value that is absent is None.
+An `Evaluate` returns a Number or a Truth in the state of the run; an absent value is None.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tui_trainer.protocol.messages import Level
 
 
 @dataclass(frozen=True, slots=True)
-class Several:
+class ColumnValues:
     """The values of several columns."""
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Selector:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class MatchedValue:
     """A value that made a condition true."""
 
     text: str
@@ -59,8 +59,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Variable:
-    """A variable of conditions: a quantity that they can read."""
+class Quantity:
+    """A quantity that conditions can read."""
 
     name: str
     help: str
@@ -70,7 +70,7 @@ class Variable:
     """The table that it is read from."""
 
 
-class Moment(Protocol):
+class EvaluationContext(Protocol):
     """The state of a run at a phase boundary, as read by conditions."""
 
     @property
@@ -79,7 +79,7 @@ class Moment(Protocol):
     def number(self, name: str) -> float | None:
         """A quantity of SCALARS; None where it is absent."""
 
-    def several(self, quantity: Variable, selector: Selector) -> Several | None:
+    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
         """The selected columns; None where they were not measured.
 
         Raises UserError where nothing matches the selector.
@@ -89,28 +89,28 @@ class Moment(Protocol):
         """The value of this name that was logged, or measured by an evaluation, since the last
         evaluation of the condition. `table`: `logged` or `validation`."""
 
-    def ranks(self, column: str) -> Several | None:
+    def ranks(self, column: str) -> ColumnValues | None:
         """A column of every process in this step, by the number of its rank."""
 
-    def nonfinite(self) -> Reading | None:
+    def nonfinite(self) -> MatchedValue | None:
         """The quantity that has become nan or inf."""
 
-    def finding(self, part: str, level: Level) -> Reading | None:
+    def finding(self, part: str, level: Level) -> MatchedValue | None:
         """A new finding of at least this level whose rule's name contains `part`."""
 
 
-Number = float | Several | None
+Number = float | ColumnValues | None
 Truth = bool | None
-Evaluate = Callable[[Moment, list[Reading]], object]
+Evaluate = Callable[[EvaluationContext, list[MatchedValue]], object]
 
 
 @dataclass(frozen=True)
-class Part:
+class Compiled:
     """A compiled part of a condition."""
 
     kind: Literal["number", "several", "truth"]
     evaluate: Evaluate
-    """Returns a Number or a Truth. Appends the readings to report."""
+    """Returns a Number or a Truth. Appends the values to report."""
     label: str = ""
     table: str = ""
 
@@ -130,22 +130,22 @@ def disjunction_of(truths: Sequence[Truth]) -> Truth:
 
 
 def constant(value: float) -> Evaluate:
-    return lambda moment, readings: value
+    return lambda context, matched: value
 
 
-def reported(find: Callable[[Moment], Reading | None]) -> Evaluate:
+def reported(find: Callable[[EvaluationContext], MatchedValue | None]) -> Evaluate:
     """Whether `find` returns a reading, which is then reported."""
 
-    def evaluate(moment: Moment, readings: list[Reading]) -> Truth:
-        found = find(moment)
+    def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Truth:
+        found = find(context)
         if found is not None:
-            readings.append(found)
+            matched.append(found)
         return found is not None
 
     return evaluate
 
 
-def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
+def _aligned(left: ColumnValues, right: ColumnValues) -> tuple[ColumnValues, ColumnValues]:
     """Restrict both to their common columns."""
     if left.names == right.names:
         return left, right
@@ -154,61 +154,61 @@ def _aligned(left: Several, right: Several) -> tuple[Several, Several]:
     ours, theirs = [i for i, _ in common], [j for _, j in common]
     names = tuple(left.names[i] for i in ours)
     return (
-        Several(names, left.values[ours], left.present[ours]),
-        Several(names, right.values[theirs], right.present[theirs]),
+        ColumnValues(names, left.values[ours], left.present[ours]),
+        ColumnValues(names, right.values[theirs], right.present[theirs]),
     )
 
 
 def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-    """The names of two values, at least one of which is Several, and where both are present."""
-    if isinstance(left, Several):
-        if isinstance(right, Several):
+    """The names of two values, at least one of which has columns, and where both are present."""
+    if isinstance(left, ColumnValues):
+        if isinstance(right, ColumnValues):
             return left.names, left.present & right.present
         return left.names, left.present
-    assert isinstance(right, Several)
+    assert isinstance(right, ColumnValues)
     return right.names, right.present
 
 
 def _values(number: Number) -> NDArray[np.float64] | np.float64:
-    return number.values if isinstance(number, Several) else np.float64(cast(float, number))
+    return number.values if isinstance(number, ColumnValues) else np.float64(cast(float, number))
 
 
 def arithmetic(
     function: Callable[..., NDArray[np.float64]], left: Evaluate, right: Evaluate
 ) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-        a = cast(Number, left(moment, readings))
-        b = cast(Number, right(moment, readings))
+    def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+        a = cast(Number, left(context, matched))
+        b = cast(Number, right(context, matched))
         if a is None or b is None:
             return None
-        if isinstance(a, Several) and isinstance(b, Several):
+        if isinstance(a, ColumnValues) and isinstance(b, ColumnValues):
             a, b = _aligned(a, b)
         with np.errstate(all="ignore"):
             result = function(_values(a), _values(b))
-        if isinstance(a, Several) or isinstance(b, Several):
+        if isinstance(a, ColumnValues) or isinstance(b, ColumnValues):
             names, present = _joined(a, b)
-            return Several(names, result, present)
+            return ColumnValues(names, result, present)
         return float(result)
 
     return evaluate
 
 
 def absolute(part: Evaluate) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
-        value = cast(Number, part(moment, readings))
-        if isinstance(value, Several):
-            return Several(value.names, np.abs(value.values), value.present)
+    def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+        value = cast(Number, part(context, matched))
+        if isinstance(value, ColumnValues):
+            return ColumnValues(value.names, np.abs(value.values), value.present)
         return None if value is None else abs(value)
 
     return evaluate
 
 
 def extreme(largest: bool, parts: Sequence[Evaluate]) -> Evaluate:
-    def evaluate(moment: Moment, readings: list[Reading]) -> Number:
+    def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Number:
         found: list[float] = []
         for part in parts:
-            value = cast(Number, part(moment, readings))
-            if isinstance(value, Several):
+            value = cast(Number, part(context, matched))
+            if isinstance(value, ColumnValues):
                 found += value.values[value.present].tolist()
             elif value is not None:
                 found.append(value)
@@ -230,8 +230,8 @@ class ExponentialMean:
         self._count = 0
         self._mean = math.nan
 
-    def __call__(self, moment: Moment, readings: list[Reading]) -> Number:
-        value = cast(Number, self._part(moment, []))
+    def __call__(self, context: EvaluationContext, matched: list[MatchedValue]) -> Number:
+        value = cast(Number, self._part(context, []))
         mean = self._mean if self._count else None
         if isinstance(value, float) and math.isfinite(value):
             self._count = min(self._count + 1, self._steps)
@@ -247,17 +247,17 @@ def compare(
     right: Number,
     function: Callable[[Any, Any], Any],
     side: int,
-    left_part: Part,
-    right_part: Part,
-    readings: list[Reading],
+    left_part: Compiled,
+    right_part: Compiled,
+    matched: list[MatchedValue],
 ) -> Truth:
     """Whether the comparison holds, for any column where there are several; None where a value is
     absent."""
     if left is None or right is None:
         return None
-    if not isinstance(left, Several) and not isinstance(right, Several):
+    if not isinstance(left, ColumnValues) and not isinstance(right, ColumnValues):
         return bool(function(left, right))
-    if isinstance(left, Several) and isinstance(right, Several):
+    if isinstance(left, ColumnValues) and isinstance(right, ColumnValues):
         left, right = _aligned(left, right)
     names, present = _joined(left, right)
     if not present.any():
@@ -269,10 +269,10 @@ def compare(
         distance = np.where(holds, side * (_values(left) - _values(right)), -np.inf)
     place = int(np.argmax(holds if side == 0 or np.isnan(distance).any() else distance))
     shown, part = left, left_part
-    if not isinstance(shown, Several):
+    if not isinstance(shown, ColumnValues):
         shown, part = right, right_part
-    assert isinstance(shown, Several)
+    assert isinstance(shown, ColumnValues)
     value = float(shown.values[place])
     label = f"{part.label} of " if part.label else ""
-    readings.append(Reading(f"{label}{names[place]} {value:.4g}", names[place], part.table))
+    matched.append(MatchedValue(f"{label}{names[place]} {value:.4g}", names[place], part.table))
     return True

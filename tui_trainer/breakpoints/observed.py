@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.evaluation import Reading, Selector, Several, Variable
+from tui_trainer.breakpoints.compiled import ColumnValues, MatchedValue, Quantity, Selector
 from tui_trainer.breakpoints.quantities import SCALARS
 from tui_trainer.findings.verdict import LEVEL_ORDER
 from tui_trainer.history.records import Floats, StepRecord
@@ -56,7 +56,7 @@ class RecordedRun(Protocol):
 
 
 @dataclass(slots=True)
-class Values:
+class Observed:
     """The newest completed step, and what has changed with it."""
 
     record: StepRecord | None = None
@@ -77,7 +77,7 @@ class Values:
     logged_count: int = 0
     known_findings: dict[int, Level] = field(default_factory=dict)
     tables: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
-    chosen: dict[tuple[Variable, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]] = field(
+    chosen: dict[tuple[Quantity, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]] = field(
         default_factory=dict
     )
     """(names, positions) of the columns that a selector chooses in a table."""
@@ -135,11 +135,16 @@ class Values:
         return None
 
 
-class LiveMoment:
+class LiveContext:
     """The end of a phase, for `Expression.evaluate`."""
 
     def __init__(
-        self, phase: Phase, step: int, values: Values, live: LiveStep | None, run: RecordedRun
+        self,
+        phase: Phase,
+        step: int,
+        values: Observed,
+        live: LiveStep | None,
+        run: RecordedRun,
     ) -> None:
         self.phase = phase
         self.step = step
@@ -149,8 +154,8 @@ class LiveMoment:
         self._run = run
         self._rows: dict[str, tuple[int, tuple[str, ...], Floats] | None] = {}
         self._finished = False
-        self._norms: Several | None = None
-        self._broken: Reading | str | None = ""
+        self._norms: ColumnValues | None = None
+        self._broken: MatchedValue | str | None = ""
         self._findings: list[Finding] | None = None
 
     def end(self) -> None:
@@ -183,7 +188,7 @@ class LiveMoment:
             return self._live.clip().get(name.removeprefix("clip."))
         return None
 
-    def several(self, quantity: Variable, selector: Selector) -> Several | None:
+    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
         if self.phase != "step":
             norms = self._gradient_norms()
             if norms is None:
@@ -192,7 +197,7 @@ class LiveMoment:
             if not places.size:
                 raise nothing_matches(quantity, selector, norms.names)
             names = tuple(norms.names[place] for place in places)
-            return Several(names, norms.values[places], norms.present[places])
+            return ColumnValues(names, norms.values[places], norms.present[places])
         row = self._row(quantity.table)
         if row is None:
             return None
@@ -206,7 +211,7 @@ class LiveMoment:
             chosen = tuple(names[place] for place in places), positions[places]
             self._values.chosen[quantity, selector, table] = chosen
         found = values[chosen[1]]
-        return Several(chosen[0], found.astype(np.float64), ~absent_mask(found))
+        return ColumnValues(chosen[0], found.astype(np.float64), ~absent_mask(found))
 
     def _row(self, name: str) -> tuple[int, tuple[str, ...], Floats] | None:
         if name not in self._rows:
@@ -222,12 +227,12 @@ class LiveMoment:
             if self._live is not None:
                 self._live.finish()
 
-    def _gradient_norms(self) -> Several | None:
+    def _gradient_norms(self) -> ColumnValues | None:
         if self._norms is None and self._live is not None:
             names, norms = self._live.gradient_norms()
             present = np.array([norm is not None for norm in norms], np.bool_)
             values = np.array([math.nan if n is None else n for n in norms], np.float64)
-            self._norms = Several(names, values, present)
+            self._norms = ColumnValues(names, values, present)
         return self._norms if self._norms is not None and self._norms.names else None
 
     # ------------------------------------------------------------ logged values, nan, findings
@@ -236,33 +241,33 @@ class LiveMoment:
         count, value = self._values.numbers.get((table, name), (0, 0.0))
         return value if count > self.logged_before else None
 
-    def nonfinite(self) -> Reading | None:
+    def nonfinite(self) -> MatchedValue | None:
         if isinstance(self._broken, str):
             self._broken = self._nonfinite_step() if self.phase == "step" else self._nonfinite_now()
         return self._broken
 
-    def _nonfinite_step(self) -> Reading | None:
+    def _nonfinite_step(self) -> MatchedValue | None:
         self.finish()
         values, record = self._values, self._values.record
         if record is None or record.step != self.step or not values.newly_broken:
             return None
-        return Reading(values.newly_broken, values.broken_parameter, schema.GRAD_NORM)
+        return MatchedValue(values.newly_broken, values.broken_parameter, schema.GRAD_NORM)
 
-    def _nonfinite_now(self) -> Reading | None:
-        found: Reading | None = None
+    def _nonfinite_now(self) -> MatchedValue | None:
+        found: MatchedValue | None = None
         loss = self._live.loss() if self._live is not None else None
         if loss is not None and not math.isfinite(loss):
-            found = Reading(f"loss {loss}", table=schema.STEP)
+            found = MatchedValue(f"loss {loss}", table=schema.STEP)
         elif self.phase in ("backward", "clip") and (norms := self._gradient_norms()) is not None:
             broken = np.flatnonzero(norms.present & ~np.isfinite(norms.values))
             if broken.size:
                 name, value = norms.names[broken[0]], norms.values[broken[0]]
-                found = Reading(f"gradient {value} in {name}", name, schema.GRAD_NORM)
+                found = MatchedValue(f"gradient {value} in {name}", name, schema.GRAD_NORM)
         before = self._values.broken_within.get(self.phase, False)
         self._values.broken_within[self.phase] = found is not None
         return None if before else found
 
-    def finding(self, part: str, level: Level) -> Reading | None:
+    def finding(self, part: str, level: Level) -> MatchedValue | None:
         if self._findings is None:
             self.finish()
             known = self._values.known_findings
@@ -276,17 +281,17 @@ class LiveMoment:
             if part in finding.rule and LEVEL_ORDER[finding.level] <= LEVEL_ORDER[level]:
                 parameter = finding.parameters[0] if finding.parameters else ""
                 table = next((each.table for each in finding.evidence if each.table), "")
-                return Reading(f"{finding.rule}: {finding.title}", parameter, table)
+                return MatchedValue(f"{finding.rule}: {finding.title}", parameter, table)
         return None
 
-    def ranks(self, column: str) -> Several | None:
-        return None  # see PastStep
+    def ranks(self, column: str) -> ColumnValues | None:
+        return None  # see PastStepContext
 
 
-class PastStep:
+class PastStepContext:
     """The end of a step that every process has ended, for conditions that compare processes."""
 
-    def __init__(self, step: int, values: Values) -> None:
+    def __init__(self, step: int, values: Observed) -> None:
         self.step = step
         self._values = values
 
@@ -294,7 +299,7 @@ class PastStep:
         value = self._values.steps.get(self.step, {}).get(COLUMN_OF.get(name, name))
         return None if value is None or why_absent(value) is not None else value
 
-    def ranks(self, column: str) -> Several | None:
+    def ranks(self, column: str) -> ColumnValues | None:
         found: dict[str, float] = {}
         own = self._values.steps.get(self.step, {}).get(column)
         if own is not None:
@@ -305,20 +310,20 @@ class PastStep:
         if not found:
             return None
         values = np.array(list(found.values()), np.float32)
-        return Several(tuple(found), values.astype(np.float64), ~absent_mask(values))
+        return ColumnValues(tuple(found), values.astype(np.float64), ~absent_mask(values))
 
     # The language does not allow the others in such a condition.
 
-    def several(self, quantity: Variable, selector: Selector) -> Several | None:
+    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
         return None
 
     def logged(self, table: str, name: str) -> float | None:
         return None
 
-    def nonfinite(self) -> Reading | None:
+    def nonfinite(self) -> MatchedValue | None:
         return None
 
-    def finding(self, part: str, level: Level) -> Reading | None:
+    def finding(self, part: str, level: Level) -> MatchedValue | None:
         return None
 
 
@@ -340,7 +345,7 @@ def _present(row: tuple[int, tuple[str, ...], Floats], column: str) -> float | N
 
 
 def names_of(
-    table: str, columns: Sequence[str], quantity: Variable
+    table: str, columns: Sequence[str], quantity: Quantity
 ) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """The columns of a quantity: their names (of parameters, layers or phases) and positions."""
     if table not in ATTENTION_TABLES:
@@ -351,7 +356,7 @@ def names_of(
     return names, np.array(positions, np.intp)
 
 
-def choose(names: Sequence[str], selector: Selector, quantity: Variable) -> NDArray[np.intp]:
+def choose(names: Sequence[str], selector: Selector, quantity: Quantity) -> NDArray[np.intp]:
     """Positions of the selected names. Layers count from 0: the n-th attention layer, or the first
     number in a parameter's name."""
     if selector.layer is None:
@@ -368,7 +373,7 @@ def _first_number(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
-def nothing_matches(quantity: Variable, selector: Selector, names: Sequence[str]) -> UserError:
+def nothing_matches(quantity: Quantity, selector: Selector, names: Sequence[str]) -> UserError:
     if selector.layer is not None:
         return UserError(f"{quantity.name} has no {selector}")
     pattern = selector.pattern or ""
