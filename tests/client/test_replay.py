@@ -74,6 +74,18 @@ def test_opens_at_the_end_and_shows_any_step(recorded):
     assert replay.poll() is now
 
 
+def test_events_of_a_step_that_was_never_completed_are_shown_at_the_end(recorded):
+    """As of a GradScaler that skips every step, or of a crash in the middle of one."""
+    directory, _ = recorded
+    sink = StoreWriter(directory)
+    sink.take([Clip(10, STEPS + 1, 0.0, 1.0, 2.0, 0.5)], Status())
+    sink.close()
+    replay = ReplaySession(directory, Clock())
+    assert [event.step for event in replay.poll().events][-2:] == [STEPS, STEPS + 1]
+    replay.seek(STEPS - 1)
+    assert replay.poll().events[-1].step == STEPS - 100
+
+
 def test_the_keys_of_a_live_run_move_the_cursor(recorded):
     clock = Clock()
     replay = ReplaySession(recorded[0], clock)

@@ -39,6 +39,7 @@ from tui_trainer.store.reader import StoredHistory
 
 SPEED_ROWS = 20
 """Steps before the cursor over which the speed at the cursor is taken."""
+LAST_STEP = 2**62
 REFRESH_S = 1.0
 """How often a run that may still be live is read again."""
 
@@ -321,6 +322,8 @@ class ReplaySession:
     def _show(self) -> None:
         self._history.seek(self.cursor)
         moments, cursor = self.moments, self.cursor
+        # At the end also those of a step that was never completed: skipped, or ended by a crash.
+        until = cursor if cursor < self.last_step else LAST_STEP
         self._snapshot = replace(
             self._snapshot,
             status=status_at(
@@ -333,7 +336,7 @@ class ReplaySession:
                 elapsed_s=self._history.timeline.elapsed_s(cursor),
             ),
             info=self._info,
-            events=moments.events(cursor, EVENTS_KEPT),
+            events=moments.events(until, EVENTS_KEPT),
             log=moments.log(cursor, LOG_LINES_KEPT),
             artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
             version=self._snapshot.version + 1,
