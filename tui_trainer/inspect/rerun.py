@@ -117,13 +117,22 @@ class StepCapture:
         tracer = self._tracer()
         if tracer is None or not (self._left or tracer.gate.armed or tracer.gate.break_phases):
             return
+        expected = self._left > 0 or tracer.gate.armed
         self._left = max(0, self._left - 1)
         with contextlib.suppress(Exception):  # such as too little memory: it is not captured
-            self.call = self._captured(tracer.step, module, args, kwargs)
+            self.call = self._captured(tracer.step, module, args, kwargs, expected)
 
     def _captured(
-        self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        step: int,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        expected: bool,
     ) -> ModelCall:
+        """`expected`: a request will probably come; looking through all modules for what their
+        forward may change takes some ms in large models, too much for each step of a run that only
+        has breakpoints."""
         before, number = self._calls_in_step
         self._calls_in_step = (step, number + 1 if before == step else 1)
         given = tensors_of((args, kwargs))
@@ -138,8 +147,8 @@ class StepCapture:
             random=random_state(),
             autocast=[Autocast.now(device) for device in sorted(devices | {"cpu"})],
             training=module.training,
-            buffers=_kept_buffers(module),
-            generators=[(each, each.get_state()) for each in _own_generators(module)],
+            buffers=_kept_buffers(module) if expected else None,
+            generators=[(g, g.get_state()) for g in _own_generators(module)] if expected else [],
             number=self._calls_in_step[1],
         )
 
