@@ -83,7 +83,10 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     tracer.step = first_step
     run.inspect_with(Inspector(tracer))
     edits = LiveEdits(tracer, run.gate, run.recorder)
-    memory = run.spec.snapshots
+    memory = run.spec.snapshots if run.recording and not several else 0
+    if memory != run.spec.snapshots and run.recording:
+        text = "no snapshots are kept: a run of several processes cannot be taken back"
+        run.recorder.notice("state", text, "warning")
     run.edit_with(edits, TimeTravel(tracer, run.gate, run.recorder, edits, memory))
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

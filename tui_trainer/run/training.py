@@ -65,7 +65,7 @@ def train_task(run: RunContext) -> Outcome:
             # Built from the same seed, so these are the weights that the first run started with.
             tracer.register(training.model, _optimizers(training))
             restore_checkpoint(run, checkpoint, training)
-        if config.clip != "off":
+        if config.clip != "off" and training.schedule is not None:
             # Known before it is called first.
             value = config.clip == "value"
             tracer.clip_calls[config.clip] = config.clip_value if value else config.max_norm

@@ -116,7 +116,8 @@ class TimeTravel:
         self._target: int | None = None
         """Where steps are being made again to."""
         self._break_phases: Any = None
-        gate.call_when_due(self._after_step)
+        if budget_bytes:
+            gate.call_when_due(self._after_step)
         edits.check = self._check_edit
 
     # ------------------------------------------------------------ any thread
