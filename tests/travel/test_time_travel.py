@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.travel.support import Edited, Run, same, tiny, weights
+from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.state import TrainingParts, TrainingState
 from tui_trainer.travel.time_travel import TimeTravel
@@ -51,6 +52,9 @@ def test_changes_of_settings_are_made_again_at_their_steps(tmp_path):
         seen |= {step: run.to(step) for step in range(6, 9)}
         for step in (7, 5, 4, 2, 1, 3, 6, 8):
             assert same(seen[step], run.back(step)), step
+        for name, value in (("batch_size", float("inf")), ("seed", 1e20), ("beta2", 1.0)):
+            with pytest.raises(Refusal, match="cannot be"):
+                run.edits.change((SettingChange(name, value),))
         run.back(4)
         with pytest.raises(Refusal, match="step 4 is in the past of this run") as refused:
             run.change("lr=1")

@@ -163,7 +163,9 @@ def _changes(options: RunOptions, script: Script | None) -> tuple[str, ...]:
     if script is not None and options.set:
         raise UsageError("--set does not work with a script", "give the script its own options")
     try:
-        return tuple(c.text for c in parse_changes(options.set)) if options.set else ()
+        if options.set:
+            parse_changes(options.set)
+        return options.set
     except ConfigurationError as error:
         raise UsageError(f"--set: {error.message}", error.hint) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.live_settings import parse_change
 from tui_trainer.inspect.catalog import TensorCatalog
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import ClipKind
@@ -121,6 +122,7 @@ class LiveEdits:
         if self.check is not None:
             self.check()
         for change in changes:
+            _require_valid(change)
             self.plan(change)
         return self._at_boundary(lambda: self.apply(Entry(0, tuple(changes), who)))
 
@@ -498,6 +500,14 @@ def _set_trainable(parameters: Sequence[torch.Tensor], trainable: bool) -> None:
         parameter.requires_grad_(trainable)
         if not trainable:
             parameter.grad = None  # or an optimizer would go on to move it by its momentum
+
+
+def _require_valid(change: SettingChange) -> None:
+    """Raises Refusal: a viewer of another kind may send any value."""
+    try:
+        parse_change(change.text)
+    except ConfigurationError as error:
+        raise Refusal(error.message, error.hint) from error
 
 
 def _undo_all(done: Sequence[Undo]) -> None:

@@ -62,7 +62,8 @@ def branch(
     if len(names) > 1:
         raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
     try:
-        changes = [each.text for each in (parse_changes(changes) if changes else ())]
+        if changes:
+            parse_changes(changes)
     except ConfigurationError as error:
         raise UsageError(error.message, error.hint) from error
     with cli_errors():
