@@ -132,7 +132,7 @@ async def test_help_begins_with_the_screen_that_one_came_from() -> None:
             await settle(pilot)
             await pilot.press("question_mark")
             await settle(pilot)
-            assert f"This screen: {title}" in "\n".join(text_of(app).splitlines()[:6])
+            assert f"This screen: {title}" in "\n".join(text_of(app).splitlines()[:10])
             await pilot.press("escape")
             await settle(pilot)
 

@@ -167,7 +167,7 @@ PROGRAM_WORDS = {
     ),
     "samples": ("overhead 0.72 %", "Quit"),
     "log": ("overhead 0.72 %", "events", "follow", "stdout", "Quit"),
-    "help": ("overhead 0.72 %", "the list of pages", "Quit"),
+    "help": ("overhead 0.72 %", "Learn about this ───", "Quit"),
 }
 
 
