@@ -55,6 +55,8 @@ MIN_WIDTH_BESIDE = 76
 """Width from which heat map and numbers stand beside each other."""
 MIN_WIDTH_FOR_UPDATE = 110
 """Width from which heat map and update stand beside each other."""
+MIN_WIDTH_FOR_ALL = 170
+"""Width from which the numbers stay next to the update or the check."""
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
 """While the run runs, a tensor is read again after `MIN_INTERVAL_S`, and so rarely that reading it
@@ -161,6 +163,7 @@ class InspectScreen(DetailScreen):
     InspectScreen.-check HeatMapView { display: none; }
     InspectScreen.-check.-beside HeatMapView { display: block; }
     InspectScreen.-check.-beside GradientCheckView { width: 40; }
+    InspectScreen.-all StatisticsView { display: block; width: 46; margin-right: 2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "choose", "Choose", key_display="/", id="inspect.choose",
@@ -545,6 +548,7 @@ class InspectScreen(DetailScreen):
         super().on_resize(event)
         self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
         self.set_class(event.size.width >= MIN_WIDTH_FOR_UPDATE, "-room-for-update")
+        self.set_class(event.size.width >= MIN_WIDTH_FOR_ALL, "-all")
 
     def on_heat_map_view_resized(self) -> None:
         """Ask for as many cells as there is room for now."""
