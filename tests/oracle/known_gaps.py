@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.oracle.generator import Clip, Loop, Optimizer
+from tests.oracle.generator import Clip, Loop, Optimizer, shares_parameters
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,96 @@ KNOWN_GAPS: tuple[Gap, ...] = (
                 iterations=2,
                 optimizers=(Optimizer(layers=("b",)),),
                 clips=(Clip("hand", tight=False),),
+            ),
+        ),
+    ),
+    Gap(
+        "an iteration thrown away between optimizers that share parameters",
+        "Its norms are missing where the other optimizer has read the gradients.",
+        shares_parameters,
+        ("skipped_iterations",),
+        (
+            Loop(
+                seed=2,
+                iterations=5,
+                optimizers=(
+                    Optimizer("rmsprop", ("a", "b")),
+                    Optimizer("sgd", ("b",)),
+                ),
+                zero="before backward",
+                zero_by="hand",
+                clips=(Clip("strict"),),
+                poison_at=3,
+            ),
+        ),
+    ),
+    Gap(
+        "two clippings by hand in a closure",
+        "They are seen as one.",
+        lambda loop: (
+            any(optimizer.closure for optimizer in loop.optimizers)
+            and sum(clip.kind in ("hand", "data") for clip in loop.clips) > 1
+        ),
+        ("clips",),
+        (
+            Loop(
+                iterations=5,
+                nets=(("a", "b"), ("c",)),
+                optimizers=(Optimizer("lbfgs", ("a", "b", "c"), True),),
+                set_to_none=False,
+                clips=(Clip("hand"), Clip("hand")),
+            ),
+        ),
+    ),
+    Gap(
+        "zeroing through .data beside several optimizers in turn",
+        "It leaves no mark on gradients that a clipping has changed after their step.",
+        lambda loop: has_several(loop) and loop.rounds == "alternate" and loop.zero_by == "data",
+        ("clips", "losses"),
+        (
+            Loop(
+                iterations=4,
+                optimizers=(Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("b",))),
+                rounds="alternate",
+                zero="before backward",
+                zero_by="data",
+                clips=(Clip(when="each"), Clip(when="each")),
+                added_at=2,
+            ),
+            Loop(
+                seed=3,
+                optimizers=(Optimizer("sgd", ("a",)), Optimizer("sgd", ("b",))),
+                rounds="alternate",
+                zero="end",
+                zero_by="data",
+                micro_batches=2,
+                losses=2,
+                gradients="autograd",
+                clips=(Clip(when="after"), Clip("infinity", over="own", tight=False)),
+                poison_at=2,
+            ),
+        ),
+    ),
+    Gap(
+        "clipping through .data beside several optimizers",
+        "It leaves no mark, and the norms of another optimizer's gradients are not compared.",
+        lambda loop: has_several(loop) and clips_kind(loop, "data"),
+        ("clips",),
+        (
+            Loop(
+                nets=(("a",), ("b",), ("c",)),
+                optimizers=(
+                    Optimizer("sgd", ("a",)),
+                    Optimizer("rmsprop", ("b",)),
+                    Optimizer("sgd", ("c",)),
+                ),
+                rounds="alternate",
+                zero="end",
+                micro_batches=3,
+                losses=2,
+                clips=(Clip("data", over="own", when="each"), Clip("data", tight=False)),
+                added_at=1,
+                schedule=True,
             ),
         ),
     ),
