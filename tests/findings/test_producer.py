@@ -200,6 +200,31 @@ def test_nothing_is_summed_once_the_first_steps_are_over(monkeypatch):
     assert torch.nn.Module.__call__ is call
 
 
+class Branches(nn.Module):
+    """Two linear layers, of which `bad` makes inf at BAD_STEP; the result is that of the second."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.calls, self.bad = 0, bad
+
+    def forward(self, x):
+        self.calls += 1
+        layer = getattr(self, self.bad)
+        if self.calls == BAD_STEP:
+            with torch.no_grad():
+                layer.weight.fill_(3e38)  # finite, and too large for a sum of products
+        return self.head(F.relu(self.second(F.relu(self.first(10 * x)))))
+
+
+@pytest.mark.parametrize("bad", ["first", "second", "head"])
+@pytest.mark.parametrize("held", [1 << 26, 0], ids=["kept", "summed"])
+def test_the_first_layer_is_named_whether_tensors_are_kept_or_summed(bad, held, monkeypatch):
+    monkeypatch.setattr("tui_trainer.probes.outputs.MAX_HELD_BYTES", held)
+    found = first_producer(lambda: train(net=Branches(bad), rate=0.0, steps=BAD_STEP + 1))
+    assert (found.source, found.name, found.kind) == ("module", bad, "Linear")
+
+
 def test_further_forwards_of_a_step_are_watched():
     def accumulating():
         net = Net()

@@ -104,8 +104,8 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 call_impl: Callable[[], Callable[..., Any]] = partial(getattr, torch.nn.Module, "_call_impl")
-"""The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: to set it,
-Python visits every subclass of Module, which takes a millisecond.)"""
+"""The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: when it is
+set, Python visits every subclass of Module and drops what it has cached of them.)"""
 set_call_impl: Callable[[Callable[..., Any]], None] = partial(
     setattr, torch.nn.Module, "_call_impl"
 )
