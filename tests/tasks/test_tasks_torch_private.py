@@ -68,3 +68,17 @@ def test_whether_there_is_a_compiler_is_what_inductor_says(monkeypatch, found):
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", look)
     assert cpp_compiler_found() == found
+
+
+def test_a_state_loaded_in_the_middle_of_a_step_begins_a_new_one():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(parameter.sum()).backward()
+    state = scaler.state_dict()
+    scaler.unscale_(optimizer)
+    scaler.load_state_dict(state)
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    assert parameter.grad.tolist() == [1.0, 1.0]
