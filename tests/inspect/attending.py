@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tui_trainer.inspect.attention import (
+from tui_trainer.inspect.attention.examine import (
     AttentionExaminer,
     FoundLayer,
     chosen_layer,

@@ -13,8 +13,8 @@ from tui_trainer.models.gpt import GPT
 from tui_trainer.models.vit import ViT
 
 from tests.inspect.attending import examined, layers_of
-from tui_trainer.inspect.attention import chosen_layer, entropy, products
-from tui_trainer.inspect.attention_trace import MULTIHEAD, PROJECTED, SDPA, SOFTMAX
+from tui_trainer.inspect.attention.calls import MULTIHEAD, PROJECTED, SDPA, SOFTMAX
+from tui_trainer.inspect.attention.examine import chosen_layer, entropy, products
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.heat_map import Window

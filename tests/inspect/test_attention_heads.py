@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tui_trainer.inspect.attention_heads import head_spectra, head_weights, principal_angles
+from tui_trainer.inspect.attention.heads import head_spectra, head_weights, principal_angles
 
 
 def matrices(seed=0, heads=3, dim=4, width=10):

@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 
 from tui_trainer.inspect.activations import list_activations, with_activation
-from tui_trainer.inspect.attention import examine_attention
+from tui_trainer.inspect.attention.examine import examine_attention
 from tui_trainer.inspect.autograd_graph import describe_graph
 from tui_trainer.inspect.catalog import InspectionError, TensorCatalog, info_of
 from tui_trainer.inspect.gradient_check import check_gradient

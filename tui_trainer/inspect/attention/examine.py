@@ -16,28 +16,28 @@ import msgspec
 import numpy as np
 import torch
 
-from tui_trainer.inspect.attention_heads import (
+from tui_trainer.inspect.attention.calls import (
+    MULTIHEAD,
+    PROJECTED,
+    SDPA,
+    SOFTMAX,
+    AttentionCall,
+    LayerToTrace,
+    at_least_float32,
+    deviation,
+    repeat_heads,
+    scores_of,
+    tolerance,
+)
+from tui_trainer.inspect.attention.heads import (
     MAX_ELEMENTS,
     NO_HEADS,
     head_matrices,
     head_spectra,
     head_weights,
 )
-from tui_trainer.inspect.attention_residual import NoStream, residual_stream
-from tui_trainer.inspect.attention_trace import (
-    MULTIHEAD,
-    PROJECTED,
-    SDPA,
-    SOFTMAX,
-    Attend,
-    AttentionTrace,
-    LayerToTrace,
-    deviation,
-    repeated,
-    scores_of,
-    tolerance,
-    wide,
-)
+from tui_trainer.inspect.attention.residual_stream import StreamError, residual_stream
+from tui_trainer.inspect.attention.trace import AttentionTrace
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.rerun import StepCapture
@@ -196,12 +196,12 @@ class AttentionExaminer:
         calls = trace.calls.get(layer.path, 0)
         if calls > 1:
             self._notes.append(f"the layer is called {calls} times: this is the last one")
-        attend, missing = self._attend(trace)
+        call, missing = self._attend(trace)
         samples = max(1, trace.batch)
-        if attend is not None and request.sample >= samples:
+        if call is not None and request.sample >= samples:
             raise InspectionError(f"there is no example {request.sample}", f"{_to(samples)} are")
-        weights, no_weights, spectra = self._weights(attend)
-        if attend is None or missing:
+        weights, no_weights, spectra = self._weights(call)
+        if call is None or missing:
             return AttentionExamination(
                 layer=layer.path, layers=self._paths, head=request.head, heads=layer.heads or 0,
                 sample=request.sample, samples=samples, query=0, queries=0, keys=0,
@@ -209,7 +209,7 @@ class AttentionExaminer:
                 missing=missing, notes=tuple(self._notes), weights=weights, no_weights=no_weights,
                 spectra=spectra,
             )  # fmt: skip
-        return self._examined(trace, attend, given, tokens, (weights, no_weights, spectra))
+        return self._examined(trace, call, given, tokens, (weights, no_weights, spectra))
 
     @property
     def _paths(self) -> tuple[str, ...]:
@@ -218,36 +218,36 @@ class AttentionExaminer:
     def _examined(
         self,
         trace: AttentionTrace,
-        attend: Attend,
+        call: AttentionCall,
         given: Sequence[torch.Tensor],
         tokens: Sequence[str],
         weights: tuple[tuple[HeadWeights, ...], str, HeadSpectra | None],
     ) -> AttentionExamination:
         request, layer = self._request, self._found.layer
-        assert attend.q is not None
-        assert attend.k is not None
-        heads, queries, size = attend.q.shape
-        keys = attend.k.shape[1]
+        assert call.q is not None
+        assert call.k is not None
+        heads, queries, size = call.q.shape
+        keys = call.k.shape[1]
         if not 0 <= request.head < heads:
             raise InspectionError(f"there is no head {request.head}", f"{_to(heads)} are there")
         query = queries - 1 if request.query is None else request.query
         if not 0 <= query < queries:
             raise InspectionError(f"there is no position {query}", f"{_to(queries)} are there")
-        off, checked, missing = self._check(attend)
+        off, checked, missing = self._check(call)
         if missing:
             return AttentionExamination(
                 layer=layer.path, layers=self._paths, head=request.head, heads=heads,
-                sample=request.sample, samples=attend.batch, query=query, queries=queries,
-                keys=keys, head_dim=size, scale=attend.scale, missing=missing,
+                sample=request.sample, samples=call.batch, query=query, queries=queries,
+                keys=keys, head_dim=size, scale=call.scale, missing=missing,
                 notes=tuple(self._notes), weights=weights[0], no_weights=weights[1],
                 spectra=weights[2],
             )  # fmt: skip
-        if attend.dropout:
-            share = "" if math.isnan(attend.dropout) else f" {attend.dropout:g}"
+        if call.dropout:
+            share = "" if math.isnan(call.dropout) else f" {call.dropout:g}"
             self._notes.append(f"weights before dropout{share}")
         residual, no_residual = self._residual(trace, query, queries)
         whole = queries * keys <= MAX_MAP
-        attention = _weights_of(attend, request.head) if whole else None
+        attention = _weights_of(call, request.head) if whole else None
         picture = None
         if request.window is not None and attention is not None:
             picture = heat_map(attention, request.window)
@@ -259,21 +259,21 @@ class AttentionExaminer:
             head=request.head,
             heads=heads,
             sample=request.sample,
-            samples=attend.batch,
+            samples=call.batch,
             query=query,
             queries=queries,
             keys=keys,
             head_dim=size,
-            scale=self._scale(attend, query),
-            how=attend.how,
+            scale=self._scale(call, query),
+            how=call.how,
             checked=checked,
             deviation=off,
-            labels=_labels(given, request.sample, attend.batch, keys, tokens),
-            grid=_grid(given, request.sample, attend.batch, keys),
+            labels=_labels(given, request.sample, call.batch, keys, tokens),
+            grid=_grid(given, request.sample, call.batch, keys),
             map=picture,
-            row=_query_row(attend, request.head, query),
+            row=_query_row(call, request.head, query),
             entropies=_floats(entropy(attention).cpu()) if attention is not None else b"",
-            by_head=tuple(_head(attend, head, query) for head in range(heads)),
+            by_head=tuple(_head(call, head, query) for head in range(heads)),
             weights=weights[0],
             no_weights=weights[1],
             spectra=weights[2],
@@ -284,14 +284,14 @@ class AttentionExaminer:
 
     # ------------------------------------------------------------ is it true?
 
-    def _attend(self, trace: AttentionTrace) -> tuple[Attend | None, str]:
+    def _attend(self, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
         """What was seen of the layer; or why Q and K are not known."""
         path = self._found.layer.path
-        attend = trace.attends.get(path)
-        if attend is not None:
-            if not attend.problem and attend.q is None:
-                return attend, "its Q and K are not seen"
-            return attend, attend.problem
+        call = trace.attends.get(path)
+        if call is not None:
+            if not call.problem and call.q is None:
+                return call, "its Q and K are not seen"
+            return call, call.problem
         if trace.fault is not None:
             return None, f"following it failed: {type(trace.fault).__name__}: {trace.fault}"
         if path not in trace.calls:
@@ -300,22 +300,22 @@ class AttentionExaminer:
             return None, "the layer is not called in the forward pass of this batch"
         return _from_projections(self._found, trace)
 
-    def _check(self, attend: Attend) -> tuple[float, str, str]:
+    def _check(self, call: AttentionCall) -> tuple[float, str, str]:
         """(deviation, what it was compared with, why it is not shown)."""
-        checked = CHECKED[attend.how]
-        if not math.isnan(attend.off):
-            return attend.off, checked, ""
-        reference = attend.plain_z if attend.plain_z is not None else attend.z
+        checked = CHECKED[call.how]
+        if not math.isnan(call.off):
+            return call.off, checked, ""
+        reference = call.plain_z if call.plain_z is not None else call.z
         assert reference is not None
-        assert attend.v is not None
-        assert attend.q is not None
+        assert call.v is not None
+        assert call.q is not None
         head = self._request.head
-        values = repeated(attend.v, attend.q.shape[0])[head]
-        if attend.q.shape[1] * values.shape[0] > MAX_MAP:
+        values = repeat_heads(call.v, call.q.shape[0])[head]
+        if call.q.shape[1] * values.shape[0] > MAX_MAP:
             self._notes.append("not checked: it is too large")
             return math.nan, "", ""
-        ours = _weights_of(attend, head) @ wide(values)
-        off = deviation(ours, torch.nan_to_num(wide(reference[head])))
+        ours = _weights_of(call, head) @ at_least_float32(values)
+        off = deviation(ours, torch.nan_to_num(at_least_float32(reference[head])))
         if not off <= tolerance(reference.dtype):
             return (
                 off,
@@ -327,20 +327,20 @@ class AttentionExaminer:
             )
         return off, checked, ""
 
-    def _scale(self, attend: Attend, query: int) -> float:
+    def _scale(self, call: AttentionCall, query: int) -> float:
         """What the products were multiplied with; nan where something else was added to them."""
-        if not math.isnan(attend.scale):
-            return attend.scale
-        assert attend.q is not None
-        assert attend.k is not None
+        if not math.isnan(call.scale):
+            return call.scale
+        assert call.q is not None
+        assert call.k is not None
         head, rows = self._request.head, slice(query, query + 1)
-        keys = wide(repeated(attend.k, attend.q.shape[0])[head])
-        found, _ = products(wide(attend.q[head, query]), keys)
-        scores = scores_of(attend, rows, head)[0, 0]
+        keys = at_least_float32(repeat_heads(call.k, call.q.shape[0])[head])
+        found, _ = products(at_least_float32(call.q[head, query]), keys)
+        scores = scores_of(call, rows, head)[0, 0]
         allowed = torch.isfinite(scores)
         found, scores = found[allowed].double(), scores[allowed].double()
         scale = float((found @ scores) / (found @ found)) if found.any() else math.nan
-        if deviation(scale * found, scores) > math.sqrt(tolerance(attend.q.dtype)):
+        if deviation(scale * found, scores) > math.sqrt(tolerance(call.q.dtype)):
             self._notes.append("more than a scale lies between q·k and the scores")
             return math.nan
         return scale
@@ -348,7 +348,7 @@ class AttentionExaminer:
     # ------------------------------------------------------------ further parts
 
     def _weights(
-        self, attend: Attend | None
+        self, call: AttentionCall | None
     ) -> tuple[tuple[HeadWeights, ...], str, HeadSpectra | None]:
         if not self._request.weights:
             return (), "", None
@@ -370,7 +370,7 @@ class AttentionExaminer:
             return None, ""
         try:
             stream = residual_stream(trace, query, queries)
-        except NoStream as reason:
+        except StreamError as reason:
             return None, str(reason)
         if 0 <= stream.target < len(self._classes):
             name = self._classes[stream.target]
@@ -385,7 +385,7 @@ def _to(count: int) -> str:
 # ---------------------------------------------------------------- from the projections
 
 
-def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[Attend | None, str]:
+def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
     """Q, K and V as the projections give them, for attention that is computed by a function which
     is not torch's; only where they give what the output projection reads."""
     layer, unseen = found.layer, "its attention is computed by a function that is not torch's"
@@ -404,17 +404,17 @@ def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[Attend 
     )
     best = math.inf
     for causal in (False, True):
-        attend = Attend(layer.path, 0, PROJECTED, trace.batch or 1, q, k, v)
-        attend.scale, attend.causal = 1 / math.sqrt(q.shape[-1]), causal
-        z = torch.softmax(scores_of(attend), -1) @ wide(repeated(v, layer.heads))
+        call = AttentionCall(layer.path, 0, PROJECTED, trace.batch or 1, q, k, v)
+        call.scale, call.causal = 1 / math.sqrt(q.shape[-1]), causal
+        z = torch.softmax(scores_of(call), -1) @ at_least_float32(repeat_heads(v, layer.heads))
         merged = z.transpose(0, 1).reshape(z.shape[1], -1)
         for read in trace.inputs_of_linears:
             if read.shape == merged.shape:
                 off = deviation(merged, read)
                 best = min(best, off)
                 if off <= tolerance(read.dtype):
-                    attend.z, attend.off = z.to(read.dtype), off
-                    return attend, ""
+                    call.z, call.off = z.to(read.dtype), off
+                    return call, ""
     if math.isinf(best):
         return None, f"{unseen}, and no output projection is seen that it could be compared with"
     modules = found.tracked.modules
@@ -445,9 +445,9 @@ def _split(output: torch.Tensor, part: Projection, heads: int) -> torch.Tensor:
 # ---------------------------------------------------------------- values
 
 
-def _weights_of(attend: Attend, head: int, rows: slice = slice(None)) -> torch.Tensor:
-    """softmax of the scores of a head: (queries, keys), 0 where it may not attend."""
-    return torch.nan_to_num(torch.softmax(scores_of(attend, rows, head)[0], -1))
+def _weights_of(call: AttentionCall, head: int, rows: slice = slice(None)) -> torch.Tensor:
+    """softmax of the scores of a head: (queries, keys), 0 where it may not call."""
+    return torch.nan_to_num(torch.softmax(scores_of(call, rows, head)[0], -1))
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
@@ -456,30 +456,30 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _head(attend: Attend, head: int, query: int) -> HeadAttention:
-    assert attend.q is not None
-    assert attend.k is not None
-    heads, queries, _ = attend.q.shape
-    row = _weights_of(attend, head, slice(query, query + 1))[0]
-    keys = attend.k.shape[1]
+def _head(call: AttentionCall, head: int, query: int) -> HeadAttention:
+    assert call.q is not None
+    assert call.k is not None
+    heads, queries, _ = call.q.shape
+    row = _weights_of(call, head, slice(query, query + 1))[0]
+    keys = call.k.shape[1]
     if heads * queries * keys <= MAX_ALL:
-        mean = float(entropy(_weights_of(attend, head)).mean())
+        mean = float(entropy(_weights_of(call, head)).mean())
     else:
         chosen = torch.linspace(0, queries - 1, SOME_QUERIES).round().long().tolist()
-        each = [float(entropy(_weights_of(attend, head, slice(q, q + 1))).mean()) for q in chosen]
+        each = [float(entropy(_weights_of(call, head, slice(q, q + 1))).mean()) for q in chosen]
         mean = sum(each) / len(each)
     key = int(row.argmax())
     return HeadAttention(float(entropy(row)), mean, float(row[key]), key)
 
 
-def _query_row(attend: Attend, head: int, query: int) -> QueryRow:
-    assert attend.q is not None
-    assert attend.k is not None
-    q = wide(attend.q[head, query])
-    k = wide(repeated(attend.k, attend.q.shape[0])[head])
+def _query_row(call: AttentionCall, head: int, query: int) -> QueryRow:
+    assert call.q is not None
+    assert call.k is not None
+    q = at_least_float32(call.q[head, query])
+    k = at_least_float32(repeat_heads(call.k, call.q.shape[0])[head])
     rows = slice(query, query + 1)
-    scores = scores_of(attend, rows, head)[0, 0]
-    weights = _weights_of(attend, head, rows)[0]
+    scores = scores_of(call, rows, head)[0, 0]
+    weights = _weights_of(call, head, rows)[0]
     scores = scores.masked_fill(torch.isneginf(scores), math.nan)
     return QueryRow(*(_floats(each[:MAX_POSITIONS]) for each in (*products(q, k), scores, weights)))
 

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tui_trainer.inspect.attention_trace import (
-    Added,
-    Attend,
-    AttentionTrace,
-    FinalNorm,
-    Read,
-    deviation,
-    tolerance,
-)
+from tui_trainer.inspect.attention.calls import AttentionCall, deviation, tolerance
+from tui_trainer.inspect.attention.trace import Added, AttentionTrace, FinalNorm, Read
 from tui_trainer.protocol.attention import Contribution, ContributionKind, ResidualStream
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)
@@ -31,7 +24,7 @@ NO_SUM = "what was added to the stream does not sum to it: it is changed in anot
 NO_HEAD = "no linear layer reads the final norm"
 
 
-class NoStream(Exception):
+class StreamError(Exception):
     """Why the stream cannot be taken apart."""
 
 
@@ -48,10 +41,10 @@ class _Part:
 
 
 def residual_stream(trace: AttentionTrace, query: int, queries: int) -> ResidualStream:
-    """The sum at the position of the query, or where the model reads it out. Raises NoStream."""
+    """The sum at the position of the query, or where the model reads it out. Raises StreamError."""
     norm = trace.norm
     if norm is None or norm.output is None or not norm.stream.added:
-        raise NoStream(NO_NORM)
+        raise StreamError(NO_NORM)
     rows = norm.input.shape[0]
     stream = norm.input.double()
     notes: list[str] = []
@@ -59,11 +52,11 @@ def residual_stream(trace: AttentionTrace, query: int, queries: int) -> Residual
     total = sum((part.values for part in parts if not part.within), torch.zeros_like(stream))
     difference = _relative(total, stream)
     if not difference <= 4 * tolerance(norm.input.dtype):
-        raise NoStream(f"{NO_SUM} (by {difference:.1e} of it)")
+        raise StreamError(f"{NO_SUM} (by {difference:.1e} of it)")
     readout, no_logit = None, ""
     try:
         readout = _readout(trace, norm, query if rows == queries else 0, rows == queries)
-    except NoStream as reason:
+    except StreamError as reason:
         no_logit = str(reason)
     place = readout.rows if readout is not None else _one(query if rows == queries else 0)
     shown = [_described(part, stream, place, readout) for part in parts]
@@ -129,8 +122,8 @@ def _parts(
     stream = norm.stream
     yield _Part(stream.start.name or "embedding", "start", stream.start.values.double())
     waiting = sorted(
-        (attend for attend in trace.attends.values() if attend.out is not None),
-        key=lambda attend: attend.out_index,
+        (call for call in trace.attends.values() if call.out is not None),
+        key=lambda call: call.out_index,
     )
     named: dict[str, int] = {}
     listed = 0
@@ -139,16 +132,16 @@ def _parts(
             waiting.pop(0)
         kind: ContributionKind = "module"
         if waiting and waiting[0].out_index <= added.index:
-            attend = waiting.pop(0)
+            call = waiting.pop(0)
             while waiting and waiting[0].out_index <= added.index:
-                attend = waiting.pop(0)
+                call = waiting.pop(0)
             kind = "attention"
-            heads = _heads(attend, added, rows, queries, query)
+            heads = _heads(call, added, rows, queries, query)
             listed += bool(heads)
             yield from heads
         named[added.name] = named.get(added.name, 0) + 1
-        repeated = f" ({named[added.name]})" if named[added.name] > 1 else ""
-        yield _Part(f"{added.name}{repeated}", kind, added.values.double())
+        repeat_heads = f" ({named[added.name]})" if named[added.name] > 1 else ""
+        yield _Part(f"{added.name}{repeat_heads}", kind, added.values.double())
     attentions = len(trace.calls)
     if listed < attentions:
         notes.append(
@@ -157,9 +150,9 @@ def _parts(
         )
 
 
-def _heads(attend: Attend, added: Added, rows: int, queries: int, query: int) -> list[_Part]:
+def _heads(call: AttentionCall, added: Added, rows: int, queries: int, query: int) -> list[_Part]:
     """What each head adds, and the bias; empty where that does not sum to what was added."""
-    z, weight, out = attend.z, attend.out_weight, attend.out
+    z, weight, out = call.z, call.out_weight, call.out
     if z is None or weight is None or out is None or out.shape != added.values.shape:
         return []
     factor = _factor(out.double(), added.values.double())
@@ -168,10 +161,10 @@ def _heads(attend: Attend, added: Added, rows: int, queries: int, query: int) ->
     chosen = z if rows == queries else z[:, query : query + 1]
     split = weight.double().view(weight.shape[0], z.shape[0], z.shape[2])  # (width, heads, size)
     by_head = torch.einsum("hrd,chd->hrc", chosen.double(), split) * factor
-    bias = attend.out_bias
+    bias = call.out_bias
     rest = torch.zeros_like(by_head[0]) if bias is None else bias.double() * factor
     off = deviation(by_head.sum(0) + rest, added.values.double())
-    if not off <= 8 * tolerance(_least_precise(attend, added)):
+    if not off <= 8 * tolerance(_least_precise(call, added)):
         return []
     found = [
         _Part(f"head {head}", "head", values, head, within=True)
@@ -182,8 +175,8 @@ def _heads(attend: Attend, added: Added, rows: int, queries: int, query: int) ->
     return found
 
 
-def _least_precise(attend: Attend, added: Added) -> torch.dtype:
-    tensors = [t for t in (attend.z, attend.out, added.values) if t is not None]
+def _least_precise(call: AttentionCall, added: Added) -> torch.dtype:
+    tensors = [t for t in (call.z, call.out, added.values) if t is not None]
     return max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -241,9 +234,9 @@ class _Readout:
 
 
 def _readout(trace: AttentionTrace, norm: FinalNorm, row: int, all_rows: bool) -> _Readout:
-    """Raises NoStream with the reason where the logit is not a linear function of the norm."""
+    """Raises StreamError with the reason where the logit is not a linear function of the norm."""
     if not trace.tail:
-        raise NoStream(NO_HEAD)
+        raise StreamError(NO_HEAD)
     weight, bias, scale, centred = _linear_norm(norm)
     output = norm.output
     assert output is not None
@@ -291,7 +284,7 @@ def _linear_norm(norm: FinalNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
                     if deviation(taken / scale * factor + bias, y.double()) <= tolerance(y.dtype):
                         return factor, bias, scale, centred
     kind = type(norm.module).__name__
-    raise NoStream(f"the final norm ({kind}) is neither a LayerNorm nor an RMSNorm")
+    raise StreamError(f"the final norm ({kind}) is neither a LayerNorm nor an RMSNorm")
 
 
 def _rows_read(read: Read, output: torch.Tensor, row: int, all_rows: bool) -> tuple[slice, int]:
@@ -301,9 +294,9 @@ def _rows_read(read: Read, output: torch.Tensor, row: int, all_rows: bool) -> tu
     if not read.pooled:
         if read.input.shape == output.shape and deviation(read.input, output) <= limit:
             return _one(row), -1
-        raise NoStream("the linear layer after the final norm does not read it as it is")
+        raise StreamError("the linear layer after the final norm does not read it as it is")
     if not all_rows:
-        raise NoStream("the positions are pooled, and there are too many to keep them all")
+        raise StreamError("the positions are pooled, and there are too many to keep them all")
     seen = read.input[0]
     if deviation(seen, output[0]) <= limit:
         return _one(0), 0
@@ -312,7 +305,7 @@ def _rows_read(read: Read, output: torch.Tensor, row: int, all_rows: bool) -> tu
     last = output.shape[0] - 1
     if deviation(seen, output[last]) <= limit:
         return _one(last), last
-    raise NoStream("what is read of the final norm is neither a position nor the mean of all")
+    raise StreamError("what is read of the final norm is neither a position nor the mean of all")
 
 
 def _chain(tail: Sequence[Read]) -> list[Read]:
@@ -321,9 +314,9 @@ def _chain(tail: Sequence[Read]) -> list[Read]:
     for read in tail[1:]:
         before = chain[-1].output
         if read.input.shape != before.shape:
-            raise NoStream("more than linear layers lies between the final norm and the logits")
+            raise StreamError("more than linear layers lies between the final norm and the logits")
         if deviation(read.input, before) > tolerance(before.dtype):
-            raise NoStream("more than linear layers lies between the final norm and the logits")
+            raise StreamError("more than linear layers lies between the final norm and the logits")
         chain.append(read)
     return chain
 

@@ -9,7 +9,6 @@ replaced by other values, and nothing is kept but the chosen example.
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tui_trainer.inspect.attention.calls import (
+    SDPA,
+    SOFTMAX,
+    AttentionCall,
+    LayerToTrace,
+    additive_mask,
+    call_of_multihead,
+    repeat_heads,
+)
+
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "__matmul__"))
 FACTORS = ("batch1", "batch2", "mat2", "other", "tensor2")
@@ -27,60 +36,6 @@ FEW_ELEMENTS = 1 << 18
 """Of a stream (positions, width) of the example: above it only the query's row is kept."""
 MAX_TAIL = 4
 """Linear layers after the last norm that may lead to the logits."""
-SDPA = "scaled_dot_product_attention"
-MULTIHEAD = "nn.MultiheadAttention"
-SOFTMAX = "softmax of a product"
-PROJECTED = "the outputs of its projections"
-
-
-@dataclass(frozen=True)
-class LayerToTrace:
-    """An attention layer, as far as the trace knows it."""
-
-    path: str
-    module: torch.nn.Module
-    heads: int | None
-    key_value_heads: int | None
-    weights: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None,) * 3
-    """The parameters that hold Wq, Wk and Wv."""
-
-
-@dataclass
-class Attend:
-    """One computation of attention, of the chosen example; q, k, v, scores and weights only of the
-    layer that was asked for."""
-
-    layer: str
-    index: int
-    how: str
-    batch: int
-    q: torch.Tensor | None = None
-    """(heads, queries, head_dim)"""
-    k: torch.Tensor | None = None
-    """(key/value heads, keys, head_dim)"""
-    v: torch.Tensor | None = None
-    """(key/value heads, keys, value_dim)"""
-    scale: float = math.nan
-    bias: torch.Tensor | None = None
-    """Added to the scaled products: broadcasts to (heads, queries, keys), -inf where masked."""
-    causal: bool = False
-    scores: torch.Tensor | None = None
-    """(heads, queries, keys), where softmax was taken of them in view."""
-    z: torch.Tensor | None = None
-    """(heads, queries, value_dim): the weighted sums of values, as computed."""
-    plain_z: torch.Tensor | None = None
-    """The same without dropout, computed by the same function."""
-    dropout: float = 0.0
-    off: float = math.nan
-    """By how much it differs from what the layer computed, where that has been compared already."""
-    problem: str = ""
-    """Why Q and K of it are not known."""
-    out_weight: torch.Tensor | None = None
-    """(width, heads · value_dim), of the projection that reads z."""
-    out_bias: torch.Tensor | None = None
-    out_index: int = -1
-    out: torch.Tensor | None = None
-    """(rows, width): the output of that projection, of the rows that are kept."""
 
 
 @dataclass
@@ -155,7 +110,7 @@ class _Product:
 class _Pending:
     """Attention whose product with the values is still to come."""
 
-    attend: Attend
+    call: AttentionCall
     weights: torch.Tensor
     kept: bool
 
@@ -177,7 +132,7 @@ class AttentionTrace(TorchFunctionMode):
         super().__init__()
         self.layers = {id(layer.module): layer for layer in layers}
         self.wanted, self.sample, self.query = wanted, sample, query
-        self.attends: dict[str, Attend] = {}
+        self.attends: dict[str, AttentionCall] = {}
         """By layer; of a layer that is called several times the last one."""
         self.calls: dict[str, int] = {}
         self.projections: dict[int, torch.Tensor] = {}
@@ -244,8 +199,8 @@ class AttentionTrace(TorchFunctionMode):
     @property
     def chosen_query(self) -> int:
         """The position that is asked for; the last one by default."""
-        attend = self.attends.get(self.wanted)
-        last = (attend.z.shape[1] if attend is not None and attend.z is not None else 1) - 1
+        call = self.attends.get(self.wanted)
+        last = (call.z.shape[1] if call is not None and call.z is not None else 1) - 1
         return last if self.query is None else min(self.query, last)
 
     def _index_of(self, tensor: torch.Tensor) -> _Made | None:
@@ -297,9 +252,9 @@ class AttentionTrace(TorchFunctionMode):
 
     # ------------------------------------------------------------ attention
 
-    def _add(self, attend: Attend) -> None:
-        self.attends[attend.layer] = attend
-        self.batch = attend.batch
+    def _add(self, call: AttentionCall) -> None:
+        self.attends[call.layer] = call
+        self.batch = call.batch
 
     def _attention(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -313,24 +268,22 @@ class AttentionTrace(TorchFunctionMode):
                          strict=False)) | kwargs  # fmt: skip
         query, key, value = given["query"], given["key"], given["value"]
         mask, scale = given.get("attn_mask"), given.get("scale")
-        attend = Attend(layer.path, self._count, SDPA, _batch_of(query, layer))
-        attend.dropout = float(given.get("dropout_p") or 0.0)
-        attend.z = self._kept_z(result, layer)
+        call = AttentionCall(layer.path, self._count, SDPA, _batch_of(query, layer))
+        call.dropout = float(given.get("dropout_p") or 0.0)
+        call.z = self._kept_z(result, layer)
         if layer.path == self.wanted:
-            attend.q, attend.k, attend.v = (
-                self._sample(each, layer) for each in (query, key, value)
-            )
-            attend.scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
-            attend.causal = bool(given.get("is_causal"))
+            call.q, call.k, call.v = (self._sample(each, layer) for each in (query, key, value))
+            call.scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+            call.causal = bool(given.get("is_causal"))
             if mask is not None:
                 whole = torch.broadcast_to(mask, (*query.shape[:-1], key.shape[-2]))
-                attend.bias = _additive(self._sample(whole, layer))
-            if attend.dropout:
+                call.bias = additive_mask(self._sample(whole, layer))
+            if call.dropout:
                 plain = func(*args, **{**kwargs, "dropout_p": 0.0}) if len(args) < 5 else func(
                     *args[:4], 0.0, *args[5:], **kwargs
                 )  # fmt: skip
-                attend.plain_z = self._sample(plain, layer)
-        self._add(attend)
+                call.plain_z = self._sample(plain, layer)
+        self._add(call)
 
     def _multihead(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -338,9 +291,10 @@ class AttentionTrace(TorchFunctionMode):
         layer = self._layer
         if layer is None:
             return
-        given = inspect.signature(func).bind(*args, **kwargs)
-        given.apply_defaults()
-        self._add(_of_multihead(given.arguments, layer, self, func, args, kwargs))
+        call = call_of_multihead(layer, self._count, self.sample, func, args, kwargs)
+        if call.out is not None:
+            call.out = self._kept(call.out)
+        self._add(call)
 
     def _softmax(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor
@@ -354,13 +308,13 @@ class AttentionTrace(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if product is None or dim not in (-1, result.dim() - 1):
             return
-        attend = Attend(layer.path, self._count, SOFTMAX, _batch_of(result, layer))
+        call = AttentionCall(layer.path, self._count, SOFTMAX, _batch_of(result, layer))
         kept = layer.path == self.wanted
         if kept:
             q, k = _arranged(product)
-            attend.q, attend.k = self._sample(q, layer), self._sample(k, layer)
-            attend.scores = self._sample(scores, layer)
-        self._pending = _Pending(attend, result, kept)
+            call.q, call.k = self._sample(q, layer), self._sample(k, layer)
+            call.scores = self._sample(scores, layer)
+        self._pending = _Pending(call, result, kept)
 
     def _product(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor
@@ -382,19 +336,19 @@ class AttentionTrace(TorchFunctionMode):
 
     def _weighted(self, pending: _Pending, product: _Product, layer: LayerToTrace) -> None:
         """The product of the weights, after dropout, and the values."""
-        attend, self._pending = pending.attend, None
-        attend.z = self._kept_z(_z_of(product), layer)
+        call, self._pending = pending.call, None
+        call.z = self._kept_z(_z_of(product), layer)
         if pending.kept:
-            attend.v = self._sample(_v_of(product), layer)
+            call.v = self._sample(_v_of(product), layer)
             weights = self._sample(pending.weights, layer)
             used = self._sample(product.left, layer)
             dropped = not torch.allclose(weights.float(), used.float(), atol=1e-6)
             if dropped:
-                attend.dropout = math.nan
-                v = repeated(attend.v, weights.shape[0])
-                attend.plain_z = weights.to(v.dtype) @ v
+                call.dropout = math.nan
+                v = repeat_heads(call.v, weights.shape[0])
+                call.plain_z = weights.to(v.dtype) @ v
         self._products.clear()
-        self._add(attend)
+        self._add(call)
 
     # ------------------------------------------------------------ linear layers
 
@@ -422,9 +376,9 @@ class AttentionTrace(TorchFunctionMode):
             self._keep_projection(layer, given, weight, result)
         elif self.wanted in self.calls and len(self.inputs_of_linears) < MAX_TAIL:
             self._keep_input(given)
-        for attend in self.attends.values():
-            if attend.out_weight is None and attend.z is not None:
-                self._match_output(attend, given, weight, bias, result)
+        for call in self.attends.values():
+            if call.out_weight is None and call.z is not None:
+                self._match_output(call, given, weight, bias, result)
         if self.norm is not None and self._residual:
             self._read(given, weight, bias, result)
 
@@ -446,25 +400,25 @@ class AttentionTrace(TorchFunctionMode):
 
     def _match_output(
         self,
-        attend: Attend,
+        call: AttentionCall,
         given: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         result: torch.Tensor,
     ) -> None:
         """Take this linear layer for the output projection if it reads just what was attended."""
-        z = attend.z
+        z = call.z
         assert z is not None
         heads, queries, size = z.shape
         features = heads * size
-        if given.shape[-1] != features or given.numel() != attend.batch * queries * features:
+        if given.shape[-1] != features or given.numel() != call.batch * queries * features:
             return
-        seen = self._positions(given, attend.batch)
+        seen = self._positions(given, call.batch)
         merged = z.transpose(0, 1).reshape(queries, features).to(seen.dtype)
         if seen.shape == merged.shape and torch.equal(seen, merged):
-            attend.out_weight, attend.out_bias = weight, bias
-            attend.out_index = self._count
-            attend.out = self._kept(self._positions(result, attend.batch)).clone()
+            call.out_weight, call.out_bias = weight, bias
+            call.out_index = self._count
+            call.out = self._kept(self._positions(result, call.batch)).clone()
 
     def _read(
         self,
@@ -599,154 +553,8 @@ class AttentionTrace(TorchFunctionMode):
         return positions[query : query + 1]
 
 
-# ---------------------------------------------------------------- nn.MultiheadAttention
-
-
 def _batch_second(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.MultiheadAttention) and not module.batch_first
-
-
-def _of_multihead(
-    given: Mapping[str, Any],
-    layer: LayerToTrace,
-    trace: AttentionTrace,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Attend:
-    """Compute what `multi_head_attention_forward` computes, for the chosen example. Its inputs are
-    (positions, batch, width), whatever the module's `batch_first`."""
-    query, heads = given["query"], given["num_heads"]
-    if query.dim() == 2:
-        attend = Attend(layer.path, trace._count, MULTIHEAD, 1)
-        attend.problem = "it is called without a batch dimension"
-        return attend
-    batch, width = query.shape[1], query.shape[2]
-    sample = min(trace.sample, batch - 1)
-    attend = Attend(layer.path, trace._count, MULTIHEAD, batch)
-    for name in ("bias_k", "bias_v", "static_k", "static_v"):
-        if given[name] is not None:
-            attend.problem = f"it has {name}, which is not taken into account"
-            return attend
-    if given["add_zero_attn"]:
-        attend.problem = "it adds a key of zeros (add_zero_attn)"
-        return attend
-    if given["use_separate_proj_weight"]:
-        weights = [given[f"{part}_proj_weight"] for part in "qkv"]
-    else:
-        weights = list(given["in_proj_weight"].chunk(3))
-    biases = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
-    attend.q, attend.k, attend.v = (
-        _by_head(torch.nn.functional.linear(given[name][:, sample], weight, bias), heads)
-        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True)
-    )
-    attend.scale = 1 / math.sqrt(width // heads)
-    attend.causal = bool(given["is_causal"]) and given["attn_mask"] is None
-    bias = torch.zeros(1, 1, 1, dtype=query.dtype, device=query.device)
-    mask, padding = given["attn_mask"], given["key_padding_mask"]
-    if mask is not None:
-        if mask.dim() == 3 and mask.shape[0] == batch * heads:
-            mask = mask[sample * heads : (sample + 1) * heads]
-        bias = bias + _blocked(mask, query.dtype)
-    if padding is not None:
-        bias = bias + _blocked(padding[sample], query.dtype)[None, None]
-    attend.bias = bias if mask is not None or padding is not None else None
-    attend.out_weight, attend.out_bias = given["out_proj_weight"], given["out_proj_bias"]
-    attend.out_index = trace._count
-    attend.dropout = float(given["dropout_p"]) if given["training"] else 0.0
-    # The function's own result, without its dropout, is what ours is compared with.
-    again = inspect.signature(func).bind(*args, **kwargs)
-    again.arguments["training"] = False
-    result = func(*again.args, **again.kwargs)[0]
-    scores = scores_of(attend)
-    weighted = torch.softmax(scores, -1).to(attend.v.dtype) @ repeated(attend.v, heads)
-    attend.z = weighted
-    merged = weighted.transpose(0, 1).reshape(weighted.shape[1], -1)
-    attend.out = torch.nn.functional.linear(merged, attend.out_weight, attend.out_bias)
-    attend.plain_z = None
-    attend.off = difference = deviation(attend.out, result[:, sample])
-    if difference > max(tolerance(each.dtype) for each in (query, attend.v, result)):
-        attend.problem = (
-            f"its output cannot be computed from Q, K and V: it differs by {difference:.1e}"
-        )
-    attend.out = trace._kept(attend.out)
-    return attend
-
-
-def _by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
-    """(positions, features) → (heads, positions, head_dim)."""
-    return projected.view(projected.shape[0], heads, -1).transpose(0, 1)
-
-
-def _blocked(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of nn.MultiheadAttention: True is where it may not attend."""
-    if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return zeros.masked_fill(mask, -math.inf)
-    return mask
-
-
-def _additive(mask: torch.Tensor) -> torch.Tensor:
-    """Of scaled_dot_product_attention: True is where it may attend."""
-    if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        return zeros.masked_fill(~mask, -math.inf)
-    return mask.clone()
-
-
-# ---------------------------------------------------------------- scores
-
-
-def scores_of(attend: Attend, rows: slice = slice(None), head: int | None = None) -> torch.Tensor:
-    """(heads, rows, keys) in float32 or float64: what softmax is taken of; -inf where masked. Of
-    `head` alone (1, rows, keys)."""
-    q, k = attend.q, attend.k
-    assert q is not None
-    assert k is not None
-    heads, queries, _ = q.shape
-    if attend.scores is not None:
-        chosen = attend.scores if head is None else attend.scores[head : head + 1]
-        found = wide(chosen[:, rows])
-        return found.masked_fill(found <= torch.finfo(attend.scores.dtype).min / 2, -math.inf)
-    keys = repeated(k, heads)
-    if head is not None:
-        q, keys = q[head : head + 1], keys[head : head + 1]
-    found = wide(q[:, rows]) @ wide(keys).transpose(1, 2) * attend.scale
-    if attend.bias is not None:
-        bias = torch.broadcast_to(attend.bias, (heads, queries, k.shape[1]))
-        bias = bias if head is None else bias[head : head + 1]
-        found = found + wide(bias[:, rows])
-        found = found.masked_fill(bias[:, rows] <= torch.finfo(bias.dtype).min / 2, -math.inf)
-    if attend.causal:
-        positions = torch.arange(queries, device=q.device)[rows]
-        keys_at = torch.arange(k.shape[1], device=q.device)
-        found = found.masked_fill(keys_at[None] > positions[:, None], -math.inf)
-    return found
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    ours, theirs = wide(ours), wide(theirs)
-    if not theirs.numel():
-        return 0.0
-    largest = float(theirs.abs().max()) or 1.0
-    return float((ours - theirs).abs().max()) / largest
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Of a deviation that the order of additions explains."""
-    eps = torch.finfo(dtype).eps
-    return (64 if eps < 1e-4 else 4) * eps  # single values of half precision are rounded, not sums
-
-
-def repeated(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Key/value heads, each for its query heads."""
-    return tensor.repeat_interleave(heads // tensor.shape[0], 0)
 
 
 # ---------------------------------------------------------------- products
