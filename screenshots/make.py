@@ -25,9 +25,9 @@ from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.learn.demos import DEMOS
-from tui_trainer.learn.scalar_examples import EXAMPLES
-from tui_trainer.learn.scalar_graph import ScalarGraph
-from tui_trainer.learn.scalar_svg import svg
+from tui_trainer.learn.scalar.examples import EXAMPLES
+from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import launch

@@ -11,8 +11,8 @@ import pytest
 from tests.cli.calling import call
 from tui_trainer.cli.commands import graph as command
 from tui_trainer.cli.main import run
-from tui_trainer.learn.scalar_torch import autograd, version
-from tui_trainer.learn.torch_process import TorchGradients, TorchProcess
+from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
+from tui_trainer.learn.scalar.torch_worker import autograd, version
 
 LESSON = ["graph", "(a*b + c) * f", "--at", "a=2", "b=-3", "c=10", "f=-2"]
 
@@ -114,7 +114,7 @@ def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixtur
 def test_without_torch_the_own_gradients_are_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tui_trainer.learn.torch_process.COMMAND", ("false",))
+    monkeypatch.setattr("tui_trainer.learn.scalar.torch_process.COMMAND", ("false",))
     assert run([*LESSON, "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["gradient_by"] == "tui-trainer"

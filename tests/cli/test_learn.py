@@ -10,10 +10,10 @@ import pytest
 from tests.cli.calling import call
 from tests.learn.measured_once import measured
 from tui_trainer.cli.main import run
-from tui_trainer.learn import laboratory
+from tui_trainer.learn import experiment_process
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.laboratory import ExperimentError
-from tui_trainer.learn.measured import Measured
+from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import titles
 from tui_trainer.learn.progress import load_progress
 
@@ -30,7 +30,9 @@ def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experiments run in this process."""
     monkeypatch.setattr(
-        laboratory.Laboratory, "measure", lambda self, name, seed: measured(name, seed)
+        experiment_process.ExperimentProcess,
+        "measure",
+        lambda self, name, seed: measured(name, seed),
     )
 
 
@@ -81,10 +83,10 @@ def test_a_page_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_measured_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: object, name: str, seed: int) -> Measured:
+    def fail(self: object, name: str, seed: int) -> ExperimentResult:
         raise ExperimentError("there is no module torch", "pip install torch")
 
-    monkeypatch.setattr(laboratory.Laboratory, "measure", fail)
+    monkeypatch.setattr(experiment_process.ExperimentProcess, "measure", fail)
     assert run(["learn", "loss-graph"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -19,8 +19,8 @@ from tui_trainer.models.vit import ViT
 
 from tests.learn.measured_once import measured
 from tui_trainer.learn.catalog import PAGES
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import random_batch, small_gpt
-from tui_trainer.learn.measured import Value
 
 SEED = 1
 Check = Callable[[dict[str, Value]], None]

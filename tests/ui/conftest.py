@@ -11,8 +11,8 @@ from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
-from tui_trainer.learn.laboratory import ExperimentError, Laboratory
-from tui_trainer.learn.measured import Measured
+from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 
 IDLE_AFTER_S = 0.005
 
@@ -38,11 +38,11 @@ def parse_style_sheets_once() -> Iterator[None]:
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that pass by the pages to learn from start no process that imports PyTorch."""
 
-    def refuse(self: Laboratory, experiment: str, seed: int) -> Measured:
+    def refuse(self: ExperimentProcess, experiment: str, seed: int) -> ExperimentResult:
         raise ExperimentError("not measured in tests")
 
-    monkeypatch.setattr(Laboratory, "prepare", lambda self: None)
-    monkeypatch.setattr(Laboratory, "measure", refuse)
+    monkeypatch.setattr(ExperimentProcess, "prepare", lambda self: None)
+    monkeypatch.setattr(ExperimentProcess, "measure", refuse)
 
 
 @pytest.fixture(autouse=True, scope="session")

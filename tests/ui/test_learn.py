@@ -13,8 +13,8 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.laboratory import ExperimentError
-from tui_trainer.learn.measured import Measured, Value
+from tui_trainer.learn.experiment_messages import ExperimentResult, Value
+from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
@@ -25,7 +25,7 @@ from tui_trainer.ui.screens.learn import LearnScreen
 from tui_trainer.ui.widgets.lines import LineView
 
 
-class FakeLaboratory:
+class FakeExperiments:
     """Answers with values of its own; `gate` holds answers back."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class FakeLaboratory:
     def prepare(self) -> None:
         pass
 
-    def measure(self, experiment: str, seed: int) -> Measured:
+    def measure(self, experiment: str, seed: int) -> ExperimentResult:
         self.asked.append((experiment, seed))
         assert self.gate.wait(240)
         if self.error is not None:
@@ -48,7 +48,7 @@ class FakeLaboratory:
         for name in sorted(placeholders(page.text + page.answer)):
             values[name] = 7
         values |= {"loss": 3.0 + seed, "norm_once": 0.5 * seed, "left_none": "None"}
-        return Measured(experiment, seed, values, 12.3, "2.13.0")
+        return ExperimentResult(experiment, seed, values, 12.3, "2.13.0")
 
     def release(self) -> None:
         pass
@@ -59,9 +59,9 @@ class FakeLaboratory:
 
 
 @pytest.fixture(autouse=True)
-def laboratory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeLaboratory:
-    fake = FakeLaboratory()
-    monkeypatch.setattr(learn, "Laboratory", lambda: fake)
+def experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeExperiments:
+    fake = FakeExperiments()
+    monkeypatch.setattr(learn, "ExperimentProcess", lambda: fake)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
@@ -87,7 +87,7 @@ def title(name: str, language: str = "en") -> str:
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_the_list_and_a_page(size: tuple[int, int], laboratory: FakeLaboratory) -> None:
+async def test_the_list_and_a_page(size: tuple[int, int], experiments: FakeExperiments) -> None:
     app = app_on("learn", None)
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
@@ -98,36 +98,36 @@ async def test_the_list_and_a_page(size: tuple[int, int], laboratory: FakeLabora
         assert load_progress().read == [PAGES[0]]
         await press(pilot, "escape")
         assert title(PAGES[1]) in text_of(app)
-    assert laboratory.closed
+    assert experiments.closed
 
 
-async def test_a_page_is_there_before_its_numbers(laboratory: FakeLaboratory) -> None:
-    laboratory.gate.clear()
+async def test_a_page_is_there_before_its_numbers(experiments: FakeExperiments) -> None:
+    experiments.gate.clear()
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
         await shows(pilot, app, "measuring…", "A weight matrix of …×… holds")
-        laboratory.gate.set()
+        experiments.gate.set()
         await shows(pilot, app, "measured in 12 ms")
         assert "measuring…" not in text_of(app)
 
 
-async def test_only_the_page_in_front_is_measured_next(laboratory: FakeLaboratory) -> None:
-    laboratory.gate.clear()
+async def test_only_the_page_in_front_is_measured_next(experiments: FakeExperiments) -> None:
+    experiments.gate.clear()
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "enter", "n", "n")
-        laboratory.gate.set()
+        experiments.gate.set()
         await shows(pilot, app, f"3/{len(PAGES)}", "measured in 12 ms")
-        assert laboratory.asked == [(PAGES[0], 1), (PAGES[2], 1)]
+        assert experiments.asked == [(PAGES[0], 1), (PAGES[2], 1)]
         await press(pilot, "left")
         await shows(pilot, app, f"2/{len(PAGES)}", "measured in 12 ms")
-        assert laboratory.asked[2:] == [(PAGES[1], 1)]
+        assert experiments.asked[2:] == [(PAGES[1], 1)]
 
 
-async def test_another_seed_shows_what_is_law(laboratory: FakeLaboratory) -> None:
+async def test_another_seed_shows_what_is_law(experiments: FakeExperiments) -> None:
     app = app_on("learn", None)
     app.lesson = "loss-graph"
     async with app.run_test(size=(80, 24)) as pilot:
@@ -142,7 +142,7 @@ async def test_another_seed_shows_what_is_law(laboratory: FakeLaboratory) -> Non
         assert styles["7"] == "good underline"
 
 
-async def test_the_answer_is_shown_on_request_and_remembered(laboratory: FakeLaboratory) -> None:
+async def test_the_answer_is_shown_on_request_and_remembered(experiments: FakeExperiments) -> None:
     app = app_on("learn", None)
     app.lesson = "loss-graph"
     async with app.run_test(size=(80, 48)) as pilot:
@@ -157,7 +157,7 @@ async def test_the_answer_is_shown_on_request_and_remembered(laboratory: FakeLab
         assert "✓" in text_of(app)
 
 
-async def test_the_language_is_changed_and_remembered(laboratory: FakeLaboratory) -> None:
+async def test_the_language_is_changed_and_remembered(experiments: FakeExperiments) -> None:
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
@@ -177,16 +177,16 @@ async def test_the_language_is_that_of_the_environment(monkeypatch: pytest.Monke
 
 
 async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
-    laboratory: FakeLaboratory,
+    experiments: FakeExperiments,
 ) -> None:
-    laboratory.error = ExperimentError("there is no module *torch*", "pip_install [torch]")
+    experiments.error = ExperimentError("there is no module *torch*", "pip_install [torch]")
     app = app_on("learn", None)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
         await shows(pilot, app, "could not be measured", "no module *torch*", "pip_install [torch]")
         assert "A weight matrix of" in text_of(app)
-        laboratory.error = None
+        experiments.error = None
         await press(pilot, "r")
         await shows(pilot, app, "seed 1, measured")
 
@@ -203,7 +203,7 @@ async def test_accents_are_kept_readable_in_ascii() -> None:
 # ---------------------------------------------------------------- from other screens
 
 
-async def test_the_help_leads_to_the_page_of_the_screen(laboratory: FakeLaboratory) -> None:
+async def test_the_help_leads_to_the_page_of_the_screen(experiments: FakeExperiments) -> None:
     app = app_on("parameters", fake_gpt())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)

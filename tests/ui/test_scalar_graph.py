@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.ui.screens import SIZES, settle, text_of, until
-from tui_trainer.learn.scalar_examples import EXAMPLES
-from tui_trainer.learn.scalar_expression import parse
-from tui_trainer.learn.scalar_graph import ScalarGraph
-from tui_trainer.learn.torch_process import TorchGradients
+from tui_trainer.learn.scalar.examples import EXAMPLES
+from tui_trainer.learn.scalar.expression import parse
+from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.torch_process import TorchGradients
 from tui_trainer.ui import scalar_graph
 from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
 

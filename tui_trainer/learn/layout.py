@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.cells import cell_len
 
-from tui_trainer.learn.measured import Value
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, written
 
 Piece = tuple[str, str]

@@ -16,11 +16,11 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.learn.scalar_examples import EXAMPLES
-from tui_trainer.learn.scalar_expression import GraphError, parse
-from tui_trainer.learn.scalar_graph import DEFAULT_H, ScalarGraph, three_rates
-from tui_trainer.learn.scalar_svg import svg
-from tui_trainer.learn.torch_process import TorchGradients, TorchProcess
+from tui_trainer.learn.scalar.examples import EXAMPLES
+from tui_trainer.learn.scalar.expression import GraphError, parse
+from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph, three_rates
+from tui_trainer.learn.scalar.svg import svg
+from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.scalar_graph import (

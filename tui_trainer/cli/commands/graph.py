@@ -18,18 +18,18 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.config.errors import did_you_mean
-from tui_trainer.learn.scalar_examples import EXAMPLES
-from tui_trainer.learn.scalar_expression import GraphError, parse, parse_values
-from tui_trainer.learn.scalar_graph import (
+from tui_trainer.learn.scalar.examples import EXAMPLES
+from tui_trainer.learn.scalar.expression import GraphError, parse, parse_values
+from tui_trainer.learn.scalar.graph import (
     DEFAULT_H,
     Descent,
     ScalarGraph,
     sweep_summary,
     three_rates,
 )
-from tui_trainer.learn.scalar_graph import sweep as sweep_of
-from tui_trainer.learn.scalar_text import short, steps_of, update_line
-from tui_trainer.learn.torch_process import TorchGradients, TorchProcess
+from tui_trainer.learn.scalar.graph import sweep as sweep_of
+from tui_trainer.learn.scalar.text import short, steps_of, update_line
+from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 
 CHART_WIDTH, CHART_HEIGHT = 78, 12
 CHART_STEPS = 5
@@ -138,7 +138,7 @@ def _check_name(found: ScalarGraph, name: str | None) -> None:
 
 
 def _write_svg(found: ScalarGraph, path: Path, overwrite: bool) -> None:
-    from tui_trainer.learn.scalar_svg import svg
+    from tui_trainer.learn.scalar.svg import svg
 
     if path.suffix != ".svg":
         raise UsageError(f"cannot write {path.name}", "its name must end in .svg")

@@ -10,7 +10,7 @@ import importlib
 import time
 from collections.abc import Callable
 
-from tui_trainer.learn.measured import Measured, Value
+from tui_trainer.learn.experiment_messages import ExperimentResult, Value
 
 Experiment = Callable[[], dict[str, Value]]
 
@@ -22,7 +22,7 @@ def find_experiment(name: str) -> Experiment:
     return experiment
 
 
-def run_experiment(name: str, seed: int) -> Measured:
+def run_experiment(name: str, seed: int) -> ExperimentResult:
     """Run the experiment of a page with this seed; the caller's random numbers stay as they are."""
     experiment = find_experiment(name)
     import torch
@@ -32,7 +32,7 @@ def run_experiment(name: str, seed: int) -> Measured:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         values = experiment()
-    return Measured(
+    return ExperimentResult(
         experiment=name,
         seed=seed,
         values=values,

@@ -1,7 +1,7 @@
 """`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
 
-With `--serve` it reads a `Wanted` from each line of its standard input and answers each with one
-line, a `Measured` or a `Failed`.
+With `--serve` it reads a `ExperimentRequest` from each line of its standard input and answers each with one
+line, a `ExperimentResult` or a `ExperimentFailure`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ import sys
 import msgspec
 
 from tui_trainer.learn.catalog import PAGES, find_page
+from tui_trainer.learn.experiment_messages import (
+    ExperimentFailure,
+    ExperimentRequest,
+    ExperimentResult,
+    all_finite,
+)
 from tui_trainer.learn.experiments import run_experiment
-from tui_trainer.learn.measured import Failed, Measured, Wanted, all_finite
 from tui_trainer.protocol.errors import UserError
 
 
@@ -34,15 +39,15 @@ def main(arguments: list[str]) -> int:
     if given.list or given.name is None:
         print("\n".join(PAGES))
         return 0
-    result = answer(Wanted(given.name, given.seed))
+    result = answer(ExperimentRequest(given.name, given.seed))
     if given.json:
         print(msgspec.json.encode(result).decode())
-    elif isinstance(result, Measured):
+    elif isinstance(result, ExperimentResult):
         for name, value in result.values.items():
             print(f"{name} = {value}")
     else:
         print(f"{result.message}\n  hint: {result.hint}", file=sys.stderr)
-    return 0 if isinstance(result, Measured) else 1
+    return 0 if isinstance(result, ExperimentResult) else 1
 
 
 def serve() -> None:
@@ -52,7 +57,9 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     for line in sys.stdin.buffer:
-        answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=Wanted))) + b"\n")
+        answers.write(
+            msgspec.json.encode(answer(msgspec.json.decode(line, type=ExperimentRequest))) + b"\n"
+        )
         answers.flush()
 
 
@@ -62,21 +69,21 @@ def prepare() -> None:
         import torch._dynamo  # noqa: F401
 
 
-def answer(wanted: Wanted) -> Measured | Failed:
+def answer(wanted: ExperimentRequest) -> ExperimentResult | ExperimentFailure:
     """What an experiment measures, or why it could not."""
     try:
         measured = run_experiment(find_page(wanted.experiment), wanted.seed)
     except UserError as error:
-        return Failed(error.message, error.hint)
+        return ExperimentFailure(error.message, error.hint)
     except ModuleNotFoundError as error:
-        return Failed(
+        return ExperimentFailure(
             f"the numbers of the pages are measured with PyTorch: there is no module {error.name}",
             f"install it for {sys.executable}, for instance with pip install torch",
         )
     except Exception as error:
-        return Failed(f"the experiment failed: {type(error).__name__}: {error}")
+        return ExperimentFailure(f"the experiment failed: {type(error).__name__}: {error}")
     if not all_finite(measured.values):
-        return Failed(f"the experiment {wanted.experiment} measured nan or inf")
+        return ExperimentFailure(f"the experiment {wanted.experiment} measured nan or inf")
     return measured
 
 

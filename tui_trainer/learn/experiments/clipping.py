@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from tui_trainer.learn.measured import Value
+from tui_trainer.learn.experiment_messages import Value
 
 LIMIT = 1.0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import loss_of, random_batch, small_gpt
-from tui_trainer.learn.measured import Value
 from tui_trainer.models.gpt import GPT
 
 TERMS = 10_000

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import (
     gradient_vector,
     loss_of,
     random_batch,
     small_gpt,
 )
-from tui_trainer.learn.measured import Value
 from tui_trainer.models.gpt import GPT
 
 WATCHED = ("token_embedding", "blocks.0", "blocks.1", "norm", "head")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import (
     gradient_vector,
     loss_of,
     random_batch,
     small_gpt,
 )
-from tui_trainer.learn.measured import Value
 
 WEIGHT = "blocks.0.mlp.up.weight"
 H = 1e-4

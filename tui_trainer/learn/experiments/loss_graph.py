@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import (
     graph_nodes,
     leaves,
@@ -11,7 +12,6 @@ from tui_trainer.learn.experiments.small_models import (
     random_batch,
     small_gpt,
 )
-from tui_trainer.learn.measured import Value
 
 BATCHES = 3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import loss_of, random_batch, small_gpt
-from tui_trainer.learn.measured import Value
 
 SHOWN = ("token_embedding.weight", "blocks.0.attention.W_query.weight", "blocks.1.mlp.down.weight")
 

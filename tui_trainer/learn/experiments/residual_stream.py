@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import (
     BLOCK_SIZE,
     loss_of,
     random_batch,
     small_gpt,
 )
-from tui_trainer.learn.measured import Value
 from tui_trainer.models.gpt import Block, CausalSelfAttention
 
 STEPS = 30

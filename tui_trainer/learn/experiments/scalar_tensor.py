@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.experiments.small_models import graph_nodes
-from tui_trainer.learn.measured import Value
 
 ROWS, COLUMNS = 3, 4
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.learn.scalar_graph import (
+from tui_trainer.learn.scalar.graph import (
     DEFAULT_H,
     SWEEP_HIGH,
     SWEEP_LOW,
@@ -24,9 +24,9 @@ from tui_trainer.learn.scalar_graph import (
     sweep_summary,
     three_rates,
 )
-from tui_trainer.learn.scalar_layout import Layout, layout
-from tui_trainer.learn.scalar_text import GraphStep, short, steps_of, update_line
-from tui_trainer.learn.torch_process import TorchGradients
+from tui_trainer.learn.scalar.layout import Layout, layout
+from tui_trainer.learn.scalar.text import GraphStep, short, steps_of, update_line
+from tui_trainer.learn.scalar.torch_process import TorchGradients
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH, value_labels
 from tui_trainer.ui.widgets.chart import Canvas

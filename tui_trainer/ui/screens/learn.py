@@ -16,9 +16,9 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.laboratory import ExperimentError, Laboratory
+from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 from tui_trainer.learn.layout import Line, Numbers, changed_values, escaped, laid_out
-from tui_trainer.learn.measured import Measured
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
 from tui_trainer.learn.progress import PageState, load_progress, save_progress
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
@@ -125,12 +125,12 @@ class LearnScreen(RunScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.laboratory = Laboratory()
+        self.experiments = ExperimentProcess()
         self._progress = load_progress()
         self._page: Page | None = None
         self._revealed = False
         self._opened_from_help = False
-        self._measured: dict[str, list[Measured]] = {}
+        self._measured: dict[str, list[ExperimentResult]] = {}
         """What was measured for each page: the newest two, the older first."""
         self._failure: dict[str, ExperimentError] = {}
         """Why a page has no numbers."""
@@ -166,15 +166,15 @@ class LearnScreen(RunScreen):
         if self._release_timer is not None:
             self._release_timer.stop()
             self._release_timer = None
-        self.run_worker(self.laboratory.prepare, thread=True, group="experiment")
+        self.run_worker(self.experiments.prepare, thread=True, group="experiment")
 
     def on_screen_suspend(self) -> None:
         """End the child process a while after the screen was left: it holds 300 MB."""
-        self._release_timer = self.set_timer(RELEASE_AFTER_S, self.laboratory.release)
+        self._release_timer = self.set_timer(RELEASE_AFTER_S, self.experiments.release)
 
     def on_unmount(self) -> None:
         """End the child process."""
-        self.laboratory.close()
+        self.experiments.close()
 
     def on_resize(self, event: events.Resize) -> None:
         """Show list and page beside each other where there is room."""
@@ -332,16 +332,16 @@ class LearnScreen(RunScreen):
     def _run(self, name: str, seed: int) -> None:
         """Called on a thread: a child process measures."""
         try:
-            result: Measured | ExperimentError = self.laboratory.measure(name, seed)
+            result: ExperimentResult | ExperimentError = self.experiments.measure(name, seed)
         except ExperimentError as error:
             result = error
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the app has left
             self._loop.call_soon_threadsafe(self.call_next, self._arrived, name, result)
 
-    def _arrived(self, name: str, result: Measured | ExperimentError) -> None:
+    def _arrived(self, name: str, result: ExperimentResult | ExperimentError) -> None:
         self._experiment = None
-        if isinstance(result, Measured):
+        if isinstance(result, ExperimentResult):
             self._measured[name] = [*self._measured.get(name, []), result][-2:]
         else:
             self._failure[name] = result

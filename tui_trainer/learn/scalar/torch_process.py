@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.scalar_torch")
+COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.scalar.torch_worker")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tui_trainer.learn.scalar_expression import Expression, GraphError, Node, parse
-from tui_trainer.learn.scalar_operations import OPERATIONS, DomainError
+from tui_trainer.learn.scalar.expression import Expression, GraphError, Node, parse
+from tui_trainer.learn.scalar.operations import OPERATIONS, DomainError
 
 DEFAULT_H = 1e-4
 Difference = Literal["central", "forward"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from html import escape
 
-from tui_trainer.learn.scalar_graph import ScalarGraph
-from tui_trainer.learn.scalar_layout import layout
-from tui_trainer.learn.scalar_text import local_text, short
+from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.layout import layout
+from tui_trainer.learn.scalar.text import local_text, short
 
 NODE_WIDTH, NODE_HEIGHT = 132, 66
 COLUMN, ROW = 280, 86

@@ -13,17 +13,28 @@ import msgspec
 import pytest
 
 from tui_trainer.learn import progress as progress_module
+from tui_trainer.learn.experiment_messages import (
+    ExperimentFailure,
+    ExperimentRequest,
+    ExperimentResult,
+)
+from tui_trainer.learn.experiment_process import (
+    COMMAND,
+    ExperimentError,
+    ExperimentProcess,
+    checked,
+)
 from tui_trainer.learn.experiments.__main__ import answer
-from tui_trainer.learn.laboratory import COMMAND, ExperimentError, Laboratory, checked
-from tui_trainer.learn.measured import Failed, Measured, Wanted
 from tui_trainer.learn.progress import Progress, load_progress, save_progress
 
-ANSWER = Measured("loss-graph", 1, {"loss": 3.5, "name": "x", "vector": [1, 2.5]}, 1.0, "2.13.0")
+ANSWER = ExperimentResult(
+    "loss-graph", 1, {"loss": 3.5, "name": "x", "vector": [1, 2.5]}, 1.0, "2.13.0"
+)
 
 
-def child(program: str) -> Laboratory:
-    """A laboratory whose child is this Python program."""
-    return Laboratory((sys.executable, "-c", program))
+def child(program: str) -> ExperimentProcess:
+    """A experiments whose child is this Python program."""
+    return ExperimentProcess((sys.executable, "-c", program))
 
 
 def gone(pid: int) -> bool:
@@ -38,14 +49,14 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def real() -> Iterator[Laboratory]:
-    laboratory = Laboratory()
-    yield laboratory
-    laboratory.close()
+def real() -> Iterator[ExperimentProcess]:
+    experiments = ExperimentProcess()
+    yield experiments
+    experiments.close()
 
 
 @pytest.mark.slow
-def test_a_real_child_answers_again_and_ends_with_the_laboratory(real: Laboratory) -> None:
+def test_a_real_child_answers_again_and_ends_with_its_owner(real: ExperimentProcess) -> None:
     real.prepare()
     first, second = real.measure("loss-graph", 1), real.measure("loss-graph", 2)
     assert (first.experiment, first.seed, second.seed) == ("loss-graph", 1, 2)
@@ -69,9 +80,9 @@ def test_the_child_is_this_python_without_the_current_directory() -> None:
 
 
 def test_a_child_ends_when_its_input_is_closed() -> None:
-    laboratory = child("import sys; sys.stdin.read()")
-    laboratory.prepare()
-    process = laboratory._process
+    experiments = child("import sys; sys.stdin.read()")
+    experiments.prepare()
+    process = experiments._process
     assert process is not None
     assert process.stdin is not None
     process.stdin.close()
@@ -81,7 +92,7 @@ def test_a_child_ends_when_its_input_is_closed() -> None:
 def test_a_child_that_dies_is_reported_with_its_last_words_and_started_again(
     tmp_path: Path,
 ) -> None:
-    laboratory = child(
+    experiments = child(
         "import os, sys\n"
         f"path = {str(tmp_path / 'again')!r}\n"
         "if not os.path.exists(path):\n"
@@ -90,28 +101,28 @@ def test_a_child_that_dies_is_reported_with_its_last_words_and_started_again(
         f"sys.stdin.readline(); print({msgspec.json.encode(ANSWER).decode()!r}, flush=True)\n"
     )
     with pytest.raises(ExperimentError, match="without an answer") as caught:
-        laboratory.measure("loss-graph", 1)
+        experiments.measure("loss-graph", 1)
     assert caught.value.hint == "out of luck"
-    assert laboratory.measure("loss-graph", 1) == ANSWER
-    laboratory.close()
+    assert experiments.measure("loss-graph", 1) == ANSWER
+    experiments.close()
 
 
 def test_closing_ends_an_experiment_that_hangs() -> None:
-    laboratory = child("import time; time.sleep(600)")
+    experiments = child("import time; time.sleep(600)")
     errors = []
 
     def measure() -> None:
         try:
-            laboratory.measure("loss-graph", 1)
+            experiments.measure("loss-graph", 1)
         except ExperimentError as error:
             errors.append(error)
 
     thread = threading.Thread(target=measure)
     thread.start()
     deadline = time.monotonic() + 120
-    while laboratory._process is None and time.monotonic() < deadline:
+    while experiments._process is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    laboratory.close()
+    experiments.close()
     thread.join(120)
     assert not thread.is_alive()
     assert len(errors) == 1
@@ -119,10 +130,10 @@ def test_closing_ends_an_experiment_that_hangs() -> None:
 
 def test_an_answer_for_another_page_is_refused() -> None:
     line = msgspec.json.encode(ANSWER).decode()
-    laboratory = child(f"input(); print({line!r}, flush=True); input()")
+    experiments = child(f"input(); print({line!r}, flush=True); input()")
     with pytest.raises(ExperimentError, match="another"):
-        laboratory.measure("accumulation", 1)
-    laboratory.close()
+        experiments.measure("accumulation", 1)
+    experiments.close()
 
 
 @pytest.mark.parametrize(
@@ -145,15 +156,15 @@ def test_what_is_no_answer_is_refused(line: bytes) -> None:
 def test_an_answer_is_checked() -> None:
     assert checked(msgspec.json.encode(ANSWER)) == ANSWER
     with pytest.raises(ExperimentError, match="why") as caught:
-        checked(msgspec.json.encode(Failed("why", "what to do")))
+        checked(msgspec.json.encode(ExperimentFailure("why", "what to do")))
     assert caught.value.hint == "what to do"
 
 
 def test_a_python_without_pytorch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "tui_trainer.learn.experiments.loss_graph", raising=False)
-    failed = answer(Wanted("loss-graph", 1))
-    assert isinstance(failed, Failed)
+    failed = answer(ExperimentRequest("loss-graph", 1))
+    assert isinstance(failed, ExperimentFailure)
     assert "PyTorch" in failed.message
     assert "pip install torch" in failed.hint
 
@@ -162,12 +173,12 @@ def test_an_experiment_that_raises_or_measures_nan_fails(monkeypatch: pytest.Mon
     from tui_trainer.learn.experiments import loss_graph
 
     monkeypatch.setattr(loss_graph, "experiment", lambda: {"loss": float("nan")})
-    failed = answer(Wanted("loss-graph", 1))
-    assert isinstance(failed, Failed)
+    failed = answer(ExperimentRequest("loss-graph", 1))
+    assert isinstance(failed, ExperimentFailure)
     assert "nan" in failed.message
     monkeypatch.setattr(loss_graph, "experiment", lambda: [][0])
-    failed = answer(Wanted("loss-graph", 1))
-    assert isinstance(failed, Failed)
+    failed = answer(ExperimentRequest("loss-graph", 1))
+    assert isinstance(failed, ExperimentFailure)
     assert "IndexError" in failed.message
 
 

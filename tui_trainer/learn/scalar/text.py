@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.learn.scalar_expression import FUNCTIONS
-from tui_trainer.learn.scalar_graph import BackwardStep, Contribution, Descent, ScalarGraph
-from tui_trainer.learn.scalar_operations import OPERATIONS
+from tui_trainer.learn.scalar.expression import FUNCTIONS
+from tui_trainer.learn.scalar.graph import BackwardStep, Contribution, Descent, ScalarGraph
+from tui_trainer.learn.scalar.operations import OPERATIONS
 
 
 def short(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.learn.scalar_expression import Expression
+from tui_trainer.learn.scalar.expression import Expression
 
 
 @dataclass(frozen=True)

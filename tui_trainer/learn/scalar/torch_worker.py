@@ -1,6 +1,6 @@
 """PyTorch's own gradients of a scalar expression.
 
-The screens do not import torch, so they ask a process: `python -m tui_trainer.learn.scalar_torch`
+The screens do not import torch, so they ask a process: `python -m tui_trainer.learn.scalar.torch_worker`
 reads `{"expression": …, "values": {…}}` and writes `{"version": …, "gradients": [… or null]}`, one
 line each, until its input ends.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.scalar_expression import Expression, parse
+from tui_trainer.learn.scalar.expression import Expression, parse
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "+": torch.add,

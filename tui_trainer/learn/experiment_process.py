@@ -15,7 +15,12 @@ import threading
 
 import msgspec
 
-from tui_trainer.learn.measured import Failed, Measured, Wanted, all_finite
+from tui_trainer.learn.experiment_messages import (
+    ExperimentFailure,
+    ExperimentRequest,
+    ExperimentResult,
+    all_finite,
+)
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize_message, single_line
 
@@ -29,7 +34,7 @@ class ExperimentError(UserError):
     """An experiment could not be run."""
 
 
-class Laboratory:
+class ExperimentProcess:
     """The child process, started at the first experiment. Thread-safe."""
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
@@ -46,7 +51,7 @@ class Laboratory:
             if not self._closed:
                 self._running()
 
-    def measure(self, experiment: str, seed: int) -> Measured:
+    def measure(self, experiment: str, seed: int) -> ExperimentResult:
         """Run an experiment and wait for its values. Raises ExperimentError."""
         with self._lock:
             if self._closed:
@@ -56,7 +61,7 @@ class Laboratory:
             timer.daemon = True
             timer.start()
             try:
-                answer = self._ask(process, Wanted(experiment, seed))
+                answer = self._ask(process, ExperimentRequest(experiment, seed))
             finally:
                 timer.cancel()
         if answer.experiment != experiment or answer.seed != seed:
@@ -95,7 +100,7 @@ class Laboratory:
                 raise ExperimentError(f"cannot start the experiment: {error}") from error
         return self._process
 
-    def _ask(self, process: subprocess.Popen[bytes], wanted: Wanted) -> Measured:
+    def _ask(self, process: subprocess.Popen[bytes], wanted: ExperimentRequest) -> ExperimentResult:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -127,13 +132,13 @@ class Laboratory:
         return ""
 
 
-def checked(line: bytes) -> Measured:
+def checked(line: bytes) -> ExperimentResult:
     """The answer of the child. Raises ExperimentError where it is none, or says that it failed."""
     try:
-        answer = msgspec.json.decode(line, type=Measured)
+        answer = msgspec.json.decode(line, type=ExperimentResult)
     except msgspec.MsgspecError:
         try:
-            failed = sanitize_message(msgspec.json.decode(line, type=Failed))
+            failed = sanitize_message(msgspec.json.decode(line, type=ExperimentFailure))
         except msgspec.MsgspecError as error:
             raise ExperimentError(f"the experiment gave no valid answer: {error}") from error
         raise ExperimentError(failed.message, failed.hint) from None

@@ -1,4 +1,4 @@
-"""What an experiment measures: the values that a page states, as they cross from its process."""
+"""Messages between the process that runs experiments and the screen: requests and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = bool | int | float | str | list[float | int | str]
 """A number, a text, or a vector. Floats are finite."""
 
 
-class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExperimentResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The result of one experiment."""
 
     experiment: str
@@ -22,14 +22,14 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Version of PyTorch."""
 
 
-class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExperimentFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The reason why an experiment could not be run."""
 
     message: str
     hint: str = ""
 
 
-class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExperimentRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The experiment to run, and the seed of its random numbers."""
 
     experiment: str

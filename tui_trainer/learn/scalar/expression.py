@@ -15,7 +15,7 @@ from typing import cast
 
 from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.config.errors import did_you_mean
-from tui_trainer.learn.scalar_operations import OPERATIONS
+from tui_trainer.learn.scalar.operations import OPERATIONS
 
 MAX_CHARACTERS = 2000
 MAX_NODES = 200
