@@ -1,7 +1,7 @@
 """`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
 
-With `--serve` it reads a `ExperimentRequest` from each line of its standard input and answers each with one
-line, a `ExperimentResult` or a `ExperimentFailure`.
+With `--serve` it reads an `ExperimentRequest` from each line of its standard input and answers each
+with one line, an `ExperimentResult` or an `ExperimentFailure`.
 """
 
 from __future__ import annotations

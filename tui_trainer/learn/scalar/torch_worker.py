@@ -1,8 +1,8 @@
 """PyTorch's own gradients of a scalar expression.
 
-The screens do not import torch, so they ask a process: `python -m tui_trainer.learn.scalar.torch_worker`
-reads `{"expression": …, "values": {…}}` and writes `{"version": …, "gradients": [… or null]}`, one
-line each, until its input ends.
+The screens do not import torch, so they ask a process:
+`python -m tui_trainer.learn.scalar.torch_worker` reads `{"expression": …, "values": {…}}` and
+writes `{"version": …, "gradients": [… or null]}`, one line each, until its input ends.
 """
 
 from __future__ import annotations
