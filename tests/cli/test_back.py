@@ -43,6 +43,10 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
         there = json.loads(call("back", "one", "--to", "2", "--json", cwd=tmp_path).stdout)
         assert (there["step"], there["state"]) == (2, "paused")
         assert there["loss"] == pytest.approx(recorded[2], rel=1e-6)
+        shown = json.loads(call("show", "one", "--json", cwd=tmp_path).stdout)
+        assert (shown["step"], shown["loss"]) == (2, pytest.approx(recorded[2], rel=1e-6))
+        assert f"loss {recorded[3]:.4g}"[:9] in call("step", "one", cwd=tmp_path).stdout
+        call("back", "one", cwd=tmp_path)
         assert_refused(call("set", "one", "lr=1", cwd=tmp_path), "step 2 is in the past", "branch")
         assert_refused(call("back", "one", "--to", "9", cwd=tmp_path), "has not been at step 9 yet")
         assert_refused(call("back", "one", "--keep", "much", cwd=tmp_path), "512MB", status=2)

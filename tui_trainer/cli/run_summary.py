@@ -154,18 +154,18 @@ def _summary(
     run: RunEntry, history: History, info: RunInfo, status: Status, events: Sequence[Event]
 ) -> RunSummary:
     step = history.table(schema.STEP)
-    loss = _curve(step, "loss")
-    latest = _latest(step)
+    loss = _curve(step, "loss", status.step)
+    latest = _latest(step, status.step)
     return RunSummary(
         run=_overview(run, info, status, loss.last),
         loss_curve=replace(loss, last=finite(loss.last)),
-        grad_norm_curve=_curve(step, "grad_norm_preclip"),
+        grad_norm_curve=_curve(step, "grad_norm_preclip", status.step),
         grad_norm_preclip=latest.get("grad_norm_preclip"),
         learning_rate=latest.get("learning_rate"),
         validation={n: each.value for n, each in _logged(history, schema.VALIDATION).items()},
         clipped_share=status.clipped_share,
-        phase_ms=_latest(history.table(schema.PHASE_MS)),
-        attention=_attention(info, history),
+        phase_ms=_latest(history.table(schema.PHASE_MS), status.step),
+        attention=_attention(info, history, status.step),
         phase=status.phase,
         parameters=sum(p.numel for p in info.parameters if p.trainable) or None,
         viewers=status.viewers,
@@ -224,15 +224,16 @@ def nonfinite_text(value: float | None) -> str | None:
     return nonfinite(value) if value is not None and not math.isfinite(value) else None
 
 
-def _latest(table: SeriesReader | None) -> dict[str, float | None]:
-    latest = table.latest() if table is not None else None
-    if table is None or latest is None:
+def _latest(table: SeriesReader | None, step: int) -> dict[str, float | None]:
+    """The row of `step`, which is not the newest where the training was taken back."""
+    row = table.at(step) if table is not None else None
+    if table is None or row is None:
         return {}
     names = [column.name for column in table.table.columns]
-    return {n: finite(float(v)) for n, v in zip(names, latest[1], strict=True)}
+    return {n: finite(float(v)) for n, v in zip(names, row, strict=True)}
 
 
-def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
+def _curve(table: SeriesReader | None, name: str, step: int) -> SummaryCurve:
     column = table.column(name) if table is not None else None
     if table is None or column is None or table.first_step is None or table.last_step is None:
         return SummaryCurve()
@@ -243,14 +244,14 @@ def _curve(table: SeriesReader | None, name: str) -> SummaryCurve:
         tuple(int(window.edges[i]) for i in kept),
         tuple(finite(float(window.low[i, 0])) for i in kept),
         tuple(finite(float(window.high[i, 0])) for i in kept),
-        table.newest(name),
+        table.value_at(name, step),
     )
 
 
-def _attention(info: RunInfo, history: History) -> tuple[LayerSummary, ...]:
+def _attention(info: RunInfo, history: History, step: int) -> tuple[LayerSummary, ...]:
     newest: dict[str, float | None] = {}
     for table in attention_tables(history, schema.ATTENTION):
-        newest |= _latest(table)
+        newest |= _latest(table, step)
     if not newest:
         return ()
     return tuple(

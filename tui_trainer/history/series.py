@@ -67,6 +67,13 @@ class SeriesReader(ABC):
         latest = self.latest() if column is not None else None
         return None if column is None or latest is None else float(latest[1][column])
 
+    def value_at(self, name: str, step: int) -> float | None:
+        """The value of the column called `name` at the last row at or before `step`: its newest,
+        unless the training was taken back. None where there is none."""
+        column = self.column(name)
+        row = self.at(step) if column is not None else None
+        return None if column is None or row is None else float(row[column])
+
     def at(self, step: int) -> Floats | None:
         """Values (columns,) of the last row at or before `step`; None when there is none.
 

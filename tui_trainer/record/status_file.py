@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
 
 WRITE_EVERY_S = 1.0
+LOSSES_KEPT = 10_000
 IDENTIFYING_FILES = (SPEC_FILE, SOCKET_POINTER_FILE)
 
 
@@ -68,7 +70,8 @@ class StatusFile:
         self._run_directory = RunDirectory(directory)
         self._info = info
         self._clock = clock
-        self._loss: float | None = None
+        self._losses: OrderedDict[int, float] = OrderedDict()
+        """Of the newest steps: a training may be taken back to any of them."""
         self._written: str | None = None
         self._ended = False
         self._next = 0.0
@@ -93,10 +96,18 @@ class StatusFile:
         declared = self._info.tables
         for table, values in item.record.rows:
             if table < len(declared) and declared[table].name == schema.STEP:
-                self._loss = float(values[schema.STEP_INDEX["loss"]])
+                self._losses[item.record.step] = float(values[schema.STEP_INDEX["loss"]])
+                if len(self._losses) > LOSSES_KEPT:
+                    self._losses.popitem(last=False)
+
+    def _loss_at(self, step: int) -> float | None:
+        """The loss of `step`, or of the last one before it that had one."""
+        if step in self._losses:
+            return self._losses[step]
+        return next((self._losses[s] for s in reversed(self._losses) if s <= step), None)
 
     def _write(self, status: Status) -> None:
-        now, info, loss = self._clock(), self._info, self._loss
+        now, info, loss = self._clock(), self._info, self._loss_at(status.step)
         finite = loss is not None and math.isfinite(loss)
         pid = info.pid or os.getpid()
         state = RunState(

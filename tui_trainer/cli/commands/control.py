@@ -188,8 +188,8 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: li
 
 def _sentence(name: str, status: Status, history: History, early: bool) -> str:
     table = history.table(schema.STEP)
-    newest = table.newest("loss") if table is not None else None
-    loss = f", loss {number(newest, 0)}" if newest is not None else ""
+    value = table.value_at("loss", status.step) if table is not None else None
+    loss = f", loss {number(value, 0)}" if value is not None else ""
     state = "accepted" if early else status.state
     elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
     reason = f" ({status.reason})" if status.reason and not early else ""
