@@ -7,6 +7,9 @@ from pathlib import Path
 
 from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
+from tui_trainer.client.connection import RunClient
+from tui_trainer.protocol.messages import StepPhase
+from tui_trainer.runs.registry import resolve
 
 OPTIONS = """
     --steps 40 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
@@ -47,6 +50,24 @@ def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path
         until(lambda: len(rates(one, tmp_path)) == 8, "eight steps are stored")
         found = rates(one, tmp_path)
         assert [found[step] for step in range(1, 9)] == [0.001] * 3 + [0.0003] * 3 + [0.001] * 2
+        with RunClient.connect(
+            resolve("one", tmp_path / "runs"), "test", read_only=False
+        ) as client:
+            assert client.command(StepPhase()).ok
+
+            def in_a_step():
+                client.poll()
+                return client.snapshot.status.phase not in ("step", "")
+
+            until(in_a_step, "the run has paused within step 9")
+        done = call("set", "one", "lr=5", cwd=tmp_path)
+        assert done.stdout == "one: at the end of step 9\n", done
+        listed = json.loads(call("set", "one", "--json", cwd=tmp_path).stdout)
+        assert listed["waiting"] == ["lr=5"]
+        done = call("set", "one", "--undo", cwd=tmp_path)
+        assert done.stdout == "one: withdrawn: lr=5\n", done
+        listed = json.loads(call("set", "one", "--json", cwd=tmp_path).stdout)
+        assert (listed["waiting"], listed["settings"]["lr"]) == ([], 0.001)
     # Killed: the checkpoint of step 6 was written before that change was undone.
     done = call("gpt", "--resume", "one@6", "--name", "two", "--json", "--steps", "8",
                 cwd=tmp_path)  # fmt: skip

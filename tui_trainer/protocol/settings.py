@@ -71,6 +71,8 @@ class SettingList(msgspec.Struct, tag="settings", frozen=True, array_like=True):
     """Number of parameters that are not trained."""
     edits: int = 0
     """Number of changes that can be undone."""
+    waiting: tuple[str, ...] = ()
+    """Changes that are made at the end of the step in progress."""
 
 
 class ReadSettings(msgspec.Struct, tag="read_settings", frozen=True):

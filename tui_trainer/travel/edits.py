@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -114,6 +114,8 @@ class LiveEdits:
         """Raises Refusal where no setting may be changed now."""
         self._edited_before = False
         """Whether the run that this one continues was changed."""
+        self._waiting: list[tuple[str, Future[Any]]] = []
+        """Changes that are made at the end of the step in progress. Replaced, never modified."""
 
     # ------------------------------------------------------------ any thread
 
@@ -124,29 +126,38 @@ class LiveEdits:
         for change in changes:
             _require_valid(change)
             self.plan(change)
-        return self._at_boundary(lambda: self.apply(Entry(0, tuple(changes), who)))
+        text = " ".join(change.text for change in changes)
+        return self._at_boundary(lambda: self.apply(Entry(0, tuple(changes), who)), text)
 
     def undo(self, who: str = "") -> str:
-        """Undo the latest change. Raises Refusal."""
+        """Undo the latest change, or withdraw it where it has not been made yet. Raises Refusal."""
         if self.check is not None:
             self.check()
+        for text, future in reversed(self._waiting):
+            if future.cancel():
+                return f"withdrawn: {text}"
         if not self.state.undoable:
             raise Refusal("no change of a setting is left to undo")
-        return self._at_boundary(lambda: self.apply(Entry(0, None, who)))
+        return self._at_boundary(lambda: self.apply(Entry(0, None, who)), "undo")
 
-    def _at_boundary(self, work: Callable[[], str]) -> str:
+    def _at_boundary(self, work: Callable[[], str], text: str) -> str:
         """Raises Refusal, also where `work` does so in time."""
         future = self._gate.call_soon(work)
         try:
             return str(future.result(WAIT_S))
         except NotYet:
-            future.add_done_callback(lambda done: self._report_failure(done.exception()))
+            self._waiting = [*self._waiting, (text, future)]
+            future.add_done_callback(self._waited)
             return f"at the end of step {self._gate.step_in_progress:,}"
         except CancelledError:
             raise Refusal("the training has ended") from None
 
-    def _report_failure(self, error: BaseException | None) -> None:
-        """The viewer was already told that the change comes."""
+    def _waited(self, future: Future[Any]) -> None:
+        """A change was made, refused or withdrawn after the viewer was told that it comes."""
+        self._waiting = [each for each in self._waiting if each[1] is not future]
+        if future.cancelled():
+            return
+        error = future.exception()
         if isinstance(error, (Refusal, ConfigurationError)):
             text = f"nothing was changed: {error.message}"
             self._recorder.notice("edit", text, "error", self._gate.completed)
@@ -207,7 +218,8 @@ class LiveEdits:
         """The present settings."""
         found = [*self._group_settings(), *self._clip_settings(), *self._data_settings()]
         frozen = sum(not each.requires_grad for _, each in self._parameters())
-        return SettingList(tuple(found), frozen, len(self.state.undoable))
+        waiting = tuple(text for text, _ in self._waiting)
+        return SettingList(tuple(found), frozen, len(self.state.undoable), waiting)
 
     # ------------------------------------------------------------ parameter groups
 

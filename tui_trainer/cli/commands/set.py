@@ -88,6 +88,7 @@ def _document(run: RunEntry, settings: SettingList) -> dict[str, object]:
         "settings": {each.name: each.value for each in settings.settings},
         "frozen_parameters": settings.frozen,
         "edits_to_undo": settings.edits,
+        "waiting": list(settings.waiting),
     }
 
 
@@ -98,6 +99,7 @@ def _listing(settings: SettingList) -> list[str]:
     lines = [line.plain.rstrip() for line in table_lines(table)]
     if settings.frozen:
         lines.append(f"{counted(settings.frozen, 'parameter')} frozen")
+    lines += [f"at the end of this step: {each}; --undo withdraws it" for each in settings.waiting]
     if settings.edits:
         lines.append(f"{counted(settings.edits, 'change')} can be undone: --undo")
     return lines
