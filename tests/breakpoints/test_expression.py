@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from tui_trainer.breakpoints.compiled import ColumnValues, MatchedValue, Quantity, Selector
+from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.breakpoints.quantities import NAMES, completions
 from tui_trainer.protocol.errors import UserError
@@ -34,7 +34,7 @@ class FakeMoment:
     def number(self, name: str) -> float | None:
         return self.numbers.get(name)
 
-    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
+    def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         columns = self.columns.get(quantity.name)
         if columns is None:
             return None

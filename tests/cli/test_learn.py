@@ -12,7 +12,7 @@ from tests.learn.measured_once import measured
 from tui_trainer.cli.main import run
 from tui_trainer.learn import experiment_process
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import titles
 from tui_trainer.learn.progress import load_progress
@@ -83,7 +83,7 @@ def test_a_page_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_measured_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: object, name: str, seed: int) -> ExperimentResult:
+    def fail(self: object, name: str, seed: int) -> PageMeasurement:
         raise ExperimentError("there is no module torch", "pip install torch")
 
     monkeypatch.setattr(experiment_process.ExperimentProcess, "measure", fail)

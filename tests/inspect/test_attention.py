@@ -17,9 +17,9 @@ from tui_trainer.inspect.attention.calls import MULTIHEAD, PROJECTED, SDPA, SOFT
 from tui_trainer.inspect.attention.examine import chosen_layer, entropy, products
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.protocol.attention import ExamineAttention
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 
-WHOLE = Window(512, 512, reduction="mean")
+WHOLE = HeatMapWindow(512, 512, reduction="mean")
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -329,7 +329,9 @@ def test_what_is_not_there_is_refused_with_what_is():
 def test_a_large_map_is_reduced_and_the_row_is_exact():
     model, tokens = gpt(), torch.randint(0, 11, (3, 8))
     whole = examined(model, tokens, ExamineAttention(window=WHOLE))
-    small = examined(model, tokens, ExamineAttention(window=Window(2, 4, reduction="max_abs")))
+    small = examined(
+        model, tokens, ExamineAttention(window=HeatMapWindow(2, 4, reduction="max_abs"))
+    )
     assert (small.map.rows, small.map.columns) == (2, 4)
     blocks = matrix(whole).reshape(2, 4, 4, 2).max((1, 3))
     np.testing.assert_array_equal(matrix(small), blocks)

@@ -11,10 +11,10 @@ from tui_trainer.models.vit import ViT
 from tests.inspect.test_inspector import Traced
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 
 EVERYTHING = ExamineAttention(
-    "1", head=1, sample=1, window=Window(8, 8), weights=True, residual=True
+    "1", head=1, sample=1, window=HeatMapWindow(8, 8), weights=True, residual=True
 )
 
 

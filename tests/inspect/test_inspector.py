@@ -18,7 +18,7 @@ from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.inspector import PART_BYTES, Inspector, TensorCopy
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     ListTensors,
@@ -104,7 +104,9 @@ def test_values_are_those_of_the_moment():
             (TensorRef("0.weight", "state", "momentum_buffer"),
              optimizer.state[model[0].weight]["momentum_buffer"]),
         ):  # fmt: skip
-            summary = inspector.answer(Summarize(ref, window=Window(100, 100, reduction="mean")))
+            summary = inspector.answer(
+                Summarize(ref, window=HeatMapWindow(100, 100, reduction="mean"))
+            )
             assert isinstance(summary, TensorSummary)
             assert summary.statistics.norm == pytest.approx(float(tensor.detach().norm()))
             assert summary.heat.cells == tensor.detach().numpy().tobytes()
@@ -226,7 +228,7 @@ def look_into_everything(inspector: Inspector) -> int:
     listed = inspector.answer(ListTensors())
     for each in listed.tensors:
         for reduction in ("mean_abs", "mean", "max_abs"):
-            inspector.answer(Summarize(each.ref, window=Window(8, 8, reduction=reduction)))
+            inspector.answer(Summarize(each.ref, window=HeatMapWindow(8, 8, reduction=reduction)))
         inspector.answer(ReadTensor(each.ref))
     return len(listed.tensors)
 

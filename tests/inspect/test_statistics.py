@@ -16,7 +16,7 @@ from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.heat_map import heat_map
 from tui_trainer.inspect.statistics import statistics_of
 from tui_trainer.inspect.values import evenly_spaced, readable
-from tui_trainer.protocol.heat_map import HeatMap, Window
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 from tui_trainer.protocol.inspection import TensorStatistics
 
 
@@ -187,7 +187,9 @@ def test_heat_maps_of_any_window(shape, size, reduction, part, transposed, corne
     tensor = tensor.T.contiguous().T if transposed else tensor
     before, values.CPU_ELEMENTS = values.CPU_ELEMENTS, part
     try:
-        window = Window(*size, row_from=corner[0], column_from=corner[1], reduction=reduction)
+        window = HeatMapWindow(
+            *size, row_from=corner[0], column_from=corner[1], reduction=reduction
+        )
         heat = heat_map(tensor, window)
     finally:
         values.CPU_ELEMENTS = before
@@ -201,35 +203,37 @@ def test_heat_maps_of_any_window(shape, size, reduction, part, transposed, corne
 
 def test_one_dimension_is_shown_in_reading_order():
     tensor = torch.arange(100.0)
-    heat = heat_map(tensor, Window(4, 10, reduction="mean"))
+    heat = heat_map(tensor, HeatMapWindow(4, 10, reduction="mean"))
     assert heat.lines
     assert (heat.block_columns, heat.rows, heat.columns) == (3, 4, 10)
     shown = cells(heat).reshape(-1)
     assert shown[:33].tolist() == [3 * i + 1 for i in range(33)]
     assert shown[33] == 99
     assert np.isnan(shown[34:]).all()
-    near = heat_map(tensor, Window(4, 10, column_from=20, column_to=25, reduction="mean"))
+    near = heat_map(tensor, HeatMapWindow(4, 10, column_from=20, column_to=25, reduction="mean"))
     assert cells(near).tolist() == [[20, 21, 22, 23, 24]]
 
 
 def test_further_dimensions_become_columns():
     tensor = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(6))
-    heat = heat_map(tensor, Window(100, 100, reduction="mean"))
+    heat = heat_map(tensor, HeatMapWindow(100, 100, reduction="mean"))
     np.testing.assert_allclose(cells(heat), tensor.reshape(4, 12).numpy(), rtol=1e-6)
-    assert heat_map(torch.tensor(2.5), Window(5, 5)).cells == np.float32(2.5).tobytes()
+    assert heat_map(torch.tensor(2.5), HeatMapWindow(5, 5)).cells == np.float32(2.5).tobytes()
 
 
 def test_a_block_with_a_nan_shows_it():
     tensor = torch.ones(8, 8)
     tensor[5, 6] = math.nan
     tensor[0, 0] = math.inf
-    shown = cells(heat_map(tensor, Window(4, 4)))
+    shown = cells(heat_map(tensor, HeatMapWindow(4, 4)))
     assert np.isnan(shown[2, 3])
     assert shown[0, 0] == math.inf
     assert np.isfinite(shown).sum() == 14
 
 
-@pytest.mark.parametrize("window", [Window(0, 4), Window(4, 0), Window(1 << 10, 1 << 10)])
+@pytest.mark.parametrize(
+    "window", [HeatMapWindow(0, 4), HeatMapWindow(4, 0), HeatMapWindow(1 << 10, 1 << 10)]
+)
 def test_an_impossible_heat_map_is_refused(window):
     with pytest.raises(InspectionError, match="cells"):
         heat_map(torch.ones(3, 3), window)

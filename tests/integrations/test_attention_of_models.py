@@ -12,7 +12,7 @@ import torch
 
 from tests.inspect.attending import examined
 from tui_trainer.protocol.attention import ExamineAttention
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -56,7 +56,9 @@ def test_a_model_attends_as_it_says_itself(name, implementation):
     with torch.no_grad():
         expected = model(given, output_attentions=True).attentions[1][1, 2]  # (queries, keys)
     model.config._attn_implementation = implementation
-    request = ExamineAttention("1.", 2, None, 1, Window(99, 99, reduction="mean"), residual=True)
+    request = ExamineAttention(
+        "1.", 2, None, 1, HeatMapWindow(99, 99, reduction="mean"), residual=True
+    )
     found = examined(model, given, request)
     assert found.missing == ""
     cells = np.frombuffer(found.map.cells, "<f4").reshape(found.map.rows, found.map.columns)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiments import run_experiment
 
 
 @cache
-def measured(name: str, seed: int = 1) -> ExperimentResult:
+def measured(name: str, seed: int = 1) -> PageMeasurement:
     """The values of a page."""
     return run_experiment(name, seed)

@@ -14,9 +14,9 @@ import pytest
 
 from tui_trainer.learn import progress as progress_module
 from tui_trainer.learn.experiment_messages import (
-    ExperimentFailure,
-    ExperimentRequest,
-    ExperimentResult,
+    PageFailure,
+    PageMeasurement,
+    PageRequest,
 )
 from tui_trainer.learn.experiment_process import (
     COMMAND,
@@ -25,9 +25,9 @@ from tui_trainer.learn.experiment_process import (
     checked,
 )
 from tui_trainer.learn.experiments.__main__ import answer
-from tui_trainer.learn.progress import Progress, load_progress, save_progress
+from tui_trainer.learn.progress import ReadingProgress, load_progress, save_progress
 
-ANSWER = ExperimentResult(
+ANSWER = PageMeasurement(
     "loss-graph", 1, {"loss": 3.5, "name": "x", "vector": [1, 2.5]}, 1.0, "2.13.0"
 )
 
@@ -156,15 +156,15 @@ def test_what_is_no_answer_is_refused(line: bytes) -> None:
 def test_an_answer_is_checked() -> None:
     assert checked(msgspec.json.encode(ANSWER)) == ANSWER
     with pytest.raises(ExperimentError, match="why") as caught:
-        checked(msgspec.json.encode(ExperimentFailure("why", "what to do")))
+        checked(msgspec.json.encode(PageFailure("why", "what to do")))
     assert caught.value.hint == "what to do"
 
 
 def test_a_python_without_pytorch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "tui_trainer.learn.experiments.loss_graph", raising=False)
-    failed = answer(ExperimentRequest("loss-graph", 1))
-    assert isinstance(failed, ExperimentFailure)
+    failed = answer(PageRequest("loss-graph", 1))
+    assert isinstance(failed, PageFailure)
     assert "PyTorch" in failed.message
     assert "pip install torch" in failed.hint
 
@@ -173,12 +173,12 @@ def test_an_experiment_that_raises_or_measures_nan_fails(monkeypatch: pytest.Mon
     from tui_trainer.learn.experiments import loss_graph
 
     monkeypatch.setattr(loss_graph, "experiment", lambda: {"loss": float("nan")})
-    failed = answer(ExperimentRequest("loss-graph", 1))
-    assert isinstance(failed, ExperimentFailure)
+    failed = answer(PageRequest("loss-graph", 1))
+    assert isinstance(failed, PageFailure)
     assert "nan" in failed.message
     monkeypatch.setattr(loss_graph, "experiment", lambda: [][0])
-    failed = answer(ExperimentRequest("loss-graph", 1))
-    assert isinstance(failed, ExperimentFailure)
+    failed = answer(PageRequest("loss-graph", 1))
+    assert isinstance(failed, PageFailure)
     assert "IndexError" in failed.message
 
 
@@ -191,7 +191,7 @@ def test_progress_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for name in ("LC_ALL", "LC_MESSAGES", "LANGUAGE"):
         monkeypatch.delenv(name, raising=False)
     progress = load_progress()
-    assert progress == Progress()
+    assert progress == ReadingProgress()
     assert progress.shown_language == "fr"
     assert progress.mark("loss-graph")
     assert not progress.mark("loss-graph")
@@ -214,9 +214,9 @@ def test_a_damaged_file_is_as_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    save_progress(Progress(read=["x"]))
+    save_progress(ReadingProgress(read=["x"]))
     progress_module._file().write_bytes(content)
-    assert load_progress() == Progress()
+    assert load_progress() == ReadingProgress()
 
 
 def test_a_home_that_cannot_be_written_to_is_no_error(
@@ -224,4 +224,4 @@ def test_a_home_that_cannot_be_written_to_is_no_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    save_progress(Progress(read=["x"]))
+    save_progress(ReadingProgress(read=["x"]))

@@ -11,7 +11,7 @@ from tests.store.test_store import INFO, stepped
 from tui_trainer.protocol.messages import LogLine, Notice, Status, TextSample
 from tui_trainer.record.events import InfoChanged, RowRecorded, StepRecorded, StepsDropped
 from tui_trainer.store import timeline
-from tui_trainer.store.codec import Timeline, pack_timeline, unpack_timeline
+from tui_trainer.store.codec import StepTimes, pack_timeline, unpack_timeline
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.replay import replay_items
 from tui_trainer.store.writer import StoreWriter
@@ -32,7 +32,7 @@ def record(directory, steps, *before):
 
 
 def test_packed_times_are_exact():
-    piece = Timeline(
+    piece = StepTimes(
         np.array([3, 4, 9]), np.array([1, 2, 2]), np.array([at(1), at(2), 0.0]),
         np.float32([0.5, math.nan, 3]),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
-from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 
 IDLE_AFTER_S = 0.005
@@ -38,7 +38,7 @@ def parse_style_sheets_once() -> Iterator[None]:
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that pass by the pages to learn from start no process that imports PyTorch."""
 
-    def refuse(self: ExperimentProcess, experiment: str, seed: int) -> ExperimentResult:
+    def refuse(self: ExperimentProcess, experiment: str, seed: int) -> PageMeasurement:
         raise ExperimentError("not measured in tests")
 
     monkeypatch.setattr(ExperimentProcess, "prepare", lambda self: None)

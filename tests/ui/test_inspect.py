@@ -13,7 +13,7 @@ from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
 from tui_trainer.protocol.autograd import CheckGradient
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Histogram,
@@ -237,7 +237,7 @@ def test_a_viewport_stays_inside_of_its_tensor():
     for _ in range(12):
         view.zoom(matrix, 2.0)
     assert view.whole
-    assert view.window((5, 7)) == Window(5, 7)
+    assert view.window((5, 7)) == HeatMapWindow(5, 7)
     view.pan(matrix, 1, 1)
     assert view.whole
 

@@ -13,7 +13,7 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import ExperimentResult, Value
+from tui_trainer.learn.experiment_messages import PageMeasurement, Value
 from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.progress import load_progress
@@ -38,7 +38,7 @@ class FakeExperiments:
     def prepare(self) -> None:
         pass
 
-    def measure(self, experiment: str, seed: int) -> ExperimentResult:
+    def measure(self, experiment: str, seed: int) -> PageMeasurement:
         self.asked.append((experiment, seed))
         assert self.gate.wait(240)
         if self.error is not None:
@@ -48,7 +48,7 @@ class FakeExperiments:
         for name in sorted(placeholders(page.text + page.answer)):
             values[name] = 7
         values |= {"loss": 3.0 + seed, "norm_once": 0.5 * seed, "left_none": "None"}
-        return ExperimentResult(experiment, seed, values, 12.3, "2.13.0")
+        return PageMeasurement(experiment, seed, values, 12.3, "2.13.0")
 
     def release(self) -> None:
         pass

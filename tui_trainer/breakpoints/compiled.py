@@ -59,7 +59,7 @@ class MatchedValue:
 
 
 @dataclass(frozen=True)
-class Quantity:
+class ConditionQuantity:
     """A quantity that conditions can read."""
 
     name: str
@@ -79,7 +79,7 @@ class EvaluationContext(Protocol):
     def number(self, name: str) -> float | None:
         """A quantity of SCALARS; None where it is absent."""
 
-    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
+    def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         """The selected columns; None where they were not measured.
 
         Raises UserError where nothing matches the selector.

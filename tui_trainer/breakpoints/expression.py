@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from tui_trainer.breakpoints.compiled import (
     Compiled,
+    ConditionQuantity,
     Evaluate,
     EvaluationContext,
     ExponentialMean,
     MatchedValue,
     Number,
-    Quantity,
     Selector,
     Truth,
     absolute,
@@ -117,7 +117,7 @@ class Expression:
     """Whether it reads findings."""
     ranks: bool = False
     """Whether it compares processes, and so is evaluated for steps that all of them have ended."""
-    selectors: tuple[tuple[Quantity, Selector, int, int], ...] = ()
+    selectors: tuple[tuple[ConditionQuantity, Selector, int, int], ...] = ()
     """Each selector with its quantity and the start and end of its place in the text."""
     _evaluate: Evaluate = field(default=lambda context, matched: True, repr=False)
 
@@ -227,7 +227,7 @@ class _Compiler:
         self.ranks: ast.expr | None = None
         """The first quantity of a rank."""
         self._not_with_ranks: tuple[str, ast.expr] | None = None
-        self.selectors: list[tuple[Quantity, Selector, int, int]] = []
+        self.selectors: list[tuple[ConditionQuantity, Selector, int, int]] = []
 
     def compile(self) -> Evaluate:
         try:
@@ -422,7 +422,7 @@ class _Compiler:
         example = '("exploding"), or finding(level="warning")'
         return self._string(node, "(part of) the name of a rule", example), "info"
 
-    def _several(self, node: ast.Call, quantity: Quantity) -> Compiled:
+    def _several(self, node: ast.Call, quantity: ConditionQuantity) -> Compiled:
         selector = self._selector(node, quantity)
         self._check_phase(node, quantity.name, quantity.known_from)
         self.tables.add(quantity.table)
@@ -434,7 +434,7 @@ class _Compiler:
             table=quantity.table,
         )
 
-    def _selector(self, node: ast.Call, quantity: Quantity) -> Selector:
+    def _selector(self, node: ast.Call, quantity: ConditionQuantity) -> Selector:
         match node:
             case ast.Call(args=[] | [ast.Name(id="any")], keywords=[]):
                 return Selector()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.compiled import ColumnValues, MatchedValue, Quantity, Selector
+from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
 from tui_trainer.breakpoints.quantities import SCALARS
 from tui_trainer.findings.verdict import LEVEL_ORDER
 from tui_trainer.history.records import Floats, StepRecord
@@ -77,9 +77,9 @@ class Observed:
     logged_count: int = 0
     known_findings: dict[int, Level] = field(default_factory=dict)
     tables: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
-    chosen: dict[tuple[Quantity, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]] = field(
-        default_factory=dict
-    )
+    chosen: dict[
+        tuple[ConditionQuantity, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]
+    ] = field(default_factory=dict)
     """(names, positions) of the columns that a selector chooses in a table."""
 
     def observe(self, record: StepRecord, run: RecordedRun) -> None:
@@ -188,7 +188,7 @@ class LiveContext:
             return self._live.clip().get(name.removeprefix("clip."))
         return None
 
-    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
+    def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         if self.phase != "step":
             norms = self._gradient_norms()
             if norms is None:
@@ -314,7 +314,7 @@ class PastStepContext:
 
     # The language does not allow the others in such a condition.
 
-    def several(self, quantity: Quantity, selector: Selector) -> ColumnValues | None:
+    def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         return None
 
     def logged(self, table: str, name: str) -> float | None:
@@ -345,7 +345,7 @@ def _present(row: tuple[int, tuple[str, ...], Floats], column: str) -> float | N
 
 
 def names_of(
-    table: str, columns: Sequence[str], quantity: Quantity
+    table: str, columns: Sequence[str], quantity: ConditionQuantity
 ) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """The columns of a quantity: their names (of parameters, layers or phases) and positions."""
     if table not in ATTENTION_TABLES:
@@ -356,7 +356,9 @@ def names_of(
     return names, np.array(positions, np.intp)
 
 
-def choose(names: Sequence[str], selector: Selector, quantity: Quantity) -> NDArray[np.intp]:
+def choose(
+    names: Sequence[str], selector: Selector, quantity: ConditionQuantity
+) -> NDArray[np.intp]:
     """Positions of the selected names. Layers count from 0: the n-th attention layer, or the first
     number in a parameter's name."""
     if selector.layer is None:
@@ -373,7 +375,9 @@ def _first_number(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
-def nothing_matches(quantity: Quantity, selector: Selector, names: Sequence[str]) -> UserError:
+def nothing_matches(
+    quantity: ConditionQuantity, selector: Selector, names: Sequence[str]
+) -> UserError:
     if selector.layer is not None:
         return UserError(f"{quantity.name} has no {selector}")
     pattern = selector.pattern or ""

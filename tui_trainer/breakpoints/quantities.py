@@ -5,28 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tui_trainer.breakpoints.compiled import Quantity
+from tui_trainer.breakpoints.compiled import ConditionQuantity
 from tui_trainer.protocol import PHASES, schema
 
 
-def _attention(names: Iterable[str], table: str) -> list[Quantity]:
+def _attention(names: Iterable[str], table: str) -> list[ConditionQuantity]:
     text = "of the attention layers: (any), (layer=2) or a pattern"
-    return [Quantity(name, f"{name} {text}", "step", table) for name in names]
+    return [ConditionQuantity(name, f"{name} {text}", "step", table) for name in names]
 
 
 SCALARS = {
     quantity.name: quantity
     for quantity in (
-        Quantity("step", "the number of the optimizer step", "data"),
-        Quantity("loss", "the loss of the step", "loss", schema.STEP),
-        Quantity("learning_rate", "the learning rate", "step", schema.STEP),
-        Quantity("lr", "the learning rate", "step", schema.STEP),
-        Quantity("grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP),
-        Quantity("step_ms", "the duration of the step in milliseconds", "step", schema.STEP),
-        Quantity("clip.scale", "the factor that clipping applied", "clip", schema.CLIP),
-        Quantity("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
-        Quantity("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
-        Quantity("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
+        ConditionQuantity("step", "the number of the optimizer step", "data"),
+        ConditionQuantity("loss", "the loss of the step", "loss", schema.STEP),
+        ConditionQuantity("learning_rate", "the learning rate", "step", schema.STEP),
+        ConditionQuantity("lr", "the learning rate", "step", schema.STEP),
+        ConditionQuantity(
+            "grad_norm", "the norm of all gradients before clipping", "backward", schema.STEP
+        ),
+        ConditionQuantity(
+            "step_ms", "the duration of the step in milliseconds", "step", schema.STEP
+        ),
+        ConditionQuantity("clip.scale", "the factor that clipping applied", "clip", schema.CLIP),
+        ConditionQuantity("clip.max_norm", "the threshold of the clipping", "clip", schema.CLIP),
+        ConditionQuantity("clip.norm_before", "the norm before clipping", "clip", schema.CLIP),
+        ConditionQuantity("clip.norm_after", "the norm after clipping", "clip", schema.CLIP),
     )
 }
 """Quantities of one number."""
@@ -34,12 +38,14 @@ SCALARS = {
 COLUMN_QUANTITIES = {
     quantity.name: quantity
     for quantity in (
-        Quantity("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
+        ConditionQuantity("grad_norm", "norms of gradients: (any) or a pattern of parameter names",
                  "backward", schema.GRAD_NORM),
-        Quantity("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
-        Quantity("update_ratio", "sizes of updates relative to the weights", "step",
+        ConditionQuantity("weight_norm", "norms of parameters", "step", schema.WEIGHT_NORM),
+        ConditionQuantity("update_ratio", "sizes of updates relative to the weights", "step",
                  schema.UPDATE_RATIO),
-        Quantity("phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS),
+        ConditionQuantity(
+            "phase_ms", 'milliseconds of a phase: phase_ms("data")', "step", schema.PHASE_MS
+        ),
         *_attention(schema.ATTENTION_STATISTICS, schema.ATTENTION),
         *_attention(schema.SPECTRUM_STATISTICS, schema.ATTENTION_SPECTRUM),
         *_attention(schema.HEALTH_STATISTICS, schema.ATTENTION_HEALTH),

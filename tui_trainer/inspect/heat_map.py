@@ -7,10 +7,10 @@ import torch
 
 from tui_trainer.inspect.catalog import InspectionError
 from tui_trainer.inspect.values import as_matrix, as_real, part_elements
-from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, Reduction, Window
+from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 
 
-def heat_map(tensor: torch.Tensor, window: Window) -> HeatMap:
+def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
     """Reduce a window of a readable tensor. Raises InspectionError for an impossible window.
 
     Memory: float32 cells, and one part of `part_elements` at a time.

@@ -26,7 +26,7 @@ MAX_CALLS = 32
 
 OutputKey = tuple[Any, int]
 """(node of the graph, which of its outputs): identifies a tensor within a graph."""
-Step = Callable[[torch.Tensor], torch.Tensor]
+TensorOperation = Callable[[torch.Tensor], torch.Tensor]
 """One operation, to be applied again."""
 
 
@@ -46,7 +46,7 @@ class Derived:
 
     position: int
     """Of the output among those of the model."""
-    steps: tuple[Step, ...]
+    steps: tuple[TensorOperation, ...]
 
     def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         if self.position >= len(outputs):
@@ -150,7 +150,7 @@ class LossRecipe:
 
     def _derived(self, tensor: torch.Tensor) -> Derived:
         """How a tensor was computed from an output. Raises InspectionError."""
-        steps: list[Step] = []
+        steps: list[TensorOperation] = []
         node, number = _key(tensor)
         for _ in range(MAX_CHAIN):
             if (node, number) in self._outputs:
@@ -278,7 +278,7 @@ def _key(tensor: torch.Tensor) -> OutputKey:
 # ---------------------------------------------------------------- operations
 
 
-def _step(node: Any) -> Step | None:
+def _step(node: Any) -> TensorOperation | None:
     """The operation of a node, to be applied again; None where it is not known."""
     name = node_name(node)
     if name in RESHAPING:
@@ -293,7 +293,7 @@ def _step(node: Any) -> Step | None:
 
 
 RESHAPING = ("View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze")
-PLAIN: dict[str, Step] = {
+PLAIN: dict[str, TensorOperation] = {
     "Clone": torch.clone,
     "T": torch.t,
     "Neg": torch.neg,
@@ -311,17 +311,17 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _transpose(node: Any) -> Step:
+def _transpose(node: Any) -> TensorOperation:
     first, second = _signed(node._saved_dim0), _signed(node._saved_dim1)
     return lambda x: x.transpose(first, second)
 
 
-def _permute(node: Any) -> Step:
+def _permute(node: Any) -> TensorOperation:
     dims = tuple(_signed(each) for each in node._saved_dims)
     return lambda x: x.permute(dims)
 
 
-def _slice(node: Any) -> Step:
+def _slice(node: Any) -> TensorOperation:
     dim, shape = _signed(node._saved_dim), tuple(node._input_metadata[0].shape)
     first, step = node._saved_start or 0, node._saved_step
     length = shape[dim]
@@ -334,13 +334,13 @@ def _slice(node: Any) -> Step:
     return cut
 
 
-def _select(node: Any) -> Step:
+def _select(node: Any) -> TensorOperation:
     dim, index = _signed(node._saved_dim), _signed(node._saved_index)
     return lambda x: x.select(dim, index)
 
 
-def _reduce(name: str, whole: bool) -> Callable[[Any], Step]:
-    def made(node: Any) -> Step:
+def _reduce(name: str, whole: bool) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
         function = getattr(torch, name)
         if whole:
             return lambda x: function(x)
@@ -352,27 +352,27 @@ def _reduce(name: str, whole: bool) -> Callable[[Any], Step]:
     return made
 
 
-def _along(name: str) -> Callable[[Any], Step]:
-    def made(node: Any) -> Step:
+def _along(name: str) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
         function, dim = getattr(torch, name), _signed(node._saved_dim)
         return lambda x: function(x, dim)
 
     return made
 
 
-def _mean_or_sum(name: str) -> Callable[[Any], Step]:
-    def made(node: Any) -> Step:
+def _mean_or_sum(name: str) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
         return _reduce(name, not hasattr(node, "_saved_dim"))(node)
 
     return made
 
 
-def _power(node: Any) -> Step:
+def _power(node: Any) -> TensorOperation:
     exponent = node._saved_exponent
     return lambda x: x.pow(exponent)
 
 
-_WITH_SETTINGS: dict[str, Callable[[Any], Step]] = {
+_WITH_SETTINGS: dict[str, Callable[[Any], TensorOperation]] = {
     "Transpose": _transpose,
     "Permute": _permute,
     "Slice": _slice,

@@ -10,7 +10,7 @@ Value = bool | int | float | str | list[float | int | str]
 """A number, a text, or a vector. Floats are finite."""
 
 
-class ExperimentResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The result of one experiment."""
 
     experiment: str
@@ -22,14 +22,14 @@ class ExperimentResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Version of PyTorch."""
 
 
-class ExperimentFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PageFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The reason why an experiment could not be run."""
 
     message: str
     hint: str = ""
 
 
-class ExperimentRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PageRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The experiment to run, and the seed of its random numbers."""
 
     experiment: str

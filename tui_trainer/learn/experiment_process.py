@@ -16,9 +16,9 @@ import threading
 import msgspec
 
 from tui_trainer.learn.experiment_messages import (
-    ExperimentFailure,
-    ExperimentRequest,
-    ExperimentResult,
+    PageFailure,
+    PageMeasurement,
+    PageRequest,
     all_finite,
 )
 from tui_trainer.protocol.errors import UserError
@@ -51,7 +51,7 @@ class ExperimentProcess:
             if not self._closed:
                 self._running()
 
-    def measure(self, experiment: str, seed: int) -> ExperimentResult:
+    def measure(self, experiment: str, seed: int) -> PageMeasurement:
         """Run an experiment and wait for its values. Raises ExperimentError."""
         with self._lock:
             if self._closed:
@@ -61,7 +61,7 @@ class ExperimentProcess:
             timer.daemon = True
             timer.start()
             try:
-                answer = self._ask(process, ExperimentRequest(experiment, seed))
+                answer = self._ask(process, PageRequest(experiment, seed))
             finally:
                 timer.cancel()
         if answer.experiment != experiment or answer.seed != seed:
@@ -100,7 +100,7 @@ class ExperimentProcess:
                 raise ExperimentError(f"cannot start the experiment: {error}") from error
         return self._process
 
-    def _ask(self, process: subprocess.Popen[bytes], wanted: ExperimentRequest) -> ExperimentResult:
+    def _ask(self, process: subprocess.Popen[bytes], wanted: PageRequest) -> PageMeasurement:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -132,13 +132,13 @@ class ExperimentProcess:
         return ""
 
 
-def checked(line: bytes) -> ExperimentResult:
+def checked(line: bytes) -> PageMeasurement:
     """The answer of the child. Raises ExperimentError where it is none, or says that it failed."""
     try:
-        answer = msgspec.json.decode(line, type=ExperimentResult)
+        answer = msgspec.json.decode(line, type=PageMeasurement)
     except msgspec.MsgspecError:
         try:
-            failed = sanitize_message(msgspec.json.decode(line, type=ExperimentFailure))
+            failed = sanitize_message(msgspec.json.decode(line, type=PageFailure))
         except msgspec.MsgspecError as error:
             raise ExperimentError(f"the experiment gave no valid answer: {error}") from error
         raise ExperimentError(failed.message, failed.hint) from None

@@ -17,7 +17,7 @@ FILE = "learn.json"
 PageState = Literal["new", "read", "answered"]
 
 
-class Progress(msgspec.Struct):
+class ReadingProgress(msgspec.Struct):
     """The pages that were opened and those whose question was answered, by name."""
 
     read: list[str] = msgspec.field(default_factory=list)
@@ -46,15 +46,15 @@ class Progress(msgspec.Struct):
         return self.state(page) != before
 
 
-def load_progress() -> Progress:
+def load_progress() -> ReadingProgress:
     """What was saved; nothing where there is no file, or none that can be read."""
     try:
-        return msgspec.json.decode(_file().read_bytes(), type=Progress)
+        return msgspec.json.decode(_file().read_bytes(), type=ReadingProgress)
     except (OSError, msgspec.MsgspecError):
-        return Progress()
+        return ReadingProgress()
 
 
-def save_progress(progress: Progress) -> None:
+def save_progress(progress: ReadingProgress) -> None:
     """Save it, if the directory can be written to."""
     path = _file()
     partial = path.with_name(f".{FILE}.{os.getpid()}.partial")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from tui_trainer.protocol.heat_map import HeatMap, Window
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 
 ContributionKind = Literal["start", "attention", "head", "bias", "module", "readout"]
 """`readout`: the biases of the final norm and of the head, which only the logit has."""
@@ -28,7 +28,7 @@ class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
     """None: the last position."""
     sample: int = 0
     """Number of the example in the batch."""
-    window: Window | None = None
+    window: HeatMapWindow | None = None
     """The part of the map, and the size it is reduced to; None: without the map."""
     weights: bool = False
     """Whether to compare Wq, Wk and Wv of every head."""

@@ -10,10 +10,10 @@ Reduction = Literal["mean_abs", "mean", "max_abs"]
 """How a heat map makes one cell of a block of entries."""
 
 MAX_CELLS = 512 * 512
-"""Limit of `Window.rows` times `Window.columns`."""
+"""Limit of `HeatMapWindow.rows` times `HeatMapWindow.columns`."""
 
 
-class Window(msgspec.Struct, frozen=True, array_like=True):
+class HeatMapWindow(msgspec.Struct, frozen=True, array_like=True):
     """The part of a tensor that a heat map shows, and the size that it is reduced to.
 
     A tensor is shown as a matrix: its first dimension by all others. One with a single row or a

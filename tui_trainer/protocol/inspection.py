@@ -26,7 +26,7 @@ from tui_trainer.protocol.experiments import (
     MeasureLandscape,
     WhatIf,
 )
-from tui_trainer.protocol.heat_map import HeatMap, Window
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.settings import ReadSettings, SettingList
 from tui_trainer.protocol.travel import ReadTimeline, Timeline
@@ -245,7 +245,7 @@ class Summarize(msgspec.Struct, tag="summarize", frozen=True):
 
     tensor: TensorRef
     statistics: bool = True
-    window: Window | None = None
+    window: HeatMapWindow | None = None
     entries: int = 8
     """How many of the largest, of the smallest and of those that are not finite."""
 

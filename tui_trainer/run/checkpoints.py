@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,20 +38,13 @@ from tui_trainer.runs.checkpoints import (
     checkpoint_steps,
 )
 from tui_trainer.trace.random_state import random_state
+from tui_trainer.travel.state import Stateful
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
 TENSORS_FILE = "state.safetensors"
 SKELETON_FILE = WHOLE
 BEST_FILE = "best.json"
-
-
-class Stateful(Protocol):
-    """An object whose state a checkpoint holds: an optimizer, a scaler, batches."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 Contents = Callable[[], tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]]

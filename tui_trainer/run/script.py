@@ -31,8 +31,8 @@ from tui_trainer.trace.gate import StopTraining
 if TYPE_CHECKING:
     import torch
 
-    from tui_trainer.run.checkpoints import Stateful
     from tui_trainer.trace.tracer import Tracer
+    from tui_trainer.travel.state import Stateful
 
 _kept_alive: list[types.ModuleType] = []
 

@@ -28,8 +28,9 @@ from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 if TYPE_CHECKING:
     import torch
 
-    from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint, Stateful
+    from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint
     from tui_trainer.travel.edits import EditableTask
+    from tui_trainer.travel.state import Stateful
 
 
 EDITS = "edits"

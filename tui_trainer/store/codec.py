@@ -137,7 +137,7 @@ def decode_bucket_tail(data: bytes, level: int, columns: int) -> Buckets:
     return entries
 
 
-class Timeline(NamedTuple):
+class StepTimes(NamedTuple):
     """n steps, or rows measured outside a step, in the order of `seq`."""
 
     seq: NDArray[np.int64]
@@ -148,18 +148,18 @@ class Timeline(NamedTuple):
     """Overhead of tracing the step; NaN for a row measured outside a step."""
 
 
-def pack_timeline(timeline: Timeline) -> bytes:
+def pack_timeline(timeline: StepTimes) -> bytes:
     microseconds = np.rint(timeline.time * 1e6).astype(np.int64)
     integers = pack_integers(timeline.seq, timeline.step, microseconds)
     return msgspec.msgpack.encode((integers, pack(timeline.own_ms.astype("<f4"))))
 
 
-def unpack_timeline(data: bytes) -> Timeline:
+def unpack_timeline(data: bytes) -> StepTimes:
     """Raises ValueError for damaged data."""
     integers, floats = _pair_decoder.decode(data)
     seq, step, microseconds = unpack_integers(integers, 3)
     own_ms = unpack(floats, "<f4", (len(seq),)).astype(np.float32)
-    return Timeline(seq, step, microseconds / 1e6, own_ms)
+    return StepTimes(seq, step, microseconds / 1e6, own_ms)
 
 
 # ------------------------------------------------------------------------------ messages

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import Steps
 from tui_trainer.store import codec
-from tui_trainer.store.codec import CHUNK, Timeline
+from tui_trainer.store.codec import CHUNK, StepTimes
 from tui_trainer.store.database import TIMES, Store
 
 # ------------------------------------------------------------------------------ writing
@@ -43,7 +43,7 @@ class TimelineWriter:
             return
         for start in range(0, len(self._entries), CHUNK):
             seq, step, time, own_ms = zip(*self._entries[start : start + CHUNK], strict=True)
-            piece = Timeline(
+            piece = StepTimes(
                 np.array(seq, np.int64) + first_seq,
                 np.array(step, np.int64),
                 np.array(time, np.float64),
@@ -62,7 +62,7 @@ class TimelineWriter:
         self._row = self._row_after if self._entries else None
 
 
-def _last_step(piece: Timeline) -> tuple[int, float]:
+def _last_step(piece: StepTimes) -> tuple[int, float]:
     """The last step of a piece, and when it ended. Rows measured outside a step count only where
     there is nothing else: they overtake steps whose values are still on their way to the host."""
     steps = np.flatnonzero(~np.isnan(piece.own_ms))
@@ -100,7 +100,7 @@ class TimelineReader:
         self._last_steps = np.append(self._last_steps[:keep], fresh[:, 1].astype(np.int64))
         self._last_times = np.append(self._last_times[:keep], fresh[:, 2])
 
-    def pieces(self) -> Iterator[Timeline]:
+    def pieces(self) -> Iterator[StepTimes]:
         """The whole timeline, in the order of seq."""
         rows = self._store.stream("SELECT data FROM timeline ORDER BY id")
         return self._store.decoded(TIMES, codec.unpack_timeline, rows)

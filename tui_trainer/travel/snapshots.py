@@ -15,7 +15,7 @@ MAX_INTERVAL = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Snapshot:
+class TrainingSnapshot:
     """The state of a training at the end of a step."""
 
     step: int
@@ -29,7 +29,7 @@ class SnapshotRing:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._kept: list[Snapshot] = []
+        self._kept: list[TrainingSnapshot] = []
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class SnapshotRing:
     def nbytes(self) -> int:
         return sum(each.state.nbytes for each in self._kept)
 
-    def add(self, snapshot: Snapshot) -> None:
+    def add(self, snapshot: TrainingSnapshot) -> None:
         """Keep a snapshot, and give up those whose steps are covered best by their neighbours."""
         self._kept = [each for each in self._kept if each.step != snapshot.step]
         self._kept.insert(bisect_right(self.steps, snapshot.step), snapshot)
@@ -56,7 +56,7 @@ class SnapshotRing:
 
         return min(range(1, len(self._kept) - 1), key=cost)
 
-    def before(self, step: int) -> Snapshot | None:
+    def before(self, step: int) -> TrainingSnapshot | None:
         """The nearest one at or before `step`."""
         position = bisect_right(self.steps, step)
         return self._kept[position - 1] if position else None

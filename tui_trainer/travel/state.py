@@ -20,6 +20,8 @@ from tui_trainer.trace.torch_private import local
 
 
 class Stateful(Protocol):
+    """An object with a state of its own: an optimizer, a scheduler, a scaler, batches."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...

@@ -33,7 +33,7 @@ from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.edits import Entry, LiveEdits
 from tui_trainer.travel.experiments import Experiments
 from tui_trainer.travel.schedules import schedulers_of
-from tui_trainer.travel.snapshots import Snapshot, SnapshotRing, interval
+from tui_trainer.travel.snapshots import SnapshotRing, TrainingSnapshot, interval
 from tui_trainer.travel.state import Stateful, TrainingParts, TrainingState
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ HOW_TO_KEEP = (
 
 
 @dataclass(frozen=True)
-class Step:
+class RewindTarget:
     """Where to go."""
 
     wanted: int
@@ -67,7 +67,7 @@ class GoingBack(KeyboardInterrupt):
     A `KeyboardInterrupt`, as `StopTraining`: nothing that handles exceptions takes it for a fault.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: RewindTarget) -> None:
         super().__init__(f"going to step {step.wanted}")
         self.step = step
 
@@ -189,7 +189,7 @@ class TimeTravel:
         saved = None
         if nearest not in self.ring.steps and self.checkpoints is not None:
             saved = self.checkpoints.load(nearest)
-        raise GoingBack(Step(step, nearest, saved))
+        raise GoingBack(RewindTarget(step, nearest, saved))
 
     def _report_failure(self, error: BaseException | None) -> None:
         if isinstance(error, UserError):
@@ -226,7 +226,7 @@ class TimeTravel:
 
         def leave() -> None:
             step = self._gate.completed
-            raise GoingBack(Step(step, step, experiment=run))
+            raise GoingBack(RewindTarget(step, step, experiment=run))
 
         self._gate.call_soon(leave)
         return found
@@ -272,7 +272,7 @@ class TimeTravel:
         if not self._announce(parts.nbytes()):
             return
         with self._recorder.excluded():
-            self.ring.add(Snapshot(step, TrainingState.take(parts), self._edits.snapshot()))
+            self.ring.add(TrainingSnapshot(step, TrainingState.take(parts), self._edits.snapshot()))
         self._copy_s = time.perf_counter() - began
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
@@ -306,7 +306,7 @@ class TimeTravel:
 
     # ------------------------------------------------------------ a task
 
-    def go(self, to: Step) -> None:
+    def go(self, to: RewindTarget) -> None:
         """On the training thread, outside of the loop: be at the end of the wanted step, or run up
         to it; the loop is to be called again."""
         if to.experiment is not None:
@@ -334,7 +334,7 @@ class TimeTravel:
         if target:
             gate.reached("step", target)
 
-    def _experiment_at(self, to: Step) -> None:
+    def _experiment_at(self, to: RewindTarget) -> None:
         """Run an experiment between two steps, and be paused after it as before it."""
         assert to.experiment is not None
         self._tracer.rewind(to.wanted)
@@ -347,7 +347,7 @@ class TimeTravel:
         if to.wanted:
             self._gate.reached("step", to.wanted)
 
-    def _restore(self, to: Step) -> None:
+    def _restore(self, to: RewindTarget) -> None:
         snapshot = self.ring.before(to.nearest)
         if to.saved is not None and self.checkpoints is not None:
             self._edits.restore_saved(self.checkpoints.restore(to.saved), self._way)
@@ -400,7 +400,7 @@ class TimeTravel:
         )
         return f"to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
-    def _restore_script(self, snapshot: Snapshot) -> None:
+    def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         snapshot.state.restore()
         self._edits.restore(snapshot.edits)
         text = f"back to the state of step {snapshot.step:,}: {SCRIPT_STATE}"

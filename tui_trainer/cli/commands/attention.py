@@ -33,7 +33,7 @@ from tui_trainer.protocol.attention import (
     ResidualStream,
 )
 from tui_trainer.protocol.formatting import number, signed
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.runs.errors import RunError
 
@@ -83,7 +83,7 @@ def attention(
     """what a head attends to, for one example of the batch of the step"""
     if run is not None and re.fullmatch(r"\d+", run):
         raise UsageError(f"{run} is no run", "a layer is named by --layer, a head by --head")
-    window = Window(ROWS, COLUMNS, reduction="max_abs") if map or json else None
+    window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or json else None
     request = ExamineAttention(layer, head, query, sample, window, weights, residual)
     with cli_errors():
         found = require_single_run(run, runs_dir)

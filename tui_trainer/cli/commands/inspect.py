@@ -29,7 +29,7 @@ from tui_trainer.client.tensors import (
     write_tensor,
 )
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
-from tui_trainer.protocol.heat_map import HeatMap, Reduction, Window
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
@@ -222,9 +222,9 @@ def _index(text: str | None, update: bool, other: bool) -> tuple[int, ...] | Non
     return tuple(int(part) for part in parts)
 
 
-def _window(text: str | None, reduction: Reduction) -> Window:
+def _window(text: str | None, reduction: Reduction) -> HeatMapWindow:
     if text is None:
-        return Window(ROWS, COLUMNS, reduction=reduction)
+        return HeatMapWindow(ROWS, COLUMNS, reduction=reduction)
     ranges = [_range(part) for part in text.split(",")]
     if not 1 <= len(ranges) <= 2 or None in ranges:
         raise UsageError(
@@ -232,7 +232,7 @@ def _window(text: str | None, reduction: Reduction) -> Window:
             "rows and columns: 0:128,64:96, or 0:128, or :,64:96",
         )
     (row_from, row_to), (column_from, column_to) = (*ranges, (0, None))[:2]  # type: ignore[misc]
-    return Window(ROWS, COLUMNS, row_from, row_to, column_from, column_to, reduction)
+    return HeatMapWindow(ROWS, COLUMNS, row_from, row_to, column_from, column_to, reduction)
 
 
 def _range(text: str) -> tuple[int, int | None] | None:

@@ -14,11 +14,11 @@ from tui_trainer.cli.options import StartOptions
 from tui_trainer.cli.start import start_screen
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
-from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 from tui_trainer.learn.layout import Numbers, laid_out, plain
 from tui_trainer.learn.page import Page, load_page, titles, words
-from tui_trainer.learn.progress import Progress, load_progress, save_progress
+from tui_trainer.learn.progress import ReadingProgress, load_progress, save_progress
 
 MAX_WIDTH = 84
 
@@ -76,7 +76,7 @@ def learn(
     return 0
 
 
-def _print_list(progress: Progress, json: bool) -> None:
+def _print_list(progress: ReadingProgress, json: bool) -> None:
     language = progress.shown_language
     if json:
         pages = [
@@ -92,14 +92,14 @@ def _print_list(progress: Progress, json: bool) -> None:
     print("\ntui-trainer learn PAGE prints one, on a terminal it opens it")
 
 
-def page_text(page: Page, measured: ExperimentResult, answer: bool = False) -> str:
+def page_text(page: Page, measured: PageMeasurement, answer: bool = False) -> str:
     """A page with its numbers as plain text."""
     numbers = Numbers(page.language, measured.values, quotes_code=True)
     text = f"# {page.title}\n\n{page.text}" + (f"\n\n{page.answer}" if answer else "")
     return plain(laid_out(text, numbers, min(MAX_WIDTH, shutil.get_terminal_size().columns)))
 
 
-def page_object(page: Page, measured: ExperimentResult) -> dict[str, Any]:
+def page_object(page: Page, measured: PageMeasurement) -> dict[str, Any]:
     """A page, its numbers and the answer as one object."""
     numbers = Numbers(page.language, measured.values, quotes_code=True)
 

@@ -10,7 +10,7 @@ import importlib
 import time
 from collections.abc import Callable
 
-from tui_trainer.learn.experiment_messages import ExperimentResult, Value
+from tui_trainer.learn.experiment_messages import PageMeasurement, Value
 
 Experiment = Callable[[], dict[str, Value]]
 
@@ -22,7 +22,7 @@ def find_experiment(name: str) -> Experiment:
     return experiment
 
 
-def run_experiment(name: str, seed: int) -> ExperimentResult:
+def run_experiment(name: str, seed: int) -> PageMeasurement:
     """Run the experiment of a page with this seed; the caller's random numbers stay as they are."""
     experiment = find_experiment(name)
     import torch
@@ -32,7 +32,7 @@ def run_experiment(name: str, seed: int) -> ExperimentResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         values = experiment()
-    return ExperimentResult(
+    return PageMeasurement(
         experiment=name,
         seed=seed,
         values=values,

@@ -1,7 +1,7 @@
 """`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
 
-With `--serve` it reads an `ExperimentRequest` from each line of its standard input and answers each
-with one line, an `ExperimentResult` or an `ExperimentFailure`.
+With `--serve` it reads an `PageRequest` from each line of its standard input and answers each
+with one line, an `PageMeasurement` or an `PageFailure`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import msgspec
 
 from tui_trainer.learn.catalog import PAGES, find_page
 from tui_trainer.learn.experiment_messages import (
-    ExperimentFailure,
-    ExperimentRequest,
-    ExperimentResult,
+    PageFailure,
+    PageMeasurement,
+    PageRequest,
     all_finite,
 )
 from tui_trainer.learn.experiments import run_experiment
@@ -39,15 +39,15 @@ def main(arguments: list[str]) -> int:
     if given.list or given.name is None:
         print("\n".join(PAGES))
         return 0
-    result = answer(ExperimentRequest(given.name, given.seed))
+    result = answer(PageRequest(given.name, given.seed))
     if given.json:
         print(msgspec.json.encode(result).decode())
-    elif isinstance(result, ExperimentResult):
+    elif isinstance(result, PageMeasurement):
         for name, value in result.values.items():
             print(f"{name} = {value}")
     else:
         print(f"{result.message}\n  hint: {result.hint}", file=sys.stderr)
-    return 0 if isinstance(result, ExperimentResult) else 1
+    return 0 if isinstance(result, PageMeasurement) else 1
 
 
 def serve() -> None:
@@ -58,7 +58,7 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints is no answer
     for line in sys.stdin.buffer:
         answers.write(
-            msgspec.json.encode(answer(msgspec.json.decode(line, type=ExperimentRequest))) + b"\n"
+            msgspec.json.encode(answer(msgspec.json.decode(line, type=PageRequest))) + b"\n"
         )
         answers.flush()
 
@@ -69,21 +69,21 @@ def prepare() -> None:
         import torch._dynamo  # noqa: F401
 
 
-def answer(wanted: ExperimentRequest) -> ExperimentResult | ExperimentFailure:
+def answer(wanted: PageRequest) -> PageMeasurement | PageFailure:
     """What an experiment measures, or why it could not."""
     try:
         measured = run_experiment(find_page(wanted.experiment), wanted.seed)
     except UserError as error:
-        return ExperimentFailure(error.message, error.hint)
+        return PageFailure(error.message, error.hint)
     except ModuleNotFoundError as error:
-        return ExperimentFailure(
+        return PageFailure(
             f"the numbers of the pages are measured with PyTorch: there is no module {error.name}",
             f"install it for {sys.executable}, for instance with pip install torch",
         )
     except Exception as error:
-        return ExperimentFailure(f"the experiment failed: {type(error).__name__}: {error}")
+        return PageFailure(f"the experiment failed: {type(error).__name__}: {error}")
     if not all_finite(measured.values):
-        return ExperimentFailure(f"the experiment {wanted.experiment} measured nan or inf")
+        return PageFailure(f"the experiment {wanted.experiment} measured nan or inf")
     return measured
 
 

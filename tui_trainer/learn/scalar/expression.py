@@ -61,7 +61,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Expression:
+class ScalarExpression:
     """A parsed expression: its nodes, each after those that it is computed from."""
 
     text: str
@@ -116,7 +116,7 @@ class Expression:
         return GraphError(message, self.text, node.start, node.end, hint)
 
 
-def parse(text: str) -> Expression:
+def parse(text: str) -> ScalarExpression:
     """Parse an expression. Raises GraphError."""
     return _Parser(" ".join(text.split())).parse()
 
@@ -131,7 +131,7 @@ class _Parser:
         self._by_name: dict[str, int] = {}
         self._unnamed: list[int] = []
 
-    def parse(self) -> Expression:
+    def parse(self) -> ScalarExpression:
         if not self._text:
             raise GraphError("the expression is empty", "", 0, 0, 'such as "(a*b + c) * f"')
         if len(self._text) > MAX_CHARACTERS:
@@ -154,7 +154,7 @@ class _Parser:
             raise GraphError("there is no name in the expression, so nothing to differentiate",
                              self._text, 0, len(self._text), 'such as "(a*b + c) * f"')  # fmt: skip
         self._name_intermediates(output)
-        return Expression(self._text, tuple(self._nodes), output)
+        return ScalarExpression(self._text, tuple(self._nodes), output)
 
     def _statements(self) -> list[ast.stmt]:
         try:

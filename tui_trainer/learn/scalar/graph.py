@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tui_trainer.learn.scalar.expression import Expression, GraphError, Node, parse
+from tui_trainer.learn.scalar.expression import GraphError, Node, ScalarExpression, parse
 from tui_trainer.learn.scalar.operations import OPERATIONS, DomainError
 
 DEFAULT_H = 1e-4
@@ -21,7 +21,7 @@ Difference = Literal["central", "forward"]
 
 
 @dataclass(frozen=True)
-class Contribution:
+class GradientContribution:
     """What one node adds to the gradient of one of its operands."""
 
     to: int
@@ -51,14 +51,14 @@ class BackwardStep:
 
     node: int
     gradient: float
-    contributions: tuple[Contribution, ...] = ()
+    contributions: tuple[GradientContribution, ...] = ()
 
 
 @dataclass(frozen=True)
 class ScalarGraph:
     """An expression evaluated at a point, with the gradient of its output."""
 
-    expression: Expression
+    expression: ScalarExpression
     inputs: Mapping[str, float]
     values: tuple[float, ...]
     """Of each node."""
@@ -71,7 +71,7 @@ class ScalarGraph:
     """Each gradient as a product of local derivatives: `f*b`; "" where there is none."""
 
     @staticmethod
-    def at(expression: Expression, values: Mapping[str, float]) -> ScalarGraph:
+    def at(expression: ScalarExpression, values: Mapping[str, float]) -> ScalarGraph:
         """Evaluate an expression. Raises GraphError."""
         expression.check_values(values)
         computed = evaluate(expression, values)
@@ -128,7 +128,9 @@ class ScalarGraph:
 
 
 def evaluate(
-    expression: Expression, values: Mapping[str, float], changed: Mapping[int, float] | None = None
+    expression: ScalarExpression,
+    values: Mapping[str, float],
+    changed: Mapping[int, float] | None = None,
 ) -> tuple[float, ...]:
     """The value of every node; the nodes in `changed` have the values given there. Raises
     GraphError where an operation has no real, finite result."""
@@ -146,7 +148,7 @@ def evaluate(
     return tuple(computed)
 
 
-def _value(expression: Expression, index: int, operands: list[float]) -> float:
+def _value(expression: ScalarExpression, index: int, operands: list[float]) -> float:
     node = expression.nodes[index]
     try:
         value = OPERATIONS[node.operation].value(*operands)
@@ -159,7 +161,7 @@ def _value(expression: Expression, index: int, operands: list[float]) -> float:
 
 
 def _undefined(
-    expression: Expression, index: int, message: str, operands: list[float]
+    expression: ScalarExpression, index: int, message: str, operands: list[float]
 ) -> GraphError:
     node = expression.nodes[index]
     pairs = zip(node.inputs, operands, strict=True)
@@ -173,7 +175,7 @@ def _undefined(
 
 
 def _backward(
-    expression: Expression, values: tuple[float, ...]
+    expression: ScalarExpression, values: tuple[float, ...]
 ) -> tuple[tuple[float | None, ...], tuple[BackwardStep, ...]]:
     """The gradients, and how they came about."""
     needed = _depends_on_inputs(expression)
@@ -197,12 +199,12 @@ def _backward(
                 amount = gradient * local if passed else 0.0
                 first = to not in gradients
                 gradients[to] = total = amount if first else gradients[to] + amount
-                contributions.append(Contribution(to, local, formula, amount, total, first))
+                contributions.append(GradientContribution(to, local, formula, amount, total, first))
         steps.append(BackwardStep(index, gradient, tuple(contributions)))
     return tuple(gradients.get(i) for i in range(len(values))), tuple(steps)
 
 
-def _depends_on_inputs(expression: Expression) -> list[bool]:
+def _depends_on_inputs(expression: ScalarExpression) -> list[bool]:
     needed: list[bool] = []
     for node in expression.nodes:
         needed.append(node.is_input or any(needed[i] for i in node.inputs))
@@ -213,7 +215,7 @@ MAX_FORMULA = 32
 """Longer products are written with the gradient that they begin with: `dL/dn*(1 - o**2)`."""
 
 
-def _formulas(expression: Expression, steps: tuple[BackwardStep, ...]) -> tuple[str, ...]:
+def _formulas(expression: ScalarExpression, steps: tuple[BackwardStep, ...]) -> tuple[str, ...]:
     """The gradient of every node as a product of local derivatives, without factors of 1 but the
     last."""
     output = expression.nodes[expression.output].name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.learn.scalar.expression import Expression
+from tui_trainer.learn.scalar.expression import ScalarExpression
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Layout:
     """Of the lowest node, plus 1."""
 
 
-def layout(expression: Expression) -> Layout:
+def layout(expression: ScalarExpression) -> Layout:
     """Each node one column right of its rightmost operand, and inputs next to the node that uses
     them first; rows as in a tree, the operands of a node around it."""
     column = _columns(expression)
@@ -54,7 +54,7 @@ def layout(expression: Expression) -> Layout:
     )
 
 
-def _columns(expression: Expression) -> list[int]:
+def _columns(expression: ScalarExpression) -> list[int]:
     column: list[int] = []
     for node in expression.nodes:
         column.append(1 + max((column[i] for i in node.inputs), default=-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tui_trainer.learn.scalar.expression import FUNCTIONS
-from tui_trainer.learn.scalar.graph import BackwardStep, Contribution, Descent, ScalarGraph
+from tui_trainer.learn.scalar.graph import BackwardStep, Descent, GradientContribution, ScalarGraph
 from tui_trainer.learn.scalar.operations import OPERATIONS
 
 
@@ -51,7 +51,7 @@ def backward_step(graph: ScalarGraph, step: BackwardStep) -> GraphStep:
     return GraphStep(step.node, True, title, tuple(lines))
 
 
-def chain_line(graph: ScalarGraph, step: BackwardStep, each: Contribution) -> str:
+def chain_line(graph: ScalarGraph, step: BackwardStep, each: GradientContribution) -> str:
     """`dL/da = dL/de * de/da = dL/de * b = -2 * (-3) = 6`"""
     output, name, to = graph.output_name, graph.nodes[step.node].name, graph.nodes[each.to].name
     parts = [f"d{output}/d{to}"]
@@ -98,7 +98,7 @@ def _local_lines(graph: ScalarGraph, index: int) -> list[str]:
     ]
 
 
-def local_text(each: Contribution) -> str:
+def local_text(each: GradientContribution) -> str:
     """The local derivative with names and as a number: `b = -3`, `1`."""
     return " = ".join(dict.fromkeys((each.formula_alone, short(each.local))))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.scalar.expression import Expression, parse
+from tui_trainer.learn.scalar.expression import ScalarExpression, parse
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "+": torch.add,
@@ -31,7 +31,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def autograd(expression: Expression, values: Mapping[str, float]) -> list[float | None]:
+def autograd(expression: ScalarExpression, values: Mapping[str, float]) -> list[float | None]:
     """`backward()` of the output in float64, and then `.grad` of every node. None of constants and
     of nodes that the output does not depend on."""
     tensors: list[Tensor] = []

@@ -15,7 +15,7 @@ from textual.message import Message
 
 from tui_trainer.client.tensors import cells_of
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
-from tui_trainer.protocol.heat_map import HeatMap, Reduction, Window
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks
@@ -57,11 +57,11 @@ class Viewport:
     def reset(self) -> None:
         self.rows = self.columns = None
 
-    def window(self, cells: tuple[int, int]) -> Window:
+    def window(self, cells: tuple[int, int]) -> HeatMapWindow:
         """The window to ask for, reduced to at most (rows, columns) of `cells`."""
         row_from, row_to = self.rows or (0, None)
         column_from, column_to = self.columns or (0, None)
-        return Window(*cells, row_from, row_to, column_from, column_to, self.reduction)
+        return HeatMapWindow(*cells, row_from, row_to, column_from, column_to, self.reduction)
 
     def zoom(self, matrix: tuple[int, int], by: float) -> None:
         """Show a part that is `by` times as large around the same middle."""

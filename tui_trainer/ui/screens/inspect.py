@@ -22,7 +22,7 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.autograd import CheckGradient, GradientCheck
 from tui_trainer.protocol.formatting import milliseconds
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -562,7 +562,7 @@ class _Asked:
     tensor: TensorRef
     moment: tuple[int, str, bool]
     """Step, phase, and whether the run was paused."""
-    window: Window | None
+    window: HeatMapWindow | None
 
 
 def _ended(snapshot: Snapshot) -> str:

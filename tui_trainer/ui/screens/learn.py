@@ -16,7 +16,7 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import ExperimentResult
+from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 from tui_trainer.learn.layout import Line, Numbers, changed_values, escaped, laid_out
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
@@ -130,7 +130,7 @@ class LearnScreen(RunScreen):
         self._page: Page | None = None
         self._revealed = False
         self._opened_from_help = False
-        self._measured: dict[str, list[ExperimentResult]] = {}
+        self._measured: dict[str, list[PageMeasurement]] = {}
         """What was measured for each page: the newest two, the older first."""
         self._failure: dict[str, ExperimentError] = {}
         """Why a page has no numbers."""
@@ -332,16 +332,16 @@ class LearnScreen(RunScreen):
     def _run(self, name: str, seed: int) -> None:
         """Called on a thread: a child process measures."""
         try:
-            result: ExperimentResult | ExperimentError = self.experiments.measure(name, seed)
+            result: PageMeasurement | ExperimentError = self.experiments.measure(name, seed)
         except ExperimentError as error:
             result = error
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the app has left
             self._loop.call_soon_threadsafe(self.call_next, self._arrived, name, result)
 
-    def _arrived(self, name: str, result: ExperimentResult | ExperimentError) -> None:
+    def _arrived(self, name: str, result: PageMeasurement | ExperimentError) -> None:
         self._experiment = None
-        if isinstance(result, ExperimentResult):
+        if isinstance(result, PageMeasurement):
             self._measured[name] = [*self._measured.get(name, []), result][-2:]
         else:
             self._failure[name] = result
