@@ -18,7 +18,7 @@ from tests.runs.starting import until
 from tui_trainer.config.run_state import read_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
-SHORT += ["--sample-length", "8"]
+SHORT_GPT = [*SHORT, "--sample-length", "8"]
 
 LOOP = """
 import sys, torch
@@ -63,18 +63,18 @@ def records(text: str) -> list[dict[str, Any]]:
 
 
 def test_missing_data(tmp_path: Path) -> None:
-    done = call("gpt", "--data", "nowhere.txt", *SHORT, cwd=tmp_path)
+    done = call("gpt", "--data", "nowhere.txt", *SHORT_GPT, cwd=tmp_path)
     assert_refused(done, "nowhere.txt")
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    assert_refused(call("gpt", "--data", "empty.txt", *SHORT, cwd=tmp_path), "empty")
+    assert_refused(call("gpt", "--data", "empty.txt", *SHORT_GPT, cwd=tmp_path), "empty")
 
 
 def test_a_corpus_shorter_than_a_block(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("to be or not")
-    assert_refused(call("gpt", "--data", "short.txt", *SHORT, cwd=tmp_path), "block")
+    assert_refused(call("gpt", "--data", "short.txt", *SHORT_GPT, cwd=tmp_path), "block")
 
 
 def test_a_folder_without_classes(tmp_path: Path) -> None:
@@ -108,19 +108,19 @@ def test_a_missing_device(device: str, tmp_path: Path) -> None:
 
 def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
     env = {"CXX": "/nonexistent/g++"}
-    done = call("gpt", "--compile", *SHORT, cwd=tmp_path, env=env, cold=True)
+    done = call("gpt", "--compile", *SHORT_GPT, cwd=tmp_path, env=env, cold=True)
     assert_refused(done, "C++ compiler", "--no-compile", status=2)
 
 
 def test_a_model_too_large_for_memory(tmp_path: Path) -> None:
-    done = call("gpt", "--width", "131072", "--layers", "100", *SHORT, cwd=tmp_path)
+    done = call("gpt", "--width", "131072", "--layers", "100", *SHORT_GPT, cwd=tmp_path)
     assert_refused(done, "out of memory: 64.0 GB could not be allocated", "--batch-size", status=1)
 
 
 def test_a_task_whose_loss_ends_as_nan_has_failed(tmp_path: Path) -> None:
     explosive = ["--learning-rate", "1e9", "--warmup-steps", "0", "--clip", "off"]
     explosive += ["--schedule", "constant", "--optimizer", "sgd", "--sample-every", "0"]
-    done = call("gpt", "--json", *explosive, *SHORT, cwd=tmp_path)
+    done = call("gpt", "--json", *explosive, *SHORT_GPT, cwd=tmp_path)
     assert_refused(done, "the loss is nan", "lower learning rate", status=1)
     lines = records(done.stdout)
     assert (lines[-1]["reason"], lines[-1]["steps"]) == ("finished", 3)
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
-    command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT])
+    command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT_GPT])
     done = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=240
     )

@@ -23,10 +23,13 @@ from tui_trainer.protocol.messages import (
     Ack,
     Action,
     AddBreakpoint,
+    Back,
     ChangeBreakpoint,
+    ChangeSettings,
     Command,
     DeleteBreakpoint,
     Hello,
+    KeepSnapshots,
     Mark,
     Poll,
     Refused,
@@ -37,6 +40,7 @@ from tui_trainer.protocol.messages import (
     Welcome,
 )
 from tui_trainer.protocol.schema import Column, ParameterInfo, Table
+from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run import server as connections
 from tui_trainer.run.control import CommandHandler
 from tui_trainer.trace.gate import StopTraining
@@ -190,7 +194,18 @@ def test_polls_that_are_valid_but_absurd(trained, polls):
     check(trained)
 
 
-WITH_FIELDS = (Step, Throttle, Mark, AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint)
+setting_changes = st.builds(SettingChange, group=st.none() | big)
+WITH_FIELDS = (
+    Step,
+    Throttle,
+    Mark,
+    AddBreakpoint,
+    ChangeBreakpoint,
+    DeleteBreakpoint,
+    Back,
+    KeepSnapshots,
+    ChangeSettings,
+)
 
 
 @SETTINGS
@@ -203,6 +218,9 @@ WITH_FIELDS = (Step, Throttle, Mark, AddBreakpoint, ChangeBreakpoint, DeleteBrea
             st.builds(AddBreakpoint, words, big),
             st.builds(ChangeBreakpoint, big, st.none() | st.booleans(), st.none() | big),
             st.builds(DeleteBreakpoint, big),
+            st.builds(Back, st.none() | big),
+            st.builds(KeepSnapshots, big),
+            st.builds(ChangeSettings, st.lists(setting_changes, max_size=3).map(tuple)),
             *(st.builds(kind) for kind in Action.__args__ if kind not in WITH_FIELDS),
         ),
         min_size=1,

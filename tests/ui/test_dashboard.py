@@ -7,6 +7,7 @@ from textual import events
 from tests.ui import fake, fake_run
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
+from tests.ui.screens import until
 from tui_trainer.protocol import PHASES, messages
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
@@ -276,8 +277,7 @@ async def test_the_end_and_a_lost_link_keep_the_history(change, expected):
         assert not pilot.app.screen.query_one(Banner).display
         change(session)
         pilot.app.draw_frame()
-        await pilot.pause()
-        assert expected in drawn(pilot.app, Banner)
+        await until(pilot, lambda: expected in drawn(pilot.app, Banner), f"{expected} is shown")
         assert "train" in drawn(pilot.app, LossPanel)
 
 

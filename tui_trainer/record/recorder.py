@@ -81,7 +81,7 @@ class Recorder:
         self._regular_calls: list[Callable[[], None]] = []
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
-        self.repeating_until = 0
+        self.repeating_until = -1
         """Steps up to this one are recorded already: the training was taken back, and makes them
         again. Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
