@@ -161,7 +161,7 @@ def test_the_picture_and_the_report_have_the_layers_of_both() -> None:
     session = fake_two_transformers(60)
     assert session.run is not None
     info, history = session.run.info, session.history
-    seen = _attention(info, history)
+    seen = _attention(info, history, 60)
     assert [each.layer for each in seen] == [each.layer for each in info.attention]
     for number, each in enumerate(seen):
         value = newest(session, schema.ATTENTION, number, "drift_k")
