@@ -170,7 +170,10 @@ class RankServer:
         self._own_ends: OrderedDict[int, float] = OrderedDict()
         """Step → time at which rank 0 ended it."""
         self._waiting: deque[_Waiting] = deque()
-        self._verdicts: list[str] = []
+        self._verdicts: list[tuple[float, str]] = []
+        """(when a process failed, how), the likely cause of the others first."""
+        self._looked_at = 0
+        """Processes whose end is being looked at, and may come before the known verdicts."""
         self._closing = False
         self.hooks = RankServerHooks()
         self.steps_of_children = 0
@@ -214,8 +217,9 @@ class RankServer:
     def verdict(self, wait_s: float = 0.0) -> str:
         """How the first failed process ended; "" if none has failed."""
         with self._left:
-            self._left.wait_for(lambda: self._verdicts or not self._peers, wait_s)
-            return self._verdicts[0] if self._verdicts else ""
+            known = lambda: (self._verdicts and not self._looked_at) or not self._peers  # noqa: E731
+            self._left.wait_for(known, wait_s)
+            return self._verdicts[0][1] if self._verdicts else ""
 
     def wait_until_left(self, timeout: float) -> None:
         """At the end of the run: wait until the other processes have sent everything."""
@@ -303,6 +307,20 @@ class RankServer:
                 peer.left = message
 
     def _gone(self, peer: Peer) -> None:
+        ended_at = time.monotonic()
+        with self._lock:
+            self._looked_at += 1
+        try:
+            self._judge(peer, ended_at)
+        finally:
+            with self._left:
+                self._looked_at -= 1
+                self._left.notify_all()
+        self.hooks.changed()
+
+    def _judge(self, peer: Peer, ended_at: float) -> None:
+        """Record how a process ended. A killed one is the cause of the errors in collectives that
+        the others report, even if they report them first."""
         state: ProcessState = "killed"
         if peer.left is not None:
             state, reason = peer.left.state, peer.left.reason[:REASON_CHARACTERS]
@@ -324,14 +342,13 @@ class RankServer:
                 peer.rank, peer.label, peer.pid, state, reason, peer.host
             )
             self._describe()
-            if failed and verdict not in self._verdicts:
-                self._verdicts.append(verdict)
+            if failed and verdict not in [text for _, text in self._verdicts]:
+                cause = VERDICT_S if peer.left is None else 0.0
+                self._verdicts = sorted([*self._verdicts, (ended_at - cause, verdict)])
                 # A lost connection to another machine may be a fault of the network alone.
                 self._recorder.notice("rank", verdict, "warning" if state == "lost" else "error")
                 if not peer.child and state != "lost":
-                    self._recorder.set_status(reason=verdict)
-            self._left.notify_all()
-        self.hooks.changed()
+                    self._recorder.set_status(reason=self._verdicts[0][1])
 
     def _describe(self) -> None:
         self._recorder.describe(processes=tuple(p for _, p in sorted(self._processes.items())))
