@@ -66,8 +66,6 @@ class AttentionMapView(HeatMapView):
 
     lessons = ("attention-scores",)
 
-    lessons = ("attention-scores",)
-
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.found: AttentionExamination | None = None
@@ -148,15 +146,8 @@ class AttentionMapView(HeatMapView):
         return self.styled([(" " * self._gutter, "text"), (text, "dim")])
 
 
-# ---------------------------------------------------------------- the text, or the image
-
-
-class InputView(LineView):
-    """The weights of the query over the text or over the image."""
-
-    lessons = ("attention-scores",)
-
-    lessons = ("attention-scores",)
+class ExaminationView(LineView):
+    """Draws a part of an examination from its top."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -165,6 +156,15 @@ class InputView(LineView):
     def show_attention(self, found: AttentionExamination | None) -> None:
         self.found = found
         self.update_rows()
+
+
+# ---------------------------------------------------------------- the text, or the image
+
+
+class InputView(ExaminationView):
+    """The weights of the query over the text or over the image."""
+
+    lessons = ("attention-scores",)
 
     def rows(self, size: Size) -> Sequence[Row]:
         found = self.found
@@ -302,8 +302,6 @@ def _token_name(grid: PatchGrid, key: int) -> str:
 
 class QueryTable(VirtualTable):
     """Rows are keys: q · k, the angle, the score, the weight."""
-
-    lessons = ("attention-scores",)
 
     lessons = ("attention-scores",)
 
@@ -472,8 +470,6 @@ class AttentionHeadsTable(VirtualTable):
 
     lessons = ("qkv",)
 
-    lessons = ("qkv",)
-
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
@@ -515,20 +511,10 @@ class AttentionHeadsTable(VirtualTable):
         return [title_line(self, width, "Heads", figures)]
 
 
-class SpectraView(LineView):
+class SpectraView(ExaminationView):
     """Singular values of Wq, Wk and Wv of a head, and the angles between their row spaces."""
 
     lessons = ("qkv",)
-
-    lessons = ("qkv",)
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self.found: AttentionExamination | None = None
-
-    def show_attention(self, found: AttentionExamination | None) -> None:
-        self.found = found
-        self.update_rows()
 
     def rows(self, size: Size) -> Sequence[Row]:
         found = self.found
@@ -567,8 +553,6 @@ class SpectraView(LineView):
 
 class ResidualTable(VirtualTable):
     """Rows are what was added to the stream, in order."""
-
-    lessons = ("residual-stream",)
 
     lessons = ("residual-stream",)
 
