@@ -22,7 +22,7 @@ from tui_trainer.protocol.autograd import AutogradGraph
 from tui_trainer.protocol.formatting import bytes_, count, counted
 from tui_trainer.protocol.text import truncate_middle, wrap
 from tui_trainer.ui.panels.base import title_line
-from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
+from tui_trainer.ui.widgets.lines import BuiltLines, Row, Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
 STYLES = {"loss": "title", "module": "strong", "repeat": "title", "operation": "text",
@@ -195,7 +195,7 @@ def _key(row: Fold) -> RowKey:
     return (row.kind, row.path, row.label, row.order if row.kind == "operation" else 0.0)
 
 
-class NodeDetails(ScrollingLines):
+class NodeDetails(BuiltLines):
     """A row of the graph: what it computes, what flows through it, and its way to the loss."""
 
     DEFAULT_CSS = "NodeDetails { height: 1fr; }"
@@ -205,7 +205,6 @@ class NodeDetails(ScrollingLines):
         self._graph: AutogradGraph | None = None
         self._row: Fold | None = None
         self._users: list[list[tuple[int, float]]] = []
-        self._built: list[Row] = []
 
     def show(self, graph: AutogradGraph | None, row: Fold | None) -> None:
         """Show a row of a graph."""
@@ -213,20 +212,6 @@ class NodeDetails(ScrollingLines):
             self._users = _users(graph) if graph is not None else []
         self._graph, self._row = graph, row
         self._build()
-
-    def view_resized(self) -> None:
-        self._build()
-
-    def discard_drawn(self) -> None:
-        """The rows are built again in the colours of the new theme."""
-        super().discard_drawn()
-        self.call_later(self._build)
-
-    def line_count(self) -> int:
-        return len(self._built)
-
-    def line(self, index: int) -> Row:
-        return self._built[index]
 
     def _build(self) -> None:
         width = self.view_size.width

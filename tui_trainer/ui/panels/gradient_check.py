@@ -6,39 +6,24 @@ from tui_trainer.protocol.autograd import CheckedEntry, GradientCheck
 from tui_trainer.protocol.formatting import bytes_, number
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import title_line
-from tui_trainer.ui.widgets.lines import Row, ScrollingLines
+from tui_trainer.ui.widgets.lines import BuiltLines, Row
 
 WRONG, DOUBTFUL = 1e-2, 1e-4
 """Relative errors from which a gradient in float64 is wrong, and doubtful."""
 
 
-class GradientCheckView(ScrollingLines):
+class GradientCheckView(BuiltLines):
     """Each entry with its gradients, and the error against h."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.check: GradientCheck | None = None
         self.message = ("", "")
-        self._built: list[Row] = []
 
     def show(self, check: GradientCheck | None, message: tuple[str, str]) -> None:
         """Show a check, or the reason and a hint why there is none."""
         self.check, self.message = check, message
         self._build()
-
-    def view_resized(self) -> None:
-        self._build()
-
-    def discard_drawn(self) -> None:
-        """The rows are built again in the colours of the new theme."""
-        super().discard_drawn()
-        self.call_later(self._build)
-
-    def line_count(self) -> int:
-        return len(self._built)
-
-    def line(self, index: int) -> Row:
-        return self._built[index]
 
     def _build(self) -> None:
         width = self.view_size.width

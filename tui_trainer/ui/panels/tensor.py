@@ -19,7 +19,7 @@ from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks
-from tui_trainer.ui.widgets.lines import LineView, Row, ScrollingLines, Span
+from tui_trainer.ui.widgets.lines import BuiltLines, LineView, Row, Span
 
 Floats = NDArray[np.float32]
 
@@ -282,7 +282,7 @@ class Reading:
 MIN_FOR_SPARKS = 3
 
 
-class StatisticsView(ScrollingLines):
+class StatisticsView(BuiltLines):
     """Facts, moments, quantiles, the histogram and single entries of a tensor."""
 
     lessons = ("scalar-tensor",)
@@ -294,7 +294,6 @@ class StatisticsView(ScrollingLines):
         self.history: Sequence[Reading] = ()
         self.log_scale = False
         """Whether the histogram is of the logarithms of absolute values."""
-        self._built: list[Row] = []
 
     def show(
         self,
@@ -310,25 +309,11 @@ class StatisticsView(ScrollingLines):
         self.log_scale = not self.log_scale
         self._build()
 
-    def view_resized(self) -> None:
-        self._build()
-
-    def discard_drawn(self) -> None:
-        """The rows are built again in the colours of the new theme."""
-        super().discard_drawn()
-        self.call_later(self._build)
-
     def _build(self) -> None:
         if not self.is_attached or not self.view_size.width:
             return
         self._built = self._all_rows(self.view_size.width)
         self.lines_changed()
-
-    def line_count(self) -> int:
-        return len(self._built)
-
-    def line(self, index: int) -> Row:
-        return self._built[index]
 
     def _all_rows(self, width: int) -> list[Row]:
         tensor, statistics = self.tensor, self.statistics

@@ -6,10 +6,10 @@ from tui_trainer.client.tensors import exact, settings_text
 from tui_trainer.protocol.inspection import UpdateExplanation
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import title_line
-from tui_trainer.ui.widgets.lines import Row, ScrollingLines
+from tui_trainer.ui.widgets.lines import BuiltLines, Row
 
 
-class UpdateView(ScrollingLines):
+class UpdateView(BuiltLines):
     """The formula of the optimizer, line by line, with the numbers of this step."""
 
     lessons = ("updates",)
@@ -18,20 +18,11 @@ class UpdateView(ScrollingLines):
         super().__init__(id=id)
         self.explanation: UpdateExplanation | None = None
         self.message = ("", "")
-        self._built: list[Row] = []
 
     def show(self, explanation: UpdateExplanation | None, message: tuple[str, str]) -> None:
         """Show an explanation, or the reason and a hint why there is none."""
         self.explanation, self.message = explanation, message
         self._build()
-
-    def view_resized(self) -> None:
-        self._build()
-
-    def discard_drawn(self) -> None:
-        """The rows are built again in the colours of the new theme."""
-        super().discard_drawn()
-        self.call_later(self._build)
 
     def _build(self) -> None:
         width = self.view_size.width
@@ -47,12 +38,6 @@ class UpdateView(ScrollingLines):
             for text, style in zip(self.message, styles, strict=True):
                 self._built += self._wrapped(text, style, width)
         self.lines_changed()
-
-    def line_count(self) -> int:
-        return len(self._built)
-
-    def line(self, index: int) -> Row:
-        return self._built[index]
 
     def _wrapped(self, text: str, style: str, width: int, indent: int = 0) -> list[Row]:
         lines = wrap(text, width - indent) if text else []

@@ -276,3 +276,29 @@ def _cells(row: Row, width: int) -> list[tuple[str, Style | None]]:
                 cells[-1] = (cells[-1][0] + character, cells[-1][1])
     del cells[width:]
     return cells + [(" ", None)] * (width - len(cells))
+
+
+class BuiltLines(ScrollingLines):
+    """Scrolls through lines that are built all at once, whenever their subject or width changes."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self._built: list[Row] = []
+
+    def _build(self) -> None:
+        """Set `_built` for the present width, and call `lines_changed`."""
+        raise NotImplementedError
+
+    def view_resized(self) -> None:
+        self._build()
+
+    def discard_drawn(self) -> None:
+        """The rows are built again in the colours of the new theme."""
+        super().discard_drawn()
+        self.call_later(self._build)
+
+    def line_count(self) -> int:
+        return len(self._built)
+
+    def line(self, index: int) -> Row:
+        return self._built[index]
