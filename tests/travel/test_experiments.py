@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 
@@ -60,3 +61,23 @@ def test_the_learning_rate_and_the_loss_along_directions(tmp_path):
         with pytest.raises(Refusal, match="adamw has no momentum"):
             ask(run, WhatIf(parse_changes(["momentum=0.5"]), 2))
         assert same(seen, run.at(5))
+
+
+def test_a_viewer_that_leaves_during_an_experiment_ends_it_and_not_the_training(tmp_path):
+    training = tiny(steps=2000)
+    with Run(training, tmp_path) as run:
+        seen = run.to(3)
+        for asked in (FindLearningRate(1e-9, 1e-8, 900), WhatIf(parse_changes(["lr=1e-5"]), 900)):
+            begun, loop = threading.Event(), training.loop
+            training.loop = lambda begun=begun, loop=loop: (begun.set(), loop())
+            answer = run.travel.experiment(asked, lambda result: result)
+            assert begun.wait(240)
+            training.loop = loop
+            assert answer.cancel()
+            assert same(seen, run.at(3))
+        run.gate.step_phase()
+        while run.gate.phase == "step" or run.gate.mode != "paused":
+            pass
+        with pytest.raises(Refusal, match="an experiment begins at the end of a step"):
+            ask(run, FindLearningRate())
+        run.to(5)

@@ -203,3 +203,49 @@ def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path)
     assert same(weights(parts[0]), weights(model))
     assert same(parts[1].state_dict(), optimizer.state_dict())
     assert same(parts[2].state_dict(), scheduler.state_dict())
+
+
+class Unrestorable:
+    """A part of a training whose state cannot be loaded once it has been spoilt."""
+
+    def __init__(self):
+        self.spoilt = False
+
+    def state_dict(self):
+        return {"spoilt": self.spoilt}
+
+    def load_state_dict(self, state):
+        if self.spoilt and not state["spoilt"]:
+            raise ValueError("no such state")
+
+
+@pytest.mark.parametrize("phases", [0, 3])
+def test_a_state_that_cannot_be_restored_leaves_the_run_where_it_is(phases, tmp_path):
+    training = tiny(dropout=0.0)
+    part = training.stateful["unrestorable"] = Unrestorable()
+    with Run(training, tmp_path) as run:
+        seen = run.to(5)
+        run.change("clip=0.5")
+        seen = run.at(5)
+        for _ in range(phases):
+            place = run.gate.place
+            run.gate.step_phase()
+            while run.gate.place == place or run.gate.mode != "paused":
+                pass
+        part.spoilt = True
+        run.travel.back(2)
+        found = run.at(5)
+        for each in ("weights", "edits"):
+            assert same(seen[each], found[each]), each
+        assert any(
+            line == "the run stays where it is: step 2 could not be restored: ValueError: "
+            "no such state"
+            for line in run.log
+        ), run.log
+        run.to(7)
+    with Run(tiny(dropout=0.0), tmp_path, memory=0) as plain:
+        plain.to(5)
+        plain.change("clip=0.5")
+        end = plain.to(7)
+    assert same(end["weights"], weights(run.training.model))
+    assert run.losses == plain.losses

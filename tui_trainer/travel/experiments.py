@@ -42,12 +42,19 @@ class Experiments:
     """Runs experiments on the training thread, outside of the loop, with the tracer suspended."""
 
     def __init__(
-        self, task: Training, edits: LiveEdits, parts: TrainingParts, ring: SnapshotRing
+        self,
+        task: Training,
+        edits: LiveEdits,
+        parts: TrainingParts,
+        ring: SnapshotRing,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`wanted()` is false once nobody waits for the result."""
         self._task = task
         self._edits = edits
         self._parts = parts
         self._ring = ring
+        self._wanted = wanted
         self._optimizer = parts.optimizers[0]
 
     def run(self, experiment: Experiment) -> ExperimentResult:
@@ -161,6 +168,7 @@ class Experiments:
 
         def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             nonlocal smallest
+            self._require_wanted()
             if before_step:
                 raise _Enough
             if not rates:
@@ -188,8 +196,14 @@ class Experiments:
                 handle.remove()
         return [float(loss) for loss in losses]
 
+    def _require_wanted(self) -> None:
+        """Raises Refusal once nobody waits for the result: what was measured is of no use."""
+        if not self._wanted():
+            raise Refusal("the experiment was cancelled")
+
     def _loss(self) -> float:
         """The loss of the next batch."""
+        self._require_wanted()
         found: list[float] = []
 
         def note(loss: torch.Tensor) -> None:

@@ -11,9 +11,10 @@ generators become those of the snapshot, and the script goes on where it is.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from torch.amp.grad_scaler import GradScaler
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.experiments import Experiment, ExperimentResult
 from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.protocol.text import single_line
 from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.tasks.definition import Training
@@ -38,6 +40,8 @@ from tui_trainer.travel.state import Stateful, TrainingParts, TrainingState
 
 T = TypeVar("T")
 NEVER = 10**15
+MAX_REASON = 200
+"""Characters of the reason of a failure."""
 SCRIPT_STATE = (
     "weights, optimizers, schedulers, scalers and random generators; the script's own data order "
     "and counters go on"
@@ -46,6 +50,18 @@ NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
 HOW_TO_KEEP = (
     "tui-trainer back RUN --keep 1GB keeps them from here on; --snapshots 1GB from the start"
 )
+
+
+@dataclass(frozen=True)
+class RescueCopy:
+    """Where a training was, in case another state cannot be restored completely."""
+
+    step: int
+    """Completed steps."""
+    state: TrainingState
+    edits: Any
+    position: int | None
+    """Batches drawn up to the end of that step; None where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class RewindTarget:
     """A checkpoint of it, where no snapshot is kept."""
     experiment: Callable[[], None] | None = None
     """What is to be run there instead of going anywhere."""
+    rescue: RescueCopy | None = None
 
 
 class GoingBack(KeyboardInterrupt):
@@ -115,7 +132,6 @@ class TimeTravel:
         """All changes of settings up to the newest step."""
         self._target: int | None = None
         """Where steps are being made again to."""
-        self._break_phases: Any = None
         if budget_bytes:
             gate.call_when_due(self._after_step)
         edits.check = self._check_edit
@@ -182,14 +198,22 @@ class TimeTravel:
         )
 
     def _leave_loop(self, step: int) -> None:
-        """Raises GoingBack, or an exception where the state cannot be had any more."""
+        """Raises GoingBack, or an exception where the state is no longer kept."""
         nearest = self._nearest(step)
         if nearest is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
         saved = None
         if nearest not in self.ring.steps and self.checkpoints is not None:
             saved = self.checkpoints.load(nearest)
-        raise GoingBack(RewindTarget(step, nearest, saved))
+        raise GoingBack(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
+
+    def _rescue_copy(self) -> RescueCopy:
+        gate, position = self._gate, None
+        batches = self.task.stateful.get("batches") if self.task is not None else None
+        if isinstance(drawn := getattr(batches, "position", None), int):
+            position = drawn - (gate.phase not in ("", "step"))
+        state = TrainingState.take(self._parts())
+        return RescueCopy(gate.completed, state, self._edits.snapshot(), position)
 
     def _report_failure(self, error: BaseException | None) -> None:
         if isinstance(error, UserError):
@@ -211,24 +235,39 @@ class TimeTravel:
     ) -> Future[T]:
         """Run an experiment where the training is, between two steps, and pause there. Raises
         Refusal."""
-        task = self.task
+        task, gate = self.task, self._gate
         if task is None:
             raise Refusal("experiments are for the shipped tasks", "a script's loop is its own")
+        if gate.mode == "paused" and gate.phase not in ("", "step"):
+            raise Refusal(
+                f"paused after {gate.phase} of step {gate.step_in_progress:,}: an experiment "
+                "begins at the end of a step",
+                "finish the step first: s on the screen, or tui-trainer step",
+            )
         found: Future[T] = Future()
+
+        def wanted() -> bool:
+            return not found.cancelled() and gate.mode not in ("stopping", "ended")
 
         def run() -> None:
             try:
                 with self._tracer.suspended(), self._recorder.excluded():
-                    made = Experiments(task, self._edits, self._parts(), self.ring).run(experiment)
-                found.set_result(answered(made))
+                    experiments = Experiments(task, self._edits, self._parts(), self.ring, wanted)
+                    result = answered(experiments.run(experiment))
             except Exception as error:
-                found.set_exception(error)
+                with contextlib.suppress(InvalidStateError):  # the viewer has left
+                    found.set_exception(error)
+                return
+            with contextlib.suppress(InvalidStateError):
+                found.set_result(result)
 
         def leave() -> None:
-            step = self._gate.completed
+            if not wanted():
+                return
+            step = gate.completed
             raise GoingBack(RewindTarget(step, step, experiment=run))
 
-        self._gate.call_soon(leave)
+        gate.call_soon(leave)
         return found
 
     def timeline(self) -> Timeline:
@@ -318,14 +357,19 @@ class TimeTravel:
         self._tracer.rewind(nearest)
         gate.rewind(nearest)
         recorder.rewind(nearest, newest)
-        self._restore(to)
+        try:
+            self._restore(to)
+        except Exception as error:
+            if to.rescue is None:
+                raise
+            self._stay(to, to.rescue, newest, error)
+            return
         if self._after_repeated not in gate.after_step:
             gate.after_step.append(self._after_repeated)
         self._reapply(nearest)
         self._target = target
         if nearest < target:
-            if self._break_phases is None:
-                self._break_phases, gate.break_phases = gate.break_phases, frozenset()
+            gate.break_phases = frozenset()
             recorder.set_status(waiting_for=f"making steps {nearest + 1:,} to {target:,} again")
             gate.run_until(target)
             return
@@ -333,6 +377,24 @@ class TimeTravel:
         gate.pause()
         if target:
             gate.reached("step", target)
+
+    def _stay(self, to: RewindTarget, rescue: RescueCopy, newest: int, error: Exception) -> None:
+        """A state could not be restored: be where the training was before, and pause there."""
+        recorder, gate = self._recorder, self._gate
+        self._tracer.rewind(rescue.step)
+        gate.rewind(rescue.step)
+        recorder.rewind(rescue.step, newest)
+        rescue.state.restore()
+        self._edits.restore(rescue.edits)
+        if rescue.position is not None and self.task is not None:
+            self.task.stateful["batches"].position = rescue.position
+        self._target = None
+        self._restore_breakpoints()
+        text = f"the run stays where it is: step {to.nearest:,} could not be restored"
+        recorder.notice("state", f"{text}: {_reason(error)}", "error", rescue.step)
+        gate.pause()
+        if rescue.step:
+            gate.reached("step", rescue.step)
 
     def _experiment_at(self, to: RewindTarget) -> None:
         """Run an experiment between two steps, and be paused after it as before it."""
@@ -377,8 +439,12 @@ class TimeTravel:
     def _arrived(self) -> None:
         self._target = None
         self._recorder.set_status(waiting_for="")
-        if self._break_phases is not None:
-            self._gate.break_phases, self._break_phases = self._break_phases, None
+        self._restore_breakpoints()
+
+    def _restore_breakpoints(self) -> None:
+        """No condition is evaluated at steps that are made again on the way."""
+        breakpoints = self._gate.breakpoints
+        self._gate.break_phases = breakpoints.phases if breakpoints is not None else frozenset()
 
     def _check_edit(self) -> None:
         """Raises Refusal where a change would make another training of the recorded one."""
@@ -401,7 +467,19 @@ class TimeTravel:
         return f"to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
-        snapshot.state.restore()
-        self._edits.restore(snapshot.edits)
+        """Raises Refusal where the snapshot does not fit any more, and then nothing has changed."""
+        rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
+        try:
+            snapshot.state.restore()
+            self._edits.restore(snapshot.edits)
+        except Exception as error:
+            rescue.restore()
+            self._edits.restore(edits)
+            text = f"step {snapshot.step:,} could not be restored: {_reason(error)}"
+            raise Refusal(text) from error
         text = f"back to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
         self._recorder.notice("edit", text, step=self._gate.completed)
+
+
+def _reason(error: Exception) -> str:
+    return single_line(f"{type(error).__name__}: {error}", MAX_REASON)
