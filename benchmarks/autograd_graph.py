@@ -14,8 +14,8 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from tui_trainer.client.autograd import fold, lines, path_to_loss
-from tui_trainer.inspect.autograd_graph import _Walk
+from tui_trainer.client.answers.autograd import fold, lines, path_to_loss
+from tui_trainer.inspector.autograd_graph import _Walk
 from tui_trainer.protocol.autograd import AutogradGraph, GraphModule
 
 T = TypeVar("T")

@@ -33,8 +33,9 @@ from tui_trainer import __version__
 from tui_trainer.client.connection import next_poll
 from tui_trainer.client.ssh import OPTIONS
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.actions import Throttle
 from tui_trainer.protocol.framing import encode
-from tui_trainer.protocol.messages import Command, Hello, Poll, Throttle, ToViewer, Update
+from tui_trainer.protocol.messages import Command, Hello, Poll, ToViewer, Update
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.ssh.sshd import PATH_WITH_US, Sshd

@@ -98,7 +98,7 @@ def _throttle(runs: str, name: str, rate: float) -> None:
     """Hold the run at one speed, so that the figures do not depend on the machine's."""
     from tui_trainer.client.connection import connector
     from tui_trainer.client.live import LiveSession
-    from tui_trainer.protocol.messages import Throttle
+    from tui_trainer.protocol.actions import Throttle
     from tui_trainer.runs.registry import connect_run
 
     session = LiveSession(connector(lambda: connect_run(Path(runs) / name)))

@@ -17,7 +17,8 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import Breakpoint, Notice, Poll
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Breakpoint, Poll
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.breakpoints import RunBreakpoints
@@ -171,7 +172,7 @@ def test_a_fault_in_an_evaluation_disables_the_breakpoint_and_stops_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("no value")
 
-    monkeypatch.setattr("tui_trainer.breakpoints.observed._present", broken)
+    monkeypatch.setattr("tui_trainer.breakpoints.observed_values._present", broken)
     assert [stop[:2] for stop in run.train()] == [("step", 5)]
     assert "breakpoint 1 is disabled: loss > 1: RuntimeError: no value" in run.notices()
 

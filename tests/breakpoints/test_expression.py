@@ -16,7 +16,7 @@ from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, Ma
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.breakpoints.quantities import NAMES, completions
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 
 
 class FakeMoment:

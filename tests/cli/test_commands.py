@@ -21,7 +21,8 @@ from tui_trainer.cli.commands.logs import LogCopier
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE
 from tui_trainer.config.run_state import write_state
-from tui_trainer.protocol.messages import Mark, Notice, Pause
+from tui_trainer.protocol.actions import Mark, Pause
+from tui_trainer.protocol.events import Notice
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.liveness import inspect_run
 

@@ -10,7 +10,7 @@ from tests.recorded_runs import directory, fingerprint
 from tests.runs.starting import stored_step, until
 from tests.ui.screens import settle
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.protocol.messages import Notice
+from tui_trainer.protocol.events import Notice
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.replay import ReplayApp
 

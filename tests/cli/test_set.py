@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
-from tui_trainer.protocol.messages import StepPhase
+from tui_trainer.protocol.actions import StepPhase
 from tui_trainer.runs.registry import resolve
 
 OPTIONS = """

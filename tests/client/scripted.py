@@ -14,18 +14,9 @@ import numpy as np
 from tui_trainer.client.connection import Connector, connector
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.events import LogLine, Notice
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
-from tui_trainer.protocol.messages import (
-    Ack,
-    Command,
-    Hello,
-    LogLine,
-    Notice,
-    Poll,
-    Status,
-    Update,
-    Welcome,
-)
+from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Status, Update, Welcome
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.runs.security import connect_unix
 

@@ -13,20 +13,17 @@ from tui_trainer.client import connection
 from tui_trainer.client.connection import ConnectionLost, RunClient, next_poll, whoami
 from tui_trainer.client.live import LiveSession
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.actions import Mark, Pause, TakeControl
+from tui_trainer.protocol.events import LogLine, Notice
 from tui_trainer.protocol.framing import encode, read_to_run
 from tui_trainer.protocol.messages import (
     Ack,
     Command,
-    LogLine,
-    Mark,
-    Notice,
-    Pause,
     PhaseReport,
     Poll,
     Refused,
     Rows,
     Status,
-    TakeControl,
     Update,
     Welcome,
 )

@@ -6,7 +6,8 @@ from tests.rows import step_row
 from tui_trainer.client.connection import next_poll
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.messages import Clip, Notice, Poll
+from tui_trainer.protocol.events import Clip, Notice
+from tui_trainer.protocol.messages import Poll
 from tui_trainer.protocol.schema import STEP_COLUMNS, RunInfo, Table
 from tui_trainer.record.recorder import Recorder
 

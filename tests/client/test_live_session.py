@@ -13,20 +13,9 @@ from tests.client.scripted import ScriptedRun, answer_one, greet, serve, serve_f
 from tui_trainer.client import connection, live
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
+from tui_trainer.protocol.actions import Mark, Pause, Resume
 from tui_trainer.protocol.framing import encode, read_to_run
-from tui_trainer.protocol.messages import (
-    Ack,
-    Command,
-    Hello,
-    Mark,
-    Pause,
-    Poll,
-    Refused,
-    Resume,
-    Rows,
-    Status,
-    Update,
-)
+from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Refused, Rows, Status, Update
 from tui_trainer.runs.errors import NotListening, RunGone
 
 

@@ -17,7 +17,7 @@ from tui_trainer.client import live
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.history.records import StepRecord
-from tui_trainer.protocol.messages import Mark, Pause, Resume
+from tui_trainer.protocol.actions import Mark, Pause, Resume
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.runs.security import connect_unix
 

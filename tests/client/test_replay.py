@@ -6,19 +6,17 @@ import pytest
 from tests.history.test_series import check_window, series
 from tests.store.test_store import INFO, TABLES, Clock, stepped, wide
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.protocol.messages import (
-    Clip,
-    LogLine,
+from tui_trainer.protocol.actions import (
     Pause,
     Resume,
     RunToEpochEnd,
-    Status,
     Step,
     StepPhase,
     Stop,
-    TextSample,
     Throttle,
 )
+from tui_trainer.protocol.events import Clip, LogLine, TextSample
+from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import InfoChanged, RunEnded
 from tui_trainer.store.schema import StoreError
 from tui_trainer.store.writer import StoreWriter

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.inspect.attending import examined
+from tests.inspector.attending import examined
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.heat_map import HeatMapWindow
 

@@ -9,8 +9,8 @@ import torch
 
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.findings.rules import RULES
-from tui_trainer.findings.verdict import newest_findings
 from tui_trainer.learn.demos import DEMOS, Demo
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.messages import Breakpoint, Poll

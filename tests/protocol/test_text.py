@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, Update
+from tui_trainer.protocol.events import Clip, LogLine, Notice
+from tui_trainer.protocol.messages import Status, Update
 from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo, Table
 from tui_trainer.protocol.text import (
     sanitize,

@@ -17,7 +17,8 @@ import pytest
 from tests.cli.calling import assert_refused, call
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import Finding, Notice, Status
+from tui_trainer.protocol.events import Finding, Notice
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo, Table
 from tui_trainer.record import alerts
 from tui_trainer.record.alerts import MAX_PER_MINUTE, Alert, AlertError, AlertSink, Sender

@@ -10,7 +10,8 @@ import pytest
 from tests.rows import clip_row, step_row
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.messages import Clip, NonFinite, PhaseReport, Poll, Status, TextSample
+from tui_trainer.protocol.events import Clip, NonFinite, TextSample
+from tui_trainer.protocol.messages import PhaseReport, Poll, Status
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
 from tui_trainer.record.events import InfoChanged, RunEnded, StepRecorded, StepsDropped
 from tui_trainer.record.recorder import Recorder

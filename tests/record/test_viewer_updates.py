@@ -11,8 +11,9 @@ from tui_trainer.client.connection import next_poll
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import LogLine
 from tui_trainer.protocol.framing import encode
-from tui_trainer.protocol.messages import LogLine, Poll, Update
+from tui_trainer.protocol.messages import Poll, Update
 from tui_trainer.protocol.schema import Column, RunInfo
 from tui_trainer.record import viewer_updates
 from tui_trainer.record.recorder import Recorder

@@ -13,7 +13,9 @@ from tests import processes
 from tui_trainer.cli.commands import control
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_state import RunState
-from tui_trainer.protocol.messages import Checkpoint, Notice, Pause, Poll, Status, Step, StepPhase
+from tui_trainer.protocol.actions import Checkpoint, Pause, Step, StepPhase
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Poll, Status
 from tui_trainer.runs.liveness import RunEntry
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")

@@ -20,8 +20,9 @@ from tests import processes
 from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
 from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.actions import Pause, Resume, Step, StepPhase, Stop
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
-from tui_trainer.protocol.messages import Command, Hello, Pause, Poll, Resume, Step, StepPhase, Stop
+from tui_trainer.protocol.messages import Command, Hello, Poll
 
 _spec = importlib.util.spec_from_file_location("schema", Path(__file__).parent / "schema.py")
 schema = importlib.util.module_from_spec(_spec)

@@ -18,27 +18,21 @@ from tests.examples import examples
 from tests.run.test_server import Rig, wait_for
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PHASES, PROTOCOL_VERSION
-from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
-from tui_trainer.protocol.messages import (
-    Ack,
+from tui_trainer.protocol.actions import (
     Action,
     AddBreakpoint,
     Back,
     ChangeBreakpoint,
     ChangeSettings,
-    Command,
     DeleteBreakpoint,
-    Hello,
     KeepSnapshots,
     Mark,
-    Poll,
-    Refused,
     Step,
-    TextSample,
     Throttle,
-    Update,
-    Welcome,
 )
+from tui_trainer.protocol.events import TextSample
+from tui_trainer.protocol.framing import MAX_TO_RUN_BYTES, FrameBuffer, encode
+from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Refused, Update, Welcome
 from tui_trainer.protocol.schema import Column, ParameterInfo, Table
 from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run import server as connections

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from tui_trainer.protocol.messages import Notice, Pause, Poll, Resume
+from tui_trainer.protocol.actions import Pause, Resume
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Poll
 
 _spec = importlib.util.spec_from_file_location("hosting", Path(__file__).parent / "test_host.py")
 hosting = importlib.util.module_from_spec(_spec)

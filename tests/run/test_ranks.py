@@ -20,8 +20,9 @@ from tests.integrations.seen import SEEN
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.actions import Pause, Resume, Step, StepPhase, Stop
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.framing import read_as
-from tui_trainer.protocol.messages import Notice, Pause, Resume, Step, StepPhase, Stop
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder

@@ -14,16 +14,10 @@ import pytest
 
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
-from tui_trainer.protocol.messages import (
-    Ack,
+from tui_trainer.protocol.actions import (
     Checkpoint,
-    Command,
-    Hello,
     Mark,
     Pause,
-    Poll,
-    Refused,
     Resume,
     RunToEpochEnd,
     Step,
@@ -31,9 +25,9 @@ from tui_trainer.protocol.messages import (
     Stop,
     TakeControl,
     Throttle,
-    Update,
-    Welcome,
 )
+from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
+from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Refused, Update, Welcome
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import server as connections

@@ -10,7 +10,8 @@ import pytest
 
 from tests.rows import clip_row, step_row
 from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Notice, Status, TextSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, Notice, TextSample
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import (
     CLIP_COLUMNS,
     STEP_COLUMNS,

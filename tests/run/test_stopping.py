@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tui_trainer.protocol.messages import Stop
+from tui_trainer.protocol.actions import Stop
 from tui_trainer.run import signals as signalling
 from tui_trainer.run.signals import GRACE_S, GRACE_STEPS, StopHandler
 from tui_trainer.trace.gate import Gate, StopTraining

@@ -10,7 +10,7 @@ import psutil
 from tests.runs.starting import until
 from tests.ssh.sshd import our_ssh
 from tui_trainer.client import connection
-from tui_trainer.protocol.messages import Pause, Resume
+from tui_trainer.protocol.actions import Pause, Resume
 
 
 def steps_held(session):

@@ -12,7 +12,7 @@ from tests.run.test_ranks import RUN, Place, column
 from tests.runs.starting import until
 from tests.ssh.sshd import PATH_WITH_US, Sshd
 from tui_trainer.client.connection import RunClient
-from tui_trainer.protocol.messages import Pause, Resume, Step
+from tui_trainer.protocol.actions import Pause, Resume, Step
 from tui_trainer.store.reader import StoredHistory
 
 

@@ -23,7 +23,8 @@ from tui_trainer.client.replay import ReplaySession
 from tui_trainer.config.run_spec import RunSpec, write_spec
 from tui_trainer.config.run_state import RunState, write_state
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, Pause
+from tui_trainer.protocol.actions import Pause
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample
 from tui_trainer.protocol.schema import AttentionInfo, Column, RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.reader import StoredHistory

@@ -25,7 +25,7 @@ from tui_trainer.config.run_state import RunState, write_state
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import Clip
+from tui_trainer.protocol.events import Clip
 from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.writer import StoreWriter

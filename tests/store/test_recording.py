@@ -9,7 +9,7 @@ import numpy as np
 from tests.client.scripted import until
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history.records import StepRecord
-from tui_trainer.protocol.messages import TextSample
+from tui_trainer.protocol.events import TextSample
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.reader import StoredHistory

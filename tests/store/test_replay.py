@@ -10,7 +10,8 @@ import pytest
 from tests.rows import clip_row, step_row
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import Status, TextSample
+from tui_trainer.protocol.events import TextSample
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo
 from tui_trainer.record.events import InfoChanged, StepRecorded
 from tui_trainer.record.recorder import Recorder

@@ -20,7 +20,8 @@ from tests.history.test_series import check_window, series
 from tui_trainer.history.records import StepRecord
 from tui_trainer.history.series import MemorySeries
 from tui_trainer.history.sync import apply_rows, rows_since
-from tui_trainer.protocol.messages import Clip, LogLine, Notice, Status, TextSample
+from tui_trainer.protocol.events import Clip, LogLine, Notice, TextSample
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.events import InfoChanged, RowRecorded, RunEnded, StepRecorded, StepsDropped
 from tui_trainer.store.events import StoredEvents

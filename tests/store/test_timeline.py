@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.store.test_store import INFO, stepped
-from tui_trainer.protocol.messages import LogLine, Notice, Status, TextSample
+from tui_trainer.protocol.events import LogLine, Notice, TextSample
+from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import InfoChanged, RowRecorded, StepRecorded, StepsDropped
 from tui_trainer.store import timeline
 from tui_trainer.store.codec import StepTimes, pack_timeline, unpack_timeline

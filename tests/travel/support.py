@@ -18,7 +18,8 @@ from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import Notice, Poll
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Poll
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.checkpoints import load_checkpoint
 from tui_trainer.run.environment import initial_info
@@ -29,11 +30,11 @@ from tui_trainer.run.training import (
     schedule_between_steps,
     train_loop,
 )
+from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.tasks.definition import Training, build, find_task
 from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 from tui_trainer.trace.random_state import random_state
 from tui_trainer.trace.tracer import Tracer
-from tui_trainer.travel.edits import Entry, LiveEdits
 from tui_trainer.travel.time_travel import TimeTravel
 
 TINY = {
@@ -94,7 +95,7 @@ class Edited:
 
     def apply(self, text: str) -> None:
         changes = None if text == "undo" else parse_changes(text.split())
-        self.answers.append(self.edits.apply(Entry(0, changes, "you")))
+        self.answers.append(self.edits.apply(SettingEdit(0, changes, "you")))
 
     @property
     def notices(self) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from tests.travel.support import Edited, Run, same, tiny, weights
 from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.state import TrainingParts, TrainingState
 from tui_trainer.travel.time_travel import TimeTravel
+from tui_trainer.travel.training_state import TrainingParts, TrainingState
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,10 @@ from tests.ui.fake_tensors import FakeTensors
 from tui_trainer.client.api import Link, Snapshot
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.analysis import STATISTICS
-from tui_trainer.protocol import PHASES, messages, schema
+from tui_trainer.protocol import PHASES, actions, messages, schema
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.inspection import Inspected, InspectionRequest
-from tui_trainer.protocol.messages import (
-    Ack,
-    Action,
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.events import (
     Artifact,
     Clip,
     ConfusionMatrix,
@@ -35,12 +33,10 @@ from tui_trainer.protocol.messages import (
     LogLine,
     NonFinite,
     Notice,
-    PhaseReport,
-    Quantity,
-    Rows,
-    Status,
     TextSample,
 )
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
+from tui_trainer.protocol.messages import Ack, PhaseReport, Quantity, Rows, Status
 from tui_trainer.protocol.schema import Column, Table
 
 STEP_MS = 46.0
@@ -182,38 +178,38 @@ class FakeSession:
     def _obey(self, action: Action) -> str:
         status = self.status
         match action:
-            case messages.Pause():
+            case actions.Pause():
                 self._status(state="paused", phase="step", reason="paused after step")
                 self.report = self._make_report("step")
                 return f"paused at step {status.step}"
-            case messages.Resume():
+            case actions.Resume():
                 self.report = None
                 self._status(state="running", phase="forward", reason="", run_to=None)
                 return "running"
-            case messages.Step(count):
+            case actions.Step(count):
                 self._status(state="paused")
                 self.advance(count)
                 if not self.status.ended:
                     self._status(state="paused", phase="step", reason="stepped")
                     self.report = self._make_report("step")
                 return f"{count} step" if count == 1 else f"{count} steps"
-            case messages.StepPhase():
+            case actions.StepPhase():
                 self.phase()
                 return f"after {self.status.phase}"
-            case messages.RunToEpochEnd():
+            case actions.RunToEpochEnd():
                 per_epoch = (self.run.info.steps_per_epoch if self.run else None) or 100
                 end = (status.step // per_epoch + 1) * per_epoch
                 self._status(state="running", run_to=end)
                 return f"running to step {end}"
-            case messages.Throttle(rate):
+            case actions.Throttle(rate):
                 self._status(throttle=rate)
                 return f"at most {rate:g} steps/s" if rate else "full speed"
-            case messages.AddBreakpoint(condition):
+            case actions.AddBreakpoint(condition):
                 number = len(status.breakpoints) + 1
                 added = messages.Breakpoint(number, condition)
                 self._status(breakpoints=(*status.breakpoints, added))
                 return f"breakpoint {number}: {condition}"
-            case messages.ChangeBreakpoint(number, enabled, ignore):
+            case actions.ChangeBreakpoint(number, enabled, ignore):
                 given = {"enabled": enabled, "ignore": ignore}
                 fields = {name: value for name, value in given.items() if value is not None}
                 changed = [
@@ -221,12 +217,12 @@ class FakeSession:
                     for each in status.breakpoints
                 ]
                 self._status(breakpoints=tuple(changed))
-            case messages.DeleteBreakpoint(number):
+            case actions.DeleteBreakpoint(number):
                 left = [each for each in status.breakpoints if each.number != number]
                 self._status(breakpoints=tuple(left))
-            case messages.ChangeSettings(changes):
+            case actions.ChangeSettings(changes):
                 self._notice("edit", "; ".join(change.text for change in changes), status.step)
-            case messages.Stop(checkpoint):
+            case actions.Stop(checkpoint):
                 self.end("stopped", "stopped by you", "checkpoint written" if checkpoint else "")
                 return "stopping"
         return "done"

@@ -48,7 +48,7 @@ def _perturbed(model: Any) -> Any:
 
 def examined_attention(request: ExamineAttention, images: bool = False) -> AttentionExamination:
     """Raises InspectionError, as the run would."""
-    from tests.inspect.attending import examined
+    from tests.inspector.attending import examined
 
     model, given, targets, names = _vit() if images else _gpt()
     return examined(model, given, request, targets, () if images else names, names)

@@ -97,9 +97,9 @@ class FakeTensors:
         return self._made
 
     def answer(self, request: InspectionRequest, status: Status) -> Inspected:
-        from tui_trainer.inspect.catalog import info_of
-        from tui_trainer.inspect.heat_map import heat_map
-        from tui_trainer.inspect.statistics import statistics_of
+        from tui_trainer.inspector.heat_map import heat_map
+        from tui_trainer.inspector.statistics import statistics_of
+        from tui_trainer.inspector.tensor_catalog import info_of
 
         def done(result: InspectionResult) -> Inspected:
             return Inspected(1, "done", result, status.step, status.phase, 3.2)
@@ -156,8 +156,8 @@ def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanatio
     """A step of AdamW, of one entry with its numbers."""
     import torch
 
-    from tui_trainer.inspect.catalog import info_of
-    from tui_trainer.inspect.update_formulas import Inputs, explain
+    from tui_trainer.inspector.tensor_catalog import info_of
+    from tui_trainer.inspector.update_formulas import Inputs, explain
 
     weight = torch.tensor(0.0125)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(weight)], lr=0.01, weight_decay=0.01)

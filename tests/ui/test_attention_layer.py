@@ -6,9 +6,9 @@ import pytest
 
 from tests.ui.fake import FakeSession, fake_gpt, fake_vit
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
+from tui_trainer.protocol.actions import Pause
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
-from tui_trainer.protocol.messages import Pause
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.glyphs import ASCII, UNICODE
 from tui_trainer.ui.lessons import lessons_for

@@ -6,9 +6,9 @@ import pytest
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
+from tui_trainer.protocol.actions import Pause
 from tui_trainer.protocol.autograd import DescribeGraph
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
-from tui_trainer.protocol.messages import Pause
 from tui_trainer.ui.app import TuiTrainerApp
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol.messages import (
-    AddBreakpoint,
-    BreakpointStop,
-    ChangeBreakpoint,
-    DeleteBreakpoint,
-)
+from tui_trainer.protocol.actions import AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint
+from tui_trainer.protocol.messages import BreakpointStop
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.screens.breakpoints import BreakpointsDialog
 

@@ -7,13 +7,9 @@ from dataclasses import replace
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol.messages import (
-    Ack,
-    Action,
-    Notice,
-    StepPhase,
-    TakeControl,
-)
+from tui_trainer.protocol.actions import Action, StepPhase, TakeControl
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Ack
 
 
 async def test_a_late_answer_does_not_undo_newer_states() -> None:

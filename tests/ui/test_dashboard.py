@@ -8,7 +8,7 @@ from tests.ui import fake, fake_run
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
 from tests.ui.screens import until
-from tui_trainer.protocol import PHASES, messages
+from tui_trainer.protocol import PHASES, actions
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
@@ -16,7 +16,7 @@ from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import Banner, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.panels.updates import UpdatesPanel
+from tui_trainer.ui.panels.update_ratios import UpdatesPanel
 from tui_trainer.ui.screens.dialogs import NumberPrompt, QuitDialog
 from tui_trainer.ui.widgets.lines import LineView
 
@@ -43,7 +43,7 @@ async def test_pause_stands_still_and_steps_are_counted():
     async with app_of(session).run_test(size=(120, 40)) as pilot:
         await pilot.press("space")
         await pilot.pause()
-        assert session.sent == [messages.Pause()]
+        assert session.sent == [actions.Pause()]
         assert "paused" in drawn(pilot.app, HeaderLine)
         assert "300/2,000" in drawn(pilot.app, ProgressLine)
         await pilot.press("s", "s", "s")
@@ -110,17 +110,17 @@ async def test_n_asks_for_a_count_and_throttle_for_a_speed():
         assert isinstance(pilot.app.screen, NumberPrompt)
         await pilot.press("2", "5", "enter")
         await pilot.pause()
-        assert session.sent[-1] == messages.Step(25)
+        assert session.sent[-1] == actions.Step(25)
         assert session.status.step == 325
         await pilot.press("t", "4", "enter")
         await pilot.pause()
-        assert session.sent[-1] == messages.Throttle(4.0)
+        assert session.sent[-1] == actions.Throttle(4.0)
         await pilot.press("t", "ctrl+u", "enter")
         await pilot.pause()
-        assert session.sent[-1] == messages.Throttle(None)
+        assert session.sent[-1] == actions.Throttle(None)
         await pilot.press("n", "escape")
         await pilot.pause()
-        assert session.sent[-1] == messages.Throttle(None)
+        assert session.sent[-1] == actions.Throttle(None)
 
 
 async def test_a_note_at_this_step():
@@ -128,10 +128,10 @@ async def test_a_note_at_this_step():
     async with app_of(session).run_test(size=(120, 40)) as pilot:
         await pilot.press("a", *"odd", "enter")
         await pilot.pause()
-        assert session.sent == [messages.Mark("odd")]
+        assert session.sent == [actions.Mark("odd")]
         await pilot.press("a", "enter")
         await pilot.pause()
-        assert session.sent == [messages.Mark("odd")]
+        assert session.sent == [actions.Mark("odd")]
 
 
 async def test_run_to_the_end_of_the_epoch():
@@ -139,7 +139,7 @@ async def test_run_to_the_end_of_the_epoch():
     async with app_of(session).run_test(size=(120, 40)) as pilot:
         await pilot.press("e")
         await pilot.pause()
-        assert session.sent == [messages.RunToEpochEnd()]
+        assert session.sent == [actions.RunToEpochEnd()]
         assert "600" in drawn(pilot.app, HeaderLine)
 
 
@@ -290,7 +290,7 @@ async def test_quit_asks_detaches_and_stops():
         assert not isinstance(pilot.app.screen, QuitDialog)
         await pilot.press("x", "c")
         await pilot.pause()
-        assert session.sent == [messages.Stop(checkpoint=True)]
+        assert session.sent == [actions.Stop(checkpoint=True)]
     assert session.closed
     assert pilot.app.return_code == 0
 

@@ -7,12 +7,12 @@ import msgspec
 from tests.ui import fake
 from tests.ui.screens import text_of
 from tests.ui.test_dashboard import drawn
-from tui_trainer.protocol import messages
+from tui_trainer.protocol import actions
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.panels.header import HeaderLine
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.key_line import KeyLine
 from tui_trainer.ui.widgets.tabs import TabLine
 
 
@@ -81,7 +81,7 @@ async def test_a_run_inside_the_app_cannot_be_detached_from():
         assert "Detach" not in text_of(app)
         await pilot.press("q")
         await pilot.pause()
-    assert messages.Stop(checkpoint=True) in app.session.sent
+    assert actions.Stop(checkpoint=True) in app.session.sent
 
 
 async def test_clicks_on_the_footer_and_on_tabs_do_what_their_labels_say():
@@ -93,7 +93,7 @@ async def test_clicks_on_the_footer_and_on_tabs_do_what_their_labels_say():
             at = drawn(app, TabLine).index(name)
             await pilot.click(TabLine, offset=(at + 1, 0))
             assert app.screen.query_one(TabLine).current == number
-        for word, action in (("Pause", messages.Pause()), ("Step", messages.Step(1))):
+        for word, action in (("Pause", actions.Pause()), ("Step", actions.Step(1))):
             at = drawn(app, KeyLine).index(word)
             await pilot.click(KeyLine, offset=(at, 0))
             await pilot.pause()

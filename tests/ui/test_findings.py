@@ -6,10 +6,10 @@ import pytest
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
-from tui_trainer.protocol.messages import Evidence, Finding
+from tui_trainer.protocol.events import Evidence, Finding
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.panels.findings import FINDINGS_KEY
 from tui_trainer.ui.panels.gradients import GradientsPanel
-from tui_trainer.ui.panels.verdict import FINDINGS_KEY
 from tui_trainer.ui.screens import SCREENS
 
 

@@ -6,7 +6,7 @@ from rich.segment import Segment
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.protocol.messages import LogLine
+from tui_trainer.protocol.events import LogLine
 from tui_trainer.ui.panels.log import LogView
 from tui_trainer.ui.widgets.lines import _changed_stretches
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol.messages import Clip, LogLine, Notice
+from tui_trainer.protocol.events import Clip, LogLine, Notice
 from tui_trainer.protocol.text import strip_escapes, truncate, wrap
 from tui_trainer.ui.panels.log import MAX_ENTRIES, LogModel, LogView
 

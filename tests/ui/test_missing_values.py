@@ -21,7 +21,8 @@ from tui_trainer.client.api import Link
 from tui_trainer.history import MemoryHistory
 from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import Clip, PhaseReport, Rows, Skipped
+from tui_trainer.protocol.events import Clip, Skipped
+from tui_trainer.protocol.messages import PhaseReport, Rows
 
 STEPS = 40
 ODD_VALUES = np.float32([np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -1e-38, absent(Absent.FROZEN)])

@@ -13,7 +13,7 @@ from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import TextSample
+from tui_trainer.protocol.events import TextSample
 from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.reader import StoredHistory

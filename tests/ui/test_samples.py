@@ -5,7 +5,7 @@ import pytest
 
 from tests.ui.fake import fake_empty, fake_gpt, fake_logging, fake_vit
 from tests.ui.screens import app_on, frame, settle, text_of
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.samples import (
     accuracy,
     fit_image,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
-from tui_trainer.protocol.messages import ChangeSettings, UndoSettings
+from tui_trainer.protocol.actions import ChangeSettings, UndoSettings
 from tui_trainer.protocol.settings import ReadSettings, SettingChange
 from tui_trainer.ui.screens.settings import SettingsDialog
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol.messages import Clip, Notice
+from tui_trainer.protocol.events import Clip, Notice
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE
 from tui_trainer.ui.panels.base import user_event_marks

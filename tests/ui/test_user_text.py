@@ -14,15 +14,8 @@ from tests.examples import examples
 from tests.ui.fake import fake_gpt, fake_vit
 from tests.ui.open_app import OpenApp
 from tui_trainer.history import MemoryHistory
-from tui_trainer.protocol.messages import (
-    ConfusionMatrix,
-    LogLine,
-    Notice,
-    PhaseReport,
-    Quantity,
-    Rows,
-    TextSample,
-)
+from tui_trainer.protocol.events import ConfusionMatrix, LogLine, Notice, TextSample
+from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.protocol.text import sanitize_message
 
 STEPS = 30

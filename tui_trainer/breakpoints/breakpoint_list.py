@@ -15,11 +15,11 @@ from tui_trainer.breakpoints.expression import (
     ExpressionError,
     parse,
 )
-from tui_trainer.breakpoints.observed import (
+from tui_trainer.breakpoints.observed_values import (
     STEPS_OF_RANKS,
     LiveContext,
     LiveStep,
-    Observed,
+    ObservedValues,
     PastStepContext,
     RecordedRun,
     choose,
@@ -31,7 +31,8 @@ from tui_trainer.breakpoints.observed import (
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.messages import Breakpoint, BreakpointStop, Level, NoticeKind
+from tui_trainer.protocol.events import Level, NoticeKind
+from tui_trainer.protocol.messages import Breakpoint, BreakpointStop
 
 MAX_BREAKPOINTS = 100
 
@@ -101,7 +102,7 @@ class Breakpoints:
         self._all: dict[int, _Active] = {}
         self._next = 1
         self._plans: Mapping[Phase, tuple[_Active, ...]] = {}
-        self._values = Observed()
+        self._values = ObservedValues()
         self._ranked = False
 
     # ------------------------------------------------------------ controls, for any thread

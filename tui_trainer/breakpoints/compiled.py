@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.protocol import Phase
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 
 
 @dataclass(frozen=True, slots=True)

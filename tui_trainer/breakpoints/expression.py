@@ -61,7 +61,7 @@ from tui_trainer.breakpoints.quantities import (
 )
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 
 MAX_CHARACTERS = 300
 MAX_DEPTH = 30

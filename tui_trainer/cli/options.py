@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter, validators
 
 from tui_trainer.config.options import Option, options_of
 from tui_trainer.config.training import GROUPS, default_preset
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import TaskDefinition
 

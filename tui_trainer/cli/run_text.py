@@ -14,6 +14,7 @@ from tui_trainer.cli.run_summary import LayerSummary, RunSummary, SummaryCurve
 from tui_trainer.cli.table import columns, new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.history.ranks import RankSummary
+from tui_trainer.protocol.events import Event, Finding, Level, Notice
 from tui_trainer.protocol.formatting import (
     counted,
     event_text,
@@ -22,12 +23,6 @@ from tui_trainer.protocol.formatting import (
     percent,
     rough_duration,
     step_of,
-)
-from tui_trainer.protocol.messages import (
-    Event,
-    Finding,
-    Level,
-    Notice,
 )
 from tui_trainer.protocol.text import truncate_middle
 

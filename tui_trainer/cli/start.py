@@ -95,7 +95,7 @@ def _start_rank(launch: Launch, rank: Rank, options: RunOptions) -> int:
 
 def _train_rank(script: Script, rank: Rank, options: RunOptions) -> int:
     from tui_trainer.run.output import redirect_stdout_to_stderr, use_line_buffering
-    from tui_trainer.run.rank import train_rank
+    from tui_trainer.run.rank_host import train_rank
 
     if options.json:
         os.close(redirect_stdout_to_stderr())

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tui_trainer.history import History, MemoryHistory
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.events import Artifact, Event, LogLine
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
-from tui_trainer.protocol.messages import Ack, Action, Artifact, Event, LogLine, PhaseReport, Status
+from tui_trainer.protocol.messages import Ack, PhaseReport, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.launch import LaunchRequest
 

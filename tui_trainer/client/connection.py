@@ -24,16 +24,15 @@ from tui_trainer import __version__
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.actions import Action, TakeControl
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
 from tui_trainer.protocol.inspection import Inspect, Inspected, InspectionRequest
 from tui_trainer.protocol.messages import (
     Ack,
-    Action,
     Command,
     Hello,
     Poll,
     Refused,
-    TakeControl,
     ToViewer,
     Update,
     Welcome,

@@ -26,8 +26,9 @@ from tui_trainer.client.connection import (
 )
 from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
-from tui_trainer.protocol.messages import Ack, Action, Hello, Poll, Status, Update, Welcome
+from tui_trainer.protocol.messages import Ack, Hello, Poll, Status, Update, Welcome
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
 

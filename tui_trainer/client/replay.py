@@ -20,18 +20,17 @@ from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, 
 from tui_trainer.history import History
 from tui_trainer.history.analysis import Spike, find_spikes
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.inspection import Inspected, InspectionRequest
-from tui_trainer.protocol.messages import (
-    Ack,
+from tui_trainer.protocol.actions import (
     Action,
     Pause,
     Resume,
     RunToEpochEnd,
-    Status,
     Step,
     StepPhase,
     Throttle,
 )
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
+from tui_trainer.protocol.messages import Ack, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.recording import end_status, reported_info, reported_status, with_end
 from tui_trainer.store.events import StoredEvents

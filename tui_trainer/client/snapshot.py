@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
 from tui_trainer.history import MemoryHistory
-from tui_trainer.protocol.messages import Artifact, Clip, Event, LogLine, Status, Update
+from tui_trainer.protocol.events import Artifact, Clip, Event, LogLine
+from tui_trainer.protocol.messages import Status, Update
 
 
 class SnapshotBuilder:

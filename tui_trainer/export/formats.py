@@ -14,7 +14,8 @@ import numpy as np
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
-from tui_trainer.protocol.messages import Clip, Finding, NonFinite, Notice, Skipped, Status
+from tui_trainer.protocol.events import Clip, Finding, NonFinite, Notice, Skipped
+from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines

@@ -17,7 +17,7 @@ from tui_trainer.findings.settings import RuleSettings
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.messages import Finding
+from tui_trainer.protocol.events import Finding
 from tui_trainer.protocol.schema import RunInfo
 
 MAX_FINDINGS = 200

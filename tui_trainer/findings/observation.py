@@ -28,7 +28,7 @@ from tui_trainer.history.records import (
 )
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent_mask, why_absent
-from tui_trainer.protocol.messages import SkipReason
+from tui_trainer.protocol.events import SkipReason
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 
 _REASON = 0xFF

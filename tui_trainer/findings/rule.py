@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts, SkippedStep
 from tui_trainer.protocol import Phase
-from tui_trainer.protocol.messages import Confidence, Evidence, Level
+from tui_trainer.protocol.events import Confidence, Evidence, Level
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.protocol.messages import (
-    ClipKind,
-    NonFiniteQuantity,
-    NonFiniteValue,
-    SkipReason,
-)
+from tui_trainer.protocol.events import ClipKind, NonFiniteQuantity, NonFiniteValue, SkipReason
 
 Floats = NDArray[np.float32]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.records import Floats, NonFiniteRecord
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.events import NonFiniteQuantity
 from tui_trainer.protocol.formatting import nonfinite
-from tui_trainer.protocol.messages import NonFiniteQuantity
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Options, Probe, StepFacts, Values
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Clip,
     Event,
     Finding,

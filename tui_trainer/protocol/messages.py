@@ -1,5 +1,7 @@
 """Every message between a run and its viewers, as typed structs. Decoding executes nothing.
 
+Their contents have modules of their own: `events`, `actions`, `schema`, `inspection`, …
+
 The viewer leads: it sends `Hello`, then *pulls* (`Poll` → `Update`) at its own rate and sends
 `Command`s, each answered by one `Ack`. The run sends nothing unasked, so a viewer that stops
 reading costs it nothing, and one that reconnects continues from its own cursor without a gap.
@@ -15,46 +17,16 @@ from typing import Literal, get_args
 import msgspec
 
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.events import Artifact, Event, LogLine
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.protocol.settings import SettingChange
 
 State = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "crashed"]
 """The states of a run; a decoder refuses any other."""
 EndState = Literal["finished", "stopped", "crashed"]
 """The states in which no further step comes."""
 END_STATES: tuple[EndState, ...] = get_args(EndState)
-Level = Literal["info", "warning", "error"]
-NoticeKind = Literal[
-    "breakpoint",
-    "cadence",
-    "checkpoint",
-    "clip_after_step",
-    "command",
-    "control",
-    "device",
-    "edit",
-    "evaluation",
-    "fault",
-    "mark",
-    "rank",
-    "recording",
-    "skipped_step",
-    "state",
-    "threads",
-    "unseen",
-    "viewer",
-]
-NonFiniteQuantity = Literal["loss", "gradient", "weight"]
-NonFiniteValue = Literal["nan", "inf", "-inf"]
-ClipKind = Literal["norm", "value", "hand"]
-"""`hand`: the script scaled the gradients by itself."""
-Confidence = Literal["possible", "likely", "certain"]
-"""How sure a finding is. `certain`: it follows from what was seen, without a threshold."""
-SkipReason = Literal["hand", "scaler", "end"]
-"""Why no optimizer used gradients: the script threw them away, a GradScaler found them not finite,
-or the script ended before the step."""
-Stream = Literal["stdout", "stderr"]
 
 # ---------------------------------------------------------------- greeting
 
@@ -254,198 +226,6 @@ class Rows(msgspec.Struct, frozen=True, array_like=True):
     flags: bytes = b""
 
 
-# ---------------------------------------------------------------- events, logs, artifacts
-
-
-class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
-    """A step whose gradient was clipped, with the parameters that contributed most."""
-
-    id: int
-    step: int
-    time: float
-    max_norm: float
-    norm_before: float
-    scale: float
-    parameters: tuple[int, ...] = ()
-    """Indices into `RunInfo.parameters`, largest share first."""
-    shares: tuple[float, ...] = ()
-    """‖gᵢ‖² / Σ‖g‖² of each."""
-    kind: ClipKind = "norm"
-    gradient_scale: float = 1.0
-    """Loss scale that was still on the clipped gradients, and on `norm_before`."""
-
-
-class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
-    """A quantity became nan or inf; sent again only after it has been finite."""
-
-    id: int
-    step: int
-    time: float
-    quantity: NonFiniteQuantity
-    parameter: str = ""
-    """The first parameter with such a value; "" for the loss."""
-    value: NonFiniteValue = "nan"
-    finite_at: int | None = None
-    """The last step at which the quantity was measured and finite; None: at none. It was not
-    measured between that step and this one."""
-
-    @property
-    def text(self) -> str:
-        """`gradient became inf in blocks.0.mlp.weight, seen at step 7, finite at step 4`"""
-        where = f" in {self.parameter}" if self.parameter else ""
-        return f"{self.quantity} became {self.value}{where}{self.seen}"
-
-    @property
-    def seen(self) -> str:
-        """The range of steps in which it may have appeared, for a message; "" if known."""
-        if self.finite_at is None or self.finite_at >= self.step - 1:
-            return ""
-        return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
-
-
-class Skipped(msgspec.Struct, tag="skipped", frozen=True, array_like=True):
-    """An iteration whose gradients no optimizer used."""
-
-    id: int
-    step: int
-    """The step that comes next."""
-    time: float
-    reason: SkipReason
-    text: str
-    """What happened, with loss and gradient norm."""
-    optimizer: str = ""
-    """Key of the (first) optimizer that the gradients were for, as in `Table.optimizer`."""
-    rows: tuple[tuple[int, bytes], ...] = ()
-    """(table id, float32 values of its columns) as those of a step."""
-    loss_scale: float | None = None
-    """The scale at which a GradScaler skipped."""
-
-
-class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
-    """A line in the log and, depending on its kind, a mark on the charts."""
-
-    id: int
-    step: int
-    time: float
-    kind: NoticeKind
-    text: str
-    level: Level = "info"
-    who: str = ""
-    """The viewer that caused it, for commands and marks."""
-
-
-class Evidence(msgspec.Struct, frozen=True, array_like=True):
-    """A number that a finding is based on, and the range in which it is healthy."""
-
-    quantity: str
-    """In words, such as `median update ratio`."""
-    text: str
-    """The value as it is shown, with its unit."""
-    value: float | None = None
-    """None where it is not finite or no number."""
-    low: float | None = None
-    """The healthy range; None: open on this side."""
-    high: float | None = None
-    table: str = ""
-    """Where the series is recorded, for a chart; "" where there is none."""
-    column: str = ""
-
-
-class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
-    """What a rule has found wrong. A later event with the same `number` replaces it."""
-
-    id: int
-    step: int
-    """At which it was found."""
-    time: float
-    number: int
-    """Dense from 0, in order of discovery."""
-    rule: str
-    level: Level
-    onset: int
-    """The first step at which it held."""
-    title: str
-    """In a few words, without numbers."""
-    text: str
-    """What is wrong, in a sentence or two with numbers."""
-    next: str
-    """What to look at or try."""
-    confidence: Confidence = "likely"
-    parameters: tuple[str, ...] = ()
-    """Where: names of parameters (or layers), the most affected first."""
-    phase: Phase | Literal[""] = ""
-    """Where: the phase of the step; "" where it belongs to none."""
-    optimizer: str = ""
-    """Key of the optimizer, as in `Table.optimizer`."""
-    evidence: tuple[Evidence, ...] = ()
-    cause: int | None = None
-    """Number of the finding that explains this one."""
-
-
-Event = Clip | NonFinite | Skipped | Finding | Notice
-EventKind = Literal["clip", "nonfinite", "skipped", "finding"] | NoticeKind
-"""The tag of an event, or the kind of a notice."""
-
-
-def event_kind(event: Event) -> EventKind:
-    match event:
-        case Clip():
-            return "clip"
-        case NonFinite():
-            return "nonfinite"
-        case Skipped():
-            return "skipped"
-        case Finding():
-            return "finding"
-        case Notice():
-            return event.kind
-
-
-class LogLine(msgspec.Struct, frozen=True, array_like=True):
-    """A line that the script or a library printed."""
-
-    id: int
-    time: float
-    step: int
-    stream: Stream
-    text: str
-
-
-class TextSample(msgspec.Struct, tag="text", frozen=True):
-    """A continuation sampled from a language model."""
-
-    id: int
-    step: int
-    prompt: str
-    text: str
-
-
-class ImageSample(msgspec.Struct, tag="images", frozen=True):
-    """Images with the model's predictions."""
-
-    id: int
-    step: int
-    width: int
-    height: int
-    pixels: bytes
-    """uint8 RGB of shape (n, height, width, 3); thumbnails, at most 64×64."""
-    predictions: tuple[str, ...]
-    confidences: tuple[float, ...]
-    truths: tuple[str, ...]
-
-
-class ConfusionMatrix(msgspec.Struct, tag="confusion", frozen=True):
-    """Counts over the validation set; at most the 64 most frequent classes."""
-
-    id: int
-    step: int
-    labels: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-    """counts[truth][prediction]."""
-
-
-Artifact = TextSample | ImageSample | ConfusionMatrix
-
 # ---------------------------------------------------------------- pull
 
 
@@ -488,123 +268,6 @@ class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
 
 
 # ---------------------------------------------------------------- commands
-
-
-class Pause(msgspec.Struct, tag="pause", frozen=True):
-    """Stop at the next phase boundary."""
-
-
-class Resume(msgspec.Struct, tag="resume", frozen=True):
-    """Run freely."""
-
-
-class Step(msgspec.Struct, tag="step", frozen=True):
-    """Run `count` optimizer steps, then pause after the `step` phase of the last one."""
-
-    count: int = 1
-
-
-class StepPhase(msgspec.Struct, tag="step_phase", frozen=True):
-    """Run to the next phase boundary, then pause."""
-
-
-class RunToEpochEnd(msgspec.Struct, tag="run_to_epoch_end", frozen=True):
-    """Run to the last step of the current epoch, then pause."""
-
-
-class Throttle(msgspec.Struct, tag="throttle", frozen=True):
-    """Limit the steps per second, for watching; None lifts the limit."""
-
-    steps_per_second: float | None = None
-
-
-class Stop(msgspec.Struct, tag="stop", frozen=True):
-    """Finish the running step, optionally write a checkpoint, then end the run."""
-
-    checkpoint: bool = False
-
-
-class Checkpoint(msgspec.Struct, tag="checkpoint", frozen=True):
-    """Write a checkpoint at the next step boundary and continue."""
-
-
-class TakeControl(msgspec.Struct, tag="take_control", frozen=True):
-    """Become the viewer that may command; the other viewers see a notice of kind `control`."""
-
-
-class Mark(msgspec.Struct, tag="mark", frozen=True):
-    """Add a note at the current step, shown in the log and on the charts."""
-
-    text: str
-
-
-class AddBreakpoint(msgspec.Struct, tag="add_breakpoint", frozen=True):
-    """Pause whenever a condition is met; the fields are those of `Breakpoint`."""
-
-    condition: str
-    ignore: int = 0
-    once: bool = False
-    log_only: bool = False
-
-
-class ChangeBreakpoint(msgspec.Struct, tag="change_breakpoint", frozen=True):
-    """Change a breakpoint; None leaves a field as it is."""
-
-    number: int
-    enabled: bool | None = None
-    ignore: int | None = None
-    once: bool | None = None
-    log_only: bool | None = None
-
-
-class DeleteBreakpoint(msgspec.Struct, tag="delete_breakpoint", frozen=True):
-    """Delete a breakpoint."""
-
-    number: int
-
-
-class ChangeSettings(msgspec.Struct, tag="change_settings", frozen=True):
-    """Change settings of the training at the next step boundary, all at once or none."""
-
-    changes: tuple[SettingChange, ...]
-
-
-class Back(msgspec.Struct, tag="back", frozen=True):
-    """Go back to the end of a step, and pause there."""
-
-    step: int | None = None
-    """None: one step back."""
-
-
-class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):
-    """Keep snapshots of the training from here on, in so much host memory; 0: none."""
-
-    bytes: int
-
-
-class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):
-    """Undo the latest change of settings that is not undone yet."""
-
-
-Action = (
-    Pause
-    | Resume
-    | Step
-    | StepPhase
-    | RunToEpochEnd
-    | Throttle
-    | Stop
-    | Checkpoint
-    | TakeControl
-    | Mark
-    | AddBreakpoint
-    | ChangeBreakpoint
-    | DeleteBreakpoint
-    | ChangeSettings
-    | UndoSettings
-    | Back
-    | KeepSnapshots
-)
 
 
 class Command(msgspec.Struct, tag="command", frozen=True, array_like=True):

@@ -12,7 +12,8 @@ from typing import Literal
 import msgspec
 
 from tui_trainer.protocol import Phase
-from tui_trainer.protocol.messages import EndState, Level, NoticeKind, Refused, Stream
+from tui_trainer.protocol.events import Level, NoticeKind, Stream
+from tui_trainer.protocol.messages import EndState, Refused
 
 MAX_BYTES = 64 * 1024
 """Of a message in either direction."""

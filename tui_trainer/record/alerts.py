@@ -25,10 +25,11 @@ from typing import Any, Literal
 import msgspec
 
 from tui_trainer.config.run_state import process_identity, read_state
-from tui_trainer.findings.verdict import LEVEL_ORDER, finding_object
+from tui_trainer.findings.finding_order import LEVEL_ORDER, finding_object
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import Finding, Level, Notice
 from tui_trainer.protocol.formatting import nonfinite, number
-from tui_trainer.protocol.messages import Finding, Level, Notice, Status
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
 

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Artifact,
     Clip,
     ConfusionMatrix,
@@ -28,9 +28,9 @@ from tui_trainer.protocol.messages import (
     Notice,
     NoticeKind,
     Skipped,
-    Status,
     TextSample,
 )
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 
 # ---------------------------------------------------------------- items and sinks

@@ -24,20 +24,16 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Artifact,
-    EndState,
     Finding,
     Level,
     LogLine,
     NonFinite,
     NoticeKind,
-    PhaseReport,
-    Poll,
-    Status,
     Stream,
-    Update,
 )
+from tui_trainer.protocol.messages import EndState, PhaseReport, Poll, Status, Update
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.record.events import (

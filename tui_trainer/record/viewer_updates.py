@@ -11,7 +11,8 @@ import time
 
 from tui_trainer.history import History
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.messages import LogLine, PhaseReport, Poll, Rows, Status, Update
+from tui_trainer.protocol.events import LogLine
+from tui_trainer.protocol.messages import PhaseReport, Poll, Rows, Status, Update
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import EventLog, artifact_bytes, event_bytes, line_bytes
 

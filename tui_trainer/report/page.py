@@ -15,6 +15,7 @@ from tui_trainer import __version__
 from tui_trainer.history.analysis import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import Event, Finding, Level, NonFinite, Notice, Skipped
 from tui_trainer.protocol.formatting import (
     event_text,
     long_duration,
@@ -23,7 +24,6 @@ from tui_trainer.protocol.formatting import (
     scalar,
     step_of,
 )
-from tui_trainer.protocol.messages import Event, Finding, Level, NonFinite, Notice, Skipped
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData

@@ -41,8 +41,8 @@ def start(arguments: list[str]) -> int:
     log = Path(spec.directory) / LOG_FILE
     host: Host
     if rank is not None and rank.rank:
-        from tui_trainer.run.rank import RankHost, spec_of_rank
         from tui_trainer.run.rank_client import connect_locally
+        from tui_trainer.run.rank_host import RankHost, spec_of_rank
 
         connect = connect_locally(lambda: Path(spec.directory))
         host = RankHost(spec_of_rank(spec, rank), rank, connect, others)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tui_trainer.breakpoints.breakpoint_list import Breakpoints
 from tui_trainer.config.run_spec import RunSpec, save_breakpoints
-from tui_trainer.protocol.messages import BreakpointStop, Finding, Level, NoticeKind
+from tui_trainer.protocol.events import Finding, Level, NoticeKind
+from tui_trainer.protocol.messages import BreakpointStop
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate

@@ -11,10 +11,10 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
-    from tui_trainer.inspect.inspector import Inspector
+    from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
+    from tui_trainer.settings.edits import LiveEdits
     from tui_trainer.trace.tracer import Tracer
-    from tui_trainer.travel.edits import LiveEdits
     from tui_trainer.travel.time_travel import TimeTravel
 
 
@@ -65,11 +65,11 @@ class RunContext(Protocol):
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
-    from tui_trainer.inspect.inspector import Inspector
+    from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES
+    from tui_trainer.settings.edits import LiveEdits
     from tui_trainer.trace.probe import Options
     from tui_trainer.trace.tracer import Tracer
-    from tui_trainer.travel.edits import LiveEdits
     from tui_trainer.travel.time_travel import TimeTravel
 
     options = Options(

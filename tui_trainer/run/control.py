@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING
 
 from tui_trainer.breakpoints.breakpoint_list import BreakpointError
 from tui_trainer.breakpoints.expression import ExpressionError
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.actions import (
     Action,
     AddBreakpoint,
     Back,
-    Breakpoint,
     ChangeBreakpoint,
     ChangeSettings,
     Checkpoint,
     DeleteBreakpoint,
     KeepSnapshots,
     Mark,
-    NoticeKind,
     Pause,
     Resume,
     RunToEpochEnd,
@@ -31,6 +29,8 @@ from tui_trainer.protocol.messages import (
     Throttle,
     UndoSettings,
 )
+from tui_trainer.protocol.events import NoticeKind
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.breakpoints import RunBreakpoints
@@ -38,7 +38,7 @@ from tui_trainer.run.rank_control import RankControl
 from tui_trainer.trace.gate import Gate, Refusal
 
 if TYPE_CHECKING:
-    from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.settings.edits import LiveEdits
     from tui_trainer.travel.time_travel import TimeTravel
 
 MAX_STEPS = 10**12

@@ -52,9 +52,9 @@ from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate, Refusal
 
 if TYPE_CHECKING:
-    from tui_trainer.inspect.inspector import Inspector
+    from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.run.checkpoints import CheckpointSaver
-    from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.settings.edits import LiveEdits
     from tui_trainer.travel.time_travel import TimeTravel
 
 

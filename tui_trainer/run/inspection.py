@@ -31,8 +31,8 @@ from tui_trainer.protocol.travel import ReadTimeline
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:
-    from tui_trainer.inspect.inspector import Inspector, TensorCopy
-    from tui_trainer.travel.edits import LiveEdits
+    from tui_trainer.inspector.inspector import Inspector, TensorCopy
+    from tui_trainer.settings.edits import LiveEdits
     from tui_trainer.travel.time_travel import TimeTravel
 
 WAIT_S = 0.2

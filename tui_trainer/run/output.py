@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from tui_trainer.protocol.events import Stream
 from tui_trainer.protocol.formatting import bytes_, counted
-from tui_trainer.protocol.messages import Stream
 from tui_trainer.protocol.text import remove_escapes, sanitize
 
 STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}

@@ -22,8 +22,9 @@ import msgspec
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import find_socket
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.events import LogLine, NonFinite, Notice
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
-from tui_trainer.protocol.messages import EndState, Join, LogLine, NonFinite, Notice, Status
+from tui_trainer.protocol.messages import EndState, Join, Status
 from tui_trainer.protocol.ranks import (
     MAX_BYTES,
     ROWS_PER_MESSAGE,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.run.children import ChildTraces
+from tui_trainer.run.child_processes import ChildTraces
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import busy_cores_warning, device_info, with_torch_versions
 from tui_trainer.run.import_hook import around_torch_import
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from tui_trainer.trace.tracer import Tracer
-    from tui_trainer.travel.state import Stateful
+    from tui_trainer.travel.training_state import Stateful
 
 _kept_alive: list[types.ModuleType] = []
 

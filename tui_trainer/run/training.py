@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint
-    from tui_trainer.travel.edits import EditableTask
-    from tui_trainer.travel.state import Stateful
+    from tui_trainer.settings.edits import EditableTask
+    from tui_trainer.travel.training_state import Stateful
 
 
 EDITS = "edits"
@@ -112,18 +112,18 @@ def _find_definition(name: str) -> TaskDefinition:
 
 def change_before_first_step(run: RunContext) -> None:
     """Make the changes of settings that the run was started with. Raises ConfigurationError."""
-    from tui_trainer.travel.edits import Entry
+    from tui_trainer.settings.edits import SettingEdit
 
     assert run.edits is not None
     try:
-        run.edits.apply(Entry(0, parse_changes(run.spec.changes)))
+        run.edits.apply(SettingEdit(0, parse_changes(run.spec.changes)))
     except Refusal as refused:
         raise ConfigurationError(refused.message, refused.hint) from refused
 
 
 def train_loop(run: RunContext, training: Training) -> None:
     """Train to the end, and go back on the way as often as a user wants to. Raises StopTraining."""
-    from tui_trainer.travel.time_travel import GoingBack
+    from tui_trainer.travel.time_travel import RewindRequested
 
     travel, target = run.travel, None
     if travel is not None:
@@ -133,8 +133,8 @@ def train_loop(run: RunContext, training: Training) -> None:
             if travel is not None and target is not None:
                 travel.go(target)
             return training.loop()
-        except GoingBack as back:
-            target = back.step
+        except RewindRequested as rewind:
+            target = rewind.target
 
 
 def let_be_changed(run: RunContext, training: Training) -> None:
@@ -174,7 +174,7 @@ class OwnCheckpoints:
 
 def editable(training: Training) -> EditableTask | None:
     """What a user may change of the task's own parts."""
-    from tui_trainer.travel.edits import EditableTask
+    from tui_trainer.settings.edits import EditableTask
 
     if training.schedule is None or training.batches is None:
         return None

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from tui_trainer.history.buckets import Buckets, Flags, RawRows, Steps
 from tui_trainer.history.records import Floats
 from tui_trainer.history.sync import decode_rows, encode_rows, level_of
-from tui_trainer.protocol.formatting import nonfinite
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Artifact,
     Clip,
     ConfusionMatrix,
@@ -34,10 +33,10 @@ from tui_trainer.protocol.messages import (
     NonFinite,
     NonFiniteValue,
     Notice,
-    Rows,
     Skipped,
-    Status,
 )
+from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.protocol.messages import Rows, Status
 from tui_trainer.protocol.text import sanitize_message
 
 CHUNK = 512

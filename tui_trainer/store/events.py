@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Artifact,
     Clip,
     Event,

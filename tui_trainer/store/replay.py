@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
-from tui_trainer.protocol.messages import Clip
+from tui_trainer.protocol.events import Clip
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,

@@ -18,14 +18,9 @@ from typing import Protocol
 import msgspec
 
 from tui_trainer.history.records import Floats
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, LogLine, TextSample
 from tui_trainer.protocol.formatting import counted
-from tui_trainer.protocol.messages import (
-    ConfusionMatrix,
-    ImageSample,
-    LogLine,
-    Status,
-    TextSample,
-)
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,

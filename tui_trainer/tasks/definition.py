@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tui_trainer.config.training import TrainingConfig
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.protocol.schema import Scalar
 
 if TYPE_CHECKING:

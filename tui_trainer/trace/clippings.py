@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.norms import total_norm
 from tui_trainer.trace.probe import Reading, RecorderLike

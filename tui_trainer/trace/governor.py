@@ -6,8 +6,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import cadence, percent
-from tui_trainer.protocol.messages import Level
 from tui_trainer.trace.active_probe import LIMITS, NEVER_STRETCHED, ActiveProbe
 
 WINDOW = 32

@@ -19,7 +19,6 @@ from tui_trainer.history.records import Sign, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.trace.active_probe import ActiveProbe
-from tui_trainer.trace.changes import GradientMarks, WeightWatch
 from tui_trainer.trace.governor import OnChange
 from tui_trainer.trace.nonfinite_origin import merged
 from tui_trainer.trace.norms import Norms, dense, norms_before
@@ -36,6 +35,7 @@ from tui_trainer.trace.probe import (
     skipped_text,
 )
 from tui_trainer.trace.probe_set import ProbeSet, probe_context
+from tui_trainer.trace.script_changes import GradientMarks, WeightWatch
 from tui_trainer.trace.step import (
     BackwardPass,
     Clipping,

@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 import torch
 
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
 from tui_trainer.trace.active_probe import ActiveProbe
-from tui_trainer.trace.changes import WeightWatch
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Options, Probe, RecorderLike
+from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
 from tui_trainer.trace.torch_private import is_sharded
 

@@ -27,12 +27,8 @@ from tui_trainer.history.records import (
     UnitsRecord,
 )
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import (
-    ClipKind,
-    Level,
-    NoticeKind,
-    PhaseReport,
-)
+from tui_trainer.protocol.events import ClipKind, Level, NoticeKind
+from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.protocol.schema import AttentionInfo, Column, Table
 from tui_trainer.trace.parameters import TrackedParameters
 

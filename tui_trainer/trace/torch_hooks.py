@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.module_calls import Patches, copy_metadata
 from tui_trainer.trace.torch_private import NormCapture
 

@@ -30,8 +30,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer
 
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import ClipKind
+from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace import torch_private
+from tui_trainer.trace.backward_passes import BackwardPasses
 from tui_trainer.trace.bad_batch import BadBatches
 from tui_trainer.trace.clippings import Clippings
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
@@ -43,7 +44,6 @@ from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.observers import ForwardObserver, LoopObserver, UpdateObserver
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
-from tui_trainer.trace.passes import BackwardPasses
 from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OTHER, STEP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Options,

@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.messages import SkipReason
+from tui_trainer.protocol.events import SkipReason
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.norms import total_of

@@ -24,11 +24,11 @@ from tui_trainer.protocol.experiments import (
     MeasureLandscape,
     WhatIf,
 )
+from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.edits import Entry, LiveEdits
-from tui_trainer.travel.snapshots import SnapshotRing
-from tui_trainer.travel.state import TrainingParts, TrainingState
+from tui_trainer.travel.snapshot_ring import SnapshotRing
+from tui_trainer.travel.training_state import TrainingParts, TrainingState
 
 DIVERGED = 4.0
 """The search for a learning rate ends where the loss is so many times the smallest one."""
@@ -79,7 +79,7 @@ class Experiments:
         present = self._losses(steps)
         state.restore()
         self._edits.restore(edits)
-        self._edits.apply(Entry(0, asked.changes), silent=True)
+        self._edits.apply(SettingEdit(0, asked.changes), silent=True)
         made = " ".join(change.text for change in asked.changes)
         changed = self._losses(steps)
         first = self._task.stateful["batches"].position - len(changed) + 1

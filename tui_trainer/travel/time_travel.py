@@ -27,16 +27,16 @@ from tui_trainer.protocol.formatting import bytes_, counted
 from tui_trainer.protocol.text import single_line
 from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.settings.edits import LiveEdits, SettingEdit
+from tui_trainer.settings.learning_rates import schedulers_of
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Gate, Refusal
 from tui_trainer.trace.optimizers import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
-from tui_trainer.travel.edits import Entry, LiveEdits
 from tui_trainer.travel.experiments import Experiments
-from tui_trainer.travel.schedules import schedulers_of
-from tui_trainer.travel.snapshots import SnapshotRing, TrainingSnapshot, interval
-from tui_trainer.travel.state import Stateful, TrainingParts, TrainingState
+from tui_trainer.travel.snapshot_ring import SnapshotRing, TrainingSnapshot, interval
+from tui_trainer.travel.training_state import Stateful, TrainingParts, TrainingState
 
 T = TypeVar("T")
 NEVER = 10**15
@@ -78,15 +78,15 @@ class RewindTarget:
     rescue: RescueCopy | None = None
 
 
-class GoingBack(KeyboardInterrupt):
+class RewindRequested(KeyboardInterrupt):
     """Raised on the training thread to leave the loop of a task, which then begins at another step.
 
     A `KeyboardInterrupt`, as `StopTraining`: nothing that handles exceptions takes it for a fault.
     """
 
-    def __init__(self, step: RewindTarget) -> None:
-        super().__init__(f"going to step {step.wanted}")
-        self.step = step
+    def __init__(self, target: RewindTarget) -> None:
+        super().__init__(f"going to step {target.wanted}")
+        self.target = target
 
 
 class SavedStates(Protocol):
@@ -128,7 +128,7 @@ class TimeTravel:
         self._last_step = 0
         self._announced = 0
         """Bytes of a snapshot that were announced."""
-        self._way: list[Entry] = []
+        self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
         self._target: int | None = None
         """Where steps are being made again to."""
@@ -198,14 +198,14 @@ class TimeTravel:
         )
 
     def _leave_loop(self, step: int) -> None:
-        """Raises GoingBack, or an exception where the state is no longer kept."""
+        """Raises RewindRequested, or an exception where the state is no longer kept."""
         nearest = self._nearest(step)
         if nearest is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
         saved = None
         if nearest not in self.ring.steps and self.checkpoints is not None:
             saved = self.checkpoints.load(nearest)
-        raise GoingBack(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
+        raise RewindRequested(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
 
     def _rescue_copy(self) -> RescueCopy:
         gate, position = self._gate, None
@@ -265,14 +265,14 @@ class TimeTravel:
             if not wanted():
                 return
             step = gate.completed
-            raise GoingBack(RewindTarget(step, step, experiment=run))
+            raise RewindRequested(RewindTarget(step, step, experiment=run))
 
         gate.call_soon(leave)
         return found
 
     def timeline(self) -> Timeline:
         """Where the training can be taken to."""
-        edits = self._way if self.in_the_past else self._edits.state.log
+        edits = self._edit_history if self.in_the_past else self._edits.state.log
         places = [
             *(TravelPlace(step, "snapshot") for step in self.ring.steps),
             *(TravelPlace(step, "checkpoint") for step in self._saved_steps()),
@@ -352,7 +352,7 @@ class TimeTravel:
             return self._experiment_at(to)
         recorder, gate, target, nearest = self._recorder, self._gate, to.wanted, to.nearest
         if not self.in_the_past:
-            self._way = list(self._edits.state.log)
+            self._edit_history = list(self._edits.state.log)
         newest = self.newest
         self._tracer.rewind(nearest)
         gate.rewind(nearest)
@@ -412,7 +412,7 @@ class TimeTravel:
     def _restore(self, to: RewindTarget) -> None:
         snapshot = self.ring.before(to.nearest)
         if to.saved is not None and self.checkpoints is not None:
-            self._edits.restore_saved(self.checkpoints.restore(to.saved), self._way)
+            self._edits.restore_saved(self.checkpoints.restore(to.saved), self._edit_history)
         else:
             assert snapshot is not None
             snapshot.state.restore()
@@ -423,7 +423,7 @@ class TimeTravel:
     def _reapply(self, step: int) -> None:
         """Make the changes of settings again that were made at the end of `step`."""
         made = len(self._edits.state.log)
-        for entry in self._way[made:]:
+        for entry in self._edit_history[made:]:
             if entry.step == step:
                 self._edits.apply(entry, silent=True)
 

@@ -24,9 +24,11 @@ from textual.theme import BUILTIN_THEMES
 from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
-from tui_trainer.protocol import messages
+from tui_trainer.protocol import actions
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
-from tui_trainer.protocol.messages import Ack, Action, BreakpointStop, Notice
+from tui_trainer.protocol.messages import Ack, BreakpointStop
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
@@ -51,7 +53,7 @@ DRAIN_CHECK_S = 0.02
 MAX_DRAIN_CHECKS = 12
 """For one frame; later ones are left to the ticks, in case the terminal reads nothing."""
 DUE_TOLERANCE_S = 0.002
-SHOWN_BY_STATE = (messages.Pause, messages.Resume)
+SHOWN_BY_STATE = (actions.Pause, actions.Resume)
 """Commands whose effect the header shows anyway: `paused  after forward`, `running`."""
 NO_QUERIES = ("dumb", "linux")
 """Terminals that would print the question about their background."""
@@ -511,7 +513,7 @@ class TuiTrainerApp(App[int]):
             self.exit(0)
         elif choice in ("stop", "checkpoint"):
             self._stopping = True
-            self.command(messages.Stop(checkpoint=choice == "checkpoint"))
+            self.command(actions.Stop(checkpoint=choice == "checkpoint"))
 
     # ------------------------------------------------------------ appearance
 

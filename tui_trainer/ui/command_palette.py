@@ -13,16 +13,16 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from tui_trainer.learn.page import titles
 from tui_trainer.learn.progress import load_progress
-from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Action
+from tui_trainer.protocol import actions
+from tui_trainer.protocol.actions import Action
 from tui_trainer.ui.screens import SCREENS, AppContext, app_context
 
 COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
-    ("Full speed", "Remove the limit on steps per second", messages.Throttle(None)),
-    ("Write a checkpoint", "At the next step boundary; training continues", messages.Checkpoint()),
-    ("Take control", "Control the run from this screen; others watch", messages.TakeControl()),
-    ("Stop the run", "Finish the current step, then end", messages.Stop()),
-    ("Stop with a checkpoint", "Finish the step, write a checkpoint, end", messages.Stop(True)),
+    ("Full speed", "Remove the limit on steps per second", actions.Throttle(None)),
+    ("Write a checkpoint", "At the next step boundary; training continues", actions.Checkpoint()),
+    ("Take control", "Control the run from this screen; others watch", actions.TakeControl()),
+    ("Stop the run", "Finish the current step, then end", actions.Stop()),
+    ("Stop with a checkpoint", "Finish the step, write a checkpoint, end", actions.Stop(True)),
 )
 """Name, help and message of each."""
 

@@ -11,12 +11,12 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.client.compare import SERIES, ComparedRun, Parting, find_partings
+from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Parting, find_partings
 from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
-from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
 TABS = ("Loss", "Validation", "Gradient norm", "Differences")

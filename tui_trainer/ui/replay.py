@@ -21,7 +21,7 @@ from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.textual_hacks import bindings_of
-from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.key_line import KeyLine
 from tui_trainer.ui.widgets.lines import Row
 
 MarkKind = Literal["clip", "spike", "mark", "nonfinite"]

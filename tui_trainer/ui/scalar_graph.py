@@ -34,7 +34,7 @@ from tui_trainer.ui.panels.scalar_graph import (
 )
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.screens.dialogs import KEYS_HINT
-from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
 TABS = ("Graph", "Nodes", "Error against h", "Learning rate")

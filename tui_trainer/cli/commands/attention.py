@@ -14,7 +14,7 @@ from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_s
 from tui_trainer.cli.commands.inspect import heat_lines, when
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
-from tui_trainer.client.attention import (
+from tui_trainer.client.answers.attention import (
     KeyRow,
     allowed_keys,
     as_data,

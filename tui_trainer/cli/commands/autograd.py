@@ -13,7 +13,7 @@ from rich.text import Text
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.table import new_table, table_lines
-from tui_trainer.client.autograd import (
+from tui_trainer.client.answers.autograd import (
     Fold,
     find_leaf,
     fold,
@@ -23,8 +23,8 @@ from tui_trainer.client.autograd import (
     shape_text,
     short,
 )
+from tui_trainer.client.answers.autograd_export import dot, svg
 from tui_trainer.client.connection import RunClient
-from tui_trainer.client.graph_pictures import dot, svg
 from tui_trainer.protocol.autograd import AutogradGraph, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_, count, counted, number
 from tui_trainer.protocol.inspection import (

@@ -19,8 +19,9 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.sizes import parse_size
+from tui_trainer.protocol.actions import Action, Back, KeepSnapshots
 from tui_trainer.protocol.formatting import number
-from tui_trainer.protocol.messages import Action, Back, KeepSnapshots, Status
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import SCRIPT, STEP
 
 POLL_EVERY_S = 0.05

@@ -16,7 +16,8 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import read_spec, runs_directory
-from tui_trainer.protocol.messages import Action, Back, Checkpoint, Notice
+from tui_trainer.protocol.actions import Action, Back, Checkpoint
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.liveness import RunEntry

@@ -13,8 +13,9 @@ from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_s
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.connection import RunClient
-from tui_trainer.protocol import messages
-from tui_trainer.protocol.messages import Action, Breakpoint
+from tui_trainer.protocol import actions
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.messages import Breakpoint
 
 # Whole numbers that a message can carry.
 HITS = validators.Number(gte=0, lt=2**63)
@@ -62,25 +63,25 @@ def break_(
     name, wanted = _run_and_condition([each for each in (run, condition) if each is not None])
     if wanted is not None:
         check_condition(wanted)
-    actions: list[Action] = []
+    requested: list[Action] = []
     if wanted is not None:
-        actions.append(messages.AddBreakpoint(wanted, ignore=ignore or 0, once=once, log_only=log))
+        requested.append(actions.AddBreakpoint(wanted, ignore=ignore or 0, once=once, log_only=log))
     elif (once or log or ignore is not None) and not enable:
         raise UsageError(
             "--once, --ignore and --log belong to a condition",
             "tui-trainer break RUN 'loss > 5' --once, or --enable 2 --once",
         )
     for number in enable or ():
-        change = messages.ChangeBreakpoint(
+        change = actions.ChangeBreakpoint(
             number, enabled=True, ignore=ignore, once=once or None, log_only=log or None
         )
-        actions.append(change)
-    actions += [messages.ChangeBreakpoint(number, enabled=False) for number in disable or ()]
-    actions += [messages.DeleteBreakpoint(number) for number in delete or ()]
+        requested.append(change)
+    requested += [actions.ChangeBreakpoint(number, enabled=False) for number in disable or ()]
+    requested += [actions.DeleteBreakpoint(number) for number in delete or ()]
     with cli_errors():
         found = require_single_run(name, runs_dir)
-        with RunClient.connect(found, "tui-trainer break", read_only=not actions) as client:
-            for action in actions:
+        with RunClient.connect(found, "tui-trainer break", read_only=not requested) as client:
+            for action in requested:
                 ack = client.command_in_control(action)
                 if not ack.ok:
                     raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
@@ -89,7 +90,7 @@ def break_(
             breakpoints = client.poll(0).status.breakpoints
     if json:
         print(msgspec.json.encode(breakpoints).decode(), flush=True)
-    elif not actions:
+    elif not requested:
         print("\n".join(listing(breakpoints)) or f"{found.name} has no breakpoints", flush=True)
     return 0
 

@@ -16,8 +16,14 @@ from tui_trainer.cli.errors import UsageError, say
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
-from tui_trainer.client.compare import MAX_RUNS, ComparedRun, Difference, differences, outcome
-from tui_trainer.client.divergence import first_difference
+from tui_trainer.comparison.compared_runs import (
+    MAX_RUNS,
+    ComparedRun,
+    Difference,
+    differences,
+    outcome,
+)
+from tui_trainer.comparison.divergence import first_difference
 from tui_trainer.protocol.formatting import scalar
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.protocol.text import sanitize

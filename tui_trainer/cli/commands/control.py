@@ -23,9 +23,11 @@ from tui_trainer.cli.commands.common import (
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import RunClient
 from tui_trainer.history import History
-from tui_trainer.protocol import messages, schema
+from tui_trainer.protocol import actions, schema
+from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.events import Event, Notice
 from tui_trainer.protocol.formatting import number, rough_duration
-from tui_trainer.protocol.messages import Action, Event, Notice, Status
+from tui_trainer.protocol.messages import Status
 from tui_trainer.runs.checkpoints import WHOLE, checkpoint_path
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
@@ -43,12 +45,12 @@ Reached = Callable[[Status, "list[Event]"], bool]
 
 def pause(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
     """pause a run at its next phase boundary"""
-    return _execute("pause", messages.Pause(), _paused, run, no_wait, runs_dir)
+    return _execute("pause", actions.Pause(), _paused, run, no_wait, runs_dir)
 
 
 def resume(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
     """resume a paused run"""
-    return _execute("resume", messages.Resume(), _running, run, no_wait, runs_dir)
+    return _execute("resume", actions.Resume(), _running, run, no_wait, runs_dir)
 
 
 def step(
@@ -68,7 +70,7 @@ def step(
 ) -> int:
     """make one optimizer step, or N, then pause"""
     name, wanted = _run_and_count([each for each in (run, count) if each is not None])
-    return _execute("step", messages.Step(wanted), _paused, name, no_wait, runs_dir)
+    return _execute("step", actions.Step(wanted), _paused, name, no_wait, runs_dir)
 
 
 def stop(
@@ -79,7 +81,7 @@ def stop(
     runs_dir: RunsDir = None,
 ) -> int:
     """finish the running step, then end the run"""
-    action = messages.Stop(checkpoint=checkpoint)
+    action = actions.Stop(checkpoint=checkpoint)
     return _execute("stop", action, _ended, run, no_wait, runs_dir)
 
 
@@ -87,7 +89,7 @@ def checkpoint(
     run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None
 ) -> int:
     """write a checkpoint at the next step boundary"""
-    return _execute("checkpoint", messages.Checkpoint(), _written, run, no_wait, runs_dir)
+    return _execute("checkpoint", actions.Checkpoint(), _written, run, no_wait, runs_dir)
 
 
 def _execute(
@@ -165,10 +167,10 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: li
     failure = next((each.text for each in reversed(notices) if each.level == "error"), "")
     path = checkpoint_path(run.directory, status.step)
     match action:
-        case messages.Stop(checkpoint=True):
+        case actions.Stop(checkpoint=True):
             if not (path / WHOLE).is_file():
                 raise CommandError(failure or "the run has ended without writing a checkpoint")
-        case messages.Checkpoint():
+        case actions.Checkpoint():
             if not notices and status.ended:
                 raise CommandError(
                     "the run ended before the step was complete: no checkpoint was written"

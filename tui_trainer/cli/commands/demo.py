@@ -23,9 +23,9 @@ from tui_trainer.cli.run_text import finding_lines
 from tui_trainer.cli.script import Script
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
-from tui_trainer.client.compare import ComparedRun
+from tui_trainer.comparison.compared_runs import ComparedRun
 from tui_trainer.config.run_spec import RunSpec
-from tui_trainer.findings.verdict import finding_object
+from tui_trainer.findings.finding_order import finding_object
 from tui_trainer.learn.demos import DEMOS, Demo
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT

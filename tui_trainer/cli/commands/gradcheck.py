@@ -13,8 +13,8 @@ from tui_trainer.cli.commands.autograd import ask_for_rerun, plain, result_of, w
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.client.connection import RunClient
-from tui_trainer.client.tensors import find_tensor
 from tui_trainer.protocol.autograd import MAX_CHECKED, CheckedEntry, CheckGradient, GradientCheck
 from tui_trainer.protocol.formatting import bytes_, number
 from tui_trainer.protocol.inspection import Inspected, ListTensors, TensorList

@@ -18,8 +18,7 @@ from tui_trainer.cli.commands.autograd import ask_for_rerun
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
-from tui_trainer.client.connection import RunClient
-from tui_trainer.client.tensors import (
+from tui_trainer.client.answers.tensors import (
     ENDINGS,
     cells_of,
     exact,
@@ -28,6 +27,7 @@ from tui_trainer.client.tensors import (
     settings_text,
     write_tensor,
 )
+from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
 from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (

@@ -15,8 +15,8 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.protocol.actions import Action, ChangeSettings, UndoSettings
 from tui_trainer.protocol.formatting import counted
-from tui_trainer.protocol.messages import Action, ChangeSettings, UndoSettings
 from tui_trainer.protocol.settings import ReadSettings, SettingList, shown
 from tui_trainer.runs.liveness import RunEntry
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.history.records import BadBatch, BatchRecord, BatchTensor
+from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import percent
-from tui_trainer.protocol.messages import Level
 
 
 def _of_role(batch: BatchRecord, role: str) -> list[BatchTensor]:

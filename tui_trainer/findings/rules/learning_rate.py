@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
-from tui_trainer.protocol.messages import Level
+from tui_trainer.protocol.events import Level
 
 ADAM_LIKE = ("adam", "nadam", "adamax", "lion", "lamb")
 """Prefixes of optimizer names. RAdam has a built-in warm-up."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
 from tui_trainer.history.records import UnitsShare
+from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import percent
-from tui_trainer.protocol.messages import Level
 
 STEPS_OF_WINDOW = 50
 """Steps from the first to the last measurement of a window (see `probes.units`)."""

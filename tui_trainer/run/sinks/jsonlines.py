@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tui_trainer.findings.verdict import finding_object
+from tui_trainer.findings.finding_order import finding_object
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, why_absent
-from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Artifact,
     Clip,
     ConfusionMatrix,
@@ -25,9 +24,10 @@ from tui_trainer.protocol.messages import (
     NonFinite,
     Notice,
     Skipped,
-    Status,
     TextSample,
 )
+from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.events import (
     InfoChanged,

@@ -9,16 +9,9 @@ from collections.abc import Callable, Sequence
 from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import Finding, NonFinite, Notice, NoticeKind, Skipped, TextSample
 from tui_trainer.protocol.formatting import count, counted, duration, number, percent, scalar
-from tui_trainer.protocol.messages import (
-    Finding,
-    NonFinite,
-    Notice,
-    NoticeKind,
-    Skipped,
-    Status,
-    TextSample,
-)
+from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,

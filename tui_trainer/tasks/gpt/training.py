@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.models.gpt import GPT
-from tui_trainer.protocol.messages import TextSample
+from tui_trainer.protocol.events import TextSample
 from tui_trainer.tasks.definition import Evaluation, EvaluationResult, Training
 from tui_trainer.tasks.devices import (
     autocast,

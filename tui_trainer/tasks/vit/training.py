@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tui_trainer.models.vit import ViT
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.tasks.definition import Evaluation, EvaluationResult, Training
 from tui_trainer.tasks.devices import (

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from textual.binding import Binding, BindingType
 
-from tui_trainer.client.autograd import (
+from tui_trainer.client.answers.autograd import (
     Fold,
     fold,
     lines,

@@ -15,8 +15,8 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.formatting import cadence, counted
-from tui_trainer.protocol.messages import Notice
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.layers import AxisMarks

@@ -10,7 +10,7 @@ from textual.geometry import Size
 
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
-from tui_trainer.protocol.messages import Clip
+from tui_trainer.protocol.events import Clip
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,

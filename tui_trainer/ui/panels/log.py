@@ -16,7 +16,7 @@ from typing import Literal, TypeVar, get_args
 from textual.message import Message
 
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.messages import (
+from tui_trainer.protocol.events import (
     Clip,
     Event,
     Finding,

@@ -10,7 +10,7 @@ from textual.geometry import Size
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.messages import Skipped
+from tui_trainer.protocol.events import Skipped
 from tui_trainer.ui.panels.base import (
     Figure,
     Panel,

@@ -13,9 +13,9 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
-from tui_trainer.protocol.messages import NonFinite
+from tui_trainer.protocol.events import NonFinite
 from tui_trainer.protocol.schema import ParameterInfo, RunInfo
-from tui_trainer.ui.bands import UPDATE_RATIO
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable
@@ -122,13 +122,13 @@ class ParameterValues:
                 return why.reason
         return ""
 
-    def verdict(self, parameter: int) -> str:
+    def warning(self, parameter: int) -> str:
         """What is unhealthy about the newest values of a parameter, in words; "" for nothing."""
         found = []
         ratios, norms = self.newest[schema.UPDATE_RATIO], self.newest[schema.GRAD_NORM]
         if parameter < len(norms) and norms[parameter] == 0:
             found.append("its gradient is zero")
-        if parameter < len(ratios) and (words := UPDATE_RATIO.verdict(float(ratios[parameter]))):
+        if parameter < len(ratios) and (words := UPDATE_RATIO.describe(float(ratios[parameter]))):
             found.append(f"update {words}")
         return ", ".join(found)
 

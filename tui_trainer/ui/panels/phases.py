@@ -17,7 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import BETWEEN, PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.bands import UPDATE_RATIO
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
@@ -219,7 +219,7 @@ class PhaseStrip(Panel):
 def _unhealthy(report: PhaseReport) -> str:
     """What is unhealthy about the quantities of a phase, in words."""
     ratios = [q.value for q in report.quantities if q.name.startswith("update ratio")]
-    verdicts = [UPDATE_RATIO.verdict(ratio) for ratio in ratios if isinstance(ratio, float)]
+    verdicts = [UPDATE_RATIO.describe(ratio) for ratio in ratios if isinstance(ratio, float)]
     return next((f"updates {words}" for words in verdicts if words), "")
 
 

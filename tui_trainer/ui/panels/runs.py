@@ -10,7 +10,7 @@ import numpy as np
 from rich.segment import Segment
 from textual.geometry import Size
 
-from tui_trainer.client.compare import (
+from tui_trainer.comparison.compared_runs import (
     MAX_RUNS,
     SERIES,
     ComparedCurve,

@@ -15,7 +15,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.color import Color as TextualColor
 
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.protocol.text import truncate, wrap
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 

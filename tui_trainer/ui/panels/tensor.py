@@ -13,7 +13,7 @@ from textual.color import Color as TextualColor
 from textual.geometry import Size
 from textual.message import Message
 
-from tui_trainer.client.tensors import cells_of
+from tui_trainer.client.answers.tensors import cells_of
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
 from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics

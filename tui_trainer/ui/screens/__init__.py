@@ -12,8 +12,8 @@ from textual.dom import DOMNode
 from textual.screen import Screen
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
-from tui_trainer.protocol.messages import Action
 from tui_trainer.ui.widgets.lines import DrawingContext
 
 

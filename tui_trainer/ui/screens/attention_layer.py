@@ -13,8 +13,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical
 from textual.widget import Widget
 
+from tui_trainer.client.answers.attention import position_label
 from tui_trainer.client.api import Snapshot
-from tui_trainer.client.attention import position_label
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected

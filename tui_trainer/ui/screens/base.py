@@ -14,16 +14,16 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol import messages, schema
-from tui_trainer.protocol.messages import Finding
+from tui_trainer.protocol import actions, schema
+from tui_trainer.protocol.events import Finding
 from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.panels.base import Panel
+from tui_trainer.ui.panels.findings import STYLES as FINDING_STYLES
+from tui_trainer.ui.panels.findings import FindingLine, warnings_of
 from tui_trainer.ui.panels.header import HeaderLine
-from tui_trainer.ui.panels.verdict import STYLES as FINDING_STYLES
-from tui_trainer.ui.panels.verdict import VerdictLine, warnings_of
 from tui_trainer.ui.screens import SCREENS, AppContext, ScreenEntry, app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
-from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.lines import Row, Span
 
 MIN_SIZE = (40, 10)
@@ -201,26 +201,26 @@ class ControlScreen(RunScreen):
             self.context.ask_next()
             return
         paused = status.state == "paused" or status.ended  # a replay may start again at its end
-        self.context.command(messages.Resume() if paused else messages.Pause())
+        self.context.command(actions.Resume() if paused else actions.Pause())
 
     def action_step(self) -> None:
-        self.context.command(messages.Step(1))
+        self.context.command(actions.Step(1))
 
     def action_phase(self) -> None:
-        self.context.command(messages.StepPhase())
+        self.context.command(actions.StepPhase())
 
     def action_epoch(self) -> None:
-        self.context.command(messages.RunToEpochEnd())
+        self.context.command(actions.RunToEpochEnd())
 
     def action_take_control(self) -> None:
-        self.context.command(messages.TakeControl())
+        self.context.command(actions.TakeControl())
 
     def action_steps(self) -> None:
         """Ask for a number of steps and run them."""
 
         def run(count: float | None) -> None:
             if count is not None:
-                self.context.command(messages.Step(int(min(count, MAX_STEPS))))
+                self.context.command(actions.Step(int(min(count, MAX_STEPS))))
 
         prompt = NumberPrompt("Steps to run, then pause", "10", whole=True)
         self.app.push_screen(prompt, run)
@@ -232,7 +232,7 @@ class ControlScreen(RunScreen):
         self.app.push_screen(BreakpointsDialog())
 
     def action_step_back(self) -> None:
-        self.context.command(messages.Back())
+        self.context.command(actions.Back())
 
     def action_timeline(self) -> None:
         """Show where the training can be taken back to."""
@@ -251,7 +251,7 @@ class ControlScreen(RunScreen):
 
         def mark(text: str | None) -> None:
             if text is not None:
-                self.context.command(messages.Mark(text))
+                self.context.command(actions.Mark(text))
 
         self.app.push_screen(TextPrompt("Note at this step"), mark)
 
@@ -261,7 +261,7 @@ class ControlScreen(RunScreen):
 
         def limit(rate: float | None) -> None:
             if rate is not None:
-                self.context.command(messages.Throttle(rate if rate > 0 else None))
+                self.context.command(actions.Throttle(rate if rate > 0 else None))
 
         prompt = NumberPrompt(
             "Steps per second, at most (empty: full speed)",
@@ -278,7 +278,7 @@ class DetailScreen(ControlScreen):
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
         yield ScreenTabs()
-        yield VerdictLine()
+        yield FindingLine()
         yield from self.body()
         yield KeyLine()
 
@@ -289,7 +289,7 @@ class DetailScreen(ControlScreen):
     def show(self, snapshot: Snapshot) -> None:
         self.query_one(HeaderLine).show(snapshot)
         self.query_one(ScreenTabs).show(snapshot)
-        self.query_one(VerdictLine).show(snapshot)
+        self.query_one(FindingLine).show(snapshot)
         self.show_body(snapshot)
         self.show_keys()
 

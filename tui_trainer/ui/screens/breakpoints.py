@@ -15,12 +15,8 @@ from textual.widgets.option_list import Option
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.breakpoints.quantities import completions
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol.messages import (
-    AddBreakpoint,
-    Breakpoint,
-    ChangeBreakpoint,
-    DeleteBreakpoint,
-)
+from tui_trainer.protocol.actions import AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, SnapshotDialog
 

@@ -16,12 +16,12 @@ from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.panels.clipping import ClippingPanel
+from tui_trainer.ui.panels.findings import FindingLine
 from tui_trainer.ui.panels.gradients import GradientsPanel, SortKey
 from tui_trainer.ui.panels.header import Banner, FactsLine, HeaderLine, ProgressLine
 from tui_trainer.ui.panels.loss import LossPanel
 from tui_trainer.ui.panels.phases import PhaseStrip
-from tui_trainer.ui.panels.updates import LearningRatePanel, UpdatesPanel
-from tui_trainer.ui.panels.verdict import VerdictLine
+from tui_trainer.ui.panels.update_ratios import LearningRatePanel, UpdatesPanel
 from tui_trainer.ui.screens.base import (
     CONTROL_BINDINGS,
     MIN_SIZE,
@@ -29,7 +29,7 @@ from tui_trainer.ui.screens.base import (
     ScreenTabs,
     pause_label,
 )
-from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
@@ -81,7 +81,7 @@ class DashboardScreen(ControlScreen):
         yield TooSmall(*MIN_SIZE)
         yield HeaderLine()
         yield ScreenTabs()
-        yield VerdictLine()
+        yield FindingLine()
         yield ProgressLine()
         yield FactsLine()
         yield PhaseStrip()
@@ -116,7 +116,7 @@ class DashboardScreen(ControlScreen):
             self._lacks = lacks
             self._show_panels()
         for panel in self._panels:
-            if panel.is_on_screen or isinstance(panel, Banner | FactsLine | VerdictLine):
+            if panel.is_on_screen or isinstance(panel, Banner | FactsLine | FindingLine):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
         keys.labels["run.pause"] = pause_label(snapshot)

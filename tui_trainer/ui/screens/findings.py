@@ -11,12 +11,12 @@ from textual.containers import Container
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.findings.verdict import newest_findings
+from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.learn.catalog import PAGE_OF_RULE
+from tui_trainer.protocol.events import Evidence, Finding
 from tui_trainer.protocol.formatting import count, counted
-from tui_trainer.protocol.messages import Evidence, Finding
 from tui_trainer.ui.panels.base import placeholder_message
-from tui_trainer.ui.panels.verdict import STYLES, EvidenceChart, FindingDetail
+from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen, RunScreen
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
@@ -96,7 +96,7 @@ class FindingsScreen(DetailScreen):
     """The findings, and the one under the cursor in full."""
 
     CSS = """
-    FindingsScreen VerdictLine.-shown { display: none; }
+    FindingsScreen FindingLine.-shown { display: none; }
     FindingsScreen #summary { margin: 0 1; }
     FindingsScreen #finding { height: 1fr; margin: 1 1 0 1; layout: vertical; }
     FindingsScreen EvidenceChart { max-height: 24; margin-top: 1; }

@@ -17,8 +17,8 @@ from tui_trainer.learn.progress import load_progress
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
-from tui_trainer.ui.bands import UPDATE_RATIO
 from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
 from tui_trainer.ui.panels.base import slowed_tables
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, dialogs

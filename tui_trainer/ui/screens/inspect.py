@@ -45,7 +45,7 @@ from tui_trainer.ui.panels.tensor import (
     StatisticsView,
     Viewport,
 )
-from tui_trainer.ui.panels.update import UpdateView
+from tui_trainer.ui.panels.update_explanation import UpdateView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.widgets.lines import Span

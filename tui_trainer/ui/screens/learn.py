@@ -22,7 +22,7 @@ from tui_trainer.learn.layout import Line, Numbers, changed_values, escaped, lai
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
 from tui_trainer.learn.progress import PageState, load_progress, save_progress
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
-from tui_trainer.ui.widgets.keys import KeyLine, TooSmall
+from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 from tui_trainer.ui.widgets.text import Caption

@@ -18,7 +18,7 @@ from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.protocol.text import truncate_middle
-from tui_trainer.ui.bands import UPDATE_RATIO
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.panels.parameters import (
     MODEL_ORDER,
@@ -204,8 +204,8 @@ class ParametersScreen(DetailScreen):
         if reason := self.values.why_absent(row):  # what does not fit is cut off at the end
             absent = (f"{self.context.glyphs.missing} {reason}", "text")
             pieces = [pieces[0], absent, (by, "dim"), (facts, "dim")]
-        elif verdict := self.values.verdict(row):
-            pieces.insert(1, (verdict, "warning"))
+        elif warning := self.values.warning(row):
+            pieces.insert(1, (warning, "warning"))
         self.query_one("#selected", Caption).update(pieces)
         visible_charts = max(1, self.size.width // CHART_WIDTH)
         for number, (chart, (quantity, name, style)) in enumerate(

@@ -12,7 +12,7 @@ from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.protocol.messages import ConfusionMatrix, ImageSample, TextSample
+from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.logged import LoggedTable
 from tui_trainer.ui.panels.samples import (

@@ -16,10 +16,11 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import NAMES, parse_changes
+from tui_trainer.protocol.actions import ChangeSettings, UndoSettings
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.experiments import ExperimentResult, WhatIf
 from tui_trainer.protocol.formatting import counted, number
 from tui_trainer.protocol.inspection import Inspected
-from tui_trainer.protocol.messages import ChangeSettings, Notice, UndoSettings
 from tui_trainer.protocol.settings import ReadSettings, Setting, SettingChange, SettingList, shown
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog

@@ -29,7 +29,7 @@ from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.widgets.form import ChoiceRow, FormRow, switch, text_field
-from tui_trainer.ui.widgets.keys import KeyLine
+from tui_trainer.ui.widgets.key_line import KeyLine
 
 SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
 COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer", "device", "seed")

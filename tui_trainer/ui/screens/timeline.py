@@ -14,9 +14,9 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.sizes import parse_size
+from tui_trainer.protocol.actions import Back, KeepSnapshots, Step
 from tui_trainer.protocol.formatting import bytes_, counted
 from tui_trainer.protocol.inspection import Inspected
-from tui_trainer.protocol.messages import Back, KeepSnapshots, Step
 from tui_trainer.protocol.travel import ReadTimeline, Timeline
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog

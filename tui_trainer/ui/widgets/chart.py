@@ -16,8 +16,8 @@ from textual.geometry import Size
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.ui.bands import HealthyBand
 from tui_trainer.ui.glyphs import Glyphs
+from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille
 from tui_trainer.ui.widgets.axes import (
@@ -247,7 +247,7 @@ class SeriesChart(LineView):
         self._placeholder = ""
         self._total_steps: int | None = None
         self._selected = False
-        self._band: HealthyBand | None = None
+        self._band: HealthyRange | None = None
 
     def plot(
         self,
@@ -259,7 +259,7 @@ class SeriesChart(LineView):
         total_steps: int | None = None,
         log: bool | None = None,
         selected: bool = False,
-        band: HealthyBand | None = None,
+        band: HealthyRange | None = None,
     ) -> None:
         """Show `curves` of `series`, or `placeholder` where there is nothing to draw. The limits
         of a healthy `band` are drawn where values come near them."""
@@ -323,7 +323,7 @@ class SeriesChart(LineView):
         return row
 
 
-def near_limits(band: HealthyBand, low: Floats, high: Floats) -> list[float]:
+def near_limits(band: HealthyRange, low: Floats, high: Floats) -> list[float]:
     """The limits of a band within the drawn values, or not far from them: a limit that is far away
     would flatten the curve."""
     known = np.concatenate([low[np.isfinite(low)], high[np.isfinite(high)]])

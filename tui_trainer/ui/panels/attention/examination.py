@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.client.attention import (
+from tui_trainer.client.answers.attention import (
     KeyRow,
     allowed_keys,
     entropy_text,
@@ -26,7 +26,7 @@ from tui_trainer.client.attention import (
     target_text,
     visible,
 )
-from tui_trainer.client.tensors import cells_of
+from tui_trainer.client.answers.tensors import cells_of
 from tui_trainer.protocol.attention import (
     PAIRS,
     PARTS,

@@ -21,7 +21,7 @@ from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui.bands import HealthyBand
+from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.chart import ChartCurve
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell
@@ -49,7 +49,7 @@ class Statistic:
     signed: bool = False
     short_title: str = ""
     """Where there is little room; "" for the title itself."""
-    band: HealthyBand | None = None
+    band: HealthyRange | None = None
     """Where values are healthy, if that can be said in numbers; others are coloured."""
 
     @property
@@ -94,13 +94,13 @@ SHOWN_STATISTICS = (
         "cos", "cosine", schema.ATTENTION, PAIRS,
         "⟨Wa,Wb⟩/(‖Wa‖‖Wb‖): 1 same direction, 0 unrelated, as at a random start",
         "near 0, up to ±0.7; q and k may align slowly, a jump is suspicious", True, "cos",
-        HealthyBand(-0.7, 0.7),
+        HealthyRange(-0.7, 0.7),
     ),
     Statistic(
         "distance", "distance", schema.ATTENTION, PAIRS,
         "‖Wa−Wb‖/√(‖Wa‖²+‖Wb‖²): 1 for unrelated matrices, 0 for equal ones",
         "near 1; below 0.5 two projections do much the same work",
-        band=HealthyBand(low=0.5),
+        band=HealthyRange(low=0.5),
     ),
     Statistic(
         "norm", "norm", schema.ATTENTION, MATRICES,
@@ -116,7 +116,7 @@ SHOWN_STATISTICS = (
         "growth", "growth", schema.ATTENTION, LAYER,
         "‖Wq‖‖Wk‖/‖Wv‖ relative to the start: early sign of a logit blow-up",
         "1 to 40; a steep rise comes before entropy collapses",
-        band=HealthyBand(high=40),
+        band=HealthyRange(high=40),
     ),
     Statistic(
         "sigma_max", "σ max", schema.ATTENTION_SPECTRUM, MATRICES,
@@ -127,7 +127,7 @@ SHOWN_STATISTICS = (
         "stable_rank", "stable rank", schema.ATTENTION_SPECTRUM, MATRICES,
         "‖W‖²/σ_max²: how many directions dominate; robust to small ones",
         "falls as structure is learned; below 1.1 a single direction dominates",
-        band=HealthyBand(low=1.1),
+        band=HealthyRange(low=1.1),
     ),
     Statistic(
         "effective_rank", "effective rank", schema.ATTENTION_SPECTRUM, MATRICES,
@@ -138,19 +138,19 @@ SHOWN_STATISTICS = (
         "max_logit", "max logit", schema.ATTENTION_HEALTH, LAYER,
         "the largest attention logit q·k/√d of a sampled batch",
         "below 50; beyond it softmax saturates and gradients vanish",
-        band=HealthyBand(high=50),
+        band=HealthyRange(high=50),
     ),
     Statistic(
         "entropy", "entropy", schema.ATTENTION_HEALTH, LAYER,
         "mean entropy of the attention rows in nats: how spread out attention is",
         "0.1 to ln of the context length (uniform); near 0: one token only",
-        band=HealthyBand(low=0.1),
+        band=HealthyRange(low=0.1),
     ),
     Statistic(
         "cos_qk_activations", "cos(q, k)", schema.ATTENTION_HEALTH, LAYER,
         "mean cosine between queries and keys (activations, not weights)",
         "small; above 0.9 every query attends to all keys alike", True,
-        band=HealthyBand(-0.9, 0.9),
+        band=HealthyRange(-0.9, 0.9),
     ),
     Statistic(
         "std", "std", schema.ATTENTION, MATRICES,

@@ -1,0 +1,1 @@
+"""Answers to requests for inspection: decoded, labelled, searched, and exported to files."""

@@ -1,0 +1,1 @@
+"""Comparing recorded runs: series on one axis, settings, and where the runs first differ."""

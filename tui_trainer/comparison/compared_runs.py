@@ -1,0 +1,270 @@
+"""Comparing runs: their series on one axis, their outcomes, and how their settings differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tui_trainer.comparison.divergence import RunsCompared, first_difference
+from tui_trainer.history.logged import logged_series
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.schema import RunInfo, Scalar
+from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import RunEntry, inspect_run
+from tui_trainer.runs.recording import open_history, reported_info
+from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import StoreError
+
+MAX_RUNS = 8
+"""Runs that can be distinguished on one chart."""
+SERIES = {
+    "loss": (schema.STEP, "loss", "Training loss"),
+    "validation": (schema.VALIDATION, "loss", "Validation loss"),
+    "norm": (schema.STEP, "grad_norm_preclip", "Gradient norm"),
+}
+"""The series that can be overlaid: table, column and title."""
+MAX_LOGGED = 50
+"""Names of `tui_trainer.log` that are compared."""
+STEP_BUCKETS = 4
+"""Buckets of steps read for each bucket of time, when series are aligned by time."""
+
+
+@dataclass(frozen=True)
+class ComparedCurve:
+    """A series in equal buckets of steps or of seconds; NaN where nothing was measured."""
+
+    low: NDArray[np.float32]
+    """(buckets,)"""
+    high: NDArray[np.float32]
+    last: NDArray[np.float32]
+    filled: NDArray[np.bool_]
+    nonfinite: NDArray[np.bool_]
+
+
+class ComparedRun:
+    """One of the compared runs. Raises RunError when its recording cannot be read."""
+
+    def __init__(self, run: RunEntry) -> None:
+        self.run = run
+        try:
+            self.history: StoredHistory = open_history(run.directory)
+        except (StoreError, OSError) as error:
+            raise RunError(f"{run.name} cannot be compared: {error}") from error
+        self.info: RunInfo = self.history.store.info() or reported_info(run.directory)
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def fault(self) -> str:
+        """What of the recording cannot be read; "" while everything can."""
+        return self.history.store.fault
+
+    def refresh(self) -> None:
+        """Read what has been recorded since."""
+        self.run = inspect_run(self.run.directory) or self.run
+        self.history.refresh()
+        self.info = self.history.store.info() or self.info
+
+    def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """When each of some ascending steps ended, in seconds since the first one did. Pauses
+        count; what came before the first step (imports, compilation) does not."""
+        first = self.history.timeline.first_step
+        if first is None:
+            return np.zeros(len(steps))
+        seconds = self.history.timeline.times(steps) - first[1]
+        return np.maximum.accumulate(np.maximum(seconds, 0.0))
+
+    @property
+    def length(self) -> tuple[int, float]:
+        """Recorded steps and seconds."""
+        last = self.history.last_step
+        return last, float(self.seconds_at(np.array([last]))[0])
+
+    def curve(
+        self, series: str, stop: float, buckets: int, by_time: bool = False
+    ) -> ComparedCurve | None:
+        """A series of SERIES from the beginning to `stop`, in steps or, `by_time`, in seconds; None
+        when the run does not have it."""
+        found = self.series(series)
+        if found is None:
+            return None
+        table, column = found
+        if not by_time:
+            window = table.window([column], 1, int(stop) + 1, buckets)
+            return ComparedCurve(
+                window.low[:, 0],
+                window.high[:, 0],
+                window.last[:, 0],
+                window.filled,
+                window.nonfinite[:, 0],
+            )
+        last = (table.last_step or 0) + 1
+        window = table.window([column], 1, last, min(buckets * STEP_BUCKETS, max(1, last - 1)))
+        kept = np.flatnonzero(window.filled)
+        seconds = self.seconds_at(np.maximum(window.edges[1:][kept] - 1, 0))
+        place = np.minimum((seconds / max(stop, 1e-9) * buckets).astype(np.int64), buckets - 1)
+        return _into_buckets(
+            place,
+            buckets,
+            window.low[kept, 0],
+            window.high[kept, 0],
+            window.last[kept, 0],
+            window.nonfinite[kept, 0],
+        )
+
+    def series(self, series: str) -> tuple[SeriesReader, int] | None:
+        """Table and column of a series of SERIES; None when it has no rows."""
+        name, column, _ = SERIES[series]
+        return self.history.find(name, column)
+
+    def newest(self, series: str) -> float | None:
+        """The newest value of a series of SERIES; None when it has no rows."""
+        name, column, _ = SERIES[series]
+        table = self.history.table(name)
+        return table.newest(column) if table is not None else None
+
+
+def _into_buckets(
+    place: NDArray[np.int64],
+    buckets: int,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    last: NDArray[np.float32],
+    bad: NDArray[np.bool_],
+) -> ComparedCurve:
+    """Lowest, highest and last value of each bucket; `place` is the bucket of each value."""
+    lows = np.full(buckets, np.inf, np.float32)
+    highs = np.full(buckets, -np.inf, np.float32)
+    np.fmin.at(lows, place, low)
+    np.fmax.at(highs, place, high)
+    lasts = np.full(buckets, np.nan, np.float32)
+    lasts[place] = last
+    filled = np.zeros(buckets, np.bool_)
+    filled[place] = True
+    nonfinite = np.zeros(buckets, np.bool_)
+    nonfinite[place[bad]] = True
+    empty = lows > highs
+    lows[empty] = highs[empty] = np.nan
+    return ComparedCurve(lows, highs, lasts, filled, nonfinite)
+
+
+# ---------------------------------------------------------------- tables of runs
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row of a table with a column per run."""
+
+    name: str
+    values: tuple[Scalar, ...]
+    """One per run; None where the run has none."""
+
+
+def outcome(runs: Sequence[ComparedRun]) -> list[Difference]:
+    """How far each run came, with its last and best values."""
+    found = [_outcome_of(run) for run in runs]
+    names = dict.fromkeys(name for each in found for name in each)
+    return [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+
+
+def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
+    steps, seconds = run.length
+    values: dict[str, Scalar] = {
+        "state": run.run.state,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+    }
+    for series, lowest in (("loss", True), ("validation", True), ("norm", False)):
+        found = run.series(series)
+        name = {"loss": "loss", "validation": "validation loss", "norm": "gradient norm"}[series]
+        if found is None:
+            continue
+        table, column = found
+        values[f"{name}, last"] = run.newest(series)
+        first, last = table.first_step or 0, (table.last_step or 0) + 1
+        seen = table.window([column], first, last, 1)
+        best = float(seen.low[0, 0] if lowest else seen.high[0, 0])
+        values[f"{name}, {'best' if lowest else 'highest'}"] = None if math.isnan(best) else best
+    accuracy = run.history.find(schema.VALIDATION, "accuracy")
+    if accuracy is not None:
+        values["accuracy, last"] = accuracy[0].newest("accuracy")
+    for each in logged_series(run.history)[:MAX_LOGGED]:
+        newest, highest = each.newest(), each.best()
+        if newest is not None and why_absent(newest[1]) is None:
+            values[f"{each.name} (logged), last"] = newest[1]
+        if highest is not None:
+            which = "lowest" if each.better == "lower" else "highest"
+            values[f"{each.name} (logged), {which}"] = highest
+    return values
+
+
+def differences(runs: Sequence[ComparedRun]) -> list[Difference]:
+    """The settings that differ: options, data, device, versions, the user's own code."""
+    found = [_settings(run.info) for run in runs]
+    names = dict.fromkeys(name for each in found for name in each)
+    lines = [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+    return [line for line in lines if len({_distinct(value) for value in line.values}) > 1]
+
+
+def _distinct(value: Scalar) -> tuple[str, Scalar]:
+    return type(value).__name__, value  # 1 == True, but they are different settings
+
+
+def _settings(info: RunInfo) -> dict[str, Scalar]:
+    values: dict[str, Scalar] = {"task": info.task, **info.configuration}
+    if info.is_script:
+        values["command"] = " ".join(info.command)
+    values |= {f"data: {name}": value for name, value in info.facts.items()}
+    values["parameters"] = sum(each.numel for each in info.parameters if each.trainable) or None
+    if info.device is not None:
+        values["device"] = info.device.name
+        values["torch threads"] = info.device.threads
+    values["host"] = info.host
+    values |= {f"version of {name}": value for name, value in info.versions.items()}
+    if info.source is not None:
+        values["commit"] = info.source.commit[:12] + (" + changes" if info.source.dirty else "")
+    if info.parent:
+        values["resumed from"] = (
+            f"{info.parent.rpartition('/')[2]} at step {info.branch_step or 0:,}"
+        )
+    return values
+
+
+# ---------------------------------------------------------------- where runs part
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where a run differs first from the first of the compared runs."""
+
+    number: int
+    """Index of the run."""
+    found: RunsCompared
+
+
+def find_partings(runs: Sequence[RunEntry], tolerance: float) -> list[Parting]:
+    """Compare every run with the first one, for any thread: the recordings are opened for it.
+    Those that cannot be read are left out."""
+    partings: list[Parting] = []
+    with ExitStack() as stack:
+        histories: list[StoredHistory | None] = []
+        for run in runs:
+            try:
+                histories.append(stack.enter_context(closing(open_history(run.directory))))
+            except (StoreError, OSError):
+                histories.append(None)
+        first = histories[0] if histories else None
+        for number, history in enumerate(histories[1:], 1):
+            if first is not None and history is not None:
+                found = first_difference(first, history, tolerance)
+                partings.append(Parting(number, found))
+    return partings

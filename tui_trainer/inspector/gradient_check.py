@@ -1,0 +1,227 @@
+"""Checks a gradient of autograd against what the loss does when the weight is changed.
+
+On the batch and the random numbers of the current step, in float64 where the parameters fit into
+memory twice: the modules are lent copies of their parameters, of which one entry is moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from itertools import pairwise
+from time import monotonic
+from typing import Any
+
+import torch
+
+from tui_trainer.inspector.rerun import ModelCall, StepCapture, again, evaluate
+from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
+from tui_trainer.protocol.autograd import (
+    MAX_CHECKED,
+    CheckedEntry,
+    CheckGradient,
+    GradientCheck,
+    GradientStep,
+)
+from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.trace.torch_private import own_parameters
+from tui_trainer.trace.tracer import Tracer
+
+STEPS = tuple(10.0**-k for k in range(1, 10))
+"""Sizes of the change in float64."""
+COARSE_STEPS = tuple(10.0**-k for k in range(1, 6))
+"""Below float64, where smaller ones are rounded away."""
+MAX_BYTES = 1 << 30
+"""Of the copies in float64, unless more is allowed."""
+MAX_S = 30.0
+"""Entries that are not begun by then are left out."""
+ROUNDINGS = 10
+"""In units of the last place, how far off a loss may be that was summed up from many numbers."""
+SAME_LOSS = 1e-3
+"""Relative difference of the losses up to which float64 draws the same random numbers."""
+
+
+def check_gradient(
+    tracer: Tracer, catalog: TensorCatalog, capture: StepCapture, request: CheckGradient
+) -> GradientCheck:
+    """Raises InspectionError where it is not possible."""
+    parameter = catalog.parameter(request.name)
+    call = capture.current()
+    stepped = tracer.gate.phase in ("step", "")
+    notes = ["with the weights as they are now, after the step"] if stepped else []
+    with again(call) as model:
+        size = _double_bytes(model)
+        limit = request.max_bytes or MAX_BYTES
+        wide = parameter.device.type != "mps" and size <= limit
+        if size > limit:
+            needed = f"the parameters in float64 hold {bytes_(size, 0)}, of at most"
+            notes.append(f"{needed} {bytes_(limit, 0)}: checked in their own type")
+        copied = _lend_parameters(model, parameter, wide)
+        target = copied[id(parameter)]
+        with _without_autocast(call, wide):
+            loss = evaluate(model, call, wide)
+            if loss is None or loss.grad_fn is None:
+                why = (
+                    "it has no graph" if loss is not None else call.loss.why_missing(call.returned)
+                )
+                raise InspectionError(f"the loss cannot be computed again: {why}")
+            (gradient,) = torch.autograd.grad(loss, (target,), allow_unused=True)
+            if gradient is None:
+                raise InspectionError(f"the loss of this step does not depend on {request.name}")
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            value = float(loss.detach())
+            if not stepped:
+                notes += _loss_notes(call, value, wide)
+            del loss
+            entries: list[CheckedEntry] = []
+            began = monotonic()
+            for index in _chosen(request, gradient):
+                if entries and monotonic() - began > MAX_S:
+                    notes.append(f"stopped after {MAX_S:.0f} s: further entries are left out")
+                    break
+                entries.append(_checked(model, call, target, gradient, index, wide))
+    held = sum(each.numel() * each.element_size() for each in copied.values())
+    dtype = str(target.dtype).removeprefix("torch.")
+    own = _gradients_of_step(tracer, parameter, entries)
+    return GradientCheck(request.name, dtype, value, tuple(entries), held, own, tuple(notes))
+
+
+def _double_bytes(model: torch.nn.Module) -> int:
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    return sum(8 * tensor.numel() for tensor in tensors)
+
+
+def _lend_parameters(
+    model: torch.nn.Module, parameter: torch.Tensor, wide: bool
+) -> dict[int, torch.nn.Parameter]:
+    """Put copies in place of all parameters (`wide`: in float64) or of one alone, and of the
+    buffers; `again` gives the modules back their own."""
+    copies: dict[int, torch.nn.Parameter] = {}
+    for each in model.parameters():
+        if wide or each is parameter:
+            held = each.detach().clone()
+            held = held.double() if wide and held.is_floating_point() else held
+            copies[id(each)] = torch.nn.Parameter(held, each.requires_grad)
+    if id(parameter) not in copies:
+        raise InspectionError("it is no parameter of the model that was called last")
+    for module in model.modules():
+        named = own_parameters(module)
+        for name, own in named.items():
+            named[name] = copies.get(id(own), own)
+        for value in module.__dict__.values():
+            if isinstance(value, list):  # such as the flat weights of an LSTM
+                value[:] = [copies.get(id(each), each) for each in value]
+        for name, buffer in module._buffers.items():
+            if wide and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+        if wide:
+            for name, each in module.__dict__.items():
+                if isinstance(each, torch.Tensor) and each.is_floating_point():
+                    module.__dict__[name] = each.double()
+    return copies
+
+
+def _without_autocast(call: ModelCall, wide: bool) -> contextlib.AbstractContextManager[Any]:
+    device = call.autocast[-1].device
+    return torch.autocast(device, enabled=False) if wide else contextlib.nullcontext()
+
+
+def _loss_notes(call: ModelCall, value: float, wide: bool) -> list[str]:
+    own = call.loss.value
+    if own is None:
+        return []
+    expected = float(own)
+    if abs(value - expected) <= SAME_LOSS * max(abs(expected), abs(value)):
+        return []
+    why = ": other random numbers are drawn in float64" if wide else ""
+    return [f"the loss of the step was {expected:.6g}, this one is {value:.6g}{why}"]
+
+
+def _chosen(request: CheckGradient, gradient: torch.Tensor) -> list[tuple[int, ...]]:
+    """The entries to check. Raises InspectionError for one that is not there."""
+    shape = tuple(gradient.shape)
+    for index in request.indices:
+        inside = len(index) == len(shape) and all(
+            0 <= each < size for each, size in zip(index, shape, strict=True)
+        )
+        if not inside:
+            raise InspectionError(f"there is no entry {list(index)} in a tensor of shape {shape}")
+    if request.indices:
+        return list(request.indices[:MAX_CHECKED])
+    wanted = min(max(1, request.entries), MAX_CHECKED, gradient.numel())
+    largest = gradient.reshape(-1).abs().topk((wanted + 1) // 2).indices.tolist()
+    spaced = [k * gradient.numel() // wanted for k in range(wanted)]
+    flat = list(dict.fromkeys([*largest, *spaced]))[:wanted]
+    return [_unraveled(each, shape) for each in flat]
+
+
+def _unraveled(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    found: list[int] = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, size)
+        found.append(rest)
+    return tuple(reversed(found))
+
+
+def _checked(
+    model: torch.nn.Module,
+    call: ModelCall,
+    target: torch.Tensor,
+    gradient: torch.Tensor,
+    index: tuple[int, ...],
+    wide: bool,
+) -> CheckedEntry:
+    """Move one entry by each h, in both directions."""
+    autograd = float(gradient[index])
+    with torch.no_grad():
+        place = target.detach()  # our copy; no version is counted that a graph would check
+        value = float(place[index])
+
+        def loss_at(moved: float) -> tuple[float, float]:
+            """(the value as its type holds it, the loss there)"""
+            place[index] = moved
+            loss = evaluate(model, call, wide)
+            return float(place[index]), math.nan if loss is None else float(loss)
+
+        _, here = loss_at(value)
+        steps = []
+        for h in STEPS if wide else COARSE_STEPS:
+            above, after = loss_at(value + h)
+            below, before = loss_at(value - h)
+            forward = (after - here) / (above - value) if above != value else math.nan
+            central = (after - before) / (above - below) if above != below else math.nan
+            errors = relative_error(autograd, forward), relative_error(autograd, central)
+            steps.append(GradientStep(h, forward, central, *errors))
+        place[index] = value
+    spacing = abs(here) * torch.finfo(target.dtype).eps
+    return CheckedEntry(index, value, autograd, tuple(steps), steadiest(steps, spacing))
+
+
+def relative_error(a: float, b: float) -> float:
+    """|a − b| / max(|a|, |b|); 0 for two zeros."""
+    largest = max(abs(a), abs(b))
+    return abs(a - b) / largest if largest else 0.0
+
+
+def steadiest(steps: list[GradientStep], spacing: float) -> int:
+    """The h whose central difference is probably the best: the change from the next larger h, which
+    shows the curvature, and the rounding of the losses (`spacing` of numbers there) are smallest
+    together. The gradient of autograd has no part in it."""
+    errors = [
+        (abs(after.central - before.central) + ROUNDINGS * spacing / after.h, number)
+        for number, (before, after) in enumerate(pairwise(steps), 1)
+    ]
+    known = [each for each in errors if not math.isnan(each[0])]
+    return min(known)[1] if known else 0
+
+
+def _gradients_of_step(
+    tracer: Tracer, parameter: torch.Tensor, entries: list[CheckedEntry]
+) -> tuple[float, ...]:
+    """What `.grad` holds for these entries, without a loss scale."""
+    gradient = parameter.grad
+    if gradient is None or gradient.is_sparse:
+        return ()
+    measurers = tracer.registry.measurers_of(parameter)
+    scale = next((tracer.gradient_scale(each) for each in measurers), 1.0)
+    return tuple(float(gradient[entry.index]) / scale for entry in entries)

@@ -1,0 +1,146 @@
+"""A window of a tensor, reduced to the cells of a heat map where the tensor is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.tensor_reading import as_matrix, as_real, part_elements
+from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
+
+
+def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
+    """Reduce a window of a readable tensor. Raises InspectionError for an impossible window.
+
+    Memory: float32 cells, and one part of `part_elements` at a time.
+    """
+    if not (window.rows > 0 and window.columns > 0 and window.rows * window.columns <= MAX_CELLS):
+        raise InspectionError(f"a heat map has from 1 to {MAX_CELLS:,} cells")
+    matrix = as_matrix(tensor)
+    rows, columns = matrix.shape
+    row_from, row_to = _range(window.row_from, window.row_to, rows)
+    column_from, column_to = _range(window.column_from, window.column_to, columns)
+    part = matrix[row_from:row_to, column_from:column_to]
+    lines = rows == 1
+    if lines:
+        block = _block(part.shape[1], window.rows * window.columns)
+        block_rows, block_columns = 1, block
+        cells = _in_lines(reduce_blocks(part, 1, block, window.reduction)[0], window.columns)
+    else:
+        block_rows = _block(part.shape[0], window.rows)
+        block_columns = _block(part.shape[1], window.columns)
+        cells = reduce_blocks(part, block_rows, block_columns, window.reduction).cpu().numpy()
+    return HeatMap(
+        matrix=(rows, columns),
+        row_from=row_from,
+        row_to=row_to,
+        column_from=column_from,
+        column_to=column_to,
+        block_rows=block_rows,
+        block_columns=block_columns,
+        rows=cells.shape[0],
+        columns=cells.shape[1],
+        reduction=window.reduction,
+        lines=lines,
+        cells=np.ascontiguousarray(cells, "<f4").tobytes(),
+    )
+
+
+def _range(first: int, last: int | None, size: int) -> tuple[int, int]:
+    """A range inside of `size`, of at least one element where there is any."""
+    first = min(max(first, 0), max(size - 1, 0))
+    return first, size if last is None else min(max(last, first + 1), size)
+
+
+def _block(length: int, cells: int) -> int:
+    return max(1, -(-length // cells))
+
+
+def _in_lines(
+    cells: torch.Tensor, columns: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Cells in reading order, as lines of at most `columns`."""
+    values = cells.cpu().numpy()
+    width = max(1, min(columns, values.size))
+    filled = np.full((max(1, -(-values.size // width)), width), np.nan, np.float32)
+    filled.reshape(-1)[: values.size] = values
+    return filled
+
+
+def reduce_blocks(
+    matrix: torch.Tensor, block_rows: int, block_columns: int, reduction: Reduction
+) -> torch.Tensor:
+    """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
+    rows, columns = matrix.shape
+    shape = (-(-rows // block_rows), -(-columns // block_columns))
+    # Accumulated in float64 where there is such: mps has none.
+    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    out = torch.zeros(shape, dtype=wide, device=matrix.device)
+    limit = part_elements(matrix)
+    # Whole blocks across, as many as fit; then whole blocks down, or some rows of one block.
+    across = max(1, limit // block_columns) * block_columns
+    for left in range(0, columns, across):
+        band = matrix[:, left : left + across]
+        width = band.shape[1]
+        down = max(1, limit // width)
+        down = down // block_rows * block_rows or down
+        top = 0
+        while top < rows:
+            # Parts of a block end where the block ends.
+            end = min(top + down, rows)
+            if down < block_rows:
+                end = min(end, (top // block_rows + 1) * block_rows)
+            _add(out, band[top:end], top, left, block_rows, block_columns, reduction)
+            top = end
+    if reduction != "max_abs":
+        out /= _sizes(rows, block_rows, out)[:, None] * _sizes(columns, block_columns, out)[None]
+    return out.float()
+
+
+def _add(
+    out: torch.Tensor,
+    part: torch.Tensor,
+    top: int,
+    left: int,
+    block_rows: int,
+    block_columns: int,
+    reduction: Reduction,
+) -> None:
+    """Add a part that begins at (top, left) to the blocks that it belongs to: its rows are of one
+    block, or begin with one."""
+    values = as_real(part)
+    if reduction != "mean":
+        values = values.abs()
+    row, column = top // block_rows, left // block_columns
+    for first, length, block in _pieces(values.shape[0], block_rows, top % block_rows):
+        for start, extent, across in _pieces(values.shape[1], block_columns, 0):
+            piece = values[first : first + length, start : start + extent]
+            height, width = piece.shape
+            blocks = piece.view(height // block, block, width // across, across)
+            place = out[
+                row + first // block_rows : row + first // block_rows + blocks.shape[0],
+                column + start // block_columns : column + start // block_columns + blocks.shape[2],
+            ]
+            if reduction == "max_abs":
+                torch.maximum(place, blocks.amax((1, 3)).to(out.dtype), out=place)
+            else:
+                place += blocks.sum((1, 3))
+
+
+def _pieces(length: int, block: int, begun: int) -> list[tuple[int, int, int]]:
+    """(first, length, block) of the whole blocks, and of the rest that is one smaller block."""
+    if begun or length < block:
+        return [(0, length, length)]
+    whole = length // block * block
+    rest = [(whole, length - whole, length - whole)] if whole < length else []
+    return [(0, whole, block), *rest]
+
+
+def _sizes(length: int, block: int, like: torch.Tensor) -> torch.Tensor:
+    """How long each block is: the last one may be shorter."""
+    count = -(-length // block)
+    sizes = torch.full((count,), float(block), dtype=like.dtype, device=like.device)
+    if count:
+        sizes[-1] = length - (count - 1) * block
+    return sizes

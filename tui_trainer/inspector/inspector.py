@@ -1,0 +1,140 @@
+"""Carries out requests to inspect tensors, on the training thread at its gate."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from msgspec import structs
+
+from tui_trainer.inspector.activations import list_activations, with_activation
+from tui_trainer.inspector.attention.examine import examine_attention
+from tui_trainer.inspector.autograd_graph import describe_graph
+from tui_trainer.inspector.gradient_check import check_gradient
+from tui_trainer.inspector.heat_map import heat_map
+from tui_trainer.inspector.parameter_groups import parameter_use
+from tui_trainer.inspector.rerun import StepCapture
+from tui_trainer.inspector.statistics import statistics_of
+from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog, info_of
+from tui_trainer.inspector.tensor_reading import readable
+from tui_trainer.inspector.update_capture import UpdateCapture
+from tui_trainer.protocol.attention import ExamineAttention
+from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
+from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
+from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.protocol.inspection import (
+    MAX_ENTRIES,
+    DescribeUse,
+    ExplainUpdate,
+    InspectionRequest,
+    InspectionResult,
+    ListTensors,
+    ReadTensor,
+    Summarize,
+    TensorInfo,
+    TensorRef,
+    TensorSummary,
+    UpdateExplanation,
+)
+from tui_trainer.protocol.settings import ReadSettings
+from tui_trainer.protocol.travel import ReadTimeline
+from tui_trainer.trace.tracer import Tracer
+
+MAX_COPY_BYTES = 2 << 30
+"""Of a tensor that is sent as a whole: it is copied to the host first."""
+PART_BYTES = 4 << 20
+
+
+class Inspector:
+    """Looks into the tensors of a traced training. Reads only: no random number is drawn, no graph
+    is recorded, and no tensor is written."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = weakref.ref(tracer)
+        self._watch: UpdateCapture | None = None
+        self.capture = StepCapture(tracer)
+        self.tokens: Sequence[str] = ()
+        """Texts of the model's tokens, by number; empty where they are not known."""
+        self.classes: Sequence[str] = ()
+        """Names of what the model predicts, by number."""
+
+    def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
+        """Raises InspectionError, or whatever torch raises on an unusual tensor."""
+        tracer = self._tracer()
+        if tracer is None:
+            raise InspectionError("the training has ended")
+        catalog = TensorCatalog(tracer)
+        with torch.no_grad():
+            match request:
+                case ListTensors(modules=True):
+                    return list_activations(tracer, self.capture)
+                case ListTensors():
+                    return catalog.list()
+                case Summarize(tensor=TensorRef(kind="input" | "output") as ref):
+                    use = partial(_summary, request)
+                    summary, note = with_activation(tracer, self.capture, ref, use)
+                    return structs.replace(summary, tensor=_noted(summary.tensor, note))
+                case Summarize(tensor=ref):
+                    return _summary(request, catalog.find(ref), catalog.note(ref))
+                case ReadTensor(tensor=TensorRef(kind="input" | "output") as ref):
+                    return with_activation(
+                        tracer, self.capture, ref, lambda tensor: TensorCopy(ref, tensor)
+                    )[0]
+                case ReadTensor(tensor=ref):
+                    return TensorCopy(ref, catalog.find(ref), catalog.note(ref))
+                case DescribeUse():
+                    return parameter_use(tracer, catalog)
+                case ExplainUpdate():
+                    return self._explain(tracer, request)
+                case ExamineAttention():
+                    names = self.tokens, self.classes
+                    return examine_attention(tracer, self.capture, request, *names)
+                case DescribeGraph():
+                    return describe_graph(tracer, catalog, self.capture)
+                case CheckGradient():
+                    return check_gradient(tracer, catalog, self.capture, request)
+                case ReadSettings() | ReadTimeline():
+                    raise InspectionError("this run has no settings that can be changed")
+                case WhatIf() | FindLearningRate() | MeasureLandscape():
+                    raise InspectionError("this run cannot be experimented with")
+
+    def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
+        """From the first request on the steps are observed, of the latest parameter asked for."""
+        if self._watch is None or self._watch.request != request or tracer.updates is None:
+            self._watch = UpdateCapture(tracer, request)
+            tracer.updates = self._watch
+        return self._watch.explain()
+
+
+def _summary(request: Summarize, found: torch.Tensor, note: str = "") -> TensorSummary:
+    tensor = readable(found)
+    entries = min(max(request.entries, 0), MAX_ENTRIES)
+    empty = not tensor.numel()
+    with torch.autocast(tensor.device.type, enabled=False):
+        return TensorSummary(
+            info_of(request.tensor, found, note),
+            statistics_of(tensor, entries) if request.statistics else None,
+            heat_map(tensor, request.window) if request.window and not empty else None,
+        )
+
+
+def _noted(info: TensorInfo, note: str) -> TensorInfo:
+    return structs.replace(info, note=", ".join(filter(None, (info.note, note))))
+
+
+class TensorCopy:
+    """The bytes of a tensor on the host, for as long as a viewer fetches them."""
+
+    def __init__(self, ref: TensorRef, found: torch.Tensor, note: str = "") -> None:
+        tensor = readable(found)
+        self.info = info_of(ref, found, note)
+        if self.info.bytes > MAX_COPY_BYTES:
+            size, limit = bytes_(self.info.bytes, 0), bytes_(MAX_COPY_BYTES, 0)
+            raise InspectionError(f"it has {size}, and at most {limit} are copied to save it")
+        copied = tensor.to("cpu", copy=True).contiguous().reshape(-1)
+        self._data = copied.view(torch.uint8).numpy() if copied.numel() else b""
+
+    def part(self, offset: int) -> bytes:
+        return bytes(self._data[max(0, offset) : max(0, offset) + PART_BYTES])

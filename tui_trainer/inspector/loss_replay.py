@@ -1,0 +1,385 @@
+"""How the loss of a step was computed from what the model returned, so that it can be again.
+
+Known are the calls of torch's loss functions with their targets, and simple operations between the
+output of the model and them, which are read from the autograd graph: views, casts, slices, means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.trace.submodule_calls import tensors_in
+from tui_trainer.trace.torch_private import node_name, tensors_of, version_of
+
+MAX_CHAIN = 32
+"""Operations between an output of the model and a loss function."""
+MAX_NODES = 256
+"""Nodes between the tensor on which backward is called and the loss functions."""
+MAX_CALLS = 32
+
+OutputKey = tuple[Any, int]
+"""(node of the graph, which of its outputs): identifies a tensor within a graph."""
+TensorOperation = Callable[[torch.Tensor], torch.Tensor]
+"""One operation, to be applied again."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """To another type of floating-point numbers."""
+
+    dtype: torch.dtype
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that was computed from an output of the model."""
+
+    position: int
+    """Of the output among those of the model."""
+    steps: tuple[TensorOperation, ...]
+
+    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
+        if self.position >= len(outputs):
+            raise InspectionError("the model returned something else this time")
+        tensor = outputs[self.position]
+        for step in self.steps:
+            if not (wide and isinstance(step, Cast)):
+                tensor = step(tensor)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that was not computed by the model, such as the targets."""
+
+    tensor: torch.Tensor
+    version: int
+
+    def again(self, wide: bool) -> torch.Tensor:
+        if version_of(self.tensor) != self.version:
+            raise InspectionError("the targets of this step have been overwritten since")
+        return self.tensor.double() if wide and self.tensor.is_floating_point() else self.tensor
+
+
+@dataclass
+class LossCall:
+    """A call of one of torch's loss functions."""
+
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    value: torch.Tensor
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    key: OutputKey | None
+    """None once backward began."""
+
+    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
+        def filled(value: Any) -> Any:
+            if isinstance(value, Derived):
+                return value.again(outputs, wide)
+            return value.again(wide) if isinstance(value, Kept) else value
+
+        args = [filled(value) for value in self.args]
+        kwargs = {name: filled(value) for name, value in self.kwargs.items()}
+        result: torch.Tensor
+        device, enabled, dtype = self.autocast[0]
+        with torch.autocast(device, dtype, enabled and not wide, cache_enabled=False):
+            result = self.function(*args, **kwargs)
+        return result
+
+
+class LossReplay:
+    """How one step computes its loss, learned while it does so."""
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+        """The loss of the step without a GradScaler's scale, 0-d; None before backward."""
+        self.missing = ""
+        """Why it cannot be computed again."""
+        self._outputs: list[OutputKey] = []
+        self._calls: list[LossCall] = []
+        self._direct: Derived | None = None
+        """The loss is an output of the model, or computed from one alone."""
+        self._terms: list[LossCall] = []
+        self._others = False
+        """Whether the loss has parts that are none of these calls."""
+
+    # ------------------------------------------------------------ learning
+
+    def forward_ended(self, result: Any) -> None:
+        """The model returned this."""
+        self._outputs = [_key(tensor) for tensor in outputs_of(result)]
+
+    def called(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: torch.Tensor,
+    ) -> None:
+        """A loss function returned a scalar."""
+        if len(self._calls) >= MAX_CALLS or result.grad_fn is None:
+            return
+        device = result.device.type
+        autocast = ((device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),)
+        try:
+            kept = [self._kept(value) for value in args]
+            named = {name: self._kept(value) for name, value in kwargs.items()}
+        except InspectionError as error:
+            self.missing = error.message
+            return
+        value = result.detach().clone()
+        self._calls.append(LossCall(function, kept, named, value, autocast, _key(result)))
+
+    def _kept(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.grad_fn is None:
+            return Kept(value, version_of(value))
+        return self._derived(value)
+
+    def _derived(self, tensor: torch.Tensor) -> Derived:
+        """How a tensor was computed from an output. Raises InspectionError."""
+        steps: list[TensorOperation] = []
+        node, number = _key(tensor)
+        for _ in range(MAX_CHAIN):
+            if (node, number) in self._outputs:
+                return Derived(self._outputs.index((node, number)), tuple(reversed(steps)))
+            following = [each for each in node.next_functions if each[0] is not None]
+            if len(following) != 1:
+                break
+            step = _step(node)
+            if step is None:
+                operation = node_name(node).lower()
+                raise InspectionError(f"{operation} between the model and its loss is not repeated")
+            steps.append(step)
+            node, number = following[0]
+        raise InspectionError(
+            "the loss is computed from more than the output of the last call of a model"
+        )
+
+    def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
+        """Backward is called on `loss`; `value`: it without its graph and scale."""
+        self.value = value.detach().clone()
+        try:
+            if loss.grad_fn is not None:
+                self._take(loss)
+        finally:  # a node keeps its graph, and the activations in it
+            self._outputs = []
+            for call in self._calls:
+                call.key = None
+
+    def _take(self, loss: torch.Tensor) -> None:
+        calls = {call.key: call for call in self._calls}
+        if _key(loss) in calls:
+            self._terms = [calls[_key(loss)]]
+            return
+        if not calls:
+            try:
+                self._direct, self.missing = self._derived(loss), ""
+            except InspectionError as error:
+                self.missing = self.missing or error.message
+            return
+        waiting, seen = [_key(loss)], {_key(loss)}
+        while waiting and len(seen) < MAX_NODES:
+            key = waiting.pop()
+            if key in calls:
+                self._terms.append(calls[key])
+                continue
+            following = [each for each in key[0].next_functions if each[0] is not None]
+            self._others = self._others or not following or key in self._outputs
+            new = [each for each in following if each not in seen]
+            seen.update(new)
+            waiting += new
+        self._others = self._others or bool(waiting)
+
+    # ------------------------------------------------------------ again
+
+    def again(self, output: Any, wide: bool = False) -> torch.Tensor | None:
+        """The loss of this output of a re-run, 0-d; None where it is not known how. `wide`: all in
+        float64, where the model has computed in it."""
+        outputs = outputs_of(output)
+        if self._direct is not None:
+            return self._direct.again(outputs, wide)
+        if not self._terms:
+            return None
+        terms = [call.again(outputs, wide) for call in self._terms]
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        factor = self._factor
+        if factor == 1.0:
+            return total
+        parts = round(1 / factor)
+        # As scripts that accumulate gradients write it; a product differs in the last place.
+        return total / parts if parts and abs(parts * factor - 1) < 1e-5 else total * factor
+
+    @property
+    def _factor(self) -> float:
+        """What a single term was multiplied by, as for accumulated gradients."""
+        if self.value is None or len(self._terms) != 1 or self._others:
+            return 1.0
+        before, after = float(self._terms[0].value), float(self.value)
+        if before == after or not before or not math.isfinite(before * after):
+            return 1.0
+        return after / before
+
+    def why_missing(self, returned: bool) -> str:
+        """Why there is no loss of the re-run."""
+        if not returned:
+            return "its model has not been called yet"
+        if self.missing:
+            return self.missing
+        if self.value is None:
+            return "it is not computed yet: go on to backward"
+        return "none of torch's loss functions was called on the output of the model"
+
+    def notes(self, loss: torch.Tensor, stepped: bool) -> list[str]:
+        """What is special about the `loss` of a re-run (without a graph); `stepped`: with other
+        weights than the step's own."""
+        notes = []
+        factor = self._factor
+        if self.value is None:
+            notes.append("of the loss functions called so far: backward has not begun")
+        elif factor != 1.0:
+            notes.append(f"the loss times {factor:.6g}, as backward was called on it")
+        if self._others:
+            notes.append(
+                "terms of the loss that torch's loss functions did not compute are left out"
+            )
+        if self.value is not None and not stepped:
+            expected = float(self.value)
+            found = float(loss)
+            if found != expected and not (math.isnan(found) and math.isnan(expected)):
+                notes.append(f"the step's own loss was {expected:.8g}, this one is {found:.8g}")
+        return notes
+
+
+def outputs_of(result: Any) -> list[torch.Tensor]:
+    """The tensors in what a model returned that gradients can flow from."""
+    found = tensors_of(result) or tensors_in(result)
+    if not found and dataclasses.is_dataclass(result) and not isinstance(result, type):
+        found = tensors_of(dict(vars(result)))
+    return [each for each in found if each.is_floating_point() or each.is_complex()]
+
+
+def _key(tensor: torch.Tensor) -> OutputKey:
+    return tensor.grad_fn, tensor.output_nr
+
+
+# ---------------------------------------------------------------- operations
+
+
+def _step(node: Any) -> TensorOperation | None:
+    """The operation of a node, to be applied again; None where it is not known."""
+    name = node_name(node)
+    if name in RESHAPING:
+        shape = tuple(node._input_metadata[0].shape)
+        return lambda x: x.reshape(shape)
+    if name == "ToCopy":
+        return Cast(node._input_metadata[0].dtype)
+    if name in PLAIN:
+        return PLAIN[name]
+    made = _WITH_SETTINGS.get(name)
+    return made(node) if made is not None else None
+
+
+RESHAPING = ("View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze")
+PLAIN: dict[str, TensorOperation] = {
+    "Clone": torch.clone,
+    "T": torch.t,
+    "Neg": torch.neg,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Abs": torch.abs,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "Relu": torch.relu,
+}
+
+
+def _signed(value: int) -> int:
+    """Dimensions are kept as unsigned numbers."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _transpose(node: Any) -> TensorOperation:
+    first, second = _signed(node._saved_dim0), _signed(node._saved_dim1)
+    return lambda x: x.transpose(first, second)
+
+
+def _permute(node: Any) -> TensorOperation:
+    dims = tuple(_signed(each) for each in node._saved_dims)
+    return lambda x: x.permute(dims)
+
+
+def _slice(node: Any) -> TensorOperation:
+    dim, shape = _signed(node._saved_dim), tuple(node._input_metadata[0].shape)
+    first, step = node._saved_start or 0, node._saved_step
+    length = shape[dim]
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        start = _signed(first)
+        start = max(0, start + x.shape[dim]) if start < 0 else start
+        return x[(slice(None),) * (dim % x.dim()) + (slice(start, start + length * step, step),)]
+
+    return cut
+
+
+def _select(node: Any) -> TensorOperation:
+    dim, index = _signed(node._saved_dim), _signed(node._saved_index)
+    return lambda x: x.select(dim, index)
+
+
+def _reduce(name: str, whole: bool) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
+        function = getattr(torch, name)
+        if whole:
+            return lambda x: function(x)
+        saved = node._saved_dim
+        dims = tuple(_signed(d) for d in saved) if isinstance(saved, tuple) else _signed(saved)
+        keepdim = node._saved_keepdim
+        return lambda x: function(x, dims, keepdim)
+
+    return made
+
+
+def _along(name: str) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
+        function, dim = getattr(torch, name), _signed(node._saved_dim)
+        return lambda x: function(x, dim)
+
+    return made
+
+
+def _mean_or_sum(name: str) -> Callable[[Any], TensorOperation]:
+    def made(node: Any) -> TensorOperation:
+        return _reduce(name, not hasattr(node, "_saved_dim"))(node)
+
+    return made
+
+
+def _power(node: Any) -> TensorOperation:
+    exponent = node._saved_exponent
+    return lambda x: x.pow(exponent)
+
+
+_WITH_SETTINGS: dict[str, Callable[[Any], TensorOperation]] = {
+    "Transpose": _transpose,
+    "Permute": _permute,
+    "Slice": _slice,
+    "Select": _select,
+    "Mean": _mean_or_sum("mean"),
+    "Sum": _mean_or_sum("sum"),
+    "LogSoftmax": _along("log_softmax"),
+    "Softmax": _along("softmax"),
+    "Pow": _power,
+}

@@ -1,0 +1,452 @@
+"""Runs the forward pass of the current step again, on its very batch and random numbers.
+
+What the last call of the model was given is kept only while the run is paused, steps or has
+breakpoints, and for some steps after a request: `StepCapture`. The re-run happens on the training
+thread while it stands at a boundary. Afterwards everything is as it was: random generators, buffers
+and other tensors of the modules, their attributes, gradients and the mode of autocast. Nothing is
+restored by writing into a tensor of the model: the modules are lent copies of their buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tui_trainer.inspector.loss_replay import LossReplay
+from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.protocol.inspection import NOT_CAPTURED
+from tui_trainer.trace.random_state import random_state, restore_random_state
+from tui_trainer.trace.submodule_calls import OnCall, OnReturn
+from tui_trainer.trace.torch_private import (
+    is_compiled,
+    is_sharded,
+    tensors_of,
+    unwrapped,
+    version_of,
+)
+from tui_trainer.trace.tracer import Tracer
+
+STEPS_CAPTURED = 200
+"""After so many calls of the model without a further request they are not captured any more."""
+MAX_KEPT_BUFFERS = 4 << 20
+"""Bytes of buffers that are copied before a forward, so that the re-run begins with them."""
+MAX_COPIED = 1 << 30
+"""Bytes of buffers that are copied for a re-run."""
+MAX_ENTRIES = 10_000
+"""Of a list or dictionary in a module's attributes that is restored."""
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+Buffers = dict[tuple[int, str], torch.Tensor]
+"""(identity of the module, name) → copy."""
+
+
+@dataclass
+class Autocast:
+    """The state of autocast for one type of device."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: str) -> Autocast:
+        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The same again. Without the cache of casted weights: a script that stands inside its own
+        `autocast` would share it."""
+        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+
+
+@dataclass
+class ModelCall:
+    """The last call of a model for training."""
+
+    step: int
+    module: weakref.ref[torch.nn.Module]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    """Of the tensors in `args` and `kwargs`."""
+    random: dict[str, Any]
+    """The states of the random generators before it."""
+    autocast: list[Autocast]
+    training: bool
+    buffers: Buffers | None
+    """Copies made before it; None where they are too large."""
+    generators: list[tuple[torch.Generator, torch.Tensor]]
+    """Those among the attributes of its modules, and their states before it."""
+    number: int
+    """Which call of a model it is in its step, from 1."""
+    returned: bool = False
+    loss: LossReplay = field(default_factory=LossReplay)
+
+
+class StepCapture:
+    """Keeps what a re-run of the current step needs. Used on the training thread."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = weakref.ref(tracer)
+        self._left = 0
+        self._calls_in_step = (0, 0)
+        self.call: ModelCall | None = None
+        self.live_loss: weakref.ref[torch.Tensor] | None = None
+        """The tensor on which backward was called last."""
+        self.live_step = 0
+        tracer.forwards = self
+
+    def request(self) -> None:
+        """The next steps will be asked for."""
+        self._left = STEPS_CAPTURED
+
+    # ------------------------------------------------------------ observing
+
+    def forward_began(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keep the arguments and the state of the random generators, if that may be asked for."""
+        self.call = None
+        tracer = self._tracer()
+        if tracer is None or not (self._left or tracer.gate.armed or tracer.gate.break_phases):
+            return
+        expected = self._left > 0 or tracer.gate.armed
+        self._left = max(0, self._left - 1)
+        with contextlib.suppress(Exception):  # such as too little memory: it is not captured
+            self.call = self._captured(tracer.step, module, args, kwargs, expected)
+
+    def _captured(
+        self,
+        step: int,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        expected: bool,
+    ) -> ModelCall:
+        """`expected`: a request will probably come; looking through all modules for what their
+        forward may change takes some ms in large models, too much for each step of a run that only
+        has breakpoints."""
+        before, number = self._calls_in_step
+        self._calls_in_step = (step, number + 1 if before == step else 1)
+        given = tensors_of((args, kwargs))
+        first = next(module.parameters(), None)
+        devices = {each.device.type for each in (*given, first) if each is not None}
+        return ModelCall(
+            step=step,
+            module=weakref.ref(module),
+            args=args,
+            kwargs=dict(kwargs),
+            versions=[version_of(each) for each in given],
+            random=random_state(),
+            autocast=[Autocast.now(device) for device in sorted(devices | {"cpu"})],
+            training=module.training,
+            buffers=_kept_buffers(module) if expected else None,
+            generators=[(g, g.get_state()) for g in _own_generators(module)] if expected else [],
+            number=self._calls_in_step[1],
+        )
+
+    def forward_ended(self, result: Any) -> None:
+        if self.call is not None:
+            self.call.returned = True
+            self._guarded(lambda loss: loss.forward_ended(result))
+
+    def loss_called(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: torch.Tensor,
+    ) -> None:
+        if self.call is not None:
+            self._guarded(lambda loss: loss.called(function, args, kwargs, result))
+
+    def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
+        self.live_loss = weakref.ref(loss)
+        tracer = self._tracer()
+        self.live_step = tracer.step if tracer is not None else 0
+        if self.call is not None:
+            self._guarded(lambda recipe: recipe.backward_began(loss, value))
+
+    def _guarded(self, work: Callable[[LossReplay], None]) -> None:
+        if self.call is not None:
+            try:
+                with torch.no_grad():
+                    work(self.call.loss)
+            except Exception as fault:
+                self.call.loss.missing = f"{type(fault).__name__}: {fault}"
+
+    # ------------------------------------------------------------ running again
+
+    def current(self) -> ModelCall:
+        """The call of the current step. Raises InspectionError where it was not captured."""
+        self.request()
+        tracer, call = self._tracer(), self.call
+        if tracer is None:
+            raise InspectionError("the training has ended")
+        if call is None or call.step != tracer.gate.current_step:
+            raise InspectionError(NOT_CAPTURED, "from the next step on it is: step and ask again")
+        return call
+
+    @contextlib.contextmanager
+    def rerun(
+        self,
+        called: OnCall | None = None,
+        returned: OnReturn | None = None,
+        gradients: bool = True,
+        loss: bool = True,
+    ) -> Iterator[Rerun]:
+        """Run the forward pass and, if wanted, the loss of the current step again.
+
+        The graph may be used until the end of the context. `called` and `returned` observe the
+        calls of the modules, the root's included. Raises InspectionError where it is not possible.
+        """
+        call = self.current()
+        with again(call, gradients) as model:
+            hooked = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+            if called is not None:
+                _before_calls(model, called)
+            if returned is not None:
+                _after_calls(model, returned)
+            output = _call(model, call)
+            found = call.loss.again(output) if loss and call.returned else None
+            notes = self._notes(call, model, hooked)
+            if loss:
+                notes += self._loss_notes(call, found)
+            yield Rerun(call, model, output, found, notes)
+
+    @property
+    def _stepped(self) -> bool:
+        """Whether the weights have been updated since."""
+        tracer = self._tracer()
+        return tracer is not None and tracer.gate.phase in ("step", "")
+
+    def _loss_notes(self, call: ModelCall, loss: torch.Tensor | None) -> list[str]:
+        if loss is None:
+            return [f"without the loss: {call.loss.why_missing(call.returned)}"]
+        return call.loss.notes(loss.detach(), self._stepped)
+
+    def _notes(self, call: ModelCall, model: torch.nn.Module, hooked: int) -> list[str]:
+        notes = []
+        if self._stepped:
+            notes.append("with the weights as they are now, after the step")
+        if call.number > 1:
+            notes.append(f"of call {call.number} of a model in this step, without the earlier ones")
+        if any(is_compiled(module) for module in model.modules()):
+            notes.append("the model is compiled: it ran again uncompiled")
+        if hooked:
+            notes.append(f"forward hooks of the script ran again: {hooked}")
+        return notes
+
+
+@dataclass
+class Rerun:
+    """A forward pass that was run again; its graph lives as long as this."""
+
+    call: ModelCall
+    model: torch.nn.Module
+    output: Any
+    loss: torch.Tensor | None
+    """0-d, with its graph, without the scale of a GradScaler; None: see `notes`."""
+    notes: list[str]
+
+    @property
+    def same_loss(self) -> bool | None:
+        """Whether the loss is that of the step bit for bit; None where there is nothing to
+        compare."""
+        expected = self.call.loss.value
+        if self.loss is None or expected is None:
+            return None
+        return bool(torch.equal(self.loss.detach().to(expected.dtype), expected))
+
+
+def _before_calls(model: torch.nn.Module, called: OnCall) -> None:
+    """Hook into every module, until `_lent` gives them back what they had."""
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called(module, args, kwargs)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+
+def _after_calls(model: torch.nn.Module, returned: OnReturn) -> None:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        returned(module, result)
+
+    for module in model.modules():
+        module.register_forward_hook(hook)
+
+
+def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tensor | None:
+    """The loss of one more forward pass within `again`, which begins with the same buffers and
+    random numbers as the one before and leaves none of its own. `wide`: the model has been given
+    parameters in float64, and the batch is converted to it."""
+    with _lent(model, None):
+        restore_random_state(call.random)
+        for generator, state in call.generators:
+            generator.set_state(state)
+        return call.loss.again(_call(model, call, wide), wide)
+
+
+def _call(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
+    given = tensors_of((call.args, call.kwargs))
+    if [version_of(each) for each in given] != call.versions:
+        raise InspectionError("the batch of this step has been overwritten since")
+    args, kwargs = torch.utils._pytree.tree_map(_without_graph, (call.args, call.kwargs))
+    if wide:
+        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
+    return model(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    """The values of a batch in float64."""
+    wide = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if wide else value
+
+
+def _without_graph(value: Any) -> Any:
+    """An input that was computed from something else: that graph may be gone already."""
+    computed = isinstance(value, torch.Tensor) and value.grad_fn is not None
+    return value.detach() if computed else value
+
+
+# ---------------------------------------------------------------- leaving everything as it was
+
+
+@contextlib.contextmanager
+def again(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
+    """Around a re-run of a call: the model without wrappers that talk to other processes, in the
+    state in which it was called. Raises InspectionError where it cannot be run again."""
+    wrapped = call.module()
+    if wrapped is None:
+        raise InspectionError("the model of this step is gone")
+    model = unwrapped(wrapped)
+    _refuse(model)
+    random_now = random_state()
+    with contextlib.ExitStack() as stack:
+        stack.callback(restore_random_state, random_now)
+        stack.enter_context(_lent(model, call.buffers))
+        for generator, state in call.generators:
+            generator.set_state(state)
+        if model.training != call.training:
+            model.train(call.training)
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for autocast in call.autocast:
+            stack.enter_context(autocast.context())
+        if any(is_compiled(module) for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        restore_random_state(call.random)
+        yield model
+
+
+def _refuse(model: torch.nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InspectionError("it has TorchScript modules, whose state cannot be put back")
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise InspectionError("its parameters are sharded: all processes would have to run again")
+    if any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()):
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise InspectionError("it has SyncBatchNorm: all processes would have to run again")
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """(dictionary, name, tensor) of what a forward may write to: buffers, plain attributes."""
+    for held in (module._buffers, module.__dict__):
+        for name, value in held.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and not isinstance(value, torch.nn.Parameter)
+                and not value.requires_grad
+            ):
+                yield held, name, value
+
+
+def _own_generators(model: torch.nn.Module) -> list[torch.Generator]:
+    held = [value for module in model.modules() for value in module.__dict__.values()]
+    return [value for value in held if isinstance(value, torch.Generator)]
+
+
+def _kept_buffers(module: torch.nn.Module) -> Buffers | None:
+    found = {
+        (id(each), name): value
+        for each in module.modules()
+        for _, name, value in _own_tensors(each)
+    }
+    if sum(value.nbytes for value in found.values()) > MAX_KEPT_BUFFERS:
+        return None
+    with torch.no_grad():
+        return {key: value.clone() for key, value in found.items()}
+
+
+@contextlib.contextmanager
+def _lent(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
+    """Lend the modules copies of their buffers, and give them back everything that they had.
+
+    Restored are the attributes of each module, the entries of lists and dictionaries in them, the
+    gradients of parameters and the states of generators; not what lies deeper.
+    """
+    modules = list(model.modules())
+    size = sum(tensor.nbytes for module in modules for _, _, tensor in _own_tensors(module))
+    if size > MAX_COPIED:
+        limit = bytes_(MAX_COPIED, 0)
+        raise InspectionError(f"its buffers hold {bytes_(size, 0)}, of at most {limit}")
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    values = [value for _, held in attributes for value in held.values()]
+    contents = [
+        (value, copy.copy(value))
+        for value in values
+        if type(value) in CONTAINERS and len(value) <= MAX_ENTRIES
+    ]
+    generators = [(each, each.get_state()) for each in _own_generators(model)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    copies: dict[int, torch.Tensor] = {}
+    try:
+        with torch.no_grad():
+            for module in modules:
+                for held, name, tensor in list(_own_tensors(module)):
+                    if id(tensor) not in copies:
+                        earlier = kept.get((id(module), name)) if kept is not None else None
+                        copies[id(tensor)] = (tensor if earlier is None else earlier).clone()
+                    held[name] = copies[id(tensor)]
+        yield
+    finally:
+        for attribute, before in attributes:
+            _put_back(attribute, before)
+        for container, content in contents:
+            _put_back(container, content)
+        for generator, state in generators:
+            generator.set_state(state)
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+def _put_back(container: Any, content: Any) -> None:
+    """Make the content of a container what it was."""
+    if isinstance(container, dict):
+        if list(container) == list(content):
+            for key, value in content.items():
+                if container[key] is not value:
+                    container[key] = value
+        else:
+            container.clear()
+            container.update(content)
+    elif isinstance(container, set):
+        container.clear()
+        container.update(content)
+    elif len(container) != len(content) or any(
+        a is not b for a, b in zip(container, content, strict=True)
+    ):
+        container.clear()
+        container.extend(content)

@@ -1,0 +1,235 @@
+"""What happens in a run beside its measured tables: events, lines of its log, and artifacts.
+
+An event is a clipped step, a quantity that became nan or inf, an iteration that no optimizer used,
+a finding or a notice. Artifacts are samples of what the model produces.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tui_trainer.protocol import Phase
+
+Level = Literal["info", "warning", "error"]
+NoticeKind = Literal[
+    "breakpoint",
+    "cadence",
+    "checkpoint",
+    "clip_after_step",
+    "command",
+    "control",
+    "device",
+    "edit",
+    "evaluation",
+    "fault",
+    "mark",
+    "rank",
+    "recording",
+    "skipped_step",
+    "state",
+    "threads",
+    "unseen",
+    "viewer",
+]
+NonFiniteQuantity = Literal["loss", "gradient", "weight"]
+NonFiniteValue = Literal["nan", "inf", "-inf"]
+ClipKind = Literal["norm", "value", "hand"]
+"""`hand`: the script scaled the gradients by itself."""
+Confidence = Literal["possible", "likely", "certain"]
+"""How sure a finding is. `certain`: it follows from what was seen, without a threshold."""
+SkipReason = Literal["hand", "scaler", "end"]
+"""Why no optimizer used gradients: the script threw them away, a GradScaler found them not finite,
+or the script ended before the step."""
+Stream = Literal["stdout", "stderr"]
+
+
+class Clip(msgspec.Struct, tag="clip", frozen=True, array_like=True):
+    """A step whose gradient was clipped, with the parameters that contributed most."""
+
+    id: int
+    step: int
+    time: float
+    max_norm: float
+    norm_before: float
+    scale: float
+    parameters: tuple[int, ...] = ()
+    """Indices into `RunInfo.parameters`, largest share first."""
+    shares: tuple[float, ...] = ()
+    """‖gᵢ‖² / Σ‖g‖² of each."""
+    kind: ClipKind = "norm"
+    gradient_scale: float = 1.0
+    """Loss scale that was still on the clipped gradients, and on `norm_before`."""
+
+
+class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
+    """A quantity became nan or inf; sent again only after it has been finite."""
+
+    id: int
+    step: int
+    time: float
+    quantity: NonFiniteQuantity
+    parameter: str = ""
+    """The first parameter with such a value; "" for the loss."""
+    value: NonFiniteValue = "nan"
+    finite_at: int | None = None
+    """The last step at which the quantity was measured and finite; None: at none. It was not
+    measured between that step and this one."""
+
+    @property
+    def text(self) -> str:
+        """`gradient became inf in blocks.0.mlp.weight, seen at step 7, finite at step 4`"""
+        where = f" in {self.parameter}" if self.parameter else ""
+        return f"{self.quantity} became {self.value}{where}{self.seen}"
+
+    @property
+    def seen(self) -> str:
+        """The range of steps in which it may have appeared, for a message; "" if known."""
+        if self.finite_at is None or self.finite_at >= self.step - 1:
+            return ""
+        return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
+
+
+class Skipped(msgspec.Struct, tag="skipped", frozen=True, array_like=True):
+    """An iteration whose gradients no optimizer used."""
+
+    id: int
+    step: int
+    """The step that comes next."""
+    time: float
+    reason: SkipReason
+    text: str
+    """What happened, with loss and gradient norm."""
+    optimizer: str = ""
+    """Key of the (first) optimizer that the gradients were for, as in `Table.optimizer`."""
+    rows: tuple[tuple[int, bytes], ...] = ()
+    """(table id, float32 values of its columns) as those of a step."""
+    loss_scale: float | None = None
+    """The scale at which a GradScaler skipped."""
+
+
+class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
+    """A line in the log and, depending on its kind, a mark on the charts."""
+
+    id: int
+    step: int
+    time: float
+    kind: NoticeKind
+    text: str
+    level: Level = "info"
+    who: str = ""
+    """The viewer that caused it, for commands and marks."""
+
+
+class Evidence(msgspec.Struct, frozen=True, array_like=True):
+    """A number that a finding is based on, and the range in which it is healthy."""
+
+    quantity: str
+    """In words, such as `median update ratio`."""
+    text: str
+    """The value as it is shown, with its unit."""
+    value: float | None = None
+    """None where it is not finite or no number."""
+    low: float | None = None
+    """The healthy range; None: open on this side."""
+    high: float | None = None
+    table: str = ""
+    """Where the series is recorded, for a chart; "" where there is none."""
+    column: str = ""
+
+
+class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
+    """What a rule has found wrong. A later event with the same `number` replaces it."""
+
+    id: int
+    step: int
+    """At which it was found."""
+    time: float
+    number: int
+    """Dense from 0, in order of discovery."""
+    rule: str
+    level: Level
+    onset: int
+    """The first step at which it held."""
+    title: str
+    """In a few words, without numbers."""
+    text: str
+    """What is wrong, in a sentence or two with numbers."""
+    next: str
+    """What to look at or try."""
+    confidence: Confidence = "likely"
+    parameters: tuple[str, ...] = ()
+    """Where: names of parameters (or layers), the most affected first."""
+    phase: Phase | Literal[""] = ""
+    """Where: the phase of the step; "" where it belongs to none."""
+    optimizer: str = ""
+    """Key of the optimizer, as in `Table.optimizer`."""
+    evidence: tuple[Evidence, ...] = ()
+    cause: int | None = None
+    """Number of the finding that explains this one."""
+
+
+Event = Clip | NonFinite | Skipped | Finding | Notice
+EventKind = Literal["clip", "nonfinite", "skipped", "finding"] | NoticeKind
+"""The tag of an event, or the kind of a notice."""
+
+
+def event_kind(event: Event) -> EventKind:
+    match event:
+        case Clip():
+            return "clip"
+        case NonFinite():
+            return "nonfinite"
+        case Skipped():
+            return "skipped"
+        case Finding():
+            return "finding"
+        case Notice():
+            return event.kind
+
+
+class LogLine(msgspec.Struct, frozen=True, array_like=True):
+    """A line that the script or a library printed."""
+
+    id: int
+    time: float
+    step: int
+    stream: Stream
+    text: str
+
+
+class TextSample(msgspec.Struct, tag="text", frozen=True):
+    """A continuation sampled from a language model."""
+
+    id: int
+    step: int
+    prompt: str
+    text: str
+
+
+class ImageSample(msgspec.Struct, tag="images", frozen=True):
+    """Images with the model's predictions."""
+
+    id: int
+    step: int
+    width: int
+    height: int
+    pixels: bytes
+    """uint8 RGB of shape (n, height, width, 3); thumbnails, at most 64×64."""
+    predictions: tuple[str, ...]
+    confidences: tuple[float, ...]
+    truths: tuple[str, ...]
+
+
+class ConfusionMatrix(msgspec.Struct, tag="confusion", frozen=True):
+    """Counts over the validation set; at most the 64 most frequent classes."""
+
+    id: int
+    step: int
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    """counts[truth][prediction]."""
+
+
+Artifact = TextSample | ImageSample | ConfusionMatrix

@@ -1,0 +1,268 @@
+"""Traces the processes that a script starts with `multiprocessing` or `os.fork`, as members of its
+run.
+
+A spawned child receives the run's directory with the preparation data of `multiprocessing`; a
+forked child inherits a copy of the tracer, which is replaced. Either joins the run at its first
+optimizer step, so workers that only load data never appear in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import multiprocessing.spawn
+import multiprocessing.util
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tui_trainer.config.run_spec import RunSpec, read_spec
+from tui_trainer.protocol.messages import Status
+from tui_trainer.record.events import Item, StepRecorded
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.run.context import RunContext, create_tracer
+from tui_trainer.run.environment import initial_info
+from tui_trainer.run.import_hook import around_torch_import
+from tui_trainer.run.outcome import Outcome, outcome_of
+from tui_trainer.run.rank_client import RankClient, connect_locally
+from tui_trainer.run.rank_control import RankFollower
+from tui_trainer.run.untraced_programs import ProgramReports
+from tui_trainer.trace.gate import Gate
+
+if TYPE_CHECKING:
+    from tui_trainer.inspector.inspector import Inspector
+    from tui_trainer.run.checkpoints import CheckpointSaver
+    from tui_trainer.settings.edits import LiveEdits
+    from tui_trainer.trace.tracer import Tracer
+    from tui_trainer.travel.time_travel import TimeTravel
+
+FLUSH_S = 5.0
+KEY = "tui_trainer"
+"""Key of our entry in the preparation data of a spawned child, which ignores unknown keys."""
+
+
+class _JoinWhenUnpickled:
+    """Starts tracing when it is unpickled in a spawned child. If that fails, the child trains
+    untraced."""
+
+    def __init__(self, directory: str, label: str) -> None:
+        self._code = (
+            "try:\n"
+            "    from tui_trainer.run.child_processes import join_spawned\n"
+            f"    join_spawned({directory!r}, {label!r})\n"
+            "except Exception:\n"
+            "    pass\n"
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return exec, (self._code, {})
+
+
+class ChildTraces:
+    """Makes children started between `install` and `remove` join the run, and reports programs that
+    cannot."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._directory = run.spec.directory
+        self.untrace: Callable[[], None] = _nothing
+        """Undoes, in a forked child, the tracing that its parent has begun or prepared."""
+        self._installed = False
+        self._original: Callable[..., dict[str, Any]] | None = None
+        self._programs = ProgramReports(lambda text: run.recorder.notice("rank", text))
+
+    def install(self) -> None:
+        self._installed = True
+        original = self._original = multiprocessing.spawn.get_preparation_data
+        directory = self._directory
+
+        def prepared(name: str) -> dict[str, Any]:
+            data = original(name)
+            data[KEY] = _JoinWhenUnpickled(directory, name)
+            return data
+
+        self._ours = prepared
+        multiprocessing.spawn.get_preparation_data = prepared
+        multiprocessing.util.register_after_fork(self, _join_forked)
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _join_os_forked(reference()))
+        self._programs.install()
+
+    def remove(self) -> None:
+        self._installed = False
+        self._programs.remove()
+        if self._original and multiprocessing.spawn.get_preparation_data is self._ours:
+            multiprocessing.spawn.get_preparation_data = self._original
+
+    def join_forked(self, label: str, by_fork_alone: bool = False) -> None:
+        """Called in a forked child."""
+        if not self._installed:
+            return
+        untrace, self.untrace = self.untrace, _nothing
+        untrace()
+        training = ChildTraining(self._directory, label)
+        self.untrace = around_torch_import(lambda: None, training.trace)
+        if by_fork_alone:
+            training.end_before_exit()
+
+
+def _join_forked(traces: ChildTraces) -> None:
+    """In a child that `multiprocessing` has forked."""
+    try:
+        process = multiprocessing.process.current_process()
+        target = getattr(getattr(process, "_target", None), "__module__", "")
+        if "torch" in sys.modules:
+            from tui_trainer.trace.torch_private import DATA_LOADER_WORKER
+
+            if target == DATA_LOADER_WORKER:  # which trains nothing
+                return
+        traces.join_forked(process.name)
+    except Exception as error:
+        print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
+
+
+def _join_os_forked(traces: ChildTraces | None) -> None:
+    """In any forked child: joins if the script has called `os.fork` by itself."""
+    try:
+        caller = sys._getframe(2).f_globals.get("__name__", "")
+        if traces is not None and not caller.startswith(("multiprocessing.", "subprocess", "pty")):
+            traces.join_forked(f"pid {os.getpid()}", by_fork_alone=True)
+    except Exception as error:
+        print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
+
+
+def join_spawned(directory: str, label: str) -> None:
+    """Called in a spawned child, before it imports the script."""
+    around_torch_import(lambda: None, ChildTraining(directory, label).trace)
+
+
+class ChildTraining:
+    """The `RunContext` of a child process."""
+
+    recording = False
+
+    def __init__(self, directory: str, label: str) -> None:
+        spec = read_spec(directory)
+        self.spec = RunSpec(
+            name=label,
+            directory="",
+            task="script",
+            budget=spec.budget,
+            attention_pattern=spec.attention_pattern,
+        )
+        self.gate = Gate()
+        self._directory = Path(directory)
+        self._label = label
+        self._tracer: Tracer | None = None
+        self._pid = os.getpid()
+
+    def trace(self) -> None:
+        """Trace this thread; torch has been imported. Never raises."""
+        try:
+            self.recorder = Recorder(initial_info(self.spec))
+            follower = RankFollower(self.gate)
+            self._client = RankClient(
+                -1,
+                1,
+                self._label,
+                connect_locally(lambda: self._directory),
+                _ignore,
+                follower.descriptor,
+            )
+            follower.follow(self._client)
+            self.recorder.subscribe(_FromFirstStep(self._client))
+            tracer = create_tracer(self)
+            tracer.attach()
+            self._tracer = tracer
+            self._finalize()
+            # A child of a fork server forgets its finalizers when its target is about to run.
+            multiprocessing.util.register_after_fork(self, ChildTraining._finalize)
+        except Exception as error:
+            print(f"tui-trainer: this child process is not traced: {error}", file=sys.stderr)
+
+    def _finalize(self) -> None:
+        """Call `_end` when this process ends, also by the `os._exit` of `multiprocessing`."""
+        if os.getpid() == self._pid:
+            multiprocessing.util.Finalize(self, self._end, exitpriority=0)
+
+    def end_before_exit(self) -> None:
+        """Have the last steps recorded before a call of `os._exit`, as forked children end."""
+        original = os._exit
+
+        def _exit(status: int) -> NoReturn:
+            if os.getpid() == self._pid:
+                self._end()
+            original(status)
+
+        os._exit = _exit
+
+    def _end(self) -> None:
+        tracer, self._tracer = self._tracer, None
+        if tracer is None:
+            return
+        error = sys.exc_info()[1]
+        outcome = Outcome("finished") if error is None else outcome_of(error)
+        tracer.detach()
+        self.gate.end()
+        status: Status = self.recorder.status
+        self.recorder.close(FLUSH_S)
+        if status.step:
+            self._client.leave(outcome.state, outcome.reason, status.step)
+
+    # ------------------------------------------------------------ RunContext
+
+    @property
+    def edits(self) -> LiveEdits | None:
+        return None
+
+    @property
+    def travel(self) -> TimeTravel | None:
+        return None
+
+    def show_waiting_for(self, what: str) -> None:
+        """Does nothing: viewers show rank 0's."""
+
+    def save_with(self, saver: CheckpointSaver) -> None:
+        """Does nothing: checkpoints are requested from rank 0."""
+
+    def inspect_with(self, inspector: Inspector) -> None:
+        """Does nothing: viewers inspect rank 0's tensors."""
+
+    def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
+        """Does nothing, either."""
+
+    def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
+        """Does nothing: settings are changed in a run of one process only."""
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Does nothing: nothing has to be undone in a child."""
+
+    def script_started(self) -> None:
+        """Does nothing: the parent started the script."""
+
+
+class _FromFirstStep:
+    """Connects the client when the first step has been recorded."""
+
+    def __init__(self, client: RankClient) -> None:
+        self._client = client
+        self._started = False
+
+    def take(self, items: Sequence[Item], status: Status) -> None:
+        if not self._started and any(isinstance(item, StepRecorded) for item in items):
+            self._started = True
+            self._client.start()
+        self._client.take(items, status)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _ignore(text: str) -> None:
+    """A child process continues to train silently when its run has ended."""
+
+
+def _nothing() -> None:
+    pass

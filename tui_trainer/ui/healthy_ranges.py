@@ -1,0 +1,54 @@
+"""The ranges in which values are healthy: values outside are coloured, and the range is given in
+words beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tui_trainer.findings.rules import update_ratio
+
+
+@dataclass(frozen=True)
+class HealthyRange:
+    """A range of healthy values; None leaves it open on that side."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is healthy. What is not finite is shown as such, and is not judged."""
+        if not math.isfinite(value):
+            return True
+        below = self.low is not None and value < self.low
+        return not below and not (self.high is not None and value > self.high)
+
+    @property
+    def words(self) -> str:
+        """`healthy 1e-4 to 0.1`"""
+        low, high = (None if x is None else short(x) for x in (self.low, self.high))
+        if low is not None and high is not None:
+            return f"healthy {low} to {high}"
+        return f"healthy up to {high}" if high is not None else f"healthy from {low}"
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """Those limits that there are."""
+        return tuple(limit for limit in (self.low, self.high) if limit is not None)
+
+    def describe(self, value: float) -> str:
+        """`above the healthy 1e-4 to 0.1`; "" for a healthy value."""
+        if self.holds(value):
+            return ""
+        side = "below" if self.low is not None and value < self.low else "above"
+        return f"{side} the {self.words}"
+
+
+def short(value: float) -> str:
+    """`0.1`, `1e-4`"""
+    return (
+        f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+    )
+
+
+UPDATE_RATIO = HealthyRange(update_ratio.HEALTHY_LOW, update_ratio.HEALTHY_HIGH)

@@ -1,0 +1,227 @@
+"""The worst finding of the run in one line, and one finding in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.cells import cell_len
+from rich.segment import Segment
+from textual.geometry import Size
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.findings.finding_order import newest_findings
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol.events import Evidence, Finding
+from tui_trainer.protocol.text import truncate, truncate_middle, wrap
+from tui_trainer.ui.healthy_ranges import HealthyRange
+from tui_trainer.ui.panels.base import Panel
+from tui_trainer.ui.widgets.chart import Chart, compact_number
+from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Moment, Threshold
+from tui_trainer.ui.widgets.lines import LineView, Row
+from tui_trainer.ui.widgets.scale import step_window
+
+STYLES = {"error": "error", "warning": "warning", "info": "dim"}
+WORDS = {"possible": "possibly", "likely": "probably", "certain": "certainly"}
+FINDINGS_KEY = "8"
+MIN_CHART_NAME_WIDTH = 24
+"""Cells that the legend leaves for the name of a charted series."""
+
+
+def warnings_of(snapshot: Snapshot) -> list[Finding]:
+    """The findings that are warnings or errors, worst first, without the effects of others."""
+    found = newest_findings(snapshot.events)
+    return [finding for finding in found if finding.cause is None and finding.level != "info"]
+
+
+class FindingLine(Panel):
+    """The worst finding with the key of the findings screen; hidden while nothing is wrong."""
+
+    DEFAULT_CSS = """
+    FindingLine { height: 1; display: none; }
+    FindingLine.-shown { display: block; }
+    """
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draw a snapshot, and appear with the first warning."""
+        if snapshot.events is not self.snapshot.events:
+            self._causes = warnings_of(snapshot)
+            self.set_class(bool(self._causes), "-shown")
+        super().show(snapshot)
+
+    _causes: Sequence[Finding] = ()
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """One row."""
+        if not self._causes:
+            return [[]]
+        worst, others = self._causes[0], len(self._causes) - 1
+        style = STYLES[worst.level]
+        more = f"  and {others} more" if others else ""
+        key = f"{FINDINGS_KEY} shows it" if not others else f"{FINDINGS_KEY} shows them"
+        start = f" {self.glyphs.failed} {worst.title}, since step {worst.onset:,}"
+        room = size.width - cell_len(start) - cell_len(more) - cell_len(key) - 4
+        row = self.styled([(start, f"{style} bold")])
+        if room > 16:
+            text = truncate(worst.text, room - 2, self.glyphs.ellipsis)
+            row += self.styled([(f": {text}", "text")])
+        row += self.styled([(more, "dim")])
+        gap = size.width - sum(cell_len(segment.text) for segment in row) - cell_len(key) - 1
+        if gap > 0:
+            row += [Segment(" " * gap, self.palette.text), Segment(key, self.palette.accent)]
+        return [row]
+
+
+class FindingDetail(LineView):
+    """One finding in full: what, where, why, what next."""
+
+    DEFAULT_CSS = "FindingDetail { width: 1fr; }"
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._finding: Finding | None = None
+        self._effects: Sequence[Finding] = ()
+        self._cause: Finding | None = None
+
+    def show(
+        self, finding: Finding | None, cause: Finding | None, effects: Sequence[Finding]
+    ) -> None:
+        """Show a finding, with its cause or its effects."""
+        self._finding, self._cause, self._effects = finding, cause, effects
+        self.update_rows()
+
+    def needed_height(self, width: int) -> int:
+        """Rows of the whole text."""
+        return len(self._text_rows(width)) if self.is_attached else 1
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """As many rows as fit."""
+        return self._text_rows(size.width)[: size.height]
+
+    def _text_rows(self, width: int) -> list[Row]:
+        found = self._finding
+        if found is None:
+            return [[]]
+        rows: list[Row] = [
+            self.styled(
+                [
+                    (found.title, f"{STYLES[found.level]} bold"),
+                    (f"  {found.level}, {WORDS[found.confidence]}", "dim"),
+                ]
+            )
+        ]
+        self._add(rows, "", found.text, width)
+        if self._cause is not None:
+            text = f"{self._cause.title}, since step {self._cause.onset:,}"
+            self._add(rows, "an effect of", text, width)
+        for effect in self._effects:
+            self._add(rows, "explains", f"{effect.title}, since step {effect.onset:,}", width)
+        if found.parameters:
+            self._add(rows, "where", ", ".join(found.parameters), width)
+        for each in found.evidence:
+            self._add(rows, "measured", f"{each.quantity} {each.text}{band(each)}", width)
+        self._add(rows, "try", found.next, width)
+        self._add(rows, "rule", f"{found.rule} (tui-trainer explain {found.rule})", width)
+        return rows
+
+    def _add(self, rows: list[Row], label: str, text: str, width: int) -> None:
+        margin = 13 if label else 0
+        for number, line in enumerate(wrap(text, max(20, width - margin - 1))):
+            start = label if not number else ""
+            rows.append(
+                self.styled([(start.ljust(margin), "dim"), (line, "text" if label else "strong")])
+            )
+
+
+def band(evidence: Evidence) -> str:
+    """`, healthy between 0.0001 and 0.1`; "" where no band is known."""
+    low, high = evidence.low, evidence.high
+    if low is not None and high is not None:
+        return f", healthy between {low:.3g} and {high:.3g}"
+    if high is not None:
+        return f", healthy up to {high:.3g}"
+    return f", healthy from {low:.3g}" if low is not None else ""
+
+
+class EvidenceChart(LineView):
+    """The series of a finding's evidence, with the healthy band and the onset."""
+
+    DEFAULT_CSS = "EvidenceChart { width: 1fr; height: 1fr; }"
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.chart = Chart()
+        self._title = ""
+        self._evidence: Evidence | None = None
+        self._onset = 0
+        self._series: SeriesReader | None = None
+        self._column = 0
+        self._total: int | None = None
+
+    def plot(
+        self,
+        evidence: Evidence | None,
+        onset: int,
+        series: SeriesReader | None,
+        column: int,
+        total_steps: int | None,
+    ) -> None:
+        """Show a series, or only the title where it has none."""
+        if evidence is not self._evidence:
+            self.chart = Chart()
+        self._evidence, self._onset = evidence, onset
+        self._series, self._column, self._total = series, column, total_steps
+        self.update_rows()
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """Title and chart."""
+        evidence, series, palette = self._evidence, self._series, self.palette
+        if evidence is None or series is None or not series.rows or size.height < 4:
+            return [[]]
+        title = self._title_row(evidence, series, size.width)
+        steps = step_window(series.last_step or 0, None, self._total)
+        window = series.window([self._column], *steps, 2 * self.chart.plot_width(size.width))
+        band = Band.from_window(window, 0, palette.norm)
+        on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
+        limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
+        self.chart.log = _spans_decades(band, limits) or None
+        layers: list[Layer] = [band, Moment(palette.error, self._onset)]
+        layers += [Threshold(palette.good, x) for x in limits if x > 0 or not self.chart.log]
+        columns = 2 * self.chart.plot_width(size.width)
+        layers.append(
+            AxisMarks.at_steps([self._onset], steps, columns, palette.error, self.glyphs.user_event)
+        )
+        rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, self.glyphs)
+        return [title, *rows]
+
+    def _title_row(self, evidence: Evidence, series: SeriesReader, width: int) -> Row:
+        """`grad_norm head.weight  0.31  healthy 1e-4 to 0.1 ╌  since step 120 ┆`, as much as fits;
+        the signs are those of the lines in the chart."""
+        newest = series.latest()
+        value = float(newest[1][self._column]) if newest else float("nan")
+        healthy = HealthyRange(evidence.low, evidence.high)
+        style = "text" if healthy.holds(value) else "warning"
+        spans = [(f"  {compact_number(value, 9).strip()}", style if value == value else "error")]
+        legend = [(f"  {self.glyphs.vertical_dash} since step {self._onset:,}", "error")]
+        if healthy.limits:
+            legend.insert(0, (f"  {self.glyphs.dash} {healthy.words}", "good"))
+        name = f"{evidence.table.replace('_', ' ')} {evidence.column}".strip()
+        left = width - MIN_CHART_NAME_WIDTH - len(spans[0][0])
+        for text, colour in legend:
+            if len(text) <= left:
+                spans.append((text, colour))
+                left -= len(text)
+        room = width - sum(len(text) for text, _ in spans)
+        name = truncate_middle(name, max(1, room), self.glyphs.ellipsis)
+        return self.styled([(name, "title"), *spans])
+
+
+def _spans_decades(band: Band, limits: Sequence[float]) -> bool:
+    """Whether a linear axis would flatten the values: all are above zero, and with the limits the
+    largest is more than 30 times the smallest."""
+    shown = np.concatenate([band.low, band.high])
+    shown = shown[~np.isnan(shown)]
+    if not len(shown) or shown.min() <= 0:
+        return False
+    drawn = [float(shown.min()), float(shown.max()), *(each for each in limits if each > 0)]
+    return max(drawn) > 30 * min(drawn)
