@@ -1,6 +1,6 @@
 """Runs a set of planted programs and their clean twins and prints a table.
 
-    python -m benchmarks.findings --set B|C|D [NAME …] [--jobs N] [--json FILE]
+    python -m benchmarks.findings --set B|C|D|E [NAME …] [--jobs N] [--json FILE]
 
 Set A is run by `python benchmarks/findings/run.py`.
 """
@@ -21,6 +21,7 @@ from benchmarks.findings.planted import SETS, Program
 GOALS = {
     "B": "goal: 10 of 11 within one step of the trigger",
     "C": "goal: 90 % detected in 100 steps, 60 % with the cause named, 65 % placed",
+    "E": "no goal: programs that the rules have not seen",
     "D": "goal: at most one false warning in 20 programs, and no false error",
 }
 

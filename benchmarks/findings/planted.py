@@ -1,6 +1,7 @@
-"""What the programs of sets B, C and D have wrong, and what a finding has to say of it.
+"""What the programs of sets B to E have wrong, and what a finding has to say of it.
 
-Written before the rules were read: `cause` names a class of problem in words of its own. Which
+Written before the rules were read (set E: after all the others and their rules, by an author who
+knew only the names of the rules): `cause` names a class of problem in words of its own. Which
 rules belong to a class is in `causes.py`, written afterwards.
 """
 
@@ -41,6 +42,20 @@ Cause = Literal[
     "the loss is scaled",
     "squared error for classes",
     "softmax over the wrong axis",
+    "outputs cannot reach the targets",
+    "weights are overwritten after the step",
+    "embeddings collapse",
+    "outputs and targets are misaligned",
+    "gradients of another loss in the step",
+    "updates are lost to rounding",
+    "batches are not shuffled",
+    "one term drowns the loss",
+    "statistics of a frozen part change",
+    "clipping comes after the step",
+    "batch and time are mixed up",
+    "clipping of scaled gradients",
+    "the schedule belongs to another optimizer",
+    "nan or inf",
 ]
 
 
@@ -277,4 +292,49 @@ SET_D = (
     _task("vit digits"),
 )
 
-SETS = {"B": SET_B, "C": SET_C, "D": SET_D}
+
+def _unseen(
+    script: str, name: str, cause: Cause, places: tuple[str, ...], trigger: int = 1
+) -> Program:
+    return Program(
+        name,
+        f"unseen/{script}.py",
+        (name,),
+        (name, "--clean"),
+        cause=cause,
+        trigger=trigger,
+        places=places,
+    )
+
+
+SET_E = (
+    _unseen(
+        "images", "autoencoder_range", "outputs cannot reach the targets", ("loss", "decoder*")
+    ),
+    _unseen("images", "diffusion_average", "weights are overwritten after the step", ("step",)),
+    _unseen("images", "siamese_collapse", "embeddings collapse", ("loss", "forward", "encoder*")),
+    _unseen("images", "segmentation_view", "outputs and targets are misaligned", ("loss", "data")),
+    _unseen(
+        "images",
+        "gan_not_detached",
+        "gradients of another loss in the step",
+        ("backward", "zero_grad", "0.*", "2.*"),
+    ),
+    _unseen("images", "rounded_updates", "updates are lost to rounding", ("step",)),
+    _unseen("images", "sorted_classes", "batches are not shuffled", ("data",)),
+    _unseen(
+        "images", "vae_collapse", "one term drowns the loss", ("loss", "mean*", "log_variance*")
+    ),
+    _unseen("images", "frozen_statistics", "statistics of a frozen part change", ("backbone*",)),
+    _unseen("sequences", "clipped_after_step", "clipping comes after the step", ("clip", "step")),
+    _unseen(
+        "sequences", "batch_not_first", "batch and time are mixed up", ("forward", "data", "lstm*")
+    ),
+    _unseen("sequences", "mask_inverted", "nan or inf", ("encoder.layers.0*",), trigger=60),
+    _unseen("sequences", "clipped_while_scaled", "clipping of scaled gradients", ("clip",)),
+    _unseen("sequences", "stale_schedule", "the schedule belongs to another optimizer", ("step",)),
+    _unseen("tables", "raw_columns", "inputs are not normalized", ("data", "enter*")),
+    _unseen("tables", "missing_values", "nan or inf", ("data",), trigger=70),
+)
+
+SETS = {"B": SET_B, "C": SET_C, "D": SET_D, "E": SET_E}
