@@ -21,8 +21,19 @@ from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.actions import Pause, Resume, Step, StepPhase, Stop
+from tui_trainer.protocol.attention import ExamineAttention
+from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.framing import read_as
+from tui_trainer.protocol.inspection import (
+    DescribeUse,
+    ExplainUpdate,
+    ListTensors,
+    OfRank,
+    ReadTensor,
+    Summarize,
+    TensorRef,
+)
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
@@ -138,6 +149,14 @@ def place(tmp_path):
         process.wait()
 
 
+RANK_REQUESTS = (
+    ListTensors(),
+    ReadTensor(TensorRef("0.weight")),
+    ExplainUpdate("0.weight", (0, 0)),
+    DescribeUse(),
+    DescribeGraph(),
+    CheckGradient("0.weight", ((0, 0),)),
+)
 RUN = ("-P", "-m", "tui_trainer", "run", "--plain")
 
 
@@ -208,6 +227,33 @@ def test_rank_that_clips_alone_and_ranks_with_the_same_batches_are_named(place, 
     assert [line for line in lines if expected in line], lines
 
 
+def look_into_ranks(client):
+    """All that a rank other than 0 can be asked, of a run that is paused."""
+
+    until(lambda: _held(client, 2), "both ranks are held")
+    weight = TensorRef("0.weight")
+    own, other = (client.inspect(OfRank(rank, Summarize(weight))) for rank in (0, 1))
+    assert (own.rank, other.rank) == (0, 1)
+    assert other.moment == f"{own.moment}, rank 1"
+    assert own.result.statistics == other.result.statistics  # replicas
+    client.inspect(OfRank(1, ExplainUpdate("0.weight", (0, 0))))  # from now on it is observed
+    step = client.snapshot.status.step
+    assert client.command(Step(2)).ok  # the first may be in its middle already
+    until(lambda: _held(client, 2) and client.snapshot.status.step == step + 2, "two steps more")
+    batches = [client.inspect(OfRank(rank, Summarize(TensorRef("0", "input")))) for rank in (0, 1)]
+    assert batches[0].result.statistics != batches[1].result.statistics
+    done = {type(request).__name__: client.inspect(OfRank(1, request)) for request in RANK_REQUESTS}
+    assert {name for name, answer in done.items() if answer.state != "done"} == set()
+    data = done["ReadTensor"].result
+    assert len(data.data) == data.total == 8 * 16 * 4
+    update = done["ExplainUpdate"].result
+    assert update.difference <= 4 * update.precision
+    refused = client.inspect(OfRank(1, ExamineAttention()))
+    assert (refused.state, refused.rank) == ("failed", 1)
+    absent = client.inspect(OfRank(7, ListTensors()))
+    assert (absent.message, absent.hint) == ("rank 7 is not connected", "connected are 0, 1")
+
+
 @pytest.mark.slow
 def test_a_breakpoint_compares_ranks_and_the_paused_run_stops(place):
     """They train on different data, so that their losses differ in every step."""
@@ -223,6 +269,7 @@ def test_a_breakpoint_compares_ranks_and_the_paused_run_stops(place):
         stop = until(stopped_at, "the condition is met", 150)
         assert stop.condition == "rank(1).loss != loss"
         assert stop.text.startswith("loss of rank 1 ")
+        look_into_ranks(client)
         assert client.command(Stop()).ok
         for process in started:
             assert process.wait(240) == 0, place.errors(0) + place.errors(1)
@@ -275,6 +322,12 @@ def _listening(place, name):
     except Exception:
         return None
     return run if run.live and (run.directory / "run.sock").exists() else None
+
+
+def _held(client, ranks):
+    client.poll()
+    at = client.snapshot.status.processes
+    return len(at) == ranks and all(process.held for process in at)
 
 
 def _together(client):
@@ -546,8 +599,20 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
     for process in place.start(2, "sharded.py"):
         assert process.wait(240) == 0
     alone = place.printed("", 2)
-    command = (*RUN, "--name", "sharded", "--budget", "0", "sharded.py")
-    for process in place.start(2, *command):
+    command = (*RUN, "--name", "sharded", "--budget", "0", "--paused", "sharded.py")
+    started = place.start(2, *command)
+    run = until(lambda: place.runs.is_dir() and _listening(place, "sharded"), "the run listens")
+    with RunClient.connect(run, "test", read_only=False) as client:
+        until(lambda: _held(client, 2), "both ranks are held", 150)
+        assert client.command(Step(2)).ok
+        until(lambda: _held(client, 2) and client.snapshot.status.step == 2, "two steps", 150)
+        for rank in (0, 1):
+            shard = client.inspect(OfRank(rank, Summarize(TensorRef("0.weight")))).result.tensor
+            assert (shard.shape, shard.note) == ((8, 8), "the shard of this process")
+            graph = client.inspect(OfRank(rank, DescribeGraph()))
+            assert graph.result is None or graph.result.source == "live"
+        assert client.command(Resume()).ok
+    for process in started:
         assert process.wait(240) == 0, place.errors(0)
     words = ("SEEN", "COLLECTIVES")
     seen = [line for word in words for line in place.printed(word, 2)]

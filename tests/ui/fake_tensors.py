@@ -23,6 +23,7 @@ from tui_trainer.protocol.inspection import (
     InspectionRequest,
     InspectionResult,
     ListTensors,
+    OfRank,
     Summarize,
     TensorInfo,
     TensorList,
@@ -105,6 +106,9 @@ class FakeTensors:
             return Inspected(1, "done", result, status.step, status.phase, 3.2)
 
         tensors = self._tensors()
+        if isinstance(request, OfRank):
+            answer = self.answer(request.request, status)
+            return msgspec.structs.replace(answer, rank=request.rank)
         match request:
             case ListTensors(modules=True):
                 output = TensorRef("blocks.0.attention", "output")

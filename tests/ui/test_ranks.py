@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import SIZES, app_on, frame, text_of
+from tests.ui.fake_tensors import WEIGHT
+from tests.ui.screens import SIZES, app_on, frame, text_of, until
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.actions import Pause
+from tui_trainer.protocol.autograd import DescribeGraph
+from tui_trainer.protocol.inspection import OfRank, Summarize, TensorRef
 from tui_trainer.protocol.schema import ProcessInfo, Table
 from tui_trainer.ui.screens.ranks import RanksChart, RanksTable
 
@@ -63,3 +67,30 @@ async def test_charts_have_the_line_of_the_rank_under_the_cursor(size, charts):
         await pilot.press("down", "down")
         await frame(pilot)
         assert "rank 2    3.000" in text_of(app)
+
+
+async def test_the_tensors_of_any_rank_are_looked_into():
+    session = fake_gpt(20)
+    processes = tuple(ProcessInfo(rank, state="running") for rank in (0, 1, 3))
+    session.run.info = msgspec.structs.replace(session.run.info, processes=processes)
+    session._changed()
+    session.send(Pause())
+    app = app_on("ranks", session)
+    app.inspected = TensorRef(WEIGHT)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        await pilot.press("down", "i")
+        await until(pilot, lambda: app.current_mode == "inspect", "the inspector")
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        assert isinstance(session.inspected[-1], OfRank)
+        assert session.inspected[-1].rank == 1
+        for rank in (3, 0):
+            await pilot.press("R")
+            await until(pilot, lambda: app.screen.summary is not None, "an answer")
+            assert app.inspected_rank == rank
+        assert isinstance(session.inspected[-1], Summarize)
+        app.inspected_rank = 1
+        await pilot.press("g")
+        await until(pilot, lambda: app.current_mode == "autograd", "the graph")
+        await until(pilot, lambda: app.screen.graph is not None, "an answer")
+        assert session.inspected[-1] == OfRank(1, DescribeGraph())

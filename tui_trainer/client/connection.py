@@ -26,7 +26,13 @@ from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Action, TakeControl
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
-from tui_trainer.protocol.inspection import Inspect, Inspected, InspectionRequest
+from tui_trainer.protocol.inspection import (
+    Inspect,
+    Inspected,
+    InspectionRequest,
+    OfRank,
+    RankRequest,
+)
 from tui_trainer.protocol.messages import (
     Ack,
     Command,
@@ -300,8 +306,12 @@ class RunClient:
     Raises RunError from every method when the run does not answer. Not for several threads.
     """
 
-    def __init__(self, connected: socket.socket, viewer: str = "", read_only: bool = True) -> None:
+    def __init__(
+        self, connected: socket.socket, viewer: str = "", read_only: bool = True, rank: int = 0
+    ) -> None:
+        """`rank`: whose tensors `inspect` looks into."""
         hello = Hello(PROTOCOL_VERSION, __version__, viewer or whoami(), read_only)
+        self._rank = rank
         self._runner = asyncio.Runner()
         self._builder = SnapshotBuilder()
         self._next_poll = Poll()
@@ -314,9 +324,11 @@ class RunClient:
         self.viewer_id = welcome.viewer_id
 
     @classmethod
-    def connect(cls, run: RunEntry, command: str, read_only: bool = True) -> RunClient:
+    def connect(
+        cls, run: RunEntry, command: str, read_only: bool = True, rank: int = 0
+    ) -> RunClient:
         """Connect to a live run on this machine; `command` is shown to its other viewers."""
-        return cls(connect_unix(live_socket(run)), whoami(command), read_only)
+        return cls(connect_unix(live_socket(run)), whoami(command), read_only, rank)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -349,6 +361,8 @@ class RunClient:
 
     def inspect(self, request: InspectionRequest) -> Inspected:
         """Ask for a look into tensors, and wait until the run has done it or cannot."""
+        if self._rank and isinstance(request, RankRequest):
+            request = OfRank(self._rank, request)
         return self._runner.run(self._connection.inspect(request))
 
     async def _command(self, action: Action) -> Ack:

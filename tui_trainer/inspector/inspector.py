@@ -31,6 +31,7 @@ from tui_trainer.protocol.inspection import (
     InspectionRequest,
     InspectionResult,
     ListTensors,
+    OfRank,
     ReadTensor,
     Summarize,
     TensorInfo,
@@ -95,6 +96,8 @@ class Inspector:
                     return describe_graph(tracer, catalog, self.capture)
                 case CheckGradient():
                     return check_gradient(tracer, catalog, self.capture, request)
+                case OfRank():
+                    raise InspectionError("requests about other ranks go to rank 0")
                 case ReadSettings() | ReadTimeline():
                     raise InspectionError("this run has no settings that can be changed")
                 case WhatIf() | FindLearningRate() | MeasureLandscape():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 """Raised on every change that an older peer cannot read."""
 
 Phase = Literal["data", "zero_grad", "forward", "loss", "backward", "clip", "step"]

@@ -268,7 +268,7 @@ class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
     """None: the whole tensor."""
 
 
-InspectionRequest = (
+RankRequest = (
     ListTensors
     | Summarize
     | ReadTensor
@@ -277,6 +277,20 @@ InspectionRequest = (
     | DescribeGraph
     | CheckGradient
     | ExamineAttention
+)
+"""What the process of any rank can answer."""
+
+
+class OfRank(msgspec.Struct, tag="of_rank", frozen=True):
+    """Asks the process of another rank; the answer has the step and the phase of that process."""
+
+    rank: int
+    request: RankRequest
+
+
+InspectionRequest = (
+    RankRequest
+    | OfRank
     | ReadSettings
     | ReadTimeline
     | WhatIf
@@ -325,3 +339,11 @@ class Inspected(msgspec.Struct, tag="inspected", frozen=True, array_like=True):
     message: str = ""
     """Why it failed, or what a pending request waits for."""
     hint: str = ""
+    rank: int = 0
+    """Whose tensors they are."""
+
+    @property
+    def moment(self) -> str:
+        """`step 12, after backward`, with the rank if it is another than 0."""
+        after = f", after {self.phase}" if self.phase else ""
+        return f"step {self.step:,}{after}" + (f", rank {self.rank}" if self.rank else "")

@@ -13,10 +13,13 @@ import msgspec
 
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.events import Level, NoticeKind, Stream
+from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import EndState, Refused
 
 MAX_BYTES = 64 * 1024
-"""Of a message in either direction."""
+"""Of a message in either direction, except for answers."""
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+"""Of an `InspectedThere`."""
 ROWS_PER_MESSAGE = 200
 
 Place = tuple[int, int]
@@ -115,8 +118,25 @@ class Go(msgspec.Struct, tag="go", frozen=True, array_like=True):
     stop: bool = False
 
 
-ToRankZero = RankRows | RankLine | RankNotice | RankAt | RankPosition | StopWanted | Leave
-ToRank = Joined | Refused | Hold | Go
+class InspectThere(msgspec.Struct, tag="inspect_there", frozen=True, array_like=True):
+    """A viewer's request to look into the tensors of the process."""
+
+    viewer: int
+    message: Inspect | None
+    """None: the viewer has left."""
+
+
+class InspectedThere(msgspec.Struct, tag="inspected_there", frozen=True, array_like=True):
+    """The answer to one `InspectThere`."""
+
+    viewer: int
+    answer: Inspected
+
+
+ToRankZero = (
+    RankRows | RankLine | RankNotice | RankAt | RankPosition | StopWanted | Leave | InspectedThere
+)
+ToRank = Joined | Refused | Hold | Go | InspectThere
 
 to_rank_zero: msgspec.msgpack.Decoder[ToRankZero] = msgspec.msgpack.Decoder(ToRankZero)
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

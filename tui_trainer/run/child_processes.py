@@ -26,9 +26,11 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import
+from tui_trainer.run.inspection import Inspections
 from tui_trainer.run.outcome import Outcome, outcome_of
 from tui_trainer.run.rank_client import RankClient, connect_locally
 from tui_trainer.run.rank_control import RankFollower
+from tui_trainer.run.rank_inspection import answer_rank_zero
 from tui_trainer.run.untraced_programs import ProgramReports
 from tui_trainer.trace.gate import Gate
 
@@ -153,6 +155,7 @@ class ChildTraining:
             attention_pattern=spec.attention_pattern,
         )
         self.gate = Gate()
+        self.inspections = Inspections(self.gate)
         self._directory = Path(directory)
         self._label = label
         self._tracer: Tracer | None = None
@@ -172,6 +175,7 @@ class ChildTraining:
                 follower.descriptor,
             )
             follower.follow(self._client)
+            answer_rank_zero(self.inspections, self._client)
             self.recorder.subscribe(_FromFirstStep(self._client))
             tracer = create_tracer(self)
             tracer.attach()
@@ -228,10 +232,10 @@ class ChildTraining:
         """Does nothing: checkpoints are requested from rank 0."""
 
     def inspect_with(self, inspector: Inspector) -> None:
-        """Does nothing: viewers inspect rank 0's tensors."""
+        self.inspections.inspector = inspector
 
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
-        """Does nothing, either."""
+        """Does nothing: a script does not name its outputs."""
 
     def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
         """Does nothing: settings are changed in a run of one process only."""

@@ -44,6 +44,7 @@ from tui_trainer.run.outcome import (
     print_outcome,
 )
 from tui_trainer.run.rank_control import RankControl
+from tui_trainer.run.rank_inspection import RankInspections
 from tui_trainer.run.rank_server import LEAVE_S, VERDICT_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
@@ -111,6 +112,7 @@ class Host:
         self.edits: LiveEdits | None = None
         self.travel: TimeTravel | None = None
         self.inspections = Inspections(self.gate)
+        self.inspections.others = RankInspections(self.ranks)
         self.server = Server(spec.name, self.recorder, control, self._serve_rank, self.inspections)
         self._saver: CheckpointSaver | None = None
         self._script_started = False

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.experiments import (
@@ -22,6 +22,7 @@ from tui_trainer.protocol.inspection import (
     Inspected,
     InspectionRequest,
     InspectionResult,
+    OfRank,
     ReadTensor,
     TensorData,
 )
@@ -58,6 +59,16 @@ class _Request:
     future: Future[_Answer]
 
 
+class OtherRanks(Protocol):
+    """Answers requests about the tensors of other ranks."""
+
+    def answer(self, viewer: int, number: int, request: OfRank) -> Inspected:
+        """Raises UserError."""
+
+    def left(self, viewer: int) -> None:
+        """The viewer is gone."""
+
+
 class Inspections:
     """Has requests carried out at the gate: at once while paused, else after the current step.
 
@@ -70,6 +81,8 @@ class Inspections:
         self.edits: LiveEdits | None = None
         self.travel: TimeTravel | None = None
         """The same."""
+        self.others: OtherRanks | None = None
+        """None in a process that is not rank 0's."""
         self._gate = gate
         self._lock = threading.Lock()
         self._requests: dict[int, _Request] = {}
@@ -80,10 +93,14 @@ class Inspections:
         """The answer to a message; never raises."""
         try:
             match message.request:
+                case OfRank(rank=0, request=request):
+                    return self.answer(viewer, Inspect(message.id, request))
+                case OfRank():
+                    return self._of_rank(viewer, message.id, message.request)
                 case ReadTensor(offset=offset) if offset > 0:
                     return self._next_part(viewer, message.id, offset)
-            request = self._begun(viewer, message)
-            answer = request.future.result(WAIT_S)
+            begun = self._begun(viewer, message)
+            answer = begun.future.result(WAIT_S)
         except NotYet:
             paused = self._gate.mode == "paused"
             waiting = "" if paused else "waiting for the end of the current step"
@@ -98,8 +115,15 @@ class Inspections:
             self._forget_done(viewer)
         return self._inspected(viewer, message.id, answer)
 
+    def _of_rank(self, viewer: int, number: int, request: OfRank) -> Inspected:
+        if self.others is None:
+            raise UserError("requests about other ranks go to rank 0")
+        return self.others.answer(viewer, number, request)
+
     def left(self, viewer: int) -> None:
         """The viewer is gone."""
+        if self.others is not None:
+            self.others.left(viewer)
         with self._lock:
             request = self._requests.pop(viewer, None)
             self._copies.pop(viewer, None)
@@ -118,7 +142,7 @@ class Inspections:
         if self.inspector is None:
             raise UserError(NO_MODEL)
         experiment = message.request
-        if isinstance(experiment, (WhatIf, FindLearningRate, MeasureLandscape)):
+        if isinstance(experiment, WhatIf | FindLearningRate | MeasureLandscape):
             future = self._experiment(experiment)
         else:
             future = self._gate.call_soon(lambda: self._run(message.request), when_paused=True)

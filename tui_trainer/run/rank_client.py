@@ -26,8 +26,10 @@ from tui_trainer.protocol.events import LogLine, NonFinite, Notice
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
 from tui_trainer.protocol.messages import EndState, Join, Status
 from tui_trainer.protocol.ranks import (
+    MAX_ANSWER_BYTES,
     MAX_BYTES,
     ROWS_PER_MESSAGE,
+    InspectThere,
     Joined,
     Leave,
     RankLine,
@@ -65,6 +67,8 @@ class RankClientHooks:
 
     message: Callable[[ToRank], None] = _do_nothing
     """Called with each message of rank 0."""
+    asked: Callable[[InspectThere], None] = _do_nothing
+    """Called instead with each request to look into the tensors of this process."""
     lost: Callable[[], None] = _do_nothing
     """Called once when rank 0 was not found or the connection has ended."""
 
@@ -189,7 +193,11 @@ class RankClient:
                 lost = "the connection to its run has ended"
                 with contextlib.suppress(ConnectionClosed):
                     while True:
-                        self.hooks.message(read_as(stream.recv, to_rank, MAX_BYTES))
+                        message = read_as(stream.recv, to_rank, MAX_BYTES)
+                        if isinstance(message, InspectThere):
+                            self.hooks.asked(message)
+                        else:
+                            self.hooks.message(message)
         except (OSError, ProtocolError, RunError) as error:
             lost = f"{lost}: {error}"
         finally:
@@ -241,7 +249,7 @@ class RankClient:
         stream = self._stream
         assert stream is not None
         try:
-            stream.sendall(encode(message, MAX_BYTES))
+            stream.sendall(encode(message, MAX_ANSWER_BYTES))
         except (OSError, ProtocolError):
             self._stream, self._given_up = None, True
             with contextlib.suppress(OSError):

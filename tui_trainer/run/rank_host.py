@@ -20,6 +20,7 @@ from tui_trainer.run.host import Host, run_to_end
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.rank_client import Connect, RankClient
 from tui_trainer.run.rank_control import STOP_S, RankFollower
+from tui_trainer.run.rank_inspection import answer_rank_zero
 from tui_trainer.trace.gate import Refusal
 
 FLUSH_S = 5.0
@@ -59,6 +60,8 @@ class RankHost(Host):
             host,
         )
         self._follower.follow(self._client)
+        self.inspections.others = None
+        answer_rank_zero(self.inspections, self._client)
         self.stops.stop_gate = self._ask_to_stop
 
     def open(self, sink: Sink | None) -> None:

@@ -27,8 +27,10 @@ from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
 from tui_trainer.protocol.messages import EndState, Join, ProcessAt, Refused, Status
 from tui_trainer.protocol.ranks import (
+    MAX_ANSWER_BYTES,
     MAX_BYTES,
     SHARED,
+    InspectedThere,
     Joined,
     Leave,
     RankAt,
@@ -139,6 +141,10 @@ def _do_nothing() -> None:
     pass
 
 
+def _ignore_answer(peer: Peer, message: InspectedThere) -> None:
+    pass
+
+
 @dataclass
 class RankServerHooks:
     """Callbacks of the server, called on the thread of a connected process."""
@@ -149,6 +155,8 @@ class RankServerHooks:
     """Called when a process has received a signal to end."""
     row_received: Callable[[int, int, Floats], None] = _ignore_row
     """Called with rank, step and values of each row of another rank."""
+    inspected: Callable[[Peer, InspectedThere], None] = _ignore_answer
+    """Called with each answer of a process to a request to look into its tensors."""
 
 
 class RankServer:
@@ -243,7 +251,7 @@ class RankServer:
             peer.shared = _receive_shared(stream)
             self.hooks.changed()
             while peer.left is None:
-                self._take(peer, read_as(stream.recv, to_rank_zero, MAX_BYTES))
+                self._take(peer, read_as(stream.recv, to_rank_zero, MAX_ANSWER_BYTES))
         except (ConnectionClosed, OSError):
             pass
         except ProtocolError as error:
@@ -305,6 +313,8 @@ class RankServer:
                 self.hooks.stop_wanted()
             case Leave():
                 peer.left = message
+            case InspectedThere():
+                self.hooks.inspected(peer, message)
 
     def _gone(self, peer: Peer) -> None:
         ended_at = time.monotonic()

@@ -27,7 +27,13 @@ from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.protocol import actions
 from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.events import Notice
-from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
+from tui_trainer.protocol.inspection import (
+    Inspected,
+    InspectionRequest,
+    OfRank,
+    RankRequest,
+    TensorRef,
+)
 from tui_trainer.protocol.messages import Ack, BreakpointStop
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui import textual_hacks, theme
@@ -139,6 +145,7 @@ class TuiTrainerApp(App[int]):
         self.glyphs: Glyphs = ASCII if ascii else UNICODE
         self.palette: theme.Palette = theme.palette(self.theme_variables)
         self.inspected: TensorRef | None = None
+        self.inspected_rank = 0
         self.on_launch = on_launch
         self.ends_with_app = ends_with_app
         self.status_message = ""
@@ -211,6 +218,7 @@ class TuiTrainerApp(App[int]):
         """Show the run of `session` from now on."""
         if self.session is not session:
             self._close_session()
+            self.inspected_rank = 0
         self.session = session
         self._drawn_version = -1
         self._polls_per_second = 0.0
@@ -423,6 +431,8 @@ class TuiTrainerApp(App[int]):
         another request replaces this one."""
         if self.session is None:
             return
+        if self.inspected_rank and isinstance(request, RankRequest):
+            request = OfRank(self.inspected_rank, request)
 
         def arrived(future: Future[Inspected]) -> None:
             """Called by the session, on any thread."""

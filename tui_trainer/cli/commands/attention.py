@@ -10,8 +10,8 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
-from tui_trainer.cli.commands.inspect import heat_lines, when
+from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.inspect import heat_lines
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.attention import (
@@ -78,6 +78,7 @@ def attention(
     ] = False,
     top: Annotated[int, _number("how many of the keys with the largest weights")] = TOP,
     json: Annotated[bool, flag("print one JSON object")] = False,
+    rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
     """what a head attends to, for one example of the batch of the step"""
@@ -87,13 +88,18 @@ def attention(
     request = ExamineAttention(layer, head, query, sample, window, weights, residual)
     with cli_errors():
         found = require_single_run(run, runs_dir)
-        with RunClient.connect(found, "tui-trainer attention") as client:
+        with RunClient.connect(found, "tui-trainer attention", rank=rank) as client:
             answer = _examined(client, request)
     examination = answer.result
     if not isinstance(examination, AttentionExamination):
         raise CommandError("the run answered something else")
     if json:
-        known: dict[str, Any] = {"run": found.name, "step": answer.step, "phase": answer.phase}
+        known: dict[str, Any] = {
+            "run": found.name,
+            "rank": answer.rank,
+            "step": answer.step,
+            "phase": answer.phase,
+        }
         data = {**known, "took_ms": answer.took_ms, **as_data(examination)}
         print(msgspec.json.encode(data).decode(), flush=True)
     else:
@@ -131,7 +137,7 @@ def _text(
 
 
 def _facts(answer: Inspected, found: AttentionExamination) -> list[str]:
-    lines = [f"{found.layer}, head {found.head} of {found.heads} · {when(answer)}"]
+    lines = [f"{found.layer}, head {found.head} of {found.heads} · {answer.moment}"]
     if found.missing:
         lines.append(f"no map: {found.missing}")
     else:

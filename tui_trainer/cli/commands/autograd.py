@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.autograd import (
@@ -92,6 +92,7 @@ def autograd(
         ),
     ] = None,
     overwrite: Annotated[bool, flag("replace existing files")] = False,
+    rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
     """show the autograd graph of a live run's loss"""
@@ -100,7 +101,7 @@ def autograd(
             raise CommandError(f"{file} already exists", "--overwrite replaces it")
     with cli_errors():
         found = require_single_run(run, runs_dir)
-        with RunClient.connect(found, "tui-trainer autograd") as client:
+        with RunClient.connect(found, "tui-trainer autograd", rank=rank) as client:
             answer = ask_for_rerun(client, DescribeGraph())
         graph = result_of(answer, AutogradGraph)
         if svg is not None or dot is not None:
@@ -144,14 +145,9 @@ def result_of(answer: Inspected, kind: type[T]) -> T:
 # ---------------------------------------------------------------- text
 
 
-def when(answer: Inspected) -> str:
-    """`step 12, after backward`"""
-    return f"step {answer.step:,}" + (f", after {answer.phase}" if answer.phase else "")
-
-
 def _title(graph: AutogradGraph, answer: Inspected) -> str:
     loss = "" if graph.loss is None else f"loss {number(graph.loss, 0, 6)} · "
-    return f"{loss}{when(answer)}"
+    return f"{loss}{answer.moment}"
 
 
 def _heading(graph: AutogradGraph, answer: Inspected) -> list[str]:
@@ -251,7 +247,7 @@ def _write(
 
 
 def _as_json(run: RunEntry, answer: Inspected, graph: AutogradGraph) -> str:
-    known = {"run": run.name, "step": answer.step, "phase": answer.phase}
+    known = {"run": run.name, "rank": answer.rank, "step": answer.step, "phase": answer.phase}
     return msgspec.json.encode({**known, "took_ms": answer.took_ms, **plain(graph)}).decode()
 
 

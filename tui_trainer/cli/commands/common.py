@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.runs.errors import RunError
@@ -38,6 +38,17 @@ RunsDir = Annotated[
 def flag(help: str) -> Parameter:
     """A flag that is off by default."""
     return Parameter(help=help, negative=(), show_default=False)
+
+
+Rank = Annotated[
+    int,
+    Parameter(
+        help="the process whose tensors are looked into, of a run with several",
+        metavar="N",
+        negative=(),
+        validator=validators.Number(gte=0),
+    ),
+]
 
 
 @contextlib.contextmanager

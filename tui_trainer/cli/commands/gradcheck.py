@@ -9,8 +9,8 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.autograd import ask_for_rerun, plain, result_of, when
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.autograd import ask_for_rerun, plain, result_of
+from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.tensors import find_tensor
@@ -62,6 +62,7 @@ def gradcheck(
         ),
     ] = "1G",
     json: Annotated[bool, flag("print one JSON object")] = False,
+    rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
     """check a gradient of a live run against numerical ones"""
@@ -71,7 +72,7 @@ def gradcheck(
         found = require_single_run(run, runs_dir)
         if name is None:
             raise UsageError("name a parameter", "tui-trainer inspect RUN lists them")
-        with RunClient.connect(found, "tui-trainer gradcheck") as client:
+        with RunClient.connect(found, "tui-trainer gradcheck", rank=rank) as client:
             listed = client.inspect(ListTensors())
             if listed.state == "failed":
                 raise RunError(listed.message, listed.hint)
@@ -80,7 +81,7 @@ def gradcheck(
             answer = ask_for_rerun(client, CheckGradient(chosen, places, entries, limit))
     check = result_of(answer, GradientCheck)
     if json:
-        known = {"run": found.name, "step": answer.step, "phase": answer.phase}
+        known = {"run": found.name, "rank": answer.rank, "step": answer.step, "phase": answer.phase}
         document = {**known, "took_ms": answer.took_ms, **plain(check)}
         print(msgspec.json.encode(document).decode(), flush=True)
     else:
@@ -105,7 +106,7 @@ def _size(text: str) -> int:
 def _text(answer: Inspected, check: GradientCheck, sweeps: bool) -> list[str]:
     kind = f"{check.dtype}, in a copy of {bytes_(check.copied_bytes, 0)}"
     lines = [
-        f"{check.name} · {when(answer)}",
+        f"{check.name} · {answer.moment}",
         f"loss {number(check.loss, 0, 8)} in {kind} · {answer.took_ms / 1e3:.1f} s",
         *(f"note: {note}" for note in check.notes),
         "",

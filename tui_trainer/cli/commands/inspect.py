@@ -15,7 +15,7 @@ from cyclopts import Parameter, validators
 from rich.text import Text
 
 from tui_trainer.cli.commands.autograd import ask_for_rerun
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.answers.tensors import (
@@ -155,6 +155,7 @@ def inspect(
         ),
     ] = None,
     overwrite: Annotated[bool, flag("replace an existing file")] = False,
+    rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
     """look into a tensor of a live run, or list its tensors"""
@@ -169,7 +170,7 @@ def inspect(
     _check_file(save, overwrite)
     with cli_errors():
         found = require_single_run(run, runs_dir)
-        with RunClient.connect(found, "tui-trainer inspect") as client:
+        with RunClient.connect(found, "tui-trainer inspect", rank=rank) as client:
             if groups:
                 answer = _ask(client, DescribeUse())
                 use = _result(answer, ParameterUse)
@@ -335,14 +336,9 @@ def _facts(tensor: TensorInfo) -> str:
     return f"{shape_of(tensor)} {tensor.dtype}, {bytes_(tensor.bytes, 0)} on {tensor.device}{note}"
 
 
-def when(answer: Inspected) -> str:
-    """`step 12, after backward`"""
-    return f"step {answer.step:,}" + (f", after {answer.phase}" if answer.phase else "")
-
-
 def _as_text(answer: Inspected, summary: TensorSummary) -> str:
     tensor, statistics, heat = summary.tensor, summary.statistics, summary.heat
-    lines = [tensor.ref.text, f"{_facts(tensor)} · {when(answer)}"]
+    lines = [tensor.ref.text, f"{_facts(tensor)} · {answer.moment}"]
     if statistics is not None and statistics.count:
         lines += ["", *_statistics_lines(statistics)]
     elif statistics is not None:
@@ -435,7 +431,7 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
     single = found.index is not None
     place = f"[{', '.join(map(str, found.index))}]" if found.index is not None else ""
     lines = [
-        f"{found.tensor.ref.name}{place} · {when(answer)}",
+        f"{found.tensor.ref.name}{place} · {answer.moment}",
         f"{found.optimizer}, group {found.group}: {settings_text(found.settings, found.count)}",
         "",
     ]
@@ -462,7 +458,7 @@ KIND_NAMES = {"parameter": "parameters", "gradient": "gradients", "state": "opti
 
 
 def _use_text(use: ParameterUse, answer: Inspected) -> str:
-    lines = [when(answer), ""]
+    lines = [answer.moment, ""]
     for group in use.groups:
         size = f"{counted(group.parameters, 'parameter')}, {count(group.elements, 0)} entries"
         lines.append(f"{group.optimizer}, group {group.number}: {size}")
@@ -505,7 +501,7 @@ def _as_json(run: RunEntry, answer: Inspected) -> str:
 
 
 def _json(run: RunEntry, answer: Inspected, more: dict[str, Any]) -> str:
-    known = {"run": run.name, "step": answer.step, "phase": answer.phase}
+    known = {"run": run.name, "rank": answer.rank, "step": answer.step, "phase": answer.phase}
     return msgspec.json.encode({**known, "took_ms": answer.took_ms, **more}).decode()
 
 

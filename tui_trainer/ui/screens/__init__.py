@@ -114,6 +114,8 @@ class AppContext(DrawingContext, Protocol):
     """The snapshot on screen."""
     inspected: TensorRef | None
     """The tensor in the inspector."""
+    inspected_rank: int
+    """The process whose tensors are looked into."""
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
 

@@ -29,7 +29,7 @@ from tui_trainer.ui.panels.attention.examination import (
 )
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import ZOOM, Viewport
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
 from tui_trainer.ui.screens.dialogs import NumberPrompt
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -58,6 +58,7 @@ class _Asked:
     request: ExamineAttention
     moment: tuple[int, str, bool]
     """Step, phase, and whether the run was paused."""
+    rank: int
 
 
 class AttentionLayerScreen(DetailScreen):
@@ -118,6 +119,7 @@ class AttentionLayerScreen(DetailScreen):
                 tooltip="The whole map"),
         Binding("escape", "back", "Back", id="attention_layer.back",
                 tooltip="To the attention screen"),
+        RANK_BINDING,
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
@@ -188,11 +190,12 @@ class AttentionLayerScreen(DetailScreen):
         if status.ended or snapshot.link.state != "live":
             return
         paused = status.state == "paused"
-        wanted = _Asked(self._request(), (status.step, status.phase, paused))
+        rank = self.context.inspected_rank
+        wanted = _Asked(self._request(), (status.step, status.phase, paused), rank)
         last = self._asked
         if wanted == last:
             return
-        moved = last is None or wanted.request != last.request
+        moved = last is None or (wanted.request, rank) != (last.request, last.rank)
         if not moved and not paused and (self._pending or time.monotonic() < self._due_at):
             return
         self._asked = wanted
@@ -212,8 +215,7 @@ class AttentionLayerScreen(DetailScreen):
         self._due_at = time.monotonic() + interval
         if isinstance(answer.result, AttentionExamination):
             self.found, self._error = answer.result, ("", "")
-            after = f", after {answer.phase}" if answer.phase else ""
-            self._read_at, self._took_ms = f"step {answer.step:,}{after}", answer.took_ms
+            self._read_at, self._took_ms = answer.moment, answer.took_ms
             self.chosen_layer = self.found.layer
             if not self.found.missing:
                 self.query_position = self.found.query

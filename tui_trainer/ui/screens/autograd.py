@@ -17,7 +17,7 @@ from tui_trainer.protocol.formatting import milliseconds, number
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
 from tui_trainer.ui.panels.autograd import GraphTable, NodeDetails, graph_spans
 from tui_trainer.ui.panels.base import placeholder_message
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -53,14 +53,15 @@ class AutogradScreen(DetailScreen):
                 tooltip="Open the parameter under the cursor in the inspector"),
         Binding("escape", "clear", "Clear", show=False, id="autograd.clear",
                 tooltip="Show all rows again"),
+        RANK_BINDING,
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.graph: AutogradGraph | None = None
-        self._moment: tuple[int, str] | None = None
-        """Step and phase that were asked about last."""
+        self._moment: tuple[int, str, int] | None = None
+        """Step, phase and rank that were asked about last."""
         self._read_at, self._took_ms = "", 0.0
         self._error = ("", "")
         self._requests = 0
@@ -89,16 +90,20 @@ class AutogradScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         status = snapshot.status
         live = not status.ended and snapshot.link.state in ("live", "replay")
-        moment = (status.step, status.phase)
         if live and not self._pending:
-            stopped = status.state == "paused" and moment != self._moment
-            if stopped or (self._moment is None and status.step > 0):
+            stopped = status.state == "paused" and self._now() != self._moment
+            other = self._moment is None or self._moment[2] != self.context.inspected_rank
+            if stopped or (other and status.step > 0):
                 self._retries = 0
-                self._ask(moment)
+                self._ask()
         self._draw(snapshot)
 
-    def _ask(self, moment: tuple[int, str]) -> None:
-        self._moment = moment
+    def _now(self) -> tuple[int, str, int]:
+        status = self.context.snapshot.status
+        return status.step, status.phase, self.context.inspected_rank
+
+    def _ask(self) -> None:
+        self._moment = self._now()
         self._requests += 1
         request = self._requests
         self._pending = True
@@ -117,12 +122,11 @@ class AutogradScreen(DetailScreen):
         early = (answer.message == NOT_CAPTURED or live) and status.state == "running"
         if early and self._retries < MAX_RETRIES:  # the batch is kept from the first request on
             self._retries += 1
-            self._ask((status.step, status.phase))
+            self._ask()
             return
         if isinstance(result, AutogradGraph):
-            after = f", after {answer.phase}" if answer.phase else ""
             self.graph, self._error = result, ("", "")
-            self._read_at, self._took_ms = f"step {answer.step:,}{after}", answer.took_ms
+            self._read_at, self._took_ms = answer.moment, answer.took_ms
             self.table.show(result)
         else:
             self._error = (answer.message, answer.hint)
@@ -212,7 +216,7 @@ class AutogradScreen(DetailScreen):
         status = self.context.snapshot.status
         if not status.ended and not self._pending:
             self._retries = 0
-            self._ask((status.step, status.phase))
+            self._ask()
 
     def action_inspect(self) -> None:
         row = self.table.selected

@@ -53,6 +53,11 @@ CONTROL_BINDINGS = (
     Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Add a note at this step: in the log, on the charts, in the replay"),
 )  # fmt: skip
+RANK_BINDING = Binding(
+    "R", "rank", "Rank", key_display="R", id="run.rank", show=False,
+    tooltip="Look into the tensors of the next process, of a run with several",
+)  # fmt: skip
+"""Of the screens that look into tensors."""
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
 NOT_IN_REPLAY = (
@@ -281,6 +286,25 @@ class DetailScreen(ControlScreen):
         yield FindingLine()
         yield from self.body()
         yield KeyLine()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """A run of one process has no other rank."""
+        if action == "rank":
+            return len(self._ranks()) > 1
+        return super().check_action(action, parameters)
+
+    def _ranks(self) -> list[int]:
+        """Those whose tensors can be looked into."""
+        info = self.context.snapshot.info
+        running = (each for each in info.processes if each.state == "running") if info else ()
+        return sorted({0, *(each.rank for each in running)})
+
+    def action_rank(self) -> None:
+        """Look into the tensors of the next process."""
+        ranks = self._ranks()
+        later = [rank for rank in ranks if rank > self.context.inspected_rank]
+        self.context.inspected_rank = later[0] if later else ranks[0]
+        self.show(self.context.snapshot)
 
     def body(self) -> Iterable[Widget]:
         """The widgets between the header and the keys."""

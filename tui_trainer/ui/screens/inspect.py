@@ -46,7 +46,7 @@ from tui_trainer.ui.panels.tensor import (
     Viewport,
 )
 from tui_trainer.ui.panels.update_explanation import UpdateView
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
 from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.text import Caption, Placeholder
@@ -202,6 +202,7 @@ class InspectScreen(DetailScreen):
                 tooltip="Check the gradient against numerical ones, on the batch of this step"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
                 tooltip="Heat map or numbers, where only one fits"),
+        RANK_BINDING,
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
@@ -226,6 +227,7 @@ class InspectScreen(DetailScreen):
         self._error = ("", "")
         """Message and hint where the tensor cannot be read."""
         self._ref: TensorRef | None = None
+        self._rank = 0
         self._asked: _Asked | None = None
         self._requests = 0
         """Number of requests so far; only the latest is answered."""
@@ -256,9 +258,10 @@ class InspectScreen(DetailScreen):
         self._draw(snapshot)
 
     def _follow_choice(self) -> None:
-        chosen = self.context.inspected
-        if chosen != self._ref:
-            self._ref, self._asked = chosen, None
+        chosen = (self.context.inspected, self.context.inspected_rank)
+        if chosen != (self._ref, self._rank):
+            self._ref, self._rank = chosen
+            self._asked = None
             self.summary, self._error, self.read_at = None, ("", ""), ""
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
@@ -309,8 +312,7 @@ class InspectScreen(DetailScreen):
             if summary.statistics is None and self.summary is not None:
                 summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
             self.summary, self._error = summary, ("", "")
-            after = f", after {answer.phase}" if answer.phase else ""
-            at = f"step {answer.step:,}{after}"
+            at = answer.moment
             self.read_at, self._took_ms = at, answer.took_ms
             if summary.statistics is not None and not (
                 self._history and self._history[-1].at == at
@@ -365,7 +367,7 @@ class InspectScreen(DetailScreen):
         if self._ref is not None:
             spans.append((self._ref.text, "accent"))
         if self.summary is None:
-            return spans, ""
+            return [*spans, (f"rank {self._rank}", "text")] if self._rank else spans, ""
         spans.append((self.read_at, "text"))
         if snapshot.status.ended:
             spans.append((f"the run has {_ended(snapshot)}", "warning"))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from rich.cells import cell_len
 from textual import events
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.geometry import Size
 from textual.widget import Widget
@@ -220,7 +220,11 @@ class RanksScreen(DetailScreen):
     RanksScreen #summary { margin: 0 1; }
     RanksScreen #charts { height: 1fr; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("i", "look_into", "Inspect", id="ranks.inspect",
+                tooltip="Look into the tensors of the process under the cursor"),
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
 
     def on_mount(self) -> None:
         self.query_one(RanksTable).focus()
@@ -253,6 +257,22 @@ class RanksScreen(DetailScreen):
         remarks.display = bool(ranks)
         remarks.update_rows()
         self._show_charts(snapshot, ranks)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "look_into":
+            return True if self.query_one(RanksTable).ranks else None
+        return super().check_action(action, parameters)
+
+    def on_virtual_table_activated(self) -> None:
+        self.action_look_into()
+
+    def action_look_into(self) -> None:
+        """Open the inspector over the tensors of the process under the cursor."""
+        table = self.query_one(RanksTable)
+        if table.ranks:
+            row = min(table.current_row or 0, len(table.ranks) - 1)
+            self.context.inspected_rank = table.ranks[row].process.rank
+            self.context.action_go("inspect")
 
     def on_virtual_table_highlighted(self) -> None:
         """Draw the line of the rank under the cursor."""
