@@ -40,7 +40,7 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.ui.app import TuiTrainerApp
 
@@ -145,7 +145,7 @@ def traced(
     """Train and measure `steps` steps; `warm` and `steps` are multiples of ten."""
     recorder = OverheadRecorder()
     try:
-        with Tracer(recorder, Gate(), PROBES, Options(budget=budget)) as tracer:
+        with Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=budget)) as tracer:
             train(model, optimizer, warm, x)
             tracer.flush()
             recorder.overhead.clear()
@@ -174,7 +174,7 @@ def trace(layers: int, settle: int) -> dict[str, Any]:
     train(model, optimizer, 2)
     natural = traced(model, optimizer, 0.0, 10, ROUND)
     bare = train(model, optimizer, 10)
-    governed = traced(model, optimizer, Options().budget, 10 * math.ceil(settle / 10), 20)
+    governed = traced(model, optimizer, ProbeOptions().budget, 10 * math.ceil(settle / 10), 20)
     bare += train(model, optimizer, 10)
     figures: dict[str, Any] = {"layers": layers, "tensors": len(list(model.parameters()))}
     figures["bare_ms"] = statistics.median(bare)

@@ -31,7 +31,7 @@ from tui_trainer.probes import PROBES
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     model = GPT(vocabulary=65, block_size=64, layers=4, heads=4, width=128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     recorder = Recorder(RunInfo(name="benchmark", task="gpt"))
-    tracer = Tracer(recorder, Gate(), PROBES, Options(budget=chosen.budget))
+    tracer = Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=chosen.budget))
     with tracer:
         train(model, optimizer, 20)
     bare: list[float] = []

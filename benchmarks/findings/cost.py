@@ -29,7 +29,7 @@ from tui_trainer.probes import PROBES, RULE_PROBES
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -68,7 +68,9 @@ def main() -> None:
         recorder = Recorder(RunInfo(name="benchmark", task="gpt"))
         if judged:
             recorder.judge_with(FindingsEngine())
-        tracer = Tracer(recorder, Gate(), probes, Options(budget=0.01, watch_nonfinite=watched))
+        tracer = Tracer(
+            recorder, Gate(), probes, ProbeOptions(budget=0.01, watch_nonfinite=watched)
+        )
         with tracer:
             train(model, optimizer, 20)
         variants[name] = tracer

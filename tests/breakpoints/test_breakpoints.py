@@ -24,7 +24,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 Stop = tuple[str, int, str, str]
@@ -64,7 +64,7 @@ class Run:
             self.gate.resume()
 
     def train(self) -> list[Stop]:
-        tracer = Tracer(self.recorder, self.gate, PROBES, Options(budget=self.budget))
+        tracer = Tracer(self.recorder, self.gate, PROBES, ProbeOptions(budget=self.budget))
         with tracer:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))

@@ -13,7 +13,7 @@ from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.ui.screens import SIZES, settle, text_of
 from tui_trainer.comparison import compared_runs
-from tui_trainer.comparison.compared_runs import ComparedRun, Difference, differences, outcome
+from tui_trainer.comparison.compared_runs import ComparedRun, ComparedValue, differences, outcome
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.ui.compare import CompareApp
@@ -53,7 +53,7 @@ def test_kinds_of_values_are_not_mixed_up(monkeypatch):
     runs = compared("calm", "calm", "calm")
     for run, info in zip(runs, infos, strict=True):
         run.info = info
-    assert differences(runs) == [Difference("x", (1, None, True))]
+    assert differences(runs) == [ComparedValue("x", (1, None, True))]
 
 
 def test_curves_by_step_and_by_time_hold_the_same_extremes():

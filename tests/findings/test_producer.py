@@ -18,11 +18,12 @@ from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.outputs import OutputSums
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 BAD_STEP = 20
-ALWAYS = Options(budget=0.0, watch_nonfinite=True)
+ALWAYS = ProbeOptions(budget=0.0, watch_nonfinite=True)
+UNWATCHED = ProbeOptions(budget=0.0)
 
 
 class UnitLength(nn.Module):
@@ -71,7 +72,7 @@ def test_module_operation_and_line_are_named():
 
 
 def test_operation_and_line_are_named_without_watching_modules():
-    found = first_producer(lambda: train(net=Normed()), options=Options(budget=0.0))
+    found = first_producer(lambda: train(net=Normed()), options=ProbeOptions(budget=0.0))
     place = f"test_producer.py:{line_of(UnitLength, 'return x / ')}"
     assert found == Producer("operation", "first", "", "div", place)
 
@@ -111,12 +112,12 @@ def inf_batch(net, x, y, step):
     return F.cross_entropy(net(x * float("inf") if step == BAD_STEP else x), y)
 
 
-@pytest.mark.parametrize("options", [ALWAYS, Options(budget=0.0)], ids=["watched", "unwatched"])
+@pytest.mark.parametrize("options", [ALWAYS, UNWATCHED], ids=["watched", "unwatched"])
 def test_batch_that_is_not_finite_is_named(options):
     assert first_producer(lambda: train(loss=inf_batch), options=options).source == "input"
 
 
-@pytest.mark.parametrize("options", [ALWAYS, Options(budget=0.0)], ids=["watched", "unwatched"])
+@pytest.mark.parametrize("options", [ALWAYS, UNWATCHED], ids=["watched", "unwatched"])
 def test_weight_that_is_not_finite_is_named(options):
     def loss(net, x, y, step):
         if step == BAD_STEP:
@@ -158,7 +159,7 @@ def test_graph_is_not_read_where_saved_tensors_have_hooks():
             return self.head(F.relu(hidden))
 
     seen = records_of(
-        lambda: train(net=Checkpointed(), loss=inf_batch), options=Options(budget=0.0)
+        lambda: train(net=Checkpointed(), loss=inf_batch), options=ProbeOptions(budget=0.0)
     )
     assert len(seen) == 60
     assert all(r.producer is None for r in seen[:BAD_STEP])
@@ -195,7 +196,7 @@ def test_nothing_is_summed_once_the_first_steps_are_over(monkeypatch):
 
     monkeypatch.setattr(OutputSums, "before_forward", before_forward)
     call = torch.nn.Module.__call__
-    records_of(lambda: train(steps=12), options=Options())
+    records_of(lambda: train(steps=12), options=ProbeOptions())
     assert 0 < observed <= 5
     assert torch.nn.Module.__call__ is call
 

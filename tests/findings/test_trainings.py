@@ -17,7 +17,7 @@ from tui_trainer.protocol.messages import Poll
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -33,7 +33,7 @@ def all_findings_of(train):
     faults = []
     recorder.judge_with(FindingsEngine(on_fault=faults.append))
     try:
-        with Tracer(recorder, Gate(), PROBES, Options(budget=0.0)):
+        with Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=0.0)):
             train()
         events, first = [], 0
         while (update := recorder.update_for(Poll(event=first))).events:

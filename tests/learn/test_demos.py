@@ -18,7 +18,7 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.ui.screens import SCREENS
 
@@ -44,7 +44,7 @@ def run(demo: Demo, cured: bool, tmp_path) -> tuple[float, set[str], int]:
     breakpoints = RunBreakpoints(spec, gate, recorder)
     script = importlib.import_module(f"tui_trainer.learn.demos.{demo.script.stem}")
     try:
-        with Tracer(recorder, gate, PROBES, Options(budget=0.0)):
+        with Tracer(recorder, gate, PROBES, ProbeOptions(budget=0.0)):
             loss = script.train(cured, steps)
         events, first = [], 0
         while (update := recorder.update_for(Poll(event=first))).events:

@@ -31,7 +31,7 @@ from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.runs.recording import open_history
 from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 EVERY_STEP = {"weight_norm": 1, "update_ratio": 1}
@@ -86,7 +86,7 @@ def run_traced(
     recorder.subscribe(JsonLines(_file(folder / "live.jsonl")))
     names: dict[str, Any] = {"truth": Silence(), "ByHand": ByHand, "__name__": "__main__"}
     code = compile(script, "<loop>", "exec")
-    options = Options(budget=0.0, cadences={**EVERY_STEP, "grad_norm": gradients_every})
+    options = ProbeOptions(budget=0.0, cadences={**EVERY_STEP, "grad_norm": gradients_every})
     state = "crashed"
     try:
         with Tracer(recorder, Gate(), PROBES, options):

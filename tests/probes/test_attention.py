@@ -16,9 +16,9 @@ from tests.trace.support import KeepingRecorder, SmallGpt, close, gpt_loop, trac
 from tui_trainer.probes.attention.health import health
 from tui_trainer.probes.attention.spectrum import AttentionSpectrum, Decomposer
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 
-OPTIONS = Options(
+OPTIONS = ProbeOptions(
     budget=0.0,
     cadences={"attention_spectrum": 1, "attention_health": 1},
 )
@@ -410,7 +410,7 @@ def test_a_pattern_finds_what_no_usual_name_would():
     torch.manual_seed(0)
     model = Stack(lambda: Separate(names=("asker", "asked", "told")))
     pattern = r"(?P<layer>layers\.\d+)\.(?:(?P<q>asker)|(?P<k>asked)|(?P<v>told))\.weight"
-    recorder, _, _ = run(model, options=Options(budget=0.0, attention_pattern=pattern))
+    recorder, _, _ = run(model, options=ProbeOptions(budget=0.0, attention_pattern=pattern))
     assert [info.layer for info in recorder.info["attention"]] == ["layers.0", "layers.1"]
     assert recorder.info["attention"][0].query == "layers.0.asker.weight"
     plain, _, _ = run(Stack(lambda: Separate(names=("asker", "asked", "told"))))

@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.probes.test_attention import Separate, Stack
 from tests.trace.support import KeepingRecorder, trace
 from tui_trainer.probes.attention import health as probe
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 
-OPTIONS = Options(budget=0.0, cadences={"attention_health": 1})
+OPTIONS = ProbeOptions(budget=0.0, cadences={"attention_health": 1})
 
 
 def in_heads(layer, x):

@@ -24,7 +24,7 @@ from tests.trace.support import (
 )
 from tui_trainer.probes.update_ratio import in_turns
 from tui_trainer.protocol.absent import Absent, why_absent
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 
 
 class Reference:
@@ -62,7 +62,7 @@ class Reference:
             )
 
 
-def traced(steps: int, max_norm: float, options: Options = EVERYTHING) -> KeepingRecorder:
+def traced(steps: int, max_norm: float, options: ProbeOptions = EVERYTHING) -> KeepingRecorder:
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -73,7 +73,7 @@ def traced(steps: int, max_norm: float, options: Options = EVERYTHING) -> Keepin
 @pytest.mark.parametrize("max_norm", [0.3, 100.0])
 def test_step_norms_clips_and_updates(max_norm):
     truth = Reference(12, max_norm)
-    options = Options(budget=0.0, cadences={"update_ratio": 1, "weight_norm": 1})
+    options = ProbeOptions(budget=0.0, cadences={"update_ratio": 1, "weight_norm": 1})
     recorder = traced(12, max_norm, options)
     assert [c.name for c in recorder.table("grad_norm").columns] == truth.names
     for number, expected in enumerate(truth.steps, start=1):
@@ -273,7 +273,7 @@ def test_other_precisions_are_accumulated_in_full(dtype):
 
 def test_update_ratios_in_turns_are_recorded_once_all_are_measured():
     truth = Reference(12, 0.3)
-    options = Options(budget=0.0, cadences={"update_ratio": 1}, copy_budget_bytes=200)
+    options = ProbeOptions(budget=0.0, cadences={"update_ratio": 1}, copy_budget_bytes=200)
     recorder = traced(12, 0.3, options)
     rows = recorder.rows("update_ratio")
     turns = in_turns(list(mlp().parameters()), 200)
@@ -325,7 +325,7 @@ def test_nonfinite_is_reported_once_with_the_first_parameter_and_again_after_rec
         loop()
         hook.remove()
 
-    recorder, _ = trace(healing_loop, options=Options(budget=0.0, cadences={"weight_norm": 1}))
+    recorder, _ = trace(healing_loop, options=ProbeOptions(budget=0.0, cadences={"weight_norm": 1}))
     reported = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
     gradients = {step: [f for f in found if f[0] == "gradient"] for step, found in reported.items()}
     assert gradients[3] == [("gradient", "2.weight", "nan", 2)]
@@ -349,7 +349,7 @@ def test_a_late_finding_has_the_last_finite_step():
             optimizer.step()
 
     cadences = {"grad_norm": 4, "weight_norm": 4}
-    recorder, _ = trace(loop, options=Options(budget=0.0, cadences=cadences))
+    recorder, _ = trace(loop, options=ProbeOptions(budget=0.0, cadences=cadences))
     reported = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
     assert reported == {
         7: (("loss", "", "nan", 6),),  # the weights are NaN by then: seen at once

@@ -83,7 +83,7 @@ class Group:
 
     def together(self):
         """The boundary at which all are held; None while they are not."""
-        places = {gate.place for gate in self.gates}
+        places = {gate.boundary for gate in self.gates}
         held = all(gate.mode == "paused" for gate in self.gates)
         return places.pop() if held and len(places) == 1 else None
 

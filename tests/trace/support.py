@@ -15,10 +15,10 @@ from tui_trainer.probes import PROBES
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options, Probe
+from tui_trainer.trace.probe import Probe, ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
-EVERYTHING = Options(budget=0.0)
+EVERYTHING = ProbeOptions(budget=0.0)
 
 
 class KeepingRecorder:
@@ -109,7 +109,7 @@ class CountingGate(Gate):
 def trace(
     loop: Callable[[], Any],
     probes: Sequence[type[Probe]] = PROBES,
-    options: Options = EVERYTHING,
+    options: ProbeOptions = EVERYTHING,
     recorder: KeepingRecorder | None = None,
     gate: Gate | None = None,
 ) -> tuple[KeepingRecorder, CountingGate]:

@@ -24,7 +24,7 @@ from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.gate import Gate, StopTraining
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.phases import Phases
-from tui_trainer.trace.probe import Options, Probe, TableSpec
+from tui_trainer.trace.probe import Probe, ProbeOptions, TableSpec
 from tui_trainer.trace.tracer import Tracer
 
 MOMENTS = (
@@ -230,7 +230,7 @@ def test_gradients_are_enabled_for_work_at_the_gate_and_afterwards():
     gate, model = Gate(), mlp()
     found = []
     gate.after_step.append(lambda step: found.append(torch.is_grad_enabled()))
-    with Tracer(KeepingRecorder(), gate, PROBES, Options()):
+    with Tracer(KeepingRecorder(), gate, PROBES, ProbeOptions()):
         plain_loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
         assert torch.is_grad_enabled()
     assert found == [True, True]

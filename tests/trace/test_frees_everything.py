@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.trace.support import EVERYTHING, CountingGate, KeepingRecorder, SmallGpt
 from tui_trainer.probes import PROBES
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 CLIPPINGS: dict[str, Callable[[nn.Module], object]] = {
@@ -62,7 +62,7 @@ def alive_after(steps: int, clip: Callable[[nn.Module], object]) -> list[str]:
 
 
 @pytest.mark.parametrize("clipping", CLIPPINGS)
-@pytest.mark.parametrize("options", [EVERYTHING, Options()], ids=["everything", "default"])
+@pytest.mark.parametrize("options", [EVERYTHING, ProbeOptions()], ids=["everything", "default"])
 def test_nothing_of_a_step_outlives_it(no_collector, clipping, options):
     clip = CLIPPINGS[clipping]
     assert alive_after(2, clip) == []

@@ -20,7 +20,7 @@ from tui_trainer.trace.governor import (
     WINDOW,
     Governor,
 )
-from tui_trainer.trace.probe import Options, Probe, Readings
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings
 from tui_trainer.trace.schedule import ProbeSchedule
 from tui_trainer.trace.tracer import Tracer
 
@@ -257,7 +257,11 @@ def test_watching_heads_is_declared_and_stretched_in_a_run():
     optimizer = torch.optim.AdamW(model.parameters())
     recorder = KeepingRecorder()
     recorder.topics = frozenset({"attention_heads"})
-    trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=1e-4), recorder=recorder)
+    trace(
+        lambda: gpt_loop(model, optimizer, 150),
+        options=ProbeOptions(budget=1e-4),
+        recorder=recorder,
+    )
     assert "attention_heads every step" in recorder.notices_of("cadence")[0]
     table = recorder.table("attention_heads")
     assert table.natural == 1
@@ -292,7 +296,7 @@ def test_failed_probes_are_not_governed(monkeypatch: pytest.MonkeyPatch):
     recorder = KeepingRecorder()
     recorder.topics = frozenset({"attention_heads"})
     probes = [probe for probe in PROBES if probe is not AttentionHeads]
-    with Tracer(recorder, Gate(), [*probes, Failing], Options()):
+    with Tracer(recorder, Gate(), [*probes, Failing], ProbeOptions()):
         gpt_loop(model, optimizer, 20)
     assert recorder.notices_of("fault")
     assert "attention" in governed
@@ -304,7 +308,11 @@ def test_a_tiny_step_stretches_cadences_and_redeclares_the_tables():
     model = SmallGpt()
     optimizer = torch.optim.AdamW(model.parameters())
     recorder = KeepingRecorder()
-    trace(lambda: gpt_loop(model, optimizer, 150), options=Options(budget=0.001), recorder=recorder)
+    trace(
+        lambda: gpt_loop(model, optimizer, 150),
+        options=ProbeOptions(budget=0.001),
+        recorder=recorder,
+    )
     assert recorder.notices_of("cadence")
     every = recorder.table("attention").every
     assert every > 1
@@ -317,7 +325,7 @@ def small_budget(max_norm: float | None) -> KeepingRecorder:
     torch.manual_seed(0)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = Options(budget=1e-6)
+    options = ProbeOptions(budget=1e-6)
     recorder, _ = trace(lambda: plain_loop(model, optimizer, 150, max_norm), options=options)
     return recorder
 

@@ -24,7 +24,7 @@ from tests.trace.support import (
 )
 from tui_trainer.probes import PROBES
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -218,7 +218,7 @@ def function(model, backend):
 
 
 @pytest.mark.parametrize("how", [outer, in_place, function])
-@pytest.mark.parametrize("options", [EVERYTHING, Options()])
+@pytest.mark.parametrize("options", [EVERYTHING, ProbeOptions()])
 @pytest.mark.slow
 def test_compiled_graphs_are_compiled_once_as_without_us(how, options):
     torch.manual_seed(0)

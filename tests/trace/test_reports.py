@@ -13,7 +13,7 @@ from tui_trainer.probes import PROBES, update_ratio
 from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -36,7 +36,7 @@ def phase_by_phase(gate: Gate, boundaries: int) -> threading.Thread:
 
 def reports_of(
     steps: int = 2,
-    options: Options = EVERYTHING,
+    options: ProbeOptions = EVERYTHING,
 ) -> tuple[dict[tuple[int, str], PhaseReport], list[dict], KeepingRecorder]:
     """Every phase of some steps, one at a time, and what the loop itself saw."""
     gate, recorder = Gate(paused=True), KeepingRecorder()
@@ -105,7 +105,7 @@ def test_phase_reports_agree_with_the_loop():
     close(max(found), largest, 1e-4)
 
 
-SMALL_COPIES = Options(budget=0.0, copy_budget_bytes=200)
+SMALL_COPIES = ProbeOptions(budget=0.0, copy_budget_bytes=200)
 """The weights of these models take 332 bytes: at speed they are measured in two turns."""
 
 

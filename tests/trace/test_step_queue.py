@@ -13,7 +13,7 @@ from tui_trainer.probes import PROBES
 from tui_trainer.trace import step_queue, transfer
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import WINDOW
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.step_queue import BATCH, StepQueue
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.trace.transfer import UNWRITTEN, HostTransfer, TransferPart
@@ -124,7 +124,7 @@ def test_every_step_is_recorded_once_in_order_while_two_threads_record(monkeypat
     """With a governor that changes cadences all the time: it decides on either thread."""
     monkeypatch.setattr(step_queue, "IDLE_S", 0.0)
     recorder, steps = KeepingRecorder(), 6 * WINDOW
-    tracer = Tracer(recorder, Gate(), PROBES, Options(budget=1e-6))
+    tracer = Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=1e-6))
     over = threading.Event()
 
     def flush_while_training():

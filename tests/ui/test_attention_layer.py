@@ -12,7 +12,7 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.glyphs import ASCII, UNICODE
 from tui_trainer.ui.lessons import lessons_for
-from tui_trainer.ui.panels.attention.examination import QueryTable, fine_bar
+from tui_trainer.ui.panels.attention.query_table import QueryTable, fine_bar
 from tui_trainer.ui.screens.attention import AttentionScreen
 from tui_trainer.ui.screens.attention_layer import TABS, AttentionLayerScreen
 

@@ -163,20 +163,20 @@ _TORCHRUN_MODULES = ("torch.distributed.run", "torch.distributed.launch")
 
 
 @dataclass(frozen=True)
-class Launch:
+class LauncherCommand:
     """A script, and the command that starts its processes; () for none."""
 
     script: Script
     command: tuple[str, ...] = ()
 
 
-def find_launch(script: Script, nproc: int | None) -> Launch:
+def find_launch(script: Script, nproc: int | None) -> LauncherCommand:
     """The launch that a command line asks for. Raises UsageError."""
     found = _launcher_of(script)
     if found is None:
         if nproc is None or nproc == 1:
-            return Launch(script)
-        return Launch(
+            return LauncherCommand(script)
+        return LauncherCommand(
             script, (*_torchrun(), "--standalone", f"--nproc-per-node={nproc}", "--no-python")
         )
     command, option, rest = found
@@ -211,21 +211,21 @@ def _launcher_of(script: Script) -> tuple[tuple[str, ...], str, Sequence[str]] |
     return (path,), option, script.arguments
 
 
-def _split(command: tuple[str, ...], option: str, arguments: Sequence[str]) -> Launch:
+def _split(command: tuple[str, ...], option: str, arguments: Sequence[str]) -> LauncherCommand:
     """Split a launcher's arguments into its options and the script with its own."""
     for place, argument in enumerate(arguments):
         before = arguments[:place]
         if argument in _MODULE_OPTIONS:
             rest = arguments[place + 1 :]
             if rest and not rest[0].startswith("-"):
-                return Launch(
+                return LauncherCommand(
                     Script(rest[0], tuple(rest[1:]), module=True), (*command, *before, option)
                 )
         elif not argument.startswith("-") and (
             argument.endswith(".py") or Path(argument, "__main__.py").is_file()
         ):
             script = Script(argument, tuple(arguments[place + 1 :]))
-            return Launch(script, (*command, *before, option))
+            return LauncherCommand(script, (*command, *before, option))
     raise UsageError(
         f"no script was found in the arguments of {os.path.basename(command[0])}",
         "name it with its ending .py, or give its module right after -m",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
-from tui_trainer.cli.script import Launch, Script, find_launch
+from tui_trainer.cli.script import LauncherCommand, Script, find_launch
 from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.ranks import Rank, find_run, leave_note, rank_here
 from tui_trainer.config.run_spec import RunSpec, find_socket
@@ -68,7 +68,7 @@ def start_script(script: Script, options: RunOptions) -> int:
     return _show(prepare(SCRIPT, options, script=launch.script, launcher=launch.command), options)
 
 
-def _start_rank(launch: Launch, rank: Rank, options: RunOptions) -> int:
+def _start_rank(launch: LauncherCommand, rank: Rank, options: RunOptions) -> int:
     """Train in a process that a launcher has started: rank 0 records, the others join its run."""
     if launch.command:
         raise UsageError(

@@ -161,7 +161,7 @@ def _into_buckets(
 
 
 @dataclass(frozen=True)
-class Difference:
+class ComparedValue:
     """One row of a table with a column per run."""
 
     name: str
@@ -169,11 +169,11 @@ class Difference:
     """One per run; None where the run has none."""
 
 
-def outcome(runs: Sequence[ComparedRun]) -> list[Difference]:
+def outcome(runs: Sequence[ComparedRun]) -> list[ComparedValue]:
     """How far each run came, with its last and best values."""
     found = [_outcome_of(run) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
-    return [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+    return [ComparedValue(name, tuple(each.get(name) for each in found)) for name in names]
 
 
 def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
@@ -207,11 +207,11 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
     return values
 
 
-def differences(runs: Sequence[ComparedRun]) -> list[Difference]:
+def differences(runs: Sequence[ComparedRun]) -> list[ComparedValue]:
     """The settings that differ: options, data, device, versions, the user's own code."""
     found = [_settings(run.info) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
-    lines = [Difference(name, tuple(each.get(name) for each in found)) for name in names]
+    lines = [ComparedValue(name, tuple(each.get(name) for each in found)) for name in names]
     return [line for line in lines if len({_distinct(value) for value in line.values}) > 1]
 
 

@@ -32,8 +32,8 @@ PROBE_ROWS = 64
 AROUND = 2
 """Steps shown before and after the first difference."""
 
-Place = Phase | Literal["evaluation", "log"]
-ORDER: tuple[Place, ...] = (*PHASES, "evaluation", "log")
+StepPart = Phase | Literal["evaluation", "log"]
+ORDER: tuple[StepPart, ...] = (*PHASES, "evaluation", "log")
 """When quantities of one step become known."""
 
 
@@ -42,7 +42,7 @@ class FirstDifference:
     """Where two runs part."""
 
     step: int
-    phase: Place
+    phase: StepPart
     """Where in the step the quantity becomes known."""
     quantity: str
     """In words, such as `gradient norm of blocks.0.attention.W_query`."""
@@ -432,13 +432,13 @@ def _backward(hits: Sequence[_Hit], place: tuple[tuple[int, int], int, int]) -> 
 def _order(pair: _TablePair, column: str) -> tuple[int, int]:
     """(place in ORDER, place among the quantities of that phase)."""
     last = column.rpartition(".")[2]
-    place: Place
+    place: StepPart
     within = 0
     match pair.name:
         case schema.PHASE_MS:
             place, within = _phase(column), -1
         case schema.STEP | schema.RANKS:
-            found: dict[str, Place] = {"loss": "loss", "grad_norm_preclip": "backward"}
+            found: dict[str, StepPart] = {"loss": "loss", "grad_norm_preclip": "backward"}
             place, within = found.get(column, "step"), int(column == "grad_norm_preclip")
         case schema.ATTENTION_HEALTH:
             place = "forward"

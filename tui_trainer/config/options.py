@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, cast
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.protocol.schema import Scalar
 
-Kind = Literal["int", "float", "bool", "str"]
+OptionKind = Literal["int", "float", "bool", "str"]
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 
@@ -26,7 +26,7 @@ class Option:
 
     name: str
     """Name of the field."""
-    kind: Kind
+    kind: OptionKind
     default: Scalar
     help: str
     group: str

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from tui_trainer.findings.observation import LossTrend, Reader, Row
+from tui_trainer.findings.observation import LossTrend, Reader, TableRow
 from tui_trainer.findings.rule import Found, Rule
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.settings import RuleSettings
@@ -75,7 +75,7 @@ class FindingsEngine:
         self._reach = {rule.name: rule.reach for rule in rules}
         self._reader = Reader()
         self._by_optimizer: dict[str, _OptimizerRules] = {}
-        self._rank_rows: dict[int, dict[int, Row]] = {}
+        self._rank_rows: dict[int, dict[int, TableRow]] = {}
         """Step → rank → row, until those of all ranks are there."""
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
@@ -121,7 +121,7 @@ class FindingsEngine:
         name, columns = self._reader.table(table)
         rank = self._reader.rank_of(table)
         if name == schema.RANKS and rank is not None:
-            return self._rank_row(rank, step, Row(name, columns, values), time)
+            return self._rank_row(rank, step, TableRow(name, columns, values), time)
         if name != schema.VALIDATION or not self._by_optimizer:
             return []
         metrics = {
@@ -135,7 +135,7 @@ class FindingsEngine:
             self._ask(rule, rule.evaluation, reports, step, metrics)
         return self._publish(reports, step, time, key) if reports else []
 
-    def _rank_row(self, rank: int, step: int, row: Row, time: float) -> list[Finding]:
+    def _rank_row(self, rank: int, step: int, row: TableRow, time: float) -> list[Finding]:
         count = self._reader.facts.ranks
         if count < 2:
             return []

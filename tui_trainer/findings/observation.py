@@ -34,7 +34,7 @@ from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 _REASON = 0xFF
 
 
-class Row:
+class TableRow:
     """The values of one table at one step, with the names of their columns."""
 
     __slots__ = ("__dict__", "names", "table", "values")
@@ -87,15 +87,15 @@ class Observation:
     step_ms: float | None = None
     evaluations: float = 0.0
     """Of the optimizer's closure; 0 without one."""
-    clip: Row | None = None
+    clip: TableRow | None = None
     clip_event: ClipRecord | None = None
-    phases: Row | None = None
-    gradients: Row | None = None
-    weights: Row | None = None
-    updates: Row | None = None
-    memory: Row | None = None
-    attention: Row | None = None
-    health: Row | None = None
+    phases: TableRow | None = None
+    gradients: TableRow | None = None
+    weights: TableRow | None = None
+    updates: TableRow | None = None
+    memory: TableRow | None = None
+    attention: TableRow | None = None
+    health: TableRow | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
@@ -272,7 +272,7 @@ class Reader:
             name, columns = self.table(number)
             attribute = _ATTRIBUTES.get(name)
             if attribute is not None:
-                setattr(seen, attribute, Row(name, columns, values))
+                setattr(seen, attribute, TableRow(name, columns, values))
             elif name == schema.STEP:
                 by_name = dict(zip(columns, values.tolist(), strict=False))
                 loss, rate = by_name["loss"], by_name["learning_rate"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts, SkippedStep
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep, TableRow
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.events import Confidence, Evidence, Level
 
@@ -82,7 +82,7 @@ class Rule:
         """An iteration for this optimizer without a step."""
         return ()
 
-    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+    def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
         """The rows of one step of all processes of a distributed training, by rank (given to the
         rules of the first optimizer)."""
         return ()

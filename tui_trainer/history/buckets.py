@@ -102,7 +102,7 @@ class RawRows(NamedTuple):
         return Buckets(self.last, self.last, low, high, last, flags_of(self.value))
 
 
-class Level(Protocol):
+class BucketLevel(Protocol):
     """The entries of one level, in memory or on disk: rows (`size` 1) or buckets of `size` rows.
 
     The index of an entry is the number of its first row // size.

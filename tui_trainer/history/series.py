@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import (
     FACTOR,
+    BucketLevel,
     Buckets,
-    Level,
     RawRows,
     Steps,
     summarise,
@@ -47,7 +47,7 @@ class SeriesReader(ABC):
         return next((index for index, known in enumerate(names) if known == name), None)
 
     @abstractmethod
-    def levels(self) -> Sequence[Level]:
+    def levels(self) -> Sequence[BucketLevel]:
         """All levels, finest (raw rows) first. Every row is in one of them at least."""
 
     def latest(self) -> tuple[int, Floats] | None:
@@ -117,7 +117,7 @@ class SeriesReader(ABC):
                 return row
         return row
 
-    def _cover(self, first: int, last: int, bins: int) -> list[tuple[Level, int, int]]:
+    def _cover(self, first: int, last: int, bins: int) -> list[tuple[BucketLevel, int, int]]:
         """Levels and index ranges that together cover rows first..last, oldest first: two to
         sixteen entries a bin where the levels allow it."""
         levels = self.levels()
@@ -203,17 +203,17 @@ class RowRing(Ring):
         return RawRows(_join(self.steps, slots), _join(self.values, slots))
 
     def find(self, step: int) -> int:
-        """See `Level.find`."""
+        """See `BucketLevel.find`."""
         steps = _join(self.steps, self.slices(self.start, self.stop))
         return self.start + int(np.searchsorted(steps, step, "left"))
 
     def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
-        """See `Level.bounds`."""
+        """See `BucketLevel.bounds`."""
         steps = _join(self.steps, self.slices(start, stop))
         return steps, steps
 
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
-        """See `Level.buckets`."""
+        """See `BucketLevel.buckets`."""
         if columns is None:
             return self.rows(start, stop).as_buckets()
         slots = self.slices(start, stop)
@@ -247,17 +247,17 @@ class BucketRing(Ring):
             target.value[:], target.flags[:] = new.value, new.flags
 
     def find(self, step: int) -> int:
-        """See `Level.find`."""
+        """See `BucketLevel.find`."""
         _, last = self.bounds(self.start, self.stop)
         return self.start + int(np.searchsorted(last, step, "left"))
 
     def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
-        """See `Level.bounds`."""
+        """See `BucketLevel.bounds`."""
         slots = self.slices(start, stop)
         return _join(self._slots.first, slots), _join(self._slots.last, slots)
 
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
-        """See `Level.buckets`."""
+        """See `BucketLevel.buckets`."""
         parts = [self._slots.part(s) for s in self.slices(start, stop) or [slice(0, 0)]]
         if columns is not None:
             parts = [part.of_columns(columns) for part in parts]
@@ -314,7 +314,7 @@ class MemorySeries(SeriesReader):
         # Several buckets are made at once, to share the cost of numpy calls.
         self._batch = FACTOR * FACTOR if self._entries > FACTOR * FACTOR else FACTOR
 
-    def levels(self) -> Sequence[Level]:
+    def levels(self) -> Sequence[BucketLevel]:
         return [self._raw, *self._rings]
 
     def append(self, step: int, values: Floats) -> None:

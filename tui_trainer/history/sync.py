@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.buckets import FACTOR, Buckets, Level, RawRows, Steps
+from tui_trainer.history.buckets import FACTOR, BucketLevel, Buckets, RawRows, Steps
 from tui_trainer.history.series import MemorySeries, SeriesReader
 from tui_trainer.protocol.messages import Rows
 
@@ -47,13 +47,13 @@ def rows_since(series: SeriesReader, row: int, budget: int) -> Rows:
     return encode_rows(series.table.id, first * level.size, entries, level.size)
 
 
-def _choose_level(series: SeriesReader, row: int, budget: int) -> Level:
+def _choose_level(series: SeriesReader, row: int, budget: int) -> BucketLevel:
     """The finest level that holds `row` and whose entries from there on fit."""
     backlog = series.rows - row
     low, high = CATCH_UP_BUCKETS
     whole_run = min(high, max(low, CATCH_UP_VALUES // max(1, series.columns)))
     least = whole_run * backlog / series.rows
-    chosen: Level | None = None
+    chosen: BucketLevel | None = None
     for level in series.levels():
         if not level.start <= row // level.size < level.stop:
             continue
@@ -65,7 +65,7 @@ def _choose_level(series: SeriesReader, row: int, budget: int) -> Level:
     return chosen
 
 
-def _entry_bytes(level: Level, columns: int) -> int:
+def _entry_bytes(level: BucketLevel, columns: int) -> int:
     return 8 + 4 * columns if level.size == 1 else 16 + 13 * columns
 
 

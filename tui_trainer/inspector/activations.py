@@ -59,20 +59,22 @@ def with_activation(
     if not wanted:
         hint = "tui-trainer inspect RUN --modules lists them"
         raise InspectionError(f"there is no module {ref.name}", hint)
-    look = _Look(wanted, int(ref.key or 0), use)
-    called = look.called if ref.kind == "input" else None
-    returned = look.returned if ref.kind == "output" else None
+    first_call = _FirstCall(wanted, int(ref.key or 0), use)
+    called = first_call.called if ref.kind == "input" else None
+    returned = first_call.returned if ref.kind == "output" else None
     with capture.rerun(called, returned, gradients=False, loss=False) as again:
         notes = list(again.notes)
-    if look.result is None:
-        why = f"has {look.count} of them" if look.calls else "is not called in this step"
+    if first_call.result is None:
+        why = (
+            f"has {first_call.count} of them" if first_call.calls else "is not called in this step"
+        )
         raise InspectionError(f"{ref.name} {why}: there is no {ref.text}")
-    if look.calls > 1:
-        notes.append(f"called {look.calls} times in this step: the first one")
-    return look.result[0], ", ".join(notes)
+    if first_call.calls > 1:
+        notes.append(f"called {first_call.calls} times in this step: the first one")
+    return first_call.result[0], ", ".join(notes)
 
 
-class _Look(Generic[T]):
+class _FirstCall(Generic[T]):
     """Looks at one tensor of the first call of a module."""
 
     def __init__(self, wanted: set[int], number: int, use: Callable[[torch.Tensor], T]) -> None:

@@ -335,7 +335,7 @@ def _result(node: Any) -> tuple[tuple[int, ...], Any]:
         return (), ""
 
 
-Place = tuple[int, int]
+InputIndex = tuple[int, int]
 """(node, which of its inputs); −1: what arrives at the node."""
 
 
@@ -344,11 +344,13 @@ class _Norms:
     function costs more than the norm of a small tensor."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, Place]]] = {}
+        self._waiting: dict[
+            tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, InputIndex]]
+        ] = {}
         self._bytes = self._count = 0
-        self._found: list[tuple[torch.Tensor, Place]] = []
+        self._found: list[tuple[torch.Tensor, InputIndex]] = []
 
-    def add(self, gradient: torch.Tensor, place: Place) -> None:
+    def add(self, gradient: torch.Tensor, place: InputIndex) -> None:
         if type(gradient) is not torch.Tensor or gradient.is_complex() or gradient.is_sparse:
             self._found.append((_norm(gradient), place))
             return
@@ -367,10 +369,10 @@ class _Norms:
         self._waiting.clear()
         self._bytes = self._count = 0
 
-    def values(self) -> Iterator[tuple[Place, float]]:
+    def values(self) -> Iterator[tuple[InputIndex, float]]:
         """All of them on the host, in one copy per device."""
         self._take()
-        by_device: dict[torch.device, list[tuple[torch.Tensor, Place]]] = {}
+        by_device: dict[torch.device, list[tuple[torch.Tensor, InputIndex]]] = {}
         for norm, place in self._found:
             by_device.setdefault(norm.device, []).append((norm, place))
         for found in by_device.values():

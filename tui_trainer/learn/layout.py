@@ -19,7 +19,7 @@ from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, writt
 
 Piece = tuple[str, str]
 """A text and the name of its style in the palette of the app."""
-Line = list[Piece]
+StyledLine = list[Piece]
 
 PENDING = "…"
 """Stands for a value that has not been measured yet."""
@@ -54,7 +54,7 @@ class Numbers:
         return text, UNCHANGED if same else CHANGED
 
 
-def laid_out(markdown: str, numbers: Numbers, width: int) -> list[Line]:
+def laid_out(markdown: str, numbers: Numbers, width: int) -> list[StyledLine]:
     """The lines of a text, of at most `width` cells where words allow it."""
     return _Layout(numbers, max(20, width)).lines(_parser().parse(markdown))
 
@@ -64,7 +64,7 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~&])", r"\\\1", " ".join(text.split()))
 
 
-def plain(lines: Iterable[Line]) -> str:
+def plain(lines: Iterable[StyledLine]) -> str:
     """The lines without styles."""
     return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
 
@@ -87,13 +87,13 @@ class _Layout:
         self._numbers = numbers
         self._width = width
 
-    def lines(self, tokens: Sequence[Token]) -> list[Line]:
+    def lines(self, tokens: Sequence[Token]) -> list[StyledLine]:
         """All blocks, with an empty line between two of them."""
-        found: list[Line] = []
+        found: list[StyledLine] = []
         index, in_item, new_item = 0, False, False
         while index < len(tokens):
             token = tokens[index]
-            block: list[Line] = []
+            block: list[StyledLine] = []
             match token.type:
                 case "heading_open":
                     block = self._wrapped(tokens[index + 1], "title")
@@ -150,9 +150,9 @@ class _Layout:
             last = match.end()
         return [piece for piece in [*pieces, (text[last:], style)] if piece[0]]
 
-    def _wrapped(self, inline: Token, style: str, indent: int = 0) -> list[Line]:
-        lines: list[Line] = []
-        line: Line = []
+    def _wrapped(self, inline: Token, style: str, indent: int = 0) -> list[StyledLine]:
+        lines: list[StyledLine] = []
+        line: StyledLine = []
         used = 0
         for word in _words_of(self._pieces(inline, style)):
             cells = _cells(word)
@@ -164,14 +164,14 @@ class _Layout:
                 used += 1
             line += word
             used += cells
-        margin: Line = [(" " * indent, "text")] if indent else []
+        margin: StyledLine = [(" " * indent, "text")] if indent else []
         return [[*margin, *_drawable(each)] for each in [*lines, line]]
 
     # ------------------------------------------------------------ code and tables
 
-    def _code(self, content: str) -> list[Line]:
+    def _code(self, content: str) -> list[StyledLine]:
         margin = (" " * CODE_INDENT, "text")
-        lines: list[Line] = []
+        lines: list[StyledLine] = []
         for text in content.rstrip("\n").split("\n"):
             code, mark, comment = text.partition("  #")
             line = [margin, *self._filled(code, "strong", code=True)]
@@ -179,7 +179,7 @@ class _Layout:
             lines.append(_drawable(line))
         return lines
 
-    def _table(self, tokens: Sequence[Token]) -> list[Line]:
+    def _table(self, tokens: Sequence[Token]) -> list[StyledLine]:
         rows: list[list[list[Piece]]] = []
         right: list[bool] = []
         for token, inline in pairwise(tokens):
@@ -195,7 +195,7 @@ class _Layout:
             rows = rows[1:]
         lines = []
         for row in rows:
-            line: Line = [(" " * CODE_INDENT, "text")]
+            line: StyledLine = [(" " * CODE_INDENT, "text")]
             for number, (cell, width, to_right) in enumerate(zip(row, widths, right, strict=True)):
                 gap = " " * (COLUMN_GAP if number else 0)
                 padding = " " * (width - _cells(cell))
@@ -205,9 +205,9 @@ class _Layout:
         return lines
 
 
-def _words_of(pieces: Sequence[Piece]) -> list[Line]:
+def _words_of(pieces: Sequence[Piece]) -> list[StyledLine]:
     """The pieces cut at spaces; one word may have pieces of several styles."""
-    words: list[Line] = []
+    words: list[StyledLine] = []
     open_word = False
     for text, style in pieces:
         for part in re.split("( +)", text):
@@ -227,6 +227,6 @@ def _cells(pieces: Iterable[Piece]) -> int:
     return sum(cell_len(text) for text, _ in pieces)
 
 
-def _drawable(pieces: Iterable[Piece]) -> Line:
+def _drawable(pieces: Iterable[Piece]) -> StyledLine:
     """Terminals draw spaces that do not break in different widths."""
     return [(text.translate(_SPACES), style) for text, style in pieces]

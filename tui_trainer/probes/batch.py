@@ -25,7 +25,7 @@ from tui_trainer.history.records import (
 from tui_trainer.probes.replica import checksum
 from tui_trainer.trace.evaluation import CLASS_LOSSES
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN
@@ -98,7 +98,7 @@ class BatchProbe(Probe):
     max_stretch = 32
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._own = {id(parameter) for parameter in tracked.parameters}
         self._calls = SubmoduleCalls(self._called, _nothing)

@@ -14,8 +14,8 @@ from tui_trainer.trace.norms import norm_of
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
     ClipMeasurement,
-    Options,
     Probe,
+    ProbeOptions,
     StepFacts,
     TableSpec,
     Values,
@@ -52,7 +52,7 @@ class ClippingProbe(Probe):
     name = schema.CLIP
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 

@@ -12,7 +12,7 @@ from tui_trainer.protocol.absent import Absent, absent, to_float32
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import norm_of
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 
 
 class Gradients(Probe):
@@ -23,7 +23,7 @@ class Gradients(Probe):
     max_stretch = 4
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.GRAD_NORM, tuple(Column(n) for n in tracked.names)),)
 

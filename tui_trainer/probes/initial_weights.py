@@ -10,7 +10,7 @@ from torch import nn
 
 from tui_trainer.history.records import Floats, InitialWeight
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.torch_private import is_sharded
 
 MAPS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
@@ -32,7 +32,7 @@ class InitialWeights(Probe):
     importance = 100
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._weights: list[_Weight] = []
         embeddings: list[int] = []

@@ -12,7 +12,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, TableSpec, Values
 
 PERIOD_S = 1.0
 
@@ -23,7 +23,7 @@ class Memory(Probe):
     name = schema.MEMORY
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         if tracked.key:  # one process: the first optimizer's probe is enough
             self.unseen = "measured with the first optimizer"

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 
 LISTED_AGAIN = 100
 """Steps after which the layers of a model are listed again."""
@@ -30,7 +30,7 @@ class Modes(Probe):
     name = "modes"
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._own = {id(parameter) for parameter in tracked.parameters}
         self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(

@@ -13,7 +13,7 @@ from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import NonFiniteQuantity
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, Values
 
 
 class NonFiniteProbe(Probe):
@@ -27,7 +27,7 @@ class NonFiniteProbe(Probe):
     name = "nonfinite"
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._present: set[NonFiniteQuantity] = set()
         self._finite_at: dict[NonFiniteQuantity, int] = {}

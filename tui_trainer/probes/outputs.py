@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tui_trainer.history.records import Floats, Producer
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.source_places import place_of_call
 from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN, version_of
@@ -63,8 +63,8 @@ class OutputSums(Probe):
     While armed, every tensor that a module returns is summed, and every one it is given that no
     module returned: a sum is finite where all elements are, and costs less than `isfinite`. It is
     armed in the first steps, once anything was not finite, while the loss or the gradient norm is
-    ten times its usual value, and at all steps with `Options.watch_nonfinite`. Tensors that are not
-    finite in steps whose loss is (masks) do not count.
+    ten times its usual value, and at all steps with `ProbeOptions.watch_nonfinite`. Tensors that
+    are not finite in steps whose loss is (masks) do not count.
 
     On an accelerator the sums stay there until the step is over. On the CPU, where the end of a
     forward is soon enough, the inputs and outputs of linear layers, convolutions, normalisations
@@ -77,7 +77,7 @@ class OutputSums(Probe):
     every_forward = True
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._always = options.watch_nonfinite
         self._armed_until = math.inf if self._always else FIRST_STEPS

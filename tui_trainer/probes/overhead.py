@@ -10,7 +10,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, TableSpec, Values
 
 STEPS = 10
 """How many steps a row averages over."""
@@ -23,7 +23,7 @@ class Overhead(Probe):
     name = schema.OVERHEAD
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._names = ("tracer", *options.probe_names)
         columns = tuple(Column(name, "ms", "lower") for name in self._names)

@@ -10,7 +10,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 HALF = 24
@@ -26,7 +26,7 @@ class ReplicaChecksum(Probe):
     every = 50
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         if tracked.key:
             self.unseen = "measured with the first optimizer"
@@ -49,7 +49,7 @@ class ReplicaSample(Probe):
     name = schema.REPLICA_SAMPLE
     importance = 60
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         if tracked.key or tracked.sharded:
             self.unseen = "as for the checksum of all weights"

@@ -10,7 +10,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import float32_row
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, TableSpec, Values
 
 
 class StepProbe(Probe):
@@ -20,7 +20,7 @@ class StepProbe(Probe):
     name = schema.STEP
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.STEP, schema.STEP_COLUMNS),)
 
@@ -41,7 +41,7 @@ class PhasesProbe(Probe):
     name = schema.PHASE_MS
     importance = 100
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.PHASE_MS, schema.PHASE_COLUMNS),)
 

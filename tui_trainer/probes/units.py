@@ -14,7 +14,7 @@ from torch.nn import functional
 from tui_trainer.history.records import Floats, UnitsRecord, UnitsShare
 from tui_trainer.probes.batch import CONVOLUTIONS
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.submodule_calls import SubmoduleCalls
 from tui_trainer.trace.torch_private import PLAIN
 
@@ -66,7 +66,7 @@ class UnitsProbe(Probe):
     max_stretch = 16
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self._own = {id(parameter) for parameter in tracked.parameters}
         self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(

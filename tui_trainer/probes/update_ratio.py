@@ -16,7 +16,7 @@ from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 from tui_trainer.trace.torch_private import copy_each, local, subtract_each
 
 SHARE_OF_DEVICE = 0.03
@@ -29,7 +29,7 @@ class UpdateRatio(Probe):
     """Table `update_ratio`: one column per parameter, absent for a parameter that was zero before.
 
     It needs copies of the weights, whose size is bounded: if they would take more than
-    `Options.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
+    `ProbeOptions.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
     turns, and there is a row once all of them have been measured. A step before a pause is measured
     whole if memory allows a copy of all weights for its duration.
     """
@@ -42,7 +42,7 @@ class UpdateRatio(Probe):
     often_in_short_runs = True
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.UPDATE_RATIO, tuple(Column(n) for n in tracked.names)),)
         self.latest: tuple[int, list[float], list[float]] | None = None
@@ -147,7 +147,7 @@ def _same_layout(kept: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def copy_budget(device: torch.device, options: Options) -> int:
+def copy_budget(device: torch.device, options: ProbeOptions) -> int:
     """Maximum bytes of the copies of weights on `device`."""
     if device.type != "cuda":
         return options.copy_budget_bytes
@@ -155,7 +155,7 @@ def copy_budget(device: torch.device, options: Options) -> int:
     return max(1 << 20, min(options.copy_budget_bytes, int(SHARE_OF_DEVICE * memory)))
 
 
-def room_before_pause(device: torch.device, options: Options) -> int:
+def room_before_pause(device: torch.device, options: ProbeOptions) -> int:
     """Maximum bytes of a copy of all weights on `device` during a step before a pause."""
     if device.type == "cpu":
         return min(MAX_HOST_BYTES, int(SHARE_OF_FREE * psutil.virtual_memory().available))

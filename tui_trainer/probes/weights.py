@@ -10,7 +10,7 @@ from tui_trainer.protocol.absent import to_float32
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 
 
 class Weights(Probe):
@@ -23,7 +23,7 @@ class Weights(Probe):
     often_in_short_runs = True
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         self.tables = (TableSpec(schema.WEIGHT_NORM, tuple(Column(n) for n in tracked.names)),)
         self._norms = Norms(tracked.parameters, tracked.device)

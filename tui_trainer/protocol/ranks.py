@@ -22,7 +22,7 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 """Of an `InspectedThere`."""
 ROWS_PER_MESSAGE = 200
 
-Place = tuple[int, int]
+Boundary = tuple[int, int]
 """A phase boundary: (step, number of the boundary within the step from 1); (0, 0) precedes all. All
 processes of a distributed training pass the same boundaries in the same order."""
 SHARED = "<4q"
@@ -71,7 +71,7 @@ class RankNotice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
 class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
     """Where the process is: sent when it stops, and in answer to `Hold`."""
 
-    place: Place
+    boundary: Boundary
     """The last boundary that it has reached."""
     phase: Phase | Literal[""]
     """The phase that ended there."""
@@ -84,7 +84,7 @@ class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
 class RankPosition(msgspec.Struct, tag="position", frozen=True, array_like=True):
     """What SHARED holds, from a process on another machine, sent once a second."""
 
-    place: Place
+    boundary: Boundary
     phase: Phase | Literal[""]
     for_s: float
     """Seconds since that phase ended."""
@@ -103,11 +103,11 @@ class StopWanted(msgspec.Struct, tag="stop_wanted", frozen=True, array_like=True
 
 
 class Hold(msgspec.Struct, tag="hold", frozen=True, array_like=True):
-    """Stop at the first boundary that does not precede `place`, or at the end of step `step` where
-    that is given; a process that is stopped before it goes on until there."""
+    """Stop at the first boundary that does not precede `boundary`, or at the end of step `step`
+    where that is given; a process that is stopped before it goes on until there."""
 
     number: int
-    place: Place = (0, 0)
+    boundary: Boundary = (0, 0)
     step: int | None = None
 
 

@@ -33,7 +33,7 @@ EVENTS_SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Figure:
+class KeyFigure:
     """One of the large numbers at the top."""
 
     name: str
@@ -114,9 +114,9 @@ def _present(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 # ---------------------------------------------------------------- figures
 
 
-def _figures(data: ReportData) -> Iterator[Figure]:
+def _figures(data: ReportData) -> Iterator[KeyFigure]:
     total = data.info.total_steps
-    yield Figure("steps", step_of(data.last_step, total))
+    yield KeyFigure("steps", step_of(data.last_step, total))
     for name, table, column in (
         ("training loss", schema.STEP, "loss"),
         ("validation loss", schema.VALIDATION, "loss"),
@@ -125,17 +125,17 @@ def _figures(data: ReportData) -> Iterator[Figure]:
         last, best = data.last_and_best(table, column, lowest=column != "accuracy")
         if last is not None:
             extra = f", best {best:.4g}" if best is not None and best != last else ""
-            yield Figure(name + extra, f"{last:.4f}")
+            yield KeyFigure(name + extra, f"{last:.4f}")
     if data.history.table(schema.CLIP) is not None and data.last_step:
         share = data.event_count("clip") / data.last_step
-        yield Figure("of the steps clipped", percent(share, 0))
+        yield KeyFigure("of the steps clipped", percent(share, 0))
     steps = data.history.table(schema.STEP)
     if steps is not None and (spikes := find_spikes(steps, "loss", 1)):
-        yield Figure("largest loss spike", f"{spikes[0].loss:.3g} at step {spikes[0].step:,}")
+        yield KeyFigure("largest loss spike", f"{spikes[0].loss:.3g} at step {spikes[0].step:,}")
     if nonfinite := data.event_count("nonfinite"):
-        yield Figure("times a value became nan or inf", f"{nonfinite:,}")
+        yield KeyFigure("times a value became nan or inf", f"{nonfinite:,}")
     if data.status.elapsed_s:
-        yield Figure("training", long_duration(data.status.elapsed_s))
+        yield KeyFigure("training", long_duration(data.status.elapsed_s))
 
 
 # ---------------------------------------------------------------- tables

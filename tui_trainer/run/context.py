@@ -68,11 +68,11 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES
     from tui_trainer.settings.edits import LiveEdits
-    from tui_trainer.trace.probe import Options
+    from tui_trainer.trace.probe import ProbeOptions
     from tui_trainer.trace.tracer import Tracer
     from tui_trainer.travel.time_travel import TimeTravel
 
-    options = Options(
+    options = ProbeOptions(
         budget=run.spec.budget,
         attention_pattern=run.spec.attention_pattern,
         watch_nonfinite=run.spec.watch_nonfinite,

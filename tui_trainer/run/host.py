@@ -377,7 +377,7 @@ class Host:
         gate = self.gate
         held = gate.mode == "paused"
         for_s = max(0.0, time.monotonic() - gate.reached_at) if gate.reached_at else 0.0
-        return ProcessAt(0, gate.place[0], gate.phase, for_s, held)
+        return ProcessAt(0, gate.boundary[0], gate.phase, for_s, held)
 
     def _warn_of_interrupt(self, text: str) -> None:
         self.recorder.notice("state", text, "warning", self.gate.completed)

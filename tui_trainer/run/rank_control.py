@@ -17,7 +17,7 @@ import time
 from typing import Literal
 
 from tui_trainer.protocol import PHASES
-from tui_trainer.protocol.ranks import SHARED, Go, Hold, Place, RankAt, RankPosition, ToRank
+from tui_trainer.protocol.ranks import SHARED, Boundary, Go, Hold, RankAt, RankPosition, ToRank
 from tui_trainer.run.rank_client import RankClient
 from tui_trainer.run.rank_server import Peer, RankServer
 from tui_trainer.trace.gate import Gate, Refusal
@@ -44,7 +44,7 @@ class RankControl:
         self._dirty = False
         self._thread: threading.Thread | None = None
         self._goal: Goal = "hold" if gate.armed else "go"
-        self._place: Place = (0, 0)
+        self._boundary: Boundary = (0, 0)
         self._step = 0
         self._checkpoint = False
         self._stop_by = 0.0
@@ -97,10 +97,10 @@ class RankControl:
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.step_phase()
-        step, number = self._gate.place
-        place = (step, number + 1) if self._gate.mode == "paused" else (0, 0)
-        self._set("hold", place)
-        return self._gate.hold_from(place)
+        step, number = self._gate.boundary
+        boundary = (step, number + 1) if self._gate.mode == "paused" else (0, 0)
+        self._set("hold", boundary)
+        return self._gate.hold_from(boundary)
 
     def run_to_epoch_end(self) -> None:
         if not self._ranks.peers:
@@ -130,9 +130,9 @@ class RankControl:
             self._set("steps")
         self._gate.run_until(step)
 
-    def _set(self, goal: Goal, place: Place = (0, 0)) -> None:
+    def _set(self, goal: Goal, boundary: Boundary = (0, 0)) -> None:
         with self._changed:
-            self._goal, self._place = goal, place
+            self._goal, self._boundary = goal, boundary
             self._number += 1
             self.wake()
 
@@ -167,7 +167,7 @@ class RankControl:
             case "go" | "end":
                 return Go(self._number, stop=self._goal == "end")
             case "hold":
-                return Hold(self._number, self._place)
+                return Hold(self._number, self._boundary)
             case _:
                 return Hold(self._number, step=self._step)
 
@@ -187,7 +187,7 @@ class RankControl:
             if settled:
                 if self._goal == "stop":
                     self._set("end")
-            elif self._goal == "hold" and needed > self._place:
+            elif self._goal == "hold" and needed > self._boundary:
                 self._set("hold", needed)
                 self._gate.hold_from(needed)
             elif self._goal != "hold" and needed > (self._step + 1, 0):
@@ -195,27 +195,27 @@ class RankControl:
                 self._set(self._goal)
                 self._gate.run_until(self._step)
 
-    def _needed(self, peers: list[Peer]) -> tuple[Place, bool]:
+    def _needed(self, peers: list[Peer]) -> tuple[Boundary, bool]:
         """The first boundary that no process has passed, and whether all are stopped at it."""
         gate = self._gate
-        held = [gate.mode == "paused"]  # read before its place, which may change in between
-        places: list[Place] = [gate.place]
+        held = [gate.mode == "paused"]  # read before its boundary, which may change in between
+        boundaries: list[Boundary] = [gate.boundary]
         ends = [gate.phase == "step"]
         for peer in peers:
             at = peer.at  # once: the next message replaces it
             assert at is not None
-            places.append(at.place)
+            boundaries.append(at.boundary)
             held.append(at.held)
             ends.append(at.phase == "step")
         needed = max(
-            place if stopped else (place[0] + end, 1 if end else place[1] + 1)
-            for place, stopped, end in zip(places, held, ends, strict=True)
+            boundary if stopped else (boundary[0] + end, 1 if end else boundary[1] + 1)
+            for boundary, stopped, end in zip(boundaries, held, ends, strict=True)
         )
-        return needed, all(held) and len(set(places)) == 1
+        return needed, all(held) and len(set(boundaries)) == 1
 
 
 class RankFollower:
-    """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports its place."""
+    """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports where it is."""
 
     def __init__(self, gate: Gate, report_s: float | None = None) -> None:
         """`report_s`: how often to send the position to a rank 0 that cannot read it from memory;
@@ -244,14 +244,14 @@ class RankFollower:
             before()
 
         self._gate.hooks.changed = changed
-        threading.Thread(target=self._report, name="tui-trainer place", daemon=True).start()
+        threading.Thread(target=self._report, name="tui-trainer boundary", daemon=True).start()
 
     def _apply(self, message: ToRank) -> None:
         with contextlib.suppress(Refusal):  # the training has ended
             match message:
-                case Hold(number=number, place=place, step=step):
+                case Hold(number=number, boundary=boundary, step=step):
                     if step is None:
-                        self._gate.hold_from(place)
+                        self._gate.hold_from(boundary)
                     else:
                         self._gate.run_until(step)
                     self._number = number
@@ -266,7 +266,7 @@ class RankFollower:
                     pass
 
     def _report(self) -> None:
-        """Send this process's place after each change of its gate."""
+        """Send this process's boundary after each change of its gate."""
         gate, client = self._gate, self._client
         assert client is not None
         while gate.mode != "ended":
@@ -278,13 +278,13 @@ class RankFollower:
             while number != self._number:  # answers a message that arrived meanwhile as well
                 number = self._number
                 self._settle()
-                held = gate.mode == "paused"  # read before its place: see `RankControl._needed`
-                client.send(RankAt(gate.place, gate.phase, held, number))
+                held = gate.mode == "paused"  # read before its boundary: see `RankControl._needed`
+                client.send(RankAt(gate.boundary, gate.phase, held, number))
 
     def _position(self) -> RankPosition:
         shared = self._gate.shared
         if shared is None or not shared[1]:
-            return RankPosition(self._gate.place, self._gate.phase, 0.0)
+            return RankPosition(self._gate.boundary, self._gate.phase, 0.0)
         step, number, phase, since = shared
         for_s = max(0.0, (time.monotonic_ns() - since) / 1e9)
         return RankPosition((step, number), PHASES[phase], for_s)

@@ -107,10 +107,10 @@ class Peer:
         if self.sent is not None and not held:
             position, received = self.sent
             for_s = position.for_s + time.monotonic() - received
-            return ProcessAt(self.rank, position.place[0], position.phase, for_s, held)
+            return ProcessAt(self.rank, position.boundary[0], position.phase, for_s, held)
         if self.at is None:
             return None
-        return ProcessAt(self.rank, self.at.place[0], self.at.phase, 0.0, held)
+        return ProcessAt(self.rank, self.at.boundary[0], self.at.phase, 0.0, held)
 
     def step_in_progress(self) -> int:
         at = self.position()

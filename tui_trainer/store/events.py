@@ -33,7 +33,7 @@ MAX_MARKED = 200_000
 
 # ------------------------------------------------------------------------------ writing
 
-Statement = tuple[str, tuple[object, ...]]
+SqlStatement = tuple[str, tuple[object, ...]]
 
 
 class EventWriter:
@@ -100,7 +100,7 @@ def _kind_of(item: Event | LogLine | Artifact) -> str:
             return "sample"
 
 
-def _insert(seq: int, item: Event | LogLine | Artifact) -> Statement:
+def _insert(seq: int, item: Event | LogLine | Artifact) -> SqlStatement:
     match item:
         case LogLine():
             return (

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from tui_trainer.history.buckets import (
     FACTOR,
+    BucketLevel,
     Buckets,
-    Level,
     RawRows,
     Steps,
     summarise,
@@ -241,7 +241,7 @@ class StoredSeries(SeriesReader):
                 return int(found[-1])
         return None
 
-    def levels(self) -> Sequence[Level]:
+    def levels(self) -> Sequence[BucketLevel]:
         return [_LevelAtCursor(level, self.rows) for level in self._levels]
 
     def blocks(self) -> Iterator[RowBlock]:
@@ -307,7 +307,7 @@ class StoredLevel:
             self._tail, self._tail_seqs = RawRows.join(rows), np.concatenate(seqs)
 
     def find(self, step: int) -> int:
-        """See `Level.find`."""
+        """See `BucketLevel.find`."""
         sql = (
             "SELECT number FROM chunk WHERE series = ? AND level = ? AND last_step >= ? "
             "ORDER BY last_step LIMIT 1"
@@ -327,12 +327,12 @@ class StoredLevel:
         return min(self.stop, found)
 
     def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
-        """See `Level.bounds`."""
+        """See `BucketLevel.bounds`."""
         found = self.buckets(start, stop, np.zeros(0, np.intp))
         return found.first, found.last
 
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
-        """See `Level.buckets`; damaged chunks are left out."""
+        """See `BucketLevel.buckets`; damaged chunks are left out."""
         chosen = np.arange(self._columns) if columns is None else columns
         parts = []
         for number in range(start // CHUNK, -(-min(stop, self._chunks * CHUNK) // CHUNK)):
@@ -446,15 +446,15 @@ class _LevelAtCursor:
         self.stop = min(level.stop, rows // level.size)
 
     def find(self, step: int) -> int:
-        """See `Level.find`."""
+        """See `BucketLevel.find`."""
         return min(self.stop, self._level.find(step))
 
     def bounds(self, start: int, stop: int) -> tuple[Steps, Steps]:
-        """See `Level.bounds`."""
+        """See `BucketLevel.bounds`."""
         return self._level.bounds(start, stop)
 
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
-        """See `Level.buckets`."""
+        """See `BucketLevel.buckets`."""
         return self._level.buckets(start, stop, columns)
 
 

@@ -23,7 +23,7 @@ from tui_trainer.protocol import PHASES, Phase
 from tui_trainer.protocol.errors import UserError
 
 Mode = Literal["running", "paused", "stopping", "ended"]
-Place = tuple[int, int]
+Boundary = tuple[int, int]
 SHARED_FIELDS = 4
 MAX_PAUSE_OF_WORK = 10**15
 """Steps until work that has failed is called again: none."""
@@ -109,7 +109,7 @@ class Gate:
         """The optimizer step that `phase` belongs to, counted from 1."""
         self.completed = 0
         """Number of completed optimizer steps."""
-        self.place: Place = (0, 0)
+        self.boundary: Boundary = (0, 0)
         """The boundary that was reached last: its step, and its number within the step from 1."""
         self.reached_at = 0.0
         """When, on the monotonic clock; 0.0 where nobody asks (`times_boundaries`)."""
@@ -145,7 +145,7 @@ class Gate:
         self._boundaries_left = 1 if paused else 0
         self._target: int | None = None
         self._target_is_epoch = False
-        self._hold: Place | None = None
+        self._hold: Boundary | None = None
         self._rate: float | None = None
         self._next_step_at = 0.0
 
@@ -231,14 +231,14 @@ class Gate:
             self._target = None
             self._release(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
 
-    def hold_from(self, place: Place) -> None:
-        """Pause at the first boundary that does not precede `place`. A thread that is paused before
-        it goes on until there. Several processes are stopped at the same boundary with it."""
+    def hold_from(self, boundary: Boundary) -> None:
+        """Pause at the first boundary that does not precede `boundary`. A thread that is paused
+        before it goes on until there. It stops several processes at the same boundary."""
         with self._control():
             self._target = None
-            if not (self._waiting and self.place >= place):
+            if not (self._waiting and self.boundary >= boundary):
                 self._release()
-                self._hold = place
+                self._hold = boundary
 
     def run_until(self, step: int) -> None:
         """Pause at the end of optimizer step `step`, or at once where that is behind."""
@@ -362,7 +362,7 @@ class Gate:
         paused then, and steps and phases that it was to pause after are forgotten."""
         with self._condition:
             self.completed, self.step_in_progress = step, step + 1
-            self.phase, self.place = "step", (step, 0)
+            self.phase, self.boundary = "step", (step, 0)
             self._waiting = self._pausing = False
             self._boundaries_left, self._target, self._hold = 0, None, None
             self._due = dict.fromkeys(self._due, step + 1)
@@ -377,9 +377,9 @@ class Gate:
     def reached(self, phase: Phase, step: int) -> None:
         """A phase of optimizer step `step` has ended. May wait; raises `StopTraining` to stop."""
         self.phase = phase
-        number = self.place[1] + 1 if step == self.step_in_progress else 1
+        number = self.boundary[1] + 1 if step == self.step_in_progress else 1
         self.step_in_progress = step
-        self.place = (step, number)  # before `armed` is read: see `hold_from`
+        self.boundary = (step, number)  # before `armed` is read: see `hold_from`
         if self.times_boundaries:
             self.reached_at = time.monotonic()
         if (shared := self.shared) is not None:
@@ -489,7 +489,7 @@ class Gate:
                 if not self._boundaries_left:
                     self._pausing = True
                     return True
-            if self._hold is not None and self.place >= self._hold:
+            if self._hold is not None and self.boundary >= self._hold:
                 self._hold = None
                 self._pausing = True
                 return True
@@ -503,7 +503,7 @@ class Gate:
     def _pause(self, phase: Phase) -> None:
         with self._condition:
             # A control that came during the phase report has already released the thread.
-            if self._hold is not None and self.place >= self._hold:
+            if self._hold is not None and self.boundary >= self._hold:
                 self._hold, self._pausing = None, True
             onward = self._boundaries_left or self._target is not None or self._hold is not None
             if onward or not self._pausing or self._stopping or self._ended:

@@ -26,8 +26,8 @@ from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
     Gradient,
-    Options,
     Probe,
+    ProbeOptions,
     Reading,
     Readings,
     RecorderLike,
@@ -82,7 +82,7 @@ class StepMeasurer:
         tracked: TrackedParameters,
         kinds: Sequence[type[Probe]],
         recorder: RecorderLike,
-        options: Options,
+        options: ProbeOptions,
         slot: OptimizerSlot,
         on_cadence_change: OnChange,
     ) -> None:

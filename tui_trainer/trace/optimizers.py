@@ -16,7 +16,7 @@ from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
-from tui_trainer.trace.probe import Options, Probe, RecorderLike
+from tui_trainer.trace.probe import Probe, ProbeOptions, RecorderLike
 from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
 from tui_trainer.trace.torch_private import is_sharded
@@ -88,7 +88,7 @@ class OptimizerRegistry:
         recorder: RecorderLike,
         roots: RootModules,
         probes: Sequence[type[Probe]],
-        options: Options,
+        options: ProbeOptions,
     ) -> None:
         self._recorder = recorder
         self._roots = roots

@@ -41,7 +41,7 @@ Gradient = torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Options:
+class ProbeOptions:
     """How a run is measured."""
 
     budget: float = 0.01
@@ -170,7 +170,7 @@ class Probe:
     """What is left out, and why, for the log."""
     on_unseen_change: Callable[[], None] | None = None
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         self.tracked = tracked
         self.options = options
 

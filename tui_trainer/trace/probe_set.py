@@ -19,8 +19,8 @@ from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
     Gradient,
-    Options,
     Probe,
+    ProbeOptions,
     Readings,
     RecorderLike,
     StepFacts,
@@ -69,7 +69,7 @@ class ProbeSet:
         tracked: TrackedParameters,
         kinds: Sequence[type[Probe]],
         recorder: RecorderLike,
-        options: Options,
+        options: ProbeOptions,
         slot: OptimizerSlot,
         on_cadence_change: OnChange,
     ) -> None:
@@ -88,7 +88,7 @@ class ProbeSet:
         self._schedule_outdated = False
         """Cadences changed or a probe failed, perhaps on another thread."""
 
-    def _add(self, kind: type[Probe], options: Options, slot: OptimizerSlot) -> None:
+    def _add(self, kind: type[Probe], options: ProbeOptions, slot: OptimizerSlot) -> None:
         try:
             with probe_context(self._tracked.device):  # perhaps within a script's autocast
                 probe = kind(self._tracked, options)
@@ -100,7 +100,7 @@ class ProbeSet:
             text = f"probe {kind.name}: {describe_exception(fault)}"
             self._recorder.notice("fault", text, "error")
 
-    def _activate(self, probe: Probe, options: Options, slot: OptimizerSlot) -> ActiveProbe:
+    def _activate(self, probe: Probe, options: ProbeOptions, slot: OptimizerSlot) -> ActiveProbe:
         natural = max(0, options.cadences.get(probe.name, probe.every))
         watched = min(probe.watched_every, natural or probe.watched_every) if probe.topic else 0
         tables: list[Table] = []

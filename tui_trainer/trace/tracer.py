@@ -46,8 +46,8 @@ from tui_trainer.trace.observers import ForwardObserver, LoopObserver, UpdateObs
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OTHER, STEP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
-    Options,
     Probe,
+    ProbeOptions,
     RecorderLike,
 )
 from tui_trainer.trace.reports import PhaseReporter
@@ -78,7 +78,7 @@ class Tracer:
         recorder: RecorderLike,
         gate: Gate,
         probes: Sequence[type[Probe]],
-        options: Options | None = None,
+        options: ProbeOptions | None = None,
     ) -> None:
         self.recorder = recorder
         self.gate = gate
@@ -103,7 +103,7 @@ class Tracer:
         self.rates: UpdateObserver | None = None
         """Sets other learning rates for the duration of an optimizer's step."""
         self.forwards: ForwardObserver | None = None
-        self.registry = OptimizerRegistry(recorder, self._roots, probes, options or Options())
+        self.registry = OptimizerRegistry(recorder, self._roots, probes, options or ProbeOptions())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
         self._queue = StepQueue(self.faults.report)

@@ -29,7 +29,7 @@ COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
 THEME, PAGE = "Theme ", "Learn: "
 """How the names of commands begin that are shown only when they are searched for."""
 
-Command = tuple[str, str, Callable[[], object]]
+PaletteCommand = tuple[str, str, Callable[[], object]]
 """Name, help, and what it calls."""
 
 
@@ -40,7 +40,7 @@ class ActionProvider(Provider):
     def _context(self) -> AppContext:
         return app_context(self.screen)
 
-    def commands(self) -> Iterator[Command]:
+    def commands(self) -> Iterator[PaletteCommand]:
         """Everything that can be done now."""
         yield from self._bound_actions()
         context = self._context
@@ -60,7 +60,7 @@ class ActionProvider(Provider):
         for name in sorted(self.app.available_themes):
             yield f"{THEME}{name}", "Colours of the screen", partial(self._set_theme, name)
 
-    def _bound_actions(self) -> Iterator[Command]:
+    def _bound_actions(self) -> Iterator[PaletteCommand]:
         known: set[str] = set()
         # Those of the screen, which control the run, come before those of the focused widget.
         bindings = sorted(

@@ -23,15 +23,10 @@ from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.panels.scalar_graph import (
-    DescentChart,
-    GraphState,
-    GraphTitle,
-    GraphView,
-    NodeTable,
-    StepText,
-    SweepChart,
-)
+from tui_trainer.ui.panels.scalar_graph.charts import DescentChart, SweepChart
+from tui_trainer.ui.panels.scalar_graph.graph_view import GraphTitle, GraphView, StepText
+from tui_trainer.ui.panels.scalar_graph.node_table import NodeTable
+from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.screens.dialogs import KEYS_HINT
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall

@@ -66,18 +66,18 @@ def attach(
     """open the screen over a live run, here or over ssh"""
     if reason := why_no_screen():
         raise UsageError(reason, "tui-trainer show RUN prints the run as text, --json as an object")
-    look = _Look(read_only, ascii, slow_link)
+    view = _ViewOptions(read_only, ascii, slow_link)
     with cli_errors():
         if run is not None and run.startswith(SCHEME):
-            return _attach_remote(run, look, remote_command, runs_dir)
+            return _attach_remote(run, view, remote_command, runs_dir)
         found = choose_run_by_name(run, runs_dir)
         live_socket(found)
     connect = connector(lambda: connect_run(found.directory))
-    return _open(connect, look, found.name, found)
+    return _open(connect, view, found.name, found)
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ViewOptions:
     """How to show the run."""
 
     read_only: bool
@@ -85,7 +85,7 @@ class _Look:
     slow_link: bool
 
 
-def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | None) -> int:
+def _attach_remote(address: str, view: _ViewOptions, command: str, runs_dir: Path | None) -> int:
     where = parse_address(address)
     connect = SshConnector(where, command, str(runs_dir) if runs_dir else "")
     print(f"connecting to {where.destination} …", end="\r", file=sys.stderr, flush=True)
@@ -93,18 +93,18 @@ def _attach_remote(address: str, look: _Look, command: str, runs_dir: Path | Non
         name = connect.begin(choose_run)
     finally:
         print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
-    return _open(connect, look, f"{name} on {where.destination}", None)
+    return _open(connect, view, f"{name} on {where.destination}", None)
 
 
-def _open(connect: Connector, look: _Look, name: str, run: RunEntry | None) -> int:
+def _open(connect: Connector, view: _ViewOptions, name: str, run: RunEntry | None) -> int:
     from tui_trainer.cli.screen import load_app, run_app_until_exit
     from tui_trainer.client.live import LiveSession
 
     run_app = load_app()
-    session = LiveSession(connect, read_only=look.read_only)
+    session = LiveSession(connect, read_only=view.read_only)
     attached = AttachResult(session, name, run)
     return run_app_until_exit(
-        lambda: run_app(session, ascii=look.ascii, slow_link=look.slow_link), lambda: attached
+        lambda: run_app(session, ascii=view.ascii, slow_link=view.slow_link), lambda: attached
     )
 
 

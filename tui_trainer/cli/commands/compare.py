@@ -19,7 +19,7 @@ from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.comparison.compared_runs import (
     MAX_RUNS,
     ComparedRun,
-    Difference,
+    ComparedValue,
     differences,
     outcome,
 )
@@ -157,7 +157,7 @@ def _loss_chart(compared: list[ComparedRun]) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def _cells(line: Difference) -> list[Text]:
+def _cells(line: ComparedValue) -> list[Text]:
     return [Text(sanitize(line.name)), *(Text(sanitize(scalar(each))) for each in line.values)]
 
 
@@ -167,7 +167,7 @@ def _as_json(compared: list[ComparedRun], tolerance: float) -> str:
     def finite(value: Scalar) -> Scalar:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    def part(lines: list[Difference]) -> dict[str, list[Scalar]]:
+    def part(lines: list[ComparedValue]) -> dict[str, list[Scalar]]:
         return {line.name: [finite(value) for value in line.values] for line in lines}
 
     def parting(run: ComparedRun) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
 from tui_trainer.runs.security import connect_unix
 
-Launch = Annotated[
+LaunchFlag = Annotated[
     str | None,
     Parameter(help="connect a rank of this launch to its run, once it listens", show=False),
 ]
@@ -39,7 +39,7 @@ LONGEST_ANSWER = 4096
 _BLOCK = 1 << 16
 
 
-def relay(run: RunName = None, *, launch: Launch = None, runs_dir: RunsDir = None) -> int:
+def relay(run: RunName = None, *, launch: LaunchFlag = None, runs_dir: RunsDir = None) -> int:
     """connect standard input and output to a run (for ssh)"""
     found = None
     try:

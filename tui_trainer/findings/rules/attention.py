@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 EVERY = 10
@@ -20,7 +20,7 @@ class _PerLayer(Rule):
         self._streak = Streak()
         self._reported = False
 
-    def values(self, row: Row, statistic: str) -> dict[str, float]:
+    def values(self, row: TableRow, statistic: str) -> dict[str, float]:
         """Layer → value, where it is finite."""
         known = self._columns.get((row.table, statistic))
         if known is None or known[0] is not row.names:

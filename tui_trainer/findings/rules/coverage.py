@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
@@ -87,7 +87,7 @@ class NotInOptimizer(Rule):
             ),
         )
 
-    def _positions(self, row: Row) -> bool:
+    def _positions(self, row: TableRow) -> bool:
         """Find the columns of parameters outside of all optimizers."""
         if row.names is not self._names or self._known is not self.facts.parameters:
             self._names, self._known = row.names, self.facts.parameters

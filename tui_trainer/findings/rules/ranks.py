@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import median
 
-from tui_trainer.findings.observation import LossTrend, Row, RunFacts
+from tui_trainer.findings.observation import LossTrend, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.formatting import percent
 
@@ -22,7 +22,7 @@ def _listed(ranks: Iterable[int]) -> str:
 Checksum = tuple[float, float]
 
 
-def _checksum(row: Row, kind: str = "checksum") -> Checksum | None:
+def _checksum(row: TableRow, kind: str = "checksum") -> Checksum | None:
     high, low = row.get(f"{kind}_high"), row.get(f"{kind}_low")
     return None if high is None or low is None or high != high else (high, low)
 
@@ -51,7 +51,7 @@ class ClipsAlone(Rule):
         self._streak = Streak()
         self._reported = False
 
-    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+    def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
         if self._reported:
             return
         scales = {rank: row.get("clip_scale") for rank, row in rows.items()}
@@ -107,7 +107,7 @@ class RanksPart(Rule):
         """Kind of checksum → the last step after which it was equal on all ranks."""
         self._reported = False
 
-    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+    def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
         for kind, after in (("checksum", step), ("sample", step - 1)):
             sums = {
                 rank: found
@@ -166,7 +166,7 @@ class RanksSameBatch(Rule):
         self._replicas = False
         self._reported = False
 
-    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+    def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
         if self._reported:
             return
         sums = [_checksum(row) for row in rows.values()]
@@ -220,7 +220,7 @@ class Straggler(Rule):
         self._skipped = 0
         self._reported = False
 
-    def ranks(self, step: int, rows: Mapping[int, Row]) -> Iterable[Found]:
+    def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
         if self._reported:
             return
         self._skipped += 1

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.findings.observation import LossTrend, Observation, Row, RunFacts
+from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
@@ -32,7 +32,7 @@ class _UpdateRatio(Rule):
         name = self.facts.optimizer_name(seen.optimizer)
         return name.startswith("lbfgs") or seen.evaluations > 1
 
-    def ratios(self, row: Row) -> tuple[NDArray[np.float32], list[str]]:
+    def ratios(self, row: TableRow) -> tuple[NDArray[np.float32], list[str]]:
         """Ratios and names of the weight matrices, or of all parameters if there are none."""
         if row.names is not self._names:
             self._names = row.names

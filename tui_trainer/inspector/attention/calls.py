@@ -1,5 +1,5 @@
-"""Single computations of attention: what is known of one, its scores, and the one behind
-`nn.MultiheadAttention`."""
+"""Single computations of attention: what is known of one, its scores, the one behind
+`nn.MultiheadAttention`, and the operands of its two products."""
 
 from __future__ import annotations
 
@@ -215,3 +215,64 @@ def additive_mask(mask: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_fill(~mask, -math.inf)
     return mask.clone()
+
+
+# ---------------------------------------------------------------- products
+
+
+@dataclass
+class Product:
+    result: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    equation: str
+
+
+def same_last_axes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() == b.numel() and a.shape[-2:] == b.shape[-2:]
+
+
+def operands_of(product: Product) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as (…, positions, head_dim) of their product."""
+    if not product.equation:
+        return product.left, product.right.transpose(-1, -2)
+    inputs, result = product.equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    (contracted,) = set(left) & set(right) - set(result)
+    *outer, rows, columns = list(result)
+    return (
+        product.left.permute([left.index(c) for c in (*outer, rows, contracted)]),
+        product.right.permute([right.index(c) for c in (*outer, columns, contracted)]),
+    )
+
+
+def values_of(product: Product) -> torch.Tensor:
+    """The values (…, keys, value_dim) of a product with the weights."""
+    if not product.equation:
+        return product.right
+    inputs, _ = product.equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    *outer, _, keys = list(left)
+    (size,) = set(right) - set(left)
+    return product.right.permute([right.index(c) for c in (*outer, keys, size)])
+
+
+def result_of(product: Product) -> torch.Tensor:
+    """The result (…, queries, value_dim)."""
+    if not product.equation:
+        return product.result
+    inputs, result = product.equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    *outer, rows, _ = list(left)
+    (size,) = set(right) - set(left)
+    return product.result.permute([result.index(c) for c in (*outer, rows, size)])
+
+
+def batch_size_of(tensor: torch.Tensor, layer: LayerToTrace) -> int:
+    """Number of examples in (batch, heads, …), or in (batch · heads, …)."""
+    if tensor.dim() == 4:
+        return tensor.shape[0]
+    for heads in (layer.heads, layer.key_value_heads):
+        if heads and tensor.shape[0] % heads == 0:
+            return max(1, tensor.shape[0] // heads)
+    return max(1, tensor.shape[0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tui_trainer.inspector.attention.calls import AttentionCall, deviation, tolerance
-from tui_trainer.inspector.attention.trace import Added, AttentionTrace, FinalNorm, Read
+from tui_trainer.inspector.attention.trace import Added, AttentionTrace, FinalNorm, TailLinear
 from tui_trainer.protocol.attention import Contribution, ContributionKind, ResidualStream
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)
@@ -287,7 +287,9 @@ def _linear_norm(norm: FinalNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     raise StreamError(f"the final norm ({kind}) is neither a LayerNorm nor an RMSNorm")
 
 
-def _rows_read(read: Read, output: torch.Tensor, row: int, all_rows: bool) -> tuple[slice, int]:
+def _rows_read(
+    read: TailLinear, output: torch.Tensor, row: int, all_rows: bool
+) -> tuple[slice, int]:
     """Which rows of the norm's output the first linear layer reads, and the only position where
     that does not depend on the query, else -1."""
     limit = tolerance(output.dtype)
@@ -308,7 +310,7 @@ def _rows_read(read: Read, output: torch.Tensor, row: int, all_rows: bool) -> tu
     raise StreamError("what is read of the final norm is neither a position nor the mean of all")
 
 
-def _chain(tail: Sequence[Read]) -> list[Read]:
+def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
     """Linear layers that follow each other directly, up to the last one that was seen."""
     chain = [tail[0]]
     for read in tail[1:]:
@@ -322,7 +324,7 @@ def _chain(tail: Sequence[Read]) -> list[Read]:
 
 
 def _target(
-    trace: AttentionTrace, read: Read, row: int, position: int, logits: torch.Tensor
+    trace: AttentionTrace, read: TailLinear, row: int, position: int, logits: torch.Tensor
 ) -> tuple[int, bool]:
     """(class, whether it is the loss's target): else the largest logit."""
     if trace.targets is not None:

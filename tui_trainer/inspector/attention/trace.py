@@ -23,9 +23,15 @@ from tui_trainer.inspector.attention.calls import (
     SOFTMAX,
     AttentionCall,
     LayerToTrace,
+    Product,
     additive_mask,
+    batch_size_of,
     call_of_multihead,
+    operands_of,
     repeat_heads,
+    result_of,
+    same_last_axes,
+    values_of,
 )
 
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
@@ -52,7 +58,7 @@ class Added:
 
 
 @dataclass
-class Stream:
+class StreamSum:
     """A tensor that is the sum of a first one and what was added to it."""
 
     start: Added
@@ -65,14 +71,14 @@ class FinalNorm:
     """The last norm that reads the residual stream."""
 
     module: torch.nn.Module
-    stream: Stream
+    stream: StreamSum
     input: torch.Tensor
     """(rows, width)"""
     output: torch.Tensor | None = None
 
 
 @dataclass
-class Read:
+class TailLinear:
     """A linear layer after the last norm."""
 
     input: torch.Tensor
@@ -96,14 +102,6 @@ class _Made:
     index: int
     reference: weakref.ref[torch.Tensor]
     path: str
-
-
-@dataclass
-class _Product:
-    result: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
-    equation: str
 
 
 @dataclass
@@ -140,7 +138,7 @@ class AttentionTrace(TorchFunctionMode):
         self.inputs_of_linears: list[torch.Tensor] = []
         """(positions, features) of the linear layers in the layer that was asked for and after."""
         self.norm: FinalNorm | None = None
-        self.tail: list[Read] = []
+        self.tail: list[TailLinear] = []
         self.targets: Targets | None = None
         self.batch = 0
         self.fault: Exception | None = None
@@ -152,8 +150,8 @@ class AttentionTrace(TorchFunctionMode):
         self._busy = False
         self._count = 0
         self._made: dict[int, _Made] = {}
-        self._streams: dict[int, tuple[weakref.ref[torch.Tensor], Stream]] = {}
-        self._products: list[_Product] = []
+        self._streams: dict[int, tuple[weakref.ref[torch.Tensor], StreamSum]] = {}
+        self._products: list[Product] = []
         self._pending: _Pending | None = None
         self._batch_axis = int(any(_batch_second(layer.module) for layer in self.layers.values()))
         self._norms: dict[int, FinalNorm] = {}
@@ -268,7 +266,7 @@ class AttentionTrace(TorchFunctionMode):
                          strict=False)) | kwargs  # fmt: skip
         query, key, value = given["query"], given["key"], given["value"]
         mask, scale = given.get("attn_mask"), given.get("scale")
-        call = AttentionCall(layer.path, self._count, SDPA, _batch_of(query, layer))
+        call = AttentionCall(layer.path, self._count, SDPA, batch_size_of(query, layer))
         call.dropout = float(given.get("dropout_p") or 0.0)
         call.z = self._kept_z(result, layer)
         if layer.path == self.wanted:
@@ -303,15 +301,15 @@ class AttentionTrace(TorchFunctionMode):
         if layer is None or result.dim() not in (3, 4) or not self._products:
             return
         product = next(
-            (each for each in reversed(self._products) if _same_last(each.result, scores)), None
+            (each for each in reversed(self._products) if same_last_axes(each.result, scores)), None
         )
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if product is None or dim not in (-1, result.dim() - 1):
             return
-        call = AttentionCall(layer.path, self._count, SOFTMAX, _batch_of(result, layer))
+        call = AttentionCall(layer.path, self._count, SOFTMAX, batch_size_of(result, layer))
         kept = layer.path == self.wanted
         if kept:
-            q, k = _arranged(product)
+            q, k = operands_of(product)
             call.q, call.k = self._sample(q, layer), self._sample(k, layer)
             call.scores = self._sample(scores, layer)
         self._pending = _Pending(call, result, kept)
@@ -327,19 +325,19 @@ class AttentionTrace(TorchFunctionMode):
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
         if len(tensors) < 2:
             return
-        product = _Product(result, tensors[-2], tensors[-1], equation)
+        product = Product(result, tensors[-2], tensors[-1], equation)
         pending = self._pending
-        if pending is not None and _same_last(product.left, pending.weights):
+        if pending is not None and same_last_axes(product.left, pending.weights):
             self._weighted(pending, product, layer)
         else:
             self._products = [*self._products[-3:], product]
 
-    def _weighted(self, pending: _Pending, product: _Product, layer: LayerToTrace) -> None:
+    def _weighted(self, pending: _Pending, product: Product, layer: LayerToTrace) -> None:
         """The product of the weights, after dropout, and the values."""
         call, self._pending = pending.call, None
-        call.z = self._kept_z(_z_of(product), layer)
+        call.z = self._kept_z(result_of(product), layer)
         if pending.kept:
-            call.v = self._sample(_v_of(product), layer)
+            call.v = self._sample(values_of(product), layer)
             weights = self._sample(pending.weights, layer)
             used = self._sample(product.left, layer)
             dropped = not torch.allclose(weights.float(), used.float(), atol=1e-6)
@@ -438,7 +436,7 @@ class AttentionTrace(TorchFunctionMode):
             out = self._kept(self._positions(result, self.batch))
         else:
             return
-        self.tail.append(Read(seen.clone(), pooled, weight, bias, out.clone()))
+        self.tail.append(TailLinear(seen.clone(), pooled, weight, bias, out.clone()))
 
     # ------------------------------------------------------------ the residual stream
 
@@ -464,10 +462,10 @@ class AttentionTrace(TorchFunctionMode):
         start = self._summand(older, result)
         if result is older:  # in place: it has become the sum
             start.values -= self._rows(torch.broadcast_to(younger, result.shape))
-        stream = known or Stream(start, (), self._age(older))
+        stream = known or StreamSum(start, (), self._age(older))
         added = (*stream.added, *self._summands(younger, result, stream.index))
         index = stream.index if result is older else self._count
-        grown = Stream(stream.start, added, index)
+        grown = StreamSum(stream.start, added, index)
         self._streams[id(result)] = (weakref.ref(result), grown)
 
     def _age(self, tensor: torch.Tensor) -> int:
@@ -498,7 +496,7 @@ class AttentionTrace(TorchFunctionMode):
         """Of what no function of the forward has made: a parameter, or an input."""
         return self._paths.get(id(tensor)) or here or "input"
 
-    def _stream_of(self, tensor: Any) -> Stream | None:
+    def _stream_of(self, tensor: Any) -> StreamSum | None:
         found = self._streams.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
@@ -518,7 +516,7 @@ class AttentionTrace(TorchFunctionMode):
         would keep the whole batch."""
         if tensor.dim() == 4:
             return tensor[min(self.sample, tensor.shape[0] - 1)].clone()
-        batch = _batch_of(tensor, layer)
+        batch = batch_size_of(tensor, layer)
         heads = tensor.shape[0] // batch
         sample = min(self.sample, batch - 1)
         return tensor[sample * heads : (sample + 1) * heads].clone()
@@ -555,59 +553,6 @@ class AttentionTrace(TorchFunctionMode):
 
 def _batch_second(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.MultiheadAttention) and not module.batch_first
-
-
-# ---------------------------------------------------------------- products
-
-
-def _same_last(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.numel() == b.numel() and a.shape[-2:] == b.shape[-2:]
-
-
-def _arranged(product: _Product) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k as (…, positions, head_dim) of their product."""
-    if not product.equation:
-        return product.left, product.right.transpose(-1, -2)
-    inputs, result = product.equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    (contracted,) = set(left) & set(right) - set(result)
-    *outer, rows, columns = list(result)
-    return (
-        product.left.permute([left.index(c) for c in (*outer, rows, contracted)]),
-        product.right.permute([right.index(c) for c in (*outer, columns, contracted)]),
-    )
-
-
-def _v_of(product: _Product) -> torch.Tensor:
-    """The values (…, keys, value_dim) of a product with the weights."""
-    if not product.equation:
-        return product.right
-    inputs, _ = product.equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    *outer, _, keys = list(left)
-    (size,) = set(right) - set(left)
-    return product.right.permute([right.index(c) for c in (*outer, keys, size)])
-
-
-def _z_of(product: _Product) -> torch.Tensor:
-    """The result (…, queries, value_dim)."""
-    if not product.equation:
-        return product.result
-    inputs, result = product.equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    *outer, rows, _ = list(left)
-    (size,) = set(right) - set(left)
-    return product.result.permute([result.index(c) for c in (*outer, rows, size)])
-
-
-def _batch_of(tensor: torch.Tensor, layer: LayerToTrace) -> int:
-    """Number of examples in (batch, heads, …), or in (batch · heads, …)."""
-    if tensor.dim() == 4:
-        return tensor.shape[0]
-    for heads in (layer.heads, layer.key_value_heads):
-        if heads and tensor.shape[0] % heads == 0:
-            return max(1, tensor.shape[0] // heads)
-    return max(1, tensor.shape[0])
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from tui_trainer.learn.experiment_messages import PageMeasurement, Value
 
-Experiment = Callable[[], dict[str, Value]]
+PageExperiment = Callable[[], dict[str, Value]]
 
 
-def find_experiment(name: str) -> Experiment:
+def find_experiment(name: str) -> PageExperiment:
     """The experiment of a page. Imports PyTorch."""
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    experiment: Experiment = module.experiment
+    experiment: PageExperiment = module.experiment
     return experiment
 
 

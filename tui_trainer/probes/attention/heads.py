@@ -13,7 +13,7 @@ from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import head_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 
 Doubles = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ class AttentionHeads(Probe):
     importance = 10
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         found = find_layers(tracked, options.attention_pattern)
         self._layers = [each for each in found.layers if each.heads and each.key_value_heads]

@@ -15,7 +15,7 @@ from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import HEALTH_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 from tui_trainer.trace.torch_private import is_compiled
 
 FUNCTION = "scaled_dot_product_attention"
@@ -54,7 +54,7 @@ class AttentionHealth(Probe):
     max_stretch = 16
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         found = find_layers(tracked, options.attention_pattern)
         self._layers, self.unseen = found.layers, found.nothing

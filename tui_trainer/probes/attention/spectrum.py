@@ -16,7 +16,7 @@ from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import SPECTRUM_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Options, Probe, Readings, StepFacts, TableSpec
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec
 
 LARGEST_SIDE = 4096
 """Matrices whose smaller side exceeds this are not decomposed (NaN): it takes seconds."""
@@ -106,7 +106,7 @@ class AttentionSpectrum(Probe):
     max_stretch = 64
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         found = find_layers(tracked, options.attention_pattern)
         self._layers, self.unseen = found.layers, found.nothing

@@ -20,7 +20,15 @@ from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Gradient, Options, Probe, Readings, StepFacts, TableSpec, Values
+from tui_trainer.trace.probe import (
+    Gradient,
+    Probe,
+    ProbeOptions,
+    Readings,
+    StepFacts,
+    TableSpec,
+    Values,
+)
 from tui_trainer.trace.torch_private import copy_each
 
 BLOCK_BYTES = 32 * 1024 * 1024
@@ -258,7 +266,7 @@ class Attention(Probe):
     max_stretch = 64
     owns_readings = True
 
-    def __init__(self, tracked: TrackedParameters, options: Options) -> None:
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
         super().__init__(tracked, options)
         found = find_layers(tracked, options.attention_pattern)
         self.layers, self.unseen = found.layers, found.nothing

@@ -30,8 +30,8 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate, wrap
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 
-Kind = Literal["stdout", "stderr", "events", "clips"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+LogKind = Literal["stdout", "stderr", "events", "clips"]
+KINDS: tuple[LogKind, ...] = get_args(LogKind)
 MAX_ENTRIES = 8_000
 """About as many entries are kept; the oldest are dropped an eighth of it at a time."""
 MAX_CLIP_SHARES = 2
@@ -45,7 +45,7 @@ class LogEntry:
 
     time: float
     step: int
-    kind: Kind
+    kind: LogKind
     tag: str
     """What it is in at most ten letters: `stdout`, `clip`, `checkpoint`, …"""
     level: Level
@@ -106,8 +106,8 @@ class LogModel:
     def __init__(self) -> None:
         self.entries: list[LogEntry] = []
         self.shown: list[LogEntry] = []
-        self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        self.kinds: frozenset[Kind] = frozenset(("stdout", "stderr", "events"))
+        self.counts: dict[LogKind, int] = dict.fromkeys(KINDS, 0)
+        self.kinds: frozenset[LogKind] = frozenset(("stdout", "stderr", "events"))
         """Clips are many, so they are hidden at first."""
         self.warnings_only = False
         self.text = ""
@@ -137,7 +137,7 @@ class LogModel:
     def filter(
         self,
         *,
-        kinds: Iterable[Kind] | None = None,
+        kinds: Iterable[LogKind] | None = None,
         text: str | None = None,
         warnings_only: bool | None = None,
     ) -> None:

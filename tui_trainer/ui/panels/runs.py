@@ -15,7 +15,7 @@ from tui_trainer.comparison.compared_runs import (
     SERIES,
     ComparedCurve,
     ComparedRun,
-    Difference,
+    ComparedValue,
     Parting,
     differences,
     outcome,
@@ -156,7 +156,7 @@ class DifferencesTable(VirtualTable):
         self.placeholder = "nothing was recorded"
         self.parting: Sequence[Parting] = ()
         """Where the runs part, once it is known."""
-        self._lines: list[Difference | str] = []
+        self._lines: list[ComparedValue | str] = []
         """Headings and rows."""
         self._outcomes = 0
         self._run_width = MIN_RUN_WIDTH
@@ -171,13 +171,13 @@ class DifferencesTable(VirtualTable):
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
 
-    def _parting_lines(self) -> list[Difference | str]:
+    def _parting_lines(self) -> list[ComparedValue | str]:
         """Where each run differs first from the first one, and both values around it."""
         if not self.parting:
             return []
         steps: list[Scalar] = [None] * len(self.runs)
         phases: list[Scalar] = [None] * len(self.runs)
-        around: list[Difference | str] = []
+        around: list[ComparedValue | str] = []
         for each in self.parting:
             first = each.found.first
             steps[each.number] = "none" if first is None else first.step
@@ -188,10 +188,10 @@ class DifferencesTable(VirtualTable):
                 values: list[Scalar] = [None] * len(self.runs)
                 values[0], values[each.number] = first.short_texts(x, y)
                 label = first.quantity if step == first.step else f"  at step {step:,}"
-                around.append(Difference(label, tuple(values)))
+                around.append(ComparedValue(label, tuple(values)))
         if len(self.runs) == 2:
             steps[0], phases[0] = steps[1], phases[1]
-        rows = [Difference("at step", tuple(steps)), Difference("in phase", tuple(phases))]
+        rows = [ComparedValue("at step", tuple(steps)), ComparedValue("in phase", tuple(phases))]
         return [PARTING, *rows, *around]
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
@@ -237,7 +237,7 @@ class DifferencesTable(VirtualTable):
         return Cell(distinct_parts(texts)[number], style)
 
     @property
-    def current(self) -> Difference | None:
+    def current(self) -> ComparedValue | None:
         """The row under the cursor; None on a heading."""
         row = self.current_row
         line = self._lines[row] if row is not None else ""
@@ -252,7 +252,7 @@ class DifferenceDetail(LineView):
     def __init__(self, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.runs = runs
-        self.line: Difference | None = None
+        self.line: ComparedValue | None = None
 
     def rows(self, size: Size) -> Sequence[Row]:
         """The name of the row, and a line for each run."""
@@ -282,7 +282,7 @@ def distinct_parts(texts: Sequence[str]) -> list[str]:
     return [ends[0] + " ".join(words[head : len(words) - tail]) + ends[1] for words in split]
 
 
-def _best_run(line: Difference) -> int | None:
+def _best_run(line: ComparedValue) -> int | None:
     """The run with the best value; None where no value is better."""
     lower_is_better = line.name.startswith(("loss", "validation"))
     if not lower_is_better and not line.name.startswith("accuracy"):

@@ -271,7 +271,7 @@ def _background(style: Style) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StatisticsReading:
     """The statistics of a tensor at one moment."""
 
     at: str
@@ -291,7 +291,7 @@ class StatisticsView(BuiltLines):
         super().__init__(id=id)
         self.tensor: TensorInfo | None = None
         self.statistics: TensorStatistics | None = None
-        self.history: Sequence[Reading] = ()
+        self.history: Sequence[StatisticsReading] = ()
         self.log_scale = False
         """Whether the histogram is of the logarithms of absolute values."""
 
@@ -299,7 +299,7 @@ class StatisticsView(BuiltLines):
         self,
         tensor: TensorInfo | None,
         statistics: TensorStatistics | None,
-        history: Sequence[Reading] = (),
+        history: Sequence[StatisticsReading] = (),
     ) -> None:
         """Show a tensor; `history`: its readings while it was on the screen, the last one last."""
         self.tensor, self.statistics, self.history = tensor, statistics, history

@@ -18,15 +18,11 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
-from tui_trainer.ui.panels.attention.examination import (
-    AttentionHeadsTable,
-    AttentionMapView,
-    InputView,
-    QueryTable,
-    ResidualNotes,
-    ResidualTable,
-    SpectraView,
-)
+from tui_trainer.ui.panels.attention.attention_map import AttentionMapView
+from tui_trainer.ui.panels.attention.examined_heads import AttentionHeadsTable, SpectraView
+from tui_trainer.ui.panels.attention.input_view import InputView
+from tui_trainer.ui.panels.attention.query_table import QueryTable
+from tui_trainer.ui.panels.attention.residual_stream import ResidualNotes, ResidualTable
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import ZOOM, Viewport
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
@@ -52,7 +48,7 @@ SKIPPED = "the batch of the next step is being kept"
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SentRequest:
     """What a request was about."""
 
     request: ExamineAttention
@@ -138,7 +134,7 @@ class AttentionLayerScreen(DetailScreen):
         self._read_at = ""
         self._took_ms = 0.0
         self._error = ("", "")
-        self._asked: _Asked | None = None
+        self._asked: _SentRequest | None = None
         self._requests = 0
         self._pending = False
         self._due_at = 0.0
@@ -191,7 +187,7 @@ class AttentionLayerScreen(DetailScreen):
             return
         paused = status.state == "paused"
         rank = self.context.inspected_rank
-        wanted = _Asked(self._request(), (status.step, status.phase, paused), rank)
+        wanted = _SentRequest(self._request(), (status.step, status.phase, paused), rank)
         last = self._asked
         if wanted == last:
             return

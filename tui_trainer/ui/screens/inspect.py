@@ -41,7 +41,7 @@ from tui_trainer.ui.panels.tensor import (
     REDUCTIONS,
     ZOOM,
     HeatMapView,
-    Reading,
+    StatisticsReading,
     StatisticsView,
     Viewport,
 )
@@ -220,7 +220,7 @@ class InspectScreen(DetailScreen):
         self._unexplained = ("", "")
         self._explained_for: tuple[object, ...] | None = None
         """Request and moment that the explanation is of."""
-        self._history: deque[Reading] = deque(maxlen=READINGS_KEPT)
+        self._history: deque[StatisticsReading] = deque(maxlen=READINGS_KEPT)
         """Of this tensor, while it is on the screen."""
         self.gradient_check: GradientCheck | None = None
         self._unchecked = ("", "")
@@ -228,7 +228,7 @@ class InspectScreen(DetailScreen):
         """Message and hint where the tensor cannot be read."""
         self._ref: TensorRef | None = None
         self._rank = 0
-        self._asked: _Asked | None = None
+        self._asked: _SentRequest | None = None
         self._requests = 0
         """Number of requests so far; only the latest is answered."""
         self._pending = False
@@ -278,7 +278,7 @@ class InspectScreen(DetailScreen):
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None
-        wanted = _Asked(self._ref, (status.step, status.phase, paused), window)
+        wanted = _SentRequest(self._ref, (status.step, status.phase, paused), window)
         last = self._asked
         if wanted == last:
             return
@@ -317,7 +317,7 @@ class InspectScreen(DetailScreen):
             if summary.statistics is not None and not (
                 self._history and self._history[-1].at == at
             ):
-                self._history.append(Reading(at, summary.statistics))
+                self._history.append(StatisticsReading(at, summary.statistics))
         else:
             self.summary, self._error = None, (answer.message, answer.hint)
         self._draw(self.context.snapshot)
@@ -558,7 +558,7 @@ class InspectScreen(DetailScreen):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SentRequest:
     """What a request was about."""
 
     tensor: TensorRef

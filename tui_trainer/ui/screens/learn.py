@@ -18,7 +18,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
-from tui_trainer.learn.layout import Line, Numbers, changed_values, escaped, laid_out
+from tui_trainer.learn.layout import Numbers, StyledLine, changed_values, escaped, laid_out
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
 from tui_trainer.learn.progress import PageState, load_progress, save_progress
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
@@ -73,7 +73,7 @@ class PageView(ScrollingLines):
         super().__init__()
         self._text = ""
         self._numbers = Numbers(LANGUAGES[0])
-        self._laid_out: list[Line] = []
+        self._laid_out: list[StyledLine] = []
 
     def show_text(self, text: str, numbers: Numbers) -> None:
         """Show a text in Markdown."""

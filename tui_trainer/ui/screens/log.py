@@ -15,12 +15,12 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import count
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.header import FactsLine
-from tui_trainer.ui.panels.log import Kind, LogModel, LogView
+from tui_trainer.ui.panels.log import LogKind, LogModel, LogView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.text import Placeholder
 
-KINDS: tuple[tuple[Kind, str, str], ...] = (
+KINDS: tuple[tuple[LogKind, str, str], ...] = (
     ("stdout", "o", "out"),
     ("stderr", "r", "err"),
     ("events", "v", "events"),
@@ -178,7 +178,7 @@ class LogScreen(DetailScreen):
     def action_follow(self) -> None:
         self.view.set_follow(not self.view.follow)
 
-    def action_kind(self, kind: Kind) -> None:
+    def action_kind(self, kind: LogKind) -> None:
         """Show or hide a kind of line."""
         self._filter(kinds=self.lines.kinds ^ {kind})
 
@@ -210,7 +210,7 @@ class LogScreen(DetailScreen):
     def _filter(
         self,
         *,
-        kinds: frozenset[Kind] | None = None,
+        kinds: frozenset[LogKind] | None = None,
         text: str | None = None,
         warnings_only: bool | None = None,
     ) -> None:

@@ -1,0 +1,115 @@
+"""The attention weights of a head as a heat map: queries down, keys across."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.cells import cell_len
+from textual.geometry import Size
+
+from tui_trainer.client.answers.attention import (
+    position_label,
+    visible,
+)
+from tui_trainer.client.answers.tensors import cells_of
+from tui_trainer.protocol.attention import (
+    AttentionExamination,
+)
+from tui_trainer.protocol.heat_map import HeatMap
+from tui_trainer.protocol.text import strip_escapes
+from tui_trainer.ui.panels.base import Figure, title_line
+from tui_trainer.ui.panels.tensor import HeatMapView
+from tui_trainer.ui.widgets.lines import Row
+
+LABEL_WIDTH = 8
+"""Cells for the tokens beside the map, at most."""
+CAPTION_ROWS = 2
+"""Title, and the tokens of the keys."""
+MAX_CELL = 8
+"""Terminal cells across, and half cells down, for one query and key at most."""
+
+
+class AttentionMapView(HeatMapView):
+    """Queries down, keys across, with the tokens beside them and a mark at the query."""
+
+    lessons = ("attention-scores",)
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.found: AttentionExamination | None = None
+
+    def show_attention(self, found: AttentionExamination | None, message: str = "") -> None:
+        self.found = found
+        self.show(found.map if found is not None else None, message)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(rows, columns) of cells for which there is room."""
+        size = self.view_size
+        return max(2, 2 * (size.height - CAPTION_ROWS)), max(2, size.width - self._gutter)
+
+    @property
+    def _gutter(self) -> int:
+        """Cells to the left of the map: a mark, and the tokens."""
+        labels = self.found.labels if self.found is not None else ()
+        longest = max((cell_len(visible(label)) for label in labels), default=0)
+        return 2 + (min(LABEL_WIDTH, max(longest, 2)) if longest else 0)
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        heat, found = self.heat, self.found
+        if heat is None or found is None:
+            return super().rows(size)
+        cells = cells_of(heat)
+        width, height = size.width - self._gutter, 2 * (size.height - CAPTION_ROWS)
+        across = min(max(1, width // heat.columns), MAX_CELL)
+        down = min(max(1, height // heat.rows), MAX_CELL)
+        if down > 1:
+            down -= down % 2  # whole lines for each query, to stand beside its token
+        across = min(across, down)  # about square
+        shown = cells[: height // down, : width // across]
+        picture = shown.repeat(down, 0).repeat(across, 1)
+        high = float(np.nanmax(cells, initial=0.0))
+        lines = self._picture(picture, np.ones(picture.shape, bool), 0.0, high)
+        gutters = [self._beside(heat, found, line, down) for line in range(len(lines))]
+        drawn = [[*gutter, *line] for gutter, line in zip(gutters, lines, strict=True)]
+        return [
+            title_line(self, size.width, *self._head(heat, high)),
+            *drawn,
+            self._below(heat, found, across, shown.shape[1]),
+        ]
+
+    def _head(self, heat: HeatMap, high: float) -> tuple[str, list[Figure]]:
+        style = self.palette.text
+        figures = [
+            ("queries", f"{heat.row_from:,}–{heat.row_to - 1:,}", style),
+            ("keys", f"{heat.column_from:,}–{heat.column_to - 1:,}", style),
+            ("strongest", f"{high:.3f}", style),
+        ]
+        if heat.block_rows > 1 or heat.block_columns > 1:
+            block = f"{heat.block_rows:,}{self.glyphs.times}{heat.block_columns:,}"
+            figures.append(("largest of", block, style))
+        return "Weights", figures
+
+    def _beside(self, heat: HeatMap, found: AttentionExamination, line: int, down: int) -> Row:
+        """The mark of the query, and the tokens of a line's queries."""
+        first = heat.row_from + (2 * line // down) * heat.block_rows
+        last = min(heat.row_from + ((2 * line + 1) // down + 1) * heat.block_rows, heat.row_to)
+        room = self._gutter - 2
+        here = first <= found.query < last
+        mark = self.glyphs.current if here and (down < 2 or 2 * line % down == 0) else " "
+        text = ""
+        if room and heat.block_rows == 1 and 2 * line % down == 0:
+            text = "".join(position_label(found, q)[: room if down > 1 else 1]
+                           for q in range(first, last))  # fmt: skip
+        text = strip_escapes(text)[:room]
+        return self.styled([(mark, "accent bold"), (text.rjust(room), "accent" if here else "dim"),
+                            (" ", "text")])  # fmt: skip
+
+    def _below(self, heat: HeatMap, found: AttentionExamination, across: int, shown: int) -> Row:
+        """The first character of each key's token."""
+        if not found.labels or heat.block_columns > 1:
+            return []
+        marks = [position_label(found, heat.column_from + key)[:1] for key in range(shown)]
+        text = "".join((mark if cell_len(mark) == 1 else "?").ljust(across) for mark in marks)
+        return self.styled([(" " * self._gutter, "text"), (text, "dim")])

@@ -1,0 +1,276 @@
+"""The graph, drawn with lines between its nodes, its title, and the current step as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from textual.geometry import Size
+
+from tui_trainer.learn.scalar.graph import (
+    ScalarGraph,
+)
+from tui_trainer.learn.scalar.layout import Layout, layout
+from tui_trainer.protocol import formatting
+from tui_trainer.ui.panels.scalar_graph.state import GraphState
+from tui_trainer.ui.widgets.lines import LineView, Row, ScrollingLines
+
+NORTH, SOUTH, WEST, EAST = 1, 2, 4, 8
+BOX = dict(enumerate(" ╵╷│╴┘┐┤╶└┌├─┴┬┼"))
+"""Line characters by the directions in which they lead."""
+MAX_NAME, VALUE_WIDTH = 8, 7
+MAX_GAP = 12
+SIGNS = {"neg": "-"}
+"""Where the sign is not the operation itself."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cells of the columns and rows of a graph."""
+
+    left: tuple[int, ...]
+    """First cell of each column of nodes."""
+    channel: tuple[int, ...]
+    """Cell left of each column in which its edges run up and down."""
+    node_width: int
+    pitch: int
+    """Lines from one row of nodes to the next."""
+    width: int
+    height: int
+
+
+def geometry(graph: ScalarGraph, placed: Layout, size: Size) -> Geometry:
+    """Gaps as wide as the room allows, with the signs of the operations in them."""
+    name = min(MAX_NAME, max(len(node.name) for node in graph.nodes))
+    node_width = name + 1 + VALUE_WIDTH
+    signs = [0] * placed.columns
+    for node, (column, _) in zip(graph.nodes, placed.places, strict=True):
+        if node.is_computed:
+            signs[column] = max(signs[column], len(SIGNS.get(node.operation, node.operation)))
+    gaps = [0] + [3 + sign for sign in signs[1:]]
+    spare = size.width - placed.columns * node_width - sum(gaps)
+    extra = max(0, min(MAX_GAP - 4, spare // max(1, placed.columns - 1)))
+    left, channel, x = [], [], 0
+    for column in range(placed.columns):
+        x += gaps[column] + (extra if column else 0)
+        left.append(x)
+        channel.append(x - signs[column] - 2)
+        x += node_width
+    pitch = 3 if placed.rows * 3 - 1 <= size.height else 2
+    height = round((placed.rows - 1) * pitch) + 2
+    return Geometry(tuple(left), tuple(channel), node_width, pitch, x, height)
+
+
+class GraphView(ScrollingLines, can_focus=False):
+    """The nodes with their values and gradients. It follows the current step."""
+
+    DEFAULT_CSS = "GraphView { width: 1fr; height: 1fr; }"
+
+    def __init__(self, state: GraphState, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.state = state
+        self._drawn: list[Row] = []
+        self._width = 0
+
+    def show(self) -> None:
+        """Draw the state again, and bring its node into view."""
+        self._draw()
+        self.lines_changed()
+        self._follow()
+
+    def view_resized(self) -> None:
+        self.show()
+
+    def line_count(self) -> int:
+        return len(self._drawn)
+
+    def line(self, index: int) -> Row:
+        return self._drawn[index]
+
+    def line_width(self) -> int:
+        return self._width
+
+    def discard_drawn(self) -> None:
+        super().discard_drawn()
+        self._draw()
+
+    def _geometry(self) -> tuple[Layout, Geometry]:
+        placed = layout(self.state.graph.expression)
+        return placed, geometry(self.state.graph, placed, self.size)
+
+    def _place(self, placed: Layout, cells: Geometry, index: int) -> tuple[int, int]:
+        column, row = placed.places[index]
+        return cells.left[column], round(row * cells.pitch)
+
+    def _draw(self) -> None:
+        if not self.size.width or not self.is_attached:
+            return
+        state = self.state
+        placed, cells = self._geometry()
+        texts = [[" "] * cells.width for _ in range(cells.height)]
+        styles = [["text"] * cells.width for _ in range(cells.height)]
+        lines = np.zeros((cells.height, cells.width), np.uint8)
+        active = state.current.node if state.current is not None else -1
+        for live in (False, True):  # edges of the current step on top
+            for source, target in placed.edges:
+                if (target == active) == live:
+                    style = "accent" if live else "faint"
+                    self._edge(placed, cells, source, target, lines, styles, style)
+        for y, x in np.argwhere(lines):
+            texts[y][x] = BOX[int(lines[y, x])]
+        values, gradients = state.known_values(), state.known_gradients()
+        for index in range(len(state.graph.nodes)):
+            self._node(placed, cells, index, texts, styles, index in values, gradients.get(index))
+        self._width = cells.width
+        self._drawn = [
+            self.styled(joined_spans(row, names)) for row, names in zip(texts, styles, strict=True)
+        ]
+
+    def _edge(
+        self,
+        placed: Layout,
+        cells: Geometry,
+        source: int,
+        target: int,
+        lines: NDArray[np.uint8],
+        styles: list[list[str]],
+        style: str,
+    ) -> None:
+        """From the right of the operand to the channel of the node, along it, and to the node."""
+        x1, y1 = self._place(placed, cells, source)
+        x2, y2 = self._place(placed, cells, target)
+        channel = cells.channel[placed.places[target][0]]
+
+        def mark(x: int, y: int, bits: int) -> None:
+            lines[y, x] |= bits
+            styles[y][x] = style
+
+        for x in range(x1 + cells.node_width, channel):
+            mark(x, y1, WEST | EAST)
+        mark(channel, y1, WEST)
+        low, high = sorted((y1, y2))
+        for y in range(low, high + 1):
+            mark(channel, y, (NORTH if y > low else 0) | (SOUTH if y < high else 0))
+        mark(channel, y2, EAST)
+        for x in range(channel + 1, x2):
+            mark(x, y2, WEST | EAST)
+
+    def _node(
+        self,
+        placed: Layout,
+        cells: Geometry,
+        index: int,
+        texts: list[list[str]],
+        styles: list[list[str]],
+        known: bool,
+        gradient: float | None,
+    ) -> None:
+        state, node = self.state, self.state.graph.nodes[index]
+        x, y = self._place(placed, cells, index)
+        current = state.current
+        is_current = current is not None and current.node == index
+
+        def write(at: int, line: int, text: str, style: str) -> None:
+            for offset, character in enumerate(text):
+                texts[line][at + offset], styles[line][at + offset] = character, style
+
+        if node.is_computed:
+            sign = SIGNS.get(node.operation, node.operation)
+            write(x - len(sign) - 1, y, sign, "accent" if is_current else "strong")
+        name_width = cells.node_width - VALUE_WIDTH - 1
+        name = node.name if len(node.name) <= name_width else f"{node.name[: name_width - 1]}…"
+        if node.operation == "constant":
+            name = ""
+        is_touched = index in state.touched()
+        style = "current" if is_current else "accent bold" if is_touched else "strong"
+        if index == state.selected and not is_current:
+            style += " underline"
+        write(x, y, name.ljust(name_width), style if name else "text")
+        value = formatting.number(state.graph.values[index], VALUE_WIDTH) if known else ""
+        write(x + name_width, y, f" {value.rjust(VALUE_WIDTH)}", "text")
+        mark, shown = "", ""
+        if gradient is not None:
+            mark, shown = "g" if self.glyphs.ascii else "∇", formatting.number(gradient, 7)
+        write(x, y + 1, mark.ljust(name_width), "norm")
+        is_new = is_touched and current is not None and current.backward
+        write(
+            x + name_width, y + 1, f" {shown.rjust(VALUE_WIDTH)}", "norm bold" if is_new else "norm"
+        )
+
+    def _follow(self) -> None:
+        """Scroll so that the node of the current step and its operands, or else the selected node,
+        are in view."""
+        if not self.size.width or not self.is_attached:
+            return
+        placed, cells = self._geometry()
+        step = self.state.current
+        shown = [self.state.selected] if step is None else [step.node, *self.state.touched()]
+        places = [self._place(placed, cells, index) for index in shown]
+        width, height = self.view_size
+        left, top = self.scroll_offset
+        x1, x2 = min(x for x, _ in places), max(x for x, _ in places) + cells.node_width
+        y1, y2 = min(y for _, y in places), max(y for _, y in places) + 2
+        self.scroll_to(
+            min(max(left, x2 - width), x1), min(max(top, y2 - height), y1),
+            animate=False, force=True,
+        )  # fmt: skip
+
+
+def joined_spans(characters: Sequence[str], styles: Sequence[str]) -> list[tuple[str, str]]:
+    """Neighbours of one style in one span."""
+    spans: list[tuple[str, str]] = []
+    for character, style in zip(characters, styles, strict=True):
+        if spans and spans[-1][1] == style:
+            spans[-1] = (spans[-1][0] + character, style)
+        else:
+            spans.append((character, style))
+    return spans
+
+
+class StepText(LineView):
+    """The current step, with the chain rule in numbers."""
+
+    DEFAULT_CSS = "StepText { width: 1fr; height: 4; }"
+
+    def __init__(self, state: GraphState, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.state = state
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        """A title, and a line for each operand."""
+        step, output = self.state.current, self.state.graph.output_name
+        if step is None:
+            title = "p computes the first node; space goes to the end and back"
+            lines: Sequence[str] = (
+                "forward: every node gets its value from its operands",
+                f"backward: every node passes d{output}/d(node) on, times the local derivative",
+            )
+        else:
+            title = ("backward: " if step.backward else "forward: ") + step.title
+            lines = step.lines
+        rows = [self.styled([(title, "title"), (f" {self._rule(size.width, title)}", "rule")])]
+        return [*rows, *(self.styled([(f" {line}", "text")]) for line in lines)]
+
+    def _rule(self, width: int, title: str) -> str:
+        return self.glyphs.rule * max(0, width - len(title) - 1)
+
+
+class GraphTitle(LineView):
+    """The expression, how far the steps have come, and whether PyTorch agrees."""
+
+    DEFAULT_CSS = "GraphTitle { height: 1; }"
+
+    def __init__(self, state: GraphState) -> None:
+        super().__init__()
+        self.state = state
+
+    def rows(self, size: Size) -> Sequence[Row]:
+        state = self.state
+        style = "dim" if state.autograd is None else "good"
+        right = [(state.progress(), "accent"), ("  ", "text"), (state.agreement(), style)]
+        room = size.width - sum(len(text) for text, _ in right) - 4
+        text = state.graph.expression.text
+        text = text if len(text) <= room else f"{text[: max(0, room - 1)]}…"
+        return [self.styled([(f" {text.ljust(room)}", "strong"), ("  ", "text"), *right])]
