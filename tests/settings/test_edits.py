@@ -142,9 +142,11 @@ def test_a_change_that_is_undone_at_once_changes_nothing():
 def test_images_of_another_batch_size_and_seed():
     changed = tiny("vit")
     edited = Edited(changed.loop, {AT: "batch_size=6 seed=9"}, changed)
-    assert edited.answers == [f"batch_size 4 → 6; seed 1,337 → 9, from step {AT + 1} on"], (
-        edited.notices
-    )
+    (answer,) = edited.answers
+    assert answer == (
+        "batch_size 4 → 6 (an epoch has about 239 steps instead of 359); seed 1,337 → 9, "
+        f"from step {AT + 1} on"
+    ), edited.notices
     other = tiny("vit", batch_size=6, seed=9)
     rate = other.schedule
     by_hand = tiny("vit")

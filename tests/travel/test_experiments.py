@@ -9,7 +9,13 @@ import pytest
 
 from tests.travel.support import Run, same, tiny
 from tui_trainer.config.live_settings import parse_changes
-from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
+from tui_trainer.protocol.experiments import (
+    ExperimentCost,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
+from tui_trainer.protocol.formatting import bytes_, cost_text
 from tui_trainer.trace.gate import Refusal
 
 
@@ -81,3 +87,42 @@ def test_a_viewer_that_leaves_during_an_experiment_ends_it_and_not_the_training(
         with pytest.raises(Refusal, match="an experiment begins at the end of a step"):
             ask(run, FindLearningRate())
         run.to(5)
+
+
+def test_what_an_experiment_takes_is_known_before(tmp_path):
+    with Run(tiny(), tmp_path) as run:
+        run.to(5)
+        snapshot = run.travel.ring.before(5).state.nbytes
+        costs = [
+            run.gate.call_soon(lambda asked=asked: run.travel.cost(asked)).result(60)
+            for asked in (
+                WhatIf(parse_changes(["lr=1"]), 50),
+                FindLearningRate(steps=3),
+                MeasureLandscape(points=9),
+            )
+        ]
+        assert [cost.steps for cost in costs] == [14, 3, 9], "the training has 12 steps"
+        assert [cost.bytes for cost in costs] == [2 * snapshot, 2 * snapshot, 3 * snapshot]
+        assert all(cost.seconds > 0 and cost.free > 0 for cost in costs)
+        assert not any(cost.large for cost in costs)
+        timeline = run.gate.call_soon(run.travel.timeline).result(60)
+        assert timeline.snapshot_bytes == snapshot
+        assert timeline.step_s > 0
+        run.travel._step_s = lambda: 40.0
+        run.travel.ring.forget_after(2)
+        with pytest.raises(
+            Refusal, match="makes 2 steps from step 2 again, which takes about 80 s"
+        ):
+            run.travel.back(4)
+        assert run.travel.back(4, confirmed=True).endswith("are made again, about 80 s")
+        run.at(4)
+        text = run.travel.keep(10 * snapshot)
+        assert text.endswith(f"{bytes_(snapshot, 0)} each: up to 10")
+
+
+def test_costs_are_large_beyond_a_minute_or_half_of_the_memory():
+    assert ExperimentCost(100, 61.0, 1, 100).large
+    assert ExperimentCost(100, None, 51, 100).large
+    small = ExperimentCost(100, 3.2, 50 << 20, 100 << 20)
+    assert not small.large
+    assert cost_text(small) == "100 steps in about 4 s, with 50.0 MB of memory"

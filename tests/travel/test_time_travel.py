@@ -184,7 +184,7 @@ def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path)
 
     run = Edited(lambda: script(*parts, data), {4: keep, 8: back})
     assert data.drawn == 12
-    assert "own data order and counters go on" in run.notices[-1]
+    assert "not the script's own variables, data order, DataLoader workers" in run.notices[-1]
     model, optimizer, scheduler = make()
     saved = {}
 

@@ -22,7 +22,12 @@ from tui_trainer.inspector.tensor_reading import readable
 from tui_trainer.inspector.update_capture import UpdateCapture
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
-from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
+from tui_trainer.protocol.experiments import (
+    EstimateCost,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -100,7 +105,7 @@ class Inspector:
                     raise InspectionError("requests about other ranks go to rank 0")
                 case ReadSettings() | ReadTimeline():
                     raise InspectionError("this run has no settings that can be changed")
-                case WhatIf() | FindLearningRate() | MeasureLandscape():
+                case WhatIf() | FindLearningRate() | MeasureLandscape() | EstimateCost():
                     raise InspectionError("this run cannot be experimented with")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:

@@ -91,12 +91,23 @@ class Back(msgspec.Struct, tag="back", frozen=True):
 
     step: int | None = None
     """None: one step back."""
+    confirmed: bool = False
+    """Also where the steps to be made again take long."""
 
 
 class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):
     """Keep snapshots of the training from here on, in so much host memory; 0: none."""
 
     bytes: int
+
+
+class Branch(msgspec.Struct, tag="branch", frozen=True):
+    """Start a new run that goes on from where this one is, with other settings."""
+
+    changes: tuple[SettingChange, ...] = ()
+    name: str = ""
+    """"": that of this run and a number."""
+    paused: bool = False
 
 
 class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):
@@ -121,4 +132,5 @@ Action = (
     | UndoSettings
     | Back
     | KeepSnapshots
+    | Branch
 )

@@ -14,6 +14,7 @@ from tui_trainer.protocol import Phase
 
 Level = Literal["info", "warning", "error"]
 NoticeKind = Literal[
+    "branch",
     "breakpoint",
     "cadence",
     "checkpoint",

@@ -11,6 +11,10 @@ from tui_trainer.protocol.settings import SettingChange
 Direction = Literal["gradient", "random", "snapshots"]
 MAX_STEPS = 1000
 MAX_POINTS = 201
+LONG_S = 60.0
+"""What takes longer than this is to be confirmed first."""
+LARGE_SHARE = 0.5
+"""The same for what takes a larger share of the memory that is free."""
 
 
 class WhatIf(msgspec.Struct, tag="what_if", frozen=True):
@@ -60,3 +64,27 @@ class ExperimentResult(msgspec.Struct, tag="experiment", frozen=True, array_like
 
 
 Experiment = WhatIf | FindLearningRate | MeasureLandscape
+
+
+class EstimateCost(msgspec.Struct, tag="estimate_cost", frozen=True):
+    """Asks what an experiment would take, without making it."""
+
+    experiment: Experiment
+
+
+class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_like=True):
+    """What an experiment takes."""
+
+    steps: int
+    """Steps of the training, or evaluations of the loss."""
+    seconds: float | None
+    """None where no step was measured yet."""
+    bytes: int
+    """Memory while it works."""
+    free: int
+    """Memory that is free now."""
+
+    @property
+    def large(self) -> bool:
+        """Whether it is to be confirmed."""
+        return (self.seconds or 0.0) > LONG_S or self.bytes > LARGE_SHARE * self.free

@@ -19,6 +19,7 @@ from tui_trainer.protocol.events import (
     Notice,
     Skipped,
 )
+from tui_trainer.protocol.experiments import ExperimentCost
 from tui_trainer.protocol.schema import Scalar
 
 MISSING = "–"
@@ -195,6 +196,12 @@ def step_of(step: int, total: int | None) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 step`, `1,240 steps`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def cost_text(cost: ExperimentCost) -> str:
+    """`100 steps in about 4 s, with 24.1 MB of memory`."""
+    took = f" in about {rough_duration(math.ceil(cost.seconds))}" if cost.seconds else ""
+    return f"{counted(cost.steps, 'step')}{took}, with {bytes_(cost.bytes, 0)} of memory"
 
 
 def cadence(every: int) -> str:

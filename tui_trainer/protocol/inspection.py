@@ -21,6 +21,8 @@ from tui_trainer.protocol.autograd import (
     GradientCheck,
 )
 from tui_trainer.protocol.experiments import (
+    EstimateCost,
+    ExperimentCost,
     ExperimentResult,
     FindLearningRate,
     MeasureLandscape,
@@ -296,6 +298,7 @@ InspectionRequest = (
     | WhatIf
     | FindLearningRate
     | MeasureLandscape
+    | EstimateCost
 )
 InspectionResult = (
     TensorList
@@ -309,6 +312,7 @@ InspectionResult = (
     | SettingList
     | Timeline
     | ExperimentResult
+    | ExperimentCost
 )
 NOT_CAPTURED = "the batch of this step was not kept"
 """Message of a request that needs to run the forward pass again, before any other such one."""

@@ -29,6 +29,10 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
     bytes: int = 0
     """Memory that the snapshots take."""
     budget: int = 0
+    step_s: float | None = None
+    """Seconds that a step takes; None where none was measured yet."""
+    snapshot_bytes: int = 0
+    """Memory that one snapshot takes."""
 
 
 class ReadTimeline(msgspec.Struct, tag="read_timeline", frozen=True):

@@ -13,6 +13,7 @@ from tui_trainer.protocol.actions import (
     Action,
     AddBreakpoint,
     Back,
+    Branch,
     ChangeBreakpoint,
     ChangeSettings,
     Checkpoint,
@@ -84,12 +85,14 @@ class CommandHandler:
         breakpoints: RunBreakpoints | None = None,
         edits: Callable[[], LiveEdits] | None = None,
         travel: Callable[[], TimeTravel] | None = None,
+        start_branch: Callable[[Branch], str] | None = None,
     ) -> None:
         """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
         `controls`: those of all processes of the run. `edits()` raises Refusal where no setting can
-        be changed, `travel()` where there is no way back."""
+        be changed, `travel()` where there is no way back, `start_branch()` where there is none."""
         self._edits = edits
         self._travel = travel
+        self._branch = start_branch
         self._breakpoints = breakpoints
         self._gate = gate
         self._controls: Gate | RankControl = controls or gate
@@ -209,8 +212,10 @@ class CommandHandler:
                 return mark
             case ChangeSettings(changes=changes):
                 return self._live_edits().change(changes, viewer.name)
-            case Back(step=step):
-                return self._time_travel().back(step)
+            case Back(step=step, confirmed=confirmed):
+                return self._time_travel().back(step, confirmed)
+            case Branch():
+                return self._start_branch(action)
             case KeepSnapshots(bytes=budget):
                 return self._time_travel().keep(budget)
             case UndoSettings():
@@ -227,6 +232,11 @@ class CommandHandler:
         if self._travel is None:
             raise Refusal("there is no way back in this run")
         return self._travel()
+
+    def _start_branch(self, action: Branch) -> str:
+        if self._branch is None:
+            raise Refusal("this run cannot be continued by another one")
+        return self._branch(action)
 
     def _change_breakpoints(
         self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.settings import RuleSettings, SettingsError, parse_settings
 from tui_trainer.protocol import Phase, schema
+from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import Join, ProcessAt
 from tui_trainer.record.events import Sink
@@ -49,6 +51,9 @@ from tui_trainer.run.rank_server import LEAVE_S, VERDICT_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
+from tui_trainer.runs.branching import free_name, start_branch
+from tui_trainer.runs.checkpoints import checkpoint_steps
+from tui_trainer.runs.errors import RunError
 from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate, Refusal
 
@@ -108,6 +113,7 @@ class Host:
             self.breakpoints,
             self._live_edits,
             self._time_travel,
+            self._start_branch,
         )
         self.edits: LiveEdits | None = None
         self.travel: TimeTravel | None = None
@@ -321,12 +327,57 @@ class Host:
             )
 
     def _save_on_request(self) -> None:
+        self._save_soon()
+
+    def _save_soon(self) -> Future[int]:
+        """The step of the checkpoint, which is written at the end of the present one. Raises
+        Refusal."""
         if self._saver is None:
             raise Refusal("there is nothing to save yet")
         saver, gate = self._saver, self.gate
         if gate.mode == "paused" and gate.phase and gate.phase != "step":
             raise Refusal(*_no_checkpoint_within_step(gate.phase, gate.step_in_progress))
-        gate.call_soon(lambda: saver.write(gate.completed, requested=True))
+
+        def save() -> int:
+            saver.write(gate.completed, requested=True)
+            return gate.completed
+
+        return gate.call_soon(save)
+
+    def _start_branch(self, asked: Branch) -> str:
+        """Write a checkpoint, and start a run from it in a process of its own. Raises Refusal."""
+        if self.spec.is_script:
+            raise Refusal(
+                f"{self.spec.name} trains a script, which resumes by its own means",
+                "tui-trainer back RUN --to STEP goes on from an earlier state in the same run",
+            )
+        if self.edits is None:
+            raise Refusal("the training has not begun yet")
+        name = asked.name or free_name(Path(self.spec.directory))
+        self.edits.require_possible(asked.changes)
+        made = (asked, name, self._save_soon())
+        threading.Thread(target=self._make_branch, args=made, daemon=True).start()
+        return f"branch {name} is being started"
+
+    def _make_branch(self, asked: Branch, name: str, saved: Future[int]) -> None:
+        """On a thread of its own; how it ends is told by a notice."""
+        changes = [change.text for change in asked.changes]
+        try:
+            step = saved.result()
+            if step not in checkpoint_steps(Path(self.spec.directory)):
+                raise RunError(f"the checkpoint of step {step:,} could not be written")
+            start_branch(self.spec, step, name, changes, asked.paused)
+        except CancelledError:
+            return  # the training has ended
+        except RunError as error:
+            text = f"branch {name} could not be started: {error.message}"
+            self.recorder.notice("branch", text, "error", self.gate.completed)
+        except Exception as error:
+            self.recorder.fault(f"starting branch {name}", error)
+        else:
+            with_changes = f" with {' '.join(changes)}" if changes else ""
+            text = f"branch {name} goes on from step {step:,}{with_changes}"
+            self.recorder.notice("branch", text, step=step)
 
     def _save_on_stop(self, step: int) -> None:
         if self._saver is not None:

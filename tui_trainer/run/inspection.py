@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.experiments import (
+    EstimateCost,
     Experiment,
     ExperimentResult,
     FindLearningRate,
@@ -172,6 +173,10 @@ class Inspections:
             result = self.edits.settings()
         elif isinstance(request, ReadTimeline) and self.travel is not None:
             result = self.travel.timeline()
+        elif isinstance(request, EstimateCost):
+            if self.travel is None:
+                raise UserError(NO_MODEL)
+            result = self.travel.cost(request.experiment)
         else:
             result = self.inspector.answer(request)
         took_ms = (time.perf_counter() - began) * 1e3

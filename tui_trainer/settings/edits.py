@@ -35,8 +35,9 @@ from tui_trainer.tasks.definition import Batches, Schedule
 from tui_trainer.trace.gate import Gate, Refusal
 from tui_trainer.trace.tracer import Tracer
 
-WAIT_S = 0.3
-"""How long a viewer's command waits for the end of the current step before it is answered."""
+WAIT_S, PAUSED_WAIT_S = 0.3, 5.0
+"""How long a viewer's command waits for the end of the current step before it is answered; where
+the training is paused there, the change is made at once."""
 MAX_LISTED_GROUPS = 8
 """Parameter groups whose settings are listed one by one."""
 CLIP_FUNCTIONS = {"norm": "clip_grad_norm_", "value": "clip_grad_value_"}
@@ -120,11 +121,15 @@ class LiveEdits:
         """Make changes at the end of the current step; returns a text about it. Raises Refusal."""
         if self.check is not None:
             self.check()
+        self.require_possible(changes)
+        text = " ".join(change.text for change in changes)
+        return self._at_boundary(lambda: self.apply(SettingEdit(0, tuple(changes), who)), text)
+
+    def require_possible(self, changes: Sequence[SettingChange]) -> None:
+        """Raises Refusal where one of these changes is not possible."""
         for change in changes:
             _require_valid(change)
             self.plan(change)
-        text = " ".join(change.text for change in changes)
-        return self._at_boundary(lambda: self.apply(SettingEdit(0, tuple(changes), who)), text)
 
     def undo(self, who: str = "") -> str:
         """Undo the latest change, or withdraw it where it has not been made yet. Raises Refusal."""
@@ -139,13 +144,15 @@ class LiveEdits:
 
     def _at_boundary(self, work: Callable[[], str], text: str) -> str:
         """Raises Refusal, also where `work` does so in time."""
-        future = self._gate.call_soon(work)
+        gate = self._gate
+        between = gate.mode == "paused" and gate.phase == "step"
+        future = gate.call_soon(work)
         try:
-            return str(future.result(WAIT_S))
+            return str(future.result(PAUSED_WAIT_S if between else WAIT_S))
         except NotYet:
             self._waiting = [*self._waiting, (text, future)]
             future.add_done_callback(self._waited)
-            return f"at the end of step {self._gate.step_in_progress:,}"
+            return f"at the end of step {gate.step_in_progress:,}"
         except CancelledError:
             raise Refusal("the training has ended") from None
 
@@ -385,7 +392,18 @@ class LiveEdits:
             self._change_data(task, *after)
             return lambda: self._change_data(task, *before)
 
-        return PlannedEdit(f"{name} {old:,} → {value:,}", apply)
+        return PlannedEdit(
+            f"{name} {old:,} → {value:,}{self._epoch_change(task, name, value)}", apply
+        )
+
+    @staticmethod
+    def _epoch_change(task: EditableTask, name: str, value: int) -> str:
+        """What another batch size means for the epochs."""
+        before = task.batches.batches_per_epoch
+        if name != "batch_size" or not before:
+            return ""
+        after = max(1, before * task.batches.batch_size // value)
+        return f" (an epoch has about {after:,} steps instead of {before:,})"
 
     def _change_data(self, task: EditableTask, batch_size: int, seed: int) -> None:
         batches = task.batches

@@ -12,18 +12,29 @@ generators become those of the snapshot, and the script goes on where it is.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import psutil
 from torch.amp.grad_scaler import GradScaler
 
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.experiments import Experiment, ExperimentResult
-from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.protocol.experiments import (
+    LONG_S,
+    Experiment,
+    ExperimentCost,
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    WhatIf,
+)
+from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
+from tui_trainer.protocol.schema import STEP, STEP_INDEX
 from tui_trainer.protocol.text import single_line
 from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
@@ -43,9 +54,14 @@ NEVER = 10**15
 MAX_REASON = 200
 """Characters of the reason of a failure."""
 SCRIPT_STATE = (
-    "weights, optimizers, schedulers, scalers and random generators; the script's own data order "
-    "and counters go on"
+    "weights, buffers, optimizers, schedulers, GradScaler, random generators and changed settings; "
+    "not the script's own variables, data order, DataLoader workers and threads, which go on"
 )
+NOT_FOR_SCRIPTS = ("experiments are for the shipped tasks", "a script's loop is its own")
+RECENT_STEPS = 50
+"""Over so many steps their duration is taken."""
+FORWARD_SHARE = 0.5
+"""Share of a step that a forward pass takes, at most."""
 NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
 HOW_TO_KEEP = (
     "tui-trainer back RUN --keep 1GB keeps them from here on; --snapshots 1GB from the start"
@@ -162,11 +178,13 @@ class TimeTravel:
             self.ring = SnapshotRing(0)
             return "no more snapshots are kept"
         self._gate.call_soon(lambda: self._take(self._gate.completed))
-        return f"snapshots are kept in at most {bytes_(budget_bytes, 0)}"
+        each = self._state_bytes()
+        many = f", {bytes_(each, 0)} each: up to {budget_bytes // each:,}" if each else ""
+        return f"snapshots are kept in at most {bytes_(budget_bytes, 0)}{many}"
 
-    def back(self, step: int | None = None) -> str:
+    def back(self, step: int | None = None, confirmed: bool = False) -> str:
         """Go to the end of `step`, by default one step back, and pause there; returns a text about
-        it. Raises Refusal."""
+        it. Raises Refusal, also where that takes long and is not `confirmed`."""
         gate = self._gate
         if step is None:
             within = gate.mode == "paused" and gate.phase not in ("", "step")
@@ -189,13 +207,57 @@ class TimeTravel:
                 f"nothing is kept from before step {earliest:,}",
                 f"the earliest step is {earliest:,}",
             )
+        again, step_s = step - nearest, self._step_s()
+        took = f"about {rough_duration(math.ceil(again * step_s))}" if step_s else ""
+        text = f"{counted(again, 'step')} from step {nearest:,}"
+        if again and step_s and again * step_s > LONG_S and not confirmed:
+            raise Refusal(
+                f"going to step {step:,} makes {text} again, which takes {took}",
+                "tui-trainer back --yes does so; in the app enter on the timeline (T)",
+            )
         gate.call_soon(lambda: self._leave_loop(step), mid_step=True).add_done_callback(
             lambda done: self._report_failure(done.exception())
         )
-        again = step - nearest
-        return f"back to step {step:,}" + (
-            f": {counted(again, 'step')} from step {nearest:,} are made again" if again else ""
-        )
+        if not again:
+            return f"back to step {step:,}"
+        verb = "is" if again == 1 else "are"
+        return f"back to step {step:,}: {text} {verb} made again{f', {took}' if took else ''}"
+
+    def _step_s(self) -> float | None:
+        """Seconds that a step takes, as the median of the last ones; None where none is known."""
+        table = self._recorder.read(lambda history: history.table(STEP))
+        if table is None or not table.rows:
+            return None
+        recent = self._recorder.read(lambda _: table.tail(RECENT_STEPS)[1])
+        known = recent[np.isfinite(recent[:, STEP_INDEX["step_ms"]]), STEP_INDEX["step_ms"]]
+        return float(np.median(known)) / 1e3 if len(known) else None
+
+    def _state_bytes(self) -> int:
+        """The size of a snapshot; 0 where it cannot be known from this thread now."""
+        try:
+            return self._parts().nbytes()
+        except RuntimeError:  # an optimizer adds to its state meanwhile
+            return 0
+
+    def cost(self, experiment: Experiment) -> ExperimentCost:
+        """What an experiment would take. On the training thread. Raises Refusal."""
+        task = self.task
+        if task is None:
+            raise Refusal(*NOT_FOR_SCRIPTS)
+        left = max(0, task.total_steps - self._gate.completed)
+        copies, share = 2, 1.0
+        match experiment:
+            case WhatIf(steps=steps):
+                made = 2 * min(steps, left)
+            case FindLearningRate(steps=steps):
+                made = min(steps, left)
+            case MeasureLandscape(points=points):
+                made, share = points, FORWARD_SHARE
+                copies = 3  # and twice the weights
+        step_s = self._step_s()
+        seconds = made * step_s * share if step_s is not None else None
+        free = psutil.virtual_memory().available
+        return ExperimentCost(made, seconds, copies * self._parts().nbytes(), free)
 
     def _leave_loop(self, step: int) -> None:
         """Raises RewindRequested, or an exception where the state is no longer kept."""
@@ -237,7 +299,7 @@ class TimeTravel:
         Refusal."""
         task, gate = self.task, self._gate
         if task is None:
-            raise Refusal("experiments are for the shipped tasks", "a script's loop is its own")
+            raise Refusal(*NOT_FOR_SCRIPTS)
         if gate.mode == "paused" and gate.phase not in ("", "step"):
             raise Refusal(
                 f"paused after {gate.phase} of step {gate.step_in_progress:,}: an experiment "
@@ -282,7 +344,14 @@ class TimeTravel:
         ring = self.ring
         exact = self.task is not None
         return Timeline(
-            tuple(places), self._gate.completed, self.newest, exact, ring.nbytes, ring.budget_bytes
+            tuple(places),
+            self._gate.completed,
+            self.newest,
+            exact,
+            ring.nbytes,
+            ring.budget_bytes,
+            self._step_s(),
+            self._state_bytes(),
         )
 
     # ------------------------------------------------------------ keeping snapshots

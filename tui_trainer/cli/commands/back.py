@@ -50,6 +50,7 @@ def back(
             show_default=False,
         ),
     ] = None,
+    yes: Annotated[bool, flag("also where the steps to be made again take long")] = False,
     json: Annotated[bool, flag("print where the run is then as one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
@@ -60,9 +61,9 @@ def back(
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer back", read_only=False) as client:
             status = _caught_up(client)
-            action: Action = KeepSnapshots(_size(keep)) if keep is not None else Back(to)
+            action: Action = KeepSnapshots(_size(keep)) if keep is not None else Back(to, yes)
             if isinstance(action, Back) and to is None:
-                action = Back(max(-1, _one_back(status)))
+                action = Back(max(-1, _one_back(status)), yes)
             ack = client.command_in_control(action)
             if not ack.ok:
                 raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)

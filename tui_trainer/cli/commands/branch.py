@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from typing import Annotated
 
@@ -15,11 +13,9 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
-from tui_trainer.config.run_spec import read_spec, runs_directory
-from tui_trainer.protocol.actions import Action, Back, Checkpoint
+from tui_trainer.protocol.actions import Back, Branch
 from tui_trainer.protocol.events import Notice
-from tui_trainer.protocol.schema import SCRIPT
-from tui_trainer.runs.checkpoints import checkpoint_steps
+from tui_trainer.protocol.messages import Ack
 from tui_trainer.runs.liveness import RunEntry
 
 POLL_EVERY_S = 0.05
@@ -63,30 +59,12 @@ def branch(
     if len(names) > 1:
         raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
     try:
-        if changes:
-            parse_changes(changes)
+        parsed = parse_changes(changes) if changes else ()
     except ConfigurationError as error:
         raise UsageError(error.message, error.hint) from error
     with cli_errors():
         found = require_single_run(names[0] if names else None, runs_dir)
-        spec = read_spec(found.directory)
-        if spec.is_script or spec.task == SCRIPT:
-            raise CommandError(
-                f"{found.name} trains a script, which resumes by its own means",
-                "tui-trainer back RUN --to STEP goes on from an earlier state in the same run",
-            )
-        step = _saved(found, to)
-    new = name or _free_name(found, runs_dir)
-    command = [sys.executable, "-m", "tui_trainer", spec.task, "--detach", "--name", new]
-    command += ["--resume", f"{found.directory}@{step}"]
-    command += ["--paused"] * paused
-    command += ["--runs-dir", str(runs_dir)] if runs_dir is not None else []
-    command += ["--snapshots", str(spec.snapshots)] if spec.snapshots else []
-    command += [part for change in changes for part in ("--set", change)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it could not be started"]
-        raise CommandError(lines[0].removeprefix("tui-trainer: "))
+        step, new = _start(found, to, Branch(parsed, name or "", paused))
     if json:
         document = {"run": new, "parent": found.name, "branch_step": step, "changes": changes}
         print(msgspec.json.encode(document).decode(), flush=True)
@@ -97,31 +75,35 @@ def branch(
     return 0
 
 
-def _saved(run: RunEntry, to: int | None) -> int:
-    """The step of a checkpoint of where the run is, or of step `to`. Raises CommandError."""
+def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
+    """The step that the new run goes on from, and its name. Raises CommandError."""
     with RunClient.connect(run, "tui-trainer branch", read_only=False) as client:
         while client.poll().more:
             pass
-        actions: list[Action] = [*([Back(to)] if to is not None else []), Checkpoint()]
-        for action in actions:
-            ack = client.command_in_control(action)
-            if not ack.ok:
-                raise CommandError(f"{run.name} refuses: {ack.message}", ack.hint)
-            if isinstance(action, Back):
-                _wait_until_at(client, to)
+        if to is not None:
+            _accepted(run, client.command_in_control(Back(to, confirmed=True)))
+            _wait_until_at(client, to)
+        begun = _accepted(run, client.command_in_control(asked))
+        name = begun.message.split()[1]
         while True:
             update = client.poll()
             for event in update.events:
-                if isinstance(event, Notice) and event.kind == "checkpoint":
-                    if event.level == "error" or event.step not in checkpoint_steps(run.directory):
+                if isinstance(event, Notice) and event.kind == "branch":
+                    if event.level == "error":
                         raise CommandError(event.text)
-                    return event.step
+                    return event.step or 0, name
             if update.status.ended:
                 raise CommandError(f"{run.name} has ended")
             time.sleep(POLL_EVERY_S)
 
 
-def _wait_until_at(client: RunClient, step: int | None) -> None:
+def _accepted(run: RunEntry, ack: Ack) -> Ack:
+    if not ack.ok:
+        raise CommandError(f"{run.name} refuses: {ack.message}", ack.hint)
+    return ack
+
+
+def _wait_until_at(client: RunClient, step: int) -> None:
     while True:
         update = client.poll()
         status = update.status
@@ -132,11 +114,3 @@ def _wait_until_at(client: RunClient, step: int | None) -> None:
             if text.startswith("the run stays where it is"):
                 raise CommandError(text)
         time.sleep(POLL_EVERY_S)
-
-
-def _free_name(run: RunEntry, runs_dir: object) -> str:
-    folder = run.directory.parent if runs_dir is None else runs_directory(str(runs_dir))
-    number = 2
-    while (folder / f"{run.name}-{number}").exists():
-        number += 1
-    return f"{run.name}-{number}"

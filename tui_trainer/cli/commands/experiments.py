@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import msgspec
@@ -24,18 +25,22 @@ from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.protocol.experiments import (
     MAX_POINTS,
     MAX_STEPS,
+    Curve,
     Direction,
+    EstimateCost,
     Experiment,
+    ExperimentCost,
     ExperimentResult,
     FindLearningRate,
     MeasureLandscape,
     WhatIf,
 )
-from tui_trainer.protocol.formatting import number
+from tui_trainer.protocol.formatting import cost_text, number
 
 ROWS = 25
 CHART = (76, 16)
 MARKERS = ("braille", "x")
+Yes = Annotated[bool, flag("do not ask where it takes long or much memory")]
 Json = Annotated[bool, flag("print the curves as one JSON object")]
 
 
@@ -54,6 +59,7 @@ def what_if(
         ),
     ],
     steps: Annotated[int, _number("number of steps to make with either", MAX_STEPS)] = 50,
+    yes: Yes = False,
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
@@ -67,7 +73,7 @@ def what_if(
     except ConfigurationError as error:
         raise UsageError(error.message, error.hint) from error
     run = names[0] if names else None
-    return _experiment("what-if", run, WhatIf(parsed, steps), json, runs_dir)
+    return _experiment("what-if", run, WhatIf(parsed, steps), yes, json, runs_dir)
 
 
 def lr_finder(
@@ -76,11 +82,12 @@ def lr_finder(
     low: Annotated[float, Parameter(help="first learning rate", negative=())] = 1e-7,
     high: Annotated[float, Parameter(help="last learning rate", negative=())] = 1.0,
     steps: Annotated[int, _number("number of steps", MAX_STEPS)] = 100,
+    yes: Yes = False,
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """measure the loss while the learning rate grows, then put the run back as it was"""
-    return _experiment("lr-finder", run, FindLearningRate(low, high, steps), json, runs_dir)
+    return _experiment("lr-finder", run, FindLearningRate(low, high, steps), yes, json, runs_dir)
 
 
 def landscape(
@@ -101,20 +108,24 @@ def landscape(
     ] = 1.0,
     first: Annotated[int, Parameter(help="step of one snapshot", negative=())] = 0,
     second: Annotated[int, Parameter(help="step of the other one", negative=())] = 0,
+    yes: Yes = False,
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """measure the loss of the next batch along a direction from the present weights"""
     asked = MeasureLandscape(direction, points, reach, first, second)
-    return _experiment("landscape", run, asked, json, runs_dir)
+    return _experiment("landscape", run, asked, yes, json, runs_dir)
 
 
 def _experiment(
-    name: str, run: str | None, asked: Experiment, json: bool, runs_dir: RunsDir
+    name: str, run: str | None, asked: Experiment, yes: bool, json: bool, runs_dir: RunsDir
 ) -> int:
     with cli_errors():
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, f"tui-trainer {name}", read_only=False) as client:
+            cost = client.inspect(EstimateCost(asked))
+            if isinstance(cost.result, ExperimentCost):
+                _announce(name, cost.result, yes)
             answer = client.inspect(asked)
     result = answer.result
     if not isinstance(result, ExperimentResult):
@@ -135,9 +146,29 @@ def _experiment(
     return 0
 
 
+def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
+    """Say what the experiment takes. Raises UsageError where it takes much and is not confirmed."""
+    text = f"{name} makes {cost_text(cost)}"
+    if not cost.large or yes:
+        print(text, file=sys.stderr, flush=True)
+    elif not sys.stdin.isatty():
+        raise UsageError(text, "add --yes")
+    else:
+        print(f"{text}; go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        if input().strip().lower() not in ("y", "yes"):
+            raise CommandError("nothing was done")
+
+
+def _places(curve: Curve, x_name: str) -> list[int]:
+    """Where the points stand: steps at their numbers, others at their rows in the table."""
+    if x_name == "step":
+        return [int(x) for x in curve.x]
+    return list(range(len(curve.x)))
+
+
 def _lines(result: ExperimentResult) -> list[str]:
     curves = [
-        TextCurve(list(range(len(curve.x))), list(curve.loss), list(curve.loss), marker)
+        TextCurve(_places(curve, result.x_name), list(curve.loss), list(curve.loss), marker)
         for curve, marker in zip(result.curves, MARKERS, strict=False)
     ]
     names = [f"loss: {curve.name}" for curve in result.curves]
