@@ -107,8 +107,8 @@ def test_a_missing_device(device: str, tmp_path: Path) -> None:
 
 
 def test_torch_compile_without_a_compiler(tmp_path: Path) -> None:
-    env = {"CXX": "/nonexistent/g++"}
-    done = call("gpt", "--compile", *SHORT_GPT, cwd=tmp_path, env=env, cold=True)
+    env = {"PATH": str(tmp_path)}
+    done = call("gpt", "--compile", *SHORT_GPT, cwd=tmp_path, env=env)
     assert_refused(done, "C++ compiler", "--no-compile", status=2)
 
 
@@ -236,13 +236,15 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
-    command = " ".join([*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT_GPT])
-    done = subprocess.run(
-        ["bash", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=240
-    )
-    assert done.stdout.count("\n") == 1
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+    command = [*COMMAND, "gpt", "--json", "--runs-dir", str(tmp_path), *SHORT_GPT]
+    with processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith(b"\n")
+        process.stdout.close()
+        process.stdout = None
+        _, errors = process.communicate(timeout=240)
+    assert b"Traceback" not in errors
+    assert b"Exception ignored" not in errors
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143)])

@@ -13,7 +13,7 @@ from tests import processes
 from tui_trainer.cli.commands import control
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_state import RunState
-from tui_trainer.protocol.actions import Checkpoint, Pause, Step, StepPhase
+from tui_trainer.protocol.actions import Checkpoint, Pause, Step, StepPhase, Throttle
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import Poll, Status
 from tui_trainer.runs.liveness import RunEntry
@@ -51,10 +51,11 @@ def notices(viewer, kind):
 
 @pytest.fixture
 def begun(place):
-    """A GPT that trains in its own process, and a viewer that holds control."""
+    """A GPT that trains slowly in its own process, and a viewer that holds control."""
     place.gpt(**ENDLESS)
     process = place.process()
     viewer = place.viewer()
+    viewer.do(Throttle(20))
     viewer.wait(lambda status: status.step > 3)
     yield place, viewer
     process.kill()
@@ -84,23 +85,19 @@ def written(place):
 # ---------------------------------------------------------------- checkpoint
 
 
-@pytest.mark.parametrize("phase", ["data", "backward"])
-def test_a_checkpoint_in_the_middle_of_a_step_is_refused(begun, phase):
+def test_a_checkpoint_is_refused_within_a_step_and_written_once_between_steps(begun):
     place, viewer = begun
-    pause(viewer, phase)
-    ack = viewer.do(Checkpoint())
-    assert not ack.ok
-    assert f"paused after {phase} of step {viewer.status.step + 1:,}" in ack.message
-    assert "finish the step" in ack.hint
-    done = call(place, "checkpoint")
-    assert done.returncode == 1
-    assert f"paused after {phase} of step" in done.stderr
-    assert "tui-trainer step" in done.stderr
-    assert written(place) == []
-
-
-def test_a_checkpoint_between_steps_is_written_once_and_answered_twice(begun):
-    place, viewer = begun
+    for phase in ("data", "backward"):
+        pause(viewer, phase)
+        ack = viewer.do(Checkpoint())
+        assert not ack.ok
+        assert f"paused after {phase} of step {viewer.status.step + 1:,}" in ack.message
+        assert "finish the step" in ack.hint
+        done = call(place, "checkpoint")
+        assert done.returncode == 1
+        assert f"paused after {phase} of step" in done.stderr
+        assert "tui-trainer step" in done.stderr
+        assert written(place) == []
     pause(viewer, "step")
     step = viewer.status.step
     path = place.run / "checkpoints" / f"step-{step:08}"
@@ -165,13 +162,13 @@ def test_a_checkpoint_of_a_run_that_ends_first_is_no_success(place):
 # ---------------------------------------------------------------- stop --checkpoint
 
 
-@pytest.mark.parametrize("command", [("checkpoint",), ("stop", "--checkpoint")])
-def test_a_checkpoint_that_cannot_be_written_is_a_failure(begun, command):
+def test_a_checkpoint_that_cannot_be_written_is_a_failure(begun):
     place, _ = begun
     (place.run / "checkpoints").write_text("a file is in its place")
-    done = call(place, *command)
-    assert done.returncode == 1
-    assert "no checkpoint of step" in done.stderr
+    for command in (("checkpoint",), ("stop", "--checkpoint")):
+        done = call(place, *command)
+        assert done.returncode == 1
+        assert "no checkpoint of step" in done.stderr
 
 
 def test_stop_with_a_checkpoint_prints_its_path(begun):
@@ -184,7 +181,7 @@ def test_stop_with_a_checkpoint_prints_its_path(begun):
 # ---------------------------------------------------------------- step
 
 
-@pytest.mark.parametrize("count", ["99999999999999999999", "9" * 5000, "1000000000001", "0"])
+@pytest.mark.parametrize("count", ["9" * 5000, "1000000000001", "0"])
 def test_more_steps_than_a_run_takes_are_a_wrong_use(place, count):
     place.gpt()
     done = call(place, "step", count)

@@ -32,7 +32,7 @@ from tui_trainer.store.schema import STORE_FILE, StoreError
 from tui_trainer.store.writer import StoreWriter
 
 STEPS = 1300
-SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "16"))
+SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "8"))
 
 
 @pytest.fixture(scope="module")
