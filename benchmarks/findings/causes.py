@@ -11,7 +11,7 @@ RULES: dict[Cause, tuple[str, ...]] = {
         "no-gradients",
         "not-in-optimizer",
     ),
-    "ranks train apart": ("ranks-part",),
+    "ranks train apart": ("ranks-diverge",),
     "one rank clips alone": ("clips-alone",),
     "weights are too large at the start": ("initial-loss", "initial-scale"),
     "units are identical at the start": ("constant-weights",),

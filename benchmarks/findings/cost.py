@@ -67,7 +67,7 @@ def main() -> None:
     ):
         recorder = Recorder(RunInfo(name="benchmark", task="gpt"))
         if judged:
-            recorder.judge_with(FindingsEngine())
+            recorder.evaluate_with(FindingsEngine())
         tracer = Tracer(
             recorder, Gate(), probes, ProbeOptions(budget=0.01, watch_nonfinite=watched)
         )

@@ -43,7 +43,7 @@ class Run:
             breakpoints=tuple(Breakpoint(n, each) for n, each in enumerate(conditions)),
         )
         self.recorder = Recorder(RunInfo(name="run", task="script"))
-        self.recorder.judge_with(FindingsEngine())
+        self.recorder.evaluate_with(FindingsEngine())
         self.gate = Gate()
         self.run = RunBreakpoints(spec, self.gate, self.recorder)
         self.breakpoints = self.run.all

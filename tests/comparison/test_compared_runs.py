@@ -91,15 +91,15 @@ def test_where_the_runs_part_is_printed():
     assert "calm and eager part at step 1, in step: learning rate" in text
     assert "further quantities differ at step 1" in text
     made = json.loads(call("compare", "calm", "eager", "--json", cwd=home()).stdout)
-    (parting,) = made["parting"]
-    assert parting["runs"] == ["calm", "eager"]
-    first = parting["first"]
+    (divergence,) = made["divergence"]
+    assert divergence["runs"] == ["calm", "eager"]
+    first = divergence["first"]
     assert (first["step"], first["phase"], first["column"]) == (1, "step", "learning_rate")
     rates = [losses(name)[1]["lr"] for name in ("calm", "eager")]
     assert [np.float32(v) for v in first["values"]] == [np.float32(rate) for rate in rates]
     assert [each["step"] for each in first["around"]] == [1, 2, 3]
     tolerant = call("compare", "calm", "eager", "--json", "--tolerance", "1e6", cwd=home())
-    assert json.loads(tolerant.stdout)["parting"][0]["first"] is None
+    assert json.loads(tolerant.stdout)["divergence"][0]["first"] is None
     assert_refused(call("compare", "calm", "eager", "--tolerance", "-1", cwd=home()), "tolerance")
 
 

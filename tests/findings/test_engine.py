@@ -121,9 +121,9 @@ def test_settings_that_cannot_be_understood(text, message):
 def test_settings():
     settings = parse_settings("off, over-fitting=on ,over-fitting.rise=0.2", RULES)
     running = [rule for rule in RULES if settings.runs(rule)]
-    assert [rule.name for rule in running] == ["over-fitting", "ranks-part"]
+    assert [rule.name for rule in running] == ["over-fitting", "ranks-diverge"]
     assert settings.limits_of(running[0])["rise"] == 0.2
-    without = parse_settings("off,ranks-part=off", RULES)
+    without = parse_settings("off,ranks-diverge=off", RULES)
     assert not [rule for rule in RULES if without.runs(rule)]
 
 
@@ -136,7 +136,7 @@ def test_replicas_that_part_are_reported_without_the_rules():
     for number in range(6, 12):
         run.step()
         run.ranks(*({"sample_high": 5.0, "sample_low": (number > 8) * rank} for rank in range(2)))
-    assert list(run.found) == ["ranks-part"]
+    assert list(run.found) == ["ranks-diverge"]
 
 
 def test_rules_are_documented():

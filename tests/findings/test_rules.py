@@ -570,7 +570,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "squared-error-of-softmax": (of_graph(squared_softmax=True), 1),
     "loss-scaled": (of_graph(loss=2.31 * 64 / 10), 1),
     "clips-alone": (of_ranks(clips_alone), 5),
-    "ranks-part": (of_ranks(ranks_part), 101),
+    "ranks-diverge": (of_ranks(ranks_part), 101),
     "ranks-same-batch": (of_ranks(ranks_same_batch), 1),
     "straggler": (of_ranks(straggler), 11),
 }
@@ -649,7 +649,7 @@ def test_replicas_part_at_the_step_whose_update_differs(first_bad):
         equal = {"sample_high": 5.0, "sample_low": number}  # before the update of this step
         other = {**equal, "sample_high": 6.0}
         run.ranks(equal, other if number > first_bad else equal)
-    finding = run.found["ranks-part"]
+    finding = run.found["ranks-diverge"]
     assert finding.onset == first_bad
     assert finding.step == first_bad + 1
 

@@ -31,7 +31,7 @@ def all_findings_of(train):
     torch.manual_seed(0)
     recorder = Recorder(RunInfo(name="run", task="script"))
     faults = []
-    recorder.judge_with(FindingsEngine(on_fault=faults.append))
+    recorder.evaluate_with(FindingsEngine(on_fault=faults.append))
     try:
         with Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=0.0)):
             train()

@@ -96,11 +96,11 @@ def test_the_loss_is_that_of_the_step_and_nothing_changes():
     def look(capture, phase, step):
         before = fingerprint(model)
         for _ in range(2):
-            with capture.rerun() as again:
-                found.append((phase, step, again.same_loss, again.notes))
-                if again.loss is not None:
+            with capture.rerun() as rerun:
+                found.append((phase, step, rerun.same_loss, rerun.notes))
+                if rerun.loss is not None:
                     leaves = [p for p in model.parameters() if p.requires_grad]
-                    torch.autograd.grad(again.loss, leaves)
+                    torch.autograd.grad(rerun.loss, leaves)
         assert fingerprint(model) == before
 
     look_at(loop, look)
@@ -194,8 +194,8 @@ def test_losses_of_common_loops_are_found(loop):
 
     def look(capture, phase, step):
         if phase == "backward":
-            with capture.rerun() as again:
-                same.append((again.same_loss, again.notes))
+            with capture.rerun() as rerun:
+                same.append((rerun.same_loss, rerun.notes))
 
     look_at(lambda: loop(model, optimizer), look)
     assert same
@@ -231,8 +231,8 @@ def test_what_is_missing_of_a_loss_is_noted(compute, why):
 
     def look(capture, phase, step):
         if phase == "backward":
-            with capture.rerun() as again:
-                notes.extend(again.notes)
+            with capture.rerun() as rerun:
+                notes.extend(rerun.notes)
 
     look_at(loop, look)
     assert why in "\n".join(notes)
@@ -251,8 +251,8 @@ def test_a_step_that_was_not_captured_says_from_when_on():
     def look(capture, phase, step):
         if phase == "backward":
             try:
-                with capture.rerun() as again:
-                    found[step] = again.same_loss
+                with capture.rerun() as rerun:
+                    found[step] = rerun.same_loss
             except InspectionError as error:
                 found[step] = error.message
 
@@ -320,8 +320,8 @@ def test_a_run_that_may_pause_keeps_what_it_needs():
             tracer = capture._tracer()
             tracer.gate.throttle(1e6)  # arms the gate, as a step or a pause does
         if (step, phase) == (2, "clip"):
-            with capture.rerun() as again:
-                same.append(again.same_loss)
+            with capture.rerun() as rerun:
+                same.append(rerun.same_loss)
 
     look_at(loop, look, request=False)
     assert same == [True]

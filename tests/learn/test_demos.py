@@ -38,7 +38,7 @@ def run(demo: Demo, cured: bool, tmp_path) -> tuple[float, set[str], int]:
     """The last loss, the rules that found something, and how often the breakpoint was hit."""
     steps = STEPS.get(demo.name, 60)
     recorder, gate, faults = Recorder(RunInfo(name="run", task="script")), Gate(), []
-    recorder.judge_with(FindingsEngine(on_fault=faults.append))
+    recorder.evaluate_with(FindingsEngine(on_fault=faults.append))
     condition = Breakpoint(1, demo.breakpoint, log_only=True)
     spec = RunSpec(name="run", directory=str(tmp_path), task="script", breakpoints=(condition,))
     breakpoints = RunBreakpoints(spec, gate, recorder)

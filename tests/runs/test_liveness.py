@@ -17,7 +17,7 @@ from tui_trainer.config.run_state import (
     write_state,
 )
 from tui_trainer.runs.errors import RunError
-from tui_trainer.runs.liveness import inspect_run, judge_state
+from tui_trainer.runs.liveness import determine_state, inspect_run
 from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve
 
 
@@ -127,16 +127,16 @@ def reported(**fields):
 
 
 def test_a_process_with_the_same_number_is_not_the_run():
-    assert judge_state(reported())[0] == "live"
-    assert judge_state(reported(state="paused"))[0] == "paused"
-    assert judge_state(reported(process="another:1"))[0] == "crashed"
-    assert judge_state(reported(process=""))[0] == "crashed"
-    assert judge_state(reported(state="finished", process="another:1"))[0] == "finished"
+    assert determine_state(reported())[0] == "live"
+    assert determine_state(reported(state="paused"))[0] == "paused"
+    assert determine_state(reported(process="another:1"))[0] == "crashed"
+    assert determine_state(reported(process=""))[0] == "crashed"
+    assert determine_state(reported(state="finished", process="another:1"))[0] == "finished"
 
 
 def test_a_run_on_another_machine_is_judged_by_its_silence():
-    assert judge_state(reported(machine="other-host", pid=1))[0] == "live"
-    state, why = judge_state(
+    assert determine_state(reported(machine="other-host", pid=1))[0] == "live"
+    state, why = determine_state(
         reported(machine="other-host", host="far", written_at=time.time() - 100)
     )
     assert state == "crashed"

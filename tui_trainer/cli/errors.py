@@ -39,7 +39,7 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"there is no {kind} {given}", did_you_mean(given, known))
 
 
-def say(message: str, hint: str = "") -> None:
+def notify(message: str, hint: str = "") -> None:
     """Print `tui-trainer: message` and the hint to stderr."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         print(f"tui-trainer: {sanitize(message)}", file=sys.stderr)
@@ -57,9 +57,9 @@ def report_internal_error(error: Exception) -> None:
         ) as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError:
-        say(message, "please report it")
+        notify(message, "please report it")
     else:
-        say(message, f"please report it, with {file.name}")
+        notify(message, f"please report it, with {file.name}")
 
 
 def discard_stdout() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from tui_trainer.cli import commands
-from tui_trainer.cli.errors import CommandError, say, unknown
+from tui_trainer.cli.errors import CommandError, notify, unknown
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.tasks.definition import GROUP, TaskDefinition
 
@@ -60,5 +60,5 @@ def usable_tasks(names: Sequence[str]) -> list[TaskDefinition]:
         try:
             tasks.append(load_task(name))
         except CommandError as error:
-            say(error.message, error.hint)
+            notify(error.message, error.hint)
     return tasks

@@ -18,8 +18,8 @@ from tui_trainer.cli.errors import (
     CommandError,
     UsageError,
     discard_stdout,
+    notify,
     report_internal_error,
-    say,
     unknown,
 )
 from tui_trainer.cli.installed_tasks import load_task, task_names, usable_tasks
@@ -42,14 +42,14 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(given)
     except CommandError as error:
-        say(error.message, error.hint)
+        notify(error.message, error.hint)
         return error.status
     except ConfigurationError as error:
-        say(error.message, error.hint)
+        notify(error.message, error.hint)
         return USAGE
     except CycloptsError as error:
         message, hint = _message_of(error)
-        say(message, hint or _help_hint(given))
+        notify(message, hint or _help_hint(given))
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -15,6 +15,7 @@ from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.script import Script
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.config.options import parse_size
 from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
@@ -25,7 +26,6 @@ from tui_trainer.config.run_spec import (
     write_spec,
 )
 from tui_trainer.config.run_state import read_state
-from tui_trainer.config.sizes import parse_size
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.boot_log import BOOT_LOG

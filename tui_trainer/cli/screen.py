@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tui_trainer.cli.errors import FAULT, INTERRUPTED, USAGE, CommandError, say
+from tui_trainer.cli.errors import FAULT, INTERRUPTED, USAGE, CommandError, notify
 from tui_trainer.cli.run_setup import discard, discard_refused
 from tui_trainer.cli.terminal import restored_terminal
 from tui_trainer.client.api import Session, Snapshot
@@ -280,9 +280,9 @@ def _report_crash(crash: str, directory: Path) -> int:
         path.write_text(crash, encoding="utf-8", errors="replace")
     except OSError:
         print(crash, file=sys.stderr)
-        say("the screen crashed; the training is not affected")
+        notify("the screen crashed; the training is not affected")
         return FAULT
-    say("the screen crashed; the training is not affected", f"the traceback is in {path}")
+    notify("the screen crashed; the training is not affected", f"the traceback is in {path}")
     return FAULT
 
 

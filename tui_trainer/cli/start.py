@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from tui_trainer.cli.errors import CommandError, UsageError, say
+from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
 from tui_trainer.cli.script import LauncherCommand, Script, find_launch
@@ -87,9 +87,9 @@ def _start_rank(launch: LauncherCommand, rank: Rank, options: RunOptions) -> int
     try:
         leave_note(rank, spec.directory, options.runs_dir)
     except OSError as error:
-        say(f"the other ranks will not find this run: {error}")
+        notify(f"the other ranks will not find this run: {error}")
     if not options.json and not options.plain:
-        say(f"{rank.world_size} processes, one run: tui-trainer attach {spec.name} shows it")
+        notify(f"{rank.world_size} processes, one run: tui-trainer attach {spec.name} shows it")
     return _show(spec, replace(options, plain=not options.json))
 
 
@@ -140,7 +140,7 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
         return start_detached(spec)
     check = screen_for(options)
     if check.note:
-        say(check.note)
+        notify(check.note)
     if check.kind == "screen" and options.in_app:
         from tui_trainer.cli.screen import show_in_app
 
@@ -150,7 +150,7 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
 
         return show_run(spec, options.ascii, options.slow_link)
     if spec.start_paused:
-        say(f"paused before the first step; to continue: {_resume_command(spec, options)}")
+        notify(f"paused before the first step; to continue: {_resume_command(spec, options)}")
     show = show_launched_lines if spec.launcher else show_lines
     return show(spec, "json" if check.kind == "json" else "plain")
 

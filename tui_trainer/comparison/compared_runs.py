@@ -243,7 +243,7 @@ def _settings(info: RunInfo) -> dict[str, Scalar]:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Where a run differs first from the first of the compared runs."""
 
     number: int
@@ -251,10 +251,10 @@ class Parting:
     found: RunsCompared
 
 
-def find_partings(runs: Sequence[RunEntry], tolerance: float) -> list[Parting]:
+def find_divergences(runs: Sequence[RunEntry], tolerance: float) -> list[Divergence]:
     """Compare every run with the first one, for any thread: the recordings are opened for it.
     Those that cannot be read are left out."""
-    partings: list[Parting] = []
+    divergences: list[Divergence] = []
     with ExitStack() as stack:
         histories: list[StoredHistory | None] = []
         for run in runs:
@@ -266,5 +266,5 @@ def find_partings(runs: Sequence[RunEntry], tolerance: float) -> list[Parting]:
         for number, history in enumerate(histories[1:], 1):
             if first is not None and history is not None:
                 found = first_difference(first, history, tolerance)
-                partings.append(Parting(number, found))
-    return partings
+                divergences.append(Divergence(number, found))
+    return divergences

@@ -38,8 +38,8 @@ that train well.
 
 `tui-trainer explain RULE` prints a section of this page. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules
-over-fitting=off,loss-diverges.rise=3`; `--rules off` switches all of them off but `ranks-part`
-(`--rules off,ranks-part=off` that one too).
+over-fitting=off,loss-diverges.rise=3`; `--rules off` switches all of them off but `ranks-diverge`
+(`--rules off,ranks-diverge=off` that one too).
 """
 
 

@@ -62,8 +62,8 @@ def with_activation(
     first_call = _FirstCall(wanted, int(ref.key or 0), use)
     called = first_call.called if ref.kind == "input" else None
     returned = first_call.returned if ref.kind == "output" else None
-    with capture.rerun(called, returned, gradients=False, loss=False) as again:
-        notes = list(again.notes)
+    with capture.rerun(called, returned, gradients=False, loss=False) as rerun:
+        notes = list(rerun.notes)
     if first_call.result is None:
         why = (
             f"has {first_call.count} of them" if first_call.calls else "is not called in this step"

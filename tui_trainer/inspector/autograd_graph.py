@@ -54,23 +54,23 @@ def _live_loss(tracer: Tracer, capture: StepCapture) -> torch.Tensor | None:
 
 def _of_rerun(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> AutogradGraph:
     calls = _ModuleRanges()
-    with _packing() as packed, capture.rerun(calls.called, calls.returned) as again:
-        if again.loss is None or again.loss.grad_fn is None:
-            raise InspectionError(again.notes[-1] if again.loss is None else "it has no graph")
-        names = {module: plain_name(name) for name, module in again.model.named_modules()}
-        root = again.call.module()
+    with _packing() as packed, capture.rerun(calls.called, calls.returned) as rerun:
+        if rerun.loss is None or rerun.loss.grad_fn is None:
+            raise InspectionError(rerun.notes[-1] if rerun.loss is None else "it has no graph")
+        names = {module: plain_name(name) for name, module in rerun.model.named_modules()}
+        root = rerun.call.module()
         prefix = tracer.registry.names.prefix_of(root) if root is not None else ""
         modules = calls.modules(names, prefix)
-        walk = _Walk(again.loss.grad_fn, _leaf_names(catalog))
-        notes = list(again.notes)
+        walk = _Walk(rerun.loss.grad_fn, _leaf_names(catalog))
+        notes = list(rerun.notes)
         saved: int | None = None
         if packed:
             notes.append("saved tensors are packed by hooks, as by checkpointing: not counted")
         else:
-            held = [*again.model.parameters(), *again.model.buffers()]
+            held = [*rerun.model.parameters(), *rerun.model.buffers()]
             saved = walk.count_saved(held)
-        walk.measure_gradients(again.loss)
-        loss, same = float(again.loss.detach()), again.same_loss
+        walk.measure_gradients(rerun.loss)
+        loss, same = float(rerun.loss.detach()), rerun.same_loss
     nodes = walk.described(calls.module_of)
     return AutogradGraph(nodes, modules, "rerun", loss, same, saved, walk.left_out, tuple(notes))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.inspector.rerun import ModelCall, StepCapture, again, evaluate
+from tui_trainer.inspector.rerun import ModelCall, StepCapture, call_context, evaluate
 from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
 from tui_trainer.protocol.autograd import (
     MAX_CHECKED,
@@ -49,7 +49,7 @@ def check_gradient(
     call = capture.current()
     stepped = tracer.gate.phase in ("step", "")
     notes = ["with the weights as they are now, after the step"] if stepped else []
-    with again(call) as model:
+    with call_context(call) as model:
         size = _double_bytes(model)
         limit = request.max_bytes or MAX_BYTES
         wide = parameter.device.type != "mps" and size <= limit

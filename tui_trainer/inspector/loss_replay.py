@@ -48,7 +48,7 @@ class Derived:
     """Of the output among those of the model."""
     steps: tuple[TensorOperation, ...]
 
-    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
+    def recompute(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         if self.position >= len(outputs):
             raise InspectionError("the model returned something else this time")
         tensor = outputs[self.position]
@@ -65,7 +65,7 @@ class Kept:
     tensor: torch.Tensor
     version: int
 
-    def again(self, wide: bool) -> torch.Tensor:
+    def recompute(self, wide: bool) -> torch.Tensor:
         if version_of(self.tensor) != self.version:
             raise InspectionError("the targets of this step have been overwritten since")
         return self.tensor.double() if wide and self.tensor.is_floating_point() else self.tensor
@@ -83,11 +83,11 @@ class LossCall:
     key: OutputKey | None
     """None once backward began."""
 
-    def again(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
+    def recompute(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         def filled(value: Any) -> Any:
             if isinstance(value, Derived):
-                return value.again(outputs, wide)
-            return value.again(wide) if isinstance(value, Kept) else value
+                return value.recompute(outputs, wide)
+            return value.recompute(wide) if isinstance(value, Kept) else value
 
         args = [filled(value) for value in self.args]
         kwargs = {name: filled(value) for name, value in self.kwargs.items()}
@@ -205,15 +205,15 @@ class LossReplay:
 
     # ------------------------------------------------------------ again
 
-    def again(self, output: Any, wide: bool = False) -> torch.Tensor | None:
+    def recompute(self, output: Any, wide: bool = False) -> torch.Tensor | None:
         """The loss of this output of a re-run, 0-d; None where it is not known how. `wide`: all in
         float64, where the model has computed in it."""
         outputs = outputs_of(output)
         if self._direct is not None:
-            return self._direct.again(outputs, wide)
+            return self._direct.recompute(outputs, wide)
         if not self._terms:
             return None
-        terms = [call.again(outputs, wide) for call in self._terms]
+        terms = [call.recompute(outputs, wide) for call in self._terms]
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         factor = self._factor
         if factor == 1.0:

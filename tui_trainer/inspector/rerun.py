@@ -208,14 +208,14 @@ class StepCapture:
         calls of the modules, the root's included. Raises InspectionError where it is not possible.
         """
         call = self.current()
-        with again(call, gradients) as model:
+        with call_context(call, gradients) as model:
             hooked = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
             if called is not None:
                 _before_calls(model, called)
             if returned is not None:
                 _after_calls(model, returned)
             output = _call(model, call)
-            found = call.loss.again(output) if loss and call.returned else None
+            found = call.loss.recompute(output) if loss and call.returned else None
             notes = self._notes(call, model, hooked)
             if loss:
                 notes += self._loss_notes(call, found)
@@ -267,7 +267,7 @@ class Rerun:
 
 
 def _before_calls(model: torch.nn.Module, called: OnCall) -> None:
-    """Hook into every module, until `_lent` gives them back what they had."""
+    """Hook into every module, until `_temporary_buffers` gives them back what they had."""
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called(module, args, kwargs)
@@ -288,11 +288,11 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
     """The loss of one more forward pass within `again`, which begins with the same buffers and
     random numbers as the one before and leaves none of its own. `wide`: the model has been given
     parameters in float64, and the batch is converted to it."""
-    with _lent(model, None):
+    with _temporary_buffers(model, None):
         restore_random_state(call.random)
         for generator, state in call.generators:
             generator.set_state(state)
-        return call.loss.again(_call(model, call, wide), wide)
+        return call.loss.recompute(_call(model, call, wide), wide)
 
 
 def _call(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
@@ -321,7 +321,7 @@ def _without_graph(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def again(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
+def call_context(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
     """Around a re-run of a call: the model without wrappers that talk to other processes, in the
     state in which it was called. Raises InspectionError where it cannot be run again."""
     wrapped = call.module()
@@ -332,7 +332,7 @@ def again(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
     random_now = random_state()
     with contextlib.ExitStack() as stack:
         stack.callback(restore_random_state, random_now)
-        stack.enter_context(_lent(model, call.buffers))
+        stack.enter_context(_temporary_buffers(model, call.buffers))
         for generator, state in call.generators:
             generator.set_state(state)
         if model.training != call.training:
@@ -390,8 +390,8 @@ def _kept_buffers(module: torch.nn.Module) -> Buffers | None:
 
 
 @contextlib.contextmanager
-def _lent(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
-    """Lend the modules copies of their buffers, and give them back everything that they had.
+def _temporary_buffers(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
+    """Give the modules copies of their buffers, and restore everything that they had.
 
     Restored are the attributes of each module, the entries of lists and dictionaries in them, the
     gradients of parameters and the states of generators; not what lies deeper.
@@ -422,9 +422,9 @@ def _lent(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
         yield
     finally:
         for attribute, before in attributes:
-            _put_back(attribute, before)
+            _restore_content(attribute, before)
         for container, content in contents:
-            _put_back(container, content)
+            _restore_content(container, content)
         for generator, state in generators:
             generator.set_state(state)
         for parameter, gradient in gradients:
@@ -432,7 +432,7 @@ def _lent(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
                 parameter.grad = gradient
 
 
-def _put_back(container: Any, content: Any) -> None:
+def _restore_content(container: Any, content: Any) -> None:
     """Make the content of a container what it was."""
     if isinstance(container, dict):
         if list(container) == list(content):

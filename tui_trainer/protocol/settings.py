@@ -24,7 +24,7 @@ SettingValue = float | str | tuple[float, ...]
 """A pattern for `freeze` and `unfreeze`, two numbers for `betas`, otherwise a number."""
 
 
-def shown(value: SettingValue) -> str:
+def setting_text(value: SettingValue) -> str:
     """`0.0003`, `0.9,0.95`, `blocks.0.*`; an infinite clip threshold is `off`."""
     match value:
         case str():
@@ -50,7 +50,7 @@ class SettingChange(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def text(self) -> str:
-        return f"{self.target}={shown(self.value)}"
+        return f"{self.target}={setting_text(self.value)}"
 
 
 class Setting(msgspec.Struct, frozen=True, array_like=True):

@@ -311,8 +311,8 @@ class Recorder:
         """Call `callback()` every DRAIN_EVERY_S on the recorder's thread."""
         self._regular_calls.append(callback)
 
-    def judge_with(self, engine: FindingsEngine) -> None:
-        """Have every step from now on judged by `engine`, on the recorder's thread."""
+    def evaluate_with(self, engine: FindingsEngine) -> None:
+        """Evaluate the rules of `engine` after every step from now on, on the recorder's thread."""
         with self._lock:
             self._drain()
             self._engine = engine

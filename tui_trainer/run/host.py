@@ -47,7 +47,7 @@ from tui_trainer.run.outcome import (
 )
 from tui_trainer.run.rank_control import RankControl
 from tui_trainer.run.rank_inspection import RankInspections
-from tui_trainer.run.rank_server import LEAVE_S, VERDICT_S, RankServer
+from tui_trainer.run.rank_server import FAILURE_WAIT_S, LEAVE_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
@@ -99,7 +99,7 @@ class Host:
         self.ranks.hooks.stop_wanted = self._stop_all
         self.stops.stop_gate = self.controls.stop
         if self.recording:
-            self.recorder.judge_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
+            self.recorder.evaluate_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
         mine = spec if self.recording else msgspec.structs.replace(spec, breakpoints=())
         self.breakpoints = RunBreakpoints(mine, self.gate, self.recorder)
         self.gate.hooks.breakpoint_reached = self.controls.pause_at_breakpoint
@@ -245,19 +245,19 @@ class Host:
             return outcome
         self.recorder.flush(LEAVE_S)
         failed = outcome.state == "crashed" or self.stops.exit_status is not None
-        verdict = ranks.verdict(VERDICT_S if failed else 0.0)
-        if not verdict:
+        failure = ranks.first_failure(FAILURE_WAIT_S if failed else 0.0)
+        if not failure:
             ranks.wait_until_left(LEAVE_S)
-            verdict = ranks.verdict()
+            failure = ranks.first_failure()
         else:
             ranks.wait_until_left(0.0)
         ranks.close()
-        if not verdict:
+        if not failure:
             return outcome
         if not failed:
-            return replace(outcome, reason=outcome.reason or verdict)
+            return replace(outcome, reason=outcome.reason or failure)
         return replace(
-            outcome, state="crashed", reason=verdict, hint=outcome.reason or outcome.hint
+            outcome, state="crashed", reason=failure, hint=outcome.reason or outcome.hint
         )
 
     # ------------------------------------------------------------ for the training

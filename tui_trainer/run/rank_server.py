@@ -56,7 +56,7 @@ MATCH_S = 2.0
 STEPS_REMEMBERED = 4096
 LEAVE_S = 5.0
 """How long the end of the run waits for the other processes to end."""
-VERDICT_S = 1.5
+FAILURE_WAIT_S = 1.5
 """How long a failure of rank 0 waits for the death of another process that may have caused it."""
 REASON_CHARACTERS = 300
 
@@ -178,10 +178,10 @@ class RankServer:
         self._own_ends: OrderedDict[int, float] = OrderedDict()
         """Step → time at which rank 0 ended it."""
         self._waiting: deque[_Waiting] = deque()
-        self._verdicts: list[tuple[float, str]] = []
+        self._failures: list[tuple[float, str]] = []
         """(when a process failed, how), the likely cause of the others first."""
         self._looked_at = 0
-        """Processes whose end is being looked at, and may come before the known verdicts."""
+        """Processes whose end is being looked at, and may come before the known failures."""
         self._closing = False
         self.hooks = RankServerHooks()
         self.steps_of_children = 0
@@ -222,12 +222,12 @@ class RankServer:
             self._processes[0] = ProcessInfo(0, "", os.getpid(), state, reason)
             self._describe()
 
-    def verdict(self, wait_s: float = 0.0) -> str:
+    def first_failure(self, wait_s: float = 0.0) -> str:
         """How the first failed process ended; "" if none has failed."""
         with self._left:
-            known = lambda: (self._verdicts and not self._looked_at) or not self._peers  # noqa: E731
+            known = lambda: (self._failures and not self._looked_at) or not self._peers  # noqa: E731
             self._left.wait_for(known, wait_s)
-            return self._verdicts[0][1] if self._verdicts else ""
+            return self._failures[0][1] if self._failures else ""
 
     def wait_until_left(self, timeout: float) -> None:
         """At the end of the run: wait until the other processes have sent everything."""
@@ -321,23 +321,23 @@ class RankServer:
         with self._lock:
             self._looked_at += 1
         try:
-            self._judge(peer, ended_at)
+            self._record_end(peer, ended_at)
         finally:
             with self._left:
                 self._looked_at -= 1
                 self._left.notify_all()
         self.hooks.changed()
 
-    def _judge(self, peer: Peer, ended_at: float) -> None:
+    def _record_end(self, peer: Peer, ended_at: float) -> None:
         """Record how a process ended. A killed one is the cause of the errors in collectives that
         the others report, even if they report them first."""
         state: ProcessState = "killed"
         if peer.left is not None:
             state, reason = peer.left.state, peer.left.reason[:REASON_CHARACTERS]
             failed = state == "crashed"
-            verdict = f"{peer.name} crashed at step {peer.left.step:,}: {reason}"
+            failure = f"{peer.name} crashed at step {peer.left.step:,}: {reason}"
         elif self._closing:
-            state, reason, failed, verdict = "stopped", "", False, ""
+            state, reason, failed, failure = "stopped", "", False, ""
         else:
             if peer.host:  # its process cannot be looked at
                 state, ending = "lost", f"closed its connection from {peer.host}"
@@ -345,20 +345,20 @@ class RankServer:
                 ending = ending_of(peer.pid)
             step = peer.step_in_progress()
             reason, failed = ending, True
-            verdict = f"{peer.name} {ending} at step {step:,}"
+            failure = f"{peer.name} {ending} at step {step:,}"
         with self._left:
             self._peers = {r: each for r, each in self._peers.items() if each is not peer}
             self._processes[peer.rank] = ProcessInfo(
                 peer.rank, peer.label, peer.pid, state, reason, peer.host
             )
             self._describe()
-            if failed and verdict not in [text for _, text in self._verdicts]:
-                cause = VERDICT_S if peer.left is None else 0.0
-                self._verdicts = sorted([*self._verdicts, (ended_at - cause, verdict)])
+            if failed and failure not in [text for _, text in self._failures]:
+                cause = FAILURE_WAIT_S if peer.left is None else 0.0
+                self._failures = sorted([*self._failures, (ended_at - cause, failure)])
                 # A lost connection to another machine may be a fault of the network alone.
-                self._recorder.notice("rank", verdict, "warning" if state == "lost" else "error")
+                self._recorder.notice("rank", failure, "warning" if state == "lost" else "error")
                 if not peer.child and state != "lost":
-                    self._recorder.set_status(reason=self._verdicts[0][1])
+                    self._recorder.set_status(reason=self._failures[0][1])
 
     def _describe(self) -> None:
         self._recorder.describe(processes=tuple(p for _, p in sorted(self._processes.items())))

@@ -70,7 +70,7 @@ def inspect_run(directory: Path) -> RunEntry | None:
     reported = read_state(directory)
     if reported is None:
         return _without_status(directory)
-    state, note = judge_state(reported)
+    state, note = determine_state(reported)
     if state == "crashed" and not reported.ended and (fatal := fatal_error(directory)):
         note = f"it died: {fatal}"
     return RunEntry(directory.name, directory, state, sanitize_message(reported), sanitize(note))
@@ -98,7 +98,7 @@ def _without_status(directory: Path) -> RunEntry | None:
     return RunEntry(directory.name, directory, "crashed", reported, sanitize(note))
 
 
-def judge_state(reported: RunState) -> tuple[EntryState, str]:
+def determine_state(reported: RunState) -> tuple[EntryState, str]:
     """(state, reason) of a run whose last status this is."""
     if reported.state in END_STATES:
         refused = f"could not start: {reported.reason}"

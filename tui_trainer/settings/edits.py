@@ -27,7 +27,7 @@ from tui_trainer.protocol.settings import (
     SettingChange,
     SettingList,
     SettingValue,
-    shown,
+    setting_text,
 )
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.settings.learning_rates import LearningRates, Undo
@@ -241,9 +241,9 @@ class LiveEdits:
         groups = self._groups()
         values = {number: _changed(groups[number][2][key], change) for number in chosen}
         before = ", ".join(
-            dict.fromkeys(shown(_plain(groups[number][2][key])) for number in chosen)
+            dict.fromkeys(setting_text(_plain(groups[number][2][key])) for number in chosen)
         )
-        after = ", ".join(dict.fromkeys(shown(_plain(value)) for value in values.values()))
+        after = ", ".join(dict.fromkeys(setting_text(_plain(value)) for value in values.values()))
         name = key if change.group is None else f"{key}[{change.group}]"
         text = f"{name} {before} → {after}"
         if key == "lr":
@@ -347,7 +347,7 @@ class LiveEdits:
             )
         before = tracer.clip_limits.get(kind)
         now = tracer.clip_calls[kind] if before is None else before
-        text = f"clip {shown(now)} → {shown(limit)} ({CLIP_FUNCTIONS[kind]})"
+        text = f"clip {setting_text(now)} → {setting_text(limit)} ({CLIP_FUNCTIONS[kind]})"
 
         def apply() -> Undo:
             tracer.clip_limits[kind] = limit
@@ -545,7 +545,7 @@ def _undo_all(done: Sequence[Undo]) -> None:
 def _number(value: SettingValue) -> float:
     """Raises Refusal: a viewer of another version may send anything."""
     if not isinstance(value, (int, float)) or value != value or value < 0:
-        raise Refusal(f"{shown(value)} is no value for it", "expected a number, at least 0")
+        raise Refusal(f"{setting_text(value)} is no value for it", "expected a number, at least 0")
     return float(value)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from tui_trainer.protocol.settings import shown
+from tui_trainer.protocol.settings import setting_text
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.optimizers import unwrapped_optimizer
@@ -116,7 +116,7 @@ class LearningRates:
             group, before = replaced[0][1:]
             text = (
                 f"the script itself set the learning rate of step {step:,} to "
-                f"{shown(float(group['lr']))}; from step {step + 1:,} on its values are "
+                f"{setting_text(float(group['lr']))}; from step {step + 1:,} on its values are "
                 f"multiplied by {value / before:.4g}"
             )
             self._recorder.notice("edit", text, "warning", step)

@@ -118,16 +118,16 @@ def _restore_optimizer(
         for key in [key for key in group if key != "params" and key not in saved]:
             del group[key]
         for key, value in saved.items():
-            group[key] = _put_back(group.get(key), value, None)
+            group[key] = _restored(group.get(key), value, None)
     for parameter, state in zip(_parameters(optimizer), states, strict=True):
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
             present = optimizer.state.get(parameter)
-            optimizer.state[parameter] = _put_back(present, state, parameter)
+            optimizer.state[parameter] = _restored(present, state, parameter)
 
 
-def _put_back(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
+def _restored(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
     """A copy of what was saved: in the present tensor where one of the same kind is there."""
     match saved:
         case torch.Tensor():
@@ -144,11 +144,11 @@ def _put_back(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
             return saved.clone()
         case dict():
             held = present if isinstance(present, dict) else {}
-            return {k: _put_back(held.get(k), v, parameter) for k, v in saved.items()}
+            return {k: _restored(held.get(k), v, parameter) for k, v in saved.items()}
         case list() | tuple():
             same = isinstance(present, (list, tuple)) and len(present) == len(saved)
             old = present if same else [None] * len(saved)
-            parts = [_put_back(o, v, parameter) for o, v in zip(old, saved, strict=True)]
+            parts = [_restored(o, v, parameter) for o, v in zip(old, saved, strict=True)]
             return parts if isinstance(saved, list) else tuple(parts)
         case _:
             return copy.deepcopy(saved)

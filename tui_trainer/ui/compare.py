@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Parting, find_partings
+from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Divergence, find_divergences
 from tui_trainer.ui.app import TuiTrainerApp, theme_options
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
@@ -60,7 +60,7 @@ class CompareScreen(RunScreen):
         super().__init__()
         self.runs = runs
         self.tolerance = tolerance
-        self.parting: Sequence[Parting] = ()
+        self.divergence: Sequence[Divergence] = ()
         self.by_time = False
         self._tab = 0
         self._folded = False
@@ -122,17 +122,17 @@ class CompareScreen(RunScreen):
 
     def _search(self) -> None:
         """Look for the first difference on a thread, unless it is known."""
-        if any(line.found.first is None for line in self.parting) or not self.parting:
-            self.run_worker(self._find, thread=True, exclusive=True, group="parting")
+        if any(line.found.first is None for line in self.divergence) or not self.divergence:
+            self.run_worker(self._find, thread=True, exclusive=True, group="divergence")
 
     def _find(self) -> None:
-        parting = find_partings([run.run for run in self.runs], self.tolerance)
-        self.app.call_from_thread(self._found, parting)
+        divergence = find_divergences([run.run for run in self.runs], self.tolerance)
+        self.app.call_from_thread(self._found, divergence)
 
-    def _found(self, parting: Sequence[Parting]) -> None:
-        self.parting = parting
+    def _found(self, divergence: Sequence[Divergence]) -> None:
+        self.divergence = divergence
         table = self.query_one(DifferencesTable)
-        table.parting = parting
+        table.divergence = divergence
         table.read()
 
     # ------------------------------------------------------------ layout

@@ -18,7 +18,7 @@ from tui_trainer.cli.commands.common import (
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.sizes import parse_size
+from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.actions import Action, Back, KeepSnapshots
 from tui_trainer.protocol.formatting import number
 from tui_trainer.protocol.messages import Status

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
-from tui_trainer.cli.errors import UsageError, say
+from tui_trainer.cli.errors import UsageError, notify
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
@@ -74,14 +74,14 @@ def compare(
             console.print(line, soft_wrap=True)
     else:
         return open_screen(compared, ascii, tolerance)
-    _say_faults(compared)
+    _print_faults(compared)
     return 0
 
 
-def _say_faults(compared: list[ComparedRun]) -> None:
+def _print_faults(compared: list[ComparedRun]) -> None:
     for run in compared:
         if run.fault:
-            say(f"{run.name}: {run.fault}")
+            notify(f"{run.name}: {run.fault}")
 
 
 def open_screen(compared: list[ComparedRun], ascii: bool, tolerance: float = 0.0) -> int:
@@ -103,7 +103,7 @@ class ComparisonResult:
         self._compared = compared
 
     def print_summary(self) -> int:
-        _say_faults(self._compared)
+        _print_faults(self._compared)
         return 0
 
 
@@ -119,11 +119,11 @@ def as_lines(compared: list[ComparedRun], tolerance: float = 0.0) -> list[Text]:
     table.add_row(Text("different options" if unlike else "same options", "bold"))
     for line in unlike:
         table.add_row(*_cells(line))
-    parting = [line for run in compared[1:] for line in _parting(compared[0], run, tolerance)]
-    return [*_loss_chart(compared), *table_lines(table), *parting]
+    divergence = [line for run in compared[1:] for line in _divergence(compared[0], run, tolerance)]
+    return [*_loss_chart(compared), *table_lines(table), *divergence]
 
 
-def _parting(a: ComparedRun, b: ComparedRun, tolerance: float) -> list[Text]:
+def _divergence(a: ComparedRun, b: ComparedRun, tolerance: float) -> list[Text]:
     """Where two runs differ first, with the values of both around it."""
     found = first_difference(a.history, b.history, tolerance)
     lines = [Text(), Text(found.title(a.name, b.name, tolerance), "bold")]
@@ -170,7 +170,7 @@ def _as_json(compared: list[ComparedRun], tolerance: float) -> str:
     def part(lines: list[ComparedValue]) -> dict[str, list[Scalar]]:
         return {line.name: [finite(value) for value in line.values] for line in lines}
 
-    def parting(run: ComparedRun) -> dict[str, Any]:
+    def divergence(run: ComparedRun) -> dict[str, Any]:
         found = first_difference(compared[0].history, run.history, tolerance)
         first = found.first
         made: dict[str, Any] = {
@@ -203,6 +203,6 @@ def _as_json(compared: list[ComparedRun], tolerance: float) -> str:
         "outcome": part(outcome(compared)),
         "differences": part(differences(compared)),
         "tolerance": tolerance,
-        "parting": [parting(run) for run in compared[1:]],
+        "divergence": [divergence(run) for run in compared[1:]],
     }
     return msgspec.json.encode(made).decode()

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands import compare
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
-from tui_trainer.cli.errors import CommandError, UsageError, say, unknown
+from tui_trainer.cli.errors import CommandError, UsageError, notify, unknown
 from tui_trainer.cli.options import RunOptions
 from tui_trainer.cli.run_setup import prepare
 from tui_trainer.cli.run_summary import RunSummary, summarize_run
@@ -138,7 +138,7 @@ def first_message(chosen: Demo, cured: bool) -> str:
 
 def _train_both(chosen: Demo, runs_dir: Path | None, plain: bool, json: bool, ascii: bool) -> int:
     """Train with and without the fault, side by side; then compare."""
-    say(f"{chosen.name}: training with and without the fault")
+    notify(f"{chosen.name}: training with and without the fault")
     options = RunOptions(plain=True, runs_dir=runs_dir)
     specs = [_spec(chosen, cured, options) for cured in (False, True)]
     _run_to_end(specs)

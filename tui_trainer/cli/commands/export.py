@@ -20,7 +20,7 @@ from tui_trainer.cli.commands.common import (
     flag,
     readable,
 )
-from tui_trainer.cli.errors import FAULT, CommandError, UsageError, say
+from tui_trainer.cli.errors import FAULT, CommandError, UsageError, notify
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.recording import open_history
@@ -74,7 +74,7 @@ def export(
         raise CommandError(f"cannot export {found.name}: {_reason(error)}") from error
     finally:
         if history.store.fault:
-            say(f"{history.store.fault}: the rest was exported")
+            notify(f"{history.store.fault}: the rest was exported")
         history.close()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import flag
-from tui_trainer.cli.errors import CommandError, UsageError, say
+from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
@@ -165,7 +165,7 @@ def _autograd(found: ScalarGraph) -> TorchGradients | None:
     finally:
         process.close()
     if answer is None:
-        say("PyTorch gave no gradients: those shown are tui-trainer's own", "tui-trainer doctor")
+        notify("PyTorch gave no gradients: those shown are tui-trainer's own", "tui-trainer doctor")
     return answer
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
-from tui_trainer.cli.errors import say
+from tui_trainer.cli.errors import notify
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
@@ -43,7 +43,7 @@ def ls(
         found = list_runs(runs_dir)
     runs = [run for run in found if run.live or not live]
     for run in [run for run in found if run.state == "refused"][:MAX_REPORTED_REFUSALS]:
-        say(run.note, run.hint)
+        notify(run.note, run.hint)
     if json:
         print(msgspec.json.encode([overview_of(run) for run in runs]).decode())
         return 0

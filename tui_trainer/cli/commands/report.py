@@ -16,7 +16,7 @@ from tui_trainer.cli.commands.common import (
     cli_errors,
     readable,
 )
-from tui_trainer.cli.errors import CommandError, say
+from tui_trainer.cli.errors import CommandError, notify
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.schema import RunInfo
 
@@ -64,7 +64,7 @@ def report(
             partial.unlink(missing_ok=True)
     finally:
         if session.history.store.fault:
-            say(session.history.store.fault)
+            notify(session.history.store.fault)
         session.close()
     print(f"wrote {path}")
     return 0

@@ -17,7 +17,7 @@ from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.protocol.actions import Action, ChangeSettings, UndoSettings
 from tui_trainer.protocol.formatting import counted
-from tui_trainer.protocol.settings import ReadSettings, SettingList, shown
+from tui_trainer.protocol.settings import ReadSettings, SettingList, setting_text
 from tui_trainer.runs.liveness import RunEntry
 
 
@@ -95,7 +95,7 @@ def _document(run: RunEntry, settings: SettingList) -> dict[str, object]:
 def _listing(settings: SettingList) -> list[str]:
     table = new_table(("setting", "value", ""), right=("value",))
     for each in settings.settings:
-        table.add_row(Text(each.name), Text(shown(each.value)), Text(each.note))
+        table.add_row(Text(each.name), Text(setting_text(each.value)), Text(each.note))
     lines = [line.plain.rstrip() for line in table_lines(table)]
     if settings.frozen:
         lines.append(f"{counted(settings.frozen, 'parameter')} frozen")

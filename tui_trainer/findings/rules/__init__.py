@@ -56,7 +56,7 @@ from tui_trainer.findings.rules.loss_graph import (
     SquaredSoftmax,
 )
 from tui_trainer.findings.rules.nonfinite import NonFiniteRule
-from tui_trainer.findings.rules.ranks import ClipsAlone, RanksPart, RanksSameBatch, Straggler
+from tui_trainer.findings.rules.ranks import ClipsAlone, RanksDiverge, RanksSameBatch, Straggler
 from tui_trainer.findings.rules.resources import (
     EvaluationExpensive,
     InputBound,
@@ -131,7 +131,7 @@ RULES: tuple[type[Rule], ...] = (
     NoBetterThanPrior,
     OverFitting,
     ClipsAlone,
-    RanksPart,
+    RanksDiverge,
     RanksSameBatch,
     InputBound,
     EvaluationExpensive,

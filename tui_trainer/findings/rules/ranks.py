@@ -1,4 +1,4 @@
-"""Processes of a distributed training that part, wait for one, or see the same data."""
+"""Processes of a distributed training that diverge, wait for one, or see the same data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ClipsAlone(Rule):
     explanation = (
         "Some processes clip the gradients of a step and the others do not, although gradients "
         "that were averaged are the same on all of them. Their updates differ, and the replicas "
-        "part. Clipping inside of `if rank == 0`, or before the gradients are averaged, does that."
+        "diverge. Its cause is clipping inside of `if rank == 0`, or before the average."
     )
     next = "clip on every rank, after backward (DDP has averaged the gradients then)"
     source = (
@@ -75,11 +75,11 @@ class ClipsAlone(Rule):
         )
 
 
-class RanksPart(Rule):
+class RanksDiverge(Rule):
     """Replicas whose weights were equal and are not any more."""
 
-    name = "ranks-part"
-    title = "the ranks' weights part"
+    name = "ranks-diverge"
+    title = "the ranks' weights diverge"
     level = "error"
     unconditional = True  # one of several models would be saved without a word
     needs = (

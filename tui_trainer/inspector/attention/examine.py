@@ -160,7 +160,7 @@ def examine_attention(
         given = tensors_of((run.call.args, run.call.kwargs))
         if request.residual and run.call.returned:
             with contextlib.suppress(Exception):  # without it the largest logit is explained
-                run.call.loss.again(run.output)  # passes the targets to cross_entropy
+                run.call.loss.recompute(run.output)  # passes the targets to cross_entropy
         notes = [note for note in run.notes if not note.startswith(WITHOUT_LOSS)]
     device = next((tensor.device.type for tensor in given), "cpu")
     with torch.autocast(device, enabled=False):  # the run may stand inside an `autocast` of its own

@@ -16,7 +16,7 @@ from tui_trainer.comparison.compared_runs import (
     ComparedCurve,
     ComparedRun,
     ComparedValue,
-    Parting,
+    Divergence,
     differences,
     outcome,
 )
@@ -144,7 +144,7 @@ class Legend(LineView):
 MIN_RUN_WIDTH, MAX_RUN_WIDTH = 9, 20
 """Cells of a run's column."""
 SAME, DIFFERENT, OUTCOME = "same configuration", "configuration", "final values"
-PARTING = "first difference"
+DIVERGENCE = "first difference"
 
 
 class DifferencesTable(VirtualTable):
@@ -154,7 +154,7 @@ class DifferencesTable(VirtualTable):
         super().__init__(id=id)
         self.runs = runs
         self.placeholder = "nothing was recorded"
-        self.parting: Sequence[Parting] = ()
+        self.divergence: Sequence[Divergence] = ()
         """Where the runs part, once it is known."""
         self._lines: list[ComparedValue | str] = []
         """Headings and rows."""
@@ -165,20 +165,20 @@ class DifferencesTable(VirtualTable):
         """Read the runs again."""
         settings = differences(self.runs)
         heading = DIFFERENT if settings else SAME
-        partings, outcomes = self._parting_lines(), outcome(self.runs)
-        self._outcomes = len(partings) + len(outcomes)
-        self._lines = [*partings, OUTCOME, *outcomes, heading, *settings]
+        divergences, outcomes = self._divergence_lines(), outcome(self.runs)
+        self._outcomes = len(divergences) + len(outcomes)
+        self._lines = [*divergences, OUTCOME, *outcomes, heading, *settings]
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
 
-    def _parting_lines(self) -> list[ComparedValue | str]:
+    def _divergence_lines(self) -> list[ComparedValue | str]:
         """Where each run differs first from the first one, and both values around it."""
-        if not self.parting:
+        if not self.divergence:
             return []
         steps: list[Scalar] = [None] * len(self.runs)
         phases: list[Scalar] = [None] * len(self.runs)
         around: list[ComparedValue | str] = []
-        for each in self.parting:
+        for each in self.divergence:
             first = each.found.first
             steps[each.number] = "none" if first is None else first.step
             phases[each.number] = None if first is None else first.phase
@@ -192,7 +192,7 @@ class DifferencesTable(VirtualTable):
         if len(self.runs) == 2:
             steps[0], phases[0] = steps[1], phases[1]
         rows = [ComparedValue("at step", tuple(steps)), ComparedValue("in phase", tuple(phases))]
-        return [PARTING, *rows, *around]
+        return [DIVERGENCE, *rows, *around]
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
         """The names as wide as they are, the rest shared by the runs. All runs are shown."""

@@ -21,7 +21,13 @@ from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.experiments import ExperimentResult, WhatIf
 from tui_trainer.protocol.formatting import counted, number
 from tui_trainer.protocol.inspection import Inspected
-from tui_trainer.protocol.settings import ReadSettings, Setting, SettingChange, SettingList, shown
+from tui_trainer.protocol.settings import (
+    ReadSettings,
+    Setting,
+    SettingChange,
+    SettingList,
+    setting_text,
+)
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
@@ -42,12 +48,12 @@ class SettingsTable(OptionList):
         line = self.highlighted
         self.settings = settings
         names = max((len(each.name) for each in settings), default=0)
-        values = max((len(shown(each.value)) for each in settings), default=0)
+        values = max((len(setting_text(each.value)) for each in settings), default=0)
         self.set_options(
             Option(
                 Content.assemble(
                     (f" {each.name:{names}}  ", "$text-accent"),
-                    f"{shown(each.value):>{values}}",
+                    f"{setting_text(each.value):>{values}}",
                     (f"   {each.note}", "dim"),
                 )
             )
@@ -176,7 +182,7 @@ class SettingsDialog(SnapshotDialog):
         """Edit the setting under the cursor."""
         setting = self.query_one(SettingsTable).settings[event.option_index]
         change = self.query_one(Input)
-        change.value = f"{setting.name}={shown(setting.value)}"
+        change.value = f"{setting.name}={setting_text(setting.value)}"
         change.selection = Selection(len(setting.name) + 1, len(change.value))
         change.focus()
 

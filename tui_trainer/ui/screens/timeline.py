@@ -13,7 +13,7 @@ from textual.widgets.option_list import Option
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.sizes import parse_size
+from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.actions import Back, KeepSnapshots, Step
 from tui_trainer.protocol.formatting import bytes_, counted
 from tui_trainer.protocol.inspection import Inspected
