@@ -6,6 +6,8 @@ A number is correct or absent; it may be absent only where the truth has none ei
 from __future__ import annotations
 
 import math
+import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -225,6 +227,8 @@ def clips(comparison: Comparison) -> Found:
         clipped = any(clip.scale < 1 for clip in true.clips)
         if found["clipped"] != clipped:
             yield f"{where}: clipped is {found['clipped']}, and it is {clipped}"
+        elif clipped and found["kind"] not in {clip.kind for clip in _hardest(true.clips)}:
+            yield f"{where}: the kind of clip is {found['kind']}: {_hardest(true.clips)}"
 
 
 def shares(comparison: Comparison) -> Found:
@@ -255,7 +259,7 @@ def _hardest(clips: list[Clip]) -> list[Clip]:
 
 
 def _same_clip(found: Object, step: Object, clip: Clip) -> bool:
-    if clip.loss_scale != 1.0 and found.get("gradient_scale") != clip.loss_scale:
+    if found["gradient_scale"] != clip.loss_scale:
         return False
     words = step.get("nonfinite", {})
     before = found["norm_before"]
@@ -268,6 +272,8 @@ def _same_clip(found: Object, step: Object, clip: Clip) -> bool:
     if clip.limit is not None:
         expected["max_norm"] = clip.limit
     tolerance = ROUNDED if clip.rounded else TOLERANCE
+    if found["norm_after"] is None and 0 < clip.before * clip.scale < SMALLEST:
+        del expected["norm_after"]  # out of the range of float32
     return not any(
         text
         for name, value in expected.items()
@@ -281,8 +287,7 @@ def phases(comparison: Comparison) -> Found:
     booked: set[int] = set()
     for step, true in comparison.pairs:
         missing = true.phases - step["phase_ms"].keys()
-        shared = missing & {"backward"} and true.optimizer > 0 and comparison.loop.rounds == "joint"
-        if missing and not shared:
+        if missing and not (missing == {"backward"} and true.shared):
             yield f"step {step['step']}: {sorted(missing)} is missing in {sorted(step['phase_ms'])}"
         if "clip" in step["phase_ms"] and not clipping:
             yield f"step {step['step']}: nothing is ever clipped, and it took time"
@@ -312,19 +317,94 @@ def own_phases(comparison: Comparison) -> Found:
 
 
 def times(comparison: Comparison) -> Found:
-    """The phases take no longer than their step."""
+    """The phases of a step add up to it, what it cost to measure adds up too, and the steps follow
+    one another."""
+    before = 0.0
     for step in comparison.steps:
-        whole, parts = step["step_ms"], sum(step["phase_ms"].values())
-        if not whole or not parts <= whole * 1.001 + 0.01:
-            yield f"step {step['step']}: phases of {parts} ms in a step of {whole} ms"
+        yield from _parts(step)
+        costs = step.get("overhead_ms", {}).values()
+        if min(costs, default=0.0) < 0 or not sum(costs) <= step["own_ms"] + 1e-3:
+            yield f"step {step['step']}: {step['overhead_ms']} is not {step['own_ms']} ms"
+        if not before <= step["time"] <= time.time():
+            yield f"step {step['step']} is at {step['time']}, and the one before it at {before}"
+        before = step["time"]
 
 
-def whole_times(comparison: Comparison) -> Found:
-    """The phases add up to their step."""
+def _parts(line: Object) -> Found:
+    whole, parts = line["step_ms"], line["phase_ms"].values()
+    if min(parts, default=0.0) < 0:
+        yield f"step {line['step']}: negative times in {line['phase_ms']}"
+    if not whole or abs(whole - sum(parts)) > 0.01 * whole + 0.02:
+        yield f"step {line['step']}: phases of {sum(parts)} ms in a step of {whole} ms"
+
+
+def shared_phases(comparison: Comparison) -> Found:
+    """Phases that are counted in another optimizer's step are said to be: those of a backward that
+    an earlier step has used too, and of its clip."""
+    for step, true in comparison.pairs:
+        found = step.get("shared", [])
+        if found and (not true.shared or set(found) & step["phase_ms"].keys()):
+            yield f"step {step['step']} shares {found}; it has {sorted(step['phase_ms'])}"
+        if true.shared and not {"forward", "loss", "backward"} <= {*found, *step["phase_ms"]}:
+            yield f"step {step['step']} has {sorted(step['phase_ms'])} and shares {found}"
+
+
+def memory(comparison: Comparison) -> Found:
+    """The memory of this process, which has no accelerator."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for step in comparison.steps:
-        whole, parts = step["step_ms"], sum(step["phase_ms"].values())
-        if whole and abs(whole - parts) > 0.01 * whole + 0.02:
-            yield f"step {step['step']}: phases of {parts} ms in a step of {whole} ms"
+        if "memory" in step and comparison.output.every_step:
+            found = step["memory"]
+            if (
+                found.keys() != {"host_bytes"}
+                or not most / 100 < found["host_bytes"] <= most * 1.05
+            ):
+                yield f"step {step['step']}: the memory is {found}, and at most {most}"
+
+
+def evaluations(comparison: Comparison) -> Found:
+    """How often the closure was called; absent without one."""
+    for step, true in comparison.pairs:
+        if step.get("evaluations") != (true.evaluations or None):
+            found = step.get("evaluations")
+            yield f"step {step['step']} has {found} evaluations, and it is {true.evaluations}"
+
+
+COMPARED = {
+    "step": "",
+    "time": "times",
+    "loss": "losses",
+    "lr": "learning_rates",
+    "grad_norm_preclip": "total_norms",
+    "grad_norm": "gradient_norms",
+    "weight_norm": "weight_norms",
+    "update_ratio": "update_ratios",
+    "clip": "clips",
+    "phase_ms": "times",
+    "step_ms": "times",
+    "own_ms": "times",
+    "overhead_ms": "times",
+    "memory": "memory",
+    "evaluations": "evaluations",
+    "loss_scale": "skipped_by_scaler",
+}
+"""What has numbers in the lines of steps and skipped iterations, and the check that compares it."""
+
+
+def everything(comparison: Comparison) -> Found:
+    """Every number in the lines of steps is compared by some check."""
+    for line in [*comparison.steps, *comparison.skipped]:
+        for name, value in line.items():
+            if name not in COMPARED and _has_numbers(value):
+                yield f"step {line['step']}: {name} is not compared: {value}"
+
+
+def _has_numbers(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_numbers, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_numbers, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------- skipped steps and alarms
@@ -373,12 +453,16 @@ def _skipped(line: Object, skipped: Skipped) -> Found:
     if line["step"] != skipped.before_step:
         yield f"skipped before step {skipped.before_step}, and {line['step']} is written"
     yield from _number(line, "loss", line["loss"], skipped.loss)
-    for name, norm in skipped.norms.items():
+    for name, norm in [*skipped.norms.items(), *skipped.outside.items()]:
         key = _key(line.get("grad_norm", {}), name)
         if key is not None:
             yield from _number(line, f"grad_norm.{key}", line["grad_norm"][key], norm)
         elif norm is not None:
             yield f"skipped before step {line['step']}: no gradient norm of {name}"
+    found, where = line["clip"], f"skipped before step {line['step']}"
+    if found is not None and not any(_same_clip(found, line, c) for c in skipped.clips):
+        yield f"{where}: {_short(found)} is written, and the clips are {skipped.clips}"
+    yield from _parts(line)
 
 
 def alarms(comparison: Comparison) -> Found:
@@ -394,7 +478,10 @@ def alarms(comparison: Comparison) -> Found:
         if not math.isfinite(true_skip.loss):
             bad["loss"].add("")
         bad["gradient"] |= {
-            n for n, norm in true_skip.norms.items() if norm is not None and not math.isfinite(norm)
+            name
+            for norms in (true_skip.norms, true_skip.outside)
+            for name, norm in norms.items()
+            if norm is not None and not math.isfinite(norm)
         }
     for event in raised:
         names, blamed = bad[event["quantity"]], event["parameter"] or ""
@@ -443,7 +530,7 @@ def header(comparison: Comparison) -> Found:
 
 
 def shown(comparison: Comparison) -> Found:
-    """`show` gives the last step's values."""
+    """`show` gives the last step's values, and those of the last step of each optimizer."""
     show, made = comparison.output.show, comparison.truth.steps
     if show["step"] != len(made):
         yield f"show has step {show['step']} of {len(made)}"
@@ -456,15 +543,16 @@ def shown(comparison: Comparison) -> Found:
             yield f"show gives the loss as {show['loss']}, and it is {last.loss}"
     else:
         yield from _number(where, "loss", show["loss"], last.loss)
-    # A value that is not finite has no text here.
-    if all(norm is None or math.isfinite(norm) for norm in last.norms.values()):
-        there = any(norm is not None for norm in last.norms.values())
-        total = last.total if there else None
-        yield from _number(where, "grad_norm_preclip", show["grad_norm_preclip"], total)
     yield from _number(where, "learning_rate", show["learning_rate"], last.lr)
-    curve = show["loss_curve"]
-    if len(made) < 60 and curve["steps"] != list(range(1, len(made) + 1)):
-        yield f"show draws the losses of steps {curve['steps']}"
+    newest = {true.optimizer: number for number, true in enumerate(made, 1)}
+    if {each["step"] for each in show["optimizers"]} != set(newest.values()):
+        yield f"show gives steps {show['optimizers']}, and they are {newest}"
+    for each in show["optimizers"]:
+        yield from _shown_optimizer(comparison, each, made[each["step"] - 1])
+        if each["step"] == len(made):
+            found = {n: show[n] for n in ("loss", "learning_rate", "grad_norm_preclip")}
+            if found != {name: each[name] for name in found}:
+                yield f"show gives {found}, and for the last optimizer {each}"
     if comparison.steps:
         found = {name: ms for name, ms in show["phase_ms"].items() if ms is not None}
         expected = comparison.steps[-1]["phase_ms"]
@@ -472,6 +560,54 @@ def shown(comparison: Comparison) -> Found:
             not math.isclose(found[name], expected[name], rel_tol=1e-5) for name in found
         ):
             yield f"show gives the phases as {found}, and the last step has {expected}"
+    clips = {step["step"]: step["clip"] for step in comparison.steps if step["clip"] is not None}
+    share = sum(clip["clipped"] for clip in clips.values()) / len(clips) if clips else None
+    if len(made) < 60 and show["clipped_share"] != share:
+        yield f"show has {show['clipped_share']} as the share of clipped steps, and it is {share}"
+    for event in show["events"]:
+        if event["kind"] == "clip" and np.float32(event["scale"]) != clips[event["step"]]["scale"]:
+            yield f"show has {event}, and the step {clips[event['step']]}"
+    yield from _curve(comparison, "loss_curve", "loss")
+    yield from _curve(comparison, "grad_norm_curve", "grad_norm_preclip")
+    elements = sum(math.prod(p.shape) for p in comparison.truth.parameters.values() if p.trainable)
+    gone = comparison.loop.replaced_at is not None
+    if not gone and (show["parameters"] or 0) != elements:
+        yield f"show counts {show['parameters']} elements, and there are {elements}"
+
+
+def _shown_optimizer(comparison: Comparison, each: Object, true: Step) -> Found:
+    where = {"step": f"show {each['name']}", "nonfinite": each["notes"]}
+    there = any(norm is not None for norm in [*true.norms.values(), *true.gone])
+    expected = {
+        "loss": true.loss,
+        "learning_rate": true.lr,
+        "grad_norm_preclip": true.total if there else None,
+    }
+    for name, value in expected.items():
+        note = each["notes"].get(name)
+        if each[name] is None and not note:
+            yield f"show: {name} of {each['name']} is null without a reason"
+        if name == "grad_norm_preclip" and note and comparison.loop.measured_every > 1:
+            continue
+        words = {n: word for n, word in each["notes"].items() if word in WORDS}
+        yield from _number(where | {"nonfinite": words}, name, each[name], value)
+
+
+def _curve(comparison: Comparison, curve: str, name: str) -> Found:
+    """Each bucket of the curve has the values of the first optimizer's steps in it."""
+    found = comparison.output.show[curve]
+    first = comparison.headers[-1]["optimizers"][0] if comparison.headers else ""
+    steps = [step for step in comparison.steps if step["optimizer"] == first]
+    ends = [*found["steps"][1:], math.inf]
+    for start, end, low, high in zip(
+        found["steps"], ends, found["low"], found["high"], strict=True
+    ):
+        values = [step[name] for step in steps if start <= step["step"] < end]
+        known = [np.float32(value) for value in values if value is not None]
+        if (low, high) != (min(known, default=None), max(known, default=None)):
+            yield f"{curve} from {start} is {low} … {high}, and the steps have {values}"
+    if not comparison.steps or len(found["steps"]) < min(60, len(steps)):
+        yield f"{curve} has {found['steps']}, and the steps are {[s['step'] for s in steps]}"
 
 
 def exported(comparison: Comparison) -> Found:
@@ -505,8 +641,21 @@ def stored(comparison: Comparison) -> Found:
         for column, key in columns.items():
             text = stored_texts.get((number, column), "")
             yield from _cell(number, column, text, step[key], step, key)
+    cells: dict[tuple[int, str, str], str] = {}
+    for row in comparison.output.tables.get("steps", []):
+        for column, text in row.items():
+            table, _, rest = column.partition(".")
+            if text:
+                cells[int(row["step"]), table, rest.rpartition(".")[2]] = text
+    for table in ("clip", "phase_ms", "memory"):
+        names = {name for _, of, name in cells if of == table}
+        for number, step in by_step.items():
+            line = step.get(table) or {}
+            for name in (names | line.keys()) - {"clipped", "kind", "dominant"}:
+                text, key = cells.get((number, table, name), ""), f"{table}.{name}"
+                yield from _cell(number, key, text, line.get(name), step, key)
     for name in ("grad_norm", "weight_norm", "update_ratio"):
-        cells = {
+        found = {
             (int(row["step"]), column): text
             for table, rows in comparison.output.tables.items()
             if table == name or table.startswith(f"{name}.")
@@ -516,7 +665,7 @@ def stored(comparison: Comparison) -> Found:
         }
         for number, step in by_step.items():
             for parameter, value in step.get(name, {}).items():
-                text = cells.get((number, parameter), "")
+                text = found.get((number, parameter), "")
                 yield from _cell(
                     number, f"{name}.{parameter}", text, value, step, f"{name}.{parameter}"
                 )
@@ -594,7 +743,10 @@ CHECKS: dict[str, Check] = {
         forwards,
         own_phases,
         times,
-        whole_times,
+        shared_phases,
+        memory,
+        evaluations,
+        everything,
         skipped_steps,
         skipped_iterations,
         skipped_by_scaler,

@@ -39,72 +39,11 @@ def has_outside(loop: Loop) -> bool:
     return len(held) < len(loop.layers) or loop.replaced_at is not None
 
 
-def has_lbfgs(loop: Loop) -> bool:
-    return any(optimizer.kind == "lbfgs" for optimizer in loop.optimizers)
-
-
-def clips_when(loop: Loop, *when: str) -> bool:
-    return any(clip.when in when for clip in loop.clips)
-
-
 def clips_kind(loop: Loop, *kinds: str) -> bool:
     return any(clip.kind in kinds for clip in loop.clips)
 
 
-def adds_group(loop: Loop) -> bool:
-    return loop.added_at is not None or (loop.unfrozen_at is not None and loop.frozen == "left out")
-
-
-def clips_scaled(loop: Loop) -> bool:
-    """Whether a clip sees gradients with a loss scale on them."""
-    return loop.scaler in ("scale", "divide") or (bool(loop.scaler) and clips_when(loop, "each"))
-
-
-def clips_a_part(loop: Loop) -> bool:
-    """Whether a clip covers other parameters than the optimizer's."""
-    return bool(loop.clips) and (
-        has_several(loop) or has_outside(loop) or any(clip.over != "all" for clip in loop.clips)
-    )
-
-
-def clips_before_it_is_seen(loop: Loop) -> bool:
-    """Whether an optimizer may be unknown when gradients are clipped for the first time."""
-    early = loop.zero in ("start", "before backward") and loop.rounds == "joint"
-    seen = early and loop.zero_by == "optimizer"
-    return bool(loop.clips) and not seen and (has_several(loop) or has_outside(loop))
-
-
-# ---------------------------------------------------------------- loops that show them
-
-TWO = (Optimizer(layers=("a",)), Optimizer(layers=("b",)))
-CLOSURE = Loop(optimizers=(Optimizer(kind="adam", closure=True),))
-LBFGS = (Optimizer(kind="lbfgs", closure=True),)
-
 KNOWN_GAPS: tuple[Gap, ...] = (
-    Gap(
-        "show of several optimizers",
-        "show gives the values of the first optimizer as those of the run's last step.",
-        has_several,
-        ("shown",),
-        (Loop(optimizers=TWO),),
-    ),
-    Gap(
-        "huge and tiny gradients",
-        "Norms overflow and underflow in float32, and the overflow is an alarm.",
-        lambda loop: loop.size != "normal",
-        ("clips",),
-        (
-            Loop(size="huge", clips=(Clip(),)),
-            Loop(size="tiny", clips=(Clip(),)),
-        ),
-    ),
-    Gap(
-        "norms that were not measured",
-        "A step that did not measure its norm repeats the last one.",
-        lambda loop: loop.measured_every > 1,
-        ("shown",),
-        (Loop(measured_every=2, iterations=4),),
-    ),
     Gap(
         "updates by hand",
         "All parameters with a gradient are taken for those that the script updates, and what it "
@@ -113,7 +52,7 @@ KNOWN_GAPS: tuple[Gap, ...] = (
             loop.by_hand
             and (set(loop.optimizers[0].layers) != set(loop.layers) or clips_kind(loop, "hand"))
         ),
-        ("total_norms", "clips", "shown", "losses", "skipped_iterations", "alarms"),
+        ("total_norms", "clips", "shown", "losses", "skipped_iterations"),
         (
             Loop(
                 iterations=2,
@@ -192,24 +131,6 @@ KNOWN_GAPS: tuple[Gap, ...] = (
                 zero_by="hand",
                 clips=(Clip("strict"),),
                 poison_at=3,
-            ),
-        ),
-    ),
-    Gap(
-        "two clippings by hand in a closure",
-        "They are seen as one.",
-        lambda loop: (
-            any(optimizer.closure for optimizer in loop.optimizers)
-            and sum(clip.kind in ("hand", "data") for clip in loop.clips) > 1
-        ),
-        ("clips",),
-        (
-            Loop(
-                iterations=5,
-                nets=(("a", "b"), ("c",)),
-                optimizers=(Optimizer("lbfgs", ("a", "b", "c"), True),),
-                set_to_none=False,
-                clips=(Clip("hand"), Clip("hand")),
             ),
         ),
     ),

@@ -9,6 +9,7 @@ docs/json-lines.md, implemented a second time, without the tracer:
 * Its gradients are those after the last of these backward passes, before any clipping that follows
   and without a loss scale. A missing gradient has no norm, not the norm 0.
 * A clip belongs to the step that uses the gradients it changed. After the step it belongs to none.
+* What the script does to gradients by itself, with no call of PyTorch's in between, is one clip.
 * Gradients that are discarded before any optimizer has used them are a skipped iteration.
 
 This module is also printed in front of a failing script, so that the script runs by itself.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -45,6 +46,10 @@ class Clip:
     """The norm before as `clip_grad_norm_` computed it, which may have overflowed."""
     rounded: bool
     """Whether it computed in half precision."""
+    at: int = 0
+    """`Truth.events` when it was made."""
+    norms: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    """Of one by hand: id(parameter) to its norm before and after."""
 
 
 @dataclass
@@ -73,6 +78,8 @@ class Step:
     """Phases that the step must have had."""
     evaluations: int = 0
     """How often a closure was evaluated."""
+    shared: bool = False
+    """Whether other steps have used every one of its backward passes before."""
 
     @property
     def total(self) -> float:
@@ -92,6 +99,8 @@ class Skipped:
     loss: float
     norms: dict[str, float | None]
     clips: list[Clip]
+    outside: dict[str, float | None] = field(default_factory=dict)
+    """As in `Step`."""
 
 
 @dataclass
@@ -114,6 +123,7 @@ class Backward:
     """Optimizers whose gradients include it and that have neither used nor lost them."""
     used: bool = False
     norms: dict[str, float | None] = field(default_factory=dict)
+    outside: dict[str, float | None] = field(default_factory=dict)
     clips: list[Clip] = field(default_factory=list)
 
 
@@ -153,6 +163,8 @@ class Truth:
         self.optimizers: list[Any] = []
         self.nets: dict[str, torch.nn.Module] = {}
         self.loss_scale = 1.0
+        self.events = 0
+        """Calls of PyTorch between which what the script does by hand is one clip."""
         self._states: list[State] = []
         self._evaluations = 0
         self._first: State | None = None
@@ -173,8 +185,9 @@ class Truth:
         if left:
             norms = {n: norm for state in self._states for n, norm in state.norms.items()}
             clips = [clip for state in self._states for clip in state.clips]
+            outside = {n: norm for state in self._states for n, norm in state.outside.items()}
             loss = sum(each.loss for each in left)
-            self.skipped.append(Skipped("end", len(self.steps) + 1, loss, norms, clips))
+            self.skipped.append(Skipped("end", len(self.steps) + 1, loss, norms, clips, outside))
         held = {id(p) for o in range(len(self.optimizers)) for p in self._own(o)}
         for name, p in self._named().items():
             dtype = str(p.dtype).removeprefix("torch.")
@@ -208,6 +221,7 @@ class Truth:
         `again(*nets)` recomputes their sum from copies of the models in float64. `replaces`: the
         gradients replace the existing ones.
         """
+        self.events += 1
         everything = self._everything()
         before = {key: _copy(p.grad) for key, p in everything.items()}
         marks = {key: _mark(p.grad) for key, p in everything.items()}
@@ -280,7 +294,9 @@ class Truth:
     ) -> Iterator[SimpleNamespace]:
         """Wrap a call that clips the gradients of these parameters; the caller sets `total` of the
         yielded object to the result of `clip_grad_norm_`."""
+        self.events += kind != "hand"
         clipped = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+        norms_before = {id(p): _norm(p.grad) for p in clipped}
         names = {id(p): n for n, p in self._named().items()}
         squares = {names[id(p)]: _norm(p.grad) ** 2 for p in clipped if id(p) in names}
         whole = sum(squares.values())
@@ -297,13 +313,25 @@ class Truth:
             scale = after / before if before else 1.0
         rounded = any(p.dtype in (torch.bfloat16, torch.float16) for p in clipped)
         made = Clip(kind, limit, before, after, scale, shares, self.loss_scale, returned, rounded)
+        if kind == "hand":
+            made.at = self.events
+            made.norms = norms_before, {id(p): _norm(p.grad) for p in clipped}
         ids = {id(p) for p in clipped}
         for number, state in enumerate(self._states):
             if state.passes and any(id(p) in ids for p in self._own(number)):
-                state.clips.append(made)
+                last = state.clips[-1] if state.clips else None
+                if (
+                    last is not None
+                    and last.kind == kind == "hand"
+                    and (last.at, last.loss_scale) == (made.at, made.loss_scale)
+                ):
+                    state.clips[-1] = _together(last, made, names)
+                else:
+                    state.clips.append(made)
 
     def zeroed(self) -> None:
         """Call after gradients were zeroed or released; it finds out which."""
+        self.events += 1
         lost: list[Backward] = []
         for number, state in enumerate(self._states):
             gone = all(p.grad is None or not _dense(p.grad).any() for p in self._own(number))
@@ -314,6 +342,7 @@ class Truth:
                 each.claims.discard(number)
                 each.used |= number == self._stepping  # a closure begins its next evaluation
                 each.norms |= taken.norms
+                each.outside |= taken.outside
                 each.clips += [clip for clip in taken.clips if clip not in each.clips]
                 if not each.claims and not each.used:
                     lost.append(each)
@@ -321,7 +350,12 @@ class Truth:
             last = lost[-1]
             self.skipped.append(
                 Skipped(
-                    "hand", len(self.steps) + 1, sum(b.loss for b in lost), last.norms, last.clips
+                    "hand",
+                    len(self.steps) + 1,
+                    sum(b.loss for b in lost),
+                    last.norms,
+                    last.clips,
+                    last.outside,
                 )
             )
 
@@ -337,6 +371,7 @@ class Truth:
     @contextmanager
     def step(self, optimizer: Any, scaler: Any = None) -> Iterator[None]:
         """Wrap an optimizer's step. `scaler`: the GradScaler that decides whether it happens."""
+        self.events += 1
         number = next(i for i, o in enumerate(self.optimizers) if o is optimizer)
         self._stepping, self._evaluations, self._first = number, 0, None
         named = {n: p for n, p in self._named().items() if any(p is q for q in self._own(number))}
@@ -348,14 +383,16 @@ class Truth:
         self._stepping = None
         last = self._states[number].taken()
         taken = self._first or last
+        shared = bool(taken.passes) and all(each.used for each in taken.passes)
         for each in [*taken.passes, *last.passes]:
             each.claims.discard(number)
             each.used = True
         loss = sum(b.loss for b in taken.passes) if taken.passes else None
         if scaler is not None and _skips(scaler, optimizer):
             assert loss is not None
+            at = len(self.steps) + 1
             self.skipped.append(
-                Skipped("scaler", len(self.steps) + 1, loss, taken.norms, taken.clips)
+                Skipped("scaler", at, loss, taken.norms, taken.clips, taken.outside)
             )
             return
         ratios: dict[str, float | None] = {}
@@ -381,8 +418,27 @@ class Truth:
                 poisoned=taken.poisoned,
                 phases=phases,
                 evaluations=self._evaluations,
+                shared=shared,
             )
         )
+
+
+def _together(first: Clip, second: Clip, names: Mapping[int, str]) -> Clip:
+    """Two changes by hand, one right after the other, as one."""
+    before = second.norms[0] | first.norms[0]
+    after = first.norms[1] | second.norms[1]
+    whole, left = (_length(norms.values()) for norms in (before, after))
+    shares = {names[p]: (norm / whole) ** 2 for p, norm in before.items() if whole and p in names}
+    return replace(
+        second,
+        before=whole,
+        after=left,
+        scale=left / whole if whole else 1.0,
+        shares=shares,
+        returned=whole,
+        rounded=first.rounded or second.rounded,
+        norms=(before, after),
+    )
 
 
 class Silence:
@@ -440,6 +496,11 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _length(norms: Iterable[float]) -> float:
+    found = list(norms)
+    return math.nan if any(map(math.isnan, found)) else math.hypot(*found)
 
 
 def _scaled(gradient: torch.Tensor | None, factor: float) -> float | None:

@@ -66,14 +66,31 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class OptimizerSummary:
+    """The last step of one optimizer."""
+
+    name: str
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    grad_norm_preclip: float | None
+    notes: dict[str, str]
+    """Name of a value that is None to `nan`, `inf`, `-inf` or the reason why there is none."""
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """What is known of a run now. Numbers that are not finite are None."""
 
     run: RunOverview
     loss_curve: SummaryCurve = SummaryCurve()
+    """Of several optimizers that of the first, as the curve of the norm."""
     grad_norm_curve: SummaryCurve = SummaryCurve()
     grad_norm_preclip: float | None = None
+    """Of the last step, whichever optimizer made it, as the loss, the rate and the times."""
     learning_rate: float | None = None
+    optimizers: tuple[OptimizerSummary, ...] = ()
+    """Those that have made a step, in the order of their first one."""
     validation: dict[str, float | None] = field(default_factory=dict)
     clipped_share: float | None = None
     phase_ms: dict[str, float | None] = field(default_factory=dict)
@@ -154,18 +171,20 @@ def summarize_live(run: RunEntry, client: RunClient) -> RunSummary:
 def _summary(
     run: RunEntry, history: History, info: RunInfo, status: Status, events: Sequence[Event]
 ) -> RunSummary:
-    step = history.table(schema.STEP)
-    loss = _curve(step, "loss", status.step)
-    latest = _latest(step, status.step)
+    first = history.table(schema.STEP)
+    loss = _curve(first, "loss", status.step)
+    optimizers = _optimizers(info, history, status.step)
+    last = max(optimizers, key=lambda each: each.step, default=None)
     return RunSummary(
-        run=_overview(run, info, status, loss.last),
+        run=_overview(run, info, status, _loss_at(history, status.step)),
         loss_curve=replace(loss, last=finite(loss.last)),
-        grad_norm_curve=_curve(step, "grad_norm_preclip", status.step),
-        grad_norm_preclip=latest.get("grad_norm_preclip"),
-        learning_rate=latest.get("learning_rate"),
+        grad_norm_curve=_curve(first, "grad_norm_preclip", status.step),
+        grad_norm_preclip=last.grad_norm_preclip if last is not None else None,
+        learning_rate=last.learning_rate if last is not None else None,
+        optimizers=optimizers,
         validation={n: each.value for n, each in _logged(history, schema.VALIDATION).items()},
         clipped_share=status.clipped_share,
-        phase_ms=_latest(history.table(schema.PHASE_MS), status.step),
+        phase_ms=_latest(_last_of(history, schema.PHASE_MS, status.step), status.step),
         attention=_attention(info, history, status.step),
         phase=status.phase,
         parameters=sum(p.numel for p in info.parameters if p.trainable) or None,
@@ -204,13 +223,54 @@ def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) 
     )
 
 
+def _last_of(history: History, name: str, step: int) -> SeriesReader | None:
+    """Of the optimizers' tables of that name the one with the last row until `step`."""
+    rows = [
+        (found[0], n)
+        for n, t in history.tables.items()
+        if t.table.name == name and (found := t.row_at(step)) is not None
+    ]
+    return history.tables[max(rows)[1]] if rows else None
+
+
+def _loss_at(history: History, step: int) -> float | None:
+    """The loss of the last step until `step`."""
+    table = _last_of(history, schema.STEP, step)
+    return None if table is None else table.value_at("loss", step)
+
+
+def _optimizers(info: RunInfo, history: History, step: int) -> tuple[OptimizerSummary, ...]:
+    found: list[OptimizerSummary] = []
+    for table in history.tables_named(schema.STEP):
+        row = table.row_at(step)
+        if row is None:
+            continue
+        values = {c.name: float(v) for c, v in zip(table.table.columns, row[1], strict=True)}
+        shown = {n: values.get(n, math.nan) for n in ("loss", "learning_rate", "grad_norm_preclip")}
+        found.append(
+            OptimizerSummary(
+                name=table.table.optimizer or next(iter(info.optimizers), ""),
+                step=row[0],
+                loss=finite(shown["loss"]),
+                learning_rate=finite(shown["learning_rate"]),
+                grad_norm_preclip=finite(shown["grad_norm_preclip"]),
+                notes={n: _note(value) for n, value in shown.items() if not math.isfinite(value)},
+            )
+        )
+    return tuple(found)
+
+
+def _note(value: float) -> str:
+    why = why_absent(value)
+    return why.reason if why is not None else nonfinite(value)
+
+
 def _logged(history: History, table: str) -> dict[str, LoggedValue]:
     found: dict[str, LoggedValue] = {}
     for each in logged_series(history, table):
         if (newest := each.newest()) is not None:
             step, value = newest
-            why = why_absent(value)
-            text = why.reason if why else nonfinite_text(value)
+            text = None if math.isfinite(value) else _note(value)
             found[each.name] = LoggedValue(step, finite(value), text)
     return found
 

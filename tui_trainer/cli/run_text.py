@@ -10,12 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tui_trainer.cli.commands.ls import STYLES
-from tui_trainer.cli.run_summary import LayerSummary, RunSummary, SummaryCurve
+from tui_trainer.cli.run_summary import LayerSummary, OptimizerSummary, RunSummary, SummaryCurve
 from tui_trainer.cli.table import columns, new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.history.ranks import RankSummary
 from tui_trainer.protocol.events import Event, Finding, Level, Notice
 from tui_trainer.protocol.formatting import (
+    MISSING,
     counted,
     event_text,
     milliseconds,
@@ -114,14 +115,21 @@ def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
     """Name, value and remark of each quantity, the loss first."""
     run = summary.run
     loss = number(run.loss, 0) if run.loss is not None else (run.loss_text or "–")
+    several = len(summary.optimizers) > 1
+    # The chart and the curve of the norm are the first optimizer's.
+    of = f" of {truncate_middle(summary.optimizers[0].name, 16)}" if several else ""
     rows = [("loss", loss, _extremes(summary.loss_curve))]
+    if several:
+        newest = max(summary.optimizers, key=lambda each: each.step)
+        rows = [("loss", loss, f"{newest.name}'s at step {newest.step:,}; chart{of}")]
+        rows += [_optimizer_row(each) for each in summary.optimizers]
     if summary.grad_norm_curve.steps:
         curve = summary.grad_norm_curve
         remark = "  ".join(part for part in (_sparkline(curve, bars), _extremes(curve)) if part)
-        rows.append(("grad norm", number(curve.last, 0), remark))
+        rows.append((f"grad norm{of}", number(curve.last, 0), remark))
     if summary.clipped_share is not None:
         rows.append(("clipped", percent(summary.clipped_share, 0, 0), "of the last steps"))
-    if summary.learning_rate is not None:
+    if summary.learning_rate is not None and not several:
         rows.append(("learning rate", number(summary.learning_rate, 0), ""))
     for name, value in summary.validation.items():
         rows.append((f"validation {name}", number(value, 0), ""))
@@ -135,6 +143,15 @@ def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
         parts = (f"{name} {number(ms, 0, 3)}" for name, ms in phases.items())
         rows.append(("phases (ms)", "", " · ".join(parts)))
     return rows
+
+
+def _optimizer_row(optimizer: OptimizerSummary) -> tuple[str, str, str]:
+    """Its name, loss, and the other values of its last step."""
+    values = (("grad norm", optimizer.grad_norm_preclip), ("lr", optimizer.learning_rate))
+    parts = [f"{name} {number(value, 0)}" for name, value in values if value is not None]
+    loss = number(optimizer.loss, 0) if optimizer.loss is not None else MISSING
+    where = f"at step {optimizer.step:,}"
+    return truncate_middle(optimizer.name, 24), loss, "  ".join([*parts, where])
 
 
 def _value_lines(rows: Sequence[tuple[str, str, str]], least: Sequence[int]) -> list[Text]:

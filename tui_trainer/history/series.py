@@ -75,17 +75,21 @@ class SeriesReader(ABC):
         return None if column is None or row is None else float(row[column])
 
     def at(self, step: int) -> Floats | None:
-        """Values (columns,) of the last row at or before `step`; None when there is none.
+        """Values (columns,) of the last row at or before `step`; None when there is none."""
+        found = self.row_at(step)
+        return None if found is None else found[1]
+
+    def row_at(self, step: int) -> tuple[int, Floats] | None:
+        """Step and values (columns,) of the last row at or before `step`; None when there is none.
 
         Where only buckets are left, or can be read: of the last bucket that ends at or before it.
         """
         for level in self.levels():
             index = level.find(step + 1) - 1
             if level.start <= index:
-                values: Floats = level.buckets(index, index + 1).value
-                if len(values):
-                    newest: Floats = values[-1].copy()
-                    return newest
+                found = level.buckets(index, index + 1)
+                if len(found.value):
+                    return int(found.last[-1]), found.value[-1].copy()
         return None
 
     def tail(self, count: int) -> tuple[Steps, Floats]:

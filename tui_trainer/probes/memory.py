@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
-import numpy as np
 import psutil
 import torch
 
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, absent, float32_row
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, TableSpec, Values
 
@@ -38,16 +38,16 @@ class Memory(Probe):
             return (None,)
         self._next = now + PERIOD_S
         allocated, peak = device_memory(self.tracked.device)
-        row = (allocated, peak, self._process.memory_info().rss)
-        return (np.array(row, dtype=np.float32),)
+        return (float32_row((allocated, peak, self._process.memory_info().rss)),)
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that torch has allocated on `device`, now and at the peak; NaN where it is unknown."""
+    """Bytes that torch has allocated on `device`, now and at the peak; absent where it
+    has none of its own or does not tell."""
     kind = device.type
     if kind == "mps":
-        return float(torch.mps.current_allocated_memory()), float("nan")
+        return float(torch.mps.current_allocated_memory()), absent(Absent.NOT_MEASURED)
     if kind in ("cuda", "xpu"):
         module = getattr(torch, kind)
         return float(module.memory_allocated(device)), float(module.max_memory_allocated(device))
-    return float("nan"), float("nan")
+    return absent(Absent.NO_DEVICE), absent(Absent.NO_DEVICE)

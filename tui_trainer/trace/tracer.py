@@ -866,6 +866,12 @@ class Tracer:
             measurer.scaled = True
 
     @guarded
+    def unscale_began(self) -> None:
+        """`scaler.unscale_` is called: follow what the script did to the scaled gradients."""
+        if not self.in_phase:
+            self._waiting.follow_changes_by_hand()
+
+    @guarded
     def gradients_unscaled(self, optimizer: Optimizer) -> None:
         """`scaler.unscale_(optimizer)` returned."""
         self.registry.add_pending(optimizer)

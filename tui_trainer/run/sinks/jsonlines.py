@@ -308,6 +308,9 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
             case schema.PHASE_MS:
                 values = _by_column(table.columns, row)  # 0 or NaN: not in this step
                 made[table.name] = {name: value for name, value in values.items() if value > 0}
+                shared = [n for n, value in values.items() if why_absent(value) is Absent.SHARED]
+                if shared:
+                    made["shared"] = shared
             case schema.MEMORY | schema.OVERHEAD:
                 values = _by_column(table.columns, row)  # NaN: does not exist here
                 made[table.name] = {k: v for k, v in values.items() if math.isfinite(v)}
