@@ -220,11 +220,13 @@ def clips(comparison: Comparison) -> Found:
                 yield f"{where}: nothing clipped its gradients, and {_short(found)} is written"
             continue
         if found is None:
-            yield f"{where}: a clip is not written: {true.clips[-1]}"
+            # Of updates by hand, gradients may be gone before the step is seen.
+            if not (comparison.loop.by_hand and all(c.kind == "hand" for c in true.clips)):
+                yield f"{where}: a clip is not written: {true.clips[-1]}"
             continue
         if not any(_same_clip(found, step, clip) for clip in _hardest(true.clips)):
             yield f"{where}: the clip was {_hardest(true.clips)}, and {_short(found)} is written"
-        clipped = any(clip.scale < 1 for clip in true.clips)
+        clipped = any(clip.scale < 1 for clip in _hardest(true.clips))
         if found["clipped"] != clipped:
             yield f"{where}: clipped is {found['clipped']}, and it is {clipped}"
         elif clipped and found["kind"] not in {clip.kind for clip in _hardest(true.clips)}:

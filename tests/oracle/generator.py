@@ -705,10 +705,8 @@ def _clips(loop: Loop, members: list[int], when: str, over: tuple[str, ...]) -> 
         if clip.kind in ("hand", "data"):
             gradient = "p.grad" if clip.kind == "hand" else "p.grad.data"
             factor = 0.25 if clip.tight else 1.0
-            # What leaves neither a version nor another value behind is no clip.
-            traceless = clip.kind == "data" and factor == 1.0
             lines += [
-                "if clipped:" if traceless else "with truth.clip('hand', clipped):",
+                f"with truth.clip('{clip.kind}', clipped):",
                 "    for p in dict.fromkeys(clipped):",
                 "        if p.grad is not None:",
                 f"            {gradient}.mul_({factor})",

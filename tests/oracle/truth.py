@@ -48,7 +48,9 @@ class Clip:
     """Whether it computed in half precision."""
     at: int = 0
     """`Truth.events` when it was made."""
-    norms: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    norms: tuple[dict[int, float], dict[int, float]] = field(
+        default_factory=lambda: ({}, {}), repr=False
+    )
     """Of one by hand: id(parameter) to its norm before and after."""
 
 
@@ -293,8 +295,12 @@ class Truth:
         norm_type: float = 2.0,
     ) -> Iterator[SimpleNamespace]:
         """Wrap a call that clips the gradients of these parameters; the caller sets `total` of the
-        yielded object to the result of `clip_grad_norm_`."""
-        self.events += kind != "hand"
+        yielded object to the result of `clip_grad_norm_`.
+
+        Of a change through `.data` (kind `data`) what leaves the norm of a gradient as it was is no
+        part: it cannot be seen.
+        """
+        self.events += kind not in ("hand", "data")
         clipped = [p for p in dict.fromkeys(parameters) if p.grad is not None]
         norms_before = {id(p): _norm(p.grad) for p in clipped}
         names = {id(p): n for n, p in self._named().items()}
@@ -304,6 +310,13 @@ class Truth:
         before = _total([p.grad for p in clipped], norm_type)
         call = SimpleNamespace(total=None)
         yield call
+        if kind == "data":
+            kind = "hand"
+            clipped = [p for p in clipped if _differs(norms_before[id(p)], _norm(p.grad))]
+            norms_before = {id(p): norms_before[id(p)] for p in clipped}
+            squares = {names[k]: norm**2 for k, norm in norms_before.items() if k in names}
+            before, whole = _length(norms_before.values()), sum(squares.values())
+            shares = {n: square / whole for n, square in squares.items()} if whole > 0 else {}
         after = _total([p.grad for p in clipped], norm_type)
         returned = before if call.total is None else _number(call.total)
         if kind == "norm" and limit is not None:
@@ -496,6 +509,10 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _differs(before: float, after: float) -> bool:
+    return before != after and not (math.isnan(before) and math.isnan(after))
 
 
 def _length(norms: Iterable[float]) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
 from tui_trainer.history import History
 from tui_trainer.history.analysis import Spike, find_spikes
+from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.actions import (
     Action,
@@ -89,28 +90,28 @@ def status_at(
 
 def _speed(history: History) -> float | None:
     """Steps per second of the steps before the cursor, without pauses."""
-    table = history.table(schema.STEP)
-    if table is None or not table.rows:
-        return None
-    column = table.column("step_ms")
-    if column is None:
-        return None
-    _, values = table.tail(SPEED_ROWS)
-    took = values[:, column]
+    took = _newest(history, schema.STEP, "step_ms", SPEED_ROWS)
     took = took[np.isfinite(took) & (took > 0)]
     return float(1000 / np.median(took)) if len(took) else None
 
 
 def _clipped_share(history: History, window: int) -> float | None:
     """Share of the last `window` steps before the cursor that were clipped."""
-    table = history.table(schema.CLIP)
-    column = table.column("scale") if table is not None else None
-    if table is None or not table.rows or column is None:
-        return None
-    _, values = table.tail(window)
-    if not len(values):  # a damaged recording
-        return None
-    return float((values[:, column] < 1).mean())
+    scales = _newest(history, schema.CLIP, "scale", window)
+    return float((scales < 1).mean()) if len(scales) else None
+
+
+def _newest(history: History, name: str, column: str, count: int) -> Floats:
+    """The newest `count` values of a column of the tables of that name, one for each optimizer."""
+    steps, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for table in history.tables_named(name):
+        place = table.column(column)
+        if place is not None and table.rows:
+            at, rows = table.tail(count)
+            steps.append(at)
+            values.append(rows[:, place])
+    order = np.argsort(np.concatenate(steps), kind="stable")
+    return np.concatenate(values)[order][-count:]
 
 
 NO_TENSORS = "a recording holds what was measured, not the tensors"

@@ -44,13 +44,20 @@ class Gradients(Probe):
             if codes is not None:
                 norms[codes != 0] = [absent(Absent(int(code))) for code in codes[codes != 0]]
             return (to_float32(norms),)
+        there = None
         if codes is not None:
             for position in np.flatnonzero(codes):
                 norms[position] = absent(Absent(int(codes[position])))
             there = codes[: self.tracked.own] == 0
+        if facts.left_alone:
+            there = np.ones(self.tracked.own, bool) if there is None else there
+            there[list(facts.left_alone)] = False
+        if there is not None:
             if not there.any():
-                why = codes[0] if (codes == Absent.CHANGED_BY_HAND).all() else Absent.NO_GRADIENTS
-                facts.total_norm = absent(Absent(int(why)))
+                unknown = codes is not None and (codes == Absent.CHANGED_BY_HAND).all()
+                facts.total_norm = absent(
+                    Absent.CHANGED_BY_HAND if unknown else Absent.NO_GRADIENTS
+                )
                 return (to_float32(norms),)
             own = own[there]
         facts.total_norm = self._total_of_shards(facts) if self.tracked.sharded else norm_of(own)

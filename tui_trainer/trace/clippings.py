@@ -34,7 +34,7 @@ class Clippings:
     def began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> None:
         waiting = self._waiting
         waiting.take_unseen()
-        waiting.follow_changes_by_hand()
+        waiting.follow_changes_by_hand(compare=True)
         found = waiting.registry.measurers_of(parameters)
         self.measurers = [measurer for measurer in found if waiting.waits(measurer)]
         self._used = [measurer for measurer in found if not measurer.passes]

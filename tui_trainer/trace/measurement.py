@@ -50,7 +50,7 @@ from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import TransferPart
 
 NO_SIGNS: frozenset[Sign] = frozenset()
-NONE_FROZEN: frozenset[int] = frozenset()
+NONE: frozenset[int] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
@@ -89,7 +89,8 @@ class StepMeasurer:
         self.tracked = tracked
         self.slot = slot
         self.probes = ProbeSet(tracked, kinds, recorder, options, slot, on_cadence_change)
-        self.marks = GradientMarks(tracked.parameters[: tracked.own])
+        own = tracked.own
+        self.marks = GradientMarks(tracked.parameters[:own], tracked.parameters[own:])
         self.passes: list[BackwardPass] = []
         """Backward passes whose gradients wait for the optimizer's step."""
         self.clips: list[Clipping] = []
@@ -101,6 +102,12 @@ class StepMeasurer:
         does (above 0), and the loss scale (0-d each). Set when its step begins."""
         self.weights: WeightWatch | None = None
         """Set where the script updates the weights by itself."""
+        self.left_alone = NONE
+        """Positions of the parameters that the script's last update by itself has not changed."""
+        self._own = tracked.parameters[:own]
+        """The parameters that the optimizer, or the script by itself, updates."""
+        self._updated: set[int] = set()
+        """Positions of those that the script has updated by itself so far."""
         self.trainable_changed = False
         """Whether parameters were frozen or unfrozen since this was last looked at."""
         self.scaled = False
@@ -144,6 +151,10 @@ class StepMeasurer:
             clip.readings.pop(id(before), None)
         self.changed_by_hand = before.changed_by_hand
         self.marks.remember()
+        if self.passes and before._latest is not None and self._on_host and before._on_host:
+            known = dict(zip(map(id, before.tracked.parameters), before._latest, strict=True))
+            pairs = zip(self.tracked.parameters, self.norms_now(), strict=True)
+            self._latest = [known.get(id(parameter), norm) for parameter, norm in pairs]
 
     # ------------------------------------------------------------ the gradients
 
@@ -201,14 +212,15 @@ class StepMeasurer:
             return self.changed_between_passes()
         return self.marks.first_changed()
 
-    def change_by_hand(self, before_step: bool) -> HandChange | None:
+    def change_by_hand(self, compare: bool) -> HandChange | None:
         """What the script has done to the gradients by itself since the last change that is known.
 
         Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
-        careful, the norms are compared as well `before_step`.
+        careful, the norms are compared as well where it matters (`compare`). Gradients that it has
+        released or zeroed are thrown away, which is no change.
         """
         changed = self.marks.changed()
-        compare = before_step and self.careful and self._latest is not None
+        compare = compare and self.careful and self._latest is not None
         if not changed and not compare:
             return None
         if self.averaged and self.reading is None:
@@ -217,8 +229,13 @@ class StepMeasurer:
         positions = self.marks.changed_positions() if changed else None
         before, after = self._latest, self.norms_now()
         self._latest = after
-        own = self.tracked.own
-        if not changed and self._on_host and _equal(before and before[:own], after[:own]):
+        if self._on_host and before is not None and (positions is not None or not changed):
+            differing = _differing(before, after)
+            if not changed and not any(place < self.tracked.own for place in differing):
+                return None
+            positions = sorted({*(positions or ()), *differing})
+        if positions is not None and not (positions := self._kept(positions, after)):
+            self.marks.remember()
             return None
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
         self.marks.remember()
@@ -232,6 +249,12 @@ class StepMeasurer:
             self.reading, before = GradientReading(None, None, codes), None
         known = self.reading if before is self.reading.norms else GradientReading(before)
         return HandChange(self, before, after, positions, known, not (changed or self._on_host))
+
+    def _kept(self, positions: list[int], norms: Readings) -> list[int]:
+        """Those at which there is a gradient that is not known to be zero."""
+        parameters = self.tracked.parameters
+        kept = [place for place in positions if parameters[place].grad is not None]
+        return [place for place in kept if norms[place] != 0] if self._on_host else kept
 
     def _replace_norms(self, norms: Readings) -> None:
         """The script has set other gradients than those that backward computed."""
@@ -282,17 +305,38 @@ class StepMeasurer:
     def gradients_zeroed(self, zeroed: Callable[[torch.Tensor], bool]) -> bool:
         """Whether none of this optimizer's gradients is left, where those of the parameters for
         which `zeroed` is true are zero."""
-        return all(p.grad is None or zeroed(p) for p in self.tracked.parameters[: self.tracked.own])
+        return all(p.grad is None or zeroed(p) for p in self._own)
 
     def any_gradient(self) -> bool:
-        return any(p.grad is not None for p in self.tracked.parameters[: self.tracked.own])
+        return any(p.grad is not None for p in self._own)
 
     def all_zero(self) -> bool:
         """Whether every gradient is zero. Waits for the device."""
-        return not any(
-            p.grad is not None and bool(torch.count_nonzero(dense(p.grad)))
-            for p in self.tracked.parameters[: self.tracked.own]
-        )
+        return not any(p.grad is not None and not _is_zero(p.grad) for p in self._own)
+
+    def thrown_away(self) -> bool:
+        """Whether the script has released or zeroed all gradients that it uses.
+
+        Of a script that updates weights by itself these are the ones that it has updated so far;
+        before its first update those that it zeroes by itself."""
+        if not self.any_gradient() or self.all_zero():
+            return True
+        if self.weights is None or self._updated:
+            return False
+        changed = self.marks.changed_positions() or ()
+        gradients = [self.tracked.parameters[place].grad for place in changed]
+        return bool(gradients) and all(g is None or _is_zero(g) for g in gradients)
+
+    def updated_by_hand(self) -> None:
+        """The script has updated weights by itself."""
+        if self.weights is None:
+            return
+        parameters = self.tracked.parameters[: self.tracked.own]
+        self.left_alone = self.weights.left_alone()
+        if len(self.left_alone) == len(parameters):
+            self.left_alone = NONE
+        self._updated |= set(range(len(parameters))) - self.left_alone
+        self._own = [p for place, p in enumerate(parameters) if place in self._updated]
 
     # ------------------------------------------------------------ in the course of a step
 
@@ -367,7 +411,7 @@ class StepMeasurer:
 
     def _why_absent(self, gradients: Sequence[Gradient]) -> NDArray[np.uint8] | None:
         if not self.tracked.empty and not any(map(is_, gradients, repeat(None))):
-            self._set_frozen(NONE_FROZEN)
+            self._set_frozen(NONE)
             return None
         absent = np.zeros(len(gradients), np.uint8)
         for position, (gradient, parameter) in enumerate(
@@ -421,10 +465,11 @@ class StepMeasurer:
             self.probes.gradient_norms(norms)
 
     def clip_failed(self) -> None:
-        """The clipping raised: its norms are not known."""
+        """The clipping raised before it changed any gradient: its norms are not known."""
         self._awaiting_norms = False
         if self.reading is not None and self.reading.norms is None:
-            self.reading = None
+            with probe_context(self.tracked.device):
+                self._read_norms(self.reading, self.tracked.gradients())
 
     def _checked(self, norms: Readings, clipped: Any, limit: Any, total: torch.Tensor) -> Readings:
         """Norms that a clipping computed on the CPU, with those that may have lost digits computed
@@ -549,6 +594,7 @@ class StepMeasurer:
             own_ms=own_ms,
             header=header,
             absent=reading.absent,
+            left_alone=self.left_alone if norms is None else NONE,
         )
 
     # ------------------------------------------------------------ on the host
@@ -602,6 +648,10 @@ class StepMeasurer:
         return record, facts, spent
 
 
+def _is_zero(gradient: torch.Tensor) -> bool:
+    return not bool(torch.count_nonzero(dense(gradient)))
+
+
 def _scaled_down(before: Readings | None, after: Readings) -> bool:
     """Whether no norm on the host has grown: gradients were clipped, scaled or zeroed."""
     if before is None:
@@ -613,6 +663,12 @@ def _scaled_down(before: Readings | None, after: Readings) -> bool:
         and (b <= a * (1 + 1e-6) or (a != a and b != b))
         for a, b in pairs
     )
+
+
+def _differing(before: Readings, after: Readings) -> list[int]:
+    """Positions at which norms on the host differ."""
+    pairs = zip(before, after, strict=True)
+    return [i for i, (a, b) in enumerate(pairs) if a != b and (a == a or b == b)]
 
 
 def _close(before: Readings | None, after: Readings | None) -> bool:

@@ -99,6 +99,23 @@ class HostClock:
         self._totals = [0.0] * COLUMNS
         return lambda: times
 
+    def mark(self) -> list[float]:
+        """The totals at the end of the phase before the open one, for `take_until`."""
+        totals, (gap, seconds) = list(self._totals), self._gap
+        totals[gap] -= seconds
+        return totals
+
+    def take_until(self, mark: list[float]) -> PhaseTimes:
+        """The times of an iteration that ended at `mark`; those since then are the next one's."""
+        self._totals = [now - then for now, then in zip(self._totals, mark, strict=True)]
+        times = [seconds * 1e3 for seconds in mark]
+        return lambda: times
+
+    @property
+    def gap_s(self) -> float:
+        """How long the time before the open phase was."""
+        return self._gap[1]
+
     def take_phase(self, phase: int) -> PhaseTimes:
         """The time of one phase, which is not this step's."""
         times = [0.0] * COLUMNS
@@ -161,6 +178,17 @@ class CudaClock:
         if self._start is not None and used and used[-1] is self._start:
             self._events.append(used.pop())  # it also begins the next step's first phase
         return self._reader(spans, used)
+
+    gap_s = 0.0
+
+    def mark(self) -> int:
+        """The number of spans so far, for `take_until`."""
+        return len(self._spans)
+
+    def take_until(self, mark: int) -> PhaseTimes:
+        """The times of an iteration that ended at `mark`; those since then are the next one's."""
+        spans, self._spans = self._spans[:mark], self._spans[mark:]
+        return self._reader(spans, [])
 
     def take_phase(self, phase: int) -> PhaseTimes:
         """The time of one phase, which is not this step's."""
@@ -226,6 +254,9 @@ class Phases:
         """Whether the next call of the model needs a new batch."""
         self._zero_grad_due = False
         """Whether the boundary of a `zero_grad` follows that of `data`."""
+        self._next_began: tuple[Any, float, float] | None = None
+        """Since a forward after a backward, until the next backward: (the clock's mark, time, time
+        in the gate) at its beginning. It may be the next iteration's."""
         self._clips: list[_Clip] = []
         self._clip_began = 0.0
         self._clip_ended = 0.0
@@ -373,6 +404,9 @@ class Phases:
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device.type == "cuda":
                 self._clock = CudaClock()
+        if self._next_began is None and BACKWARD in self.seen:
+            began = perf_counter() - self._clock.gap_s
+            self._next_began = (self._clock.mark(), began, self._gate.idle_s)
         self._end_data()
 
     def before_backward(self) -> None:
@@ -390,6 +424,7 @@ class Phases:
     def after_backward(self) -> None:
         """The next call of the model needs a new batch."""
         self._data_due = True
+        self._next_began = None
 
     def _end_data(self) -> None:
         if self._gap == OTHER and BACKWARD in self.seen:
@@ -429,10 +464,25 @@ class Phases:
     def discard_iteration(self) -> tuple[float, PhaseTimes]:
         """An iteration ends without a step: its duration, and that of each phase. The next batch
         belongs to the same step."""
+        if self._next_began is not None:
+            return self._discard_until(*self._next_began)
         step_ms, times = self._take(self._clips, False, False)
         self.seen = set(self._open)
         self._gap = DATA
         return step_ms, times
+
+    def _discard_until(self, mark: Any, ended: float, idle: float) -> tuple[float, PhaseTimes]:
+        """The same, where the forward of the next iteration has been called already."""
+        self._clock.switch(TRACING)
+        step_ms = (ended - self._last_end - (idle - self._idle_before)) * 1e3
+        self._last_end, self._idle_before = ended, idle
+        clips, self._clips = self._clips, []
+        step_ms += sum(clip.wall_ms for clip in clips if clip.kept)
+        self._next_began = None
+        self._seen_ever |= self.seen
+        self.seen = {FORWARD, LOSS, *self._open}
+        taken = self._clock.take_until(mark)
+        return step_ms, _step_times(taken, step_ms, clips, False, False)
 
     def _take(self, own: list[_Clip], shared: bool, clipped: bool) -> tuple[float, PhaseTimes]:
         now, idle = self._clock.switch(TRACING), self._gate.idle_s
@@ -449,6 +499,7 @@ class Phases:
         self._seen_ever |= self.seen
         self.seen = set()
         self._data_due = True
+        self._next_began = None
         return step_ms, _step_times(self._clock.take(), step_ms, own, shared, clipped)
 
     def rewind(self, step: int) -> None:

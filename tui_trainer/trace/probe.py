@@ -117,6 +117,9 @@ class StepFacts:
     absent_gradients: NDArray[np.uint8] | None = None
     """For each tracked parameter why it has no gradient (`Absent`), 0 where it has one; None: all
     have one."""
+    left_alone: frozenset[int] = frozenset()
+    """Positions of the parameters that a script which updates its weights by itself has not changed
+    in this step: their gradients are no part of its total."""
     evaluations: float = absent(Absent.NO_CLOSURE)
     """How often the optimizer evaluated its closure."""
     skipped_at_scale: float | None = None

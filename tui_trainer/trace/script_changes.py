@@ -42,9 +42,14 @@ class GradientMarks:
     In-place operations raise the version of a gradient, but for those on `grad.data`.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], beside: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """`beside`: further parameters that are looked at only where one of these has changed."""
         self._watched = parameters[:: -(-len(parameters) // MAX_WATCHED)] if parameters else []
         self._all_watched = len(self._watched) == len(parameters)
+        self._beside = [(i, p) for i, p in enumerate(beside, len(parameters)) if p.requires_grad]
+        self._beside_known: list[tuple[int, int]] = []
         count = len(self._watched)
         self._nothing = Marks([NO_GRADIENT] * count, [NO_VERSION] * count)
         self._known: Marks | None = self._nothing
@@ -99,8 +104,17 @@ class GradientMarks:
                     # Only others have gradients, which may be from before.
                     reached = marks.differ_where_present(last)
         if reached:
-            self._known = marks
+            self._set_known(marks)
         return reached
+
+    def _set_known(self, marks: Marks) -> None:
+        self._known = marks
+        if self._beside:
+            self._beside_known = self._marks_beside()
+
+    def _marks_beside(self) -> list[tuple[int, int]]:
+        gradients = [parameter.grad for _, parameter in self._beside]
+        return [(id(g), NO_VERSION if g is None else version_of(g)) for g in gradients]
 
     def changed(self) -> bool:
         """Whether the script has changed gradients since the last change that is known."""
@@ -131,11 +145,15 @@ class GradientMarks:
         if before is None or not self._all_watched:
             return None
         both = zip(*marks, *before, strict=True)
-        return [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
+        found = [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
+        if self._beside and self._beside_known:
+            pairs = zip(self._beside, self._marks_beside(), self._beside_known, strict=True)
+            found += [place for (place, _), now, known in pairs if now != known]
+        return found
 
     def remember(self) -> None:
         """The gradients are now as they should be."""
-        self._known = self._current()
+        self._set_known(self._current())
 
     def clipped(self) -> None:
         """`remember` after a clipping by norm of all of these gradients, which `changed` has looked
@@ -144,6 +162,8 @@ class GradientMarks:
         before, raised = self._known, self._raised_by_clipping
         if before is not None and raised and self._last is before:
             self._known = self._last = Marks(before.ids, list(map(raised.__add__, before.versions)))
+            if self._beside:
+                self._beside_known = self._marks_beside()
             return
         self.remember()
         after = self._known
@@ -209,12 +229,26 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """Whether weights have changed since. May wait for the device."""
-        if list(map(version_of, self._parameters)) != self._versions:
-            return True
+        by_version = list(map(version_of, self._parameters)) != self._versions
         if any(not torch.equal(_first_elements(p), copy) for p, copy, _ in self._samples):
             self._largest_ratio = max(self._largest_ratio, self._ratio())
             return True
-        return False
+        return by_version
+
+    def left_alone(self) -> frozenset[int]:
+        """Positions of the parameters that the update has not changed although they had a gradient
+        that is large enough: the script updates others. May wait for the device."""
+        samples = {id(p): (copy, gradient) for p, copy, gradient in self._samples}
+        found: list[int] = []
+        for place, (parameter, version) in enumerate(
+            zip(self._parameters, self._versions, strict=True)
+        ):
+            copy, gradient = samples.get(id(parameter), (None, None))
+            if version_of(parameter) == version and copy is not None and gradient is not None:
+                same = torch.equal(_first_elements(parameter), copy)
+                if same and not self._too_small(copy, gradient):
+                    found.append(place)
+        return frozenset(found)
 
     def too_small(self) -> bool:
         """Whether an update would have been too small for the precision of the weights to change

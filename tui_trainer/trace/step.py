@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,8 @@ class LostGradients:
     measurer: Any
     reading: GradientReading
     clips: list[Clipping]
+    number: int = field(default_factory=count().__next__)
+    """Later ones have higher numbers."""
 
 
 class GradScaling:
@@ -232,6 +235,8 @@ class CompletedStep:
     header: Header
     absent: NDArray[np.uint8] | None
     """As `StepFacts.absent_gradients`."""
+    left_alone: frozenset[int] = frozenset()
+    """As in `StepFacts`."""
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
     loss_graph: LossGraph | None = None
@@ -254,6 +259,7 @@ class CompletedStep:
             clips=values.clips,
             gradient_scale=values.gradient_scale,
             absent_gradients=self.absent,
+            left_alone=self.left_alone,
             evaluations=outcome.evaluations,
             skipped_at_scale=values.skipped_at_scale,
             own_ms=self.own_ms,

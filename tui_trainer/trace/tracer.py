@@ -692,7 +692,7 @@ class Tracer:
         measurer.prepare(self.step, self.gate.stops_soon)
         if not closure:
             self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(before_step=True)
+            self._waiting.follow_changes_by_hand(compare=True)
             if measurer.reading is None:
                 self._waiting.read(measurer)
         skip_flag = torch_private.skip_flag(optimizer)
@@ -711,7 +711,7 @@ class Tracer:
         if measurer is not None and self._open_step.evaluations == 1:
             self._phases.stop_clock()
             self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(before_step=True)
+            self._waiting.follow_changes_by_hand(compare=True)
             if measurer.reading is None:
                 self._waiting.read(measurer)
             self._open_step.evaluated = measurer
@@ -761,6 +761,7 @@ class Tracer:
         if weights is None or not (weights.changed() or (zeroing and weights.too_small())):
             return
         began = perf_counter()
+        measurer.updated_by_hand()
         if not measurer.any_gradient():  # released since the update that used them
             for backward in measurer.passes:
                 backward.returned = {}
@@ -869,7 +870,7 @@ class Tracer:
     def unscale_began(self) -> None:
         """`scaler.unscale_` is called: follow what the script did to the scaled gradients."""
         if not self.in_phase:
-            self._waiting.follow_changes_by_hand()
+            self._waiting.follow_changes_by_hand(compare=True)
 
     @guarded
     def gradients_unscaled(self, optimizer: Optimizer) -> None:

@@ -142,15 +142,15 @@ class WaitingGradients:
             backward.claims.discard(measurer)
             measurer.marks.remember()
 
-    def follow_changes_by_hand(self, before_step: bool = False) -> None:
+    def follow_changes_by_hand(self, compare: bool = False) -> None:
         """Find out whether the script has changed gradients between backward and step by itself:
-        scaled, clipped or averaged them."""
+        scaled, clipped or averaged them. `compare`: as in `StepMeasurer.change_by_hand`."""
         changes = [
             change
             for measurer in self.registry.measurers
             if measurer.passes
             and measurer is not self._open_step.evaluated
-            and (change := measurer.change_by_hand(before_step)) is not None
+            and (change := measurer.change_by_hand(compare)) is not None
         ]
         if not changes:
             return
@@ -212,7 +212,9 @@ class WaitingGradients:
         losses = [loss for backward in lost for loss in backward.losses]
         step_ms, times = self._phases.discard_iteration()
         parts = []
-        for knowledge in dict.fromkeys(part for backward in lost for part in backward.lost):
+        # Of each optimizer what it knew last: earlier passes may have gone piece by piece.
+        made = {part.number: part for backward in lost for part in backward.lost}
+        for knowledge in {made[n].measurer: made[n] for n in sorted(made)}.values():
             outcome = StepOutcome(
                 step=self._phases.step,
                 losses=losses,
@@ -233,7 +235,7 @@ class WaitingGradients:
             return
         if not measurer.changed_between_passes():
             return
-        if measurer.any_gradient() and not measurer.all_zero():
+        if not measurer.thrown_away():
             self.follow_changes_by_hand()
         else:
             self.skip(self._discard(measurer), "hand")
