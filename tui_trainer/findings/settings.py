@@ -39,6 +39,14 @@ class RuleSettings:
         return {each.name: changed.get(each.name, each.default) for each in rule.thresholds}
 
 
+def known_settings(text: str, rules: Iterable[type[Rule]]) -> RuleSettings:
+    """The same as `parse_settings`, the defaults where another version has written the text."""
+    try:
+        return parse_settings(text, rules)
+    except SettingsError:
+        return RuleSettings()
+
+
 def parse_settings(text: str, rules: Iterable[type[Rule]]) -> RuleSettings:
     """Settings from comma-separated `off`, `RULE=off`, `RULE=on` and `RULE.THRESHOLD=NUMBER`.
 

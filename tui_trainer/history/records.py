@@ -43,6 +43,8 @@ class Producer(NamedTuple):
     """As in the autograd graph: `log`, `div`."""
     place: str = ""
     """`file.py:12`, the call in the script's own code; "" where it is unknown."""
+    rerun: bool = False
+    """Whether it was found by running the step again with every operation checked."""
 
 
 class NonFiniteRecord(NamedTuple):

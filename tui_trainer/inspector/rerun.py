@@ -16,7 +16,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -90,6 +90,16 @@ class ModelCall:
     loss: LossReplay = field(default_factory=LossReplay)
 
 
+class CallWatch(Protocol):
+    """Sees the calls of models for training, and the start of backward. Raises nothing."""
+
+    def forward_began(
+        self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None: ...
+
+    def backward_began(self) -> None: ...
+
+
 class StepCapture:
     """Keeps what a re-run of the current step needs. Used on the training thread."""
 
@@ -102,6 +112,8 @@ class StepCapture:
         """The tensor on which backward was called last."""
         self.live_step = 0
         tracer.forwards = self
+        self.checked: CallWatch | None = None
+        """Sees the same, for re-runs of its own."""
 
     def request(self) -> None:
         """The next steps will be asked for."""
@@ -115,6 +127,8 @@ class StepCapture:
         """Keep the arguments and the state of the random generators, if that may be asked for."""
         self.call = None
         tracer = self._tracer()
+        if tracer is not None and self.checked is not None:
+            self.checked.forward_began(tracer.step, module, args, kwargs)
         if tracer is None or not (self._left or tracer.gate.armed or tracer.gate.break_phases):
             return
         expected = self._left > 0 or tracer.gate.armed
@@ -171,6 +185,8 @@ class StepCapture:
         self.live_loss = weakref.ref(loss)
         tracer = self._tracer()
         self.live_step = tracer.step if tracer is not None else 0
+        if self.checked is not None:
+            self.checked.backward_began()
         if self.call is not None:
             self._guarded(lambda recipe: recipe.backward_began(loss, value))
 
@@ -214,7 +230,7 @@ class StepCapture:
                 _before_calls(model, called)
             if returned is not None:
                 _after_calls(model, returned)
-            output = _call(model, call)
+            output = call_again(model, call)
             found = call.loss.recompute(output) if loss and call.returned else None
             notes = self._notes(call, model, hooked)
             if loss:
@@ -292,10 +308,11 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
         restore_random_state(call.random)
         for generator, state in call.generators:
             generator.set_state(state)
-        return call.loss.recompute(_call(model, call, wide), wide)
+        return call.loss.recompute(call_again(model, call, wide), wide)
 
 
-def _call(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
+def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
+    """The output of one more call with the same arguments, within `again`."""
     given = tensors_of((call.args, call.kwargs))
     if [version_of(each) for each in given] != call.versions:
         raise InspectionError("the batch of this step has been overwritten since")

@@ -65,6 +65,10 @@ class RunContext(Protocol):
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
+    from tui_trainer.findings.rules import RULES
+    from tui_trainer.findings.rules.nonfinite import NonFiniteRule
+    from tui_trainer.findings.settings import known_settings
+    from tui_trainer.inspector.checked_rerun import CheckedRerun
     from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES
     from tui_trainer.settings.edits import LiveEdits
@@ -81,7 +85,12 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     recorded = (*PROBES, *REPLICA_PROBES) if several else PROBES
     tracer = Tracer(run.recorder, run.gate, recorded if run.recording else RANK_PROBES, options)
     tracer.step = first_step
-    run.inspect_with(Inspector(tracer))
+    inspector = Inspector(tracer)
+    rules = known_settings(run.spec.rules, RULES)
+    reruns = int(rules.limits_of(NonFiniteRule)["reruns"]) if rules.runs(NonFiniteRule) else 0
+    if run.recording and reruns > 0:
+        inspector.capture.checked = tracer.origins.rerun = CheckedRerun(tracer, reruns)
+    run.inspect_with(inspector)
     edits = LiveEdits(tracer, run.gate, run.recorder)
     memory = run.spec.snapshots if run.recording and not several else 0
     if memory != run.spec.snapshots and run.recording:

@@ -24,7 +24,7 @@ from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.rules import RULES
-from tui_trainer.findings.settings import RuleSettings, SettingsError, parse_settings
+from tui_trainer.findings.settings import known_settings
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.formatting import nonfinite
@@ -99,7 +99,8 @@ class Host:
         self.ranks.hooks.stop_wanted = self._stop_all
         self.stops.stop_gate = self.controls.stop
         if self.recording:
-            self.recorder.evaluate_with(FindingsEngine(_rule_settings(spec), self._rule_failed))
+            settings = known_settings(spec.rules, RULES)
+            self.recorder.evaluate_with(FindingsEngine(settings, self._rule_failed))
         mine = spec if self.recording else msgspec.structs.replace(spec, breakpoints=())
         self.breakpoints = RunBreakpoints(mine, self.gate, self.recorder)
         self.gate.hooks.breakpoint_reached = self.controls.pause_at_breakpoint
@@ -440,14 +441,6 @@ class Host:
         if problem and not known:
             self._store_problems.add(problem)
             self.recorder.notice("recording", problem, "warning")
-
-
-def _rule_settings(spec: RunSpec) -> RuleSettings:
-    """The command line has checked them; a spec written by another version may differ."""
-    try:
-        return parse_settings(spec.rules, RULES)
-    except SettingsError:
-        return RuleSettings()
 
 
 def _no_checkpoint_within_step(phase: Phase, step: int) -> tuple[str, str]:

@@ -18,6 +18,7 @@ import torch
 from tui_trainer.history.records import Producer
 from tui_trainer.trace.module_calls import Patches
 from tui_trainer.trace.parameters import TrackedParameters
+from tui_trainer.trace.probe import Readings
 from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.source_places import place_in_frame, place_of_operation
 from tui_trainer.trace.torch_private import node_name, saved_tensors
@@ -177,8 +178,29 @@ def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | N
 # ---------------------------------------------------------------- in the course of a training
 
 
+class _Pass(Protocol):
+    losses: list[torch.Tensor]
+    producer: Producer | None
+
+
 class _Measurer(Protocol):
     tracked: TrackedParameters
+
+    @property
+    def passes(self) -> Sequence[_Pass]: ...
+
+
+class NonFiniteSearch(Protocol):
+    """Runs a step again to find what made a value not finite. Raises nothing."""
+
+    def origin_of_loss(self) -> Producer | None:
+        """Backward of a loss that is not finite is about to begin."""
+
+    def origin_of_gradients(self) -> Producer | None:
+        """Gradients that are not finite, of a finite loss, are about to be used."""
+
+    def stepped(self) -> None:
+        """The weights are about to change."""
 
 
 class Measurers(Protocol):
@@ -203,6 +225,7 @@ class NonFiniteOrigins:
         self._roots = roots
         self._patches = patches
         self._left = MAX_SEARCHES
+        self.rerun: NonFiniteSearch | None = None
 
     def install(self) -> None:
         """Notice when saved tensors are packed by hooks (activation checkpointing, offloading):
@@ -224,9 +247,23 @@ class NonFiniteOrigins:
             if self._left and loss.is_cpu and not math.isfinite(abs(loss.item())):
                 self._left -= 1
                 origin = origin_of(loss)
-                if origin is not None:
-                    return self._named(origin)
+                named = self._named(origin) if origin is not None else None
+                if self.rerun is not None and (named is None or named.source != "weight"):
+                    named = self.rerun.origin_of_loss() or named
+                return named
         return None
+
+    def before_step(self, measurer: _Measurer, norms: Readings | None) -> None:
+        """The gradients with these norms are about to be used: what made them not finite."""
+        if self.rerun is None or norms is None or not measurer.passes:
+            return
+        known = [norm for norm in norms if isinstance(norm, float)]
+        if not math.isfinite(sum(known)):
+            last = measurer.passes[-1]
+            losses_finite = all(bool(torch.isfinite(loss).all()) for loss in last.losses)
+            if last.producer is None and losses_finite:
+                last.producer = self.rerun.origin_of_gradients()
+        self.rerun.stepped()
 
     def _named(self, origin: Origin) -> Producer:
         parameter, owner = self._parameter(origin.parameters)

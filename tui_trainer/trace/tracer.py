@@ -111,8 +111,8 @@ class Tracer:
         self._scaling = GradScaling()
         self._modes = EvaluationModes()
         self._bad_batches = BadBatches()
-        self._origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
-        self._passes = BackwardPasses(self._scaling, self._origins, self._bad_batches)
+        self.origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
+        self._passes = BackwardPasses(self._scaling, self.origins, self._bad_batches)
         self._open_step = OpenStep()
         self._waiting = WaitingGradients(
             self.registry,
@@ -138,7 +138,7 @@ class Tracer:
         self._hooks.install()
         self.evaluation.install()
         self.evaluation.on_training_loss = self.loss_called
-        self._origins.install()
+        self.origins.install()
         self._roots.search()
         self.gate.hooks.pausing = self._reporter.report
         self.gate.hooks.work_context = self.suspended
@@ -695,6 +695,8 @@ class Tracer:
             self._waiting.follow_changes_by_hand(compare=True)
             if measurer.reading is None:
                 self._waiting.read(measurer)
+            if measurer.reading is not None:
+                self.origins.before_step(measurer, measurer.reading.norms)
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.before_update()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.history.records import NonFiniteRecord, Producer
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.events import Evidence
 from tui_trainer.protocol.formatting import nonfinite
 
 PHASES: dict[str, Phase] = {
@@ -37,13 +39,21 @@ class NonFiniteRule(Rule):
         "are summed (in the first steps, after a first value that is not finite, while the loss or "
         "the gradient norm is ten times its usual value, in `tui-trainer check`, and at every step "
         "with `--watch-nonfinite`) the first module is named whose output is not finite although "
-        "its inputs are."
+        "its inputs are. On the CPU the forward pass is then run again, with the same batch, "
+        "weights and random numbers and with every operation checked, which names the operation "
+        "and the line of the source that calls it; where only gradients are not finite, so is "
+        "backward, before the optimizer uses them."
     )
     next = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
         "that is too high; torch.autograd.set_detect_anomaly(True) names the operation"
     )
     source = "IEEE 754; order of backward as in PyTorch's autograd mechanics notes"
+    thresholds = (
+        RuleThreshold(
+            "reruns", 3, "times that a step is run again with every operation checked, at most"
+        ),
+    )
     explained_by = (
         "input-scale",
         "initial-scale",
@@ -111,8 +121,8 @@ class NonFiniteRule(Rule):
             confidence="certain",
             phase="loss" if seen.producer is None else PHASES[seen.producer.source],
             parameters=(seen.producer and _named_place(seen.producer)) or parameters,
-            evidence=(evidence("loss", seen.loss or 0.0, table="step", column="loss",
-                               text=event.value),),
+            evidence=(evidence("loss", math.nan, table="step", column="loss",
+                               text=event.value), *_rerun(seen.producer)),
         )  # fmt: skip
 
     def _gradient(self, seen: Observation, event: NonFiniteRecord) -> Found:
@@ -124,6 +134,11 @@ class NonFiniteRule(Rule):
                 value = nonfinite(found)
         total = len(seen.gradients.names) if seen.gradients is not None else len(culprits)
         loss = f" ({seen.loss:.4g})" if seen.loss is not None else ""
+        origin = (
+            f"{_origin_of_gradient(seen.producer)}"
+            if seen.producer is not None and seen.producer.rerun
+            else "backward produced it at or just after this parameter"
+        )
         others = (
             f"; {len(culprits)} of {total} gradients are not finite"
             if len(culprits) > 1
@@ -132,18 +147,19 @@ class NonFiniteRule(Rule):
         return Found(
             _onset(seen.step, event.finite_at),
             f"the gradient of {culprits[0]} is {value} at step {seen.step:,} although the loss is "
-            f"finite{loss}: backward produced it at or just after this parameter{others}",
+            f"finite{loss}: {origin}{others}",
             confidence="certain",
             phase="backward",
             parameters=culprits[:8],
             evidence=(
                 evidence(
                     f"gradient norm of {culprits[0]}",
-                    0.0,
+                    math.nan,
                     table="grad_norm",
                     column=culprits[0],
                     text=value,
                 ),
+                *_rerun(seen.producer),
             ),
         )
 
@@ -161,7 +177,7 @@ class NonFiniteRule(Rule):
             phase="step",
             parameters=(event.parameter,),
             evidence=(
-                evidence(f"norm of {event.parameter}", 0.0, table="weight_norm",
+                evidence(f"norm of {event.parameter}", math.nan, table="weight_norm",
                          column=event.parameter, text=event.value),
             ),
         )  # fmt: skip
@@ -199,6 +215,21 @@ def _origin(producer: Producer) -> str:
             )
     after = f" after {producer.name}" if producer.name else ""
     return f"`{producer.operation}`{after} produced it from finite numbers{place}"
+
+
+def _origin_of_gradient(producer: Producer) -> str:
+    module = f" in {producer.name} ({producer.kind})" if producer.name else ""
+    place = f" ({producer.place})" if producer.place else ""
+    return f"the backward of `{producer.operation}`{module}{place} makes it of finite gradients"
+
+
+def _rerun(producer: Producer | None) -> tuple[Evidence, ...]:
+    """What a re-run has found, in one line."""
+    if producer is None or not producer.rerun:
+        return ()
+    where = f" in {producer.name}" if producer.name else ""
+    text = f"`{producer.operation}`{where}" + (f", {producer.place}" if producer.place else "")
+    return (evidence("operation, found by running the step again", math.nan, text=text),)
 
 
 def _named_place(producer: Producer) -> tuple[str, ...]:

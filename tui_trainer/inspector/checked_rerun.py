@@ -1,0 +1,311 @@
+"""Runs a forward pass again with every operation checked, to name the one that made nan or inf.
+
+A value that is not finite is seen when backward begins, or before the optimizer uses a gradient
+that is not finite. The weights are still those of the step then, so that the same batch and random
+numbers give the same values again. Only on the CPU, where such values are seen in time; what a
+re-run leaves as it was is described in `rerun`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tui_trainer.history.records import Producer
+from tui_trainer.inspector.loss_replay import outputs_of
+from tui_trainer.inspector.rerun import Autocast, ModelCall, call_again, call_context
+from tui_trainer.trace.random_state import random_state
+from tui_trainer.trace.script_frames import script_frames
+from tui_trainer.trace.submodule_calls import tensors_in
+from tui_trainer.trace.torch_private import node_name, tensors_of, version_of
+from tui_trainer.trace.tracer import Tracer
+
+MAX_CALLS = 8
+"""Calls of models that are kept between two backward passes."""
+MAX_NODES = 20_000
+"""Nodes of a graph that are watched."""
+MASKING = frozenset(
+    ("masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "triu", "tril")
+)
+"""Operations that are given infinite values on purpose."""
+OWN_PACKAGE = __name__.partition(".")[0]
+OWN_FRAMES = ("_place", "_operation", "_origin", "_follow", "__torch_function__")
+"""Functions of this file that an operation passes through."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of the forward pass, and where it was called."""
+
+    name: str
+    place: str
+    """`file.py:12` in the user's own code; "" where only torch's code calls it."""
+    module: str
+    """Path of the innermost module; "" for the root."""
+    kind: str
+    """Its class."""
+
+    def producer(self, name: str = "") -> Producer:
+        """`name`: of the operation of backward that belongs to it."""
+        return Producer(
+            "module" if self.module and not name else "operation",
+            self.module,
+            self.kind,
+            name or self.name,
+            self.place,
+            rerun=True,
+        )
+
+
+class CheckedOperations(TorchFunctionMode):
+    """Follows values that are not finite from operation to operation."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._modules: list[torch.nn.Module] = []
+        """Those whose forward is open."""
+        self._origins: dict[int, tuple[torch.Tensor, Operation | Literal["outside", "mask"]]] = {}
+        """id → a tensor that is not finite and what made it so. The tensors are kept, so that no
+        other has the same id."""
+        self._nodes: dict[Any, Operation] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = _name_of(func)
+        made = [args[0]] if name == "setitem" else tensors_in((result,))
+        made = [tensor for tensor in made if isinstance(tensor, torch.Tensor)]
+        if made and name:
+            with torch._C.DisableTorchFunction():
+                self._follow(name, args, kwargs, made)
+        return result
+
+    def _follow(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[torch.Tensor]
+    ) -> None:
+        operation: Operation | None = None
+        for tensor in made:
+            if tensor.grad_fn is not None and tensor.grad_fn not in self._nodes:
+                operation = operation or self._operation(name)
+                self._nodes[tensor.grad_fn] = operation
+        wrong = [tensor for tensor in made if _is_wrong(tensor)]
+        if not wrong:
+            return
+        origin = self._origin(name, tensors_of((args, kwargs)), wrong)
+        for tensor in wrong:
+            self._origins[id(tensor)] = tensor, origin
+
+    def _origin(
+        self, name: str, given: Sequence[torch.Tensor], wrong: Sequence[torch.Tensor]
+    ) -> Operation | Literal["outside", "mask"]:
+        known = [self._origins[id(t)][1] for t in given if id(t) in self._origins]
+        for earlier in known:
+            if earlier != "mask":
+                return earlier
+        bad = [tensor for tensor in given if _is_wrong(tensor)]
+        if any(not _is_mask(tensor) for tensor in bad if id(tensor) not in self._origins):
+            return "outside"
+        has_nan = any(bool(torch.isnan(tensor).any()) for tensor in wrong)
+        if not has_nan and (bad or name in MASKING):
+            return "mask"
+        return self._operation(name)
+
+    def _operation(self, name: str) -> Operation:
+        module = self._modules[-1] if self._modules else None
+        path = self._paths.get(module, "") if module is not None else ""
+        return Operation(name, _place(), path, type(module).__name__ if module is not None else "")
+
+    # ------------------------------------------------------------ results
+
+    def origin_of(self, output: Any) -> Operation | None:
+        """What made the output of the model not finite."""
+        for tensor in outputs_of(output):
+            entry = self._origins.get(id(tensor))
+            if entry is not None:
+                return entry[1] if isinstance(entry[1], Operation) else None
+        return None
+
+    def called(self, module: torch.nn.Module, *_: Any) -> None:
+        self._modules.append(module)
+
+    def returned(self, module: torch.nn.Module, *_: Any) -> None:
+        while self._modules and self._modules.pop() is not module:
+            pass
+
+    def operation_of_backward(
+        self, roots: Sequence[torch.Tensor], model: torch.nn.Module
+    ) -> tuple[Operation, str] | None:
+        """(operation, its name in backward) where the gradients of `roots` stop being finite, in
+        the order of backward; None where they do not."""
+        found: list[tuple[Operation | None, str]] = []
+        handles = []
+        for node, operation in self._with_operations(roots):
+
+            def look(
+                into: tuple[Any, ...], out_of: tuple[Any, ...], node: Any = node,
+                operation: Operation | None = operation,
+            ) -> None:  # fmt: skip
+                if not found and _any_wrong(into) and not _any_wrong(out_of):
+                    found.append((operation, node_name(node).lower()))
+
+            handles.append(node.register_hook(look))
+        try:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(
+                roots, parameters, [torch.ones_like(each) for each in roots], allow_unused=True
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        operation, name = found[0] if found else (None, "")
+        return None if operation is None else (operation, name)
+
+    def _with_operations(
+        self, roots: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[Any, Operation | None]]:
+        """Every node of the graph, with the call in the forward that it belongs to."""
+        waiting: list[tuple[Any, Operation | None]] = [(each.grad_fn, None) for each in roots]
+        seen = {node for node, _ in waiting}
+        for node, after in waiting:  # grows
+            operation = self._nodes.get(node, after)
+            yield node, operation
+            for before, _ in node.next_functions:
+                if before is not None and before not in seen and len(seen) < MAX_NODES:
+                    seen.add(before)
+                    waiting.append((before, operation))
+
+
+def _name_of(function: Any) -> str:
+    name = str(getattr(function, "__name__", "")).strip("_")
+    if name in ("get", "set"):  # of a property
+        return ""
+    return {"truediv": "div", "rtruediv": "div", "rsub": "sub", "rmul": "mul"}.get(name, name)
+
+
+def _place() -> str:
+    """The line of the user's code that is running."""
+    for frame in script_frames():
+        module = str(frame.f_globals.get("__name__", ""))
+        if module == __name__ and frame.f_code.co_name in OWN_FRAMES:
+            continue
+        own = module.partition(".")[0] == OWN_PACKAGE and not module.startswith(
+            f"{OWN_PACKAGE}.models."
+        )
+        return "" if own else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return ""
+
+
+def _is_wrong(tensor: torch.Tensor) -> bool:
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return numbers and tensor.is_cpu and not bool(torch.isfinite(tensor.detach()).all())
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    """Whether what is not finite in it is -inf, as in a mask that is added to scores."""
+    return not bool((torch.isnan(tensor) | torch.isposinf(tensor)).any())
+
+
+def _any_wrong(tensors: Sequence[Any]) -> bool:
+    return any(isinstance(each, torch.Tensor) and _is_wrong(each) for each in tensors)
+
+
+# ---------------------------------------------------------------- in the course of a training
+
+
+class CheckedRerun:
+    """Keeps what the last calls of the models were given until it is known that nothing was wrong.
+
+    Used on the training thread. A re-run costs a forward pass, for backward two.
+    """
+
+    def __init__(self, tracer: Tracer, reruns: int) -> None:
+        """`reruns`: at most so many in a run."""
+        self._tracer = weakref.ref(tracer)
+        self._left = reruns
+        self._calls: list[ModelCall] = []
+        self._complete = False
+        """Whether backward has begun since the last of the calls."""
+
+    def forward_began(
+        self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Nothing is copied but the state of torch's generator."""
+        if self._complete or len(self._calls) >= MAX_CALLS:
+            self._calls, self._complete = [], False
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not self._left or not given or not given[0].is_cpu:
+            return
+        self._calls.append(
+            ModelCall(
+                step=step,
+                module=weakref.ref(module),
+                args=args,
+                kwargs=kwargs,
+                versions=[version_of(each) for each in given],
+                random={"torch": torch.default_generator.get_state()},
+                autocast=[Autocast.now("cpu")],
+                training=module.training,
+                buffers=None,
+                generators=[],
+                number=len(self._calls) + 1,
+            )
+        )
+
+    def backward_began(self) -> None:
+        """The calls so far belong to this backward; the next one begins anew."""
+        self._complete = True
+
+    def stepped(self) -> None:
+        """The weights are about to change."""
+        self._calls, self._complete = [], False
+
+    def origin_of_loss(self) -> Producer | None:
+        """The operation in the forward that made the loss not finite; None where that was not in
+        it."""
+        for call in self._taken():
+            with contextlib.suppress(Exception), self._checked(call, False) as (model, checks):
+                origin = checks.origin_of(call_again(model, call))
+                if origin is not None:
+                    return origin.producer()
+        return None
+
+    def origin_of_gradients(self) -> Producer | None:
+        """The operation whose backward made the gradients not finite. The gradient of each output
+        of the model is taken to be 1: which values are multiplied by it is what matters."""
+        for call in reversed(self._taken()):
+            with contextlib.suppress(Exception), self._checked(call, True) as (model, checks):
+                outputs = [t for t in outputs_of(call_again(model, call)) if t.grad_fn is not None]
+                with torch._C.DisableTorchFunction():
+                    found = checks.operation_of_backward(outputs, model)
+                if found is not None:
+                    return found[0].producer(found[1])
+        return None
+
+    def _taken(self) -> list[ModelCall]:
+        self._left -= bool(self._calls)
+        return self._calls
+
+    @contextlib.contextmanager
+    def _checked(
+        self, call: ModelCall, gradients: bool
+    ) -> Iterator[tuple[torch.nn.Module, CheckedOperations]]:
+        tracer = self._tracer()
+        assert tracer is not None
+        call.random = {**random_state(), **call.random}
+        with tracer.suspended(), call_context(call, gradients) as model:
+            checks = CheckedOperations(model)
+            for module in model.modules():
+                module.register_forward_pre_hook(checks.called, prepend=True)
+                module.register_forward_hook(checks.returned)
+            with checks:
+                yield model, checks
