@@ -33,7 +33,7 @@ from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
+from tui_trainer.ui.graph_app import GraphApp, GraphScreen
 from tui_trainer.ui.screens.learn import LearnScreen
 
 HERE = Path(__file__).resolve().parent

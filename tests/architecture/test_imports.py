@@ -9,7 +9,7 @@ import sys
 
 VIEWING = (
     "tui_trainer.ui.app",
-    "tui_trainer.ui.scalar_graph",
+    "tui_trainer.ui.graph_app",
     "tui_trainer.learn.demos",
     "tui_trainer.ui.screens.learn",
     "tui_trainer.learn.experiment_process",

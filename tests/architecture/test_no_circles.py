@@ -33,4 +33,4 @@ def test_a_circle_would_be_found() -> None:
 def test_imports_in_functions_count() -> None:
     graph = grimp.build_graph("tui_trainer", cache_dir=None)
     imported = graph.find_modules_directly_imported_by("tui_trainer.cli.commands.replay")
-    assert "tui_trainer.ui.replay" in imported
+    assert "tui_trainer.ui.replay_app" in imported

@@ -15,7 +15,7 @@ from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import titles
-from tui_trainer.learn.progress import load_progress
+from tui_trainer.learn.reading_progress import load_progress
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from tests.ui.screens import settle
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.events import Notice
 from tui_trainer.store.schema import STORE_FILE
-from tui_trainer.ui.replay import ReplayApp
+from tui_trainer.ui.replay_app import ReplayApp
 
 ALL_KEYS = ("home", "space", ">", "end", "2", "3", "4", "5", "left", "c", "i", "z", "b")
 

@@ -16,7 +16,7 @@ from tui_trainer.comparison import compared_runs
 from tui_trainer.comparison.compared_runs import ComparedRun, ComparedValue, differences, outcome
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
-from tui_trainer.ui.compare import CompareApp
+from tui_trainer.ui.compare_app import CompareApp
 from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS, distinct_parts
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.finding_order import in_order
+from tui_trainer.findings.rule_settings import parse_settings
 from tui_trainer.findings.rules import RULES
-from tui_trainer.findings.settings import parse_settings
 from tui_trainer.history.records import NonFiniteRecord, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent

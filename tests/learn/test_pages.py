@@ -11,7 +11,6 @@ from rich.cells import cell_len
 from tests.learn.measured_once import measured
 from tui_trainer.findings.rules import RULES
 from tui_trainer.learn.catalog import PAGE_OF_PHASE, PAGE_OF_RULE, PAGES, UnknownPage, find_page
-from tui_trainer.learn.layout import Numbers, escaped, laid_out, plain
 from tui_trainer.learn.page import (
     LANGUAGES,
     NARROW_NO_BREAK,
@@ -26,6 +25,7 @@ from tui_trainer.learn.page import (
     words,
     written,
 )
+from tui_trainer.learn.page_layout import Numbers, escaped, laid_out, plain
 from tui_trainer.protocol import PHASES
 
 CODE = re.compile(r"`[^`]*`|^ {4}.*$", re.MULTILINE)

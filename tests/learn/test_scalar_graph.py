@@ -10,8 +10,8 @@ from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.expression import MAX_NODES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.graph import ScalarGraph, sweep, sweep_summary, three_rates
 from tui_trainer.learn.scalar.layout import layout
+from tui_trainer.learn.scalar.steps import steps_of
 from tui_trainer.learn.scalar.svg import svg
-from tui_trainer.learn.scalar.text import steps_of
 
 AT = {"a": 2.0, "b": -3.0, "c": 10.0, "f": -2.0}
 

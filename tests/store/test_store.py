@@ -449,7 +449,7 @@ import os, sys, time
 import numpy as np
 from tests.store.test_store import INFO, stepped, wide
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.sinks import SinkThread
+from tui_trainer.record.sink_thread import SinkThread
 from tui_trainer.record.events import InfoChanged, StepRecorded
 from tui_trainer.store.writer import StoreWriter
 

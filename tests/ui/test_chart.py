@@ -19,7 +19,15 @@ from tui_trainer.ui.widgets import braille
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH, value_labels
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.chart import Chart
-from tui_trainer.ui.widgets.layers import AxisMarks, Band, Line, Moment, Points, Threshold, smooth
+from tui_trainer.ui.widgets.chart_layers import (
+    AxisMarks,
+    Band,
+    Line,
+    Moment,
+    Points,
+    Threshold,
+    smooth,
+)
 from tui_trainer.ui.widgets.scale import Scale, fit_scale, step_window
 
 PALETTE = theme.palette(theme.DARK.to_color_system().generate())

@@ -14,7 +14,7 @@ from tests.ui.test_replay import record_run
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.replay import ReplayApp
+from tui_trainer.ui.replay_app import ReplayApp
 from tui_trainer.ui.screens.ended import EndedDialog, next_steps
 
 

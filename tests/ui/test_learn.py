@@ -16,7 +16,7 @@ from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.experiment_messages import PageMeasurement, Value
 from tui_trainer.learn.experiment_process import ExperimentError
 from tui_trainer.learn.page import load_page, placeholders
-from tui_trainer.learn.progress import load_progress
+from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for

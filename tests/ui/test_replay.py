@@ -18,7 +18,7 @@ from tui_trainer.protocol.schema import AttentionInfo, Column, ParameterInfo, Ru
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
-from tui_trainer.ui.replay import ReplayApp, TransportLine
+from tui_trainer.ui.replay_app import ReplayApp, TransportLine
 from tui_trainer.ui.screens import SCREENS
 
 STEPS = 1000

@@ -11,8 +11,8 @@ from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.expression import parse
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.torch_process import TorchGradients
-from tui_trainer.ui import scalar_graph
-from tui_trainer.ui.scalar_graph import GraphApp, GraphScreen
+from tui_trainer.ui import graph_app
+from tui_trainer.ui.graph_app import GraphApp, GraphScreen
 
 LESSON = ScalarGraph.of("(a*b + c) * f", {"a": 2, "b": -3, "c": 10, "f": -2})
 
@@ -33,7 +33,7 @@ class FakeTorch:
 
 @pytest.fixture(autouse=True)
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scalar_graph, "TorchProcess", FakeTorch)
+    monkeypatch.setattr(graph_app, "TorchProcess", FakeTorch)
 
 
 def example(name: str) -> ScalarGraph:

@@ -81,8 +81,8 @@ def check_rules(text: str) -> None:
     """Raise UsageError unless this is a list of changes to the rules."""
     if not text:
         return
+    from tui_trainer.findings.rule_settings import SettingsError, parse_settings
     from tui_trainer.findings.rules import RULES
-    from tui_trainer.findings.settings import SettingsError, parse_settings
 
     try:
         parse_settings(text, RULES)

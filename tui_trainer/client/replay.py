@@ -18,7 +18,7 @@ import numpy as np
 
 from tui_trainer.client.api import ARTIFACTS_KEPT, EVENTS_KEPT, LOG_LINES_KEPT, Link, Snapshot
 from tui_trainer.history import History
-from tui_trainer.history.analysis import Spike, find_spikes
+from tui_trainer.history.loss_spikes import Spike, find_spikes
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.actions import (

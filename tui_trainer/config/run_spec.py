@@ -70,7 +70,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end, on request, and at the best validation loss."""
     rules: str = ""
-    """Changes to the rules that judge the run (see `findings.settings`)."""
+    """Changes to the rules that judge the run (see `findings.rule_settings`)."""
     breakpoints: tuple[Breakpoint, ...] = ()
     """Those that the run begins with."""
     alerts: tuple[str, ...] = ()

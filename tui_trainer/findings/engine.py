@@ -12,8 +12,8 @@ import msgspec
 
 from tui_trainer.findings.observation import LossTrend, Reader, TableRow
 from tui_trainer.findings.rule import Found, Rule
+from tui_trainer.findings.rule_settings import RuleSettings
 from tui_trainer.findings.rules import RULES
-from tui_trainer.findings.settings import RuleSettings
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent

@@ -47,7 +47,7 @@ from tui_trainer.record.events import (
     StepsDropped,
     rounded_for_storage,
 )
-from tui_trainer.record.sinks import SinkThread
+from tui_trainer.record.sink_thread import SinkThread
 from tui_trainer.record.throughput import Throughput
 from tui_trainer.record.viewer_updates import PollHandler
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer import __version__
-from tui_trainer.history.analysis import find_spikes
+from tui_trainer.history.loss_spikes import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import Event, Finding, Level, NonFinite, Notice, Skipped

@@ -65,9 +65,9 @@ class RunContext(Protocol):
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
+    from tui_trainer.findings.rule_settings import known_settings
     from tui_trainer.findings.rules import RULES
     from tui_trainer.findings.rules.nonfinite import NonFiniteRule
-    from tui_trainer.findings.settings import known_settings
     from tui_trainer.inspector.checked_rerun import CheckedRerun
     from tui_trainer.inspector.inspector import Inspector
     from tui_trainer.probes import PROBES, RANK_PROBES, REPLICA_PROBES

@@ -23,8 +23,10 @@ from tui_trainer.config.machine import OtherLoad
 from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
 from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.findings.rule_settings import (
+    known_settings,
+)
 from tui_trainer.findings.rules import RULES
-from tui_trainer.findings.settings import known_settings
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.formatting import nonfinite

@@ -31,7 +31,7 @@ from tui_trainer.record.events import (
     StepsDropped,
     artifact_bytes,
 )
-from tui_trainer.record.sinks import size_of
+from tui_trainer.record.sink_thread import size_of
 from tui_trainer.store import codec
 from tui_trainer.store.events import EventWriter
 from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing

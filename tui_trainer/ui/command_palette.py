@@ -12,7 +12,7 @@ from functools import partial
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from tui_trainer.learn.page import titles
-from tui_trainer.learn.progress import load_progress
+from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import actions
 from tui_trainer.protocol.actions import Action
 from tui_trainer.ui.screens import SCREENS, AppContext, app_context

@@ -87,7 +87,7 @@ def _print_faults(compared: list[ComparedRun]) -> None:
 def open_screen(compared: list[ComparedRun], ascii: bool, tolerance: float = 0.0) -> int:
     """Show the runs on one chart until the user leaves, and return the exit status."""
     from tui_trainer.cli.screen import run_app_until_exit
-    from tui_trainer.ui.compare import run_comparison
+    from tui_trainer.ui.compare_app import run_comparison
 
     return run_app_until_exit(
         lambda: run_comparison(compared, ascii=ascii, tolerance=tolerance),

@@ -28,7 +28,7 @@ from tui_trainer.learn.scalar.graph import (
     three_rates,
 )
 from tui_trainer.learn.scalar.graph import sweep as sweep_of
-from tui_trainer.learn.scalar.text import short, steps_of, update_line
+from tui_trainer.learn.scalar.steps import short, steps_of, update_line
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 
 CHART_WIDTH, CHART_HEIGHT = 78, 12
@@ -153,7 +153,7 @@ def _write_svg(found: ScalarGraph, path: Path, overwrite: bool) -> None:
 
 def _open(found: ScalarGraph, h: float, ascii: bool) -> int:
     from tui_trainer.cli.screen import run_app_until_exit
-    from tui_trainer.ui.scalar_graph import run_graph
+    from tui_trainer.ui.graph_app import run_graph
 
     return run_app_until_exit(lambda: run_graph(found, h=h, ascii=ascii), lambda: None)
 

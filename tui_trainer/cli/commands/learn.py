@@ -16,9 +16,9 @@ from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
-from tui_trainer.learn.layout import Numbers, laid_out, plain
 from tui_trainer.learn.page import Page, load_page, titles, words
-from tui_trainer.learn.progress import ReadingProgress, load_progress, save_progress
+from tui_trainer.learn.page_layout import Numbers, laid_out, plain
+from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
 
 MAX_WIDTH = 84
 

@@ -37,7 +37,7 @@ def replay(
         found = choose_run_by_name(run, runs_dir, live=False)
     session = open_recording(found.directory)
     from tui_trainer.cli.screen import run_app_until_exit
-    from tui_trainer.ui.replay import run_replay
+    from tui_trainer.ui.replay_app import run_replay
 
     seen = ReplayResult(session, found.name, found.directory)
     return run_app_until_exit(

@@ -19,7 +19,7 @@ from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.formatting import cadence, counted
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.widgets.layers import AxisMarks
+from tui_trainer.ui.widgets.chart_layers import AxisMarks
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 Figure = tuple[str, str, Style]

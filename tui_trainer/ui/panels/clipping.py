@@ -21,7 +21,7 @@ from tui_trainer.ui.panels.base import (
     user_event_marks,
 )
 from tui_trainer.ui.widgets.chart import Chart, put_message
-from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Threshold
+from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Threshold
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted

@@ -17,7 +17,7 @@ from tui_trainer.protocol.text import truncate, truncate_middle, wrap
 from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.chart import Chart, compact_number
-from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Moment, Threshold
+from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Moment, Threshold
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.scale import step_window
 

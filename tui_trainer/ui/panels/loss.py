@@ -18,7 +18,7 @@ from tui_trainer.ui.panels.base import (
     waiting_message,
 )
 from tui_trainer.ui.widgets.chart import Chart, put_message
-from tui_trainer.ui.widgets.layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
+from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 

@@ -26,7 +26,7 @@ from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.base import message_row
 from tui_trainer.ui.widgets.chart import Chart
-from tui_trainer.ui.widgets.layers import Band, Layer, Line, Points, fill_gaps, smooth
+from tui_trainer.ui.widgets.chart_layers import Band, Layer, Line, Points, fill_gaps, smooth
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 

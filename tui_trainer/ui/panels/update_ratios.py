@@ -25,7 +25,7 @@ from tui_trainer.ui.panels.base import (
     waiting_message,
 )
 from tui_trainer.ui.widgets.chart import Chart, put_message
-from tui_trainer.ui.widgets.layers import Band, Floats, Layer, Line, Threshold, fill_gaps
+from tui_trainer.ui.widgets.chart_layers import Band, Floats, Layer, Line, Threshold, fill_gaps
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted

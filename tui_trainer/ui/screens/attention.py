@@ -25,12 +25,12 @@ from tui_trainer.ui.panels.attention.statistics import (
 from tui_trainer.ui.panels.attention.tables import MODEL_ORDER, HeadsTable, StatisticTable
 from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.chart import SeriesChart
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 CHART_SIZE = (39, 9)
 """Cells that a chart needs for a readable axis, including the gap to the next one."""

@@ -27,10 +27,10 @@ from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import ZOOM, Viewport
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
 from tui_trainer.ui.screens.dialogs import NumberPrompt
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 TABS = ("map", "input", "query", "heads", "residual")
 TAB_NAMES = ("Map", "Text or image", "Query by keys", "Heads", "Residual stream")

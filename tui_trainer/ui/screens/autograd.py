@@ -18,10 +18,10 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
 from tui_trainer.ui.panels.autograd import GraphTable, NodeDetails, graph_spans
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 104, 30
 """From which the details stand beside the graph, or else below it."""

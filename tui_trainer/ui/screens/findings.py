@@ -18,9 +18,9 @@ from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen, RunScreen
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 SCREEN_OF_TABLE = {
     "grad_norm": "parameters",

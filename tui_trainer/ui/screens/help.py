@@ -13,7 +13,7 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.page import titles
-from tui_trainer.learn.progress import load_progress
+from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap

@@ -48,8 +48,8 @@ from tui_trainer.ui.panels.tensor import (
 from tui_trainer.ui.panels.update_explanation import UpdateView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
 from tui_trainer.ui.screens.dialogs import TextPrompt
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 MIN_WIDTH_BESIDE = 76
 """Width from which heat map and numbers stand beside each other."""

@@ -18,14 +18,14 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
-from tui_trainer.learn.layout import Numbers, StyledLine, changed_values, escaped, laid_out
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
-from tui_trainer.learn.progress import PageState, load_progress, save_progress
+from tui_trainer.learn.page_layout import Numbers, StyledLine, changed_values, escaped, laid_out
+from tui_trainer.learn.reading_progress import PageState, load_progress, save_progress
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.widgets.caption import Caption
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
-from tui_trainer.ui.widgets.text import Caption
 
 FIRST_SEED = 1
 RELEASE_AFTER_S = 60.0

@@ -17,8 +17,8 @@ from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.header import FactsLine
 from tui_trainer.ui.panels.log import LogKind, LogModel, LogView
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.caption import Placeholder
 from tui_trainer.ui.widgets.search import SearchInput
-from tui_trainer.ui.widgets.text import Placeholder
 
 KINDS: tuple[tuple[LogKind, str, str], ...] = (
     ("stdout", "o", "out"),

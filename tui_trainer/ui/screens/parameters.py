@@ -27,11 +27,11 @@ from tui_trainer.ui.panels.parameters import (
     format_shape,
 )
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 SORT_INTERVAL_S = 2.0
 """Rows sorted by a changing value move at most this often, so that they can be read."""

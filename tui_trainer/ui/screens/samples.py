@@ -24,9 +24,9 @@ from tui_trainer.ui.panels.samples import (
     tiles_of,
 )
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
-from tui_trainer.ui.widgets.text import Caption, Placeholder
 
 MIN_WIDTH_BESIDE = 100
 """Width from which images and confusion matrix stand beside each other."""

@@ -17,7 +17,7 @@ from rich.style import Style
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
-from tui_trainer.ui.widgets.layers import AxisMarks, Band, Layer, Line, Points, Threshold
+from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Line, Points, Threshold
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.scale import Scale, fit_scale
 

@@ -27,7 +27,7 @@ from tui_trainer.ui.widgets.axes import (
     step_axis,
     value_labels,
 )
-from tui_trainer.ui.widgets.layers import (
+from tui_trainer.ui.widgets.chart_layers import (
     Band,
     Floats,
     Label,

@@ -9,7 +9,7 @@ from tui_trainer.learn.scalar.graph import (
     DEFAULT_H,
     ScalarGraph,
 )
-from tui_trainer.learn.scalar.text import GraphStep, steps_of
+from tui_trainer.learn.scalar.steps import GraphStep, steps_of
 from tui_trainer.learn.scalar.torch_process import TorchGradients
 
 AGREE = 1e-9

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tui_trainer.history import analysis
-from tui_trainer.history.analysis import (
+from tui_trainer.history import loss_spikes
+from tui_trainer.history.loss_spikes import (
     MEDIAN_BINS,
     MIN_BINS,
     THRESHOLD,
@@ -58,7 +58,7 @@ def test_the_worst_comes_first():
 
 
 def test_the_exact_step_is_found_in_a_long_run(monkeypatch):
-    monkeypatch.setattr(analysis, "BINS", 64)
+    monkeypatch.setattr(loss_spikes, "BINS", 64)
     losses = 1 + 0.01 * np.random.default_rng(3).standard_normal(5000)
     losses[3141] = 4.0
     worst = find_spikes(series(losses), "loss")[0]
