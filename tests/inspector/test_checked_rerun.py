@@ -15,7 +15,7 @@ from tui_trainer.inspector.checked_rerun import CheckedRerun
 from tui_trainer.inspector.inspector import Inspector
 from tui_trainer.probes import PROBES
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.probe import Options
+from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 BAD_STEP = 6
@@ -77,7 +77,7 @@ def train(net, bad=0.0, careful=False):
 def producers_of(run, reruns=3, seed=0):
     torch.manual_seed(seed)
     recorder = KeepingRecorder()
-    with Tracer(recorder, Gate(), PROBES, Options(budget=0.0)) as tracer:
+    with Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=0.0)) as tracer:
         inspector = Inspector(tracer)
         if reruns:
             watch = CheckedRerun(tracer, reruns)
