@@ -174,6 +174,6 @@ def test_the_observation_ends_by_itself_and_changes_nothing(monkeypatch):
 
         traced = Traced(look)
         traced.run(lambda m=model, o=optimizer: train(m, o, 6))
-        assert traced.tracer.updates is None
+        assert traced.tracer.observers.updates is None
         outcomes.append([*(p.detach().clone() for p in model.parameters()), torch.get_rng_state()])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

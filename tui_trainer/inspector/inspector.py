@@ -110,9 +110,13 @@ class Inspector:
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on the steps are observed, of the latest parameter asked for."""
-        if self._watch is None or self._watch.request != request or tracer.updates is None:
+        if (
+            self._watch is None
+            or self._watch.request != request
+            or tracer.observers.updates is None
+        ):
             self._watch = UpdateCapture(tracer, request)
-            tracer.updates = self._watch
+            tracer.observers.updates = self._watch
         return self._watch.explain()
 
 

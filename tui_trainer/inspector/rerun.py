@@ -111,7 +111,7 @@ class StepCapture:
         self.live_loss: weakref.ref[torch.Tensor] | None = None
         """The tensor on which backward was called last."""
         self.live_step = 0
-        tracer.forwards = self
+        tracer.observers.forwards = self
         self.checked: CallWatch | None = None
         """Sees the same, for re-runs of its own."""
 

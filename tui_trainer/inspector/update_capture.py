@@ -75,7 +75,7 @@ class UpdateCapture:
         self._left -= 1
         self._last = None
         if self._left <= 0:
-            tracer.updates = None
+            tracer.observers.updates = None
         elif parameter.grad is not None and (
             self.request.index is not None or tracer.gate.stops_soon
         ):

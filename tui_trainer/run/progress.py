@@ -48,7 +48,7 @@ class Progress:
         self._may_be_sequences = False
         """Whether the first dimension of a batch may be a sequence's, for models that take that."""
         self._framework = ""
-        tracer.loop = self
+        tracer.observers.loop = self
         tracer.evaluation.on_result = self._evaluated
         tracer.evaluation.on_ambiguous = self._ambiguous
         self._ambiguous_reported = False
@@ -77,7 +77,7 @@ class Progress:
         """A framework reports its progress and its evaluations itself."""
         self._framework = name
         self._tracer.evaluation.muted = True
-        self._tracer.loop = None
+        self._tracer.observers.loop = None
 
     def report(
         self,
@@ -118,7 +118,7 @@ class Progress:
         if len(self._samples) == 2 or len(self._samples) == SAMPLED_STEPS:
             self._conclude()
         if len(self._samples) >= SAMPLED_STEPS:
-            self._tracer.loop = None
+            self._tracer.observers.loop = None
             self._samples.clear()
             forget_sources()
 

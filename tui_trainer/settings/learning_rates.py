@@ -138,7 +138,7 @@ class LearningRates:
         else:
             self._factors[key] = entry
         if self._factors:
-            self._tracer.rates = self
+            self._tracer.observers.rates = self
 
     def step_began(self, optimizer: Optimizer) -> None:
         """See `trace.tracer.UpdateObserver`."""
@@ -154,7 +154,7 @@ class LearningRates:
         for group, rate in held:
             group["lr"] = rate
         if not self._factors:
-            self._tracer.rates = None
+            self._tracer.observers.rates = None
 
     # ------------------------------------------------------------ snapshots
 

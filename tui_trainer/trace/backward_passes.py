@@ -1,4 +1,5 @@
-"""Calls of `backward`: what is known of their losses, and which optimizers they reach."""
+"""Calls of `backward`, `torch.autograd.grad` and functions of `torch.func`: what is known of their
+losses, and which optimizers they reach."""
 
 from __future__ import annotations
 
@@ -9,11 +10,19 @@ import torch
 
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.bad_batch import BadBatches
+from tui_trainer.trace.evaluation import EvaluationLosses
+from tui_trainer.trace.faults import Faults, guarded
+from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.loss_graph import loss_graph_of
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
+from tui_trainer.trace.observers import Observers
+from tui_trainer.trace.optimizer_steps import OptimizerSteps
+from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.phases import BACKWARD, LOSS, OTHER, Phases
 from tui_trainer.trace.step import BackwardPass, GradScaling, scalar
+from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5
 """Optimizer steps in which the graph of the loss is looked at."""
@@ -23,14 +32,35 @@ class BackwardPasses:
     """The backward pass that is open, and the last one, to which the next may add."""
 
     def __init__(
-        self, scaling: GradScaling, origins: NonFiniteOrigins, bad_batches: BadBatches
+        self,
+        faults: Faults,
+        gate: Gate,
+        phases: Phases,
+        registry: OptimizerRegistry,
+        waiting: WaitingGradients,
+        open_step: OpenStep,
+        steps: OptimizerSteps,
+        scaling: GradScaling,
+        evaluation: EvaluationLosses,
+        origins: NonFiniteOrigins,
+        bad_batches: BadBatches,
+        observers: Observers,
     ) -> None:
+        self.faults = faults
         self.open: BackwardPass | None = None
         self._last: BackwardPass | None = None
         self._last_loss: weakref.ref[torch.Tensor] | None = None
+        self._gate = gate
+        self._phases = phases
+        self._registry = registry
+        self._waiting = waiting
+        self._open_step = open_step
+        self._steps = steps
         self._scaling = scaling
+        self._evaluation = evaluation
         self._origins = origins
         self._bad_batches = bad_batches
+        self._observers = observers
         self._in_eval_mode: set[int] = set()
         """Identities of the first trained parameter of each model that was called in `eval()` mode
         since the last backward."""
@@ -38,11 +68,6 @@ class BackwardPasses:
     def reset(self) -> None:
         """What is open belongs to no step."""
         self.open = self._last = None
-
-    @property
-    def open_losses(self) -> list[torch.Tensor]:
-        """Those of the open backward (0-d each)."""
-        return self.open.losses if self.open is not None else []
 
     def model_called(self, module: torch.nn.Module) -> None:
         """Remember where a model is called for training in `eval()` mode, if it has a parameter to
@@ -55,15 +80,127 @@ class BackwardPasses:
         elif trained and depends_on_mode(module):
             self._in_eval_mode.add(trained)
 
-    def begin(self, outputs: Any, optimizer_steps: int) -> list[torch.Tensor]:
+    # ------------------------------------------------------------ calls
+
+    @guarded
+    def backward_began(self, tensors: Any) -> bool:
+        return self._open_backward(tensors)
+
+    def _open_backward(self, outputs: Any) -> bool:
+        self._steps.end_by_hand()
+        if not self._phases.enter(BACKWARD):
+            return False
+        self._evaluation.gradients_computed()
+        self._phases.before_backward()
+        for measurer in self._registry.measurers:
+            if measurer.passes:
+                self._waiting.between_passes(measurer)
+        scalars = self._begin(outputs)
+        forwards = self._observers.forwards
+        if scalars and forwards is not None and self.open is not None:
+            forwards.backward_began(scalars[0], self.open.losses[0])
+        self._phases.boundary(LOSS)
+        for measurer in self._registry.measurers:
+            measurer.before_backward()
+        self._phases.run()
+        return True
+
+    @guarded
+    def backward_ended(self) -> None:
+        self._phases.stop_clock()
+        reached = [m for m in self._registry.measurers if m.reached_by_backward()]
+        for measurer in self._registry.register_reached():
+            measurer.marks.remember()
+            if measurer not in reached:
+                reached.append(measurer)
+        if not reached and not self._registry.measurers:
+            by_hand = self._registry.measure_hand_updates()
+            if by_hand is not None:
+                by_hand.marks.remember()
+                reached.append(by_hand)
+        self._end(reached)
+        for measurer in reached:
+            if measurer.careful and measurer.reading is None and measurer.passes:
+                self._waiting.read(measurer)
+            self._expect_update_by_hand(measurer)
+        self._phases.after_backward()
+        self._phases.leave(OTHER)
+
+    def _expect_update_by_hand(self, measurer: StepMeasurer) -> None:
+        if measurer.weights is not None:
+            measurer.prepare(self._phases.step, self._gate.stops_soon)
+            measurer.before_update()
+            measurer.weights.remember()
+
+    @guarded
+    def gradients_began(self, outputs: Any, inputs: Any) -> bool:
+        """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
+        self._evaluation.gradients_computed()
+        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        parameters = [t for t in given if isinstance(t, torch.Tensor) and t.is_leaf]
+        self._registry.register_holders(parameters)
+        if not self._registry.measurers:
+            self._registry.measure_hand_updates(parameters)
+        if not self._registry.measurers_of(parameters):
+            return False
+        return self._open_backward(outputs)
+
+    @guarded
+    def gradients_ended(self, inputs: Any, result: Any) -> None:
+        self._phases.stop_clock()
+        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        gradients = {
+            id(parameter): gradient
+            for parameter, gradient in zip(given, result, strict=False)
+            if isinstance(gradient, torch.Tensor)
+        }
+        if self.open is not None:
+            self.open.returned = {
+                key: (weakref.ref(g), torch_private.version_of(g)) for key, g in gradients.items()
+            }
+        reached = self._registry.measurers_of(given)
+        self._end(reached)
+        for measurer in reached:
+            if measurer.careful and measurer.reading is None and measurer.passes:
+                found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
+                self._waiting.read(measurer, gradients=found)
+            self._expect_update_by_hand(measurer)
+        self._phases.after_backward()
+        self._phases.leave(OTHER)
+
+    @guarded
+    def functional_began(self) -> bool:
+        """A function made by `torch.func.grad` or `grad_and_value` is called."""
+        return self._open_backward(())
+
+    @guarded
+    def functional_ended(self, result: Any, has_value: bool) -> None:
+        self._phases.stop_clock()
+        gradients, value = result if has_value else (result, None)
+        if isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        if self.open is not None:
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                self.open.losses = [scalar(value)]
+            leaves = torch_private.tensors_of(gradients)
+            self.open.returned = {
+                -n: (weakref.ref(g), torch_private.version_of(g)) for n, g in enumerate(leaves)
+            }
+        self._end(list(self._registry.measurers))
+        self._phases.after_backward()
+        self._phases.leave(OTHER)
+
+    # ------------------------------------------------------------ one pass
+
+    def _begin(self, outputs: Any) -> list[torch.Tensor]:
         """A backward of `outputs` begins; returns those of one element, the losses."""
         given = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
         losses = [scalar(self._scaling.unscaled_loss(loss)) for loss in scalars]
         backward = self.open = BackwardPass(losses)
-        if optimizer_steps < GRAPHS_READ and len(scalars) == 1:
+        if self._steps.begun < GRAPHS_READ and len(scalars) == 1:
             backward.cross_entropy = torch_private.cross_entropy_of(scalars[0])
-            if not optimizer_steps:
+            if not self._steps.begun:
                 backward.loss_graph = loss_graph_of(scalars[0].grad_fn)
         if scalars:
             self._look_at(backward, scalars)
@@ -79,10 +216,9 @@ class BackwardPasses:
         backward.repeated = last is scalars[0] and waiting
         self._last_loss = weakref.ref(scalars[0])
 
-    def end(self, reached: list[StepMeasurer], evaluated: StepMeasurer | None) -> None:
-        """Put the pass to those that wait for the steps of the optimizers that it `reached`.
-
-        `evaluated`: the optimizer whose open `step` has evaluated its closure once."""
+    def _end(self, reached: list[StepMeasurer]) -> None:
+        """Put the pass to those that wait for the steps of the optimizers that it `reached`."""
+        evaluated = self._open_step.evaluated
         backward, self.open = self.open, None
         if backward is None:
             return

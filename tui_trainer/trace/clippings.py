@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from tui_trainer.protocol.events import ClipKind
+from tui_trainer.trace.faults import Faults, guarded
+from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.norms import total_norm
+from tui_trainer.trace.optimizer_steps import OptimizerSteps
+from tui_trainer.trace.phases import CLIP, OTHER, Phases
 from tui_trainer.trace.probe import Reading, RecorderLike
+from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import Clipping
 from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.waiting_gradients import WaitingGradients
@@ -18,39 +23,62 @@ from tui_trainer.trace.waiting_gradients import WaitingGradients
 class Clippings:
     """The clipping that is open, or was the last."""
 
-    def __init__(self, waiting: WaitingGradients, recorder: RecorderLike) -> None:
-        self.measurers: list[StepMeasurer] = []
+    def __init__(
+        self,
+        faults: Faults,
+        gate: Gate,
+        phases: Phases,
+        waiting: WaitingGradients,
+        steps: OptimizerSteps,
+        reporter: PhaseReporter,
+        recorder: RecorderLike,
+    ) -> None:
+        self.faults = faults
+        self._measurers: list[StepMeasurer] = []
         """Those whose gradients it clips."""
         self._used: list[StepMeasurer] = []
         """Those whose gradients it clips although a step has used them already."""
+        self._gate = gate
+        self._phases = phases
         self._waiting = waiting
+        self._steps = steps
+        self._reporter = reporter
         self._recorder = recorder
         self._total_before: Reading | None = None
         self._late_reported = False
 
     def reset(self) -> None:
-        self.measurers = []
+        self._measurers = []
 
-    def began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> None:
+    @guarded
+    def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool:
+        self._steps.end_by_hand()
+        if not self._phases.enter(CLIP):
+            return False
         waiting = self._waiting
         waiting.take_unseen()
         waiting.follow_changes_by_hand(compare=True)
         found = waiting.registry.measurers_of(parameters)
-        self.measurers = [measurer for measurer in found if waiting.waits(measurer)]
+        self._measurers = [measurer for measurer in found if waiting.waits(measurer)]
         self._used = [measurer for measurer in found if not measurer.passes]
         self._total_before = None
-        for measurer in self.measurers:
+        for measurer in self._measurers:
             if measurer.reading is None:
                 waiting.read(measurer, kind)
-        if self.measurers and (not two_norm or any(m.careful for m in self.measurers)):
+        if self._measurers and (not two_norm or any(m.careful for m in self._measurers)):
             self._total_before = total_norm(parameters)
+        if self._gate.armed:
+            self._reporter.keep_norms(self._measurers, self._gate.stops_soon)
+        self._phases.run()
+        return True
 
     def failed(self) -> None:
         """The function raised."""
-        for measurer in self.measurers:
+        for measurer in self._measurers:
             measurer.clip_failed()
 
-    def ended(
+    @guarded
+    def clip_ended(
         self,
         kind: ClipKind,
         parameters: Any,
@@ -60,8 +88,9 @@ class Clippings:
         captured: NormCapture,
     ) -> None:
         """`total` is the norm before clipping, as the function returned it."""
+        self._phases.stop_clock()
         total = captured.whole_total(total, limit)
-        if not self.measurers and not self._waiting.evaluating_further:
+        if not self._measurers and not self._waiting.evaluating_further:
             if self._used:
                 self._report_late()
             for measurer in self._waiting.registry.measurers:
@@ -69,8 +98,8 @@ class Clippings:
         for measurer in self._used:
             measurer.marks.forget()
         before = self._total_before if kind == "value" else total
-        if self.measurers and isinstance(before, (torch.Tensor, float)):
-            for measurer in self.measurers:
+        if self._measurers and isinstance(before, (torch.Tensor, float)):
+            for measurer in self._measurers:
                 if kind == "norm":
                     measurer.use_clip_norms(captured, parameters, limit, total)
             clipping = Clipping(
@@ -80,10 +109,10 @@ class Clippings:
                 norm_after=total_norm(parameters) if kind == "value" else None,
                 total=self._total_before,
                 two_norm=kind == "norm" and float(norm_type) == 2.0,
-                scale=self._waiting.scale_of(self.measurers[0]),
+                scale=self._waiting.scale_of(self._measurers[0]),
             )
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-            for measurer in self.measurers:
+            for measurer in self._measurers:
                 clipping.positions[id(measurer)] = measurer.positions_of(given)
                 if measurer.reading is not None and not measurer.clips:
                     clipping.readings[id(measurer)] = measurer.reading
@@ -91,6 +120,7 @@ class Clippings:
                     clipping.readings[id(measurer)] = measurer.captured(captured)
                 measurer.clips.append(clipping)
                 measurer.after_clipping(clipping)
+        self._phases.leave(OTHER, owners=tuple([m.slot for m in self._measurers]))
 
     def _report_late(self) -> None:
         if not self._late_reported and self._waiting.registry.measurers:

@@ -1,4 +1,4 @@
-"""Faults of ours while a training is traced: none may reach it."""
+"""Faults of ours while a training is traced, none of which may reach it; and our overhead."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ MAX_FAULTS = 3
 
 
 class Faults:
-    """Reports faults, and counts the steps that they have ended."""
+    """Reports faults, counts the steps that they have ended, and the time of guarded methods."""
 
-    def __init__(self, recorder: RecorderLike) -> None:
+    def __init__(
+        self, recorder: RecorderLike, gate: Gate, give_up_step: Callable[[str, Exception], None]
+    ) -> None:
+        """`give_up_step(where, fault)` ends the measurement of the current step."""
         self._recorder = recorder
         self._reported: set[str] = set()
+        self.gate = gate
+        self.give_up_step = give_up_step
         self.given_up = False
         """Whether a fault has ended the measurement of the current step."""
         self.in_a_row = 0
         """Steps in a row that were given up."""
+        self.own_s = 0.0
+        """Our overhead since it was last accounted for, without time spent in the gate."""
 
     @property
     def too_many(self) -> bool:
@@ -42,18 +49,13 @@ class Faults:
             self._recorder.notice("fault", f"{where}: {text}", "error")
 
 
-class Tracing(Protocol):
-    """An object whose methods are guarded: the tracer."""
+class Guarded(Protocol):
+    """An object with guarded methods."""
 
     faults: Faults
-    gate: Gate
-    own_s: float
-
-    def give_up_step(self, where: str, fault: Exception) -> None:
-        """The measurement of the current step ends here."""
 
 
-S = TypeVar("S", bound=Tracing)
+S = TypeVar("S", bound=Guarded)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,16 +72,18 @@ def guarded(
 
     @functools.wraps(method)
     def wrapper(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.faults.given_up and not always:
+        faults = self.faults
+        if faults.given_up and not always:
             return False  # type: ignore[return-value] # "no phase" for those that tell
-        began, idle = perf_counter(), self.gate.idle_s
+        gate = faults.gate
+        began, idle = perf_counter(), gate.idle_s
         try:
             return method(self, *args, **kwargs)
         except Exception as fault:
-            self.give_up_step(method.__name__, fault)
+            faults.give_up_step(method.__name__, fault)
             return False  # type: ignore[return-value]
         finally:
-            self.own_s += perf_counter() - began - (self.gate.idle_s - idle)
+            faults.own_s += perf_counter() - began - (gate.idle_s - idle)
 
     return wrapper  # type: ignore[return-value] # functools.wraps names `self`
 

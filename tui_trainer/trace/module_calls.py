@@ -64,6 +64,13 @@ def copy_metadata(wrapper: Any, original: Any) -> Any:
     return wrapper
 
 
+CallModel = Callable[
+    [Callable[..., Any], torch.nn.Module, tuple[Any, ...], dict[str, Any]],
+    Any,
+]
+"""Calls `original(module, *args, **kwargs)` and returns its result."""
+
+
 class CallObserver(Protocol):
     """Observes the calls of root models: the tracer."""
 
@@ -74,15 +81,6 @@ class CallObserver(Protocol):
     def in_phase(self) -> bool:
         """Whether a phase is open, so that a call is not an outermost one."""
 
-    def call_model(
-        self,
-        original: Callable[..., Any],
-        module: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Call `original(module, *args, **kwargs)` and return its result."""
-
 
 class RootModules:
     """The models that a training loop calls, in order of their first call."""
@@ -90,6 +88,8 @@ class RootModules:
     def __init__(self, patches: Patches, observer: CallObserver) -> None:
         self._patches = patches
         self._observer = observer
+        self.call_model: CallModel = _call
+        """What is called in place of each call of a root."""
         self._known: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._classes: set[type] = set()
         self._searching = False
@@ -156,9 +156,18 @@ class RootModules:
                 if not (self._searching and self._is_new_root(module)):
                     return original(module, *args, **kwargs)
                 self.add(module)
-            return observer.call_model(original, module, args, kwargs)
+            return self.call_model(original, module, args, kwargs)
 
         self._patches.replace(cls, "__call__", copy_metadata(__call__, original))
+
+
+def _call(
+    original: Callable[..., Any],
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    return original(module, *args, **kwargs)
 
 
 _DEPENDS_ON_MODE: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -52,3 +53,14 @@ class ForwardObserver(Protocol):
     def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
         """The gradients of this scalar are about to be computed; `value`: it without its graph and
         the scale of a GradScaler."""
+
+
+@dataclass(eq=False)
+class Observers:
+    """Those that look at the training now."""
+
+    loop: LoopObserver | None = None
+    updates: UpdateObserver | None = None
+    rates: UpdateObserver | None = None
+    """Sets other learning rates for the duration of an optimizer's step."""
+    forwards: ForwardObserver | None = None

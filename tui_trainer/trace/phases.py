@@ -278,6 +278,11 @@ class Phases:
         """Whether the innermost open phase is a `step` that evaluates a closure."""
         return self.closure and self.open == STEP
 
+    @property
+    def in_phase(self) -> bool:
+        """Whether a call of a module now is part of a phase."""
+        return bool(self._open) and not (self.closure and self._open[-1] == STEP)
+
     # ------------------------------------------------------------ one phase
 
     def enter(self, phase: int) -> bool:

@@ -26,7 +26,10 @@ from torch.optim.optimizer import (
 )
 
 from tui_trainer.protocol.events import ClipKind
+from tui_trainer.trace.backward_passes import BackwardPasses
+from tui_trainer.trace.clippings import Clippings
 from tui_trainer.trace.module_calls import Patches, copy_metadata
+from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.torch_private import NormCapture
 
 CLIPPING: dict[str, ClipKind] = {
@@ -45,7 +48,6 @@ class TorchEvents(Protocol):
     """
 
     training_thread: int
-    optimizer_steps: int
     clip_calls: dict[ClipKind, float]
     clip_limits: dict[ClipKind, float]
 
@@ -54,27 +56,6 @@ class TorchEvents(Protocol):
     def module_changed(self, module: torch.nn.Module) -> None: ...
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool: ...
     def zero_grad_ended(self, owner: Optimizer | torch.nn.Module) -> None: ...
-    def backward_began(self, tensors: Any) -> bool: ...
-    def backward_ended(self) -> None: ...
-    def gradients_began(self, outputs: Any, inputs: Any) -> bool: ...
-    def gradients_ended(self, inputs: Any, result: Any) -> None: ...
-    def functional_began(self) -> bool: ...
-    def functional_ended(self, result: Any, has_value: bool) -> None: ...
-    def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool: ...
-    def clip_ended(
-        self,
-        kind: ClipKind,
-        parameters: Any,
-        limit: Any,
-        norm_type: Any,
-        total: Any,
-        captured: NormCapture,
-    ) -> None: ...
-    def step_began(self, optimizer: Optimizer, closure: bool) -> None: ...
-    def step_ended(self, optimizer: Optimizer) -> None: ...
-    def step_skipped(self, optimizer: Optimizer) -> None: ...
-    def evaluation_began(self) -> None: ...
-    def evaluation_ended(self) -> None: ...
     def phase_failed(self) -> None: ...
     def saving_began(self) -> bool: ...
     def saving_ended(self) -> None: ...
@@ -89,8 +70,18 @@ class TorchEvents(Protocol):
 class TorchHooks:
     """Installs all hooks, and removes them again without a trace."""
 
-    def __init__(self, events: TorchEvents, patches: Patches) -> None:
+    def __init__(
+        self,
+        events: TorchEvents,
+        steps: OptimizerSteps,
+        backwards: BackwardPasses,
+        clips: Clippings,
+        patches: Patches,
+    ) -> None:
         self._events = events
+        self._steps = steps
+        self._backwards = backwards
+        self._clips = clips
         self._patches = patches
         self._handles: list[Any] = []
 
@@ -120,6 +111,7 @@ class TorchHooks:
 
     def _hook_optimizers(self) -> list[Any]:
         events, ignored = self._events, self._ignored
+        steps = self._steps
 
         def before(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,9 +122,9 @@ class TorchHooks:
             first = 1 if args and args[0] is optimizer else 0
             closure = args[first] if len(args) > first else kwargs.get("closure")
             if not callable(closure):
-                events.step_began(optimizer, False)
+                steps.step_began(optimizer, False)
                 return None
-            events.step_began(optimizer, True)
+            steps.step_began(optimizer, True)
             if len(args) > first:
                 args = (*args[:first], self._evaluating(closure), *args[first + 1 :])
             else:
@@ -141,7 +133,7 @@ class TorchHooks:
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not ignored():
-                events.step_ended(optimizer)
+                steps.step_ended(optimizer)
 
         original: Callable[..., None] = Optimizer.__init__
 
@@ -157,15 +149,16 @@ class TorchHooks:
         ]
 
     def _evaluating(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        events, ignored = self._events, self._ignored
+        ignored = self._ignored
+        steps = self._steps
 
         @functools.wraps(closure)
         def evaluate() -> Any:
             if ignored():
                 return closure()
-            events.evaluation_began()
+            steps.evaluation_began()
             result = closure()
-            events.evaluation_ended()
+            steps.evaluation_ended()
             return result
 
         return evaluate
@@ -202,19 +195,20 @@ class TorchHooks:
 
     def _wrap_backward(self) -> None:
         events, ignored = self._events, self._ignored
+        backwards = self._backwards
         tensor_backward: Callable[..., Any] = torch.Tensor.backward
         autograd_backward: Callable[..., Any] = torch.autograd.backward
 
         def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensors = args[0] if args else kwargs.get("tensors", ())
-            if not events.backward_began(tensors):
+            if not backwards.backward_began(tensors):
                 return original(*args, **kwargs)
             try:
                 result = original(*args, **kwargs)
             except BaseException:
                 events.phase_failed()
                 raise
-            events.backward_ended()
+            backwards.backward_ended()
             return result
 
         def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -234,14 +228,14 @@ class TorchHooks:
                 return autograd_grad(*args, **kwargs)
             outputs = args[0] if args else kwargs.get("outputs", ())
             inputs = args[1] if len(args) > 1 else kwargs.get("inputs", ())
-            if not events.gradients_began(outputs, inputs):
+            if not backwards.gradients_began(outputs, inputs):
                 return autograd_grad(*args, **kwargs)
             try:
                 result = autograd_grad(*args, **kwargs)
             except BaseException:
                 events.phase_failed()
                 raise
-            events.gradients_ended(inputs, result)
+            backwards.gradients_ended(inputs, result)
             return result
 
         replace = self._patches.replace
@@ -305,20 +299,21 @@ class TorchHooks:
 
     def _functional(self, original: Callable[..., Any], has_value: bool) -> Callable[..., Any]:
         events, ignored = self._events, self._ignored
+        backwards = self._backwards
 
         def transform(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             computed: Callable[..., Any] = original(*args, **kwargs)
 
             @functools.wraps(computed)
             def compute(*inputs: Any, **named: Any) -> Any:
-                if ignored() or not events.functional_began():
+                if ignored() or not backwards.functional_began():
                     return computed(*inputs, **named)
                 try:
                     result = computed(*inputs, **named)
                 except BaseException:
                     events.phase_failed()
                     raise
-                events.functional_ended(result, has_value)
+                backwards.functional_ended(result, has_value)
                 return result
 
             return compute
@@ -339,6 +334,7 @@ class TorchHooks:
         self, original: Callable[..., Any], name: str, kind: ClipKind
     ) -> Callable[..., Any]:
         events, ignored = self._events, self._ignored
+        clips = self._clips
 
         def clip(*args: Any, **kwargs: Any) -> Any:
             if kind in events.clip_limits and not torch.compiler.is_compiling():
@@ -355,7 +351,7 @@ class TorchHooks:
             norm_type = 2.0
             if name == "clip_grad_norm_":
                 norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
-            if not events.clip_began(parameters, kind, kind == "norm" and norm_type == 2):
+            if not clips.clip_began(parameters, kind, kind == "norm" and norm_type == 2):
                 return original(*args, **kwargs)
             try:
                 with NormCapture() as captured:
@@ -369,13 +365,14 @@ class TorchHooks:
             total = result
             if name == "clip_grads_with_norm_":
                 total = args[2] if len(args) > 2 else kwargs.get("total_norm")
-            events.clip_ended(kind, parameters, limit, norm_type, total, captured)
+            clips.clip_ended(kind, parameters, limit, norm_type, total, captured)
             return result
 
         return copy_metadata(clip, original)  # type: ignore[no-any-return]
 
     def _wrap_scaler(self) -> None:
         events, ignored = self._events, self._ignored
+        steps = self._steps
         scale, step, update = GradScaler.scale, GradScaler.step, GradScaler.update
         unscale = GradScaler.unscale_
 
@@ -396,10 +393,10 @@ class TorchHooks:
         def step_(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if ignored() or not self.is_enabled():
                 return step(self, optimizer, *args, **kwargs)
-            before = events.optimizer_steps
+            before = steps.begun
             result = step(self, optimizer, *args, **kwargs)
-            if events.optimizer_steps == before:
-                events.step_skipped(optimizer)
+            if steps.begun == before:
+                steps.step_skipped(optimizer)
             return result
 
         def update_(self: Any, *args: Any, **kwargs: Any) -> Any:

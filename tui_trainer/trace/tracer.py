@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -29,22 +29,22 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer
 
-from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.events import ClipKind
-from tui_trainer.trace import torch_private
 from tui_trainer.trace.backward_passes import BackwardPasses
 from tui_trainer.trace.bad_batch import BadBatches
 from tui_trainer.trace.clippings import Clippings
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.faults import Faults, always_guarded, guarded
+from tui_trainer.trace.forward_passes import ForwardPasses
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.measurement import StepMeasurer
-from tui_trainer.trace.module_calls import Patches, RootModules, depends_on_mode
+from tui_trainer.trace.module_calls import Patches, RootModules
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
-from tui_trainer.trace.observers import ForwardObserver, LoopObserver, UpdateObserver
+from tui_trainer.trace.observers import Observers
+from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
-from tui_trainer.trace.phases import BACKWARD, CLIP, FORWARD, LOSS, OTHER, STEP, ZERO_GRAD, Phases
+from tui_trainer.trace.phases import CLIP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Probe,
     ProbeOptions,
@@ -55,12 +55,9 @@ from tui_trainer.trace.step import (
     BackwardPass,
     GradScaling,
     SkipRecorder,
-    StepOutcome,
-    scalar,
 )
 from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
-from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5
@@ -84,35 +81,22 @@ class Tracer:
         self.gate = gate
         self.training_thread = 0
         """Identity of the thread that trains; 0 while detached, suspended or switched off."""
-        self.optimizer_steps = 0
-        """How often any optimizer's `step` began."""
         self.clip_calls: dict[ClipKind, float] = {}
         """The threshold with which the training last called each kind of clipping."""
         self.clip_limits: dict[ClipKind, float] = {}
         """The thresholds that a user has set instead."""
         self._attached = False
-        self.faults = Faults(recorder)
-        self.own_s = 0.0
-        """Our overhead since it was last accounted for, without time spent in the gate."""
+        self.faults = Faults(recorder, gate, self._give_up_step)
         self._patches = Patches()
-        self._hooks = TorchHooks(self, self._patches)
         self._roots = RootModules(self._patches, self)
         self.evaluation = EvaluationLosses(self, self._patches)
-        self.loop: LoopObserver | None = None
-        self.updates: UpdateObserver | None = None
-        self.rates: UpdateObserver | None = None
-        """Sets other learning rates for the duration of an optimizer's step."""
-        self.forwards: ForwardObserver | None = None
+        self.observers = Observers()
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or ProbeOptions())
         self._reporter = PhaseReporter(self)
         self._phases = Phases(gate, self._reporter.release)
         self._queue = StepQueue(self.faults.report)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
-        self._modes = EvaluationModes()
-        self._bad_batches = BadBatches()
-        self.origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
-        self._passes = BackwardPasses(self._scaling, self.origins, self._bad_batches)
         self._open_step = OpenStep()
         self._waiting = WaitingGradients(
             self.registry,
@@ -122,9 +106,66 @@ class Tracer:
             self._open_step,
             lambda skipped: self._queue.put(self._skips, skipped, gate.armed),
         )
-        self._clips = Clippings(self._waiting, recorder)
-        self._sampling: list[StepMeasurer] = []
-        """Measurers whose probes observe the open forward."""
+        modes = EvaluationModes()
+        bad_batches = BadBatches()
+        self.origins = NonFiniteOrigins(self.registry, self._roots, self._patches)
+        self._steps = OptimizerSteps(
+            self.faults,
+            gate,
+            self._phases,
+            self.registry,
+            self._waiting,
+            self._open_step,
+            self._scaling,
+            self.evaluation,
+            modes,
+            self.origins,
+            self._queue,
+            self.observers,
+            self._continue_after_fault,
+        )
+        self._backwards = BackwardPasses(
+            self.faults,
+            gate,
+            self._phases,
+            self.registry,
+            self._waiting,
+            self._open_step,
+            self._steps,
+            self._scaling,
+            self.evaluation,
+            self.origins,
+            bad_batches,
+            self.observers,
+        )
+        self._clips = Clippings(
+            self.faults,
+            gate,
+            self._phases,
+            self._waiting,
+            self._steps,
+            self._reporter,
+            recorder,
+        )
+        self._forwards = ForwardPasses(
+            self.faults,
+            gate,
+            self._phases,
+            self.registry,
+            self._waiting,
+            self._steps,
+            self._backwards,
+            self.evaluation,
+            modes,
+            bad_batches,
+            self._queue,
+            self._reporter,
+            self.observers,
+            self._continue_after_fault,
+        )
+        self._roots.call_model = self._forwards.call_model
+        self.evaluation.on_training_loss = self._forwards.loss_called
+        self._hooks = TorchHooks(self, self._steps, self._backwards, self._clips, self._patches)
 
     # ------------------------------------------------------------ attaching
 
@@ -137,7 +178,6 @@ class Tracer:
         self.training_thread = threading.get_ident()
         self._hooks.install()
         self.evaluation.install()
-        self.evaluation.on_training_loss = self.loss_called
         self.origins.install()
         self._roots.search()
         self.gate.hooks.pausing = self._reporter.report
@@ -193,9 +233,9 @@ class Tracer:
         """The training was taken to the end of step `step`: what is open belongs to no step."""
         self.flush()
         try:
-            self._end_sampling()
+            self._forwards.end_sampling()
             self._phases.rewind(step + 1)
-            self._passes.reset()
+            self._backwards.reset()
             self._clips.reset()
             self._open_step.reset()
             self._open_step.outer = 0
@@ -233,11 +273,11 @@ class Tracer:
         """`flush`, counted as overhead, which time in the gate otherwise is not."""
         began = perf_counter()
         self.flush()
-        self.own_s += perf_counter() - began
+        self.faults.own_s += perf_counter() - began
 
     # ------------------------------------------------------------ faults of ours
 
-    def give_up_step(self, where: str, fault: Exception) -> None:
+    def _give_up_step(self, where: str, fault: Exception) -> None:
         """After a fault: the current step is not measured. After too many in a row nothing is."""
         self.faults.report(f"step {self.step} is not measured: {where}", fault)
         try:
@@ -246,10 +286,10 @@ class Tracer:
                 if not self._phases.close_all() and where != "_end_step":
                     self._open_step.outer = 0
                 self._open_step.reset()
-                self._passes.reset()
+                self._backwards.reset()
                 self._clips.reset()
                 self._phases.stop_clock()
-                self._end_sampling()
+                self._forwards.end_sampling()
         except Exception as further:
             self.faults.report(where, further)
         if self.faults.too_many:
@@ -297,15 +337,15 @@ class Tracer:
     def losses(self) -> list[torch.Tensor]:
         """Losses of the current step (0-d each)."""
         waiting = [p for m in self.registry.measurers for p in m.passes if not p.used]
-        if self._passes.open is not None:
-            waiting.append(self._passes.open)
+        if self._backwards.open is not None:
+            waiting.append(self._backwards.open)
         passes = dict.fromkeys(waiting)
         return [loss for each in passes for loss in each.losses]
 
     @property
     def in_phase(self) -> bool:
         """Whether a call of a module now is part of a phase."""
-        return self._phases.open is not None and not self._phases.in_closure
+        return self._phases.in_phase
 
     def duration_ms(self, phase: int) -> float:
         """Time of a phase in this step so far. Only while paused."""
@@ -316,304 +356,11 @@ class Tracer:
         scale = self._waiting.scale_of(measurer)
         return float(scale) if scale is not None else 1.0
 
-    # ------------------------------------------------------------ calls of the model
-
-    def call_model(
-        self,
-        original: Callable[..., Any],
-        module: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """A root module is called (see `module_calls.CallObserver`)."""
-        if self.faults.given_up and self.registry.by_hand is not None:
-            self._continue_after_fault(stepped=False)
-        if not torch.is_grad_enabled() or (not module.training and self._is_evaluation(module)):
-            return self._evaluate(original, module, args, kwargs)
-        if not self._forward_began(module, args, kwargs):
-            return original(module, *args, **kwargs)
-        try:
-            result = original(module, *args, **kwargs)
-        except BaseException:
-            self._forward_failed()
-            raise
-        self._forward_ended(result)
-        return result
-
-    def _evaluate(
-        self,
-        original: Callable[..., Any],
-        module: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if self.in_phase:
-            return original(module, *args, **kwargs)
-        self._evaluation_call_began(module)
-        try:
-            return original(module, *args, **kwargs)
-        finally:
-            self._evaluation_call_ended()
-
-    @property
-    def _within_iteration(self) -> bool:
-        return bool(self._phases.seen & {FORWARD, LOSS, BACKWARD})
-
-    @guarded
-    def _is_evaluation(self, module: torch.nn.Module) -> bool:
-        """Whether this call in `eval()` mode with gradients is not for training."""
-        if not self.evaluation.includes(module):
-            return False
-        self._end_step_by_hand()
-        return not self._within_iteration
-
-    @guarded
-    def _evaluation_call_began(self, module: torch.nn.Module) -> None:
-        self._end_step_by_hand()
-        self._phases.begin_evaluation()
-        self._queue.drain()  # the next step may be long in coming
-        if not self._within_iteration:
-            self.evaluation.call_began(module, self.step - 1)
-            if module.training and depends_on_mode(module):
-                self._modes.evaluated()
-
-    @guarded
-    def _evaluation_call_ended(self) -> None:
-        self._phases.resume_clock()
-
-    @guarded
-    def saving_began(self) -> bool:
-        if self.in_phase:
-            return False
-        self._phases.begin_checkpoint()
-        return True
-
-    @guarded
-    def saving_ended(self) -> None:
-        self._phases.resume_clock()
-
-    @guarded
-    def _forward_began(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        self._end_step_by_hand()
-        if not self.in_phase:
-            for measurer in self.registry.measurers:
-                if measurer.passes and measurer.probably_changed():
-                    self._waiting.between_passes(measurer)
-        first = FORWARD not in self._phases.seen
-        if not self._phases.enter(FORWARD):
-            return False
-        self.evaluation.trains(module)
-        if self.loop is not None:
-            self.loop.model_called(args, kwargs)
-        self._bad_batches.model_called(args, kwargs)
-        self.registry.search_further_roots()
-        if self.gate.may_pause_at("data"):
-            self._reporter.keep_inputs(args, kwargs)
-        if self.forwards is not None:
-            self.forwards.forward_began(module, args, kwargs)
-        self._phases.before_forward(module)
-        self._passes.model_called(module)
-        if first:
-            if not self._phases.closure:
-                self.registry.refresh()
-            for measurer in self.registry.measurers:
-                measurer.prepare(self.step, self.gate.stops_soon)
-        for measurer in self.registry.measurers:
-            if measurer.before_forward(module, args, kwargs, first):
-                self._sampling.append(measurer)
-        self._phases.run()
-        return True
-
-    @guarded
-    def _forward_failed(self) -> None:
-        self._end_sampling()
-        self._phases.fail()
-
-    @guarded
-    def _forward_ended(self, result: Any) -> None:
-        if self._sampling:
-            self._end_sampling()
-        if self.forwards is not None:
-            self.forwards.forward_ended(result)
-        if self.gate.may_pause_at("forward"):
-            self._reporter.keep_output(result)
-        self._phases.leave(LOSS)
-
-    @guarded
-    def collective_called(self, tensors: Any) -> None:
-        """The script calls `all_reduce`."""
-        if not self.in_phase:
-            given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-            self._waiting.averaged(given)
-
-    def _end_sampling(self) -> None:
-        sampling, self._sampling = self._sampling, []
-        for measurer in reversed(sampling):  # in the reverse order of what they replaced
-            measurer.probes.after_forward()
-
-    @always_guarded
-    def module_changed(self, module: torch.nn.Module) -> None:
-        self.registry.module_changed(module)
-
-    # ------------------------------------------------------------ backward
-
-    @guarded
-    def backward_began(self, tensors: Any) -> bool:
-        return self._open_backward(tensors)
-
-    def _open_backward(self, outputs: Any) -> bool:
-        self._end_step_by_hand()
-        if not self._phases.enter(BACKWARD):
-            return False
-        self.evaluation.gradients_computed()
-        self._phases.before_backward()
-        for measurer in self.registry.measurers:
-            if measurer.passes:
-                self._waiting.between_passes(measurer)
-        scalars = self._passes.begin(outputs, self.optimizer_steps)
-        if scalars and self.forwards is not None:
-            self.forwards.backward_began(scalars[0], self._passes.open_losses[0])
-        self._phases.boundary(LOSS)
-        for measurer in self.registry.measurers:
-            measurer.before_backward()
-        self._phases.run()
-        return True
-
-    @guarded
-    def loss_called(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,
-    ) -> None:
-        """A loss function was called with gradients."""
-        if not isinstance(result, torch.Tensor) or result.dim():
-            return
-        self._bad_batches.loss_called(function, name, args, kwargs)
-        if self.forwards is not None:
-            self.forwards.loss_called(function, args, kwargs, result)
-        for measurer in self.registry.measurers:
-            if measurer.probes.schedule.plan.loss_called:
-                measurer.probes.loss_called(name, args, kwargs, result)
-
-    @guarded
-    def schedule_stepped(self, optimizer: Optimizer) -> None:
-        """A scheduler has changed the learning rate of `optimizer`."""
-        optimizer = unwrapped_optimizer(optimizer)
-        for measurer in self.registry.measurers:
-            if measurer.passes and self.registry.optimizer_of(measurer) is optimizer:
-                measurer.schedule_first = True
-
-    @guarded
-    def backward_ended(self) -> None:
-        self._phases.stop_clock()
-        reached = [m for m in self.registry.measurers if m.reached_by_backward()]
-        for measurer in self.registry.register_reached():
-            measurer.marks.remember()
-            if measurer not in reached:
-                reached.append(measurer)
-        if not reached and not self.registry.measurers:
-            by_hand = self.registry.measure_hand_updates()
-            if by_hand is not None:
-                by_hand.marks.remember()
-                reached.append(by_hand)
-        self._passes.end(reached, self._open_step.evaluated)
-        for measurer in reached:
-            if measurer.careful and measurer.reading is None and measurer.passes:
-                self._waiting.read(measurer)
-            self._expect_update_by_hand(measurer)
-        self._phases.after_backward()
-        self._phases.leave(OTHER)
-
-    def _expect_update_by_hand(self, measurer: StepMeasurer) -> None:
-        if measurer.weights is not None:
-            measurer.prepare(self.step, self.gate.stops_soon)
-            measurer.before_update()
-            measurer.weights.remember()
-
-    @guarded
-    def gradients_began(self, outputs: Any, inputs: Any) -> bool:
-        """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
-        self.evaluation.gradients_computed()
-        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-        parameters = [t for t in given if isinstance(t, torch.Tensor) and t.is_leaf]
-        self.registry.register_holders(parameters)
-        if not self.registry.measurers:
-            self.registry.measure_hand_updates(parameters)
-        if not self.registry.measurers_of(parameters):
-            return False
-        return self._open_backward(outputs)
-
-    @guarded
-    def gradients_ended(self, inputs: Any, result: Any) -> None:
-        self._phases.stop_clock()
-        given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
-        gradients = {
-            id(parameter): gradient
-            for parameter, gradient in zip(given, result, strict=False)
-            if isinstance(gradient, torch.Tensor)
-        }
-        if self._passes.open is not None:
-            self._passes.open.returned = {
-                key: (weakref.ref(g), torch_private.version_of(g)) for key, g in gradients.items()
-            }
-        reached = self.registry.measurers_of(given)
-        self._passes.end(reached, self._open_step.evaluated)
-        for measurer in reached:
-            if measurer.careful and measurer.reading is None and measurer.passes:
-                found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
-                self._waiting.read(measurer, gradients=found)
-            self._expect_update_by_hand(measurer)
-        self._phases.after_backward()
-        self._phases.leave(OTHER)
-
-    @guarded
-    def functional_began(self) -> bool:
-        """A function made by `torch.func.grad` or `grad_and_value` is called."""
-        return self._open_backward(())
-
-    @guarded
-    def functional_ended(self, result: Any, has_value: bool) -> None:
-        self._phases.stop_clock()
-        gradients, value = result if has_value else (result, None)
-        if isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        if self._passes.open is not None:
-            if isinstance(value, torch.Tensor) and value.numel() == 1:
-                self._passes.open.losses = [scalar(value)]
-            leaves = torch_private.tensors_of(gradients)
-            self._passes.open.returned = {
-                -n: (weakref.ref(g), torch_private.version_of(g)) for n, g in enumerate(leaves)
-            }
-        self._passes.end(list(self.registry.measurers), self._open_step.evaluated)
-        self._phases.after_backward()
-        self._phases.leave(OTHER)
-
-    @guarded
-    def phase_failed(self) -> None:
-        """The torch function that is the open phase raised."""
-        self._passes.open = None
-        if self._phases.fail() == CLIP:
-            self._clips.failed()
-
     # ------------------------------------------------------------ zero_grad, and what it discards
-
-    @always_guarded
-    def optimizer_created(self, optimizer: Optimizer) -> None:
-        self.registry.add_created(optimizer)
-
-    @guarded
-    def optimizer_used(self, optimizer: Optimizer) -> None:
-        """An optimizer is used before its first step."""
-        self.registry.add_pending(optimizer)
 
     @guarded
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
-        self._end_step_by_hand(zeroing=True)
+        self._steps.end_by_hand(zeroing=True)
         if not self._phases.enter(ZERO_GRAD):
             return False
         if isinstance(owner, Optimizer):
@@ -638,226 +385,53 @@ class Tracer:
                 measurer.marks.forget()
         self._phases.leave()
 
-    # ------------------------------------------------------------ clipping
+    # ------------------------------------------------------------ other calls
 
     @guarded
-    def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool:
-        self._end_step_by_hand()
-        if not self._phases.enter(CLIP):
+    def phase_failed(self) -> None:
+        """The torch function that is the open phase raised."""
+        self._backwards.open = None
+        if self._phases.fail() == CLIP:
+            self._clips.failed()
+
+    @always_guarded
+    def optimizer_created(self, optimizer: Optimizer) -> None:
+        self.registry.add_created(optimizer)
+
+    @guarded
+    def optimizer_used(self, optimizer: Optimizer) -> None:
+        """An optimizer is used before its first step."""
+        self.registry.add_pending(optimizer)
+
+    @always_guarded
+    def module_changed(self, module: torch.nn.Module) -> None:
+        self.registry.module_changed(module)
+
+    @guarded
+    def schedule_stepped(self, optimizer: Optimizer) -> None:
+        """A scheduler has changed the learning rate of `optimizer`."""
+        optimizer = unwrapped_optimizer(optimizer)
+        for measurer in self.registry.measurers:
+            if measurer.passes and self.registry.optimizer_of(measurer) is optimizer:
+                measurer.schedule_first = True
+
+    @guarded
+    def saving_began(self) -> bool:
+        if self.in_phase:
             return False
-        self._clips.began(parameters, kind, two_norm)
-        if self.gate.armed:
-            self._reporter.keep_norms(self._clips.measurers, self.gate.stops_soon)
-        self._phases.run()
+        self._phases.begin_checkpoint()
         return True
 
     @guarded
-    def clip_ended(
-        self,
-        kind: ClipKind,
-        parameters: Any,
-        limit: Any,
-        norm_type: Any,
-        total: Any,
-        captured: NormCapture,
-    ) -> None:
-        """`total` is the norm before clipping, as the function returned it."""
-        self._phases.stop_clock()
-        self._clips.ended(kind, parameters, limit, norm_type, total, captured)
-        self._phases.leave(OTHER, owners=tuple(m.slot for m in self._clips.measurers))
-
-    # ------------------------------------------------------------ the optimizer's step
-
-    def step_began(self, optimizer: Optimizer, closure: bool) -> None:
-        self.optimizer_steps += 1
-        if self.rates is not None and self.training_thread:
-            self.rates.step_began(optimizer)
-        if self.updates is not None and self.training_thread:
-            self.updates.step_began(optimizer)
-        if self.faults.given_up:
-            self._open_step.outer = self._open_step.outer or id(optimizer)
-        else:
-            self._begin_step(optimizer, closure)
-
-    @guarded
-    def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
-        if not self._phases.enter(STEP):
-            self._open_step.inner += 1
-            return
-        self._open_step.outer = id(optimizer)
-        self._phases.closure = closure
-        self._open_step.begin()
-        self._phases.before_step()
-        measurer = self._open_step.measurer = self.registry.stepping(optimizer)
-        measurer.prepare(self.step, self.gate.stops_soon)
-        if not closure:
-            self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(compare=True)
-            if measurer.reading is None:
-                self._waiting.read(measurer)
-            if measurer.reading is not None:
-                self.origins.before_step(measurer, measurer.reading.norms)
-        skip_flag = torch_private.skip_flag(optimizer)
-        measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
-        measurer.before_update()
-        self._phases.run()
-
-    @guarded
-    def evaluation_began(self) -> None:
-        """The closure of the open `step` is called."""
-        self._open_step.evaluations += 1
-
-    @guarded
-    def evaluation_ended(self) -> None:
-        measurer = self._open_step.measurer
-        if measurer is not None and self._open_step.evaluations == 1:
-            self._phases.stop_clock()
-            self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(compare=True)
-            if measurer.reading is None:
-                self._waiting.read(measurer)
-            self._open_step.evaluated = measurer
-            self._phases.resume_clock()
-
-    def step_ended(self, optimizer: Optimizer) -> None:
-        """The weights have changed."""
-        if self.updates is not None and self.training_thread:
-            self.updates.step_ended(optimizer)
-        step = self.step
-        self._end_step(optimizer)
-        if self.faults.given_up and id(optimizer) == self._open_step.outer:
-            self._continue_after_fault(stepped=self.step == step)
-        if self.rates is not None:
-            self.rates.step_ended(optimizer)
-
-    @guarded
-    def _end_step(self, optimizer: Optimizer) -> None:
-        began = perf_counter()
-        if self._open_step.inner:
-            self._open_step.inner -= 1
-            return
-        if not self._phases.close(STEP):
-            return
-        self._phases.stop_clock()
-        measurer = self._open_step.measurer
-        self._open_step.reset()
-        if measurer is None:
-            return
-        if measurer.reading is None:
-            self._waiting.read(measurer)
-        rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
-        evaluations = (
-            self._open_step.evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
-        )
-        self._complete(measurer, rate, evaluations, began)
-
-    def _end_step_by_hand(self, zeroing: bool = False) -> None:
-        """Complete a step of a script that updates its weights by itself, once it has.
-
-        Gradients that are being zeroed have been used where their update would not be seen.
-        """
-        measurer = self.registry.by_hand
-        if measurer is None or not measurer.passes or self._phases.open is not None:
-            return
-        weights = measurer.weights
-        if weights is None or not (weights.changed() or (zeroing and weights.too_small())):
-            return
-        began = perf_counter()
-        measurer.updated_by_hand()
-        if not measurer.any_gradient():  # released since the update that used them
-            for backward in measurer.passes:
-                backward.returned = {}
-        self._waiting.resolve_returned(measurer)
-        self._phases.end_step_by_hand()
-        if measurer.marks.changed() and measurer.any_gradient() and not measurer.all_zero():
-            self._waiting.follow_changes_by_hand()
-        rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
-        self._complete(measurer, rate, evaluations, began)
-
-    def _complete(
-        self, measurer: StepMeasurer, rate: Any, evaluations: float, began: float
-    ) -> None:
-        """The step of `measurer` is complete; `began`: when our part of its end began."""
-        passes = measurer.passes
-        shared = bool(passes) and all(backward.used for backward in passes)
-        step_ms, times = self._phases.complete_step(measurer.slot, shared, bool(measurer.clips))
-        self._scaling.end_step()
-        for backward in passes:
-            backward.used = True
-            backward.claims.discard(measurer)
-        outcome = StepOutcome(
-            step=self.step,
-            losses=[loss for each in passes for loss in each.losses] if passes else None,
-            learning_rate=rate if isinstance(rate, torch.Tensor) else float(rate),
-            step_ms=step_ms,
-            times=times,
-            clips=measurer.clips,
-            evaluations=evaluations,
-        )
-        completed = measurer.after_update(outcome)
-        if self._modes.in_train_mode(self.step, self.evaluation.losses_computed):
-            completed.signs |= {"evaluated_in_train_mode"}
-        if measurer.trainable_changed:
-            measurer.trainable_changed = False
-            self.registry.update_trainable(measurer)
-        accounted = perf_counter()
-        overhead_ms = (self.own_s + accounted - began) * 1e3
-        own_ms = completed.own_ms
-        own_ms["tracer"] = max(0.0, overhead_ms - sum(own_ms.values()))
-        self._queue.put(measurer, completed, self.gate.armed)
-        # `guarded` adds the whole of this call, of which the part above is accounted for already.
-        self.own_s = began - accounted - self._queue.take_accounted_s()
-        if self.loop is not None:
-            self.loop.step_completed(self.step)
-        unseen = self._phases.unseen()
-        if unseen is not None:
-            self.registry.set_phases_unseen(unseen)
-        self._phases.next_step()
-        self.faults.in_a_row = 0
-
-    def step_skipped(self, optimizer: Optimizer) -> None:
-        """A GradScaler did not call `optimizer.step`."""
-        self._skip_step(optimizer)
-        if self.faults.given_up:
-            self._continue_after_fault(stepped=False)
-
-    @guarded
-    def _skip_step(self, optimizer: Optimizer) -> None:
-        measurer = self.registry.measurer_for(unwrapped_optimizer(optimizer))
-        self._phases.stop_clock()
-        self._waiting.take_unseen()
-        if measurer.reading is None:
-            self._waiting.read(measurer)
-        passes = measurer.passes
-        knowledge = measurer.lose()
-        for backward in passes:
-            backward.claims.discard(measurer)
-            backward.used, backward.lost = True, [knowledge]
-        self._waiting.skip(passes, "scaler")
+    def saving_ended(self) -> None:
         self._phases.resume_clock()
 
-    def _script_ended(self) -> None:
-        """Report what was left of a step that never came."""
-        try:
-            self._phases.close_all()
-            self._open_step.reset()
-            self._end_step_by_hand()
-            self._phases.stop_clock()
-            self.evaluation.end()
-            left: list[BackwardPass] = []
-            for measurer in self.registry.measurers:
-                self._waiting.between_passes(measurer)
-                if measurer.reading is None and any(not each.used for each in measurer.passes):
-                    self._waiting.read(measurer)
-                passes = measurer.passes
-                knowledge = measurer.lose()
-                for backward in passes:
-                    backward.lost.append(knowledge)
-                    if not backward.used and backward not in left:
-                        left.append(backward)
-            self._waiting.skip(left, "end")
-        except Exception as fault:
-            self.faults.report("the end of the script", fault)
+    @guarded
+    def collective_called(self, tensors: Any) -> None:
+        """The script calls `all_reduce`."""
+        if not self.in_phase:
+            given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            self._waiting.averaged(given)
 
     # ------------------------------------------------------------ loss scaling
 
@@ -886,6 +460,31 @@ class Tracer:
     @always_guarded
     def scaler_updated(self) -> None:
         self._scaling.end_iteration()
+
+    # ------------------------------------------------------------ the end
+
+    def _script_ended(self) -> None:
+        """Report what was left of a step that never came."""
+        try:
+            self._phases.close_all()
+            self._open_step.reset()
+            self._steps.end_by_hand()
+            self._phases.stop_clock()
+            self.evaluation.end()
+            left: list[BackwardPass] = []
+            for measurer in self.registry.measurers:
+                self._waiting.between_passes(measurer)
+                if measurer.reading is None and any(not each.used for each in measurer.passes):
+                    self._waiting.read(measurer)
+                passes = measurer.passes
+                knowledge = measurer.lose()
+                for backward in passes:
+                    backward.lost.append(knowledge)
+                    if not backward.used and backward not in left:
+                        left.append(backward)
+            self._waiting.skip(left, "end")
+        except Exception as fault:
+            self.faults.report("the end of the script", fault)
 
 
 def _disable_after_fork(tracer: Tracer | None) -> None:

@@ -1,0 +1,204 @@
+"""Calls of the models: forward passes for training, and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tui_trainer.trace.backward_passes import BackwardPasses
+from tui_trainer.trace.bad_batch import BadBatches
+from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
+from tui_trainer.trace.faults import Faults, guarded
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.module_calls import depends_on_mode
+from tui_trainer.trace.observers import Observers
+from tui_trainer.trace.optimizer_steps import OptimizerSteps
+from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.phases import BACKWARD, FORWARD, LOSS, Phases
+from tui_trainer.trace.reports import PhaseReporter
+from tui_trainer.trace.step_queue import StepQueue
+from tui_trainer.trace.waiting_gradients import WaitingGradients
+
+
+class ForwardPasses:
+    """Follows the calls of the models and of the loss functions."""
+
+    def __init__(
+        self,
+        faults: Faults,
+        gate: Gate,
+        phases: Phases,
+        registry: OptimizerRegistry,
+        waiting: WaitingGradients,
+        steps: OptimizerSteps,
+        backwards: BackwardPasses,
+        evaluation: EvaluationLosses,
+        modes: EvaluationModes,
+        bad_batches: BadBatches,
+        queue: StepQueue,
+        reporter: PhaseReporter,
+        observers: Observers,
+        resume: Callable[[bool], None],
+    ) -> None:
+        """`resume(stepped)` is called at the end of an iteration that was given up."""
+        self.faults = faults
+        self._gate = gate
+        self._phases = phases
+        self._registry = registry
+        self._waiting = waiting
+        self._steps = steps
+        self._backwards = backwards
+        self._evaluation = evaluation
+        self._modes = modes
+        self._bad_batches = bad_batches
+        self._queue = queue
+        self._reporter = reporter
+        self._observers = observers
+        self._resume = resume
+        self._sampling: list[StepMeasurer] = []
+        """Measurers whose probes observe the open forward."""
+
+    def call_model(
+        self,
+        original: Callable[..., Any],
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A root module is called (see `module_calls.CallObserver`)."""
+        if self.faults.given_up and self._registry.by_hand is not None:
+            self._resume(False)
+        if not torch.is_grad_enabled() or (not module.training and self._is_evaluation(module)):
+            return self._evaluate(original, module, args, kwargs)
+        if not self._forward_began(module, args, kwargs):
+            return original(module, *args, **kwargs)
+        try:
+            result = original(module, *args, **kwargs)
+        except BaseException:
+            self._forward_failed()
+            raise
+        self._forward_ended(result)
+        return result
+
+    # ------------------------------------------------------------ for training
+
+    @guarded
+    def _forward_began(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        self._steps.end_by_hand()
+        if not self._phases.in_phase:
+            for measurer in self._registry.measurers:
+                if measurer.passes and measurer.probably_changed():
+                    self._waiting.between_passes(measurer)
+        first = FORWARD not in self._phases.seen
+        if not self._phases.enter(FORWARD):
+            return False
+        self._evaluation.trains(module)
+        observers = self._observers
+        if observers.loop is not None:
+            observers.loop.model_called(args, kwargs)
+        self._bad_batches.model_called(args, kwargs)
+        self._registry.search_further_roots()
+        if self._gate.may_pause_at("data"):
+            self._reporter.keep_inputs(args, kwargs)
+        if observers.forwards is not None:
+            observers.forwards.forward_began(module, args, kwargs)
+        self._phases.before_forward(module)
+        self._backwards.model_called(module)
+        if first:
+            if not self._phases.closure:
+                self._registry.refresh()
+            for measurer in self._registry.measurers:
+                measurer.prepare(self._phases.step, self._gate.stops_soon)
+        for measurer in self._registry.measurers:
+            if measurer.before_forward(module, args, kwargs, first):
+                self._sampling.append(measurer)
+        self._phases.run()
+        return True
+
+    @guarded
+    def _forward_failed(self) -> None:
+        self.end_sampling()
+        self._phases.fail()
+
+    @guarded
+    def _forward_ended(self, result: Any) -> None:
+        if self._sampling:
+            self.end_sampling()
+        if self._observers.forwards is not None:
+            self._observers.forwards.forward_ended(result)
+        if self._gate.may_pause_at("forward"):
+            self._reporter.keep_output(result)
+        self._phases.leave(LOSS)
+
+    def end_sampling(self) -> None:
+        """The open forward is over, or given up."""
+        sampling, self._sampling = self._sampling, []
+        for measurer in reversed(sampling):  # in the reverse order of what they replaced
+            measurer.probes.after_forward()
+
+    @guarded
+    def loss_called(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        """A loss function was called with gradients."""
+        if not isinstance(result, torch.Tensor) or result.dim():
+            return
+        self._bad_batches.loss_called(function, name, args, kwargs)
+        if self._observers.forwards is not None:
+            self._observers.forwards.loss_called(function, args, kwargs, result)
+        for measurer in self._registry.measurers:
+            if measurer.probes.schedule.plan.loss_called:
+                measurer.probes.loss_called(name, args, kwargs, result)
+
+    # ------------------------------------------------------------ evaluations
+
+    def _evaluate(
+        self,
+        original: Callable[..., Any],
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._phases.in_phase:
+            return original(module, *args, **kwargs)
+        self._evaluation_call_began(module)
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            self._evaluation_call_ended()
+
+    @property
+    def _within_iteration(self) -> bool:
+        return bool(self._phases.seen & {FORWARD, LOSS, BACKWARD})
+
+    @guarded
+    def _is_evaluation(self, module: torch.nn.Module) -> bool:
+        """Whether this call in `eval()` mode with gradients is not for training."""
+        if not self._evaluation.includes(module):
+            return False
+        self._steps.end_by_hand()
+        return not self._within_iteration
+
+    @guarded
+    def _evaluation_call_began(self, module: torch.nn.Module) -> None:
+        self._steps.end_by_hand()
+        self._phases.begin_evaluation()
+        self._queue.drain()  # the next step may be long in coming
+        if not self._within_iteration:
+            self._evaluation.call_began(module, self._phases.step - 1)
+            if module.training and depends_on_mode(module):
+                self._modes.evaluated()
+
+    @guarded
+    def _evaluation_call_ended(self) -> None:
+        self._phases.resume_clock()

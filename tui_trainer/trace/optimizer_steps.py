@@ -1,0 +1,232 @@
+"""The steps of optimizers: when one is open, and what completes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.trace import torch_private
+from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
+from tui_trainer.trace.faults import Faults, guarded
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.measurement import StepMeasurer
+from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
+from tui_trainer.trace.observers import Observers
+from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
+from tui_trainer.trace.phases import STEP, Phases
+from tui_trainer.trace.step import GradScaling, StepOutcome
+from tui_trainer.trace.step_queue import StepQueue
+from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
+
+
+class OptimizerSteps:
+    """Follows the calls of `step`, and the updates of a script that makes them by itself."""
+
+    def __init__(
+        self,
+        faults: Faults,
+        gate: Gate,
+        phases: Phases,
+        registry: OptimizerRegistry,
+        waiting: WaitingGradients,
+        open_step: OpenStep,
+        scaling: GradScaling,
+        evaluation: EvaluationLosses,
+        modes: EvaluationModes,
+        origins: NonFiniteOrigins,
+        queue: StepQueue,
+        observers: Observers,
+        resume: Callable[[bool], None],
+    ) -> None:
+        """`resume(stepped)` is called at the end of a step that was given up."""
+        self.faults = faults
+        self.begun = 0
+        """How often any optimizer's `step` began."""
+        self._gate = gate
+        self._phases = phases
+        self._registry = registry
+        self._waiting = waiting
+        self._open_step = open_step
+        self._scaling = scaling
+        self._evaluation = evaluation
+        self._modes = modes
+        self._origins = origins
+        self._queue = queue
+        self._observers = observers
+        self._resume = resume
+
+    def step_began(self, optimizer: Optimizer, closure: bool) -> None:
+        self.begun += 1
+        observers = self._observers
+        if observers.rates is not None:
+            observers.rates.step_began(optimizer)
+        if observers.updates is not None:
+            observers.updates.step_began(optimizer)
+        if self.faults.given_up:
+            self._open_step.outer = self._open_step.outer or id(optimizer)
+        else:
+            self._begin_step(optimizer, closure)
+
+    @guarded
+    def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
+        if not self._phases.enter(STEP):
+            self._open_step.inner += 1
+            return
+        self._open_step.outer = id(optimizer)
+        self._phases.closure = closure
+        self._open_step.begin()
+        self._phases.before_step()
+        measurer = self._open_step.measurer = self._registry.stepping(optimizer)
+        measurer.prepare(self._phases.step, self._gate.stops_soon)
+        if not closure:
+            self._waiting.take_unseen()
+            self._waiting.follow_changes_by_hand(compare=True)
+            if measurer.reading is None:
+                self._waiting.read(measurer)
+            if measurer.reading is not None:
+                self._origins.before_step(measurer, measurer.reading.norms)
+        skip_flag = torch_private.skip_flag(optimizer)
+        measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
+        measurer.before_update()
+        self._phases.run()
+
+    @guarded
+    def evaluation_began(self) -> None:
+        """The closure of the open `step` is called."""
+        self._open_step.evaluations += 1
+
+    @guarded
+    def evaluation_ended(self) -> None:
+        measurer = self._open_step.measurer
+        if measurer is not None and self._open_step.evaluations == 1:
+            self._phases.stop_clock()
+            self._waiting.take_unseen()
+            self._waiting.follow_changes_by_hand(compare=True)
+            if measurer.reading is None:
+                self._waiting.read(measurer)
+            self._open_step.evaluated = measurer
+            self._phases.resume_clock()
+
+    def step_ended(self, optimizer: Optimizer) -> None:
+        """The weights have changed."""
+        observers = self._observers
+        if observers.updates is not None:
+            observers.updates.step_ended(optimizer)
+        step = self._phases.step
+        self._end_step(optimizer)
+        if self.faults.given_up and id(optimizer) == self._open_step.outer:
+            self._resume(self._phases.step == step)
+        if observers.rates is not None:
+            observers.rates.step_ended(optimizer)
+
+    @guarded
+    def _end_step(self, optimizer: Optimizer) -> None:
+        began = perf_counter()
+        if self._open_step.inner:
+            self._open_step.inner -= 1
+            return
+        if not self._phases.close(STEP):
+            return
+        self._phases.stop_clock()
+        measurer = self._open_step.measurer
+        self._open_step.reset()
+        if measurer is None:
+            return
+        if measurer.reading is None:
+            self._waiting.read(measurer)
+        rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
+        evaluations = (
+            self._open_step.evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
+        )
+        self._complete(measurer, rate, evaluations, began)
+
+    def end_by_hand(self, zeroing: bool = False) -> None:
+        """Complete a step of a script that updates its weights by itself, once it has.
+
+        Gradients that are being zeroed have been used where their update would not be seen.
+        """
+        measurer = self._registry.by_hand
+        if measurer is None or not measurer.passes or self._phases.open is not None:
+            return
+        weights = measurer.weights
+        if weights is None or not (weights.changed() or (zeroing and weights.too_small())):
+            return
+        began = perf_counter()
+        measurer.updated_by_hand()
+        if not measurer.any_gradient():  # released since the update that used them
+            for backward in measurer.passes:
+                backward.returned = {}
+        self._waiting.resolve_returned(measurer)
+        self._phases.end_step_by_hand()
+        if measurer.marks.changed() and measurer.any_gradient() and not measurer.all_zero():
+            self._waiting.follow_changes_by_hand()
+        rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
+        self._complete(measurer, rate, evaluations, began)
+
+    def _complete(
+        self, measurer: StepMeasurer, rate: Any, evaluations: float, began: float
+    ) -> None:
+        """The step of `measurer` is complete; `began`: when our part of its end began."""
+        phases, faults = self._phases, self.faults
+        step, passes = phases.step, measurer.passes
+        shared = bool(passes) and all(backward.used for backward in passes)
+        step_ms, times = phases.complete_step(measurer.slot, shared, bool(measurer.clips))
+        self._scaling.end_step()
+        for backward in passes:
+            backward.used = True
+            backward.claims.discard(measurer)
+        outcome = StepOutcome(
+            step=step,
+            losses=[loss for each in passes for loss in each.losses] if passes else None,
+            learning_rate=rate if isinstance(rate, torch.Tensor) else float(rate),
+            step_ms=step_ms,
+            times=times,
+            clips=measurer.clips,
+            evaluations=evaluations,
+        )
+        completed = measurer.after_update(outcome)
+        if self._modes.in_train_mode(step, self._evaluation.losses_computed):
+            completed.signs |= {"evaluated_in_train_mode"}
+        if measurer.trainable_changed:
+            measurer.trainable_changed = False
+            self._registry.update_trainable(measurer)
+        accounted = perf_counter()
+        overhead_ms = (faults.own_s + accounted - began) * 1e3
+        own_ms = completed.own_ms
+        own_ms["tracer"] = max(0.0, overhead_ms - sum(own_ms.values()))
+        self._queue.put(measurer, completed, self._gate.armed)
+        # `guarded` adds the whole of this call, of which the part above is accounted for already.
+        faults.own_s = began - accounted - self._queue.take_accounted_s()
+        if self._observers.loop is not None:
+            self._observers.loop.step_completed(step)
+        unseen = phases.unseen()
+        if unseen is not None:
+            self._registry.set_phases_unseen(unseen)
+        phases.next_step()
+        faults.in_a_row = 0
+
+    def step_skipped(self, optimizer: Optimizer) -> None:
+        """A GradScaler did not call `optimizer.step`."""
+        self._skip_step(optimizer)
+        if self.faults.given_up:
+            self._resume(False)
+
+    @guarded
+    def _skip_step(self, optimizer: Optimizer) -> None:
+        measurer = self._registry.measurer_for(unwrapped_optimizer(optimizer))
+        self._phases.stop_clock()
+        self._waiting.take_unseen()
+        if measurer.reading is None:
+            self._waiting.read(measurer)
+        passes = measurer.passes
+        knowledge = measurer.lose()
+        for backward in passes:
+            backward.claims.discard(measurer)
+            backward.used, backward.lost = True, [knowledge]
+        self._waiting.skip(passes, "scaler")
+        self._phases.resume_clock()
