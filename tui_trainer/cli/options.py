@@ -56,6 +56,10 @@ class RunOptions:
         bool,
         _flag("send less to the terminal: one frame in 2 s, and at once after a key", SHOWING),
     ] = False
+    pixels: Annotated[
+        bool,
+        _flag("draw heat maps with real pixels where the terminal has them", SHOWING),
+    ] = False
     paused: Annotated[
         bool, _flag("pause before the first step, until a key or `resume`", RUNNING)
     ] = False
@@ -253,6 +257,10 @@ class StartOptions:
     slow_link: Annotated[
         bool,
         _flag("send less to the terminal: one frame in 2 s, and at once after a key", SHOWING),
+    ] = False
+    pixels: Annotated[
+        bool,
+        _flag("draw heat maps with real pixels where the terminal has them", SHOWING),
     ] = False
     runs_dir: Annotated[
         Path | None,

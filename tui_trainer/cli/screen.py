@@ -145,6 +145,7 @@ def show_run(
     ascii: bool,
     slow_link: bool = False,
     *,
+    pixels: bool = False,
     mode: str = "dashboard",
     message: str = "",
 ) -> int:
@@ -161,18 +162,25 @@ def show_run(
         raise
     return run_app_until_exit(
         lambda: run_app(
-            opened.session, ascii=ascii, slow_link=slow_link, start_mode=mode, message=message
+            opened.session,
+            ascii=ascii,
+            slow_link=slow_link,
+            pixels=pixels,
+            start_mode=mode,
+            message=message,
         ),
         lambda: opened,
     )
 
 
-def show_in_app(spec: RunSpec, ascii: bool, slow_link: bool = False) -> int:
+def show_in_app(spec: RunSpec, ascii: bool, slow_link: bool = False, pixels: bool = False) -> int:
     """Train on a worker thread, show it until the user leaves, and return the exit status."""
     run_app = load_app()
     opened = InApp(spec)
     return run_app_until_exit(
-        lambda: run_app(opened.session, ascii=ascii, slow_link=slow_link, ends_with_app=True),
+        lambda: run_app(
+            opened.session, ascii=ascii, slow_link=slow_link, pixels=pixels, ends_with_app=True
+        ),
         lambda: opened,
     )
 
@@ -183,6 +191,7 @@ def show_start(
     ascii: bool,
     slow_link: bool = False,
     *,
+    pixels: bool = False,
     mode: str = "start",
     lesson: str = "",
 ) -> int:
@@ -208,6 +217,7 @@ def show_start(
             start_mode=mode,
             on_launch=launcher,
             slow_link=slow_link,
+            pixels=pixels,
             lesson=lesson,
         ),
         lambda: opened[-1] if opened else None,

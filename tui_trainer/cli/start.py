@@ -144,11 +144,11 @@ def _show(spec: RunSpec, options: RunOptions) -> int:
     if check.kind == "screen" and options.in_app:
         from tui_trainer.cli.screen import show_in_app
 
-        return show_in_app(spec, options.ascii, options.slow_link)
+        return show_in_app(spec, options.ascii, options.slow_link, options.pixels)
     if check.kind == "screen":
         from tui_trainer.cli.screen import show_run
 
-        return show_run(spec, options.ascii, options.slow_link)
+        return show_run(spec, options.ascii, options.slow_link, pixels=options.pixels)
     if spec.start_paused:
         notify(f"paused before the first step; to continue: {_resume_command(spec, options)}")
     show = show_launched_lines if spec.launcher else show_lines
@@ -219,7 +219,13 @@ def start_screen(
         return spec_for(request, tasks, options)
 
     return show_start(
-        create, tuple(tasks.values()), options.ascii, options.slow_link, mode=mode, lesson=lesson
+        create,
+        tuple(tasks.values()),
+        options.ascii,
+        options.slow_link,
+        pixels=options.pixels,
+        mode=mode,
+        lesson=lesson,
     )
 
 

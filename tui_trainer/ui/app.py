@@ -44,6 +44,7 @@ from tui_trainer.ui.lessons import lessons_for
 from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import QuitDialog, SnapshotDialog
+from tui_trainer.ui.terminal_images import HINT, PixelSupport, ask_terminal
 
 if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
@@ -126,11 +127,12 @@ class TuiTrainerApp(App[int]):
         asks_background: bool = False,
         lesson: str = "",
         message: str = "",
+        pixels: PixelSupport | None = None,
     ) -> None:
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
         this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
-        `message`: shown for a while at first.
+        `message`: shown for a while at first. `pixels`: draw pictures with them.
         `frames_per_second` overrides that of the link, for tests.
         """
         # Textual's own constructor asks for the driver's class.
@@ -153,6 +155,7 @@ class TuiTrainerApp(App[int]):
         self.learn_from = ""
         self.lesson = lesson
         self._message = message
+        self.pixels = pixels
         self.lessons: tuple[str, ...] = ()
         self._start_mode = start_mode
         self._ascii_filter = AsciiFilter() if ascii else None
@@ -442,6 +445,11 @@ class TuiTrainerApp(App[int]):
 
         self.session.inspect(request).add_done_callback(arrived)
 
+    def write_to_terminal(self, data: str) -> None:
+        """Write an escape sequence between two frames."""
+        if self._driver is not None:
+            self._driver.write(data)
+
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""
         self.inspected = tensor
@@ -577,6 +585,13 @@ def theme_options() -> dict[str, Any]:
     return {"theme_name": theme.DARK.name, "asks_background": True}
 
 
+def _ask_for_pixels() -> PixelSupport:
+    support = ask_terminal()
+    if support.placeholders and Console(force_terminal=True).color_system != "truecolor":
+        return replace(support, kitty=False)  # a picture's number is a colour of 24 bits
+    return support
+
+
 def run_app(
     session: Session | None,
     *,
@@ -587,12 +602,18 @@ def run_app(
     ends_with_app: bool = False,
     lesson: str = "",
     message: str = "",
+    pixels: bool = False,
 ) -> int:
     """Show `session` (or the start screen) until the user leaves, and restore the terminal.
 
-    `slow_link`: send the terminal few bytes. `ends_with_app`: leaving ends the run. Returns the
-    exit code: 0, or 1 when the app itself failed.
+    `slow_link`: send the terminal few bytes. `ends_with_app`: leaving ends the run. `pixels`: draw
+    heat maps with real pixels where the terminal has them. Returns the exit code: 0, or 1 when the
+    app itself failed.
     """
+    support = _ask_for_pixels() if pixels else None
+    if support is not None and not support.in_app:
+        message = ". ".join(filter(None, (message, f"No pixels: {support.missing}. {HINT}")))
+        support = None
     return TuiTrainerApp(
         session,
         ascii=ascii,
@@ -602,6 +623,7 @@ def run_app(
         ends_with_app=ends_with_app,
         lesson=lesson,
         message=message,
+        pixels=support,
         **theme_options(),
     ).run_until_exit()
 

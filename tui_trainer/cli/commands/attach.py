@@ -52,6 +52,9 @@ def attach(
         bool,
         flag("send less to the terminal: one frame in 2 s, and at once after a key"),
     ] = False,
+    pixels: Annotated[
+        bool, flag("draw heat maps with real pixels where the terminal has them")
+    ] = False,
     remote_command: Annotated[
         str,
         Parameter(
@@ -66,7 +69,7 @@ def attach(
     """open the screen over a live run, here or over ssh"""
     if reason := why_no_screen():
         raise UsageError(reason, "tui-trainer show RUN prints the run as text, --json as an object")
-    view = _ViewOptions(read_only, ascii, slow_link)
+    view = _ViewOptions(read_only, ascii, slow_link, pixels)
     with cli_errors():
         if run is not None and run.startswith(SCHEME):
             return _attach_remote(run, view, remote_command, runs_dir)
@@ -83,6 +86,7 @@ class _ViewOptions:
     read_only: bool
     ascii: bool
     slow_link: bool
+    pixels: bool
 
 
 def _attach_remote(address: str, view: _ViewOptions, command: str, runs_dir: Path | None) -> int:
@@ -104,7 +108,8 @@ def _open(connect: Connector, view: _ViewOptions, name: str, run: RunEntry | Non
     session = LiveSession(connect, read_only=view.read_only)
     attached = AttachResult(session, name, run)
     return run_app_until_exit(
-        lambda: run_app(session, ascii=view.ascii, slow_link=view.slow_link), lambda: attached
+        lambda: run_app(session, ascii=view.ascii, slow_link=view.slow_link, pixels=view.pixels),
+        lambda: attached,
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands.autograd import ask_for_rerun
 from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
-from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.errors import CommandError, UsageError, say
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.answers.tensors import (
     ENDINGS,
@@ -29,7 +30,7 @@ from tui_trainer.client.answers.tensors import (
 )
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
-from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
+from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
@@ -53,10 +54,15 @@ from tui_trainer.protocol.inspection import (
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 
+if TYPE_CHECKING:
+    from tui_trainer.ui.terminal_images import PixelSupport
+
 SHADES = " ░▒▓█"
 NOT_FINITE = "!"
 BARS = " ▁▂▃▄▅▆▇█"
 ROWS, COLUMNS = 16, 64
+PICTURE_ROWS = 24
+"""Rows of the terminal for a picture of real pixels."""
 UPDATE_ATTEMPTS = 5
 T = TypeVar("T", bound=InspectionResult)
 
@@ -144,6 +150,9 @@ def inspect(
             validator=validators.Number(gte=0, lte=MAX_ENTRIES),
         ),
     ] = 5,
+    pixels: Annotated[
+        bool, flag("draw the heat map with real pixels where the terminal has them")
+    ] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
     save: Annotated[
         Path | None,
@@ -166,7 +175,12 @@ def inspect(
         raise UsageError("--groups is about all parameters", "tui-trainer inspect RUN --groups")
     if name is None and (kind or save or window or update):
         raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
+    if pixels and json:
+        raise UsageError("--pixels and --json contradict each other")
     shown = _window(window, reduce)
+    screen = _ask_for_pixels() if pixels else None
+    if screen is not None:
+        shown = _of_pixels(shown, screen)
     _check_file(save, overwrite)
     with cli_errors():
         found = require_single_run(run, runs_dir)
@@ -192,7 +206,7 @@ def inspect(
                 return 0
             answer = ask_for_rerun(client, Summarize(tensor.ref, window=shown, entries=entries))
     summary = _result(answer, TensorSummary)
-    print(_as_json(found, answer) if json else _as_text(answer, summary), flush=True)
+    print(_as_json(found, answer) if json else _as_text(answer, summary, screen), flush=True)
     return 0
 
 
@@ -336,7 +350,7 @@ def _facts(tensor: TensorInfo) -> str:
     return f"{shape_of(tensor)} {tensor.dtype}, {bytes_(tensor.bytes, 0)} on {tensor.device}{note}"
 
 
-def _as_text(answer: Inspected, summary: TensorSummary) -> str:
+def _as_text(answer: Inspected, summary: TensorSummary, screen: PixelSupport | None = None) -> str:
     tensor, statistics, heat = summary.tensor, summary.statistics, summary.heat
     lines = [tensor.ref.text, f"{_facts(tensor)} · {answer.moment}"]
     if statistics is not None and statistics.count:
@@ -344,7 +358,7 @@ def _as_text(answer: Inspected, summary: TensorSummary) -> str:
     elif statistics is not None:
         lines += ["", "it has no elements"]
     if heat is not None:
-        lines += ["", *heat_lines(heat)]
+        lines += ["", *(heat_lines(heat) if screen is None else _picture_lines(heat, screen))]
     return "\n".join(lines)
 
 
@@ -413,6 +427,11 @@ def heat_lines(heat: HeatMap) -> list[str]:
         filled = -(-(heat.column_to - heat.column_from) // heat.block_columns)
         marks.reshape(-1)[filled:] = " "
     lines = ["  " + "".join(row).rstrip() for row in marks]
+    return [f"{heat_title(heat)}, darkest: {number(top, 0)}", *lines]
+
+
+def heat_title(heat: HeatMap) -> str:
+    """What a heat map shows."""
     block = f"{heat.block_rows}×{heat.block_columns}"
     text = {"mean_abs": "mean |x|", "mean": "|mean|", "max_abs": "max |x|"}[heat.reduction]
     part = (
@@ -421,7 +440,48 @@ def heat_lines(heat: HeatMap) -> list[str]:
         else f"rows {heat.row_from:,} to {heat.row_to:,}, "
         f"columns {heat.column_from:,} to {heat.column_to:,}"
     )
-    return [f"{text} of blocks {block}, {part}, darkest: {number(top, 0)}", *lines]
+    return f"{text} of blocks {block}, {part}"
+
+
+# ---------------------------------------------------------------- real pixels
+
+
+def _ask_for_pixels() -> PixelSupport | None:
+    """None, and the reason on stderr, where pictures cannot be shown."""
+    from tui_trainer.ui.terminal_images import HINT, ask_terminal
+
+    if not sys.stdout.isatty():
+        say("no pixels: the output is no terminal", "--save writes the tensor to a file")
+        return None
+    screen = ask_terminal()
+    if screen.kitty or screen.sixel:
+        return screen
+    say(f"no pixels: {screen.missing}", HINT)
+    return None
+
+
+def _of_pixels(window: HeatMapWindow, screen: PixelSupport) -> HeatMapWindow:
+    rows, columns = PICTURE_ROWS * screen.cell_height, COLUMNS * screen.cell_width
+    less = max(1.0, (rows * columns / MAX_CELLS) ** 0.5)
+    return msgspec.structs.replace(window, rows=int(rows / less), columns=int(columns / less))
+
+
+def _picture_lines(heat: HeatMap, screen: PixelSupport) -> list[str]:
+    """The picture as an escape sequence."""
+    from tui_trainer.ui.panels.tensor import background_of, color_range, colored, filled_cells
+    from tui_trainer.ui.terminal_images import enlarged, kitty, padded, sixel
+    from tui_trainer.ui.theme import DARK, palette
+
+    colors = palette(DARK.to_color_system().generate())
+    cells = cells_of(heat)
+    low, high = color_range(cells, heat.reduction)
+    image = colored(colors, cells, filled_cells(heat) > 0, low, high)
+    cell = screen.cell_width, screen.cell_height
+    image = enlarged(image, COLUMNS * cell[0], PICTURE_ROWS * cell[1])
+    columns, rows = -(-image.shape[1] // cell[0]), -(-image.shape[0] // cell[1])
+    image = padded(image, columns, rows, cell, np.array(background_of(colors), np.uint8))
+    title = f"{heat_title(heat)}, from {number(low, 0)} (dark) to {number(high, 0)}"
+    return [title, kitty(image, columns, rows) if screen.kitty else sixel(image)]
 
 
 # ---------------------------------------------------------------- the update of a weight

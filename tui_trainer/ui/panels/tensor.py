@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.style import Style
 from textual.color import Color as TextualColor
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
+from textual.strip import Strip
 
 from tui_trainer.client.answers.tensors import cells_of
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
-from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow, Reduction
+from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks
+from tui_trainer.ui.terminal_images import PixelSupport, enlarged
+from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets.lines import BuiltLines, LineView, Row, Span
+from tui_trainer.ui.widgets.picture import Picture, PictureContext
 
 Floats = NDArray[np.float32]
 
@@ -104,6 +109,22 @@ class HeatMapView(LineView):
         self.heat: HeatMap | None = None
         self.message = ""
         """In place of a heat map."""
+        self._picture: Picture | None = None
+        """Where the terminal shows real pixels."""
+
+    @property
+    def support(self) -> PixelSupport | None:
+        """Of real pixels, where they are wanted."""
+        return cast("PictureContext", self.app).pixels
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        if self.support is not None:
+            self._picture = Picture(self, self.support)
+
+    def on_unmount(self) -> None:
+        if self._picture is not None:
+            self._picture.clear()
 
     def show(self, heat: HeatMap | None, message: str = "") -> None:
         self.heat, self.message = heat, message
@@ -117,24 +138,60 @@ class HeatMapView(LineView):
     def pixels(self) -> tuple[int, int]:
         """(rows, columns) of cells for which there is room."""
         size = self.view_size
-        return max(2, 2 * (size.height - CAPTION_ROWS)), max(2, size.width)
+        rows, columns = max(1, size.height - CAPTION_ROWS), max(2, size.width)
+        support = self.support
+        if support is None:
+            return 2 * rows, columns
+        rows, columns = rows * support.cell_height, columns * support.cell_width
+        less = max(1.0, math.sqrt(rows * columns / MAX_CELLS))
+        return max(2, int(rows / less)), max(2, int(columns / less))
 
     def rows(self, size: Size) -> Sequence[Row]:
         """Title, picture, scale."""
         heat = self.heat
         if heat is None:
+            if self._picture is not None:
+                self._picture.clear()
             title = title_line(self, size.width, "Heat map")
             return [title, [], self.styled([(f" {self.message}", "dim")])]
         cells = cells_of(heat)
         low, high = color_range(cells, heat.reduction)
-        room = size.width, 2 * (size.height - CAPTION_ROWS)
         filled = filled_cells(heat)
-        picture = _enlarged(cells, *room), _enlarged(filled, *room) > 0
         return [
             title_line(self, size.width, *self._title(heat)),
-            *self._picture(*picture, low, high),
+            *self._map(cells, filled, low, high, size),
             self._scale(low, high, cells[filled > 0], size.width),
         ]
+
+    def _map(self, cells: Floats, filled: Floats, low: float, high: float, size: Size) -> list[Row]:
+        height = size.height - CAPTION_ROWS
+        in_color = not self.glyphs.ascii and self.palette.text.bgcolor is not None
+        if self._picture is None or height < 1 or not in_color:
+            room = size.width, 2 * height
+            return self._blocks(_enlarged(cells, *room), _enlarged(filled, *room) > 0, low, high)
+        support = self.support
+        assert support is not None
+        room = size.width * support.cell_width, height * support.cell_height
+        image = enlarged(colored(self.palette, cells, filled > 0, low, high), *room)
+        background = np.array(background_of(self.palette), np.uint8)
+        rows = min(height, -(-image.shape[0] // support.cell_height))
+        columns = min(size.width, -(-image.shape[1] // support.cell_width))
+        self._picture.show(image, columns, rows, 1, background)
+        return [[] for _ in range(rows)]
+
+    def render_line(self, y: int) -> Strip:
+        strip = super().render_line(y)
+        if self._picture is None or self.heat is None:
+            return strip
+        row = self._picture.row(y, self.palette.text)
+        if row is None:
+            return strip
+        return Strip(row).adjust_cell_length(self.size.width, self.palette.text)
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        if self._picture is not None and self.heat is not None:
+            self._picture.cells_drawn(self.call_after_refresh)
+        return super().render_lines(crop)
 
     def _title(self, heat: HeatMap) -> tuple[str, list[tuple[str, str, Style]]]:
         single = heat.block_rows == heat.block_columns == 1
@@ -151,44 +208,12 @@ class HeatMapView(LineView):
             figures.append(("blocks", block, style))
         return names[heat.reduction], figures
 
-    def _picture(
+    def _blocks(
         self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
     ) -> list[Row]:
         if self.glyphs.ascii or self.palette.text.bgcolor is None:
             return self._shades(values, filled, low, high)
-        return half_blocks(self._colored(values, filled, low, high))
-
-    def _colored(
-        self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
-    ) -> Pixels:
-        """(h, w, 3): each value in its colour."""
-        colors = self._colors(diverging=low < 0)
-        finite = np.isfinite(values)
-        share = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
-        places = np.clip(np.rint(share * (COLOR_STEPS - 1)), 0, COLOR_STEPS - 1).astype(int)
-        pixels: Pixels = colors[places]
-        pixels[~finite] = _rgb(self.palette.error)
-        pixels[~filled] = _background(self.palette.text)
-        return pixels
-
-    def _colors(self, diverging: bool) -> Pixels:
-        """(COLOR_STEPS, 3), from the lowest value to the highest."""
-        background = TextualColor(*_background(self.palette.text))
-        positive = TextualColor(*_rgb(self.palette.k))
-        negative = TextualColor(*_rgb(self.palette.q))
-        strong = TextualColor(*_rgb(self.palette.loss))
-        colors = []
-        for step in range(COLOR_STEPS):
-            share = step / (COLOR_STEPS - 1)
-            if diverging:
-                share = 2 * share - 1
-                color = background.blend(positive if share > 0 else negative, abs(share))
-            elif share < 0.7:
-                color = background.blend(positive, 0.06 + share / 0.7 * 0.94)
-            else:
-                color = positive.blend(strong, (share - 0.7) / 0.3)
-            colors.append((color.r, color.g, color.b))
-        return np.array(colors, np.uint8)
+        return half_blocks(colored(self.palette, values, filled, low, high))
 
     def _shades(
         self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
@@ -214,12 +239,46 @@ class HeatMapView(LineView):
         row += self.styled([(f"{left} ", "dim")])
         values = np.linspace(low, high, length, dtype=np.float32)[None]
         values = np.vstack([values, values])
-        row += self._picture(values, np.ones(values.shape, bool), low, high)[0]
+        row += self._blocks(values, np.ones(values.shape, bool), low, high)[0]
         spans.append((f" {right}", "dim"))
         count = int((~np.isfinite(cells)).sum())
         if count > 0:
             spans.append((f"  {count:,} not finite", "error"))
         return row + self.styled(spans)
+
+
+def colored(
+    palette: Palette, values: Floats, filled: NDArray[np.bool_], low: float, high: float
+) -> Pixels:
+    """(h, w, 3): each value in its colour."""
+    colors = _colors(palette, diverging=low < 0)
+    finite = np.isfinite(values)
+    share = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
+    places = np.clip(np.rint(share * (COLOR_STEPS - 1)), 0, COLOR_STEPS - 1).astype(int)
+    pixels: Pixels = colors[places]
+    pixels[~finite] = _rgb(palette.error)
+    pixels[~filled] = background_of(palette)
+    return pixels
+
+
+def _colors(palette: Palette, diverging: bool) -> Pixels:
+    """(COLOR_STEPS, 3), from the lowest value to the highest."""
+    background = TextualColor(*background_of(palette))
+    positive = TextualColor(*_rgb(palette.k))
+    negative = TextualColor(*_rgb(palette.q))
+    strong = TextualColor(*_rgb(palette.loss))
+    colors = []
+    for step in range(COLOR_STEPS):
+        share = step / (COLOR_STEPS - 1)
+        if diverging:
+            share = 2 * share - 1
+            color = background.blend(positive if share > 0 else negative, abs(share))
+        elif share < 0.7:
+            color = background.blend(positive, 0.06 + share / 0.7 * 0.94)
+        else:
+            color = positive.blend(strong, (share - 0.7) / 0.3)
+        colors.append((color.r, color.g, color.b))
+    return np.array(colors, np.uint8)
 
 
 def filled_cells(heat: HeatMap) -> Floats:
@@ -262,7 +321,9 @@ def _rgb(style: Style) -> tuple[int, int, int]:
     return (color.red, color.green, color.blue) if color is not None else (128, 128, 128)
 
 
-def _background(style: Style) -> tuple[int, int, int]:
+def background_of(palette: Palette) -> tuple[int, int, int]:
+    """Red, green and blue."""
+    style = palette.text
     color = style.bgcolor.get_truecolor() if style.bgcolor is not None else None
     return (color.red, color.green, color.blue) if color is not None else (0, 0, 0)
 

@@ -20,6 +20,7 @@ from tui_trainer.protocol.heat_map import HeatMap
 from tui_trainer.protocol.text import strip_escapes
 from tui_trainer.ui.panels.base import Figure, title_line
 from tui_trainer.ui.panels.tensor import HeatMapView
+from tui_trainer.ui.terminal_images import PixelSupport
 from tui_trainer.ui.widgets.lines import Row
 
 LABEL_WIDTH = 8
@@ -56,6 +57,11 @@ class AttentionMapView(HeatMapView):
         longest = max((cell_len(visible(label)) for label in labels), default=0)
         return 2 + (min(LABEL_WIDTH, max(longest, 2)) if longest else 0)
 
+    @property
+    def support(self) -> PixelSupport | None:
+        """None: its cells are large, and stand beside labels."""
+        return None
+
     def rows(self, size: Size) -> Sequence[Row]:
         heat, found = self.heat, self.found
         if heat is None or found is None:
@@ -70,7 +76,7 @@ class AttentionMapView(HeatMapView):
         shown = cells[: height // down, : width // across]
         picture = shown.repeat(down, 0).repeat(across, 1)
         high = float(np.nanmax(cells, initial=0.0))
-        lines = self._picture(picture, np.ones(picture.shape, bool), 0.0, high)
+        lines = self._blocks(picture, np.ones(picture.shape, bool), 0.0, high)
         gutters = [self._beside(heat, found, line, down) for line in range(len(lines))]
         drawn = [[*gutter, *line] for gutter, line in zip(gutters, lines, strict=True)]
         return [
