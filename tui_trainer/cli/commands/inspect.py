@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands.autograd import ask_for_rerun
 from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
-from tui_trainer.cli.errors import CommandError, UsageError, say
+from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.answers.tensors import (
     ENDINGS,
@@ -451,12 +451,12 @@ def _ask_for_pixels() -> PixelSupport | None:
     from tui_trainer.ui.terminal_images import HINT, ask_terminal
 
     if not sys.stdout.isatty():
-        say("no pixels: the output is no terminal", "--save writes the tensor to a file")
+        notify("no pixels: the output is no terminal", "--save writes the tensor to a file")
         return None
     screen = ask_terminal()
     if screen.kitty or screen.sixel:
         return screen
-    say(f"no pixels: {screen.missing}", HINT)
+    notify(f"no pixels: {screen.missing}", HINT)
     return None
 
 
