@@ -145,7 +145,7 @@ def decoded_sixel(text: str) -> np.ndarray:
                 for bit in range(6):
                     if (ord(character) - 63) >> bit & 1:
                         image[y + bit, x] = colors[number]
-                x += 1
+                x = x + 1
     return image
 
 
