@@ -42,9 +42,8 @@ test: $(DEVELOPED)
 	    $(BIN)/python -m pytest $(TESTS); tests=$$?; \
 	    wait $$checks && echo "checks passed" && exit $$tests
 
-# Many of these tests wait for a screen or a thread: two workers for each core take three quarters of the time.
 test-fast: $(DEVELOPED)
-	$(BIN)/python -m pytest -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 # A failure prints a Python program that reproduces it.
 LOOPS ?= 2000

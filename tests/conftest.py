@@ -6,13 +6,18 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import execnet.gateway_base
+import execnet.gateway_io
 import hypothesis
 import pytest
 
+from tests import processes
 from tests.examples import FEW
 from tests.once import SESSION
 
@@ -80,10 +85,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)  # the plugin may be switched off
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Half as many more than cores: many of the slow tests wait for other processes."""
-    cores = (os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()) or 1
-    return cores if config.option.markexpr == ONLY_QUICK else -(-3 * cores // 2)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each core: many tests wait for other processes, for a screen or for a thread."""
+    return 2 * ((os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()) or 1)
+
+
+class ForkedWorker(execnet.gateway_io.Popen2IOMaster):
+    """A worker of pytest-xdist that is forked from an interpreter that has imported PyTorch: all
+    workers together import it once, and none starts a fork server."""
+
+    def __init__(self, args: list[str], execmodel: Any) -> None:
+        self.popen = processes.Popen(
+            [args[0], *args[-2:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, worker=True
+        )
+        execnet.gateway_base.Popen2IO.__init__(
+            self, self.popen.stdin, self.popen.stdout, execmodel=execmodel
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    execnet.gateway_io.Popen2IOMaster = ForkedWorker  # type: ignore[misc]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

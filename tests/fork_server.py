@@ -11,7 +11,8 @@ neither PyTorch nor Textual and do nothing when they are imported. PyTorch is hi
 process imports it.
 
 A process that has a terminal, the app, gets a fork server of its own, a child of it: the run
-process that it starts is forked there.
+process that it starts is forked there. So does a worker of pytest-xdist, for the processes of its
+tests.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def use_huge_pages() -> None:
 
 
 def fork_where_the_same(asking: socket.socket) -> type[subprocess.Popen[Any]]:
-    """`tests.processes.Popen`, which asks this server."""
+    """`tests.processes.Popen`, which asks this server from now on."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path.insert(0, root)
     from tests import processes
@@ -228,14 +229,16 @@ if __name__ == "__main__":
     sys.modules.pop("tests", None)
     _request, _descriptors = serve(_asking)
     _own: socket.socket | None = None
-    if _request["terminal"]:
+    if _request["terminal"] or _request["worker"]:
         _own, _forked = fork_own_server(_descriptors)
         if _forked is not None:
             _request, _descriptors = _forked
     warnings.filters[:] = _filters
     become(_request, _descriptors)
     if _own is not None:
-        subprocess.Popen = fork_where_the_same(_own)  # type: ignore[misc]
+        _popen = fork_where_the_same(_own)
+        if _request["terminal"]:
+            subprocess.Popen = _popen  # type: ignore[misc]
     if "torch" not in sys.modules:
         run(_request["arguments"])
     else:

@@ -112,7 +112,7 @@ def _started(libraries: tuple[str, ...]) -> _Server:
 
 
 def _server(libraries: tuple[str, ...]) -> _Server:
-    return _own[0] if _own else _started(libraries)
+    return _own[0] if _own and libraries is WITH_TORCH else _started(libraries)
 
 
 def _take_terminal() -> None:
@@ -132,7 +132,8 @@ class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`, of a forked interpreter where that is the same; with `torch=False` of one
     that has not imported PyTorch, for commands that do not either: it ends sooner. `cold=True` is
     `subprocess.Popen`. With `terminal=True`, which asks for a new session, standard input becomes
-    the controlling terminal, and what the process itself starts is forked as well."""
+    the controlling terminal, and what the process itself starts is forked as well. `worker=True` is
+    for a process that imports this module: what it starts here is forked from its own start."""
 
     def __init__(
         self,
@@ -141,11 +142,13 @@ class Popen(subprocess.Popen[Any]):
         torch: bool = True,
         cold: bool = COLD,
         terminal: bool = False,
+        worker: bool = False,
         **options: Any,
     ) -> None:
         self._libraries = WITH_TORCH if torch else LIBRARIES
         self._cold = cold or COLD
         self._terminal = terminal
+        self._worker = worker
         super().__init__(args, **options)
 
     def _execute_child(  # type: ignore[override]
@@ -195,6 +198,7 @@ class Popen(subprocess.Popen[Any]):
             "directory": os.fspath(cwd) if cwd is not None else os.getcwd(),
             "session": bool(new_session),
             "terminal": self._terminal,
+            "worker": self._worker,
         }
         self.pid = _server(self._libraries).fork(request, streams)
         self._child_created = True
