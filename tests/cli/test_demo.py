@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.recorded_runs import directory
-from tests.ui.screens import text_of, until
 from tui_trainer.cli.commands import demo as command
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.cli.main import run
+from tui_trainer.cli.options import RunOptions
+from tui_trainer.cli.start import demo_spec
 from tui_trainer.config.run_spec import read_spec
-from tui_trainer.learn.demos import DEMOS
-from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.learn.demos import DEMOS, find_demo
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings in place of the two trainings."""
     specs = {cured: read_spec(directory("calm" if cured else "eager")) for cured in (False, True)}
-    monkeypatch.setattr(command, "_spec", lambda chosen, cured, options: specs[cured])
+    monkeypatch.setattr(
+        command, "demo_spec", lambda chosen, options, *, cured, guided=False: specs[cured]
+    )
     monkeypatch.setattr(command, "_run_to_end", lambda specs: None)
 
 
@@ -59,6 +63,7 @@ def test_both_curves_and_what_was_found(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["rate-hihg"], "did you mean rate-high?"),
         (["rate-high", "--both", "--cured"], "leave out --cured"),
+        (["rate-high", "--against", "x", "--cured"], "leave out --cured"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,14 +80,41 @@ def test_a_training_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.hint == "no disk"
 
 
-async def test_the_app_begins_with_a_message() -> None:
-    app = TuiTrainerApp(None, message=command.first_message(DEMOS[0], cured=False))
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await until(pilot, lambda: "It pauses at" in text_of(app), "the message")
+@pytest.mark.usefixtures("trained")
+def test_a_run_is_compared_with_the_one_that_makes_the_other_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_title = {cured: find_demo("rate-high").title(cured) for cured in (False, True)}
+    trained: list[str] = []
+    monkeypatch.setattr(
+        command, "_run_to_end", lambda specs: trained.extend(spec.name for spec in specs)
+    )
+    for cured, given in enumerate(("eager", "calm")):
+        spec = read_spec(directory(given))
+        titled = msgspec.structs.replace(spec, title=with_title[bool(cured)])
+        monkeypatch.setattr(command, "read_spec", lambda path, titled=titled: titled)
+        assert run(["demo", "rate-high", "--against", str(directory(given)), "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert [each["cured"] for each in made["runs"]] == [False, True]
+        assert made["runs"][cured]["run"] == spec.name
+    assert trained == [read_spec(directory(name)).name for name in ("calm", "eager")]
 
 
-def test_the_first_message_of_a_guided_run() -> None:
+def test_a_run_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "rate-high", "--against", str(directory("calm"))]) == 2
+    assert "is no run of this demo" in capsys.readouterr().err
+
+
+def test_the_run_that_is_guided(tmp_path: Path) -> None:
+    options = RunOptions(runs_dir=tmp_path)
     for demo in DEMOS:
-        text = command.first_message(demo, cured=False)
-        assert demo.breakpoint in text
-        assert (demo.live in text) if demo.live else "E and" not in text
+        spec = demo_spec(demo, options, guided=True)
+        assert [each.condition for each in spec.breakpoints] == [demo.breakpoint]
+        assert spec.steps_per_second == demo.pace
+        assert bool(spec.snapshots) == demo.back
+        assert spec.name.startswith(f"{demo.name}-")
+        assert read_spec(spec.directory) == spec
+    cured = demo_spec(DEMOS[0], options, cured=True, guided=True)
+    assert cured.arguments == ("--cured",)
+    assert cured.breakpoints == ()
+    assert demo_spec(DEMOS[0], options).steps_per_second is None

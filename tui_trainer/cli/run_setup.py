@@ -114,11 +114,13 @@ def prepare(
     script: Script | None = None,
     branch: Branch | None = None,
     launcher: tuple[str, ...] = (),
+    stem: str = "",
 ) -> RunSpec:
-    """Create the run directory and write the spec; on CommandError nothing is left behind."""
+    """Create the run directory and write the spec; on CommandError nothing is left behind. `stem`:
+    how the name of the run begins; "": as that of the script, or the task."""
     check_options(options)
     _check_text(script)
-    stem = re.sub(r"[^\w+-]+", "-", script.stem).strip("-") if script else task
+    stem = stem or (re.sub(r"[^\w+-]+", "-", script.stem).strip("-") if script else task)
     try:
         _check_parent(options)
         name, directory = _make_directory(stem or task, options)

@@ -147,10 +147,10 @@ def show_run(
     *,
     pixels: bool = False,
     mode: str = "dashboard",
-    message: str = "",
+    demo: str = "",
 ) -> int:
     """Start the run, show it until the user leaves, and return the exit status. `mode`: the screen
-    to begin with; `message`: shown there at first.
+    to begin with; `demo`: the guided run to introduce there.
 
     The run process is started before Textual is imported, because it needs seconds to import torch.
     """
@@ -167,7 +167,7 @@ def show_run(
             slow_link=slow_link,
             pixels=pixels,
             start_mode=mode,
-            message=message,
+            demo=demo,
         ),
         lambda: opened,
     )

@@ -13,18 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+import msgspec
+
 from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.options import RunOptions, StartOptions
 from tui_trainer.cli.run_setup import check_options, discard, discard_refused, prepare
 from tui_trainer.cli.script import LauncherCommand, Script, find_launch
 from tui_trainer.cli.terminal import screen_for, why_no_screen
 from tui_trainer.config.ranks import Rank, find_run, leave_note, rank_here
-from tui_trainer.config.run_spec import RunSpec, find_socket
+from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
 from tui_trainer.config.training import from_flat, resolve, to_flat
+from tui_trainer.learn.demos import Demo, find_demo
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.checkpoints import Branch, find_branch
 from tui_trainer.runs.errors import RunError
 from tui_trainer.tasks.definition import TaskDefinition
+
+DEMO_SNAPSHOTS = "64MB"
 
 if TYPE_CHECKING:
     from tui_trainer.record.events import Sink
@@ -234,12 +240,36 @@ def spec_for(
 ) -> RunSpec:
     """Create the run chosen on the start screen. Raises ConfigurationError and CommandError."""
     wanted = RunOptions(runs_dir=options.runs_dir, paused=request.paused)
+    if request.demo:
+        return demo_spec(find_demo(request.demo), wanted, guided=True)
     if request.script:
         script = Script(request.script, tuple(request.arguments))
         script.check()
         return prepare(SCRIPT, wanted, script=script)
     configuration = resolve(tasks[request.task], overrides=request.settings)
     return prepare(request.task, wanted, to_flat(configuration))
+
+
+def demo_spec(
+    chosen: Demo, options: RunOptions, *, cured: bool = False, guided: bool = False
+) -> RunSpec:
+    """Create a run of a demo. `guided`: slow enough to be watched, and paused where the fault
+    shows. Raises CommandError."""
+    script = Script(str(chosen.script), ("--cured",) if cured else ())
+    if chosen.back and guided:
+        options = replace(options, snapshots=DEMO_SNAPSHOTS)
+    name = f"{chosen.name}-cured" if cured else chosen.name
+    spec = prepare(SCRIPT, options, script=script, stem=name)
+    # Once: after that the learner goes on without being stopped again.
+    stops = (Breakpoint(1, chosen.breakpoint, once=True),) if guided and not cured else ()
+    spec = msgspec.structs.replace(
+        spec,
+        title=chosen.title(cured),
+        breakpoints=stops,
+        steps_per_second=chosen.pace if guided else None,
+    )
+    write_spec(spec)
+    return spec
 
 
 # ---------------------------------------------------------------- --detach

@@ -60,6 +60,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceInfo | None = None
     """The git commit of the working directory, as it was before the run began."""
     start_paused: bool = False
+    steps_per_second: float | None = None
+    """The limit that the run begins with; None: full speed."""
     budget: float = 0.01
     """Largest share of step time that measuring may take; 0: every quantity at its natural
     cadence."""

@@ -90,6 +90,7 @@ class Host:
         self._others = others or OtherLoad()
         self.recorder = Recorder(initial_info(spec))
         self.gate = Gate(paused=spec.start_paused)
+        self.gate.throttle(spec.steps_per_second)
         self.stops = stop_handler(
             self.gate, lambda: self.recorder.longest_step_s, self._warn_of_interrupt
         )

@@ -37,6 +37,8 @@ class LaunchRequest:
     script: str | None = None
     arguments: tuple[str, ...] = ()
     paused: bool = False
+    demo: str = ""
+    """Name of a guided run, which is a script of tui-trainer's own."""
 
 
 class LaunchError(UserError):

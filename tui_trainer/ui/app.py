@@ -24,6 +24,8 @@ from textual.theme import BUILTIN_THEMES
 from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.learn.demos import find_demo
+from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import actions
 from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.events import Notice
@@ -40,6 +42,7 @@ from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
+from tui_trainer.ui.guide import GuidedRuns
 from tui_trainer.ui.lessons import lessons_for
 from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.base import RunScreen
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
     from tui_trainer.ui.screens.ended import NextStep
 
-FIRST_MESSAGE_S = 30.0
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
 MAX_PENDING_WRITES = 3
@@ -110,6 +112,14 @@ class TuiTrainerApp(App[int]):
             tooltip="Every key, and what the quantities mean",
         ),
         Binding("q,x", "quit", "Quit", id="quit", tooltip="Leave: detach from the run or stop it"),
+        Binding(
+            "C",
+            "cure",
+            "Cure",
+            key_display="C",
+            id="demo.cure",
+            tooltip="In a guided run: make the cure; after the end, show both curves",
+        ),
         Binding("ctrl+c", "quit", "Quit", show=False, id="quit.ctrl_c", priority=True),
     ]
 
@@ -126,13 +136,13 @@ class TuiTrainerApp(App[int]):
         ends_with_app: bool = False,
         asks_background: bool = False,
         lesson: str = "",
-        message: str = "",
+        demo: str = "",
         pixels: PixelSupport | None = None,
     ) -> None:
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
         this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
-        `message`: shown for a while at first. `pixels`: draw pictures with them.
+        `demo`: the guided run to introduce at first. `pixels`: draw pictures with them.
         `frames_per_second` overrides that of the link, for tests.
         """
         # Textual's own constructor asks for the driver's class.
@@ -154,7 +164,9 @@ class TuiTrainerApp(App[int]):
         self.help_for = start_mode if start_mode != "help" else "dashboard"
         self.learn_from = ""
         self.lesson = lesson
-        self._message = message
+        self.guided_runs = GuidedRuns(self)
+        self._demo = demo
+        self.language = load_progress().shown_language
         self.pixels = pixels
         self.lessons: tuple[str, ...] = ()
         self._start_mode = start_mode
@@ -201,6 +213,8 @@ class TuiTrainerApp(App[int]):
         self.set_interval(1 / ticks_per_second, self._tick)
         if self.session is not None:
             self.attach(self.session)
+        if self._demo:
+            self.guided_runs.introduce(find_demo(self._demo))
 
     def _load_rest(self) -> None:
         """Import the other screens after the first paint, on a thread."""
@@ -209,8 +223,6 @@ class TuiTrainerApp(App[int]):
         self.call_from_thread(self._loaded)
 
     def _loaded(self) -> None:
-        if self._message:
-            self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
         gc.enable()  # the command line disables it until the first paint
         if not self.is_headless:
             # Modules and widgets live until the end. Without this every full collection would
@@ -299,6 +311,7 @@ class TuiTrainerApp(App[int]):
         self._go_to_culprit(before.status.stopped_at)
         if self._stopping and snapshot.status.ended:
             self.exit(0)
+        self.guided_runs.drawn()
 
     def _go_to_culprit(self, before: BreakpointStop | None) -> None:
         """Put the cursor on the parameter of a breakpoint that has just been reached."""
@@ -364,7 +377,22 @@ class TuiTrainerApp(App[int]):
         """Offer the start screen only while no run is open."""
         if action == "go" and parameters == ("start",):
             return self.on_launch is not None and self.session is None
+        if action == "cure":
+            return self.guided_runs.offers_cure()
         return True
+
+    @property
+    def cure_label(self) -> str:
+        """What the key of a guided run does now."""
+        return self.guided_runs.label()
+
+    def action_cure(self) -> None:
+        """Make the cure of a guided run; after its end, show both curves."""
+        self.guided_runs.cure()
+
+    def start_demo(self, name: str, introduced: bool = False) -> None:
+        """Start a guided run; `introduced`: the user has read what it shows."""
+        self.guided_runs.start(name, introduced)
 
     def screen_resumed(self, screen: Screen[Any]) -> None:
         """Draw a screen that came to the front, and watch the tables that it shows."""
@@ -505,28 +533,44 @@ class TuiTrainerApp(App[int]):
         from tui_trainer.ui.screens.ended import EndedDialog
 
         if found:
-            self.push_screen(EndedDialog(found), self._leave_for)
+            self.push_screen(EndedDialog(found), self.leave_for)
         else:
             self.notify("the recording of this run is on another machine", severity="warning")
 
-    def _leave_for(self, command: tuple[str, ...] | None) -> None:
+    def leave_for(self, command: tuple[str, ...] | None) -> None:
+        """Leave, and run another command of `tui-trainer` then."""
         if command is not None:
             TuiTrainerApp.next_command = command
             self.exit(0)
+
+    def leave_run_for(self, command: tuple[str, ...]) -> None:
+        """The same, once the user has said what is to become of the run that is open."""
+        if self._nothing_to_leave:
+            self.leave_for(command)
+        else:
+            answered = partial(self._quit_answered, command)
+            self.push_screen(QuitDialog(self.ends_with_app), answered)
 
     # ------------------------------------------------------------ quitting
 
     async def action_quit(self) -> None:
         """Ask whether to detach or stop; leave at once where there is nothing to decide."""
-        status, link = self.snapshot.status, self.snapshot.link
-        already_asked = isinstance(self.screen, ModalScreen)
-        no_run = self.session is None or status.ended
-        if already_asked or no_run or link.state != "live" or link.read_only:
+        if isinstance(self.screen, ModalScreen) or self._nothing_to_leave:
             self.exit(0)
         else:
-            self.push_screen(QuitDialog(self.ends_with_app), self._quit_answered)
+            answered = partial(self._quit_answered, ())
+            self.push_screen(QuitDialog(self.ends_with_app), answered)
 
-    def _quit_answered(self, choice: str | None) -> None:
+    @property
+    def _nothing_to_leave(self) -> bool:
+        """Whether leaving decides nothing about a run."""
+        status, link = self.snapshot.status, self.snapshot.link
+        no_run = self.session is None or status.ended
+        return no_run or link.state != "live" or link.read_only
+
+    def _quit_answered(self, command: tuple[str, ...], choice: str | None) -> None:
+        if choice is not None:
+            TuiTrainerApp.next_command = command
         if choice == "detach":
             self.exit(0)
         elif choice in ("stop", "checkpoint"):
@@ -601,7 +645,7 @@ def run_app(
     slow_link: bool = False,
     ends_with_app: bool = False,
     lesson: str = "",
-    message: str = "",
+    demo: str = "",
     pixels: bool = False,
 ) -> int:
     """Show `session` (or the start screen) until the user leaves, and restore the terminal.
@@ -622,7 +666,7 @@ def run_app(
         slow_link=slow_link,
         ends_with_app=ends_with_app,
         lesson=lesson,
-        message=message,
+        demo=demo,
         pixels=support,
         **theme_options(),
     ).run_until_exit()

@@ -11,8 +11,8 @@ from functools import partial
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 
+from tui_trainer.learn.demos import demo_texts
 from tui_trainer.learn.page import titles
-from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import actions
 from tui_trainer.protocol.actions import Action
 from tui_trainer.ui.screens import SCREENS, AppContext, app_context
@@ -26,7 +26,7 @@ COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
 )
 """Name, help and message of each."""
 
-THEME, PAGE = "Theme ", "Learn: "
+THEME, PAGE, DEMO = "Theme ", "Learn: ", "Demo: "
 """How the names of commands begin that are shown only when they are searched for."""
 
 PaletteCommand = tuple[str, str, Callable[[], object]]
@@ -55,8 +55,11 @@ class ActionProvider(Provider):
                 yield name, help, partial(context.command, action)
         if context.session is not None and (replayed or context.snapshot.status.ended):
             yield "What next", "Replay, compare, report, or start again", context.ask_next
-        for page, title in titles(load_progress().shown_language).items():
+        for page, title in titles(context.language).items():
             yield f"{PAGE}{title}", "A page to learn from", partial(context.show_lesson, page)
+        for demo, said in demo_texts(context.language).items():
+            start = partial(context.start_demo, demo)
+            yield f"{DEMO}{demo}", f"{said.title}: a guided run", start
         for name in sorted(self.app.available_themes):
             yield f"{THEME}{name}", "Colours of the screen", partial(self._set_theme, name)
 
@@ -82,9 +85,9 @@ class ActionProvider(Provider):
         self.app.theme = name
 
     async def discover(self) -> Hits:
-        """All commands but themes and pages, shown before anything is typed."""
+        """All commands but themes, pages and demos, shown before anything is typed."""
         for name, help, run in self.commands():
-            if not name.startswith((THEME, PAGE)):
+            if not name.startswith((THEME, PAGE, DEMO)):
                 yield DiscoveryHit(name, run, help=help)
 
     async def search(self, query: str) -> Hits:

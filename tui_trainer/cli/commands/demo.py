@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from msgspec.structs import replace
 from rich.console import Console
 from rich.text import Text
 
@@ -17,18 +17,16 @@ from tui_trainer.cli.commands import compare
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import CommandError, UsageError, notify, unknown
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.cli.run_setup import prepare
 from tui_trainer.cli.run_summary import RunSummary, summarize_run
 from tui_trainer.cli.run_text import finding_lines
-from tui_trainer.cli.script import Script
+from tui_trainer.cli.start import demo_spec
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.comparison.compared_runs import ComparedRun
-from tui_trainer.config.run_spec import RunSpec
+from tui_trainer.config.run_spec import RunSpec, read_spec
 from tui_trainer.findings.finding_order import finding_object
-from tui_trainer.learn.demos import DEMOS, Demo
-from tui_trainer.protocol.messages import Breakpoint
-from tui_trainer.protocol.schema import SCRIPT
+from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, demo_titled, find_demo
+from tui_trainer.protocol.events import Notice
 from tui_trainer.runs.launch import run_command
 from tui_trainer.runs.registry import resolve
 
@@ -47,6 +45,15 @@ def demo(
     both: Annotated[
         bool, flag("train with and without it, then show both curves (default off a terminal)")
     ] = False,
+    against: Annotated[
+        str | None,
+        Parameter(
+            help="train what RUN, a run of this demo, did not, then show both curves",
+            metavar="RUN",
+            negative=(),
+            show_default=False,
+        ),
+    ] = None,
     source: Annotated[bool, flag("print the program")] = False,
     plain: Annotated[bool, flag("print text instead of opening the screen")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
@@ -57,17 +64,18 @@ def demo(
     """a short training with one fault: what it looks like, what names it, what cures it"""
     if name is None:
         return _list(json)
-    by_name = {each.name: each for each in DEMOS}
-    if name not in by_name:
-        raise unknown("demo", name, by_name)
-    if cured and both:
-        raise UsageError("--both trains with and without the fault", "leave out --cured")
-    chosen = by_name[name]
+    known = [each.name for each in DEMOS]
+    if name not in known:
+        raise unknown("demo", name, known)
+    if cured and (both or against):
+        option = "--both trains" if both else "--against chooses"
+        raise UsageError(f"{option} with and without the fault", "leave out --cured")
+    chosen = find_demo(name)
     if source:
         print(chosen.script.read_text(encoding="utf-8"), end="")
         return 0
-    if both or plain or json or why_no_screen():
-        return _train_both(chosen, runs_dir, plain, json, ascii)
+    if against is not None or both or plain or json or why_no_screen():
+        return _train_both(chosen, against, runs_dir, plain, json, ascii)
     return _show(chosen, cured, RunOptions(ascii=ascii, slow_link=slow_link, runs_dir=runs_dir))
 
 
@@ -86,21 +94,17 @@ def _list(json: bool) -> int:
 
 
 def _object(chosen: Demo) -> dict[str, Any]:
+    said = demo_texts("en")[chosen.name]
     return {
         "name": chosen.name,
-        "happens": chosen.happens,
+        "happens": said.happens,
         "screen": chosen.screen,
         "rule": chosen.rule,
         "breakpoint": chosen.breakpoint,
-        "cure": chosen.cure,
+        "cure": said.cure,
         "set": chosen.live,
         "script": str(chosen.script),
     }
-
-
-def _spec(chosen: Demo, cured: bool, options: RunOptions) -> RunSpec:
-    script = Script(str(chosen.script), ("--cured",) if cured else ())
-    return prepare(SCRIPT, options, script=script)
 
 
 # ---------------------------------------------------------------- on the screen
@@ -110,38 +114,32 @@ def _show(chosen: Demo, cured: bool, options: RunOptions) -> int:
     """Open the screen to watch; the run pauses where it goes wrong."""
     from tui_trainer.cli.screen import show_run
 
-    spec = _spec(chosen, cured, options)
-    if not cured:  # once: after that the learner goes on without being stopped again
-        spec = replace(spec, breakpoints=(Breakpoint(1, chosen.breakpoint, once=True),))
-    message = first_message(chosen, cured)
-    status = show_run(spec, options.ascii, options.slow_link, mode=chosen.screen, message=message)
+    options = replace(options, paused=not cured)
+    spec = demo_spec(chosen, options, cured=cured, guided=True)
+    introduced = "" if cured else chosen.name
+    status = show_run(spec, options.ascii, options.slow_link, mode=chosen.screen, demo=introduced)
     if not cured:
-        print(f"\nthe cure: {chosen.cure}")
+        print(f"\nthe cure: {demo_texts('en')[chosen.name].cure}")
         print(f"  tui-trainer demo {chosen.name} --cured   trains without the fault")
         print(f"  tui-trainer demo {chosen.name} --both    shows both curves")
     return status
 
 
-def first_message(chosen: Demo, cured: bool) -> str:
-    """What will happen, where it pauses, and what can be done about it then."""
-    if cured:
-        return f"Cured: {chosen.cure}."
-    live = f" When it pauses, E and {chosen.live} is the cure." if chosen.live else ""
-    return (
-        f"{chosen.happens[:1].upper()}{chosen.happens[1:]}. It pauses at {chosen.breakpoint}; "
-        f"8 shows the findings, space goes on.{live}"
-    )
-
-
 # ---------------------------------------------------------------- both
 
 
-def _train_both(chosen: Demo, runs_dir: Path | None, plain: bool, json: bool, ascii: bool) -> int:
-    """Train with and without the fault, side by side; then compare."""
-    notify(f"{chosen.name}: training with and without the fault")
+def _train_both(
+    chosen: Demo, against: str | None, runs_dir: Path | None, plain: bool, json: bool, ascii: bool
+) -> int:
+    """Train with and without the fault, side by side; then compare. `against`: a run that is one
+    of the two."""
     options = RunOptions(plain=True, runs_dir=runs_dir)
-    specs = [_spec(chosen, cured, options) for cured in (False, True)]
-    _run_to_end(specs)
+    if against is None:
+        notify(f"{chosen.name}: training with and without the fault")
+        specs = [demo_spec(chosen, options, cured=cured) for cured in (False, True)]
+        _run_to_end(specs)
+    else:
+        specs = _with_the_other(chosen, against, options)
     with cli_errors():
         entries = [resolve(spec.directory, runs_dir) for spec in specs]
         summaries = [summarize_run(entry) for entry in entries]
@@ -157,8 +155,29 @@ def _train_both(chosen: Demo, runs_dir: Path | None, plain: bool, json: bool, as
     return 0
 
 
+def _with_the_other(chosen: Demo, against: str, options: RunOptions) -> list[RunSpec]:
+    """The run `against` and one that makes the other choice, the fault first. Raises
+    CommandError."""
+    with cli_errors():
+        entry = resolve(against, options.runs_dir)
+        spec = read_spec(entry.directory)
+        events = summarize_run(entry).events
+    found = demo_titled(spec.title)
+    if found is None or found[0] is not chosen:
+        raise UsageError(
+            f"{entry.name} is no run of this demo", f"tui-trainer demo {chosen.name} --both"
+        )
+    edited = any(isinstance(each, Notice) and each.kind == "edit" for each in events)
+    was_cured = found[1] or edited
+    words = "with the fault, to its end" if was_cured else "without the fault"
+    notify(f"{chosen.name}: training {words}")
+    other = demo_spec(chosen, options, cured=not was_cured)
+    _run_to_end([other])
+    return [other, spec] if was_cured else [spec, other]
+
+
 def _run_to_end(specs: list[RunSpec]) -> None:
-    """Both at once, each in a process of its own. Raises CommandError."""
+    """All at once, each in a process of its own. Raises CommandError."""
     processes = [
         subprocess.Popen(
             [*run_command(spec), "--plain"],
@@ -183,12 +202,13 @@ def _run_to_end(specs: list[RunSpec]) -> None:
 
 
 def _report(chosen: Demo, specs: list[RunSpec], summaries: list[RunSummary]) -> list[Text]:
-    happens = f"{chosen.happens[:1].upper()}{chosen.happens[1:]}."
+    said = demo_texts("en")[chosen.name]
+    happens = f"{said.happens[:1].upper()}{said.happens[1:]}."
     lines = [Text(line) for line in fill(happens, WIDTH).splitlines()]
     for title, spec, summary in zip(("the fault", "cured"), specs, summaries, strict=True):
         lines += [Text(), Text(f"{title}: {spec.name}", "bold")]
         lines += finding_lines(summary.findings) or [Text("no findings", "dim")]
-    cure = fill(f"the cure: {chosen.cure}", WIDTH)
+    cure = fill(f"the cure: {said.cure}", WIDTH)
     return [*lines, Text(), *(Text(line) for line in cure.splitlines()), Text()]
 
 

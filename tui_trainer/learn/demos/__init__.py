@@ -1,14 +1,22 @@
 """Guided runs: short trainings with one fault each, and what to see in them.
 
-Each script trains on handwritten digits; with `--cured` it does so without the fault.
+Each script trains on handwritten digits; with `--cured` it does so without the fault. What is said
+about them is in `pages/en/demos.toml` and in those of the other languages.
 """
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from tui_trainer.learn.page import TEXTS
+from tui_trainer.protocol.schema import RunInfo
+
 HERE = Path(__file__).parent
+_TITLE = re.compile(r"demo ([a-z0-9-]+)(, cured)?")
 
 
 @dataclass(frozen=True)
@@ -16,125 +24,77 @@ class Demo:
     """One guided run."""
 
     name: str
-    happens: str
-    """What will happen, in one sentence."""
     screen: str
     """The screen to watch: a mode of the app."""
     rule: str
     """The rule whose finding names the fault."""
     breakpoint: str
     """The condition that pauses the run there."""
-    cure: str
     live: str = ""
-    """The change to make while it is paused, as for `tui-trainer set`, where one is a cure."""
+    """The change that cures it while it is paused, as for `tui-trainer set`."""
+    back: bool = False
+    """Whether it is cured by going one step back, to before the fault."""
+    pace: float = 20.0
+    """Steps per second, so that they can be watched."""
 
     @property
     def script(self) -> Path:
         """The program that trains."""
         return HERE / f"{self.name.replace('-', '_')}.py"
 
+    def title(self, cured: bool) -> str:
+        """What the header calls a run of it; `demo_of` reads it."""
+        return f"demo {self.name}{', cured' if cured else ''}"
+
 
 DEMOS = (
+    Demo("zero-grad", "findings", "gradients-kept", 'finding("gradients-kept")', pace=10),
+    Demo("rate-high", "dashboard", "update-ratio-high", "loss > 5", "lr=0.1", pace=10),
+    Demo("rate-low", "parameters", "update-ratio-low", 'finding("update-ratio-low")', "lr=0.1"),
+    Demo("exploding", "dashboard", "gradients-explode", "loss > 2", "clip=0.1", pace=5),
+    Demo("vanishing", "parameters", "gradients-vanish", 'finding("gradients-vanish")'),
+    Demo("dead-relu", "findings", "dead-units", 'finding("dead-units")'),
+    Demo("missing-layer", "parameters", "not-in-optimizer", 'finding("not-in-optimizer")'),
+    Demo("shuffled-labels", "dashboard", "no-progress", 'finding("no-progress")', pace=40),
     Demo(
-        "zero-grad",
-        "zero_grad is forgotten: each backward adds to the gradients of all steps before, and the "
-        "steps grow until the loss rises",
-        "findings",
-        "gradients-kept",
-        'finding("gradients-kept")',
-        "call optimizer.zero_grad() once a step, before backward",
+        "attention", "attention", "attention-logits", 'finding("attention-logits")', "lr[0]=0.001"
     ),
-    Demo(
-        "rate-high",
-        "the learning rate is 200 times too high: each step jumps over the valley, and the loss "
-        "goes up instead of down",
-        "dashboard",
-        "update-ratio-high",
-        "loss > 5",
-        "a learning rate of 0.1 instead of 20",
-        "lr=0.1",
-    ),
-    Demo(
-        "rate-low",
-        "the learning rate is a million times too low: a step moves the weights by a millionth of "
-        "their size, and the loss stands still",
-        "parameters",
-        "update-ratio-low",
-        'finding("update-ratio-low")',
-        "a learning rate of 0.1 instead of 1e-7",
-        "lr=0.1",
-    ),
-    Demo(
-        "exploding",
-        "nothing limits the gradient, and the learning rate is high: each step overshoots by more "
-        "than the one before, until the weights are nan",
-        "dashboard",
-        "gradients-explode",
-        "loss > 2",
-        "clip the norm of the gradient: clip_grad_norm_(model.parameters(), 0.1)",
-        "lr=0.5",
-    ),
-    Demo(
-        "vanishing",
-        "twelve sigmoid layers: each shrinks the gradient, so that the first layers get almost "
-        "none of it and the loss stays at ln 10",
-        "parameters",
-        "gradients-vanish",
-        'finding("gradients-vanish")',
-        "ReLUs with norms and residual connections, which the gradient can pass by",
-    ),
-    Demo(
-        "dead-relu",
-        "every unit of the second layer is zero for every image, so that nothing before it learns",
-        "findings",
-        "dead-units",
-        'finding("dead-units")',
-        "biases that start at zero",
-    ),
-    Demo(
-        "missing-layer",
-        "the first layer gets gradients but is never updated, because it was not given to the "
-        "optimizer; the loss falls all the same",
-        "parameters",
-        "not-in-optimizer",
-        'finding("not-in-optimizer")',
-        "give model.parameters() to the optimizer, all of them",
-    ),
-    Demo(
-        "shuffled-labels",
-        "the labels were shuffled apart from their images: there is nothing to learn, and the loss "
-        "stays at ln 10",
-        "dashboard",
-        "no-progress",
-        'finding("no-progress")',
-        "keep images and labels in one order",
-    ),
-    Demo(
-        "attention",
-        "Wq and Wk have a learning rate of their own, 50 times that of the rest: their norms and "
-        "the logits blow up, and the alarm comes before the loss shows it",
-        "attention",
-        "attention-logits",
-        'finding("attention-logits")',
-        "one learning rate for all weights (or normalise queries and keys)",
-        "lr[0]=0.001",
-    ),
-    Demo(
-        "fp16-overflow",
-        "a softmax written by hand overflows float16: the loss is nan, and the GradScaler skips "
-        "step after step",
-        "log",
-        "loss-scale",
-        "nonfinite at loss",
-        "torch.softmax, which subtracts the maximum first (or bfloat16)",
-    ),
-    Demo(
-        "bad-batch",
-        "at step 100 three images are noise, a thousand times too bright: one huge loss, and "
-        "hundreds of steps to recover",
-        "dashboard",
-        "bad-batch",
-        "loss > 4 * ema(loss)",
-        "leave such images out; clipping would limit the damage",
-    ),
+    Demo("fp16-overflow", "log", "loss-scale", "nonfinite at loss", pace=10),
+    Demo("bad-batch", "dashboard", "bad-batch", "loss > 4 * ema(loss)", back=True),
 )
+
+
+@dataclass(frozen=True)
+class DemoText:
+    """What is said about a guided run, in one language."""
+
+    title: str
+    happens: str
+    """What will happen, in one sentence."""
+    cure: str
+    """What cures it."""
+
+
+@cache
+def demo_texts(language: str) -> dict[str, DemoText]:
+    """The texts of all guided runs, by name."""
+    texts = tomllib.loads((TEXTS / language / "demos.toml").read_text(encoding="utf-8"))
+    return {name: DemoText(**text) for name, text in texts.items()}
+
+
+def find_demo(name: str) -> Demo:
+    """The guided run of this name, one of `DEMOS`."""
+    return next(each for each in DEMOS if each.name == name)
+
+
+def demo_of(info: RunInfo | None) -> tuple[Demo, bool] | None:
+    """The guided run that a run is one of, and whether it trains without the fault."""
+    return demo_titled(info.title) if info is not None and info.is_script else None
+
+
+def demo_titled(title: str) -> tuple[Demo, bool] | None:
+    """The guided run that has this title, and whether it trains without the fault."""
+    found = _TITLE.fullmatch(title)
+    if found is None or found[1] not in {each.name for each in DEMOS}:
+        return None
+    return find_demo(found[1]), found[2] is not None

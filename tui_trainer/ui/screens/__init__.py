@@ -125,6 +125,8 @@ class AppContext(DrawingContext, Protocol):
     """The screen that the pages were opened from; "" where the app began with them."""
     lesson: str
     """The page to open when the pages are shown next; "" for the list."""
+    language: str
+    """Of the pages, and of what is said about guided runs."""
     lessons: tuple[str, ...]
     """Pages about what was on the screen that the help was opened from."""
 
@@ -141,8 +143,24 @@ class AppContext(DrawingContext, Protocol):
     def show_lesson(self, page: str) -> None:
         """Open a page of `tui-trainer learn`."""
 
+    def start_demo(self, name: str, introduced: bool = False) -> None:
+        """Start a guided run; `introduced`: the user has read what it shows."""
+
+    @property
+    def cure_label(self) -> str:
+        """What the key of a guided run does now."""
+
     def attach(self, session: Session) -> None:
         """Show the run of another session."""
+
+    def leave_for(self, command: tuple[str, ...] | None) -> None:
+        """Leave, and run another command of `tui-trainer` then."""
+
+    def leave_run_for(self, command: tuple[str, ...]) -> None:
+        """The same, once the user has said what is to become of the run that is open."""
+
+    def redraw(self) -> None:
+        """Draw the same snapshot again."""
 
     def ask_next(self) -> None:
         """Offer what can be done with a run that has ended."""

@@ -17,6 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import actions, schema
 from tui_trainer.protocol.events import Finding
 from tui_trainer.ui import textual_hacks
+from tui_trainer.ui.guide import GuideLine
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.panels.findings import STYLES as FINDING_STYLES
 from tui_trainer.ui.panels.findings import FindingLine, warnings_of
@@ -284,6 +285,7 @@ class DetailScreen(ControlScreen):
         yield HeaderLine()
         yield ScreenTabs()
         yield FindingLine()
+        yield GuideLine()
         yield from self.body()
         yield KeyLine()
 
@@ -314,6 +316,7 @@ class DetailScreen(ControlScreen):
         self.query_one(HeaderLine).show(snapshot)
         self.query_one(ScreenTabs).show(snapshot)
         self.query_one(FindingLine).show(snapshot)
+        self.query_one(GuideLine).show(snapshot)
         self.show_body(snapshot)
         self.show_keys()
 
@@ -325,6 +328,7 @@ class DetailScreen(ControlScreen):
         """Update the line of keys: those that cannot be used now are dimmed."""
         keys = self.query_one(KeyLine)
         keys.labels["run.pause"] = pause_label(self.context.snapshot)
+        keys.labels["demo.cure"] = self.context.cure_label
         keys.update_rows()
 
     def on_descendant_focus(self) -> None:

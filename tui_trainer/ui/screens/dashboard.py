@@ -13,6 +13,7 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.inspection import TensorRef
+from tui_trainer.ui.guide import GuideLine
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.panels.clipping import ClippingPanel
@@ -36,6 +37,8 @@ from tui_trainer.ui.widgets.tabs import TabLine
 
 TABS = ("Loss", "Gradients", "Clipping", "Updates", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "updates", "attention")
+MAY_APPEAR = (Banner, FactsLine, FindingLine, GuideLine)
+"""Panels that are hidden while they have nothing to say."""
 SHOWN_TRENDS = (0, 1, 4)
 """Indices in TREND_STATISTICS: the first at every size, all where there is room."""
 FULL_SIZE = (100, 30)
@@ -82,6 +85,7 @@ class DashboardScreen(ControlScreen):
         yield HeaderLine()
         yield ScreenTabs()
         yield FindingLine()
+        yield GuideLine()
         yield ProgressLine()
         yield FactsLine()
         yield PhaseStrip()
@@ -116,10 +120,11 @@ class DashboardScreen(ControlScreen):
             self._lacks = lacks
             self._show_panels()
         for panel in self._panels:
-            if panel.is_on_screen or isinstance(panel, Banner | FactsLine | FindingLine):
+            if panel.is_on_screen or isinstance(panel, MAY_APPEAR):
                 panel.show(snapshot)
         keys = self.query_one(KeyLine)
         keys.labels["run.pause"] = pause_label(snapshot)
+        keys.labels["demo.cure"] = self.context.cure_label
         keys.update_rows()
 
     def on_mount(self) -> None:

@@ -16,6 +16,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
+from tui_trainer.learn.demos import demo_of
 from tui_trainer.protocol.schema import SCRIPT, RunInfo
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.errors import RunError
@@ -44,6 +45,9 @@ def next_steps(info: RunInfo, replayed: bool) -> list[NextStep]:
     steps = [] if replayed else [
         NextStep("Replay", "step by step through the recording", ("replay", directory))
     ]  # fmt: skip
+    if (guided := demo_of(info)) is not None:
+        curves = ("demo", guided[0].name, "--against", directory)
+        steps.insert(0, NextStep("Both curves", "with the fault and without", curves))
     saved = [] if info.task == SCRIPT else checkpoint_steps(Path(directory))
     if saved and (info.total_steps is None or saved[-1] < info.total_steps):
         text = f"a new run from the checkpoint of step {saved[-1]:,}"

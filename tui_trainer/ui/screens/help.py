@@ -13,7 +13,6 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.page import titles
-from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
@@ -220,9 +219,9 @@ def help_blocks(
     ]
 
 
-def lesson_block(lessons: Sequence[str]) -> HelpBlock:
+def lesson_block(lessons: Sequence[str], language: str) -> HelpBlock:
     """The pages about what was on the screen; key `l` opens the first."""
-    known = titles(load_progress().shown_language)
+    known = titles(language)
     entries = [("l" if not number else "", known[name]) for number, name in enumerate(lessons)]
     return HelpBlock("Learn about this", entries or [("l", "the list of pages")])
 
@@ -342,7 +341,7 @@ class HelpScreen(DetailScreen):
         found = []
         groups = key_groups(self.app, context.help_for)
         blocks = help_blocks(groups, context.glyphs, context.snapshot.info)
-        for block in [lesson_block(context.lessons), *blocks]:
+        for block in [lesson_block(context.lessons, context.language), *blocks]:
             entries = tuple(
                 entry
                 for entry in block.entries

@@ -1,4 +1,5 @@
-"""Learn: short pages whose numbers are measured on a live model while they are read."""
+"""Learn: short pages whose numbers are measured on a live model while they are read, and guided
+runs."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
+from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
 from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
 from tui_trainer.learn.page_layout import Numbers, StyledLine, changed_values, escaped, laid_out
 from tui_trainer.learn.reading_progress import PageState, load_progress, save_progress
+from tui_trainer.ui.guide import introduction
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.widgets.caption import Caption
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -28,6 +31,8 @@ from tui_trainer.ui.widgets.lines import Row, ScrollingLines
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
 FIRST_SEED = 1
+KEY = "key_"
+"""How the words begin that name keys: `key_learn_open` is the binding `learn.open`."""
 RELEASE_AFTER_S = 60.0
 MAX_TEXT_WIDTH = 84
 """Cells in which a text is easy to read."""
@@ -41,8 +46,12 @@ MARKS: dict[PageState, tuple[str, str]] = {
 """Sign and style of each state of a page."""
 
 
+ENTRIES = (*PAGES, *(demo.name for demo in DEMOS))
+"""Pages and guided runs, by the row of the list."""
+
+
 class PageList(VirtualTable):
-    """The pages, with how far the learner is."""
+    """The pages and the guided runs, with how far the learner is."""
 
     DEFAULT_CSS = "PageList { margin: 1 1 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -54,14 +63,20 @@ class PageList(VirtualTable):
         self.states: dict[str, PageState] = {}
         self.titles: dict[str, str] = {}
         self.columns = (
-            TableColumn("number", "", 2, lambda row: Cell(str(row + 1), "dim")),
+            TableColumn("number", "", 2, self._number),
             TableColumn("state", "", 1, self._mark, left=True),
-            TableColumn("title", "", 0, lambda row: self.titles.get(PAGES[row], ""), left=True),
+            TableColumn("title", "", 0, lambda row: self.titles.get(ENTRIES[row], ""), left=True),
         )
-        self.set_order(np.arange(len(PAGES)))
+        self.set_order(np.arange(len(ENTRIES)))
+
+    def _number(self, row: int) -> Cell:
+        """A page has a number; a guided run a sign that it is something to start."""
+        if row < len(PAGES):
+            return Cell(str(row + 1), "dim")
+        return Cell(self.glyphs.current, "accent")
 
     def _mark(self, row: int) -> Cell:
-        return Cell(*MARKS[self.states.get(PAGES[row], "new")])
+        return Cell(*MARKS[self.states.get(ENTRIES[row], "new")])
 
 
 class PageView(ScrollingLines):
@@ -112,6 +127,8 @@ class LearnScreen(RunScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("a,enter", "answer", "Answer", id="learn.answer",
                 tooltip="Show or hide the answer to the question of the page"),
+        Binding("s", "start", "Start", id="learn.start",
+                tooltip="Start the guided run that the page is about"),
         Binding("r", "again", "Other seed", id="learn.again",
                 tooltip="Measure again with another seed: what stays is a law"),
         Binding("n,right", "turn(1)", "Next", id="learn.next", tooltip="The next page"),
@@ -128,6 +145,8 @@ class LearnScreen(RunScreen):
         self.experiments = ExperimentProcess()
         self._progress = load_progress()
         self._page: Page | None = None
+        self._demo: Demo | None = None
+        """The guided run that is shown in place of a page."""
         self._revealed = False
         self._opened_from_help = False
         self._measured: dict[str, list[PageMeasurement]] = {}
@@ -181,7 +200,7 @@ class LearnScreen(RunScreen):
         width, height = event.size
         self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
         self.set_class(self._beside, "-beside")
-        if self._beside and self._page is None:
+        if self._beside and self._page is None and self._demo is None:
             self._preview(self.query_one(PageList).cursor)
 
     @property
@@ -195,7 +214,7 @@ class LearnScreen(RunScreen):
 
     def on_descendant_focus(self) -> None:
         """Show the keys of the list or of the page."""
-        self.call_after_refresh(self.query_one(KeyLine).update_rows)
+        self.call_after_refresh(self._show_keys)
 
     def show(self, snapshot: Snapshot) -> None:
         """Of a run nothing is shown here; a page may have been asked for on another screen."""
@@ -215,9 +234,10 @@ class LearnScreen(RunScreen):
         return self._progress.shown_language
 
     def open_page(self, name: str) -> None:
-        """Read a page; its numbers are measured unless they are known."""
+        """Read a page, whose numbers are measured unless they are known, or what a guided run
+        shows."""
         pages = self.query_one(PageList)
-        pages.move_cursor(PAGES.index(name))
+        pages.move_cursor(ENTRIES.index(name))
         self.add_class("-reading")
         if self._progress.mark(name):
             save_progress(self._progress)
@@ -226,13 +246,14 @@ class LearnScreen(RunScreen):
 
     def _preview(self, row: int) -> None:
         """Show a page beside the list, which keeps the keys."""
-        self._show_page(PAGES[row])
+        self._show_page(ENTRIES[row])
 
     def _show_page(self, name: str) -> None:
-        self._page = load_page(name, self.language)
+        self._demo = None if name in PAGES else find_demo(name)
+        self._page = load_page(name, self.language) if name in PAGES else None
         self._revealed = False
         self.query_one(PageView).scroll_home(animate=False)
-        if name not in self._measured:
+        if self._page is not None and name not in self._measured:
             self._measure(name, FIRST_SEED)
         self._show_all()
 
@@ -246,17 +267,18 @@ class LearnScreen(RunScreen):
         """Open the page under the cursor."""
         message.stop()
         self._opened_from_help = False
-        self.open_page(PAGES[message.row])
+        self.open_page(ENTRIES[message.row])
 
     # ------------------------------------------------------------ drawing
 
     def _show_all(self) -> None:
         text = words(self.language)
         pages = self.query_one(PageList)
-        pages.titles = titles(self.language)
-        pages.states = {name: self._progress.state(name) for name in PAGES}
+        demos = {name: said.title for name, said in demo_texts(self.language).items()}
+        pages.titles = titles(self.language) | demos
+        pages.states = {name: self._progress.state(name) for name in ENTRIES}
         pages.update_rows()
-        answered = sum(state == "answered" for state in pages.states.values())
+        answered = sum(pages.states[name] == "answered" for name in PAGES)
         progress = text["pages"].format(answered=answered, count=len(PAGES))
         self.query_one("#learn-title", Caption).update(
             [(text["learn"], "title"), (progress, "dim")],
@@ -265,9 +287,21 @@ class LearnScreen(RunScreen):
         )
         self._show_text()
         self.refresh_bindings()
-        self.query_one(KeyLine).update_rows()
+        self._show_keys()
+
+    def _show_keys(self) -> None:
+        """The keys, in the language of the pages."""
+        keys = self.query_one(KeyLine)
+        names = (name for name in words(self.language) if name.startswith(KEY))
+        keys.labels = {
+            name.removeprefix(KEY).replace("_", "."): words(self.language)[name] for name in names
+        }
+        keys.update_rows()
 
     def _show_text(self) -> None:
+        if self._demo is not None:
+            self._show_demo(self._demo)
+            return
         page = self._page
         if page is None:
             return
@@ -290,6 +324,19 @@ class LearnScreen(RunScreen):
         shown += page.text + "\n\n"
         shown += page.answer if self._revealed else f"*{text['press_answer']}*"
         self.query_one(PageView).show_text(shown, numbers)
+
+    def _show_demo(self, demo: Demo) -> None:
+        """What a guided run shows, and that enter starts it."""
+        text, said = words(self.language), demo_texts(self.language)[demo.name]
+        self.query_one("#page-title", Caption).update(
+            [(self.context.glyphs.current, "accent"), (said.title, "title")]
+        )
+        self.query_one("#page-state", Caption).update(
+            [(text["demo_start"], "accent")], f"tui-trainer demo {demo.name}",
+            right_is_optional=True,
+        )  # fmt: skip
+        shown = introduction(demo, self.language)
+        self.query_one(PageView).show_text(shown, Numbers(self.language, {}))
 
     def _page_state(self, page: Page, numbers: Numbers) -> tuple[str, str, str]:
         """What is known of the numbers of a page, its style, and a hint."""
@@ -356,13 +403,23 @@ class LearnScreen(RunScreen):
         """Keys of a page are offered while one is shown."""
         if action == "turn":
             return self._reading
-        if action in ("answer", "again"):
+        if action == "again":
             return self._page is not None and (self._reading or self._beside)
+        if action == "answer":
+            return self._reading or (self._page is not None and self._beside)
+        if action == "start":
+            return self._demo is not None and (self._reading or self._beside)
         return True
 
+    def action_start(self) -> None:
+        """Start the guided run that was read about."""
+        if self._demo is not None:
+            self.context.start_demo(self._demo.name, introduced=True)
+
     def action_answer(self) -> None:
-        """Show or hide the answer."""
+        """Show or hide the answer; enter also starts the guided run that is shown."""
         if self._page is None:
+            self.action_start()
             return
         self._revealed = not self._revealed
         if self._revealed and self._progress.mark(self._page.name, answered=True):
@@ -380,14 +437,16 @@ class LearnScreen(RunScreen):
 
     def action_turn(self, by: int) -> None:
         """Open the next or the previous page."""
-        if self._page is not None:
-            self.open_page(PAGES[(PAGES.index(self._page.name) + by) % len(PAGES)])
+        shown = self._demo or self._page
+        if shown is not None:
+            self.open_page(ENTRIES[(ENTRIES.index(shown.name) + by) % len(ENTRIES)])
 
     def action_language(self) -> None:
         """Show the pages in the other language."""
         others = [language for language in LANGUAGES if language != self.language]
         self._progress.language = others[0]
         save_progress(self._progress)
+        self.context.language = self.language
         if self._page is not None:
             self._page = load_page(self._page.name, self.language)
         self._show_all()

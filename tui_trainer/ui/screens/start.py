@@ -246,7 +246,7 @@ class StartScreen(RunScreen):
     """The form. What was typed is kept when a start fails or another task is looked at."""
 
     CSS = """
-    StartScreen #title { height: 1; padding: 0 1; }
+    StartScreen #title, StartScreen #learn { height: 1; padding: 0 1; }
     StartScreen #what { height: auto; padding: 1 1 0 1; }
     StartScreen #form { padding: 1 1 0 1; height: 1fr; overflow-y: auto;
         scrollbar-size-vertical: 1; }
@@ -282,7 +282,7 @@ class StartScreen(RunScreen):
         Binding("ctrl+r", "reset", "Reset", id="start.reset",
                 tooltip="Set every field to the value of the preset"),
         Binding("ctrl+l", "app.go('learn')", "Learn", id="start.learn",
-                tooltip="Short pages about training, measured on a live model while you read"),
+                tooltip="Short pages, measured on a live model while you read, and guided runs"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -322,6 +322,11 @@ class StartScreen(RunScreen):
         yield Static(
             "[b $accent]tui-trainer[/] [$text-muted]· the debugger for neural-network training[/]",
             id="title",
+        )
+        yield Static(
+            "[$accent]ctrl+l[/] [$text-muted]new to this? Pages to learn from, and guided runs of "
+            "what goes wrong[/]",
+            id="learn",
         )
         with Vertical(id="what"):
             choices = ChoiceRow(names, names[0], id="task")

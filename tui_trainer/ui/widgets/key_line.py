@@ -13,8 +13,9 @@ from tui_trainer.ui.widgets.lines import LineView, Row
 
 ALWAYS_SHOWN = ("?", "q")
 """Keys that are shown however narrow the screen is."""
-FIRST_ID_PREFIX = "replay."
-"""Bindings with such an id come first: over a recording, they are the ones that matter."""
+FIRST_ID_PREFIXES = ("demo.", "replay.")
+"""Bindings with such an id come first: in a guided run and over a recording they are the ones that
+matter."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class KeyLine(LineView):
         hints: dict[str, KeyHint] = {}
         active_bindings = sorted(
             self.screen.active_bindings.values(),
-            key=lambda active: not (active.binding.id or "").startswith(FIRST_ID_PREFIX),
+            key=lambda active: not (active.binding.id or "").startswith(FIRST_ID_PREFIXES),
         )
         for active in active_bindings:
             binding = active.binding
