@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
     from tui_trainer.ui.screens.ended import NextStep
 
+FIRST_MESSAGE_S = 30.0
 MIN_TICKS_PER_SECOND = 4.0
 """How often to check whether a frame is due, at least."""
 MAX_PENDING_WRITES = 3
@@ -136,13 +137,15 @@ class TuiTrainerApp(App[int]):
         ends_with_app: bool = False,
         asks_background: bool = False,
         lesson: str = "",
+        message: str = "",
         demo: str = "",
         pixels: PixelSupport | None = None,
     ) -> None:
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
         this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
-        `demo`: the guided run to introduce at first. `pixels`: draw pictures with them.
+        `message`: shown for a while at first. `demo`: the guided run to introduce. `pixels`: draw
+        pictures with them.
         `frames_per_second` overrides that of the link, for tests.
         """
         # Textual's own constructor asks for the driver's class.
@@ -164,6 +167,7 @@ class TuiTrainerApp(App[int]):
         self.help_for = start_mode if start_mode != "help" else "dashboard"
         self.learn_from = ""
         self.lesson = lesson
+        self._message = message
         self.guided_runs = GuidedRuns(self)
         self._demo = demo
         self.language = load_progress().shown_language
@@ -223,6 +227,8 @@ class TuiTrainerApp(App[int]):
         self.call_from_thread(self._loaded)
 
     def _loaded(self) -> None:
+        if self._message:
+            self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
         gc.enable()  # the command line disables it until the first paint
         if not self.is_headless:
             # Modules and widgets live until the end. Without this every full collection would
@@ -654,9 +660,10 @@ def run_app(
     heat maps with real pixels where the terminal has them. Returns the exit code: 0, or 1 when the
     app itself failed.
     """
+    message = ""
     support = _ask_for_pixels() if pixels else None
     if support is not None and not support.in_app:
-        message = ". ".join(filter(None, (message, f"No pixels: {support.missing}. {HINT}")))
+        message = f"No pixels: {support.missing}. {HINT}"
         support = None
     return TuiTrainerApp(
         session,
@@ -666,6 +673,7 @@ def run_app(
         slow_link=slow_link,
         ends_with_app=ends_with_app,
         lesson=lesson,
+        message=message,
         demo=demo,
         pixels=support,
         **theme_options(),
