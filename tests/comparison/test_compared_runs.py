@@ -88,7 +88,7 @@ def test_off_a_terminal_it_is_a_table_or_json():
 def test_where_the_runs_part_is_printed():
     """They differ in the learning rate alone, so they have the same loss in the first step."""
     text = call("compare", "calm", "eager", cwd=home()).stdout
-    assert "calm and eager part at step 1, in step: learning rate" in text
+    assert "calm and eager first differ at step 1, in step: learning rate" in text
     assert "further quantities differ at step 1" in text
     made = json.loads(call("compare", "calm", "eager", "--json", cwd=home()).stdout)
     (divergence,) = made["divergence"]

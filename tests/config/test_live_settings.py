@@ -31,7 +31,7 @@ def test_a_change_is_understood(typed, text):
 @pytest.mark.parametrize(
     ("typed", "reason", "hint"),
     [
-        ("lr", "'lr' is no change of a setting", "lr=3e-4"),
+        ("lr", "'lr' is not a change of a setting", "lr=3e-4"),
         ("rl=1", "there is no setting 'rl'", "lr"),
         ("weight_deacy=1", "there is no setting 'weight_deacy'", "did you mean weight_decay?"),
         ("lr=", "lr needs a value", "lr=0.01"),
@@ -44,7 +44,7 @@ def test_a_change_is_understood(typed, text):
         ("clip=0", "clip cannot be '0'", "greater than 0, or off"),
         ("batch_size=2.5", "batch_size cannot be '2.5'", "a whole number, at least 1"),
         ("clip[0]=1", "clip belongs to no parameter group", "leave out [0]"),
-        ("lr[x]=1", "'lr[x]' is no name of a setting", "lr[1]=3e-4"),
+        ("lr[x]=1", "'lr[x]' is not the name of a setting", "lr[1]=3e-4"),
     ],
 )
 def test_what_cannot_be_understood_is_one_line_with_a_hint(typed, reason, hint):

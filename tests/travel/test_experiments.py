@@ -110,11 +110,11 @@ def test_what_an_experiment_takes_is_known_before(tmp_path):
         assert timeline.step_s > 0
         run.travel._step_s = lambda: 40.0
         run.travel.ring.forget_after(2)
-        with pytest.raises(
-            Refusal, match="makes 2 steps from step 2 again, which takes about 80 s"
-        ):
+        with pytest.raises(Refusal, match="repeats 2 steps from step 2, which takes about 80 s"):
             run.travel.back(4)
-        assert run.travel.back(4, confirmed=True).endswith("are made again, about 80 s")
+        assert run.travel.back(4, confirmed=True).endswith(
+            "repeating 2 steps from step 2, about 80 s"
+        )
         run.at(4)
         text = run.travel.keep(10 * snapshot)
         assert text.endswith(f"{bytes_(snapshot, 0)} each: up to 10")

@@ -30,7 +30,7 @@ async def test_the_timeline_goes_to_any_step() -> None:
         await pilot.press("tab", *"7", "enter", *"256MB", "enter", *"much", "enter")
         await settle(pilot)
         assert session.sent[-2:] == [Back(7), KeepSnapshots(256 << 20)]
-        assert "'much' is no amount of memory" in text_of(app)
+        assert "'much' is not an amount of memory" in text_of(app)
         await pilot.press("escape")
         await settle(pilot)
         assert not isinstance(app.screen, TimelineDialog)

@@ -132,7 +132,8 @@ class RunOptions:
     snapshots: Annotated[
         str | None,
         _flag(
-            "keep snapshots of the training in so much memory, such as 1GB, to go back to any step",
+            "keep snapshots of the training in up to this much memory, such as 1GB, to go back to "
+            "any step",
             RUNNING,
             metavar="SIZE",
         ),

@@ -198,7 +198,7 @@ def _summary(
 
 
 def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) -> RunOverview:
-    """With what the run itself says, instead of the older values of its status file."""
+    """Replaces older values of the status file by those that the run itself reports."""
     found = overview_of(run)
     state: EntryState = found.state
     if status.state == "paused":

@@ -20,7 +20,7 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.launch import LaunchRequest
 
 LinkState = Literal["connecting", "live", "lost", "closed", "replay"]
-"""`lost`: trying again; `closed`: no more will come."""
+"""`lost`: reconnecting; `closed`: nothing more will come."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything known at one pull. Immutable, except that `poll()` adds to `history`, which is
+    """Everything known at one poll. Immutable, except that `poll()` adds to `history`, which is
     therefore to be read on the thread that polls."""
 
     link: Link = field(default_factory=Link)
@@ -67,15 +67,15 @@ class Session(Protocol):
     """A link to one run, live or recorded. No method waits for the run."""
 
     def poll(self) -> Snapshot:
-        """Take in what has arrived and return the current snapshot."""
+        """Apply what has arrived and return the current snapshot."""
 
     def send(self, action: Action) -> Future[Ack]:
         """Send a command. The future resolves with its acknowledgement: `ok=False`, with a reason,
         when it is refused or the link is down."""
 
     def inspect(self, request: InspectionRequest) -> Future[Inspected]:
-        """Ask for a look into tensors; only the latest request is answered, earlier ones are
-        cancelled. The answer has `failed` and a reason where there is none."""
+        """Request an inspection; only the latest request is answered, earlier ones are cancelled.
+        An answer in state `failed` has the reason."""
 
     def watch(self, topics: frozenset[str]) -> None:
         """Set which of the tables that are measured on request are on the screen."""

@@ -50,16 +50,15 @@ from tui_trainer.runs.registry import live_socket
 from tui_trainer.runs.security import connect_unix
 
 SILENCE_S = 10.0
-"""A run that owes an answer and sends not one byte for this long is lost."""
+"""A run that owes an answer and sends no byte for this long is lost."""
 FRAME_S = 120.0
-"""So is one that takes longer over a single message, though bytes trickle in."""
+"""A run that needs longer than this for a single message is lost too."""
 MAX_TABLES = 1 << 16
 
 Connector = Callable[[], AbstractAsyncContextManager[socket.socket]]
-"""Connects to a run; the socket is connected and ours until the context ends.
-
-Raises NotListening and Unreachable, after which it is tried again, and RunGone or another RunError
-when trying again is pointless.
+"""Connects to a run; the connected socket is the caller's until the context ends. Raises
+NotListening and Unreachable, after which another attempt may succeed, and RunGone or another
+RunError when it cannot.
 """
 
 
@@ -128,7 +127,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
         self.error: RunError | None = None
-        """Why the connection ended by itself."""
+        """Why the connection ended, unless it was closed here."""
         self.bytes_received = 0
         self.polled_at: float | None = None
         """When (`time.monotonic`) the poll was sent whose answer is due; None while none is."""
@@ -179,8 +178,8 @@ class Connection(asyncio.Protocol):
         return answer
 
     async def inspect(self, request: InspectionRequest) -> Inspected:
-        """Ask for a look into tensors, until the run has done it or cannot: the latest request of a
-        connection only. Raises RunError when the connection ends."""
+        """Request an inspection and ask until the run has answered it; only the latest request of a
+        connection counts. Raises RunError when the connection ends."""
         number = next(self._command_ids)
         while True:
             answer = self._inspected[number] = self._send(Inspect(number, request))
@@ -309,7 +308,7 @@ class RunClient:
     def __init__(
         self, connected: socket.socket, viewer: str = "", read_only: bool = True, rank: int = 0
     ) -> None:
-        """`rank`: whose tensors `inspect` looks into."""
+        """`rank`: the process whose tensors `inspect` reads."""
         hello = Hello(PROTOCOL_VERSION, __version__, viewer or whoami(), read_only)
         self._rank = rank
         self._runner = asyncio.Runner()
@@ -360,7 +359,7 @@ class RunClient:
         return self.command(action) if taken.ok else taken
 
     def inspect(self, request: InspectionRequest) -> Inspected:
-        """Ask for a look into tensors, and wait until the run has done it or cannot."""
+        """Request an inspection, and wait for its answer."""
         if self._rank and isinstance(request, RankRequest):
             request = OfRank(self._rank, request)
         return self._runner.run(self._connection.inspect(request))

@@ -33,7 +33,7 @@ from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
 
 UNREAD_UPDATES = 4
-"""With this many updates not taken in by the app, the run is not polled."""
+"""While the app has not applied this many updates, the run is not polled."""
 FASTEST_S, SLOWEST_S = 0.01, 60.0
 """Limits of the interval between polls."""
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 8.0
@@ -51,7 +51,7 @@ SLOW_UPDATE_S, QUICK_UPDATE_S = 0.3, 0.1
 quicker ones double it."""
 NOT_CONNECTED = "there is no connection to the run"
 SHOW_SILENCE_S = 2.5
-"""The link shows that an answer is missing long before it is given up."""
+"""Silence from which the link shows that an answer is missing, long before it times out."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Delivery:
     poll: Poll
     """What it answers."""
     generation: int
-    """How often the session had started over when it was asked for."""
+    """The generation of the session when it was requested."""
 
 
 class LiveSession:
@@ -221,12 +221,13 @@ class LiveSession:
                 )
                 self._deliver(ended)
         except Exception as error:
-            # Our own bug must be seen, not leave a screen that waits for ever.
+            # A bug of ours must be seen instead of leaving a screen that waits forever.
             self._show("closed", f"the session failed: {type(error).__name__}: {error}")
             raise
 
     async def _stay_connected(self) -> None:
-        """Until the run has ended. Raises RunError when there is no point in trying again."""
+        """Reconnect until the run has ended. Raises RunError when another attempt cannot
+        succeed."""
         back_off = FIRST_BACK_OFF_S
         while True:
             began = time.monotonic()
@@ -348,7 +349,7 @@ class LiveSession:
         self._wake.set()
 
     def _send_inspection(self) -> None:
-        """Send the latest request in place of the one that is due."""
+        """Send the latest request in place of the pending one."""
         if self._inspection is None:
             return
         (request, future), self._inspection = self._inspection, None

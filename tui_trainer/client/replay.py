@@ -1,7 +1,7 @@
 """A recorded run as a session: the same screens, with a cursor in time.
 
 `Resume` plays, `Pause` stops playing, `Step` moves the cursor, `Throttle` sets the speed; commands
-that would change the run are refused. Everything happens on the thread that polls.
+that would change the run are refused. Everything happens on the polling thread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 
 SPEED_ROWS = 20
-"""Steps before the cursor over which the speed at the cursor is taken."""
+"""Steps before the cursor over which its speed is averaged."""
 LAST_STEP = 2**62
 REFRESH_S = 1.0
 """How often a run that may still be live is read again."""

@@ -100,6 +100,6 @@ class SnapshotBuilder:
 
 
 def _left_out(before: LogLine, count: int) -> LogLine:
-    """Stands for lines that the run did not send, because there were too many or too long ago."""
+    """A line in place of those that the run did not send, since they were too many or too old."""
     text = f"… {count:,} lines are left out here: tui-trainer logs has all of them"
     return LogLine(before.id - 1, before.time, before.step, before.stream, text)

@@ -44,7 +44,7 @@ _STDERR_WITHIN_S = _TERMINATE_WITHIN_S = 0.3
 
 
 class SshEnded(Exception):
-    """ssh ended, or the time was up, before the relay greeted."""
+    """ssh ended or timed out before the relay sent its greeting."""
 
     def __init__(self, exit_status: int | None, stderr: str, noise: str) -> None:
         super().__init__(stderr)
@@ -53,7 +53,7 @@ class SshEnded(Exception):
         self.stderr = stderr
         """Its last lines, joined."""
         self.noise = noise
-        """What came instead of a greeting."""
+        """What was received instead of a greeting."""
 
 
 class SshProcess:

@@ -23,7 +23,7 @@ from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.formatting import counted, nonfinite
 
 MAX_VALUES = 4_000_000
-"""Values of each run that are read of one table before its buckets are read instead."""
+"""Largest number of values read of one table of each run; of a longer table buckets are read."""
 BLOCK_VALUES = 500_000
 """Values compared at once."""
 PROBES = 32
@@ -39,7 +39,7 @@ ORDER: tuple[StepPart, ...] = (*PHASES, "evaluation", "log")
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """Where two runs part."""
+    """The first difference of two runs."""
 
     step: int
     phase: StepPart
@@ -92,17 +92,17 @@ class RunsCompared:
     as a whole: a difference that leaves these three as they are is not seen."""
 
     def title(self, a: str, b: str, tolerance: float) -> str:
-        """`calm and eager part at step 12, in backward: gradient norm of head.weight`"""
+        """`calm and eager first differ at step 12, in backward: gradient norm of head.weight`"""
         if self.first is not None:
             where = f"at step {self.first.step:,}, in {self.first.phase}"
-            return f"{a} and {b} part {where}: {self.first.quantity}"
+            return f"{a} and {b} first differ {where}: {self.first.quantity}"
         if not self.quantities or not self.steps:
             return f"{a} and {b} measured nothing at a common step"
         beyond = f" by more than {tolerance:g}" if tolerance else ""
         return f"{a} and {b} do not differ{beyond} in {counted(self.steps, 'step')}"
 
     def notes(self, a: str, b: str) -> list[str]:
-        """What else is to be known of the result, one sentence a line."""
+        """Notes on the result, one sentence a line."""
         notes = []
         first = self.first
         if first is not None and first.others:

@@ -42,11 +42,11 @@ def parse_change(text: str) -> SettingChange:
     """Raises ConfigurationError."""
     target, sign, value = text.partition("=")
     if not sign:
-        raise ConfigurationError(f"{text!r} is no change of a setting", "for example lr=3e-4")
+        raise ConfigurationError(f"{text!r} is not a change of a setting", "for example lr=3e-4")
     match = _TARGET.match(target)
     if match is None:
         raise ConfigurationError(
-            f"{target.strip()!r} is no name of a setting", "for example lr=3e-4 or lr[1]=3e-4"
+            f"{target.strip()!r} is not the name of a setting", "for example lr=3e-4 or lr[1]=3e-4"
         )
     given = match[1].replace("-", "_").casefold()
     name = ALIASES.get(given, given)

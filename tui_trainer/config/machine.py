@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 MIN_PERIOD_S = 0.1
-"""A shorter period gives no usable figure: the kernel counts in hundredths of a second."""
+"""A shorter period gives no usable result: the kernel counts in hundredths of a second."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _STAT = Path("/proc/stat")

@@ -190,5 +190,5 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     value = float(match[1]) * UNITS[match[2].upper()] if match else math.inf
     if not value < 2**60:
-        raise ConfigurationError(f"{text!r} is no amount of memory", "for example 512MB or 2GB")
+        raise ConfigurationError(f"{text!r} is not an amount of memory", "for example 512MB or 2GB")
     return int(value)

@@ -37,7 +37,7 @@ class Rank:
     rank: int
     world_size: int
     restart: int = 0
-    """How often the launcher has started the processes again."""
+    """How often the launcher has restarted the processes."""
     launch: str = ""
     """The same for all processes of a launch, and for no other."""
     with_rank_zero: bool = True
@@ -73,7 +73,7 @@ class LaunchNote(msgspec.Struct, frozen=True):
     directory: str
     pid: int
     process: str
-    """See `process_identity`: a note of a process that is gone is not valid."""
+    """See `process_identity`: a note of a process that no longer exists is not valid."""
 
 
 def _note_path(launch: str, runs_dir: str | os.PathLike[str] | None) -> Path:

@@ -72,11 +72,11 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end, on request, and at the best validation loss."""
     rules: str = ""
-    """Changes to the rules that judge the run (see `findings.rule_settings`)."""
+    """Changes to the rules of the findings (see `findings.rule_settings`)."""
     breakpoints: tuple[Breakpoint, ...] = ()
     """Those that the run begins with."""
     alerts: tuple[str, ...] = ()
-    """Commands and webhooks that are told about warnings, errors and the end."""
+    """Commands and webhooks to call at warnings, errors and the end."""
     changes: tuple[str, ...] = ()
     """Changes of settings before the first step, such as `lr=3e-4`."""
     snapshots: int = 0

@@ -28,7 +28,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     state: State = "starting"
     pid: int = 0
     process: str = ""
-    """`process_identity(pid)`: tells the process from a later one with the same number."""
+    """`process_identity(pid)`: distinguishes the process from a later one with the same number."""
     machine: str = ""
     """`machine_identity()`: where `pid` has a meaning."""
     host: str = ""

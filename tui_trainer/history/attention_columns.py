@@ -34,7 +34,7 @@ def attention_tables(history: History, name: str) -> list[SeriesReader]:
     """The tables of this name, one for each optimizer that has attention layers.
 
     Those without rows come first, then in order of declaration: where two have the same layer (an
-    optimizer that is made again has new tables), the last one counts.
+    optimizer that is created again has new tables), the last one counts.
     """
     return sorted(history.tables_named(name), key=lambda series: bool(series.rows))
 

@@ -11,11 +11,11 @@ from tui_trainer.history.series import SeriesReader
 
 BINS = 2048
 """A run of up to this many steps is searched step by step. A longer one is searched in this many
-bins, each judged by its highest loss; the step is then looked up inside the bin."""
+bins, each represented by its highest loss; the step is then looked up inside the bin."""
 MEDIAN_BINS = 33
-"""Bins (or steps) of the running median: those before the one that is judged."""
+"""Bins (or steps) of the running median: those before the tested one."""
 MIN_BINS = 5
-"""Bins that must come before the first one judged."""
+"""Bins that must come before the first one tested."""
 THRESHOLD = 4.0
 """Robust deviations above the median from which a loss counts as a spike."""
 

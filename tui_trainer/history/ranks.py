@@ -1,5 +1,5 @@
-"""The processes of a run with several, compared: who is slow and in which phase, whose gradient or
-loss stands out, who waits for whom."""
+"""Compares the processes of a run: which is slow and in which phase, which gradients and losses
+stand out, and which process waits for another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ STANDS_OUT = 3.0
 WAITS_S = 1.0
 """A process that has not come to its next phase for this long may be waiting for another."""
 MAY_WAIT = ("backward", "clip", "step")
-"""Phases that contain collectives of data-parallel trainings: a long one is no sign of slowness."""
+"""Phases that contain collectives of data-parallel trainings: a long one does not mean that the
+process is slow."""
 
 _PHASES = [schema.RANK_INDEX[f"phase_ms.{phase}"] for phase in PHASES]
 
@@ -158,7 +159,7 @@ def _remark_gradients(ranks: Sequence[RankSummary]) -> None:
 
 
 def _remark_waiting(ranks: Sequence[RankSummary]) -> None:
-    """Who has come further than another, and does not get on."""
+    """Finds processes that have come further than another and do not proceed."""
     there = [(each, each.at) for each in ranks if each.at is not None and each.at.phase]
     if len(there) < 2:
         return

@@ -1,4 +1,5 @@
-"""What the training thread hands to the recorder: plain numpy, no torch, no shared memory."""
+"""The records that the training thread passes to the recorder: plain numpy, no torch, no shared
+memory."""
 
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ class BatchRecord(NamedTuple):
 
 
 class LossGraph(NamedTuple):
-    """What the autograd graph of a loss tells about how it is computed."""
+    """How a loss is computed, as read from its autograd graph."""
 
     rows: int
     """Examples of the one softmax from which the loss is made; 0 without one."""

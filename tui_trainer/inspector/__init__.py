@@ -1,1 +1,1 @@
-"""Looking into the tensors of a run: on the training thread, at its gate, without changing any."""
+"""Inspects the tensors of a run on its training thread, at the gate, without changing any."""

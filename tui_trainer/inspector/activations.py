@@ -1,6 +1,5 @@
-"""What the modules of a model are given and return in the current step, by a re-run of it.
-
-A tensor is looked at when its module has returned, and not kept: a later module may write into it.
+"""Inputs and outputs of the modules of a model in the current step, found by re-running its forward
+pass. A tensor is read when its module has returned, and not kept: a later module may write into it.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from tui_trainer.trace.tracer import Tracer
 
 MAX_LISTED = 20_000
 MAX_OF_ONE = 8
-"""Inputs or outputs of one module that are listed."""
+"""Number of inputs or outputs that are listed of one module."""
 WHOLE = "model"
-"""Name of the model itself, where it has none."""
+"""Name of the model itself where it has none."""
 T = TypeVar("T")
 
 
@@ -75,7 +74,7 @@ def with_activation(
 
 
 class _FirstCall(Generic[T]):
-    """Looks at one tensor of the first call of a module."""
+    """Reads one tensor of the first call of a module."""
 
     def __init__(self, wanted: set[int], number: int, use: Callable[[torch.Tensor], T]) -> None:
         self._wanted, self._number, self._use = wanted, number, use
@@ -103,7 +102,7 @@ def _names(tracer: Tracer, capture: StepCapture) -> dict[int, str]:
     """Identity of each module → its name."""
     root = capture.current().module()
     if root is None:
-        raise InspectionError("the model of this step is gone")
+        raise InspectionError("the model of this step no longer exists")
     prefix = tracer.registry.names.prefix_of(root)
     return {
         id(module): (prefix + plain_name(name)).rstrip(".") or WHOLE

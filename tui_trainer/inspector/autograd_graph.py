@@ -1,8 +1,8 @@
 """The autograd graph of the current step's loss, walked from the loss to its leaves.
 
-If the forward pass can be run again, so are loss and backward: which module called an operation,
-what it saves and which gradient flows through each edge are known only while they run. Otherwise
-the graph that the loss of the step itself has is read, without touching its saved tensors.
+If the forward pass can be re-run, loss and backward are re-run too: which module called an
+operation, what it saves and which gradient flows through each edge are known only while they run.
+Otherwise the graph of the step's own loss is read, without touching its saved tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tui_trainer.trace.tracer import Tracer
 MAX_NODES = 50_000
 """Nodes of one answer: about 5 MB of a message."""
 MAX_WAITING, MAX_WAITING_BYTES = 256, 64 << 20
-"""Gradients whose norms are taken at once."""
+"""Number of gradients whose norms are computed at once."""
 OUTSIDE = GraphModule("")
 
 
@@ -126,7 +126,8 @@ def _packing() -> Iterator[list[bool]]:
 
 
 class _ModuleRanges:
-    """Which module is being called at each sequence number: nodes are numbered as they are made."""
+    """The module that is being called at each sequence number: nodes are numbered as they are
+    created."""
 
     def __init__(self) -> None:
         self._starts: list[int] = [0]
@@ -185,7 +186,7 @@ class _Walk:
                         continue
                     seen.add(before)
                     waiting.append(before)
-        # Made last comes first: an operation has a higher number than those that it builds on.
+        # The newest node first: an operation has a higher number than its inputs.
         operations.sort(key=lambda node: -node._sequence_nr())
         if operations and operations[0] is not root:
             operations.remove(root)
@@ -199,8 +200,8 @@ class _Walk:
     # ------------------------------------------------------------ what is saved
 
     def count_saved(self, held: Sequence[torch.Tensor]) -> int:
-        """Count the bytes that each node saves; returns those of the distinct memory.
-        `held`: what there would be without a graph."""
+        """Count the bytes that each node saves; returns the bytes of distinct memory. `held`:
+        tensors that exist without the graph too."""
         known = {each.untyped_storage().data_ptr() for each in held if each.layout == torch.strided}
         distinct: dict[int, int] = {}
         attributes: dict[type, list[str]] = {}
@@ -235,7 +236,7 @@ class _Walk:
     # ------------------------------------------------------------ gradients
 
     def measure_gradients(self, loss: torch.Tensor) -> None:
-        """Run backward, without adding to any `.grad`, and take the norms on its way."""
+        """Run backward without adding to any `.grad`, and compute the norms on its way."""
         norms = _Norms()
         single = [count == 1 for count in self._users()]
 
@@ -283,7 +284,8 @@ class _Walk:
             )
 
     def _users(self) -> list[int]:
-        """How many edges lead to each node; 2 for one that has several results or is the loss."""
+        """Number of edges that lead to each node; 2 for a node that has several results or is the
+        loss."""
         found = [0] * len(self._nodes)
         found[0] = 2
         for node in self._nodes:
@@ -340,8 +342,8 @@ InputIndex = tuple[int, int]
 
 
 class _Norms:
-    """The 2-norms of many tensors, of which a bounded part is held at a time: one call of a
-    function costs more than the norm of a small tensor."""
+    """The 2-norms of many tensors, computed in batches of bounded size: a call of a function costs
+    more than the norm of a small tensor."""
 
     def __init__(self) -> None:
         self._waiting: dict[

@@ -1,7 +1,6 @@
-"""Checks a gradient of autograd against what the loss does when the weight is changed.
-
-On the batch and the random numbers of the current step, in float64 where the parameters fit into
-memory twice: the modules are lent copies of their parameters, of which one entry is moved.
+"""Checks a gradient of autograd against finite differences of the loss. Uses the batch and the
+random numbers of the current step, in float64 where the parameters fit into memory twice: the
+modules get copies of their parameters, of which one entry is changed.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ from tui_trainer.trace.torch_private import own_parameters
 from tui_trainer.trace.tracer import Tracer
 
 STEPS = tuple(10.0**-k for k in range(1, 10))
-"""Sizes of the change in float64."""
+"""Step sizes in float64."""
 COARSE_STEPS = tuple(10.0**-k for k in range(1, 6))
-"""Below float64, where smaller ones are rounded away."""
+"""Step sizes below float64, where smaller ones are rounded away."""
 MAX_BYTES = 1 << 30
-"""Of the copies in float64, unless more is allowed."""
+"""Bytes of the copies in float64, unless the request allows more."""
 MAX_S = 30.0
-"""Entries that are not begun by then are left out."""
+"""Time after which no further entry is checked."""
 ROUNDINGS = 10
-"""In units of the last place, how far off a loss may be that was summed up from many numbers."""
+"""Rounding error of a loss that is a sum of many numbers, in units of the last place."""
 SAME_LOSS = 1e-3
-"""Relative difference of the losses up to which float64 draws the same random numbers."""
+"""Relative difference of the losses up to which float64 is taken to draw the same random
+numbers."""
 
 
 def check_gradient(
@@ -94,8 +94,8 @@ def _double_bytes(model: torch.nn.Module) -> int:
 def _lend_parameters(
     model: torch.nn.Module, parameter: torch.Tensor, wide: bool
 ) -> dict[int, torch.nn.Parameter]:
-    """Put copies in place of all parameters (`wide`: in float64) or of one alone, and of the
-    buffers; `again` gives the modules back their own."""
+    """Replace all parameters (`wide`: in float64), or one of them, and the buffers by copies;
+    `call_context` restores the modules' own."""
     copies: dict[int, torch.nn.Parameter] = {}
     for each in model.parameters():
         if wide or each is parameter:
@@ -103,7 +103,7 @@ def _lend_parameters(
             held = held.double() if wide and held.is_floating_point() else held
             copies[id(each)] = torch.nn.Parameter(held, each.requires_grad)
     if id(parameter) not in copies:
-        raise InspectionError("it is no parameter of the model that was called last")
+        raise InspectionError("it is not a parameter of the model that was called last")
     for module in model.modules():
         named = own_parameters(module)
         for name, own in named.items():
@@ -138,7 +138,7 @@ def _loss_notes(call: ModelCall, value: float, wide: bool) -> list[str]:
 
 
 def _chosen(request: CheckGradient, gradient: torch.Tensor) -> list[tuple[int, ...]]:
-    """The entries to check. Raises InspectionError for one that is not there."""
+    """The entries to check. Raises InspectionError for one that does not exist."""
     shape = tuple(gradient.shape)
     for index in request.indices:
         inside = len(index) == len(shape) and all(
@@ -171,7 +171,7 @@ def _checked(
     index: tuple[int, ...],
     wide: bool,
 ) -> CheckedEntry:
-    """Move one entry by each h, in both directions."""
+    """Change one entry by each h, in both directions."""
     autograd = float(gradient[index])
     with torch.no_grad():
         place = target.detach()  # our copy; no version is counted that a graph would check
@@ -206,7 +206,7 @@ def relative_error(a: float, b: float) -> float:
 def steadiest(steps: list[GradientStep], spacing: float) -> int:
     """The h whose central difference is probably the best: the change from the next larger h, which
     shows the curvature, and the rounding of the losses (`spacing` of numbers there) are smallest
-    together. The gradient of autograd has no part in it."""
+    together. The gradient of autograd does not influence it."""
     errors = [
         (abs(after.central - before.central) + ROUNDINGS * spacing / after.h, number)
         for number, (before, after) in enumerate(pairwise(steps), 1)

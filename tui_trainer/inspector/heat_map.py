@@ -48,7 +48,7 @@ def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
 
 
 def _range(first: int, last: int | None, size: int) -> tuple[int, int]:
-    """A range inside of `size`, of at least one element where there is any."""
+    """A range within `size`, of at least one element if there is any."""
     first = min(max(first, 0), max(size - 1, 0))
     return first, size if last is None else min(max(last, first + 1), size)
 
@@ -74,7 +74,7 @@ def reduce_blocks(
     """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
     rows, columns = matrix.shape
     shape = (-(-rows // block_rows), -(-columns // block_columns))
-    # Accumulated in float64 where there is such: mps has none.
+    # Accumulated in float64 where the device has it: mps does not.
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
     out = torch.zeros(shape, dtype=wide, device=matrix.device)
     limit = part_elements(matrix)
@@ -138,7 +138,7 @@ def _pieces(length: int, block: int, begun: int) -> list[tuple[int, int, int]]:
 
 
 def _sizes(length: int, block: int, like: torch.Tensor) -> torch.Tensor:
-    """How long each block is: the last one may be shorter."""
+    """The length of each block; the last one may be shorter."""
     count = -(-length // block)
     sizes = torch.full((count,), float(block), dtype=like.dtype, device=like.device)
     if count:

@@ -49,13 +49,13 @@ from tui_trainer.protocol.travel import ReadTimeline
 from tui_trainer.trace.tracer import Tracer
 
 MAX_COPY_BYTES = 2 << 30
-"""Of a tensor that is sent as a whole: it is copied to the host first."""
+"""Largest tensor that is sent as a whole: it is copied to the host first."""
 PART_BYTES = 4 << 20
 
 
 class Inspector:
-    """Looks into the tensors of a traced training. Reads only: no random number is drawn, no graph
-    is recorded, and no tensor is written."""
+    """Answers requests about the tensors of a traced training. It only reads: no random number is
+    drawn, no graph is recorded, and no tensor is written."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
@@ -64,7 +64,7 @@ class Inspector:
         self.tokens: Sequence[str] = ()
         """Texts of the model's tokens, by number; empty where they are not known."""
         self.classes: Sequence[str] = ()
-        """Names of what the model predicts, by number."""
+        """Names of the classes that the model predicts, by number."""
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
         """Raises InspectionError, or whatever torch raises on an unusual tensor."""
@@ -109,7 +109,7 @@ class Inspector:
                     raise InspectionError("this run cannot be experimented with")
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
-        """From the first request on the steps are observed, of the latest parameter asked for."""
+        """From the first request on, the steps of the latest requested parameter are observed."""
         if (
             self._watch is None
             or self._watch.request != request

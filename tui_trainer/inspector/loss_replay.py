@@ -1,7 +1,7 @@
-"""How the loss of a step was computed from what the model returned, so that it can be again.
-
-Known are the calls of torch's loss functions with their targets, and simple operations between the
-output of the model and them, which are read from the autograd graph: views, casts, slices, means.
+"""Records how the loss of a step was computed from the model's output, so that it can be
+recomputed. It records the calls of torch's loss functions with their targets, and the simple
+operations between the model's output and them, which are read from the autograd graph: views,
+casts, slices, means.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MAX_CALLS = 32
 OutputKey = tuple[Any, int]
 """(node of the graph, which of its outputs): identifies a tensor within a graph."""
 TensorOperation = Callable[[torch.Tensor], torch.Tensor]
-"""One operation, to be applied again."""
+"""An operation on a tensor that can be repeated."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """To another type of floating-point numbers."""
+    """A cast to another floating-point dtype."""
 
     dtype: torch.dtype
 
@@ -45,7 +45,7 @@ class Derived:
     """A tensor that was computed from an output of the model."""
 
     position: int
-    """Of the output among those of the model."""
+    """Index of the output among those of the model."""
     steps: tuple[TensorOperation, ...]
 
     def recompute(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
@@ -99,20 +99,20 @@ class LossCall:
 
 
 class LossReplay:
-    """How one step computes its loss, learned while it does so."""
+    """How one step computes its loss, recorded while it does."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
         """The loss of the step without a GradScaler's scale, 0-d; None before backward."""
         self.missing = ""
-        """Why it cannot be computed again."""
+        """Why the loss cannot be recomputed."""
         self._outputs: list[OutputKey] = []
         self._calls: list[LossCall] = []
         self._direct: Derived | None = None
         """The loss is an output of the model, or computed from one alone."""
         self._terms: list[LossCall] = []
         self._others = False
-        """Whether the loss has parts that are none of these calls."""
+        """Whether the loss has terms that none of these calls computed."""
 
     # ------------------------------------------------------------ learning
 
@@ -206,8 +206,8 @@ class LossReplay:
     # ------------------------------------------------------------ again
 
     def recompute(self, output: Any, wide: bool = False) -> torch.Tensor | None:
-        """The loss of this output of a re-run, 0-d; None where it is not known how. `wide`: all in
-        float64, where the model has computed in it."""
+        """The loss of this output of a re-run, 0-d; None where it is unknown how it is computed.
+        `wide`: in float64, if the model has computed in it."""
         outputs = outputs_of(output)
         if self._direct is not None:
             return self._direct.recompute(outputs, wide)
@@ -224,7 +224,7 @@ class LossReplay:
 
     @property
     def _factor(self) -> float:
-        """What a single term was multiplied by, as for accumulated gradients."""
+        """The factor of a single term, as for accumulated gradients."""
         if self.value is None or len(self._terms) != 1 or self._others:
             return 1.0
         before, after = float(self._terms[0].value), float(self.value)
@@ -239,12 +239,12 @@ class LossReplay:
         if self.missing:
             return self.missing
         if self.value is None:
-            return "it is not computed yet: go on to backward"
+            return "it is not computed yet: continue to backward"
         return "none of torch's loss functions was called on the output of the model"
 
     def notes(self, loss: torch.Tensor, stepped: bool) -> list[str]:
-        """What is special about the `loss` of a re-run (without a graph); `stepped`: with other
-        weights than the step's own."""
+        """Notes on the `loss` of a re-run (without a graph); `stepped`: the weights have been
+        updated since."""
         notes = []
         factor = self._factor
         if self.value is None:
@@ -279,7 +279,7 @@ def _key(tensor: torch.Tensor) -> OutputKey:
 
 
 def _step(node: Any) -> TensorOperation | None:
-    """The operation of a node, to be applied again; None where it is not known."""
+    """The repeatable operation of a node; None where it is unknown."""
     name = node_name(node)
     if name in RESHAPING:
         shape = tuple(node._input_metadata[0].shape)

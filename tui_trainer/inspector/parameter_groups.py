@@ -1,4 +1,5 @@
-"""Who updates which parameters, and how much memory the tensors of a run hold."""
+"""The parameter groups of all optimizers, parameters outside of them, and the memory of a run's
+tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tui_trainer.trace.torch_private import local, plain_name, unwrapped
 
 
 def parameter_use(run: TracedRun, catalog: TensorCatalog) -> ParameterUse:
-    """The parameter groups, the parameters that are not trained as one expects, and the memory."""
+    """The parameter groups, the parameters that are not trained, and the memory."""
     parameters = list(catalog.parameters())
     names = {id(parameter): name for name, parameter in parameters}
     groups, held = _groups(run, names)
@@ -76,7 +77,7 @@ def _shared(run: TracedRun) -> tuple[tuple[str, ...], ...]:
 def _memory(
     catalog: TensorCatalog, parameters: list[tuple[str, torch.Tensor]]
 ) -> tuple[HeldBytes, ...]:
-    """Of sharded tensors that of the shard."""
+    """For sharded tensors that of the shard."""
     counted: dict[tuple[TensorKind, str], tuple[int, int]] = {}
     seen: set[int] = set()
 

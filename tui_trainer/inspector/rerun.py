@@ -1,10 +1,9 @@
-"""Runs the forward pass of the current step again, on its very batch and random numbers.
-
-What the last call of the model was given is kept only while the run is paused, steps or has
-breakpoints, and for some steps after a request: `StepCapture`. The re-run happens on the training
-thread while it stands at a boundary. Afterwards everything is as it was: random generators, buffers
-and other tensors of the modules, their attributes, gradients and the mode of autocast. Nothing is
-restored by writing into a tensor of the model: the modules are lent copies of their buffers.
+"""Re-runs the forward pass of the current step with the same batch and random numbers.
+`StepCapture` keeps the arguments of the model's last call, only while the run is paused, steps or
+has breakpoints, and for some steps after a request. The re-run happens on the training thread while
+it stands at a boundary. Afterwards everything is as it was: random generators, buffers and other
+tensors of the modules, their attributes, gradients and the mode of autocast. Nothing is restored by
+writing into a tensor of the model: during the re-run the modules have copies of their buffers.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from tui_trainer.trace.torch_private import (
 from tui_trainer.trace.tracer import Tracer
 
 STEPS_CAPTURED = 200
-"""After so many calls of the model without a further request they are not captured any more."""
+"""Calls of the model without a further request after which they are no longer captured."""
 MAX_KEPT_BUFFERS = 4 << 20
 """Bytes of buffers that are copied before a forward, so that the re-run begins with them."""
 MAX_COPIED = 1 << 30
 """Bytes of buffers that are copied for a re-run."""
 MAX_ENTRIES = 10_000
-"""Of a list or dictionary in a module's attributes that is restored."""
+"""Largest list or dictionary in a module's attributes that is restored."""
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 Buffers = dict[tuple[int, str], torch.Tensor]
 """(identity of the module, name) → copy."""
@@ -61,8 +60,8 @@ class Autocast:
         return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """The same again. Without the cache of casted weights: a script that stands inside its own
-        `autocast` would share it."""
+        """The same autocast, without the cache of casted weights, which an enclosing `autocast` of
+        the script would share."""
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
@@ -91,7 +90,7 @@ class ModelCall:
 
 
 class CallWatch(Protocol):
-    """Sees the calls of models for training, and the start of backward. Raises nothing."""
+    """Observes the calls of models for training, and the start of backward. Raises nothing."""
 
     def forward_began(
         self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -113,10 +112,10 @@ class StepCapture:
         self.live_step = 0
         tracer.observers.forwards = self
         self.checked: CallWatch | None = None
-        """Sees the same, for re-runs of its own."""
+        """Observes the same, for re-runs of its own."""
 
     def request(self) -> None:
-        """The next steps will be asked for."""
+        """Capture the next steps: requests about them are expected."""
         self._left = STEPS_CAPTURED
 
     # ------------------------------------------------------------ observing
@@ -124,7 +123,7 @@ class StepCapture:
     def forward_began(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Keep the arguments and the state of the random generators, if that may be asked for."""
+        """Keep the arguments and the state of the random generators, if a request may come."""
         self.call = None
         tracer = self._tracer()
         if tracer is not None and self.checked is not None:
@@ -144,9 +143,9 @@ class StepCapture:
         kwargs: dict[str, Any],
         expected: bool,
     ) -> ModelCall:
-        """`expected`: a request will probably come; looking through all modules for what their
-        forward may change takes some ms in large models, too much for each step of a run that only
-        has breakpoints."""
+        """`expected`: a request will probably come. Searching all modules for what their forward
+        may change takes some ms in large models, too much for each step of a run that only has
+        breakpoints."""
         before, number = self._calls_in_step
         self._calls_in_step = (step, number + 1 if before == step else 1)
         given = tensors_of((args, kwargs))
@@ -218,7 +217,7 @@ class StepCapture:
         gradients: bool = True,
         loss: bool = True,
     ) -> Iterator[Rerun]:
-        """Run the forward pass and, if wanted, the loss of the current step again.
+        """Re-run the forward pass and, if wanted, the loss of the current step.
 
         The graph may be used until the end of the context. `called` and `returned` observe the
         calls of the modules, the root's included. Raises InspectionError where it is not possible.
@@ -255,15 +254,15 @@ class StepCapture:
         if call.number > 1:
             notes.append(f"of call {call.number} of a model in this step, without the earlier ones")
         if any(is_compiled(module) for module in model.modules()):
-            notes.append("the model is compiled: it ran again uncompiled")
+            notes.append("the model is compiled: the re-run was not")
         if hooked:
-            notes.append(f"forward hooks of the script ran again: {hooked}")
+            notes.append(f"forward hooks of the script ran a second time: {hooked}")
         return notes
 
 
 @dataclass
 class Rerun:
-    """A forward pass that was run again; its graph lives as long as this."""
+    """A re-run of a forward pass; its graph lives as long as this object."""
 
     call: ModelCall
     model: torch.nn.Module
@@ -301,8 +300,8 @@ def _after_calls(model: torch.nn.Module, returned: OnReturn) -> None:
 
 
 def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tensor | None:
-    """The loss of one more forward pass within `again`, which begins with the same buffers and
-    random numbers as the one before and leaves none of its own. `wide`: the model has been given
+    """The loss of one more forward pass within `call_context`. It begins with the same buffers and
+    random numbers as the previous one and changes neither. `wide`: the model has been given
     parameters in float64, and the batch is converted to it."""
     with _temporary_buffers(model, None):
         restore_random_state(call.random)
@@ -312,7 +311,7 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
 
 
 def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
-    """The output of one more call with the same arguments, within `again`."""
+    """The output of one more call with the same arguments, within `call_context`."""
     given = tensors_of((call.args, call.kwargs))
     if [version_of(each) for each in given] != call.versions:
         raise InspectionError("the batch of this step has been overwritten since")
@@ -329,7 +328,7 @@ def _wide(value: Any) -> Any:
 
 
 def _without_graph(value: Any) -> Any:
-    """An input that was computed from something else: that graph may be gone already."""
+    """An input that was computed from something else, whose graph may already be freed."""
     computed = isinstance(value, torch.Tensor) and value.grad_fn is not None
     return value.detach() if computed else value
 
@@ -339,11 +338,11 @@ def _without_graph(value: Any) -> Any:
 
 @contextlib.contextmanager
 def call_context(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
-    """Around a re-run of a call: the model without wrappers that talk to other processes, in the
-    state in which it was called. Raises InspectionError where it cannot be run again."""
+    """Context of a re-run: the model without wrappers that communicate with other processes, in the
+    state in which it was called. Raises InspectionError where it cannot be re-run."""
     wrapped = call.module()
     if wrapped is None:
-        raise InspectionError("the model of this step is gone")
+        raise InspectionError("the model of this step no longer exists")
     model = unwrapped(wrapped)
     _refuse(model)
     random_now = random_state()
@@ -367,7 +366,7 @@ def call_context(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.M
 
 def _refuse(model: torch.nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InspectionError("it has TorchScript modules, whose state cannot be put back")
+        raise InspectionError("it has TorchScript modules, whose state cannot be restored")
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise InspectionError("its parameters are sharded: all processes would have to run again")
@@ -450,7 +449,7 @@ def _temporary_buffers(model: torch.nn.Module, kept: Buffers | None) -> Iterator
 
 
 def _restore_content(container: Any, content: Any) -> None:
-    """Make the content of a container what it was."""
+    """Restore the content of a container."""
     if isinstance(container, dict):
         if list(container) == list(content):
             for key, value in content.items():

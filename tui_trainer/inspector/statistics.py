@@ -26,7 +26,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
 UNDERFLOW = 1e-12
-"""A smaller spread is read again in float64: squares of its deviations may be 0 in float32."""
+"""A smaller spread is computed again in float64: squares of its deviations may be 0 in float32."""
 
 
 def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
@@ -74,7 +74,7 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
 
 
 class _Reading(NamedTuple, Generic[T]):
-    """What is read of the finite values of one part: nan without any."""
+    """Moments of the finite values of one part; nan without any."""
 
     low: T
     high: T
@@ -137,7 +137,7 @@ class _NonFinite:
         self.first: list[tuple[float, int]] = []
         """(value, place)"""
         self.parts: set[int] = set()
-        """Numbers of the parts that have any."""
+        """Indices of the parts that have any."""
 
     def add(self, number: int, offset: int, values: torch.Tensor, finite: torch.Tensor) -> None:
         self.parts.add(number)
@@ -209,11 +209,11 @@ class _Search:
     parts: list[tuple[int, torch.Tensor]]
     readings: list[_Reading[float]]
     nonfinite: set[int]
-    """Numbers of the parts with elements that are not finite."""
+    """Indices of the parts with elements that are not finite."""
     wanted: int
 
     def run(self, largest: bool) -> list[tuple[float, int]]:
-        """(value, place), the most extreme first. Only parts that may have one are searched."""
+        """(value, position), the most extreme first. Only parts that may have one are searched."""
         sign = 1.0 if largest else -1.0
         reached = {
             number: sign * (reading.high if largest else reading.low)
@@ -234,7 +234,7 @@ class _Search:
 
 
 def _entries(found: list[tuple[float, int]], shape: tuple[int, ...]) -> tuple[TensorEntry, ...]:
-    """Elements with their indices, from (value, place in C order)."""
+    """Elements with their indices, from (value, position in C order)."""
     indices = [np.unravel_index(place, shape) if shape else () for _, place in found]
     return tuple(
         TensorEntry(tuple(int(each) for each in index), value)

@@ -45,7 +45,7 @@ class TensorCatalog:
         self._run = run
 
     def list(self) -> TensorList:
-        """All of them: parameters and buffers in the order of the models, each parameter followed
+        """All tensors: parameters and buffers in the order of the models, each parameter followed
         by its gradient and its optimizer state."""
         found: list[TensorInfo] = []
         left_out = 0
@@ -76,7 +76,7 @@ class TensorCatalog:
         return state[ref.key]
 
     def note(self, ref: TensorRef) -> str:
-        """What is special about the values of a tensor."""
+        """A note on the values of a tensor."""
         if ref.kind != "gradient":
             return ""
         parameter = self.parameter(ref.name)

@@ -34,7 +34,7 @@ def readable(tensor: torch.Tensor) -> torch.Tensor:
         raise InspectionError(f"it is sparse ({layout}): only dense tensors can be inspected")
     if tensor.is_quantized:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise InspectionError(f"it is quantized ({dtype}): its elements are no numbers")
+        raise InspectionError(f"it is quantized ({dtype}): its elements are not numbers")
     return tensor
 
 
@@ -80,7 +80,7 @@ def evenly_spaced(tensor: torch.Tensor, wanted: int) -> torch.Tensor:
     count = tensor.numel()
     if count <= wanted:
         return as_real(tensor.reshape(-1))
-    # Not in step with a row: every k-th element would otherwise be of the same few columns.
+    # Not a divisor of the row length: every k-th element would be in the same few columns.
     stride = -(-count // wanted)
     inner = tensor.shape[-1] if tensor.dim() else 1
     while stride > 1 and inner > 1 and math.gcd(stride, inner) > 1:

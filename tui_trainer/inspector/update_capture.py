@@ -1,8 +1,8 @@
 """Observes the optimizer steps of one parameter, so that its update can be explained afterwards.
 
 Around a step of its optimizer the values of one entry are cloned, which takes about 0.2 ms; those
-of a whole tensor only while the run is paused or stepping. Nothing waits for the device. It ends by
-itself when the explanation is not asked for any more.
+of a whole tensor only while the run is paused or stepping. Nothing waits for the device. The
+observation ends when requests stop.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from tui_trainer.protocol.inspection import (
 from tui_trainer.trace.tracer import Tracer
 
 STEPS_OBSERVED = 200
-"""After so many steps without a further request the observation ends."""
+"""Steps without a further request after which the observation ends."""
 MAX_ELEMENTS = 1 << 22
-"""Of a tensor that is explained as a whole: with the state of Adam five copies are held."""
+"""Elements of the largest tensor that is explained as a whole: with the state of Adam five copies
+are held."""
 Optimizer = torch.optim.Optimizer
 
 
 @dataclass
 class _Step:
-    """One step of the optimizer: what it was computed from, and what it led to."""
+    """One step of the optimizer: its inputs and the new weight."""
 
     number: int
     """The step of the run."""
@@ -68,7 +69,7 @@ class UpdateCapture:
     # ------------------------------------------------------------ observing
 
     def step_began(self, optimizer: Optimizer) -> None:
-        """Clone what the step will be computed from."""
+        """Clone the inputs of the step."""
         tracer, parameter = self._tracer(), self._parameter()
         if optimizer is not self._optimizer() or tracer is None or parameter is None:
             return
@@ -81,11 +82,11 @@ class UpdateCapture:
         ):
             try:
                 self._last = _Step(tracer.step, self._inputs(optimizer, parameter, 1.0))
-            except Exception:  # such as too little memory: it is not explained
+            except Exception:  # such as too little memory: the step is not explained
                 self._last = None
 
     def step_ended(self, optimizer: Optimizer) -> None:
-        """Clone what it has led to."""
+        """Clone the new weight."""
         parameter = self._parameter()
         if self._last is not None and optimizer is self._optimizer() and parameter is not None:
             try:
@@ -96,7 +97,8 @@ class UpdateCapture:
     # ------------------------------------------------------------ explaining
 
     def explain(self) -> UpdateExplanation:
-        """After the step what it was, before it what it will be. Raises InspectionError."""
+        """Explain the step that has ended or, before it, predict the next one. Raises
+        InspectionError."""
         self._left = STEPS_OBSERVED
         tracer, optimizer, parameter = self._tracer(), self._optimizer(), self._parameter()
         if tracer is None or optimizer is None or parameter is None:
@@ -204,7 +206,7 @@ def _group_of(optimizer: Optimizer, parameter: torch.Tensor) -> tuple[int, dict[
     for number, group in enumerate(optimizer.param_groups):
         if any(each is parameter for each in group["params"]):
             return number, group
-    raise InspectionError("its optimizer does not hold it any more")
+    raise InspectionError("its optimizer no longer holds it")
 
 
 def _value(tensor: torch.Tensor) -> float:

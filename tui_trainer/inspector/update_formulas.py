@@ -30,10 +30,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an update is computed from: the state before the step."""
+    """The inputs of an update: the state before the step."""
 
     settings: Mapping[str, Any]
-    """Of the parameter's group."""
+    """The settings of the parameter's group."""
     weight: torch.Tensor
     gradient: torch.Tensor
     state: Mapping[str, torch.Tensor]
@@ -53,7 +53,7 @@ class Inputs:
 
     @property
     def count(self) -> int:
-        """`t`: which step of this parameter it is, from 1."""
+        """`t`: the number of this parameter's step, from 1."""
         step = self.state.get("step")
         return int(step) + 1 if step is not None else 1
 
@@ -88,7 +88,7 @@ class Explained:
 
 
 def _gradient(inputs: Inputs, out: Explained) -> torch.Tensor:
-    """With its sign, and with the decay that is part of it."""
+    """The gradient with its sign, including coupled decay."""
     w, g = inputs.weight, inputs.gradient
     out.add("g", "gradient", g)
     if inputs.settings.get("maximize"):

@@ -69,7 +69,7 @@ def titles(language: str) -> dict[str, str]:
 
 @cache
 def words(language: str) -> dict[str, str]:
-    """What the screen says around the pages."""
+    """The texts of the screen around the pages."""
     return dict(tomllib.loads((TEXTS / language / "words.toml").read_text(encoding="utf-8")))
 
 
@@ -96,7 +96,7 @@ def placeholders(text: str) -> set[str]:
 
 
 def written(value: Value, form: str, language: str, code: bool = False) -> str:
-    """A value as it stands in a text of `language`, or in code."""
+    """A value as written in a text of `language`, or in code."""
     if isinstance(value, list):
         items = [written(item, form, language, code) for item in value]
         separator = f"{NO_BREAK}; " if language == "fr" and not code else ", "

@@ -26,7 +26,7 @@ class ReadingProgress(msgspec.Struct):
     """The language that was chosen; "": that of the environment."""
 
     def state(self, page: str) -> PageState:
-        """How far a page is."""
+        """The state of a page."""
         if page in self.answered:
             return "answered"
         return "read" if page in self.read else "new"

@@ -42,8 +42,8 @@ class Memory(Probe):
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that torch has allocated on `device`, now and at the peak; absent where it
-    has none of its own or does not tell."""
+    """Bytes that torch has allocated on `device`, now and at the peak; absent where it has none of
+    its own or does not report it."""
     kind = device.type
     if kind == "mps":
         return float(torch.mps.current_allocated_memory()), absent(Absent.NOT_MEASURED)

@@ -31,7 +31,7 @@ FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
 WINDOW = 3
 """Measurements over which a unit must not change to count."""
 MIN_POSITIONS = 16
-"""Examples (or positions in them) of a batch from which units are judged."""
+"""Number of examples (or positions in them) of a batch from which units are measured."""
 SATURATED = 0.01
 """Distance to its limit, of a sigmoid's or tanh's range of 1, within which an output counts."""
 MAX_CALLS = 256

@@ -54,7 +54,7 @@ _REASONS = {
     Absent.NOT_MEASURED: "not measured at this step",
     Absent.NOT_REACHED: "not reached by backward",
     Absent.FROZEN: "frozen",
-    Absent.NOT_IN_MODEL: "not in the model any more",
+    Absent.NOT_IN_MODEL: "no longer in the model",
     Absent.EMPTY: "no elements",
     Absent.ZERO_WEIGHTS: "the weights were zero",
     Absent.LOSS_NOT_SEEN: "the loss is not visible: backward was not called on a scalar",

@@ -92,17 +92,17 @@ class Back(msgspec.Struct, tag="back", frozen=True):
     step: int | None = None
     """None: one step back."""
     confirmed: bool = False
-    """Also where the steps to be made again take long."""
+    """Even if repeating the steps takes long."""
 
 
 class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):
-    """Keep snapshots of the training from here on, in so much host memory; 0: none."""
+    """Keep snapshots of the training from here on, in this much host memory; 0: none."""
 
     bytes: int
 
 
 class Branch(msgspec.Struct, tag="branch", frozen=True):
-    """Start a new run that goes on from where this one is, with other settings."""
+    """Start a new run that continues from the current step of this one, with other settings."""
 
     changes: tuple[SettingChange, ...] = ()
     name: str = ""

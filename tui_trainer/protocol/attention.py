@@ -1,4 +1,4 @@
-"""A look into an attention layer of a live run: what is asked for, and the answer."""
+"""The examination of an attention layer of a live run: the request and the answer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PARTS = ("q", "k", "v")
 
 
 class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
-    """Asks what a layer attends to, for one example of the batch of the step. The forward pass is
-    run again for it."""
+    """Asks what a layer attends to, for one example of the current batch. The run re-runs the
+    forward pass."""
 
     layer: str = ""
     """Its path; "": the first one."""
@@ -33,7 +33,7 @@ class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
     weights: bool = False
     """Whether to compare Wq, Wk and Wv of every head."""
     residual: bool = False
-    """Whether to take the residual stream apart."""
+    """Whether to decompose the residual stream."""
 
 
 class QueryRow(msgspec.Struct, frozen=True, array_like=True):
@@ -186,4 +186,4 @@ class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_l
     spectra: HeadSpectra | None = None
     residual: ResidualStream | None = None
     no_residual: str = ""
-    """Why the residual stream cannot be taken apart."""
+    """Why the residual stream cannot be decomposed."""

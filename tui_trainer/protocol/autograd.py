@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 GraphSource = Literal["rerun", "live"]
-"""`rerun`: the forward pass of the step, run again; `live`: the graph that the loss itself has."""
+"""`rerun`: a re-run of the step's forward pass; `live`: the graph of the step's own loss."""
 
 
 class GraphNode(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +81,7 @@ class GradientStep(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CheckedEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One entry of a parameter: what autograd says, and what the loss does."""
+    """One entry of a parameter: the gradient of autograd, and finite differences of the loss."""
 
     index: tuple[int, ...]
     value: float
@@ -92,7 +92,7 @@ class CheckedEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_like=True):
-    """The gradient of autograd beside numerical ones."""
+    """The gradient of autograd next to numerical ones."""
 
     name: str
     dtype: str

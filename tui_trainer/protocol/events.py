@@ -1,4 +1,4 @@
-"""What happens in a run beside its measured tables: events, lines of its log, and artifacts.
+"""What happens in a run besides its measured tables: events, lines of its log, and artifacts.
 
 An event is a clipped step, a quantity that became nan or inf, an iteration that no optimizer used,
 a finding or a notice. Artifacts are samples of what the model produces.
@@ -41,7 +41,7 @@ ClipKind = Literal["norm", "value", "hand"]
 Confidence = Literal["possible", "likely", "certain"]
 """How sure a finding is. `certain`: it follows from what was seen, without a threshold."""
 SkipReason = Literal["hand", "scaler", "end"]
-"""Why no optimizer used gradients: the script threw them away, a GradScaler found them not finite,
+"""Why no optimizer used gradients: the script discarded them, a GradScaler found them not finite,
 or the script ended before the step."""
 Stream = Literal["stdout", "stderr"]
 

@@ -12,9 +12,9 @@ Direction = Literal["gradient", "random", "snapshots"]
 MAX_STEPS = 1000
 MAX_POINTS = 201
 LONG_S = 60.0
-"""What takes longer than this is to be confirmed first."""
+"""Experiments that take longer than this must be confirmed."""
 LARGE_SHARE = 0.5
-"""The same for what takes a larger share of the memory that is free."""
+"""So must those that take a larger share of the free memory."""
 
 
 class WhatIf(msgspec.Struct, tag="what_if", frozen=True):
@@ -60,20 +60,20 @@ class ExperimentResult(msgspec.Struct, tag="experiment", frozen=True, array_like
     x_name: str
     curves: tuple[Curve, ...]
     text: str = ""
-    """What is seen in them, in a sentence."""
+    """The result in a sentence."""
 
 
 Experiment = WhatIf | FindLearningRate | MeasureLandscape
 
 
 class EstimateCost(msgspec.Struct, tag="estimate_cost", frozen=True):
-    """Asks what an experiment would take, without making it."""
+    """Asks for the cost of an experiment without running it."""
 
     experiment: Experiment
 
 
 class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_like=True):
-    """What an experiment takes."""
+    """The cost of an experiment."""
 
     steps: int
     """Steps of the training, or evaluations of the loss."""
@@ -86,5 +86,5 @@ class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_l
 
     @property
     def large(self) -> bool:
-        """Whether it is to be confirmed."""
+        """Whether it must be confirmed."""
         return (self.seconds or 0.0) > LONG_S or self.bytes > LARGE_SHARE * self.free

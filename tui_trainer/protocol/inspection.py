@@ -1,4 +1,4 @@
-"""Requests to look into the tensors of a run, and their answers.
+"""Requests to inspect the tensors of a run, and their answers.
 
 A viewer sends `Inspect`; the run answers `Inspected`, `pending` until the training thread has
 carried the request out at a boundary: the viewer then sends the same `Inspect` again. A viewer has
@@ -76,7 +76,7 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     device: str
     bytes: int
     note: str = ""
-    """What is special about it, such as `this rank's shard`."""
+    """A note such as `this rank's shard`."""
 
     @property
     def elements(self) -> int:
@@ -88,7 +88,7 @@ class TensorList(msgspec.Struct, tag="tensors", frozen=True, array_like=True):
 
     tensors: tuple[TensorInfo, ...]
     left_out: int = 0
-    """How many further ones there are."""
+    """Number of tensors beyond these."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -218,7 +218,8 @@ class HeldBytes(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
-    """Who updates which parameters, and what lies where. Lists have at most `MAX_NAMES` names."""
+    """Which optimizer updates which parameters, and the memory of all tensors. Lists have at most
+    `MAX_NAMES` names."""
 
     groups: tuple[OptimizerGroup, ...]
     memory: tuple[HeldBytes, ...]
@@ -232,14 +233,14 @@ class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
 
 
 class DescribeUse(msgspec.Struct, tag="describe_use", frozen=True):
-    """Asks who updates which parameters, and what lies where."""
+    """Asks which optimizer updates which parameters, and for the memory of all tensors."""
 
 
 class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
-    """Asks which tensors there are."""
+    """Asks for the list of tensors."""
 
     modules: bool = False
-    """Instead the inputs and outputs of modules, for which the forward pass runs again."""
+    """The inputs and outputs of modules instead, for which the forward pass is re-run."""
 
 
 class Summarize(msgspec.Struct, tag="summarize", frozen=True):
@@ -249,7 +250,7 @@ class Summarize(msgspec.Struct, tag="summarize", frozen=True):
     statistics: bool = True
     window: HeatMapWindow | None = None
     entries: int = 8
-    """How many of the largest, of the smallest and of those that are not finite."""
+    """Number of the largest, of the smallest and of non-finite elements to return."""
 
 
 class ReadTensor(msgspec.Struct, tag="read_tensor", frozen=True):
@@ -315,9 +316,9 @@ InspectionResult = (
     | ExperimentCost
 )
 NOT_CAPTURED = "the batch of this step was not kept"
-"""Message of a request that needs to run the forward pass again, before any other such one."""
+"""Message of the first request that needs a re-run of the forward pass."""
 NOT_OBSERVED = "the update of this step was not observed"
-"""Message of a request that comes after the step, before any other one."""
+"""Message of the first request for an update, if it comes after the step."""
 
 
 class Inspect(msgspec.Struct, tag="inspect", frozen=True, array_like=True):

@@ -2,7 +2,7 @@
 others, each connected to the socket of the run.
 
 A process sends `Join` (see `messages`), then what it measures, unasked. Rank 0 answers with
-`Joined`, and sends where to stop and when to go on.
+`Joined`, and sends where to stop and when to continue.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class StopWanted(msgspec.Struct, tag="stop_wanted", frozen=True, array_like=True
 
 class Hold(msgspec.Struct, tag="hold", frozen=True, array_like=True):
     """Stop at the first boundary that does not precede `boundary`, or at the end of step `step`
-    where that is given; a process that is stopped before it goes on until there."""
+    where that is given; a process that is stopped before it continues up to it."""
 
     number: int
     boundary: Boundary = (0, 0)
@@ -119,7 +119,7 @@ class Go(msgspec.Struct, tag="go", frozen=True, array_like=True):
 
 
 class InspectThere(msgspec.Struct, tag="inspect_there", frozen=True, array_like=True):
-    """A viewer's request to look into the tensors of the process."""
+    """A viewer's request to inspect the tensors of the process."""
 
     viewer: int
     message: Inspect | None

@@ -24,8 +24,8 @@ Better = Literal["lower", "higher", ""]
 SCRIPT = "script"
 """The task of a run that trains a user's own script."""
 ProcessState = Literal["waiting", "running", "finished", "stopped", "crashed", "killed", "lost"]
-"""`waiting`: it has not connected yet; `killed`: its connection ended without a word; `lost`: the
-same, from another machine, where it may still be training."""
+"""`waiting`: it has not connected yet; `killed`: its connection ended without a message; `lost`:
+the same, from another machine, where it may still be training."""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Where a training can be taken back to."""
+"""The places that a training can be taken back to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PlaceKind = Literal["snapshot", "checkpoint", "edit"]
 
 
 class TravelPlace(msgspec.Struct, frozen=True, array_like=True):
-    """A step that something is known of."""
+    """A step with a snapshot, a checkpoint or a change of settings."""
 
     step: int
     kind: PlaceKind
@@ -25,7 +25,7 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
     now: int
     newest: int
     exact: bool
-    """Whether any step can be arrived at: a script gets the state of a snapshot only."""
+    """Whether any step can be reached; a script can only get the state of a snapshot."""
     bytes: int = 0
     """Memory that the snapshots take."""
     budget: int = 0
@@ -36,4 +36,4 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
 
 
 class ReadTimeline(msgspec.Struct, tag="read_timeline", frozen=True):
-    """Asks where the training can be taken back to."""
+    """Asks for the timeline."""

@@ -196,7 +196,7 @@ def start_sender(targets: Sequence[str], info: RunInfo) -> int:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        if process.wait(START_TIMEOUT_S):  # it goes on in a child that is not ours
+        if process.wait(START_TIMEOUT_S):  # it continues in a child that is not ours
             raise OSError(f"the process that sends alerts failed ({process.returncode})")
     except subprocess.TimeoutExpired as error:
         process.kill()

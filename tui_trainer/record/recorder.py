@@ -1,4 +1,4 @@
-"""The recorder: takes what is measured off the training thread, and gives it to viewers and sinks.
+"""The recorder: takes measurements off the training thread, and gives them to viewers and sinks.
 
 The training thread only appends to a bounded queue; it never takes a lock that is held during other
 work, and never waits for a viewer, a disk or a socket. The recorder's own thread drains the queue
@@ -59,7 +59,7 @@ QUEUE_BYTES = 64 * 1024 * 1024
 MIN_QUEUE_STEPS = 64
 MAX_REPORTED_FAULTS = 200
 REPEATED_ROWS = 100_000
-"""How far back steps that are made again are compared with what was recorded."""
+"""How far back repeated steps are compared with what was recorded."""
 READER_GONE = "the reader closed the output; the training continues without it"
 
 
@@ -78,8 +78,8 @@ class Recorder:
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
         self.repeating_until = -1
-        """Steps up to this one are recorded already: the training was taken back, and makes them
-        again. Set by `rewind`."""
+        """Steps up to this one are recorded already: the training was taken back and repeats them.
+        Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
         """Tables that have to be measured in every step."""
 
@@ -90,7 +90,7 @@ class Recorder:
         self._ids = threading.Lock()
         self._next_table = len(info.tables)
         self._differences = 0
-        """Steps that differed when they were made again."""
+        """Repeated steps that differed."""
         self._faults: set[str] = set()
         self._paused_s: Callable[[], float] | None = None
         self._current_step: Callable[[], int] | None = None
@@ -440,7 +440,7 @@ class Recorder:
         self.throughput.restart_window()
 
     def _repeat_step(self, record: StepRecord) -> None:
-        """A step was made again: it must be the same. Nothing is recorded."""
+        """A step was repeated: it must be the same. Nothing is recorded."""
         self._status = msgspec.structs.replace(self._status, step=record.step)
         for table, values in rounded_for_storage(record).rows:
             if self._info.tables[table].name != schema.STEP or self._differences:
@@ -452,7 +452,7 @@ class Recorder:
                 if not (loss == again or (np.isnan(loss) and np.isnan(again))):
                     self._differences += 1
                     text = (
-                        f"step {record.step:,} differs now that it was made again: its loss was "
+                        f"step {record.step:,} differs when repeated: its loss was "
                         f"{loss:.7g} and is {again:.7g}, so this training is not deterministic"
                     )
                     self._add_notice("state", text, "warning", record.step)

@@ -38,7 +38,7 @@ class Throughput:
         self.first_began: float | None = None
         """When the first step began."""
         self.paused_s = 0.0
-        """Seconds paused so far, without a pause that is still going on."""
+        """Seconds paused so far, without the current pause."""
         self.excluded_s = 0.0
         """Seconds so far in evaluations and checkpoints."""
         self._paused_since: float | None = None

@@ -14,7 +14,7 @@ from tui_trainer.trace.gate import Gate
 
 
 class RunBreakpoints:
-    """Creates the breakpoints of a run, and is the run that they see."""
+    """Creates the breakpoints of a run, and implements their `BreakpointHost`."""
 
     def __init__(self, spec: RunSpec, gate: Gate, recorder: Recorder) -> None:
         """With those that `spec` begins with."""
@@ -38,7 +38,7 @@ class RunBreakpoints:
         return self.all.stop if self._gate.mode == "paused" else None
 
     def forget_stop(self) -> None:
-        """The run is controlled by hand from here."""
+        """A user controls the run from here: forget the breakpoint."""
         self.all.stop = None
 
     # ------------------------------------------------------------ `breakpoints.Run`

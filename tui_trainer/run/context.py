@@ -1,4 +1,4 @@
-"""What a training needs of the run around it, and the tracer that both kinds of training use."""
+"""The interface of a run to its training, and the tracer that all trainings use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunContext(Protocol):
         """Set the saver of the checkpoints that are requested by viewers or when stopping."""
 
     def inspect_with(self, inspector: Inspector) -> None:
-        """Set what looks into the tensors of the training."""
+        """Set the inspector of the training's tensors."""
 
     def name_outputs(self, tokens: Sequence[str], classes: Sequence[str]) -> None:
         """Set the texts of the model's tokens and the names of its classes, for inspections."""

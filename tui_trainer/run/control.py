@@ -88,8 +88,8 @@ class CommandHandler:
         start_branch: Callable[[Branch], str] | None = None,
     ) -> None:
         """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
-        `controls`: those of all processes of the run. `edits()` raises Refusal where no setting can
-        be changed, `travel()` where there is no way back, `start_branch()` where there is none."""
+        `controls`: those of all processes of the run. `edits()`, `travel()` and `start_branch()`
+        raise Refusal where they are not possible."""
         self._edits = edits
         self._travel = travel
         self._branch = start_branch
@@ -230,7 +230,7 @@ class CommandHandler:
 
     def _time_travel(self) -> TimeTravel:
         if self._travel is None:
-            raise Refusal("there is no way back in this run")
+            raise Refusal("this run cannot go back")
         return self._travel()
 
     def _start_branch(self, action: Branch) -> str:

@@ -316,7 +316,7 @@ class Host:
         return self.edits
 
     def _time_travel(self) -> TimeTravel:
-        """Raises Refusal where there is no way back."""
+        """Raises Refusal where the training cannot go back."""
         self._require_one_process()
         if self.travel is None:
             raise Refusal("the training has not begun yet")
@@ -353,7 +353,7 @@ class Host:
         if self.spec.is_script:
             raise Refusal(
                 f"{self.spec.name} trains a script, which resumes by its own means",
-                "tui-trainer back RUN --to STEP goes on from an earlier state in the same run",
+                "tui-trainer back RUN --to STEP continues from an earlier state in the same run",
             )
         if self.edits is None:
             raise Refusal("the training has not begun yet")
@@ -364,7 +364,7 @@ class Host:
         return f"branch {name} is being started"
 
     def _make_branch(self, asked: Branch, name: str, saved: Future[int]) -> None:
-        """On a thread of its own; how it ends is told by a notice."""
+        """On a thread of its own; a notice reports its result."""
         changes = [change.text for change in asked.changes]
         try:
             step = saved.result()
@@ -380,7 +380,7 @@ class Host:
             self.recorder.fault(f"starting branch {name}", error)
         else:
             with_changes = f" with {' '.join(changes)}" if changes else ""
-            text = f"branch {name} goes on from step {step:,}{with_changes}"
+            text = f"branch {name} continues from step {step:,}{with_changes}"
             self.recorder.notice("branch", text, step=step)
 
     def _save_on_stop(self, step: int) -> None:

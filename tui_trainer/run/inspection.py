@@ -67,7 +67,7 @@ class OtherRanks(Protocol):
         """Raises UserError."""
 
     def left(self, viewer: int) -> None:
-        """The viewer is gone."""
+        """Forget a viewer that has disconnected."""
 
 
 class Inspections:
@@ -122,7 +122,7 @@ class Inspections:
         return self.others.answer(viewer, number, request)
 
     def left(self, viewer: int) -> None:
-        """The viewer is gone."""
+        """Forget a viewer that has disconnected."""
         if self.others is not None:
             self.others.left(viewer)
         with self._lock:

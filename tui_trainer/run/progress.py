@@ -1,5 +1,5 @@
-"""The length of a script's run: total steps, steps of an epoch and items of a step, found out
-in its first steps or reported by its framework; and its evaluations."""
+"""The length of a script's run: total steps, steps of an epoch and items of a step, determined in
+its first steps or reported by its framework; and its evaluations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.tracer import Tracer
 
 SAMPLED_STEPS = 6
-"""First steps in which the loop is looked at: enough to see two optimizers take turns."""
+"""First steps in which the loop is examined: enough to see two optimizers take turns."""
 OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 TOTAL, EPOCHS, ITEMS = "total_steps", "epochs", "items_per_step"
@@ -87,7 +87,7 @@ class Progress:
         unseen: dict[str, str] | None = None,
         item_unit: str = "samples",
     ) -> None:
-        """What is known of the run's length, and why other things are not."""
+        """Report what is known of the run's length, and the reasons for what is not."""
         self._gate.steps_per_epoch = steps_per_epoch
         reasons = unseen or {}
         self._gate.no_epochs = reasons.get(EPOCHS, "")

@@ -68,7 +68,7 @@ class RankClientHooks:
     message: Callable[[ToRank], None] = _do_nothing
     """Called with each message of rank 0."""
     asked: Callable[[InspectThere], None] = _do_nothing
-    """Called instead with each request to look into the tensors of this process."""
+    """Called instead with each request to inspect the tensors of this process."""
     lost: Callable[[], None] = _do_nothing
     """Called once when rank 0 was not found or the connection has ended."""
 

@@ -1,5 +1,5 @@
-"""Looking into the tensors of another rank: rank 0 passes the requests of viewers on to the process
-of that rank, which answers them at its own gate."""
+"""Inspects the tensors of another rank: rank 0 passes the requests of viewers on to the process of
+that rank, which answers them at its own gate."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RankInspections:
         return answer or Inspected(number, "pending", message=f"waiting for {peer.name}")
 
     def left(self, viewer: int) -> None:
-        """The viewer is gone."""
+        """Forget a viewer that has disconnected."""
         with self._arrived:
             passed = self._passed.pop(viewer, None)
         if passed is not None and passed.peer in self._ranks.peers:

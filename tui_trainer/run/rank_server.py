@@ -156,7 +156,7 @@ class RankServerHooks:
     row_received: Callable[[int, int, Floats], None] = _ignore_row
     """Called with rank, step and values of each row of another rank."""
     inspected: Callable[[Peer, InspectedThere], None] = _ignore_answer
-    """Called with each answer of a process to a request to look into its tensors."""
+    """Called with each answer of a process to an inspection request."""
 
 
 class RankServer:

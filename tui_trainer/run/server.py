@@ -54,7 +54,7 @@ VIEWER_NAME_CHARACTERS = 80
 
 
 class ViewerTimeout(Exception):
-    """The viewer does not read what it asked for, or sends nothing."""
+    """The viewer does not read its answers, or sends nothing."""
 
 
 class ViewerConnection:

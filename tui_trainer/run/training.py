@@ -111,7 +111,7 @@ def _find_definition(name: str) -> TaskDefinition:
 
 
 def change_before_first_step(run: RunContext) -> None:
-    """Make the changes of settings that the run was started with. Raises ConfigurationError."""
+    """Apply the changes of settings that the run was started with. Raises ConfigurationError."""
     from tui_trainer.settings.edits import SettingEdit
 
     assert run.edits is not None
@@ -122,7 +122,7 @@ def change_before_first_step(run: RunContext) -> None:
 
 
 def train_loop(run: RunContext, training: Training) -> None:
-    """Train to the end, and go back on the way as often as a user wants to. Raises StopTraining."""
+    """Train to the end, going back whenever a user asks for it. Raises StopTraining."""
     from tui_trainer.travel.time_travel import RewindRequested
 
     travel, target = run.travel, None
@@ -173,7 +173,7 @@ class OwnCheckpoints:
 
 
 def editable(training: Training) -> EditableTask | None:
-    """What a user may change of the task's own parts."""
+    """The parts of the task that a user may change."""
     from tui_trainer.settings.edits import EditableTask
 
     if training.schedule is None or training.batches is None:
@@ -196,7 +196,7 @@ def _describe(run: RunContext, training: Training, threads: int) -> None:
 def schedule_between_steps(
     run: RunContext, training: Training
 ) -> tuple[CheckpointSaver, Evaluations]:
-    """Have the evaluations of the task, and checkpoints, made between its steps."""
+    """Schedule the evaluations of the task, and checkpoints, between its steps."""
     from tui_trainer.run.checkpoints import CheckpointSaver
 
     def contents() -> tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]:
@@ -213,7 +213,7 @@ def schedule_between_steps(
 
 
 def _once(run: RunContext, work: Callable[[int], None]) -> Callable[[int], None]:
-    """`work`, but not after steps that are made again."""
+    """`work`, but not after repeated steps."""
 
     def after_step(step: int) -> None:
         if step > run.recorder.repeating_until:

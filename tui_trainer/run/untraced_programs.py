@@ -118,6 +118,6 @@ def _of_python(arguments: list[str]) -> tuple[str, str] | None:
 
 
 def _is_installed(path: str) -> bool:
-    """Whether this is a file of Python or of a package, which is no training of the user's."""
+    """Whether this is a file of Python or of a package, not a training of the user's."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return path in ("built-in", "frozen") or any(path.startswith(f + os.sep) for f in folders)

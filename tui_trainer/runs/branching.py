@@ -1,4 +1,4 @@
-"""Starting a branch: a new run that goes on from a checkpoint of another one."""
+"""Starts a branch: a new run that continues from a checkpoint of another one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def free_name(directory: Path) -> str:
 def start_branch(
     spec: RunSpec, step: int, name: str, changes: Sequence[str], paused: bool = False
 ) -> None:
-    """Start the run `name` beside that of `spec`, from its checkpoint of `step`, in a process of
-    its own; returns once it is known to train. Raises RunError."""
+    """Start the run `name` next to that of `spec`, from its checkpoint of `step`, in a process of
+    its own; returns once it trains. Raises RunError."""
     directory = Path(spec.directory)
     command = [sys.executable, "-m", "tui_trainer", spec.task, "--detach", "--name", name]
     command += ["--resume", f"{directory}@{step}", "--runs-dir", str(directory.parent)]

@@ -1,7 +1,7 @@
 """Changes of the settings of a live training: learning rate, weight decay, clipping, freezing, …
 
-All of it happens on the training thread, at the end of a step; a training that nobody changes runs
-as if this module did not exist. Each change is recorded as an event, and can be undone.
+Everything happens on the training thread, at the end of a step; a training without changes runs as
+if this module did not exist. Each change is recorded as an event, and can be undone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HYPERPARAMETERS = ("lr", "weight_decay", "betas", "momentum", "eps")
 
 @dataclass
 class EditableTask:
-    """What a shipped task lets be changed."""
+    """The parts of a shipped task that can be changed."""
 
     schedule: Schedule
     batches: Batches
@@ -56,12 +56,12 @@ class EditableTask:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """A change that has been found to be possible."""
+    """A change that is possible and not made yet."""
 
     text: str
     """`lr 0.001 → 0.0003`"""
     apply: Callable[[], Undo]
-    """Makes the change and returns how to undo it."""
+    """Makes the change and returns the function that undoes it."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class AppliedEdit:
 
 @dataclass(frozen=True)
 class SettingEdit:
-    """A change that was made at the end of step `step`; None: the latest one was undone."""
+    """Changes made at the end of step `step`; `changes` None: the latest ones were undone."""
 
     step: int
     changes: tuple[SettingChange, ...] | None
     who: str = ""
     undoable: AppliedEdit | None = None
-    """How to undo it."""
+    """Undoes it."""
 
     @property
     def text(self) -> str:
@@ -91,7 +91,7 @@ class SettingEdit:
 
 @dataclass
 class EditState:
-    """All that changes have set, apart from what optimizers hold."""
+    """The state of all changes, apart from what optimizers hold."""
 
     log: list[SettingEdit] = field(default_factory=list)
     undoable: list[AppliedEdit] = field(default_factory=list)
@@ -109,7 +109,7 @@ class LiveEdits:
         self.state = EditState()
         self._rates = LearningRates(tracer, gate, recorder)
         self.check: Callable[[], None] | None = None
-        """Raises Refusal where no setting may be changed now."""
+        """Set to a function that raises Refusal where no setting may be changed now."""
         self._edited_before = False
         """Whether the run that this one continues was changed."""
         self._waiting: list[tuple[str, Future[Any]]] = []
@@ -157,7 +157,7 @@ class LiveEdits:
             raise Refusal("the training has ended") from None
 
     def _waited(self, future: Future[Any]) -> None:
-        """A change was made, refused or withdrawn after the viewer was told that it comes."""
+        """A change that was announced to the viewer has been made, refused or withdrawn."""
         self._waiting = [each for each in self._waiting if each[1] is not future]
         if future.cancelled():
             return
@@ -171,8 +171,8 @@ class LiveEdits:
     # ------------------------------------------------------------ training thread
 
     def apply(self, entry: SettingEdit, silent: bool = False) -> str:
-        """Make a change, or undo one, at the end of the step that is completed. Raises Refusal, and
-        then nothing has changed. `silent`: it is made again, and was recorded the first time."""
+        """Make a change, or undo one, at the end of the step that is completed. If it raises
+        Refusal, nothing has changed. `silent`: it is repeated and already recorded."""
         step = self._gate.completed
         if self.check is not None and not silent:
             self.check()
@@ -195,7 +195,7 @@ class LiveEdits:
         done: list[Undo] = []
         texts = []
         try:
-            for change in changes:  # planned one by one: `beta1` and `beta2` change the same pair
+            for change in changes:  # one by one: `beta1` and `beta2` change the same pair
                 plan = self.plan(change)
                 done.append(plan.apply())
                 texts.append(plan.text)
@@ -271,7 +271,7 @@ class LiveEdits:
             return PlannedEdit(text, lambda: self._rates.change(targets, value))
         schedule = task.schedule
         if schedule.schedule != "constant":
-            text += f" (the {schedule.schedule} schedule goes on from it)"
+            text += f" (the {schedule.schedule} schedule continues from it)"
 
         def apply() -> Undo:
             old = schedule.state_dict()
@@ -398,7 +398,7 @@ class LiveEdits:
 
     @staticmethod
     def _epoch_change(task: EditableTask, name: str, value: int) -> str:
-        """What another batch size means for the epochs."""
+        """The effect of another batch size on the epochs."""
         before = task.batches.batches_per_epoch
         if name != "batch_size" or not before:
             return ""
@@ -469,7 +469,7 @@ class LiveEdits:
     # ------------------------------------------------------------ checkpoints and snapshots
 
     def state_dict(self) -> dict[str, Any]:
-        """What optimizers do not hold, as plain data."""
+        """The state that optimizers do not hold, as plain data."""
         state: dict[str, Any] = {"clip": dict(self._tracer.clip_limits)}
         state["frozen"] = [name for name, p in self._parameters() if not p.requires_grad]
         if self.task is not None:
@@ -480,7 +480,7 @@ class LiveEdits:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with what a checkpoint holds, if that training was changed."""
+        """Restore the changes from a checkpoint, if that training was changed."""
         if not state.get("edited"):
             return
         self._load(state)
@@ -505,7 +505,7 @@ class LiveEdits:
         return self.state_dict(), state, self._rates.snapshot()
 
     def restore_saved(self, state: dict[str, Any], history: Sequence[SettingEdit]) -> None:
-        """Be as in a checkpoint of this run; `history`: the changes that it has had."""
+        """Restore the state of a checkpoint of this run; `history`: the changes of the run."""
         self._load(state)
         self._rates.restore({})
         self.state = EditState(list(history[: state["edits"]]))
@@ -526,7 +526,7 @@ def _set_trainable(parameters: Sequence[torch.Tensor], trainable: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(trainable)
         if not trainable:
-            parameter.grad = None  # or an optimizer would go on to move it by its momentum
+            parameter.grad = None  # otherwise an optimizer would still move it by its momentum
 
 
 def _require_valid(change: SettingChange) -> None:
@@ -545,12 +545,14 @@ def _undo_all(done: Sequence[Undo]) -> None:
 def _number(value: SettingValue) -> float:
     """Raises Refusal: a viewer of another version may send anything."""
     if not isinstance(value, (int, float)) or value != value or value < 0:
-        raise Refusal(f"{setting_text(value)} is no value for it", "expected a number, at least 0")
+        raise Refusal(
+            f"{setting_text(value)} is not a value for it", "expected a number, at least 0"
+        )
     return float(value)
 
 
 def _changed(before: Any, change: SettingChange) -> Any:
-    """The value that a change gives to a hyper-parameter that was `before`."""
+    """The new value of a hyper-parameter whose value was `before`."""
     match change.name:
         case "betas":
             value = change.value
@@ -577,7 +579,7 @@ def _kept(value: Any) -> Any:
 
 
 def _assign(group: dict[str, Any], key: str, value: Any) -> None:
-    """In place where it is a tensor, which a compiled optimizer reads."""
+    """Assign in place where it is a tensor, which a compiled optimizer reads."""
     present = group[key]
     if isinstance(present, torch.Tensor):
         with torch.no_grad(), contextlib.suppress(TypeError):

@@ -1,10 +1,10 @@
-"""The learning rate of a script: who else sets it, and how a change prevails.
+"""Changes the learning rate of a script, also where a scheduler or the script itself sets it.
 
-* A scheduler of torch: its base rates are scaled by the same factor, so that its curve goes on from
-  the new value.
+* A scheduler of torch: its base rates are scaled by the same factor, so that its curve continues
+  from the new value.
 * The script itself, in every step: what it sets is multiplied by the factor for the duration of the
   optimizer's step. That is noticed one step after the change.
-* Nobody: the value stays.
+* Neither: the value stays.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class LearningRates:
         return old, undo
 
     def note(self, optimizers: Sequence[Optimizer]) -> str:
-        """Who else sets the rate."""
+        """What else sets the rate, as a text."""
         if any(ref() in optimizers for ref, _, _ in self._factors.values()):
             return "the script sets it; its values are scaled"
         names = dict.fromkeys(type(s).__name__ for o in optimizers for s in schedulers_of(o))
@@ -95,8 +95,8 @@ class LearningRates:
         value: float,
         undos: list[tuple[float, Undo]],
     ) -> Callable[[int], None]:
-        """After the next step, find out whether the script has set another rate; returns what is
-        called then. `undos`: of each target its rate before, and how to restore it."""
+        """Returns a function to call after the next step, which finds out whether the script has
+        set another rate. `undos`: of each target its rate before, and how to restore it."""
         old = [before for before, _ in undos]
         first = self._gate.completed
 
@@ -196,7 +196,7 @@ def _referring(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
-    """With those inside of SequentialLR and ChainedScheduler."""
+    """Includes the schedulers inside SequentialLR and ChainedScheduler."""
     for scheduler in schedulers:
         yield scheduler
         yield from _with_inner(list(getattr(scheduler, "_schedulers", ())))

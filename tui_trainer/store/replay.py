@@ -1,4 +1,4 @@
-"""Replays a recorded run as the items that its sinks were given, in the same order.
+"""Replays a recorded run as the items that its sinks received, in the same order.
 
 A sink (JSON lines, plain lines) writes the same output for a recorded run as it did for the live
 one. Memory is bounded: rows are read chunk by chunk.

@@ -48,8 +48,8 @@ CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class TableWriter(Protocol):
-    """Writes some tables of the store. What it takes waits until `write` and, once that is
-    committed, `written`."""
+    """Writes some tables of the store. Its items wait until `write` and, once that is committed,
+    `written`."""
 
     def reopened(self) -> None:
         """The database was opened again: it may be another one, or hold less than was written."""

@@ -65,7 +65,7 @@ class Schedule(Protocol):
 
     def change(self, step: int, value: float, group: int | None) -> None:
         """Let the learning rate of step `step`, counted from 0, be `value`, of one parameter group
-        or of all, and go on from there."""
+        or of all, and continue the schedule from there."""
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of step `step`, counted from 0."""
@@ -90,7 +90,7 @@ class Batches(Protocol):
         """From the next batch on."""
 
     def check(self, batch_size: int) -> None:
-        """Raises ConfigurationError if there are not so many examples."""
+        """Raises ConfigurationError if there are fewer examples than that."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Training:
     tokens: Sequence[str] = ()
     """Texts of the model's tokens, by number, for a model that reads tokens."""
     classes: Sequence[str] = ()
-    """Names of what the model predicts, by number."""
+    """Names of the classes that the model predicts, by number."""
     stateful: dict[str, Any] = field(default_factory=dict)
     """Objects with `state_dict()` and `load_state_dict()` that a checkpoint holds in addition to
     the model: optimizer, scheduler, scaler, batches (their position and generator)."""

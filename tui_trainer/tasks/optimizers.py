@@ -96,7 +96,7 @@ class LearningRate:
             group["lr"] = self._of_group(step, number)
 
     def _of_group(self, step: int, group: int) -> float:
-        """After a change the schedule goes on in proportion from the value that was set."""
+        """After a change the schedule continues in proportion from the value that was set."""
         change = self._changes.get(group, self._changes.get(None))
         if change is None:
             return self.at(step)

@@ -25,11 +25,11 @@ def cpp_compiler_found() -> bool:
 
 
 class GradScaler(torch.amp.GradScaler):
-    """PyTorch's, whose state may be taken between its `step` and its `update` as well.
+    """PyTorch's GradScaler, whose state may also be saved between its `step` and its `update`.
 
-    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues
-    from it has not to make that step's `update` any more. It may be the update of a step that was
-    skipped for infinite gradients: a fused optimizer is called for it too, and skips by itself.
+    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues from
+    it must not repeat that step's `update`. It may be the update of a step that was skipped for
+    infinite gradients: a fused optimizer is called for it too, and skips by itself.
     """
 
     _stepping = False
@@ -45,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
         self._stepping = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's, also in the middle of a step, of which nothing is left then."""
+        """Like PyTorch's, and it also discards a step in progress."""
         super().load_state_dict(state_dict)
         self._stepping = False
         if self.is_enabled():
@@ -73,7 +73,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _found_infinite(self) -> list[torch.Tensor]:
         """Of each optimizer and device, whether gradients of this step are not finite (0-d, above 0
-        where so): what PyTorch's `update` goes by."""
+        where so): the input of PyTorch's `update`."""
         states = self._per_optimizer_states.values()
         device = self._scale.device if self._scale is not None else None
         return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]

@@ -52,7 +52,7 @@ class ActiveProbe:
     cost_ms: float = math.nan
     """Smoothed cost of one measurement."""
     failed: bool = False
-    """It raised, and is not called any more."""
+    """It raised an exception and is no longer called."""
     readings: list[Readings] = field(default_factory=list)
     spent_s: float = 0.0
     """Time on the training thread in this step."""

@@ -21,7 +21,8 @@ RECENT = 32
 FACTOR = 4.0
 """Times the highest of the last losses from which a batch is looked at."""
 OF_FIRST = 0.5
-"""Of the first loss, that such a batch has at least: near zero, four times is little."""
+"""Smallest share of the first loss that such a batch has: near zero, four times the usual loss is
+little."""
 MAX_LOOKED_AT = 20
 MAX_HELD = 1 << 20
 """Elements of a tensor that is kept from the loss function to backward."""
@@ -61,8 +62,8 @@ class BadBatches:
             self._loss = function, name, [_weak(value) for value in args], named
 
     def look_at(self, loss: torch.Tensor) -> BadBatch | None:
-        """`loss` is about to be backpropagated: what is special about its batch, if it is far above
-        the ones before."""
+        """Called before backward: describes the batch of `loss` if that is far above the losses
+        before."""
         if not loss.is_cpu or loss.is_complex():
             return None
         try:

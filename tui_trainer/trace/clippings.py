@@ -35,9 +35,9 @@ class Clippings:
     ) -> None:
         self.faults = faults
         self._measurers: list[StepMeasurer] = []
-        """Those whose gradients it clips."""
+        """The optimizers whose gradients it clips."""
         self._used: list[StepMeasurer] = []
-        """Those whose gradients it clips although a step has used them already."""
+        """The optimizers whose gradients it clips although a step has used them already."""
         self._gate = gate
         self._phases = phases
         self._waiting = waiting

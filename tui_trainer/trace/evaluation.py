@@ -64,16 +64,16 @@ class Observer(Protocol):
 
 
 class EvaluationLosses:
-    """The losses of the evaluation that is going on between two steps, if one is."""
+    """The losses of the evaluation between two steps, if there is one."""
 
     def __init__(self, observer: Observer, patches: Patches) -> None:
         self._observer = observer
         self._patches = patches
         self.on_result: OnResult | None = None
-        """Called on the training thread when training goes on. None: nothing is observed."""
+        """Called on the training thread when training continues. None: nothing is observed."""
         self.on_ambiguous: Callable[[int], None] = _ignore
         """Called in place of it, with the number of completed steps, where several losses are
-        computed: which of them is *the* loss is the script's own business."""
+        computed, since it is unknown which of them is the loss of the script."""
         self.on_training_loss: OnTrainingLoss | None = None
         """Called with every scalar loss that is computed with gradients."""
         self.muted = False
@@ -135,7 +135,7 @@ class EvaluationLosses:
             self._open, self._step = True, completed
 
     def end(self) -> None:
-        """Training goes on, or has ended."""
+        """Training continues, or has ended."""
         if not self._open:
             self._with_gradients.clear()
             return
@@ -229,7 +229,7 @@ class EvaluationModes:
         self._last = -USUAL_DISTANCE
 
     def evaluated(self) -> None:
-        """A model was called so."""
+        """A model was called in this way."""
         self._calls += 1
 
     def in_train_mode(self, step: int, losses: int) -> bool:
@@ -247,7 +247,7 @@ def _ignore(step: int) -> None:
 
 
 def _place_of(frame: FrameType | None) -> tuple[Any, int]:
-    """The line of the script, or of a library, that has the loss computed."""
+    """The line of the script, or of a library, that calls the loss function."""
     while frame is not None and frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
         if module not in LOSS_MODULES and module != "torch.nn.modules.module":
@@ -257,7 +257,7 @@ def _place_of(frame: FrameType | None) -> tuple[Any, int]:
 
 
 def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """What the sum of a loss is the sum over."""
+    """The number of targets that a summed loss sums over."""
     given = args[0] if args else kwargs.get("input")
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if name in CLASS_LOSSES and isinstance(target, torch.Tensor) and not target.is_floating_point():

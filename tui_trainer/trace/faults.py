@@ -11,7 +11,7 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import RecorderLike, describe_exception
 
 MAX_FAULTS = 3
-"""Steps in a row whose measurement a fault of ours may end before tracing is switched off."""
+"""Faulty steps in a row after which tracing is switched off."""
 
 
 class Faults:
@@ -28,7 +28,7 @@ class Faults:
         self.given_up = False
         """Whether a fault has ended the measurement of the current step."""
         self.in_a_row = 0
-        """Steps in a row that were given up."""
+        """Steps in a row that were abandoned."""
         self.own_s = 0.0
         """Our overhead since it was last accounted for, without time spent in the gate."""
 
@@ -63,7 +63,7 @@ R = TypeVar("R")
 def guarded(
     method: Callable[Concatenate[S, P], R], always: bool = False
 ) -> Callable[Concatenate[S, P], R]:
-    """Count our own time, and let no exception of ours reach the training.
+    """Count our own time, and keep our exceptions away from the training.
 
     Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
     step: until its end only methods that are `always` called do anything. A method that tells

@@ -43,7 +43,7 @@ class ForwardPasses:
         observers: Observers,
         resume: Callable[[bool], None],
     ) -> None:
-        """`resume(stepped)` is called at the end of an iteration that was given up."""
+        """`resume(stepped)` is called at the end of an abandoned iteration."""
         self.faults = faults
         self._gate = gate
         self._phases = phases
@@ -136,7 +136,7 @@ class ForwardPasses:
         self._phases.leave(LOSS)
 
     def end_sampling(self) -> None:
-        """The open forward is over, or given up."""
+        """The open forward is over, or abandoned."""
         sampling, self._sampling = self._sampling, []
         for measurer in reversed(sampling):  # in the reverse order of what they replaced
             measurer.probes.after_forward()

@@ -26,7 +26,7 @@ Mode = Literal["running", "paused", "stopping", "ended"]
 Boundary = tuple[int, int]
 SHARED_FIELDS = 4
 MAX_PAUSE_OF_WORK = 10**15
-"""Steps until work that has failed is called again: none."""
+"""Work that has failed is not called again."""
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
@@ -43,7 +43,7 @@ class StopTraining(KeyboardInterrupt):
     def __init__(self, checkpoint: bool = False) -> None:
         super().__init__("stopped at the end of a step")
         self.checkpoint = checkpoint
-        """Whether the request to stop asked for a checkpoint."""
+        """Whether the request to stop includes a checkpoint."""
 
 
 def _do_nothing(*_: Any) -> None:
@@ -67,7 +67,7 @@ class GateHooks:
     """Training thread: pause at this boundary; `Gate.pause` unless set."""
     save_checkpoint: Callable[[int], object] = _do_nothing
     """Training thread, with the number of completed steps: the run stops here and a checkpoint was
-    asked for."""
+    requested."""
     work_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered around work for others (the tracer's `suspended`)."""
 
@@ -112,7 +112,7 @@ class Gate:
         self.boundary: Boundary = (0, 0)
         """The boundary that was reached last: its step, and its number within the step from 1."""
         self.reached_at = 0.0
-        """When, on the monotonic clock; 0.0 where nobody asks (`times_boundaries`)."""
+        """Its time on the monotonic clock; 0.0 unless `times_boundaries` is set."""
         self.times_boundaries = False
         self.shared: memoryview | None = None
         """Where another process reads step, boundary, phase and time (`SHARED_FIELDS` int64)."""
@@ -177,7 +177,7 @@ class Gate:
 
     @property
     def checkpoint_on_stop(self) -> bool:
-        """Whether a request to stop asked for a checkpoint."""
+        """Whether a request to stop includes a checkpoint."""
         return self._checkpoint
 
     @property
@@ -233,7 +233,7 @@ class Gate:
 
     def hold_from(self, boundary: Boundary) -> None:
         """Pause at the first boundary that does not precede `boundary`. A thread that is paused
-        before it goes on until there. It stops several processes at the same boundary."""
+        before it continues up to it. It stops several processes at the same boundary."""
         with self._control():
             self._target = None
             if not (self._waiting and self.boundary >= boundary):

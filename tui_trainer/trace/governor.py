@@ -165,7 +165,8 @@ class Governor:
                     return
 
     def _report_if_exceeded(self, fixed: float, rest: float, step_ms: float) -> None:
-        """Say it once, after two windows over budget; again only after the budget was kept."""
+        """Report it once, after two windows over budget, and again only after the budget was
+        kept."""
         allowed, share = self.budget * step_ms, (fixed + rest) / step_ms
         if fixed + rest <= allowed:
             self._windows_over = 0
@@ -184,8 +185,8 @@ class Governor:
         self._on_change((), text, "info")
 
     def _follow_watching(self, probes: Sequence[ActiveProbe]) -> bool:
-        """Report what is watched now or no longer. When nothing is watched any more, cadences that
-        were stretched for its sake are restored. Returns whether a cadence changed."""
+        """Report what is watched now or no longer. When nothing is watched, cadences that were
+        stretched for watched probes are restored. Returns whether a cadence changed."""
         watched = tuple(probe for probe in probes if probe.watched)
         if watched == self._watched:
             return False

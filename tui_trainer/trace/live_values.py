@@ -14,8 +14,8 @@ from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 
 class TracedStep(Protocol):
-    """What is read of the step in progress: the tracer, on its training thread at a phase boundary,
-    for breakpoints and for phase reports."""
+    """The step in progress as breakpoints and phase reports read it, on the training thread at a
+    phase boundary. The tracer implements it."""
 
     recorder: RecorderLike
     registry: OptimizerRegistry
@@ -55,7 +55,7 @@ class LiveValues:
 
     def gradient_norms(self) -> tuple[tuple[str, ...], list[float | None]]:
         """(names, norms) of all parameters; None where there is no gradient or its norm before
-        clipping is not known any more."""
+        clipping is no longer known."""
         names: list[str] = []
         norms: list[float | None] = []
         for measurer in self._run.registry.measurers:

@@ -1,6 +1,5 @@
-"""What the autograd graph of a loss tells about how it is computed.
-
-Reads the names and shapes of nodes, and no tensor. Of a compiled model there is nothing to read.
+"""Reads from the autograd graph of a loss how it is computed: names and shapes of nodes, no tensor.
+A compiled model has no such graph.
 """
 
 from __future__ import annotations

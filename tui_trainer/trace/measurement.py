@@ -1,4 +1,4 @@
-"""Measuring the steps of one optimizer: what waits in its gradients, and its probes."""
+"""Measures the steps of one optimizer: follows its gradients and calls its probes."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class StepMeasurer:
         return changed
 
     def probably_changed(self) -> bool:
-        """`changed_between_passes`, judged by one parameter where that is enough."""
+        """`changed_between_passes`, checked on one parameter where that is enough."""
         if self.careful:
             return self.changed_between_passes()
         return self.marks.first_changed()
@@ -217,7 +217,7 @@ class StepMeasurer:
 
         Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
         careful, the norms are compared as well where it matters (`compare`). Gradients that it has
-        released or zeroed are thrown away, which is no change.
+        released or zeroed are discarded, which does not count as a change.
         """
         changed = self.marks.changed()
         compare = compare and self.careful and self._latest is not None
@@ -522,7 +522,7 @@ class StepMeasurer:
         return completed
 
     def lose(self) -> LostGradients:
-        """The gradients that wait are thrown away: what is known of them."""
+        """The waiting gradients are discarded; returns what is known of them."""
         lost = LostGradients(self, self.reading or GradientReading(), self.clips)
         self.probes.forget_readings()
         self._forget()

@@ -1,4 +1,4 @@
-"""Finding the models that a training loop calls, and observing each of their calls.
+"""Finds the models that a training loop calls, and observes each of their calls.
 
 While a model is searched, `torch.nn.Module.__call__` is replaced: the outermost module called that
 has trainable parameters is a root. From then on only `__call__` of the root's own class is
@@ -96,7 +96,7 @@ class RootModules:
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """Those that are still alive."""
+        """The models that still exist."""
         return [m for m in (ref() for ref in self._known.values()) if m is not None]
 
     def search(self) -> None:
@@ -124,7 +124,7 @@ class RootModules:
             self._observe(type(module))
 
     def clear(self) -> None:
-        """Observe no module any more; the caller restores the patches."""
+        """Stop observing; the caller restores the patches."""
         self._searching = False
         self._known.clear()
         self._classes.clear()

@@ -1,4 +1,4 @@
-"""Which operation made a loss that is not finite, read from its autograd graph before backward.
+"""Finds the operation that made a loss non-finite, in its autograd graph before backward.
 
 The graph holds the inputs or results of many operations for backward. An operation whose result is
 not finite although all of its known inputs are is the origin; nothing is computed again, and the
@@ -302,7 +302,7 @@ class NonFiniteOrigins:
 
 
 def merged(by_sum: Producer | None, by_graph: Producer | None) -> Producer | None:
-    """What the outputs of modules and the graph of the loss say together."""
+    """Combines the origins found by the outputs of modules and by the graph of the loss."""
     if by_sum is None or by_graph is None:
         return by_sum or by_graph
     if by_graph.source == "input":  # of the graph: what the model was given, or a detached tensor

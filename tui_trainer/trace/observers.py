@@ -1,4 +1,4 @@
-"""What may look at a training while it is traced, besides the probes."""
+"""Interfaces of what observes a traced training, besides the probes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 
 class LoopObserver(Protocol):
-    """Looks at the loop around the first steps."""
+    """Observes the loop around the first steps."""
 
     def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A model is called with gradients."""
@@ -21,7 +21,7 @@ class LoopObserver(Protocol):
 
 
 class UpdateObserver(Protocol):
-    """Looks at the weights around the steps of optimizers. Raises nothing."""
+    """Observes the weights around the steps of optimizers. Raises nothing."""
 
     def step_began(self, optimizer: Optimizer) -> None:
         """The weights are about to change."""
@@ -31,7 +31,7 @@ class UpdateObserver(Protocol):
 
 
 class ForwardObserver(Protocol):
-    """Looks at what the loss of a step is computed from. Raises nothing."""
+    """Observes how the loss of a step is computed. Raises nothing."""
 
     def forward_began(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

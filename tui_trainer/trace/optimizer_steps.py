@@ -43,7 +43,7 @@ class OptimizerSteps:
         observers: Observers,
         resume: Callable[[bool], None],
     ) -> None:
-        """`resume(stepped)` is called at the end of a step that was given up."""
+        """`resume(stepped)` is called at the end of an abandoned step."""
         self.faults = faults
         self.begun = 0
         """How often any optimizer's `step` began."""

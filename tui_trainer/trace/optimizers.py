@@ -1,4 +1,4 @@
-"""The optimizers of a run: how they are found, what they are called, and who measures them."""
+"""The optimizers of a run: finds and names them, and gives each a measurer."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ class OptimizerRegistry:
             self._forget(id(self._by_hand))  # there is an optimizer after all
             self._by_hand = None
         if before is None:
-            self._structure += bool(self._entries)  # its parameters are no other's any more
+            self._structure += bool(self._entries)  # no other measurer has its parameters now
             self._created = [r for r in self._created if r() is not optimizer]
         reference = weakref.ref(optimizer, lambda _: self._forget(key))
         self._entries[key] = (reference, _Entry(optimizer, measurer, self._structure))

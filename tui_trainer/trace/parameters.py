@@ -45,7 +45,7 @@ class TrackedParameters:
     own: int
     """How many of them the optimizer holds."""
     gone: frozenset[int] = frozenset()
-    """Positions of those that are in no model any more."""
+    """Positions of those that are no longer in any model."""
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Path to module, for the models that own these parameters."""
     models: list[torch.nn.Module] = field(default_factory=list)

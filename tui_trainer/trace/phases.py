@@ -1,4 +1,4 @@
-"""The phases of a step: which one is open, how long each has taken, and when its end is a boundary.
+"""The phases of a step: which one is open, how long each takes, and whether its end is a boundary.
 
 Rules:
 
@@ -86,7 +86,7 @@ class HostClock:
         self._gap = (phase, 0.0)
 
     def discount(self, seconds: float) -> None:
-        """So much of our own time is no part of the step: the gate's, and work that is excluded."""
+        """Leave this much of our own time out of the step: the gate's, and excluded work."""
         self._totals[TRACING] -= seconds
 
     def total_ms(self, phase: int) -> float:
@@ -128,8 +128,8 @@ class CudaClock:
     """The same on the device's clock.
 
     Events are recorded into the stream and read a step or more later, when they have passed, so
-    that timing never makes the host wait for the device. Our own time on the host is no time of the
-    device.
+    that timing never makes the host wait for the device. Our own time on the host is not time of
+    the device.
     """
 
     def __init__(self) -> None:

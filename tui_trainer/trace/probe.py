@@ -119,7 +119,7 @@ class StepFacts:
     have one."""
     left_alone: frozenset[int] = frozenset()
     """Positions of the parameters that a script which updates its weights by itself has not changed
-    in this step: their gradients are no part of its total."""
+    in this step: their gradients are not part of its total."""
     evaluations: float = absent(Absent.NO_CLOSURE)
     """How often the optimizer evaluated its closure."""
     skipped_at_scale: float | None = None
@@ -162,7 +162,7 @@ class Probe:
     """Whether `before_forward`, `after_forward` and `model_called` are called for every forward of
     a step, not only for the first."""
     owns_readings: ClassVar[bool] = False
-    """Its readings are tensors that nobody else writes to: they may be fetched later."""
+    """Its readings are tensors that no other code writes to: they may be fetched later."""
     tables: tuple[TableSpec, ...] = ()
     """Set by `__init__`; empty when there is nothing to measure here."""
     attention: tuple[AttentionInfo, ...] = ()

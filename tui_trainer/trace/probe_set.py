@@ -200,7 +200,7 @@ class ProbeSet:
         return plan.probes
 
     def forget_readings(self) -> None:
-        """The gradients of the step are thrown away."""
+        """The gradients of the step are discarded."""
         for probe in self.schedule.plan.reading:
             probe.readings = []
 

@@ -1,4 +1,4 @@
-"""Phase reports: what the phase that has just ended produced, made while the run is paused there.
+"""Phase reports: the results of the phase that has just ended, made while the run is paused there.
 
 A report only reads: it draws no random number, records no gradient and keeps nothing.
 """

@@ -1,4 +1,5 @@
-"""Which probes measure a step: their cadences, whether they are watched, what clipping computes."""
+"""Chooses the probes that measure a step: by cadence, by what is watched, and by what clipping
+computes."""
 
 from __future__ import annotations
 

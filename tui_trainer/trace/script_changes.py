@@ -1,4 +1,4 @@
-"""Finding out what a script changes by itself: its gradients, and weights without an optimizer."""
+"""Detects what a script changes by itself: gradients, and weights without an optimizer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ class GradientMarks:
         self._sample = [self._watched[place] for place in self._places]
 
     def any_kept(self) -> bool:
-        """Whether the open backward found gradients that the last step used, judged by three."""
+        """Whether the open backward found gradients that the last step used, checked on three of
+        them."""
         now, used = self._before_backward, self._used
         if now is None or not now.ids:
             return False
@@ -127,7 +128,7 @@ class GradientMarks:
         return False
 
     def first_changed(self) -> bool:
-        """`changed`, judged by the first parameter that had a gradient."""
+        """`changed`, checked on the first parameter that had a gradient."""
         known = self._known
         if known is None or known is self._nothing:
             return False
@@ -252,7 +253,7 @@ class WeightWatch:
 
     def too_small(self) -> bool:
         """Whether an update would have been too small for the precision of the weights to change
-        them, judged by the largest ratio of an update to its gradient so far."""
+        them, estimated from the largest ratio of an update to its gradient so far."""
         return bool(self._samples) and all(
             gradient is not None and self._too_small(copy, gradient)
             for _, copy, gradient in self._samples

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 MAX_FRAMES = 64
 MAX_HELD = 64
-"""Length of the lists and dictionaries that are looked into."""
+"""Longest lists and dictionaries that are searched."""
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
 COPY_REFERENCES = 3

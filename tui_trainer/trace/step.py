@@ -1,14 +1,14 @@
-"""One optimizer step: the backward passes and clippings that lead to it, and what came of them.
+"""One optimizer step: the backward passes and clippings that lead to it, and its outcome.
 
 The rules:
 
 * The loss of a step is the sum of the losses that were backpropagated into its optimizer's
-  parameters since the optimizer's last step, without those whose gradients `zero_grad` threw away:
+  parameters since the optimizer's last step, without those whose gradients `zero_grad` discarded:
   exactly the objective whose gradient the optimizer uses. With a closure it is the loss of the
   first evaluation, at the weights that the step began with.
 * The gradients of a step are those after the last of these backward passes, before any clipping.
 * A clipping belongs to the step that uses the gradients it changed; after the update to none.
-* Gradients that are thrown away before any optimizer has used them are a skipped iteration.
+* Gradients that are discarded before any optimizer has used them are a skipped iteration.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class BackwardPass:
 
 @dataclass(eq=False, slots=True)
 class LostGradients:
-    """What was known of one optimizer's gradients when they were thrown away."""
+    """What was known of one optimizer's gradients when they were discarded."""
 
     measurer: Any
     reading: GradientReading
@@ -132,7 +132,7 @@ class LostGradients:
 
 
 class GradScaling:
-    """What a GradScaler did to losses and gradients, so that shown values can undo it."""
+    """Follows a GradScaler, so that shown losses and gradients are without its scale."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
@@ -141,7 +141,7 @@ class GradScaling:
         """The scaler in use between `scale` and `update`."""
 
     def reset(self) -> None:
-        """Nothing that was scaled is of use any more."""
+        """Forget everything that was scaled."""
         self._losses.clear()
         self._scaler = None
 
@@ -278,7 +278,7 @@ class HeaderValues:
 
 
 class Header:
-    """The readings of a step that are no probe's: losses, learning rate, clippings, scales."""
+    """The readings of a step that belong to no probe: losses, learning rate, clippings, scales."""
 
     def __init__(
         self,
@@ -419,7 +419,7 @@ def _skip_text(skipped: SkippedIteration, loss: float, norm: float) -> str:
     if skipped.reason == "scaler":
         text = skipped_text(skipped.loss_scale or math.nan)
     elif skipped.reason == "hand":
-        text = "skipped by the script: gradients were thrown away before any step used them"
+        text = "skipped by the script: gradients were discarded before any step used them"
     else:
         text = "the script ended before the step"
     known = [

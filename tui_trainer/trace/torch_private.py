@@ -348,7 +348,7 @@ class NormCapture:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """What the graph of a loss says of the cross-entropy that it is."""
+    """The cross-entropy of a loss, as read from its graph."""
 
     classes: int
     of_softmax: bool

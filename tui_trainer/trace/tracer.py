@@ -6,7 +6,7 @@ the training thread and makes of them the phases data → zero_grad → forward 
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
 * Evaluations (see `evaluation`) are not a phase.
-* Gradients that `zero_grad` throws away, or with which a GradScaler does not call the optimizer,
+* Gradients that `zero_grad` discards, or with which a GradScaler does not call the optimizer,
   are an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's fused
   ones) is called all the same and leaves the weights as they are: that is a step.
 * `step` defines which losses, gradients and clippings are a step's, `phases.Phases` where a phase
@@ -296,7 +296,7 @@ class Tracer:
             self._switch_off()
 
     def _continue_after_fault(self, stepped: bool) -> None:
-        """The iteration that was given up is over: measure again from here."""
+        """The abandoned iteration is over: measure again from here."""
         self.faults.given_up = False
         step = self.step
         try:
@@ -366,7 +366,7 @@ class Tracer:
         if isinstance(owner, Optimizer):
             self.registry.add_pending(owner)
         for measurer in self.registry.measurers:
-            # About to be thrown away, perhaps: the last moment to read them.
+            # They may be discarded next: this is the last moment to read them.
             if measurer.reading is None and any(not each.used for each in measurer.passes):
                 self._waiting.resolve_returned(measurer)
                 if measurer.passes:

@@ -1,4 +1,4 @@
-"""Moving one step's readings to the host in one copy per device.
+"""Moves one step's readings to the host in one copy per device.
 
 On the CPU they are there at once. On an accelerator the copy goes into pinned memory without
 waiting, and an event tells later that it has arrived.
@@ -75,8 +75,8 @@ class HostTransfer:
                     if isinstance(reading, torch.Tensor) and not reading.is_cpu:
                         self._send()
                         return
-        # Tensors that nobody overwrites are read later, those of many steps at once, when the code
-        # that reads them is in the processor's caches.
+        # Tensors that no other code overwrites are read later, those of many steps at once, when
+        # the code that reads them is in the processor's caches.
         self._values = [
             None if part.owns_readings else _read_on_host(part.readings) for part in parts
         ]

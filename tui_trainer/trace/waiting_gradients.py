@@ -1,5 +1,5 @@
-"""Gradients between backward and the optimizer's step: what the script does to them by itself, and
-which are thrown away."""
+"""Gradients between backward and the optimizer's step: follows what the script does to them by
+itself, and which are discarded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OpenStep:
         self.evaluated = None
 
     def reset(self) -> None:
-        """It is over, or given up."""
+        """It is over, or abandoned."""
         self.measurer = self.evaluated = None
         self.inner = 0
 
@@ -178,8 +178,8 @@ class WaitingGradients:
     # ------------------------------------------------------------ thrown away
 
     def zeroed(self, owner: Optimizer | torch.nn.Module) -> None:
-        """`owner.zero_grad()` has returned: let go of the passes of those that have no gradients
-        left."""
+        """`owner.zero_grad()` has returned: release the passes of the optimizers that have no
+        gradients left."""
         waiting = [measurer for measurer in self.registry.measurers if self.waits(measurer)]
         if not waiting:
             return
@@ -191,8 +191,8 @@ class WaitingGradients:
         self.skip(lost, "hand")
 
     def _discard(self, measurer: StepMeasurer) -> list[BackwardPass]:
-        """The gradients of `measurer` are thrown away: the passes that no optimizer has used or
-        can use any more."""
+        """The gradients of `measurer` are discarded; returns the passes that no optimizer has used
+        or can still use."""
         passes = measurer.passes
         knowledge = measurer.lose()
         lost: list[BackwardPass] = []

@@ -1,1 +1,1 @@
-"""Changes a training while it runs, keeps snapshots of it, and goes back to them."""
+"""Time travel: keeps snapshots of a training, goes back to them, and runs experiments from them."""

@@ -1,8 +1,6 @@
-"""Experiments on a shipped task: what if a setting were another, which learning rate, and the loss
-along a direction.
-
-Each makes steps of the task's own loop from where the training is, outside of what is recorded, and
-puts everything back as it was.
+"""Experiments on a shipped task: comparing settings, finding a learning rate, and measuring the
+loss along a direction. Each runs steps of the task's own loop from the present state, unrecorded,
+and then restores everything.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from tui_trainer.travel.snapshot_ring import SnapshotRing
 from tui_trainer.travel.training_state import TrainingParts, TrainingState
 
 DIVERGED = 4.0
-"""The search for a learning rate ends where the loss is so many times the smallest one."""
+"""The search for a learning rate ends where the loss is this many times the smallest one."""
 
 
 class _Enough(BaseException):
@@ -49,7 +47,7 @@ class Experiments:
         ring: SnapshotRing,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`wanted()` is false once nobody waits for the result."""
+        """`wanted()` is false once no viewer waits for the result."""
         self._task = task
         self._edits = edits
         self._parts = parts
@@ -58,7 +56,7 @@ class Experiments:
         self._optimizer = parts.optimizers[0]
 
     def run(self, experiment: Experiment) -> ExperimentResult:
-        """Raises Refusal; the training is afterwards as it was before, to the last bit."""
+        """Raises Refusal. Afterwards the training is bit for bit as before."""
         state, edits = TrainingState.take(self._parts), self._edits.snapshot()
         try:
             match experiment:
@@ -197,7 +195,7 @@ class Experiments:
         return [float(loss) for loss in losses]
 
     def _require_wanted(self) -> None:
-        """Raises Refusal once nobody waits for the result: what was measured is of no use."""
+        """Raises Refusal once no viewer waits for the result."""
         if not self._wanted():
             raise Refusal("the experiment was cancelled")
 
@@ -229,7 +227,7 @@ class Experiments:
 
 @contextmanager
 def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Iterator[None]:
-    """Have `backward` of a loss noted first, and then run or not."""
+    """Call `observe` before `backward` of a loss, which then runs or not."""
     original: Callable[..., Any] = torch.Tensor.backward
 
     def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +256,7 @@ def _order(loss: float) -> float:
 
 
 def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """Where the loss, averaged over neighbours, falls fastest per decade."""
+    """The position at which the loss, averaged over neighbours, falls fastest per decade."""
     smooth = []
     for number in range(len(losses)):
         near = losses[max(0, number - 2) : number + 3]

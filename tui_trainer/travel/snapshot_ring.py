@@ -1,4 +1,5 @@
-"""Snapshots of a training within a memory budget: dense near the present, sparser further back."""
+"""The snapshots that `time_travel` goes back to, within a memory budget: dense near the present,
+sparser further back."""
 
 from __future__ import annotations
 
@@ -40,15 +41,15 @@ class SnapshotRing:
         return sum(each.state.nbytes for each in self._kept)
 
     def add(self, snapshot: TrainingSnapshot) -> None:
-        """Keep a snapshot, and give up those whose steps are covered best by their neighbours."""
+        """Keep a snapshot, and drop those whose neighbours cover their steps best."""
         self._kept = [each for each in self._kept if each.step != snapshot.step]
         self._kept.insert(bisect_right(self.steps, snapshot.step), snapshot)
         while len(self._kept) > 2 and self.nbytes > self.budget_bytes:
             del self._kept[self._least_needed(snapshot.step)]
 
     def _least_needed(self, now: int) -> int:
-        """The snapshot without which the way from its neighbour is shortest, in proportion to its
-        distance from `now`. The first one, from which every step can be reached, stays."""
+        """The snapshot whose loss costs the fewest repeated steps, in proportion to its distance
+        from `now`. The first one, from which every step can be reached, stays."""
 
         def cost(index: int) -> float:
             gap = self._kept[index + 1].step - self._kept[index - 1].step
@@ -62,7 +63,7 @@ class SnapshotRing:
         return self._kept[position - 1] if position else None
 
     def forget_after(self, step: int) -> None:
-        """Drop those of steps that are no longer on this training's way."""
+        """Drop the snapshots of later steps, which this training will not repeat."""
         self._kept = [each for each in self._kept if each.step <= step]
 
 

@@ -1,12 +1,11 @@
-"""Going back in a training: to a snapshot, and from there on again to the wanted step.
-
+"""Goes back in a training: restores a snapshot, and repeats the steps from there to the wanted one.
 A shipped task is taken back exactly: its loop is left, its state and its position in the data
 become those of the nearest snapshot (or checkpoint) at or before the wanted step, and the steps
-between are made again, with the changes of settings that were made at them. They are not recorded
+between are repeated, with the changes of settings that were made at them. They are not recorded
 twice.
 
 A script's own variables cannot be taken back. Weights, optimizers, schedulers, scalers and random
-generators become those of the snapshot, and the script goes on where it is.
+generators become those of the snapshot, and the script continues where it is.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ SCRIPT_STATE = (
 )
 NOT_FOR_SCRIPTS = ("experiments are for the shipped tasks", "a script's loop is its own")
 RECENT_STEPS = 50
-"""Over so many steps their duration is taken."""
+"""Steps over which their duration is averaged."""
 FORWARD_SHARE = 0.5
 """Share of a step that a forward pass takes, at most."""
 NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
@@ -70,7 +69,7 @@ HOW_TO_KEEP = (
 
 @dataclass(frozen=True)
 class RescueCopy:
-    """Where a training was, in case another state cannot be restored completely."""
+    """A copy of the present state, in case another one cannot be restored completely."""
 
     step: int
     """Completed steps."""
@@ -82,7 +81,7 @@ class RescueCopy:
 
 @dataclass(frozen=True)
 class RewindTarget:
-    """Where to go."""
+    """The step to go to."""
 
     wanted: int
     nearest: int
@@ -90,14 +89,14 @@ class RewindTarget:
     saved: Any = None
     """A checkpoint of it, where no snapshot is kept."""
     experiment: Callable[[], None] | None = None
-    """What is to be run there instead of going anywhere."""
+    """An experiment to run at the present step instead."""
     rescue: RescueCopy | None = None
 
 
 class RewindRequested(KeyboardInterrupt):
     """Raised on the training thread to leave the loop of a task, which then begins at another step.
 
-    A `KeyboardInterrupt`, as `StopTraining`: nothing that handles exceptions takes it for a fault.
+    A `KeyboardInterrupt`, as `StopTraining`: code that handles `Exception` does not catch it.
     """
 
     def __init__(self, target: RewindTarget) -> None:
@@ -147,7 +146,7 @@ class TimeTravel:
         self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
         self._target: int | None = None
-        """Where steps are being made again to."""
+        """The step up to which steps are being repeated."""
         if budget_bytes:
             gate.call_when_due(self._after_step)
         edits.check = self._check_edit
@@ -165,7 +164,7 @@ class TimeTravel:
         return self._gate.completed < self._recorder.repeating_until
 
     def keep(self, budget_bytes: int) -> str:
-        """Keep snapshots within so much memory, from here on; 0: none. Raises Refusal."""
+        """Keep snapshots within this much memory from here on; 0: none. Raises Refusal."""
         available = psutil.virtual_memory().available
         if budget_bytes > available:
             raise Refusal(
@@ -194,7 +193,7 @@ class TimeTravel:
         if step > self.newest:
             raise Refusal(
                 f"the run has not been at step {step:,} yet",
-                f"its newest step is {self.newest:,}; tui-trainer step RUN goes on",
+                f"its newest step is {self.newest:,}; tui-trainer step RUN continues it",
             )
         if self.task is None:
             return self._back_in_script(step)
@@ -207,21 +206,20 @@ class TimeTravel:
                 f"nothing is kept from before step {earliest:,}",
                 f"the earliest step is {earliest:,}",
             )
-        again, step_s = step - nearest, self._step_s()
-        took = f"about {rough_duration(math.ceil(again * step_s))}" if step_s else ""
-        text = f"{counted(again, 'step')} from step {nearest:,}"
-        if again and step_s and again * step_s > LONG_S and not confirmed:
+        repeated, step_s = step - nearest, self._step_s()
+        took = f"about {rough_duration(math.ceil(repeated * step_s))}" if step_s else ""
+        text = f"{counted(repeated, 'step')} from step {nearest:,}"
+        if repeated and step_s and repeated * step_s > LONG_S and not confirmed:
             raise Refusal(
-                f"going to step {step:,} makes {text} again, which takes {took}",
-                "tui-trainer back --yes does so; in the app enter on the timeline (T)",
+                f"going to step {step:,} repeats {text}, which takes {took}",
+                "tui-trainer back --yes confirms it, in the app enter on the timeline (T)",
             )
         gate.call_soon(lambda: self._leave_loop(step), mid_step=True).add_done_callback(
             lambda done: self._report_failure(done.exception())
         )
-        if not again:
+        if not repeated:
             return f"back to step {step:,}"
-        verb = "is" if again == 1 else "are"
-        return f"back to step {step:,}: {text} {verb} made again{f', {took}' if took else ''}"
+        return f"back to step {step:,}, repeating {text}{f', {took}' if took else ''}"
 
     def _step_s(self) -> float | None:
         """Seconds that a step takes, as the median of the last ones; None where none is known."""
@@ -240,7 +238,7 @@ class TimeTravel:
             return 0
 
     def cost(self, experiment: Experiment) -> ExperimentCost:
-        """What an experiment would take. On the training thread. Raises Refusal."""
+        """The cost of an experiment. On the training thread. Raises Refusal."""
         task = self.task
         if task is None:
             raise Refusal(*NOT_FOR_SCRIPTS)
@@ -295,7 +293,7 @@ class TimeTravel:
     def experiment(
         self, experiment: Experiment, answered: Callable[[ExperimentResult], T]
     ) -> Future[T]:
-        """Run an experiment where the training is, between two steps, and pause there. Raises
+        """Run an experiment from the present state, between two steps, and pause there. Raises
         Refusal."""
         task, gate = self.task, self._gate
         if task is None:
@@ -333,7 +331,7 @@ class TimeTravel:
         return found
 
     def timeline(self) -> Timeline:
-        """Where the training can be taken to."""
+        """The places that the training can be taken to."""
         edits = self._edit_history if self.in_the_past else self._edits.state.log
         places = [
             *(TravelPlace(step, "snapshot") for step in self.ring.steps),
@@ -385,7 +383,7 @@ class TimeTravel:
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
     def _announce(self, size: int) -> bool:
-        """Say how much memory is going to be taken, also where that has grown: an optimizer
+        """Announce how much memory snapshots will take, and again if that has grown: an optimizer
         allocates its state at its first step. False where not even two snapshots fit."""
         budget = self.ring.budget_bytes
         if size <= self._announced:
@@ -415,8 +413,8 @@ class TimeTravel:
     # ------------------------------------------------------------ a task
 
     def go(self, to: RewindTarget) -> None:
-        """On the training thread, outside of the loop: be at the end of the wanted step, or run up
-        to it; the loop is to be called again."""
+        """On the training thread, outside of the loop: restore the end of the wanted step, or run
+        up to it; the caller then calls the loop again."""
         if to.experiment is not None:
             return self._experiment_at(to)
         recorder, gate, target, nearest = self._recorder, self._gate, to.wanted, to.nearest
@@ -439,7 +437,7 @@ class TimeTravel:
         self._target = target
         if nearest < target:
             gate.break_phases = frozenset()
-            recorder.set_status(waiting_for=f"making steps {nearest + 1:,} to {target:,} again")
+            recorder.set_status(waiting_for=f"repeating steps {nearest + 1:,} to {target:,}")
             gate.run_until(target)
             return
         self._arrived()
@@ -448,7 +446,7 @@ class TimeTravel:
             gate.reached("step", target)
 
     def _stay(self, to: RewindTarget, rescue: RescueCopy, newest: int, error: Exception) -> None:
-        """A state could not be restored: be where the training was before, and pause there."""
+        """Return to the previous state after another one could not be restored, and pause there."""
         recorder, gate = self._recorder, self._gate
         self._tracer.rewind(rescue.step)
         gate.rewind(rescue.step)
@@ -466,7 +464,7 @@ class TimeTravel:
             gate.reached("step", rescue.step)
 
     def _experiment_at(self, to: RewindTarget) -> None:
-        """Run an experiment between two steps, and be paused after it as before it."""
+        """Run an experiment between two steps, and pause again after it."""
         assert to.experiment is not None
         self._tracer.rewind(to.wanted)
         self._gate.rewind(to.wanted)
@@ -490,14 +488,14 @@ class TimeTravel:
             self.task.model.zero_grad(set_to_none=True)
 
     def _reapply(self, step: int) -> None:
-        """Make the changes of settings again that were made at the end of `step`."""
+        """Repeat the changes of settings that were made at the end of `step`."""
         made = len(self._edits.state.log)
         for entry in self._edit_history[made:]:
             if entry.step == step:
                 self._edits.apply(entry, silent=True)
 
     def _after_repeated(self, step: int) -> None:
-        """On the training thread, after each step that is made again."""
+        """On the training thread, after each repeated step."""
         if step > self._recorder.repeating_until:
             self._gate.after_step.remove(self._after_repeated)
             return
@@ -511,12 +509,12 @@ class TimeTravel:
         self._restore_breakpoints()
 
     def _restore_breakpoints(self) -> None:
-        """No condition is evaluated at steps that are made again on the way."""
+        """No condition is evaluated at repeated steps."""
         breakpoints = self._gate.breakpoints
         self._gate.break_phases = breakpoints.phases if breakpoints is not None else frozenset()
 
     def _check_edit(self) -> None:
-        """Raises Refusal where a change would make another training of the recorded one."""
+        """Raises Refusal where a change would make the training differ from the recorded one."""
         if self.task is not None and self.in_the_past:
             raise Refusal(
                 f"step {self._gate.completed:,} is in the past of this run, which has been at step "
@@ -536,7 +534,7 @@ class TimeTravel:
         return f"to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
-        """Raises Refusal where the snapshot does not fit any more, and then nothing has changed."""
+        """Raises Refusal, without changing anything, where the snapshot no longer fits."""
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
         try:
             snapshot.state.restore()

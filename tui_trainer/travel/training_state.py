@@ -1,8 +1,7 @@
-"""Copies of the state of a training in host memory, and how they are put back.
-
-What is copied: parameters and buffers of the models, all that the optimizers hold, schedulers,
-scalers and whatever else has a `state_dict`, and the random generators. Tensors are put back into
-the ones that exist, so that what refers to them (a compiled step, a fused optimizer) stays valid.
+"""Copies of the state of a training in host memory, and restoring them. A copy holds parameters and
+buffers of the models, the state of the optimizers, schedulers, scalers and other objects with a
+`state_dict`, and the random generators. Restored values are written into the existing tensors, so
+that what refers to them (a compiled step, a fused optimizer) stays valid.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class TrainingState:
     parts: TrainingParts
     tensors: list[torch.Tensor]
     optimizers: list[tuple[list[dict[str, Any]], list[Any]]]
-    """Of each optimizer the settings of its groups, and the state of each of its parameters."""
+    """For each optimizer the settings of its groups, and the state of each of its parameters."""
     others: list[dict[str, Any]]
     random: dict[str, Any]
     nbytes: int = field(default=0)
@@ -82,7 +81,7 @@ class TrainingState:
         return state
 
     def restore(self) -> None:
-        """Put it back. Gradients are dropped, as before the first backward of a step."""
+        """Restore it. Gradients are dropped, as before the first backward of a step."""
         parts = self.parts
         with torch.no_grad():
             for tensor, saved in zip(parts.tensors(), self.tensors, strict=True):

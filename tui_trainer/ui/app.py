@@ -464,8 +464,8 @@ class TuiTrainerApp(App[int]):
         self.draw_frame()
 
     def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Ask the run for a look into tensors; `answered` is called on the event loop, unless
-        another request replaces this one."""
+        """Request an inspection; `answered` is called on the event loop, unless another request
+        replaces this one."""
         if self.session is None:
             return
         if self.inspected_rank and isinstance(request, RankRequest):

@@ -59,7 +59,7 @@ class GraphPrompt(ModalScreen[str | None]):
             yield Static(KEYS_HINT)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Return the text, or say what is wrong with it."""
+        """Return the text, or show what is wrong with it."""
         text = event.value.strip()
         if wrong := self._check(text):
             self.query_one(".error", Static).update(wrong)

@@ -17,7 +17,8 @@ class HealthyRange:
     high: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a value is healthy. What is not finite is shown as such, and is not judged."""
+        """Whether a value is healthy. Values that are not finite are shown as such, and count as
+        healthy here."""
         if not math.isfinite(value):
             return True
         below = self.low is not None and value < self.low

@@ -141,7 +141,7 @@ class Palette:
     dim: Style
     """Labels and units."""
     faint: Style
-    """Axes, tracks and other marks that are no text."""
+    """Axes, tracks and other marks that are not text."""
     rule: Style
     """Rules beside titles, which carry no information."""
     title: Style

@@ -19,12 +19,15 @@ _RUNS = {
     "step": ("control", "make one optimizer step, or N, then pause"),
     "stop": ("control", "finish the running step, then end the run"),
     "break": ("breakpoints", "pause a run when a condition is met, or list its breakpoints"),
-    "inspect": ("inspect", "look into a tensor of a live run, or list its tensors"),
+    "inspect": ("inspect", "inspect a tensor of a live run, or list its tensors"),
     "attention": ("attention", "what a head attends to, and what it adds to the stream"),
     "autograd": ("autograd", "show the autograd graph of a live run's loss"),
     "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
     "back": ("back", "take a live run back to an earlier step"),
-    "branch": ("branch", "start a new run from where a live one is, with other settings"),
+    "branch": (
+        "branch",
+        "start a new run from the current step of a live one, with other settings",
+    ),
     "what-if": ("experiments", "compare the next steps with present and with changed settings"),
     "lr-finder": ("experiments", "measure the loss while the learning rate grows"),
     "landscape": ("experiments", "measure the loss along a direction from the weights"),
@@ -45,7 +48,7 @@ _LEARN = {
     "learn": ("learn", "learn how training works from pages that measure what they state"),
 }
 _MACHINE = {
-    "explain": ("explain", "explain a rule that judges runs, or list all of them"),
+    "explain": ("explain", "explain a rule of the findings, or list all of them"),
     "doctor": ("doctor", "check versions, device, terminal, permissions, and what is missing"),
 }
 

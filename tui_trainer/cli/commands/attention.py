@@ -83,7 +83,7 @@ def attention(
 ) -> int:
     """what a head attends to, for one example of the batch of the step"""
     if run is not None and re.fullmatch(r"\d+", run):
-        raise UsageError(f"{run} is no run", "a layer is named by --layer, a head by --head")
+        raise UsageError(f"{run} is not a run", "a layer is named by --layer, a head by --head")
     window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or json else None
     request = ExamineAttention(layer, head, query, sample, window, weights, residual)
     with cli_errors():
@@ -108,7 +108,7 @@ def attention(
 
 
 def _examined(client: RunClient, request: ExamineAttention) -> Inspected:
-    """A run that is running keeps its batches from the first request on: ask again after one."""
+    """A running run keeps its batches from the first request on: ask again after one step."""
     for _ in range(ATTEMPTS):
         answer = client.inspect(request)
         running = answer.message == NOT_CAPTURED and client.poll(0).status.state == "running"

@@ -119,8 +119,8 @@ def autograd(
 
 
 def ask_for_rerun(client: RunClient, request: InspectionRequest) -> Inspected:
-    """A run that is running keeps its batch from the first request on: ask again after a step.
-    Raises RunError."""
+    """A running run keeps its batch from the first request on: ask again after a step. Raises
+    RunError."""
     for _ in range(ATTEMPTS):
         answer = client.inspect(request)
         waiting = answer.message == NOT_CAPTURED or _is_live(answer)
@@ -136,7 +136,7 @@ def _is_live(answer: Inspected) -> bool:
 
 
 def result_of(answer: Inspected, kind: type[T]) -> T:
-    """The result of a request, of the kind that was asked for. Raises CommandError."""
+    """The result of a request, which must be of type `kind`. Raises CommandError."""
     if not isinstance(answer.result, kind):
         raise CommandError("the run answered something else")
     return answer.result

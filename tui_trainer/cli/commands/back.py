@@ -43,14 +43,14 @@ def back(
     keep: Annotated[
         str | None,
         Parameter(
-            help="keep snapshots to go back to from here on, in so much memory, such as 1GB; 0: "
-            "no more",
+            help="keep snapshots to go back to from here on, in up to this much memory, such as "
+            "1GB; 0: none",
             metavar="SIZE",
             negative=(),
             show_default=False,
         ),
     ] = None,
-    yes: Annotated[bool, flag("also where the steps to be made again take long")] = False,
+    yes: Annotated[bool, flag("even if repeating the steps takes long")] = False,
     json: Annotated[bool, flag("print where the run is then as one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:

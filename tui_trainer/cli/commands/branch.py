@@ -1,4 +1,4 @@
-"""`branch`: a new run that goes on from where a live one is, with other settings."""
+"""`branch`: a new run that continues from the current step of a live one, with other settings."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def branch(
     json: Annotated[bool, flag("print the new run as one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """start a new run from where a live one is, with other settings"""
+    """start a new run from the current step of a live one, with other settings"""
     changes = [each for each in given if "=" in each]
     names = [each for each in given if "=" not in each]
     if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
+        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
     try:
         parsed = parse_changes(changes) if changes else ()
     except ConfigurationError as error:
@@ -70,13 +70,13 @@ def branch(
         print(msgspec.json.encode(document).decode(), flush=True)
     else:
         with_changes = f" with {' '.join(changes)}" if changes else ""
-        print(f"{new} goes on from step {step:,} of {found.name}{with_changes}", flush=True)
+        print(f"{new} continues from step {step:,} of {found.name}{with_changes}", flush=True)
         print(f"tui-trainer compare {found.name} {new} overlays them", flush=True)
     return 0
 
 
 def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
-    """The step that the new run goes on from, and its name. Raises CommandError."""
+    """The step that the new run continues from, and its name. Raises CommandError."""
     with RunClient.connect(run, "tui-trainer branch", read_only=False) as client:
         while client.poll().more:
             pass

@@ -43,7 +43,7 @@ def flag(help: str) -> Parameter:
 Rank = Annotated[
     int,
     Parameter(
-        help="the process whose tensors are looked into, of a run with several",
+        help="the rank whose tensors are inspected, of a run with several processes",
         metavar="N",
         negative=(),
         validator=validators.Number(gte=0),

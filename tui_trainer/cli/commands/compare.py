@@ -58,7 +58,8 @@ def compare(
     ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """overlay the losses and norms of runs, list how their options differ, and where they part"""
+    """overlay the losses and norms of runs, list how their options differ, and where they first
+    differ"""
     with cli_errors():
         found = list({run.directory: run for run in (resolve(r, runs_dir) for r in runs)}.values())
         if len(found) < 2:
@@ -109,7 +110,7 @@ class ComparisonResult:
 
 def as_lines(compared: list[ComparedRun], tolerance: float = 0.0) -> list[Text]:
     """How each run ended and which options differ, as one table with a column for each run; then
-    where each run parts from the first one."""
+    where each run first differs from the first one."""
     names = [sanitize(run.name) for run in compared]
     table = new_table(["", *names], right=names)
     for line in outcome(compared):

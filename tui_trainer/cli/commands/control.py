@@ -147,7 +147,7 @@ def _paused(status: Status, _: list[Event]) -> bool:
 
 
 def _running(status: Status, events: list[Event]) -> bool:
-    """Whether it runs, or has done so and is already paused at a breakpoint again."""
+    """Whether it runs, or ran and has already paused at a breakpoint."""
     stopped = any(isinstance(event, Notice) and event.kind == "breakpoint" for event in events)
     return status.state == "running" or (status.state == "paused" and stopped)
 

@@ -67,7 +67,7 @@ def what_if(
     changes = [each for each in given if "=" in each]
     names = [each for each in given if "=" not in each]
     if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
+        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
     try:
         parsed = parse_changes(changes)
     except ConfigurationError as error:
@@ -86,7 +86,7 @@ def lr_finder(
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """measure the loss while the learning rate grows, then put the run back as it was"""
+    """measure the loss while the learning rate grows, then restore the run as it was"""
     return _experiment("lr-finder", run, FindLearningRate(low, high, steps), yes, json, runs_dir)
 
 
@@ -147,14 +147,14 @@ def _experiment(
 
 
 def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
-    """Say what the experiment takes. Raises UsageError where it takes much and is not confirmed."""
+    """Print what the experiment costs. Raises UsageError if it costs much and is not confirmed."""
     text = f"{name} makes {cost_text(cost)}"
     if not cost.large or yes:
         print(text, file=sys.stderr, flush=True)
     elif not sys.stdin.isatty():
         raise UsageError(text, "add --yes")
     else:
-        print(f"{text}; go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{text}; continue? [y/N] ", end="", file=sys.stderr, flush=True)
         if input().strip().lower() not in ("y", "yes"):
             raise CommandError("nothing was done")
 

@@ -22,7 +22,7 @@ def explain(
         str | None, Parameter(help="name of a rule (default: list all)", show_default=False)
     ] = None,
 ) -> int:
-    """explain a rule that judges runs, or list all of them"""
+    """explain a rule of the findings, or list all of them"""
     if rule is None:
         table = new_table(("RULE", "LEVEL", "WHAT IT FINDS"))
         for each in RULES:

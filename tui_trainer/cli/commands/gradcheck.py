@@ -1,4 +1,4 @@
-"""`tui-trainer gradcheck RUN NAME`: a gradient of autograd beside numerical ones."""
+"""`tui-trainer gradcheck RUN NAME`: compares a gradient of autograd with numerical ones."""
 
 from __future__ import annotations
 

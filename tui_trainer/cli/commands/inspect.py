@@ -167,7 +167,7 @@ def inspect(
     rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
-    """look into a tensor of a live run, or list its tensors"""
+    """inspect a tensor of a live run, or list its tensors"""
     kind, key = _kind(grad, state, input, output)
     of_modules = modules or kind in ("input", "output")
     place = _index(index, update, kind is not None or save is not None or window is not None)
@@ -251,7 +251,7 @@ def _window(text: str | None, reduction: Reduction) -> HeatMapWindow:
 
 
 def _range(text: str) -> tuple[int, int | None] | None:
-    """`64:96`, `64:` or `:`; None where it is no range."""
+    """`64:96`, `64:` or `:`; None where it is not a range."""
     found = re.fullmatch(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*", text)
     if found is None:
         return None
@@ -274,7 +274,7 @@ def _result(answer: Inspected, kind: type[T]) -> T:
 
 
 def _explain(client: RunClient, request: ExplainUpdate) -> Inspected:
-    """A run that is running observes its steps from the first request on: ask again after one."""
+    """A running run observes its steps from the first request on: ask again after one step."""
     for _ in range(UPDATE_ATTEMPTS):
         answer = client.inspect(request)
         running = answer.message == NOT_OBSERVED and client.poll(0).status.state == "running"

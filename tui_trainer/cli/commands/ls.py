@@ -85,7 +85,7 @@ class RunOverview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def overview_of(run: RunEntry) -> RunOverview:
-    """What the run's directory says of it."""
+    """The overview of a run, from its directory."""
     status = run.reported
     return RunOverview(
         name=run.name,

@@ -33,8 +33,8 @@ LaunchFlag = Annotated[
 LAUNCH_S = 50.0
 """How long rank 0 of a launch may take to create its run. Less than ranks look for it."""
 SILENT_S = 180.0
-"""A viewer that has sent nothing for this long is gone, even if sshd has not noticed. Viewers poll
-every few seconds at least, and reconnect when they wake up."""
+"""A viewer that has sent nothing for this long has disconnected, even if sshd has not noticed.
+Viewers poll every few seconds at least, and reconnect when they wake up."""
 LONGEST_ANSWER = 4096
 _BLOCK = 1 << 16
 

@@ -61,7 +61,7 @@ def _parse(given: tuple[str, ...], undo: bool) -> tuple[str | None, Action | Non
     changes = [each for each in given if "=" in each]
     names = [each for each in given if "=" not in each]
     if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is no change of a setting", "for example lr=3e-4")
+        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
     if undo and changes:
         raise UsageError("--undo takes no changes", "tui-trainer set RUN --undo")
     action: Action | None = UndoSettings() if undo else None

@@ -1,4 +1,4 @@
-"""A look into an attention layer as a viewer has it: decoded, labelled, and as plain data."""
+"""The examination of an attention layer, decoded and labelled for screens, text and JSON."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def short_patch_label(grid: PatchGrid, position: int) -> str:
 
 
 def entropy_text(entropy: float, keys: int) -> str:
-    """`1.773 of 3.871 nats`: of those that equal weights would have."""
+    """`1.773 of 3.871 nats`: the second number is the entropy of equal weights."""
     if keys < 2 or not math.isfinite(entropy):
         return f"{entropy:.3f} nats"
     return f"{entropy:.3f} of {math.log(keys):.3f} nats"
 
 
 def allowed_keys(found: AttentionExamination) -> int:
-    """How many keys the query may attend to."""
+    """Number of keys that the query may attend to."""
     if found.row is None:
         return 0
     return int((~np.isnan(floats(found.row.scores))).sum())
@@ -115,7 +115,7 @@ def target_text(stream: ResidualStream) -> str:
 
 
 def place_text(found: AttentionExamination, stream: ResidualStream) -> str:
-    """Where the stream is."""
+    """The position in the sequence at which the stream is read."""
     if stream.position < 0:
         return "the mean over all positions, which the model reads out"
     label = position_label(found, stream.position)
@@ -126,8 +126,8 @@ def place_text(found: AttentionExamination, stream: ResidualStream) -> str:
 
 
 def summands(stream: ResidualStream) -> list[Contribution]:
-    """Those that sum to the stream, and to the logit: without heads and biases, which are parts of
-    attention."""
+    """The contributions that sum to the stream and to the logit: without heads and biases, which
+    are parts of attention."""
     return [each for each in stream.contributions if each.kind not in ("head", "bias")]
 
 
@@ -135,7 +135,7 @@ def summands(stream: ResidualStream) -> list[Contribution]:
 
 
 def as_data(found: AttentionExamination) -> dict[str, Any]:
-    """All of it without packed bytes, for JSON."""
+    """The whole examination without packed bytes, for JSON."""
     data: dict[str, Any] = msgspec.structs.asdict(found)
     row = found.row
     data["row"] = None if row is None else {

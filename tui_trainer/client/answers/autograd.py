@@ -1,4 +1,5 @@
-"""The autograd graph of a run as a viewer has it: folded by module, searched, and followed."""
+"""The autograd graph of a run for a viewer: folded by module, searched, and followed to the
+loss."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tui_trainer.runs.errors import RunError
 FoldKind = Literal["loss", "module", "repeat", "operation", "leaf"]
 MIN_REPEATS = 2
 MIN_OPERATIONS = 3
-"""From how many equal ones in a row on modules and operations are shown once."""
+"""Numbers of equal modules, or operations, in a row from which they are shown once."""
 MAX_SUGGESTIONS = 8
 
 
@@ -91,7 +92,7 @@ def fold(graph: AutogradGraph, repeats: bool = True) -> Fold:
 
 
 def _finish(root: Fold, repeats: bool) -> None:
-    """Order, sum up and fold the repeats, from the inside out and without recursion."""
+    """Sort, sum up and fold repeats, from the innermost modules outwards and without recursion."""
     signatures: dict[object, int] = {}
     known: dict[int, int] = {}
     for each in reversed(list(_walk(root))):
@@ -216,19 +217,19 @@ def find_leaf(graph: AutogradGraph, text: str) -> int:
 
 @dataclass(frozen=True)
 class PathToLoss:
-    """How a leaf reaches the loss."""
+    """The way from a leaf to the loss."""
 
     nodes: tuple[int, ...]
     """From the leaf to the loss."""
     gradients: tuple[float, ...]
-    """That flowed along each of its edges; one less than nodes."""
+    """The gradient that flowed along each edge; one fewer than nodes."""
     paths: int
     """How many different paths there are."""
 
 
 def path_to_loss(graph: AutogradGraph, leaf: int) -> PathToLoss:
-    """At each branching the edge through which the largest gradient flowed; where none is known,
-    the shortest way."""
+    """Follows, at each branch, the edge through which the largest gradient flowed; the shortest way
+    where no gradient is known."""
     users: list[list[tuple[int, float]]] = [[] for _ in graph.nodes]
     for index, node in enumerate(graph.nodes):
         for before, gradient in zip(node.inputs, node.gradients, strict=True):

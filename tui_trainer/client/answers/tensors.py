@@ -1,4 +1,4 @@
-"""Tensors of a run as a viewer has them: found by name, decoded, and written to a file."""
+"""Tensors of a run for a viewer: found by name, decoded, and written to a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ QUIET_SETTINGS = (
     *("foreach", "fused", "capturable", "differentiable"),
     *("decoupled_weight_decay", "initial_lr"),
 )
-"""Settings that do not change the result, or that the formula shows."""
+"""Settings that do not change the result, or that the formula shows anyway."""
 
 
 def settings_text(settings: Mapping[str, Scalar], count: int = 0) -> str:
@@ -100,7 +100,7 @@ def exact(value: float) -> str:
 def fetch(
     inspect: Callable[[InspectionRequest], Inspected], ref: TensorRef
 ) -> tuple[TensorInfo, bytes]:
-    """All bytes of a tensor, as they were at one moment. Raises RunError."""
+    """All bytes of a tensor, copied at one moment. Raises RunError."""
     parts: list[bytes] = []
     done = 0
     while True:

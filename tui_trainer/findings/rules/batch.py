@@ -53,7 +53,7 @@ class InputScale(_BatchRule):
         "The first layer with weights is given numbers that are far larger, or far smaller, than "
         "about 1. Its outputs and gradients have that scale too: a learning rate that suits the "
         "other layers does not suit it, and the loss starts high or hardly moves. A first layer "
-        "that normalises its input, or an embedding, is not judged, and neither is what the model "
+        "that normalises its input, or an embedding, is not checked, and neither is what the model "
         "itself divides before its first layer."
     )
     next = (
@@ -199,8 +199,8 @@ class BatchesRepeat(_BatchRule):
         "several of them"
     )
     explanation = (
-        "Each batch comes as many times in a row as the DataLoader has worker processes, which are "
-        "asked for batches in turn. Each worker has its own copy of the dataset: an "
+        "Each batch comes as many times in a row as the DataLoader has worker processes, which "
+        "deliver batches in turn. Each worker has its own copy of the dataset: an "
         "IterableDataset that is not divided among them yields every example once per worker, and "
         "a generator that is seeded alike in each makes the same random examples. An epoch is then "
         "several times the same data."
@@ -211,7 +211,7 @@ class BatchesRepeat(_BatchRule):
     )
     source = (
         "PyTorch's documentation of IterableDataset and of randomness in multi-process data "
-        "loading (workers are asked for batches in turn); the same seed in all workers is a silent "
+        "loading (workers deliver batches in turn); the same seed in all workers is a silent "
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
 

@@ -210,7 +210,7 @@ class NoBetterThanPrior(Rule):
     level = "info"
     needs = (
         "100 losses that are a mean cross-entropy over classes, ten labels for each class, and a "
-        "learning rate that does not rise any more"
+        "learning rate that no longer rises"
     )
     explanation = (
         "A model that ignores its inputs can reach the entropy of the labels' distribution, which "
@@ -232,7 +232,9 @@ class NoBetterThanPrior(Rule):
     thresholds = (
         RuleThreshold("steps", 90, "minimum number of losses"),
         RuleThreshold("share", 0.97, "of the labels' entropy, below which something is learnt"),
-        RuleThreshold("ratio", 2e-4, "median ‖Δw‖/‖w‖ below which updates are too small to judge"),
+        RuleThreshold(
+            "ratio", 2e-4, "median ‖Δw‖/‖w‖ below which updates are too small for the rule"
+        ),
     )
     explained_by = NoProgress.explained_by
     slack = NoProgress.slack

@@ -58,7 +58,7 @@ class ClipsAlone(Rule):
         clip = {rank for rank, scale in scales.items() if scale is not None and scale < 1}
         rest = rows.keys() - clip
         if not clip:
-            return  # a step that tells nothing
+            return  # a step without information
         # Sums of different orders may be on both sides of the limit.
         holds = bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
         if self._streak.add(holds, step) < self.limits["steps"]:
@@ -76,12 +76,12 @@ class ClipsAlone(Rule):
 
 
 class RanksDiverge(Rule):
-    """Replicas whose weights were equal and are not any more."""
+    """Replicas whose weights were equal and no longer are."""
 
     name = "ranks-diverge"
     title = "the ranks' weights diverge"
     level = "error"
-    unconditional = True  # one of several models would be saved without a word
+    unconditional = True  # otherwise one of several models would be saved silently
     needs = (
         "checksums of the weights of all ranks: of a sample of them at every step, of all of them "
         "every 50 steps"

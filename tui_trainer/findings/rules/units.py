@@ -109,7 +109,7 @@ class SaturatedUnits(_StuckUnits):
         "within 50 steps. The gradient of a sigmoid or tanh is almost zero there, so hardly any of "
         "it passes to the layers before. The usual causes are initial weights or inputs that are "
         "too large, and a learning rate that is too high. The activation of the model's output is "
-        "not judged."
+        "not checked."
     )
     next = "normalise the inputs, use Glorot's initialisation, lower the learning rate"
     source = (

@@ -229,7 +229,7 @@ class UpdatesSmall(_UpdateRatio):
     explanation = (
         "From the start the updates are well below the usual 1e-3 of the weights, and the loss "
         "has not moved outside of its noise. The learning rate may be too low. It is only a hint: "
-        "a large model, or one that was trained before, may need so many steps."
+        "a large model, or one that was trained before, may need that many steps."
     )
     next = "try a rate ten times higher for a hundred steps, and compare"
     source = SOURCE

@@ -1,5 +1,5 @@
-"""Single computations of attention: what is known of one, its scores, the one behind
-`nn.MultiheadAttention`, and the operands of its two products."""
+"""Single computations of attention: their tensors and scores, the one inside
+`nn.MultiheadAttention`, and the operands of their two products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROJECTED = "the outputs of its projections"
 
 @dataclass(frozen=True)
 class LayerToTrace:
-    """An attention layer, as far as the trace knows it."""
+    """An attention layer to trace."""
 
     path: str
     module: torch.nn.Module
@@ -31,8 +31,8 @@ class LayerToTrace:
 
 @dataclass
 class AttentionCall:
-    """One computation of attention, of the chosen example; q, k, v, scores and weights only of the
-    layer that was asked for."""
+    """One computation of attention for the chosen example; q, k, v, scores and weights only for the
+    requested layer."""
 
     layer: str
     index: int
@@ -49,16 +49,16 @@ class AttentionCall:
     """Added to the scaled products: broadcasts to (heads, queries, keys), -inf where masked."""
     causal: bool = False
     scores: torch.Tensor | None = None
-    """(heads, queries, keys), where softmax was taken of them in view."""
+    """(heads, queries, keys), where the softmax of them was traced."""
     z: torch.Tensor | None = None
     """(heads, queries, value_dim): the weighted sums of values, as computed."""
     plain_z: torch.Tensor | None = None
     """The same without dropout, computed by the same function."""
     dropout: float = 0.0
     off: float = math.nan
-    """By how much it differs from what the layer computed, where that has been compared already."""
+    """Deviation from what the layer computed, where it has been compared already."""
     problem: str = ""
-    """Why Q and K of it are not known."""
+    """Why its Q and K are not known."""
     out_weight: torch.Tensor | None = None
     """(width, heads · value_dim), of the projection that reads z."""
     out_bias: torch.Tensor | None = None
@@ -73,8 +73,8 @@ class AttentionCall:
 def scores_of(
     call: AttentionCall, rows: slice = slice(None), head: int | None = None
 ) -> torch.Tensor:
-    """(heads, rows, keys) in float32 or float64: what softmax is taken of; -inf where masked. Of
-    `head` alone (1, rows, keys)."""
+    """The input of softmax, (heads, rows, keys) in float32 or float64; -inf where masked. For one
+    `head` (1, rows, keys)."""
     q, k = call.q, call.k
     assert q is not None
     assert k is not None
@@ -100,7 +100,7 @@ def scores_of(
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
+    """The tensor in at least float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -114,13 +114,13 @@ def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of a deviation that the order of additions explains."""
+    """Largest deviation that the order of additions explains."""
     eps = torch.finfo(dtype).eps
     return (64 if eps < 1e-4 else 4) * eps  # single values of half precision are rounded, not sums
 
 
 def repeat_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Key/value heads, each for its query heads."""
+    """Key/value heads, repeated for each of their query heads."""
     return tensor.repeat_interleave(heads // tensor.shape[0], 0)
 
 
@@ -202,7 +202,7 @@ def _by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _blocked(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of nn.MultiheadAttention: True is where it may not call."""
+    """A mask of nn.MultiheadAttention: True where a query may not attend."""
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill(mask, -math.inf)
@@ -210,7 +210,7 @@ def _blocked(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def additive_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Of scaled_dot_product_attention: True is where it may call."""
+    """A mask of scaled_dot_product_attention: True where a query may attend."""
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_fill(~mask, -math.inf)

@@ -1,7 +1,6 @@
-"""Answers what an attention layer attends to, from a forward pass that is run again.
-
-What is shown is checked first: softmax(QKᵀ·scale + mask)V has to be what the layer computed, to the
-precision of its numbers. Where it is not, or Q and K are not known, the answer says why.
+"""Examines what an attention layer attends to, from a re-run of the forward pass. The weights are
+verified first: softmax(QKᵀ·scale + mask)V must equal what the layer computed, to the precision of
+its numbers. If it does not, or if Q and K are unknown, the answer has the reason instead.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class FoundLayer:
 
 
 def attention_layers(tracer: Tracer) -> list[FoundLayer]:
-    """Those of every model. Raises InspectionError where there are none."""
+    """The attention layers of every model. Raises InspectionError where there are none."""
     found: dict[str, FoundLayer] = {}
     why = "no optimizer has made a step yet"
     names = tracer.registry.names
@@ -121,7 +120,7 @@ def chosen_layer(layers: Sequence[FoundLayer], path: str) -> FoundLayer:
 
 
 def new_trace(layers: Sequence[FoundLayer], request: ExamineAttention, path: str) -> AttentionTrace:
-    """What observes the forward pass for this request."""
+    """The trace that observes the forward pass for this request."""
     traced: list[LayerToTrace] = []
     paths: dict[int, str] = {}
     for each in layers:
@@ -151,7 +150,7 @@ def examine_attention(
     tokens: Sequence[str] = (),
     classes: Sequence[str] = (),
 ) -> AttentionExamination:
-    """Run the forward pass of the current step again and answer. Raises InspectionError."""
+    """Re-run the forward pass of the current step and answer. Raises InspectionError."""
     layers = attention_layers(tracer)
     found = chosen_layer(layers, request.layer)
     trace = new_trace(layers, request, found.layer.path)
@@ -159,16 +158,16 @@ def examine_attention(
     with trace, capture.rerun(trace.called, trace.returned, gradients=False) as run:
         given = tensors_of((run.call.args, run.call.kwargs))
         if request.residual and run.call.returned:
-            with contextlib.suppress(Exception):  # without it the largest logit is explained
+            with contextlib.suppress(Exception):  # without a loss the largest logit is explained
                 run.call.loss.recompute(run.output)  # passes the targets to cross_entropy
         notes = [note for note in run.notes if not note.startswith(WITHOUT_LOSS)]
     device = next((tensor.device.type for tensor in given), "cpu")
-    with torch.autocast(device, enabled=False):  # the run may stand inside an `autocast` of its own
+    with torch.autocast(device, enabled=False):  # the training loop may be inside an `autocast`
         return examiner.answer(trace, given, tokens, classes, notes)
 
 
 class AttentionExaminer:
-    """Makes the answer of a trace. All of it runs under no_grad on the training thread."""
+    """Makes the answer from a trace, under no_grad on the training thread."""
 
     def __init__(
         self, layers: Sequence[FoundLayer], found: FoundLayer, request: ExamineAttention
@@ -189,8 +188,8 @@ class AttentionExaminer:
         classes: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> AttentionExamination:
-        """`given`: the tensors that the model was called with; `tokens` and `classes`: what its
-        inputs and outputs are called, by number."""
+        """`given`: the tensors that the model was called with; `tokens` and `classes`: names of its
+        inputs and outputs, by number."""
         layer, request = self._found.layer, self._request
         self._notes, self._classes = list(notes), classes
         calls = trace.calls.get(layer.path, 0)
@@ -285,18 +284,18 @@ class AttentionExaminer:
     # ------------------------------------------------------------ is it true?
 
     def _attend(self, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
-        """What was seen of the layer; or why Q and K are not known."""
+        """The traced call of the layer; or why its Q and K are not known."""
         path = self._found.layer.path
         call = trace.attends.get(path)
         if call is not None:
             if not call.problem and call.q is None:
-                return call, "its Q and K are not seen"
+                return call, "its Q and K cannot be traced"
             return call, call.problem
         if trace.fault is not None:
-            return None, f"following it failed: {type(trace.fault).__name__}: {trace.fault}"
+            return None, f"tracing it failed: {type(trace.fault).__name__}: {trace.fault}"
         if path not in trace.calls:
             if path not in self._found.tracked.modules:
-                return None, "no module of the model is this layer: its calls are not seen"
+                return None, "no module of the model is this layer: its calls cannot be traced"
             return None, "the layer is not called in the forward pass of this batch"
         return _from_projections(self._found, trace)
 
@@ -328,7 +327,7 @@ class AttentionExaminer:
         return off, checked, ""
 
     def _scale(self, call: AttentionCall, query: int) -> float:
-        """What the products were multiplied with; nan where something else was added to them."""
+        """The factor of the products; nan where something was added to them."""
         if not math.isnan(call.scale):
             return call.scale
         assert call.q is not None
@@ -386,13 +385,13 @@ def _to(count: int) -> str:
 
 
 def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
-    """Q, K and V as the projections give them, for attention that is computed by a function which
-    is not torch's; only where they give what the output projection reads."""
+    """Q, K and V from the projections, for attention that another function than torch's computes;
+    only where they reproduce what the output projection reads."""
     layer, unseen = found.layer, "its attention is computed by a function that is not torch's"
     if not layer.heads or not layer.key_value_heads:
         return None, f"{unseen}, and {NO_HEADS}"
     if len(trace.projections) < 3:
-        return None, f"{unseen}, and the outputs of its projections are not seen"
+        return None, f"{unseen}, and the outputs of its projections cannot be traced"
     q, k, v = (
         _split(trace.projections[place], part, heads)
         for place, part, heads in zip(
@@ -416,7 +415,7 @@ def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[Attenti
                     call.z, call.off = z.to(read.dtype), off
                     return call, ""
     if math.isinf(best):
-        return None, f"{unseen}, and no output projection is seen that it could be compared with"
+        return None, f"{unseen}, and no output projection was found to compare it with"
     modules = found.tracked.modules
     rotary = any(word in f"{name} {type(module).__name__}".lower() for word in ROTARY
                  for name, module in modules.items())  # fmt: skip
@@ -446,12 +445,12 @@ def _split(output: torch.Tensor, part: Projection, heads: int) -> torch.Tensor:
 
 
 def _weights_of(call: AttentionCall, head: int, rows: slice = slice(None)) -> torch.Tensor:
-    """softmax of the scores of a head: (queries, keys), 0 where it may not call."""
+    """softmax of the scores of a head: (queries, keys), 0 where masked."""
     return torch.nan_to_num(torch.softmax(scores_of(call, rows, head)[0], -1))
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Of the rows (…, keys) of attention weights, in nats."""
+    """The entropy of rows (…, keys) of attention weights, in nats."""
     found: torch.Tensor = torch.special.entr(weights).sum(-1)
     return found
 
@@ -502,7 +501,7 @@ def _floats(tensor: torch.Tensor) -> bytes:
 def _labels(
     given: Sequence[torch.Tensor], sample: int, batch: int, keys: int, tokens: Sequence[str]
 ) -> tuple[str, ...]:
-    """The tokens of the example: their texts where these are known, else their numbers."""
+    """The tokens of the example: their texts where known, else their numbers."""
     for tensor in given:
         if tensor.dim() == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
             for each in (tensor, tensor.t()):
@@ -513,7 +512,7 @@ def _labels(
 
 
 def _grid(given: Sequence[torch.Tensor], sample: int, batch: int, keys: int) -> PatchGrid | None:
-    """The patches of an image, where the keys are as many as these and a few further tokens."""
+    """The patches of an image, where the keys are its patches and at most a few further tokens."""
     for image in given:
         if image.dim() != 4 or image.shape[0] != batch or not image.is_floating_point():
             continue

@@ -1,5 +1,5 @@
-"""Wq, Wk and Wv of each head of an attention layer: how alike they are, their singular values, and
-the angles between their row spaces."""
+"""Wq, Wk and Wv of each head of an attention layer: their similarity, singular values, and the
+angles between their row spaces."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def head_matrices(tracked: TrackedParameters, layer: AttentionLayer) -> Matrices
 
 
 def head_weights(matrices: Matrices, head: int | None = None) -> list[HeadWeights]:
-    """Of every head, or of `head` alone."""
+    """The weights of every head, or of `head` alone."""
     heads = range(matrices[0].shape[0]) if head is None else (head,)
     return [_head_weights([matrix[each] for matrix in matrices]) for each in heads]
 
@@ -72,7 +72,7 @@ def _triple(values: Sequence[float]) -> Triple:
 
 
 def head_spectra(matrices: Matrices, head: int) -> HeadSpectra | None:
-    """Of one head; None where a weight is not finite."""
+    """The spectra of one head; None where a weight is not finite."""
     q, k, v = (matrix[head] for matrix in matrices)
     if not all(bool(torch.isfinite(part).all()) for part in (q, k, v)):
         return None

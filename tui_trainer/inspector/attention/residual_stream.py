@@ -18,14 +18,14 @@ from tui_trainer.inspector.attention.trace import Added, AttentionTrace, FinalNo
 from tui_trainer.protocol.attention import Contribution, ContributionKind, ResidualStream
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)
-"""Of norms that do not say theirs."""
+"""Candidates for norms that do not expose their epsilon."""
 NO_NORM = "no norm after the blocks reads a sum of the form x + f(x)"
 NO_SUM = "what was added to the stream does not sum to it: it is changed in another way as well"
 NO_HEAD = "no linear layer reads the final norm"
 
 
 class StreamError(Exception):
-    """Why the stream cannot be taken apart."""
+    """The residual stream cannot be decomposed; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Part:
     values: torch.Tensor
     head: int = -1
     within: bool = False
-    """Whether it is a part of another one."""
+    """Whether it is part of another summand."""
 
 
 def residual_stream(trace: AttentionTrace, query: int, queries: int) -> ResidualStream:
@@ -151,7 +151,7 @@ def _parts(
 
 
 def _heads(call: AttentionCall, added: Added, rows: int, queries: int, query: int) -> list[_Part]:
-    """What each head adds, and the bias; empty where that does not sum to what was added."""
+    """What each head adds, and the bias; empty where their sum is not what was added."""
     z, weight, out = call.z, call.out_weight, call.out
     if z is None or weight is None or out is None or out.shape != added.values.shape:
         return []
@@ -181,8 +181,8 @@ def _least_precise(call: AttentionCall, added: Added) -> torch.dtype:
 
 
 def _factor(out: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
-    """What the output of the projection was multiplied with before it was added: 1, the mask of a
-    dropout, or a factor for each channel or for all of them. None where it is none of these."""
+    """The factor between the output of the projection and what was added: 1, the mask of a dropout,
+    or a factor for each channel or for all of them. None where it is none of these."""
     limit = 1e-4 * float(added.abs().max()) if added.numel() else 0.0
     one = torch.ones_like(out)
 
@@ -311,7 +311,7 @@ def _rows_read(
 
 
 def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
-    """Linear layers that follow each other directly, up to the last one that was seen."""
+    """Linear layers that follow each other directly, up to the last traced one."""
     chain = [tail[0]]
     for read in tail[1:]:
         before = chain[-1].output

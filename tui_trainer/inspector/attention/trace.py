@@ -1,10 +1,10 @@
 """Observes the attention layers and the residual stream in one forward pass.
 
 Every torch function that the forward calls passes through `AttentionTrace` (a TorchFunctionMode).
-Attention is seen where it is computed: as `scaled_dot_product_attention`, as the function behind
+Attention is traced where it is computed: as `scaled_dot_product_attention`, as the function behind
 `nn.MultiheadAttention`, or as a product, a softmax and another product. So Q, K, masks and biases
-are those that were used: after rotary embeddings, norms of Q and K, and adapters. Nothing is
-replaced by other values, and nothing is kept but the chosen example.
+are those that were used: after rotary embeddings, norms of Q and K, and adapters. No value is
+replaced, and only the chosen example is kept.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from tui_trainer.inspector.attention.calls import (
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "__matmul__"))
 FACTORS = ("batch1", "batch2", "mat2", "other", "tensor2")
-"""Names of what a product is of, where they are given by name."""
+"""Names of the second operand of a product, if it is passed by keyword."""
 FEW_ELEMENTS = 1 << 18
-"""Of a stream (positions, width) of the example: above it only the query's row is kept."""
+"""Elements of a stream (positions, width) of the example above which only the query's row is
+kept."""
 MAX_TAIL = 4
 """Linear layers after the last norm that may lead to the logits."""
 
@@ -91,7 +92,7 @@ class TailLinear:
 
 @dataclass
 class Targets:
-    """What the loss compares the logits with."""
+    """The targets that the loss compares the logits with."""
 
     values: torch.Tensor
     """Class numbers."""
@@ -131,18 +132,18 @@ class AttentionTrace(TorchFunctionMode):
         self.layers = {id(layer.module): layer for layer in layers}
         self.wanted, self.sample, self.query = wanted, sample, query
         self.attends: dict[str, AttentionCall] = {}
-        """By layer; of a layer that is called several times the last one."""
+        """By layer; the last call of a layer that is called several times."""
         self.calls: dict[str, int] = {}
         self.projections: dict[int, torch.Tensor] = {}
-        """0, 1, 2 for q, k, v → outputs (positions, features) of the layer that was asked for."""
+        """0, 1, 2 for q, k, v → outputs (positions, features) of the requested layer."""
         self.inputs_of_linears: list[torch.Tensor] = []
-        """(positions, features) of the linear layers in the layer that was asked for and after."""
+        """(positions, features) of the linear layers in the requested layer and after it."""
         self.norm: FinalNorm | None = None
         self.tail: list[TailLinear] = []
         self.targets: Targets | None = None
         self.batch = 0
         self.fault: Exception | None = None
-        """The first one of ours: what it concerns is missing."""
+        """The first fault of ours; what it concerns is missing."""
         self._paths = paths
         self._residual = residual
         self._stack: list[str] = []
@@ -196,7 +197,7 @@ class AttentionTrace(TorchFunctionMode):
 
     @property
     def chosen_query(self) -> int:
-        """The position that is asked for; the last one by default."""
+        """The requested position; the last one by default."""
         call = self.attends.get(self.wanted)
         last = (call.z.shape[1] if call is not None and call.z is not None else 1) - 1
         return last if self.query is None else min(self.query, last)
@@ -404,7 +405,7 @@ class AttentionTrace(TorchFunctionMode):
         bias: torch.Tensor | None,
         result: torch.Tensor,
     ) -> None:
-        """Take this linear layer for the output projection if it reads just what was attended."""
+        """Treat this linear layer as the output projection if it reads the attention's result."""
         z = call.z
         assert z is not None
         heads, queries, size = z.shape
@@ -478,7 +479,7 @@ class AttentionTrace(TorchFunctionMode):
     def _summands(
         self, tensor: torch.Tensor, result: torch.Tensor, since: int
     ) -> tuple[Added, ...]:
-        """What is added: a tensor, or the parts of a sum that was made since, such as that of
+        """The summands of an addition: a tensor, or the terms of a sum made since, such as that of
         attention and MLP where both read the same stream."""
         inner = self._stream_of(tensor)
         if inner is not None and inner.start.index > since:
@@ -493,7 +494,8 @@ class AttentionTrace(TorchFunctionMode):
         return Added(name, made.index if made is not None else -1, self._count, values)
 
     def _name_of(self, tensor: torch.Tensor, here: str) -> str:
-        """Of what no function of the forward has made: a parameter, or an input."""
+        """The name of a tensor that no function of the forward computed: a parameter, or an
+        input."""
         return self._paths.get(id(tensor)) or here or "input"
 
     def _stream_of(self, tensor: Any) -> StreamSum | None:

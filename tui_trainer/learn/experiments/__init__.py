@@ -1,7 +1,7 @@
 """The experiments: each measures on a live model every value that its page states.
 
-An experiment is a function of a seed in the module of its page's name. The values that every seed
-gives are laws; the others are those of this model.
+An experiment is a function of a seed in the module of its page's name. Values that are the same for
+every seed are laws; the others belong to this model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
 
-With `--serve` it reads an `PageRequest` from each line of its standard input and answers each
-with one line, an `PageMeasurement` or an `PageFailure`.
+With `--serve` it reads a `PageRequest` from each line of its standard input and answers each with
+one line, a `PageMeasurement` or a `PageFailure`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def serve() -> None:
     os.nice(5)  # a training on this machine comes first
     prepare()
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what a library prints is not an answer
     for line in sys.stdin.buffer:
         answers.write(
             msgspec.json.encode(answer(msgspec.json.decode(line, type=PageRequest))) + b"\n"

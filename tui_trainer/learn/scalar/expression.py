@@ -49,7 +49,7 @@ class Node:
     """The value of a constant."""
     start: int = 0
     end: int = 0
-    """Where it stands in the text of the expression."""
+    """Its position in the text of the expression."""
 
     @property
     def is_input(self) -> bool:

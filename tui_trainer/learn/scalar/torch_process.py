@@ -31,8 +31,8 @@ class TorchProcess:
         self._closed = False
 
     def gradients(self, expression: str, values: Mapping[str, float]) -> TorchGradients | None:
-        """Blocks until the answer; importing torch takes seconds the first time. None where it
-        cannot be had: without torch, or after `close()`."""
+        """Blocks until the answer; importing torch takes seconds the first time. None where there
+        is none: without torch, or after `close()`."""
         with self._lock:
             try:
                 process = self._started()

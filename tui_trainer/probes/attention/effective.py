@@ -2,7 +2,7 @@
 adapter changes (LoRA: W = W₀ + scale · B A; DoRA: its rows with learned norms), and those that are
 computed from other parameters (weight normalisation, `torch.nn.utils.parametrize`).
 
-They are read as what the layer multiplies with. A quantized W₀ cannot be read.
+The effective weight, which the layer multiplies with, is read. A quantized W₀ cannot be read.
 """
 
 from __future__ import annotations

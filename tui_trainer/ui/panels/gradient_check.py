@@ -1,4 +1,4 @@
-"""A gradient of autograd beside numerical ones, in the inspector."""
+"""A gradient of autograd next to numerical ones, in the inspector."""
 
 from __future__ import annotations
 

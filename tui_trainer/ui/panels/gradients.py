@@ -443,7 +443,7 @@ class NameTree:
                 ((below, child),) = child.items()
                 label = f"{label}.{below}" if below else label
             if isinstance(child, dict) and all(name.isdigit() for name in child):
-                # A list of blocks is no level of its own: `blocks.0`, `blocks.1`, …
+                # A list of blocks is not a level of its own: `blocks.0`, `blocks.1`, …
                 numbered = {f"{label}.{name}": block for name, block in child.items()}
                 leaves += self._add(numbered, depth)
             elif isinstance(child, dict):

@@ -155,7 +155,7 @@ class DifferencesTable(VirtualTable):
         self.runs = runs
         self.placeholder = "nothing was recorded"
         self.divergence: Sequence[Divergence] = ()
-        """Where the runs part, once it is known."""
+        """The first differences of the runs, once they are known."""
         self._lines: list[ComparedValue | str] = []
         """Headings and rows."""
         self._outcomes = 0

@@ -74,7 +74,7 @@ SCREENS = (
     ),
     ScreenEntry("ranks", "9", "Ranks", "ranks:RanksScreen", "One line for each process of the run"),
     ScreenEntry(
-        "inspect", "0", "Inspect", "inspect:InspectScreen", "Look into a tensor of the live run"
+        "inspect", "0", "Inspect", "inspect:InspectScreen", "Inspect a tensor of the live run"
     ),
     ScreenEntry(
         "autograd",
@@ -115,7 +115,7 @@ class AppContext(DrawingContext, Protocol):
     inspected: TensorRef | None
     """The tensor in the inspector."""
     inspected_rank: int
-    """The process whose tensors are looked into."""
+    """The rank whose tensors are inspected."""
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
 
@@ -134,8 +134,8 @@ class AppContext(DrawingContext, Protocol):
         """Send a command to the run and show its answer."""
 
     def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Ask the run for a look into tensors; `answered` is called on the event loop, unless
-        another request replaces this one."""
+        """Request an inspection; `answered` is called on the event loop, unless another request
+        replaces this one."""
 
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""

@@ -178,7 +178,7 @@ class AttentionScreen(DetailScreen):
         return [SHOWN_STATISTICS[(start + i) % len(SHOWN_STATISTICS)] for i in range(count)]
 
     def _explain(self) -> None:
-        """Say what the chosen statistic means, and which values are healthy."""
+        """Explain the chosen statistic and its healthy values."""
         self.query_one(TabLine).choose(self._chosen)
         self.query_one("#means", Caption).update([(self.statistic.meaning, "text")])
         self._show_healthy()
@@ -285,7 +285,7 @@ class AttentionScreen(DetailScreen):
             self._show_layer()
 
     def on_virtual_table_activated(self, event: VirtualTable.Activated) -> None:
-        """Look into a layer: what its heads attend to."""
+        """Open a layer: what its heads attend to."""
         from tui_trainer.ui.screens.attention_layer import AttentionLayerScreen
 
         info, row = self.context.snapshot.info, self.layer_table.current_row

@@ -41,7 +41,7 @@ ROOMY_WIDTH = 140
 SPECTRA_ROWS = 9
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
-"""While the run runs, the layer is read again after `MIN_INTERVAL_S`, and so rarely that reading it
+"""While the run runs, the layer is read again after `MIN_INTERVAL_S`, or later, so that reading
 takes at most this share of the time."""
 READING, WAITING = "reading …", "waiting for the end of the current step"
 SKIPPED = "the batch of the next step is being kept"

@@ -61,7 +61,7 @@ class AutogradScreen(DetailScreen):
         super().__init__()
         self.graph: AutogradGraph | None = None
         self._moment: tuple[int, str, int] | None = None
-        """Step, phase and rank that were asked about last."""
+        """Step, phase and rank of the last request."""
         self._read_at, self._took_ms = "", 0.0
         self._error = ("", "")
         self._requests = 0

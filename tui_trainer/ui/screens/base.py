@@ -56,9 +56,9 @@ CONTROL_BINDINGS = (
 )  # fmt: skip
 RANK_BINDING = Binding(
     "R", "rank", "Rank", key_display="R", id="run.rank", show=False,
-    tooltip="Look into the tensors of the next process, of a run with several",
+    tooltip="Inspect the tensors of the next rank, in a run with several processes",
 )  # fmt: skip
-"""Of the screens that look into tensors."""
+"""The binding of the screens that inspect tensors."""
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
 NOT_IN_REPLAY = (
@@ -194,7 +194,7 @@ class ControlScreen(RunScreen):
             return action == "pause"
         elif link.state != "live" or link.read_only or status.ended or status.state == "stopping":
             return None
-        if action == "epoch":  # a reason why there are none is said when the key is pressed
+        if action == "epoch":  # the key shows the reason why there are none
             info = snapshot.info
             known = info is not None and (info.steps_per_epoch or "epochs" in info.unseen)
             return True if known else None
@@ -296,13 +296,13 @@ class DetailScreen(ControlScreen):
         return super().check_action(action, parameters)
 
     def _ranks(self) -> list[int]:
-        """Those whose tensors can be looked into."""
+        """The ranks whose tensors can be inspected."""
         info = self.context.snapshot.info
         running = (each for each in info.processes if each.state == "running") if info else ()
         return sorted({0, *(each.rank for each in running)})
 
     def action_rank(self) -> None:
-        """Look into the tensors of the next process."""
+        """Inspect the tensors of the next process."""
         ranks = self._ranks()
         later = [rank for rank in ranks if rank > self.context.inspected_rank]
         self.context.inspected_rank = later[0] if later else ranks[0]

@@ -47,7 +47,7 @@ class NumberPrompt(ModalScreen[float | None]):
             yield Static(KEYS_HINT)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Return the number, or say that it is none."""
+        """Return the number, or show that it is not valid."""
         text = event.value.strip()
         if not text:
             self.dismiss(self._empty)

@@ -59,7 +59,7 @@ MIN_WIDTH_FOR_ALL = 170
 """Width from which the numbers stay next to the update or the check."""
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
-"""While the run runs, a tensor is read again after `MIN_INTERVAL_S`, and so rarely that reading it
+"""While the run runs, a tensor is read again after `MIN_INTERVAL_S`, or later, so that reading
 takes at most this share of the time."""
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""

@@ -222,7 +222,7 @@ class RanksScreen(DetailScreen):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("i", "look_into", "Inspect", id="ranks.inspect",
-                tooltip="Look into the tensors of the process under the cursor"),
+                tooltip="Inspect the tensors of the process under the cursor"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 

@@ -190,7 +190,7 @@ class SettingsDialog(SnapshotDialog):
         self.query_one(".error", Static).update("")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Make the change, or say what is wrong with it."""
+        """Make the change, or show what is wrong with it."""
         changes = self._parsed(event.value)
         if changes:
             app_context(self).command(ChangeSettings(changes))

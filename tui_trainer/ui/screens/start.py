@@ -103,7 +103,8 @@ def typed_value(option: Option, text: str | bool) -> str | bool:
 def request_for(
     task: TaskForm, preset: str, entered: Mapping[str, str | bool], start_paused: bool = False
 ) -> tuple[LaunchRequest | None, dict[str, ConfigurationError]]:
-    """The request for these settings, or the errors by field ("" where it is no single field)."""
+    """The request for these settings, or the errors by field ("" where no single field is
+    wrong)."""
     overrides: dict[str, Scalar] = {}
     errors: dict[str, ConfigurationError] = {}
     for option in options_of(task.config):

@@ -23,7 +23,7 @@ from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
 NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
-SCRIPT = "a script gets the state of a snapshot; its own data order and counters go on"
+SCRIPT = "a script gets the state of a snapshot; its own data order and counters continue"
 
 
 class TimelineList(OptionList):
@@ -131,7 +131,7 @@ class TimelineDialog(SnapshotDialog):
         self.query_one(".error", Static).update("")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Go to the step, or keep snapshots in so much memory."""
+        """Go to the step, or keep snapshots in this much memory."""
         text = event.value.strip().replace(",", "")
         if not text:
             return

@@ -25,8 +25,8 @@ AXIS_WIDTH = 9
 """Cells left of the plot: a label of 8, right-aligned, and the axis itself."""
 OUTLIER_QUANTILES = (0.02, 0.98)
 OUTLIER_DISTANCE = 4.0
-"""A linear axis does not reach values further from those between the quantiles than so many times
-the distance between the two."""
+"""A linear axis leaves out values that are further outside the quantiles than this many times their
+distance."""
 MIN_VALUES_FOR_OUTLIERS = 60
 LOG_BY_ITSELF = 1000.0
 """Times the median, from which a largest value that is not left out makes an axis logarithmic."""

@@ -137,7 +137,7 @@ class Canvas:
             self._style_numbers[free, x] = self._add_style(layer.style)
 
     def draw_outliers(self, outliers: Outliers, steps: tuple[int, int]) -> None:
-        """Mark the columns whose values lie beyond the axis, and say how far they reach."""
+        """Mark the columns whose values lie beyond the axis, with the largest value."""
         y = 0 if outliers.above else self.height - 1
         sign = self._glyphs.ascending if outliers.above else self._glyphs.descending
         number = self._add_style(self._palette.warning)

@@ -1,5 +1,4 @@
-"""The statistics of Wq, Wk and Wv: what each means and what is healthy, where its values are, and
-how they are written."""
+"""The statistics of Wq, Wk and Wv: meaning, healthy range, location of the values, and format."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ class Statistic:
     short_title: str = ""
     """Where there is little room; "" for the title itself."""
     band: HealthyRange | None = None
-    """Where values are healthy, if that can be said in numbers; others are coloured."""
+    """The range of healthy values, if there is one; others are coloured."""
 
     @property
     def label(self) -> str:
@@ -197,7 +196,7 @@ def missing_statistic_message(statistic: Statistic, snapshot: Snapshot, optimize
     if snapshot.status.ended:
         return "the run ended before this was measured"
     if snapshot.status.step and statistic.table != schema.ATTENTION:
-        return "no value yet: it is measured now and then, more often while this screen is open"
+        return "no value yet: it is measured occasionally, more often while this screen is open"
     return "waiting for the first step"
 
 
