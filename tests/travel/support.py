@@ -162,7 +162,7 @@ class Run:
         gate = self.gate
         while not (gate.mode == "paused" and (gate.completed, gate.phase) == (step, "step")):
             assert self._thread.is_alive(), (self.failure, self.log)
-            assert time.monotonic() < deadline, (gate.mode, gate.place, gate.phase, self.log)
+            assert time.monotonic() < deadline, (gate.mode, gate.boundary, gate.phase, self.log)
             time.sleep(0.002)
         return self.gate.call_soon(self._state).result(240)
 

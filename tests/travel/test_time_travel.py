@@ -71,9 +71,9 @@ def test_a_phase_within_an_earlier_step_can_be_looked_at(tmp_path):
         seen = run.to(7)
         run.back(5)
         while run.gate.phase != "backward":
-            place = run.gate.place
+            boundary = run.gate.boundary
             run.gate.step_phase()
-            while run.gate.place == place or run.gate.mode != "paused":
+            while run.gate.boundary == boundary or run.gate.mode != "paused":
                 pass
         assert run.gate.step_in_progress == 6
         assert run.travel.back() == "back to step 5"
@@ -228,9 +228,9 @@ def test_a_state_that_cannot_be_restored_leaves_the_run_where_it_is(phases, tmp_
         run.change("clip=0.5")
         seen = run.at(5)
         for _ in range(phases):
-            place = run.gate.place
+            boundary = run.gate.boundary
             run.gate.step_phase()
-            while run.gate.place == place or run.gate.mode != "paused":
+            while run.gate.boundary == boundary or run.gate.mode != "paused":
                 pass
         part.spoilt = True
         run.travel.back(2)
