@@ -19,17 +19,17 @@ from pathlib import Path
 from cells import redraw
 from textual.pilot import Pilot
 
-from tui_trainer.cli.commands.demo import first_message
+from tui_trainer.cli.options import RunOptions
+from tui_trainer.cli.start import demo_spec
 from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
-from tui_trainer.learn.demos import DEMOS
+from tui_trainer.learn.demos import find_demo
 from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.svg import svg
-from tui_trainer.protocol.messages import Breakpoint
-from tui_trainer.protocol.schema import SCRIPT, Scalar
+from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
@@ -178,19 +178,14 @@ DEMO, DEMO_NAME = "demo", "rate-high"
 
 async def make_demo(runs: Path) -> None:
     """The screen of a guided run, paused at its breakpoint."""
-    demo = next(each for each in DEMOS if each.name == DEMO_NAME)
-    name, directory = create_run_directory(demo.script.stem, runs)
-    stop = Breakpoint(1, demo.breakpoint, once=True)
-    spec = RunSpec(
-        name=name, directory=str(directory), task=SCRIPT, script=str(demo.script),
-        breakpoints=(stop,),
-    )  # fmt: skip
+    demo = find_demo(DEMO_NAME)
+    spec = demo_spec(demo, RunOptions(runs_dir=runs), guided=True)
     launched = launch(spec)
     session = LiveSession(connector(launched.connect))
-    app = TuiTrainerApp(session, start_mode=demo.screen, message=first_message(demo, cured=False))
+    app = TuiTrainerApp(session, start_mode=demo.screen)
     try:
-        async with app.run_test(size=(120, 40), notifications=True) as pilot:
-            await until(pilot, app, lambda: app.snapshot.status.state == "paused")
+        async with app.run_test(size=(120, 40)) as pilot:
+            await until(pilot, app, lambda: app.snapshot.status.stopped_at is not None)
             await pilot.pause(1.0)
             write(DEMO, app.export_screenshot(title="tui-trainer"))
     finally:

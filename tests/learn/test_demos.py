@@ -109,7 +109,7 @@ def losses_when_cured_at_the_breakpoint(demo: Demo, tmp_path) -> tuple[np.ndarra
     )
     edits = LiveEdits(tracer, gate, recorder)
     travel = TimeTravel(tracer, gate, recorder, edits, SNAPSHOT_BYTES if demo.back else 0)
-    travel.every = 33
+    travel.every = demo.back
     script = importlib.import_module(f"tui_trainer.learn.demos.{demo.script.stem}")
 
     def train() -> None:
@@ -175,6 +175,7 @@ def test_the_catalogue_names_what_exists():
         assert demo.screen in modes
         assert demo.script.is_file()
         assert not (demo.live and demo.back)
+        assert demo.name != "bad-batch" or 99 % demo.back == 0, "one right before the fault"
         for cured in (False, True):
             info = RunInfo(name="run", task=SCRIPT, title=demo.title(cured))
             assert demo_of(info) == (demo, cured)

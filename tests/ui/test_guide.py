@@ -116,6 +116,7 @@ async def test_a_fault_in_the_program_is_trained_to_its_end_and_compared(tmp_pat
         await frame(pilot)
         await press(pilot, "C")
         assert session.sent == [actions.Throttle(None), actions.Resume()]
+        await shows(pilot, app, "It trains to its end now.")
         session.end("finished", "all steps made")
         app.draw_frame()
         await until(pilot, lambda: TuiTrainerApp.next_command, "leaving")

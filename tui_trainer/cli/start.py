@@ -251,15 +251,15 @@ def spec_for(
 
 
 def demo_spec(
-    chosen: Demo, options: RunOptions, *, cured: bool = False, guided: bool = False
+    chosen: Demo, options: RunOptions, *, cured: bool = False, guided: bool = False, stem: str = ""
 ) -> RunSpec:
     """Create a run of a demo. `guided`: slow enough to be watched, and paused where the fault
-    shows. Raises CommandError."""
+    shows. `stem`: how its name begins; "": as that of the demo. Raises CommandError."""
     script = Script(str(chosen.script), ("--cured",) if cured else ())
     if chosen.back and guided:
         options = replace(options, snapshots=DEMO_SNAPSHOTS)
-    name = f"{chosen.name}-cured" if cured else chosen.name
-    spec = prepare(SCRIPT, options, script=script, stem=name)
+    stem = stem or (f"{chosen.name}-cured" if cured else chosen.name)
+    spec = prepare(SCRIPT, options, script=script, stem=stem)
     # Once: after that the learner goes on without being stopped again.
     stops = (Breakpoint(1, chosen.breakpoint, once=True),) if guided and not cured else ()
     spec = msgspec.structs.replace(
@@ -267,6 +267,7 @@ def demo_spec(
         title=chosen.title(cured),
         breakpoints=stops,
         steps_per_second=chosen.pace if guided else None,
+        snapshots_every=chosen.back or None,
     )
     write_spec(spec)
     return spec

@@ -81,6 +81,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Changes of settings before the first step, such as `lr=3e-4`."""
     snapshots: int = 0
     """Bytes of host memory for snapshots of the training, to go back to; 0: none are taken."""
+    snapshots_every: int | None = None
+    """Steps between them; None: as many as keep their cost small."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept, in addition to the best one."""
     resume: str | None = None

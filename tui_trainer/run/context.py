@@ -96,6 +96,8 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     if memory != run.spec.snapshots and run.recording:
         text = "no snapshots are kept: a run of several processes cannot be taken back"
         run.recorder.notice("state", text, "warning")
-    run.edit_with(edits, TimeTravel(tracer, run.gate, run.recorder, edits, memory))
+    travel = TimeTravel(tracer, run.gate, run.recorder, edits, memory)
+    travel.every = run.spec.snapshots_every
+    run.edit_with(edits, travel)
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

@@ -388,6 +388,11 @@ class TuiTrainerApp(App[int]):
         return True
 
     @property
+    def guided_run_finishes(self) -> bool:
+        """Whether a guided run goes on to its end to be compared."""
+        return self.guided_runs.finishing
+
+    @property
     def cure_label(self) -> str:
         """What the key of a guided run does now."""
         return self.guided_runs.label()

@@ -74,9 +74,14 @@ def introduction(demo: Demo, language: str) -> str:
     return f"{_sentence(said.happens)}\n\n{listed}"
 
 
-def guidance(snapshot: Snapshot, demo: Demo, cured: bool, language: str) -> str:
-    """What to look at, and what to do, at this moment."""
+def guidance(
+    snapshot: Snapshot, demo: Demo, cured: bool, language: str, finishing: bool = False
+) -> str:
+    """What to look at, and what to do, at this moment. `finishing`: the run goes on to its end for
+    the two curves."""
     text, said = words(language), demo_texts(language)[demo.name]
+    if finishing:
+        return text["demo_finishing"]
     stage = stage_of(snapshot, demo, cured)
     if stage == "paused":
         stopped = snapshot.status.stopped_at
@@ -132,7 +137,8 @@ class GuideLine(Panel):
         if found is None or width <= 0:
             return []
         demo, cured = found
-        text = guidance(self.snapshot, demo, cured, app_context(self).language)
+        context = app_context(self)
+        text = guidance(self.snapshot, demo, cured, context.language, context.guided_run_finishes)
         return wrap(f"{demo.name}  {text}", width)[:MAX_ROWS]
 
     def rows(self, size: Size) -> Sequence[Row]:
@@ -300,6 +306,8 @@ class GuidedRuns:
         stage = stage_of(snapshot, *found)
         if stage == "ended":
             return True
+        if self.finishing:
+            return None
         return True if stage == "paused" and snapshot.link.state == "live" else None
 
     def label(self) -> str:
@@ -325,6 +333,7 @@ class GuidedRuns:
             self.finishing = True
             self.context.command(actions.Throttle(None))
             self._resume()
+            self.context.redraw()
 
     def _resume(self) -> None:
         if self.context.snapshot.status.state == "paused":

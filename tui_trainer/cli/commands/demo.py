@@ -135,7 +135,7 @@ def _train_both(
     of the two."""
     options = RunOptions(plain=True, runs_dir=runs_dir)
     if against is None:
-        notify(f"{chosen.name}: training with and without the fault")
+        notify(f"{chosen.name}: training with and without the fault; this takes a few seconds")
         specs = [demo_spec(chosen, options, cured=cured) for cured in (False, True)]
         _run_to_end(specs)
     else:
@@ -170,8 +170,9 @@ def _with_the_other(chosen: Demo, against: str, options: RunOptions) -> list[Run
     edited = any(isinstance(each, Notice) and each.kind == "edit" for each in events)
     was_cured = found[1] or edited
     words = "with the fault, to its end" if was_cured else "without the fault"
-    notify(f"{chosen.name}: training {words}")
-    other = demo_spec(chosen, options, cured=not was_cured)
+    notify(f"{chosen.name}: training {words}; this takes a few seconds")
+    stem = f"{chosen.name}-uncured" if was_cured else ""
+    other = demo_spec(chosen, options, cured=not was_cured, stem=stem)
     _run_to_end([other])
     return [other, spec] if was_cured else [spec, other]
 

@@ -32,8 +32,9 @@ class Demo:
     """The condition that pauses the run there."""
     live: str = ""
     """The change that cures it while it is paused, as for `tui-trainer set`."""
-    back: bool = False
-    """Whether it is cured by going one step back, to before the fault."""
+    back: int = 0
+    """Steps between the snapshots of a run that is cured by going back to before the fault; 0:
+    another cure."""
     pace: float = 20.0
     """Steps per second, so that they can be watched."""
 
@@ -60,7 +61,7 @@ DEMOS = (
         "attention", "attention", "attention-logits", 'finding("attention-logits")', "lr[0]=0.001"
     ),
     Demo("fp16-overflow", "log", "loss-scale", "nonfinite at loss", pace=10),
-    Demo("bad-batch", "dashboard", "bad-batch", "loss > 4 * ema(loss)", back=True),
+    Demo("bad-batch", "dashboard", "bad-batch", "loss > 4 * ema(loss)", back=9),
 )
 
 

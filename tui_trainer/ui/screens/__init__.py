@@ -147,6 +147,10 @@ class AppContext(DrawingContext, Protocol):
         """Start a guided run; `introduced`: the user has read what it shows."""
 
     @property
+    def guided_run_finishes(self) -> bool:
+        """Whether a guided run goes on to its end to be compared."""
+
+    @property
     def cure_label(self) -> str:
         """What the key of a guided run does now."""
 
