@@ -25,6 +25,7 @@ from tui_trainer.trace.gate import Gate, StopTraining
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Probe, ProbeOptions, TableSpec
+from tui_trainer.trace.probe_set import ProbeSet
 from tui_trainer.trace.tracer import Tracer
 
 MOMENTS = (
@@ -102,9 +103,9 @@ def test_recorder_that_raises_does_not_reach_the_training():
 METHODS = [
     *((Phases, name) for name in ("before_forward", "before_backward", "before_step", "leave")),
     *((Phases, name) for name in ("boundary", "complete_step", "next_step")),
-    *((StepMeasurer, name) for name in ("prepare", "before_forward", "before_backward")),
+    *((StepMeasurer, name) for name in ("prepare", "before_backward", "after_update")),
     *((StepMeasurer, name) for name in ("reached_by_backward", "read_gradients", "positions_of")),
-    *((StepMeasurer, name) for name in ("before_update", "after_update")),
+    *((ProbeSet, name) for name in ("before_forward", "before_update")),
 ]
 """What the tracer calls in the course of a step."""
 

@@ -34,7 +34,10 @@ class NonFiniteProbe(Probe):
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Adds to `facts.nonfinite`."""
-        if why_absent(facts.loss) is None:
+        if math.isfinite(facts.loss):
+            self._present.discard("loss")
+            self._finite_at["loss"] = facts.step
+        elif why_absent(facts.loss) is None:
             self._check("loss", np.array([facts.loss]), facts)
         self._check("gradient", facts.gradient_norms, facts, facts.absent_gradients)
         self._check("weight", facts.weight_norms, facts)

@@ -206,6 +206,10 @@ class OutputSums(Probe):
     def after_update(self) -> Readings:
         """On an accelerator: the sums."""
         self._steps += 1
+        if not self._sums:
+            found, self._found = self._found, None
+            self._under_way.append(([], found))
+            return ()
         values = [value for value in self._values if value is not None]
         sums = [entry for entry in self._sums if entry.held is None]
         self._values, self._sums = [], []
@@ -216,7 +220,10 @@ class OutputSums(Probe):
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         """Sets `facts.producer`, and arms the probe."""
         sums, found = self._under_way.popleft() if self._under_way else ([], None)
-        wrong = bool(facts.nonfinite) or _not_finite(facts.loss) or _not_finite(facts.total_norm)
+        finite = math.isfinite(facts.loss) and math.isfinite(facts.total_norm)
+        wrong = bool(facts.nonfinite) or (
+            not finite and (_not_finite(facts.loss) or _not_finite(facts.total_norm))
+        )
         if values.size and not np.isfinite(values).all() and len(values) == len(sums):
             found = self._first(values, sums)
         if found is not None:

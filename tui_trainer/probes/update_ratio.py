@@ -97,7 +97,7 @@ class UpdateRatio(Probe):
         if len(self._turns) > 1:
             self._copies = [_copy(weight) for weight in weights]
             return
-        if not all(map(_same_layout, self._kept, weights)) or not self._kept:
+        if not self._kept or not all(map(_same_layout, self._kept, weights)):
             self._kept = [torch.empty_like(weight, dtype=_wide(weight)) for weight in weights]
         copy_each(self._kept, weights)
         self._copies = self._kept

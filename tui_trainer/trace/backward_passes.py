@@ -3,6 +3,7 @@ losses, and which optimizers they reach."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -21,6 +22,7 @@ from tui_trainer.trace.observers import Observers
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.phases import BACKWARD, LOSS, OTHER, Phases
+from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.step import BackwardPass, GradScaling, scalar
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
@@ -87,22 +89,24 @@ class BackwardPasses:
         return self._open_backward(tensors)
 
     def _open_backward(self, outputs: Any) -> bool:
-        self._steps.end_by_hand()
-        if not self._phases.enter(BACKWARD):
+        registry, phases = self._registry, self._phases
+        if registry.by_hand is not None:
+            self._steps.end_by_hand()
+        if not phases.enter(BACKWARD):
             return False
         self._evaluation.gradients_computed()
-        self._phases.before_backward()
-        for measurer in self._registry.measurers:
+        phases.before_backward()
+        for measurer in registry.measurers:
             if measurer.passes:
                 self._waiting.between_passes(measurer)
         scalars = self._begin(outputs)
         forwards = self._observers.forwards
         if scalars and forwards is not None and self.open is not None:
             forwards.backward_began(scalars[0], self.open.losses[0])
-        self._phases.boundary(LOSS)
-        for measurer in self._registry.measurers:
+        phases.boundary(LOSS)
+        for measurer in registry.measurers:
             measurer.before_backward()
-        self._phases.run()
+        phases.run()
         return True
 
     @guarded
@@ -120,17 +124,17 @@ class BackwardPasses:
                 reached.append(by_hand)
         self._end(reached)
         for measurer in reached:
-            if measurer.careful and measurer.reading is None and measurer.passes:
+            if measurer.reading is None and measurer.passes and measurer.careful:
                 self._waiting.read(measurer)
-            self._expect_update_by_hand(measurer)
+            if measurer.weights is not None:
+                self._expect_update_by_hand(measurer, measurer.weights)
         self._phases.after_backward()
         self._phases.leave(OTHER)
 
-    def _expect_update_by_hand(self, measurer: StepMeasurer) -> None:
-        if measurer.weights is not None:
-            measurer.prepare(self._phases.step, self._gate.stops_soon)
-            measurer.before_update()
-            measurer.weights.remember()
+    def _expect_update_by_hand(self, measurer: StepMeasurer, weights: WeightWatch) -> None:
+        measurer.prepare(self._phases.step, self._gate.stops_soon)
+        measurer.probes.before_update()
+        weights.remember()
 
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:
@@ -161,10 +165,11 @@ class BackwardPasses:
         reached = self._registry.measurers_of(given)
         self._end(reached)
         for measurer in reached:
-            if measurer.careful and measurer.reading is None and measurer.passes:
+            if measurer.reading is None and measurer.passes and measurer.careful:
                 found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
                 self._waiting.read(measurer, gradients=found)
-            self._expect_update_by_hand(measurer)
+            if measurer.weights is not None:
+                self._expect_update_by_hand(measurer, measurer.weights)
         self._phases.after_backward()
         self._phases.leave(OTHER)
 
@@ -194,9 +199,11 @@ class BackwardPasses:
 
     def _begin(self, outputs: Any) -> list[torch.Tensor]:
         """A backward of `outputs` begins; returns those of one element, the losses."""
-        given = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        scalars = [t for t in given if isinstance(t, torch.Tensor) and t.numel() == 1]
-        losses = [scalar(self._scaling.unscaled_loss(loss)) for loss in scalars]
+        if isinstance(outputs, torch.Tensor):
+            scalars = [outputs] if outputs.numel() == 1 else []
+        else:
+            scalars = [t for t in outputs if isinstance(t, torch.Tensor) and t.numel() == 1]
+        losses = list(map(scalar, map(self._scaling.unscaled_loss, scalars)))
         backward = self.open = BackwardPass(losses)
         if self._steps.begun < GRAPHS_READ and len(scalars) == 1:
             backward.cross_entropy = torch_private.cross_entropy_of(scalars[0])
@@ -208,8 +215,16 @@ class BackwardPasses:
 
     def _look_at(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
         """What about these losses can be seen only now."""
-        backward.producer = self._origins.producer_of(scalars)
-        backward.bad_batch = self._bad_batches.look_at(scalars[0]) if len(scalars) == 1 else None
+        searched = False
+        for loss in scalars:
+            if not loss.is_cpu:  # its value is not known without waiting for it
+                continue
+            value = loss.item()
+            if not (searched or math.isfinite(abs(value))):
+                searched = True
+                backward.producer = self._origins.producer_of(loss)
+            if len(scalars) == 1 and isinstance(value, (int, float)):
+                backward.bad_batch = self._bad_batches.look_at(value)
         last = self._last_loss() if self._last_loss is not None else None
         previous = self._last
         waiting = previous is not None and not previous.used and bool(previous.claims)
@@ -225,12 +240,13 @@ class BackwardPasses:
         # Of a closure only the first evaluation is at the weights that the step began with; where
         # the others reach further optimizers, they are no iteration of theirs.
         backward.used = evaluated is not None
-        reached = [measurer for measurer in reached if measurer is not evaluated]
+        if evaluated in reached:
+            reached = [measurer for measurer in reached if measurer is not evaluated]
         last = self._last
         if (
             last is not None
-            and last.claims == set(reached)
             and not (last.used or last.returned or backward.returned)
+            and last.claims == set(reached)
         ):
             last.add(backward.losses)
             last.repeated = last.repeated or backward.repeated

@@ -45,8 +45,10 @@ class BadBatches:
         self._left = MAX_LOOKED_AT
 
     def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = tensors_in(args) if not kwargs else tensors_in((*args, *kwargs.values()))
-        self._inputs = [weakref.ref(tensor) for tensor in given]
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            self._inputs = [weakref.ref(args[0])]
+        else:
+            self._inputs = list(map(weakref.ref, tensors_in((*args, *kwargs.values()))))
         self._loss = None
 
     def loss_called(
@@ -57,27 +59,26 @@ class BadBatches:
         kwargs: dict[str, Any],
     ) -> None:
         """`function`: torch's own."""
-        if name in ROW_LOSSES and len(args) <= 2:
-            named = {key: _weak(value) for key, value in kwargs.items()}
-            self._loss = function, name, [_weak(value) for value in args], named
+        if self._left and name in ROW_LOSSES and len(args) <= 2:
+            named = {key: _weak(value) for key, value in kwargs.items()} if kwargs else {}
+            self._loss = function, name, list(map(_weak, args)), named
 
-    def look_at(self, loss: torch.Tensor) -> BadBatch | None:
-        """Called before backward: describes the batch of `loss` if that is far above the losses
-        before."""
-        if not loss.is_cpu or loss.is_complex():
-            return None
+    def look_at(self, value: float) -> BadBatch | None:
+        """Called before backward: describes the batch of a loss of this `value` if that is far
+        above the losses before."""
         try:
-            return self._look_at(loss.item())
+            return self._look_at(value)
         finally:
             self._loss = None
 
     def _look_at(self, value: float) -> BadBatch | None:
         if math.isfinite(value):
-            usual = max(self._recent, default=0.0)
+            recent = self._recent
+            usual = max(recent, default=0.0)
             self._first = self._first or abs(value)
             far = value > FACTOR * usual > 0 and value > OF_FIRST * self._first
-            high = far and len(self._recent) == RECENT
-            self._recent.append(abs(value))
+            high = far and len(recent) == RECENT
+            recent.append(abs(value))
             if not high:
                 return None
         elif len(self._recent) < 2:
@@ -140,8 +141,9 @@ def _weak(value: Any) -> Any:
     the logits until backward."""
     if not isinstance(value, torch.Tensor):
         return value
-    small = value.is_cpu and value.numel() <= MAX_HELD
-    return value.detach() if small else weakref.ref(value)
+    if not value.is_cpu or value.numel() > MAX_HELD:
+        return weakref.ref(value)
+    return value.detach() if value.requires_grad else value
 
 
 def _strong(value: Any) -> Any:

@@ -52,20 +52,24 @@ class Clippings:
 
     @guarded
     def clip_began(self, parameters: Any, kind: ClipKind, two_norm: bool) -> bool:
-        self._steps.end_by_hand()
+        if self._waiting.registry.by_hand is not None:
+            self._steps.end_by_hand()
         if not self._phases.enter(CLIP):
             return False
         waiting = self._waiting
         waiting.take_unseen()
         waiting.follow_changes_by_hand(compare=True)
-        found = waiting.registry.measurers_of(parameters)
-        self._measurers = [measurer for measurer in found if waiting.waits(measurer)]
-        self._used = [measurer for measurer in found if not measurer.passes]
+        self._measurers, self._used, careful = [], [], False
+        for measurer in waiting.registry.measurers_of(parameters):
+            if not measurer.passes:
+                self._used.append(measurer)
+            elif waiting.waits(measurer):
+                self._measurers.append(measurer)
+                if measurer.reading is None:
+                    waiting.read(measurer, kind)
+                careful = careful or measurer.careful
         self._total_before = None
-        for measurer in self._measurers:
-            if measurer.reading is None:
-                waiting.read(measurer, kind)
-        if self._measurers and (not two_norm or any(m.careful for m in self._measurers)):
+        if self._measurers and (not two_norm or careful):
             self._total_before = total_norm(parameters)
         if self._gate.armed:
             self._reporter.keep_norms(self._measurers, self._gate.stops_soon)

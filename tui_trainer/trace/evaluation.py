@@ -82,11 +82,14 @@ class EvaluationLosses:
         """In the last evaluation."""
         self._open = False
         self._step = 0
+        self._last_trained: weakref.ref[torch.nn.Module] | None = None
         self._trained: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         """Models that were called with gradients in `train()` mode."""
         self._trained_in_eval_mode: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._with_gradients: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         """Models that the open evaluation has called with gradients."""
+        self._any_with_gradients = False
+        """Whether there are any: a weak set takes time to look into."""
         self._reset()
 
     def _reset(self) -> None:
@@ -97,7 +100,12 @@ class EvaluationLosses:
         self._on_device: list[torch.Tensor] = []
         self._device_sum: torch.Tensor | None = None
         self._places: set[tuple[Any, int]] = set()
-        self._with_gradients.clear()
+        self._clear_with_gradients()
+
+    def _clear_with_gradients(self) -> None:
+        if self._any_with_gradients:
+            self._any_with_gradients = False
+            self._with_gradients.clear()
 
     def install(self) -> None:
         """Listen to the loss functions."""
@@ -116,13 +124,15 @@ class EvaluationLosses:
 
     def trains(self, module: torch.nn.Module) -> None:
         """`module` is called with gradients, for training."""
-        self.end()
-        if module.training:
+        if self._open or self._any_with_gradients:
+            self.end()
+        if module.training and (self._last_trained is None or self._last_trained() is not module):
             self._trained.add(module)
+            self._last_trained = weakref.ref(module)
 
     def gradients_computed(self) -> None:
         """What was called with gradients before was called for training after all."""
-        if self._with_gradients:
+        if self._any_with_gradients and self._with_gradients:
             self._trained_in_eval_mode |= self._with_gradients
             self._open = False
             self._reset()
@@ -131,13 +141,14 @@ class EvaluationLosses:
         """A model is called for an evaluation, and not within an iteration."""
         if torch.is_grad_enabled():
             self._with_gradients.add(module)
+            self._any_with_gradients = True
         if not self._open and self.on_result is not None and not self.muted:
             self._open, self._step = True, completed
 
     def end(self) -> None:
         """Training continues, or has ended."""
         if not self._open:
-            self._with_gradients.clear()
+            self._clear_with_gradients()
             return
         self._open = False
         count, places, on_result = self._count, len(self._places), self.on_result
@@ -172,7 +183,7 @@ class EvaluationLosses:
                 return result
             if not self._open:
                 return result
-            if torch.is_grad_enabled() and not self._with_gradients:
+            if torch.is_grad_enabled() and not (self._any_with_gradients and self._with_gradients):
                 return result
             if type(result) is torch.Tensor and get_ident() == observer.training_thread:
                 self._observe_loss(result.detach(), name, args, kwargs)

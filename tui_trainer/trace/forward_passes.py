@@ -89,35 +89,39 @@ class ForwardPasses:
     def _forward_began(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
-        self._steps.end_by_hand()
-        if not self._phases.in_phase:
+        phases, gate = self._phases, self._gate
+        if self._registry.by_hand is not None:
+            self._steps.end_by_hand()
+        if not phases.in_phase:
             for measurer in self._registry.measurers:
                 if measurer.passes and measurer.probably_changed():
                     self._waiting.between_passes(measurer)
-        first = FORWARD not in self._phases.seen
-        if not self._phases.enter(FORWARD):
+        first = FORWARD not in phases.seen
+        if not phases.enter(FORWARD):
             return False
         self._evaluation.trains(module)
         observers = self._observers
         if observers.loop is not None:
             observers.loop.model_called(args, kwargs)
         self._bad_batches.model_called(args, kwargs)
-        self._registry.search_further_roots()
-        if self._gate.may_pause_at("data"):
+        if not self._registry.measurers:
+            self._registry.search_further_roots()
+        if gate.armed or "data" in gate.break_phases:
             self._reporter.keep_inputs(args, kwargs)
         if observers.forwards is not None:
             observers.forwards.forward_began(module, args, kwargs)
-        self._phases.before_forward(module)
+        phases.before_forward(module)
         self._backwards.model_called(module)
         if first:
-            if not self._phases.closure:
+            if not phases.closure:
                 self._registry.refresh()
+            stops_soon = gate.armed and gate.stops_soon
             for measurer in self._registry.measurers:
-                measurer.prepare(self._phases.step, self._gate.stops_soon)
+                measurer.prepare(phases.step, stops_soon)
         for measurer in self._registry.measurers:
-            if measurer.before_forward(module, args, kwargs, first):
+            if measurer.probes.before_forward(module, args, kwargs, first):
                 self._sampling.append(measurer)
-        self._phases.run()
+        phases.run()
         return True
 
     @guarded
@@ -131,7 +135,7 @@ class ForwardPasses:
             self.end_sampling()
         if self._observers.forwards is not None:
             self._observers.forwards.forward_ended(result)
-        if self._gate.may_pause_at("forward"):
+        if self._gate.armed or "forward" in self._gate.break_phases:
             self._reporter.keep_output(result)
         self._phases.leave(LOSS)
 
@@ -186,12 +190,14 @@ class ForwardPasses:
         """Whether this call in `eval()` mode with gradients is not for training."""
         if not self._evaluation.includes(module):
             return False
-        self._steps.end_by_hand()
+        if self._registry.by_hand is not None:
+            self._steps.end_by_hand()
         return not self._within_iteration
 
     @guarded
     def _evaluation_call_began(self, module: torch.nn.Module) -> None:
-        self._steps.end_by_hand()
+        if self._registry.by_hand is not None:
+            self._steps.end_by_hand()
         self._phases.begin_evaluation()
         self._queue.drain()  # the next step may be long in coming
         if not self._within_iteration:

@@ -390,7 +390,7 @@ class Gate:
         if phase in self.break_phases:
             self._evaluate_breakpoints(phase, step)
         if phase == "step":
-            if self.armed or self.has_work_after(step):
+            if self.armed or step >= self._next_scheduled or self.after_step:
                 self._enter(phase, step)
         elif self.armed:
             self._enter(phase, step)

@@ -34,7 +34,7 @@ from tui_trainer.trace.probe import (
     StepFacts,
     skipped_text,
 )
-from tui_trainer.trace.probe_set import ProbeSet, probe_context
+from tui_trainer.trace.probe_set import ProbeSet
 from tui_trainer.trace.script_changes import GradientMarks, WeightWatch
 from tui_trainer.trace.step import (
     BackwardPass,
@@ -173,9 +173,9 @@ class StepMeasurer:
 
     def before_backward(self) -> None:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
-        self.marks.before_backward()
+        there = self.marks.before_backward()
         if not self.passes:
-            self._kept_before = self.marks.any_kept()
+            self._kept_before = there and self.marks.any_kept()
             if self._kept_before and self.careful and self.all_zero():
                 self._kept_before = False  # zeroed through `.data`, which leaves no mark
                 self.changed_by_hand = True
@@ -350,16 +350,6 @@ class StepMeasurer:
         self._prepared_step = step
         self.probes.begin_step(step, stops_soon)
 
-    def before_forward(
-        self,
-        root: torch.nn.Module,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        first: bool = True,
-    ) -> bool:
-        """As `ProbeSet.before_forward`."""
-        return self.probes.before_forward(root, args, kwargs, first)
-
     def read_gradients(
         self,
         scale: torch.Tensor | None,
@@ -381,15 +371,16 @@ class StepMeasurer:
         found = self.tracked.gradients() if gradients is None else gradients
         reading = self.reading = GradientReading(None, scale, self._why_absent(found))
         if plan.gradients or plan.gradient_norms or careful:
-            with probe_context(self.tracked.device):
-                self.probes.gradients(found)
+            with self.probes.context:
+                if plan.gradients:
+                    self.probes.gradients(found)
                 if not self._awaiting_norms and (plan.gradient_norms or careful):
                     self._read_norms(reading, found)
         return reading
 
     def norms_now(self) -> Readings:
         """The norms of the current gradients."""
-        with probe_context(self.tracked.device):
+        with self.probes.context:
             return self._norms.read(self.tracked.gradients())
 
     def _read_norms(self, reading: GradientReading, gradients: list[Gradient]) -> None:
@@ -451,7 +442,7 @@ class StepMeasurer:
             by_gradient = captured.by_gradient()
             self._clip_norms_complete = all(g is None or id(g) in by_gradient for g in gradients)
             if awaited or self._clip_norms_complete:
-                with probe_context(self.tracked.device):
+                with self.probes.context:
                     norms = norms_before(gradients, by_gradient, clipped, limit, total)
         if norms is None or self.reading is None:
             return
@@ -468,7 +459,7 @@ class StepMeasurer:
         """The clipping raised before it changed any gradient: its norms are not known."""
         self._awaiting_norms = False
         if self.reading is not None and self.reading.norms is None:
-            with probe_context(self.tracked.device):
+            with self.probes.context:
                 self._read_norms(self.reading, self.tracked.gradients())
 
     def _checked(self, norms: Readings, clipped: Any, limit: Any, total: torch.Tensor) -> Readings:
@@ -485,7 +476,7 @@ class StepMeasurer:
         self._judge(values)
         if self._comfortable:
             return values
-        with probe_context(self.tracked.device):
+        with self.probes.context:
             after = self._norms.read(self.tracked.gradients())
         factor = min(1.0, float(limit) / (float(total) + 1e-6))
         low, high = COMFORTABLE
@@ -501,20 +492,20 @@ class StepMeasurer:
             found.append(value)
         return found
 
-    def before_update(self) -> None:
-        """The optimizer is about to change the weights."""
-        self.probes.before_update()
-
     def after_update(self, outcome: StepOutcome) -> CompletedStep:
         """The optimizer has changed the weights: read them and start the transfer to the host."""
         measured = self.probes.after_update()
         reading = self.reading or GradientReading()
         completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
-        completed.classes = self._classes()
-        completed.loss_graph = self.passes[0].loss_graph if len(self.passes) == 1 else None
-        completed.producer = next((p.producer for p in self.passes if p.producer), None)
-        completed.bad_batch = next((p.bad_batch for p in self.passes if p.bad_batch), None)
+        passes = self.passes
+        if len(passes) == 1:
+            completed.loss_graph = passes[0].loss_graph
+        for backward in passes:
+            if backward.cross_entropy is not None and backward is passes[0]:
+                completed.classes = self._classes()
+            completed.producer = completed.producer or backward.producer
+            completed.bad_batch = completed.bad_batch or backward.bad_batch
         completed.epsilon = None if self._steps else self.slot.epsilon
         self.marks.use()
         self._steps += 1
@@ -536,13 +527,13 @@ class StepMeasurer:
             signs.append("kept_gradients")
         if self.eval_forward:
             signs.append("eval_mode")
-        found = [each.cross_entropy for each in self.passes if each.cross_entropy is not None]
-        if found and any(each.of_softmax for each in found):
-            signs.append("softmax_twice")
         if self.schedule_first:
             signs.append("schedule_first")
-        if any(each.repeated for each in self.passes):
-            signs.append("backward_twice")
+        for each in self.passes:
+            if each.cross_entropy is not None and each.cross_entropy.of_softmax:
+                signs.append("softmax_twice")
+            if each.repeated:
+                signs.append("backward_twice")
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:
@@ -588,7 +579,7 @@ class StepMeasurer:
         return CompletedStep(
             optimizer=self.tracked.key,
             outcome=outcome,
-            transfer=self.probes.transfer(parts, [probe for probe in probes if probe.hooks]),
+            transfer=self.probes.transfer(parts, probes),
             probes=probes,
             time=time.time(),
             own_ms=own_ms,
@@ -609,8 +600,9 @@ class StepMeasurer:
             text = skipped_text(facts.skipped_at_scale)
             self._recorder.notice("skipped_step", text, "warning", facts.step)
         self._recorder.record(record)
-        if any(clip.kind == "hand" for clip in facts.clips):
-            self.changed_by_hand = True
+        for clip in facts.clips:
+            if clip.kind == "hand":
+                self.changed_by_hand = True
         if not self._on_host and facts.gradient_norms is not None:
             self._judge(facts.gradient_norms.tolist())
         self.probes.govern(step.probes, facts)

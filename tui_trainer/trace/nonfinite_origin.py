@@ -241,17 +241,16 @@ class NonFiniteOrigins:
 
         self._patches.replace(hooks, "__enter__", __enter__)
 
-    def producer_of(self, losses: Sequence[torch.Tensor]) -> Producer | None:
+    def producer_of(self, loss: torch.Tensor) -> Producer | None:
         """The origin of a loss that is about to be backpropagated and is not finite."""
-        for loss in losses:
-            if self._left and loss.is_cpu and not math.isfinite(abs(loss.item())):
-                self._left -= 1
-                origin = origin_of(loss)
-                named = self._named(origin) if origin is not None else None
-                if self.rerun is not None and (named is None or named.source != "weight"):
-                    named = self.rerun.origin_of_loss() or named
-                return named
-        return None
+        if not self._left:
+            return None
+        self._left -= 1
+        origin = origin_of(loss)
+        named = self._named(origin) if origin is not None else None
+        if self.rerun is not None and (named is None or named.source != "weight"):
+            named = self.rerun.origin_of_loss() or named
+        return named
 
     def before_step(self, measurer: _Measurer, norms: Readings | None) -> None:
         """The gradients with these norms are about to be used: what made them not finite."""

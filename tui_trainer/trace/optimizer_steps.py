@@ -82,17 +82,17 @@ class OptimizerSteps:
         self._open_step.begin()
         self._phases.before_step()
         measurer = self._open_step.measurer = self._registry.stepping(optimizer)
-        measurer.prepare(self._phases.step, self._gate.stops_soon)
+        measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
         if not closure:
             self._waiting.take_unseen()
             self._waiting.follow_changes_by_hand(compare=True)
             if measurer.reading is None:
                 self._waiting.read(measurer)
-            if measurer.reading is not None:
+            if self._origins.rerun is not None and measurer.reading is not None:
                 self._origins.before_step(measurer, measurer.reading.norms)
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
-        measurer.before_update()
+        measurer.probes.before_update()
         self._phases.run()
 
     @guarded
@@ -174,7 +174,9 @@ class OptimizerSteps:
         """The step of `measurer` is complete; `began`: when our part of its end began."""
         phases, faults = self._phases, self.faults
         step, passes = phases.step, measurer.passes
-        shared = bool(passes) and all(backward.used for backward in passes)
+        shared = bool(passes)
+        for backward in passes:
+            shared = shared and backward.used
         step_ms, times = phases.complete_step(measurer.slot, shared, bool(measurer.clips))
         self._scaling.end_step()
         for backward in passes:
@@ -182,7 +184,11 @@ class OptimizerSteps:
             backward.claims.discard(measurer)
         outcome = StepOutcome(
             step=step,
-            losses=[loss for each in passes for loss in each.losses] if passes else None,
+            losses=passes[0].losses
+            if len(passes) == 1
+            else [loss for each in passes for loss in each.losses]
+            if passes
+            else None,
             learning_rate=rate if isinstance(rate, torch.Tensor) else float(rate),
             step_ms=step_ms,
             times=times,

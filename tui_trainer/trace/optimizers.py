@@ -116,6 +116,8 @@ class OptimizerRegistry:
         self._phases_unseen: dict[str, str] = {}
         self._loop_unseen: dict[str, str] = {}
         self._by_hand: HandUpdates | None = None
+        self.by_hand: StepMeasurer | None = None
+        """The measurer of a script that updates its weights by itself."""
 
     @property
     def names(self) -> Names:
@@ -138,6 +140,8 @@ class OptimizerRegistry:
 
     def add_pending(self, optimizer: Optimizer) -> None:
         """An optimizer is used: register it once its model has been called and can name it."""
+        if id(optimizer) in self._entries:
+            return
         optimizer = unwrapped_optimizer(optimizer)
         known = id(optimizer) in self._entries
         if not known and not any(r() is optimizer for r in self._pending):
@@ -157,7 +161,7 @@ class OptimizerRegistry:
         for reference, entry in list(self._entries.values()):
             entry.recount_in -= 1
             optimizer = reference()
-            if optimizer is not None and self._outdated(reference, entry):
+            if optimizer is not None and self._outdated(optimizer, entry):
                 self._register(optimizer, entry)
 
     def _register_only_one(self) -> None:
@@ -197,8 +201,11 @@ class OptimizerRegistry:
 
     def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
         """None also for updates by hand."""
-        found = next((ref() for ref, e in self._entries.values() if e.measurer is measurer), None)
-        return found if isinstance(found, Optimizer) else None
+        for reference, entry in self._entries.values():
+            if entry.measurer is measurer:
+                found = reference()
+                return found if isinstance(found, Optimizer) else None
+        return None
 
     def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
         """For a script without an optimizer: measure the parameters of the models that it calls;
@@ -215,12 +222,6 @@ class OptimizerRegistry:
         measurer.weights = WeightWatch(measurer.tracked.parameters)
         return measurer
 
-    @property
-    def by_hand(self) -> StepMeasurer | None:
-        """The measurer of a script that updates its weights by itself."""
-        known = self._entries.get(id(self._by_hand)) if self._by_hand is not None else None
-        return None if known is None else known[1].measurer
-
     def register_holders(self, parameters: Sequence[torch.Tensor]) -> None:
         """Register the existing optimizers that hold any of these parameters."""
         if not self._created or not parameters:
@@ -233,8 +234,10 @@ class OptimizerRegistry:
     def stepping(self, optimizer: Optimizer) -> StepMeasurer:
         """The measurer of an optimizer, or of the one that it wraps, whose step begins."""
         known = self._entries.get(id(optimizer))
-        if known is not None and known[0]() is optimizer and not self._outdated(*known):
-            return known[1].measurer
+        if known is not None and known[0]() is optimizer:
+            entry = known[1]
+            if not self._outdated(optimizer, entry):
+                return entry.measurer
         return self.measurer_for(unwrapped_optimizer(optimizer))
 
     def measurer_for(self, optimizer: Optimizer) -> StepMeasurer:
@@ -244,14 +247,19 @@ class OptimizerRegistry:
         if known is None or known[0]() is not optimizer:
             return self._register(optimizer, None)
         entry = known[1]
-        return self._register(optimizer, entry) if self._outdated(*known) else entry.measurer
+        return (
+            self._register(optimizer, entry)
+            if self._outdated(optimizer, entry)
+            else (entry.measurer)
+        )
 
-    def _outdated(self, reference: weakref.ref[Optimizer], entry: _Entry) -> bool:
-        optimizer = reference()
-        if optimizer is None:
-            return False
-        if entry.structure != self._structure or entry.group_sizes != group_sizes(optimizer):
+    def _outdated(self, optimizer: Optimizer, entry: _Entry) -> bool:
+        groups = optimizer.param_groups
+        if entry.structure != self._structure or len(groups) != len(entry.group_sizes):
             return True
+        for group, size in zip(groups, entry.group_sizes, strict=True):
+            if len(group["params"]) != size:
+                return True
         if entry.recount_in <= 0:
             entry.recount_in = RECOUNT_EVERY
             return self._count(entry.measurer.slot) != entry.measurer.slot.count
@@ -358,7 +366,9 @@ class OptimizerRegistry:
             entries = list(self._entries.values())
             self.measurers = tuple(entry.measurer for _, entry in entries)
             if len(entries) == len(self._entries):
-                return
+                break
+        known = self._entries.get(id(self._by_hand)) if self._by_hand is not None else None
+        self.by_hand = None if known is None else known[1].measurer
 
     def _other_modules(self) -> list[torch.nn.Module]:
         """Modules that may own parameters of models that are not called."""

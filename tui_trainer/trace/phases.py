@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -41,6 +41,8 @@ WHY_UNSEEN = {
     CLIP: "this run never clips its gradients with torch.nn.utils",
 }
 
+_SHARED, _NO_PHASE = absent(Absent.SHARED), absent(Absent.NO_PHASE)
+
 PhaseTimes = Callable[[], list[float]]
 """Returns the milliseconds of each column of table `phase_ms`, absent for a phase that the step did
 not have; to be called once the step's values have arrived."""
@@ -51,7 +53,7 @@ class HostClock:
 
     def __init__(self) -> None:
         self._totals = [0.0] * COLUMNS
-        self._current = TRACING
+        self.current = TRACING
         self._since = perf_counter()
         self._gap = (OTHER, 0.0)
         """What the time before the open phase was counted as, and how long it was."""
@@ -60,23 +62,23 @@ class HostClock:
         """End the current phase and begin `phase`, or another column of table `phase_ms`; returns
         the present time."""
         now = perf_counter()
-        self._totals[self._current] += now - self._since
+        self._totals[self.current] += now - self._since
         self._since = now
-        self._current = phase
+        self.current = phase
         return now
 
     def end_gap(self) -> float:
         """A phase is open, which our own preparations precede; returns the present time."""
         now = perf_counter()
-        self._gap = (self._current, now - self._since)
-        self._totals[self._current] += now - self._since
+        self._gap = (self.current, now - self._since)
+        self._totals[self.current] += now - self._since
         self._since = now
-        self._current = TRACING
+        self.current = TRACING
         return now
 
     def relabel(self, phase: int) -> None:
         """Count the time since the last switch as `phase`."""
-        self._current = phase
+        self.current = phase
 
     def relabel_gap(self, phase: int) -> None:
         """Count the time before the open phase as `phase`."""
@@ -134,34 +136,34 @@ class CudaClock:
 
     def __init__(self) -> None:
         self._pool: list[torch.cuda.Event] = []
-        self._current = OTHER
+        self.current = OTHER
         self._start: torch.cuda.Event | None = None
         self._spans: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._events: list[torch.cuda.Event] = []
 
     def switch(self, phase: int) -> float:
         """End the current phase in the stream and begin `phase`; returns the host's time."""
-        if phase >= TRACING and self._current >= TRACING:
+        if phase >= TRACING and self.current >= TRACING:
             return perf_counter()
         event = self._pool.pop() if self._pool else _timing_event()
         event.record()
         self._events.append(event)
-        if self._current < TRACING and self._start is not None:
-            self._spans.append((self._current, self._start, event))
+        if self.current < TRACING and self._start is not None:
+            self._spans.append((self.current, self._start, event))
         self._start = event
-        self._current = phase
+        self.current = phase
         return perf_counter()
 
     def relabel(self, phase: int) -> None:
         """Count the time since the last switch as `phase`."""
-        self._current = phase
+        self.current = phase
 
     def end_gap(self) -> float:
         """A phase is open: it ends the gap when its own time begins."""
         return perf_counter()
 
     def relabel_gap(self, phase: int) -> None:
-        self._current = phase
+        self.current = phase
 
     def discount(self, seconds: float) -> None:
         pass
@@ -230,11 +232,20 @@ class _Clip:
     """Whether another optimizer has stepped since, which does not count it."""
 
 
+class Reporter(Protocol):
+    """Reports on a phase while the run is paused at its boundary."""
+
+    holds_tensors: bool
+    """Whether tensors are kept for a report."""
+
+    def release(self) -> None:
+        """The boundary was passed."""
+
+
 class Phases:
     """The phases of one run, on its training thread."""
 
-    def __init__(self, gate: Gate, after_boundary: Callable[[], None]) -> None:
-        """`after_boundary` is called each time the gate was passed."""
+    def __init__(self, gate: Gate, reporter: Reporter) -> None:
         self.step = 1
         """The current optimizer step."""
         self.closure = False
@@ -242,7 +253,7 @@ class Phases:
         self.seen: set[int] = set()
         """The phases of the current step so far."""
         self._gate = gate
-        self._after_boundary = after_boundary
+        self._reporter = reporter
         self._clock: HostClock | CudaClock = HostClock()
         self._may_change_clock = True
         """Until the first step is complete: the model's device is known at its first call."""
@@ -322,11 +333,14 @@ class Phases:
             self._zero_grad_due = True
         else:
             self.boundary(phase)
-        self.resume_clock()
+        if self._open:
+            self.resume_clock()
+        else:
+            self._clock.switch(self._gap)
 
     def close(self, phase: int) -> bool:
         """Close `phase` without a boundary; False where it is not open."""
-        if self.open != phase:
+        if not self._open or self._open[-1] != phase:
             return False
         self._open.pop()
         return True
@@ -345,13 +359,18 @@ class Phases:
 
     def boundary(self, phase: int) -> None:
         """Pass the gate at the end of `phase`, with the clock stopped."""
-        self._clock.switch(TRACING)
+        if self._clock.current != TRACING:
+            self._clock.switch(TRACING)
         self._in_gate = True
         gate = self._gate
         idle = gate.idle_s
         try:
             name = PHASES[phase]
-            if gate.may_pause_at(name) or (phase == STEP and gate.has_work_after(self.step)):
+            if (
+                gate.armed
+                or name in gate.break_phases
+                or (phase == STEP and gate.has_work_after(self.step))
+            ):
                 with torch.enable_grad():  # for the work that others do in the gate
                     gate.reached(name, self.step)
             else:
@@ -360,7 +379,8 @@ class Phases:
             self._in_gate = False
             if gate.idle_s != idle:
                 self._clock.discount(gate.idle_s - idle)
-            self._after_boundary()
+            if self._reporter.holds_tensors:
+                self._reporter.release()
 
     def stop_clock(self) -> None:
         """The time from here is ours."""
@@ -424,7 +444,8 @@ class Phases:
         """`step` is open, perhaps without forward and backward before it."""
         if self._gap == DATA and self.seen == {STEP}:
             self._clock.relabel_gap(OTHER)  # another optimizer's step, for which no batch was drawn
-        self._end_zero_grad()
+        if self._zero_grad_due:
+            self._end_zero_grad()
 
     def after_backward(self) -> None:
         """The next call of the model needs a new batch."""
@@ -437,12 +458,12 @@ class Phases:
         if self._data_due:
             self._data_due = False
             self.boundary(DATA)
-        self._end_zero_grad()
+        if self._zero_grad_due:
+            self._end_zero_grad()
 
     def _end_zero_grad(self) -> None:
-        if self._zero_grad_due:
-            self._zero_grad_due = False
-            self.boundary(ZERO_GRAD)
+        self._zero_grad_due = False
+        self.boundary(ZERO_GRAD)
 
     # ------------------------------------------------------------ one step
 
@@ -451,7 +472,8 @@ class Phases:
         self._clock.relabel(STEP)
         self._clock.switch(TRACING)
         self.seen.add(STEP)
-        self._end_zero_grad()
+        if self._zero_grad_due:
+            self._end_zero_grad()
 
     def complete_step(
         self, owner: Any, shared: bool = False, clipped: bool = False
@@ -459,7 +481,7 @@ class Phases:
         """The step of optimizer `owner` has ended: its duration in milliseconds, and that of each
         phase. `shared`: its backward was counted in another optimizer's step, and so was its clip
         where it was `clipped`."""
-        own = [clip for clip in self._clips if owner in clip.owners]
+        own = [clip for clip in self._clips if owner in clip.owners] if self._clips else []
         step_ms, times = self._take(own, shared, clipped)
         self._times = times
         self.closure = False
@@ -493,14 +515,18 @@ class Phases:
         now, idle = self._clock.switch(TRACING), self._gate.idle_s
         step_ms = (now - self._last_end - (idle - self._idle_before)) * 1e3
         self._last_end, self._idle_before = now, idle
+        left = []
         for clip in self._clips:
-            if clip in own and clip.kept:
-                step_ms += clip.wall_ms
-            elif clip not in own and not clip.kept:
-                step_ms -= clip.wall_ms
-        self._clips = [clip for clip in self._clips if clip not in own and clip.owners]
-        for clip in self._clips:
-            clip.kept = True
+            if clip in own:
+                if clip.kept:
+                    step_ms += clip.wall_ms
+            else:
+                if not clip.kept:
+                    step_ms -= clip.wall_ms
+                if clip.owners:
+                    clip.kept = True
+                    left.append(clip)
+        self._clips = left
         self._seen_ever |= self.seen
         self.seen = set()
         self._data_due = True
@@ -522,7 +548,10 @@ class Phases:
         self._gap = DATA
         self.boundary(STEP)
         self.step += 1
-        self.resume_clock()
+        if self._open:
+            self.resume_clock()
+        else:
+            self._clock.switch(DATA)
 
     def duration_ms(self, phase: int) -> float:
         """Time of a phase in this step so far. Only while paused."""
@@ -553,7 +582,7 @@ def _step_times(
             for phase in range(COLUMNS):
                 if times[phase] <= 0:
                     elsewhere = shared and phase < EVAL and (phase != CLIP or clipped)
-                    times[phase] = absent(Absent.SHARED if elsewhere else Absent.NO_PHASE)
+                    times[phase] = _SHARED if elsewhere else _NO_PHASE
         return times
 
     return read

@@ -33,19 +33,25 @@ from tui_trainer.trace.transfer import HostTransfer, TransferPart
 NO_READINGS: Values = np.empty(0)
 
 
-class probe_context:
+class ProbeContext:
     """No gradients, and the tensors' own precision also where a script steps under autocast.
 
-    Entered several times a step: a class costs a third of a generator around `torch.no_grad`.
+    Entered several times a step: a class costs a third of a generator
+    around `torch.no_grad`.
     """
 
-    __slots__ = ("autocast", "device_type", "gradients")
+    __slots__ = ("autocast", "depth", "device_type", "gradients")
 
     def __init__(self, device: torch.device) -> None:
         self.device_type = device.type
+        self.depth = 0
+        self.gradients = False
         self.autocast: torch.autocast | None = None
 
     def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
         self.gradients = torch.is_grad_enabled()
         if self.gradients:
             torch.set_grad_enabled(False)
@@ -54,8 +60,12 @@ class probe_context:
             self.autocast.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: object) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
         if self.autocast is not None:
             self.autocast.__exit__(*exc)
+            self.autocast = None
         if self.gradients:
             torch.set_grad_enabled(True)
 
@@ -76,6 +86,7 @@ class ProbeSet:
         self.active: list[ActiveProbe] = []
         self.unseen: dict[str, str] = {}
         """Why probes that have nothing to measure were left out."""
+        self.context = ProbeContext(tracked.device)
         self.on_host = all(parameter.is_cpu for parameter in tracked.parameters)
         self._tracked = tracked
         self._recorder = recorder
@@ -90,7 +101,7 @@ class ProbeSet:
 
     def _add(self, kind: type[Probe], options: ProbeOptions, slot: OptimizerSlot) -> None:
         try:
-            with probe_context(self._tracked.device):  # perhaps within a script's autocast
+            with self.context:  # perhaps within a script's autocast
                 probe = kind(self._tracked, options)
             if probe.unseen:
                 self.unseen[kind.name] = probe.unseen
@@ -149,16 +160,16 @@ class ProbeSet:
         plan = self.schedule.plan
         beginning = plan.before_forward if first else plan.further_forward
         if beginning:
-            with probe_context(self._tracked.device):
+            with self.context:
                 for probe in plan.model_called:
                     if first or probe.probe.every_forward:
                         self._call(probe, probe.probe.model_called, root, args, kwargs or {})
                 for probe in beginning:
                     self._call(probe, probe.probe.before_forward, root)
-        return bool(beginning)
+        return bool(plan.after_forward)
 
     def after_forward(self) -> None:
-        with probe_context(self._tracked.device):
+        with self.context:
             # In the reverse order of what they replaced.
             for probe in reversed(self.schedule.plan.after_forward):
                 self._call(probe, probe.probe.after_forward)
@@ -167,7 +178,7 @@ class ProbeSet:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         """A loss function has returned."""
-        with probe_context(self._tracked.device):
+        with self.context:
             for probe in self.schedule.plan.loss_called:
                 self._call(probe, probe.probe.loss_called, name, args, kwargs, result)
 
@@ -185,7 +196,7 @@ class ProbeSet:
     def before_update(self) -> None:
         plan = self.schedule.plan
         if plan.before_update:
-            with probe_context(self._tracked.device):
+            with self.context:
                 for probe in plan.before_update:
                     self._call(probe, probe.probe.before_update)
 
@@ -194,7 +205,7 @@ class ProbeSet:
         plan = self.schedule.plan
         self.schedule.end_step()
         if plan.after_update:
-            with probe_context(self._tracked.device):
+            with self.context:
                 for probe in plan.after_update:
                     probe.readings.append(self._call(probe, probe.probe.after_update) or ())
         return plan.probes
@@ -239,7 +250,7 @@ class ProbeSet:
         try:
             return HostTransfer(parts, self.on_host)
         except Exception:
-            for position, probe in enumerate(probes, 1):
+            for position, probe in enumerate((p for p in probes if p.hooks), 1):
                 try:
                     HostTransfer([parts[position]], self.on_host)
                 except Exception as fault:

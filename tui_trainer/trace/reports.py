@@ -37,7 +37,7 @@ class PhaseReporter:
         self._outputs: list[tuple[str, torch.Tensor]] = []
         self._before_clip: list[tuple[StepMeasurer, list[float]]] = []
         self._reported = False
-        self._holds_tensors = False
+        self.holds_tensors = False
 
     # ------------------------------------------------------------ what is kept for a report
 
@@ -45,12 +45,12 @@ class PhaseReporter:
         """The model is about to be called with these; kept until the boundary is passed."""
         named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
         self._arguments = list(tensors_in(named))[:MAX_TENSORS]
-        self._holds_tensors = True
+        self.holds_tensors = True
 
     def keep_output(self, result: Any) -> None:
         """The model returned this."""
         self._outputs = list(tensors_in([("output", result)]))[:MAX_TENSORS]
-        self._holds_tensors = True
+        self.holds_tensors = True
 
     def keep_norms(self, measurers: Sequence[StepMeasurer], stops_soon: bool) -> None:
         """Gradients are about to be clipped."""
@@ -58,12 +58,11 @@ class PhaseReporter:
 
     def release(self) -> None:
         """The boundary was passed."""
-        if self._holds_tensors:
-            self._holds_tensors = False
-            self._arguments, self._outputs = [], []
-            if self._reported:
-                self._reported = False
-                self._run.recorder.report(None)
+        self.holds_tensors = False
+        self._arguments, self._outputs = [], []
+        if self._reported:
+            self._reported = False
+            self._run.recorder.report(None)
 
     # ------------------------------------------------------------ reports
 
@@ -75,7 +74,7 @@ class PhaseReporter:
                 summary, quantities, rows = getattr(self, f"_{phase}")()
         except Exception as fault:
             summary, quantities, rows = f"cannot be shown: {fault}", [], []
-        self._reported = self._holds_tensors = True
+        self._reported = self.holds_tensors = True
         self._run.recorder.report(
             PhaseReport(
                 step=step,

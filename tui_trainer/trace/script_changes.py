@@ -66,9 +66,11 @@ class GradientMarks:
         self._raised_by_clipping = 0
         """By how much a clipping by norm raises the version of each gradient; 0: not known."""
 
-    def before_backward(self) -> None:
+    def before_backward(self) -> bool:
+        """Remember the gradients; returns whether the sample has any."""
         nothing = all(map(is_, map(_gradient_of, self._sample), repeat(None)))
         self._before_backward = None if nothing else self._current()
+        return not nothing
 
     def _choose_sample(self, places: Sequence[int]) -> None:
         self._places = list(places[:: -(-len(places) // SAMPLED_GRADIENTS) or 1])

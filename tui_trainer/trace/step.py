@@ -139,15 +139,17 @@ class GradScaling:
         """(scaled loss, its value before)."""
         self._scaler: weakref.ref[Any] | None = None
         """The scaler in use between `scale` and `update`."""
+        self.in_use = False
+        """Whether a scaler has scaled anything since the last `update`."""
 
     def reset(self) -> None:
         """Forget everything that was scaled."""
         self._losses.clear()
-        self._scaler = None
+        self._scaler, self.in_use = None, False
 
     def add(self, scaler: Any, original: Any, result: Any) -> None:
         """`scaler.scale(original)` returned `result`. Keeps values, never a graph."""
-        self._scaler = weakref.ref(scaler)
+        self._scaler, self.in_use = weakref.ref(scaler), True
         if isinstance(original, torch.Tensor) and isinstance(result, torch.Tensor):
             self._losses.append((weakref.ref(result), original.detach()))
             torch_private.mark_graph(result)
@@ -155,11 +157,6 @@ class GradScaling:
             for before, after in zip(original, result, strict=True):
                 self.add(scaler, before, after)
         del self._losses[:-MAX_KEPT]
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a scaler has scaled anything since the last `update`."""
-        return self._scaler is not None
 
     def unscaled_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """What `loss` was before it was scaled; itself where it was not."""
@@ -193,7 +190,7 @@ class GradScaling:
 
     def end_iteration(self) -> None:
         """`scaler.update()`: nothing is scaled until the next `scale`."""
-        self._scaler = None
+        self._scaler, self.in_use = None, False
 
 
 def scalar(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,20 +292,21 @@ class Header:
         self._skip = skip
         self._measurer = measurer
         self.readings: list[Reading] = [*(outcome.losses or ())]
-        self._add(self._rate)
-        self._add(reading.scale)
+        found: list[Reading | None] = [self._rate, reading.scale]
         for clip in self._clips:
-            self._add(clip.norm_before)
-            self._add(clip.norm_after)
-            self._add(clip.total)
-            self._add(clip.scale)
-            self.readings += self._norms_before(clip) or ()
-        for value in skip or ():
-            self._add(value)
+            found += (clip.norm_before, clip.norm_after, clip.total, clip.scale)
+            norms = self._norms_before(clip)
+            if norms:
+                self._add(found)
+                self.readings += norms
+                found = []
+        found += skip or ()
+        self._add(found)
 
-    def _add(self, value: Reading | None) -> None:
-        if isinstance(value, torch.Tensor):
-            self.readings.append(scalar(value))
+    def _add(self, values: list[Reading | None]) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.readings.append(scalar(value))
 
     def _norms_before(self, clip: Clipping) -> Readings | None:
         """The norms before a clipping, where they are not those of the step."""
@@ -330,7 +328,7 @@ class Header:
         elif not self._losses:
             loss = absent(Absent.LOSS_NOT_SEEN)
         else:
-            loss = float(sum(left.pop() for _ in self._losses))
+            loss = float(sum([left.pop() for _ in self._losses]))
         rate = take(self._rate)
         scale = take(self._reading.scale, 1.0) or 1.0
         clips = []

@@ -116,7 +116,7 @@ class TorchHooks:
         def before(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if ignored():
+            if torch.compiler.is_compiling() or get_ident() != events.training_thread:
                 return None
             # Bound methods are called as step(optimizer, closure).
             first = 1 if args and args[0] is optimizer else 0
@@ -132,7 +132,7 @@ class TorchHooks:
             return args, kwargs
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not ignored():
+            if not (torch.compiler.is_compiling() or get_ident() != events.training_thread):
                 steps.step_ended(optimizer)
 
         original: Callable[..., None] = Optimizer.__init__
@@ -174,14 +174,18 @@ class TorchHooks:
         ]
 
     def _wrap_zero_grad(self) -> None:
-        events, ignored = self._events, self._ignored
+        events = self._events
         for owner in (Optimizer, torch.nn.Module):
             original = owner.zero_grad
 
             def zero_grad(
                 self: Any, *args: Any, _original: Callable[..., None] = original, **kwargs: Any
             ) -> None:
-                if ignored() or not events.zero_grad_began(self):
+                if (
+                    torch.compiler.is_compiling()
+                    or get_ident() != events.training_thread
+                    or not events.zero_grad_began(self)
+                ):
                     return _original(self, *args, **kwargs)
                 try:
                     _original(self, *args, **kwargs)
@@ -212,12 +216,17 @@ class TorchHooks:
             return result
 
         def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if ignored():
+            if torch.compiler.is_compiling() or get_ident() != events.training_thread:
                 return tensor_backward(self, *args, **kwargs)
             return run(tensor_backward, (self, *args), kwargs)
 
         def function(*args: Any, **kwargs: Any) -> Any:
-            if ignored():
+            # `Tensor.backward` calls this: the phase is open already.
+            if (
+                torch.compiler.is_compiling()
+                or get_ident() != events.training_thread
+                or backwards.open is not None
+            ):
                 return autograd_backward(*args, **kwargs)
             return run(autograd_backward, args, kwargs)
 
@@ -333,13 +342,14 @@ class TorchHooks:
     def _clipping(
         self, original: Callable[..., Any], name: str, kind: ClipKind
     ) -> Callable[..., Any]:
-        events, ignored = self._events, self._ignored
+        events = self._events
         clips = self._clips
 
         def clip(*args: Any, **kwargs: Any) -> Any:
-            if kind in events.clip_limits and not torch.compiler.is_compiling():
-                args, kwargs = _with_limit(args, kwargs, events.clip_limits[kind])
-            if ignored():
+            limits = events.clip_limits
+            if limits and kind in limits and not torch.compiler.is_compiling():
+                args, kwargs = _with_limit(args, kwargs, limits[kind])
+            if torch.compiler.is_compiling() or get_ident() != events.training_thread:
                 return original(*args, **kwargs)
             parameters = args[0] if args else kwargs.get("parameters", ())
             if isinstance(parameters, Iterator):  # read twice: here and by the function
@@ -360,7 +370,7 @@ class TorchHooks:
                 events.phase_failed()
                 raise
             limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
-            if kind not in events.clip_limits and isinstance(limit, (int, float)):
+            if kind not in limits and isinstance(limit, (int, float)):
                 events.clip_calls[kind] = limit
             total = result
             if name == "clip_grads_with_norm_":

@@ -255,6 +255,8 @@ class NormCapture:
         """(tensors, their 2-norms, each 0-d)."""
         self._stacked: torch.Tensor | None = None
         """All norms as one vector, from which the total is computed."""
+        self._original_clamp: Any = None
+        self._our_clamp: Any = None
         self._coefficient: torch.Tensor | None = None
         """Of sharded gradients: max_norm / (total + 1e-6), for which the processes have added up
         their parts of the total."""
@@ -267,6 +269,8 @@ class NormCapture:
             result = self._original_foreach(tensors, *args, **kwargs)
             if not kwargs and (not args or (len(args) == 1 and float(args[0]) == 2.0)):
                 self._calls.append((tensors, result))
+                if result and type(result[0]) not in PLAIN:
+                    self._capture_coefficient()
             return result
 
         def vector_norm(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -274,6 +278,16 @@ class NormCapture:
                 self._stacked = x
             return self._original_norm(x, *args, **kwargs)
 
+        self._our_foreach: Any = foreach_norm
+        self._our_norm: Any = vector_norm
+        vars(torch)["_foreach_norm"] = foreach_norm
+        vars(torch.linalg)["vector_norm"] = vector_norm
+        return self
+
+    def _capture_coefficient(self) -> None:
+        """The gradients are sharded, or may be."""
+        if self._our_clamp is not None:
+            return
         original_clamp: Any = torch.clamp
 
         def clamp(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -281,21 +295,16 @@ class NormCapture:
                 self._coefficient = local(x)
             return original_clamp(x, *args, **kwargs)
 
-        self._original_clamp: Any = original_clamp
-        self._our_clamp: Any = clamp
+        self._original_clamp = original_clamp
+        self._our_clamp = clamp
         vars(torch)["clamp"] = clamp
-        self._our_foreach: Any = foreach_norm
-        self._our_norm: Any = vector_norm
-        vars(torch)["_foreach_norm"] = foreach_norm
-        vars(torch.linalg)["vector_norm"] = vector_norm
-        return self
 
     def __exit__(self, *exc: object) -> None:
         if torch._foreach_norm is self._our_foreach:
             vars(torch)["_foreach_norm"] = self._original_foreach
         if torch.linalg.vector_norm is self._our_norm:
             vars(torch.linalg)["vector_norm"] = self._original_norm
-        if torch.clamp is self._our_clamp:
+        if self._our_clamp is not None and torch.clamp is self._our_clamp:
             vars(torch)["clamp"] = self._original_clamp
         # They refer back to this object: breaking the cycle frees it, and the gradients it holds,
         # without waiting for the garbage collector. Gradients of several steps alive at once cost

@@ -93,7 +93,7 @@ class Tracer:
         self.observers = Observers()
         self.registry = OptimizerRegistry(recorder, self._roots, probes, options or ProbeOptions())
         self._reporter = PhaseReporter(self)
-        self._phases = Phases(gate, self._reporter.release)
+        self._phases = Phases(gate, self._reporter)
         self._queue = StepQueue(self.faults.report)
         self._skips = SkipRecorder(recorder)
         self._scaling = GradScaling()
@@ -360,14 +360,19 @@ class Tracer:
 
     @guarded
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
-        self._steps.end_by_hand(zeroing=True)
+        if self.registry.by_hand is not None:
+            self._steps.end_by_hand(zeroing=True)
         if not self._phases.enter(ZERO_GRAD):
             return False
         if isinstance(owner, Optimizer):
             self.registry.add_pending(owner)
         for measurer in self.registry.measurers:
             # They may be discarded next: this is the last moment to read them.
-            if measurer.reading is None and any(not each.used for each in measurer.passes):
+            if (
+                measurer.passes
+                and measurer.reading is None
+                and any(not each.used for each in measurer.passes)
+            ):
                 self._waiting.resolve_returned(measurer)
                 if measurer.passes:
                     self._waiting.read(measurer)

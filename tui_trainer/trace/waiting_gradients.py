@@ -99,14 +99,16 @@ class WaitingGradients:
         clipping: str = "",
         gradients: list[torch.Tensor | None] | None = None,
     ) -> GradientReading:
-        measurer.prepare(self._phases.step, self._gate.stops_soon)
-        return measurer.read_gradients(self.scale_of(measurer), clipping, gradients)
+        measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
+        scale = self.scale_of(measurer) if self._scaling.in_use else None
+        return measurer.read_gradients(scale, clipping, gradients)
 
     def take_unseen(self) -> None:
         """Gradients that came without any backward that was seen: set by the script, or by code
         that calls the autograd engine by itself."""
         for measurer in self.registry.measurers:
-            self.resolve_returned(measurer)
+            if measurer.passes:
+                self.resolve_returned(measurer)
             if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
                 measurer.add_pass(BackwardPass([]))
                 measurer.marks.remember()
@@ -120,7 +122,9 @@ class WaitingGradients:
 
     def resolve_returned(self, measurer: StepMeasurer) -> None:
         """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
-        for backward in [each for each in measurer.passes if each.returned]:
+        for backward in measurer.passes.copy():
+            if not backward.returned:
+                continue
             returned, backward.returned = backward.returned, {}
             for holder in list(backward.claims):
                 self._resolve_for(holder, backward, returned)
@@ -145,13 +149,12 @@ class WaitingGradients:
     def follow_changes_by_hand(self, compare: bool = False) -> None:
         """Find out whether the script has changed gradients between backward and step by itself:
         scaled, clipped or averaged them. `compare`: as in `StepMeasurer.change_by_hand`."""
-        changes = [
-            change
-            for measurer in self.registry.measurers
-            if measurer.passes
-            and measurer is not self._open_step.evaluated
-            and (change := measurer.change_by_hand(compare)) is not None
-        ]
+        changes: list[HandChange] = []
+        for measurer in self.registry.measurers:
+            if measurer.passes and measurer is not self._open_step.evaluated:
+                change = measurer.change_by_hand(compare)
+                if change is not None:
+                    changes.append(change)
         if not changes:
             return
         before = [change.before for change in changes]
@@ -180,7 +183,7 @@ class WaitingGradients:
     def zeroed(self, owner: Optimizer | torch.nn.Module) -> None:
         """`owner.zero_grad()` has returned: release the passes of the optimizers that have no
         gradients left."""
-        waiting = [measurer for measurer in self.registry.measurers if self.waits(measurer)]
+        waiting = [m for m in self.registry.measurers if m.passes and self.waits(m)]
         if not waiting:
             return
         zeroed = _zeroed_by(owner)

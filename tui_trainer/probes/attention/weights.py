@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tui_trainer.history.records import Floats
-from tui_trainer.probes.attention.layers import AttentionLayer, find_layers
+from tui_trainer.probes.attention.layers import AttentionLayer, Projection, find_layers
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import ATTENTION_STATISTICS, attention_columns
 from tui_trainer.trace.parameters import TrackedParameters
@@ -52,6 +52,11 @@ class ProductBlock:
     """The same, of the weights at the start."""
     positions: list[int]
     """Positions of its parameters."""
+    parts: list[Projection]
+    """Its matrices, in the order of `work`."""
+    parameters: list[torch.Tensor]
+    """The parameters at these positions; empty where a weight is another tensor than a
+    parameter."""
     where: list[int] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
 
@@ -60,10 +65,16 @@ class EvenLayers:
     """The layers in which Wq, Wk and Wv have one shape."""
 
     def __init__(
-        self, layers: Sequence[AttentionLayer], start: Source, device: torch.device
+        self,
+        layers: Sequence[AttentionLayer],
+        start: Source,
+        device: torch.device,
+        parameters: Sequence[torch.Tensor] = (),
     ) -> None:
-        """`start`: the weights that drift is measured from."""
+        """`start`: the weights that drift is measured from. `parameters`: those whose memory is
+        that of the weights."""
         self.layers = layers
+        self._parameters = parameters
         self._by_product = device.type == "cpu"
         self.blocks: list[ProductBlock] = []
         by_size: dict[int, list[int]] = {}
@@ -81,31 +92,38 @@ class EvenLayers:
     def _block(self, members: list[int], size: int, device: torch.device) -> ProductBlock:
         shape = (len(members), 3, size)
         work = torch.empty(shape, dtype=torch.float32, device=device)
-        positions = [p.parameter for index in members for p in self.layers[index].parts]
-        return ProductBlock(members, work, torch.empty_like(work), positions)
+        parts = [part for index in members for part in self.layers[index].parts]
+        positions = [part.parameter for part in parts]
+        all_known = max(positions) < len(self._parameters)
+        parameters = [self._parameters[p] for p in positions] if all_known else []
+        return ProductBlock(members, work, torch.empty_like(work), positions, parts, parameters)
 
     def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
         """Through views that are kept while the memory of the weights stays the same."""
+        if block.where and list(map(torch.Tensor.data_ptr, block.parameters)) == block.where:
+            self._copy(block, block.views)
+            return
         weights = [weight(position) for position in block.positions]
         where = [0 if tensor is None else tensor.data_ptr() for tensor in weights]
         if where != block.where:
-            parts = [part for index in block.layers for part in self.layers[index].parts]
-            pairs = [(p, t) for p, t in zip(parts, weights, strict=True) if t is not None]
+            pairs = [(p, t) for p, t in zip(block.parts, weights, strict=True) if t is not None]
             block.views = [part.flat(tensor) for part, tensor in pairs]
             views = all(part.lies_in(tensor) for part, tensor in pairs)
             block.where = where if views else []  # a copy would not follow the weights
         self._copy(block, block.views)
 
-    def _fill(self, block: ProductBlock, source: Source) -> bool:
-        views = [
-            None if (tensor := source(part.parameter)) is None else part.flat(tensor)
-            for index in block.layers
-            for part in self.layers[index].parts
-        ]
-        present = [view for view in views if view is not None]
-        if len(present) < len(views):
-            return False
-        self._copy(block, present)
+    def _fill(self, block: ProductBlock, gradients: Sequence[Gradient]) -> bool:
+        size = block.work.shape[-1]
+        views: list[torch.Tensor] = []
+        for part in block.parts:
+            gradient = gradients[part.parameter] if part.parameter < len(gradients) else None
+            if gradient is None:
+                return False
+            if gradient.numel() == size and part.first is not None and gradient.is_contiguous():
+                views.append(gradient.view(-1))
+            else:
+                views.append(part.flat(gradient))
+        self._copy(block, views)
         return True
 
     def _copy(self, block: ProductBlock, views: list[torch.Tensor]) -> None:
@@ -127,11 +145,11 @@ class EvenLayers:
             readings.append(torch.linalg.vector_norm(block.work, dim=-1).view(-1))
         return readings
 
-    def read_gradients(self, gradient: Source) -> list[torch.Tensor]:
+    def read_gradients(self, gradients: Sequence[Gradient]) -> list[torch.Tensor]:
         """For each block ⟨a,b⟩ (9 per layer), NaN where a gradient is absent."""
         return [
             self._products(block.work)
-            if self._fill(block, gradient)
+            if self._fill(block, gradients)
             else block.work.new_full((9 * len(block.layers),), torch.nan)
             for block in self.blocks
         ]
@@ -276,7 +294,12 @@ class Attention(Probe):
         self.attention = tuple(layer.info(tracked.weight_names) for layer in self.layers)
         paths = tuple(layer.path for layer in self.layers)
         self.tables = (TableSpec(schema.ATTENTION, attention_columns(paths, ATTENTION_STATISTICS)),)
-        self._even = EvenLayers(self.layers, tracked.weight_at_start, tracked.device)
+        self._even = EvenLayers(
+            self.layers,
+            tracked.weight_at_start,
+            tracked.device,
+            () if tracked.sharded else tracked.parameters,
+        )
         self._uneven = UnevenLayers(self.layers, tracked.weight_at_start, tracked.device)
         self._sizes = np.array(
             [[p.rows * p.columns for p in layer.parts] for layer in self.layers], np.float64
@@ -296,18 +319,22 @@ class Attention(Probe):
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """Inner products between the gradients of each layer."""
+        even = self._even.read_gradients(gradients)
+        if not self._uneven.indices:
+            return even
 
         def source(position: int) -> Gradient:
             return gradients[position] if position < len(gradients) else None
 
-        return [*self._even.read_gradients(source), *self._uneven.read_gradients(source)]
+        return [*even, *self._uneven.read_gradients(source)]
 
     def after_update(self) -> Readings:
         """Inner products, sums and drift of the weights."""
         return self._read(self.tracked.weight)
 
     def _read(self, weight: Source) -> list[torch.Tensor]:
-        return [*self._even.read_weights(weight), *self._uneven.read_weights(weight)]
+        even = self._even.read_weights(weight)
+        return [*even, *self._uneven.read_weights(weight)] if self._uneven.indices else even
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         with np.errstate(divide="ignore", invalid="ignore"):
