@@ -60,6 +60,14 @@ def equal(some: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -
     return some.keys() == other.keys() and all(torch.equal(some[n], other[n]) for n in some)
 
 
+def until(holds: Callable[[], object]) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + 240
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 class Edited:
     """A traced loop whose settings are changed after the steps of `at`: by texts of changes, by
     `undo`, or by a function that is given this object."""
@@ -180,6 +188,12 @@ class Run:
     def to(self, step: int) -> dict[str, object]:
         self.gate.run_until(step)
         return self.at(step)
+
+    def phase(self) -> None:
+        """Go to the next phase boundary."""
+        before = self.gate.boundary
+        self.gate.step_phase()
+        until(lambda: self.gate.boundary != before and self.gate.mode == "paused")
 
     def back(self, step: int | None = None) -> dict[str, object]:
         wanted = self.gate.completed - 1 if step is None else step

@@ -81,9 +81,7 @@ def test_a_viewer_that_leaves_during_an_experiment_ends_it_and_not_the_training(
             training.loop = loop
             assert answer.cancel()
             assert same(seen, run.at(3))
-        run.gate.step_phase()
-        while run.gate.phase == "step" or run.gate.mode != "paused":
-            pass
+        run.phase()
         with pytest.raises(Refusal, match="an experiment begins at the end of a step"):
             ask(run, FindLearningRate())
         run.to(5)

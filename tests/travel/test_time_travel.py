@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 
 import pytest
 import torch
+from tui_trainer.findings.settings import RuleSettings
 
-from tests.travel.support import Edited, Run, same, tiny, weights
+from tests.travel.support import Edited, Run, same, tiny, until, weights
+from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.settings import SettingChange
+from tui_trainer.run.breakpoints import RunBreakpoints
+from tui_trainer.run.control import CommandHandler, Viewer
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.time_travel import TimeTravel
 from tui_trainer.travel.training_state import TrainingParts, TrainingState
@@ -71,10 +77,7 @@ def test_a_phase_within_an_earlier_step_can_be_looked_at(tmp_path):
         seen = run.to(7)
         run.back(5)
         while run.gate.phase != "backward":
-            boundary = run.gate.boundary
-            run.gate.step_phase()
-            while run.gate.boundary == boundary or run.gate.mode != "paused":
-                pass
+            run.phase()
         assert run.gate.step_in_progress == 6
         assert run.travel.back() == "back to step 5"
         run.at(5)
@@ -228,10 +231,7 @@ def test_a_state_that_cannot_be_restored_leaves_the_run_where_it_is(phases, tmp_
         run.change("clip=0.5")
         seen = run.at(5)
         for _ in range(phases):
-            boundary = run.gate.boundary
-            run.gate.step_phase()
-            while run.gate.boundary == boundary or run.gate.mode != "paused":
-                pass
+            run.phase()
         part.spoilt = True
         run.travel.back(2)
         found = run.at(5)
@@ -249,3 +249,56 @@ def test_a_state_that_cannot_be_restored_leaves_the_run_where_it_is(phases, tmp_
         end = plain.to(7)
     assert same(end["weights"], weights(run.training.model))
     assert run.losses == plain.losses
+
+
+def test_a_breakpoint_is_met_at_a_step_that_is_made_again_but_not_on_the_way_there(tmp_path):
+    with Run(tiny(), tmp_path, every=4) as run:
+        breakpoints = RunBreakpoints(run.spec, run.gate, run.recorder).all
+        control = CommandHandler(
+            run.gate, run.recorder, print, print, travel=lambda: run.travel,
+            breakpoints=types.SimpleNamespace(
+                all=breakpoints, save=lambda: None, forget_stop=lambda: None),
+        )  # fmt: skip
+        viewer = Viewer(0, "you", False)
+        control.joined(viewer)
+        run.to(8)
+        on_the_way = breakpoints.add("step == 5 at loss")
+        done = control.perform(viewer, Back(6, break_at="step == 7 at backward"))
+        assert done.message.endswith("breakpoint 2: step == 7 at backward (once)"), done
+        run.at(6)
+        assert breakpoints.list()[0].hits == on_the_way.hits == 0
+        run.gate.resume()
+        until(lambda: run.gate.mode == "paused" and run.gate.phase == "backward")
+        assert run.gate.step_in_progress == 7
+        assert breakpoints.stop.number == 2
+        refused = control.perform(viewer, Back(11, break_at="step == 12"))
+        assert "has not been at step 11" in refused.message
+        assert len(breakpoints.list()) == 2
+        run.gate.step()
+        run.at(7)
+        run.travel.back(4)
+        run.at(4)
+        run.gate.resume()
+        until(lambda: run.gate.mode == "paused" and run.gate.step_in_progress == 5)
+
+
+def test_the_origin_of_a_value_that_is_not_finite_is_found_by_making_its_step_again(tmp_path):
+    class Overflow(torch.nn.Module):
+        def forward(self, x):
+            return (x * 0 + 1e38) * 1e3 if run.gate.step_in_progress in spoilt else x
+
+    spoilt = ()
+    training = tiny(dropout=0.0)
+    training.model.blocks[0].norm_1 = torch.nn.Sequential(
+        training.model.blocks[0].norm_1, Overflow()
+    )
+    with Run(training, tmp_path) as run:
+        run.recorder.judge_with(FindingsEngine(RuleSettings()))
+        spoilt = (6, 7)
+        run.to(8)
+        run.back(5)
+        assert not any("made again" in line for line in run.log)
+        run.to(6)
+        run.recorder.flush(60)
+        text = next(line for line in run.log if line.startswith("step 6 was made again: "))
+        assert "blocks.0.norm_1.1 (Overflow) is not finite although its inputs" in text

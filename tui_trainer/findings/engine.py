@@ -14,7 +14,8 @@ from tui_trainer.findings.observation import LossTrend, Reader, TableRow
 from tui_trainer.findings.rule import Found, Rule
 from tui_trainer.findings.rule_settings import RuleSettings
 from tui_trainer.findings.rules import RULES
-from tui_trainer.history.records import Floats, SkipRecord, StepRecord
+from tui_trainer.findings.rules.nonfinite import origin_text
+from tui_trainer.history.records import Floats, Producer, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import Finding
@@ -86,6 +87,11 @@ class FindingsEngine:
     def describe(self, info: RunInfo) -> None:
         """Take the run's description, at the start and whenever it changes."""
         self._reader.update(info)
+
+    @staticmethod
+    def origin(producer: Producer) -> str:
+        """Where a value that is not finite came from, as a part of a sentence."""
+        return origin_text(producer)
 
     def step(self, record: StepRecord) -> list[Finding]:
         """Evaluate the rules for a step; returns new and changed findings, without ids."""

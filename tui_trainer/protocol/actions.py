@@ -93,6 +93,8 @@ class Back(msgspec.Struct, tag="back", frozen=True):
     """None: one step back."""
     confirmed: bool = False
     """Even if repeating the steps takes long."""
+    break_at: str = ""
+    """Condition of a breakpoint that is set there, to be met once; "": none."""
 
 
 class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):

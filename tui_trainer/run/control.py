@@ -212,8 +212,8 @@ class CommandHandler:
                 return mark
             case ChangeSettings(changes=changes):
                 return self._live_edits().change(changes, viewer.name)
-            case Back(step=step, confirmed=confirmed):
-                return self._time_travel().back(step, confirmed)
+            case Back():
+                return self._go_back(action)
             case Branch():
                 return self._start_branch(action)
             case KeepSnapshots(bytes=budget):
@@ -237,6 +237,25 @@ class CommandHandler:
         if self._branch is None:
             raise Refusal("this run cannot be continued by another one")
         return self._branch(action)
+
+    def _go_back(self, action: Back) -> str:
+        travel = self._time_travel()
+        if not action.break_at or self._breakpoints is None:
+            return travel.back(action.step, action.confirmed)
+        if travel.task is None:
+            raise Refusal(
+                "a script's steps are numbered on: a breakpoint at an earlier step is never met",
+                "go back without it, and step from there",
+            )
+        breakpoints = self._breakpoints.all
+        added = breakpoints.add(action.break_at, once=True)
+        try:
+            text = travel.back(action.step, action.confirmed)
+        except Refusal:
+            breakpoints.delete(added.number)
+            raise
+        self._breakpoints.save()
+        return f"{text}; {breakpoint_text(added)}"
 
     def _change_breakpoints(
         self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint

@@ -130,6 +130,8 @@ class Gate:
         self.breakpoints: Breakpoints | None = None
         self.break_phases: frozenset[Phase] = frozenset()
         """The phases at whose end breakpoints are evaluated."""
+        self.ignores_breakpoints = False
+        """Whether they are not, since steps are being made again."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
         self._due: dict[Callable[[int], int], int] = {}
         """Work → the step after which it is due."""
@@ -397,7 +399,9 @@ class Gate:
 
     def _evaluate_breakpoints(self, phase: Phase, step: int) -> None:
         """Pause at this boundary if a condition is met."""
-        if self.breakpoints is None or not self.breakpoints.reached(phase, step):
+        if self.ignores_breakpoints or self.breakpoints is None:
+            return
+        if not self.breakpoints.reached(phase, step):
             return
         if not (self._stopping or self._ended):
             self._call_hook(self.hooks.breakpoint_reached or self.pause)

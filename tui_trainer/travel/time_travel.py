@@ -436,7 +436,7 @@ class TimeTravel:
         self._reapply(nearest)
         self._target = target
         if nearest < target:
-            gate.break_phases = frozenset()
+            gate.ignores_breakpoints = True
             recorder.set_status(waiting_for=f"repeating steps {nearest + 1:,} to {target:,}")
             gate.run_until(target)
             return
@@ -456,7 +456,7 @@ class TimeTravel:
         if rescue.position is not None and self.task is not None:
             self.task.stateful["batches"].position = rescue.position
         self._target = None
-        self._restore_breakpoints()
+        gate.ignores_breakpoints = False
         text = f"the run stays where it is: step {to.nearest:,} could not be restored"
         recorder.notice("state", f"{text}: {_reason(error)}", "error", rescue.step)
         gate.pause()
@@ -506,12 +506,7 @@ class TimeTravel:
     def _arrived(self) -> None:
         self._target = None
         self._recorder.set_status(waiting_for="")
-        self._restore_breakpoints()
-
-    def _restore_breakpoints(self) -> None:
-        """No condition is evaluated at repeated steps."""
-        breakpoints = self._gate.breakpoints
-        self._gate.break_phases = breakpoints.phases if breakpoints is not None else frozenset()
+        self._gate.ignores_breakpoints = False
 
     def _check_edit(self) -> None:
         """Raises Refusal where a change would make the training differ from the recorded one."""
@@ -528,10 +523,18 @@ class TimeTravel:
         snapshot = self.ring.before(step)
         if snapshot is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
-        self._gate.call_soon(lambda: self._restore_script(snapshot)).add_done_callback(
+        gate = self._gate
+
+        def restore() -> None:
+            self._restore_script(snapshot)
+            gate.pause()
+
+        gate.call_soon(restore).add_done_callback(
             lambda done: self._report_failure(done.exception())
         )
-        return f"to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
+        within = gate.phase not in ("", "step")
+        when = f"at the end of step {gate.step_in_progress:,} " if within else ""
+        return f"{when}to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -29,6 +31,7 @@ STYLES: dict[EntryState, str] = {
 }
 HEADINGS = ("RUN", "STATE", "STEP", "LOSS", "SPEED", "AGE", "WHAT")
 NUMBERS = ("STEP", "LOSS", "SPEED", "AGE")
+INDENT = "  "
 MAX_REPORTED_REFUSALS = 3
 
 
@@ -115,12 +118,35 @@ def overview_of(run: RunEntry) -> RunOverview:
 
 
 def table(runs: list[RunEntry], now: float) -> Table:
-    """One line for each run under a line of headings, with numbers aligned to the right."""
+    """One line for each run under a line of headings, with numbers aligned to the right. The runs
+    that continue another one stand below it, indented."""
     found = new_table(HEADINGS, right=NUMBERS)
-    for run in runs:
+    for depth, run in as_tree(runs):
         name, state, *rest = _cells(run, now)
-        found.add_row(Text(name), Text(state, STYLES.get(run.state, "")), *map(Text, rest))
+        indented = Text(INDENT * depth + name)
+        found.add_row(indented, Text(state, STYLES.get(run.state, "")), *map(Text, rest))
     return found
+
+
+def as_tree(runs: Sequence[RunEntry]) -> Iterator[tuple[int, RunEntry]]:
+    """(depth, run): each run before those that continue it, otherwise in the order given. A run
+    whose parent is not among them is at depth 0."""
+    known = {run.directory for run in runs}
+    children: dict[Path | None, list[RunEntry]] = {}
+    for run in runs:
+        parent = Path(run.reported.parent) if run.reported.parent else None
+        inside = parent in known and parent != run.directory
+        children.setdefault(parent if inside else None, []).append(run)
+    left = [(0, run) for run in reversed(children.get(None, []))]
+    listed: set[Path] = set()
+    while left:
+        depth, run = left.pop()
+        listed.add(run.directory)
+        yield depth, run
+        left += [(depth + 1, each) for each in reversed(children.get(run.directory, []))]
+    for run in runs:  # parents that name each other: their files were changed by hand
+        if run.directory not in listed:
+            yield 0, run
 
 
 def _cells(run: RunEntry, now: float) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class NonFiniteRule(Rule):
         elif self._unplaced is not None and seen.producer is not None:
             # Later on, weights are not finite because the loss was not.
             if seen.producer.source in ("operation", "module"):
-                text = f"{self._unplaced.text}; at step {seen.step:,} {_origin(seen.producer)}"
+                text = f"{self._unplaced.text}; at step {seen.step:,} {origin_text(seen.producer)}"
                 yield replace(self._unplaced, text=text, parameters=_named_place(seen.producer))
             self._unplaced = None
         if seen.loss is not None and abs(seen.loss) < float("inf"):
@@ -112,7 +112,7 @@ class NonFiniteRule(Rule):
             "the forward pass or the loss function produced it "
             f"({what}), or the weights were already too large"
             if seen.producer is None
-            else _origin(seen.producer)
+            else origin_text(seen.producer)
         )
         parameters = self._culprits(seen)[:1] if self._partial(seen) else ()
         return Found(
@@ -197,7 +197,7 @@ class NonFiniteRule(Rule):
         return row is not None and len(self._culprits(seen)) < int((~row.absent).sum())
 
 
-def _origin(producer: Producer) -> str:
+def origin_text(producer: Producer) -> str:
     """Where a value that is not finite came from, as a part of a sentence."""
     place = f" ({producer.place})" if producer.place else ""
     match producer.source:

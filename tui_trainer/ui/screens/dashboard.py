@@ -65,9 +65,9 @@ class DashboardScreen(ControlScreen):
         Binding("m", "trend", "Trend", id="dashboard.trend",
                 tooltip="Statistic in the chart of Wq, Wk, Wv"),
         Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left",
-                tooltip="Show the previous panel"),
+                tooltip="Show the previous panel; where all are shown: one step back, if paused"),
         Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
-                tooltip="Show the next panel"),
+                tooltip="Show the next panel; where all are shown: one step on, if paused"),
         Binding("escape", "clear_filter", "Clear", id="dashboard.clear", show=False,
                 tooltip="Clear the filter"),
     ]  # fmt: skip
@@ -179,7 +179,13 @@ class DashboardScreen(ControlScreen):
     # ------------------------------------------------------------ actions
 
     def action_tab(self, by: int) -> None:
-        """Show the next or previous panel."""
+        """Show the next or previous panel; where all are shown, go a step on or back in a paused
+        run."""
+        if not self._folded:
+            status, link = self.context.snapshot.status, self.context.snapshot.link
+            if link.state == "live" and not link.read_only and status.state == "paused":
+                (self.action_step if by > 0 else self.action_step_back)()
+            return
         self._choose_tab((self._tab + by) % len(TABS))
 
     def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:

@@ -13,6 +13,7 @@ from textual.widget import Widget
 from tui_trainer.client.api import Snapshot
 from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.learn.catalog import PAGE_OF_RULE
+from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.events import Evidence, Finding
 from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.ui.panels.base import placeholder_message
@@ -104,7 +105,13 @@ class FindingsScreen(DetailScreen):
     FindingsScreen.-wide FindingDetail { width: 1fr; margin-right: 2; }
     FindingsScreen.-wide EvidenceChart { width: 1fr; margin-top: 0; }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [*CONTROL_BINDINGS]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *CONTROL_BINDINGS,
+        Binding("B", "break_before", "Back, break there", key_display="B",
+                id="findings.break_before",
+                tooltip="Go to the end of the step before the finding, and pause again at the "
+                "phase that it belongs to (where snapshots are kept)"),
+    ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +148,22 @@ class FindingsScreen(DetailScreen):
         self.query_one("#summary", Caption).update(self._summary())
         table.update_rows()
         self._show_selected()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Going back to a finding needs a run that can be taken back."""
+        if action == "break_before":
+            return super().check_action("step_back", ()) if self._findings else False
+        return super().check_action(action, parameters)
+
+    def action_break_before(self) -> None:
+        """Go to the step before the finding under the cursor, with a breakpoint at the finding."""
+        finding, info = self.table.current, self.context.snapshot.info
+        if finding is None:
+            return
+        place = f" at {finding.phase}" if finding.phase else ""
+        is_script = info is not None and info.is_script
+        condition = "" if is_script else f"step == {finding.onset}{place}"
+        self.context.command(Back(max(0, finding.onset - 1), break_at=condition))
 
     def _summary(self) -> list[Span]:
         levels = [finding.level for finding in self._findings if finding.cause is None]
