@@ -8,10 +8,10 @@ import types
 
 import pytest
 import torch
-from tui_trainer.findings.settings import RuleSettings
 
 from tests.travel.support import Edited, Run, same, tiny, until, weights
 from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.findings.rule_settings import RuleSettings
 from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run.breakpoints import RunBreakpoints
@@ -293,12 +293,12 @@ def test_the_origin_of_a_value_that_is_not_finite_is_found_by_making_its_step_ag
         training.model.blocks[0].norm_1, Overflow()
     )
     with Run(training, tmp_path) as run:
-        run.recorder.judge_with(FindingsEngine(RuleSettings()))
+        run.recorder.evaluate_with(FindingsEngine(RuleSettings()))
         spoilt = (6, 7)
         run.to(8)
         run.back(5)
-        assert not any("made again" in line for line in run.log)
+        assert not any("was repeated" in line for line in run.log)
         run.to(6)
         run.recorder.flush(60)
-        text = next(line for line in run.log if line.startswith("step 6 was made again: "))
+        text = next(line for line in run.log if line.startswith("step 6 was repeated: "))
         assert "blocks.0.norm_1.1 (Overflow) is not finite although its inputs" in text

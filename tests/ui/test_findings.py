@@ -6,6 +6,7 @@ import pytest
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
+from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.events import Evidence, Finding
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.findings import FINDINGS_KEY
@@ -147,3 +148,14 @@ def test_looks(snap_compare, size):
     finding(session, 2, level="error", title="nan or inf", rule="non-finite", onset=231)
     app = TuiTrainerApp(session, start_mode="findings", frames_per_second=0.01)
     assert snap_compare(app, terminal_size=size)
+
+
+async def test_a_key_goes_back_to_the_step_before_and_breaks_at_the_finding():
+    session = fake_gpt(300)
+    finding(session, phase="backward")
+    app = app_on("findings", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        await pilot.press("B")
+        await settle(pilot)
+        assert session.sent == [Back(119, break_at="step == 120 at backward")]

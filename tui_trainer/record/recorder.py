@@ -443,7 +443,7 @@ class Recorder:
         """A step was repeated: it must be the same. Nothing is recorded."""
         self._status = msgspec.structs.replace(self._status, step=record.step)
         if record.producer is not None and self._engine is not None:
-            text = f"step {record.step:,} was made again: {self._engine.origin(record.producer)}"
+            text = f"step {record.step:,} was repeated: {self._engine.origin(record.producer)}"
             self.notice("state", text, "warning", record.step)
         for table, values in rounded_for_storage(record).rows:
             if self._info.tables[table].name != schema.STEP or self._differences:

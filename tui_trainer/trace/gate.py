@@ -131,7 +131,7 @@ class Gate:
         self.break_phases: frozenset[Phase] = frozenset()
         """The phases at whose end breakpoints are evaluated."""
         self.ignores_breakpoints = False
-        """Whether they are not, since steps are being made again."""
+        """Whether they are not, since steps are being repeated."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
         self._due: dict[Callable[[int], int], int] = {}
         """Work → the step after which it is due."""
