@@ -13,7 +13,7 @@ import torch
 
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.statistics import statistics_of
-from tui_trainer.protocol.heat_map import Window
+from tui_trainer.protocol.heat_map import HeatMapWindow
 
 SHAPES = ((1000, 1000), (1_000_000,), (4096, 4096), (10_000, 10_000))
 
@@ -44,10 +44,10 @@ def main() -> None:
 
         def summary(tensor: torch.Tensor = tensor) -> None:
             statistics_of(tensor, 8)
-            heat_map(tensor, Window(64, 64))
+            heat_map(tensor, HeatMapWindow(64, 64))
 
         def zoom(tensor: torch.Tensor = tensor) -> None:
-            half = Window(64, 64, column_to=tensor.shape[-1] // 2)
+            half = HeatMapWindow(64, 64, column_to=tensor.shape[-1] // 2)
             heat_map(tensor, half)
 
         plain, opened = best_ms(total, times), best_ms(summary, times)
