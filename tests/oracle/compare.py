@@ -153,11 +153,20 @@ def absent_gradients(comparison: Comparison) -> Found:
 
 
 def outside_gradients(comparison: Comparison) -> Found:
-    """Parameters in no optimizer are watched too."""
+    """Parameters in no optimizer are watched too, in the steps of one of several optimizers."""
+    measured = {
+        (step["optimizer"], name)
+        for step, true in comparison.pairs
+        for name in true.outside
+        if _key(step.get("grad_norm", {}), name) is not None
+    }
+    somewhere = {name for _, name in measured}
     for step, true in comparison.pairs:
         found = step.get("grad_norm", {})
         for name, norm in true.outside.items():
             if norm is None or (comparison.loop.measured_every > 1 and not found):
+                continue
+            if name in somewhere and (step["optimizer"], name) not in measured:
                 continue
             key = _key(found, name)
             if key is None:

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 from tui_trainer.trace.script_frames import forget_variables
 
 T = TypeVar("T")
+MAX_CALLERS = 16
+MAX_LABEL = 24
+"""Characters of a name of data."""
 MAX_SOURCE = 1_000_000
 """Maximum number of characters of a source file that is parsed."""
 WRAPPERS = ("tqdm", "tqdm_notebook", "track", "progress_bar", "progress", "auto_tqdm", "prange")
@@ -84,6 +87,38 @@ def loop_nest(frames: list[FrameType]) -> LoopNest:
     return LoopNest(tuple(loops), conditional, site)
 
 
+def name_of_data(frame: FrameType) -> str:
+    """The value of the innermost loop variable that is a string, of the loops that `frame` and its
+    callers execute: `val` within `for split in ("train", "val")`; "" without one."""
+    for _ in range(MAX_CALLERS):
+        names = _loop_names(frame)
+        if names:
+            variables = frame.f_locals
+            found = next((v for n in names if type(v := variables.get(n)) is str), "")
+            del variables
+            forget_variables(frame)
+            if found and len(found) <= MAX_LABEL:
+                return found
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""
+
+
+def _loop_names(frame: FrameType) -> tuple[str, ...]:
+    """The variables of the loops around the current line of a frame, innermost first."""
+    key = (frame.f_code, frame.f_lineno)
+    if key not in _names_around:
+        found: list[str] = []
+        if not str(frame.f_globals.get("__name__", "")).startswith(("torch.", "tui_trainer.")):
+            for statement in _around(frame):
+                if isinstance(statement, (ast.For, ast.AsyncFor)):
+                    parts = ast.walk(statement.target)
+                    found += [part.id for part in parts if isinstance(part, ast.Name)]
+        _names_around[key] = tuple(found)
+    return _names_around[key]
+
+
 def forget_sources() -> None:
     """Clear the cache of syntax trees."""
     _functions.clear()
@@ -92,6 +127,7 @@ def forget_sources() -> None:
 # ---------------------------------------------------------------- statements
 
 Statement = ast.For | ast.AsyncFor | ast.While | ast.If
+_names_around: dict[tuple[CodeType, int], tuple[str, ...]] = {}
 _functions: dict[tuple[str, str, int], ast.AST | None] = {}
 
 

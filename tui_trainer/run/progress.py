@@ -16,7 +16,13 @@ import torch
 
 from tui_trainer.protocol.schema import LOGGED, VALIDATION
 from tui_trainer.run.context import RunContext
-from tui_trainer.run.loop_length import Loop, LoopNest, forget_sources, loop_nest
+from tui_trainer.run.loop_length import (
+    Loop,
+    LoopNest,
+    forget_sources,
+    loop_nest,
+    name_of_data,
+)
 from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.tracer import Tracer
 
@@ -51,6 +57,7 @@ class Progress:
         tracer.observers.loop = self
         tracer.evaluation.on_result = self._evaluated
         tracer.evaluation.on_ambiguous = self._ambiguous
+        tracer.evaluation.label_of = name_of_data
         self._ambiguous_reported = False
 
     def close(self) -> None:
@@ -59,8 +66,8 @@ class Progress:
 
     # ------------------------------------------------------------ evaluations
 
-    def _evaluated(self, step: int, loss: torch.Tensor | float, count: int) -> None:
-        self.validation.log({"loss": loss}, step)
+    def _evaluated(self, step: int, losses: dict[str, torch.Tensor | float]) -> None:
+        self.validation.log(losses, step)
 
     def _ambiguous(self, step: int) -> None:
         if not self._ambiguous_reported:

@@ -7,6 +7,11 @@ and no gradient is computed before it is called in that mode again.
 A loss is the scalar result of one of torch's loss functions, which its loss modules call too. The
 mean weights all losses equally; for sums (`reduction="sum"`), it is their sum divided by the number
 of targets.
+
+Losses of another place of the script, or of another value of a loop over names (`for split in
+("train", "val")`), are another evaluation's if the losses before are complete: where the script
+comes back to them, or computes both from one call of the model, it has several losses, of which
+none is chosen.
 """
 
 from __future__ import annotations
@@ -53,8 +58,70 @@ LOSS_MODULES = ("torch.nn.functional", "torch.nn.modules.loss")
 
 OnTrainingLoss = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, Any], Any], object]
 """(torch's function, its name, args, kwargs, result)"""
-OnResult = Callable[[int, "torch.Tensor | float", int], None]
-"""(completed steps, mean loss, number of losses)"""
+OnResult = Callable[[int, "dict[str, torch.Tensor | float]"], None]
+"""(completed steps, mean loss of each evaluation by name)"""
+HELD_OUT = ("val", "dev", "eval", "held", "test")
+"""Beginnings of the names of data that is not trained on: the first found is that of *the* loss."""
+MAX_EVALUATIONS = 4
+"""Evaluations in a row that are told apart."""
+
+_Key = tuple[tuple[Any, int], str]
+"""(place, label) of a loss."""
+
+
+class _Mean:
+    """The losses of one evaluation."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._count = 0
+        self._targets = 0
+        self._is_sum = False
+        self._on_device: list[torch.Tensor] = []
+        self._device_sum: torch.Tensor | None = None
+
+    def add(
+        self, loss: torch.Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the loss is of the same reduction as those before."""
+        is_sum = kwargs.get("reduction") == "sum"
+        if self._is_sum and not is_sum:
+            return False
+        self._is_sum = is_sum
+        self._targets += _target_count(name, args, kwargs) if is_sum else 0
+        self._count += 1
+        if loss.is_cpu:
+            self._sum += float(loss)
+        else:
+            self._on_device.append(loss.clone())
+            if len(self._on_device) >= KEPT:
+                self._add_up()
+        return True
+
+    def join(self, other: _Mean) -> None:
+        """Add the losses of another evaluation, of the same place."""
+        self._sum += other._sum
+        self._count += other._count
+        self._targets += other._targets
+        self._on_device += other._on_device
+        if other._device_sum is not None:
+            self._on_device.append(other._device_sum)
+
+    def value(self) -> torch.Tensor | float | None:
+        divisor = self._targets if self._is_sum else self._count
+        if divisor == 0:
+            return None
+        self._add_up()
+        if self._device_sum is None:
+            return self._sum / divisor
+        return (self._device_sum + self._sum) / divisor
+
+    def _add_up(self) -> None:
+        if self._on_device:
+            total = torch.stack([loss.float() for loss in self._on_device]).sum()
+            before = self._device_sum
+            self._device_sum = total if before is None else before + total
+            self._on_device = []
 
 
 class Observer(Protocol):
@@ -74,6 +141,8 @@ class EvaluationLosses:
         self.on_ambiguous: Callable[[int], None] = _ignore
         """Called in place of it, with the number of completed steps, where several losses are
         computed, since it is unknown which of them is the loss of the script."""
+        self.label_of: Callable[[FrameType], str] = _no_label
+        """The value of the loop over names that a frame or its callers execute; "" without one."""
         self.on_training_loss: OnTrainingLoss | None = None
         """Called with every scalar loss that is computed with gradients."""
         self.muted = False
@@ -90,16 +159,20 @@ class EvaluationLosses:
         """Models that the open evaluation has called with gradients."""
         self._any_with_gradients = False
         """Whether there are any: a weak set takes time to look into."""
+        self._usual: _Key | None = None
+        """The losses that were the only ones of the last evaluation that had just one."""
         self._reset()
 
     def _reset(self) -> None:
-        self._sum = 0.0
+        self._means: dict[_Key, _Mean] = {}
+        self._current: _Key | None = None
+        self._calls = 0
+        """Calls of models in the open evaluation."""
+        self._calls_before = 0
+        """The same at the last loss."""
         self._count = 0
-        self._targets = 0
-        self._is_sum = False
-        self._on_device: list[torch.Tensor] = []
-        self._device_sum: torch.Tensor | None = None
-        self._places: set[tuple[Any, int]] = set()
+        self._mixed = False
+        """Whether its losses cannot be told apart by when they are computed."""
         self._clear_with_gradients()
 
     def _clear_with_gradients(self) -> None:
@@ -142,6 +215,7 @@ class EvaluationLosses:
         if torch.is_grad_enabled():
             self._with_gradients.add(module)
             self._any_with_gradients = True
+        self._calls += 1
         if not self._open and self.on_result is not None and not self.muted:
             self._open, self._step = True, completed
 
@@ -151,23 +225,42 @@ class EvaluationLosses:
             self._clear_with_gradients()
             return
         self._open = False
-        count, places, on_result = self._count, len(self._places), self.on_result
-        self.losses_computed = count
-        mean = self._mean() if count and places == 1 else None
+        self.losses_computed = self._count
+        means, mixed, on_result = self._means, self._mixed, self.on_result
         self._reset()
-        if mean is not None and on_result is not None and not self.muted:
-            on_result(self._step, mean, count)
-        elif places > 1 and not self.muted:
+        if not means or self.muted or on_result is None:
+            return
+        if len(means) > MAX_EVALUATIONS and len({place for place, _ in means}) == 1:
+            (first, joined), *others = means.items()  # one evaluation of many named parts
+            for _, other in others:
+                joined.join(other)
+            means, mixed = {first: joined}, False
+        if mixed or len(means) > MAX_EVALUATIONS:
             self.on_ambiguous(self._step)
+            return
+        names = self._names(list(means))
+        found = {
+            names[key]: value for key, mean in means.items() if (value := mean.value()) is not None
+        }
+        if found:
+            on_result(self._step, found)
 
-    def _mean(self) -> torch.Tensor | float | None:
-        divisor = self._targets if self._is_sum else self._count
-        if divisor == 0:
-            return None
-        self._add_up()
-        if self._device_sum is None:
-            return self._sum / divisor
-        return (self._device_sum + self._sum) / divisor
+    def _names(self, keys: list[_Key]) -> dict[_Key, str]:
+        """`loss`, and for further evaluations the name of their data, or of their function."""
+        if len(keys) == 1:
+            self._usual = keys[0]
+        usual = self._usual if self._usual in keys else None
+        named = (key for name in HELD_OUT for key in keys if _label(key).lower().startswith(name))
+        main = usual or next(named, keys[0])
+        names = {main: "loss"}
+        for key in keys:
+            if key != main:
+                name = f"{_label(key)}/loss" if _label(key) else "loss 2"
+                number = 3
+                while name in names.values():
+                    name, number = f"loss {number}", number + 1
+                names[key] = name
+        return names
 
     def _listening(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
         observer = self._observer
@@ -200,30 +293,18 @@ class EvaluationLosses:
         try:
             if loss.dim() != 0 or loss.is_complex():
                 return
-            is_sum = kwargs.get("reduction") == "sum"
-            if is_sum:
-                self._targets += _target_count(name, args, kwargs)
-            elif self._is_sum:
-                return
-            self._is_sum = is_sum
-            self._count += 1
-            self._places.add(_place_of(sys._getframe(2)))
-            if loss.is_cpu:
-                self._sum += float(loss)
-            else:
-                self._on_device.append(loss.clone())
-                if len(self._on_device) >= KEPT:
-                    self._add_up()
+            place, frame = _place_of(sys._getframe(2))
+            key = (place, self.label_of(frame) if frame is not None else "")
+            if key != self._current:
+                # Both of one call of the model, or once more what was complete.
+                self._mixed |= self._count > 0 and self._calls == self._calls_before
+                self._mixed |= key in self._means
+            if self._means.setdefault(key, _Mean()).add(loss, name, args, kwargs):
+                self._count += 1
+            self._current, self._calls_before = key, self._calls
         except Exception:
             self._open = False
             self._reset()
-
-    def _add_up(self) -> None:
-        if self._on_device:
-            total = torch.stack([loss.float() for loss in self._on_device]).sum()
-            before = self._device_sum
-            self._device_sum = total if before is None else before + total
-            self._on_device = []
 
 
 USUAL_DISTANCE = 5
@@ -257,14 +338,25 @@ def _ignore(step: int) -> None:
     pass
 
 
-def _place_of(frame: FrameType | None) -> tuple[Any, int]:
-    """The line of the script, or of a library, that calls the loss function."""
+def _no_label(frame: FrameType) -> str:
+    return ""
+
+
+def _label(key: _Key) -> str:
+    """The name of its data, or of the function that computes the loss."""
+    (code, _), label = key
+    function = code.co_name if code is not None else ""
+    return label or ("" if function.startswith("<") or function == "forward" else function)
+
+
+def _place_of(frame: FrameType | None) -> tuple[tuple[Any, int], FrameType | None]:
+    """The line of the script, or of a library, that calls the loss function, and its frame."""
     while frame is not None and frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
         if module not in LOSS_MODULES and module != "torch.nn.modules.module":
             break
         frame = frame.f_back
-    return (frame.f_code, frame.f_lineno) if frame is not None else (None, 0)
+    return ((frame.f_code, frame.f_lineno) if frame is not None else (None, 0)), frame
 
 
 def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

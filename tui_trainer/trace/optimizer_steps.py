@@ -139,6 +139,8 @@ class OptimizerSteps:
             return
         if measurer.reading is None:
             self._waiting.read(measurer)
+        if self._phases.closure:
+            measurer.marks.remember()  # of the last evaluation
         rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
         evaluations = (
             self._open_step.evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)

@@ -366,6 +366,8 @@ class Tracer:
             return False
         if isinstance(owner, Optimizer):
             self.registry.add_pending(owner)
+        if any(measurer.passes for measurer in self.registry.measurers):
+            self._waiting.follow_changes_by_hand()
         for measurer in self.registry.measurers:
             # They may be discarded next: this is the last moment to read them.
             if (
