@@ -55,6 +55,7 @@ class Run:
         total_steps=None,
         steps_per_epoch=None,
         ranks=0,
+        dtype="float32",
         kinds=RULES,
     ):
         self.faults: list[str] = []
@@ -75,7 +76,7 @@ class Run:
                 ParameterInfo(
                     name,
                     (16, 16),
-                    "float32",
+                    dtype,
                     256,
                     "" if name in outside else optimizers[0],
                     name not in frozen,

@@ -425,6 +425,31 @@ def of_weights(wrong, right):
 NORMAL = InitialWeight("layer0.weight", 100, 16, 0.1, False, False, "")
 
 
+def not_shuffled(bug, number):
+    labels = counts(total=64 * number, batches=number, within=0.2 if bug else 2.1)
+    return batch_of(tensor(checksum=number))._replace(labels=labels)
+
+
+def out_of_reach(bug, number):
+    return batch_of(
+        tensor(checksum=number), tensor("target", -0.8 if bug else -0.1, 1.1, after="sigmoid")
+    )
+
+
+def updates_rounded(bug):
+    run = Run(dtype="bfloat16")
+    for number in range(1, 60):
+        run.step(updates=[1e-3 if bug else 8e-3] * 8 if number % 10 == 1 else None)
+    return run
+
+
+def updates_undone(bug):
+    run = Run()
+    for number in range(1, 20):
+        run.step(kept_update=(0.01 if bug and number != 3 else 0.9) if number < 8 else None)
+    return run
+
+
 def of_signs(sign, first):
     def case(bug):
         run = Run()
@@ -559,6 +584,14 @@ CASES: dict[str, tuple[Case, int]] = {
     ),
     "initial-scale": (of_weights(NORMAL._replace(rms=3.0), NORMAL._replace(rms=0.02)), 1),
     "untied-weights": (of_weights(NORMAL._replace(equal_to="embedding.weight"), NORMAL), 1),
+    "not-shuffled": (of_batches(not_shuffled), 1),
+    "targets-out-of-reach": (of_batches(out_of_reach), 1),
+    "updates-rounded": (updates_rounded, 1),
+    "updates-undone": (updates_undone, 3),
+    "clipped-after-step": (of_signs("clipped_late", 2), 2),
+    "losses-mixed": (of_signs("mixed_losses", 2), 2),
+    "schedule-idle": (of_signs("idle_schedule", 2), 2),
+    "classes-mixed": (of_graph(mixed_view=(8, 10, 4, 4)), 1),
     "backward-twice": (of_signs("backward_twice", 3), 3),
     "schedule-before-step": (of_signs("schedule_first", 2), 2),
     "train-mode-evaluation": (of_signs("evaluated_in_train_mode", 20), 20),

@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks.findings.causes import RULES as NAMED_BY
 from benchmarks.findings.judge import Answer, judge, run
-from benchmarks.findings.planted import HERE, SET_B, SET_C, SET_D, Program
+from benchmarks.findings.planted import HERE, SET_B, SET_C, SET_D, SET_E, Program
 from tests import processes
 from tui_trainer.findings.rules import RULES
 
-BY_NAME = {each.name: each for each in (*SET_B, *SET_C, *SET_D)}
+BY_NAME = {each.name: each for each in (*SET_B, *SET_C, *SET_D, *SET_E)}
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_clean_program_has_no_warning(name: str) -> None:
 
 
 def test_declarations_are_complete() -> None:
-    assert len(BY_NAME) == len(SET_B) + len(SET_C) + len(SET_D)
+    assert len(BY_NAME) == len(SET_B) + len(SET_C) + len(SET_D) + len(SET_E)
     for program in BY_NAME.values():
         assert program.task or (HERE / program.script).is_file()
         assert program.cause is None or (program.cause in NAMED_BY and program.places)

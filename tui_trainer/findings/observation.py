@@ -106,6 +106,7 @@ class Observation:
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
+    kept_update: float | None = None
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
 
@@ -263,6 +264,7 @@ class Reader:
             bad_batch=record.bad_batch,
             units=record.units,
             dropout_off=record.dropout_off,
+            kept_update=record.kept_update,
             initial=record.initial,
             epsilon=record.epsilon,
         )

@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,13 +22,19 @@ Sign = Literal[
     "backward_twice",
     "schedule_first",
     "evaluated_in_train_mode",
+    "clipped_late",
+    "mixed_losses",
+    "idle_schedule",
 ]
 """What the tracer noticed in a step besides its numbers: it is the first of a new set of
 parameters; its first backward added to gradients that the optimizer's last step had used already;
 its forward ran a model in `eval()` mode that has layers for which that matters; its loss is a
 cross-entropy, which takes a softmax, of a softmax; the same loss was backpropagated twice; a
 scheduler of its optimizer was stepped between its backward and its update; a model with such layers
-was evaluated in `train()` mode before it."""
+was evaluated in `train()` mode before it; the gradients of its optimizer's last step were clipped
+after that step; it used gradients of two losses, of which another optimizer had used the first
+alone and could use the second; a scheduler was stepped that belongs to an optimizer which has the
+same parameters and makes no steps."""
 
 
 class Producer(NamedTuple):
@@ -99,6 +106,8 @@ class BatchTensor(NamedTuple):
     checksum: int
     left_out: int
     """Elements that are not finite, or that the loss ignores."""
+    after: str = ""
+    """Of a target: the activation from which the predictions come, if that bounds them."""
 
 
 class LabelCounts(NamedTuple):
@@ -119,6 +128,10 @@ class LabelCounts(NamedTuple):
     """Whether there is one label for each row of the model's first input."""
     plain: bool
     """Whether the loss is their mean, without weights of the classes and without smoothing."""
+    batches: int = 0
+    """Batches whose labels were counted one by one."""
+    within: float = math.nan
+    """Mean entropy of the labels of one of these batches, in nats."""
 
 
 class BatchRecord(NamedTuple):
@@ -146,6 +159,9 @@ class LossGraph(NamedTuple):
     squared_softmax: bool
     hidden_softmaxes: int
     """Number of layers whose input is a softmax."""
+    mixed_view: tuple[int, ...] = ()
+    """The shape of the outputs, with their classes in dimension 1, that a view has turned into rows
+    of classes without moving that dimension to the end."""
 
 
 class BadBatch(NamedTuple):
@@ -228,6 +244,8 @@ class StepRecord:
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
+    kept_update: float | None = None
+    """How much of the change that the step before made was still there: 1 where all was."""
     """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None

@@ -15,6 +15,7 @@ from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.initial_weights import InitialWeights
+from tui_trainer.probes.kept_updates import KeptUpdates
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.modes import Modes
 from tui_trainer.probes.nonfinite import NonFiniteProbe
@@ -44,6 +45,7 @@ PROBES: tuple[type[Probe], ...] = (
     UnitsProbe,
     Modes,
     InitialWeights,
+    KeptUpdates,
     Memory,
     Overhead,
 )
@@ -54,6 +56,7 @@ RULE_PROBES: tuple[type[Probe], ...] = (
     UnitsProbe,
     Modes,
     InitialWeights,
+    KeptUpdates,
 )
 """Those that only rules use."""
 

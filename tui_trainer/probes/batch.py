@@ -62,6 +62,8 @@ class SeenTensor:
     """Rows and elements per row of the copy."""
     whole: bool
     """Whether the copy is the whole tensor; otherwise the readings of `_of_whole` precede it."""
+    after: str = ""
+    """As `BatchTensor.after`."""
 
     @property
     def readings(self) -> int:
@@ -184,7 +186,7 @@ class BatchProbe(Probe):
             if self._add("target", name, target, classes=classes, ignored=ignored):
                 self._add_labels(name, args, kwargs, target)
         elif name in BINARY or name in ELEMENTWISE:
-            self._add("target", name, target)
+            self._add("target", name, target, after=_bounding(given.grad_fn))
 
     def _add_labels(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: torch.Tensor
@@ -224,6 +226,7 @@ class BatchProbe(Probe):
         tensor: torch.Tensor,
         classes: int = 0,
         ignored: int | None = None,
+        after: str = "",
     ) -> bool:
         """Returns whether such a tensor can be looked at."""
         if type(tensor) not in PLAIN or not tensor.numel() or tensor.is_complex():
@@ -237,7 +240,9 @@ class BatchProbe(Probe):
         rows, columns = copied
         whole = rows * columns == tensor.numel()
         self._seen.append(
-            SeenTensor(role, name, tuple(tensor.shape), kind, classes, ignored, copied, whole)
+            SeenTensor(
+                role, name, tuple(tensor.shape), kind, classes, ignored, copied, whole, after
+            )
         )
         self._readings.append(reading)
         return True
@@ -349,6 +354,7 @@ def statistics(seen: SeenTensor, values: Values) -> BatchTensor:
         same,
         total,
         left_out,
+        seen.after,
     )
 
 
@@ -359,11 +365,17 @@ class LabelCounter:
         self._counted = ("", 0)
         self._counts: NDArray[np.float64] = np.zeros(0)
         self._of_large: NDArray[np.float64] = np.zeros(0)
+        self._batches, self._within = 0, 0.0
 
     def add(self, labels: _Labels, values: Values) -> None:
         self._follow(labels)
         valid = values[(values >= 0) & (values < labels.classes)].astype(np.int64)
-        self._counts += np.bincount(valid, minlength=labels.classes)
+        found = np.bincount(valid, minlength=labels.classes)
+        self._counts += found
+        if valid.size:
+            shares = found[found > 0] / valid.size
+            self._batches += 1
+            self._within -= float((shares * np.log(shares)).sum())
 
     def counts(self, labels: _Labels, of_large: Values | None) -> LabelCounts:
         """The counts so far; `of_large`: those of targets that were too large to copy."""
@@ -386,12 +398,27 @@ class LabelCounter:
             entropy,
             labels.per_example,
             labels.plain,
+            self._batches,
+            self._within / self._batches if self._batches else math.nan,
         )
 
     def _follow(self, labels: _Labels) -> None:
         if self._counted != (labels.loss, labels.classes):
             self._counted = labels.loss, labels.classes
             self._counts, self._of_large = np.zeros(labels.classes), np.zeros(labels.classes)
+            self._batches, self._within = 0, 0.0
+
+
+def _bounding(node: Any) -> str:
+    """The activation behind views that bounds the values of a tensor; "" without one."""
+    for _ in range(4):
+        name = node.name().partition("Backward")[0] if node is not None else ""
+        if name in ("Sigmoid", "Tanh", "Softmax", "Relu"):
+            return name.lower()
+        if name not in ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias"):
+            break
+        node = node.next_functions[0][0]
+    return ""
 
 
 def _nothing(module: torch.nn.Module, result: Any) -> None:

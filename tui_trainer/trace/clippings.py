@@ -101,6 +101,7 @@ class Clippings:
                 measurer.marks.forget()
         for measurer in self._used:
             measurer.marks.forget()
+            measurer.clipped_late = not self._waiting.evaluating_further
         before = self._total_before if kind == "value" else total
         if self._measurers and isinstance(before, (torch.Tensor, float)):
             for measurer in self._measurers:

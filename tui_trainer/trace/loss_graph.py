@@ -57,6 +57,7 @@ def _read(loss: Any) -> LossGraph:
     name = node.name() if node is not None else ""
     rows = classes = 0
     over_rows = False
+    mixed_view: tuple[int, ...] = ()
     if name.startswith(("LogSoftmax", "Softmax")):
         shape = tuple(node._input_metadata[0].shape)
         dim = node._saved_dim
@@ -66,6 +67,8 @@ def _read(loss: Any) -> LossGraph:
         for size in shape:
             rows = (rows or 1) * size
         rows //= classes
+        if len(shape) == 2 and not over_rows:
+            mixed_view = _mixed_view(node, classes)
     return LossGraph(
         rows,
         classes,
@@ -73,7 +76,23 @@ def _read(loss: Any) -> LossGraph:
         logarithm if name in _LAYERS and logarithm else "",
         squared and name.startswith("Softmax"),
         _hidden_softmaxes(loss),
+        mixed_view,
     )
+
+
+def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
+    """The shape (N, classes, …) that a view below the softmax turns into rows of classes, which
+    takes them from the last dimension instead; () without such a view."""
+    below = [child for child, _ in softmax.next_functions if child is not None]
+    node = below[0] if len(below) == 1 else None
+    if node is None or not node.name().startswith(("View", "UnsafeView", "ReshapeAlias")):
+        return ()
+    shape = tuple(node._saved_self_sym_sizes)
+    below = [child for child, _ in node.next_functions if child is not None]
+    made = below[0].name() if len(below) == 1 else ""
+    if made.startswith(("Permute", "Transpose", "Clone")):  # moved, and perhaps copied, before
+        return ()
+    return shape if len(shape) > 2 and shape[1] == classes != shape[-1] else ()
 
 
 def _hidden_softmaxes(loss: Any) -> int:

@@ -135,6 +135,10 @@ class StepMeasurer:
         to them from then on may be part of their mean."""
         self.schedule_first = False
         """Whether a scheduler was stepped between backward and the optimizer's step."""
+        self.clipped_late = False
+        """Whether gradients were clipped that the optimizer's last step had used already."""
+        self.idle_schedule = False
+        """Whether a scheduler was stepped that belongs to another optimizer of these parameters."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
@@ -155,6 +159,15 @@ class StepMeasurer:
             known = dict(zip(map(id, before.tracked.parameters), before._latest, strict=True))
             pairs = zip(self.tracked.parameters, self.norms_now(), strict=True)
             self._latest = [known.get(id(parameter), norm) for parameter, norm in pairs]
+
+    @property
+    def has_stepped(self) -> bool:
+        return self._steps > 0
+
+    def updates_those_of(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether another optimizer has the same parameters, going by its first one."""
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        return id(first) in self.tracked.ids
 
     # ------------------------------------------------------------ the gradients
 
@@ -534,6 +547,10 @@ class StepMeasurer:
                 signs.append("softmax_twice")
             if each.repeated:
                 signs.append("backward_twice")
+        if self.clipped_late:
+            signs.append("clipped_late")
+        if self.idle_schedule:
+            signs.append("idle_schedule")
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:
@@ -546,6 +563,7 @@ class StepMeasurer:
 
     def _forget(self) -> None:
         self.eval_forward = self.kept_gradients = self.schedule_first = self.averaged = False
+        self.clipped_late = self.idle_schedule = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
@@ -634,6 +652,7 @@ class StepMeasurer:
             bad_batch=step.bad_batch,
             units=facts.units,
             dropout_off=facts.dropout_off,
+            kept_update=facts.kept_update,
             initial=facts.initial,
             epsilon=step.epsilon,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +19,7 @@ from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.observers import Observers
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.phases import STEP, Phases
-from tui_trainer.trace.step import GradScaling, StepOutcome
+from tui_trainer.trace.step import BackwardPass, GradScaling, StepOutcome
 from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
@@ -179,6 +179,7 @@ class OptimizerSteps:
         shared = bool(passes)
         for backward in passes:
             shared = shared and backward.used
+        mixed = len(passes) > 1 and not shared and not evaluations > 0 and _are_mixed(passes)
         step_ms, times = phases.complete_step(measurer.slot, shared, bool(measurer.clips))
         self._scaling.end_step()
         for backward in passes:
@@ -198,6 +199,8 @@ class OptimizerSteps:
             evaluations=evaluations,
         )
         completed = measurer.after_update(outcome)
+        if mixed:
+            completed.signs |= {"mixed_losses"}
         if self._modes.in_train_mode(step, self._evaluation.losses_computed):
             completed.signs |= {"evaluated_in_train_mode"}
         if measurer.trainable_changed:
@@ -238,3 +241,9 @@ class OptimizerSteps:
             backward.used, backward.lost = True, [knowledge]
         self._waiting.skip(passes, "scaler")
         self._phases.resume_clock()
+
+
+def _are_mixed(passes: Sequence[BackwardPass]) -> bool:
+    """Whether another optimizer has used one of these alone, and could use a later one as well."""
+    used = any(each.used for each in passes)
+    return used and any(not each.used and len(each.claims) > 1 for each in passes)

@@ -137,6 +137,7 @@ class StepFacts:
     batch: BatchRecord | None = None
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
+    kept_update: float | None = None
     initial: tuple[InitialWeight, ...] = ()
 
 

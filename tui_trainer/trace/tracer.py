@@ -419,8 +419,10 @@ class Tracer:
         """A scheduler has changed the learning rate of `optimizer`."""
         optimizer = unwrapped_optimizer(optimizer)
         for measurer in self.registry.measurers:
-            if measurer.passes and self.registry.optimizer_of(measurer) is optimizer:
-                measurer.schedule_first = True
+            if self.registry.optimizer_of(measurer) is optimizer:
+                measurer.schedule_first = measurer.schedule_first or bool(measurer.passes)
+            elif measurer.has_stepped and measurer.updates_those_of(optimizer):
+                measurer.idle_schedule = True
 
     @guarded
     def saving_began(self) -> bool:

@@ -97,7 +97,8 @@ class Reader(nn.Module):
 def mask_inverted(clean: bool) -> None:
     """The padding mask is inverted: only padding is attended to.
 
-    At step 60 the first sequence without padding comes: all of its positions are masked.
+    At step 60 the first sequence without padding comes: all of its positions are masked. It was
+    meant to give nan; PyTorch's attention gives such rows zeros instead.
     """
     model = Reader()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

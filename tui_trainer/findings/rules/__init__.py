@@ -12,10 +12,12 @@ from tui_trainer.findings.rules.batch import (
     InputScale,
     LabelRange,
     LossBroadcasts,
+    NotShuffled,
+    OutOfReach,
     SameBatch,
     UnbalancedClasses,
 )
-from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedToNothing
+from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedAfterStep, ClippedToNothing
 from tui_trainer.findings.rules.coverage import (
     EvaluationMode,
     FrozenLate,
@@ -35,6 +37,8 @@ from tui_trainer.findings.rules.learning_rate import (
 )
 from tui_trainer.findings.rules.loop import (
     BackwardTwice,
+    IdleSchedule,
+    LossesMixed,
     ScheduleEnds,
     ScheduleFirst,
     TrainModeEvaluation,
@@ -49,6 +53,7 @@ from tui_trainer.findings.rules.loss import (
     SoftmaxTwice,
 )
 from tui_trainer.findings.rules.loss_graph import (
+    ClassesMixed,
     LogOfLogits,
     LossScaled,
     SoftmaxInside,
@@ -67,7 +72,9 @@ from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUni
 from tui_trainer.findings.rules.update_ratio import (
     UpdateRatioHigh,
     UpdateRatioLow,
+    UpdatesRounded,
     UpdatesSmall,
+    UpdatesUndone,
     WeightsShrink,
 )
 from tui_trainer.findings.rules.zero_grad import GradientsKept, ZeroedBeforeStep
@@ -81,7 +88,9 @@ RULES: tuple[type[Rule], ...] = (
     MostlyFrozen,
     FrozenLate,
     BackwardTwice,
+    LossesMixed,
     ScheduleFirst,
+    IdleSchedule,
     EvaluationMode,
     DropoutOff,
     TrainModeEvaluation,
@@ -91,7 +100,9 @@ RULES: tuple[type[Rule], ...] = (
     BatchesRepeat,
     ConstantLabels,
     UnbalancedClasses,
+    NotShuffled,
     LabelRange,
+    OutOfReach,
     LossBroadcasts,
     BadBatchRule,
     ConstantWeights,
@@ -99,6 +110,7 @@ RULES: tuple[type[Rule], ...] = (
     UntiedWeights,
     SoftmaxTwice,
     SoftmaxOverBatch,
+    ClassesMixed,
     LogOfLogits,
     SoftmaxInside,
     SquaredSoftmax,
@@ -111,6 +123,8 @@ RULES: tuple[type[Rule], ...] = (
     UpdateRatioHigh,
     UpdateRatioLow,
     UpdatesSmall,
+    UpdatesRounded,
+    UpdatesUndone,
     WeightsShrink,
     GradientsVanish,
     GradientsExplode,
@@ -118,6 +132,7 @@ RULES: tuple[type[Rule], ...] = (
     SaturatedUnits,
     SignalVanishes,
     ZeroGradients,
+    ClippedAfterStep,
     ClippedToNothing,
     AlwaysClipped,
     LossScale,

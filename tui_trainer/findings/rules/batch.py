@@ -288,6 +288,7 @@ class ConstantLabels(_BatchRule):
         "2023)"
     )
     thresholds = (RuleThreshold("steps", 6, "measured steps in a row"),)
+    explained_by = ("not-shuffled",)
 
     MIN_LABELS = 8
 
@@ -348,6 +349,7 @@ class UnbalancedClasses(_BatchRule):
         RuleThreshold("evenness", 0.5, "entropy of the labels over that of an even distribution"),
         RuleThreshold("labels", 200, "minimum number of labels"),
     )
+    explained_by = ("not-shuffled",)
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         super().__init__(facts, trend, limits)
@@ -378,6 +380,118 @@ class UnbalancedClasses(_BatchRule):
                          text=percent(evenness, 0, 0)),
             ),
         )  # fmt: skip
+
+
+class NotShuffled(_BatchRule):
+    """Each batch has examples of one class only, or almost."""
+
+    name = "not-shuffled"
+    title = "the batches are sorted by class"
+    needs = (
+        "the targets of cross_entropy or nll_loss, one for each example, eight in a batch, in "
+        "eight batches that together have several classes"
+    )
+    explanation = (
+        "The labels of one batch are almost all the same, while the batches together have many "
+        "classes: the data set is sorted by class and read in that order. Each step then pulls the "
+        "model towards one class, the loss jumps when the next one comes, and the statistics of "
+        "batch normalisation are those of a single class. Training one class after the other on "
+        "purpose (continual learning) looks the same."
+    )
+    next = "shuffle the training data: DataLoader(shuffle=True), or a sampler that does"
+    source = "missing shuffling is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    thresholds = (
+        RuleThreshold("share", 0.25, "entropy of a batch's labels over that of all labels"),
+        RuleThreshold("batches", 8, "minimum number of batches"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._first = 0
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        labels = batch.labels
+        if labels is None or not labels.per_example or not labels.batches:
+            return
+        self._first = self._first or seen.step
+        several = labels.different >= 4 and labels.entropy > math.log(3)
+        if labels.total < 8 * labels.batches or labels.batches < self.limits["batches"]:
+            return
+        if not several:
+            return
+        self.done = True
+        share = labels.within / labels.entropy
+        if share >= self.limits["share"]:
+            return
+        yield Found(
+            self._first,
+            f"the labels of one batch are almost all of one class, those of {labels.batches} "
+            f"batches of {labels.different}: their entropy is {labels.within:.2g} nats in a batch "
+            f"and {labels.entropy:.2g} in all",
+            phase="data",
+            evidence=(
+                evidence("entropy of a batch's labels over that of all", share,
+                         low=self.limits["share"], text=percent(share, 0, 0)),
+            ),
+        )  # fmt: skip
+
+
+BOUNDS = {
+    "sigmoid": (0.0, 1.0),
+    "softmax": (0.0, 1.0),
+    "tanh": (-1.0, 1.0),
+    "relu": (0.0, math.inf),
+}
+"""What the results of an activation lie between."""
+
+
+class OutOfReach(_BatchRule):
+    """The targets are outside of what the last activation can give."""
+
+    name = "targets-out-of-reach"
+    title = "the outputs cannot reach the targets"
+    needs = "the targets of a regression loss of an activation's output, in three steps"
+    explanation = (
+        "The predictions come straight from an activation that bounds them: a sigmoid or softmax "
+        "gives 0 to 1, tanh −1 to 1, a ReLU nothing below 0. The targets reach far beyond that, so "
+        "the loss cannot fall below what is missing, and the units are driven into saturation. "
+        "Often the inputs of an autoencoder were normalised and its output was not changed."
+    )
+    next = (
+        "leave out the last activation, or scale the targets to its range (images to 0…1 for a "
+        "sigmoid, −1…1 for tanh)"
+    )
+    source = (
+        "Goodfellow, Bengio & Courville, Deep Learning (2016), section 6.2.2 (output units); a "
+        "wrong output activation is a fault of DeepDiagnosis (Wardat et al., ICSE 2022)"
+    )
+    thresholds = (
+        RuleThreshold("beyond", 0.5, "standard deviations of the targets beyond the range"),
+        RuleThreshold("steps", 3, "measured steps in a row"),
+    )
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        bounded = [each for each in _of_role(batch, "target") if each.after in BOUNDS]
+        if len(bounded) != 1:
+            return
+        target = bounded[0]
+        low, high = BOUNDS[target.after]
+        beyond = max(low - target.low, target.high - high)
+        far = math.isfinite(beyond) and beyond > self.limits["beyond"] * target.std > 0
+        if not self.held(far, seen.step):
+            return
+        text = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+        yield Found(
+            self.streak.onset,
+            f"the targets reach from {target.low:.3g} to {target.high:.3g}, but the predictions "
+            f"come from a {target.after}, which gives {text}",
+            confidence="certain",
+            phase="loss",
+            evidence=(
+                evidence("lowest target", target.low, low=low),
+                evidence("highest target", target.high, high=high if high < math.inf else None),
+            ),
+        )
 
 
 class LabelRange(_BatchRule):

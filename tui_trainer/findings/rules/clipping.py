@@ -6,10 +6,29 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, evidence
 from tui_trainer.protocol.formatting import percent
 
 WINDOW = 100
+
+
+class ClippedAfterStep(SignRule):
+    """Gradients are clipped after they were used."""
+
+    name = "clipped-after-step"
+    title = "gradients are clipped after the step"
+    needs = "three optimizer steps"
+    explanation = (
+        "clip_grad_norm_ or clip_grad_value_ is called after optimizer.step(), and the gradients "
+        "are zeroed before the next one: clipping changes no update."
+    )
+    next = "clip between backward() and optimizer.step()"
+    source = "PyTorch's examples of clip_grad_norm_ (between backward and step)"
+    thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
+    sign = "clipped_late"
+    problem = "the gradients are clipped after optimizer.step() has used them"
+    counted = "steps after which gradients were clipped"
+    phase = "clip"
 
 
 class ClippedToNothing(Rule):

@@ -52,6 +52,59 @@ class ScheduleFirst(SignRule):
     phase = "step"
 
 
+class IdleSchedule(SignRule):
+    """The scheduler belongs to an optimizer that makes no steps."""
+
+    name = "schedule-idle"
+    title = "the schedule belongs to another optimizer"
+    needs = "ten optimizer steps"
+    explanation = (
+        "A scheduler is stepped whose optimizer has the parameters of the one that trains, but is "
+        "another object: the optimizer was created again (after the model was changed, or a "
+        "checkpoint loaded) and the scheduler was not. It changes the learning rate of an "
+        "optimizer that makes no steps; the one that does keeps its first learning rate, without "
+        "warm-up or decay."
+    )
+    next = "create the scheduler after the optimizer, and again whenever the optimizer is replaced"
+    source = "PyTorch's documentation of lr_scheduler (a scheduler holds its optimizer)"
+    thresholds = (RuleThreshold("steps", 10, "steps in a row"),)
+    sign = "idle_schedule"
+    problem = (
+        "the scheduler that is stepped belongs to another optimizer of the same parameters, which "
+        "makes no steps"
+    )
+    counted = "steps with the scheduler of another optimizer"
+    phase = "step"
+
+
+class LossesMixed(SignRule):
+    """An update uses the gradients of a loss that was meant for another optimizer."""
+
+    name = "losses-mixed"
+    title = "the gradients of two losses are mixed"
+    needs = "three optimizer steps of a training with several optimizers"
+    explanation = (
+        "Two losses reach the parameters of two optimizers. One of them steps after the first "
+        "loss; the other steps after the second, with the gradients of both, since nothing zeroed "
+        "or detached those of the first. In a GAN the generator is then also updated to help the "
+        "discriminator: the two losses are opposed. Optimizers that step after the same losses, "
+        "and a second loss that only one of them can use, are not reported."
+    )
+    next = (
+        "detach what the first loss gets from the other network (fake.detach()), or call "
+        "zero_grad() of that optimizer just before the backward of its own loss"
+    )
+    source = "PyTorch's DCGAN tutorial, which detaches the generated images for the discriminator"
+    thresholds = (RuleThreshold("steps", 3, "steps of the optimizer in a row"),)
+    sign = "mixed_losses"
+    problem = (
+        "this optimizer steps with the gradients of two losses, the first of which another "
+        "optimizer has used for its own step"
+    )
+    counted = "steps with the gradients of both losses"
+    phase = "backward"
+
+
 class ScheduleEnds(Rule):
     """The learning rate has almost vanished long before the end."""
 

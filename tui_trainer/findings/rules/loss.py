@@ -132,6 +132,11 @@ class NoProgress(Rule):
         RuleThreshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
     )
     explained_by = (
+        "classes-mixed",
+        "targets-out-of-reach",
+        "updates-rounded",
+        "updates-undone",
+        "not-shuffled",
         "constant-inputs",
         "loss-broadcasts",
         "label-range",

@@ -54,6 +54,37 @@ class SoftmaxOverBatch(_OfFirstGraph):
             )
 
 
+class ClassesMixed(_OfFirstGraph):
+    """A view makes rows of classes out of a dimension that is not that of the classes."""
+
+    name = "classes-mixed"
+    title = "a view mixes classes and positions"
+    explanation = (
+        "The model returns the scores of all classes for every pixel or position, with the classes "
+        "in dimension 1: (N, classes, …). A view or reshape makes rows of classes of it without "
+        "moving that dimension to the end first, so that each row holds neighbouring numbers of "
+        "one class. They are then compared with the label of another position; the shapes fit, and "
+        "the loss stays near what the frequencies of the labels alone allow."
+    )
+    next = (
+        "give cross_entropy the scores as they are, (N, classes, …) with targets (N, …); or call "
+        "permute(0, 2, 3, 1) before reshape(-1, classes)"
+    )
+    source = "PyTorch's documentation of CrossEntropyLoss (shapes), and of Tensor.view"
+
+    def graph(self, seen: Observation, graph: LossGraph) -> Iterable[Found]:
+        if graph.mixed_view:
+            shape = ", ".join(map(str, graph.mixed_view))
+            yield Found(
+                seen.step,
+                f"scores of the shape ({shape}) are viewed as rows of {graph.classes:,}, although "
+                "their classes are in dimension 1",
+                confidence="certain",
+                phase="loss",
+                evidence=(evidence("dimension of the classes", 1, text="1"),),
+            )
+
+
 class LogOfLogits(_OfFirstGraph):
     """The loss takes what a layer outputs for probabilities or their logarithms."""
 

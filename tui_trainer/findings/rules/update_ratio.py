@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.protocol.formatting import percent
 
 HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
 SOURCE = (
@@ -280,6 +281,116 @@ class UpdatesSmall(_UpdateRatio):
             evidence=(
                 evidence("median ‖Δw‖/‖w‖", median, HEALTHY_LOW, HEALTHY_HIGH,
                          table="update_ratio", column=names[0]),
+            ),
+        )  # fmt: skip
+
+
+SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Smallest distance between neighbouring numbers, relative to them."""
+
+
+class UpdatesRounded(_UpdateRatio):
+    """Updates are smaller than what the type of the weights can represent."""
+
+    name = "updates-rounded"
+    title = "updates are lost when they are rounded"
+    needs = "three update ratios, and weights in bfloat16 or float16"
+    explanation = (
+        "The weights themselves are bfloat16 or float16, whose neighbouring numbers are 0.4 to 0.8 "
+        "% or 0.05 to 0.1 % apart. An element changes only if its update is more than half of that "
+        "distance; a smaller one is lost when it is rounded, at every step again. Here the mean "
+        "update is smaller, so that most elements stay as they are and the others move too far."
+    )
+    next = (
+        "keep the weights in float32 and compute in autocast; or use an optimizer with stochastic "
+        "rounding or a compensated sum"
+    )
+    source = (
+        "Micikevicius et al., Mixed Precision Training (ICLR 2018), section 3.1: a float32 copy of "
+        "the weights; Zamirai et al., Revisiting BFloat16 Training (2020)"
+    )
+    thresholds = (
+        RuleThreshold("share", 0.5, "of the distance between neighbouring numbers"),
+        RuleThreshold("steps", 3, "measured steps in a row"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.updates is None or not seen.learning_rate:
+            return
+        ratios, names = self.ratios(seen.updates)
+        infos = [self.facts.parameters.get(name) for name in names]
+        spacings = [SPACING.get(info.dtype, 0.0) if info is not None else 0.0 for info in infos]
+        if not spacings or not all(spacings):
+            self._done = True
+            return
+        share = float(np.median(ratios / np.array(spacings)))
+        if self._streak.add(share < self.limits["share"], seen.step) < self.limits["steps"]:
+            return
+        self._done = True
+        kind = infos[0].dtype if infos[0] is not None else ""
+        median = float(np.median(ratios))
+        yield Found(
+            self._streak.onset,
+            f"the weights are {kind}, whose neighbouring numbers are {percent(spacings[0], 0, 1)} "
+            f"apart or more, and one step changes them by {_share(median)} of their size: most "
+            "elements are rounded back to what they were",
+            phase="step",
+            parameters=tuple(names[:8]),
+            evidence=(
+                evidence("median ‖Δw‖/‖w‖", median, self.limits["share"] * spacings[0],
+                         table="update_ratio", column=names[0]),
+            ),
+        )  # fmt: skip
+
+
+class UpdatesUndone(Rule):
+    """Something writes the old weights back after the step."""
+
+    name = "updates-undone"
+    title = "updates are undone"
+    needs = "the first six steps"
+    explanation = (
+        "When the model is called again, almost nothing is left of what the optimizer's last step "
+        "has changed: in between, the script writes to the weights. A moving average of the "
+        "weights that is copied into the model instead of the other way round does that, or a "
+        "checkpoint that is loaded in every iteration. The model then hardly trains."
+    )
+    next = (
+        "look for copy_, lerp_, load_state_dict or .data = on the model's parameters in the loop; "
+        "an average belongs in a copy of the model"
+    )
+    source = "PyTorch's torch.optim.swa_utils.AveragedModel, which keeps an average in a copy"
+    thresholds = (
+        RuleThreshold("share", 0.2, "of an update that is left at the next step"),
+        RuleThreshold("steps", 3, "steps in a row"),
+    )
+
+    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
+        super().__init__(facts, trend, limits)
+        self._streak = Streak()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        share = seen.kept_update
+        if self._done or share is None:
+            return
+        before = seen.step - 1  # whose update it is
+        if self._streak.add(share < self.limits["share"], before) < self.limits["steps"]:
+            return
+        self._done = True
+        yield Found(
+            self._streak.onset,
+            f"when the model is called again, {percent(share, 0, 0)} of what the step has changed "
+            "is left: something else writes to the weights",
+            phase="step",
+            evidence=(
+                evidence("share of the update that is left", share, self.limits["share"],
+                         text=percent(share, 0, 0)),
             ),
         )  # fmt: skip
 
