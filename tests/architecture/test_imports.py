@@ -33,8 +33,6 @@ TRAINING = (
     "tui_trainer.probes",
     "tui_trainer.tasks.gpt.training",
     "tui_trainer.tasks.vit.training",
-    "tui_trainer.models.gpt",
-    "tui_trainer.models.vit",
 )
 
 
@@ -70,9 +68,14 @@ def test_the_viewing_side_never_brings_torch() -> None:
     assert "tui_trainer" in loaded_after(import_each(VIEWING, never))
 
 
-def test_the_training_side_never_brings_textual() -> None:
+def test_the_training_side_never_brings_textual_and_a_model_nothing_of_ours() -> None:
+    models = (
+        "import tui_trainer.models.gpt, tui_trainer.models.vit, sys\n"
+        "ours = {m for m in sys.modules if m.startswith('tui_trainer.')}\n"
+        "assert all(m.startswith('tui_trainer.models') for m in ours), ours\n"
+    )
     never = {"textual", "plotext", "cyclopts"}
-    assert {"tui_trainer", "torch"} <= loaded_after(import_each(TRAINING, never))
+    assert {"tui_trainer", "torch"} <= loaded_after(models + import_each(TRAINING, never))
 
 
 def test_asking_for_help_brings_neither() -> None:
@@ -83,12 +86,3 @@ def test_asking_for_help_brings_neither() -> None:
         "    assert run(arguments) == 0"
     )
     assert not loaded_after(code) & {"torch", "textual", "sklearn"}
-
-
-def test_a_model_brings_nothing_of_ours() -> None:
-    code = (
-        "import tui_trainer.models.gpt, tui_trainer.models.vit, sys\n"
-        "ours = {m for m in sys.modules if m.startswith('tui_trainer.')}\n"
-        "assert all(m.startswith('tui_trainer.models') for m in ours), ours"
-    )
-    assert "torch" in loaded_after(code)

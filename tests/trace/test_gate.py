@@ -23,6 +23,7 @@ class Loop:
     def __init__(self, gate: Gate, steps: int = 100_000) -> None:
         self.gate = gate
         self.stopped: StopTraining | None = None
+        self.over = False
         self.thread = threading.Thread(target=self._run, args=(steps,), daemon=True)
         self.changed = threading.Condition()
         gate.hooks.changed = self._changed
@@ -32,6 +33,8 @@ class Loop:
             for step in range(1, steps + 1):
                 for phase in PHASES:
                     self.gate.reached(phase, step)
+                if self.over:
+                    break
         except StopTraining as stop:
             self.stopped = stop
         self.gate.end()
@@ -56,6 +59,7 @@ def running(gate: Gate) -> Iterator[Loop]:
     try:
         yield loop
     finally:
+        loop.over = True
         gate.end()
         loop.thread.join(240)
         assert not loop.thread.is_alive()
