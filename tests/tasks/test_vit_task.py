@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import processes
 from tests.cli.calling import call
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.training import resolve
@@ -80,7 +80,7 @@ def test_epoch_arithmetic():
 def test_digits_are_those_of_scikit_learn_without_importing_it():
     code = "import sys; from tui_trainer.tasks.vit.images import read_digits; read_digits()"
     code += "; assert 'sklearn' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code], check=True)
     from sklearn.datasets import load_digits
 
     scans, labels = image_files.read_digits()
@@ -176,12 +176,13 @@ def test_evaluation_changes_nothing_and_counts_right():
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_it_learns_digits(tmp_path):
-    """Ten of the preset's eighty epochs bring 89 % of the held out ones, thirty 97 %, all 98 %."""
-    done = call("vit", "--epochs", "10", "--threads", "1", cwd=tmp_path, timeout=450)
+    """Five of the preset's eighty epochs bring 74 % of the held out ones, ten 89 %, thirty 97 %,
+    all 98 %."""
+    done = call("vit", "--epochs", "5", "--threads", "1", cwd=tmp_path, timeout=450)
     assert done.returncode == 0, done.stderr
     accuracies = [float(found) for found in re.findall(r"accuracy ([0-9.]+)", done.stdout)]
     assert accuracies[0] < 0.3
-    assert accuracies[-1] >= 0.85
+    assert accuracies[-1] >= 0.65
 
 
 def test_every_epoch_is_a_new_order_of_all_images():
