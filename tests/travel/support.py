@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.runs.starting import until
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve
@@ -173,6 +174,12 @@ class Run:
             assert time.monotonic() < deadline, (gate.mode, gate.boundary, gate.phase, self.log)
             time.sleep(0.002)
         return self.gate.call_soon(self._state).result(240)
+
+    def phase(self) -> None:
+        """Wait until it is paused at the next phase boundary."""
+        gate, before = self.gate, self.gate.boundary
+        gate.step_phase()
+        until(lambda: gate.boundary != before and gate.mode == "paused", f"a phase after {before}")
 
     def _state(self) -> dict[str, object]:
         training = self.training
