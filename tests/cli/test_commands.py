@@ -319,7 +319,7 @@ def test_rm_takes_nothing_that_only_looks_like_a_run(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_doctor(runs):
+def test_doctor(runs, capsys, monkeypatch):
     done = runs.call("doctor", "--json", timeout=240)
     found = {each["name"]: each for each in json.loads(done.stdout)}
     assert found["torch"]["level"] == "good"
@@ -331,9 +331,9 @@ def test_doctor(runs):
     place.chmod(0o770)
     assert any(f"chmod go-w {place}" in check.hint for check in doctor._storage(runs.directory))
     runs.directory.chmod(0o777)
-    unsafe = runs.call("doctor", timeout=240)
-    assert unsafe.returncode == 1
-    assert "others can write to" in unsafe.stdout
+    monkeypatch.setattr(doctor, "_training", lambda: iter(()))  # takes as long as PyTorch's import
+    assert doctor.doctor(runs_dir=runs.directory) == 1
+    assert "others can write to" in capsys.readouterr().out
 
 
 def test_doctor_checks_all_declared_dependencies():

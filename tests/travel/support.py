@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.runs.starting import until
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve
