@@ -174,12 +174,6 @@ class Run:
             time.sleep(0.002)
         return self.gate.call_soon(self._state).result(240)
 
-    def phase(self) -> None:
-        """Wait until it is paused at the next phase boundary."""
-        gate, before = self.gate, self.gate.boundary
-        gate.step_phase()
-        until(lambda: gate.boundary != before and gate.mode == "paused", f"a phase after {before}")
-
     def _state(self) -> dict[str, object]:
         training = self.training
         states = {name: part.state_dict() for name, part in training.stateful.items()}
