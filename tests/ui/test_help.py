@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from textual.binding import Binding
 
 from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
+from tui_trainer.learn.page import help_texts
+from tui_trainer.learn.scalar.examples import EXAMPLES
+from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.protocol import PHASES
+from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
+from tui_trainer.ui.compare_app import CompareApp
+from tui_trainer.ui.glyphs import UNICODE
+from tui_trainer.ui.graph_app import GraphApp
+from tui_trainer.ui.replay_app import ReplayApp
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, help
 from tui_trainer.ui.screens.base import CONTROL_ACTIONS
-from tui_trainer.ui.screens.help import key_groups
+from tui_trainer.ui.screens.help import IN_REPLAY, THIS_SCREEN, help_blocks, key_groups
 
 
 def screens() -> list[type]:
@@ -122,3 +133,51 @@ def test_no_key_of_a_screen_shares_its_action_with_one_that_controls_the_run():
         for binding in entry.load().BINDINGS:
             if isinstance(binding, Binding) and not (binding.id or "").startswith("run."):
                 assert binding.action not in CONTROL_ACTIONS, (entry.mode, binding.key)
+
+
+# ---------------------------------------------------------------- in French
+
+
+def apps() -> list[TuiTrainerApp]:
+    graph = ScalarGraph.of(EXAMPLES[0].text, EXAMPLES[0].values)
+    # An app is not run for its bindings.
+    return [TuiTrainerApp(), GraphApp(graph), CompareApp([])]
+
+
+def test_every_text_of_the_help_is_there_in_french() -> None:
+    french = help_texts("fr")
+    shown = set()
+    for app in apps():
+        for mode in ("learn", "dashboard"):
+            for block in help_blocks(key_groups(app, mode), UNICODE):
+                shown |= {block.title.removeprefix(f"{THIS_SCREEN}: ")}
+                shown |= {text for _, text in block.entries}
+    shown |= set(IN_REPLAY.values())
+    shown |= {
+        binding.tooltip for binding in Binding.make_bindings(ReplayApp.BINDINGS) if binding.tooltip
+    }
+    missing = sorted(shown - set(french))
+    assert not missing, "add them to pages/fr/help.toml"
+    for english, text in french.items():
+        assert text
+        assert "'" not in text, "an apostrophe is ’"
+        assert not re.search(r"\w [:;?!](\s|$)", text), (english, "a no-break space")
+
+
+async def test_the_help_is_in_the_language_of_the_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "fr_FR.UTF-8")
+    app = app_on("dashboard", fake_gpt(30))
+    async with app.run_test(size=(200, 60)) as pilot:
+        await settle(pilot)
+        await pilot.press("question_mark")
+        await settle(pilot)
+        text = text_of(app)
+        for part in ("Apprendre à ce sujet", "Cet écran\u00a0: Tableau de bord", "Retour",
+                     "Un pas de l’optimiseur, puis pause", "Une ligne plus haut"):  # fmt: skip
+            assert part in text, text
+        await pilot.press("slash", *"zzz")
+        await settle(pilot)
+        assert "rien ne contient" in text_of(app)

@@ -22,6 +22,8 @@ from tui_trainer.learn.experiment_messages import Value
 TEXTS = Path(__file__).parent / "pages"
 """A folder for each language, with a file for each page and the words of the screen."""
 LANGUAGES = ("en", "fr")
+KEY = "key_"
+"""How the words begin that name keys: `key_learn_open` is the binding `learn.open`."""
 NO_BREAK, NARROW_NO_BREAK = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
 PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(?::([^{}\s]*))?\}")
 _SECTION = re.compile(r"^## .*$", re.MULTILINE)
@@ -71,6 +73,22 @@ def titles(language: str) -> dict[str, str]:
 def words(language: str) -> dict[str, str]:
     """The texts of the screen around the pages."""
     return dict(tomllib.loads((TEXTS / language / "words.toml").read_text(encoding="utf-8")))
+
+
+def key_labels(language: str) -> dict[str, str]:
+    """The names of keys by the id of their binding, of the screens that are in each language."""
+    return {
+        name.removeprefix(KEY).replace("_", "."): text
+        for name, text in words(language).items()
+        if name.startswith(KEY)
+    }
+
+
+@cache
+def help_texts(language: str) -> dict[str, str]:
+    """The texts of the help by those in English; what is missing stays English."""
+    file = TEXTS / language / "help.toml"
+    return dict(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def language_of(environment: Mapping[str, str] = os.environ) -> str:

@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.learn.page import titles
+from tui_trainer.learn.page import NO_BREAK, help_texts, key_labels, titles, words
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import wrap
@@ -24,6 +24,7 @@ from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, dialogs
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
 from tui_trainer.ui.screens.breakpoints import BreakpointList
 from tui_trainer.ui.widgets.form import ChoiceRow
+from tui_trainer.ui.widgets.key_line import KeyLine
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -79,7 +80,7 @@ def key_groups(app: App[Any], first: str = "") -> tuple[KeyGroup, ...]:
         bindings = Binding.make_bindings(entry.load().BINDINGS)
         own = [binding for binding in bindings if binding.id not in controls]
         if own and entry.mode == first:
-            groups.insert(0, KeyGroup(f"This screen: {entry.title}", _keys(app, own)))
+            groups.insert(0, KeyGroup(f"{THIS_SCREEN}: {entry.title}", _keys(app, own)))
         elif own and (not replay or entry.mode != "start"):
             groups.append(KeyGroup(entry.title, _keys(app, own)))
     for title, screen in getattr(app, "OWN_SCREENS", ()):
@@ -191,13 +192,16 @@ MAX_NAME_WIDTH = 20
 MIN_TEXT_WIDTH = 10
 
 
+KEY_STYLE = "accent"
+
+
 @dataclass(frozen=True)
 class HelpBlock:
     """A heading and its entries: a key or a name, and what it means."""
 
     title: str
     entries: Sequence[tuple[str, str]]
-    style: str = "accent"
+    style: str = KEY_STYLE
     """Of the names."""
 
 
@@ -217,6 +221,26 @@ def help_blocks(
         HelpBlock("Attention: Wq, Wk, Wv of every layer", ATTENTION, "strong"),
         HelpBlock("Signs", sign_entries(glyphs), "strong"),
     ]
+
+
+THIS_SCREEN = "This screen"
+
+
+def in_language(block: HelpBlock, language: str) -> HelpBlock:
+    """A block with its texts in another language, as far as they are known in it."""
+    texts = help_texts(language)
+    if not texts:
+        return block
+    first, colon, rest = block.title.partition(": ")
+    title = texts.get(block.title, block.title)
+    if first == THIS_SCREEN:
+        title = f"{texts.get(first, first)}{NO_BREAK}{colon}{texts.get(rest, rest)}"
+    translates_names = block.style != KEY_STYLE
+    entries = tuple(
+        (texts.get(name, name) if translates_names else name, texts.get(text, text))
+        for name, text in block.entries
+    )
+    return HelpBlock(title, entries, block.style)
 
 
 def lesson_block(lessons: Sequence[str], language: str) -> HelpBlock:
@@ -313,9 +337,8 @@ class HelpScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self._cadences: tuple[tuple[str, str], ...] = ()
-        self._first = ""
-        """The screen whose keys come first."""
-        self._lessons: tuple[str, ...] = ()
+        self._opened: tuple[str, tuple[str, ...], str] = ("", (), "")
+        """The screen whose keys come first, its pages, and the language."""
 
     def body(self) -> Iterable[Widget]:
         yield HelpView()
@@ -327,29 +350,40 @@ class HelpScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         """The cadences are all that the help shows of a run."""
-        found, first = cadence_entries(snapshot.info), self.context.help_for
-        lessons = self.context.lessons
-        if (found, first, lessons) != (self._cadences, self._first, self._lessons):
-            if (first, lessons) != (self._first, self._lessons):
+        cadences, context = cadence_entries(snapshot.info), self.context
+        opened = (context.help_for, context.lessons, context.language)
+        if (cadences, opened) != (self._cadences, self._opened):
+            if opened != self._opened:
                 self.query_one(HelpView).scroll_home(animate=False)
-            self._cadences, self._first, self._lessons = found, first, lessons
+            self._cadences, self._opened = cadences, opened
             self._show_matches(self.query_one(SearchInput).value)
+
+    def show_keys(self) -> None:
+        """In the language of the pages."""
+        super().show_keys()
+        keys = self.query_one(KeyLine)
+        keys.labels |= key_labels(self.context.language)
+        if self.context.snapshot.status.state == "paused":
+            keys.labels["run.pause"] = words(self.context.language)["resume"]
+        keys.update_rows()
 
     def _show_matches(self, text: str) -> None:
         context = self.context
-        words = text.casefold().split()
+        wanted = text.casefold().split()
         found = []
         groups = key_groups(self.app, context.help_for)
         blocks = help_blocks(groups, context.glyphs, context.snapshot.info)
-        for block in [lesson_block(context.lessons, context.language), *blocks]:
+        for each in [lesson_block(context.lessons, context.language), *blocks]:
+            block = in_language(each, context.language)
             entries = tuple(
                 entry
                 for entry in block.entries
-                if all(w in f"{block.title} {entry[0]} {entry[1]}".casefold() for w in words)
+                if all(w in f"{block.title} {entry[0]} {entry[1]}".casefold() for w in wanted)
             )
             if entries:
                 found.append(HelpBlock(block.title, entries, block.style))
-        nothing = HelpBlock("Nothing found", (("", f"no entry has “{text}”: escape shows all"),))
+        said = words(context.language)
+        nothing = HelpBlock(said["help_nothing"], (("", said["help_no_entry"].format(text=text)),))
         self.query_one(HelpView).show_blocks(found or [nothing])
 
     def action_lesson(self) -> None:

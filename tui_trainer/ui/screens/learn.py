@@ -20,7 +20,7 @@ from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
-from tui_trainer.learn.page import LANGUAGES, Page, load_page, titles, words
+from tui_trainer.learn.page import LANGUAGES, Page, key_labels, load_page, titles, words
 from tui_trainer.learn.page_layout import Numbers, StyledLine, changed_values, escaped, laid_out
 from tui_trainer.learn.reading_progress import PageState, load_progress, save_progress
 from tui_trainer.ui.guide import introduction
@@ -31,8 +31,6 @@ from tui_trainer.ui.widgets.lines import Row, ScrollingLines
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
 FIRST_SEED = 1
-KEY = "key_"
-"""How the words begin that name keys: `key_learn_open` is the binding `learn.open`."""
 RELEASE_AFTER_S = 60.0
 MAX_TEXT_WIDTH = 84
 """Cells in which a text is easy to read."""
@@ -292,10 +290,7 @@ class LearnScreen(RunScreen):
     def _show_keys(self) -> None:
         """The keys, in the language of the pages."""
         keys = self.query_one(KeyLine)
-        names = (name for name in words(self.language) if name.startswith(KEY))
-        keys.labels = {
-            name.removeprefix(KEY).replace("_", "."): words(self.language)[name] for name in names
-        }
+        keys.labels = key_labels(self.language)
         keys.update_rows()
 
     def _show_text(self) -> None:
