@@ -149,6 +149,11 @@ def test_a_module_holds_its_submodules_and_parameters_by_name():
     assert torch_private.submodules(outer) == {"0": layer}
     assert torch_private.own_parameters(outer) == {}
     assert torch_private.own_parameters(layer) == {"weight": layer.weight, "bias": None}
+    assert torch_private.own_buffers(nn.BatchNorm1d(1)).keys() == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
     assert torch_private.submodules("text") == torch_private.own_parameters(object()) == {}
 
 
@@ -193,6 +198,45 @@ def test_a_mark_is_found_behind_operations_on_the_marked_result():
     assert not torch_private.graph_is_marked(weight.sum() / 4)
     torch_private.mark_graph(torch.zeros(()))
     assert not torch_private.graph_is_marked(torch.zeros(()))
+
+
+def test_a_node_tells_its_result_and_what_it_saved():
+    x = torch.ones(2, 3, requires_grad=True)
+    before = torch_private.next_sequence_number()
+    softmax = x.softmax(-1).grad_fn
+    assert torch_private.sequence_number(softmax) == before
+    assert torch_private.result_of(softmax) == ((2, 3), torch.float32)
+    assert torch_private.saved_dim(softmax) % 2 == 1
+    assert "dim" in torch_private.saved_names(softmax)
+    assert set(torch_private.saved_tensors(softmax)) == {"result"}
+    power = x.pow(3).grad_fn
+    assert torch_private.has_saved(power, "exponent")
+    assert torch_private.saved(power, "exponent") == 3
+    assert not torch_private.has_saved(power, "dim")
+    assert torch_private.signed((1 << 64) - 1) == -1
+
+
+def test_functions_within_the_context_call_no_torch_function():
+    class Seen(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        torch.ones(1).exp()
+        outside = seen.calls
+        with torch_private.without_torch_function():
+            torch.ones(1).exp()
+    assert (outside, seen.calls) == (2, 2)
+
+
+def test_hooks_around_a_forward_are_counted():
+    layer = nn.Linear(1, 1)
+    layer.register_forward_pre_hook(lambda module, args: None)
+    layer.register_forward_hook(lambda module, args, result: None)
+    assert torch_private.forward_hooks_of(layer) == 2
 
 
 def test_tensors_of_a_tree_come_in_its_order():
@@ -248,6 +292,10 @@ def private_names_of_torch() -> set[str]:
         torch.optim.SGD([torch.zeros(1)], lr=0.1),
         torch.amp.GradScaler("cpu"),
         torch.utils.data.DataLoader([1]),
+        torch.ones(2, requires_grad=True).softmax(0).grad_fn,
+        torch.ones(2, requires_grad=True).pow(3).grad_fn,
+        torch.ones(2, 2, requires_grad=True).transpose(0, 1).grad_fn,
+        torch.ones(2, 2, requires_grad=True).sum(0).grad_fn,
     ]
     return {name for held in holders for name in dir(held) if name[0] == "_" != name[1]}
 
@@ -269,11 +317,20 @@ def uses_of_private_names(path: Path, private: set[str]) -> Iterator[str]:
 
 def test_private_names_stand_in_one_module():
     private = private_names_of_torch()
-    assert {"_version", "_values", "_parameters", "_modules", "_scale"} <= private
+    assert {"_version", "_values", "_parameters", "_modules", "_scale", "_saved_dim"} <= private
     package = Path(tui_trainer.__file__).parent
     found = [
         use
-        for room in ("integrations", "probes", "run", "tasks", "trace")
+        for room in (
+            "inspector",
+            "integrations",
+            "probes",
+            "run",
+            "settings",
+            "tasks",
+            "trace",
+            "travel",
+        )
         for path in sorted((package / room).rglob("*.py"))
         if path.name != "torch_private.py"
         for use in uses_of_private_names(path, private)

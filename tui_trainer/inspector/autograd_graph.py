@@ -24,6 +24,10 @@ from tui_trainer.trace.torch_private import (
     node_name,
     norms_of,
     plain_name,
+    result_of,
+    saved,
+    saved_names,
+    sequence_number,
 )
 from tui_trainer.trace.tracer import Tracer
 
@@ -155,7 +159,7 @@ class _ModuleRanges:
         self._current.append(self._stack[-1])
 
     def module_of(self, node: Any) -> int:
-        return self._current[bisect_right(self._starts, node._sequence_nr()) - 1]
+        return self._current[bisect_right(self._starts, sequence_number(node)) - 1]
 
     def modules(self, names: dict[torch.nn.Module, str], prefix: str) -> tuple[GraphModule, ...]:
         found = [
@@ -187,7 +191,7 @@ class _Walk:
                     seen.add(before)
                     waiting.append(before)
         # The newest node first: an operation has a higher number than its inputs.
-        operations.sort(key=lambda node: -node._sequence_nr())
+        operations.sort(key=lambda node: -sequence_number(node))
         if operations and operations[0] is not root:
             operations.remove(root)
             operations.insert(0, root)
@@ -209,9 +213,7 @@ class _Walk:
             kind = type(node)
             if kind not in attributes:
                 attributes[kind] = [
-                    name
-                    for name in dir(node)
-                    if name.startswith("_saved_") and not name.endswith("_sizes")
+                    name for name in saved_names(node) if not name.endswith("_sizes")
                 ]
                 if isinstance(getattr(kind, "saved_tensors", None), property) or (
                     hasattr(node, "saved_tensors") and not attributes[kind]
@@ -220,7 +222,7 @@ class _Walk:
             own: dict[int, int] = {}
             for name in attributes[kind]:
                 try:
-                    value = getattr(node, name)
+                    value = node.saved_tensors if name == "saved_tensors" else saved(node, name)
                 except (RuntimeError, AttributeError):
                     continue
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
@@ -331,8 +333,7 @@ class _Walk:
 def _result(node: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and type of what a node computed."""
     try:
-        first = node._input_metadata[0]
-        return tuple(int(size) for size in first.shape), first.dtype
+        return result_of(node)
     except (AttributeError, IndexError, TypeError, RuntimeError):
         return (), ""
 

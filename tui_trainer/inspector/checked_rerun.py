@@ -24,7 +24,12 @@ from tui_trainer.inspector.rerun import Autocast, ModelCall, call_again, call_co
 from tui_trainer.trace.random_state import random_state
 from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.submodule_calls import tensors_in
-from tui_trainer.trace.torch_private import node_name, tensors_of, version_of
+from tui_trainer.trace.torch_private import (
+    node_name,
+    tensors_of,
+    version_of,
+    without_torch_function,
+)
 from tui_trainer.trace.tracer import Tracer
 
 MAX_CALLS = 8
@@ -86,7 +91,7 @@ class CheckedOperations(TorchFunctionMode):
         made = [args[0]] if name == "setitem" else tensors_in((result,))
         made = [tensor for tensor in made if isinstance(tensor, torch.Tensor)]
         if made and name:
-            with torch._C.DisableTorchFunction():
+            with without_torch_function():
                 self._follow(name, args, kwargs, made)
         return result
 
@@ -285,7 +290,7 @@ class CheckedRerun:
         for call in reversed(self._taken()):
             with contextlib.suppress(Exception), self._checked(call, True) as (model, checks):
                 outputs = [t for t in outputs_of(call_again(model, call)) if t.grad_fn is not None]
-                with torch._C.DisableTorchFunction():
+                with without_torch_function():
                     found = checks.operation_of_backward(outputs, model)
                 if found is not None:
                     return found[0].producer(found[1])

@@ -23,7 +23,7 @@ from tui_trainer.protocol.autograd import (
     GradientStep,
 )
 from tui_trainer.protocol.formatting import bytes_
-from tui_trainer.trace.torch_private import own_parameters
+from tui_trainer.trace.torch_private import own_buffers, own_parameters
 from tui_trainer.trace.tracer import Tracer
 
 STEPS = tuple(10.0**-k for k in range(1, 10))
@@ -56,7 +56,7 @@ def check_gradient(
         if size > limit:
             needed = f"the parameters in float64 hold {bytes_(size, 0)}, of at most"
             notes.append(f"{needed} {bytes_(limit, 0)}: checked in their own type")
-        copied = _lend_parameters(model, parameter, wide)
+        copied = _copy_parameters(model, parameter, wide)
         target = copied[id(parameter)]
         with _without_autocast(call, wide):
             loss = evaluate(model, call, wide)
@@ -91,7 +91,7 @@ def _double_bytes(model: torch.nn.Module) -> int:
     return sum(8 * tensor.numel() for tensor in tensors)
 
 
-def _lend_parameters(
+def _copy_parameters(
     model: torch.nn.Module, parameter: torch.Tensor, wide: bool
 ) -> dict[int, torch.nn.Parameter]:
     """Replace all parameters (`wide`: in float64), or one of them, and the buffers by copies;
@@ -111,9 +111,10 @@ def _lend_parameters(
         for value in module.__dict__.values():
             if isinstance(value, list):  # such as the flat weights of an LSTM
                 value[:] = [copies.get(id(each), each) for each in value]
-        for name, buffer in module._buffers.items():
+        buffers = own_buffers(module)
+        for name, buffer in buffers.items():
             if wide and buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
+                buffers[name] = buffer.double()
         if wide:
             for name, each in module.__dict__.items():
                 if isinstance(each, torch.Tensor) and each.is_floating_point():

@@ -16,7 +16,16 @@ import torch
 
 from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.trace.submodule_calls import tensors_in
-from tui_trainer.trace.torch_private import node_name, tensors_of, version_of
+from tui_trainer.trace.torch_private import (
+    has_saved,
+    node_name,
+    result_of,
+    saved,
+    saved_dim,
+    signed,
+    tensors_of,
+    version_of,
+)
 
 MAX_CHAIN = 32
 """Operations between an output of the model and a loss function."""
@@ -282,10 +291,10 @@ def _step(node: Any) -> TensorOperation | None:
     """The repeatable operation of a node; None where it is unknown."""
     name = node_name(node)
     if name in RESHAPING:
-        shape = tuple(node._input_metadata[0].shape)
+        shape, _ = result_of(node)
         return lambda x: x.reshape(shape)
     if name == "ToCopy":
-        return Cast(node._input_metadata[0].dtype)
+        return Cast(result_of(node)[1])
     if name in PLAIN:
         return PLAIN[name]
     made = _WITH_SETTINGS.get(name)
@@ -306,28 +315,23 @@ PLAIN: dict[str, TensorOperation] = {
 }
 
 
-def _signed(value: int) -> int:
-    """Dimensions are kept as unsigned numbers."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def _transpose(node: Any) -> TensorOperation:
-    first, second = _signed(node._saved_dim0), _signed(node._saved_dim1)
+    first, second = saved_dim(node, "dim0"), saved_dim(node, "dim1")
     return lambda x: x.transpose(first, second)
 
 
 def _permute(node: Any) -> TensorOperation:
-    dims = tuple(_signed(each) for each in node._saved_dims)
+    dims = tuple(signed(each) for each in saved(node, "dims"))
     return lambda x: x.permute(dims)
 
 
 def _slice(node: Any) -> TensorOperation:
-    dim, shape = _signed(node._saved_dim), tuple(node._input_metadata[0].shape)
-    first, step = node._saved_start or 0, node._saved_step
+    dim, (shape, _) = saved_dim(node), result_of(node)
+    first, step = saved(node, "start") or 0, saved(node, "step")
     length = shape[dim]
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        start = _signed(first)
+        start = signed(first)
         start = max(0, start + x.shape[dim]) if start < 0 else start
         return x[(slice(None),) * (dim % x.dim()) + (slice(start, start + length * step, step),)]
 
@@ -335,7 +339,7 @@ def _slice(node: Any) -> TensorOperation:
 
 
 def _select(node: Any) -> TensorOperation:
-    dim, index = _signed(node._saved_dim), _signed(node._saved_index)
+    dim, index = saved_dim(node), saved_dim(node, "index")
     return lambda x: x.select(dim, index)
 
 
@@ -344,9 +348,9 @@ def _reduce(name: str, whole: bool) -> Callable[[Any], TensorOperation]:
         function = getattr(torch, name)
         if whole:
             return lambda x: function(x)
-        saved = node._saved_dim
-        dims = tuple(_signed(d) for d in saved) if isinstance(saved, tuple) else _signed(saved)
-        keepdim = node._saved_keepdim
+        dim = saved(node, "dim")
+        dims = tuple(map(signed, dim)) if isinstance(dim, tuple) else signed(dim)
+        keepdim = saved(node, "keepdim")
         return lambda x: function(x, dims, keepdim)
 
     return made
@@ -354,7 +358,7 @@ def _reduce(name: str, whole: bool) -> Callable[[Any], TensorOperation]:
 
 def _along(name: str) -> Callable[[Any], TensorOperation]:
     def made(node: Any) -> TensorOperation:
-        function, dim = getattr(torch, name), _signed(node._saved_dim)
+        function, dim = getattr(torch, name), saved_dim(node)
         return lambda x: function(x, dim)
 
     return made
@@ -362,13 +366,13 @@ def _along(name: str) -> Callable[[Any], TensorOperation]:
 
 def _mean_or_sum(name: str) -> Callable[[Any], TensorOperation]:
     def made(node: Any) -> TensorOperation:
-        return _reduce(name, not hasattr(node, "_saved_dim"))(node)
+        return _reduce(name, not has_saved(node, "dim"))(node)
 
     return made
 
 
 def _power(node: Any) -> TensorOperation:
-    exponent = node._saved_exponent
+    exponent = saved(node, "exponent")
     return lambda x: x.pow(exponent)
 
 

@@ -26,8 +26,10 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED
 from tui_trainer.trace.random_state import random_state, restore_random_state
 from tui_trainer.trace.submodule_calls import OnCall, OnReturn
 from tui_trainer.trace.torch_private import (
+    forward_hooks_of,
     is_compiled,
     is_sharded,
+    own_buffers,
     tensors_of,
     unwrapped,
     version_of,
@@ -224,7 +226,7 @@ class StepCapture:
         """
         call = self.current()
         with call_context(call, gradients) as model:
-            hooked = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+            hooked = sum(map(forward_hooks_of, model.modules()))
             if called is not None:
                 _before_calls(model, called)
             if returned is not None:
@@ -378,7 +380,7 @@ def _refuse(model: torch.nn.Module) -> None:
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
     """(dictionary, name, tensor) of what a forward may write to: buffers, plain attributes."""
-    for held in (module._buffers, module.__dict__):
+    for held in (own_buffers(module), module.__dict__):
         for name, value in held.items():
             if (
                 isinstance(value, torch.Tensor)

@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any
 
 from tui_trainer.history.records import LossGraph
+from tui_trainer.trace.torch_private import result_of, saved_dim
 
 MAX_PATH = 32
 MAX_NODES = 4000
@@ -59,9 +60,8 @@ def _read(loss: Any) -> LossGraph:
     over_rows = False
     mixed_view: tuple[int, ...] = ()
     if name.startswith(("LogSoftmax", "Softmax")):
-        shape = tuple(node._input_metadata[0].shape)
-        dim = node._saved_dim
-        dim = (dim - (1 << 64) if dim >= 1 << 63 else dim) % len(shape)
+        shape, _ = result_of(node)
+        dim = saved_dim(node) % len(shape)
         over_rows = len(shape) == 2 and dim == 0 and shape[0] > 1
         classes = shape[1 if len(shape) > 1 else 0]
         for size in shape:

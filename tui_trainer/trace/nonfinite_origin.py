@@ -21,7 +21,7 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Readings
 from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.source_places import place_in_frame, place_of_operation
-from tui_trainer.trace.torch_private import node_name, saved_tensors
+from tui_trainer.trace.torch_private import has_saved, node_name, saved, saved_tensors
 
 MAX_SEARCHES = 10
 """Losses that are not finite whose graphs are searched, in a run."""
@@ -169,9 +169,8 @@ def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | N
         return _is_finite(x / other)
     if other is not None and name == "Mul":
         return _is_finite(x * other)
-    exponent = getattr(node, "_saved_exponent", None)
-    if name == "Pow" and exponent is not None:
-        return _is_finite(x**exponent)
+    if name == "Pow" and has_saved(node, "exponent"):
+        return _is_finite(x ** saved(node, "exponent"))
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
@@ -137,6 +138,11 @@ def own_parameters(holder: object) -> dict[str, Any]:
     return _stored(holder, "_parameters")
 
 
+def own_buffers(holder: object) -> dict[str, Any]:
+    """The buffers of a module, like `own_parameters`."""
+    return _stored(holder, "_buffers")
+
+
 def _stored(holder: object, name: str) -> dict[str, Any]:
     """Runs no code of the object."""
     own = getattr(holder, "__dict__", None)
@@ -221,16 +227,59 @@ def next_sequence_number() -> int:
     return number
 
 
+def sequence_number(node: Any) -> int:
+    """The number that a node of the graph got when it was made."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def result_of(node: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the first result of a node. Raises AttributeError, IndexError, TypeError
+    or RuntimeError where they are not known."""
+    first = node._input_metadata[0]
+    return tuple(int(size) for size in first.shape), first.dtype
+
+
+def saved_names(node: Any) -> list[str]:
+    """The names of what a node has saved for backward."""
+    return [name.removeprefix("_saved_") for name in dir(node) if name.startswith("_saved_")]
+
+
+def has_saved(node: Any, name: str) -> bool:
+    return hasattr(node, f"_saved_{name}")
+
+
+def saved(node: Any, name: str) -> Any:
+    """What a node has saved under this name: a number, a tensor, … Raises AttributeError; runs the
+    unpacking hook of a saved tensor."""
+    return getattr(node, f"_saved_{name}")
+
+
+def saved_dim(node: Any, name: str = "dim") -> int:
+    """A saved dimension or index, which nodes keep as an unsigned number."""
+    return signed(saved(node, name))
+
+
+def signed(value: int) -> int:
+    """The 64-bit number that a node keeps as an unsigned one."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def saved_tensors(node: Any) -> dict[str, torch.Tensor]:
-    """What a node has saved for backward by name. Runs the unpacking hooks of saved tensors, so it
-    must not be called where there are any."""
-    found: dict[str, torch.Tensor] = {}
-    for attribute in dir(node):
-        if attribute.startswith("_saved_"):
-            value = getattr(node, attribute, None)
-            if isinstance(value, torch.Tensor):
-                found[attribute.removeprefix("_saved_")] = value
-    return found
+    """The tensors that a node has saved for backward, by name. Runs the unpacking hooks of saved
+    tensors, so it must not be called where there are any."""
+    found = {name: getattr(node, f"_saved_{name}", None) for name in saved_names(node)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """A context in which functions of torch call no `__torch_function__`."""
+    return torch._C.DisableTorchFunction()
+
+
+def forward_hooks_of(module: torch.nn.Module) -> int:
+    """Number of hooks that the module calls around its forward."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
