@@ -82,6 +82,9 @@ class ClipRecord:
     """Loss scale that was still on the gradients; `norm_before` has it too."""
 
 
+NumberKind = Literal["float", "integer", "bool"]
+UnitKind = Literal["relu", "sigmoid", "tanh"]
+"""A dead `relu` is always 0, a saturated `sigmoid` or `tanh` always at one of its limits."""
 TensorRole = Literal["input", "first layer", "target"]
 
 
@@ -93,8 +96,7 @@ class BatchTensor(NamedTuple):
     name: str
     """Class of the first layer, or name of the loss function."""
     shape: tuple[int, ...]
-    kind: str
-    """`float`, `integer` or `bool`."""
+    kind: NumberKind
     classes: int
     """Of a target of class indices the number of logits, otherwise 0."""
     low: float
@@ -184,8 +186,7 @@ class UnitsShare(NamedTuple):
     """Units of one activation that did not change over several batches."""
 
     path: str
-    kind: str
-    """`relu` (always 0), `sigmoid` or `tanh` (always at one of its limits)."""
+    kind: UnitKind
     units: int
     share: float
 

@@ -20,6 +20,7 @@ from tui_trainer.history.records import (
     BatchTensor,
     Floats,
     LabelCounts,
+    NumberKind,
     TensorRole,
 )
 from tui_trainer.probes.replica import checksum
@@ -55,7 +56,7 @@ class SeenTensor:
     role: TensorRole
     name: str
     shape: tuple[int, ...]
-    kind: str
+    kind: NumberKind
     classes: int
     ignored: int | None
     copied: tuple[int, int]
@@ -233,7 +234,7 @@ class BatchProbe(Probe):
             return False
         if tensor.layout != torch.strided:
             return False
-        kind = "float" if tensor.is_floating_point() else "integer"
+        kind: NumberKind = "float" if tensor.is_floating_point() else "integer"
         if tensor.dtype == torch.bool:
             kind = "bool"
         copied, reading = copied_of(tensor.detach(), ignored)

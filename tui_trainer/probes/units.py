@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tui_trainer.history.records import Floats, UnitsRecord, UnitsShare
+from tui_trainer.history.records import Floats, UnitKind, UnitsRecord, UnitsShare
 from tui_trainer.probes.batch import CONVOLUTIONS
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.submodule_calls import SubmoduleCalls
 from tui_trainer.trace.torch_private import PLAIN
 
-FUNCTIONS: tuple[tuple[Any, str, str], ...] = (
+FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (
     (functional, "relu", "relu"),
     (functional, "relu6", "relu"),
     (torch, "relu", "relu"),
@@ -43,7 +43,7 @@ MIN_EXAMPLES = 4
 class _Layer:
     """One call of an activation function in the forward."""
 
-    key: tuple[str, str, int]
+    key: tuple[str, UnitKind, int]
     """(path, kind, units)"""
     stuck: torch.Tensor
     """For each unit whether it has not changed in this window."""
@@ -87,7 +87,7 @@ class UnitsProbe(Probe):
         """What linear layers and convolutions of this forward were given."""
         self._last_layer = ""
         self._spreads: list[torch.Tensor] = []
-        self._under_way: deque[tuple[list[tuple[str, str, int]], bool, str]] = deque()
+        self._under_way: deque[tuple[list[tuple[str, UnitKind, int]], bool, str]] = deque()
 
     def before_forward(self, root: torch.nn.Module) -> None:
         self._measured = False
@@ -142,7 +142,7 @@ class UnitsProbe(Probe):
         while self._stack and self._stack.pop() is not module:
             pass
 
-    def _observing(self, original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    def _observing(self, original: Callable[..., Any], kind: UnitKind) -> Callable[..., Any]:
         def activation(*args: Any, **kwargs: Any) -> Any:
             if self._inside or not self._replaced or torch.compiler.is_compiling():
                 return original(*args, **kwargs)
@@ -161,7 +161,7 @@ class UnitsProbe(Probe):
 
         return activation
 
-    def _observe(self, output: torch.Tensor, kind: str) -> None:
+    def _observe(self, output: torch.Tensor, kind: UnitKind) -> None:
         if output.dim() < 2 or not output.is_floating_point():
             return
         dimension = 1 if output.dim() > 3 else output.dim() - 1

@@ -45,6 +45,13 @@ def remove_escapes(text: str) -> str:
     return _ESCAPE_SEQUENCE.sub("", text) if "\x1b" in text else text
 
 
+def keep_colors_only(block: bytes) -> bytes:
+    """UTF-8 text without control sequences other than colours (which end in `m`): the output of a
+    script must not move the cursor or make the terminal answer."""
+    passed = re.sub(rb"\x1b(?!\[[\d;:]*m)|\xc2[\x80-\x9f]", b"\xef\xbf\xbd", block)
+    return re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]", b"", passed)
+
+
 def sanitize_message(value: T) -> T:
     """A message, tuple or dict with every text in it sanitised; the same object if unchanged."""
     return _sanitized(value)  # type: ignore[no-any-return]

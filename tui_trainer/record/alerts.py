@@ -29,7 +29,7 @@ from tui_trainer.findings.finding_order import LEVEL_ORDER, finding_object
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import Finding, Level, Notice
 from tui_trainer.protocol.formatting import nonfinite, number
-from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.messages import EndState, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
 
@@ -60,8 +60,8 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     title: str = ""
     step: int = 0
     total_steps: int | None = None
-    state: str = ""
-    """At the end: `finished`, `stopped`, `crashed` or `killed`."""
+    state: EndState | Literal["killed", ""] = ""
+    """At the end."""
     reason: str = ""
     loss: float | None = None
     loss_text: str | None = None

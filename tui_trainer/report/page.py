@@ -15,7 +15,7 @@ from tui_trainer import __version__
 from tui_trainer.history.loss_spikes import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.events import Event, Finding, Level, NonFinite, Notice, Skipped
+from tui_trainer.protocol.events import Event, EventKind, Finding, Level, NonFinite, Notice, Skipped
 from tui_trainer.protocol.formatting import (
     event_text,
     long_duration,
@@ -54,7 +54,7 @@ class EventRow:
     """One line of the table of events."""
 
     step: int
-    kind: str
+    kind: EventKind
     level: Level
     text: str
 
@@ -181,7 +181,7 @@ def _last_by_name(data: ReportData, name: str) -> dict[str, float]:
 def _events(events: list[Event]) -> list[EventRow]:
     """Without clips, which are marked on the chart."""
     rows = []
-    kind: str
+    kind: EventKind
     level: Level
     for event in events:
         match event:
@@ -192,7 +192,7 @@ def _events(events: list[Event]) -> list[EventRow]:
             case Skipped():
                 kind, level = "skipped", "warning"
             case NonFinite():
-                kind, level = "non-finite", "error"
+                kind, level = "nonfinite", "error"
             case _:
                 continue
         rows.append(EventRow(event.step, kind, level, event_text(event)))

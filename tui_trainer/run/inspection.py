@@ -7,8 +7,9 @@ import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.experiments import (
     EstimateCost,
@@ -48,7 +49,7 @@ class _Answer:
 
     result: InspectionResult | TensorCopy
     step: int
-    phase: str
+    phase: Phase | Literal[""]
     took_ms: float
 
 
@@ -194,8 +195,7 @@ class Inspections:
             with self._lock:
                 self._copies[viewer] = result
             result = self._part_of(viewer, result, 0)
-        phase = answer.phase
-        return Inspected(number, "done", result, answer.step, phase, answer.took_ms)  # type: ignore[arg-type]
+        return Inspected(number, "done", result, answer.step, answer.phase, answer.took_ms)
 
     def _next_part(self, viewer: int, number: int, offset: int) -> Inspected:
         with self._lock:

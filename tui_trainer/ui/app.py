@@ -209,8 +209,8 @@ class TuiTrainerApp(App[int]):
         self.switch_mode(self._start_mode)
         self.run_worker(self._load_rest, thread=True, group="load")
         self._loop = asyncio.get_running_loop()
-        if self._asks_background and self._driver is not None and not self.is_headless:
-            self._driver.write(textual_hacks.BACKGROUND_QUERY)
+        if self._asks_background and not self.is_headless:
+            self.write_to_terminal(textual_hacks.BACKGROUND_QUERY)
         self._theme_to_remember = not self.is_headless
         self.frame_scheduler.input_received(self._now())
         ticks_per_second = max(self.link.frames_per_second, MIN_TICKS_PER_SECOND)
@@ -266,7 +266,7 @@ class TuiTrainerApp(App[int]):
 
     def _tick(self) -> None:
         """Draw if a frame is due and the terminal has read the one before."""
-        pending = textual_hacks.pending_writes(self._driver)
+        pending = textual_hacks.pending_writes(textual_hacks.driver_of(self))
         if pending:
             self.frame_scheduler.back_off()
         if pending >= MAX_PENDING_WRITES and self._terminal_stalled is None:
@@ -290,7 +290,7 @@ class TuiTrainerApp(App[int]):
 
     def _check_drained(self) -> None:
         self._drain_timer = None
-        if textual_hacks.pending_writes(self._driver):
+        if textual_hacks.pending_writes(textual_hacks.driver_of(self)):
             self._check_again()
         else:
             self._tick()
@@ -303,7 +303,8 @@ class TuiTrainerApp(App[int]):
         snapshot = self.session.poll()
         if snapshot.version == self._drawn_version:
             return
-        self.frame_scheduler.frame_started(self._now(), textual_hacks.bytes_written(self._driver))
+        written = textual_hacks.bytes_written(textual_hacks.driver_of(self))
+        self.frame_scheduler.frame_started(self._now(), written)
         self._drawn_version = snapshot.version
         self.draw(snapshot)
 
@@ -333,7 +334,7 @@ class TuiTrainerApp(App[int]):
         self.draw(self.snapshot)
 
     def _seconds_until_due(self) -> float:
-        written = textual_hacks.bytes_written(self._driver)
+        written = textual_hacks.bytes_written(textual_hacks.driver_of(self))
         return self.frame_scheduler.seconds_until_due(self._now(), written)
 
     def _update_poll_rate(self) -> None:
@@ -486,8 +487,9 @@ class TuiTrainerApp(App[int]):
 
     def write_to_terminal(self, data: str) -> None:
         """Write an escape sequence between two frames."""
-        if self._driver is not None:
-            self._driver.write(data)
+        driver = textual_hacks.driver_of(self)
+        if driver is not None:
+            driver.write(data)
 
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""

@@ -6,7 +6,7 @@
    Uses `textual._compositor.Compositor` and `ChopsUpdate`, `Screen._compositor`,
    `Console._color_system` and `Style._make_ansi_codes`.
 2. A driver that counts its output and can be closed while the terminal reads nothing.
-   Uses `Driver._writer_thread` and `WriterThread._queue`.
+   Uses `App._driver`, `Driver._writer_thread` and `WriterThread._queue`.
 3. The bindings of one node. Uses `DOMNode._bindings`.
 4. The terminal's answer about its background colour, taken out of the input before it is read as
    keys. Uses `textual._xterm_parser.XTermParser.feed`.
@@ -31,6 +31,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
 from textual._xterm_parser import XTermParser
+from textual.app import App
 from textual.binding import Binding
 from textual.dom import DOMNode
 from textual.driver import Driver
@@ -262,6 +263,11 @@ def metered(driver: type[Driver]) -> type[Driver]:
 def bytes_written(driver: Driver | None) -> int:
     """Bytes sent to the terminal so far; 0 without one."""
     return driver.bytes_written if isinstance(driver, MeteredDriver) else 0
+
+
+def driver_of(app: App[Any]) -> Driver | None:
+    """The driver of the app's terminal; None before the app runs."""
+    return app._driver
 
 
 def pending_writes(driver: Driver | None) -> int:

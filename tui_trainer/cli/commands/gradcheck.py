@@ -15,12 +15,11 @@ from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.client.connection import RunClient
+from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.autograd import MAX_CHECKED, CheckedEntry, CheckGradient, GradientCheck
 from tui_trainer.protocol.formatting import bytes_, number
 from tui_trainer.protocol.inspection import Inspected, ListTensors, TensorList
 from tui_trainer.runs.errors import RunError
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def gradcheck(
@@ -67,7 +66,7 @@ def gradcheck(
 ) -> int:
     """check a gradient of a live run against numerical ones"""
     places = tuple(_place(text) for text in index)
-    limit = _size(memory)
+    limit = max(1, parse_size(memory))
     with cli_errors():
         found = require_single_run(run, runs_dir)
         if name is None:
@@ -94,13 +93,6 @@ def _place(text: str) -> tuple[int, ...]:
     if not all(re.fullmatch(r"\s*\d{1,18}\s*", part) for part in parts):
         raise UsageError(f"--index {text} is not understood", "numbers from 0: --index 3,17")
     return tuple(int(part) for part in parts)
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise UsageError(f"--memory {text} is not understood", "such as 500M or 4G")
-    return max(1, int(float(found[1]) * UNITS[found[2].upper()]))
 
 
 def _text(answer: Inspected, check: GradientCheck, sweeps: bool) -> list[str]:

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name, cli_errors
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_spec import LOG_FILE
+from tui_trainer.protocol.text import keep_colors_only
 from tui_trainer.runs.boot_log import BOOT_LOG, fatal_traceback
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 
@@ -107,13 +108,4 @@ def _copy(path: Path, position: int) -> int:
 
 
 def _write(block: bytes) -> None:
-    sys.stdout.buffer.write(_without_controls(block) if sys.stdout.isatty() else block)
-
-
-def _without_controls(block: bytes) -> bytes:
-    """Remove control sequences other than colours (which end in `m`): the output of a script must
-    not move the cursor or make the terminal answer."""
-    import re
-
-    passed = re.sub(rb"\x1b(?!\[[\d;:]*m)|\xc2[\x80-\x9f]", b"\xef\xbf\xbd", block)
-    return re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]", b"", passed)
+    sys.stdout.buffer.write(keep_colors_only(block) if sys.stdout.isatty() else block)
