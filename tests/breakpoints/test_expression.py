@@ -58,8 +58,8 @@ class FakeMoment:
     def nonfinite(self) -> MatchedValue | None:
         return self.broken
 
-    def finding(self, part: str, level: Level) -> MatchedValue | None:
-        found = self.found and part in self.found and level != "error"
+    def finding(self, rules: frozenset[str] | None, level: Level) -> MatchedValue | None:
+        found = self.found and (rules is None or self.found in rules) and level != "error"
         return MatchedValue(self.found) if found else None
 
 
@@ -158,7 +158,7 @@ def test_logged_scalars_findings_and_what_is_not_finite() -> None:
     assert parse('validation("loss") > 2').phase == "data"
     assert parse('validation("loss") > 2 * loss').phase == "step"
     assert parse('validation("loss") > 2 at step').phase == "step"
-    context.found = "exploding-gradients"
+    context.found = "gradients-explode"
     assert met('finding("exploding")', context)
     assert not met('finding("vanishing")', context)
     assert met('finding(level="warning")', context)
@@ -207,6 +207,8 @@ def test_ranks_are_compared() -> None:
         ("update_ratio(any) > 1 at backward", "update_ratio(any)", "update_ratio is not known yet"
          " at backward", "at step or later"),
         ("loss > 3 at forward", "loss", "loss is not known yet at forward", "at loss or later"),
+        ('finding("explodign")', '"explodign"', "there is no rule explodign", "explain"),
+        ('finding("warning")', '"warning"', "there is no rule warning", 'level="warning"'),
         ('finding("x") at backward', 'finding("x")', "findings are only known", "leave out"),
         ("loss ** 2 > 1", "loss ** 2", "this is not supported in a condition", ""),
         ("loss.__class__ > 1", "loss.__class__", "there is no quantity loss.__class__", ""),

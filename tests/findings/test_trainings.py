@@ -294,3 +294,16 @@ RIGHT = {
 @pytest.mark.parametrize("program", RIGHT)
 def test_program_that_is_right_has_no_warning(program):
     assert not [(f.rule, f.text) for f in findings_of(RIGHT[program])]
+
+
+def test_nan_in_the_batch_is_the_cause_of_the_batch_that_stands_out():
+    def nan_in_a_row(net, x, y, step):
+        x[5] = x[5] * (math.nan if step == 40 else 1.0)
+        return F.cross_entropy(net(x), y)
+
+    found = {each.rule: each for each in all_findings_of(lambda: train(loss=nan_in_a_row))}
+    cause = found["non-finite"]
+    assert cause.onset == 40
+    assert cause.text.endswith("in row 5")
+    assert "rows of the batch" in cause.next
+    assert found["bad-batch"].cause == cause.number

@@ -95,8 +95,8 @@ class EvaluationContext(Protocol):
     def nonfinite(self) -> MatchedValue | None:
         """The quantity that has become nan or inf."""
 
-    def finding(self, part: str, level: Level) -> MatchedValue | None:
-        """A new finding of at least this level whose rule's name contains `part`."""
+    def finding(self, rules: frozenset[str] | None, level: Level) -> MatchedValue | None:
+        """A new finding of at least this level, of one of these rules (None: of any)."""
 
 
 Number = float | ColumnValues | None

@@ -59,6 +59,7 @@ from tui_trainer.breakpoints.quantities import (
     SCALARS,
     WITH_RANKS,
 )
+from tui_trainer.findings.rules import RULES, rules_named
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.events import Level
@@ -375,12 +376,12 @@ class _Compiler:
         if name in COLUMN_QUANTITIES:
             return self._several(node, COLUMN_QUANTITIES[name])
         if name == FINDING:
-            part, level = self._finding(node)
             if self._phase != "step":
                 message = "findings are only known at the end of the step"
                 raise self._error(message, node, f"leave out `at {self._phase}`")
+            rules, level = self._finding(node)
             self.findings = True
-            return Compiled("truth", reported(lambda context: context.finding(part, level)))
+            return Compiled("truth", reported(lambda context: context.finding(rules, level)))
         if name in LOGS:
             return self._logged(LOGS[name], self._string(node, "a name", '("accuracy")'))
         if name == RANK:
@@ -413,14 +414,25 @@ class _Compiler:
         name = _dotted(node.func)
         raise self._error(f"{name} takes {what} in quotes", node, f"such as {name}{example}")
 
-    def _finding(self, node: ast.Call) -> tuple[str, Level]:
+    def _finding(self, node: ast.Call) -> tuple[frozenset[str] | None, Level]:
+        """The names of the rules (None: any), and the level that a finding has at least."""
         match node:
             case ast.Call(
                 args=[], keywords=[ast.keyword(arg="level", value=ast.Constant(value=level))]
             ) if level in get_args(Level):
-                return "", cast(Level, level)
+                return None, cast(Level, level)
         example = '("exploding"), or finding(level="warning")'
-        return self._string(node, "(part of) the name of a rule", example), "info"
+        part = self._string(node, "(part of) the name of a rule", example)
+        found = rules_named(part)
+        if not found:
+            close = difflib.get_close_matches(part, [rule.name for rule in RULES], 2, 0.5)
+            hint = f"did you mean {' or '.join(close)}?"
+            if part in get_args(Level):
+                hint = f'did you mean finding(level="{part}")?'
+            elif not close:
+                hint = "tui-trainer explain lists them"
+            raise self._error(f"there is no rule {part}", node.args[0], hint)
+        return found, "info"
 
     def _several(self, node: ast.Call, quantity: ConditionQuantity) -> Compiled:
         selector = self._selector(node, quantity)

@@ -267,7 +267,7 @@ class LiveContext:
         self._values.broken_within[self.phase] = found is not None
         return None if before else found
 
-    def finding(self, part: str, level: Level) -> MatchedValue | None:
+    def finding(self, rules: frozenset[str] | None, level: Level) -> MatchedValue | None:
         if self._findings is None:
             self.finish()
             known = self._values.known_findings
@@ -278,7 +278,8 @@ class LiveContext:
                 or LEVEL_ORDER[finding.level] < LEVEL_ORDER[known[finding.number]]
             ]
         for finding in self._findings:
-            if part in finding.rule and LEVEL_ORDER[finding.level] <= LEVEL_ORDER[level]:
+            named = rules is None or finding.rule in rules
+            if named and LEVEL_ORDER[finding.level] <= LEVEL_ORDER[level]:
                 parameter = finding.parameters[0] if finding.parameters else ""
                 table = next((each.table for each in finding.evidence if each.table), "")
                 return MatchedValue(f"{finding.rule}: {finding.title}", parameter, table)
@@ -323,7 +324,7 @@ class PastStepContext:
     def nonfinite(self) -> MatchedValue | None:
         return None
 
-    def finding(self, part: str, level: Level) -> MatchedValue | None:
+    def finding(self, rules: frozenset[str] | None, level: Level) -> MatchedValue | None:
         return None
 
 

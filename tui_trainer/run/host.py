@@ -27,6 +27,7 @@ from tui_trainer.findings.rule_settings import (
     known_settings,
 )
 from tui_trainer.findings.rules import RULES
+from tui_trainer.findings.rules.nonfinite import NonFiniteRule
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.formatting import nonfinite
@@ -222,10 +223,11 @@ class Host:
         if first is None:
             return ""
         finite = first.seen and f" (finite at step {first.finite_at:,})"
-        return (
-            f"the {first.quantity} was {first.value} at step {first.step}{finite}: "
-            "try a lower learning rate, clipping or float32"
-        )
+        advice = "try a lower learning rate, clipping or float32"
+        for finding in self.recorder.findings:
+            if finding.rule == NonFiniteRule.name and finding.phase == "data":
+                advice = finding.next
+        return f"the {first.quantity} was {first.value} at step {first.step}{finite}: {advice}"
 
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:
         """Report the end, wait until viewers and sinks have it, and remove the socket."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tui_trainer.findings.rule import Rule
 from tui_trainer.findings.rules.attention import AttentionEntropy, AttentionLogits
 from tui_trainer.findings.rules.batch import (
@@ -153,3 +155,17 @@ RULES: tuple[type[Rule], ...] = (
     Straggler,
     MemoryGrowth,
 )
+
+ENDINGS = re.compile(r"(ing|ed|es|e|s)$")
+
+
+def rules_named(text: str) -> frozenset[str]:
+    """The rules whose name or title has all these words, whatever their endings: `exploding` is
+    found in `gradients-explode`."""
+    words = re.split(r"[\s_-]+", text.casefold().strip())
+    stems = [ENDINGS.sub("", word) if len(word) > 4 else word for word in words]
+    return frozenset(
+        rule.name
+        for rule in RULES
+        if all(stem in f"{rule.name} {rule.title}".casefold() for stem in stems)
+    )

@@ -587,6 +587,9 @@ class BadBatchRule(Rule):
         "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
     )
 
+    explained_by = ("non-finite",)
+    slack = 0
+
     MAX_REPORTS = 3
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:

@@ -114,10 +114,20 @@ class NonFiniteRule(Rule):
             if seen.producer is None
             else origin_text(seen.producer)
         )
+        advice = ""
+        if seen.producer is not None and seen.producer.source == "input":
+            rows = seen.bad_batch.broken_rows if seen.bad_batch is not None else ()
+            if rows:
+                origin += f", in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}"
+            advice = (
+                "look at these rows of the batch and where they come from: missing values, a "
+                "division by a standard deviation of zero"
+            )
         parameters = self._culprits(seen)[:1] if self._partial(seen) else ()
         return Found(
             seen.step,
             f"the loss became {event.value} at step {seen.step:,}{before}: {origin}",
+            next=advice,
             confidence="certain",
             phase="loss" if seen.producer is None else PHASES[seen.producer.source],
             parameters=(seen.producer and _named_place(seen.producer)) or parameters,
