@@ -16,7 +16,14 @@ from tui_trainer.protocol.autograd import (
     GradientCheck,
     GradientStep,
 )
-from tui_trainer.protocol.experiments import Curve, ExperimentResult, WhatIf
+from tui_trainer.protocol.experiments import (
+    Curve,
+    EstimateCost,
+    ExperimentCost,
+    ExperimentResult,
+    FindLearningRate,
+    WhatIf,
+)
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -138,15 +145,22 @@ class FakeTensors:
                 return done(explained_update(request, tensors.get(TensorRef(request.name))))
             case ReadSettings():
                 return done(SETTINGS)
+            case EstimateCost(experiment=experiment):
+                large = isinstance(experiment, WhatIf) and len(experiment.changes) > 1
+                return done(ExperimentCost(100, 400.0 if large else 3.7, 42 << 20, 8 << 30))
             case WhatIf(changes=changes):
-                present, changed = (
-                    Curve(n, (21.0, 22.0), (2.5, v))
-                    for n, v in (("present settings", 2.25), ("x", 2.125))
-                )
                 name = " ".join(change.text for change in changes)
-                changed = msgspec.structs.replace(changed, name=name)
-                text = "after 2 steps the loss is 2.125 instead of 2.25"
-                return done(ExperimentResult("step", (present, changed), text))
+                curves = tuple(
+                    Curve(each, tuple(range(21, 71)), decay(speed))
+                    for each, speed in (("present settings", 30.0), (name, 12.0))
+                )
+                text = "after 50 steps the loss is 0.4663 instead of 0.8133"
+                return done(ExperimentResult("step", curves, text))
+            case FindLearningRate(low=low, high=high):
+                rates = tuple(low * (high / low) ** (n / 39) for n in range(40))
+                text = "the loss falls fastest at 0.01; a tenth of where it diverges is a limit"
+                curve = Curve("loss", rates, decay(15.0, 40))
+                return done(ExperimentResult("learning rate", (curve,), text))
             case ReadTimeline():
                 newest = max(status.step, status.ahead or 0)
                 return done(msgspec.structs.replace(TIMELINE, now=status.step, newest=newest))
@@ -154,6 +168,11 @@ class FakeTensors:
                 why = f"{ref.name} has no gradient now: none was computed"
                 return Inspected(1, "failed", message=why, hint="pause after backward")
         raise AssertionError(request)
+
+
+def decay(speed: float, points: int = 50) -> tuple[float, ...]:
+    """Losses that fall with some noise."""
+    return tuple(2.5 * math.exp(-n / speed) + 0.4 + 0.05 * math.sin(1.7 * n) for n in range(points))
 
 
 def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanation:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
-from tui_trainer.protocol.actions import ChangeSettings, UndoSettings
+from tui_trainer.protocol.actions import Branch, ChangeSettings, UndoSettings
 from tui_trainer.protocol.settings import ReadSettings, SettingChange
+from tui_trainer.ui.screens.experiments import ExperimentsDialog
 from tui_trainer.ui.screens.settings import SettingsDialog
 
 
@@ -37,8 +38,12 @@ async def test_settings_are_shown_changed_and_undone() -> None:
             "the settings are read again after the change",
         )
         await pilot.press(*"clip=0.5", "ctrl+o")
-        await until(pilot, lambda: "instead of 2.25" in text_of(app), "what if is answered")
-        assert "clip=0.5" in text_of(app)
+        await until(pilot, lambda: "instead of 0.8133" in text_of(app), "what if is answered")
+        assert isinstance(app.screen, ExperimentsDialog)
+        assert "◆ clip=0.5 0.4" in text_of(app)
+        await pilot.press("escape", "ctrl+b")
+        await settle(pilot)
+        assert session.sent[-1] == Branch((SettingChange("clip", 0.5),))
         await pilot.press("ctrl+z")
         await frame(pilot)
         assert session.sent[-1] == UndoSettings()

@@ -514,7 +514,8 @@ class TimeTravel:
             raise Refusal(
                 f"step {self._gate.completed:,} is in the past of this run, which has been at step "
                 f"{self.newest:,}",
-                "tui-trainer branch RUN makes a new run from here, with changes such as lr=3e-4",
+                "tui-trainer branch RUN lr=3e-4, or ctrl+b in the settings of the app, makes a "
+                "new run from here",
             )
 
     # ------------------------------------------------------------ a script

@@ -47,6 +47,9 @@ CONTROL_BINDINGS = (
             tooltip="Go back to the end of the step before, where snapshots are kept"),
     Binding("T", "timeline", "Timeline", key_display="T", show=False, id="run.timeline",
             tooltip="Snapshots, checkpoints and changes of settings: go to any step"),
+    Binding("X", "experiments", "Experiments", key_display="X", show=False, id="run.experiments",
+            tooltip="What if a setting were another, which learning rate, the loss along a "
+            "direction; the run is afterwards as it was"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
@@ -70,6 +73,7 @@ NOT_IN_REPLAY = (
     "settings",
     "step_back",
     "timeline",
+    "experiments",
 )
 CONTROL_ACTIONS = frozenset(binding.action for binding in CONTROL_BINDINGS)
 
@@ -245,6 +249,12 @@ class ControlScreen(RunScreen):
         from tui_trainer.ui.screens.timeline import TimelineDialog
 
         self.app.push_screen(TimelineDialog())
+
+    def action_experiments(self) -> None:
+        """Experiment with the run, and put everything back."""
+        from tui_trainer.ui.screens.experiments import ExperimentsDialog
+
+        self.app.push_screen(ExperimentsDialog())
 
     def action_settings(self) -> None:
         """Show the settings of the training, and change them."""

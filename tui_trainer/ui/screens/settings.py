@@ -16,10 +16,9 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import NAMES, parse_changes
-from tui_trainer.protocol.actions import ChangeSettings, UndoSettings
+from tui_trainer.protocol.actions import Branch, ChangeSettings, UndoSettings
 from tui_trainer.protocol.events import Notice
-from tui_trainer.protocol.experiments import ExperimentResult, WhatIf
-from tui_trainer.protocol.formatting import counted, number
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.inspection import Inspected
 from tui_trainer.protocol.settings import (
     ReadSettings,
@@ -32,7 +31,6 @@ from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
-WHAT_IF_STEPS = 50
 LATER = "the settings are read at the next step boundary"
 
 
@@ -82,6 +80,8 @@ class SettingsDialog(SnapshotDialog):
         Binding("ctrl+o", "what_if", "What if", priority=True, id="settings.what_if",
                 tooltip="Make 50 steps with the present settings and 50 with the changed ones, "
                 "compare their losses, and put everything back"),
+        Binding("ctrl+b", "branch", "Branch", priority=True, id="settings.branch",
+                tooltip="Start a new run that goes on from here with the change; this one stays"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -141,7 +141,8 @@ class SettingsDialog(SnapshotDialog):
         if table.has_focus:
             text = "enter: edit this one, tab: input, escape: close"
         else:
-            text = f"enter: change, ctrl+o: what if{', up: list' * table.display}, escape: close"
+            up = ", up: list" * table.display
+            text = f"enter: change, ctrl+o: what if, ctrl+b: branch{up}, escape: close"
             text += f"\n{EXAMPLES}"
         self.query_one(".keys", Static).update(text)
 
@@ -157,26 +158,18 @@ class SettingsDialog(SnapshotDialog):
 
     def action_what_if(self) -> None:
         """Compare the next steps with and without the change in the input."""
-        changes = self._parsed(self.query_one(Input).value)
-        if changes:
-            about = self.query_one(".about", Static)
-            about.display = True
-            about.update(f"making {WHAT_IF_STEPS} steps with either …")
-            app_context(self).inspect(WhatIf(changes, WHAT_IF_STEPS), self._show_what_if)
+        text = self.query_one(Input).value
+        if self._parsed(text):
+            from tui_trainer.ui.screens.experiments import ExperimentsDialog
 
-    def _show_what_if(self, answer: Inspected) -> None:
-        if not self.is_mounted:
-            return
-        about = self.query_one(".about", Static)
-        if not isinstance(answer.result, ExperimentResult):
-            about.update(f"{answer.message}\n{answer.hint}".strip())
-            return
-        lines = [answer.result.text]
-        for curve in answer.result.curves:
-            marks = [curve.loss[len(curve.loss) * n // 8] for n in range(8)] if curve.loss else []
-            losses = " ".join(number(loss, 6) for loss in (*marks, *curve.loss[-1:]))
-            lines.append(f"{losses}  {curve.name}")
-        about.update("\n".join(lines))
+            self.app.push_screen(ExperimentsDialog(text))
+
+    def action_branch(self) -> None:
+        """Start a new run from here with the changes in the input."""
+        text = self.query_one(Input).value
+        changes = self._parsed(text)
+        if changes or not text.strip():
+            app_context(self).command(Branch(changes))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Edit the setting under the cursor."""

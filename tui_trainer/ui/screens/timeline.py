@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -15,7 +16,8 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.actions import Back, KeepSnapshots, Step
-from tui_trainer.protocol.formatting import bytes_, counted
+from tui_trainer.protocol.experiments import LONG_S
+from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
 from tui_trainer.protocol.inspection import Inspected
 from tui_trainer.protocol.travel import ReadTimeline, Timeline
 from tui_trainer.ui.screens import app_context
@@ -77,6 +79,9 @@ class TimelineDialog(SnapshotDialog):
 
     def __init__(self) -> None:
         super().__init__()
+        self._timeline: Timeline | None = None
+        self._confirmed: int | None = None
+        """The step to which the next enter goes although that takes long."""
         self._seen: tuple[int, str, int | None] | None = None
         """Step, state and newest step of what is shown."""
 
@@ -112,7 +117,15 @@ class TimelineDialog(SnapshotDialog):
         if not isinstance(timeline, Timeline):
             about.update(f"{answer.message}\n{answer.hint}".strip())
             return
+        self._timeline = timeline
         self.query_one(TimelineList).set_timeline(timeline)
+        self._say_facts()
+
+    def _say_facts(self) -> None:
+        """What is kept, and what going to the step under the cursor takes."""
+        timeline = self._timeline
+        if timeline is None:
+            return
         kept = sum(place.kind == "snapshot" for place in timeline.places)
         facts = []
         if timeline.budget:
@@ -120,12 +133,48 @@ class TimelineDialog(SnapshotDialog):
             facts.append(f"{counted(kept, 'snapshot')}, {taken} of {budget}")
         elif not timeline.places:
             facts.append(NOTHING)
+        if timeline.snapshot_bytes:
+            facts[-1:] = [f"{facts[-1] if facts else ''}, {bytes_(timeline.snapshot_bytes, 0)} each"
+                          .removeprefix(", ")]  # fmt: skip
         facts += [SCRIPT] if not timeline.exact else []
-        about.update("\n".join(facts))
+        steps, cursor = self.query_one(TimelineList).steps, self.query_one(TimelineList).highlighted
+        if timeline.exact and cursor is not None and cursor < len(steps):
+            facts.append(self._way_to(timeline, steps[cursor]))
+        self.query_one(".about", Static).update("\n".join(filter(None, facts)))
+
+    @staticmethod
+    def _way_to(timeline: Timeline, step: int) -> str:
+        """`step 120: 20 steps from step 100 are repeated, about 3 s`; "" where the run is."""
+        repeated = _repeated(timeline, step)
+        if repeated is None or step == timeline.now:
+            return ""
+        if not repeated:
+            return f"step {step:,} is restored, without repeating a step"
+        seconds = _seconds(timeline, repeated)
+        took = f", about {rough_duration(seconds)}" if seconds else ""
+        return f"step {step:,}: {counted(repeated, 'step')} from step {step - repeated:,}{took}"
+
+    def on_option_list_option_highlighted(self) -> None:
+        self._say_facts()
+
+    def _go(self, step: int) -> None:
+        """Go to a step; where that takes long, at the second enter."""
+        timeline = self._timeline
+        repeated = _repeated(timeline, step) if timeline is not None else None
+        long = timeline is not None and (_seconds(timeline, repeated or 0) or 0) > LONG_S
+        if long and self._confirmed != step:
+            self._confirmed = step
+            assert timeline is not None
+            text = self._way_to(timeline, step)
+            self.query_one(".error", Static).update(f"{text}: enter again goes there")
+            return
+        self._confirmed = None
+        self.query_one(".error", Static).update("")
+        app_context(self).command(Back(step, confirmed=long))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Go to the step under the cursor."""
-        app_context(self).command(Back(self.query_one(TimelineList).steps[event.option_index]))
+        self._go(self.query_one(TimelineList).steps[event.option_index])
 
     def on_input_changed(self) -> None:
         self.query_one(".error", Static).update("")
@@ -136,7 +185,9 @@ class TimelineDialog(SnapshotDialog):
         if not text:
             return
         if text.isdecimal() and len(text) <= 15:
-            app_context(self).command(Back(int(text)))
+            self._go(int(text))
+            if self._confirmed is not None:
+                return
         else:
             try:
                 app_context(self).command(KeepSnapshots(parse_size(text)))
@@ -145,3 +196,13 @@ class TimelineDialog(SnapshotDialog):
                 return
             self.set_timer(0.5, self._read)
         event.input.value = ""
+
+
+def _repeated(timeline: Timeline, step: int) -> int | None:
+    """The steps that are repeated on the way to `step`; None where nothing is kept before it."""
+    kept = [p.step for p in timeline.places if p.kind != "edit" and p.step <= step]
+    return step - max(kept) if kept else None
+
+
+def _seconds(timeline: Timeline, repeated: int) -> int | None:
+    return math.ceil(repeated * timeline.step_s) if timeline.step_s else None
