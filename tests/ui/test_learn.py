@@ -200,6 +200,40 @@ async def test_accents_are_kept_readable_in_ascii() -> None:
         assert text_of(app).isascii()
 
 
+async def test_the_cursor_passes_over_the_heading() -> None:
+    app = app_on("learn", None)
+    async with app.run_test(size=(80, 40)) as pilot:
+        await shows(pilot, app, "Guided runs")
+        pages = app.screen.query_one(learn.PageList)
+        await press(pilot, *["down"] * len(PAGES))
+        assert learn.ENTRIES[pages.cursor] == "zero-grad"
+        await press(pilot, "up")
+        assert learn.ENTRIES[pages.cursor] == PAGES[-1]
+        await press(pilot, "enter", "n")
+        await shows(pilot, app, "tui-trainer demo zero-grad")
+        await press(pilot, "left")
+        await shows(pilot, app, f"{len(PAGES)}/{len(PAGES)}")
+
+
+async def test_a_key_runs_what_the_page_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TuiTrainerApp, "next_command", ())
+    app = app_on("learn", None)
+    app.lesson = "accumulation"
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, app, "measured", "t Try it")
+        await press(pilot, "t")
+        await until(pilot, lambda: TuiTrainerApp.next_command, "leaving")
+    assert TuiTrainerApp.next_command == ("demo", "zero-grad")
+
+
+async def test_a_page_for_a_live_run_proposes_no_command() -> None:
+    app = app_on("learn", None)
+    app.lesson = "attention-scores"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, app, "measured")
+        assert "Try it" not in text_of(app)
+
+
 # ---------------------------------------------------------------- from other screens
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ KEY = "key_"
 """How the words begin that name keys: `key_learn_open` is the binding `learn.open`."""
 NO_BREAK, NARROW_NO_BREAK = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
 PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(?::([^{}\s]*))?\}")
+_COMMAND = re.compile(r"`tui-trainer ([^`]*)`")
 _SECTION = re.compile(r"^## .*$", re.MULTILINE)
 
 
@@ -59,6 +61,15 @@ def load_page(name: str, language: str) -> Page:
         text[start:end].strip() for start, end in zip(heads, [*heads[1:], len(text)], strict=True)
     )
     return Page(name, language, title.removeprefix("# "), body.strip(), to_try, question, answer)
+
+
+def command_to_try(page: Page) -> tuple[str, ...]:
+    """The first command that a page proposes and that can be run as it stands; () for none."""
+    for command in _COMMAND.findall(" ".join(page.to_try.split())):
+        given = tuple(shlex.split(command))
+        if not any(word.isupper() or word.endswith("/") for word in given):
+            return given
+    return ()
 
 
 @cache

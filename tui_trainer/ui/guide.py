@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+from rich.text import Text
 from textual import events
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.geometry import Size
+from textual.widgets import Static
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
@@ -30,7 +32,7 @@ from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.screens import SCREENS, AppContext, app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
-from tui_trainer.ui.widgets.lines import LineView, Row
+from tui_trainer.ui.widgets.lines import Row
 
 Stage = Literal["ready", "watch", "paused", "back", "cured", "ended", "without"]
 """Where a guided run is: before its first step, on its way to the breakpoint, at or behind it,
@@ -151,24 +153,24 @@ class GuideLine(Panel):
         ]
 
 
-class Introduction(LineView):
+class Introduction(Static):
     """The introduction of a guided run, as many rows as it needs."""
-
-    DEFAULT_CSS = "Introduction { height: auto; background: $surface; }"
 
     def __init__(self, markdown: str, language: str) -> None:
         super().__init__()
         self._markdown, self._language = markdown, language
 
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """Rows of the text at this width."""
-        return len(self._lines(width))
+    def on_resize(self, event: events.Resize) -> None:
+        """Lay the text out for the present width."""
+        lines = laid_out(self._markdown, Numbers(self._language), event.size.width)
+        text = Text("\n").join(
+            Text.assemble(*((piece, BOLD if style == "strong" else "") for piece, style in line))
+            for line in lines
+        )
+        self.update(text)
 
-    def _lines(self, width: int) -> list[list[tuple[str, str]]]:
-        return laid_out(self._markdown, Numbers(self._language), width)
 
-    def rows(self, size: Size) -> Sequence[Row]:
-        return [self.styled(line) for line in self._lines(size.width)]
+BOLD = "bold"
 
 
 class DemoDialog(SnapshotDialog):
@@ -176,9 +178,8 @@ class DemoDialog(SnapshotDialog):
 
     CSS = """
     DemoDialog .dialog { width: 84; }
-    DemoDialog #demo-title, DemoDialog #demo-keys { height: 1; background: $surface; }
-    DemoDialog #demo-keys { margin-top: 1; }
     DemoDialog #demo-title { margin-bottom: 1; }
+    DemoDialog #demo-keys { margin-top: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter,space", "start", "Start", id="demo.start", tooltip="Start the guided run"),
@@ -196,21 +197,20 @@ class DemoDialog(SnapshotDialog):
         language = app_context(self).language
         title = demo_texts(language)[self.demo.name].title
         with Vertical(classes="dialog"):
-            yield _DialogLine([(title, "title"), (f"  tui-trainer demo {self.demo.name}", "dim")],
-                              id="demo-title")  # fmt: skip
+            yield Static(
+                f"[b]{title}[/b]  [dim]tui-trainer demo {self.demo.name}[/]", id="demo-title"
+            )
             yield Introduction(introduction(self.demo, language), language)
-            yield _DialogLine([], id="demo-keys")
+            yield Static("", id="demo-keys")
 
     def show(self, snapshot: Snapshot) -> None:
         """Say whether the run is ready, and start it if that was asked for."""
         text = words(app_context(self).language)
         ready = snapshot.status.state == "paused"
         waiting = snapshot.status.waiting_for or snapshot.status.state
-        line = self.query_one("#demo-keys", _DialogLine)
-        line.spans = [(text["demo_keys"], "accent")]
-        if not ready:
-            line.spans = [(text["demo_keys"], "dim"), (f"  {waiting}", "warning")]
-        line.update_rows()
+        keys = text["demo_keys"]
+        shown = f"[$accent]{keys}[/]" if ready else f"[dim]{keys}[/]  [$warning]{waiting}[/]"
+        self.query_one("#demo-keys", Static).update(shown)
         if ready and self._wanted:
             app_context(self).command(actions.Resume())
         if snapshot.status.ended or (ready and self._wanted):
@@ -220,17 +220,6 @@ class DemoDialog(SnapshotDialog):
         """Start the training as soon as the run can be told."""
         self._wanted = True
         self.show(app_context(self).snapshot)
-
-
-class _DialogLine(LineView):
-    """One line of a dialog."""
-
-    def __init__(self, spans: Sequence[tuple[str, str]], *, id: str) -> None:
-        super().__init__(id=id)
-        self.spans = spans
-
-    def rows(self, size: Size) -> Sequence[Row]:
-        return [self.styled(self.spans)]
 
 
 @dataclass

@@ -20,7 +20,15 @@ from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
 from tui_trainer.learn.experiment_messages import PageMeasurement
 from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
-from tui_trainer.learn.page import LANGUAGES, Page, key_labels, load_page, titles, words
+from tui_trainer.learn.page import (
+    LANGUAGES,
+    Page,
+    command_to_try,
+    key_labels,
+    load_page,
+    titles,
+    words,
+)
 from tui_trainer.learn.page_layout import Numbers, StyledLine, changed_values, escaped, laid_out
 from tui_trainer.learn.reading_progress import PageState, load_progress, save_progress
 from tui_trainer.ui.guide import introduction
@@ -44,8 +52,9 @@ MARKS: dict[PageState, tuple[str, str]] = {
 """Sign and style of each state of a page."""
 
 
-ENTRIES = (*PAGES, *(demo.name for demo in DEMOS))
-"""Pages and guided runs, by the row of the list."""
+HEADING = ""
+ENTRIES = (*PAGES, HEADING, *(demo.name for demo in DEMOS))
+"""Pages and guided runs, by the row of the list, with a heading between them."""
 
 
 class PageList(VirtualTable):
@@ -63,7 +72,7 @@ class PageList(VirtualTable):
         self.columns = (
             TableColumn("number", "", 2, self._number),
             TableColumn("state", "", 1, self._mark, left=True),
-            TableColumn("title", "", 0, lambda row: self.titles.get(ENTRIES[row], ""), left=True),
+            TableColumn("title", "", 0, self._title, left=True),
         )
         self.set_order(np.arange(len(ENTRIES)))
 
@@ -71,10 +80,21 @@ class PageList(VirtualTable):
         """A page has a number; a guided run a sign that it is something to start."""
         if row < len(PAGES):
             return Cell(str(row + 1), "dim")
-        return Cell(self.glyphs.current, "accent")
+        return Cell(self.glyphs.current if ENTRIES[row] else "", "accent")
 
     def _mark(self, row: int) -> Cell:
+        if ENTRIES[row] == HEADING:
+            return Cell("", "dim")
         return Cell(*MARKS[self.states.get(ENTRIES[row], "new")])
+
+    def _title(self, row: int) -> Cell:
+        return Cell(self.titles.get(ENTRIES[row], ""), "text" if ENTRIES[row] else "title")
+
+    def move_cursor(self, index: int) -> None:
+        """Pass over the heading."""
+        if 0 <= index < len(ENTRIES) and ENTRIES[index] == HEADING:
+            index += 1 if index > self.cursor else -1
+        super().move_cursor(index)
 
 
 class PageView(ScrollingLines):
@@ -123,8 +143,12 @@ class LearnScreen(RunScreen):
     LearnScreen.-too-small #learn-title, LearnScreen.-too-small #learn-body { display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("a,enter", "answer", "Answer", id="learn.answer",
+        Binding("a", "answer", "Answer", id="learn.answer",
                 tooltip="Show or hide the answer to the question of the page"),
+        Binding("enter", "enter", "Answer or start", id="learn.enter", show=False,
+                tooltip="Show the answer of the page, or start its guided run"),
+        Binding("t", "try", "Try it", id="learn.try",
+                tooltip="Run the command that the page proposes"),
         Binding("s", "start", "Start", id="learn.start",
                 tooltip="Start the guided run that the page is about"),
         Binding("r", "again", "Other seed", id="learn.again",
@@ -244,7 +268,8 @@ class LearnScreen(RunScreen):
 
     def _preview(self, row: int) -> None:
         """Show a page beside the list, which keeps the keys."""
-        self._show_page(ENTRIES[row])
+        if ENTRIES[row] != HEADING:
+            self._show_page(ENTRIES[row])
 
     def _show_page(self, name: str) -> None:
         self._demo = None if name in PAGES else find_demo(name)
@@ -265,7 +290,8 @@ class LearnScreen(RunScreen):
         """Open the page under the cursor."""
         message.stop()
         self._opened_from_help = False
-        self.open_page(ENTRIES[message.row])
+        if ENTRIES[message.row] != HEADING:
+            self.open_page(ENTRIES[message.row])
 
     # ------------------------------------------------------------ drawing
 
@@ -273,7 +299,7 @@ class LearnScreen(RunScreen):
         text = words(self.language)
         pages = self.query_one(PageList)
         demos = {name: said.title for name, said in demo_texts(self.language).items()}
-        pages.titles = titles(self.language) | demos
+        pages.titles = titles(self.language) | demos | {HEADING: text["demos"]}
         pages.states = {name: self._progress.state(name) for name in ENTRIES}
         pages.update_rows()
         answered = sum(pages.states[name] == "answered" for name in PAGES)
@@ -398,13 +424,27 @@ class LearnScreen(RunScreen):
         """Keys of a page are offered while one is shown."""
         if action == "turn":
             return self._reading
-        if action == "again":
+        if action in ("again", "answer"):
             return self._page is not None and (self._reading or self._beside)
-        if action == "answer":
-            return self._reading or (self._page is not None and self._beside)
         if action == "start":
             return self._demo is not None and (self._reading or self._beside)
+        if action == "try":
+            return self._page is not None and self._reading and bool(command_to_try(self._page))
+        if action == "enter":
+            return self._reading
         return True
+
+    def action_enter(self) -> None:
+        """Show the answer of the page, or start the guided run."""
+        if self._demo is not None:
+            self.action_start()
+        else:
+            self.action_answer()
+
+    def action_try(self) -> None:
+        """Run the command that the page proposes, in place of this app."""
+        if self._page is not None and (command := command_to_try(self._page)):
+            self.context.leave_run_for(command)
 
     def action_start(self) -> None:
         """Start the guided run that was read about."""
@@ -412,9 +452,8 @@ class LearnScreen(RunScreen):
             self.context.start_demo(self._demo.name, introduced=True)
 
     def action_answer(self) -> None:
-        """Show or hide the answer; enter also starts the guided run that is shown."""
+        """Show or hide the answer."""
         if self._page is None:
-            self.action_start()
             return
         self._revealed = not self._revealed
         if self._revealed and self._progress.mark(self._page.name, answered=True):
@@ -434,7 +473,8 @@ class LearnScreen(RunScreen):
         """Open the next or the previous page."""
         shown = self._demo or self._page
         if shown is not None:
-            self.open_page(ENTRIES[(ENTRIES.index(shown.name) + by) % len(ENTRIES)])
+            known = [name for name in ENTRIES if name != HEADING]
+            self.open_page(known[(known.index(shown.name) + by) % len(known)])
 
     def action_language(self) -> None:
         """Show the pages in the other language."""
