@@ -205,7 +205,7 @@ def test_replicas_that_part_are_named_within_one_cadence(place):
     for process in place.start(2, *command, STEPS="120", PART="70"):
         assert process.wait(240) == 0, place.errors(0)
     expected = (
-        "the ranks' weights part: the weights of rank 1 differ from those of the other ranks "
+        "the ranks' weights diverge: the weights of rank 1 differ from those of the other ranks "
         "after step 101; they were equal after step 51"
     )
     found = [line for line in place.printed("step 1", 1) if "weights" in line]

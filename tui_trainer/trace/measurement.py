@@ -245,6 +245,8 @@ class StepMeasurer:
         if self._on_host and before is not None and (positions is not None or not changed):
             differing = _differing(before, after)
             if not changed and not any(place < self.tracked.own for place in differing):
+                if not differing:
+                    self._latest = before  # by which `use_clip_norms` knows the reading
                 return None
             positions = sorted({*(positions or ()), *differing})
         if positions is not None and not (positions := self._kept(positions, after)):
