@@ -451,7 +451,8 @@ class Recorder:
             steps, recorded = self.history.tables[table].tail(REPEATED_ROWS)
             row = int(np.searchsorted(steps, record.step))
             if row < len(steps) and steps[row] == record.step:
-                loss, again = recorded[row, 0], values[0]
+                column = schema.STEP_INDEX["loss"]
+                loss, again = recorded[row, column], values[column]
                 if not (loss == again or (np.isnan(loss) and np.isnan(again))):
                     self._differences += 1
                     text = (

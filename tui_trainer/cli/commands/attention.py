@@ -71,17 +71,17 @@ def attention(
     sample: Annotated[int, _number("which example of the batch, from 0")] = 0,
     map: Annotated[bool, flag("the map of the head: queries by keys")] = False,
     weights: Annotated[
-        bool, flag("how alike Wq, Wk and Wv of each head are, their spectra and angles")
+        bool, flag("similarity, spectra and angles of Wq, Wk and Wv of each head")
     ] = False,
     residual: Annotated[
         bool, flag("what each head and block adds to the residual stream and to the logit")
     ] = False,
-    top: Annotated[int, _number("how many of the keys with the largest weights")] = TOP,
+    top: Annotated[int, _number("number of keys to list, by weight")] = TOP,
     json: Annotated[bool, flag("print one JSON object")] = False,
     rank: Rank = 0,
     runs_dir: RunsDir = None,
 ) -> int:
-    """what a head attends to, for one example of the batch of the step"""
+    """show what a head attends to, for one example of the current batch"""
     if run is not None and re.fullmatch(r"\d+", run):
         raise UsageError(f"{run} is not a run", "a layer is named by --layer, a head by --head")
     window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or json else None

@@ -60,8 +60,8 @@ def autograd(
     path: Annotated[
         str | None,
         Parameter(
-            help="how this parameter reaches the loss: at each branching where the largest "
-            "gradient flows",
+            help="the way of this parameter to the loss: at each branch, along the largest "
+            "gradient",
             metavar="PARAMETER",
             show_default=False,
             negative=(),
@@ -76,7 +76,7 @@ def autograd(
             validator=validators.Number(gte=0),
         ),
     ] = None,
-    all: Annotated[bool, flag("every block, not one of those that are equal")] = False,
+    all: Annotated[bool, flag("every block instead of one of equal ones")] = False,
     json: Annotated[bool, flag("print the whole graph as one JSON object")] = False,
     svg: Annotated[
         Path | None,

@@ -50,8 +50,8 @@ def back(
             show_default=False,
         ),
     ] = None,
-    yes: Annotated[bool, flag("even if repeating the steps takes long")] = False,
-    json: Annotated[bool, flag("print where the run is then as one JSON object")] = False,
+    yes: Annotated[bool, flag("go back even if repeating the steps takes long")] = False,
+    json: Annotated[bool, flag("print the resulting state as one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """take a live run back to an earlier step, and pause it there"""
@@ -74,8 +74,7 @@ def back(
             else:
                 status = client.poll(0).status
             table = client.snapshot.history.table(STEP)
-            row = table.at(status.step) if table is not None else None
-            loss = float(row[0]) if row is not None else None
+            loss = table.value_at("loss", status.step) if table is not None else None
     if json:
         document = {"run": found.name, "step": status.step, "state": status.state, "loss": loss}
         print(msgspec.json.encode({**document, "message": ack.message}).decode(), flush=True)

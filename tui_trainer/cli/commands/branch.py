@@ -43,7 +43,7 @@ def branch(
     name: Annotated[
         str | None,
         Parameter(
-            help="name of the new run (default: that of the run and a number)",
+            help="name of the new run (default: the name of the run and a number)",
             metavar="NAME",
             negative=(),
             show_default=False,

@@ -40,7 +40,7 @@ from tui_trainer.protocol.formatting import cost_text, number
 ROWS = 25
 CHART = (76, 16)
 MARKERS = ("braille", "x")
-Yes = Annotated[bool, flag("do not ask where it takes long or much memory")]
+Yes = Annotated[bool, flag("do not ask for confirmation, even if it takes long or much memory")]
 Json = Annotated[bool, flag("print the curves as one JSON object")]
 
 
@@ -58,7 +58,7 @@ def what_if(
             show_default=False,
         ),
     ],
-    steps: Annotated[int, _number("number of steps to make with either", MAX_STEPS)] = 50,
+    steps: Annotated[int, _number("number of steps with each", MAX_STEPS)] = 50,
     yes: Yes = False,
     json: Json = False,
     runs_dir: RunsDir = None,

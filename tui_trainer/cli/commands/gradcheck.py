@@ -47,7 +47,7 @@ def gradcheck(
     entries: Annotated[
         int,
         Parameter(
-            help="how many are chosen",
+            help="number of entries if none is given",
             metavar="N",
             validator=validators.Number(gte=1, lte=MAX_CHECKED),
         ),
@@ -55,7 +55,7 @@ def gradcheck(
     memory: Annotated[
         str,
         Parameter(
-            help="what the copy of the parameters in float64 may hold; above that they are checked "
+            help="memory limit of the float64 copy of the parameters; above it they are checked "
             "in their own type",
             metavar="SIZE",
         ),

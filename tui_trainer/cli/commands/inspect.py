@@ -114,7 +114,10 @@ def inspect(
     ] = None,
     groups: Annotated[
         bool,
-        flag("who updates which parameters, with the hyper-parameters, and the bytes by kind"),
+        flag(
+            "the parameter groups of all optimizers with their hyper-parameters, and the memory by "
+            "kind"
+        ),
     ] = False,
     update: Annotated[
         bool, flag("why the optimizer moves the parameter: its formula with the numbers in it")

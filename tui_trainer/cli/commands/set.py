@@ -33,7 +33,7 @@ def set_(
         ),
     ],
     undo: Annotated[bool, flag("undo the latest change")] = False,
-    json: Annotated[bool, flag("print the settings after it as one JSON object")] = False,
+    json: Annotated[bool, flag("print the resulting settings as one JSON object")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """change settings of a live run at its next step boundary, or list them"""
