@@ -10,6 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.findings.test_trainings import findings_of
+from tests.trace.support import KeepingRecorder
+from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.probe import ProbeOptions
+from tui_trainer.trace.tracer import Tracer
 
 STEPS = 25
 
@@ -167,3 +171,20 @@ def test_mistake_is_named(loop, onset):
 def test_right_loop_has_no_such_finding(loop):
     rules = {name.__name__.replace("_", "-") for name, _ in MISTAKES}
     assert not rules & {each.rule for each in findings_of(lambda: loop(False))}
+
+
+def test_varying_number_of_calls_is_noticed():
+    records = []
+
+    class Keeping(KeepingRecorder):
+        def record(self, record):
+            records.append(record)
+
+    model = net(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Tracer(Keeping(), Gate(), (), ProbeOptions(budget=0.0)):
+        for calls in (2, 2, 3, 1, 1):
+            optimizer.zero_grad()
+            sum(model(torch.randn(4, 8)).square().mean() for _ in range(calls)).backward()
+            optimizer.step()
+    assert ["calls_vary" in each.signs for each in records] == [False, False, True, True, False]

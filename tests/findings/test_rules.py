@@ -752,3 +752,11 @@ def test_negative_losses_are_not_judged():
     for number in range(1, 400):
         run.step(-5.0 + 0.05 * number)
     assert "loss-diverges" not in run.found
+
+
+@pytest.mark.parametrize(("signs", "judged"), [((), True), (("calls_vary",), False)])
+def test_sum_over_episodes_is_not_taken_for_a_loss_that_diverges(signs, judged):
+    run = Run()
+    for number in range(1, 120):
+        run.step(1.0 + 0.1 * number, signs=signs)
+    assert ("loss-diverges" in run.found) == judged

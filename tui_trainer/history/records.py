@@ -25,6 +25,7 @@ Sign = Literal[
     "clipped_late",
     "mixed_losses",
     "idle_schedule",
+    "calls_vary",
 ]
 """What the tracer noticed in a step besides its numbers: it is the first of a new set of
 parameters; its first backward added to gradients that the optimizer's last step had used already;
@@ -34,7 +35,8 @@ scheduler of its optimizer was stepped between its backward and its update; a mo
 was evaluated in `train()` mode before it; the gradients of its optimizer's last step were clipped
 after that step; it used gradients of two losses, of which another optimizer had used the first
 alone and could use the second; a scheduler was stepped that belongs to an optimizer which has the
-same parameters and makes no steps."""
+same parameters and makes no steps; its loss comes from another number of calls of a model than that
+of the step before."""
 
 
 class Producer(NamedTuple):

@@ -63,6 +63,8 @@ class BackwardPasses:
         self._origins = origins
         self._bad_batches = bad_batches
         self._observers = observers
+        self._calls = 0
+        """Calls of models since the last backward."""
         self._in_eval_mode: set[int] = set()
         """Identities of the first trained parameter of each model that was called in `eval()` mode
         since the last backward."""
@@ -74,6 +76,7 @@ class BackwardPasses:
     def model_called(self, module: torch.nn.Module) -> None:
         """Remember where a model is called for training in `eval()` mode, if it has a parameter to
         train and layers for which that matters."""
+        self._calls += 1
         if module.training and not self._in_eval_mode:
             return
         trained = next((id(p) for p in module.parameters() if p.requires_grad), 0)
@@ -204,7 +207,8 @@ class BackwardPasses:
         else:
             scalars = [t for t in outputs if isinstance(t, torch.Tensor) and t.numel() == 1]
         losses = list(map(scalar, map(self._scaling.unscaled_loss, scalars)))
-        backward = self.open = BackwardPass(losses)
+        backward = self.open = BackwardPass(losses, calls=self._calls)
+        self._calls = 0
         if self._steps.begun < GRAPHS_READ and len(scalars) == 1:
             backward.cross_entropy = torch_private.cross_entropy_of(scalars[0])
             if not self._steps.begun:
@@ -249,6 +253,7 @@ class BackwardPasses:
             and last.claims == set(reached)
         ):
             last.add(backward.losses)
+            last.calls += backward.calls
             last.repeated = last.repeated or backward.repeated
             last.producer = last.producer or backward.producer
             last.bad_batch = last.bad_batch or backward.bad_batch

@@ -135,6 +135,8 @@ class StepMeasurer:
         to them from then on may be part of their mean."""
         self.schedule_first = False
         """Whether a scheduler was stepped between backward and the optimizer's step."""
+        self._calls = 0
+        """Calls of models that led to the last step."""
         self.clipped_late = False
         """Whether gradients were clipped that the optimizer's last step had used already."""
         self.idle_schedule = False
@@ -544,7 +546,9 @@ class StepMeasurer:
             signs.append("eval_mode")
         if self.schedule_first:
             signs.append("schedule_first")
+        calls = 0
         for each in self.passes:
+            calls += each.calls
             if each.cross_entropy is not None and each.cross_entropy.of_softmax:
                 signs.append("softmax_twice")
             if each.repeated:
@@ -553,6 +557,9 @@ class StepMeasurer:
             signs.append("clipped_late")
         if self.idle_schedule:
             signs.append("idle_schedule")
+        if calls != self._calls and self._steps:
+            signs.append("calls_vary")
+        self._calls = calls
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:

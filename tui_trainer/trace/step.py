@@ -109,6 +109,8 @@ class BackwardPass:
     bad_batch: BadBatch | None = None
     repeated: bool = False
     """Whether one of the losses was backpropagated before, into the same gradients."""
+    calls: int = 0
+    """Calls of models before it."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: Returned = field(default_factory=dict)

@@ -305,7 +305,9 @@ class LossDiverges(Rule):
     explanation = (
         "The smoothed loss is twice as high as at the start, or more than half of its improvement "
         "is lost again, well outside its noise, and it stays there. Usually the learning rate is "
-        "too high for this stage of the training."
+        "too high for this stage of the training. A loss that is made of another number of the "
+        "model's outputs at every step (episodes of a reinforcement learning) is not judged: it "
+        "grows with them."
     )
     next = "lower the learning rate, clip gradients; look at what happened at the onset"
     source = (
@@ -332,15 +334,20 @@ class LossDiverges(Rule):
         super().__init__(facts, trend, limits)
         self._above_start = Streak()
         self._above_best = Streak()
+        self._varied = 0
+        """Steps whose loss came from another number of calls than the one before."""
         self._noise = 0.0
         """Noise of the loss before it began to rise."""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
         trend = self.trend
+        self._varied += "calls_vary" in seen.signs
         if self._reported or trend.count < FIRST_LOSSES or seen.loss is None:
             return
         if len(self.facts.optimizers) > 1 or trend.lowest < 0 or not trend.start > 0:
+            return
+        if self._varied > trend.count / 2:
             return
         gain = trend.start - trend.best
         lost = self.limits["loss_of_gain"] * max(gain, 0.0)
